@@ -1,0 +1,275 @@
+"""Hugging Face checkpoints in and out: config.json and safetensors, never a pickle.
+
+Parameters travel as a nested dictionary of arrays, stacked over layers, with dense weights as
+[inputs, outputs] (the Hub has [outputs, inputs], one tensor a layer).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from clustering.errors import UserError
+from clustering.files import write_json
+from xelm.models.config import ModelConfig
+from xelm.models.decoder import Decoder
+from xelm.models.families import Family, family
+
+WEIGHTS = "model.safetensors"
+# What makes a Hub checkpoint usable besides its weights, and travels with every expert.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
+    "sentencepiece.bpe.model", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "generation_config.json",
+)
+
+
+def load_model(directory: str | Path, dtype: str = "float32") -> Decoder:
+    """The model of a checkpoint directory, parameters and products in `dtype`."""
+    config = read_config(directory)
+    parameters = read_parameters(directory, config, dtype)
+    return bind(graph(config, dtype), parameters)
+
+
+def save_model(model: Decoder, directory: str | Path, like: str | Path | None = None) -> None:
+    """Writes a checkpoint that transformers loads. `like`, a checkpoint of the same shape, gives
+    config.json and tokenizer files; otherwise config.json is written afresh and is all there is."""
+    write_checkpoint(directory, model.config, parameters_of(model), like=like)
+
+
+def graph(config: ModelConfig, compute_dtype: str = "float32") -> nnx.GraphDef:
+    """The decoder without parameters; allocates nothing."""
+    return nnx.split(_abstract(config, compute_dtype))[0]
+
+
+def bind(decoder: nnx.GraphDef, parameters: Mapping[str, Any]) -> Decoder:
+    """The decoder with these parameters."""
+    return nnx.merge(decoder, nnx.State(_wrapped(parameters)))
+
+
+def parameters_of(model: Decoder) -> dict[str, Any]:
+    """The model's parameters as a nested dictionary of arrays."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def shapes(config: ModelConfig) -> dict[str, Any]:
+    """The nested dictionary of parameters as shapes; allocates nothing."""
+    return parameters_of(_abstract(config, "float32"))
+
+
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
+    """The nested dictionary of parameters with the names of each one's dimensions."""
+    state = nnx.state(_abstract(config, "float32"), nnx.Param)
+    named = jax.tree.map(
+        lambda p: p.get_metadata()["axes"], state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return nnx.to_pure_dict(named)
+
+
+def fresh_parameters(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Random parameters of a model that is trained from nothing, float32."""
+    return jax.jit(lambda: parameters_of(Decoder(config, nnx.Rngs(seed))))()
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The shape a checkpoint declares in its config.json."""
+    source = read_hub_config(directory)
+    try:
+        return family(source["model_type"]).read(source)
+    except KeyError as error:
+        raise UserError(f"{directory}/config.json lacks {error}") from None
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+
+
+def read_hub_config(directory: str | Path) -> dict[str, Any]:
+    """config.json as it is."""
+    path = Path(directory) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no model checkpoint: it has no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def read_parameters(
+    directory: str | Path, config: ModelConfig, dtype: str = "float32"
+) -> dict[str, Any]:
+    """The weights of a checkpoint as host arrays in `dtype`. Missing, unknown and misshapen
+    tensors are gathered and refused at once."""
+    kind = family(read_hub_config(directory)["model_type"])
+    tensors = kind.tensors(config)
+    wanted = _flat(shapes(config))
+    with _open(directory) as stored:
+        _compare(directory, kind, tensors, wanted, config, stored)
+        result = {}
+        for name, path in tensors.items():
+            target = np.empty(wanted[path].shape, jnp.dtype(dtype))
+            if "{}" in name:
+                for layer in range(config.layer_count):
+                    target[layer] = _oriented(path, stored[name.format(layer)][:])
+            else:
+                target[...] = _oriented(path, stored[name][:])
+            result[path] = target
+    return _nested(result)
+
+
+def write_checkpoint(
+    directory: str | Path, config: ModelConfig, parameters: Mapping[str, Any],
+    *, like: str | Path | None = None, model_type: str = "llama",
+    special_ids: Mapping[str, int] | None = None,
+) -> None:
+    """Writes `directory` whole or not at all: it appears by a rename once every byte is on disk.
+
+    `like` gives config.json (with model_type and special ids) and tokenizer files; without it the
+    config is written for `model_type` with `special_ids` ("bos_token_id" and so on).
+    """
+    target = Path(directory)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if like is None:
+            hub_config = {**family(model_type).write(config), **(special_ids or {})}
+        else:
+            hub_config = read_hub_config(like)
+            copy_tokenizer(like, partial)
+        flat = {path: np.asarray(value) for path, value in _flat(parameters).items()}
+        hub_config["dtype"] = str(flat["embedding"].dtype)
+        write_json(partial / "config.json", hub_config)
+        tensors = _unstacked(family(hub_config["model_type"]), config, flat)
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        _flush(partial)
+        if target.exists():
+            raise UserError(f"{target} exists already and is left as it was")
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_tokenizer(source: str | Path, target: str | Path) -> None:
+    """Copies the tokenizer and generation files that exist beside a checkpoint."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+@contextmanager
+def _open(directory: str | Path) -> Iterator[dict[str, Any]]:
+    """Tensor name -> lazy slice of it, over one file or the shards of an index."""
+    directory = Path(directory)
+    index = directory / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (directory / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    else:
+        pickled = " (its .bin files can run code and are not read: convert them to safetensors)"
+        hint = pickled if list(directory.glob("*.bin")) else ""
+        raise UserError(f"{directory} has no weights: {WEIGHTS} is missing{hint}")
+    readers = {}
+    for name in names:
+        try:
+            file = safe_open(directory / name, framework="np")
+        except Exception as error:
+            raise UserError(f"{directory / name} is not readable as safetensors: {error}") from error
+        for key in file.keys():
+            readers[key] = file.get_slice(key)
+    yield readers
+
+
+def _compare(directory, kind, tensors, wanted, config, stored) -> None:
+    expected = {
+        name.format(layer): path
+        for name, path in tensors.items()
+        for layer in (range(config.layer_count) if "{}" in name else [0])
+    }
+    tied = {"lm_head.weight"} if config.tie_embeddings else set()
+    unknown = [
+        name for name in stored
+        if name not in expected and name not in tied and not name.endswith(kind.ignored)
+    ]
+    faults = [f"missing {name}" for name in expected if name not in stored]
+    faults += [f"unknown {name}" for name in unknown]
+    for name, path in expected.items():
+        if name in stored:
+            shape = wanted[path].shape[1:] if path.startswith("blocks/") else wanted[path].shape
+            shape = shape[::-1] if path.endswith("/weight") else shape
+            found = tuple(stored[name].get_shape())
+            if found != shape:
+                faults.append(f"{name} has shape {found}, config.json says {shape}")
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise UserError(f"{directory} does not match its config.json: {'; '.join(faults[:5])}{more}")
+
+
+def _unstacked(kind: Family, config: ModelConfig, flat: Mapping[str, np.ndarray]):
+    tensors = {}
+    for name, path in kind.tensors(config).items():
+        if "{}" in name:
+            for layer in range(config.layer_count):
+                tensors[name.format(layer)] = np.ascontiguousarray(
+                    _oriented(path, flat[path][layer])
+                )
+        else:
+            tensors[name] = np.ascontiguousarray(flat[path])
+    return tensors
+
+
+def _oriented(path: str, value: np.ndarray) -> np.ndarray:
+    """Between the Hub's [outputs, inputs] and our [inputs, outputs], either way."""
+    return value.T if path.endswith("/weight") else value
+
+
+def _abstract(config: ModelConfig, compute_dtype: str) -> Decoder:
+    return nnx.eval_shape(
+        lambda: Decoder(config, nnx.Rngs(0), compute_dtype=jnp.dtype(compute_dtype))
+    )
+
+
+def _wrapped(tree):
+    if isinstance(tree, Mapping):
+        return {key: _wrapped(value) for key, value in tree.items()}
+    return nnx.Param(tree)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(_flat(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def _flush(directory: Path) -> None:
+    """Everything in the directory reaches the disk before it gets its final name."""
+    for path in [*directory.iterdir(), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

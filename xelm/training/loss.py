@@ -1,0 +1,98 @@
+"""Cross-entropy for very large vocabularies: logits exist only for a chunk of positions at a time.
+
+Multilingual vocabularies are huge (XGLM: 256,008), and [B, T, V] in float32 would dwarf the model.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Logits of one chunk, in values: 2^22 float32 are 16 MiB, which stays near the caches of a CPU and
+# is large enough for the matrix units of an accelerator.
+LOGITS_IN_A_CHUNK = 2**22
+
+
+def cross_entropy(
+    hidden: Float[Array, "M D"], head: Float[Array, "V D"], targets: Int[Array, " M"],
+    weights: Float[Array, " M"],
+) -> Float[Array, ""]:
+    """Sum over positions of weight * -log p(target), in nats. Never holds [M, V].
+
+    The gradient is computed chunk by chunk together with the loss, so the logits are made once
+    and not again for the backward pass. Differentiable in `hidden` and `head`; `weights` (0 or 1,
+    say) are constants.
+    """
+    return _summed(hidden, head, targets, jax.lax.stop_gradient(weights))
+
+
+def target_log_probabilities(
+    hidden: Float[Array, "M D"], head: Float[Array, "V D"], targets: Int[Array, " M"]
+) -> Float[Array, " M"]:
+    """log p(target) at each position, in nats, chunk by chunk."""
+    def chunk(inputs):
+        states, wanted = inputs
+        logits = _logits(states, head)
+        chosen = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    scores = jax.lax.map(chunk, _chunks(head.shape[0], hidden, targets))
+    return scores.reshape(-1)[: hidden.shape[0]]
+
+
+@jax.custom_vjp
+def _summed(hidden, head, targets, weights):
+    return -(target_log_probabilities(hidden, head, targets) * weights).sum()
+
+
+def _forward(hidden, head, targets, weights):
+    def chunk(head_gradient, inputs):
+        states, wanted, weight = inputs
+        logits = _logits(states, head)
+        top = logits.max(axis=-1, keepdims=True)
+        scaled = jnp.exp(logits - top)
+        total = scaled.sum(axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, wanted[:, None], axis=-1)
+        loss = ((top + jnp.log(total) - chosen)[:, 0] * weight).sum()
+        hot = jax.nn.one_hot(wanted, head.shape[0], dtype=jnp.float32)
+        error = ((scaled / total - hot) * weight[:, None]).astype(states.dtype)
+        state_gradient = error @ head.astype(states.dtype)
+        head_gradient += jnp.einsum(
+            "MV,MD->VD", error, states, preferred_element_type=jnp.float32
+        )
+        return head_gradient, (loss, state_gradient)
+
+    zero = jnp.zeros(head.shape, jnp.float32)
+    chunks = _chunks(head.shape[0], hidden, targets, weights)
+    head_gradient, (losses, state_gradients) = jax.lax.scan(chunk, zero, chunks)
+    state_gradient = state_gradients.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    return losses.sum(), (state_gradient, head_gradient.astype(head.dtype))
+
+
+def _backward(gradients, cotangent):
+    state_gradient, head_gradient = gradients
+    scale = cotangent.astype(jnp.float32)
+    return (
+        (state_gradient * scale).astype(state_gradient.dtype),
+        (head_gradient * scale).astype(head_gradient.dtype),
+        None,
+        None,
+    )
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _logits(states, head):
+    head = head.astype(states.dtype)
+    return jnp.einsum("MD,VD->MV", states, head, preferred_element_type=jnp.float32)
+
+
+def _chunks(vocabulary_size, *arrays):
+    """Each [M, ...] as [chunks, M / chunks, ...], zeros at the end: they carry no weight."""
+    positions = arrays[0].shape[0]
+    size = min(positions, max(64, LOGITS_IN_A_CHUNK // vocabulary_size))
+    padding = -positions % size
+    return tuple(
+        jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:])
+        for a in arrays
+    )

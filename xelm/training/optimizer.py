@@ -1,0 +1,48 @@
+"""AdamW and its learning-rate schedules, from optax."""
+
+import jax
+import optax
+
+from xelm.config import TrainConfig
+
+
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then the configured decay to the final rate."""
+    steps, peak = config.steps, config.learning_rate
+    final = peak * config.final_rate_share
+    warmup = round(config.warmup_share * steps)
+    rest = max(1, steps - warmup)
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_rate_share)
+    elif config.schedule == "linear":
+        decay = optax.linear_schedule(peak, final, rest)
+    else:
+        falling = min(rest, max(1, round(config.decay_share * steps)))
+        decay = optax.join_schedules(
+            [optax.constant_schedule(peak), optax.linear_schedule(peak, final, falling)],
+            [rest - falling],
+        )
+    if warmup == 0:
+        return decay
+    # The first step already moves: from peak / warmup, not from zero.
+    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW with decay on matrices alone."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config), b1=config.beta1, b2=config.beta2,
+            weight_decay=config.weight_decay, mask=_is_matrix,
+        ),
+    )
+
+
+def _is_matrix(parameters):
+    # Stacked over layers, a norm's scale has two dimensions: tell by the name, not by the rank.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not {"scale", "bias"} & {str(getattr(key, "key", key)) for key in path},
+        parameters,
+    )
