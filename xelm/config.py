@@ -46,13 +46,19 @@ class TrainConfig:
     """Steps between checkpoints of the unfinished training."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    mesh_data: int = 0
+    """Devices over which rows are spread; 0 takes all that the other mesh axes leave."""
+    mesh_fsdp: int = 1
+    """Devices over which rows and each parameter are spread."""
+    mesh_tensor: int = 1
+    """Devices over which heads, feed-forward and vocabulary are spread."""
     tensorboard: bool = False
     """Also write TensorBoard events beside the metrics (needs the tensorboard package)."""
 
     def __post_init__(self) -> None:
         faults = []
         for name in ("tokens", "sequence_length", "batch_size", "accumulation_steps",
-                     "checkpoint_every", "log_every"):
+                     "checkpoint_every", "log_every", "mesh_fsdp", "mesh_tensor"):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("warmup_share", "decay_share", "final_rate_share", "sampling_exponent"):

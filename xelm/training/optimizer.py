@@ -24,18 +24,19 @@ def schedule(config: TrainConfig) -> optax.Schedule:
         )
     if warmup == 0:
         return decay
-    # The first step already moves: from peak / warmup, not from zero.
+    # The first step already moves: by peak / warmup, not by zero.
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     return optax.join_schedules([rise, decay], [warmup])
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decay on matrices alone."""
+    """Clipping by global norm, then AdamW with decay on matrices alone, for a learning rate of 1:
+    the step multiplies by the scheduled rate, so that trainings of any length share one program."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            schedule(config), b1=config.beta1, b2=config.beta2,
-            weight_decay=config.weight_decay, mask=_is_matrix,
+            1.0, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay,
+            mask=_is_matrix,
         ),
     )
 
@@ -43,6 +44,5 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 def _is_matrix(parameters):
     # Stacked over layers, a norm's scale has two dimensions: tell by the name, not by the rank.
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not {"scale", "bias"} & {str(getattr(key, "key", key)) for key in path},
-        parameters,
+        lambda path, _: path[-1].key not in ("scale", "bias"), parameters
     )

@@ -1,0 +1,217 @@
+"""Reads corpora: folders of JSONL (plain, gz, zst) or Parquet, single files, Hub data sets.
+
+Every record that cannot be used is counted by reason with the first places; none stops the reading
+and none vanishes unreported.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clustering.errors import UserError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+# A line beyond this is no document but a broken file, and would have to be held in memory whole.
+LONGEST_LINE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text of a corpus."""
+
+    text: str
+    """Unicode NFC."""
+    language: str
+    """As the record's "lang", or else the file's name, says."""
+
+
+@dataclass(slots=True)
+class Faults:
+    """What a reading could not use: how many records by reason, and the first places of each."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, place: str) -> None:
+        """Counts one unusable record at `place` ("file:line")."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < 3:
+            places.append(place)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{count} with {reason} (first: {', '.join(self.places[reason])})"
+            for reason, count in self.counts.items()
+        ]
+        return f"{sum(self.counts.values())} records left out: {'; '.join(parts)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts and first places, for the record of a reading."""
+        return {
+            reason: {"count": count, "first": self.places[reason]}
+            for reason, count in self.counts.items()
+        }
+
+
+def files(corpus: str | Path) -> list[Path]:
+    """The corpus files of a folder, sorted, or the one file that `corpus` names."""
+    path = Path(corpus)
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise UserError(f"{path} is no corpus file; wanted {', '.join(SUFFIXES)}")
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"corpus {path} does not exist")
+    found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
+    if not found:
+        raise UserError(f"{path} holds no corpus file; wanted <language>{' or '.join(SUFFIXES)}")
+    return found
+
+
+def language_of(path: Path) -> str:
+    """The language a file's name declares: `sw` for `sw.jsonl.gz`."""
+    return path.name.split(".")[0]
+
+
+def fingerprint(corpus: str | Path) -> str:
+    """SHA-256 over names and contents of the corpus files, or over the name of a Hub data set."""
+    digest = hashlib.sha256()
+    if str(corpus).startswith("hf://"):
+        digest.update(str(corpus).encode())
+        return digest.hexdigest()
+    for path in files(corpus):
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read(corpus: str | Path, faults: Faults) -> Iterator[Document]:
+    """Every usable document, in the order of the files; unusable records are counted in `faults`.
+
+    `corpus` is a folder of `<language>.jsonl[.gz|.zst]` or `<language>.parquet` files, one such
+    file (its records then carry "lang"), or `hf://dataset[/config]`.
+    """
+    if str(corpus).startswith("hf://"):
+        yield from _documents(_hub_records(str(corpus)), faults, None)
+        return
+    single = Path(corpus).is_file()
+    for path in files(corpus):
+        records = _parquet_records if path.name.endswith(".parquet") else _json_records
+        # A file given by itself may hold many languages; its name says nothing then.
+        default = None if single else language_of(path)
+        yield from _documents(records(path, faults), faults, default)
+
+
+def _documents(
+    records: Iterator[tuple[str, Any]], faults: Faults, default_language: str | None
+) -> Iterator[Document]:
+    for place, record in records:
+        if not isinstance(record, dict):
+            faults.add("no object", place)
+            continue
+        text, language = record.get("text"), record.get("lang") or default_language
+        if not isinstance(text, str):
+            faults.add('no "text"', place)
+        elif not text.strip():
+            faults.add("empty text", place)
+        elif not isinstance(language, str):
+            faults.add('no "lang"', place)
+        else:
+            yield Document(unicodedata.normalize("NFC", text.strip()), language)
+
+
+def _json_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with _opened(path) as file:
+            while line := file.readline(LONGEST_LINE_BYTES):
+                number += 1
+                place = f"{path.name}:{number}"
+                if len(line) == LONGEST_LINE_BYTES and not line.endswith(b"\n"):
+                    faults.add("a line over 64 MiB", place)
+                    _skip_line(file)
+                    continue
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if not line.strip():
+                    continue
+                try:
+                    yield place, json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError:
+                    faults.add("bytes that are not UTF-8", place)
+                except (ValueError, RecursionError):
+                    faults.add("broken JSON", place)
+    except (EOFError, gzip.BadGzipFile, _zstd_error()) as error:
+        faults.add(f"a damaged file ({error})", f"{path.name} after line {number}")
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while piece := file.readline(LONGEST_LINE_BYTES):
+        if piece.endswith(b"\n"):
+            return
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    opener: Callable[[Path], Any] = open
+    if path.name.endswith(".gz"):
+        opener = gzip.open
+    elif path.name.endswith(".zst"):
+        import zstandard
+
+        opener = zstandard.open
+    with opener(path, "rb") as file:
+        yield io.BufferedReader(file) if not hasattr(file, "peek") else file
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+def _parquet_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            columns = [name for name in ("text", "lang") if name in table.schema_arrow.names]
+            for batch in table.iter_batches(batch_size=1000, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"{path.name}:{number}", record
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        faults.add(f"a damaged file ({reason})", f"{path.name} after row {number}")
+
+
+def _hub_records(name: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    parts = name.removeprefix("hf://").split("/")
+    if len(parts) not in (2, 3):
+        raise UserError(f"a Hub corpus is hf://owner/dataset or hf://owner/dataset/config; got {name}")
+    dataset = "/".join(parts[:2])
+    try:
+        records = datasets.load_dataset(dataset, *parts[2:], split="train", streaming=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot open {name}: {reason}") from error
+    # Without "lang" in the records the config's name is the language, as in many collections.
+    language = parts[2] if len(parts) == 3 else None
+    for number, record in enumerate(records, 1):
+        yield f"{name}:{number}", {"lang": language, **record} if language else record

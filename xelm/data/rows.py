@@ -1,0 +1,115 @@
+"""Packed rows of fixed length from tokenised documents, mixed over languages.
+
+A language's documents are shuffled once and laid end to end, each as [start, ids..., end]; row r
+holds tokens r*T to (r+1)*T of that stream and, as the last target, the first of the next row, so
+that every token is predicted once a pass. Batch i is a pure function of the seed and i: a resumed
+training needs no other state than its step.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from xelm.data.store import LanguageIds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """The documents of one language that a training may see."""
+
+    ids: LanguageIds
+    """All documents of the language."""
+    share: float
+    """Of the rows of the training; shares are relative to each other."""
+    documents: Int[np.ndarray, " documents"] | None = None
+    """Numbers of the documents to use; None means all."""
+
+
+class LanguageRows:
+    """Random access to the packed rows of one language; a grain data source."""
+
+    def __init__(
+        self, source: Source, *, sequence_length: int, start_id: int, end_id: int, seed: int,
+        language_index: int,
+    ):
+        ids = source.ids
+        chosen = np.arange(len(ids)) if source.documents is None else np.asarray(source.documents)
+        order = np.random.default_rng([seed, *ids.language.encode()]).permutation(len(chosen))
+        self.ids, self.order = ids, chosen[order]
+        # Two more a document: its start and its end.
+        self.ends = np.cumsum(ids.lengths[self.order] + 2)
+        self.sequence_length, self.start_id, self.end_id = sequence_length, start_id, end_id
+        self.language_index = language_index
+
+    @property
+    def tokens(self) -> int:
+        """Length of the stream, special tokens counted."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __len__(self) -> int:
+        return -(-max(0, self.tokens - 1) // self.sequence_length)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """tokens, segments, positions: int32 [T + 1]. Segment 0 is padding; positions count from
+        the start of the document or of the row, whichever is later."""
+        size = self.sequence_length + 1
+        start = int(row) * self.sequence_length
+        tokens = np.zeros(size, np.int32)
+        segments = np.zeros(size, np.int32)
+        positions = np.zeros(size, np.int32)
+        document = int(np.searchsorted(self.ends, start, side="right"))
+        filled, segment = 0, 0
+        while filled < size and document < len(self.ends):
+            begin = int(self.ends[document - 1]) if document else 0
+            framed = np.concatenate(
+                [[self.start_id], self.ids.document(self.order[document]), [self.end_id]]
+            )
+            piece = framed[start + filled - begin:][: size - filled]
+            segment += 1
+            part = slice(filled, filled + len(piece))
+            tokens[part], segments[part] = piece, segment
+            positions[part] = np.arange(len(piece))
+            filled += len(piece)
+            document += 1
+        return {
+            "tokens": tokens, "segments": segments, "positions": positions,
+            "language": np.int32(self.language_index),
+        }
+
+
+def batches(
+    sources: list[Source], *, steps: int, batch_size: int, sequence_length: int, start_id: int,
+    end_id: int, seed: int, first_step: int = 0,
+) -> Any:
+    """Iterates over the batches of steps first_step to steps - 1: dictionaries of int32
+    [batch_size, T + 1] arrays (see `LanguageRows`) and "language", the index of each row's source.
+
+    Languages are mixed row by row in exactly the proportions of their shares; each language's rows
+    are shuffled anew in every pass over them.
+    """
+    datasets, shares = [], []
+    for index, source in enumerate(sources):
+        rows = LanguageRows(
+            source, sequence_length=sequence_length, start_id=start_id, end_id=end_id, seed=seed,
+            language_index=index,
+        )
+        if len(rows) == 0:
+            raise ValueError(f"no document to train on in {source.ids.language}")
+        datasets.append(grain.MapDataset.source(rows).seed(seed + index).shuffle().repeat())
+        shares.append(source.share)
+    mixed = grain.MapDataset.mix(datasets, weights=[share / sum(shares) for share in shares])
+    rows = mixed.slice(slice(first_step * batch_size, steps * batch_size))
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
+    return iter(rows.to_iter_dataset(options).batch(batch_size))
+
+
+def exponent_shares(tokens: Mapping[str, int], exponent: float) -> dict[str, float]:
+    """Share of each language: its tokens ** exponent, normalised (Conneau et al. 2020, section
+    3.1). 0 is uniform, 1 proportional."""
+    weights = {language: float(count) ** exponent for language, count in tokens.items()}
+    total = sum(weights.values())
+    return {language: weight / total for language, weight in weights.items()}

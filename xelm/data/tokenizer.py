@@ -1,0 +1,147 @@
+"""Tokenizers: trains sentencepiece for a fresh seed, and loads those of checkpoints.
+
+A trained tokenizer is written so that `transformers.AutoTokenizer` loads it and gives the ids that
+sentencepiece gives.
+"""
+
+import io
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clustering.errors import UserError
+
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+# Sentencepiece learns pieces from counts that converge long before this much text.
+TRAINING_BYTES = 40_000_000
+LONGEST_SENTENCE_BYTES = 4192
+
+
+def train(
+    texts: Mapping[str, Sequence[str]], vocabulary_size: int, directory: str | Path,
+    *, exponent: float = 0.3, seed: int = 0,
+) -> None:
+    """Trains a unigram model with byte fallback and writes tokenizer files into `directory`.
+
+    texts: documents by language. A language's share of the training text is its share of the bytes
+    to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1), so that small ones get pieces.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(list(_sample(texts, exponent, seed))),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocabulary_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            # Identity keeps the ids equal to those of the tokenizers library, which reads no
+            # compiled normaliser from us; text is NFC already.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=LONGEST_SENTENCE_BYTES * 4,
+            pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
+            pad_piece="<pad>", bos_piece="<s>", eos_piece="</s>", unk_piece="<unk>",
+            num_threads=2,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[-1]
+        raise UserError(
+            f"cannot train a tokenizer of {vocabulary_size} pieces on this corpus: {reason}"
+        ) from error
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    _write(model.getvalue(), Path(directory))
+
+
+def load(directory: str | Path) -> "Tokenizer":
+    """The tokenizer that lies beside a checkpoint."""
+    import transformers
+
+    try:
+        return Tokenizer(transformers.AutoTokenizer.from_pretrained(str(directory)))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{directory} has no tokenizer that transformers can load: {reason}") from error
+
+
+class Tokenizer:
+    """What xelm needs of a transformers tokenizer, which stays reachable as `.hub`."""
+
+    def __init__(self, hub: Any):
+        self.hub = hub
+        # XGLM starts sequences with </s>, Llama with <s>: whatever the tokenizer itself puts first.
+        empty = hub("")["input_ids"]
+        start = hub.bos_token_id if hub.bos_token_id is not None else hub.eos_token_id
+        self.start_id: int = empty[0] if empty else start
+        self.end_id: int = hub.eos_token_id
+        if self.start_id is None or self.end_id is None:
+            raise UserError(f"the tokenizer {hub.name_or_path} has no end-of-sequence token")
+        self.size: int = len(hub)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Subword ids of each text, without special tokens."""
+        if not texts:
+            return []
+        return self.hub(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of subword ids; special tokens are left out."""
+        return self.hub.decode(list(ids), skip_special_tokens=True)
+
+
+def _sample(texts: Mapping[str, Sequence[str]], exponent: float, seed: int) -> Iterator[str]:
+    sizes = {language: sum(len(t.encode()) for t in documents) for language, documents in texts.items()}
+    weights = {language: size**exponent for language, size in sizes.items() if size}
+    # As much as the language that is shortest of its share allows, none repeated.
+    total = min(
+        TRAINING_BYTES / sum(weights.values()), max(sizes[x] / weights[x] for x in weights)
+    )
+    order = random.Random(seed)
+    for language, weight in weights.items():
+        wanted = weight * total
+        documents = list(texts[language])
+        order.shuffle(documents)
+        for document in documents:
+            if wanted <= 0:
+                break
+            for line in document.splitlines():
+                for start in range(0, len(line), LONGEST_SENTENCE_BYTES):
+                    yield line[start:start + LONGEST_SENTENCE_BYTES]
+            wanted -= len(document.encode())
+
+
+def _write(model: bytes, directory: Path) -> None:
+    """tokenizer.model, and the same model as tokenizer.json with its configuration."""
+    import sentencepiece
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.vocab_size())]
+    fast = tokenizers.Tokenizer(models.Unigram(vocabulary, UNK, byte_fallback=True))
+    fast.normalizer = normalizers.NFC()
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    fast.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])
+    fast.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
+    )
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast.add_special_tokens([
+        tokenizers.AddedToken(piece, special=True, normalized=False) for piece in special.values()
+    ])
+    fast.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.model").write_bytes(model)
+    settings = {
+        **special, "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False, "model_max_length": 10**12,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,0 +1,139 @@
+"""The training loop: data, step, metrics, checkpoint, read straight down.
+
+A plain language-model trainer: it receives parameters and documents, returns parameters, and knows
+nothing of experts, clusters or registries.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from clustering.errors import UserError
+from xelm.config import TrainConfig
+from xelm.data.rows import Source, batches
+from xelm.models.config import ModelConfig
+from xelm.progress import bar
+from xelm.training.checkpoint import Checkpoints
+from xelm.training.metrics import MetricsLog
+from xelm.training.optimizer import schedule
+from xelm.training.sharding import make_mesh
+from xelm.training.step import program
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What a training leaves."""
+
+    parameters: Any
+    """Nested dictionary of host arrays, float32."""
+    tokens: int
+    """Targets predicted, over all steps."""
+    language_tokens: Mapping[str, int]
+    """The same by language."""
+
+
+def train(
+    parameters: Any, model: ModelConfig, sources: Sequence[Source], config: TrainConfig,
+    directory: str | Path, *, start_id: int, end_id: int, label: str,
+) -> Trained:
+    """Trains on packed rows of `sources` and returns the new parameters.
+
+    `directory` holds checkpoints and metrics.jsonl; run again with the same arguments after a
+    crash, the training goes on from the newest checkpoint and ends with the same bits.
+    `parameters` (nested dictionary, float32) start a training that has no checkpoint yet.
+    """
+    directory = Path(directory)
+    languages = [source.ids.language for source in sources]
+    rate = schedule(config)
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        functions = program(model, config, mesh)
+        state = functions.create(
+            jax.device_put(parameters, functions.state_shardings.parameters)
+        )
+        checkpoints = Checkpoints(directory / "checkpoints")
+        facts = {"config": asdict(config), "language_tokens": dict.fromkeys(languages, 0)}
+        first = checkpoints.latest_step() or 0
+        if first:
+            state, found = checkpoints.restore(first, state, functions.state_shardings)
+            _same_training(facts, found, directory)
+            facts = found
+        log = MetricsLog(
+            directory / "metrics.jsonl", last_step=first, tensorboard=config.tensorboard
+        )
+        rows = batches(
+            list(sources), steps=config.steps, batch_size=config.batch_size,
+            sequence_length=config.sequence_length, start_id=start_id, end_id=end_id,
+            seed=config.seed, first_step=first,
+        )
+        seen = facts["language_tokens"]
+        with bar(config.steps * config.tokens_per_step, label, "tok") as progress:
+            progress.update(first * config.tokens_per_step)
+            clock, since = time.perf_counter(), sum(seen.values())
+            for step in range(first + 1, config.steps + 1):
+                batch = next(rows)
+                _count(seen, languages, batch)
+                arrays = {k: v for k, v in batch.items() if k != "language"}
+                arrays = jax.device_put(arrays, functions.batch_sharding)
+                state, metrics = functions.step(state, arrays, rate(step - 1))
+                progress.update(config.tokens_per_step)
+                if step % config.log_every == 0 or step == config.steps:
+                    loss = float(metrics.loss)
+                    now, total = time.perf_counter(), sum(seen.values())
+                    log.write({
+                        "step": step,
+                        "tokens": total,
+                        "loss": loss,
+                        "learning_rate": float(rate(step - 1)),
+                        "grad_norm": float(metrics.grad_norm),
+                        "tokens_per_second": (total - since) / (now - clock),
+                        "language_tokens": dict(seen),
+                    })
+                    clock, since = now, total
+                    progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    checkpoints.save(step, state, {**facts, "language_tokens": dict(seen)})
+        _finish(checkpoints, log, directory)
+        trained = jax.tree.map(np.asarray, state.parameters)
+    return Trained(parameters=trained, tokens=sum(seen.values()), language_tokens=dict(seen))
+
+
+def _count(seen: dict[str, int], languages: Sequence[str], batch: Mapping[str, np.ndarray]) -> None:
+    segments = batch["segments"]
+    targets = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).sum(axis=1)
+    for index, count in zip(batch["language"], targets):
+        seen[languages[int(index)]] += int(count)
+
+
+def _same_training(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
+    free = ("log_every", "checkpoint_every", "tensorboard")
+    differ = [
+        f"{name} was {found['config'].get(name)}, now {value}"
+        for name, value in wanted["config"].items()
+        if name not in free and found["config"].get(name) != value
+    ]
+    if set(wanted["language_tokens"]) != set(found["language_tokens"]):
+        differ.append("the languages differ")
+    if differ:
+        raise UserError(
+            f"{directory} holds an unfinished training with other settings ({'; '.join(differ)}); "
+            f"use those again, or delete the folder to start over"
+        )
+
+
+def _finish(checkpoints: Checkpoints, log: MetricsLog, directory: Path) -> None:
+    log.close()
+    try:
+        checkpoints.wait()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot save a checkpoint in {directory}: {str(error).splitlines()[0]}; the last "
+            f"complete one is kept"
+        ) from error
+    finally:
+        checkpoints.close()

@@ -1,0 +1,126 @@
+"""The state of a training and the one compiled step that advances it."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from xelm.config import TrainConfig
+from xelm.models.checkpoint import bind, graph
+from xelm.models.config import ModelConfig
+from xelm.training.loss import cross_entropy
+from xelm.training.optimizer import optimizer
+from xelm.training.sharding import BATCH, parameter_shardings, replicated
+
+
+class State(NamedTuple):
+    """All that a step changes."""
+
+    parameters: Any
+    optimizer: Any
+    step: jax.Array
+
+
+class Metrics(NamedTuple):
+    """What a step reports: mean loss in nats a token, gradient norm before clipping, targets."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    tokens: jax.Array
+
+
+class Program(NamedTuple):
+    """Compiled functions and shardings of one model shape on one mesh."""
+
+    create: Any
+    """parameters -> State"""
+    step: Any
+    """(State, batch, learning rate) -> (State, Metrics); the old State is given up."""
+    state_shardings: State
+    batch_sharding: NamedSharding
+
+
+def program(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Program:
+    """The program of a training. Trainings that differ in budget, rate, schedule, seed or logging
+    alone share one: it compiles once a process."""
+    return _program(model, mesh, (
+        config.accumulation_steps, config.dtype, config.rematerialise, config.beta1, config.beta2,
+        config.clip_norm, config.weight_decay,
+    ))
+
+
+@functools.lru_cache(maxsize=8)
+def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
+    accumulation, dtype, rematerialise, beta1, beta2, clip, decay = settings
+    update = optimizer(TrainConfig(
+        tokens=1, beta1=beta1, beta2=beta2, clip_norm=clip, weight_decay=decay
+    ))
+    decoder = graph(model, dtype)
+
+    def create(parameters):
+        return State(parameters, update.init(parameters), jnp.zeros((), jnp.int32))
+
+    def summed_loss(parameters, part):
+        network = bind(decoder, parameters)
+        tokens, segments = part["tokens"], part["segments"]
+        hidden = network.hidden(
+            tokens[:, :-1], positions=part["positions"][:, :-1], segments=segments[:, :-1],
+            remat=rematerialise,
+        )
+        weights = target_weights(segments).astype(jnp.float32)
+        return cross_entropy(
+            hidden.reshape(-1, model.width), network.output_head(), tokens[:, 1:].reshape(-1),
+            weights.reshape(-1),
+        )
+
+    def step(state, batch, learning_rate):
+        parts = jax.tree.map(
+            lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch
+        )
+        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, BATCH))
+
+        def accumulate(total, part):
+            loss, gradients = jax.value_and_grad(summed_loss)(state.parameters, part)
+            return jax.tree.map(jnp.add, total, (loss, gradients)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
+        if accumulation == 1:
+            (loss, gradients), _ = accumulate(zero, jax.tree.map(lambda x: x[0], parts))
+        else:
+            (loss, gradients), _ = jax.lax.scan(accumulate, zero, parts)
+        # Divided once, at the end: parts with fewer targets weigh less, as in the whole batch.
+        tokens = target_weights(batch["segments"]).sum()
+        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        updates, optimizer_state = update.update(gradients, state.optimizer, state.parameters)
+        updates = jax.tree.map(lambda u: u * learning_rate, updates)
+        parameters = optax.apply_updates(state.parameters, updates)
+        metrics = Metrics(loss / tokens, optax.global_norm(gradients), tokens)
+        return State(parameters, optimizer_state, state.step + 1), metrics
+
+    placed = parameter_shardings(model, mesh)
+    whole = replicated(mesh)
+    abstract = jax.eval_shape(create, jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((1,), jnp.float32), placed
+    ))
+    optimizer_shardings = optax.tree_map_params(
+        update, lambda _, sharding: sharding, abstract.optimizer, placed,
+        transform_non_params=lambda _: whole,
+    )
+    shardings = State(placed, optimizer_shardings, whole)
+    return Program(
+        create=jax.jit(create, out_shardings=shardings),
+        step=jax.jit(
+            step, donate_argnums=0, in_shardings=(shardings, None, None),
+            out_shardings=(shardings, whole),
+        ),
+        state_shardings=shardings,
+        batch_sharding=NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"))),
+    )
+
+
+def target_weights(segments):
+    """bool [..., T]: whether each next token is a target: of the same document, and no padding."""
+    return (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)
