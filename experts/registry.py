@@ -1,0 +1,255 @@
+"""The experts of a RUN, and the changes that can happen to them.
+
+Everything here is pure, except `Registry.load` and `Registry.save`: a change returns a new Registry
+and leaves every record it does not name as it was. Nothing here looks at a checkpoint (`verify`
+does) or locks the RUN (`lock.update` does).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+from clustering.errors import UserError
+from clustering.files import read_json, write_json
+from clustering.languages import canonical
+from experts.expert import (
+    SEED,
+    Expert,
+    check_strings,
+    check_types,
+    hash_faults,
+    parse_reference,
+    stays_inside,
+)
+
+FORMAT = 1
+FILE_NAME = "registry.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Registry:
+    """Every expert version of a RUN, and their seed. UserError if they do not fit together."""
+
+    seed_path: str = SEED
+    """Directory of the seed checkpoint, relative to the RUN."""
+    seed_sha256: dict[str, str]
+    """File, relative to `seed_path`, to hexadecimal SHA-256."""
+    experts: tuple[Expert, ...] = ()
+    """In the order in which they were added."""
+    seed_more: dict[str, Any] = field(default_factory=dict)
+    """Keys beside ours under "seed" in registry.json, kept as they came."""
+    more: dict[str, Any] = field(default_factory=dict)
+    """Keys beside ours in registry.json, kept as they came."""
+
+    def __post_init__(self):
+        faults = list(self._faults())
+        if faults:
+            raise UserError(f"registry: {'; '.join(faults[:5])}")
+
+    def _faults(self) -> Iterator[str]:
+        if not stays_inside(self.seed_path):
+            yield f"the seed must lie inside the RUN; got {self.seed_path!r}"
+        yield from hash_faults(self.seed_sha256)
+        for reference, count in Counter(expert.reference for expert in self.experts).items():
+            if count > 1:
+                yield f"{reference} is there {count} times"
+        for path, count in Counter(expert.path for expert in self.experts).items():
+            if count > 1:
+                yield f"{count} versions share the path {path!r}"
+        # On a file system that ignores case they would share a folder.
+        names = {expert.name for expert in self.experts}
+        for name, count in Counter(name.lower() for name in names).items():
+            if count > 1:
+                yield f"{count} names differ from {name!r} only in case"
+        yield from self._lineage_faults()
+
+    def _lineage_faults(self) -> Iterator[str]:
+        known = {expert.reference: expert for expert in self.experts}
+        for expert in self.experts:
+            parent = known.get(expert.parent)
+            if parent is None and expert.parent != SEED:
+                yield f"{expert.reference} has the parent {expert.parent}, which is not there"
+                continue
+            if parent and parent.name == expert.name and parent.version >= expert.version:
+                yield f"{expert.reference} cannot descend from {parent.reference}"
+            if parent and not parent.sha256:
+                yield f"{expert.reference} descends from {parent.reference}, which has no weights"
+            expected = _round_after(parent, expert.name)
+            if expert.round != expected:
+                yield (
+                    f"{expert.reference} from {expert.parent} is of round {expected}; "
+                    f"got {expert.round}"
+                )
+
+    @classmethod
+    def load(cls, run: Path | str) -> Self:
+        """The registry of a RUN; UserError if it is missing, broken, or newer than this program."""
+        path = Path(run) / FILE_NAME
+        value = read_json(path, newest_format=FORMAT)
+        try:
+            return cls._from_json(value)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    @classmethod
+    def _from_json(cls, value: Any) -> Self:
+        check_types("registry", value, {"seed": dict, "experts": list})
+        seed = value["seed"]
+        check_types("seed", seed, {"path": str, "sha256": dict})
+        check_strings("seed", seed["sha256"])
+        return cls(
+            seed_path=seed["path"],
+            seed_sha256=seed["sha256"],
+            experts=tuple(
+                Expert.from_json(record, f"experts[{i}]")
+                for i, record in enumerate(value["experts"])
+            ),
+            seed_more={key: seed[key] for key in seed if key not in ("path", "sha256")},
+            more={key: value[key] for key in value if key not in ("format", "seed", "experts")},
+        )
+
+    def save(self, run: Path | str) -> None:
+        """Replace registry.json atomically: a crash leaves the old or the new one, whole."""
+        write_json(Path(run) / FILE_NAME, self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of registry.json."""
+        return {
+            "format": FORMAT,
+            "seed": {"path": self.seed_path, "sha256": self.seed_sha256} | self.seed_more,
+            "experts": [expert.to_json() for expert in self.experts],
+        } | self.more
+
+    def published(self) -> tuple[Expert, ...]:
+        """The newest published version of each name, in order of round and name."""
+        by_version = sorted(self.experts, key=lambda e: e.version)
+        newest = {expert.name: expert for expert in by_version if expert.status == "published"}
+        return _in_order(newest.values())
+
+    def training(self) -> tuple[Expert, ...]:
+        """The versions whose training is not finished, in order of round and name."""
+        return _in_order(expert for expert in self.experts if expert.status == "training")
+
+    def versions(self, name: str) -> tuple[Expert, ...]:
+        """All versions of one name, oldest first; UserError if there is none."""
+        found = sorted((e for e in self.experts if e.name == name), key=lambda e: e.version)
+        if not found:
+            known = ", ".join(sorted({expert.name for expert in self.experts})) or "none"
+            raise UserError(f"there is no expert {name!r}; known: {known}")
+        return tuple(found)
+
+    def expert(self, name: str, version: int | None = None) -> Expert:
+        """That version, else the newest published, else the newest; UserError if there is none."""
+        versions = self.versions(name)
+        if version is None:
+            return max(versions, key=lambda e: (e.status == "published", e.version))
+        for expert in versions:
+            if expert.version == version:
+                return expert
+        known = ", ".join(f"v{expert.version} ({expert.status})" for expert in versions)
+        raise UserError(f"expert {name!r} has no version {version}; it has {known}")
+
+    def for_language(self, language: str) -> Expert:
+        """The published expert that serves a language, the latest round winning; else UserError.
+
+        Takes any code of the language that `clustering.languages.canonical` knows.
+        """
+        tag = canonical(language)
+        serving = [expert for expert in self.published() if tag in expert.languages]
+        if not serving:
+            served = sorted({tag for expert in self.published() for tag in expert.languages})
+            raise UserError(
+                f"no published expert serves {language!r}; served: {', '.join(served) or 'none'}"
+            )
+        return max(serving, key=lambda e: e.round)
+
+    def round_after(self, parent: str, name: str) -> int:
+        """The round of an expert `name` that starts from `parent`, which is 'seed' or 'NAME@vN'."""
+        return _round_after(None if parent == SEED else self.expert(*parse_reference(parent)), name)
+
+    def add(self, *experts: Expert) -> Self:
+        """With these records behind the others."""
+        return replace(self, experts=self.experts + experts)
+
+    def start(self, name: str, *, parent: str | None = None) -> Self:
+        """With the next version of a known expert in training, for the same languages and cluster.
+
+        `parent` is 'NAME@vN' to go on from there, or 'seed'; None starts where the newest version
+        started.
+        """
+        versions = self.versions(name)
+        for expert in versions:
+            if expert.status == "training":
+                raise UserError(
+                    f"{expert.reference} is in training already; finish or retire it first"
+                )
+        last = versions[-1]
+        origin = last.parent if parent is None else parent
+        return self.add(
+            Expert(
+                name=name,
+                version=last.version + 1,
+                parent=origin,
+                round=self.round_after(origin, name),
+                languages=last.languages,
+                cluster=last.cluster,
+                documents=last.documents,
+            )
+        )
+
+    def publish(self, name: str, version: int, *, sha256: Mapping[str, str], tokens: int) -> Self:
+        """With that version published, and the one published before it under the same name retired.
+
+        Publishing the same bytes again changes nothing; anything else about a version that is not
+        in training is refused with UserError, since a published version never changes.
+        """
+        expert = self.expert(name, version)
+        finished = replace(expert, sha256=dict(sha256), tokens=tokens, status="published")
+        if expert == finished:
+            return self
+        if expert.status != "training":
+            raise UserError(
+                f"{expert.reference} is {expert.status} and never changes; start a new version"
+            )
+        present = self.expert(name)
+        replaces = present.version if present.status == "published" else None
+        return self._retire_published(name)._with(replace(finished, replaces=replaces))
+
+    def republish(self, name: str, version: int) -> Self:
+        """With a version that was published before published again, and the present one retired."""
+        expert = self.expert(name, version)
+        if expert.status != "retired" or not expert.sha256:
+            raise UserError(
+                f"{expert.reference} is {expert.status}; "
+                "only a version published before can come back"
+            )
+        return self._retire_published(name)._with(replace(expert, status="published"))
+
+    def retire(self, name: str, version: int) -> Self:
+        """With that version out of use. Its record, its hashes and its files stay."""
+        return self._with(replace(self.expert(name, version), status="retired"))
+
+    def _retire_published(self, name: str) -> Self:
+        registry = self
+        for expert in self.versions(name):
+            if expert.status == "published":
+                registry = registry.retire(name, expert.version)
+        return registry
+
+    def _with(self, expert: Expert) -> Self:
+        """With the record of that name and version replaced; the others stay the same objects."""
+        experts = (expert if old.reference == expert.reference else old for old in self.experts)
+        return replace(self, experts=tuple(experts))
+
+
+def _in_order(experts: Iterable[Expert]) -> tuple[Expert, ...]:
+    return tuple(sorted(experts, key=lambda e: (e.round, e.name)))
+
+
+def _round_after(parent: Expert | None, name: str) -> int:
+    """The round of `name` after `parent`, None being the seed; itself anew stays in its round."""
+    if parent is None:
+        return 1
+    return parent.round + (parent.name != name)
