@@ -1,0 +1,50 @@
+"""Branching: one expert for each cluster, all from the seed (X-ELM, https://arxiv.org/abs/2401.10440)."""
+
+from collections.abc import Sequence
+
+from clustering.clustering import Clustering
+from clustering.errors import UserError
+from experts.expert import Expert
+from experts.registry import Registry
+
+
+def branch(registry: Registry, clustering: Clustering) -> Registry:
+    """With one record in training for each cluster; the same clusters again change nothing.
+
+    Of clusters of documents, an expert serves the languages that its cluster has most documents of,
+    so that every language is served once. UserError if experts of other clusters are there already.
+    """
+    wanted = _experts(clustering)
+    existing = [expert for expert in registry.experts if expert.cluster is not None]
+    if not existing:
+        return registry.add(*wanted)
+    if {_identity(expert) for expert in existing} != {_identity(expert) for expert in wanted}:
+        raise UserError(
+            f"this RUN was branched on other clusters: {_describe(existing)}; asked for: "
+            f"{_describe(wanted)}. Make a new RUN for other clusters"
+        )
+    return registry
+
+
+def _experts(clustering: Clustering) -> list[Expert]:
+    documents = clustering.documents or {}
+    return [
+        Expert(
+            name=name,
+            cluster=name,
+            languages=tuple(tag for tag in languages if clustering.cluster_of(tag) == name),
+            documents=documents.get(name),
+        )
+        for name, languages in clustering.clusters.items()
+    ]
+
+
+def _identity(expert: Expert) -> tuple[object, ...]:
+    """What makes a cluster this one; the order of its languages does not."""
+    documents = None if expert.documents is None else frozenset(expert.documents.items())
+    return expert.name, frozenset(expert.languages), documents
+
+
+def _describe(experts: Sequence[Expert]) -> str:
+    shown = [f"{e.name} ({' '.join(e.documents or e.languages)})" for e in experts[:5]]
+    return ", ".join(shown) + (f" and {len(experts) - 5} more" if len(experts) > 5 else "")

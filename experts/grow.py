@@ -1,0 +1,96 @@
+"""Growing: an expert for a new language from its nearest relative.
+
+Hierarchical multi-round training (HMR) of X-ELM, https://arxiv.org/abs/2401.10440: the child starts
+from the parent's weights one round later, and no other expert changes.
+"""
+
+import math
+from collections.abc import Sequence
+
+from clustering.errors import UserError
+from clustering.languages import canonical
+from experts.expert import SEED, Expert, parse_reference
+from experts.registry import Registry
+
+
+def grow(registry: Registry, language: str, parent: str, name: str | None = None) -> Registry:
+    """With a child of `parent` in training for `language`; the other records stay the same objects.
+
+    `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `name` is the language's tag if
+    None. Growing the same child again while it is in training changes nothing. UserError if another
+    expert serves the language, if the parent is not published, or if the name is taken.
+    """
+    language = canonical(language)
+    name = language if name is None else name
+    if _is_in_training(registry, language, parent, name):
+        return registry
+    _check_unserved(registry, language)
+    origin = _published_parent(registry, parent)
+    child = Expert(
+        name=name,
+        version=_free_version(registry, language, name),
+        parent=origin,
+        round=registry.round_after(origin, name),
+        languages=(language,),
+    )
+    return registry.add(child)
+
+
+def choose_parent(
+    registry: Registry, ranked: Sequence[tuple[str, float]]
+) -> tuple[Expert, str, float]:
+    """The published expert that serves the nearest relative, that relative, and its distance.
+
+    `ranked` holds (language, distance), in any order; of equal distances the first wins. Languages
+    that no published expert serves, or whose distance is not finite, are passed over; UserError if
+    none is left.
+    """
+    served = {language for expert in registry.published() for language in expert.languages}
+    known = [(language, far) for language, far in ranked if math.isfinite(far)]
+    relatives = [(language, far) for language, far in known if canonical(language) in served]
+    if not relatives:
+        raise UserError(
+            "no published expert serves a known relative; name a parent. "
+            f"Relatives: {', '.join(language for language, _ in ranked[:5]) or 'none'}; "
+            f"served: {', '.join(sorted(served)) or 'none'}"
+        )
+    language, distance = min(relatives, key=lambda pair: pair[1])
+    return registry.for_language(language), language, distance
+
+
+def _is_in_training(registry: Registry, language: str, parent: str, name: str) -> bool:
+    return any(
+        expert.name == name
+        and expert.languages == (language,)
+        and parent in (expert.parent, expert.parent.partition("@")[0])
+        for expert in registry.training()
+    )
+
+
+def _check_unserved(registry: Registry, language: str) -> None:
+    for expert in registry.experts:
+        if language in expert.languages and expert.status != "retired":
+            raise UserError(
+                f"{language!r} is served already, by {expert.reference} ({expert.status})"
+            )
+
+
+def _published_parent(registry: Registry, parent: str) -> str:
+    if parent == SEED:
+        return SEED
+    known = registry.expert(*parse_reference(parent)) if "@" in parent else registry.expert(parent)
+    if known.status != "published":
+        raise UserError(
+            f"{known.reference} is {known.status}; only a published expert can be a parent"
+        )
+    return known.reference
+
+
+def _free_version(registry: Registry, language: str, name: str) -> int:
+    """1 for a new name, or the next version of an expert of this very language that was retired."""
+    versions = [expert for expert in registry.experts if expert.name == name]
+    if any(expert.languages != (language,) for expert in versions):
+        raise UserError(
+            f"the name {name!r} is taken by an expert of other languages; give another name"
+        )
+    return 1 + max((expert.version for expert in versions), default=0)
