@@ -1,0 +1,116 @@
+"""Verifying: whether the files of a RUN are the ones its registry speaks of.
+
+Knows files and hashes. Whether a checkpoint computes anything sensible, it cannot say.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from clustering.errors import UserError
+from clustering.files import sha256
+from experts.expert import Expert
+from experts.registry import FILE_NAME, Registry
+
+# The card states the hashes of the other files, and people improve its words later.
+UNHASHED = ("CARD.md",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """One thing in a RUN that is not as its registry says."""
+
+    kind: Literal["missing", "changed", "unknown", "broken"]
+    """'unknown' is a file that the registry does not name; 'broken' is what cannot be checked."""
+    file: str
+    """Relative to the RUN."""
+    detail: str
+    """What was wanted and what came."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.file}: {self.detail}"
+
+
+def verify(run: Path | str) -> list[Fault]:
+    """Every fault in the files of the seed and of the experts of a RUN; empty if all is well.
+
+    Published versions are read whole; retired ones too where their directory is still there, since
+    they can be rolled back to. Versions in training have no hashes yet. UserError if there is no
+    registry.
+    """
+    run = Path(run)
+    if not (run / FILE_NAME).is_file():
+        raise UserError(f"{run} is no RUN: it has no {FILE_NAME}")
+    try:
+        registry = Registry.load(run)
+    except UserError as error:
+        return [Fault(kind="broken", file=FILE_NAME, detail=str(error))]
+    faults = _compare(run, registry.seed_path, registry.seed_sha256)
+    for expert in registry.experts:
+        faults += verify_expert(run, expert)
+    return faults
+
+
+def verify_expert(run: Path | str, expert: Expert) -> list[Fault]:
+    """Every fault in the files of one expert version; none for one that has no hashes."""
+    gone = not expert.directory(run).exists()
+    if not expert.sha256 or (expert.status == "retired" and gone):
+        return []
+    return _compare(Path(run), expert.path, expert.sha256)
+
+
+def hash_directory(path: Path | str) -> dict[str, str]:
+    """File, relative to `path` ('a/b'), to hexadecimal SHA-256; sorted, CARD.md left out.
+
+    A link to a file counts as the file. UserError if the directory or a part of it cannot be read,
+    and for a link to a directory, since what lies behind it would escape the hashes.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError(f"there is no directory {root}")
+    return {file: sha256(root / file) for file in _files(root) if file not in UNHASHED}
+
+
+def _files(root: Path) -> list[str]:
+    """Paths relative to `root` of every file in it; none if it is not there."""
+    found = []
+    for folder, folders, files in os.walk(root, onerror=_refuse_unreadable):
+        for name in folders:
+            if (Path(folder) / name).is_symlink():
+                link = Path(folder) / name
+                raise UserError(f"{link} is a link to a directory; put the files there")
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in files]
+    return sorted(found)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    # Without this os.walk passes over a directory that it cannot list.
+    if not isinstance(error, FileNotFoundError):
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _compare(run: Path, directory: str, wanted: dict[str, str]) -> list[Fault]:
+    root = run / directory
+    try:
+        present = [file for file in _files(root) if file not in UNHASHED]
+    except UserError as error:
+        return [Fault(kind="broken", file=directory, detail=str(error))]
+    files = sorted(wanted | dict.fromkeys(present, ""))
+    faults = (_fault(root / file, f"{directory}/{file}", wanted.get(file)) for file in files)
+    return [fault for fault in faults if fault is not None]
+
+
+def _fault(path: Path, name: str, wanted: str | None) -> Fault | None:
+    """What is wrong with one file that should hash to `wanted`, None being no file at all."""
+    if wanted is None:
+        return Fault(kind="unknown", file=name, detail="the registry does not name it")
+    if not path.is_file():
+        return Fault(kind="missing", file=name, detail=f"wanted sha256 {wanted}")
+    try:
+        came = sha256(path)
+    except UserError as error:
+        return Fault(kind="broken", file=name, detail=str(error))
+    if came != wanted:
+        return Fault(kind="changed", file=name, detail=f"wanted sha256 {wanted}; got {came}")
+    return None

@@ -1,0 +1,75 @@
+"""Rolling back: the version in use before is in use again, and nothing is lost."""
+
+import pytest
+
+from clustering.errors import UserError
+from experts.expert import Expert
+from experts.registry import Registry
+from experts.rollback import rollback
+
+
+def _with_versions(count: int) -> Registry:
+    registry = Registry(
+        seed_sha256={"x": "f" * 64},
+        experts=(Expert(name="a", languages=("en",)), Expert(name="b", languages=("fr",))),
+    ).publish("a", 1, sha256={"x": "1" * 64}, tokens=1)
+    for version in range(2, count + 1):
+        registry = registry.start("a").publish(
+            "a", version, sha256={"x": str(version) * 64}, tokens=version
+        )
+    return registry
+
+
+def _statuses(registry: Registry) -> list[str]:
+    return [expert.status for expert in registry.versions("a")]
+
+
+def test_the_version_before_is_published_again():
+    before = _with_versions(3)
+    after = rollback(before, "a")
+    assert _statuses(after) == ["retired", "published", "retired"]
+    assert after.expert("a").sha256 == {"x": "2" * 64}
+    assert after.expert("a", 3).sha256 == {"x": "3" * 64}
+    assert after.experts[1] is before.experts[1]
+    assert _statuses(rollback(after, "a")) == ["published", "retired", "retired"]
+
+
+def test_a_version_can_be_named_and_the_newer_can_come_back():
+    before = _with_versions(3)
+    back = rollback(before, "a", 1)
+    assert _statuses(back) == ["published", "retired", "retired"]
+    assert rollback(back, "a", 3) == before
+
+
+def test_a_version_that_was_rolled_back_is_not_gone_back_to():
+    registry = rollback(_with_versions(2), "a")
+    registry = registry.start("a").publish("a", 3, sha256={"x": "3" * 64}, tokens=3)
+    assert rollback(registry, "a").expert("a").version == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "message"),
+    [
+        ("a", None, r"no version to go back to; it has v1 \(published\), v2 \(training\)"),
+        ("b", None, r"no version to go back to; it has v1 \(training\)"),
+        ("a", 2, "a@v2 is training; only a version published before"),
+        ("a", 1, "a@v1 is published; only a version published before"),
+        ("a", 9, "no version 9"),
+        ("c", None, "no expert 'c'; known: a, b"),
+    ],
+)
+def test_there_is_one_clear_line_where_nothing_can_come_back(name, version, message):
+    with pytest.raises(UserError, match=message):
+        rollback(_with_versions(1).start("a"), name, version)
+
+
+def test_a_version_given_up_in_training_cannot_come_back():
+    with pytest.raises(UserError, match="a@v2 is retired; only"):
+        rollback(_with_versions(1).start("a").retire("a", 2), "a", 2)
+
+
+def test_where_no_version_is_in_use_one_has_to_be_named():
+    unused = _with_versions(3).retire("a", 3)
+    with pytest.raises(UserError, match=r"no version to go back to; it has v1 \(retired\), v2"):
+        rollback(unused, "a")
+    assert rollback(unused, "a", 3) == _with_versions(3)

@@ -1,0 +1,126 @@
+"""Verifying a RUN: every byte that the registry vouches for, and nothing beside it."""
+
+import json
+
+import pytest
+
+from clustering.errors import UserError
+from clustering.files import sha256
+from experts.expert import Expert
+from experts.registry import Registry
+from experts.verify import hash_directory, verify
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A RUN of a seed, one published expert in two versions and one in training."""
+    experts = (Expert(name="a", languages=("en",)), Expert(name="b", languages=("fr",)))
+    for folder in ("seed", "experts/a/v1", "experts/a/v2", "experts/b/v1"):
+        (tmp_path / folder / "tokens").mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").write_text(folder)
+        (tmp_path / folder / "tokens/vocab.json").write_text("{}")
+    registry = Registry(seed_sha256=hash_directory(tmp_path / "seed"), experts=experts)
+    registry = registry.publish("a", 1, sha256=hash_directory(tmp_path / "experts/a/v1"), tokens=1)
+    registry = registry.start("a").publish(
+        "a", 2, sha256=hash_directory(tmp_path / "experts/a/v2"), tokens=1
+    )
+    registry.save(tmp_path)
+    return tmp_path
+
+
+def _found(run) -> list[tuple[str, str]]:
+    return [(fault.kind, fault.file) for fault in verify(run)]
+
+
+def test_a_sound_run_has_no_faults(run):
+    assert verify(run) == []
+
+
+def test_hashes_are_those_of_the_bytes_by_path(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/b").write_bytes(b"")
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "CARD.md").write_text("left out, since it states these hashes")
+    assert hash_directory(tmp_path) == {
+        "a": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "sub/b": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    }
+
+
+@pytest.mark.parametrize("folder", ["seed", "experts/a/v2", "experts/a/v1"])
+def test_missing_changed_and_unknown_files_are_named(run, folder):
+    (run / folder / "model.safetensors").write_text("other")
+    (run / folder / "tokens/vocab.json").unlink()
+    (run / folder / "modeling.py").write_text("print('ran')")
+    assert _found(run) == [
+        ("changed", f"{folder}/model.safetensors"),
+        ("unknown", f"{folder}/modeling.py"),
+        ("missing", f"{folder}/tokens/vocab.json"),
+    ]
+
+
+def test_a_change_of_one_byte_is_told_with_both_hashes(run):
+    (run / "seed/model.safetensors").write_text("sead")
+    fault = str(verify(run)[0])
+    assert Registry.load(run).seed_sha256["model.safetensors"] in fault
+    assert hash_directory(run / "seed")["model.safetensors"] in fault
+
+
+def test_what_is_in_training_and_a_card_may_change(run):
+    (run / "experts/b/v1/model.safetensors").write_text("a later step")
+    (run / "experts/a/v2/CARD.md").write_text("better words")
+    assert verify(run) == []
+
+
+def test_a_retired_version_may_be_deleted_but_a_published_one_may_not(run):
+    for version in ("v1", "v2"):
+        (run / f"experts/a/{version}").rename(run / f"moved-{version}")
+    assert _found(run) == [
+        ("missing", "experts/a/v2/model.safetensors"),
+        ("missing", "experts/a/v2/tokens/vocab.json"),
+    ]
+
+
+def test_a_path_out_of_the_run_is_a_fault_and_is_not_read(run):
+    value = json.loads((run / "registry.json").read_text())
+    value["experts"][0]["path"] = "../elsewhere"
+    (run / "registry.json").write_text(json.dumps(value))
+    assert _found(run) == [("broken", "registry.json")]
+    assert "path must lie inside the RUN; got '../elsewhere'" in str(verify(run)[0])
+
+
+def test_a_link_to_a_directory_is_a_fault(run):
+    (run / "elsewhere").mkdir()
+    (run / "experts/a/v2/link").symlink_to(run / "elsewhere", target_is_directory=True)
+    assert _found(run) == [("broken", "experts/a/v2")]
+
+
+def test_a_link_that_leads_nowhere_is_a_missing_file(run):
+    (run / "seed/model.safetensors").unlink()
+    (run / "seed/model.safetensors").symlink_to(run / "nowhere")
+    assert _found(run) == [("missing", "seed/model.safetensors")]
+
+
+def test_a_directory_that_is_not_there_has_no_hashes(tmp_path):
+    with pytest.raises(UserError, match="there is no directory"):
+        hash_directory(tmp_path / "none")
+
+
+def test_what_cannot_be_read_is_a_fault_and_does_not_end_the_search(run, monkeypatch):
+    def unreadable(path):
+        if path.name == "model.safetensors":
+            raise UserError(f"{path} cannot be read: Permission denied")
+        return sha256(path)
+
+    monkeypatch.setattr("experts.verify.sha256", unreadable)
+    (run / "seed/tokens/vocab.json").write_text("other")
+    assert _found(run)[:2] == [
+        ("broken", "seed/model.safetensors"),
+        ("changed", "seed/tokens/vocab.json"),
+    ]
+    assert len(_found(run)) == 4
+
+
+def test_a_directory_without_a_registry_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="is no RUN"):
+        verify(tmp_path)
