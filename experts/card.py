@@ -1,0 +1,104 @@
+"""The model card of an expert: Markdown with the front matter that the Hugging Face Hub reads."""
+
+import json
+from collections.abc import Mapping
+
+from experts.expert import SEED, Expert
+from experts.registry import Registry
+
+# https://huggingface.co/docs/hub/model-cards: keys of the front matter that only the user can know.
+FRONT_MATTER_FACTS = ("base_model", "license")
+
+
+def card(expert: Expert, registry: Registry, facts: Mapping[str, str | int | float]) -> str:
+    """The text of CARD.md for a published expert of `registry`.
+
+    `facts` are shown under their keys, in their order; 'base_model' (the Hub name of the seed) and
+    'license' go into the front matter, which leaves them out where they are not given, for the Hub
+    refuses made-up values.
+    """
+    sections = (
+        _front_matter(expert, facts),
+        f"# {expert.name}",
+        _introduction(expert),
+        _table(("", ""), _rows(expert, registry, facts)),
+        "## Use",
+        _USE,
+        "## Files",
+        _table(
+            ("file", "SHA-256"),
+            [(f"`{file}`", f"`{digest}`") for file, digest in sorted(expert.sha256.items())],
+        ),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+directory = "."  # the directory of this card
+model = AutoModelForCausalLM.from_pretrained(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory)
+```"""
+
+
+def _front_matter(expert: Expert, facts: Mapping[str, str | int | float]) -> str:
+    # JSON strings are YAML strings; unquoted, the language "no" would be the truth value false.
+    lines = ["---"]
+    lines += ["language:", *(f"- {json.dumps(language)}" for language in _languages(expert))]
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- xelm"]
+    lines += [f"{key}: {json.dumps(str(facts[key]))}" for key in FRONT_MATTER_FACTS if key in facts]
+    return "\n".join([*lines, "---"])
+
+
+def _languages(expert: Expert) -> tuple[str, ...]:
+    """What it was trained on: in a cluster of documents, more languages than it is first for."""
+    return tuple(expert.documents or expert.languages)
+
+
+def _introduction(expert: Expert) -> str:
+    served = ", ".join(_languages(expert))
+    if expert.documents:
+        served = f"documents like those of one cluster, in {served}"
+    return (
+        "A cross-lingual expert language model (X-ELM, "
+        f"[Blevins et al. 2024](https://arxiv.org/abs/2401.10440)) for {served}. It stands alone, "
+        "and it is made to be one of an ensemble of experts from the same seed."
+    )
+
+
+def _rows(
+    expert: Expert, registry: Registry, facts: Mapping[str, str | int | float]
+) -> list[tuple[str, str]]:
+    rows = [
+        ("version", str(expert.version)),
+        ("languages", ", ".join(_languages(expert))),
+        ("cluster", expert.cluster or "none: grown from its parent"),
+        ("parent", expert.parent),
+        ("lineage", " ← ".join(_lineage(expert, registry))),
+        ("round", str(expert.round)),
+        ("tokens of training", f"{expert.tokens:,}"),
+    ]
+    return rows + [
+        (key, str(value)) for key, value in facts.items() if key not in FRONT_MATTER_FACTS
+    ]
+
+
+def _lineage(expert: Expert, registry: Registry) -> list[str]:
+    """References from the expert back to the seed."""
+    known = {other.reference: other for other in registry.experts}
+    line = [expert.reference]
+    while expert.parent != SEED:
+        expert = known[expert.parent]
+        line.append(expert.reference)
+    return [*line, SEED]
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    cells = [head, ("---", "---"), *((_cell(key), _cell(value)) for key, value in rows)]
+    return "\n".join(f"| {left} | {right} |" for left, right in cells)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
