@@ -1,0 +1,9 @@
+"""The one exception type of xelm that is not built in.
+
+`experts` and `xelm` import it from here, because imports point this way. It knows nothing about how
+it is shown: the command line prints its message as one line and exits with code 2.
+"""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; names the thing, what was wanted and what came."""

@@ -1,0 +1,132 @@
+"""How the types that cross package borders reach the disk: JSON and `.npz`, written whole or not at
+all.
+
+Knows atomic replacement, format numbers and hashes. Does not know what is inside the files. Nothing
+is ever pickled: loading somebody's file must not run their code.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from clustering.errors import UserError
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MAY_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically; ValueError for NaN and infinity."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    _replace(Path(path), lambda file: file.write(text.encode()))
+
+
+def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays as one uncompressed `.npz`, atomically; equal arrays give equal bytes.
+
+    Raises ValueError for an array of Python objects, which could only be pickled.
+    """
+    objects = [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]
+    if objects:
+        raise ValueError(
+            f"arrays of numbers or strings wanted; got Python objects in {', '.join(objects[:5])}"
+        )
+    named: dict[str, Any] = dict(arrays)
+    _replace(Path(path), lambda file: np.savez(file, allow_pickle=False, **named))
+
+
+def read_json(path: str | os.PathLike[str], newest_format: int = 1) -> dict[str, Any]:
+    """The JSON object in a file that carries a `format` number.
+
+    Raises UserError if the file is missing or damaged, or newer than `newest_format`, the highest
+    that the caller reads.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    except ValueError as error:  # covers bytes that are not UTF-8
+        raise UserError(f"{path} is not JSON: {error}") from error
+    number = value.get("format") if isinstance(value, dict) else None
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise UserError(
+            f'{path} wants a JSON object with a "format" number of 1 or more; got {number!r}'
+        )
+    if number > newest_format:
+        raise UserError(
+            f"{path} is of format {number}, this xelm reads up to {newest_format}; upgrade xelm"
+        )
+    return value
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz`; UserError if it is missing, damaged, or holds pickled objects."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: an .npy
+        raise UserError(f"{path} is not an .npz of plain arrays: {error}") from error
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file in hexadecimal, read piece by piece."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    # The temporary file lies in the same folder, since os.replace is atomic only within one file
+    # system.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> Exception:
+    if error.errno in _DISK_IS_FULL:
+        return UserError(f"the disk is full: {path} could not be written; nothing was changed")
+    if error.errno in _MAY_NOT_WRITE:
+        return UserError(f"{path} may not be written ({error.strerror}); nothing was changed")
+    return error
+
+
+def _cannot_read(path: str | os.PathLike[str], error: OSError) -> UserError:
+    reason = (
+        "does not exist"
+        if isinstance(error, FileNotFoundError)
+        else f"cannot be read: {error.strerror}"
+    )
+    return UserError(f"{path} {reason}")
