@@ -1,0 +1,111 @@
+"""URIEL feature vectors of languages, read from the data files of the installed `lang2vec` package.
+
+Knows the files and the named feature sets of lang2vec 1.1 (Littell et al., EACL 2017,
+aclanthology.org/E17-2002). Does not import lang2vec, whose import fails with setuptools >= 82, and
+does not copy its data, which is CC-BY-SA-4.0.
+"""
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from clustering import files
+from clustering.errors import UserError
+from clustering.languages import english_name, iso639_3
+
+# Name -> (data file, source within it, prefix of its features), as in lang2vec's FEATURE_SETS_DICT.
+# Left out: `id`, which holds nothing about relatives, `learned`, which is a pickle, and the single
+# sources of sound inventories, which know few languages each and are joined in inventory_average.
+FEATURE_SETS = {
+    "syntax_wals": ("features.npz", "WALS", "S_"),
+    "phonology_wals": ("features.npz", "WALS", "P_"),
+    "syntax_sswl": ("features.npz", "SSWL", "S_"),
+    "syntax_ethnologue": ("features.npz", "ETHNO", "S_"),
+    "phonology_ethnologue": ("features.npz", "ETHNO", "P_"),
+    "syntax_knn": ("feature_predictions.npz", "predicted", "S_"),
+    "phonology_knn": ("feature_predictions.npz", "predicted", "P_"),
+    "inventory_knn": ("feature_predictions.npz", "predicted", "INV_"),
+    "syntax_average": ("feature_averages.npz", "avg", "S_"),
+    "phonology_average": ("feature_averages.npz", "avg", "P_"),
+    "inventory_average": ("feature_averages.npz", "avg", "INV_"),
+    "fam": ("family_features.npz", "FAM", ""),
+    "geo": ("geocoord_features.npz", "GEOCOORDS", ""),
+}
+
+
+def features(
+    languages: Sequence[str], set_name: str = "syntax_average"
+) -> tuple[Float[np.ndarray, "languages features"], tuple[str, ...]]:
+    """Feature values in 0..1 with NaN for missing ones, and the names of the features.
+
+    `languages` are canonical tags; several sets are joined by `+`. Raises UserError for an unknown
+    set, and for languages of which the set knows nothing, all of them in one message.
+    """
+    codes = codes_with_data(languages, set_name)
+    blocks: list[np.ndarray] = []
+    names: list[str] = []
+    for part in _parts(set_name):
+        values, known, part_names = _read(part)
+        blocks.append(values[[known.index(codes[language]) for language in languages]])
+        names += part_names
+    joined = np.concatenate(blocks, axis=1)
+    return np.where(joined == -1, np.nan, joined), tuple(names)
+
+
+def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") -> dict[str, str]:
+    """Tag -> the ISO 639-3 code of its features: the first of `languages.iso639_3` with any."""
+    informed = set.intersection(*(_informed(part) for part in _parts(set_name)))
+    found = {tag: [code for code in iso639_3(tag) if code in informed] for tag in languages}
+    without = [f"{tag} ({english_name(tag)})" for tag, codes in found.items() if not codes]
+    if without:
+        raise UserError(
+            f"URIEL has no {set_name} features for {', '.join(without)}; "
+            "exclude them, or assign them to clusters by hand"
+        )
+    return {tag: codes[0] for tag, codes in found.items()}
+
+
+def made_from(set_name: str) -> dict[str, str]:
+    """Name -> version of lang2vec, or SHA-256 of the data files that a set is read from."""
+    names = dict.fromkeys(FEATURE_SETS[part][0] for part in _parts(set_name))
+    hashes = {name: files.sha256(_data_file(name)) for name in names}
+    return {"lang2vec": _distribution().version} | hashes
+
+
+def _parts(set_name: str) -> list[str]:
+    parts = set_name.split("+")
+    unknown = [part for part in parts if part not in FEATURE_SETS]
+    if unknown:
+        raise UserError(f"unknown feature set {unknown[0]!r}; there are {', '.join(FEATURE_SETS)}")
+    return parts
+
+
+def _informed(part: str) -> set[str]:
+    values, known, _ = _read(part)
+    return {known[row] for row in np.flatnonzero((values != -1).any(axis=1))}
+
+
+def _read(part: str) -> tuple[np.ndarray, list[str], list[str]]:
+    """Values [codes, features] with -1 for missing, the codes, the names of the features."""
+    file_name, source, prefix = FEATURE_SETS[part]
+    data = files.read_arrays(_data_file(file_name))
+    columns = np.flatnonzero(np.char.startswith(data["feats"], prefix))
+    layer = data["sources"].tolist().index(source)
+    names = [str(name).replace(" ", "_") for name in data["feats"][columns]]
+    return data["data"][:, columns, layer].astype(np.float64), data["langs"].tolist(), names
+
+
+def _data_file(name: str) -> Path:
+    return Path(str(_distribution().locate_file(f"lang2vec/data/{name}")))
+
+
+def _distribution() -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution("lang2vec")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            "typology needs the URIEL data of the package lang2vec: pip install lang2vec"
+        ) from error
