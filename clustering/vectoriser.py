@@ -1,0 +1,115 @@
+"""Subword ids -> TF-IDF vectors in a small space, for whole documents and for every prefix of one.
+
+Knows the formula h = s / ||s||, s = sum_u idf(x_u) P[x_u] (DESIGN section 5), which with raw counts
+is one running sum. Does not know how idf and P are found (`tfidf`) or what the ids stand for.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+_TOKENS_PER_CHUNK = 1 << 18
+"""Bounds the memory of `transform`: some 200 MB of distinct terms at 100 dimensions in the worst
+case."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Vectoriser:
+    """A fitted TF-IDF and SVD, shapes by V (vocabulary) and D (dimensions)."""
+
+    idf: Float[np.ndarray, " V"]
+    """Inverse document frequency of each term, float32."""
+    projection: Float[np.ndarray, "V D"]
+    """P: the right singular vectors, float32; zero rows for terms never seen in fitting."""
+
+    def __post_init__(self) -> None:
+        if self.projection.ndim != 2 or self.idf.shape != self.projection.shape[:1]:
+            raise ValueError(
+                "idf [V] and projection [V, D] wanted; "
+                f"got {self.idf.shape} and {self.projection.shape}"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Vectoriser):
+            return NotImplemented
+        same_idf = np.array_equal(self.idf, other.idf)
+        return same_idf and np.array_equal(self.projection, other.projection)
+
+    __hash__ = None  # type: ignore[assignment]  # arrays do not hash
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V."""
+        return self.projection.shape[0]
+
+    @property
+    def dimensions(self) -> int:
+        """D."""
+        return self.projection.shape[1]
+
+    def transform(self, documents: Iterable[np.ndarray]) -> Float[np.ndarray, "documents D"]:
+        """Unit vectors h, float32; zero for a document that is empty or holds only unseen terms.
+
+        `documents` are integer arrays [tokens]. Raises ValueError for an id outside the vocabulary.
+        """
+        blocks = [_unit(self._sums(chunk)) for chunk in _chunks(documents)]
+        return np.concatenate([np.zeros((0, self.dimensions), np.float32), *blocks])
+
+    def prefix(self, ids: Integer[np.ndarray, " T"]) -> Float[np.ndarray, "T D"]:
+        """h(x_<t), float32, at each position t of a document: row 0 is zero, row t knows t ids."""
+        check_ids(ids, self.vocabulary_size)
+        if len(ids) == 0:
+            return np.zeros((0, self.dimensions), np.float32)
+        terms = self._terms(ids[:-1])
+        sums = np.concatenate([np.zeros((1, self.dimensions)), np.cumsum(terms, axis=0)])
+        return _unit(sums)
+
+    def _terms(self, ids: np.ndarray) -> np.ndarray:
+        # float64, so that sums over long documents stay exact to 1e-6 in whatever order they are
+        # taken.
+        return self.idf[ids, None].astype(np.float64) * self.projection[ids]
+
+    def _sums(self, documents: list[np.ndarray]) -> np.ndarray:
+        """s for each document, float64 [documents, D]."""
+        from scipy import sparse
+
+        ids = np.concatenate(documents)
+        check_ids(ids, self.vocabulary_size)
+        terms, inverse = np.unique(ids, return_inverse=True)
+        ends = np.cumsum([0, *(len(document) for document in documents)])
+        # Repeated columns add up in the product, so they need not be counted first.
+        counts = sparse.csr_array(
+            (np.ones(len(ids)), inverse, ends), shape=(len(documents), len(terms))
+        )
+        return counts @ self._terms(terms)
+
+
+def check_ids(ids: np.ndarray, vocabulary_size: int) -> None:
+    """Raise ValueError unless all ids are integers in 0..vocabulary_size-1."""
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
+        raise ValueError(f"subword ids wanted as integers [tokens]; got {ids.dtype} {ids.shape}")
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary_size:
+        raise ValueError(
+            f"subword ids must be in 0..{vocabulary_size - 1}; got {ids.min()}..{ids.max()}"
+        )
+
+
+def _chunks(documents: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    chunk: list[np.ndarray] = []
+    tokens = 0
+    for document in documents:
+        ids = np.asarray(document)
+        chunk.append(ids if len(ids) else np.zeros(0, np.int64))  # np.asarray([]) would be float
+        tokens += len(ids)
+        if tokens >= _TOKENS_PER_CHUNK:
+            yield chunk
+            chunk, tokens = [], 0
+    if chunk:
+        yield chunk
+
+
+def _unit(sums: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    return np.divide(sums, norms, out=np.zeros_like(sums), where=norms > 0).astype(np.float32)

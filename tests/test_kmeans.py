@@ -1,0 +1,91 @@
+"""Balanced k-means respects the bound, nearly reaches the optimum, and repeats itself."""
+
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from clustering import kmeans
+from clustering.errors import UserError
+
+
+def blobs(rows, weights, spread, seed=0):
+    """Unit vectors around len(weights) orthogonal centres, and the centre of each."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(len(weights), rows, p=weights)
+    centres = np.linalg.qr(rng.normal(size=(20, 20)))[0][: len(weights)]
+    points = centres[labels] + spread * rng.normal(size=(rows, 20))
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("rows", [60, 301])
+@pytest.mark.parametrize("clusters", [1, 2, 7])
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_balanced_assignment_nearly_reaches_the_least_cost(rows, clusters, spread):
+    points, _ = blobs(rows, [0.7, 0.1, 0.1, 0.1], spread)
+    centres = points[np.random.default_rng(1).choice(rows, clusters, replace=False)]
+    costs = ((points[:, None] - centres[None]) ** 2).sum(axis=2).astype(np.float64)
+    capacity = -(-rows // clusters)
+    labels = kmeans.assign_balanced(costs, capacity)
+    assert np.bincount(labels).max() <= capacity
+    row, place = linear_sum_assignment(np.repeat(costs, capacity, axis=1))
+    least = costs[row, place // capacity].sum()
+    assert least - 1e-9 <= costs[np.arange(rows), labels].sum() <= least * (1 + 1e-4) + 1e-6
+
+
+def test_an_assignment_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="2 clusters of at most 3 cannot hold 7 rows"):
+        kmeans.assign_balanced(np.zeros((7, 2)), 3)
+
+
+def test_equal_costs_fill_every_cluster():
+    labels = kmeans.assign_balanced(np.ones((12, 3)), 4)
+    assert np.bincount(labels).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("rows", "k"), [(500, 8), (503, 8), (40, 40), (41, 1)])
+def test_sizes_are_bounded_while_fitting(rows, k):
+    points, _ = blobs(rows, [0.6, 0.2, 0.1, 0.1], 0.3)
+    fitted = kmeans.fit(points, k, seed=0)
+    assert sum(fitted.sizes) == rows
+    assert max(fitted.sizes) <= -(-rows // k)
+    assert 1 <= fitted.balance <= 1 + k / rows
+    distances = ((points - fitted.centres[fitted.labels]) ** 2).sum(axis=1)
+    assert fitted.inertia == pytest.approx(distances.mean(), rel=1e-5)
+
+
+def test_equal_blobs_are_found():
+    points, labels = blobs(800, [0.25] * 4, 0.05)
+    fitted = kmeans.fit(points, 4, seed=0)
+    found = kmeans.assign(points, fitted.centres)
+    table = np.zeros((4, 4), int)
+    np.add.at(table, (found, labels), 1)
+    assert (table > 0).sum() == 4  # each cluster is one blob
+
+
+def test_the_same_seed_gives_the_same_fit_and_the_argument_is_not_changed():
+    points, _ = blobs(300, [0.5, 0.5], 0.3)
+    before = points.copy()
+    first, second = (kmeans.fit(points, 5, seed=3, sample_size=200) for _ in range(2))
+    np.testing.assert_array_equal(first.centres, second.centres)
+    np.testing.assert_array_equal(first.labels, second.labels)
+    np.testing.assert_array_equal(first.rows, second.rows)
+    np.testing.assert_array_equal(points, before)
+    assert len(first.rows) == 200
+
+
+def test_assignment_is_to_the_nearest_centre():
+    points, _ = blobs(200, [0.7, 0.3], 0.3)
+    centres = kmeans.fit(points, 3, seed=0).centres
+    wanted = [np.argmin([np.linalg.norm(point - centre) for centre in centres]) for point in points]
+    assert kmeans.assign(points, centres).tolist() == wanted
+    assert kmeans.assign(points[:0], centres).tolist() == []
+
+
+def test_empty_documents_are_left_out_and_too_few_distinct_ones_refused():
+    points = np.zeros((6, 3), np.float32)
+    points[1], points[4] = [1, 0, 0], [0, 1, 0]
+    assert kmeans.fit(points, 2, seed=0).rows.tolist() == [1, 4]
+    with pytest.raises(UserError, match="between 1 and 2 documents that are not empty; got 3"):
+        kmeans.fit(points, 3, seed=0)
+    with pytest.raises(UserError, match="number of distinct documents, 1; got 2"):
+        kmeans.fit(np.ones((5, 3), np.float32), 2, seed=0)
