@@ -1,0 +1,219 @@
+"""A Clustering is checked when made, equal after saving, and readable."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from clustering import control, files, tfidf, typology
+from clustering.clustering import Clustering, name_clusters
+from clustering.errors import UserError
+
+LANGUAGES = ["en", "fr", "es", "de", "el", "bg", "ru", "tr"]
+
+
+def of_documents():
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(10 * (i % 3), 10 * (i % 3) + 12, 30) for i in range(60)]
+    languages = ["en" if i % 3 < 2 else "sw" for i in range(60)]
+    fitted = tfidf.fit(documents, 40, dimensions=5)
+    return tfidf.cluster(documents, languages, fitted, 3, made_from={"en.jsonl": "ab" * 32})
+
+
+EXAMPLES = {
+    "balanced": lambda: typology.cluster(LANGUAGES, 3, exclude=["nn"]),
+    "free": lambda: typology.cluster(LANGUAGES, 3, balanced=False),
+    "random": lambda: control.random_clusters(LANGUAGES, 3, seed=1),
+    "by hand": lambda: control.by_hand({"română": ["ro"], "rest": ["sr-Latn", "pt-BR"]}, ["tr"]),
+    "documents": of_documents,
+}
+
+
+@pytest.mark.parametrize("make", EXAMPLES.values(), ids=EXAMPLES)
+def test_a_saved_clustering_loads_equal(make, tmp_path):
+    clustering = make()
+    clustering.save(tmp_path / "clusters")
+    assert Clustering.load(tmp_path / "clusters") == clustering
+    assert make() == clustering
+
+
+def test_equality_sees_every_field():
+    clustering = EXAMPLES["documents"]()
+    changes = {
+        "method": "other",
+        "parameters": {},
+        "made_from": {},
+        "unassigned": ("tr",),
+        "centres": clustering.centres + 1,
+        "vectoriser": dataclasses.replace(clustering.vectoriser, idf=clustering.vectoriser.idf + 1),
+    }
+    for name, value in changes.items():
+        assert dataclasses.replace(clustering, **{name: value}) != clustering
+    tree = EXAMPLES["balanced"]()
+    assert dataclasses.replace(tree, distances=tree.distances / 2) != tree
+    assert dataclasses.replace(tree, merges=None) != tree
+    turned = dict(reversed(tree.clusters.items()))
+    assert dataclasses.replace(tree, clusters=turned) != tree
+
+
+def test_the_json_has_the_keys_that_others_rely_on(tmp_path):
+    clustering = EXAMPLES["balanced"]()
+    clustering.save(tmp_path)
+    value = json.loads((tmp_path / "clusters.json").read_text(encoding="utf-8"))
+    assert value["format"] == 1
+    assert value["method"] == "typology"
+    assert value["parameters"]["k"] == 3
+    assert value["clusters"] == {name: list(group) for name, group in clustering.clusters.items()}
+    assert value["unassigned"] == ["nn"]
+    assert value["languages"] == LANGUAGES
+    assert value["distances"] == {"file": "clusters.npz", "array": "distances"}
+    assert value["made_from"]["feature_averages.npz"]
+    with np.load(tmp_path / "clusters.npz") as arrays:
+        np.testing.assert_array_equal(arrays["distances"], clustering.distances)
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    first, second = EXAMPLES["balanced"](), EXAMPLES["random"]()
+    first.save(tmp_path)
+    with pytest.raises(UserError, match=r"clusters\.json exists already"):
+        second.save(tmp_path)
+    assert Clustering.load(tmp_path) == first
+    second.save(tmp_path, overwrite=True)
+    assert Clustering.load(tmp_path) == second
+    assert os.listdir(tmp_path) == ["clusters.json"]
+
+
+def test_files_of_two_clusterings_are_not_mixed(tmp_path, monkeypatch):
+    EXAMPLES["balanced"]().save(tmp_path)
+
+    def crash(path, value):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(files, "write_json", crash)
+    with pytest.raises(RuntimeError):
+        typology.cluster(["en", "de"], 1).save(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match=r"clusters\.npz is not the file that"):
+        Clustering.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "is of format 2"),
+        ({"clusters": {"../../home": ["en"]}, "languages": ["en"]}, "cluster names want"),
+        ({"clusters": {"a": ["en"], "b": ["en"]}, "languages": ["en"]}, "en is in several"),
+        ({"clusters": None}, "damaged"),
+        ({"merges": [{}]}, "damaged"),
+        ({"languages": ["en", "fr"]}, "no cluster|not listed"),
+    ],
+)
+def test_a_damaged_file_is_refused(change, message, tmp_path):
+    EXAMPLES["random"]().save(tmp_path)
+    path = tmp_path / "clusters.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        Clustering.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"clusters": {}}, "at least one cluster"),
+        ({"clusters": {"a": ("en", "es"), "b": ("en",)}}, "en is in several clusters"),
+        ({"clusters": {"a": ("en",)}}, "es is in no cluster"),
+        ({"clusters": {"a": ("en", "es", "de")}}, "de is not listed"),
+        ({"clusters": {"a": ("en", "es"), "b": ()}}, "b is empty"),
+        ({"unassigned": ("es",)}, "es is both unassigned and in a cluster"),
+        ({"clusters": {"a": ("en",), "A": ("es",)}}, "differ in more than case"),
+        ({"clusters": {".a": ("en", "es")}}, "a letter or digit first"),
+        ({"clusters": {"a/b": ("en", "es")}}, "cluster names want"),
+    ],
+)
+def test_no_language_is_lost_or_doubled(fields, message):
+    valid = {"method": "by-hand", "clusters": {"a": ("en", "es")}, "languages": ("en", "es")}
+    Clustering(**valid)
+    with pytest.raises(UserError, match=message):
+        Clustering(**(valid | fields))
+
+
+def test_arrays_must_fit():
+    tree, documents = EXAMPLES["balanced"](), EXAMPLES["documents"]()
+    with pytest.raises(ValueError, match=r"distances must be \[8, 8\]"):
+        dataclasses.replace(tree, distances=tree.distances[:2, :2])
+    with pytest.raises(ValueError, match="has 7 merges; got 6"):
+        dataclasses.replace(tree, merges=tree.merges[1:])
+    with pytest.raises(ValueError, match="come together"):
+        dataclasses.replace(documents, centres=None)
+    with pytest.raises(ValueError, match=r"centres must be \[3, 5\]"):
+        dataclasses.replace(documents, centres=documents.centres[:, :1])
+    with pytest.raises(ValueError, match="JSON values"):
+        dataclasses.replace(tree, parameters={"a": (1, 2)})
+
+
+def test_cluster_of_takes_any_code_of_the_language():
+    clustering = control.by_hand({"east": ["sw", "he"], "west": ["en"]}, unassigned=["tr"])
+    assert clustering.cluster_of("swh") == "east"
+    assert clustering.cluster_of("iw") == "east"
+    with pytest.raises(UserError, match="tr is unassigned"):
+        clustering.cluster_of("tr")
+    with pytest.raises(UserError, match=r"de is not among the languages .* sw, he, en"):
+        clustering.cluster_of("de")
+    with pytest.raises(ValueError, match="use cluster_of"):
+        clustering.assign(np.zeros((1, 3)))
+
+
+def test_names_say_what_is_inside_and_are_good_folders():
+    assert name_clusters([("en", "es")]) == {"en-es": ("en", "es")}
+    assert list(name_clusters([("a", "b", "c", "d"), tuple("efghi")])) == ["a-b-c-d", "e-f-g-plus2"]
+    assert list(name_clusters([("pt-BR",), ("pt", "br")])) == ["pt-BR", "pt-br_2"]
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_random_clusters_are_even_and_decided_by_the_seed(k):
+    first = control.random_clusters(LANGUAGES, k, seed=0)
+    sizes = [len(members) for members in first.clusters.values()]
+    assert len(sizes) == k
+    assert max(sizes) - min(sizes) <= 1
+    assert first == control.random_clusters(LANGUAGES, k, seed=0)
+    others = [control.random_clusters(LANGUAGES, 3, seed=seed).clusters for seed in range(5)]
+    assert len({str(clusters) for clusters in others}) > 1
+    with pytest.raises(UserError, match="between 1 and 8 languages; got 9"):
+        control.random_clusters(LANGUAGES, 9, seed=0)
+
+
+def test_a_language_in_two_groups_by_hand_is_refused():
+    with pytest.raises(UserError, match=r"sw \(as sw, swh\)"):
+        control.by_hand({"a": ["sw"], "b": ["swh"]})
+
+
+def test_a_clustering_prints_as_a_table():
+    assert str(EXAMPLES["by hand"]()) == (
+        "by-hand: 3 languages, 2 clusters of languages\n"
+        "  română  Romanian\n"
+        "  rest    Serbian (Latin), Portuguese (Brazil)\n"
+        "  unassigned: Turkish"
+    )
+    lines = str(EXAMPLES["documents"]()).splitlines()
+    assert lines[0] == "tfidf: 2 languages, 3 clusters of documents"
+    assert sorted(lines[1:])[0].startswith("  c0  20 documents: ")
+    assert sum("sw 100%" in line for line in lines) == 1
+
+
+def test_importing_loads_nothing_heavy():
+    code = """
+import sys, clustering
+assert "numpy" not in sys.modules
+from clustering import typology, tfidf, control, storage, figures
+heavy = {"jax", "flax", "torch", "scipy", "sklearn", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+typology.cluster(["en", "es", "de", "el"], 2)
+heavy = {"jax", "flax", "torch", "scipy", "sklearn", "matplotlib"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=os.path.dirname(os.path.dirname(__file__))
+    )
