@@ -1,0 +1,253 @@
+"""Pictures of a `Clustering`: its tree, its distances, and what clusters of documents hold.
+
+Each draws on `ax`, or on a new figure, and returns the axes; none saves or shows. Knows the one
+palette that every figure of xelm shares. Numbers are computed elsewhere.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clustering import pairing
+from clustering.clustering import Clustering
+from clustering.errors import UserError
+from clustering.languages import english_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Paul Tol's "muted" scheme (personal.sron.nl/~pault), made for colour blindness, in an order that
+# keeps neighbours apart.
+_PALETTE = (
+    "#332288",
+    "#CC6677",
+    "#117733",
+    "#DDCC77",
+    "#88CCEE",
+    "#AA4499",
+    "#44AA99",
+    "#882255",
+    "#999933",
+)
+_ABOVE = "#888888"
+"""Joins above the clusters, and whatever belongs to none."""
+_DISTANCE = "typological distance (0 to 1)"
+_GAP = 0.02
+"""Least distance between a join and those below it in a tree, as a share of the farthest join."""
+_ROOM_FOR_NUMBERS = 20
+"""Languages up to which a heat map shows figures and level labels."""
+_INCHES_PER_LETTER = 0.08
+"""Width of a letter of the default font, rounded up."""
+_NARROWEST = 0.04
+"""Share of a bar in which a language code of three letters can still be read."""
+
+
+def cluster_colours(names: Sequence[str]) -> dict[str, str]:
+    """Cluster -> colour, `#rrggbb`, by position.
+
+    Beyond nine clusters the colours return darker, then lighter: names must tell as well.
+    """
+    rounds = (_PALETTE, _mix(_PALETTE, "#000000", 0.4), _mix(_PALETTE, "#ffffff", 0.5))
+    every = [colour for palette in rounds for colour in palette]
+    return {name: every[index % len(every)] for index, name in enumerate(names)}
+
+
+def dendrogram(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
+    """The tree from languages to one group, each cluster in its colour, joins above it in grey.
+
+    A join is drawn a little farther out than those below it, even if its languages are closer:
+    balance forces some distant pairs together early.
+    """
+    if clustering.merges is None:
+        raise UserError(
+            f"a tree wants clusters joined from pairs; method {clustering.method!r} has none"
+        )
+    languages = clustering.languages
+    ax = _axes(ax, (7.0, 1.2 + 0.27 * len(languages)))
+    colours = cluster_colours(tuple(clustering.clusters))
+    leaf_colours = [colours[clustering.cluster_of(language)] for language in languages]
+    gap = _GAP * max((merge.distance for merge in clustering.merges), default=0.0)
+    tree = pairing.linkage_matrix(languages, clustering.merges, gap=gap)
+    order = _draw_tree(ax, tree, leaf_colours, len(colours))
+    heights = np.arange(len(languages))
+    ax.scatter(
+        np.zeros(len(order)),
+        heights,
+        s=36,
+        c=[leaf_colours[leaf] for leaf in order],
+        zorder=3,
+        clip_on=False,
+    )
+    ax.set_yticks(heights, [_label(languages[leaf]) for leaf in order])
+    ax.set_ylim(-0.6, len(languages) - 0.4)
+    ax.set_xlim(left=0)
+    ax.tick_params(axis="y", length=0, pad=8)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.set_xlabel(f"{_DISTANCE} of the closest pair joined")
+    _legend(ax, colours)
+    return ax
+
+
+def distance_heatmap(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
+    """Distances between all languages, in cluster order, each cluster framed in its colour."""
+    if clustering.distances is None:
+        raise UserError(
+            f"distances between languages wanted; method {clustering.method!r} has none"
+        )
+    from matplotlib.patches import Rectangle
+
+    ordered = [language for members in clustering.clusters.values() for language in members]
+    index = [clustering.languages.index(language) for language in ordered]
+    values = clustering.distances[np.ix_(index, index)]
+    labels = [_label(language) for language in ordered]
+    side = 0.36 * len(ordered)
+    words = _INCHES_PER_LETTER * (max(map(len, labels)) + max(map(len, clustering.clusters)))
+    ax = _axes(ax, (side + words + 1.2, side + 1.4))
+    # Greys: the colours are for the clusters.
+    image = ax.imshow(values, cmap="Greys", vmin=0.0, vmax=1.0)
+    ax.figure.colorbar(image, ax=ax, location="bottom", label=_DISTANCE, fraction=0.035, pad=0.02)
+    if len(ordered) <= _ROOM_FOR_NUMBERS:
+        _write_numbers(ax, values)
+    start = 0
+    colours = cluster_colours(tuple(clustering.clusters))
+    for name, members in clustering.clusters.items():
+        size = len(members)
+        frame = Rectangle(
+            (start - 0.5, start - 0.5), size, size, fill=False, edgecolor=colours[name], linewidth=3
+        )
+        ax.add_patch(frame).set_clip_on(False)
+        start += size
+    ax.set_xticks(
+        range(len(ordered)), ordered, rotation=90 if len(ordered) > _ROOM_FOR_NUMBERS else 0
+    )
+    ax.set_yticks(range(len(ordered)), labels)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    _legend(ax, colours)
+    return ax
+
+
+def cluster_composition(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
+    """Shares of languages in each cluster of documents: a bar in its colour, widest share first.
+
+    Languages too few for a label in the bar are summed at its end, and named by their number.
+    """
+    shares, documents = clustering.shares, clustering.documents
+    if shares is None or documents is None:
+        raise UserError(
+            f"clusters of documents wanted; method {clustering.method!r} made clusters of languages"
+        )
+    names = tuple(clustering.clusters)
+    ax = _axes(ax, (8.0, 1.2 + 0.42 * len(names)))
+    colours = cluster_colours(names)
+    for row, name in enumerate(names):
+        start = 0.0
+        for text, share in _pieces(shares[name]):
+            ax.barh(
+                row,
+                share,
+                left=start,
+                height=0.76,
+                color=colours[name],
+                edgecolor="white",
+                linewidth=1.5,
+            )
+            ink = "black" if _brightness(colours[name]) > 0.5 else "white"
+            ax.text(start + share / 2, row, text, ha="center", va="center", color=ink, fontsize=8)
+            start += share
+    counts = [sum(documents[name].values()) for name in names]
+    ax.set_yticks(
+        range(len(names)),
+        [f"{name}  ({count:,})" for name, count in zip(names, counts, strict=True)],
+    )
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1)
+    ax.set_xticks(np.linspace(0, 1, 6), [f"{tick:.0%}" for tick in np.linspace(0, 1, 6)])
+    ax.set_xlabel("share of the cluster's documents")
+    ax.set_ylabel("cluster (documents)")
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    return ax
+
+
+def _draw_tree(ax: "Axes", tree: np.ndarray, leaf_colours: list[str], clusters: int) -> list[int]:
+    """Draw the joins, leaf i at height i; return the leaves from the bottom up."""
+    if len(tree) == 0:
+        ax.set_xlim(0, 1)
+        return [0]
+    from matplotlib.collections import LineCollection
+    from scipy.cluster import hierarchy
+
+    leaves = len(tree) + 1
+    colour_of = dict(enumerate(leaf_colours))
+    for row, (side, *_) in enumerate(tree):
+        # The first n-k joins made the clusters; those above them are grey.
+        colour_of[leaves + row] = colour_of[int(side)] if row < leaves - clusters else _ABOVE
+    drawn = hierarchy.dendrogram(tree, no_plot=True, link_color_func=colour_of.__getitem__)
+    # SciPy puts leaf i at 10 i + 5.
+    lines = [
+        np.column_stack([x, (np.array(y) - 5) / 10])
+        for x, y in zip(drawn["dcoord"], drawn["icoord"], strict=True)
+    ]
+    ax.add_collection(LineCollection(lines, colors=drawn["color_list"], linewidths=2))
+    ax.set_xlim(0, 1.05 * float(tree[:, 2].max()) or 1.0)
+    return [int(leaf) for leaf in drawn["leaves"]]
+
+
+def _write_numbers(ax: "Axes", values: np.ndarray) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if row != column:
+            ink = "white" if value > 0.55 else "black"
+            text = f"{value:.2f}".removeprefix("0")
+            ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
+
+
+def _pieces(shares: dict[str, float]) -> list[tuple[str, float]]:
+    wide = [(tag, share) for tag, share in shares.items() if share >= _NARROWEST]
+    rest = [share for share in shares.values() if share < _NARROWEST]
+    total = sum(rest)
+    text = f"+{len(rest)}" if total >= _NARROWEST else ""
+    return wide + ([(text, total)] if rest else [])
+
+
+def _legend(ax: "Axes", colours: dict[str, str]) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(facecolor=colour, label=name) for name, colour in colours.items()]
+    ax.legend(
+        handles=handles,
+        title="cluster",
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        frameon=False,
+    )
+
+
+def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def _label(tag: str) -> str:
+    return f"{english_name(tag)} ({tag})"
+
+
+def _brightness(colour: str) -> float:
+    """Perceived brightness of `#rrggbb`, 0..1 (ITU-R BT.601 weights)."""
+    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def _mix(colours: Sequence[str], other: str, share: float) -> tuple[str, ...]:
+    def channel(colour: str, at: int) -> int:
+        return round(
+            (1 - share) * int(colour[at : at + 2], 16) + share * int(other[at : at + 2], 16)
+        )
+
+    return tuple(
+        "#" + "".join(f"{channel(colour, at):02x}" for at in (1, 3, 5)) for colour in colours
+    )
