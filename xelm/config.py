@@ -1,7 +1,17 @@
-"""How a language model is trained, as plain values, checked when made. Imports no JAX."""
+"""How a language model is trained and an X-ELM made, as plain values, checked when made.
 
+Imports no JAX, so that the command line stays quick.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from clustering.errors import UserError
+from xelm.models.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,3 +94,112 @@ class TrainConfig:
     def steps(self) -> int:
         """Optimiser steps that fill the budget, at least one."""
         return max(1, round(self.tokens / self.tokens_per_step))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One X-ELM: its seed, its experts and what is grown later."""
+
+    model: ModelConfig | None
+    """Shape of a fresh seed; None where the seed is a Hugging Face checkpoint."""
+    model_type: Literal["llama", "xglm"] = "llama"
+    """Family that a fresh seed is written as."""
+    tokenizer_exponent: float = 0.3
+    """A language's share of the tokenizer's training text is its bytes ** this."""
+    seed: TrainConfig
+    """Training of a fresh seed; not used where the seed is given."""
+    experts: TrainConfig
+    """Training of all experts together, and of the dense baseline: `tokens` is the total, of which
+    each expert gets the share of its languages."""
+    grow: TrainConfig
+    """Training of one grown expert."""
+    donor_share: float = 0.25
+    """Share of a grown expert's rows that are of its parent's languages."""
+    vectoriser_dimensions: int = 100
+    """Of the TF-IDF vectors that clusters of documents and TF-IDF routing use."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.donor_share < 1:
+            raise ValueError(f"donor_share must be in 0..1, below 1; got {self.donor_share}")
+        if self.vectoriser_dimensions < 1:
+            raise ValueError(
+                f"vectoriser_dimensions must be at least 1; got {self.vectoriser_dimensions}"
+            )
+        if not 0 <= self.tokenizer_exponent <= 1:
+            raise ValueError(
+                f"tokenizer_exponent must be between 0 and 1; got {self.tokenizer_exponent}"
+            )
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A configuration as JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_json(kind: type, value: Mapping[str, Any]) -> Any:
+    """A configuration of that type from JSON values; unknown and missing fields are refused."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    unknown = [name for name in value if name not in fields]
+    if unknown:
+        raise UserError(f"{kind.__name__} has no field {', '.join(unknown[:5])}")
+    arguments = {}
+    for name, item in value.items():
+        nested = _dataclass_of(hints[name])
+        arguments[name] = from_json(nested, item) if nested and item is not None else item
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{kind.__name__}: {error}") from error
+
+
+def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
+    """The configuration with settings such as "experts.tokens=3e6" or "seed.dtype=bfloat16"."""
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"a setting is NAME=VALUE, such as experts.tokens=3e6; got {setting!r}")
+        config = _with(config, path.split("."), text, setting)
+    return config
+
+
+def _with(config: Any, path: list[str], text: str, setting: str) -> Any:
+    name, *rest = path
+    hints = typing.get_type_hints(type(config))
+    if name not in hints:
+        raise UserError(f"{setting!r}: there is no {name!r}; there are {', '.join(hints)}")
+    present = getattr(config, name)
+    if rest:
+        if not dataclasses.is_dataclass(present):
+            raise UserError(f"{setting!r}: {name} has no parts here")
+        value = _with(present, rest, text, setting)
+    else:
+        value = _parsed(hints[name], text, setting)
+    try:
+        return dataclasses.replace(config, **{name: value})
+    except ValueError as error:
+        raise UserError(f"{setting!r}: {error}") from error
+
+
+def _parsed(hint: Any, text: str, setting: str) -> Any:
+    if typing.get_origin(hint) is Literal:
+        known = typing.get_args(hint)
+        if text not in known:
+            raise UserError(f"{setting!r}: wanted {' or '.join(known)}")
+        return text
+    if hint is bool:
+        if text not in ("true", "false"):
+            raise UserError(f"{setting!r}: wanted true or false")
+        return text == "true"
+    try:
+        number = float(text)
+        if hint is int and number != int(number):
+            raise ValueError
+        return hint(number)
+    except (ValueError, OverflowError, TypeError):
+        raise UserError(f"{setting!r}: wanted {getattr(hint, '__name__', hint)}") from None
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)

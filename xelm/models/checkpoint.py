@@ -7,7 +7,7 @@ Parameters travel as a nested dictionary of arrays, stacked over layers, with de
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from clustering.errors import UserError
@@ -128,20 +128,20 @@ def read_parameters(
 def write_checkpoint(
     directory: str | Path, config: ModelConfig, parameters: Mapping[str, Any],
     *, like: str | Path | None = None, model_type: str = "llama",
-    special_ids: Mapping[str, int] | None = None,
+    special_ids: Mapping[str, int] | None = None, tokenizer: str | Path | None = None,
+    extra: Sequence[Path] = (),
 ) -> None:
     """Writes `directory` whole or not at all: it appears by a rename once every byte is on disk.
 
     `like` gives config.json (with model_type and special ids) and tokenizer files; without it the
-    config is written for `model_type` with `special_ids` ("bos_token_id" and so on).
+    config is written for `model_type` with `special_ids` ("bos_token_id" and so on), and the
+    tokenizer files come from the directory `tokenizer`. Files in `extra` are copied in beside them.
     """
-    target = Path(directory)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with _whole_or_nothing(Path(directory)) as partial:
         if like is None:
             hub_config = {**family(model_type).write(config), **(special_ids or {})}
+            if tokenizer is not None:
+                copy_tokenizer(tokenizer, partial)
         else:
             hub_config = read_hub_config(like)
             copy_tokenizer(like, partial)
@@ -150,14 +150,21 @@ def write_checkpoint(
         write_json(partial / "config.json", hub_config)
         tensors = _unstacked(family(hub_config["model_type"]), config, flat)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        _flush(partial)
-        if target.exists():
-            raise UserError(f"{target} exists already and is left as it was")
-        partial.rename(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for path in extra:
+            shutil.copyfile(path, partial / path.name)
+
+
+def copy_checkpoint(source: str | Path, directory: str | Path) -> None:
+    """Copies what a checkpoint consists of, byte for byte, whole or not at all. Weights that do
+    not match its config.json are refused; other files of `source` stay behind."""
+    config, kind = read_config(source), family(read_hub_config(source)["model_type"])
+    with _open(source) as stored:
+        _compare(source, kind, kind.tensors(config), _flat(shapes(config)), config, stored)
+    with _whole_or_nothing(Path(directory)) as partial:
+        for path in sorted(Path(source).glob("*.safetensors*")):
+            shutil.copyfile(path, partial / path.name)
+        shutil.copyfile(Path(source) / "config.json", partial / "config.json")
+        copy_tokenizer(source, partial)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -165,6 +172,25 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+@contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` by a rename once all of it is on disk."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _flush(partial)
+        if target.exists():
+            raise UserError(f"{target} exists already and is left as it was")
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {target}: {reason}; nothing was changed") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

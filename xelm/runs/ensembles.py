@@ -1,0 +1,69 @@
+"""The published experts of a RUN with a router over them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from clustering.errors import UserError
+from clustering.files import read_arrays
+from experts.expert import Expert
+from experts.registry import Registry
+from xelm.inference.ensemble import Ensemble
+from xelm.inference.routing import ROUTINGS, ByLanguage, Posterior, Router, Tfidf, Uniform
+from xelm.models.checkpoint import read_config, read_parameters
+from xelm.runs.run import Run
+from xelm.runs.training import CENTRE
+
+
+def open_ensemble(
+    run: Run, *, routing: str = "tfidf", top_m: int | None = None, temperature: float | None = None
+) -> Ensemble:
+    """Loads every published expert."""
+    experts = published(run)
+    model = read_config(run.seed)
+    if top_m is not None and not 1 <= top_m <= len(experts):
+        raise UserError(f"top_m must be between 1 and {len(experts)} experts; got {top_m}")
+    return Ensemble(
+        names=[expert.name for expert in experts],
+        model=model,
+        parameters=[read_parameters(e.directory(run.directory), model) for e in experts],
+        router=make_router(run, experts, routing, temperature),
+        tokenizer=run.tokenizer(),
+        top_m=top_m,
+        sequence_length=run.config.experts.sequence_length,
+    )
+
+
+def published(run: Run) -> tuple[Expert, ...]:
+    """The experts of the ensemble, at least one."""
+    experts = run.registry().published()
+    if not experts:
+        raise UserError(
+            f"{run.directory} has no published expert yet; run: xelm train {run.directory} --all"
+        )
+    return experts
+
+
+def make_router(
+    run: Run, experts: Sequence[Expert], routing: str, temperature: float | None = None
+) -> Router:
+    """The router of that name over these experts. temperature: of TF-IDF routing."""
+    count = len(experts)
+    if routing == "uniform":
+        return Uniform(experts=count)
+    if routing == "posterior":
+        return Posterior(prior=np.full(count, -np.log(count)))
+    if routing == "language":
+        return ByLanguage(experts=count, serving=serving(run.registry(), experts))
+    if routing == "tfidf":
+        centres = [read_arrays(e.directory(run.directory) / CENTRE)["centre"] for e in experts]
+        options = {} if temperature is None else {"temperature": temperature}
+        return Tfidf(vectoriser=run.vectoriser(), centres=np.stack(centres), **options)
+    raise UserError(f"routing must be one of {', '.join(ROUTINGS)}; got {routing!r}")
+
+
+def serving(registry: Registry, experts: Sequence[Expert]) -> dict[str, int]:
+    """Language -> index of the expert that serves it."""
+    names = [expert.name for expert in experts]
+    tags = dict.fromkeys(tag for expert in experts for tag in expert.languages)
+    return {tag: names.index(registry.for_language(tag).name) for tag in tags}

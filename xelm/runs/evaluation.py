@@ -1,0 +1,167 @@
+"""`xelm evaluate`: perplexity and bits per byte by language, for every system of a RUN.
+
+Each model scores every document once; all routings are computed from those scores.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clustering.errors import UserError
+from clustering.files import write_json
+from xelm import __version__
+from xelm.data.store import LanguageIds, Store
+from xelm.inference.routing import ROUTINGS, Router, keep_largest, mixture
+from xelm.inference.scoring import score_documents
+from xelm.models.checkpoint import read_config, read_parameters
+from xelm.progress import bar
+from xelm.runs.ensembles import make_router, serving
+from xelm.runs.init import tokenise
+from xelm.runs.run import Run
+
+FILE_NAME = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One system on one language."""
+
+    system: str
+    """seed, dense, the name of an expert, or ensemble."""
+    routing: str | None
+    """Of the ensemble; None for single models."""
+    language: str
+    """Canonical tag."""
+    documents: int
+    """Documents scored."""
+    tokens: int
+    """Predicted tokens: all but the first of each document, its end included."""
+    bytes: int
+    """UTF-8 bytes of the documents."""
+    nll: float
+    """Nats in total."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats a token); depends on the tokenizer."""
+        return math.exp(self.nll / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable over tokenizers, not over scripts."""
+        return self.nll / math.log(2) / self.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """As in results.json."""
+        return {
+            "system": self.system, "routing": self.routing, "language": self.language,
+            "documents": self.documents, "tokens": self.tokens, "bytes": self.bytes,
+            "nll": self.nll, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte,
+        }
+
+
+def evaluate(
+    run: Run, corpus: str | Path, *, routings: Sequence[str] = ROUTINGS, top_m: int | None = None,
+    temperature: float | None = None, max_documents: int | None = None, save: bool = True,
+) -> list[Row]:
+    """Scores the seed, the dense baseline if there is one, every published expert, and their
+    ensemble under each routing; writes RUN/results/results.json.
+
+    max_documents: of each language, the first in the corpus; None takes all.
+    """
+    for routing in routings:
+        if routing not in ROUTINGS:
+            raise UserError(f"routing must be one of {', '.join(ROUTINGS)}; got {routing!r}")
+    name = "evaluation-" + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
+    store = tokenise(run, corpus, name)
+    experts = run.registry().published()
+    systems = {"seed": run.seed}
+    if run.dense.exists():
+        systems["dense"] = run.dense
+    systems |= {expert.name: expert.directory(run.directory) for expert in experts}
+    scores = _score_all(run, systems, store, max_documents)
+    rows = [
+        _row(system, None, store.languages[tag], found)
+        for system in systems for tag, found in scores[system].items()
+    ]
+    if experts:
+        names = [expert.name for expert in experts]
+        served = serving(run.registry(), experts)
+        for routing in routings:
+            router = make_router(run, experts, routing, temperature)
+            for tag, ids in store.languages.items():
+                if routing == "language" and tag not in served:
+                    continue
+                mixed = _mix(
+                    router, tag, ids, [scores[name][tag] for name in names], run, top_m
+                )
+                rows.append(_row("ensemble", routing, ids, mixed))
+    if save:
+        write_json(run.results / FILE_NAME, {
+            "format": 1, "xelm": __version__, "corpus": str(corpus),
+            "corpus_sha256": store.record["corpus_sha256"], "top_m": top_m,
+            "temperature": temperature, "max_documents": max_documents,
+            "rows": [row.to_json() for row in rows],
+        })
+    return rows
+
+
+def summary(rows: Sequence[Row]) -> dict[tuple[str, str | None], dict[str, float]]:
+    """Perplexity by language for each (system, routing)."""
+    table: dict[tuple[str, str | None], dict[str, float]] = {}
+    for row in rows:
+        table.setdefault((row.system, row.routing), {})[row.language] = row.perplexity
+    return table
+
+
+def _score_all(
+    run: Run, systems: Mapping[str, Path], store: Store, max_documents: int | None
+) -> dict[str, dict[str, list[np.ndarray]]]:
+    """system -> language -> log probabilities of each document's tokens. One model at a time is in
+    memory."""
+    model, tokenizer = read_config(run.seed), run.tokenizer()
+    documents = {
+        tag: [ids.document(n) for n in range(min(len(ids), max_documents or len(ids)))]
+        for tag, ids in store.languages.items()
+    }
+    total = sum(len(ids) + 1 for found in documents.values() for ids in found)
+    scores: dict[str, dict[str, list[np.ndarray]]] = {}
+    with bar(total * len(systems), "evaluate", "tok") as progress:
+        for system, directory in systems.items():
+            parameters = read_parameters(directory, model)
+            flat = [ids for found in documents.values() for ids in found]
+            found = iter(score_documents(
+                model, parameters, flat, start_id=tokenizer.start_id, end_id=tokenizer.end_id,
+                sequence_length=run.config.experts.sequence_length, progress=progress.update,
+            ))
+            scores[system] = {
+                tag: [next(found) for _ in batch] for tag, batch in documents.items()
+            }
+    return scores
+
+
+def _mix(
+    router: Router, language: str, ids: LanguageIds, by_expert: list[list[np.ndarray]], run: Run,
+    top_m: int | None,
+) -> list[np.ndarray]:
+    """Log probabilities of the mixture for each document."""
+    end_id, mixed = run.tokenizer().end_id, []
+    for number in range(len(by_expert[0])):
+        scores = np.stack([found[number] for found in by_expert])
+        targets = np.append(np.asarray(ids.document(number), np.int64), end_id)
+        log_weights = router.route(language).along(targets, scores)
+        mixed.append(mixture(keep_largest(log_weights, top_m), scores))
+    return mixed
+
+
+def _row(system: str, routing: str | None, ids: LanguageIds, scores: list[np.ndarray]) -> Row:
+    return Row(
+        system=system, routing=routing, language=ids.language, documents=len(scores),
+        tokens=sum(map(len, scores)), bytes=int(ids.bytes[: len(scores)].sum()),
+        nll=-float(sum(found.sum(dtype=np.float64) for found in scores)),
+    )

@@ -1,0 +1,77 @@
+"""`xelm grow`: an expert for a new language from its nearest relative; no other expert changes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from clustering import typology
+from clustering.errors import UserError
+from clustering.languages import canonical
+from experts.expert import SEED, Expert, parse_reference
+from experts.grow import choose_parent
+from experts.grow import grow as grow_registry
+from experts.lock import locked, update
+from experts.registry import Registry
+from xelm.data.rows import Source
+from xelm.runs.init import tokenise
+from xelm.runs.run import Run
+from xelm.runs.training import parent_directory, publish, train_checkpoint
+
+
+def grow(run: Run, language: str, corpus: str | Path, *, parent: str = "auto") -> Expert:
+    """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or goes on with it.
+
+    corpus: has documents of the language. parent: an expert's name, or "auto" for the one that
+    serves the typologically nearest language. A part of the rows, the configuration's
+    `donor_share`, is of the parent's languages.
+    """
+    tag = canonical(language)
+    with locked(run.directory, f"train-{tag}"):
+        registry = run.registry()
+        if not registry.published():
+            raise UserError(f"{run.directory} has no published expert to grow from; train some first")
+        started = next((e for e in registry.training() if e.languages == (tag,)), None)
+        if started is None:
+            name, facts = _parent(registry, tag, parent)
+            store = tokenise(run, corpus, tag, languages=[tag])
+            registry = update(run.directory, lambda r: grow_registry(r, tag, name))
+            started = registry.expert(tag)
+        else:
+            store, facts = run.store(tag), {}
+        sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]
+        sources += _donors(run, registry, started)
+        train_checkpoint(
+            run, parent_directory(run, started), started.directory(run.directory), sources,
+            run.config.grow, name=started.name,
+        )
+        publish(run, started, facts)
+    return run.registry().expert(started.name)
+
+
+def served_languages(registry: Registry) -> list[str]:
+    """Languages with a published expert."""
+    return [tag for expert in registry.published() for tag in expert.languages]
+
+
+def _parent(registry: Registry, language: str, parent: str) -> tuple[str, dict[str, str]]:
+    if parent != "auto":
+        return registry.expert(parent).name, {"parent chosen": "by hand"}
+    served = list(dict.fromkeys(served_languages(registry)))
+    if language in served:
+        raise UserError(f"{language} is served already, by {registry.for_language(language).name}")
+    expert, relative, distance = choose_parent(registry, typology.nearest(language, served))
+    return expert.name, {
+        "parent chosen": f"serves {relative}, the nearest language, at distance {distance:.3f}"
+    }
+
+
+def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[Source]:
+    """The parent's languages, in equal parts of the donors' share."""
+    share = run.config.donor_share
+    origin = None if expert.parent == SEED else registry.expert(*parse_reference(expert.parent))
+    if share == 0 or origin is None:
+        return []
+    tags = origin.languages or tuple(origin.documents or ())
+    stores = [run.store(), *(run.store(tag) for tag in tags if tag not in run.languages)]
+    known = {tag: ids for store in stores for tag, ids in store.languages.items()}
+    return [Source(ids=known[tag], share=share / len(tags)) for tag in tags]
+

@@ -1,0 +1,198 @@
+"""`xelm init`: a RUN from a corpus, with a seed that is trained here or comes from elsewhere."""
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from clustering import tfidf
+from clustering.errors import UserError
+from clustering.files import sha256, write_arrays
+from clustering.languages import canonical, canonical_all
+from experts.lock import locked
+from experts.registry import Registry
+from experts.verify import hash_directory
+from xelm.config import RunConfig
+from xelm.data import corpus as corpora
+from xelm.data import tokenizer as tokenizers
+from xelm.data.corpus import Document, Faults
+from xelm.data.rows import Source, exponent_shares
+from xelm.data.store import Store, build_store
+from xelm.models.checkpoint import (
+    copy_checkpoint,
+    fresh_parameters,
+    read_config,
+    write_checkpoint,
+)
+from xelm.progress import bar
+from xelm.runs.run import Run, create_run
+from xelm.training.loop import train
+
+
+def init(
+    directory: str | Path, corpus: str | Path, config: RunConfig, *,
+    seed: str | Path | None = None, languages: Sequence[str] | None = None,
+) -> Run:
+    """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus, seed,
+    TF-IDF vectoriser, registry, each written whole before the next begins.
+
+    seed: a Hugging Face checkpoint directory to copy; None trains a tokenizer and a seed on the
+    corpus. languages: those of the corpus to use; None uses all.
+    """
+    tags = _languages(corpus, languages)
+    if seed is not None:
+        read_config(seed)
+    elif config.model is None:
+        raise UserError("this preset has no model of its own; give a seed checkpoint with --seed")
+    with _fresh_lock(directory):
+        run = create_run(directory, config, {
+            "corpus": str(corpus),
+            "corpus_sha256": corpora.fingerprint(corpus),
+            "seed_from": None if seed is None else str(seed),
+            "languages": list(tags),
+        })
+        if seed is None:
+            _train_tokenizer(run, corpus)
+        else:
+            _copy_seed(run, Path(seed))
+        store = tokenise(run, corpus, "train", languages=tags)
+        if seed is None:
+            _train_seed(run, store)
+        _fit_vectoriser(run, store)
+        if not (run.directory / "registry.json").exists():
+            Registry(seed_path="seed", seed_sha256=hash_directory(run.seed)).save(run.directory)
+    return run
+
+
+def tokenise(
+    run: Run, corpus: str | Path, name: str, *, languages: Sequence[str] | None = None
+) -> Store:
+    """The tokenised corpus RUN/corpus/`name`, made now if it is not there yet for this corpus and
+    tokenizer. Unusable records are reported on stderr."""
+    directory = run.directory / "corpus" / name
+    tokenizer_files = _tokenizer_directory(run)
+    facts = {
+        "corpus": str(corpus),
+        "corpus_sha256": corpora.fingerprint(corpus),
+        "tokenizer_sha256": sha256(tokenizer_files / "tokenizer.json"),
+    }
+    if (directory / "store.json").exists():
+        store = run.store(name)
+        same = all(store.record[key] == facts[key] for key in list(facts)[1:])
+        if same and (languages is None or set(store.languages) == set(languages)):
+            return store
+    faults = Faults()
+    with bar(None, f"tokenise {name}", "doc") as progress:
+        store = build_store(
+            directory, canonical_documents(corpora.read(corpus, faults)),
+            tokenizers.load(tokenizer_files), faults, languages=languages, facts=facts,
+            progress=progress.update,
+        )
+    if faults:
+        print(f"{corpus}: {faults}", file=sys.stderr)
+    return store
+
+
+def canonical_documents(documents: Iterator[Document]) -> Iterator[Document]:
+    """The documents with languages as canonical tags; an unknown code is the user's mistake."""
+    tags: dict[str, str] = {}
+    for document in documents:
+        if document.language not in tags:
+            tags[document.language] = canonical(document.language)
+        yield dataclasses.replace(document, language=tags[document.language])
+
+
+def _languages(corpus: str | Path, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    if wanted is not None:
+        return canonical_all(wanted)
+    if str(corpus).startswith("hf://") or Path(corpus).is_file():
+        raise UserError(f"name the languages to take from {corpus} with --languages")
+    return canonical_all([corpora.language_of(path) for path in corpora.files(corpus)])
+
+
+def _fresh_lock(directory: str | Path):
+    """The lock of a RUN that may not exist yet."""
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{directory} is a file; give a new or empty directory")
+    path.mkdir(parents=True, exist_ok=True)
+    return locked(path, "init")
+
+
+def _tokenizer_directory(run: Run) -> Path:
+    return run.seed if (run.seed / "tokenizer.json").exists() else run.training("tokenizer")
+
+
+def _train_tokenizer(run: Run, corpus: str | Path) -> None:
+    target = run.training("tokenizer")
+    if (target / "tokenizer.json").exists() or run.seed.exists():
+        return
+    config, faults = run.config, Faults()
+    texts: dict[str, list[str]] = {language: [] for language in run.languages}
+    # Documents beyond what a tokenizer learns from are not held in memory.
+    most = 2 * tokenizers.TRAINING_BYTES // len(texts)
+    sizes = dict.fromkeys(texts, 0)
+    for document in canonical_documents(corpora.read(corpus, faults)):
+        language = document.language
+        if language in texts and sizes[language] < most:
+            texts[language].append(document.text)
+            sizes[language] += len(document.text.encode())
+    print(f"training a tokenizer of {config.model.vocabulary_size} pieces", file=sys.stderr)
+    partial = target.with_name(".tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizers.train(
+        texts, config.model.vocabulary_size, partial, exponent=config.tokenizer_exponent,
+        seed=config.seed.seed,
+    )
+    partial.rename(target)
+
+
+def _train_seed(run: Run, store: Store) -> None:
+    if run.seed.exists():
+        return
+    config, tokenizer = run.config, tokenizers.load(_tokenizer_directory(run))
+    shares = exponent_shares(
+        {language: len(ids.ids) for language, ids in store.languages.items()},
+        config.seed.sampling_exponent,
+    )
+    trained = train(
+        fresh_parameters(config.model, config.seed.seed), config.model,
+        [Source(ids=ids, share=shares[language]) for language, ids in store.languages.items()],
+        config.seed, run.training("seed"), start_id=tokenizer.start_id, end_id=tokenizer.end_id,
+        label="seed",
+    )
+    write_checkpoint(
+        run.seed, config.model, trained.parameters, model_type=config.model_type,
+        tokenizer=_tokenizer_directory(run), special_ids=tokenizers.SPECIAL_IDS,
+        extra=[run.training("seed") / "metrics.jsonl"],
+    )
+    shutil.rmtree(run.training("seed"), ignore_errors=True)
+
+
+def _copy_seed(run: Run, source: Path) -> None:
+    if run.seed.exists():
+        return
+    model, tokenizer = read_config(source), tokenizers.load(source)
+    if tokenizer.size > model.vocabulary_size:
+        raise UserError(
+            f"the tokenizer of {source} has {tokenizer.size} ids, its embedding "
+            f"{model.vocabulary_size} rows"
+        )
+    copy_checkpoint(source, run.seed)
+
+
+def _fit_vectoriser(run: Run, store: Store) -> None:
+    if (run.directory / "vectoriser.npz").exists():
+        return
+    print("fitting TF-IDF vectors", file=sys.stderr)
+    documents = (
+        ids.document(number) for ids in store.languages.values() for number in range(len(ids))
+    )
+    fitted = tfidf.fit(
+        documents, run.tokenizer().size, run.config.vectoriser_dimensions, run.config.seed.seed,
+        sample_size=20_000,
+    )
+    write_arrays(
+        run.directory / "vectoriser.npz", {"idf": fitted.idf, "projection": fitted.projection}
+    )

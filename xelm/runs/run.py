@@ -1,0 +1,139 @@
+"""A RUN: one X-ELM on disk. Knows where things lie and opens them; the verbs change them."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clustering.clustering import Clustering
+from clustering.errors import UserError
+from clustering.files import read_arrays, read_json, write_json
+from clustering.vectoriser import Vectoriser
+from experts.registry import Registry
+from xelm.config import RunConfig, from_json, to_json
+
+if TYPE_CHECKING:
+    from xelm.data.store import Store
+    from xelm.data.tokenizer import Tokenizer
+    from xelm.inference.ensemble import Ensemble
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One X-ELM. Everything is read from disk when asked for, so it is never stale."""
+
+    directory: Path
+    """The RUN."""
+    record: Mapping[str, Any]
+    """run.json."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The full configuration."""
+        return from_json(RunConfig, self.record["config"])
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Of the seed's corpus, as canonical tags."""
+        return tuple(self.record["languages"])
+
+    @property
+    def seed(self) -> Path:
+        """The seed's checkpoint."""
+        return self.directory / "seed"
+
+    @property
+    def dense(self) -> Path:
+        """The dense baseline's checkpoint, if it was trained."""
+        return self.directory / "dense"
+
+    @property
+    def results(self) -> Path:
+        """Tables, figures, report."""
+        return self.directory / "results"
+
+    def training(self, name: str) -> Path:
+        """Checkpoints and metrics of an unfinished training."""
+        return self.directory / "train" / name
+
+    def registry(self) -> Registry:
+        """Who the experts are."""
+        return Registry.load(self.directory)
+
+    def clusters(self) -> Clustering:
+        """What the RUN was branched on."""
+        if not (self.directory / "clusters.json").exists():
+            raise UserError(f"{self.directory} has no clusters yet; run: xelm branch {self.directory}")
+        return Clustering.load(self.directory)
+
+    def tokenizer(self) -> "Tokenizer":
+        """The seed's, which every expert shares."""
+        from xelm.data import tokenizer
+
+        return tokenizer.load(self.seed)
+
+    def store(self, name: str = "train") -> "Store":
+        """The tokenised corpus of the seed, or of a grown language."""
+        from xelm.data.store import open_store
+
+        return open_store(self.directory / "corpus" / name)
+
+    def vectoriser(self) -> Vectoriser:
+        """TF-IDF over the seed's subword ids."""
+        arrays = read_arrays(self.directory / "vectoriser.npz")
+        return Vectoriser(idf=arrays["idf"], projection=arrays["projection"])
+
+    def ensemble(
+        self, routing: str = "tfidf", top_m: int | None = None, temperature: float | None = None
+    ) -> "Ensemble":
+        """The published experts, loaded, with a router. temperature: of TF-IDF routing."""
+        from xelm.runs.ensembles import open_ensemble
+
+        return open_ensemble(self, routing=routing, top_m=top_m, temperature=temperature)
+
+    def train(self, name: str) -> None:
+        """Trains and publishes one branched expert."""
+        from xelm.runs.training import train_experts
+
+        train_experts(self, [name])
+
+    def grow(self, language: str, corpus: str | Path, parent: str = "auto") -> None:
+        """Adds an expert for a new language from `corpus`; no other expert changes."""
+        from xelm.runs.growing import grow
+
+        grow(self, language, corpus, parent=parent)
+
+
+def open_run(directory: str | Path) -> Run:
+    """The RUN in a directory."""
+    path = Path(directory) / "run.json"
+    if not path.exists():
+        raise UserError(f"{directory} is no RUN: it has no run.json; make one with xelm init")
+    return Run(directory=Path(directory), record=read_json(path))
+
+
+def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any]) -> Run:
+    """Makes the directory with its run.json, or opens it if that says the same. Another
+    configuration in its place is refused."""
+    from xelm import __version__
+
+    directory = Path(directory)
+    wanted = {"config": to_json(config), **facts}
+    if (directory / "run.json").exists():
+        run = open_run(directory)
+        differ = [key for key, value in wanted.items() if run.record.get(key) != value]
+        if differ:
+            raise UserError(
+                f"{directory} was begun with another {' and '.join(differ)} (see its run.json); "
+                "use the same again, or another directory"
+            )
+        return run
+    if directory.exists() and any(p.name != ".locks" for p in directory.iterdir()):
+        raise UserError(f"{directory} exists and is no RUN; give a new or empty directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["xelm", *sys.argv[1:]])
+    record = {"format": 1, "xelm": __version__, "command": command, **wanted}
+    write_json(directory / "run.json", record)
+    return open_run(directory)

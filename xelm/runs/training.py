@@ -1,0 +1,187 @@
+"""`xelm branch` and `xelm train`: experts of clusters, and the dense baseline at equal compute."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from clustering.clustering import Clustering
+from clustering.errors import UserError
+from clustering.files import read_arrays, write_arrays
+from experts.branch import branch as branch_registry
+from experts.card import card
+from experts.expert import SEED, Expert, parse_reference
+from experts.lock import locked, update
+from experts.registry import Registry
+from experts.verify import hash_directory
+from xelm.config import TrainConfig
+from xelm.data.rows import Source, exponent_shares
+from xelm.data.store import LanguageIds
+from xelm.models.checkpoint import read_config, read_parameters, write_checkpoint
+from xelm.runs.run import Run
+from xelm.training.loop import train
+from xelm.training.metrics import read_metrics
+
+CENTRE = "centre.npz"
+# Documents a centre is the mean of, at most: more do not move it.
+CENTRE_DOCUMENTS = 2000
+
+
+def branch(run: Run, clustering: Clustering) -> Registry:
+    """Records one expert in training for each cluster, and the clustering in the RUN. Languages of
+    the corpus in no cluster are refused unless the clustering says that they are unassigned."""
+    missing = set(run.languages) - set(clustering.languages) - set(clustering.unassigned)
+    unknown = set(clustering.languages) - set(run.languages)
+    if missing or unknown:
+        where = [f"not in the clusters: {', '.join(sorted(missing))}"] if missing else []
+        where += [f"not in the RUN: {', '.join(sorted(unknown))}"] if unknown else []
+        raise UserError(f"clusters and RUN have different languages ({'; '.join(where)})")
+    vectoriser = clustering.vectoriser
+    if vectoriser is not None and vectoriser != run.vectoriser():
+        raise UserError("these clusters of documents were made with another RUN's vectors")
+    with locked(run.directory, "branch"):
+        registry = update(run.directory, lambda registry: branch_registry(registry, clustering))
+        if not (run.directory / "clusters.json").exists():
+            clustering.save(run.directory)
+        if clustering.of_documents:
+            _assign_documents(run, clustering)
+    return registry
+
+
+def train_experts(run: Run, names: Sequence[str]) -> None:
+    """Trains and publishes the named experts one after the other; published ones are left alone."""
+    for name in names:
+        expert = run.registry().expert(name)
+        if expert.status == "training":
+            with locked(run.directory, f"train-{name}"):
+                _train_expert(run, expert)
+
+
+def train_dense(run: Run) -> None:
+    """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
+    with locked(run.directory, "train-dense"):
+        if run.dense.exists():
+            return
+        train_checkpoint(
+            run, run.seed, run.dense, dense_sources(run), run.config.experts, name="dense"
+        )
+
+
+def dense_sources(run: Run) -> list[Source]:
+    """All documents, languages in their shares."""
+    store, shares = run.store(), language_shares(run)
+    return [Source(ids=ids, share=shares[tag]) for tag, ids in store.languages.items()]
+
+
+def language_shares(run: Run) -> dict[str, float]:
+    """Share of each language in the tokens of all experts together, and in those of the dense
+    baseline: every language is seen as often in both, so that they differ in who sees it."""
+    store = run.store()
+    tokens = {tag: len(ids.ids) for tag, ids in store.languages.items()}
+    return exponent_shares(tokens, run.config.experts.sampling_exponent)
+
+
+def cluster_sources(run: Run, cluster: str) -> list[Source]:
+    """The documents of one cluster. Their shares are parts of `language_shares`, so they sum to
+    the cluster's part of the whole budget."""
+    clustering, store, shares = run.clusters(), run.store(), language_shares(run)
+    if not clustering.of_documents:
+        return [
+            Source(ids=store.languages[tag], share=shares[tag])
+            for tag in clustering.clusters[cluster]
+        ]
+    labels = read_arrays(run.directory / "assignments.npz")
+    index, sources = list(clustering.clusters).index(cluster), []
+    for tag, ids in store.languages.items():
+        documents = np.flatnonzero(labels[tag] == index)
+        # A document counts by its tokens and the two that frame it, as in the packed rows.
+        part = (ids.lengths[documents] + 2).sum() / (ids.lengths + 2).sum()
+        if len(documents):
+            sources.append(Source(ids=ids, share=shares[tag] * part, documents=documents))
+    return sources
+
+
+def train_checkpoint(
+    run: Run, parent: Path, target: Path, sources: Sequence[Source], config: TrainConfig,
+    *, name: str,
+) -> None:
+    """Trains from one checkpoint to another, which appears whole; nothing is done if it exists."""
+    if target.exists():
+        return
+    model, tokenizer = read_config(parent), run.tokenizer()
+    work = run.training(name)
+    trained = train(
+        read_parameters(parent, model), model, sources, config, work,
+        start_id=tokenizer.start_id, end_id=tokenizer.end_id, label=name,
+    )
+    centre = work / CENTRE
+    write_arrays(centre, {"centre": _centre(run, sources)})
+    write_checkpoint(
+        target, model, trained.parameters, like=run.seed, extra=[work / "metrics.jsonl", centre]
+    )
+
+
+def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) -> None:
+    """Adds the card to a trained expert's files and publishes it under their hashes."""
+    directory = expert.directory(run.directory)
+    tokens = read_metrics(directory / "metrics.jsonl")[-1]["tokens"]
+    text = directory / "CARD.md"
+    text.unlink(missing_ok=True)
+    files = hash_directory(directory)
+    described = replace(expert, sha256=files, tokens=tokens)
+    text.write_text(card(described, run.registry(), dict(facts)), encoding="utf-8")
+    update(run.directory, lambda registry: registry.publish(
+        expert.name, expert.version, sha256=hash_directory(directory), tokens=tokens
+    ))
+    shutil.rmtree(run.training(expert.name), ignore_errors=True)
+
+
+def parent_directory(run: Run, expert: Expert) -> Path:
+    """The checkpoint that an expert starts from."""
+    if expert.parent == SEED:
+        return run.seed
+    return run.registry().expert(*parse_reference(expert.parent)).directory(run.directory)
+
+
+def _train_expert(run: Run, expert: Expert) -> None:
+    if expert.cluster is None:
+        raise UserError(f"{expert.name} was grown; go on with: xelm grow --language {expert.name}")
+    sources = cluster_sources(run, expert.cluster)
+    share = sum(source.share for source in sources)
+    config = run.config.experts
+    budget = max(1, round(config.tokens * share))
+    train_checkpoint(
+        run, parent_directory(run, expert), expert.directory(run.directory), sources,
+        replace(config, tokens=budget), name=expert.name,
+    )
+    publish(run, expert, {"share of the total tokens": f"{share:.4f}"})
+
+
+def _centre(run: Run, sources: Sequence[Source]) -> np.ndarray:
+    """Where an expert's documents lie on average, [D]: languages weigh as in its training."""
+    vectoriser = run.vectoriser()
+    total = sum(source.share for source in sources)
+    centre = np.zeros(vectoriser.dimensions)
+    for source in sources:
+        numbers = np.arange(len(source.ids)) if source.documents is None else source.documents
+        step = -(-len(numbers) // CENTRE_DOCUMENTS)
+        documents = (source.ids.document(int(number)) for number in numbers[::step])
+        centre += source.share / total * vectoriser.transform(documents).mean(axis=0)
+    return centre.astype(np.float32)
+
+
+def _assign_documents(run: Run, clustering: Clustering) -> None:
+    """Writes the cluster of every document: assignments.npz, language -> int32 [documents]."""
+    path = run.directory / "assignments.npz"
+    if path.exists():
+        return
+    write_arrays(path, {
+        tag: clustering.assign(run.vectoriser().transform(_documents(ids))).astype(np.int32)
+        for tag, ids in run.store().languages.items()
+    })
+
+
+def _documents(ids: LanguageIds):
+    return (ids.document(number) for number in range(len(ids)))
