@@ -9,13 +9,14 @@ import hashlib
 import io
 import json
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from clustering.errors import UserError
+from clustering.languages import canonical
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 # A line beyond this is no document but a broken file, and would have to be held in memory whole.
@@ -29,7 +30,7 @@ class Document:
     text: str
     """Unicode NFC."""
     language: str
-    """As the record's "lang", or else the file's name, says."""
+    """Canonical BCP 47 tag of what the record's "lang", or else the file's name, says."""
 
 
 @dataclass(slots=True)
@@ -84,21 +85,25 @@ def language_of(path: Path) -> str:
     return path.name.split(".")[0]
 
 
-def fingerprint(corpus: str | Path) -> str:
-    """SHA-256 over names and contents of the corpus files, or over the name of a Hub data set."""
+def fingerprint(corpus: str | Path, languages: Sequence[str] | None = None) -> str:
+    """SHA-256 over names and contents of the corpus files that `read` would read, or over the name
+    of a Hub data set."""
     digest = hashlib.sha256()
     if str(corpus).startswith("hf://"):
         digest.update(str(corpus).encode())
         return digest.hexdigest()
-    for path in files(corpus):
+    for path in _wanted(corpus, languages):
         digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
-def read(corpus: str | Path, faults: Faults) -> Iterator[Document]:
+def read(
+    corpus: str | Path, faults: Faults, languages: Sequence[str] | None = None
+) -> Iterator[Document]:
     """Every usable document, in the order of the files; unusable records are counted in `faults`.
+    Of a folder, files named for other languages than `languages` are not opened.
 
     `corpus` is a folder of `<language>.jsonl[.gz|.zst]` or `<language>.parquet` files, one such
     file (its records then carry "lang"), or `hf://dataset[/config]`.
@@ -107,16 +112,27 @@ def read(corpus: str | Path, faults: Faults) -> Iterator[Document]:
         yield from _documents(_hub_records(str(corpus)), faults, None)
         return
     single = Path(corpus).is_file()
-    for path in files(corpus):
+    for path in _wanted(corpus, languages):
         records = _parquet_records if path.name.endswith(".parquet") else _json_records
         # A file given by itself may hold many languages; its name says nothing then.
         default = None if single else language_of(path)
         yield from _documents(records(path, faults), faults, default)
 
 
+def _wanted(corpus: str | Path, languages: Sequence[str] | None) -> list[Path]:
+    found = files(corpus)
+    if languages is None or Path(corpus).is_file():
+        return found
+    wanted = [path for path in found if canonical(language_of(path)) in languages]
+    if not wanted:
+        raise UserError(f"{corpus} has no file of {', '.join(languages)}")
+    return wanted
+
+
 def _documents(
     records: Iterator[tuple[str, Any]], faults: Faults, default_language: str | None
 ) -> Iterator[Document]:
+    tags: dict[str, str] = {}
     for place, record in records:
         if not isinstance(record, dict):
             faults.add("no object", place)
@@ -128,8 +144,17 @@ def _documents(
             faults.add("empty text", place)
         elif not isinstance(language, str):
             faults.add('no "lang"', place)
+        elif (tag := tags.get(language) or _tag(tags, language)) is None:
+            faults.add(f"the unknown language {language!r}", place)
         else:
-            yield Document(unicodedata.normalize("NFC", text.strip()), language)
+            yield Document(unicodedata.normalize("NFC", text.strip()), tag)
+
+
+def _tag(tags: dict[str, str], language: str) -> str | None:
+    try:
+        return tags.setdefault(language, canonical(language))
+    except UserError:
+        return None
 
 
 def _json_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:

@@ -1,22 +1,21 @@
 """`xelm init`: a RUN from a corpus, with a seed that is trained here or comes from elsewhere."""
 
-import dataclasses
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from clustering import tfidf
 from clustering.errors import UserError
 from clustering.files import sha256, write_arrays
-from clustering.languages import canonical, canonical_all
+from clustering.languages import canonical_all
 from experts.lock import locked
 from experts.registry import Registry
 from experts.verify import hash_directory
 from xelm.config import RunConfig
 from xelm.data import corpus as corpora
 from xelm.data import tokenizer as tokenizers
-from xelm.data.corpus import Document, Faults
+from xelm.data.corpus import Faults
 from xelm.data.rows import Source, exponent_shares
 from xelm.data.store import Store, build_store
 from xelm.models.checkpoint import (
@@ -48,7 +47,7 @@ def init(
     with _fresh_lock(directory):
         run = create_run(directory, config, {
             "corpus": str(corpus),
-            "corpus_sha256": corpora.fingerprint(corpus),
+            "corpus_sha256": corpora.fingerprint(corpus, tags),
             "seed_from": None if seed is None else str(seed),
             "languages": list(tags),
         })
@@ -74,7 +73,7 @@ def tokenise(
     tokenizer_files = _tokenizer_directory(run)
     facts = {
         "corpus": str(corpus),
-        "corpus_sha256": corpora.fingerprint(corpus),
+        "corpus_sha256": corpora.fingerprint(corpus, languages),
         "tokenizer_sha256": sha256(tokenizer_files / "tokenizer.json"),
     }
     if (directory / "store.json").exists():
@@ -85,22 +84,13 @@ def tokenise(
     faults = Faults()
     with bar(None, f"tokenise {name}", "doc") as progress:
         store = build_store(
-            directory, canonical_documents(corpora.read(corpus, faults)),
+            directory, corpora.read(corpus, faults, languages),
             tokenizers.load(tokenizer_files), faults, languages=languages, facts=facts,
             progress=progress.update,
         )
     if faults:
         print(f"{corpus}: {faults}", file=sys.stderr)
     return store
-
-
-def canonical_documents(documents: Iterator[Document]) -> Iterator[Document]:
-    """The documents with languages as canonical tags; an unknown code is the user's mistake."""
-    tags: dict[str, str] = {}
-    for document in documents:
-        if document.language not in tags:
-            tags[document.language] = canonical(document.language)
-        yield dataclasses.replace(document, language=tags[document.language])
 
 
 def _languages(corpus: str | Path, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -133,7 +123,7 @@ def _train_tokenizer(run: Run, corpus: str | Path) -> None:
     # Documents beyond what a tokenizer learns from are not held in memory.
     most = 2 * tokenizers.TRAINING_BYTES // len(texts)
     sizes = dict.fromkeys(texts, 0)
-    for document in canonical_documents(corpora.read(corpus, faults)):
+    for document in corpora.read(corpus, faults, run.languages):
         language = document.language
         if language in texts and sizes[language] < most:
             texts[language].append(document.text)

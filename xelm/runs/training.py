@@ -1,7 +1,8 @@
 """`xelm branch` and `xelm train`: experts of clusters, and the dense baseline at equal compute."""
 
+import itertools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,10 +54,12 @@ def branch(run: Run, clustering: Clustering) -> Registry:
 def train_experts(run: Run, names: Sequence[str]) -> None:
     """Trains and publishes the named experts one after the other; published ones are left alone."""
     for name in names:
-        expert = run.registry().expert(name)
-        if expert.status == "training":
-            with locked(run.directory, f"train-{name}"):
-                _train_expert(run, expert)
+        run.registry().expert(name)
+    for name in names:
+        with locked(run.directory, f"train-{name}"):
+            for expert in run.registry().training():
+                if expert.name == name:
+                    _train_expert(run, expert)
 
 
 def train_dense(run: Run) -> None:
@@ -101,6 +104,16 @@ def cluster_sources(run: Run, cluster: str) -> list[Source]:
         if len(documents):
             sources.append(Source(ids=ids, share=shares[tag] * part, documents=documents))
     return sources
+
+
+def documents_with_languages(
+    run: Run, languages: Sequence[str] | None = None
+) -> tuple[Iterator[np.ndarray], list[str]]:
+    """The ids of every document of the RUN's corpus, and its language."""
+    stores = run.store().languages
+    chosen = [stores[tag] for tag in languages or stores if tag in stores]
+    documents = itertools.chain.from_iterable(map(_documents, chosen))
+    return documents, [ids.language for ids in chosen for _ in range(len(ids))]
 
 
 def train_checkpoint(

@@ -1,0 +1,382 @@
+"""The command line: parse, load, call one function, write. Results on stdout, progress on stderr."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clustering.errors import UserError
+from xelm import __version__
+from xelm.presets import PRESETS
+
+ROUTINGS = ("language", "tfidf", "uniform", "posterior")
+METHODS = ("typology", "tfidf", "random")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
+    options = parser().parse_args(arguments)
+    _prepare()
+    try:
+        options.run_command(options)
+    except UserError as error:
+        print(f"xelm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("xelm: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone, which is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"xelm: {_described(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    top = argparse.ArgumentParser(
+        prog="xelm", description="Cross-lingual expert language models: cluster languages, train an "
+        "expert for each cluster, grow new ones, ask them together.",
+    )
+    top.add_argument("--version", action="version", version=f"xelm {__version__}")
+    verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    quickstart = _verb(verbs, "quickstart", _quickstart,
+                       "the whole path on the embedded sample corpus, on a CPU, in minutes")
+    quickstart.add_argument("--out", metavar="RUN", default="xelm-quickstart",
+                            help="directory to make (default: %(default)s)")
+
+    cluster = _verb(verbs, "cluster", _cluster, "cluster languages or documents")
+    cluster.add_argument("--method", choices=METHODS, default="typology",
+                         help="typology and random cluster languages, tfidf documents")
+    cluster.add_argument("-k", type=int, required=True, help="number of clusters")
+    cluster.add_argument("--languages", type=_list, metavar="A,B,C",
+                         help="languages to cluster (default: those of --run or --corpus)")
+    cluster.add_argument("--exclude", type=_list, metavar="A,B", default=(),
+                         help="languages to leave in no cluster")
+    cluster.add_argument("--run", metavar="RUN", help="RUN whose corpus and subwords tfidf uses")
+    cluster.add_argument("--corpus", metavar="DIR", help="take the languages of this corpus")
+    cluster.add_argument("--free", action="store_true",
+                         help="let cluster sizes fall as they may (typology)")
+    cluster.add_argument("--random-seed", type=int, default=0, metavar="N")
+    cluster.add_argument("--out", metavar="DIR", required=True,
+                         help="directory for clusters.json and figures")
+    _json(cluster)
+
+    init = _verb(verbs, "init", _init, "make a RUN: tokenizer, tokenised corpus and seed")
+    init.add_argument("run", metavar="RUN")
+    init.add_argument("--corpus", required=True, metavar="DIR",
+                      help="folder of <language>.jsonl[.gz|.zst] or .parquet, or such a file, or "
+                      "hf://owner/dataset[/config]")
+    init.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
+    init.add_argument("--preset", choices=PRESETS, help="configuration (default: tiny, or hub "
+                      "with --seed)")
+    init.add_argument("--languages", type=_list, metavar="A,B,C",
+                      help="languages of the corpus to use (default: all)")
+    init.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE",
+                      help="change the configuration, as in experts.tokens=3e6; may be repeated")
+    init.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
+
+    branch = _verb(verbs, "branch", _branch, "record one expert for each cluster")
+    branch.add_argument("run", metavar="RUN")
+    branch.add_argument("--clusters", required=True, metavar="DIR")
+
+    train = _verb(verbs, "train", _train, "train experts, or the dense baseline; resumes by itself")
+    train.add_argument("run", metavar="RUN")
+    train.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
+    train.add_argument("--all", action="store_true", help="train every expert not trained yet")
+    train.add_argument("--dense", action="store_true",
+                       help="train the dense baseline at the experts' total tokens")
+
+    grow = _verb(verbs, "grow", _grow, "add an expert for a new language; touch nothing else")
+    grow.add_argument("run", metavar="RUN")
+    grow.add_argument("--language", required=True, metavar="XX")
+    grow.add_argument("--corpus", metavar="DIR", help="has text in the language (default: the "
+                      "RUN's corpus)")
+    grow.add_argument("--parent", default="auto", metavar="NAME",
+                      help="expert to start from (default: that of the nearest language)")
+
+    evaluate = _verb(verbs, "evaluate", _evaluate, "perplexity and bits per byte by language")
+    evaluate.add_argument("run", metavar="RUN")
+    evaluate.add_argument("--corpus", required=True, metavar="DIR")
+    evaluate.add_argument("--routing", type=_list, default=ROUTINGS, metavar="A,B",
+                          help=f"of {', '.join(ROUTINGS)} (default: all)")
+    evaluate.add_argument("--max-documents", type=int, metavar="N", help="of each language")
+    _router(evaluate)
+    _json(evaluate)
+
+    generate = _verb(verbs, "generate", _generate, "continue a prompt with the ensemble")
+    generate.add_argument("run", metavar="RUN")
+    generate.add_argument("prompt")
+    generate.add_argument("--routing", choices=ROUTINGS, default="tfidf")
+    generate.add_argument("--language", metavar="XX", help="of the prompt, for --routing language")
+    generate.add_argument("--max-new-tokens", type=int, default=40, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="X",
+                          help="0 takes the most probable token (default: %(default)s)")
+    generate.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    generate.add_argument("--random-seed", type=int, default=0, metavar="N")
+    _router(generate)
+    _json(generate)
+
+    report = _verb(verbs, "report", _report, "write one self-contained HTML page about a RUN")
+    report.add_argument("run", metavar="RUN")
+
+    verify = _verb(verbs, "verify", _verify, "check every hash of seed and experts")
+    verify.add_argument("run", metavar="RUN")
+    _json(verify)
+
+    rollback = _verb(verbs, "rollback", _rollback, "publish an earlier version of an expert again")
+    rollback.add_argument("run", metavar="RUN")
+    rollback.add_argument("name", metavar="NAME")
+    rollback.add_argument("--version", type=int, metavar="N", help="default: the one before")
+
+    merge = _verb(verbs, "merge", _merge, "average the weights of experts into one checkpoint")
+    merge.add_argument("run", metavar="RUN")
+    merge.add_argument("names", nargs="*", metavar="NAME", help="default: all published experts")
+    merge.add_argument("--out", required=True, metavar="DIR")
+    return top
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from xelm import tables
+    from xelm.quickstart import NEW_LANGUAGES, quickstart
+
+    run, rows, page = quickstart(options.out)
+    print(tables.results(rows, ("language", "tfidf")))
+    print(f"\nReport: {page}\n\nNext:")
+    print(f'  xelm generate {run.directory} "Der alte Mann" --routing language --language de')
+    print(f"  xelm grow {run.directory} --language {NEW_LANGUAGES[1]}")
+    print("  xelm init MY_RUN --corpus MY_CORPUS --preset tiny")
+
+
+def _cluster(options: argparse.Namespace) -> None:
+    from clustering import control, tfidf, typology
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run) if options.run else None
+    languages = options.languages
+    if languages is None and options.corpus:
+        from xelm.data.corpus import files, language_of
+
+        languages = [language_of(path) for path in files(options.corpus)]
+    if languages is None and run:
+        languages = run.languages
+    if options.method == "tfidf":
+        if run is None:
+            raise UserError("tfidf clusters the documents of a RUN; name it with --run")
+        from xelm.runs.training import documents_with_languages
+
+        documents, tags = documents_with_languages(run, languages)
+        clustering = tfidf.cluster(
+            documents, tags, run.vectoriser(), options.k, options.random_seed,
+            made_from={"corpus": run.store().record["corpus_sha256"]},
+        )
+    elif languages is None:
+        raise UserError("name the languages with --languages, --corpus or --run")
+    elif options.method == "random":
+        clustering = control.random_clusters(languages, options.k, options.random_seed)
+    else:
+        clustering = typology.cluster(
+            languages, options.k, balanced=not options.free, exclude=options.exclude
+        )
+    clustering.save(options.out)
+    _draw(clustering, Path(options.out))
+    if options.json:
+        _print_json({"clusters": clustering.clusters, "unassigned": clustering.unassigned})
+    else:
+        print(clustering)
+        print(f"\nSaved in {options.out}")
+
+
+def _draw(clustering: Any, directory: Path) -> None:
+    if clustering.of_documents:
+        plots = {"composition": clustering.plot_composition}
+    elif clustering.distances is None:
+        plots = {}
+    else:
+        plots = {"tree": clustering.plot_tree, "distances": clustering.plot_distances}
+    for name, plot in plots.items():
+        plot().figure.savefig(directory / f"{name}.png", dpi=150, bbox_inches="tight")
+
+
+def _init(options: argparse.Namespace) -> None:
+    from xelm.config import override
+    from xelm.runs.init import init
+
+    preset = options.preset or ("hub" if options.seed else "tiny")
+    config = override(PRESETS[preset](), options.settings)
+    run = init(
+        options.run, options.corpus, config, seed=options.seed, languages=options.languages
+    )
+    if options.clusters:
+        from clustering.clustering import Clustering
+        from xelm.runs.training import branch
+
+        branch(run, Clustering.load(options.clusters))
+    counts = run.store().record["languages"]
+    print(f"{'language':10}{'documents':>12}{'tokens':>14}{'bytes':>14}")
+    for tag, count in counts.items():
+        print(f"{tag:10}{count['documents']:>12,}{count['tokens']:>14,}{count['bytes']:>14,}")
+    print(f"\nRUN: {run.directory}")
+
+
+def _branch(options: argparse.Namespace) -> None:
+    from clustering.clustering import Clustering
+    from xelm.runs.run import open_run
+    from xelm.runs.training import branch
+
+    registry = branch(open_run(options.run), Clustering.load(options.clusters))
+    for expert in registry.experts:
+        print(f"{expert.name:20}{expert.status:12}{' '.join(expert.languages)}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from xelm.runs.run import open_run
+    from xelm.runs.training import train_dense, train_experts
+
+    run = open_run(options.run)
+    names = list(options.names)
+    if options.all:
+        names += [e.name for e in run.registry().training() if e.cluster and e.name not in names]
+    if not names and not options.dense and not options.all:
+        raise UserError("name the experts to train, or give --all or --dense")
+    if options.dense:
+        train_dense(run)
+        print(f"dense{'':15}trained     {run.dense}")
+    train_experts(run, names)
+    for expert in run.registry().published():
+        print(f"{expert.name:20}{expert.status:12}v{expert.version}  {expert.tokens:,} tokens")
+
+
+def _grow(options: argparse.Namespace) -> None:
+    from xelm.runs.growing import grow
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run)
+    expert = grow(
+        run, options.language, options.corpus or run.record["corpus"], parent=options.parent
+    )
+    print(f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from xelm import tables
+    from xelm.runs.evaluation import FILE_NAME, evaluate
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run)
+    rows = evaluate(
+        run, options.corpus, routings=options.routing, top_m=options.top_m,
+        temperature=options.router_temperature, max_documents=options.max_documents,
+    )
+    if options.json:
+        _print_json([row.to_json() for row in rows])
+    else:
+        print(tables.results(rows, options.routing))
+        print(f"\nSaved in {run.results / FILE_NAME}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from xelm.runs.run import open_run
+
+    ensemble = open_run(options.run).ensemble(
+        options.routing, top_m=options.top_m, temperature=options.router_temperature
+    )
+    generation = ensemble.generate(
+        options.prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+        top_p=options.top_p, seed=options.random_seed, language=options.language,
+    )
+    if options.json:
+        _print_json({"text": generation.text, "weights": generation.weights})
+        return
+    print(options.prompt + generation.text)
+    weights = sorted(generation.weights.items(), key=lambda item: -item[1])
+    spoken = [f"{name} {weight:.2f}" for name, weight in weights if weight >= 0.005]
+    print(f"experts: {', '.join(spoken)}", file=sys.stderr)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from xelm.runs.report import report
+    from xelm.runs.run import open_run
+
+    print(report(open_run(options.run)))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from experts.verify import verify
+
+    faults = verify(options.run)
+    if options.json:
+        _print_json([str(fault) for fault in faults])
+    if faults:
+        first = "; ".join(map(str, faults[:5]))
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise UserError(f"{options.run} is damaged: {first}{more}")
+    if not options.json:
+        print(f"{options.run}: every file of the seed and of every expert is as published")
+
+
+def _rollback(options: argparse.Namespace) -> None:
+    from experts.lock import update
+    from experts.rollback import rollback
+
+    registry = update(options.run, lambda r: rollback(r, options.name, options.version))
+    print(f"published: {registry.expert(options.name).reference}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from experts.merge import average
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run)
+    registry = run.registry()
+    experts = [registry.expert(name) for name in options.names] or registry.published()
+    print(average([expert.directory(run.directory) for expert in experts], out=options.out))
+
+
+def _verb(verbs: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    verb.set_defaults(run_command=function)
+    return verb
+
+
+def _router(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
+    verb.add_argument("--router-temperature", type=float, metavar="X",
+                      help="of TF-IDF routing; small trusts the nearest expert alone")
+
+
+def _json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def _described(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+def _prepare() -> None:
+    """What a program may set and a library may not: quiet helpers, a cache of compiled code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xelm" / "compiled"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

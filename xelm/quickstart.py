@@ -1,0 +1,33 @@
+"""`xelm quickstart`: the whole path on the embedded sample corpus."""
+
+from collections.abc import Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from clustering import typology
+from xelm.presets import quickstart as preset
+from xelm.runs import evaluation, growing, training
+from xelm.runs.evaluation import Row
+from xelm.runs.init import init
+from xelm.runs.report import report
+from xelm.runs.run import Run
+
+LANGUAGES = ("ar", "bg", "de", "en", "es", "fr", "hi", "ja", "ko", "ru", "sw", "tr", "ur", "zh")
+NEW_LANGUAGES = ("pl", "sv")
+CLUSTERS = 4
+
+
+def quickstart(directory: str | Path) -> tuple[Run, Sequence[Row], Path]:
+    """Clusters the sample's languages by typology, trains a seed, the dense baseline and one expert
+    a cluster, grows an expert for a language kept back, evaluates all, and writes the report. An
+    interrupted quickstart goes on where it was."""
+    with as_file(files("xelm") / "sample") as sample:
+        run = init(directory, sample / "train", preset(), languages=LANGUAGES)
+        training.branch(run, typology.cluster(LANGUAGES, CLUSTERS))
+        training.train_dense(run)
+        training.train_experts(run, [e.name for e in run.registry().training() if e.cluster])
+        for language in NEW_LANGUAGES[:1]:
+            if not any(language in e.languages for e in run.registry().published()):
+                growing.grow(run, language, sample / "train")
+        rows = evaluation.evaluate(run, sample / "valid")
+    return run, rows, report(run)
