@@ -19,8 +19,17 @@ import numpy as np
 
 from clustering.errors import UserError
 
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-_MAY_NOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a file stands where a folder is wanted",
+    errno.EEXIST: "a file stands where a folder is wanted",
+    errno.EISDIR: "a folder stands where a file is wanted",
+}
+"""What a user can mend; any other failure to write is raised as it is."""
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -93,16 +102,20 @@ def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        reason = _REASONS.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise UserError(f"{path} was not written: {reason}; nothing was changed") from error
+    _sync_folder(path.parent)  # so that the new name, too, survives a power cut
 
 
 def _sync_folder(folder: Path) -> None:
@@ -113,14 +126,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _cannot_write(path: Path, error: OSError) -> Exception:
-    if error.errno in _DISK_IS_FULL:
-        return UserError(f"the disk is full: {path} could not be written; nothing was changed")
-    if error.errno in _MAY_NOT_WRITE:
-        return UserError(f"{path} may not be written ({error.strerror}); nothing was changed")
-    return error
 
 
 def _cannot_read(path: str | os.PathLike[str], error: OSError) -> UserError:

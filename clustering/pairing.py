@@ -14,6 +14,8 @@ from jaxtyping import Float
 from clustering.errors import UserError
 
 Group = tuple[int, ...]
+"""Positions of languages, ascending."""
+Join = tuple[Group, Group, float]
 
 
 class Merge(NamedTuple):
@@ -51,14 +53,15 @@ def balanced(
     """
     _check_k(k, len(languages))
     groups: list[Group] = [(i,) for i in range(len(languages))]
-    joins: list[tuple[Group, Group, float]] = []
+    joins: list[Join] = []
     linkage = distances
     while len(groups) > k:
         goal = k
         while 2 * goal < len(groups):
             goal *= 2
         pairs = _closest_pairs(linkage, [len(group) for group in groups], len(groups) - goal)
-        groups, linkage = _join(groups, linkage, pairs, joins)
+        groups, linkage, joined = _join(groups, linkage, pairs)
+        joins += joined
     return _named(languages, groups, joins, linkage)
 
 
@@ -68,10 +71,11 @@ def free(
     """Exactly k groups of any size: agglomerative clustering with single linkage, cut at k."""
     _check_k(k, len(languages))
     groups: list[Group] = [(i,) for i in range(len(languages))]
-    joins: list[tuple[Group, Group, float]] = []
+    joins: list[Join] = []
     linkage = distances
     while len(groups) > k:
-        groups, linkage = _join(groups, linkage, [_closest(linkage)], joins)
+        groups, linkage, joined = _join(groups, linkage, [_closest(linkage)])
+        joins += joined
     return _named(languages, groups, joins, linkage)
 
 
@@ -117,20 +121,20 @@ def _closest_pairs(linkage: np.ndarray, sizes: list[int], count: int) -> list[tu
     is_full = 2 * count == len(sizes)
     small = min(sizes)
     left = {True: sizes.count(small), False: len(sizes) - sizes.count(small)}
-    free = set(range(len(sizes)))
+    unpaired = set(range(len(sizes)))
     pairs: list[tuple[int, int]] = []
     rows, columns = np.triu_indices(len(sizes), k=1)
     for at in np.argsort(linkage[rows, columns], kind="stable"):
         a, b = int(rows[at]), int(columns[at])
         if len(pairs) == count:
             break
-        if a not in free or b not in free:
+        if a not in unpaired or b not in unpaired:
             continue
         a_small, b_small = sizes[a] == small, sizes[b] == small
         # Each group of the rarer size needs one of the other left over as its partner.
         if is_full and a_small == b_small and left[a_small] - 2 < left[not a_small]:
             continue
-        free -= {a, b}
+        unpaired -= {a, b}
         left[a_small] -= 1
         left[b_small] -= 1
         pairs.append((a, b))
@@ -138,35 +142,31 @@ def _closest_pairs(linkage: np.ndarray, sizes: list[int], count: int) -> list[tu
 
 
 def _join(
-    groups: list[Group],
-    linkage: np.ndarray,
-    pairs: list[tuple[int, int]],
-    joins: list[tuple[Group, Group, float]],
-) -> tuple[list[Group], np.ndarray]:
-    """The groups with `pairs` joined and the distances between them; appends to `joins`."""
-    joins.extend((groups[a], groups[b], float(linkage[a, b])) for a, b in pairs)
+    groups: list[Group], linkage: np.ndarray, pairs: list[tuple[int, int]]
+) -> tuple[list[Group], np.ndarray, list[Join]]:
+    """The groups with `pairs` joined, the distances between them, and what was joined."""
+    joined = [(groups[a], groups[b], float(linkage[a, b])) for a, b in pairs]
     paired = {index for pair in pairs for index in pair}
     sides = pairs + [(index, index) for index in range(len(groups)) if index not in paired]
     left, right = np.array(sides).T
     nearer = np.minimum(linkage[left], linkage[right])
     merged = [tuple(sorted({*groups[a], *groups[b]})) for a, b in sides]
-    return merged, np.minimum(nearer[:, left], nearer[:, right])
+    return merged, np.minimum(nearer[:, left], nearer[:, right]), joined
 
 
 def _named(
-    languages: Sequence[str],
-    groups: list[Group],
-    joins: list[tuple[Group, Group, float]],
-    linkage: np.ndarray,
+    languages: Sequence[str], groups: list[Group], joins: list[Join], linkage: np.ndarray
 ) -> Grouping:
-    above = groups
+    """The groups by name, with the joins that made them and, by `free`, those above them."""
+    above, every = groups, list(joins)
     while len(above) > 1:
-        above, linkage = _join(above, linkage, [_closest(linkage)], joins)
+        above, linkage, joined = _join(above, linkage, [_closest(linkage)])
+        every += joined
 
     def name(group: Group) -> tuple[str, ...]:
         return tuple(languages[index] for index in group)
 
     return Grouping(
         groups=[name(group) for group in sorted(groups)],
-        merges=[Merge(name(a), name(b), distance) for a, b, distance in joins],
+        merges=[Merge(name(a), name(b), distance) for a, b, distance in every],
     )

@@ -37,9 +37,8 @@ def distances(
     _check_comparable(tags, present, filled, features)
     lengths = np.sum(filled**2, axis=1)
     result = 1.0 - (filled @ filled.T) / np.sqrt(np.outer(lengths, lengths))
-    result = np.maximum(
-        (result + result.T) / 2, 0.0
-    )  # rounding: exactly symmetric, never below zero
+    # Against rounding: exactly symmetric, never below zero.
+    result = np.maximum((result + result.T) / 2, 0.0)
     np.fill_diagonal(result, 0.0)
     return result
 

@@ -166,6 +166,18 @@ def test_cluster_of_takes_any_code_of_the_language():
         clustering.assign(np.zeros((1, 3)))
 
 
+def test_a_language_of_documents_belongs_where_most_of_its_documents_are():
+    documents = {"c0": {"en": 5, "sw": 3}, "c1": {"sw": 4}, "c2": {"sw": 1, "en": 1}}
+    clustering = dataclasses.replace(
+        EXAMPLES["documents"](),
+        clusters={name: tuple(counts) for name, counts in documents.items()},
+        documents=documents,
+    )
+    assert clustering.cluster_of("sw") == "c1"
+    assert clustering.cluster_of("en") == "c0"
+    assert clustering.shares["c0"] == {"en": 5 / 8, "sw": 3 / 8}
+
+
 def test_names_say_what_is_inside_and_are_good_folders():
     assert name_clusters([("en", "es")]) == {"en-es": ("en", "es")}
     assert list(name_clusters([("a", "b", "c", "d"), tuple("efghi")])) == ["a-b-c-d", "e-f-g-plus2"]

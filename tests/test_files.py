@@ -39,12 +39,23 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"disk is full: .*a\.json .*nothing was changed"):
+    with pytest.raises(
+        UserError, match=r"a\.json was not written: the disk is full; nothing was changed"
+    ):
         files.write_json(path, {"format": 2})
     with pytest.raises(UserError, match="disk is full"):
         files.write_arrays(tmp_path / "a.npz", {"a": np.zeros(3)})
     assert os.listdir(tmp_path) == ["a.json"]
     assert json.loads(path.read_text()) == {"format": 1}
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "a").write_text("")
+    for path in (tmp_path / "a" / "b.json", tmp_path / "a" / "b" / "c.json"):
+        with pytest.raises(UserError, match="a file stands where a folder is wanted"):
+            files.write_json(path, {"format": 1})
+    with pytest.raises(UserError, match="a folder stands where a file is wanted"):
+        files.write_json(tmp_path, {"format": 1})
 
 
 def test_a_failed_replacement_leaves_no_temporary_file(tmp_path, monkeypatch):

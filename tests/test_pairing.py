@@ -68,6 +68,9 @@ def test_powers_of_two_are_the_authors_rounds(n, k):
         distances = random_distances(n, seed)
         groups = pairing.balanced([str(i) for i in range(n)], distances, k).groups
         assert {frozenset(map(int, group)) for group in groups} == authors_rounds(distances, k)
+        tied = np.ceil(distances)
+        groups = pairing.balanced([str(i) for i in range(n)], tied, k).groups
+        assert {frozenset(map(int, group)) for group in groups} == authors_rounds(tied, k)
 
 
 @pytest.mark.parametrize("seed", range(5))
