@@ -18,24 +18,49 @@ from xelm.models.checkpoint import (
 )
 from xelm.models.decoder import empty_cache
 
-LLAMA = dict(vocab_size=97, hidden_size=32, intermediate_size=56, num_hidden_layers=3,
-             num_attention_heads=4, num_key_value_heads=2, head_dim=12, max_position_embeddings=256)
+LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+}
 CASES = {
     "llama-grouped": LlamaConfig(**LLAMA),
     "llama-one-key-head-tied": LlamaConfig(
-        **{**LLAMA, "num_key_value_heads": 1}, tie_word_embeddings=True,
+        **{**LLAMA, "num_key_value_heads": 1},
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
     ),
     "llama-all-heads-biased": LlamaConfig(
-        **{**LLAMA, "num_key_value_heads": 4}, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-5,
+        **{**LLAMA, "num_key_value_heads": 4},
+        attention_bias=True,
+        mlp_bias=True,
+        rms_norm_eps=1e-5,
     ),
     "xglm": XGLMConfig(
-        vocab_size=101, d_model=36, ffn_dim=60, num_layers=2, attention_heads=3,
-        max_position_embeddings=256, dropout=0.0, attention_dropout=0.0,
+        vocab_size=101,
+        d_model=36,
+        ffn_dim=60,
+        num_layers=2,
+        attention_heads=3,
+        max_position_embeddings=256,
+        dropout=0.0,
+        attention_dropout=0.0,
     ),
     "xglm-unscaled": XGLMConfig(
-        vocab_size=64, d_model=32, ffn_dim=40, num_layers=2, attention_heads=2,
-        max_position_embeddings=256, scale_embedding=False, dropout=0.0, attention_dropout=0.0,
+        vocab_size=64,
+        d_model=32,
+        ffn_dim=40,
+        num_layers=2,
+        attention_heads=2,
+        max_position_embeddings=256,
+        scale_embedding=False,
+        dropout=0.0,
+        attention_dropout=0.0,
     ),
 }
 

@@ -1,4 +1,5 @@
-"""The command line: parse, load, call one function, write. Results on stdout, progress on stderr."""
+"""The command line: parse, load, call one function, write. Results go to stdout, progress to
+stderr."""
 
 import argparse
 import json
@@ -40,46 +41,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """All commands with their options."""
     top = argparse.ArgumentParser(
-        prog="xelm", description="Cross-lingual expert language models: cluster languages, train an "
+        prog="xelm",
+        description="Cross-lingual expert language models: cluster languages, train an "
         "expert for each cluster, grow new ones, ask them together.",
     )
     top.add_argument("--version", action="version", version=f"xelm {__version__}")
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    quickstart = _verb(verbs, "quickstart", _quickstart,
-                       "the whole path on the embedded sample corpus, on a CPU, in minutes")
-    quickstart.add_argument("--out", metavar="RUN", default="xelm-quickstart",
-                            help="directory to make (default: %(default)s)")
+    quickstart = _verb(
+        verbs,
+        "quickstart",
+        _quickstart,
+        "the whole path on the embedded sample corpus, on a CPU, in minutes",
+    )
+    quickstart.add_argument(
+        "--out",
+        metavar="RUN",
+        default="xelm-quickstart",
+        help="directory to make (default: %(default)s)",
+    )
 
     cluster = _verb(verbs, "cluster", _cluster, "cluster languages or documents")
-    cluster.add_argument("--method", choices=METHODS, default="typology",
-                         help="typology and random cluster languages, tfidf documents")
+    cluster.add_argument(
+        "--method",
+        choices=METHODS,
+        default="typology",
+        help="typology and random cluster languages, tfidf documents",
+    )
     cluster.add_argument("-k", type=int, required=True, help="number of clusters")
-    cluster.add_argument("--languages", type=_list, metavar="A,B,C",
-                         help="languages to cluster (default: those of --run or --corpus)")
-    cluster.add_argument("--exclude", type=_list, metavar="A,B", default=(),
-                         help="languages to leave in no cluster")
+    cluster.add_argument(
+        "--languages",
+        type=_list,
+        metavar="A,B,C",
+        help="languages to cluster (default: those of --run or --corpus)",
+    )
+    cluster.add_argument(
+        "--exclude", type=_list, metavar="A,B", default=(), help="languages to leave in no cluster"
+    )
     cluster.add_argument("--run", metavar="RUN", help="RUN whose corpus and subwords tfidf uses")
     cluster.add_argument("--corpus", metavar="DIR", help="take the languages of this corpus")
-    cluster.add_argument("--free", action="store_true",
-                         help="let cluster sizes fall as they may (typology)")
+    cluster.add_argument(
+        "--free", action="store_true", help="let cluster sizes fall as they may (typology)"
+    )
     cluster.add_argument("--random-seed", type=int, default=0, metavar="N")
-    cluster.add_argument("--out", metavar="DIR", required=True,
-                         help="directory for clusters.json and figures")
+    cluster.add_argument(
+        "--out", metavar="DIR", required=True, help="directory for clusters.json and figures"
+    )
     _json(cluster)
 
     init = _verb(verbs, "init", _init, "make a RUN: tokenizer, tokenised corpus and seed")
     init.add_argument("run", metavar="RUN")
-    init.add_argument("--corpus", required=True, metavar="DIR",
-                      help="folder of <language>.jsonl[.gz|.zst] or .parquet, or such a file, or "
-                      "hf://owner/dataset[/config]")
+    init.add_argument(
+        "--corpus",
+        required=True,
+        metavar="DIR",
+        help="folder of <language>.jsonl[.gz|.zst] or .parquet, or such a file, or "
+        "hf://owner/dataset[/config]",
+    )
     init.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
-    init.add_argument("--preset", choices=PRESETS, help="configuration (default: tiny, or hub "
-                      "with --seed)")
-    init.add_argument("--languages", type=_list, metavar="A,B,C",
-                      help="languages of the corpus to use (default: all)")
-    init.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE",
-                      help="change the configuration, as in experts.tokens=3e6; may be repeated")
+    init.add_argument(
+        "--preset", choices=PRESETS, help="configuration (default: tiny, or hub with --seed)"
+    )
+    init.add_argument(
+        "--languages",
+        type=_list,
+        metavar="A,B,C",
+        help="languages of the corpus to use (default: all)",
+    )
+    init.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change the configuration, as in experts.tokens=3e6; may be repeated",
+    )
     init.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
 
     branch = _verb(verbs, "branch", _branch, "record one expert for each cluster")
@@ -90,22 +126,33 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("run", metavar="RUN")
     train.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
     train.add_argument("--all", action="store_true", help="train every expert not trained yet")
-    train.add_argument("--dense", action="store_true",
-                       help="train the dense baseline at the experts' total tokens")
+    train.add_argument(
+        "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
+    )
 
     grow = _verb(verbs, "grow", _grow, "add an expert for a new language; touch nothing else")
     grow.add_argument("run", metavar="RUN")
     grow.add_argument("--language", required=True, metavar="XX")
-    grow.add_argument("--corpus", metavar="DIR", help="has text in the language (default: the "
-                      "RUN's corpus)")
-    grow.add_argument("--parent", default="auto", metavar="NAME",
-                      help="expert to start from (default: that of the nearest language)")
+    grow.add_argument(
+        "--corpus", metavar="DIR", help="has text in the language (default: the RUN's corpus)"
+    )
+    grow.add_argument(
+        "--parent",
+        default="auto",
+        metavar="NAME",
+        help="expert to start from (default: that of the nearest language)",
+    )
 
     evaluate = _verb(verbs, "evaluate", _evaluate, "perplexity and bits per byte by language")
     evaluate.add_argument("run", metavar="RUN")
     evaluate.add_argument("--corpus", required=True, metavar="DIR")
-    evaluate.add_argument("--routing", type=_list, default=ROUTINGS, metavar="A,B",
-                          help=f"of {', '.join(ROUTINGS)} (default: all)")
+    evaluate.add_argument(
+        "--routing",
+        type=_list,
+        default=ROUTINGS,
+        metavar="A,B",
+        help=f"of {', '.join(ROUTINGS)} (default: all)",
+    )
     evaluate.add_argument("--max-documents", type=int, metavar="N", help="of each language")
     _router(evaluate)
     _json(evaluate)
@@ -116,8 +163,13 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--routing", choices=ROUTINGS, default="tfidf")
     generate.add_argument("--language", metavar="XX", help="of the prompt, for --routing language")
     generate.add_argument("--max-new-tokens", type=int, default=40, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="X",
-                          help="0 takes the most probable token (default: %(default)s)")
+    generate.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="0 takes the most probable token (default: %(default)s)",
+    )
     generate.add_argument("--top-p", type=float, default=0.95, metavar="P")
     generate.add_argument("--random-seed", type=int, default=0, metavar="N")
     _router(generate)
@@ -173,7 +225,11 @@ def _cluster(options: argparse.Namespace) -> None:
 
         documents, tags = documents_with_languages(run, languages)
         clustering = tfidf.cluster(
-            documents, tags, run.vectoriser(), options.k, options.random_seed,
+            documents,
+            tags,
+            run.vectoriser(),
+            options.k,
+            options.random_seed,
             made_from={"corpus": run.store().record["corpus_sha256"]},
         )
     elif languages is None:
@@ -210,9 +266,7 @@ def _init(options: argparse.Namespace) -> None:
 
     preset = options.preset or ("hub" if options.seed else "tiny")
     config = override(PRESETS[preset](), options.settings)
-    run = init(
-        options.run, options.corpus, config, seed=options.seed, languages=options.languages
-    )
+    run = init(options.run, options.corpus, config, seed=options.seed, languages=options.languages)
     if options.clusters:
         from clustering.clustering import Clustering
         from xelm.runs.training import branch
@@ -261,7 +315,9 @@ def _grow(options: argparse.Namespace) -> None:
     expert = grow(
         run, options.language, options.corpus or run.record["corpus"], parent=options.parent
     )
-    print(f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens")
+    print(
+        f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -271,8 +327,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     run = open_run(options.run)
     rows = evaluate(
-        run, options.corpus, routings=options.routing, top_m=options.top_m,
-        temperature=options.router_temperature, max_documents=options.max_documents,
+        run,
+        options.corpus,
+        routings=options.routing,
+        top_m=options.top_m,
+        temperature=options.router_temperature,
+        max_documents=options.max_documents,
     )
     if options.json:
         _print_json([row.to_json() for row in rows])
@@ -288,8 +348,12 @@ def _generate(options: argparse.Namespace) -> None:
         options.routing, top_m=options.top_m, temperature=options.router_temperature
     )
     generation = ensemble.generate(
-        options.prompt, max_new_tokens=options.max_new_tokens, temperature=options.temperature,
-        top_p=options.top_p, seed=options.random_seed, language=options.language,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.random_seed,
+        language=options.language,
     )
     if options.json:
         _print_json({"text": generation.text, "weights": generation.weights})
@@ -347,8 +411,12 @@ def _verb(verbs: Any, name: str, function: Any, summary: str) -> argparse.Argume
 
 def _router(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
-    verb.add_argument("--router-temperature", type=float, metavar="X",
-                      help="of TF-IDF routing; small trusts the nearest expert alone")
+    verb.add_argument(
+        "--router-temperature",
+        type=float,
+        metavar="X",
+        help="of TF-IDF routing; small trusts the nearest expert alone",
+    )
 
 
 def _json(verb: argparse.ArgumentParser) -> None:

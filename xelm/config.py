@@ -67,8 +67,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         faults = []
-        for name in ("tokens", "sequence_length", "batch_size", "accumulation_steps",
-                     "checkpoint_every", "log_every", "mesh_fsdp", "mesh_tensor"):
+        for name in (
+            "tokens",
+            "sequence_length",
+            "batch_size",
+            "accumulation_steps",
+            "checkpoint_every",
+            "log_every",
+            "mesh_fsdp",
+            "mesh_tensor",
+        ):
             if getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("warmup_share", "decay_share", "final_rate_share", "sampling_exponent"):
@@ -200,6 +208,6 @@ def _parsed(hint: Any, text: str, setting: str) -> Any:
         raise UserError(f"{setting!r}: wanted {getattr(hint, '__name__', hint)}") from None
 
 
-def _dataclass_of(hint: Any) -> type | None:
+def _dataclass_of(hint: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((option for option in options if dataclasses.is_dataclass(option)), None)

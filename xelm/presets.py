@@ -10,8 +10,13 @@ from xelm.models.config import ModelConfig
 def quickstart() -> RunConfig:
     """`xelm quickstart`: the embedded sample corpus on a CPU, within five minutes on two cores."""
     train = TrainConfig(
-        tokens=600_000, sequence_length=128, batch_size=16, learning_rate=3e-3,
-        sampling_exponent=0.0, checkpoint_every=100, log_every=10,
+        tokens=600_000,
+        sequence_length=128,
+        batch_size=16,
+        learning_rate=3e-3,
+        sampling_exponent=0.0,
+        checkpoint_every=100,
+        log_every=10,
     )
     return RunConfig(
         model=_llama(vocabulary_size=4096, width=64, layers=2, head_size=32, max_length=512),
@@ -25,7 +30,10 @@ def tiny() -> RunConfig:
     """About 2 M parameters for corpora of some 10 MB: `xelm init RUN --preset tiny --corpus DIR`,
     an hour on two CPU cores."""
     train = TrainConfig(
-        tokens=16_000_000, sequence_length=256, batch_size=16, learning_rate=3e-3,
+        tokens=16_000_000,
+        sequence_length=256,
+        batch_size=16,
+        learning_rate=3e-3,
         sampling_exponent=0.0,
     )
     return RunConfig(
@@ -40,8 +48,12 @@ def small() -> RunConfig:
     """About 64 M parameters for corpora of some GB on one GPU:
     `xelm init RUN --preset small --corpus DIR`."""
     train = TrainConfig(
-        tokens=2_000_000_000, sequence_length=1024, batch_size=64, learning_rate=1e-3,
-        dtype="bfloat16", checkpoint_every=500,
+        tokens=2_000_000_000,
+        sequence_length=1024,
+        batch_size=64,
+        learning_rate=1e-3,
+        dtype="bfloat16",
+        checkpoint_every=500,
     )
     return RunConfig(
         model=_llama(vocabulary_size=64_000, width=512, layers=8, head_size=64, max_length=2048),
@@ -56,14 +68,23 @@ def hub() -> RunConfig:
     `xelm init RUN --seed HF_DIR --preset hub --corpus DIR`. The learning rate is of the size usual
     for continued pre-training."""
     train = TrainConfig(
-        tokens=1_000_000_000, sequence_length=1024, batch_size=32, accumulation_steps=4,
-        learning_rate=1e-4, dtype="bfloat16", rematerialise=True, checkpoint_every=500,
+        tokens=1_000_000_000,
+        sequence_length=1024,
+        batch_size=32,
+        accumulation_steps=4,
+        learning_rate=1e-4,
+        dtype="bfloat16",
+        rematerialise=True,
+        checkpoint_every=500,
     )
     return RunConfig(model=None, seed=train, experts=train, grow=replace(train, tokens=100_000_000))
 
 
 PRESETS: Mapping[str, Callable[[], RunConfig]] = {
-    "quickstart": quickstart, "tiny": tiny, "small": small, "hub": hub,
+    "quickstart": quickstart,
+    "tiny": tiny,
+    "small": small,
+    "hub": hub,
 }
 
 
@@ -72,8 +93,12 @@ def _llama(
 ) -> ModelConfig:
     """The Llama shape; the feed-forward is 8/3 of the width, in multiples of 8, as in Llama."""
     return ModelConfig(
-        vocabulary_size=vocabulary_size, width=width, feedforward_width=-(-width * 8 // 3 // 8) * 8,
-        layer_count=layers, head_count=width // head_size, key_head_count=width // head_size,
-        head_size=head_size, max_length=max_length,
+        vocabulary_size=vocabulary_size,
+        width=width,
+        feedforward_width=-(-width * 8 // 3 // 8) * 8,
+        layer_count=layers,
+        head_count=width // head_size,
+        key_head_count=width // head_size,
+        head_size=head_size,
+        max_length=max_length,
     )
-

@@ -9,7 +9,14 @@ def bar(total: int | None, label: str, unit: str) -> tqdm:
     """A bar on a terminal; a line now and then where stderr is a file or a pipe."""
     terminal = sys.stderr.isatty()
     return tqdm(
-        total=total, desc=label, unit=unit, unit_scale=True, file=sys.stderr,
-        dynamic_ncols=terminal, mininterval=0.2 if terminal else 15.0, leave=True,
-        ascii=None if terminal else True, ncols=None if terminal else 100,
+        total=total,
+        desc=label,
+        unit=unit,
+        unit_scale=True,
+        file=sys.stderr,
+        dynamic_ncols=terminal,
+        mininterval=0.2 if terminal else 15.0,
+        leave=True,
+        ascii=None if terminal else True,
+        ncols=None if terminal else 100,
     )

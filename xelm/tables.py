@@ -28,8 +28,10 @@ def results(rows: Sequence[Row], routings: Sequence[str] = ("language",)) -> str
         lines.append(f"{name:22}" + "".join(map(_cell, cells)))
     if common:
         means = [
-            (np.mean([found[*c, tag].perplexity for tag in common]),
-             np.mean([found[*c, tag].bits_per_byte for tag in common]))
+            (
+                np.mean([found[*c, tag].perplexity for tag in common]),
+                np.mean([found[*c, tag].bits_per_byte for tag in common]),
+            )
             for c in columns
         ]
         title = f"mean of {len(common)}"
@@ -38,4 +40,6 @@ def results(rows: Sequence[Row], routings: Sequence[str] = ("language",)) -> str
 
 
 def _cell(row: Row | None) -> str:
-    return f"{'-':>11}{'-':>8}" if row is None else f"{row.perplexity:>11.1f}{row.bits_per_byte:>8.3f}"
+    return (
+        f"{'-':>11}{'-':>8}" if row is None else f"{row.perplexity:>11.1f}{row.bits_per_byte:>8.3f}"
+    )

@@ -189,7 +189,7 @@ def _skip_line(file: BinaryIO) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[Any]:
     opener: Callable[[Path], Any] = open
     if path.name.endswith(".gz"):
         opener = gzip.open
@@ -229,7 +229,9 @@ def _hub_records(name: str) -> Iterator[tuple[str, Any]]:
 
     parts = name.removeprefix("hf://").split("/")
     if len(parts) not in (2, 3):
-        raise UserError(f"a Hub corpus is hf://owner/dataset or hf://owner/dataset/config; got {name}")
+        raise UserError(
+            f"a Hub corpus is hf://owner/dataset or hf://owner/dataset/config; got {name}"
+        )
     dataset = "/".join(parts[:2])
     try:
         records = datasets.load_dataset(dataset, *parts[2:], split="train", streaming=True)

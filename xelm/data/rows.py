@@ -8,7 +8,7 @@ training needs no other state than its step.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import grain
 import numpy as np
@@ -33,7 +33,13 @@ class LanguageRows:
     """Random access to the packed rows of one language; a grain data source."""
 
     def __init__(
-        self, source: Source, *, sequence_length: int, start_id: int, end_id: int, seed: int,
+        self,
+        source: Source,
+        *,
+        sequence_length: int,
+        start_id: int,
+        end_id: int,
+        seed: int,
         language_index: int,
     ):
         ids = source.ids
@@ -53,11 +59,11 @@ class LanguageRows:
     def __len__(self) -> int:
         return -(-max(0, self.tokens - 1) // self.sequence_length)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, record_key: SupportsIndex) -> dict[str, Any]:
         """tokens, segments, positions: int32 [T + 1]. Segment 0 is padding; positions count from
         the start of the document or of the row, whichever is later."""
         size = self.sequence_length + 1
-        start = int(row) * self.sequence_length
+        start = int(record_key) * self.sequence_length
         tokens = np.zeros(size, np.int32)
         segments = np.zeros(size, np.int32)
         positions = np.zeros(size, np.int32)
@@ -68,7 +74,7 @@ class LanguageRows:
             framed = np.concatenate(
                 [[self.start_id], self.ids.document(self.order[document]), [self.end_id]]
             )
-            piece = framed[start + filled - begin:][: size - filled]
+            piece = framed[start + filled - begin :][: size - filled]
             segment += 1
             part = slice(filled, filled + len(piece))
             tokens[part], segments[part] = piece, segment
@@ -76,14 +82,23 @@ class LanguageRows:
             filled += len(piece)
             document += 1
         return {
-            "tokens": tokens, "segments": segments, "positions": positions,
+            "tokens": tokens,
+            "segments": segments,
+            "positions": positions,
             "language": np.int32(self.language_index),
         }
 
 
 def batches(
-    sources: list[Source], *, steps: int, batch_size: int, sequence_length: int, start_id: int,
-    end_id: int, seed: int, first_step: int = 0,
+    sources: list[Source],
+    *,
+    steps: int,
+    batch_size: int,
+    sequence_length: int,
+    start_id: int,
+    end_id: int,
+    seed: int,
+    first_step: int = 0,
 ) -> Any:
     """Iterates over the batches of steps first_step to steps - 1: dictionaries of int32
     [batch_size, T + 1] arrays (see `LanguageRows`) and "language", the index of each row's source.
@@ -94,7 +109,11 @@ def batches(
     datasets, shares = [], []
     for index, source in enumerate(sources):
         rows = LanguageRows(
-            source, sequence_length=sequence_length, start_id=start_id, end_id=end_id, seed=seed,
+            source,
+            sequence_length=sequence_length,
+            start_id=start_id,
+            end_id=end_id,
+            seed=seed,
             language_index=index,
         )
         if len(rows) == 0:

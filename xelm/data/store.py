@@ -1,10 +1,10 @@
 """A corpus, tokenised once: memory-mapped ids by language, and a record of what was read.
 
-    STORE/
-      store.json              format, corpus, fingerprints, counts by language, unusable records
-      <language>.ids          subword ids of all documents in order, little-endian uint16 or uint32
-      <language>.ends.npy     int64 [documents]: where each document ends
-      <language>.bytes.npy    int64 [documents]: UTF-8 bytes of each document's text
+STORE/
+  store.json              format, corpus, fingerprints, counts by language, unusable records
+  <language>.ids          subword ids of all documents in order, little-endian uint16 or uint32
+  <language>.ends.npy     int64 [documents]: where each document ends
+  <language>.bytes.npy    int64 [documents]: UTF-8 bytes of each document's text
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class LanguageIds:
     def document(self, number: int) -> Int[np.ndarray, " tokens"]:
         """The ids of one document."""
         start = self.ends[number - 1] if number else 0
-        return self.ids[start:self.ends[number]]
+        return self.ids[start : self.ends[number]]
 
     @property
     def lengths(self) -> Int[np.ndarray, " documents"]:
@@ -84,9 +84,14 @@ def open_store(directory: str | Path) -> Store:
 
 
 def build_store(
-    directory: str | Path, documents: Iterable[Document], tokenizer: Tokenizer, faults: Faults,
-    *, languages: Iterable[str] | None = None, facts: Mapping[str, Any] | None = None,
-    progress: Callable[[int], None] = lambda documents: None,
+    directory: str | Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    faults: Faults,
+    *,
+    languages: Iterable[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    progress: Callable[[int], object] = lambda documents: None,
 ) -> Store:
     """Tokenises `documents` into `directory`, which appears whole or not at all.
 
@@ -117,10 +122,16 @@ def build_store(
             what = ", ".join(missing) if missing else "any language"
             raise UserError(f"the corpus has no usable document in {what}")
         counts = {language: writers[language].finish(partial, language) for language in order}
-        write_json(partial / "store.json", {
-            "format": 1, **(facts or {}), "dtype": dtype.str, "languages": counts,
-            "left_out": faults.to_json(),
-        })
+        write_json(
+            partial / "store.json",
+            {
+                "format": 1,
+                **(facts or {}),
+                "dtype": dtype.str,
+                "languages": counts,
+                "left_out": faults.to_json(),
+            },
+        )
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except OSError as error:
@@ -147,7 +158,9 @@ class _Writer:
         np.save(directory / f"{language}.ends.npy", np.cumsum(self.lengths, dtype=np.int64))
         np.save(directory / f"{language}.bytes.npy", np.asarray(self.bytes, np.int64))
         return {
-            "documents": len(self.lengths), "tokens": sum(self.lengths), "bytes": sum(self.bytes)
+            "documents": len(self.lengths),
+            "tokens": sum(self.lengths),
+            "bytes": sum(self.bytes),
         }
 
 

@@ -21,13 +21,17 @@ LONGEST_SENTENCE_BYTES = 4192
 
 
 def train(
-    texts: Mapping[str, Sequence[str]], vocabulary_size: int, directory: str | Path,
-    *, exponent: float = 0.3, seed: int = 0,
+    texts: Mapping[str, Sequence[str]],
+    vocabulary_size: int,
+    directory: str | Path,
+    *,
+    exponent: float = 0.3,
+    seed: int = 0,
 ) -> None:
     """Trains a unigram model with byte fallback and writes tokenizer files into `directory`.
 
     texts: documents by language. A language's share of the training text is its share of the bytes
-    to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1), so that small ones get pieces.
+    to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1): small ones get pieces too.
     """
     import sentencepiece
 
@@ -45,8 +49,14 @@ def train(
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             max_sentence_length=LONGEST_SENTENCE_BYTES * 4,
-            pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
-            pad_piece="<pad>", bos_piece="<s>", eos_piece="</s>", unk_piece="<unk>",
+            pad_id=PAD,
+            bos_id=BOS,
+            eos_id=EOS,
+            unk_id=UNK,
+            pad_piece="<pad>",
+            bos_piece="<s>",
+            eos_piece="</s>",
+            unk_piece="<unk>",
             num_threads=2,
             minloglevel=2,
         )
@@ -67,7 +77,9 @@ def load(directory: str | Path) -> "Tokenizer":
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(str(directory)))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{directory} has no tokenizer that transformers can load: {reason}") from error
+        raise UserError(
+            f"{directory} has no tokenizer that transformers can load: {reason}"
+        ) from error
 
 
 class Tokenizer:
@@ -96,12 +108,12 @@ class Tokenizer:
 
 
 def _sample(texts: Mapping[str, Sequence[str]], exponent: float, seed: int) -> Iterator[str]:
-    sizes = {language: sum(len(t.encode()) for t in documents) for language, documents in texts.items()}
+    sizes = {
+        language: sum(len(t.encode()) for t in documents) for language, documents in texts.items()
+    }
     weights = {language: size**exponent for language, size in sizes.items() if size}
     # As much as the language that is shortest of its share allows, none repeated.
-    total = min(
-        TRAINING_BYTES / sum(weights.values()), max(sizes[x] / weights[x] for x in weights)
-    )
+    total = min(TRAINING_BYTES / sum(weights.values()), max(sizes[x] / weights[x] for x in weights))
     order = random.Random(seed)
     for language, weight in weights.items():
         wanted = weight * total
@@ -112,7 +124,7 @@ def _sample(texts: Mapping[str, Sequence[str]], exponent: float, seed: int) -> I
                 break
             for line in document.splitlines():
                 for start in range(0, len(line), LONGEST_SENTENCE_BYTES):
-                    yield line[start:start + LONGEST_SENTENCE_BYTES]
+                    yield line[start : start + LONGEST_SENTENCE_BYTES]
             wanted -= len(document.encode())
 
 
@@ -127,21 +139,27 @@ def _write(model: bytes, directory: Path) -> None:
     fast = tokenizers.Tokenizer(models.Unigram(vocabulary, UNK, byte_fallback=True))
     fast.normalizer = normalizers.NFC()
     fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
-    fast.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-        decoders.Strip(" ", 1, 0),
-    ])
+    fast.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     fast.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
     )
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast.add_special_tokens([
-        tokenizers.AddedToken(piece, special=True, normalized=False) for piece in special.values()
-    ])
+    fast.add_special_tokens(
+        [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in special.values()]
+    )
     fast.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer.model").write_bytes(model)
     settings = {
-        **special, "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False, "model_max_length": 10**12,
+        **special,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**12,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

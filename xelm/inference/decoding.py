@@ -21,8 +21,8 @@ class Reader:
         """slots: the longest text, in tokens, that will be read."""
         self.parameters = parameters
         self.read_count = 0
-        self.following: np.ndarray | None = None
-        """Log probabilities over the vocabulary after all that was read, [V]."""
+        self.following = np.full(model.vocabulary_size, np.nan)
+        """Log probabilities over the vocabulary after all that was read, [V]; nan before that."""
         self._extend = _extender(model, dtype)
         self._cache = empty_cache(model, 1, slots, jnp.dtype(dtype))
 
@@ -35,7 +35,7 @@ class Reader:
         while len(ids):
             size = 1 << (len(ids).bit_length() - 1)
             piece, ids = ids[:size], ids[size:]
-            first = np.nan if self.following is None else self.following[piece[0]]
+            first = self.following[piece[0]]
             inner, following, self._cache = self._extend(
                 self.parameters, piece[None], self._cache, scored=scored
             )

@@ -66,8 +66,12 @@ class Ensemble:
         ids = [np.asarray(x, np.int64) for x in self.tokenizer.encode(texts)]
         by_expert = [
             score_documents(
-                self.model, parameters, ids, start_id=self.tokenizer.start_id,
-                end_id=self.tokenizer.end_id, sequence_length=self.sequence_length,
+                self.model,
+                parameters,
+                ids,
+                start_id=self.tokenizer.start_id,
+                end_id=self.tokenizer.end_id,
+                sequence_length=self.sequence_length,
             )
             for parameters in self.parameters
         ]
@@ -87,8 +91,14 @@ class Ensemble:
         )
 
     def generate(
-        self, prompt: str, *, max_new_tokens: int = 40, temperature: float = 0.8,
-        top_p: float = 0.95, seed: int = 0, language: str | None = None,
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 40,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int = 0,
+        language: str | None = None,
     ) -> Generation:
         """Continues the prompt until the end token or `max_new_tokens`. temperature 0 takes the
         most probable token each time; top_p samples from the smallest set of that probability."""
@@ -109,7 +119,7 @@ class Ensemble:
             ids.append(token)
         # Decoded behind the prompt: a leading space of the continuation would be lost alone.
         whole = self.tokenizer.decode([*prompt_ids, *ids])
-        text = whole[len(self.tokenizer.decode(prompt_ids)):]
+        text = whole[len(self.tokenizer.decode(prompt_ids)) :]
         mean = np.asarray(weights).mean(axis=0) if weights else np.zeros(len(self.names))
         return Generation(text=text, ids=ids, weights=dict(zip(self.names, map(float, mean))))
 
@@ -133,9 +143,10 @@ class Ensemble:
             speaking = np.flatnonzero(np.isfinite(log_weights))
             active = range(len(readers)) if self.router.needs_scores else speaking
             for expert in active:
-                readers[expert].read(text[readers[expert].read_count:])
+                readers[expert].read(text[readers[expert].read_count :])
             following = np.stack([readers[expert].following for expert in speaking])
-            yield logsumexp(log_weights[speaking, None] + following, axis=0), log_weights
+            mixed = logsumexp(log_weights[speaking, None] + following, axis=0)
+            yield np.asarray(mixed), log_weights
             token = new_ids[-1]
             scores = np.full(len(readers), np.nan)
             for expert in active:
@@ -145,13 +156,15 @@ class Ensemble:
 
 
 def _choose(
-    log_probabilities: Float[np.ndarray, " V"], temperature: float, top_p: float,
+    log_probabilities: Float[np.ndarray, " V"],
+    temperature: float,
+    top_p: float,
     random: np.random.Generator,
 ) -> int:
     if temperature == 0:
         return int(log_probabilities.argmax())
     scaled = log_probabilities / temperature
-    probabilities = np.exp(scaled - logsumexp(scaled))
+    probabilities = np.exp(scaled - np.asarray(logsumexp(scaled)))
     order = np.argsort(-probabilities, kind="stable")
     # The smallest set of at least top_p; the most probable is always in it.
     kept = order[: int(np.searchsorted(np.cumsum(probabilities[order]), top_p) + 1)]

@@ -39,8 +39,10 @@ class Route(Protocol):
 class Router(Protocol):
     """Makes routes."""
 
-    needs_scores: bool
-    """Every expert must be asked at every token."""
+    @property
+    def needs_scores(self) -> bool:
+        """Whether every expert must be asked at every token."""
+        ...
 
     def route(self, language: str | None) -> Route:
         """A route for a text in `language`, if that is known."""
@@ -120,7 +122,8 @@ class Tfidf:
     def log_weights(self, vectors: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T E"]:
         """Of unit (or zero) vectors."""
         squared = (
-            np.square(vectors).sum(axis=1, keepdims=True) - 2 * vectors @ self.centres.T
+            np.square(vectors).sum(axis=1, keepdims=True)
+            - 2 * vectors @ self.centres.T
             + np.square(self.centres).sum(axis=1)
         )
         distance = np.maximum(squared, 0.0) ** (self.distance_power / 2)
@@ -192,7 +195,7 @@ def mixture(
     log_weights: Float[np.ndarray, "T E"], scores: Float[np.ndarray, "E T"]
 ) -> Float[np.ndarray, " T"]:
     """log sum_j w_j p_j at each token: a mixture of probabilities, in log space."""
-    return logsumexp(log_weights + scores.T, axis=1)
+    return np.asarray(logsumexp(log_weights + scores.T, axis=1))
 
 
 ROUTINGS: Sequence[str] = ("language", "tfidf", "uniform", "posterior")

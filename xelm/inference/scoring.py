@@ -22,8 +22,14 @@ ROWS_A_BATCH = 16
 
 
 def score_documents(
-    model: ModelConfig, parameters: Any, documents: Sequence[Int[np.ndarray, " n"]],
-    *, start_id: int, end_id: int, sequence_length: int, dtype: str = "float32",
+    model: ModelConfig,
+    parameters: Any,
+    documents: Sequence[Int[np.ndarray, " n"]],
+    *,
+    start_id: int,
+    end_id: int,
+    sequence_length: int,
+    dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[Float[np.ndarray, " n1"]]:
     """Log probabilities, in nats, of each document's tokens and of its end: n + 1 for n ids.
@@ -35,7 +41,7 @@ def score_documents(
     rows = _pack([len(document) for document in framed], sequence_length + 1)
     score = _scorer(model, dtype)
     for first in range(0, len(rows), ROWS_A_BATCH):
-        part = rows[first:first + ROWS_A_BATCH]
+        part = rows[first : first + ROWS_A_BATCH]
         shape = (ROWS_A_BATCH, sequence_length + 1)
         tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
         for r, row in enumerate(part):
@@ -47,7 +53,7 @@ def score_documents(
         found = np.asarray(score(parameters, tokens, segments, positions))
         for r, row in enumerate(part):
             for number, begin, end, column in row:
-                scores[number][begin:end - 1] = found[r, column:column + end - begin - 1]
+                scores[number][begin : end - 1] = found[r, column : column + end - begin - 1]
         progress(sum(end - begin - 1 for row in part for _, begin, end, _ in row))
     return scores
 

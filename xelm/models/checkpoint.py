@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,16 @@ from xelm.models.families import Family, family
 WEIGHTS = "model.safetensors"
 # What makes a Hub checkpoint usable besides its weights, and travels with every expert.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model",
-    "sentencepiece.bpe.model", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 
 
@@ -54,7 +61,7 @@ def graph(config: ModelConfig, compute_dtype: str = "float32") -> nnx.GraphDef:
 
 def bind(decoder: nnx.GraphDef, parameters: Mapping[str, Any]) -> Decoder:
     """The decoder with these parameters."""
-    return nnx.merge(decoder, nnx.State(_wrapped(parameters)))
+    return nnx.merge(decoder, nnx.State(cast(Any, _wrapped(parameters))))
 
 
 def parameters_of(model: Decoder) -> dict[str, Any]:
@@ -126,9 +133,14 @@ def read_parameters(
 
 
 def write_checkpoint(
-    directory: str | Path, config: ModelConfig, parameters: Mapping[str, Any],
-    *, like: str | Path | None = None, model_type: str = "llama",
-    special_ids: Mapping[str, int] | None = None, tokenizer: str | Path | None = None,
+    directory: str | Path,
+    config: ModelConfig,
+    parameters: Mapping[str, Any],
+    *,
+    like: str | Path | None = None,
+    model_type: str = "llama",
+    special_ids: Mapping[str, int] | None = None,
+    tokenizer: str | Path | None = None,
     extra: Sequence[Path] = (),
 ) -> None:
     """Writes `directory` whole or not at all: it appears by a rename once every byte is on disk.
@@ -211,8 +223,10 @@ def _open(directory: str | Path) -> Iterator[dict[str, Any]]:
         try:
             file = safe_open(directory / name, framework="np")
         except Exception as error:
-            raise UserError(f"{directory / name} is not readable as safetensors: {error}") from error
-        for key in file.keys():
+            raise UserError(
+                f"{directory / name} is not readable as safetensors: {error}"
+            ) from error
+        for key in file.keys():  # noqa: SIM118 (not a dictionary)
             readers[key] = file.get_slice(key)
     yield readers
 
@@ -225,7 +239,8 @@ def _compare(directory, kind, tensors, wanted, config, stored) -> None:
     }
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
     unknown = [
-        name for name in stored
+        name
+        for name in stored
         if name not in expected and name not in tied and not name.endswith(kind.ignored)
     ]
     faults = [f"missing {name}" for name in expected if name not in stored]
@@ -239,7 +254,9 @@ def _compare(directory, kind, tensors, wanted, config, stored) -> None:
                 faults.append(f"{name} has shape {found}, config.json says {shape}")
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-        raise UserError(f"{directory} does not match its config.json: {'; '.join(faults[:5])}{more}")
+        raise UserError(
+            f"{directory} does not match its config.json: {'; '.join(faults[:5])}{more}"
+        )
 
 
 def _unstacked(kind: Family, config: ModelConfig, flat: Mapping[str, np.ndarray]):

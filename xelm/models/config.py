@@ -53,8 +53,16 @@ class ModelConfig:
     """The output head is the embedding; otherwise it has a matrix of its own."""
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary_size", "width", "feedforward_width", "layer_count", "head_count",
-                     "key_head_count", "head_size", "max_length"):
+        for name in (
+            "vocabulary_size",
+            "width",
+            "feedforward_width",
+            "layer_count",
+            "head_count",
+            "key_head_count",
+            "head_size",
+            "max_length",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.head_count % self.key_head_count:

@@ -37,17 +37,26 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -
 
 
 class Linear(nnx.Module):
-    """x @ weight + bias, stacked over layers; `axes` name what each dimension means for sharding."""
+    """x @ weight + bias, stacked over layers; `axes` name its dimensions for sharding."""
 
     def __init__(
-        self, layers: int, inputs: int, outputs: int, *, bias: bool, scale: float,
-        axes: tuple[str, str], rngs: nnx.Rngs, dtype: jnp.dtype,
+        self,
+        layers: int,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        scale: float,
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype,
     ):
         weight = scale * jax.random.normal(rngs.params(), (layers, inputs, outputs), jnp.float32)
         self.weight = nnx.Param(weight.astype(dtype), axes=("layers", *axes))
         self.bias = (
             nnx.Param(jnp.zeros((layers, outputs), dtype), axes=("layers", axes[1]))
-            if bias else None
+            if bias
+            else None
         )
 
     def __call__(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
@@ -62,7 +71,9 @@ class Norm(nnx.Module):
         shape = (config.width,) if layers is None else (layers, config.width)
         axes = ("width",) if layers is None else ("layers", "width")
         self.scale = nnx.Param(jnp.ones(shape, dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if config.norm == "layer" else None
+        self.bias = (
+            nnx.Param(jnp.zeros(shape, dtype), axes=axes) if config.norm == "layer" else None
+        )
         self.epsilon = config.norm_epsilon
 
     def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
@@ -102,18 +113,23 @@ class Block(nnx.Module):
         self.query = Linear(layers, width, heads, scale=inner, axes=("width", "heads"), **attention)
         self.key = Linear(layers, width, keys, scale=inner, axes=("width", "keys"), **attention)
         self.value = Linear(layers, width, keys, scale=inner, axes=("width", "keys"), **attention)
-        self.output = Linear(layers, heads, width, scale=outer, axes=("heads", "width"), **attention)
+        self.output = Linear(
+            layers, heads, width, scale=outer, axes=("heads", "width"), **attention
+        )
         self.feedforward_norm = Norm(config, layers, dtype)
         size = config.feedforward_width
         self.gate = (
             Linear(layers, width, size, scale=inner, axes=("width", "ffn"), **feedforward)
-            if config.gated else None
+            if config.gated
+            else None
         )
         self.up = Linear(layers, width, size, scale=inner, axes=("width", "ffn"), **feedforward)
         self.down = Linear(layers, size, width, scale=outer, axes=("ffn", "width"), **feedforward)
 
     def __call__(
-        self, x: Float[Array, "M D"], context: _Context,
+        self,
+        x: Float[Array, "M D"],
+        context: _Context,
         past: tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]] | None,
     ) -> tuple[Float[Array, "M D"], tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]]:
         attended, present = self._attend(self.attention_norm(x), context, past)
@@ -145,8 +161,12 @@ class Decoder(nnx.Module):
     `compute_dtype`; norms, softmax and logits are always float32."""
 
     def __init__(
-        self, config: ModelConfig, rngs: nnx.Rngs, *,
-        dtype: jnp.dtype = jnp.float32, compute_dtype: jnp.dtype = jnp.float32,
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        compute_dtype: jnp.dtype = jnp.float32,
     ):
         shape = (config.vocabulary_size, config.width)
         embedding = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -162,7 +182,9 @@ class Decoder(nnx.Module):
         self.compute_dtype = compute_dtype
 
     def __call__(
-        self, tokens: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None,
+        self,
+        tokens: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token after each position; a position whose `attention_mask` is 0 is
@@ -171,8 +193,12 @@ class Decoder(nnx.Module):
         return self.logits(self.hidden(tokens, positions=positions, valid=valid))
 
     def hidden(
-        self, tokens: Int[Array, "B T"], *, positions: Int[Array, "B T"] | None = None,
-        valid: Bool[Array, "B T"] | None = None, segments: Int[Array, "B T"] | None = None,
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        valid: Bool[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T D"]:
         """Final normed states. Tokens attend to earlier `valid` tokens of their own segment."""
@@ -194,7 +220,11 @@ class Decoder(nnx.Module):
         return self.norm(h).reshape(batch, length, -1)
 
     def extend(
-        self, tokens: Int[Array, "B T"], cache: Cache, *, valid: Bool[Array, "B T"],
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        *,
+        valid: Bool[Array, "B T"],
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Final states of new tokens after those in the cache, and the longer cache. Sequences of
         unequal length are padded on the left, with `valid` false there; positions count from the
@@ -243,7 +273,9 @@ class Decoder(nnx.Module):
 
 
 def attend_causal(
-    query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H"],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
     mask: Bool[Array, "B T T"],
 ) -> Float[Array, "B T N H"]:
     """`attend` for a mask that lets nobody see later positions: queries go in up to eight blocks,
@@ -259,7 +291,9 @@ def attend_causal(
 
 
 def attend(
-    query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention with grouped keys; softmax in float32."""

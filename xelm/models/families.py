@@ -38,7 +38,8 @@ class Family:
         if config.norm == "rms":
             absent |= {"blocks/attention_norm/bias", "blocks/feedforward_norm/bias", "norm/bias"}
         return {
-            name: path for name, path in self.keys.items()
+            name: path
+            for name, path in self.keys.items()
             if path not in absent and path.rsplit("/", 1)[0] not in absent
         }
 

@@ -1,6 +1,7 @@
 """The published experts of a RUN with a router over them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -57,8 +58,8 @@ def make_router(
         return ByLanguage(experts=count, serving=serving(run.registry(), experts))
     if routing == "tfidf":
         centres = [read_arrays(e.directory(run.directory) / CENTRE)["centre"] for e in experts]
-        options = {} if temperature is None else {"temperature": temperature}
-        return Tfidf(vectoriser=run.vectoriser(), centres=np.stack(centres), **options)
+        router = Tfidf(vectoriser=run.vectoriser(), centres=np.stack(centres))
+        return router if temperature is None else replace(router, temperature=temperature)
     raise UserError(f"routing must be one of {', '.join(ROUTINGS)}; got {routing!r}")
 
 

@@ -59,15 +59,27 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """As in results.json."""
         return {
-            "system": self.system, "routing": self.routing, "language": self.language,
-            "documents": self.documents, "tokens": self.tokens, "bytes": self.bytes,
-            "nll": self.nll, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte,
+            "system": self.system,
+            "routing": self.routing,
+            "language": self.language,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "nll": self.nll,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
         }
 
 
 def evaluate(
-    run: Run, corpus: str | Path, *, routings: Sequence[str] = ROUTINGS, top_m: int | None = None,
-    temperature: float | None = None, max_documents: int | None = None, save: bool = True,
+    run: Run,
+    corpus: str | Path,
+    *,
+    routings: Sequence[str] = ROUTINGS,
+    top_m: int | None = None,
+    temperature: float | None = None,
+    max_documents: int | None = None,
+    save: bool = True,
 ) -> list[Row]:
     """Scores the seed, the dense baseline if there is one, every published expert, and their
     ensemble under each routing; writes RUN/results/results.json.
@@ -87,7 +99,8 @@ def evaluate(
     scores = _score_all(run, systems, store, max_documents)
     rows = [
         _row(system, None, store.languages[tag], found)
-        for system in systems for tag, found in scores[system].items()
+        for system in systems
+        for tag, found in scores[system].items()
     ]
     if experts:
         names = [expert.name for expert in experts]
@@ -97,17 +110,22 @@ def evaluate(
             for tag, ids in store.languages.items():
                 if routing == "language" and tag not in served:
                     continue
-                mixed = _mix(
-                    router, tag, ids, [scores[name][tag] for name in names], run, top_m
-                )
+                mixed = _mix(router, tag, ids, [scores[name][tag] for name in names], run, top_m)
                 rows.append(_row("ensemble", routing, ids, mixed))
     if save:
-        write_json(run.results / FILE_NAME, {
-            "format": 1, "xelm": __version__, "corpus": str(corpus),
-            "corpus_sha256": store.record["corpus_sha256"], "top_m": top_m,
-            "temperature": temperature, "max_documents": max_documents,
-            "rows": [row.to_json() for row in rows],
-        })
+        write_json(
+            run.results / FILE_NAME,
+            {
+                "format": 1,
+                "xelm": __version__,
+                "corpus": str(corpus),
+                "corpus_sha256": store.record["corpus_sha256"],
+                "top_m": top_m,
+                "temperature": temperature,
+                "max_documents": max_documents,
+                "rows": [row.to_json() for row in rows],
+            },
+        )
     return rows
 
 
@@ -135,18 +153,27 @@ def _score_all(
         for system, directory in systems.items():
             parameters = read_parameters(directory, model)
             flat = [ids for found in documents.values() for ids in found]
-            found = iter(score_documents(
-                model, parameters, flat, start_id=tokenizer.start_id, end_id=tokenizer.end_id,
-                sequence_length=run.config.experts.sequence_length, progress=progress.update,
-            ))
-            scores[system] = {
-                tag: [next(found) for _ in batch] for tag, batch in documents.items()
-            }
+            found = iter(
+                score_documents(
+                    model,
+                    parameters,
+                    flat,
+                    start_id=tokenizer.start_id,
+                    end_id=tokenizer.end_id,
+                    sequence_length=run.config.experts.sequence_length,
+                    progress=progress.update,
+                )
+            )
+            scores[system] = {tag: [next(found) for _ in batch] for tag, batch in documents.items()}
     return scores
 
 
 def _mix(
-    router: Router, language: str, ids: LanguageIds, by_expert: list[list[np.ndarray]], run: Run,
+    router: Router,
+    language: str,
+    ids: LanguageIds,
+    by_expert: list[list[np.ndarray]],
+    run: Run,
     top_m: int | None,
 ) -> list[np.ndarray]:
     """Log probabilities of the mixture for each document."""
@@ -161,7 +188,11 @@ def _mix(
 
 def _row(system: str, routing: str | None, ids: LanguageIds, scores: list[np.ndarray]) -> Row:
     return Row(
-        system=system, routing=routing, language=ids.language, documents=len(scores),
-        tokens=sum(map(len, scores)), bytes=int(ids.bytes[: len(scores)].sum()),
+        system=system,
+        routing=routing,
+        language=ids.language,
+        documents=len(scores),
+        tokens=sum(map(len, scores)),
+        bytes=int(ids.bytes[: len(scores)].sum()),
         nll=-float(sum(found.sum(dtype=np.float64) for found in scores)),
     )

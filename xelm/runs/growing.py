@@ -28,7 +28,9 @@ def grow(run: Run, language: str, corpus: str | Path, *, parent: str = "auto") -
     with locked(run.directory, f"train-{tag}"):
         registry = run.registry()
         if not registry.published():
-            raise UserError(f"{run.directory} has no published expert to grow from; train some first")
+            raise UserError(
+                f"{run.directory} has no published expert to grow from; train some first"
+            )
         started = next((e for e in registry.training() if e.languages == (tag,)), None)
         if started is None:
             name, facts = _parent(registry, tag, parent)
@@ -40,8 +42,12 @@ def grow(run: Run, language: str, corpus: str | Path, *, parent: str = "auto") -
         sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]
         sources += _donors(run, registry, started)
         train_checkpoint(
-            run, parent_directory(run, started), started.directory(run.directory), sources,
-            run.config.grow, name=started.name,
+            run,
+            parent_directory(run, started),
+            started.directory(run.directory),
+            sources,
+            run.config.grow,
+            name=started.name,
         )
         publish(run, started, facts)
     return run.registry().expert(started.name)
@@ -74,4 +80,3 @@ def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[Source]:
     stores = [run.store(), *(run.store(tag) for tag in tags if tag not in run.languages)]
     known = {tag: ids for store in stores for tag, ids in store.languages.items()}
     return [Source(ids=known[tag], share=share / len(tags)) for tag in tags]
-

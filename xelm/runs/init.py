@@ -1,5 +1,6 @@
 """`xelm init`: a RUN from a corpus, with a seed that is trained here or comes from elsewhere."""
 
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,14 +25,19 @@ from xelm.models.checkpoint import (
     read_config,
     write_checkpoint,
 )
+from xelm.models.config import ModelConfig
 from xelm.progress import bar
-from xelm.runs.run import Run, create_run
+from xelm.runs.run import Run, create_run, open_run
 from xelm.training.loop import train
 
 
 def init(
-    directory: str | Path, corpus: str | Path, config: RunConfig, *,
-    seed: str | Path | None = None, languages: Sequence[str] | None = None,
+    directory: str | Path,
+    corpus: str | Path,
+    config: RunConfig,
+    *,
+    seed: str | Path | None = None,
+    languages: Sequence[str] | None = None,
 ) -> Run:
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus, seed,
     TF-IDF vectoriser, registry, each written whole before the next begins.
@@ -42,19 +48,24 @@ def init(
     tags = _languages(corpus, languages)
     if seed is not None:
         read_config(seed)
-    elif config.model is None:
-        raise UserError("this preset has no model of its own; give a seed checkpoint with --seed")
+    else:
+        _model(config)
     with _fresh_lock(directory):
-        run = create_run(directory, config, {
-            "corpus": str(corpus),
-            "corpus_sha256": corpora.fingerprint(corpus, tags),
-            "seed_from": None if seed is None else str(seed),
-            "languages": list(tags),
-        })
+        run = create_run(
+            directory,
+            config,
+            {
+                "corpus": str(corpus),
+                "corpus_sha256": corpora.fingerprint(corpus, tags),
+                "seed_from": None if seed is None else str(seed),
+                "languages": list(tags),
+            },
+        )
         if seed is None:
             _train_tokenizer(run, corpus)
         else:
             _copy_seed(run, Path(seed))
+            _link_from_sibling(run, Path(seed).parent)
         store = tokenise(run, corpus, "train", languages=tags)
         if seed is None:
             _train_seed(run, store)
@@ -84,8 +95,12 @@ def tokenise(
     faults = Faults()
     with bar(None, f"tokenise {name}", "doc") as progress:
         store = build_store(
-            directory, corpora.read(corpus, faults, languages),
-            tokenizers.load(tokenizer_files), faults, languages=languages, facts=facts,
+            directory,
+            corpora.read(corpus, faults, languages),
+            tokenizers.load(tokenizer_files),
+            faults,
+            languages=languages,
+            facts=facts,
             progress=progress.update,
         )
     if faults:
@@ -99,6 +114,12 @@ def _languages(corpus: str | Path, wanted: Sequence[str] | None) -> tuple[str, .
     if str(corpus).startswith("hf://") or Path(corpus).is_file():
         raise UserError(f"name the languages to take from {corpus} with --languages")
     return canonical_all([corpora.language_of(path) for path in corpora.files(corpus)])
+
+
+def _model(config: RunConfig) -> ModelConfig:
+    if config.model is None:
+        raise UserError("this preset has no model of its own; give a seed checkpoint with --seed")
+    return config.model
 
 
 def _fresh_lock(directory: str | Path):
@@ -119,6 +140,7 @@ def _train_tokenizer(run: Run, corpus: str | Path) -> None:
     if (target / "tokenizer.json").exists() or run.seed.exists():
         return
     config, faults = run.config, Faults()
+    vocabulary_size = _model(config).vocabulary_size
     texts: dict[str, list[str]] = {language: [] for language in run.languages}
     # Documents beyond what a tokenizer learns from are not held in memory.
     most = 2 * tokenizers.TRAINING_BYTES // len(texts)
@@ -128,11 +150,14 @@ def _train_tokenizer(run: Run, corpus: str | Path) -> None:
         if language in texts and sizes[language] < most:
             texts[language].append(document.text)
             sizes[language] += len(document.text.encode())
-    print(f"training a tokenizer of {config.model.vocabulary_size} pieces", file=sys.stderr)
+    print(f"training a tokenizer of {vocabulary_size} pieces", file=sys.stderr)
     partial = target.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokenizers.train(
-        texts, config.model.vocabulary_size, partial, exponent=config.tokenizer_exponent,
+        texts,
+        vocabulary_size,
+        partial,
+        exponent=config.tokenizer_exponent,
         seed=config.seed.seed,
     )
     partial.rename(target)
@@ -147,14 +172,22 @@ def _train_seed(run: Run, store: Store) -> None:
         config.seed.sampling_exponent,
     )
     trained = train(
-        fresh_parameters(config.model, config.seed.seed), config.model,
+        fresh_parameters(_model(config), config.seed.seed),
+        _model(config),
         [Source(ids=ids, share=shares[language]) for language, ids in store.languages.items()],
-        config.seed, run.training("seed"), start_id=tokenizer.start_id, end_id=tokenizer.end_id,
+        config.seed,
+        run.training("seed"),
+        start_id=tokenizer.start_id,
+        end_id=tokenizer.end_id,
         label="seed",
     )
     write_checkpoint(
-        run.seed, config.model, trained.parameters, model_type=config.model_type,
-        tokenizer=_tokenizer_directory(run), special_ids=tokenizers.SPECIAL_IDS,
+        run.seed,
+        _model(config),
+        trained.parameters,
+        model_type=config.model_type,
+        tokenizer=_tokenizer_directory(run),
+        special_ids=tokenizers.SPECIAL_IDS,
         extra=[run.training("seed") / "metrics.jsonl"],
     )
     shutil.rmtree(run.training("seed"), ignore_errors=True)
@@ -172,6 +205,43 @@ def _copy_seed(run: Run, source: Path) -> None:
     copy_checkpoint(source, run.seed)
 
 
+def _link_from_sibling(run: Run, sibling: Path) -> None:
+    """Where the seed is that of another RUN on the same corpus, its tokenised corpus and vectors
+    are linked instead of made again: many RUNs can start from one seed at the cost of one."""
+    if not (sibling / "run.json").exists() or (run.directory / "corpus" / "train").exists():
+        return
+    other = open_run(sibling)
+    same = ("corpus_sha256", "languages")
+    if any(other.record.get(key) != run.record[key] for key in same):
+        return
+    if other.config.vectoriser_dimensions != run.config.vectoriser_dimensions:
+        return
+    target = run.directory / "corpus" / "train"
+    partial = target.with_name(".train.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(sibling / "corpus" / "train", partial, copy_function=_link)
+        _link(sibling / "vectoriser.npz", run.directory / "vectoriser.npz")
+    except FileNotFoundError:
+        # The sibling is not finished: what it lacks is made here.
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    partial.rename(target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, or a copy where file systems do not allow that. Files of a store
+    are replaced and never changed, so both names are safe."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _fit_vectoriser(run: Run, store: Store) -> None:
     if (run.directory / "vectoriser.npz").exists():
         return
@@ -180,7 +250,10 @@ def _fit_vectoriser(run: Run, store: Store) -> None:
         ids.document(number) for ids in store.languages.values() for number in range(len(ids))
     )
     fitted = tfidf.fit(
-        documents, run.tokenizer().size, run.config.vectoriser_dimensions, run.config.seed.seed,
+        documents,
+        run.tokenizer().size,
+        run.config.vectoriser_dimensions,
+        run.config.seed.seed,
         sample_size=20_000,
     )
     write_arrays(

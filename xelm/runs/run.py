@@ -65,7 +65,9 @@ class Run:
     def clusters(self) -> Clustering:
         """What the RUN was branched on."""
         if not (self.directory / "clusters.json").exists():
-            raise UserError(f"{self.directory} has no clusters yet; run: xelm branch {self.directory}")
+            raise UserError(
+                f"{self.directory} has no clusters yet; run: xelm branch {self.directory}"
+            )
         return Clustering.load(self.directory)
 
     def tokenizer(self) -> "Tokenizer":

@@ -117,8 +117,13 @@ def documents_with_languages(
 
 
 def train_checkpoint(
-    run: Run, parent: Path, target: Path, sources: Sequence[Source], config: TrainConfig,
-    *, name: str,
+    run: Run,
+    parent: Path,
+    target: Path,
+    sources: Sequence[Source],
+    config: TrainConfig,
+    *,
+    name: str,
 ) -> None:
     """Trains from one checkpoint to another, which appears whole; nothing is done if it exists."""
     if target.exists():
@@ -126,8 +131,14 @@ def train_checkpoint(
     model, tokenizer = read_config(parent), run.tokenizer()
     work = run.training(name)
     trained = train(
-        read_parameters(parent, model), model, sources, config, work,
-        start_id=tokenizer.start_id, end_id=tokenizer.end_id, label=name,
+        read_parameters(parent, model),
+        model,
+        sources,
+        config,
+        work,
+        start_id=tokenizer.start_id,
+        end_id=tokenizer.end_id,
+        label=name,
     )
     centre = work / CENTRE
     write_arrays(centre, {"centre": _centre(run, sources)})
@@ -145,9 +156,12 @@ def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) ->
     files = hash_directory(directory)
     described = replace(expert, sha256=files, tokens=tokens)
     text.write_text(card(described, run.registry(), dict(facts)), encoding="utf-8")
-    update(run.directory, lambda registry: registry.publish(
-        expert.name, expert.version, sha256=hash_directory(directory), tokens=tokens
-    ))
+    update(
+        run.directory,
+        lambda registry: registry.publish(
+            expert.name, expert.version, sha256=hash_directory(directory), tokens=tokens
+        ),
+    )
     shutil.rmtree(run.training(expert.name), ignore_errors=True)
 
 
@@ -166,8 +180,12 @@ def _train_expert(run: Run, expert: Expert) -> None:
     config = run.config.experts
     budget = max(1, round(config.tokens * share))
     train_checkpoint(
-        run, parent_directory(run, expert), expert.directory(run.directory), sources,
-        replace(config, tokens=budget), name=expert.name,
+        run,
+        parent_directory(run, expert),
+        expert.directory(run.directory),
+        sources,
+        replace(config, tokens=budget),
+        name=expert.name,
     )
     publish(run, expert, {"share of the total tokens": f"{share:.4f}"})
 
@@ -190,10 +208,13 @@ def _assign_documents(run: Run, clustering: Clustering) -> None:
     path = run.directory / "assignments.npz"
     if path.exists():
         return
-    write_arrays(path, {
-        tag: clustering.assign(run.vectoriser().transform(_documents(ids))).astype(np.int32)
-        for tag, ids in run.store().languages.items()
-    })
+    write_arrays(
+        path,
+        {
+            tag: clustering.assign(run.vectoriser().transform(_documents(ids))).astype(np.int32)
+            for tag, ids in run.store().languages.items()
+        },
+    )
 
 
 def _documents(ids: LanguageIds):

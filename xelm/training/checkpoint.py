@@ -26,20 +26,27 @@ class Checkpoints:
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Saves arrays and a JSON value; returns when the arrays may be changed again."""
         if step != self._manager.latest_step():
-            self._manager.save(step, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
-            ))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
+                ),
+            )
 
     def restore(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
         """State and facts of a checkpoint, placed as `shardings` say."""
         target = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-            shapes, shardings,
+            shapes,
+            shardings,
         )
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), facts=ocp.args.JsonRestore()
-            ))
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), facts=ocp.args.JsonRestore()
+                ),
+            )
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"the checkpoint at step {step} in {self._manager.directory} does not fit this "

@@ -38,8 +38,15 @@ class Trained:
 
 
 def train(
-    parameters: Any, model: ModelConfig, sources: Sequence[Source], config: TrainConfig,
-    directory: str | Path, *, start_id: int, end_id: int, label: str,
+    parameters: Any,
+    model: ModelConfig,
+    sources: Sequence[Source],
+    config: TrainConfig,
+    directory: str | Path,
+    *,
+    start_id: int,
+    end_id: int,
+    label: str,
 ) -> Trained:
     """Trains on packed rows of `sources` and returns the new parameters.
 
@@ -53,9 +60,7 @@ def train(
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         functions = program(model, config, mesh)
-        state = functions.create(
-            jax.device_put(parameters, functions.state_shardings.parameters)
-        )
+        state = functions.create(jax.device_put(parameters, functions.state_shardings.parameters))
         checkpoints = Checkpoints(directory / "checkpoints")
         facts = {"config": asdict(config), "language_tokens": dict.fromkeys(languages, 0)}
         first = checkpoints.latest_step() or 0
@@ -67,9 +72,14 @@ def train(
             directory / "metrics.jsonl", last_step=first, tensorboard=config.tensorboard
         )
         rows = batches(
-            list(sources), steps=config.steps, batch_size=config.batch_size,
-            sequence_length=config.sequence_length, start_id=start_id, end_id=end_id,
-            seed=config.seed, first_step=first,
+            list(sources),
+            steps=config.steps,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            start_id=start_id,
+            end_id=end_id,
+            seed=config.seed,
+            first_step=first,
         )
         seen = facts["language_tokens"]
         with bar(config.steps * config.tokens_per_step, label, "tok") as progress:
@@ -85,15 +95,17 @@ def train(
                 if step % config.log_every == 0 or step == config.steps:
                     loss = float(metrics.loss)
                     now, total = time.perf_counter(), sum(seen.values())
-                    log.write({
-                        "step": step,
-                        "tokens": total,
-                        "loss": loss,
-                        "learning_rate": float(rate(step - 1)),
-                        "grad_norm": float(metrics.grad_norm),
-                        "tokens_per_second": (total - since) / (now - clock),
-                        "language_tokens": dict(seen),
-                    })
+                    log.write(
+                        {
+                            "step": step,
+                            "tokens": total,
+                            "loss": loss,
+                            "learning_rate": rate(step - 1),
+                            "grad_norm": float(metrics.grad_norm),
+                            "tokens_per_second": (total - since) / (now - clock),
+                            "language_tokens": dict(seen),
+                        }
+                    )
                     clock, since = now, total
                     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if step % config.checkpoint_every == 0 or step == config.steps:

@@ -13,7 +13,9 @@ LOGITS_IN_A_CHUNK = 2**22
 
 
 def cross_entropy(
-    hidden: Float[Array, "M D"], head: Float[Array, "V D"], targets: Int[Array, " M"],
+    hidden: Float[Array, "M D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, " M"],
     weights: Float[Array, " M"],
 ) -> Float[Array, ""]:
     """Sum over positions of weight * -log p(target), in nats. Never holds [M, V].
@@ -29,6 +31,7 @@ def target_log_probabilities(
     hidden: Float[Array, "M D"], head: Float[Array, "V D"], targets: Int[Array, " M"]
 ) -> Float[Array, " M"]:
     """log p(target) at each position, in nats, chunk by chunk."""
+
     def chunk(inputs):
         states, wanted = inputs
         logits = _logits(states, head)
@@ -56,9 +59,7 @@ def _forward(hidden, head, targets, weights):
         hot = jax.nn.one_hot(wanted, head.shape[0], dtype=jnp.float32)
         error = ((scaled / total - hot) * weight[:, None]).astype(states.dtype)
         state_gradient = error @ head.astype(states.dtype)
-        head_gradient += jnp.einsum(
-            "MV,MD->VD", error, states, preferred_element_type=jnp.float32
-        )
+        head_gradient += jnp.einsum("MV,MD->VD", error, states, preferred_element_type=jnp.float32)
         return head_gradient, (loss, state_gradient)
 
     zero = jnp.zeros(head.shape, jnp.float32)

@@ -1,12 +1,15 @@
 """AdamW and its learning-rate schedules, from optax."""
 
+from collections.abc import Callable
+
 import jax
+import numpy as np
 import optax
 
 from xelm.config import TrainConfig
 
 
-def schedule(config: TrainConfig) -> optax.Schedule:
+def schedule(config: TrainConfig) -> Callable[[int], float]:
     """Learning rate by step: linear warm-up, then the configured decay to the final rate."""
     steps, peak = config.steps, config.learning_rate
     final = peak * config.final_rate_share
@@ -22,11 +25,11 @@ def schedule(config: TrainConfig) -> optax.Schedule:
             [optax.constant_schedule(peak), optax.linear_schedule(peak, final, falling)],
             [rest - falling],
         )
-    if warmup == 0:
-        return decay
-    # The first step already moves: by peak / warmup, not by zero.
-    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
-    return optax.join_schedules([rise, decay], [warmup])
+    if warmup:
+        # The first step already moves: by peak / warmup, not by zero.
+        rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+        decay = optax.join_schedules([rise, decay], [warmup])
+    return lambda step: float(np.asarray(decay(step)))
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -35,7 +38,10 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
-            1.0, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay,
+            1.0,
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
             mask=_is_matrix,
         ),
     )

@@ -31,7 +31,8 @@ def make_mesh(config: TrainConfig) -> Mesh:
     if data * rest > count or data < 1:
         raise ValueError(
             f"a mesh of data {config.mesh_data} x fsdp {config.mesh_fsdp} x tensor "
-            f"{config.mesh_tensor} needs {max(1, config.mesh_data) * rest} devices; there are {count}"
+            f"{config.mesh_tensor} needs {max(1, config.mesh_data) * rest} devices; "
+            f"there are {count}"
         )
     rows = config.batch_size // config.accumulation_steps
     if config.mesh_data == 0:
@@ -49,6 +50,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
 
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """A sharding for each parameter; a dimension that its mesh axis does not divide is refused."""
+
     def place(shape, axes):
         names = [RULES[axis] for axis in axes]
         used = [name for name in names if name is not None]
@@ -57,7 +59,8 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
         for size, axis, name in zip(shape.shape, axes, names):
             if name is not None and size % mesh.shape[name]:
                 raise ValueError(
-                    f"{axis} must be a multiple of mesh axis {name} = {mesh.shape[name]}; got {size}"
+                    f"{axis} must be a multiple of mesh axis {name} = {mesh.shape[name]}; "
+                    f"got {size}"
                 )
         return NamedSharding(mesh, PartitionSpec(*names))
 

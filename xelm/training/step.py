@@ -20,8 +20,11 @@ class State(NamedTuple):
     """All that a step changes."""
 
     parameters: Any
+    """Nested dictionary, float32."""
     optimizer: Any
-    step: jax.Array
+    """Of optax."""
+    step: Any
+    """int32, steps done."""
 
 
 class Metrics(NamedTuple):
@@ -46,18 +49,27 @@ class Program(NamedTuple):
 def program(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Program:
     """The program of a training. Trainings that differ in budget, rate, schedule, seed or logging
     alone share one: it compiles once a process."""
-    return _program(model, mesh, (
-        config.accumulation_steps, config.dtype, config.rematerialise, config.beta1, config.beta2,
-        config.clip_norm, config.weight_decay,
-    ))
+    return _program(
+        model,
+        mesh,
+        (
+            config.accumulation_steps,
+            config.dtype,
+            config.rematerialise,
+            config.beta1,
+            config.beta2,
+            config.clip_norm,
+            config.weight_decay,
+        ),
+    )
 
 
 @functools.lru_cache(maxsize=8)
 def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
     accumulation, dtype, rematerialise, beta1, beta2, clip, decay = settings
-    update = optimizer(TrainConfig(
-        tokens=1, beta1=beta1, beta2=beta2, clip_norm=clip, weight_decay=decay
-    ))
+    update = optimizer(
+        TrainConfig(tokens=1, beta1=beta1, beta2=beta2, clip_norm=clip, weight_decay=decay)
+    )
     decoder = graph(model, dtype)
 
     def create(parameters):
@@ -67,12 +79,16 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
         network = bind(decoder, parameters)
         tokens, segments = part["tokens"], part["segments"]
         hidden = network.hidden(
-            tokens[:, :-1], positions=part["positions"][:, :-1], segments=segments[:, :-1],
+            tokens[:, :-1],
+            positions=part["positions"][:, :-1],
+            segments=segments[:, :-1],
             remat=rematerialise,
         )
         weights = target_weights(segments).astype(jnp.float32)
         return cross_entropy(
-            hidden.reshape(-1, model.width), network.output_head(), tokens[:, 1:].reshape(-1),
+            hidden.reshape(-1, model.width),
+            network.output_head(),
+            tokens[:, 1:].reshape(-1),
             weights.reshape(-1),
         )
 
@@ -102,18 +118,23 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
 
     placed = parameter_shardings(model, mesh)
     whole = replicated(mesh)
-    abstract = jax.eval_shape(create, jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct((1,), jnp.float32), placed
-    ))
+    abstract = jax.eval_shape(
+        create, jax.tree.map(lambda s: jax.ShapeDtypeStruct((1,), jnp.float32), placed)
+    )
     optimizer_shardings = optax.tree_map_params(
-        update, lambda _, sharding: sharding, abstract.optimizer, placed,
+        update,
+        lambda _, sharding: sharding,
+        abstract.optimizer,
+        placed,
         transform_non_params=lambda _: whole,
     )
     shardings = State(placed, optimizer_shardings, whole)
     return Program(
         create=jax.jit(create, out_shardings=shardings),
         step=jax.jit(
-            step, donate_argnums=0, in_shardings=(shardings, None, None),
+            step,
+            donate_argnums=0,
+            in_shardings=(shardings, None, None),
             out_shardings=(shardings, whole),
         ),
         state_shardings=shardings,

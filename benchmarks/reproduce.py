@@ -1,0 +1,330 @@
+"""The X-ELM experiment on real text: one seed, many ways to divide the languages, equal tokens.
+
+    python benchmarks/reproduce.py --data DATA --out OUT
+
+DATA has corpus/<language>.jsonl.gz and corpus_valid/<language>.jsonl.gz. Every system continues the
+same seed for the same total of training tokens, every language being seen equally often in each;
+they differ only in which model sees which text. Then four languages are grown, one by one, on the
+typological experts. The command can be killed and run again: it goes on where it was.
+OUT/table.json has every figure, OUT/table.md the tables.
+
+Learning rates are chosen alike for dense and experts, on one half of the validation documents; the
+tables are of the other half.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from clustering import control, tfidf, typology
+from clustering.clustering import Clustering
+from clustering.control import by_hand
+from clustering.files import write_json
+from xelm.cli import _prepare
+from xelm.config import RunConfig, override
+from xelm.data.corpus import Faults, read
+from xelm.presets import tiny
+from xelm.runs import evaluation, growing, training
+from xelm.runs.evaluation import Row
+from xelm.runs.init import init
+from xelm.runs.run import Run, open_run
+
+# The sixteen of XGLM, as in the paper.
+LANGUAGES = (
+    *("ar", "bg", "de", "el", "en", "es", "fr", "hi"),
+    *("ja", "ko", "ru", "sw", "tr", "ur", "vi", "zh"),
+)
+NEW_LANGUAGES = ("az", "he", "pl", "sv")
+RATES = (1e-3, 2e-3, 4e-3)
+BATCHES = (4, 16)
+# System -> how it divides the languages; `r` is the random seed of a repetition.
+SYSTEMS = ("typology-k4", "typology-k8", "tfidf-k4", "tfidf-k8", "monolingual-k16", "random-k8")
+
+
+def main() -> None:
+    options = _options()
+    _prepare()
+    data, out = Path(options.data), Path(options.out)
+    config = override(tiny(), options.settings)
+    halves = _halves(data, out)
+    started = time.perf_counter()
+    base = init(out / "base", data / "corpus", config, languages=LANGUAGES)
+    rates = _choose_rates(base, config, halves["tune"], options.tuning_share)
+    tables: dict[str, list[Row]] = {}
+    for repetition in range(options.repetitions):
+        for system in ("dense", *SYSTEMS):
+            name = f"{system}-r{repetition}"
+            run = _train(base, config, system, rates, repetition, name)
+            tables[name] = evaluation.evaluate(run, halves["test"], routings=_routings(system))
+            _write(out, base, config, rates, tables, time.perf_counter() - started)
+    grown = open_run(out / "typology-k8-r0")
+    for language in NEW_LANGUAGES:
+        if not any(language in e.languages for e in grown.registry().published()):
+            growing.grow(grown, language, data / "corpus")
+    rows = evaluation.evaluate(grown, halves["test-new"], routings=("language", "tfidf"))
+    tables["grown"] = rows
+    _write(out, base, config, rates, tables, time.perf_counter() - started)
+    print((out / "table.md").read_text())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument(
+        "--repetitions",
+        type=int,
+        default=1,
+        metavar="N",
+        help="random seeds of the continuation and of the random clusters",
+    )
+    parser.add_argument(
+        "--tuning-share",
+        type=float,
+        default=0.25,
+        metavar="X",
+        help="tokens of each tuning run, as a share of the experiment's",
+    )
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
+    return parser.parse_args()
+
+
+def _halves(data: Path, out: Path) -> dict[str, Path]:
+    """The validation documents, every second one for tuning, the others for the tables."""
+    folders = {name: out / "valid" / name for name in ("tune", "test", "test-new")}
+    for tag in (*LANGUAGES, *NEW_LANGUAGES):
+        documents = list(read(data / "corpus_valid" / f"{tag}.jsonl.gz", Faults()))
+        parts = {"tune": documents[::2], "test": documents[1::2]}
+        if tag in NEW_LANGUAGES:
+            parts = {"test-new": documents[1::2]}
+        for name, part in parts.items():
+            path = folders[name] / f"{tag}.jsonl"
+            lines = [json.dumps({"text": d.text, "lang": d.language}) for d in part]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+    return folders
+
+
+def _choose_rates(
+    base: Run, config: RunConfig, corpus: Path, share: float
+) -> dict[str, tuple[float, int]]:
+    """Peak rate and batch size (rows) for dense and for experts, the best of the same grid by mean
+    nats a token over languages; experts are tuned on the random control, so that no method is
+    favoured."""
+    path = base.directory.parent / "tuning.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for kind, system in (("dense", "dense"), ("experts", "random-k8")):
+        for rate in RATES:
+            for batch in BATCHES:
+                name = f"tuning-{kind}-rate{rate:g}-batch{batch}"
+                if name in found:
+                    continue
+                short = replace(config.experts, tokens=round(config.experts.tokens * share))
+                run = _train(
+                    base,
+                    replace(config, experts=short),
+                    system,
+                    {"dense": (rate, batch), "experts": (rate, batch)},
+                    0,
+                    name,
+                )
+                rows = evaluation.evaluate(run, corpus, routings=_routings(system))
+                found[name] = float(np.mean([np.log(p) for p in _perplexities(rows, system)]))
+                write_json(path, {"format": 1, **found})
+    best = {}
+    for kind in ("dense", "experts"):
+        grid = {(r, b): found[f"tuning-{kind}-rate{r:g}-batch{b}"] for r in RATES for b in BATCHES}
+        best[kind] = min(grid, key=lambda key: grid[key])
+    return best
+
+
+def _train(
+    base: Run,
+    config: RunConfig,
+    system: str,
+    rates: dict[str, tuple[float, int]],
+    repetition: int,
+    name: str,
+) -> Run:
+    rate, batch = rates["dense" if system == "dense" else "experts"]
+    experts = replace(config.experts, learning_rate=rate, batch_size=batch, seed=repetition)
+    run = init(
+        base.directory.parent / name,
+        base.record["corpus"],
+        replace(config, experts=experts),
+        seed=base.seed,
+        languages=LANGUAGES,
+    )
+    if system == "dense":
+        training.train_dense(run)
+        return run
+    if not (run.directory / "clusters.json").exists():
+        training.branch(run, _clusters(run, system, repetition))
+    training.train_experts(run, [e.name for e in run.registry().training() if e.cluster])
+    return run
+
+
+def _clusters(run: Run, system: str, repetition: int) -> Clustering:
+    method, k = system.split("-k")
+    if method == "typology":
+        return typology.cluster(LANGUAGES, int(k))
+    if method == "random":
+        return control.random_clusters(LANGUAGES, int(k), repetition)
+    if method == "monolingual":
+        return by_hand({language: [language] for language in LANGUAGES})
+    documents, tags = training.documents_with_languages(run)
+    return tfidf.cluster(documents, tags, run.vectoriser(), int(k), repetition)
+
+
+def _routings(system: str) -> Sequence[str]:
+    """Clusters of documents have no expert of a language; those of languages go both ways."""
+    if system == "dense":
+        return ()
+    return ("tfidf",) if system.startswith("tfidf") else ("language", "tfidf")
+
+
+def _perplexities(rows: Sequence[Row], system: str) -> list[float]:
+    """By language, of the system's first routing."""
+    key = ("dense", None) if system == "dense" else ("ensemble", _routings(system)[0])
+    found = evaluation.summary(rows)[key]
+    return [found[language] for language in LANGUAGES]
+
+
+def _write(
+    out: Path,
+    base: Run,
+    config: RunConfig,
+    rates: dict,
+    tables: dict[str, list[Row]],
+    seconds: float,
+) -> None:
+    """table.json with every row, table.md for people; replaced after every system."""
+    facts = {
+        "parameters": config.model.parameter_count,
+        "vocabulary": config.model.vocabulary_size,
+        "seed_tokens": config.seed.tokens,
+        "system_tokens": config.experts.tokens,
+        "grown_tokens": config.grow.tokens,
+        "rates": {kind: list(found) for kind, found in rates.items()},
+        "seconds_of_this_call": round(seconds),
+        "corpus_sha256": base.record["corpus_sha256"],
+    }
+    write_json(
+        out / "table.json",
+        {
+            "format": 1,
+            **facts,
+            "systems": {name: [row.to_json() for row in rows] for name, rows in tables.items()},
+        },
+    )
+    lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.items()]
+    (out / "table.md").write_text(
+        "\n".join(
+            [
+                *lines,
+                "",
+                *_summary(tables),
+                "",
+                *_by_language(tables, "perplexity"),
+                "",
+                *_by_language(tables, "bits_per_byte"),
+                "",
+                *_grown(tables),
+            ]
+        )
+    )
+
+
+def _columns(tables: dict[str, list[Row]]) -> dict[str, dict[str, dict[str, Row]]]:
+    """System with routing -> repetition -> language -> row."""
+    columns: dict[str, dict[str, dict[str, Row]]] = {}
+    for name, rows in tables.items():
+        system, _, repetition = name.rpartition("-r")
+        for row in rows:
+            if name == "grown" or row.language not in LANGUAGES:
+                continue
+            if row.system == "seed":
+                title = "seed"
+            elif row.system == "dense":
+                title = "dense"
+            elif row.system == "ensemble":
+                routed = f", by {row.routing}" if len(_routings(system)) > 1 else ""
+                title = f"{system}{routed}"
+            else:
+                continue
+            columns.setdefault(title, {}).setdefault(repetition, {})[row.language] = row
+    return columns
+
+
+def _summary(tables: dict[str, list[Row]]) -> list[str]:
+    """One line a system: mean perplexity over languages, change against dense, languages better."""
+    columns = _columns(tables)
+    lines = [
+        "| system | mean perplexity | against dense | languages better | mean bits per byte |",
+        "|---|---|---|---|---|",
+    ]
+    for title, repetitions in columns.items():
+        means, changes, better, bits = [], [], [], []
+        for repetition, rows in repetitions.items():
+            means.append(np.mean([rows[tag].perplexity for tag in LANGUAGES]))
+            bits.append(np.mean([rows[tag].bits_per_byte for tag in LANGUAGES]))
+            dense = columns.get("dense", {}).get(repetition)
+            if dense and title not in ("dense", "seed"):
+                changes.append(means[-1] / np.mean([dense[t].perplexity for t in LANGUAGES]) - 1)
+                better.append(sum(rows[t].nll < dense[t].nll for t in LANGUAGES))
+        change = _spread(changes, "{:+.1%}") if changes else ""
+        count = ", ".join(f"{b} of {len(LANGUAGES)}" for b in better)
+        lines.append(
+            f"| {title} | {_spread(means, '{:.2f}')} | {change} | {count} | "
+            f"{_spread(bits, '{:.3f}')} |"
+        )
+    return lines
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """The mean, and the range where there are several repetitions."""
+    mean = form.format(np.mean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def _by_language(tables: dict[str, list[Row]], figure: str) -> list[str]:
+    columns = _columns(tables)
+    title = figure.replace("_", " ")
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for tag in LANGUAGES:
+        cells = [
+            f"{np.mean([getattr(rows[tag], figure) for rows in repetitions.values()]):.3f}"
+            for repetitions in columns.values()
+        ]
+        lines.append(f"| {tag} | {' | '.join(cells)} |")
+    return lines
+
+
+def _grown(tables: dict[str, list[Row]]) -> list[str]:
+    """The grown languages: seed, parent's view of them is in table.json; here seed and expert."""
+    rows = {(r.system, r.routing, r.language): r for r in tables.get("grown", [])}
+    if not rows:
+        return []
+    lines = ["| grown | seed | its expert | ensemble by tfidf |", "|---|---|---|---|"]
+    for tag in NEW_LANGUAGES:
+        cells = [
+            rows[key].perplexity
+            for key in (
+                ("seed", None, tag),
+                ("ensemble", "language", tag),
+                ("ensemble", "tfidf", tag),
+            )
+        ]
+        lines.append(f"| {tag} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
