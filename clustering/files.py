@@ -35,7 +35,7 @@ _REASONS = {
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented UTF-8 JSON, atomically; ValueError for NaN and infinity."""
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
-    _replace(Path(path), lambda file: file.write(text.encode()))
+    replace(Path(path), lambda file: file.write(text.encode()))
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
@@ -49,7 +49,7 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
             f"arrays of numbers or strings wanted; got Python objects in {', '.join(objects[:5])}"
         )
     named: dict[str, Any] = dict(arrays)
-    _replace(Path(path), lambda file: np.savez(file, allow_pickle=False, **named))
+    replace(Path(path), lambda file: np.savez(file, allow_pickle=False, **named))
 
 
 def read_json(path: str | os.PathLike[str], newest_format: int = 1) -> dict[str, Any]:
@@ -96,7 +96,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
         raise _cannot_read(path, error) from error
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace a file by what `write` writes into the binary file that it is given: whole, on disk,
+    or not at all. UserError if the disk is full or may not be written to."""
     # The temporary file lies in the same folder, since os.replace is atomic only within one file
     # system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")

@@ -6,7 +6,6 @@ that the memory it takes depends neither on the number of checkpoints nor on the
 
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from clustering.errors import UserError
-from clustering.files import sha256, write_json
+from clustering.files import replace, sha256, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -237,22 +236,16 @@ def _write_average(checkpoints: list[_Checkpoint], shares: list[float], out: Pat
     tensors = checkpoints[0].tensors
     # As the safetensors library orders them: wide dtypes first, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: (-DTYPES[tensors[name].dtype].itemsize, name))
-    for left_by_a_crash in out.glob(f".{WEIGHTS}.*.partial"):
+    for left_by_a_crash in out.glob(f".{WEIGHTS}.*.tmp"):
         left_by_a_crash.unlink()
-    partial = out / f".{WEIGHTS}.{os.getpid()}.partial"
-    try:
-        with partial.open("wb") as file:
-            _write_header(file, {name: tensors[name] for name in names})
-            for name in names:
-                for rows in _row_slices(tensors[name]):
-                    file.write(_mean(name, rows, weighted).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, out / WEIGHTS)
-    except OSError as error:
-        raise UserError(f"{out / WEIGHTS} could not be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+    def write(file: BinaryIO) -> None:
+        _write_header(file, {name: tensors[name] for name in names})
+        for name in names:
+            for rows in _row_slices(tensors[name]):
+                file.write(_mean(name, rows, weighted).tobytes())
+
+    replace(out / WEIGHTS, write)
 
 
 def _write_header(file: BinaryIO, tensors: dict[str, _Tensor]) -> None:

@@ -271,7 +271,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_weights(tmp_path, monkeypat
     path = _save(tmp_path / "a", _tree(1))
     monkeypatch.setattr(merge, "write_json", lambda path, value: None)
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UserError, match="could not be written: No space left"):
+    with pytest.raises(UserError, match="was not written: the disk is full"):
         average([path], out=tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
 
