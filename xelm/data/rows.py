@@ -8,7 +8,7 @@ training needs no other state than its step.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import grain
 import numpy as np
@@ -118,7 +118,11 @@ def batches(
         )
         if len(rows) == 0:
             raise ValueError(f"no document to train on in {source.ids.language}")
-        datasets.append(grain.MapDataset.source(rows).seed(seed + index).shuffle().repeat())
+        # Of the interface that grain's types ask for, it uses these two methods alone.
+        source_of_rows = cast(grain.sources.RandomAccessDataSource, rows)
+        datasets.append(
+            grain.MapDataset.source(source_of_rows).seed(seed + index).shuffle().repeat()
+        )
         shares.append(source.share)
     mixed = grain.MapDataset.mix(datasets, weights=[share / sum(shares) for share in shares])
     rows = mixed.slice(slice(first_step * batch_size, steps * batch_size))

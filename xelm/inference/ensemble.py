@@ -49,7 +49,7 @@ class Ensemble:
     model: ModelConfig
     """Their shape."""
     parameters: Sequence[Any]
-    """Of each expert: nested dictionaries of arrays."""
+    """Of each expert: nested dictionaries of arrays, asked for only when the expert is."""
     router: Router
     """Who speaks when."""
     tokenizer: Tokenizer
@@ -64,31 +64,47 @@ class Ensemble:
         the router needs them."""
         languages = [None] * len(texts) if languages is None else languages
         ids = [np.asarray(x, np.int64) for x in self.tokenizer.encode(texts)]
-        by_expert = [
-            score_documents(
+        targets = [np.append(document, self.tokenizer.end_id) for document in ids]
+        routes = [self.router.route(language) for language in languages]
+        scores = [np.zeros((len(self.names), len(target))) for target in targets]
+        if self.router.needs_scores:
+            self._score(ids, scores, [np.arange(len(self.names))] * len(ids))
+        log_weights = [
+            keep_largest(route.along(target, found), self.top_m)
+            for route, target, found in zip(routes, targets, scores)
+        ]
+        if not self.router.needs_scores:
+            active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
+            self._score(ids, scores, active)
+        weights = [np.exp(found).mean(axis=0) for found in log_weights]
+        nats = [-mixture(w, found).sum() for w, found in zip(log_weights, scores)]
+        return Scores(
+            nats=np.asarray(nats),
+            tokens=np.asarray([len(target) for target in targets]),
+            weights=dict(zip(self.names, np.asarray(weights).reshape(-1, len(self.names)).T)),
+        )
+
+    def _score(
+        self,
+        ids: Sequence[np.ndarray],
+        scores: Sequence[np.ndarray],
+        active: Sequence[np.ndarray],
+    ) -> None:
+        """Fills each document's rows of `scores`, [E, n + 1], for the experts active in it."""
+        for expert in range(len(self.names)):
+            chosen = [number for number, experts in enumerate(active) if expert in experts]
+            if not chosen:
+                continue
+            found = score_documents(
                 self.model,
-                parameters,
-                ids,
+                self.parameters[expert],
+                [ids[number] for number in chosen],
                 start_id=self.tokenizer.start_id,
                 end_id=self.tokenizer.end_id,
                 sequence_length=self.sequence_length,
             )
-            for parameters in self.parameters
-        ]
-        nats, weights = [], []
-        for number, (document, language) in enumerate(zip(ids, languages)):
-            scores = np.stack([found[number] for found in by_expert])
-            targets = np.append(document, self.tokenizer.end_id)
-            log_weights = keep_largest(
-                self.router.route(language).along(targets, scores), self.top_m
-            )
-            nats.append(-mixture(log_weights, scores).sum())
-            weights.append(np.exp(log_weights).mean(axis=0))
-        return Scores(
-            nats=np.asarray(nats),
-            tokens=np.asarray([len(document) + 1 for document in ids]),
-            weights=dict(zip(self.names, np.asarray(weights).reshape(-1, len(self.names)).T)),
-        )
+            for number, row in zip(chosen, found):
+                scores[number][expert] = row
 
     def generate(
         self,
@@ -129,26 +145,30 @@ class Ensemble:
         """Distributions of the next token with routing weights; the caller appends to `new_ids`
         what it chose. An expert reads what it has missed only once it carries weight."""
         slots = 1 << (len(prompt_ids) + count).bit_length()
-        readers = [Reader(self.model, p, slots) for p in self.parameters]
+        readers: dict[int, Reader] = {}
+        everyone = list(range(len(self.names)))
         route = self.router.route(language)
         text = np.asarray([self.tokenizer.start_id, *prompt_ids])
-        heard = np.full((len(readers), len(text)), np.nan)
+        heard = np.full((len(everyone), len(text)), np.nan)
         if self.router.needs_scores:
-            for expert, reader in enumerate(readers):
-                heard[expert] = reader.read(text, scored=True)
+            for expert in everyone:
+                readers[expert] = Reader(self.model, self.parameters[expert], slots)
+                heard[expert] = readers[expert].read(text, scored=True)
         for position, token in enumerate(prompt_ids, 1):
             route.observe(token, heard[:, position])
         for _ in range(count):
             log_weights = keep_largest(route.now(), self.top_m)
-            speaking = np.flatnonzero(np.isfinite(log_weights))
-            active = range(len(readers)) if self.router.needs_scores else speaking
+            speaking = np.flatnonzero(np.isfinite(log_weights)).tolist()
+            active = everyone if self.router.needs_scores else speaking
             for expert in active:
+                if expert not in readers:
+                    readers[expert] = Reader(self.model, self.parameters[expert], slots)
                 readers[expert].read(text[readers[expert].read_count :])
             following = np.stack([readers[expert].following for expert in speaking])
             mixed = logsumexp(log_weights[speaking, None] + following, axis=0)
             yield np.asarray(mixed), log_weights
             token = new_ids[-1]
-            scores = np.full(len(readers), np.nan)
+            scores = np.full(len(everyone), np.nan)
             for expert in active:
                 scores[expert] = readers[expert].following[token]
             route.observe(token, scores)

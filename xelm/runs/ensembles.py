@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from clustering.errors import UserError
@@ -12,6 +15,7 @@ from experts.registry import Registry
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.routing import ROUTINGS, ByLanguage, Posterior, Router, Tfidf, Uniform
 from xelm.models.checkpoint import read_config, read_parameters
+from xelm.models.config import ModelConfig
 from xelm.runs.run import Run
 from xelm.runs.training import CENTRE
 
@@ -19,7 +23,7 @@ from xelm.runs.training import CENTRE
 def open_ensemble(
     run: Run, *, routing: str = "tfidf", top_m: int | None = None, temperature: float | None = None
 ) -> Ensemble:
-    """Loads every published expert."""
+    """Every published expert, each loaded when it is first asked."""
     experts = published(run)
     model = read_config(run.seed)
     if top_m is not None and not 1 <= top_m <= len(experts):
@@ -27,7 +31,7 @@ def open_ensemble(
     return Ensemble(
         names=[expert.name for expert in experts],
         model=model,
-        parameters=[read_parameters(e.directory(run.directory), model) for e in experts],
+        parameters=_Parameters([e.directory(run.directory) for e in experts], model),
         router=make_router(run, experts, routing, temperature),
         tokenizer=run.tokenizer(),
         top_m=top_m,
@@ -68,3 +72,20 @@ def serving(registry: Registry, experts: Sequence[Expert]) -> dict[str, int]:
     names = [expert.name for expert in experts]
     tags = dict.fromkeys(tag for expert in experts for tag in expert.languages)
     return {tag: names.index(registry.for_language(tag).name) for tag in tags}
+
+
+class _Parameters(Sequence):
+    """The parameters of checkpoints, each read from disk once, when first asked for."""
+
+    def __init__(self, directories: Sequence[Path], model: ModelConfig):
+        self._directories, self._model = directories, model
+        self._found: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._directories)
+
+    def __getitem__(self, index: int) -> Any:
+        if index not in self._found:
+            parameters = read_parameters(self._directories[index], self._model)
+            self._found[index] = jax.device_put(parameters)
+        return self._found[index]
