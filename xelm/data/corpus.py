@@ -4,12 +4,14 @@ Every record that cannot be used is counted by reason with the first places; non
 and none vanishes unreported.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +125,7 @@ def _wanted(corpus: str | Path, languages: Sequence[str] | None) -> list[Path]:
     found = files(corpus)
     if languages is None or Path(corpus).is_file():
         return found
-    wanted = [path for path in found if canonical(language_of(path)) in languages]
+    wanted = [path for path in found if _tag({}, language_of(path)) in languages]
     if not wanted:
         raise UserError(f"{corpus} has no file of {', '.join(languages)}")
     return wanted
@@ -142,12 +144,23 @@ def _documents(
             faults.add('no "text"', place)
         elif not text.strip():
             faults.add("empty text", place)
+        elif not _is_unicode(text):
+            faults.add("half of a surrogate pair", place)
         elif not isinstance(language, str):
             faults.add('no "lang"', place)
         elif (tag := tags.get(language) or _tag(tags, language)) is None:
             faults.add(f"the unknown language {language!r}", place)
         else:
             yield Document(unicodedata.normalize("NFC", text.strip()), tag)
+
+
+def _is_unicode(text: str) -> bool:
+    # JSON can spell half of a surrogate pair, which is no character and cannot be encoded.
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tag(tags: dict[str, str], language: str) -> str | None:
@@ -178,7 +191,9 @@ def _json_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
                     faults.add("bytes that are not UTF-8", place)
                 except (ValueError, RecursionError):
                     faults.add("broken JSON", place)
-    except (EOFError, gzip.BadGzipFile, _zstd_error()) as error:
+    except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk, not of what was compressed
         faults.add(f"a damaged file ({error})", f"{path.name} after line {number}")
 
 
@@ -190,21 +205,19 @@ def _skip_line(file: BinaryIO) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    opener: Callable[[Path], Any] = open
-    if path.name.endswith(".gz"):
-        opener = gzip.open
-    elif path.name.endswith(".zst"):
-        import zstandard
+    with contextlib.ExitStack() as stack:
+        if path.name.endswith(".gz"):
+            yield stack.enter_context(gzip.open(path, "rb"))
+        elif path.name.endswith(".zst"):
+            import pyarrow
 
-        opener = zstandard.open
-    with opener(path, "rb") as file:
-        yield io.BufferedReader(file) if not hasattr(file, "peek") else file
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
+            # Unlike the reader of `zstandard`, it tells a file that was cut short from a whole one.
+            compressed = stack.enter_context(path.open("rb"))
+            yield io.BufferedReader(
+                stack.enter_context(pyarrow.CompressedInputStream(compressed, "zstd"))
+            )
+        else:
+            yield stack.enter_context(path.open("rb"))
 
 
 def _parquet_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,273 @@
+"""Corpora: the same documents whatever the container, and every unusable record counted."""
+
+import errno
+import gzip
+import json
+import random
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from clustering.errors import UserError
+from xelm.data import corpus
+from xelm.data.corpus import Document, Faults, files, fingerprint, language_of, read
+
+TEXTS = ["Der alte Mann", "und das Meer", "ſtraße 🐟 море 海"]
+
+
+def lines(*records) -> bytes:
+    return b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records)
+
+
+def gz(data: bytes) -> bytes:
+    return gzip.compress(data)
+
+
+def zst(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet(*records) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(records)), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def read_folder(folder, contents: dict[str, bytes], languages=None):
+    """The documents of a folder with these files, and what was left out of it."""
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    faults = Faults()
+    return list(read(folder, faults, languages)), faults.to_json()
+
+
+def only(reason: str, count: int, *first: str) -> dict:
+    return {reason: {"count": count, "first": list(first)}}
+
+
+RECORDS = [{"text": text, "id": number} for number, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("de.jsonl", lines(*RECORDS)),
+        ("de.jsonl.gz", gz(lines(*RECORDS))),
+        ("de.jsonl.gz", gz(lines(*RECORDS[:1])) + gz(lines(*RECORDS[1:]))),
+        ("de.jsonl.zst", zst(lines(*RECORDS))),
+        ("de.jsonl.zst", zst(lines(*RECORDS[:1])) + zst(lines(*RECORDS[1:]))),
+        ("de.parquet", parquet(*RECORDS)),
+        ("de.jsonl", b"\xef\xbb\xbf" + lines(*RECORDS)),
+        ("de.jsonl", lines(*RECORDS).rstrip(b"\n")),
+        ("de.jsonl", lines(*RECORDS).replace(b"\n", b"\r\n\r\n \n")),
+    ],
+    ids=["plain", "gz", "gz twice", "zst", "zst twice", "parquet", "BOM", "no end", "blank lines"],
+)
+def test_the_documents_do_not_depend_on_the_container(tmp_path, name, content):
+    documents, left_out = read_folder(tmp_path, {name: content})
+    assert documents == [Document(text, "de") for text in TEXTS]
+    assert left_out == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"text": "cut sho\n', "broken JSON"),
+        (b"not JSON\n", "broken JSON"),
+        (b"[" * 100_000 + b"\n", "broken JSON"),
+        (b'{"text": "caf\xe9"}\n', "bytes that are not UTF-8"),
+        (b'{"id": 7}\n', 'no "text"'),
+        (b'{"text": null}\n', 'no "text"'),
+        (b'{"text": ["a"]}\n', 'no "text"'),
+        (b'{"text": ""}\n', "empty text"),
+        (b'{"text": " \\n\\u3000"}\n', "empty text"),
+        (b'["text"]\n', "no object"),
+        (b"7\n", "no object"),
+        (b'{"text": "a", "lang": 7}\n', 'no "lang"'),
+        (b'{"text": "a", "lang": "klingonish"}\n', "the unknown language 'klingonish'"),
+        (b'{"text": "\\ud83d"}\n', "half of a surrogate pair"),
+    ],
+)
+def test_an_unusable_record_is_counted_with_its_place_and_stops_nothing(tmp_path, content, reason):
+    whole = lines({"text": "a"}) + content + lines({"text": "b"})
+    documents, left_out = read_folder(tmp_path, {"de.jsonl": whole})
+    assert [document.text for document in documents] == ["a", "b"]
+    assert left_out == only(reason, 1, "de.jsonl:2")
+
+
+def test_unusable_rows_of_parquet_are_counted_like_those_of_json(tmp_path):
+    rows = [
+        {"text": "a", "lang": "de"},
+        {"text": None, "lang": None},
+        {"text": " ", "lang": None},
+        {"text": "b", "lang": "klingonish"},
+    ]
+    documents, left_out = read_folder(tmp_path, {"de.parquet": parquet(*rows)})
+    assert documents == [Document("a", "de")]
+    assert left_out == {
+        **only('no "text"', 1, "de.parquet:2"),
+        **only("empty text", 1, "de.parquet:3"),
+        **only("the unknown language 'klingonish'", 1, "de.parquet:4"),
+    }
+
+
+def test_parquet_without_texts_has_every_row_counted(tmp_path):
+    rows = [{"body": "a"}, {"body": "b"}]
+    documents, left_out = read_folder(tmp_path, {"de.parquet": parquet(*rows)})
+    assert documents == []
+    assert left_out == only('no "text"', 2, "de.parquet:1", "de.parquet:2")
+
+
+def test_counts_are_exact_and_the_first_three_places_are_named(tmp_path):
+    content = lines({"text": "a"}, *[{"text": ""}] * 5, {"text": "b"}, {"id": 1})
+    documents, left_out = read_folder(tmp_path, {"de.jsonl": content, "en.jsonl": content})
+    assert [d.language for d in documents] == ["de", "de", "en", "en"]
+    assert left_out == {
+        **only("empty text", 10, "de.jsonl:2", "de.jsonl:3", "de.jsonl:4"),
+        **only('no "text"', 2, "de.jsonl:8", "en.jsonl:8"),
+    }
+
+
+def test_the_report_names_counts_reasons_and_places():
+    faults = Faults()
+    assert not faults
+    for line in range(4):
+        faults.add("broken JSON", f"de.jsonl:{line}")
+    faults.add("empty text", "en.jsonl:9")
+    assert faults
+    assert str(faults) == (
+        "5 records left out: 4 with broken JSON (first: de.jsonl:0, de.jsonl:1, de.jsonl:2); "
+        "1 with empty text (first: en.jsonl:9)"
+    )
+
+
+@pytest.mark.parametrize("pack", [gz, zst])
+def test_a_file_cut_short_gives_what_it_holds_and_says_so(tmp_path, pack):
+    # Text that does not compress, so that half of the file is about half of the documents.
+    draw = random.Random(0)
+    many = lines(*({"text": draw.randbytes(16).hex()} for _ in range(20_000)))
+    packed = pack(many)
+    name = f"de.jsonl.{pack.__name__}"
+    whole, left_out = read_folder(tmp_path, {name: packed})
+    assert len(whole) == 20_000 and left_out == {}
+    documents, left_out = read_folder(tmp_path, {name: packed[: len(packed) // 2]})
+    assert 1_000 < len(documents) < 19_000
+    assert documents == whole[: len(documents)]
+    (reason,) = left_out
+    assert reason.startswith("a damaged file (")
+    assert left_out == only(reason, 1, f"{name} after line {len(documents)}")
+
+
+@pytest.mark.parametrize("name", ["de.jsonl.gz", "de.jsonl.zst", "de.parquet"])
+def test_a_damaged_file_does_not_stop_the_others(tmp_path, name):
+    contents = {name: b"no such thing" * 10, "en.jsonl": lines({"text": "a"})}
+    documents, left_out = read_folder(tmp_path, contents)
+    assert documents == [Document("a", "en")]
+    (reason,) = left_out
+    assert reason.startswith("a damaged file (")
+    unit = "row" if name.endswith("parquet") else "line"
+    assert left_out == only(reason, 1, f"{name} after {unit} 0")
+
+
+def test_a_fault_of_the_disk_is_not_taken_for_one_of_the_file(tmp_path, monkeypatch):
+    (tmp_path / "de.jsonl").write_bytes(lines({"text": "a"}))
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(corpus, "_opened", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(read(tmp_path, Faults()))
+
+
+def test_a_line_that_is_too_long_is_skipped_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "LONGEST_LINE_BYTES", 50)
+    content = lines({"text": "a"}, {"text": "x" * 130}, {"text": "b"}, {"text": "y" * 50})
+    documents, left_out = read_folder(tmp_path, {"de.jsonl": content})
+    assert [document.text for document in documents] == ["a", "b"]
+    assert left_out == only("a line over 64 MiB", 2, "de.jsonl:2", "de.jsonl:4")
+
+
+def test_a_document_of_a_megabyte_is_kept_whole(tmp_path):
+    text = "море " * 125_000
+    documents, left_out = read_folder(tmp_path, {"ru.jsonl.gz": gz(lines({"text": text}))})
+    assert len(text.encode()) > 1_000_000
+    assert documents == [Document(text.strip(), "ru")]
+    assert left_out == {}
+
+
+def test_text_becomes_nfc_and_is_stripped(tmp_path):
+    record = {"text": "  cafe\u0301 \uac00 \u1100\u1161\n"}
+    documents, _ = read_folder(tmp_path, {"fr.jsonl": lines(record)})
+    assert documents == [Document("caf\u00e9 \uac00 \uac00", "fr")]
+
+
+def test_the_record_knows_its_language_better_than_the_file_name(tmp_path):
+    records = [{"text": "a"}, {"text": "b", "lang": "swh"}, {"text": "c", "lang": ""}]
+    documents, left_out = read_folder(tmp_path, {"deu.jsonl": lines(*records)})
+    assert [document.language for document in documents] == ["de", "sw", "de"]
+    assert left_out == {}
+
+
+def test_a_single_file_holds_any_languages_but_must_name_them(tmp_path):
+    path = tmp_path / "de.jsonl"
+    path.write_bytes(lines({"text": "a", "lang": "en"}, {"text": "b"}))
+    faults = Faults()
+    assert list(read(path, faults)) == [Document("a", "en")]
+    assert faults.to_json() == only('no "lang"', 1, "de.jsonl:2")
+
+
+def test_files_of_other_languages_are_not_opened(tmp_path):
+    contents = {"de.jsonl": lines({"text": "a"}), "eng.jsonl.gz": b"damaged"}
+    documents, left_out = read_folder(tmp_path, contents, languages=["de"])
+    assert documents == [Document("a", "de")] and left_out == {}
+    _, left_out = read_folder(tmp_path, contents, languages=["en"])
+    assert len(left_out) == 1
+    with pytest.raises(UserError, match="has no file of sw, tr"):
+        list(read(tmp_path, Faults(), ["sw", "tr"]))
+
+
+def test_a_file_of_another_name_among_them_matters_only_when_all_are_asked_for(tmp_path):
+    contents = {"de.jsonl": lines({"text": "a"}), "notes.jsonl": lines({"text": "b"})}
+    documents, left_out = read_folder(tmp_path, contents, languages=["de"])
+    assert documents == [Document("a", "de")] and left_out == {}
+    documents, left_out = read_folder(tmp_path, contents)
+    assert documents == [Document("a", "de")]
+    assert left_out == only("the unknown language 'notes'", 1, "notes.jsonl:1")
+
+
+def test_files_come_sorted_and_others_are_passed_over(tmp_path):
+    for name in ("sw.jsonl.zst", "de.parquet", "README.md", "en.jsonl", "fr.json"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "tr.jsonl").mkdir()
+    assert [path.name for path in files(tmp_path)] == ["de.parquet", "en.jsonl", "sw.jsonl.zst"]
+    assert [language_of(path) for path in files(tmp_path)] == ["de", "en", "sw"]
+
+
+def test_what_is_no_corpus_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"corpus .*nothing does not exist"):
+        files(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"holds no corpus file; wanted <language>\.jsonl or"):
+        files(tmp_path)
+    (tmp_path / "de.txt").write_text("a")
+    with pytest.raises(UserError, match=r"de\.txt is no corpus file; wanted \.jsonl,"):
+        files(tmp_path / "de.txt")
+    with pytest.raises(UserError, match="hf://owner/dataset"):
+        list(read("hf://dataset", Faults()))
+
+
+def test_the_fingerprint_follows_names_and_contents_of_what_is_read(tmp_path):
+    (tmp_path / "de.jsonl").write_bytes(lines({"text": "a"}))
+    (tmp_path / "en.jsonl").write_bytes(lines({"text": "b"}))
+    before, german = fingerprint(tmp_path), fingerprint(tmp_path, ["de"])
+    assert fingerprint(tmp_path) == before != german
+    (tmp_path / "en.jsonl").write_bytes(lines({"text": "c"}))
+    assert fingerprint(tmp_path) != before
+    assert fingerprint(tmp_path, ["de"]) == german
+    (tmp_path / "de.jsonl").rename(tmp_path / "deu.jsonl")
+    assert fingerprint(tmp_path, ["de"]) != german
