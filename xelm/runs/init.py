@@ -30,6 +30,9 @@ from xelm.progress import bar
 from xelm.runs.run import Run, create_run, open_run
 from xelm.training.loop import train
 
+# Another command may be tokenising the same corpus, and then its work is used.
+WAIT_SECONDS = 3600.0
+
 
 def init(
     directory: str | Path,
@@ -80,6 +83,11 @@ def tokenise(
 ) -> Store:
     """The tokenised corpus RUN/corpus/`name`, made now if it is not there yet for this corpus and
     tokenizer. Unusable records are reported on stderr."""
+    with locked(run.directory, f"corpus-{name}", wait_seconds=WAIT_SECONDS):
+        return _tokenise(run, corpus, name, languages)
+
+
+def _tokenise(run: Run, corpus: str | Path, name: str, languages: Sequence[str] | None) -> Store:
     directory = run.directory / "corpus" / name
     tokenizer_files = _tokenizer_directory(run)
     facts = {

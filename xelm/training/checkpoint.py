@@ -1,5 +1,7 @@
 """Checkpoints of unfinished trainings: the one place that knows Orbax."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,11 @@ class Checkpoints:
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Saves arrays and a JSON value; returns when the arrays may be changed again."""
         if step != self._manager.latest_step():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
-                ),
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
             )
+            with self._saving():
+                self._manager.save(step, args=args)
 
     def restore(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
         """State and facts of a checkpoint, placed as `shardings` say."""
@@ -55,10 +56,22 @@ class Checkpoints:
         return restored["state"], restored["facts"]
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises if it could not be."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Returns when everything saved is on disk."""
+        with self._saving():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits, and ends the background threads."""
         self._manager.close()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        # Saving goes on in the background: what failed is raised by a later call.
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot save a checkpoint in {self._manager.directory}: "
+                f"{str(error).splitlines()[0]}; the last complete one is kept"
+            ) from error

@@ -110,7 +110,9 @@ def train(
                     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     checkpoints.save(step, state, {**facts, "language_tokens": dict(seen)})
-        _finish(checkpoints, log, directory)
+        log.close()
+        checkpoints.wait()
+        checkpoints.close()
         trained = jax.tree.map(np.asarray, state.parameters)
     return Trained(parameters=trained, tokens=sum(seen.values()), language_tokens=dict(seen))
 
@@ -136,16 +138,3 @@ def _same_training(wanted: dict[str, Any], found: dict[str, Any], directory: Pat
             f"{directory} holds an unfinished training with other settings ({'; '.join(differ)}); "
             f"use those again, or delete the folder to start over"
         )
-
-
-def _finish(checkpoints: Checkpoints, log: MetricsLog, directory: Path) -> None:
-    log.close()
-    try:
-        checkpoints.wait()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot save a checkpoint in {directory}: {str(error).splitlines()[0]}; the last "
-            f"complete one is kept"
-        ) from error
-    finally:
-        checkpoints.close()
