@@ -5,6 +5,7 @@ sentencepiece gives.
 """
 
 import io
+import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +16,13 @@ from clustering.errors import UserError
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
+# Of the names of special and byte pieces: with pieces of their own, a text that spells such a name
+# is never read as the piece itself.
+CONTROL_CHARACTERS = "<>/spadunkx0123456789ABCDEF"
 # Sentencepiece learns pieces from counts that converge long before this much text.
 TRAINING_BYTES = 40_000_000
-LONGEST_SENTENCE_BYTES = 4192
+# In characters, of which UTF-8 takes up to four bytes.
+LONGEST_SENTENCE = 4192
 
 
 def train(
@@ -44,11 +49,12 @@ def train(
             vocab_size=vocabulary_size,
             byte_fallback=True,
             character_coverage=0.9995,
+            required_chars=CONTROL_CHARACTERS,
             # Identity keeps the ids equal to those of the tokenizers library, which reads no
             # compiled normaliser from us; text is NFC already.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
-            max_sentence_length=LONGEST_SENTENCE_BYTES * 4,
+            max_sentence_length=LONGEST_SENTENCE * 4,
             pad_id=PAD,
             bos_id=BOS,
             eos_id=EOS,
@@ -97,10 +103,13 @@ class Tokenizer:
         self.size: int = len(hub)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Subword ids of each text, without special tokens."""
+        """Subword ids of each text, without special tokens: "</s>" in a text is four characters."""
         if not texts:
             return []
-        return self.hub(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = self.hub(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
+        return encoded["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of subword ids; special tokens are left out."""
@@ -112,19 +121,19 @@ def _sample(texts: Mapping[str, Sequence[str]], exponent: float, seed: int) -> I
         language: sum(len(t.encode()) for t in documents) for language, documents in texts.items()
     }
     weights = {language: size**exponent for language, size in sizes.items() if size}
-    # As much as the language that is shortest of its share allows, none repeated.
-    total = min(TRAINING_BYTES / sum(weights.values()), max(sizes[x] / weights[x] for x in weights))
+    total = min(TRAINING_BYTES, sum(sizes.values()))
     order = random.Random(seed)
     for language, weight in weights.items():
-        wanted = weight * total
+        wanted = total * weight / sum(weights.values())
         documents = list(texts[language])
         order.shuffle(documents)
-        for document in documents:
+        # A language that has less than its share is heard several times.
+        for document in itertools.cycle(documents):
             if wanted <= 0:
                 break
             for line in document.splitlines():
-                for start in range(0, len(line), LONGEST_SENTENCE_BYTES):
-                    yield line[start : start + LONGEST_SENTENCE_BYTES]
+                for start in range(0, len(line), LONGEST_SENTENCE):
+                    yield line[start : start + LONGEST_SENTENCE]
             wanted -= len(document.encode())
 
 
@@ -135,10 +144,13 @@ def _write(model: bytes, directory: Path) -> None:
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.vocab_size())]
+    vocabulary = [(pieces.id_to_piece(i), _score(pieces, i)) for i in range(pieces.vocab_size())]
     fast = tokenizers.Tokenizer(models.Unigram(vocabulary, UNK, byte_fallback=True))
-    fast.normalizer = normalizers.NFC()
-    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    # As sentencepiece: one more space in front, whatever the text begins with.
+    fast.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    fast.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     fast.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
@@ -163,3 +175,9 @@ def _write(model: bytes, directory: Path) -> None:
         "model_max_length": 10**12,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _score(pieces: Any, number: int) -> float:
+    # The tokenizers library finds "<0x41>" and "</s>" in a text like any piece; never as the best.
+    plain = not (pieces.is_byte(number) or pieces.is_control(number) or pieces.is_unknown(number))
+    return pieces.get_score(number) if plain else -1e4
