@@ -162,31 +162,28 @@ def from_json(kind: type, value: Mapping[str, Any]) -> Any:
 
 
 def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
-    """The configuration with settings such as "experts.tokens=3e6" or "seed.dtype=bfloat16"."""
+    """The configuration with settings such as "experts.tokens=3e6" or "seed.dtype=bfloat16", in
+    any order: it is checked once all are made."""
+    values = to_json(config)
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"a setting is NAME=VALUE, such as experts.tokens=3e6; got {setting!r}")
-        config = _with(config, path.split("."), text, setting)
-    return config
+        _set(values, RunConfig, path.split("."), text, setting)
+    return from_json(RunConfig, values)
 
 
-def _with(config: Any, path: list[str], text: str, setting: str) -> Any:
+def _set(values: dict[str, Any], kind: type, path: list[str], text: str, setting: str) -> None:
     name, *rest = path
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(kind)
     if name not in hints:
         raise UserError(f"{setting!r}: there is no {name!r}; there are {', '.join(hints)}")
-    present = getattr(config, name)
-    if rest:
-        if not dataclasses.is_dataclass(present):
-            raise UserError(f"{setting!r}: {name} has no parts here")
-        value = _with(present, rest, text, setting)
+    if not rest:
+        values[name] = _parsed(hints[name], text, setting)
+    elif isinstance(values[name], dict):
+        _set(values[name], _dataclass_of(hints[name]), rest, text, setting)
     else:
-        value = _parsed(hints[name], text, setting)
-    try:
-        return dataclasses.replace(config, **{name: value})
-    except ValueError as error:
-        raise UserError(f"{setting!r}: {error}") from error
+        raise UserError(f"{setting!r}: {name} has no parts here")
 
 
 def _parsed(hint: Any, text: str, setting: str) -> Any:

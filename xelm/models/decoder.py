@@ -61,7 +61,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
         y = x @ self.weight[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
 
 
 class Norm(nnx.Module):
@@ -81,9 +81,9 @@ class Norm(nnx.Module):
         if self.bias is not None:
             h = h - h.mean(axis=-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=-1, keepdims=True) + self.epsilon)
-        h = h * self.scale[...].astype(jnp.float32)
+        h = h * self.scale[...].astype(jnp.float32)[None]
         if self.bias is not None:
-            h = h + self.bias[...].astype(jnp.float32)
+            h = h + self.bias[...].astype(jnp.float32)[None]
         return h.astype(x.dtype)
 
 
@@ -318,7 +318,7 @@ def rope_angles(
     """Cosines and sines of the rotary angles (Su et al. 2021), in float32: bf16 would confuse
     neighbouring positions beyond 256."""
     frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -337,7 +337,7 @@ def sinusoidal(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"
     that fall geometrically from 1 to 1/10000; an odd width ends in a zero."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10_000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
-    angles = positions[..., None].astype(jnp.float32) * frequencies
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.concatenate(
         [jnp.sin(angles), jnp.cos(angles), jnp.zeros((*positions.shape, width % 2))], axis=-1
     )

@@ -6,6 +6,7 @@ nothing of experts, clusters or registries.
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,9 @@ def train(
     languages = [source.ids.language for source in sources]
     rate = schedule(config)
     mesh = make_mesh(config)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), closing(Checkpoints(directory / "checkpoints")) as checkpoints:
         functions = program(model, config, mesh)
         state = functions.create(jax.device_put(parameters, functions.state_shardings.parameters))
-        checkpoints = Checkpoints(directory / "checkpoints")
         facts = {"config": asdict(config), "language_tokens": dict.fromkeys(languages, 0)}
         first = checkpoints.latest_step() or 0
         if first:
@@ -82,7 +82,7 @@ def train(
             first_step=first,
         )
         seen = facts["language_tokens"]
-        with bar(config.steps * config.tokens_per_step, label, "tok") as progress:
+        with closing(log), bar(config.steps * config.tokens_per_step, label, "tok") as progress:
             progress.update(first * config.tokens_per_step)
             clock, since = time.perf_counter(), sum(seen.values())
             for step in range(first + 1, config.steps + 1):
@@ -110,9 +110,7 @@ def train(
                     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     checkpoints.save(step, state, {**facts, "language_tokens": dict(seen)})
-        log.close()
         checkpoints.wait()
-        checkpoints.close()
         trained = jax.tree.map(np.asarray, state.parameters)
     return Trained(parameters=trained, tokens=sum(seen.values()), language_tokens=dict(seen))
 

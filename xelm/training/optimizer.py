@@ -10,11 +10,12 @@ from xelm.config import TrainConfig
 
 
 def schedule(config: TrainConfig) -> Callable[[int], float]:
-    """Learning rate by step: linear warm-up, then the configured decay to the final rate."""
+    """Learning rate by step, from 0 to steps - 1: linear warm-up, then the configured decay, which
+    reaches the final rate at the last step."""
     steps, peak = config.steps, config.learning_rate
     final = peak * config.final_rate_share
     warmup = round(config.warmup_share * steps)
-    rest = max(1, steps - warmup)
+    rest = max(1, steps - warmup - 1)
     if config.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_rate_share)
     elif config.schedule == "linear":

@@ -113,7 +113,7 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
         updates, optimizer_state = update.update(gradients, state.optimizer, state.parameters)
         updates = jax.tree.map(lambda u: u * learning_rate, updates)
         parameters = optax.apply_updates(state.parameters, updates)
-        metrics = Metrics(loss / tokens, optax.global_norm(gradients), tokens)
+        metrics = Metrics(loss / tokens, optax.tree.norm(gradients), tokens)
         return State(parameters, optimizer_state, state.step + 1), metrics
 
     placed = parameter_shardings(model, mesh)

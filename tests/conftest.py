@@ -1,0 +1,186 @@
+"""Eight CPU devices and strict arrays for every test; a tiny corpus and a tiny RUN, made once."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+# Before anything imports JAX.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import pytest
+
+from xelm.cli import main
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TRAINED = ("en", "de", "es", "fr")
+GROWN = "pt"
+# What the presets call for is minutes of work; this is seconds. One set of settings for all
+# trainings, so that they share one compiled step.
+SETTINGS = {
+    "model.vocabulary_size": 384,
+    "model.width": 16,
+    "model.feedforward_width": 24,
+    "model.layer_count": 2,
+    "model.head_size": 8,
+    "model.head_count": 2,
+    "model.key_head_count": 2,
+    "model.max_length": 64,
+    "vectoriser_dimensions": 12,
+}
+for part, tokens in {"seed": 2048, "experts": 4096, "grow": 1024}.items():
+    SETTINGS |= {
+        f"{part}.tokens": tokens,
+        f"{part}.sequence_length": 32,
+        f"{part}.batch_size": 4,
+        f"{part}.mesh_data": 1,
+        f"{part}.checkpoint_every": 4,
+        f"{part}.log_every": 1,
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+    def json(self):
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+def run_command(*arguments) -> Outcome:
+    """Runs `xelm` with these arguments in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    # The environment that a program may change and a test may not.
+    with (
+        mock.patch.dict(os.environ),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # of the argument parser
+            code = int(exit.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def words(language: str) -> list[str]:
+    """A made-up vocabulary of 150 words, its own for each language, a few letters too."""
+    draw = random.Random(language)
+    letters = draw.sample("abcdefghijklmnopqrstuvwxyz", 12) + draw.sample("äöüéèñçãõß", 2)
+    return ["".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(150)]
+
+
+def write_corpus(folder: Path, languages, documents: int, seed: int) -> Path:
+    """Documents of Zipfian words that tend to follow each other, so that there is much to learn."""
+    folder.mkdir(parents=True)
+    for language in languages:
+        vocabulary, draw = words(language), random.Random(f"{language} {seed}")
+        weights = [1 / rank for rank in range(1, len(vocabulary) + 1)]
+        with (folder / f"{language}.jsonl").open("w", encoding="utf-8") as file:
+            for _ in range(documents):
+                chosen = draw.choices(range(len(vocabulary)), weights, k=draw.randint(5, 20))
+                spoken = [word for i in chosen for word in (i, (7 * i + 1) % len(vocabulary))]
+                text = " ".join(vocabulary[i] for i in spoken)
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return folder
+
+
+def settings(**changes) -> list[str]:
+    """`--set` for the tiny RUN, with names such as experts__tokens changed."""
+    changed = SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
+    return [part for name, value in changed.items() for part in ("--set", f"{name}={value}")]
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A RUN that was initialised, branched on two clusters of languages, and trained."""
+
+    directory: Path
+    corpus: Path
+    """With text in one more language, `GROWN`."""
+    held_out: Path
+    clusters: Path
+    outcomes: dict[str, Outcome]
+    """By command, as they came."""
+
+
+@pytest.fixture(scope="session")
+def xelm() -> Callable[..., Outcome]:
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> Callable[..., list[str]]:
+    return settings
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    return write_corpus(folder / "train", (*TRAINED, GROWN), documents=60, seed=0)
+
+
+@pytest.fixture(scope="session")
+def initialised(tmp_path_factory, tiny_corpus) -> tuple[Path, Outcome]:
+    """A RUN with a seed and no experts."""
+    directory = tmp_path_factory.mktemp("initialised") / "RUN"
+    languages = ",".join(TRAINED)
+    outcome = run_command(
+        "init", directory, "--corpus", tiny_corpus, "--languages", languages, *settings()
+    )
+    assert outcome.code == 0, outcome.err
+    return directory, outcome
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, tiny_corpus, initialised) -> TinyRun:
+    folder = tmp_path_factory.mktemp("tiny")
+    directory = folder / "RUN"
+    shutil.copytree(initialised[0], directory)
+    held_out = write_corpus(folder / "held-out", TRAINED, documents=6, seed=1)
+    commands = {
+        "cluster": ("-k", 2, "--languages", ",".join(TRAINED), "--out", folder / "clusters"),
+        "branch": (directory, "--clusters", folder / "clusters"),
+        "train": (directory, "--all", "--dense"),
+    }
+    outcomes = {"init": initialised[1]}
+    for verb, arguments in commands.items():
+        outcomes[verb] = run_command(verb, *arguments)
+        assert outcomes[verb].code == 0, outcomes[verb].err
+    return TinyRun(
+        directory=directory,
+        corpus=tiny_corpus,
+        held_out=held_out,
+        clusters=folder / "clusters",
+        outcomes=outcomes,
+    )
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> TinyRun:
+    """The tiny RUN to be changed."""
+    shutil.copytree(tiny.directory, tmp_path / "RUN")
+    return TinyRun(
+        directory=tmp_path / "RUN",
+        corpus=tiny.corpus,
+        held_out=tiny.held_out,
+        clusters=tiny.clusters,
+        outcomes=tiny.outcomes,
+    )
