@@ -40,8 +40,8 @@ LANGUAGES = (
     *("ja", "ko", "ru", "sw", "tr", "ur", "vi", "zh"),
 )
 NEW_LANGUAGES = ("az", "he", "pl", "sv")
-RATES = (1e-3, 2e-3, 4e-3)
-BATCHES = (4, 16)
+# Peak rate and rows a step, tried for dense and for experts alike.
+SETTINGS = ((5e-4, 4), (1e-3, 4), (1e-3, 16), (2e-3, 16))
 # System -> how it divides the languages; `r` is the random seed of a repetition.
 SYSTEMS = ("typology-k4", "typology-k8", "tfidf-k4", "tfidf-k8", "monolingual-k16", "random-k8")
 
@@ -51,7 +51,7 @@ def main() -> None:
     _prepare()
     data, out = Path(options.data), Path(options.out)
     config = override(tiny(), options.settings)
-    halves = _halves(data, out)
+    halves = _halves(data, out, options.max_documents)
     started = time.perf_counter()
     base = init(out / "base", data / "corpus", config, languages=LANGUAGES)
     rates = _choose_rates(base, config, halves["tune"], options.tuning_share)
@@ -86,22 +86,30 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--tuning-share",
         type=float,
-        default=0.25,
+        default=0.2,
         metavar="X",
         help="tokens of each tuning run, as a share of the experiment's",
+    )
+    parser.add_argument(
+        "--max-documents",
+        type=int,
+        default=40,
+        metavar="N",
+        help="of each language and each half of the validation documents",
     )
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     return parser.parse_args()
 
 
-def _halves(data: Path, out: Path) -> dict[str, Path]:
-    """The validation documents, every second one for tuning, the others for the tables."""
+def _halves(data: Path, out: Path, most: int) -> dict[str, Path]:
+    """The validation documents, every second one for tuning, the others for the tables; at most
+    `most` of each language in each."""
     folders = {name: out / "valid" / name for name in ("tune", "test", "test-new")}
     for tag in (*LANGUAGES, *NEW_LANGUAGES):
         documents = list(read(data / "corpus_valid" / f"{tag}.jsonl.gz", Faults()))
-        parts = {"tune": documents[::2], "test": documents[1::2]}
+        parts = {"tune": documents[::2][:most], "test": documents[1::2][:most]}
         if tag in NEW_LANGUAGES:
-            parts = {"test-new": documents[1::2]}
+            parts = {"test-new": parts["test"]}
         for name, part in parts.items():
             path = folders[name] / f"{tag}.jsonl"
             lines = [json.dumps({"text": d.text, "lang": d.language}) for d in part]
@@ -119,27 +127,20 @@ def _choose_rates(
     path = base.directory.parent / "tuning.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for kind, system in (("dense", "dense"), ("experts", "random-k8")):
-        for rate in RATES:
-            for batch in BATCHES:
-                name = f"tuning-{kind}-rate{rate:g}-batch{batch}"
-                if name in found:
-                    continue
-                short = replace(config.experts, tokens=round(config.experts.tokens * share))
-                run = _train(
-                    base,
-                    replace(config, experts=short),
-                    system,
-                    {"dense": (rate, batch), "experts": (rate, batch)},
-                    0,
-                    name,
-                )
-                rows = evaluation.evaluate(run, corpus, routings=_routings(system))
-                found[name] = float(np.mean([np.log(p) for p in _perplexities(rows, system)]))
-                write_json(path, {"format": 1, **found})
+        for rate, batch in SETTINGS:
+            name = f"tuning-{kind}-rate{rate:g}-batch{batch}"
+            if name in found:
+                continue
+            short = replace(config.experts, tokens=round(config.experts.tokens * share))
+            chosen = {"dense": (rate, batch), "experts": (rate, batch)}
+            run = _train(base, replace(config, experts=short), system, chosen, 0, name)
+            rows = evaluation.evaluate(run, corpus, routings=_routings(system))
+            found[name] = float(np.mean([np.log(p) for p in _perplexities(rows, system)]))
+            write_json(path, {"format": 1, **found})
     best = {}
     for kind in ("dense", "experts"):
-        grid = {(r, b): found[f"tuning-{kind}-rate{r:g}-batch{b}"] for r in RATES for b in BATCHES}
-        best[kind] = min(grid, key=lambda key: grid[key])
+        grid = {(r, b): found[f"tuning-{kind}-rate{r:g}-batch{b}"] for r, b in SETTINGS}
+        best[kind] = min(grid, key=lambda setting: grid[setting])
     return best
 
 
@@ -153,10 +154,11 @@ def _train(
 ) -> Run:
     rate, batch = rates["dense" if system == "dense" else "experts"]
     experts = replace(config.experts, learning_rate=rate, batch_size=batch, seed=repetition)
+    grow = replace(config.grow, learning_rate=rate, batch_size=batch)
     run = init(
         base.directory.parent / name,
         base.record["corpus"],
-        replace(config, experts=experts),
+        replace(config, experts=experts, grow=grow),
         seed=base.seed,
         languages=LANGUAGES,
     )
