@@ -6,7 +6,7 @@ that every token is predicted once a pass. Batch i is a pure function of the see
 training needs no other state than its step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, cast
 
@@ -124,10 +124,36 @@ def batches(
             grain.MapDataset.source(source_of_rows).seed(seed + index).shuffle().repeat()
         )
         shares.append(source.share)
-    mixed = grain.MapDataset.mix(datasets, weights=[share / sum(shares) for share in shares])
+    interleaved = _Interleaved(shares, steps * batch_size)
+    mixed = grain.MapDataset.select_from_datasets(datasets, interleaved)
     rows = mixed.slice(slice(first_step * batch_size, steps * batch_size))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
     return iter(rows.to_iter_dataset(options).batch(batch_size))
+
+
+class _Interleaved(grain.transforms.DatasetSelectionMap):
+    """Number of a row in the mixture -> its source and its number there. After any number of rows
+    each source is within a few rows of its share; the shares of `grain.MapDataset.mix` are rounded
+    to a hundredth of the smallest."""
+
+    def __init__(self, shares: Sequence[float], length: int):
+        self.parts = [max(1, round(share / sum(shares) * 2**40)) for share in shares]
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        # Of the rows up to here, the first source takes its part, the second its part of the rest
+        # and so on: the source whose count rises with this row has the row.
+        before, after, remaining = index, index + 1, sum(self.parts)
+        for source, part in enumerate(self.parts):
+            rest_before = before * (remaining - part) // remaining
+            rest_after = after * (remaining - part) // remaining
+            if after - rest_after > before - rest_before:
+                return source, before - rest_before
+            before, after, remaining = rest_before, rest_after, remaining - part
+        raise AssertionError(f"row {index} has no source")
 
 
 def exponent_shares(tokens: Mapping[str, int], exponent: float) -> dict[str, float]:

@@ -1,0 +1,222 @@
+"""Packed rows against a naive packer; mixing in exact shares; no state but the step."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from xelm.data import rows as row_module
+from xelm.data.rows import LanguageRows, Source, batches, exponent_shares
+from xelm.data.store import LanguageIds
+from xelm.training.step import target_weights
+
+START, END = 1, 2
+LENGTHS = {"de": [5, 1, 17, 3, 0, 40, 2, 2, 9], "el": [12, 4, 4, 30], "sw": [1]}
+
+
+def language_ids(language: str) -> LanguageIds:
+    """Every token of every language is another number, so that each can be told apart."""
+    lengths = LENGTHS[language]
+    base = 10 + 1000 * list(LENGTHS).index(language)
+    return LanguageIds(
+        language=language,
+        ids=np.arange(base, base + sum(lengths), dtype=np.uint16),
+        ends=np.cumsum(lengths),
+        bytes=np.asarray(lengths),
+    )
+
+
+def source(language: str, share: float = 1.0, documents=None) -> Source:
+    return Source(ids=language_ids(language), share=share, documents=documents)
+
+
+def rows_of(found: Source, length: int, seed: int = 0) -> LanguageRows:
+    return LanguageRows(
+        found,
+        sequence_length=length,
+        start_id=START,
+        end_id=END,
+        seed=seed,
+        language_index=0,
+    )
+
+
+def naive_rows(rows: LanguageRows, length: int):
+    """The same rows token by token, from the order of the documents."""
+    stream = []
+    for number, document in enumerate(rows.order):
+        framed = [START, *rows.ids.document(document), END]
+        stream += [(token, number, column) for column, token in enumerate(framed)]
+    for begin in range(0, len(stream) - 1, length):
+        part = stream[begin : begin + length + 1]
+        first = part[0][1]
+        tokens = [token for token, _, _ in part]
+        segments = [number - first + 1 for _, number, _ in part]
+        positions = [column - (part[0][2] if number == first else 0) for _, number, column in part]
+        padding = [0] * (length + 1 - len(part))
+        yield tokens + padding, segments + padding, positions + padding
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 16, 200])
+@pytest.mark.parametrize("language", LENGTHS)
+def test_rows_are_those_of_a_naive_packer(language, length):
+    rows = rows_of(source(language), length)
+    wanted = list(naive_rows(rows, length))
+    assert len(rows) == len(wanted)
+    for number, (tokens, segments, positions) in enumerate(wanted):
+        row = rows[number]
+        assert row["tokens"].tolist() == tokens
+        assert row["segments"].tolist() == segments
+        assert row["positions"].tolist() == positions
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 16, 200])
+@pytest.mark.parametrize("language", LENGTHS)
+def test_every_token_and_every_end_is_a_target_once_a_pass(language, length):
+    rows = rows_of(source(language), length)
+    targets = []
+    for number in range(len(rows)):
+        row = rows[number]
+        targets += row["tokens"][1:][target_weights(row["segments"])].tolist()
+    ids = language_ids(language)
+    assert sorted(targets) == sorted([*ids.ids.tolist(), *[END] * len(ids)])
+
+
+def test_a_target_follows_its_own_document():
+    rows = rows_of(source("de"), 7)
+    document_of = {
+        int(token): number for number in range(len(rows.ids)) for token in rows.ids.document(number)
+    }
+    seen = 0
+    for number in range(len(rows)):
+        row = rows[number]
+        for before, target, counts in zip(
+            row["tokens"], row["tokens"][1:], target_weights(row["segments"])
+        ):
+            if counts and before >= 10 and target >= 10:
+                assert document_of[int(before)] == document_of[int(target)]
+                seen += 1
+    # All but the first token of each document follow another of the same.
+    assert seen == sum(max(0, length - 1) for length in LENGTHS["de"])
+
+
+def test_only_the_documents_that_were_chosen_are_seen():
+    chosen = np.array([6, 2, 0])
+    rows = rows_of(source("de", documents=chosen), 8)
+    seen = {int(t) for r in range(len(rows)) for t in rows[r]["tokens"]} - {0, START, END}
+    ids = language_ids("de")
+    assert seen == {int(token) for number in chosen for token in ids.document(number)}
+    assert rows.tokens == sum(LENGTHS["de"][number] + 2 for number in chosen)
+
+
+def test_documents_are_shuffled_by_the_seed_and_the_language():
+    order = rows_of(source("de"), 8).order
+    assert sorted(order) == list(range(len(LENGTHS["de"])))
+    assert order.tolist() == rows_of(source("de"), 8).order.tolist()
+    assert order.tolist() != rows_of(source("de"), 8, seed=1).order.tolist()
+
+
+def mixed(shares: dict[str, float], *, steps=40, batch_size=5, seed=0, first_step=0, length=6):
+    return list(
+        batches(
+            [source(language, share) for language, share in shares.items()],
+            steps=steps,
+            batch_size=batch_size,
+            sequence_length=length,
+            start_id=START,
+            end_id=END,
+            seed=seed,
+            first_step=first_step,
+        )
+    )
+
+
+SHARES = {"de": 0.5, "el": 0.3, "sw": 0.2}
+
+
+def test_batches_have_the_shape_asked_for():
+    found = mixed(SHARES, steps=3)
+    assert len(found) == 3
+    for batch in found:
+        for name in ("tokens", "segments", "positions"):
+            assert batch[name].shape == (5, 7)
+            assert batch[name].dtype == np.int32
+        assert batch["language"].shape == (5,)
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [(1.0, 1.0, 1.0), (5.0, 3.0, 2.0), (0.61803, 0.2, 0.18197), (0.001, 0.332, 0.667)],
+)
+def test_sources_have_their_shares_at_every_moment(shares):
+    chosen = row_module._Interleaved(shares, 20_000)
+    order = np.array([chosen[index][0] for index in range(20_000)])
+    for index, share in enumerate(shares):
+        due = np.arange(1, len(order) + 1) * share / sum(shares)
+        # However long the training: a row or two ahead or behind, and no more.
+        assert np.abs(np.cumsum(order == index) - due).max() <= 2.0
+
+
+def test_languages_have_exactly_their_shares_of_the_rows():
+    order = np.concatenate([batch["language"] for batch in mixed(SHARES)])
+    assert np.bincount(order).tolist() == [100, 60, 40]
+
+
+def test_one_source_is_taken_in_order_and_none_is_skipped():
+    chosen = [row_module._Interleaved([0.7, 0.2, 0.1], 1000)[index] for index in range(1000)]
+    for source_index, count in enumerate((700, 200, 100)):
+        assert [at for found, at in chosen if found == source_index] == list(range(count))
+
+
+@pytest.mark.parametrize("first_step", [1, 17, 39, 40])
+def test_a_batch_does_not_depend_on_where_the_iteration_starts(first_step):
+    whole, part = mixed(SHARES), mixed(SHARES, first_step=first_step)
+    assert len(part) == 40 - first_step
+    for wanted, found in zip(whole[first_step:], part, strict=True):
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(found[name], array)
+
+
+def test_the_rows_of_a_longer_training_begin_with_those_of_a_shorter():
+    for short, long in zip(mixed(SHARES, steps=10), mixed(SHARES, steps=30)):
+        np.testing.assert_array_equal(short["tokens"], long["tokens"])
+
+
+def test_another_seed_gives_other_batches_of_the_same_rows():
+    def all_tokens(seed):
+        return np.concatenate([batch["tokens"] for batch in mixed({"el": 1.0}, seed=seed)])
+
+    assert np.array_equal(all_tokens(0), all_tokens(0))
+    assert not np.array_equal(all_tokens(0), all_tokens(1))
+    assert set(all_tokens(0).ravel().tolist()) == set(all_tokens(1).ravel().tolist())
+
+
+def test_each_pass_sees_every_row_once_in_an_order_of_its_own():
+    count = len(rows_of(source("el"), 6))
+    found = mixed({"el": 1.0}, steps=4 * count, batch_size=1)
+    rows = [tuple(batch["tokens"][0].tolist()) for batch in found]
+    passes = [rows[first : first + count] for first in range(0, 4 * count, count)]
+    assert len(set(passes[0])) == count
+    for one, other in itertools.pairwise(passes):
+        assert set(one) == set(other)
+        assert one != other
+
+
+def test_a_source_without_documents_is_refused():
+    with pytest.raises(ValueError, match="no document to train on in de"):
+        batches(
+            [source("de", documents=np.array([], int))],
+            steps=1,
+            batch_size=1,
+            sequence_length=4,
+            start_id=START,
+            end_id=END,
+            seed=0,
+        )
+
+
+def test_shares_are_tokens_to_the_exponent():
+    tokens = {"de": 1000, "sw": 10}
+    assert exponent_shares(tokens, 1.0) == {"de": 1000 / 1010, "sw": 10 / 1010}
+    assert exponent_shares(tokens, 0.0) == {"de": 0.5, "sw": 0.5}
+    assert exponent_shares(tokens, 0.5)["de"] == pytest.approx(10 / 11)

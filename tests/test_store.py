@@ -1,0 +1,165 @@
+"""The tokenised corpus: what was encoded can be read back, and it is there whole or not at all."""
+
+import json
+
+import numpy as np
+import pytest
+
+from clustering.errors import UserError
+from clustering.files import write_json
+from xelm.data.corpus import Document, Faults
+from xelm.data.store import BATCH_DOCUMENTS, build_store, open_store
+
+
+class Characters:
+    """A tokenizer of characters: id of a character is its code point."""
+
+    def __init__(self, size=2**16):
+        self.size = size
+
+    def encode(self, texts):
+        return [[ord(character) for character in text] for text in texts]
+
+
+TEXTS = {"de": ["Straße", "Meer", "ü"], "el": ["Μέλι", "ένα δύο"]}
+DOCUMENTS = [Document(text, language) for language, found in TEXTS.items() for text in found]
+
+
+def build(directory, documents=DOCUMENTS, tokenizer=None, **options):
+    faults = options.pop("faults", Faults())
+    return build_store(directory, iter(documents), tokenizer or Characters(), faults, **options)
+
+
+def test_documents_are_those_that_were_encoded(tmp_path):
+    # Interleaved, and more than one batch: order within a language is that of the corpus.
+    many = [
+        Document(f"{language} {number} " + "x" * (number % 7), language)
+        for number in range(BATCH_DOCUMENTS + 50)
+        for language in ("de", "el")
+    ]
+    store = build(tmp_path / "store", many)
+    for language, found in store.languages.items():
+        wanted = [document.text for document in many if document.language == language]
+        assert len(found) == len(wanted)
+        read = ["".join(map(chr, found.document(number))) for number in range(len(found))]
+        assert read == wanted
+        assert found.lengths.tolist() == [len(text) for text in wanted]
+        assert found.bytes.tolist() == [len(text.encode()) for text in wanted]
+
+
+def test_counts_are_those_of_the_texts(tmp_path):
+    store = build(tmp_path / "store", facts={"corpus": "here"})
+    for language, texts in TEXTS.items():
+        assert store.record["languages"][language] == {
+            "documents": len(texts),
+            "tokens": sum(map(len, texts)),
+            "bytes": sum(len(text.encode()) for text in texts),
+        }
+    assert store.record["corpus"] == "here"
+    assert store.record["format"] == 1
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_ids_take_two_bytes_where_they_can(tmp_path, size, dtype):
+    text = chr(size - 1) * 3
+    store = build(tmp_path / "store", [Document(text, "de")], Characters(size))
+    ids = store.languages["de"].ids
+    assert ids.dtype == dtype
+    assert ids.tolist() == [size - 1] * 3
+    path = tmp_path / "store" / "de.ids"
+    assert path.stat().st_size == 3 * np.dtype(dtype).itemsize
+
+
+def test_opening_again_gives_the_same(tmp_path):
+    built, opened = build(tmp_path / "store"), open_store(tmp_path / "store")
+    assert opened.record == built.record
+    for language, found in built.languages.items():
+        again = opened.languages[language]
+        np.testing.assert_array_equal(again.ids, found.ids)
+        np.testing.assert_array_equal(again.ends, found.ends)
+        np.testing.assert_array_equal(again.bytes, found.bytes)
+
+
+def test_only_the_languages_asked_for_are_kept_in_their_order_and_others_counted(tmp_path):
+    faults = Faults()
+    faults.add("empty text", "de.jsonl:7")
+    store = build(tmp_path / "store", languages=["el"], faults=faults)
+    assert list(store.languages) == ["el"]
+    assert store.record["left_out"] == {
+        "empty text": {"count": 1, "first": ["de.jsonl:7"]},
+        "language de, which was not asked for": {
+            "count": 3,
+            "first": ["record 1", "record 2", "record 3"],
+        },
+    }
+    assert list(build(tmp_path / "both", languages=["el", "de"]).languages) == ["el", "de"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "languages", "reason"),
+    [
+        (DOCUMENTS, ["de", "sw", "tr"], "no usable document in sw, tr"),
+        ([], None, "no usable document in any language"),
+    ],
+)
+def test_a_language_without_documents_is_refused_by_name(tmp_path, documents, languages, reason):
+    with pytest.raises(UserError, match=reason):
+        build(tmp_path / "store", documents, languages=languages)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Interrupting(Characters):
+    def encode(self, texts):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupted_build_leaves_what_was_there(tmp_path, there):
+    if there:
+        build(tmp_path / "store")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "store", [Document("neu", "de")], Interrupting())
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+    assert [path.name for path in tmp_path.iterdir()] == (["store"] if there else [])
+
+
+def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(UserError, match=r"cannot write .*/store: No space left on device"):
+        build(tmp_path / "store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_whose_files_do_not_match_its_record_is_refused(tmp_path):
+    build(tmp_path / "store")
+    with (tmp_path / "store" / "de.ids").open("ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(UserError, match=r"de\.ids does not match store\.json"):
+        open_store(tmp_path / "store")
+
+
+def test_a_store_of_a_newer_format_is_refused(tmp_path):
+    build(tmp_path / "store")
+    record = json.loads((tmp_path / "store" / "store.json").read_text())
+    write_json(tmp_path / "store" / "store.json", record | {"format": 99})
+    with pytest.raises(UserError, match="of format 99"):
+        open_store(tmp_path / "store")
+
+
+def test_the_documents_of_a_corpus_become_the_ids_of_its_tokenizer(tiny, tiny_corpus):
+    from xelm.runs.run import open_run
+
+    run = open_run(tiny.directory)
+    tokenizer, store = run.tokenizer(), run.store()
+    for language, found in store.languages.items():
+        texts = [
+            json.loads(line)["text"]
+            for line in (tiny_corpus / f"{language}.jsonl").read_text().splitlines()
+        ]
+        assert [found.document(n).tolist() for n in range(len(found))] == tokenizer.encode(texts)
+        assert store.record["languages"][language]["bytes"] == sum(len(t.encode()) for t in texts)
