@@ -148,12 +148,16 @@ class _Interleaved(grain.transforms.DatasetSelectionMap):
         # and so on: the source whose count rises with this row has the row.
         before, after, remaining = index, index + 1, sum(self.parts)
         for source, part in enumerate(self.parts):
-            rest_before = before * (remaining - part) // remaining
-            rest_after = after * (remaining - part) // remaining
+            rest_before = _rounded(before * (remaining - part), remaining)
+            rest_after = _rounded(after * (remaining - part), remaining)
             if after - rest_after > before - rest_before:
                 return source, before - rest_before
             before, after, remaining = rest_before, rest_after, remaining - part
         raise AssertionError(f"row {index} has no source")
+
+
+def _rounded(dividend: int, divisor: int) -> int:
+    return (2 * dividend + divisor) // (2 * divisor)
 
 
 def exponent_shares(tokens: Mapping[str, int], exponent: float) -> dict[str, float]:
