@@ -1,0 +1,145 @@
+"""The chunked cross-entropy: optax's values and gradients, without optax's memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.special
+
+from xelm.training import loss
+from xelm.training.loss import cross_entropy, target_log_probabilities
+
+WIDTH = 12
+
+
+def inputs(positions: int, vocabulary: int, dtype=np.float32):
+    draw = np.random.default_rng(0)
+    return (
+        draw.normal(size=(positions, WIDTH)).astype(dtype),
+        draw.normal(size=(vocabulary, WIDTH)).astype(np.float32),
+        draw.integers(0, vocabulary, positions),
+        draw.uniform(size=positions).astype(np.float32),
+    )
+
+
+def with_gradients(function):
+    """Compiled anew, since the size of a chunk is read while compiling."""
+    return jax.jit(jax.value_and_grad(lambda *arguments: function(*arguments), argnums=(0, 1)))
+
+
+def reference(hidden, head, targets, weights):
+    """In float32, all logits at once."""
+    logits = hidden.astype(jnp.float32) @ head.T
+    return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
+
+
+# Chunks of 64 positions, the least there is: one short, one full, several with a remainder.
+SHAPES = [(1, 50), (64, 50), (333, 97)]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_IN_A_CHUNK", 64)
+
+
+@pytest.mark.parametrize(("positions", "vocabulary"), SHAPES)
+def test_the_loss_and_its_gradients_equal_those_of_optax(positions, vocabulary):
+    arguments = inputs(positions, vocabulary)
+    found, gradients = with_gradients(cross_entropy)(*arguments)
+    wanted, references = with_gradients(reference)(*arguments)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    for gradient, other in zip(gradients, references):
+        assert gradient.dtype == other.dtype == jnp.float32
+        np.testing.assert_allclose(gradient, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("positions", "vocabulary"), SHAPES)
+def test_log_probabilities_of_targets_equal_those_of_all_logits(positions, vocabulary):
+    hidden, head, targets, _ = inputs(positions, vocabulary)
+    scores = jax.jit(target_log_probabilities)(hidden, head, targets)
+    wanted = scipy.special.log_softmax(hidden @ head.T, axis=1)[np.arange(positions), targets]
+    np.testing.assert_allclose(scores, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_size_of_chunks_does_not_matter(monkeypatch):
+    arguments = inputs(333, 97)
+    values = []
+    for logits_in_a_chunk in (64, 100 * 97, 2**22):
+        monkeypatch.setattr(loss, "LOGITS_IN_A_CHUNK", logits_in_a_chunk)
+        values.append(with_gradients(cross_entropy)(*arguments))
+    for value in values[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), *values[:1], value
+        )
+
+
+def test_positions_without_weight_count_nothing():
+    hidden, head, targets, weights = inputs(100, 50)
+    weights[30:] = 0.0
+    grad = with_gradients(cross_entropy)
+    found, (of_hidden, of_head) = grad(hidden, head, targets, weights)
+    wanted, (short_hidden, short_head) = grad(hidden[:30], head, targets[:30], weights[:30])
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    np.testing.assert_allclose(of_head, short_head, atol=1e-6)
+    np.testing.assert_allclose(of_hidden[:30], short_hidden, atol=1e-6)
+    assert not np.asarray(of_hidden[30:]).any()
+
+
+def test_the_gradient_carries_the_factor_of_what_follows():
+    arguments = inputs(64, 50)
+    _, plain = with_gradients(cross_entropy)(*arguments)
+    _, scaled = with_gradients(lambda *given: -3.0 * cross_entropy(*given))(*arguments)
+    for one, other in zip(plain, scaled):
+        np.testing.assert_allclose(other, -3.0 * one, rtol=1e-6)
+
+
+def test_weights_are_constants():
+    gradient = jax.jit(jax.grad(cross_entropy, argnums=3))(*inputs(64, 50))
+    assert not np.asarray(gradient).any()
+
+
+def test_huge_logits_do_not_overflow():
+    hidden, head, targets, weights = inputs(64, 50)
+    arguments = (np.float32(1e4) * hidden, head, targets, weights)
+    found, (gradient, _) = with_gradients(cross_entropy)(*arguments)
+    wanted, (other, _) = with_gradients(reference)(*arguments)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_allclose(gradient, other, atol=1e-4)
+
+
+def test_half_precision_is_close_to_the_rounded_inputs_in_full():
+    hidden, head, targets, weights = inputs(200, 97, jnp.bfloat16)
+    rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
+    grad = with_gradients(cross_entropy)
+    found, (of_hidden, of_head) = grad(hidden, head, targets, weights)
+    wanted, (reference_hidden, reference_head) = with_gradients(reference)(
+        hidden.astype(jnp.float32), rounded, targets, weights
+    )
+    assert (of_hidden.dtype, of_head.dtype) == (jnp.bfloat16, jnp.float32)
+    # Products of bfloat16 are summed in float32: the loss is exact for the rounded inputs.
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    # The error signal is rounded to eight bits, which is 2^-9 of each of its values.
+    for gradient, other in ((of_hidden, reference_hidden), (of_head, reference_head)):
+        error = np.linalg.norm(np.asarray(gradient, np.float32) - other) / np.linalg.norm(other)
+        assert error < 2**-8
+
+
+def test_a_large_vocabulary_never_has_all_its_logits_in_memory(monkeypatch):
+    monkeypatch.undo()  # chunks as they are
+    positions, vocabulary = 4096, 256_008  # of XGLM
+    shapes = (
+        jax.ShapeDtypeStruct((positions, WIDTH), jnp.float32),
+        jax.ShapeDtypeStruct((vocabulary, WIDTH), jnp.float32),
+        jax.ShapeDtypeStruct((positions,), jnp.int32),
+        jax.ShapeDtypeStruct((positions,), jnp.float32),
+    )
+    whole = positions * vocabulary * 4
+
+    def bytes_of(function):
+        compiled = jax.jit(function).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert bytes_of(jax.grad(reference, argnums=(0, 1))) > whole
+    assert bytes_of(jax.grad(cross_entropy, argnums=(0, 1))) < whole / 20
+    assert bytes_of(cross_entropy) < whole / 20
