@@ -43,7 +43,7 @@ NEW_LANGUAGES = ("az", "he", "pl", "sv")
 # Peak rate and rows a step, tried for dense and for experts alike.
 SETTINGS = ((5e-4, 4), (1e-3, 4), (1e-3, 16), (2e-3, 16))
 # System -> how it divides the languages; `r` is the random seed of a repetition.
-SYSTEMS = ("typology-k4", "typology-k8", "tfidf-k4", "tfidf-k8", "monolingual-k16", "random-k8")
+SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-k8", "tfidf-k4")
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--tuning-share",
         type=float,
-        default=0.2,
+        default=0.1,
         metavar="X",
         help="tokens of each tuning run, as a share of the experiment's",
     )
