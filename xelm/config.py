@@ -4,6 +4,7 @@ Imports no JAX, so that the command line stays quick.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -83,8 +84,14 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name} must be between 0 and 1; got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 faults.append(f"{name} must be above 0; got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
+        for name in ("weight_decay", "mesh_data", "seed"):
+            if not 0 <= getattr(self, name) < 2**31:
+                faults.append(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.accumulation_steps > 0 and self.batch_size % self.accumulation_steps:
             faults.append(
                 f"batch_size must be a multiple of accumulation_steps; got {self.batch_size} and "

@@ -1,0 +1,143 @@
+"""Learning rates by hand; decay where it belongs; clipping; AdamW as published."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from xelm.config import TrainConfig
+from xelm.training.optimizer import optimizer, schedule
+
+
+def config(**changes) -> TrainConfig:
+    """100 steps, of which 10 warm up, to a tenth of the peak."""
+    values = {
+        "tokens": 100 * 32,
+        "sequence_length": 8,
+        "batch_size": 4,
+        "learning_rate": 0.5,
+        "warmup_share": 0.1,
+        "final_rate_share": 0.1,
+        "decay_share": 0.2,
+    }
+    return TrainConfig(**values | changes)
+
+
+# Step -> rate. The decay begins with step 10, after the warm-up, and ends with the last, step 99.
+WARMUP = {0: 0.05, 1: 0.1, 4: 0.25, 9: 0.5, 10: 0.5}
+SCHEDULES = {
+    "linear": {55: 0.5 - 0.45 * 45 / 89, 98: 0.05 + 0.45 / 89, 99: 0.05},
+    "cosine": {55: 0.05 + 0.45 * (1 + np.cos(np.pi * 45 / 89)) / 2, 99: 0.05},
+    # Flat, then 20 steps down.
+    "wsd": {50: 0.5, 79: 0.5, 80: 0.5 - 0.45 / 20, 89: 0.275, 98: 0.0725, 99: 0.05},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rate_is_that_computed_by_hand(name):
+    rate = schedule(config(schedule=name))
+    for step, value in (WARMUP | SCHEDULES[name]).items():
+        assert rate(step) == pytest.approx(value, rel=1e-5), step
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rate_rises_to_the_peak_and_never_again(name):
+    rate = schedule(config(schedule=name))
+    rates = [rate(step) for step in range(100)]
+    assert max(rates) == pytest.approx(0.5) and min(rates) == pytest.approx(0.05)
+    assert np.all(np.diff(rates[:10]) > 0) and np.all(np.diff(rates[9:]) <= 1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("warmup_share", [0.0, 0.5, 1.0])
+def test_very_short_trainings_have_rates_between_none_and_the_peak(name, steps, warmup_share):
+    rate = schedule(config(schedule=name, tokens=steps * 32, warmup_share=warmup_share))
+    assert all(0 < rate(step) <= 0.5 + 1e-6 for step in range(steps))
+
+
+def test_without_warm_up_the_first_step_has_the_peak():
+    assert schedule(config(warmup_share=0.0))(0) == pytest.approx(0.5)
+
+
+PARAMETERS = {
+    "blocks": {
+        "up": {"weight": np.full((2, 3, 4), 2.0), "bias": np.full((2, 4), 2.0)},
+        "attention_norm": {"scale": np.full((2, 3), 2.0)},
+    },
+    "embedding": np.full((5, 3), 2.0),
+    "norm": {"scale": np.full(3, 2.0)},
+}
+
+
+def update(gradients, **changes):
+    """The first update at a learning rate of 1."""
+    parameters, gradients = jax.tree.map(jnp.float32, (PARAMETERS, gradients))
+    transformation = optimizer(config(**changes))
+    found, _ = transformation.update(gradients, transformation.init(parameters), parameters)
+    return found
+
+
+def test_matrices_decay_and_scales_and_biases_do_not():
+    decay = update(jax.tree.map(jnp.zeros_like, PARAMETERS), weight_decay=0.25)
+    for path, value in jax.tree_util.tree_leaves_with_path(decay):
+        wanted = 0.0 if path[-1].key in ("scale", "bias") else -0.25 * 2.0
+        np.testing.assert_array_equal(value, np.full(value.shape, wanted), str(path))
+
+
+def test_the_first_update_is_that_of_adamw_by_hand():
+    draw = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda p: draw.normal(size=p.shape) * 1e-3, PARAMETERS)
+    found = update(gradients, weight_decay=0.0, clip_norm=1e9)
+    # After bias correction the averages of one gradient are itself and its square.
+    wanted = jax.tree.map(lambda g: -g / (np.abs(g) + 1e-8), gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, wanted)
+
+
+@pytest.mark.parametrize("norm", [0.5, 7.0])
+def test_gradients_are_clipped_by_their_global_norm_and_no_further(norm):
+    draw = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda p: draw.normal(size=p.shape), PARAMETERS)
+    scale = norm / float(optax.tree.norm(gradients))
+    gradients = jax.tree.map(lambda g: jnp.float32(g * scale), gradients)
+    transformation = optimizer(config(clip_norm=1.0))
+    parameters = jax.tree.map(jnp.float32, PARAMETERS)
+    state = transformation.update(gradients, transformation.init(parameters), parameters)[1]
+    # The average of the gradients begins as (1 - beta1) of what was clipped.
+    average = optax.tree.norm(optax.tree.get(state, "mu"))
+    assert float(average) == pytest.approx((1 - 0.9) * min(norm, 1.0), rel=1e-5)
+
+
+def test_the_averages_have_the_configured_lengths():
+    gradients = jax.tree.map(lambda p: jnp.full(p.shape, 1e-2), PARAMETERS)
+    transformation = optimizer(config(beta1=0.8, beta2=0.7, clip_norm=1e9))
+    parameters = jax.tree.map(jnp.float32, PARAMETERS)
+    state = transformation.update(gradients, transformation.init(parameters), parameters)[1]
+    np.testing.assert_allclose(optax.tree.get(state, "mu")["embedding"], 0.2 * 1e-2, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.get(state, "nu")["embedding"], 0.3 * 1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fault"),
+    [
+        ("tokens", 0, "tokens must be at least 1; got 0"),
+        ("batch_size", 3, "multiple of accumulation_steps; got 3 and 2"),
+        ("warmup_share", 1.5, "warmup_share must be between 0 and 1; got 1.5"),
+        ("learning_rate", 0.0, "learning_rate must be above 0; got 0.0"),
+        ("clip_norm", float("nan"), "clip_norm must be above 0; got nan"),
+        ("weight_decay", -0.1, "weight_decay must be at least 0; got -0.1"),
+        ("beta2", 1.0, "beta2 must be at least 0 and below 1; got 1.0"),
+        ("mesh_data", -1, "mesh_data must be at least 0; got -1"),
+        ("seed", -1, "seed must be at least 0; got -1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_trained_is_refused_when_made(field, value, fault):
+    values = {"batch_size": 4, "accumulation_steps": 2, field: value}
+    with pytest.raises(ValueError, match=fault):
+        config(**values)
+
+
+def test_all_faults_are_named_at_once():
+    with pytest.raises(ValueError, match=r"batch_size must .*; learning_rate must"):
+        config(batch_size=0, learning_rate=-1.0)
