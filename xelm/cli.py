@@ -199,7 +199,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     from xelm.quickstart import NEW_LANGUAGES, quickstart
 
     run, rows, page = quickstart(options.out)
-    print(tables.results(rows, ("language", "tfidf")))
+    print(tables.results(rows, ("language", "tfidf"), run.languages))
     print(f"\nReport: {page}\n\nNext:")
     print(f'  xelm generate {run.directory} "Der alte Mann" --routing language --language de')
     print(f"  xelm grow {run.directory} --language {NEW_LANGUAGES[1]}")
@@ -337,7 +337,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.json:
         _print_json([row.to_json() for row in rows])
     else:
-        print(tables.results(rows, options.routing))
+        print(tables.results(rows, options.routing, run.languages))
         print(f"\nSaved in {run.results / FILE_NAME}")
 
 

@@ -14,7 +14,7 @@ from xelm.runs.run import Run
 
 LANGUAGES = ("ar", "bg", "de", "en", "es", "fr", "hi", "ja", "ko", "ru", "sw", "tr", "ur", "zh")
 NEW_LANGUAGES = ("pl", "sv")
-CLUSTERS = 4
+CLUSTERS = 7
 
 
 def quickstart(directory: str | Path) -> tuple[Run, Sequence[Row], Path]:

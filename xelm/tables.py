@@ -7,39 +7,51 @@ import numpy as np
 from clustering.languages import english_name
 from xelm.runs.evaluation import Row
 
+_WIDTH = 20
 
-def results(rows: Sequence[Row], routings: Sequence[str] = ("language",)) -> str:
-    """Perplexity and bits per byte by language: seed, dense, and the ensemble by routing; the last
-    line is the mean over the languages that every column has."""
+
+def results(rows: Sequence[Row], routings: Sequence[str], seed_languages: Sequence[str]) -> str:
+    """Perplexity and bits per byte by language: seed, dense, and the ensemble by routing.
+
+    seed_languages: those that seed and dense were trained on. The means are over those of them
+    that every column has; other languages stand below the means.
+    """
     columns: list[tuple[str, str | None]] = [("seed", None), ("dense", None)]
     columns += [("ensemble", routing) for routing in routings]
     found = {(row.system, row.routing, row.language): row for row in rows}
-    columns = [c for c in columns if any((*c, tag) in found for _, _, tag in found)]
+    columns = [c for c in columns if any((*c, row.language) in found for row in rows)]
     languages = list(dict.fromkeys(row.language for row in rows))
-    titles = [system if routing is None else f"by {routing}" for system, routing in columns]
-    lines = [
-        f"{'':22}" + "".join(f"{title:>19}" for title in titles),
-        f"{'language':22}" + f"{'perplexity   bits/B':>19}" * len(columns),
+    trained = [tag for tag in languages if tag in seed_languages]
+    titles = [
+        system if routing is None else f"{system} by {routing}" for system, routing in columns
     ]
-    common = [tag for tag in languages if all((*c, tag) in found for c in columns)]
-    for tag in languages:
+    width = max(_WIDTH, *(len(title) + 2 for title in titles))
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        return f"{name:21}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+    def language(tag: str) -> str:
         cells = [found.get((*column, tag)) for column in columns]
-        name = f"{tag:4}{english_name(tag)[:17]}"
-        lines.append(f"{name:22}" + "".join(map(_cell, cells)))
+        pairs = [_pair(row.perplexity, row.bits_per_byte) if row else "-" for row in cells]
+        return line(f"{tag:4} {english_name(tag)[:15]}", pairs)
+
+    lines = [line("", titles), line("language", ["perplexity  bits/B"] * len(columns))]
+    lines += [language(tag) for tag in trained]
+    common = [tag for tag in trained if all((*column, tag) in found for column in columns)]
     if common:
         means = [
-            (
-                np.mean([found[*c, tag].perplexity for tag in common]),
-                np.mean([found[*c, tag].bits_per_byte for tag in common]),
+            _pair(
+                float(np.mean([found[*column, tag].perplexity for tag in common])),
+                float(np.mean([found[*column, tag].bits_per_byte for tag in common])),
             )
-            for c in columns
+            for column in columns
         ]
-        title = f"mean of {len(common)}"
-        lines.append(f"{title:22}" + "".join(f"{a:>11.1f}{b:>8.3f}" for a, b in means))
+        lines.append(line(f"mean of {len(common)}", means))
+    others = [tag for tag in languages if tag not in trained]
+    if others:
+        lines += ["not in the seed's corpus:", *(language(tag) for tag in others)]
     return "\n".join(lines)
 
 
-def _cell(row: Row | None) -> str:
-    return (
-        f"{'-':>11}{'-':>8}" if row is None else f"{row.perplexity:>11.1f}{row.bits_per_byte:>8.3f}"
-    )
+def _pair(perplexity: float, bits_per_byte: float) -> str:
+    return f"{perplexity:.1f}  {bits_per_byte:6.3f}"
