@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from clustering.errors import UserError
 from xelm.config import TrainConfig
 from xelm.models.checkpoint import logical_axes, shapes
 from xelm.models.config import ModelConfig
@@ -29,7 +30,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
     rest = config.mesh_fsdp * config.mesh_tensor
     data = config.mesh_data or count // rest
     if data * rest > count or data < 1:
-        raise ValueError(
+        raise UserError(
             f"a mesh of data {config.mesh_data} x fsdp {config.mesh_fsdp} x tensor "
             f"{config.mesh_tensor} needs {max(1, config.mesh_data) * rest} devices; "
             f"there are {count}"
@@ -39,7 +40,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
         # Not more ways than the rows allow: a small batch on a large machine still trains.
         data = max(d for d in range(1, data + 1) if rows % (d * config.mesh_fsdp) == 0 or d == 1)
     if rows % (data * config.mesh_fsdp):
-        raise ValueError(
+        raise UserError(
             f"batch_size / accumulation_steps must be a multiple of data x fsdp = "
             f"{data * config.mesh_fsdp}; got {rows}"
         )
@@ -58,7 +59,7 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
             raise ValueError(f"two dimensions of {axes} fall on one mesh axis")
         for size, axis, name in zip(shape.shape, axes, names):
             if name is not None and size % mesh.shape[name]:
-                raise ValueError(
+                raise UserError(
                     f"{axis} must be a multiple of mesh axis {name} = {mesh.shape[name]}; "
                     f"got {size}"
                 )

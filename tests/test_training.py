@@ -1,0 +1,403 @@
+"""Training: the losses it had, the same bits after a crash, the same losses on any mesh, one
+compilation, and languages in their shares."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from clustering.errors import UserError
+from xelm.config import TrainConfig
+from xelm.data.rows import Source
+from xelm.data.store import LanguageIds
+from xelm.models.checkpoint import fresh_parameters
+from xelm.models.config import ModelConfig
+from xelm.training import loop
+from xelm.training.loop import train
+from xelm.training.metrics import MetricsLog, read_metrics
+from xelm.training.sharding import make_mesh, parameter_shardings
+from xelm.training.step import program
+
+MODEL = ModelConfig(
+    vocabulary_size=48,
+    width=16,
+    feedforward_width=24,
+    layer_count=2,
+    head_count=2,
+    key_head_count=2,
+    head_size=8,
+    max_length=32,
+)
+CONFIG = TrainConfig(
+    tokens=20 * 128,
+    sequence_length=16,
+    batch_size=8,
+    learning_rate=3e-3,
+    checkpoint_every=6,
+    log_every=1,
+    mesh_data=1,
+)
+SHARES = {"de": 0.5, "el": 0.3, "sw": 0.2}
+
+
+def source(language: str, documents: int = 40, length: int = 23) -> Source:
+    """Chains in which each token decides the next: 5 x + c modulo 40, c by language."""
+    step = 3 + 2 * list(SHARES).index(language)
+    draw = np.random.default_rng(step)
+    found = []
+    for first in draw.integers(0, 40, documents):
+        chain = [int(first)]
+        while len(chain) < length:
+            chain.append((5 * chain[-1] + step) % 40)
+        found += chain
+    ids = LanguageIds(
+        language=language,
+        ids=np.asarray(found, np.uint16) + 4,
+        ends=np.arange(1, documents + 1) * length,
+        bytes=np.full(documents, length),
+    )
+    return Source(ids=ids, share=SHARES[language])
+
+
+SOURCES = [source(language) for language in SHARES]
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    return jax.tree.map(np.asarray, fresh_parameters(MODEL, seed=0))
+
+
+@pytest.fixture
+def trained(parameters, tmp_path):
+    """A function that trains in a folder of the test, and what metrics.jsonl says of it."""
+
+    def run(config=CONFIG, folder="training", sources=SOURCES):
+        result = train(
+            parameters,
+            MODEL,
+            sources,
+            config,
+            tmp_path / folder,
+            start_id=1,
+            end_id=2,
+            label="test",
+        )
+        return result, read_metrics(tmp_path / folder / "metrics.jsonl")
+
+    return run
+
+
+def losses(metrics) -> list[float]:
+    return [line["loss"] for line in metrics]
+
+
+def assert_same_bits(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one.parameters, other.parameters)
+    assert (one.tokens, one.language_tokens) == (other.tokens, other.language_tokens)
+
+
+def assert_same_lines(one, other):
+    """All but how fast it went."""
+    assert [line | {"tokens_per_second": 0} for line in one] == [
+        line | {"tokens_per_second": 0} for line in other
+    ]
+
+
+# On one CPU device; any change of these is a change of what is learned.
+GOLDEN = [
+    3.889865,
+    3.842098,
+    3.784627,
+    3.733585,
+    3.701468,
+    3.660467,
+    3.6481,
+    3.594489,
+    3.559014,
+    3.574308,
+    3.507123,
+    3.489151,
+    3.466429,
+    3.440787,
+    3.463198,
+    3.442456,
+    3.408024,
+    3.440349,
+    3.430746,
+    3.408472,
+]
+
+
+def test_the_losses_are_those_recorded(trained):
+    _, metrics = trained()
+    np.testing.assert_allclose(losses(metrics), GOLDEN, atol=1e-4)
+
+
+def test_training_changes_what_it_returns_and_not_what_it_was_given(trained, parameters):
+    before = jax.tree.map(np.copy, parameters)
+    result, _ = trained(replace(CONFIG, tokens=128))
+    jax.tree.map(np.testing.assert_array_equal, parameters, before)
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), result.parameters, before)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_what_can_be_learned_is_learned(trained):
+    # The next token follows from the last two but for the first of each document: nothing else to
+    # know. ln 48 = 3.87 at first.
+    config = replace(CONFIG, tokens=150 * 128, learning_rate=2e-2, checkpoint_every=1000)
+    _, metrics = trained(config)
+    assert metrics[-1]["loss"] < 0.7
+
+
+def test_accumulated_parts_make_the_update_of_the_whole_batch(trained):
+    # Few documents: the last row of each pass is padded, so that parts have unequal targets.
+    sources = [source(language, documents=5) for language in SHARES]
+    config = replace(CONFIG, tokens=6 * 128)
+    whole, metrics = trained(config, "whole", sources)
+    parts, other = trained(replace(config, accumulation_steps=4), "parts", sources)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.parameters, parts.parameters
+    )
+    np.testing.assert_allclose(losses(metrics), losses(other), atol=1e-5)
+    assert whole.language_tokens == parts.language_tokens
+
+
+def test_trainings_of_one_shape_share_one_compiled_step(trained):
+    for changes in (
+        {"tokens": 3 * 128},
+        {"tokens": 5 * 128, "learning_rate": 1e-2, "schedule": "wsd", "seed": 3},
+        {"tokens": 2 * 128, "log_every": 2, "checkpoint_every": 1, "sampling_exponent": 1.0},
+    ):
+        trained(replace(CONFIG, **changes), folder=str(changes["tokens"]))
+    compiled = program(MODEL, CONFIG, make_mesh(CONFIG))
+    assert (compiled.step._cache_size(), compiled.create._cache_size()) == (1, 1)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 4, 1), (1, 1, 2), (2, 2, 2)])
+def test_the_losses_do_not_depend_on_the_mesh(trained, data, fsdp, tensor):
+    short = replace(CONFIG, tokens=6 * 128)
+    config = replace(short, mesh_data=data, mesh_fsdp=fsdp, mesh_tensor=tensor)
+    mesh = make_mesh(config)
+    assert mesh.shape == {"data": data, "fsdp": fsdp, "tensor": tensor}
+    up = parameter_shardings(MODEL, mesh)["blocks"]["up"]["weight"]
+    assert up.shard_shape((2, 16, 24)) == (2, 16 // fsdp, 24 // tensor)
+    _, wanted = trained(short, "one device")
+    _, metrics = trained(config, "mesh")
+    np.testing.assert_allclose(losses(metrics), losses(wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch_size", "data"), [(8, 8), (12, 6), (7, 7), (16, 8), (1, 1)])
+def test_a_small_batch_takes_as_many_devices_as_divide_it(batch_size, data):
+    mesh = make_mesh(replace(CONFIG, mesh_data=0, batch_size=batch_size))
+    assert mesh.shape["data"] == data
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"mesh_data": 16}, "a mesh of data 16 x fsdp 1 x tensor 1 needs 16 devices; there are 8"),
+        ({"mesh_data": 3}, "must be a multiple of data x fsdp = 3; got 8"),
+        ({"mesh_data": 4, "accumulation_steps": 4}, "data x fsdp = 4; got 2"),
+    ],
+)
+def test_a_mesh_that_cannot_be_made_is_a_users_mistake(changes, fault):
+    with pytest.raises(UserError, match=fault):
+        make_mesh(replace(CONFIG, **changes))
+
+
+def test_a_model_that_the_mesh_does_not_divide_is_a_users_mistake():
+    mesh = make_mesh(replace(CONFIG, mesh_tensor=7))
+    with pytest.raises(UserError, match=r"must be a multiple of mesh axis tensor = 7; got \d+"):
+        parameter_shardings(MODEL, mesh)
+
+
+def test_half_precision_stays_close_to_full(trained):
+    _, metrics = trained(replace(CONFIG, dtype="bfloat16"))
+    assert losses(metrics) != pytest.approx(GOLDEN, abs=1e-6)
+    np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=5e-3)
+
+
+def test_rematerialisation_changes_no_loss(trained):
+    _, metrics = trained(replace(CONFIG, rematerialise=True))
+    np.testing.assert_allclose(losses(metrics), GOLDEN, atol=1e-5)
+
+
+def test_languages_are_seen_in_their_shares_and_counted(trained):
+    result, metrics = trained(replace(CONFIG, tokens=100 * 128, checkpoint_every=1000))
+    assert result.tokens == sum(result.language_tokens.values()) == metrics[-1]["tokens"]
+    assert metrics[-1]["language_tokens"] == result.language_tokens
+    # Documents are of one length, so shares of rows are shares of tokens.
+    for language, share in SHARES.items():
+        assert result.language_tokens[language] / result.tokens == pytest.approx(share, rel=0.01)
+    # Of 24 tokens to predict, one starts a document and is no target.
+    assert result.tokens == pytest.approx(100 * 128 * 24 / 25, rel=0.01)
+
+
+def test_metrics_say_what_happened(trained):
+    _, metrics = trained()
+    assert [line["step"] for line in metrics] == list(range(1, 21))
+    assert metrics[0]["learning_rate"] == pytest.approx(3e-3)  # one step of warm-up
+    assert metrics[-1]["learning_rate"] == pytest.approx(3e-4, rel=1e-3)
+    assert all(line["grad_norm"] > 0 and line["tokens_per_second"] > 0 for line in metrics)
+
+
+class Interrupt(Exception):
+    pass
+
+
+def interrupt_at(monkeypatch, step: int):
+    """The machine dies as the metrics of that step are to be written."""
+    write = MetricsLog.write
+
+    def fail(self, line):
+        if line["step"] == step:
+            raise Interrupt
+        write(self, line)
+
+    monkeypatch.setattr(MetricsLog, "write", fail)
+
+
+@pytest.mark.parametrize("steps", [(3,), (7,), (12,), (8, 9, 20)])
+def test_resumed_equals_uninterrupted_bit_for_bit(trained, steps):
+    whole, metrics = trained(folder="whole")
+    for step in steps:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+            interrupt_at(patch, step)
+            trained(folder="resumed")
+    resumed, other = trained(folder="resumed")
+    assert_same_bits(resumed, whole)
+    assert_same_lines(other, metrics)
+
+
+def test_a_resumed_training_goes_on_from_its_checkpoint(trained, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 15)
+        trained()
+    # A line that the crash cut short.
+    with (tmp_path / "training" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "los')
+    begun = []
+    batches = loop.batches
+    monkeypatch.setattr(
+        loop, "batches", lambda *a, **k: begun.append(k["first_step"]) or batches(*a, **k)
+    )
+    _, metrics = trained()
+    assert begun == [12]
+    assert [line["step"] for line in metrics] == list(range(1, 21))
+
+
+def test_a_finished_training_run_again_gives_the_same_at_once(trained, monkeypatch):
+    first, metrics = trained()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 20)  # would raise, were there a step to do
+        again, other = trained()
+    assert_same_bits(again, first)
+    assert other == metrics
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"learning_rate": 1e-3}, r"learning_rate was 0\.003, now 0\.001"),
+        ({"seed": 1, "batch_size": 16}, "batch_size was 8, now 16; seed was 0, now 1"),
+    ],
+)
+def test_other_settings_in_a_half_done_folder_are_refused(trained, tmp_path, changes, fault):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 8)
+        trained()
+    before = (tmp_path / "training" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=fault) as caught:
+        trained(replace(CONFIG, **changes))
+    assert str(tmp_path / "training") in str(caught.value)
+    assert (tmp_path / "training" / "metrics.jsonl").read_bytes() == before
+    # How often it is saved and logged may change.
+    trained(replace(CONFIG, checkpoint_every=2, log_every=3))
+
+
+def test_other_languages_in_a_half_done_folder_are_refused(trained):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 8)
+        trained()
+    with pytest.raises(UserError, match="the languages differ"):
+        trained(sources=SOURCES[:2])
+
+
+@pytest.mark.parametrize("method", ["save", "check_for_errors"])
+def test_a_checkpoint_that_cannot_be_saved_is_a_users_mistake(
+    trained, tmp_path, monkeypatch, method
+):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, method, fail)
+    with pytest.raises(UserError, match=r"cannot save a checkpoint in .*No space left") as caught:
+        trained()
+    assert str(tmp_path / "training" / "checkpoints") in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_any_moment_ends_with_the_same_bytes(
+    initialised, tiny_settings, xelm, tmp_path
+):
+    settings = tiny_settings(experts__tokens=128 * 600, experts__checkpoint_every=7)
+    corpus = json.loads((initialised[0] / "run.json").read_text())["corpus"]
+    runs = [tmp_path / "whole", tmp_path / "killed"]
+    xelm("cluster", "-k", 2, "--languages", "en,de,es,fr", "--out", tmp_path / "clusters")
+    for run in runs:
+        made = xelm(
+            "init",
+            run,
+            "--corpus",
+            corpus,
+            "--languages",
+            "en,de,es,fr",
+            "--clusters",
+            tmp_path / "clusters",
+            *settings,
+        )
+        assert made.code == 0, made.err
+    command = [sys.executable, "-m", "xelm.cli", "train", "--all"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([*command, runs[0]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    draw = random.Random(0)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed = 0
+    for _ in range(5):
+        process = subprocess.Popen([*command, runs[1]], env=environment, **quiet)
+        before = progress_of(runs[1])
+        wanted = draw.randint(1, 100)
+        while progress_of(runs[1]) < before + wanted and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.02)
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert killed == 5
+    done = subprocess.run([*command, runs[1]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights = sorted(runs[0].glob("experts/*/v1/model.safetensors"))
+    assert len(weights) == 2
+    for path in weights:
+        other = runs[1] / path.relative_to(runs[0])
+        assert other.read_bytes() == path.read_bytes()
+    assert not list(runs[1].glob("train/*"))
+    assert xelm("verify", runs[1]).code == 0
+
+
+def progress_of(run) -> int:
+    """Steps whose metrics are on disk, over all experts."""
+    found = [*run.glob("train/*/metrics.jsonl"), *run.glob("experts/*/v1/metrics.jsonl")]
+    return sum(path.read_bytes().count(b"\n") for path in found)
