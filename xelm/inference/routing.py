@@ -93,7 +93,7 @@ class ByLanguage:
             raise UserError("routing by language needs the language of the text; give --language")
         if language not in self.serving:
             raise UserError(
-                f"no expert serves {language}; served: {', '.join(sorted(self.serving))}. "
+                f"no expert serves {language!r}; served: {', '.join(sorted(self.serving))}. "
                 "Grow one, or use another routing"
             )
         weights = np.full(self.experts, -np.inf)
