@@ -67,7 +67,7 @@ def train(
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[-1]
+        reason = str(error).splitlines()[-1].split("] ")[-1]
         raise UserError(
             f"cannot train a tokenizer of {vocabulary_size} pieces on this corpus: {reason}"
         ) from error

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from scipy.special import logsumexp
 
 from clustering.errors import UserError
+from clustering.languages import canonical
 from clustering.vectoriser import Vectoriser
 
 
@@ -85,19 +86,20 @@ class ByLanguage:
     experts: int
     """E."""
     serving: Mapping[str, int]
-    """Language -> expert."""
+    """Canonical tag of a language -> expert."""
     needs_scores: bool = False
 
     def route(self, language: str | None) -> Route:
         if language is None:
             raise UserError("routing by language needs the language of the text; give --language")
-        if language not in self.serving:
+        tag = canonical(language)
+        if tag not in self.serving:
             raise UserError(
                 f"no expert serves {language!r}; served: {', '.join(sorted(self.serving))}. "
                 "Grow one, or use another routing"
             )
         weights = np.full(self.experts, -np.inf)
-        weights[self.serving[language]] = 0.0
+        weights[self.serving[tag]] = 0.0
         return Fixed(log_weights=weights)
 
 

@@ -102,6 +102,11 @@ def read_config(directory: str | Path) -> ModelConfig:
 def read_hub_config(directory: str | Path) -> dict[str, Any]:
     """config.json as it is."""
     path = Path(directory) / "config.json"
+    if not Path(directory).is_dir():
+        raise UserError(
+            f"there is no directory {directory}; a checkpoint of the Hub comes with: "
+            "hf download OWNER/NAME --local-dir DIR"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -123,16 +123,20 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
 
     directory = Path(directory)
     wanted = {"config": to_json(config), **facts}
-    if (directory / "run.json").exists():
+    present = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    more = present - {"run.json", ".locks"}
+    if "run.json" in present:
         run = open_run(directory)
         differ = [key for key, value in wanted.items() if run.record.get(key) != value]
-        if differ:
+        if not differ:
+            return run
+        # With nothing beside it, it is of a beginning that failed at once, and is begun anew.
+        if more:
             raise UserError(
                 f"{directory} was begun with another {' and '.join(differ)} (see its run.json); "
                 "use the same again, or another directory"
             )
-        return run
-    if directory.exists() and any(p.name != ".locks" for p in directory.iterdir()):
+    elif more:
         raise UserError(f"{directory} exists and is no RUN; give a new or empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["xelm", *sys.argv[1:]])
