@@ -1,5 +1,6 @@
 """The ensemble: many experts, one distribution. p(x_t | x_<t) = sum_j w_j p_j(x_t | x_<t)."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,6 +119,7 @@ class Ensemble:
     ) -> Generation:
         """Continues the prompt until the end token or `max_new_tokens`. temperature 0 takes the
         most probable token each time; top_p samples from the smallest set of that probability."""
+        _check(max_new_tokens, temperature, top_p)
         prompt_ids = self.tokenizer.encode([prompt])[0]
         room = self.model.max_length - max_new_tokens - 1
         if len(prompt_ids) > room:
@@ -173,6 +175,15 @@ class Ensemble:
                 scores[expert] = readers[expert].following[token]
             route.observe(token, scores)
             text = np.append(text, token)
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens must be at least 0; got {max_new_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature must be at least 0; got {temperature}")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1; got {top_p}")
 
 
 def _choose(

@@ -118,6 +118,12 @@ class Tfidf:
     """Exponent of the distance."""
     needs_scores: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(
+                f"the temperature of TF-IDF routing must be above 0; got {self.temperature}"
+            )
+
     def route(self, language: str | None) -> Route:
         return _TfidfRoute(self)
 

@@ -26,8 +26,7 @@ def open_ensemble(
     """Every published expert, each loaded when it is first asked."""
     experts = published(run)
     model = read_config(run.seed)
-    if top_m is not None and not 1 <= top_m <= len(experts):
-        raise UserError(f"top_m must be between 1 and {len(experts)} experts; got {top_m}")
+    check_top_m(top_m, len(experts))
     return Ensemble(
         names=[expert.name for expert in experts],
         model=model,
@@ -47,6 +46,12 @@ def published(run: Run) -> tuple[Expert, ...]:
             f"{run.directory} has no published expert yet; run: xelm train {run.directory} --all"
         )
     return experts
+
+
+def check_top_m(top_m: int | None, experts: int) -> None:
+    """Raises UserError unless so many of the experts can be asked."""
+    if top_m is not None and not 1 <= top_m <= experts:
+        raise UserError(f"top_m must be between 1 and {experts} experts; got {top_m}")
 
 
 def make_router(

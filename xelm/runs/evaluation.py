@@ -20,7 +20,7 @@ from xelm.inference.routing import ROUTINGS, Router, keep_largest, mixture
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_parameters
 from xelm.progress import bar
-from xelm.runs.ensembles import make_router, serving
+from xelm.runs.ensembles import check_top_m, make_router, serving
 from xelm.runs.init import tokenise
 from xelm.runs.run import Run
 
@@ -89,9 +89,15 @@ def evaluate(
     for routing in routings:
         if routing not in ROUTINGS:
             raise UserError(f"routing must be one of {', '.join(ROUTINGS)}; got {routing!r}")
+    if max_documents is not None and max_documents < 1:
+        raise UserError(f"max_documents must be at least 1; got {max_documents}")
+    experts = run.registry().published()
+    routers: dict[str, Router] = {}
+    if experts:
+        check_top_m(top_m, len(experts))
+        routers = {name: make_router(run, experts, name, temperature) for name in routings}
     name = "evaluation-" + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
     store = tokenise(run, corpus, name)
-    experts = run.registry().published()
     systems = {"seed": run.seed}
     if run.dense.exists():
         systems["dense"] = run.dense
@@ -102,16 +108,14 @@ def evaluate(
         for system in systems
         for tag, found in scores[system].items()
     ]
-    if experts:
-        names = [expert.name for expert in experts]
-        served = serving(run.registry(), experts)
-        for routing in routings:
-            router = make_router(run, experts, routing, temperature)
-            for tag, ids in store.languages.items():
-                if routing == "language" and tag not in served:
-                    continue
-                mixed = _mix(router, tag, ids, [scores[name][tag] for name in names], run, top_m)
-                rows.append(_row("ensemble", routing, ids, mixed))
+    served, end_id = serving(run.registry(), experts), run.tokenizer().end_id
+    for routing, router in routers.items():
+        for tag, ids in store.languages.items():
+            if routing == "language" and tag not in served:
+                continue
+            by_expert = [scores[expert.name][tag] for expert in experts]
+            mixed = _mix(router, tag, ids, by_expert, end_id, top_m)
+            rows.append(_row("ensemble", routing, ids, mixed))
     if save:
         write_json(
             run.results / FILE_NAME,
@@ -173,11 +177,11 @@ def _mix(
     language: str,
     ids: LanguageIds,
     by_expert: list[list[np.ndarray]],
-    run: Run,
+    end_id: int,
     top_m: int | None,
 ) -> list[np.ndarray]:
     """Log probabilities of the mixture for each document."""
-    end_id, mixed = run.tokenizer().end_id, []
+    mixed = []
     for number in range(len(by_expert[0])):
         scores = np.stack([found[number] for found in by_expert])
         targets = np.append(np.asarray(ids.document(number), np.int64), end_id)

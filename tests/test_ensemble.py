@@ -1,0 +1,400 @@
+"""The ensemble: a mixture of probabilities, the same whether a text is scored or generated."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from clustering.errors import UserError
+from xelm.inference import ensemble as ensembles
+from xelm.inference.decoding import Reader
+from xelm.inference.ensemble import Ensemble
+from xelm.inference.routing import ByLanguage, Posterior, Tfidf, Uniform, mixture
+from xelm.inference.scoring import score_documents
+from xelm.models.checkpoint import bind, fresh_parameters, graph, read_config
+from xelm.runs.run import open_run
+
+EXPERTS, LENGTH = 3, 32
+PROMPT = "abcd efg"
+
+
+@pytest.fixture(scope="module")
+def run(tiny):
+    return open_run(tiny.directory)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return read_config(run.seed)
+
+
+@pytest.fixture(scope="module")
+def experts(model):
+    """Parameters of experts that disagree: random, and far from the small values of a beginning."""
+    return [
+        jax.tree.map(lambda p: np.asarray(4.0 * p), fresh_parameters(model, seed))
+        for seed in range(EXPERTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def routers(run):
+    vectoriser = run.vectoriser()
+    centres = np.random.default_rng(0).normal(size=(EXPERTS, vectoriser.dimensions)) / 3
+    return {
+        "uniform": Uniform(experts=EXPERTS),
+        "language": ByLanguage(experts=EXPERTS, serving={"en": 1, "de": 0}),
+        "tfidf": Tfidf(vectoriser=vectoriser, centres=centres, temperature=0.3),
+        "posterior": Posterior(prior=np.log(np.array([0.2, 0.5, 0.3]))),
+    }
+
+
+@pytest.fixture(scope="module")
+def ensemble(run, model, experts, routers):
+    return Ensemble(
+        names=["a", "b", "c"],
+        model=model,
+        parameters=experts,
+        router=routers["uniform"],
+        tokenizer=run.tokenizer(),
+        sequence_length=LENGTH,
+    )
+
+
+@pytest.fixture(scope="module")
+def documents(run):
+    """Real documents: short, long beyond the window, of no and of one token."""
+    found = run.store().languages["de"]
+    whole = np.concatenate([found.document(number) for number in range(6)]).astype(np.int64)
+    lengths = (0, 1, 2, 7, LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH, 100, 5, 0, 1)
+    return [whole[number : number + length] for number, length in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """A function: log probabilities of a document's tokens and end, by the plain model."""
+    forward = jax.jit(lambda parameters, tokens: bind(graph(model), parameters)(tokens))
+
+    def score(parameters, ids, window=10**9):
+        framed = np.array([1, *ids, 2])
+        scores = []
+        for begin in range(0, len(framed) - 1, window):
+            part = framed[begin : begin + window + 1]
+            # Padded behind, where it changes nothing, so that few shapes are compiled.
+            padded = np.pad(part[:-1], (0, -(len(part) - 1) % 64))
+            logits = np.asarray(forward(parameters, padded[None])[0], np.float64)
+            found = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            scores.append(found[np.arange(len(part) - 1), part[1:]])
+        return np.concatenate(scores)
+
+    return score
+
+
+def scored(model, parameters, documents, length=LENGTH):
+    return score_documents(
+        model, parameters, documents, start_id=1, end_id=2, sequence_length=length
+    )
+
+
+def test_scores_are_those_of_the_model_on_each_document_alone(model, experts, documents, alone):
+    found = scored(model, experts[0], documents)
+    assert [len(scores) for scores in found] == [len(ids) + 1 for ids in documents]
+    for ids, scores in zip(documents, found):
+        np.testing.assert_allclose(scores, alone(experts[0], ids, LENGTH), atol=1e-4)
+
+
+def test_a_document_within_the_window_is_read_as_a_whole(model, experts, documents, alone):
+    # The one that just fits, with its end, and the first that does not.
+    fits, beyond = documents[4], documents[5]
+    (whole, cut) = scored(model, experts[0], [fits, beyond])
+    np.testing.assert_allclose(whole, alone(experts[0], fits), atol=1e-4)
+    np.testing.assert_allclose(cut[:-1], alone(experts[0], beyond)[:-1], atol=1e-4)
+    assert abs(cut[-1] - alone(experts[0], beyond)[-1]) > 1e-3
+
+
+def test_neighbours_in_a_batch_do_not_matter(model, experts, documents):
+    together = scored(model, experts[0], documents * 3)
+    for number, ids in enumerate(documents):
+        (single,) = scored(model, experts[0], [ids])
+        for copy in range(3):
+            np.testing.assert_allclose(together[number + copy * len(documents)], single, atol=1e-5)
+
+
+def test_progress_counts_every_predicted_token(model, experts, documents):
+    told = []
+    score_documents(
+        model,
+        experts[0],
+        documents,
+        start_id=1,
+        end_id=2,
+        sequence_length=LENGTH,
+        progress=told.append,
+    )
+    assert sum(told) == sum(len(ids) + 1 for ids in documents)
+    assert scored(model, experts[0], []) == []
+
+
+def texts(ensemble, documents):
+    return [ensemble.tokenizer.decode(ids) for ids in documents if len(ids)] + [""]
+
+
+def test_one_expert_equals_the_plain_model(ensemble, documents, alone, routers):
+    found = texts(ensemble, documents)
+    ids = ensemble.tokenizer.encode(found)
+    for parameters in ensemble.parameters:
+        one = replace(
+            ensemble, names=["a"], parameters=[parameters], router=Uniform(experts=1)
+        ).score(found)
+        wanted = [-alone(parameters, document, LENGTH).sum() for document in ids]
+        np.testing.assert_allclose(one.nats, wanted, rtol=1e-4)
+        assert one.tokens.tolist() == [len(document) + 1 for document in ids]
+        np.testing.assert_allclose(one.weights["a"], 1.0)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "language", "tfidf", "posterior"])
+@pytest.mark.parametrize("top_m", [None, 1, 2])
+def test_equal_experts_are_one_of_them(ensemble, experts, documents, routers, routing, top_m):
+    found = texts(ensemble, documents)
+    equal = replace(
+        ensemble, parameters=[experts[1]] * EXPERTS, router=routers[routing], top_m=top_m
+    )
+    one = replace(ensemble, names=["b"], parameters=experts[1:2], router=Uniform(experts=1))
+    languages = ["en"] * len(found)
+    np.testing.assert_allclose(equal.score(found, languages).nats, one.score(found).nats, rtol=1e-5)
+    if top_m is None:
+        options = {"max_new_tokens": 6, "temperature": 0.0}
+        said = equal.generate(PROMPT, language="en", **options)
+        assert said.ids == one.generate(PROMPT, **options).ids
+
+
+def test_hard_weights_are_that_expert(ensemble, experts, documents, routers):
+    found = texts(ensemble, documents)
+    hard = replace(ensemble, router=routers["language"]).score(found, ["de", "en"] * 5 + ["de"])
+    for expert, name, language in ((0, "a", "de"), (1, "b", "en")):
+        one = replace(
+            ensemble, names=[name], parameters=[experts[expert]], router=Uniform(experts=1)
+        )
+        mine = slice(0, None, 2) if language == "de" else slice(1, None, 2)
+        np.testing.assert_allclose(hard.nats[mine], one.score(found).nats[mine], rtol=1e-5)
+        np.testing.assert_array_equal(hard.weights[name][mine], 1.0)
+    np.testing.assert_array_equal(hard.weights["c"], 0.0)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "tfidf", "posterior"])
+@pytest.mark.parametrize("top_m", [None, 1, 2])
+def test_the_score_is_the_explicit_sum(ensemble, documents, routers, routing, top_m):
+    found = texts(ensemble, documents)
+    ids = [np.asarray(x, np.int64) for x in ensemble.tokenizer.encode(found)]
+    scores = replace(ensemble, router=routers[routing], top_m=top_m).score(found)
+    by_expert = [scored(ensemble.model, p, ids) for p in ensemble.parameters]
+    for number, document in enumerate(ids):
+        logs = np.stack([found[number] for found in by_expert]).astype(np.float64)
+        weights = np.exp(routers[routing].route(None).along(np.append(document, 2), logs)).astype(
+            np.float64
+        )
+        if top_m is not None:
+            weakest = np.argsort(-weights, axis=1, kind="stable")[:, top_m:]
+            np.put_along_axis(weights, weakest, 0.0, axis=1)
+            weights /= weights.sum(axis=1, keepdims=True)
+        nats = -np.log((weights * np.exp(logs.T)).sum(axis=1)).sum()
+        assert scores.nats[number] == pytest.approx(nats, rel=1e-6)
+        mean = weights.mean(axis=0)
+        assert [scores.weights[n][number] for n in "abc"] == pytest.approx(mean, abs=1e-6)
+
+
+def test_no_texts_have_no_scores(ensemble):
+    scores = ensemble.score([])
+    assert scores.nats.shape == scores.tokens.shape == (0,)
+    assert {name: weights.shape for name, weights in scores.weights.items()} == {
+        "a": (0,),
+        "b": (0,),
+        "c": (0,),
+    }
+
+
+def test_an_expert_without_weight_is_not_asked(ensemble, experts, routers):
+    class Refusing(list):
+        def __getitem__(self, index):
+            assert index == 1, f"expert {index} was asked"
+            return list.__getitem__(self, index)
+
+    hard = replace(ensemble, parameters=Refusing(experts), router=routers["language"])
+    one = replace(ensemble, names=["b"], parameters=experts[1:2], router=Uniform(experts=1))
+    texts = ["abc abc", "defg"]
+    np.testing.assert_allclose(hard.score(texts, ["en"] * 2).nats, one.score(texts).nats, rtol=1e-5)
+    said = hard.generate(PROMPT, max_new_tokens=3, temperature=0.0, language="en")
+    assert said.ids == one.generate(PROMPT, max_new_tokens=3, temperature=0.0).ids
+    assert said.weights == {"a": 0.0, "b": 1.0, "c": 0.0}
+
+
+def test_a_text_read_in_pieces_has_the_scores_of_the_whole(model, experts, documents):
+    ids = documents[4][:27]
+    (wanted,) = scored(model, experts[0], [ids])
+    reader = Reader(model, experts[0], slots=64)
+    framed = np.concatenate([[1], ids])
+    pieces = [framed[:1], framed[1:6], framed[6:7], framed[7:]]
+    found = np.concatenate([reader.read(piece, scored=True) for piece in pieces])
+    assert np.isnan(found[0]) and reader.read_count == 28
+    np.testing.assert_allclose(found[1:], wanted[:-1], atol=1e-4)
+    assert reader.following[2] == pytest.approx(wanted[-1], abs=1e-4)
+    assert np.exp(reader.following).sum() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("routing", "top_m"),
+    [("language", None)]
+    + [(name, m) for name in ("uniform", "tfidf", "posterior") for m in (None, 1, 2)],
+)
+def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routing, top_m):
+    chosen = replace(ensemble, router=routers[routing], top_m=top_m)
+    prompt_ids = chosen.tokenizer.encode([PROMPT])[0]
+    new, given = [], []
+    for distribution, log_weights in chosen._steps(prompt_ids, new, 12, "en"):
+        assert np.exp(distribution).sum() == pytest.approx(1.0, rel=1e-5)
+        new.append(int(distribution.argmax()))
+        given.append((distribution.max(), np.exp(log_weights)))
+    ids = np.array([*prompt_ids, *new])
+    scores = np.stack([scored(ensemble.model, p, [ids])[0] for p in ensemble.parameters])[:, :-1]
+    along = ensembles.keep_largest(routers[routing].route("en").along(ids, scores), top_m)
+    for position, (value, weights) in enumerate(given, len(prompt_ids)):
+        np.testing.assert_allclose(weights, np.exp(along[position]), atol=1e-4)
+        expected = mixture(along[position : position + 1], scores[:, position : position + 1])[0]
+        assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_temperature_zero_takes_the_most_probable_token_each_time(ensemble, alone, experts):
+    said = ensemble.generate(PROMPT, max_new_tokens=8, temperature=0.0)
+    ids = ensemble.tokenizer.encode([PROMPT])[0]
+    forward = jax.jit(
+        lambda parameters, tokens: jax.nn.softmax(
+            bind(graph(ensemble.model), parameters)(tokens)[0], axis=-1
+        )
+    )
+    for token in said.ids:
+        tokens = np.pad([1, *ids], (0, 63 - len(ids)))[None]
+        mixed = np.mean([forward(p, tokens)[len(ids)] for p in experts], axis=0)
+        assert token == mixed.argmax()
+        ids.append(token)
+    assert len(said.ids) == 8 or mixed.argmax() == 2
+
+
+def test_generation_is_decided_by_its_seed(ensemble):
+    def say(seed):
+        return ensemble.generate(PROMPT, max_new_tokens=12, temperature=1.5, top_p=1.0, seed=seed)
+
+    assert say(0) == say(0)
+    assert len({tuple(say(seed).ids) for seed in range(4)}) == 4
+
+
+def test_a_tiny_nucleus_is_the_most_probable_token(ensemble):
+    greedy = ensemble.generate(PROMPT, max_new_tokens=8, temperature=0.0)
+    narrow = ensemble.generate(PROMPT, max_new_tokens=8, temperature=1.5, top_p=1e-6, seed=3)
+    assert narrow.ids == greedy.ids
+
+
+def test_tokens_are_drawn_with_their_probabilities_from_the_nucleus():
+    probabilities = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
+
+    def frequencies(temperature, top_p):
+        random = np.random.default_rng(0)
+        drawn = [
+            ensembles._choose(np.log(probabilities), temperature, top_p, random)
+            for _ in range(4000)
+        ]
+        return np.bincount(drawn, minlength=5) / 4000
+
+    np.testing.assert_allclose(frequencies(1.0, 1.0), probabilities, atol=0.02)
+    # The smallest set of at least .7 holds the two most probable, of .75 the third too.
+    np.testing.assert_allclose(frequencies(1.0, 0.69), [0, 4 / 7, 0, 3 / 7, 0], atol=0.02)
+    np.testing.assert_allclose(
+        frequencies(1.0, 0.75), np.array([0, 0.4, 0.15, 0.3, 0]) / 0.85, atol=0.02
+    )
+    squared = probabilities**2
+    np.testing.assert_allclose(frequencies(0.5, 1.0), squared / squared.sum(), atol=0.02)
+
+
+def test_the_text_is_that_of_the_new_ids(ensemble):
+    said = ensemble.generate(PROMPT, max_new_tokens=10, temperature=1.0, seed=1)
+    ids = [*ensemble.tokenizer.encode([PROMPT])[0], *said.ids]
+    assert PROMPT + said.text == ensemble.tokenizer.decode(ids)
+    assert sum(said.weights.values()) == pytest.approx(1.0)
+
+
+def test_the_end_token_ends_the_text(ensemble, model, experts):
+    # Experts that always end: the head of the end token lies along whatever the states are.
+    ending = [jax.tree.map(np.zeros_like, p) for p in experts]
+    for parameters in ending:
+        parameters["embedding"] = np.zeros_like(parameters["embedding"])
+        parameters["embedding"][:, 0] = -1.0
+        parameters["embedding"][2, 0] = 50.0
+        parameters["norm"] = {"scale": np.full_like(parameters["norm"]["scale"], -1.0)}
+    said = replace(ensemble, parameters=ending).generate(PROMPT, temperature=0.0, max_new_tokens=9)
+    assert (said.ids, said.text) == ([], "")
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_as_many_tokens_are_new_as_asked_for(ensemble, count):
+    said = ensemble.generate(PROMPT, max_new_tokens=count, temperature=1.0, top_p=1.0, seed=0)
+    assert len(said.ids) == count
+    assert said.text if count else said.text == ""
+
+
+def test_a_prompt_without_room_for_an_answer_is_a_users_mistake(ensemble, model):
+    prompt = "abcdefgh " * 30
+    tokens = len(ensemble.tokenizer.encode([prompt])[0])
+    with pytest.raises(UserError, match=f"the prompt has {tokens} tokens; with 7 new ones"):
+        ensemble.generate(prompt, max_new_tokens=7)
+    room = model.max_length - 7 - 1
+    ids = ensemble.tokenizer.encode([prompt])[0][:room]
+    fits = ensemble.tokenizer.decode(ids)
+    assert len(ensemble.tokenizer.encode([fits])[0]) == room
+    ensemble.generate(fits, max_new_tokens=7)
+    with pytest.raises(UserError, match=f"has room for {room - 1}"):
+        ensemble.generate(fits, max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0; got -0.1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1; got 0.0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1; got 1.1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0; got -1"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(ensemble, options, fault):
+    with pytest.raises(UserError, match=fault):
+        ensemble.generate(PROMPT, **options)
+
+
+def test_the_ensemble_of_a_run_is_its_published_experts(run, alone):
+    opened = run.ensemble("language")
+    registry = run.registry()
+    assert opened.names == [expert.name for expert in registry.published()]
+    text = run.tokenizer().decode(run.store().languages["de"].document(0)[:20])
+    ids = run.tokenizer().encode([text])[0]
+    expert = registry.for_language("de")
+    from xelm.models.checkpoint import read_parameters
+
+    parameters = read_parameters(expert.directory(run.directory), read_config(run.seed))
+    nats = opened.score([text], ["de"]).nats[0]
+    assert nats == pytest.approx(-alone(parameters, np.array(ids)).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("top_m", [0, 3])
+def test_more_experts_than_there_are_cannot_be_asked(run, top_m):
+    with pytest.raises(UserError, match=f"top_m must be between 1 and 2 experts; got {top_m}"):
+        run.ensemble("uniform", top_m=top_m)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_router_without_warmth_is_refused(run, temperature):
+    with pytest.raises(UserError, match="routing must be above 0; got"):
+        run.ensemble("tfidf", temperature=temperature)
+
+
+def test_an_unknown_routing_is_refused_by_name(run):
+    with pytest.raises(UserError, match=r"routing must be one of .*; got 'oracle'"):
+        run.ensemble("oracle")
