@@ -7,6 +7,7 @@ STORE/
   <language>.bytes.npy    int64 [documents]: UTF-8 bytes of each document's text
 """
 
+import array
 import contextlib
 import os
 import shutil
@@ -146,8 +147,8 @@ class _Writer:
 
     def __init__(self, file: Any, dtype: np.dtype):
         self.file, self.dtype = file, dtype
-        self.lengths: list[int] = []
-        self.bytes: list[int] = []
+        # Eight bytes a document: there may be many millions.
+        self.lengths, self.bytes = array.array("q"), array.array("q")
 
     def add(self, ids: list[int], size: int) -> None:
         self.file.write(np.asarray(ids, self.dtype).tobytes())

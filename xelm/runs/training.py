@@ -11,6 +11,7 @@ import numpy as np
 from clustering.clustering import Clustering
 from clustering.errors import UserError
 from clustering.files import read_arrays, write_arrays
+from clustering.vectoriser import Vectoriser
 from experts.branch import branch as branch_registry
 from experts.card import card
 from experts.expert import SEED, Expert, parse_reference
@@ -208,14 +209,18 @@ def _assign_documents(run: Run, clustering: Clustering) -> None:
     path = run.directory / "assignments.npz"
     if path.exists():
         return
-    write_arrays(
-        path,
-        {
-            tag: clustering.assign(run.vectoriser().transform(_documents(ids))).astype(np.int32)
-            for tag, ids in run.store().languages.items()
-        },
-    )
+    vectoriser, stores = run.vectoriser(), run.store().languages
+    write_arrays(path, {tag: _labels(clustering, vectoriser, ids) for tag, ids in stores.items()})
 
 
-def _documents(ids: LanguageIds):
-    return (ids.document(number) for number in range(len(ids)))
+def _labels(clustering: Clustering, vectoriser: Vectoriser, ids: LanguageIds) -> np.ndarray:
+    """The cluster of each document of a language, int32; vectors of a part at a time."""
+    parts = [
+        clustering.assign(vectoriser.transform(_documents(ids, first, first + 10_000)))
+        for first in range(0, len(ids), 10_000)
+    ]
+    return np.concatenate(parts).astype(np.int32)
+
+
+def _documents(ids: LanguageIds, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
+    return (ids.document(number) for number in range(len(ids))[first:last])
