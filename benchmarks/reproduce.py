@@ -14,32 +14,32 @@ tables are of the other half.
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from systems import (
+    LANGUAGES,
+    NEW_LANGUAGES,
+    evaluated,
+    halves,
+    perplexities,
+    routings_of,
+    train_system,
+)
 
-from clustering import control, tfidf, typology
-from clustering.clustering import Clustering
-from clustering.control import by_hand
 from clustering.files import write_json
-from xelm.cli import _prepare
+from xelm.cli import prepare
 from xelm.config import RunConfig, override
-from xelm.data.corpus import Faults, read
 from xelm.presets import tiny
-from xelm.runs import evaluation, growing, training
+from xelm.runs import growing
 from xelm.runs.evaluation import Row
 from xelm.runs.init import init
 from xelm.runs.run import Run, open_run
 
-# The sixteen of XGLM, as in the paper.
-LANGUAGES = (
-    *("ar", "bg", "de", "el", "en", "es", "fr", "hi"),
-    *("ja", "ko", "ru", "sw", "tr", "ur", "vi", "zh"),
-)
-NEW_LANGUAGES = ("az", "he", "pl", "sv")
 # Peak rate and rows a step, tried for dense and for experts alike.
 SETTINGS = ((5e-4, 4), (1e-3, 4), (1e-3, 16), (2e-3, 16))
 # System -> how it divides the languages; `r` is the random seed of a repetition.
@@ -48,28 +48,40 @@ SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-
 
 def main() -> None:
     options = _options()
-    _prepare()
+    prepare()
     data, out = Path(options.data), Path(options.out)
     config = override(tiny(), options.settings)
-    halves = _halves(data, out, options.max_documents)
+    parts = halves(data, out, options.max_documents)
     started = time.perf_counter()
     base = init(out / "base", data / "corpus", config, languages=LANGUAGES)
-    rates = _choose_rates(base, config, halves["tune"], options.tuning_share)
+    rates = _choose_rates(base, config, parts["tune"], options.tuning_share)
     tables: dict[str, list[Row]] = {}
     for repetition in range(options.repetitions):
         for system in ("dense", *SYSTEMS):
             name = f"{system}-r{repetition}"
-            run = _train(base, config, system, rates, repetition, name)
-            tables[name] = evaluation.evaluate(run, halves["test"], routings=_routings(system))
+            run = train_system(base, config, system, rates, repetition, name)
+            tables[name] = evaluated(run, parts["test"], system)
             _write(out, base, config, rates, tables, time.perf_counter() - started)
-    grown = open_run(out / "typology-k8-r0")
-    for language in NEW_LANGUAGES:
-        if not any(language in e.languages for e in grown.registry().published()):
-            growing.grow(grown, language, data / "corpus")
-    rows = evaluation.evaluate(grown, halves["test-new"], routings=("language", "tfidf"))
+    grown = _grow(out, data / "corpus")
+    rows = evaluated(grown, parts["test-new"], "typology-k8")
     tables["grown"] = rows
     _write(out, base, config, rates, tables, time.perf_counter() - started)
     print((out / "table.md").read_text())
+
+
+def _grow(out: Path, corpus: Path) -> Run:
+    """A copy of the typological RUN, with the new languages grown one by one."""
+    target, partial = out / "grown", out / ".grown.partial"
+    if not target.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(out / "typology-k8-r0", partial)
+        shutil.rmtree(partial / "results")
+        partial.rename(target)
+    run = open_run(target)
+    for language in NEW_LANGUAGES:
+        if not any(language in e.languages for e in run.registry().published()):
+            growing.grow(run, language, corpus)
+    return run
 
 
 def _options() -> argparse.Namespace:
@@ -101,23 +113,6 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _halves(data: Path, out: Path, most: int) -> dict[str, Path]:
-    """The validation documents, every second one for tuning, the others for the tables; at most
-    `most` of each language in each."""
-    folders = {name: out / "valid" / name for name in ("tune", "test", "test-new")}
-    for tag in (*LANGUAGES, *NEW_LANGUAGES):
-        documents = list(read(data / "corpus_valid" / f"{tag}.jsonl.gz", Faults()))
-        parts = {"tune": documents[::2][:most], "test": documents[1::2][:most]}
-        if tag in NEW_LANGUAGES:
-            parts = {"test-new": parts["test"]}
-        for name, part in parts.items():
-            path = folders[name] / f"{tag}.jsonl"
-            lines = [json.dumps({"text": d.text, "lang": d.language}) for d in part]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("\n".join(lines) + "\n")
-    return folders
-
-
 def _choose_rates(
     base: Run, config: RunConfig, corpus: Path, share: float
 ) -> dict[str, tuple[float, int]]:
@@ -133,68 +128,15 @@ def _choose_rates(
                 continue
             short = replace(config.experts, tokens=round(config.experts.tokens * share))
             chosen = {"dense": (rate, batch), "experts": (rate, batch)}
-            run = _train(base, replace(config, experts=short), system, chosen, 0, name)
-            rows = evaluation.evaluate(run, corpus, routings=_routings(system))
-            found[name] = float(np.mean([np.log(p) for p in _perplexities(rows, system)]))
+            run = train_system(base, replace(config, experts=short), system, chosen, 0, name)
+            rows = evaluated(run, corpus, system)
+            found[name] = float(np.mean([np.log(p) for p in perplexities(rows, system)]))
             write_json(path, {"format": 1, **found})
     best = {}
     for kind in ("dense", "experts"):
         grid = {(r, b): found[f"tuning-{kind}-rate{r:g}-batch{b}"] for r, b in SETTINGS}
         best[kind] = min(grid, key=lambda setting: grid[setting])
     return best
-
-
-def _train(
-    base: Run,
-    config: RunConfig,
-    system: str,
-    rates: dict[str, tuple[float, int]],
-    repetition: int,
-    name: str,
-) -> Run:
-    rate, batch = rates["dense" if system == "dense" else "experts"]
-    experts = replace(config.experts, learning_rate=rate, batch_size=batch, seed=repetition)
-    grow = replace(config.grow, learning_rate=rate, batch_size=batch)
-    run = init(
-        base.directory.parent / name,
-        base.record["corpus"],
-        replace(config, experts=experts, grow=grow),
-        seed=base.seed,
-        languages=LANGUAGES,
-    )
-    if system == "dense":
-        training.train_dense(run)
-        return run
-    if not (run.directory / "clusters.json").exists():
-        training.branch(run, _clusters(run, system, repetition))
-    training.train_experts(run, [e.name for e in run.registry().training() if e.cluster])
-    return run
-
-
-def _clusters(run: Run, system: str, repetition: int) -> Clustering:
-    method, k = system.split("-k")
-    if method == "typology":
-        return typology.cluster(LANGUAGES, int(k))
-    if method == "random":
-        return control.random_clusters(LANGUAGES, int(k), repetition)
-    if method == "monolingual":
-        return by_hand({language: [language] for language in LANGUAGES})
-    documents, tags = training.documents_with_languages(run)
-    return tfidf.cluster(documents, tags, run.vectoriser(), int(k), repetition)
-
-
-def _routings(system: str) -> Sequence[str]:
-    """Clusters of documents have no expert of a language; those of languages go both ways."""
-    if system == "dense":
-        return ()
-    return ("tfidf",) if system.startswith("tfidf") else ("language", "tfidf")
-
-
-def _perplexities(rows: Sequence[Row], system: str) -> list[float]:
-    """By language, of the system's first routing."""
-    key = ("dense", None) if system == "dense" else ("ensemble", _routings(system)[0])
-    found = evaluation.summary(rows)[key]
-    return [found[language] for language in LANGUAGES]
 
 
 def _write(
@@ -255,7 +197,7 @@ def _columns(tables: dict[str, list[Row]]) -> dict[str, dict[str, dict[str, Row]
             elif row.system == "dense":
                 title = "dense"
             elif row.system == "ensemble":
-                routed = f", by {row.routing}" if len(_routings(system)) > 1 else ""
+                routed = f", by {row.routing}" if len(routings_of(system)) > 1 else ""
                 title = f"{system}{routed}"
             else:
                 continue

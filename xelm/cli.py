@@ -20,7 +20,7 @@ METHODS = ("typology", "tfidf", "random")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
     options = parser().parse_args(arguments)
-    _prepare()
+    prepare()
     try:
         options.run_command(options)
     except UserError as error:
@@ -211,6 +211,9 @@ def _cluster(options: argparse.Namespace) -> None:
     from xelm.runs.run import open_run
 
     run = open_run(options.run) if options.run else None
+    for name, given in {"--exclude": options.exclude, "--free": options.free}.items():
+        if given and options.method != "typology":
+            raise UserError(f"{name} goes with --method typology")
     languages = options.languages
     if languages is None and options.corpus:
         from xelm.data.corpus import files, language_of
@@ -261,17 +264,20 @@ def _draw(clustering: Any, directory: Path) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
+    from clustering.clustering import Clustering
     from xelm.config import override
     from xelm.runs.init import init
 
     preset = options.preset or ("hub" if options.seed else "tiny")
     config = override(PRESETS[preset](), options.settings)
-    run = init(options.run, options.corpus, config, seed=options.seed, languages=options.languages)
-    if options.clusters:
-        from clustering.clustering import Clustering
-        from xelm.runs.training import branch
-
-        branch(run, Clustering.load(options.clusters))
+    run = init(
+        options.run,
+        options.corpus,
+        config,
+        seed=options.seed,
+        languages=options.languages,
+        clusters=Clustering.load(options.clusters) if options.clusters else None,
+    )
     counts = run.store().record["languages"]
     print(f"{'language':10}{'documents':>12}{'tokens':>14}{'bytes':>14}")
     for tag, count in counts.items():
@@ -299,6 +305,8 @@ def _train(options: argparse.Namespace) -> None:
         names += [e.name for e in run.registry().training() if e.cluster and e.name not in names]
     if not names and not options.dense and not options.all:
         raise UserError("name the experts to train, or give --all or --dense")
+    for name in names:
+        run.registry().expert(name)
     if options.dense:
         train_dense(run)
         print(f"dense{'':15}trained     {run.dense}")
@@ -388,8 +396,10 @@ def _verify(options: argparse.Namespace) -> None:
 def _rollback(options: argparse.Namespace) -> None:
     from experts.lock import update
     from experts.rollback import rollback
+    from xelm.runs.run import open_run
 
-    registry = update(options.run, lambda r: rollback(r, options.name, options.version))
+    run = open_run(options.run)
+    registry = update(run.directory, lambda r: rollback(r, options.name, options.version))
     print(f"published: {registry.expert(options.name).reference}")
 
 
@@ -400,6 +410,8 @@ def _merge(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     registry = run.registry()
     experts = [registry.expert(name) for name in options.names] or registry.published()
+    if not experts:
+        raise UserError(f"{options.run} has no published expert yet; train some first")
     print(average([expert.directory(run.directory) for expert in experts], out=options.out))
 
 
@@ -436,7 +448,7 @@ def _described(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """What a program may set and a library may not: quiet helpers, a cache of compiled code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

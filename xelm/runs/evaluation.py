@@ -6,7 +6,7 @@ Each model scores every document once; all routings are computed from those scor
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,11 @@ class Row:
     """UTF-8 bytes of the documents."""
     nll: float
     """Nats in total."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Row":
+        """From a row of results.json."""
+        return cls(**{field.name: value[field.name] for field in fields(cls)})
 
     @property
     def perplexity(self) -> float:

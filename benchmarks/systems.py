@@ -1,0 +1,104 @@
+"""Ways to divide the languages among models, each trained from one seed on the same total of
+tokens: what the experiments on real text share."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from clustering import control, tfidf, typology
+from clustering.clustering import Clustering
+from clustering.control import by_hand
+from xelm.config import RunConfig
+from xelm.data.corpus import Faults, read
+from xelm.runs import evaluation, training
+from xelm.runs.evaluation import Row
+from xelm.runs.init import init
+from xelm.runs.run import Run
+
+# The sixteen of XGLM, as in the paper.
+LANGUAGES = (
+    *("ar", "bg", "de", "el", "en", "es", "fr", "hi"),
+    *("ja", "ko", "ru", "sw", "tr", "ur", "vi", "zh"),
+)
+NEW_LANGUAGES = ("az", "he", "pl", "sv")
+
+
+def halves(data: Path, out: Path, most: int) -> dict[str, Path]:
+    """The validation documents, every second one for tuning, the others for the tables; at most
+    `most` of each language in each."""
+    folders = {name: out / "valid" / name for name in ("tune", "test", "test-new")}
+    for tag in (*LANGUAGES, *NEW_LANGUAGES):
+        documents = list(read(data / "corpus_valid" / f"{tag}.jsonl.gz", Faults()))
+        parts = {"tune": documents[::2][:most], "test": documents[1::2][:most]}
+        if tag in NEW_LANGUAGES:
+            parts = {"test-new": parts["test"]}
+        for name, part in parts.items():
+            path = folders[name] / f"{tag}.jsonl"
+            lines = [json.dumps({"text": d.text, "lang": d.language}) for d in part]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+    return folders
+
+
+def train_system(
+    base: Run,
+    config: RunConfig,
+    system: str,
+    rates: dict[str, tuple[float, int]],
+    repetition: int,
+    name: str,
+) -> Run:
+    rate, batch = rates["dense" if system == "dense" else "experts"]
+    experts = replace(config.experts, learning_rate=rate, batch_size=batch, seed=repetition)
+    grow = replace(config.grow, learning_rate=rate, batch_size=batch)
+    run = init(
+        base.directory.parent / name,
+        base.record["corpus"],
+        replace(config, experts=experts, grow=grow),
+        seed=base.seed,
+        languages=LANGUAGES,
+    )
+    if system == "dense":
+        training.train_dense(run)
+        return run
+    if not (run.directory / "clusters.json").exists():
+        training.branch(run, clusters_of(run, system, repetition))
+    training.train_experts(run, [e.name for e in run.registry().training() if e.cluster])
+    return run
+
+
+def clusters_of(run: Run, system: str, repetition: int) -> Clustering:
+    method, k = system.split("-k")
+    if method == "typology":
+        return typology.cluster(LANGUAGES, int(k))
+    if method == "random":
+        return control.randomclusters_of(LANGUAGES, int(k), repetition)
+    if method == "monolingual":
+        return by_hand({language: [language] for language in LANGUAGES})
+    documents, tags = training.documents_with_languages(run)
+    return tfidf.cluster(documents, tags, run.vectoriser(), int(k), repetition)
+
+
+def routings_of(system: str) -> Sequence[str]:
+    """Clusters of documents have no expert of a language; those of languages go both ways."""
+    if system == "dense":
+        return ()
+    return ("tfidf",) if system.startswith("tfidf") else ("language", "tfidf")
+
+
+def perplexities(rows: Sequence[Row], system: str) -> list[float]:
+    """By language, of the system's first routing."""
+    key = ("dense", None) if system == "dense" else ("ensemble", routings_of(system)[0])
+    found = evaluation.summary(rows)[key]
+    return [found[language] for language in LANGUAGES]
+
+
+def evaluated(run: Run, corpus: Path, system: str) -> list[Row]:
+    """The rows of a system on a corpus, from the RUN's results if they are of that corpus."""
+    path = run.results / evaluation.FILE_NAME
+    if path.exists():
+        results = json.loads(path.read_text())
+        if results["corpus"] == str(corpus):
+            return [Row.from_json(row) for row in results["rows"]]
+    return evaluation.evaluate(run, corpus, routings=routings_of(system))
