@@ -125,10 +125,11 @@ def _wanted(corpus: str | Path, languages: Sequence[str] | None) -> list[Path]:
     found = files(corpus)
     if languages is None or Path(corpus).is_file():
         return found
-    wanted = [path for path in found if _tag({}, language_of(path)) in languages]
-    if not wanted:
-        raise UserError(f"{corpus} has no file of {', '.join(languages)}")
-    return wanted
+    tags = {path: _tag({}, language_of(path)) for path in found}
+    missing = [language for language in languages if language not in tags.values()]
+    if missing:
+        raise UserError(f"{corpus} has no file of {', '.join(missing)}")
+    return [path for path, tag in tags.items() if tag in languages]
 
 
 def _documents(

@@ -171,12 +171,18 @@ def write_checkpoint(
             shutil.copyfile(path, partial / path.name)
 
 
+def check_checkpoint(directory: str | Path) -> ModelConfig:
+    """The shape of a checkpoint whose weights are there and match its config.json."""
+    config, kind = read_config(directory), family(read_hub_config(directory)["model_type"])
+    with _open(directory) as stored:
+        _compare(directory, kind, kind.tensors(config), _flat(shapes(config)), config, stored)
+    return config
+
+
 def copy_checkpoint(source: str | Path, directory: str | Path) -> None:
     """Copies what a checkpoint consists of, byte for byte, whole or not at all. Weights that do
     not match its config.json are refused; other files of `source` stay behind."""
-    config, kind = read_config(source), family(read_hub_config(source)["model_type"])
-    with _open(source) as stored:
-        _compare(source, kind, kind.tensors(config), _flat(shapes(config)), config, stored)
+    check_checkpoint(source)
     with _whole_or_nothing(Path(directory)) as partial:
         for path in sorted(Path(source).glob("*.safetensors*")):
             shutil.copyfile(path, partial / path.name)

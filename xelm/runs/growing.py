@@ -31,14 +31,24 @@ def grow(run: Run, language: str, corpus: str | Path, *, parent: str = "auto") -
             raise UserError(
                 f"{run.directory} has no published expert to grow from; train some first"
             )
-        started = next((e for e in registry.training() if e.languages == (tag,)), None)
+        origin, facts = _parent(registry, tag, parent)
+        started = next(
+            (e for e in registry.training() if e.cluster is None and e.languages == (tag,)), None
+        )
         if started is None:
-            name, facts = _parent(registry, tag, parent)
+            grow_registry(registry, tag, origin)  # refuses what cannot be before it costs anything
             store = tokenise(run, corpus, tag, languages=[tag])
-            registry = update(run.directory, lambda r: grow_registry(r, tag, name))
+            registry = update(run.directory, lambda r: grow_registry(r, tag, origin))
             started = registry.expert(tag)
         else:
-            store, facts = run.store(tag), {}
+            store = run.store(tag)
+            if origin not in (started.parent, started.parent.partition("@")[0]):
+                if parent != "auto":
+                    raise UserError(
+                        f"{started.reference} is in training already, from {started.parent}; "
+                        "go on with that parent"
+                    )
+                facts = {}
         sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]
         sources += _donors(run, registry, started)
         train_checkpoint(
@@ -60,10 +70,11 @@ def served_languages(registry: Registry) -> list[str]:
 
 def _parent(registry: Registry, language: str, parent: str) -> tuple[str, dict[str, str]]:
     if parent != "auto":
-        return registry.expert(parent).name, {"parent chosen": "by hand"}
+        return parent, {"parent chosen": "by hand"}
     served = list(dict.fromkeys(served_languages(registry)))
     if language in served:
-        raise UserError(f"{language} is served already, by {registry.for_language(language).name}")
+        server = registry.for_language(language)
+        raise UserError(f"{language!r} is served already, by {server.reference}")
     expert, relative, distance = choose_parent(registry, typology.nearest(language, served))
     return expert.name, {
         "parent chosen": f"serves {relative}, the nearest language, at distance {distance:.3f}"

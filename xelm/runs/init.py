@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clustering import tfidf
+from clustering.clustering import Clustering
 from clustering.errors import UserError
 from clustering.files import sha256, write_arrays
 from clustering.languages import canonical_all
@@ -20,14 +21,15 @@ from xelm.data.corpus import Faults
 from xelm.data.rows import Source, exponent_shares
 from xelm.data.store import Store, build_store
 from xelm.models.checkpoint import (
+    check_checkpoint,
     copy_checkpoint,
     fresh_parameters,
-    read_config,
     write_checkpoint,
 )
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
-from xelm.runs.run import Run, create_run, open_run
+from xelm.runs.run import Run, create_run, open_run, refuse_other_files
+from xelm.runs.training import branch, check_languages
 from xelm.training.loop import train
 
 # Another command may be tokenising the same corpus, and then its work is used.
@@ -41,29 +43,29 @@ def init(
     *,
     seed: str | Path | None = None,
     languages: Sequence[str] | None = None,
+    clusters: Clustering | None = None,
 ) -> Run:
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus, seed,
     TF-IDF vectoriser, registry, each written whole before the next begins.
 
     seed: a Hugging Face checkpoint directory to copy; None trains a tokenizer and a seed on the
-    corpus. languages: those of the corpus to use; None uses all.
+    corpus. languages: those of the corpus to use; None uses all. clusters: to branch on at once.
     """
     tags = _languages(corpus, languages)
-    if seed is not None:
-        read_config(seed)
-    else:
+    if clusters is not None:
+        check_languages(tags, clusters)
+    if seed is None:
         _model(config)
+    else:
+        _check_seed(Path(seed))
+    facts = {
+        "corpus": str(corpus),
+        "corpus_sha256": corpora.fingerprint(corpus, tags),
+        "seed_from": None if seed is None else str(seed),
+        "languages": list(tags),
+    }
     with _fresh_lock(directory):
-        run = create_run(
-            directory,
-            config,
-            {
-                "corpus": str(corpus),
-                "corpus_sha256": corpora.fingerprint(corpus, tags),
-                "seed_from": None if seed is None else str(seed),
-                "languages": list(tags),
-            },
-        )
+        run = create_run(directory, config, facts)
         if seed is None:
             _train_tokenizer(run, corpus)
         else:
@@ -75,6 +77,8 @@ def init(
         _fit_vectoriser(run, store)
         if not (run.directory / "registry.json").exists():
             Registry(seed_path="seed", seed_sha256=hash_directory(run.seed)).save(run.directory)
+    if clusters is not None:
+        branch(run, clusters)
     return run
 
 
@@ -135,6 +139,7 @@ def _fresh_lock(directory: str | Path):
     path = Path(directory)
     if path.exists() and not path.is_dir():
         raise UserError(f"{directory} is a file; give a new or empty directory")
+    refuse_other_files(path)
     path.mkdir(parents=True, exist_ok=True)
     return locked(path, "init")
 
@@ -201,15 +206,18 @@ def _train_seed(run: Run, store: Store) -> None:
     shutil.rmtree(run.training("seed"), ignore_errors=True)
 
 
-def _copy_seed(run: Run, source: Path) -> None:
-    if run.seed.exists():
-        return
-    model, tokenizer = read_config(source), tokenizers.load(source)
+def _check_seed(source: Path) -> None:
+    model, tokenizer = check_checkpoint(source), tokenizers.load(source)
     if tokenizer.size > model.vocabulary_size:
         raise UserError(
             f"the tokenizer of {source} has {tokenizer.size} ids, its embedding "
             f"{model.vocabulary_size} rows"
         )
+
+
+def _copy_seed(run: Run, source: Path) -> None:
+    if run.seed.exists():
+        return
     copy_checkpoint(source, run.seed)
 
 

@@ -113,7 +113,19 @@ def open_run(directory: str | Path) -> Run:
     path = Path(directory) / "run.json"
     if not path.exists():
         raise UserError(f"{directory} is no RUN: it has no run.json; make one with xelm init")
-    return Run(directory=Path(directory), record=read_json(path))
+    record = read_json(path)
+    missing = [key for key in ("config", "languages", "corpus") if key not in record]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(map(repr, missing))}")
+    return Run(directory=Path(directory), record=record)
+
+
+def refuse_other_files(directory: str | Path) -> None:
+    """Raises UserError for a directory that holds anything and is no RUN."""
+    directory = Path(directory)
+    present = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if present - {".locks"} and "run.json" not in present:
+        raise UserError(f"{directory} exists and is no RUN; give a new or empty directory")
 
 
 def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any]) -> Run:
@@ -122,6 +134,7 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
     from xelm import __version__
 
     directory = Path(directory)
+    refuse_other_files(directory)
     wanted = {"config": to_json(config), **facts}
     present = {path.name for path in directory.iterdir()} if directory.exists() else set()
     more = present - {"run.json", ".locks"}
@@ -136,8 +149,6 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
                 f"{directory} was begun with another {' and '.join(differ)} (see its run.json); "
                 "use the same again, or another directory"
             )
-    elif more:
-        raise UserError(f"{directory} exists and is no RUN; give a new or empty directory")
     directory.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["xelm", *sys.argv[1:]])
     record = {"format": 1, "xelm": __version__, "command": command, **wanted}

@@ -11,6 +11,7 @@ import numpy as np
 from clustering.clustering import Clustering
 from clustering.errors import UserError
 from clustering.files import read_arrays, write_arrays
+from clustering.languages import canonical_all
 from clustering.vectoriser import Vectoriser
 from experts.branch import branch as branch_registry
 from experts.card import card
@@ -34,12 +35,7 @@ CENTRE_DOCUMENTS = 2000
 def branch(run: Run, clustering: Clustering) -> Registry:
     """Records one expert in training for each cluster, and the clustering in the RUN. Languages of
     the corpus in no cluster are refused unless the clustering says that they are unassigned."""
-    missing = set(run.languages) - set(clustering.languages) - set(clustering.unassigned)
-    unknown = set(clustering.languages) - set(run.languages)
-    if missing or unknown:
-        where = [f"not in the clusters: {', '.join(sorted(missing))}"] if missing else []
-        where += [f"not in the RUN: {', '.join(sorted(unknown))}"] if unknown else []
-        raise UserError(f"clusters and RUN have different languages ({'; '.join(where)})")
+    check_languages(run.languages, clustering)
     vectoriser = clustering.vectoriser
     if vectoriser is not None and vectoriser != run.vectoriser():
         raise UserError("these clusters of documents were made with another RUN's vectors")
@@ -50,6 +46,16 @@ def branch(run: Run, clustering: Clustering) -> Registry:
         if clustering.of_documents:
             _assign_documents(run, clustering)
     return registry
+
+
+def check_languages(languages: Sequence[str], clustering: Clustering) -> None:
+    """Raises UserError unless the clusters are of these languages."""
+    missing = set(languages) - set(clustering.languages) - set(clustering.unassigned)
+    unknown = set(clustering.languages) - set(languages)
+    if missing or unknown:
+        where = [f"not in the clusters: {', '.join(sorted(missing))}"] if missing else []
+        where += [f"not in the RUN: {', '.join(sorted(unknown))}"] if unknown else []
+        raise UserError(f"clusters and RUN have different languages ({'; '.join(where)})")
 
 
 def train_experts(run: Run, names: Sequence[str]) -> None:
@@ -110,9 +116,13 @@ def cluster_sources(run: Run, cluster: str) -> list[Source]:
 def documents_with_languages(
     run: Run, languages: Sequence[str] | None = None
 ) -> tuple[Iterator[np.ndarray], list[str]]:
-    """The ids of every document of the RUN's corpus, and its language."""
+    """The ids of every document of the RUN's corpus in these languages, and its language."""
     stores = run.store().languages
-    chosen = [stores[tag] for tag in languages or stores if tag in stores]
+    tags = list(stores) if languages is None else canonical_all(languages)
+    missing = [tag for tag in tags if tag not in stores]
+    if missing:
+        raise UserError(f"{run.directory} has no text in {', '.join(missing)}")
+    chosen = [stores[tag] for tag in tags]
     documents = itertools.chain.from_iterable(map(_documents, chosen))
     return documents, [ids.language for ids in chosen for _ in range(len(ids))]
 

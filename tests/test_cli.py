@@ -1,0 +1,392 @@
+"""The command line: one clear line and exit code 2 for a user's mistake, and nothing changed."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from clustering.files import write_json
+from xelm import cli
+from xelm.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder but the locks, which are nobody's data."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".locks" not in path.parts
+    }
+
+
+def names(folder: Path) -> list[str]:
+    """Everything under a folder, empty folders and locks too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def place(tiny, initialised, tmp_path_factory):
+    """Folders that commands may name: a RUN, one with a seed only, corpora, and what is broken."""
+    folder = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny.directory, folder / "run")
+    shutil.copytree(initialised[0], folder / "seeded")
+    shutil.copytree(tiny.clusters, folder / "clusters")
+    for name in ("de", "en"):
+        (folder / "corpus").mkdir(exist_ok=True)
+        shutil.copy(tiny.corpus / f"{name}.jsonl", folder / "corpus")
+    (folder / "odd").mkdir()
+    shutil.copy(tiny.corpus / "de.jsonl", folder / "odd" / "klingonish.jsonl")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("not a folder")
+    for name in ("bare", "pickled", "damaged", "foreign", "shrunk"):
+        shutil.copytree(tiny.directory / "seed", folder / name)
+        weights = folder / name / "model.safetensors"
+        if name in ("bare", "pickled"):
+            weights.unlink()
+        if name == "damaged":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        if name == "shrunk":
+            tensors = load_file(weights)
+            tensors["model.norm.weight"] = np.zeros(7, np.float32)
+            save_file(tensors, weights, metadata={"format": "pt"})
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    config = json.loads((folder / "foreign" / "config.json").read_text())
+    (folder / "foreign" / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    for name in ("run.json", "registry.json", "clusters.json"):
+        newer = folder / f"newer-{name}"
+        shutil.copytree(tiny.directory, newer)
+        value = json.loads((newer / name).read_text())
+        write_json(newer / name, value | {"format": 99})
+    (folder / "half").mkdir()
+    (folder / "half" / "run.json").write_text('{"format": 1}')
+    return folder
+
+
+MISTAKES = [
+    # Clusters
+    ("cluster -k 2 --languages en,de,klingonish --out new", "unknown language code 'klingonish'"),
+    ("cluster -k 4 --languages en,de,es --out new", "k must be between 1 and 3 languages; got 4"),
+    ("cluster -k 0 --languages en,de,es --out new", "k must be between 1 and 3 languages; got 0"),
+    ("cluster -k 2 --languages en,de,tlh --out new", "URIEL has no .* features for tlh (Klingon)"),
+    ("cluster -k 2 --languages en,eng,de --out new", "more than once: en (as en, eng)"),
+    ("cluster -k 2 --method random --languages en --out new", "k must be between 1 and 1"),
+    ("cluster -k 2 --out new", "name the languages with --languages, --corpus or --run"),
+    ("cluster -k 2 --method tfidf --out new", "name it with --run"),
+    ("cluster -k 2 --method tfidf --run run --languages de,tr --out new", "run has no text in tr"),
+    ("cluster -k 2 --method tfidf --run run --exclude de --out new", "--exclude goes with"),
+    ("cluster -k 2 --method random --languages en,de --free --out new", "--free goes with"),
+    ("cluster -k 999 --method tfidf --run run --out new", "k must be between 1 and 240 documents"),
+    ("cluster -k 2 --corpus missing --out new", "corpus missing does not exist"),
+    ("cluster -k 2 --corpus odd --out new", "unknown language code 'klingonish'"),
+    ("cluster -k 2 --languages en,de --out clusters", "exists already; choose another folder"),
+    ("cluster -k 2 --languages en,de --out file/new", "file"),
+    # Making a RUN
+    ("init new --corpus missing", "corpus missing does not exist"),
+    ("init new --corpus empty", "empty holds no corpus file"),
+    ("init new --corpus odd", "unknown language code 'klingonish'"),
+    ("init new --corpus corpus/de.jsonl", "name the languages to take from corpus/de.jsonl"),
+    ("init new --corpus corpus --languages de,tr", "corpus has no file of tr"),
+    ("init new --corpus corpus --set experts.tokens", "a setting is NAME=VALUE"),
+    ("init new --corpus corpus --set experts.token=3", "there is no 'token'; there are tokens,"),
+    ("init new --corpus corpus --set nothing=3", "there is no 'nothing'; there are model,"),
+    ("init new --corpus corpus --set experts.tokens=many", "'experts.tokens=many': wanted int"),
+    ("init new --corpus corpus --set experts.tokens=1.5", "'experts.tokens=1.5': wanted int"),
+    ("init new --corpus corpus --set experts.tokens=-1", "tokens must be at least 1; got -1"),
+    ("init new --corpus corpus --set seed.dtype=float64", "wanted float32 or bfloat16"),
+    ("init new --corpus corpus --set seed.rematerialise=1", "wanted true or false"),
+    ("init new --corpus corpus --set seed.schedule.x=1", "schedule has no parts here"),
+    ("init new --corpus corpus --set model.head_size=31", "head_size must be even"),
+    ("init new --corpus corpus --set donor_share=1", "donor_share must be in 0..1, below 1"),
+    ("init new --corpus corpus --preset hub", "give a seed checkpoint with --seed"),
+    ("init new --corpus corpus --seed missing", "there is no directory missing"),
+    ("init new --corpus corpus --seed empty", "empty is no model checkpoint"),
+    ("init new --corpus corpus --seed bare", "has no weights: model.safetensors is missing"),
+    ("init new --corpus corpus --seed pickled", "its .bin files can run code and are not read"),
+    ("init new --corpus corpus --seed damaged", "damaged/model.safetensors is not readable"),
+    ("init new --corpus corpus --seed foreign", "model_type .*t5"),
+    ("init new --corpus corpus --seed shrunk", "model.norm.weight has shape (7,)"),
+    ("init new --corpus corpus --clusters missing", "missing/clusters.json does not exist"),
+    ("init new --corpus corpus --clusters clusters", "not in the RUN: es, fr"),
+    ("init file --corpus corpus", "file is a file; give a new or empty directory"),
+    ("init clusters --corpus corpus", "clusters exists and is no RUN"),
+    ("init run --corpus corpus", "run was begun with another config and corpus"),
+    # What is no RUN, or of tomorrow
+    *[
+        (command.format(run), message)
+        for command in (
+            "branch {} --clusters clusters",
+            "train {} --all",
+            "grow {} --language pt",
+            "evaluate {} --corpus corpus",
+            "generate {} x",
+            "merge {} --out new",
+            "rollback {} de-fr",
+            "report {}",
+        )
+        for run, message in (
+            ("missing", "missing"),
+            ("empty", "empty is no RUN"),
+            ("newer-run.json", "run.json is of format 99, this xelm reads up to 1; upgrade xelm"),
+            ("half", "half/run.json lacks"),
+        )
+    ],
+    *[
+        (f"{command} newer-registry.json {options}", "registry.json is of format 99")
+        for command, options in (
+            ("train", "--all"),
+            ("grow", "--language pt --corpus corpus"),
+            ("evaluate", "--corpus corpus"),
+            ("generate", "x"),
+            ("merge", "--out new"),
+            ("rollback", "de-fr"),
+            ("verify", ""),
+        )
+    ],
+    ("verify empty", "empty is no RUN"),
+    ("verify missing", "missing is no RUN"),
+    ("branch run --clusters newer-clusters.json", "clusters.json is of format 99"),
+    # Experts
+    ("branch run --clusters missing", "missing/clusters.json does not exist"),
+    ("branch seeded --clusters missing", "missing/clusters.json does not exist"),
+    ("train run", "name the experts to train, or give --all or --dense"),
+    ("train run nobody", "no expert 'nobody'"),
+    ("train run de-fr nobody", "no expert 'nobody'"),
+    ("rollback run nobody", "no expert 'nobody'"),
+    ("rollback run de-fr", "has no version to go back to"),
+    ("rollback run de-fr --version 7", "7"),
+    ("merge run de-fr nobody --out new", "no expert 'nobody'"),
+    ("merge seeded --out new", "no published expert"),
+    ("merge run --out run/seed", "is there already; nothing is overwritten"),
+    # Growing
+    ("grow run --language klingonish", "unknown language code 'klingonish'"),
+    ("grow run --language de --corpus corpus", "'de' is served already"),
+    ("grow run --language deu --parent en-es --corpus corpus", "'de' is served already"),
+    ("grow run --language sw --corpus corpus", "corpus has no file of sw"),
+    ("grow run --language sw --corpus missing", "corpus missing does not exist"),
+    ("grow run --language sw --parent nobody --corpus corpus", "no expert 'nobody'"),
+    ("grow run --language tlh --corpus corpus", "URIEL has no .* features for tlh"),
+    ("grow seeded --language pt", "has no published expert to grow from"),
+    # Asking
+    ("evaluate run --corpus missing", "corpus missing does not exist"),
+    ("evaluate run --corpus corpus --routing oracle", "routing must be one of .*'oracle'"),
+    ("evaluate run --corpus corpus --top-m 0", "top_m must be between 1 and 2 experts; got 0"),
+    ("evaluate run --corpus corpus --max-documents 0", "max_documents must be at least 1; got 0"),
+    ("evaluate run --corpus corpus --router-temperature 0", "must be above 0; got 0"),
+    ("generate seeded x", "seeded has no published expert yet; run: xelm train seeded --all"),
+    ("generate run x --top-m 3", "top_m must be between 1 and 2 experts; got 3"),
+    ("generate run x --routing language", "needs the language of the text; give --language"),
+    ("generate run x --routing language --language tr", "no expert serves 'tr'"),
+    ("generate run x --temperature -1", "temperature must be at least 0"),
+    ("generate run x --top-p 0", "top_p must be above 0"),
+    ("generate run x --max-new-tokens 100", "this model of 64 has room for 0"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_changes_nothing(xelm, place, monkeypatch, command, message):
+    monkeypatch.chdir(place)
+    before, there = snapshot(place), names(place)
+    outcome = xelm(*shlex.split(command))
+    after, here = snapshot(place), names(place)
+    shutil.rmtree("new", ignore_errors=True)
+    assert outcome.code == 2, outcome
+    assert outcome.out == ""
+    assert outcome.err.startswith("xelm: ") and outcome.err.count("\n") == 1, outcome.err
+    for part in message.split(".*"):
+        assert part in outcome.err
+    assert after == before
+    # Locks stay in a RUN, and nowhere else.
+    locks = {f"{path.parent.name}/.locks" for path in place.glob("*/run.json")}
+    more = [name for name in here if name not in there]
+    assert [name for name in more if "/".join(name.split("/")[:2]) not in locks] == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "unknown",
+        "cluster --out new",
+        "cluster -k two --out new",
+        "cluster -k 2 --method unknown --out new",
+        "init",
+        "init new",
+        "init new --corpus corpus --preset unknown",
+        "generate run x --routing unknown",
+        "generate run x --temperature warm",
+    ],
+)
+def test_a_command_that_cannot_be_parsed_shows_its_usage(xelm, place, monkeypatch, command):
+    monkeypatch.chdir(place)
+    there = names(place)
+    outcome = xelm(*shlex.split(command))
+    assert outcome.code == 2 and outcome.out == ""
+    assert outcome.err.startswith("usage: xelm")
+    assert ": error: " in outcome.err.splitlines()[-1]
+    assert names(place) == there
+
+
+def test_branching_on_other_clusters_is_refused(xelm, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    languages = "en,de,es,fr"
+    for name, k in (("three", 3), ("same", 2)):
+        made = xelm("cluster", "-k", k, "--languages", languages, "--out", tmp_path / name)
+        assert made.code == 0
+    xelm("cluster", "-k", 2, "--languages", "en,de,es", "--out", tmp_path / "fewer")
+    xelm("cluster", "-k", 2, "--languages", "en,de,es,fr,pt", "--out", tmp_path / "more")
+    before = snapshot(place)
+    for name, message in {
+        "three": "this RUN was branched on other clusters",
+        "fewer": "clusters and RUN have different languages (not in the clusters: fr)",
+        "more": "clusters and RUN have different languages (not in the RUN: pt)",
+    }.items():
+        outcome = xelm("branch", "run", "--clusters", tmp_path / name)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert message in outcome.err and outcome.err.count("\n") == 1
+    assert xelm("branch", "run", "--clusters", tmp_path / "same").code == 0
+    assert snapshot(place) == before
+
+
+def test_clusters_of_another_runs_documents_are_refused(xelm, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    made = xelm("cluster", "-k", 2, "--method", "tfidf", "--run", "run", "--out", tmp_path / "c")
+    assert made.code == 0, made.err
+    shutil.copytree("seeded", tmp_path / "other")
+    vectors = np.load(tmp_path / "other" / "vectoriser.npz")
+    np.savez(
+        tmp_path / "other" / "vectoriser.npz",
+        idf=vectors["idf"],
+        projection=-vectors["projection"],
+    )
+    before = snapshot(tmp_path / "other")
+    outcome = xelm("branch", tmp_path / "other", "--clusters", tmp_path / "c")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "made with another RUN's vectors" in outcome.err
+    assert snapshot(tmp_path / "other") == before
+
+
+_HOLD = """
+import sys
+from experts.lock import locked
+
+with locked(sys.argv[1], sys.argv[2]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "lock"),
+    [
+        ("train seeded de-fr", "train-de-fr"),
+        ("train seeded --dense", "train-dense"),
+        ("branch seeded --clusters clusters", "branch"),
+        ("grow run --language pt", "train-pt"),
+        ("init seeded --corpus corpus", "init"),
+    ],
+)
+def test_two_commands_at_once_are_refused(xelm, place, monkeypatch, command, lock):
+    monkeypatch.chdir(place)
+    if command.startswith("train"):
+        monkeypatch.chdir(place)
+        shutil.copytree("seeded", "branched", dirs_exist_ok=True)
+        assert xelm("branch", "branched", "--clusters", "clusters").code == 0
+        command = command.replace("seeded", "branched")
+    run = command.split()[1]
+    before = snapshot(place)
+    arguments = [sys.executable, "-c", _HOLD, run, lock]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        outcome = xelm(*shlex.split(command))
+    assert outcome.code == 2 and outcome.out == ""
+    assert outcome.err.count("\n") == 1
+    assert f"{run} is in use ({lock}) by process {holder.pid}" in outcome.err
+    assert snapshot(place) == before
+    shutil.rmtree(place / "branched", ignore_errors=True)
+
+
+def test_help_names_every_command(xelm, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    outcome = xelm("--help")
+    assert outcome.code == 0
+    for verb in (
+        "quickstart", "cluster", "init", "branch", "train", "grow", "evaluate", "generate",
+        "report", "verify", "rollback", "merge",
+    ):  # fmt: skip
+        assert f"\n    {verb}" in outcome.out
+        assert xelm(verb, "--help").out.startswith(f"usage: xelm {verb} ")
+
+
+def test_the_version_is_shown(xelm):
+    from xelm import __version__
+
+    assert xelm("--version").out == f"xelm {__version__}\n"
+
+
+def test_an_interrupted_command_says_how_to_go_on(xelm, monkeypatch):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_verify", interrupt)
+    outcome = xelm("verify", "RUN")
+    assert outcome.code == 130
+    assert outcome.err == "xelm: interrupted; run the same command again to go on\n"
+
+
+def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
+    def fail(options):
+        raise PermissionError(13, "Permission denied", "/RUN/registry.json")
+
+    monkeypatch.setattr(cli, "_verify", fail)
+    outcome = xelm("verify", "RUN")
+    assert outcome.code == 2
+    assert outcome.err == "xelm: /RUN/registry.json: Permission denied\n"
+
+
+def test_a_reader_that_left_is_no_error(tiny):
+    """`xelm verify RUN --json | head -0`"""
+    command = [sys.executable, "-m", "xelm.cli", "verify", str(tiny.directory)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_settings_change_what_they_name_and_nothing_else(preset):
+    from xelm.config import from_json, override, to_json
+
+    config = PRESETS[preset]()
+    changed = override(config, ["experts.tokens=3e6", "grow.dtype=bfloat16", "donor_share=0.5"])
+    wanted = to_json(config)
+    wanted["experts"]["tokens"] = 3_000_000
+    wanted["grow"]["dtype"] = "bfloat16"
+    wanted["donor_share"] = 0.5
+    assert to_json(changed) == wanted
+    assert from_json(type(config), json.loads(json.dumps(wanted))) == changed
+
+
+def test_settings_that_need_each_other_come_in_any_order():
+    from xelm.config import override
+
+    settings = ["model.head_count=3", "model.key_head_count=3", "seed.tensorboard=true"]
+    for order in (settings, settings[::-1]):
+        config = override(PRESETS["tiny"](), order)
+        assert (config.model.head_count, config.model.key_head_count) == (3, 3)
+        assert config.seed.tensorboard is True
