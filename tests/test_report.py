@@ -26,20 +26,13 @@ from experts.registry import Registry
 from xelm.config import to_json
 from xelm.models.families import family
 from xelm.presets import quickstart
-from xelm.runs import figures
-from xelm.runs.report import (
-    _curve,
-    cluster_table,
-    compare,
-    expert_table,
-    missing,
-    perplexity,
-    pictures,
-    read,
-    report,
-    signed,
-    verdict,
-)
+from xelm.runs.report import figures, report
+from xelm.runs.report.facts import read
+from xelm.runs.report.missing import missing
+from xelm.runs.report.pictures import _curve, pictures
+from xelm.runs.report.tables import cluster_table, expert_table
+from xelm.runs.report.verdict import compare, verdict
+from xelm.runs.report.words import perplexity, signed
 from xelm.runs.run import open_run
 
 ROOT = Path(__file__).parent.parent
@@ -529,10 +522,11 @@ def test_the_heat_map_is_centred_at_the_seed_and_frames_the_own_languages():
 
 def test_neither_jax_nor_pyplot_is_imported_and_no_state_is_left(full):
     code = (
-        "import sys, xelm.runs.report as r, xelm.runs.run as run\n"
+        "import sys, xelm.runs.run as run\n"
+        "from xelm.runs.report import facts, page, pictures\n"
         "assert not {'jax', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
-        "facts = r.read(run.open_run(sys.argv[1]))\n"
-        "r.figures.files(r.pictures(facts)['loss-seed'])\n"
+        "found = pictures.pictures(facts.read(run.open_run(sys.argv[1])))\n"
+        "page.files(found['loss-seed'])\n"
         "assert not {'jax', 'matplotlib.pyplot'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code, full[0].directory], cwd=ROOT, check=True)

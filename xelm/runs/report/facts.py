@@ -1,0 +1,196 @@
+"""What lies in a RUN, read once: experts, clusters, scores and metrics. Judges nothing."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clustering.clustering import Clustering
+from clustering.errors import UserError
+from clustering.figures import cluster_colours
+from clustering.files import read_json
+from experts.expert import Expert
+from experts.registry import Registry
+from xelm.models.config import ModelConfig
+from xelm.models.families import family
+from xelm.runs.run import Run
+from xelm.training.metrics import read_metrics
+
+_GREY = "#888888"
+
+
+class System(NamedTuple):
+    """What was evaluated, as in results.json."""
+
+    name: str
+    routing: str | None = None
+    """Of an ensemble."""
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.name} by {self.routing}" if self.routing else self.name
+
+
+SEED, DENSE = System("seed"), System("dense")
+
+
+class Score(NamedTuple):
+    """Of one system on one language, or its mean over several."""
+
+    perplexity: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Languages that stand together in every table and figure."""
+
+    name: str
+    colour: str
+    languages: tuple[str, ...]
+    note: str
+    """Why they stand apart from the clusters; empty for a cluster."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What lies in a RUN."""
+
+    run: Run
+    registry: Registry
+    """Empty if there is none."""
+    experts: list[Expert]
+    """In use, or in training for the first time: in the order of the clusters, grown ones last."""
+    has_dense: bool
+    """Whether dense was trained to the end."""
+    model: ModelConfig | None
+    """The shape of the seed and so of all."""
+    clusters: Clustering | None
+    results: Mapping[str, Any]
+    """results.json; empty before an evaluation."""
+    scores: Mapping[System, Mapping[str, Score]]
+    """System -> language -> score."""
+    metrics: Mapping[System, list[dict[str, Any]]]
+    """Seed, dense or expert -> lines of its training, finished or not; maybe none."""
+    groups: list[Group]
+    """Every language once."""
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.run.directory.resolve().name
+
+    @property
+    def published(self) -> list[Expert]:
+        """The experts in use."""
+        return [expert for expert in self.experts if expert.status == "published"]
+
+    @property
+    def grown(self) -> list[Expert]:
+        """The experts in use that were not branched for a cluster."""
+        return [expert for expert in self.published if expert.cluster is None]
+
+    @property
+    def branched_tokens(self) -> int:
+        """That the experts of clusters were trained on, together."""
+        return sum(expert.tokens for expert in self.published if expert.cluster is not None)
+
+    @property
+    def ensembles(self) -> list[System]:
+        """One for each routing."""
+        return [system for system in self.scores if system.name == "ensemble"]
+
+    @property
+    def systems(self) -> list[System]:
+        """Evaluated and no single expert: seed, dense, the ensembles."""
+        return [system for system in (SEED, DENSE) if system in self.scores] + self.ensembles
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Languages on which any of `systems` was scored, in the order of the groups."""
+        scored = {tag for system in self.systems for tag in self.scores[system]}
+        return [tag for group in self.groups for tag in group.languages if tag in scored]
+
+    def colour(self, expert: Expert) -> str:
+        """Of its cluster, or its own if it was grown."""
+        name = expert.cluster or expert.name
+        return next((group.colour for group in self.groups if group.name == name), _GREY)
+
+    def tokens(self, system: System) -> int:
+        """Of its training so far, those of its parent not counted."""
+        metrics = self.metrics[system]
+        return int(metrics[-1]["tokens"]) if metrics else 0
+
+
+def read(run: Run) -> Facts:
+    """What there is; UserError for a file that is there but damaged."""
+    directory, config, path = run.directory, run.seed / "config.json", run.results / "results.json"
+    has_registry = (directory / "registry.json").exists()
+    registry = run.registry() if has_registry else Registry(seed_sha256={})
+    clusters = run.clusters() if (directory / "clusters.json").exists() else None
+    results = read_json(path) if path.exists() else {}
+    scores = _scores(results, path) if results else {}
+    model = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+    newest = {expert.name: expert for expert in (*registry.training(), *registry.published())}
+    order = {name: place for place, name in enumerate(clusters.clusters if clusters else ())}
+    experts = sorted(
+        newest.values(), key=lambda e: (e.round, order.get(e.cluster or "", len(order)), e.name)
+    )
+    folders = {SEED: run.seed, DENSE: run.dense}
+    folders |= {System(expert.name): expert.directory(directory) for expert in experts}
+    return Facts(
+        run=run,
+        registry=registry,
+        experts=experts,
+        has_dense=run.dense.exists(),
+        model=model and family(model["model_type"]).read(model),
+        clusters=clusters,
+        results=results,
+        scores=scores,
+        metrics={
+            system: read_metrics(folder / "metrics.jsonl")
+            or read_metrics(run.training(system.name) / "metrics.jsonl")
+            for system, folder in folders.items()
+        },
+        groups=list(_groups(run, clusters, experts, scores)),
+    )
+
+
+def _scores(results: Mapping[str, Any], path: Path) -> dict[System, dict[str, Score]]:
+    scores: dict[System, dict[str, Score]] = {}
+    try:
+        for row in results["rows"]:
+            score = Score(float(row["perplexity"]), float(row["bits_per_byte"]))
+            scores.setdefault(System(row["system"], row["routing"]), {})[row["language"]] = score
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); run xelm evaluate again") from error
+    return scores
+
+
+def _groups(
+    run: Run,
+    clusters: Clustering | None,
+    experts: Sequence[Expert],
+    scores: Mapping[System, Mapping[str, Score]],
+) -> Iterator[Group]:
+    """Clusters, then what was grown, then what no expert was trained for."""
+    members: dict[str, list[str]] = {}
+    if clusters:
+        main = {tag: clusters.cluster_of(tag) for tag in clusters.languages}
+        members = {name: [t for t in main if main[t] == name] for name in clusters.clusters}
+    grown = {expert.name: expert.languages for expert in experts if expert.cluster is None}
+    evaluated = [tag for found in scores.values() for tag in found]
+    colours = cluster_colours([*members, *grown])
+    seen: set[str] = set()
+    for name, tags, note in (
+        *((name, tags, "") for name, tags in members.items()),
+        *((name, tags, "grown later, not in the mean") for name, tags in grown.items()),
+        ("in no cluster", run.languages, "no expert is trained for these" if clusters else ""),
+        ("only evaluated", evaluated, "nothing was trained on these"),
+    ):
+        mine = tuple(dict.fromkeys(tag for tag in tags if tag not in seen))
+        seen.update(mine)
+        if mine or name in colours:
+            yield Group(name=name, colour=colours.get(name, _GREY), languages=mine, note=note)

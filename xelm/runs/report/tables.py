@@ -1,0 +1,128 @@
+"""The tables of the page, as rows."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clustering.clustering import Clustering
+from xelm.runs.report.facts import DENSE, SEED, Facts, Group, System
+from xelm.runs.report.verdict import Comparison
+from xelm.runs.report.words import count
+
+
+def sizes(facts: Facts) -> list[tuple[str, str]]:
+    """What the RUN is, as numbers and what they count."""
+    rows = [(str(len(facts.run.languages)), "languages of the seed")]
+    rows += [(str(len(facts.clusters.clusters)), "clusters")] if facts.clusters else []
+    rows += [(str(len(facts.published)), "experts published")]
+    if facts.model:
+        rows.append((count(facts.model.parameter_count), "parameters in each model"))
+        rows.append((f"{facts.model.vocabulary_size:,}", "pieces in the vocabulary"))
+    trained = {
+        "tokens for the seed": facts.tokens(SEED),
+        "tokens for the experts of clusters": facts.branched_tokens,
+        "tokens for dense": facts.tokens(DENSE),
+        "tokens more for grown experts": sum(expert.tokens for expert in facts.grown),
+    }
+    return rows + [(count(tokens), what) for what, tokens in trained.items() if tokens]
+
+
+def language_table(
+    facts: Facts, comparison: Comparison | None
+) -> list[tuple[Group, list[dict[str, Any]]]]:
+    """Scores by language and system, languages by group; empty before an evaluation."""
+    table = []
+    for group in facts.groups:
+        rows = [
+            {
+                "tag": tag,
+                "scores": [facts.scores[system].get(tag) for system in facts.systems],
+                "change": comparison and comparison.change_over([tag]),
+            }
+            for tag in facts.evaluated
+            if tag in group.languages
+        ]
+        table += [(group, rows)] if rows else []
+    return table
+
+
+def cluster_table(facts: Facts, comparison: Comparison | None) -> list[dict[str, Any]]:
+    """Every cluster: languages, documents or distance within, change of the mean."""
+    clusters = facts.clusters
+    if clusters is None:
+        return []
+    return [
+        {
+            "group": group,
+            "languages": clusters.clusters[group.name],
+            "documents": clusters.documents and sum(clusters.documents[group.name].values()),
+            "within": _distance_within(clusters, clusters.clusters[group.name]),
+            "change": comparison
+            and comparison.change_over([t for t in group.languages if t in comparison.languages]),
+        }
+        for group in facts.groups
+        if group.name in clusters.clusters
+    ]
+
+
+def expert_table(facts: Facts) -> list[dict[str, Any]]:
+    """Every expert in use, or in training for the first time."""
+    rows = []
+    for expert in facts.experts:
+        published = expert.status == "published"
+        tokens = expert.tokens if published else facts.tokens(System(expert.name))
+        share = "extra" if published else "–"
+        if published and expert.cluster is not None and facts.branched_tokens:
+            share = f"{100 * tokens / facts.branched_tokens:.1f} %"
+        colour = facts.colour(expert)
+        rows.append({"expert": expert, "colour": colour, "tokens": tokens, "share": share})
+    return rows
+
+
+def making(facts: Facts) -> list[tuple[str, str]]:
+    """What was run on what, as recorded."""
+    record, results = facts.run.record, facts.results
+    origin = record.get("seed_from")
+    rows = {key: record.get(key) for key in ("command", "xelm", "corpus")}
+    rows["seed"] = "trained here" if origin is None else f"copied from {origin}"
+    if facts.clusters is not None:
+        parameters = facts.clusters.parameters
+        plain = {k: v for k, v in parameters.items() if not isinstance(v, dict | list)}
+        rows["clusters"] = ", ".join([facts.clusters.method, *map(" ".join, settings(plain))])
+    if results:
+        rows["evaluated on"] = results.get("corpus")
+        rows["evaluated by xelm"] = results.get("xelm")
+        rows["documents of each language"] = results.get("max_documents") or "all"
+        rows["experts with weight at a token"] = results.get("top_m") or "all"
+        rows["temperature of TF-IDF routing"] = results.get("temperature") or "default"
+    return [(name, "–" if value is None else str(value)) for name, value in rows.items()]
+
+
+def hashes(facts: Facts) -> list[tuple[str, str]]:
+    """SHA-256 of what went in and of what came out."""
+    rows = [("corpus", facts.run.record.get("corpus_sha256", "–"))]
+    if facts.results:
+        rows.append(("corpus of the evaluation", facts.results.get("corpus_sha256", "–")))
+    made = {"seed": facts.registry.seed_sha256}
+    made |= {expert.path: expert.sha256 for expert in facts.experts}
+    return rows + [(f"{path}/{f}", sha) for path, files in made.items() for f, sha in files.items()]
+
+
+def settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """A configuration under the names that `--set` takes."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from settings(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value)
+
+
+def _distance_within(clusters: Clustering, members: Sequence[str]) -> str | None:
+    """Mean over the pairs of a cluster."""
+    if clusters.distances is None:
+        return None
+    index = [clusters.languages.index(tag) for tag in members]
+    pairs = [clusters.distances[i, j] for i in index for j in index if i < j]
+    return f"{np.mean(pairs):.2f}" if pairs else "–"

@@ -1,0 +1,167 @@
+"""The best ensemble against a baseline: the numbers, and the sentences that follow from them."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from xelm.runs.report.facts import DENSE, SEED, Facts, Score, System
+from xelm.runs.report.words import language_name, listed, named, perplexity, plural, signed
+
+# Budgets are whole steps, so dense and experts never see exactly the same number of tokens.
+_EQUAL_COMPUTE = 0.05
+_SPOKEN = {SEED: "the seed", DENSE: "dense training"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The best ensemble against a baseline, over the languages that every system has."""
+
+    scores: Mapping[System, Mapping[str, Score]]
+    """System -> language -> score."""
+    languages: Sequence[str]
+    """Of the seed's corpus: on no others did dense and experts train alike."""
+    means: dict[System, Score]
+    """Arithmetic, as in the paper."""
+    baseline: System
+    """Dense, or the seed where there is no dense."""
+    ensemble: System
+    """Of the lowest mean perplexity."""
+
+    @property
+    def change(self) -> float:
+        """Of the mean perplexity in percent; below zero the ensemble is better."""
+        after, before = self.means[self.ensemble], self.means[self.baseline]
+        return 100 * (after.perplexity / before.perplexity - 1)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Perplexity of the ensemble to that of the baseline, by language."""
+        after, before = self.scores[self.ensemble], self.scores[self.baseline]
+        return [after[tag].perplexity / before[tag].perplexity for tag in self.languages]
+
+    def change_over(self, languages: Sequence[str], baseline: System | None = None) -> float | None:
+        """As `change`, over other languages or from another baseline; None where a score lacks."""
+        before = self.scores.get(baseline or self.baseline, {})
+        after = self.scores[self.ensemble]
+        if not languages or any(tag not in before or tag not in after for tag in languages):
+            return None
+        ratio = _mean(after, languages).perplexity / _mean(before, languages).perplexity
+        return 100 * (ratio - 1)
+
+
+def compare(facts: Facts) -> Comparison | None:
+    """The best ensemble against dense, else against the seed; None if either is not evaluated."""
+    baseline = next((system for system in (DENSE, SEED) if system in facts.scores), None)
+    languages = [
+        tag
+        for tag in facts.evaluated
+        if tag in facts.run.languages and all(tag in facts.scores[s] for s in facts.systems)
+    ]
+    if baseline is None or not facts.ensembles or not languages:
+        return None
+    means = {system: _mean(facts.scores[system], languages) for system in facts.systems}
+    return Comparison(
+        scores=facts.scores,
+        languages=languages,
+        means=means,
+        baseline=baseline,
+        ensemble=min(facts.ensembles, key=lambda system: means[system].perplexity),
+    )
+
+
+def verdict(facts: Facts, comparison: Comparison | None) -> list[str]:
+    """What came out, in sentences, the most important first."""
+    if not facts.scores:
+        return ["This RUN has not been evaluated yet, so nothing is known about its quality."]
+    if not facts.ensembles:
+        return ["Only single models have been evaluated: there is no ensemble yet."]
+    if comparison is None:
+        return ["No language of the seed's corpus was evaluated with every system."]
+    return [
+        _headline(comparison),
+        *_numbers(comparison, len(facts.ensembles)),
+        *_compute(facts, comparison),
+        *_outside(facts, comparison),
+    ]
+
+
+def _mean(scores: Mapping[str, Score], languages: Sequence[str]) -> Score:
+    return Score(*np.mean([scores[tag] for tag in languages], axis=0))
+
+
+def _headline(comparison: Comparison) -> str:
+    count, change, other = len(comparison.ratios), comparison.change, _SPOKEN[comparison.baseline]
+    better = sum(ratio < 1 for ratio in comparison.ratios)
+    share = f"{'only ' if 2 * better < count else ''}{better}" if better else "none"
+    wins = f"it is better in {share} of {plural(count, 'language')}"
+    if signed(change) == "0.0":
+        return f"The ensemble is as good as {other}: their mean perplexities are equal, and {wins}."
+    size, word = ("better", "lower") if change < 0 else ("worse", "higher")
+    agree = "and" if (2 * better > count) == (change < 0) else "but"
+    return (
+        f"The ensemble is {size} than {other}: its mean perplexity is {abs(change):.1f} % {word}, "
+        f"{agree} {wins}."
+    )
+
+
+def _numbers(comparison: Comparison, ensembles: int) -> Iterator[str]:
+    means, ratios, ensemble = comparison.means, comparison.ratios, comparison.ensemble
+    before = ", ".join(
+        f"{perplexity(means[system].perplexity)} for {name}"
+        for system, name in _SPOKEN.items()
+        if system in means
+    )
+    routing = f"routing by {ensemble.routing}"
+    routing += ", which is told the language" if ensemble.routing == "language" else ""
+    routing += f"; the best of {ensembles}" if ensembles > 1 else ""
+    yield (
+        f"The mean perplexity over {plural(len(ratios), 'language')} of the seed's corpus is "
+        f"{before}, and {perplexity(means[ensemble].perplexity)} for the ensemble ({routing})."
+    )
+    if len(ratios) > 1:
+        typical = 100 * math.expm1(sum(map(math.log, ratios)) / len(ratios))
+        yield (
+            f"The change is {signed(typical)} % when every language weighs the same (geometric "
+            "mean of the ratios)."
+        )
+
+
+def _compute(facts: Facts, comparison: Comparison) -> Iterator[str]:
+    """Whether the comparison is fair."""
+    experts, dense = facts.branched_tokens, facts.tokens(DENSE)
+    if comparison.baseline == SEED:
+        yield (
+            "That is no fair comparison, since the experts were trained on more text than the "
+            "seed: only a dense baseline at equal compute can tell whether experts pay."
+        )
+    elif experts and dense:
+        equal = abs(dense / experts - 1) <= _EQUAL_COMPUTE
+        yield (
+            f"This {'is' if equal else 'is not'} at equal compute: dense was trained on {dense:,} "
+            f"tokens, the experts of the clusters on {experts:,} together."
+        )
+
+
+def _outside(facts: Facts, comparison: Comparison) -> Iterator[str]:
+    """What happened to the languages that are not in the means."""
+    if facts.grown:
+        yield (
+            f"The ensemble also holds {plural(len(facts.grown), 'grown expert')} "
+            f"({listed([expert.name for expert in facts.grown])}), trained on "
+            f"{sum(expert.tokens for expert in facts.grown):,} tokens more."
+        )
+    told = [
+        f"{language_name(tag)} {signed(change)} %"
+        for tag in dict.fromkeys(tag for expert in facts.grown for tag in expert.languages)
+        if (change := comparison.change_over([tag], SEED)) is not None
+    ]
+    if told:
+        yield f"Perplexity of the grown languages, from the seed to the ensemble: {listed(told)}."
+    outside = [tag for tag in facts.evaluated if tag not in comparison.languages]
+    if outside:
+        yield (
+            "Not in the mean, since not all systems were trained or scored on "
+            f"{'it' if len(outside) == 1 else 'them'}: {named(outside)}."
+        )
