@@ -4,6 +4,7 @@ Parameters travel as a nested dictionary of arrays, stacked over layers, with de
 [inputs, outputs] (the Hub has [outputs, inputs], one tensor a layer).
 """
 
+import functools
 import json
 import os
 import shutil
@@ -85,7 +86,12 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
 
 def fresh_parameters(config: ModelConfig, seed: int) -> dict[str, Any]:
     """Random parameters of a model that is trained from nothing, float32."""
-    return jax.jit(lambda: parameters_of(Decoder(config, nnx.Rngs(seed))))()
+    return _maker(config)(jax.random.key(seed))
+
+
+@functools.lru_cache(maxsize=8)
+def _maker(config: ModelConfig):
+    return jax.jit(lambda key: parameters_of(Decoder(config, nnx.Rngs(key))))
 
 
 def read_config(directory: str | Path) -> ModelConfig:
