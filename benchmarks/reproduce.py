@@ -41,7 +41,7 @@ from xelm.runs.init import init
 from xelm.runs.run import Run, open_run
 
 # Peak rate and rows a step, tried for dense and for experts alike.
-SETTINGS = ((5e-4, 4), (1e-3, 4), (1e-3, 16), (2e-3, 16))
+SETTINGS = ((2.5e-4, 4), (5e-4, 4), (1e-3, 4), (5e-4, 16), (1e-3, 16))
 # System -> how it divides the languages; `r` is the random seed of a repetition.
 SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-k8", "tfidf-k4")
 
@@ -120,22 +120,22 @@ def _choose_rates(
     nats a token over languages; experts are tuned on the random control, so that no method is
     favoured."""
     path = base.directory.parent / "tuning.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    for kind, system in (("dense", "dense"), ("experts", "random-k8")):
-        for rate, batch in SETTINGS:
-            name = f"tuning-{kind}-rate{rate:g}-batch{batch}"
-            if name in found:
-                continue
-            short = replace(config.experts, tokens=round(config.experts.tokens * share))
-            chosen = {"dense": (rate, batch), "experts": (rate, batch)}
-            run = train_system(base, replace(config, experts=short), system, chosen, 0, name)
-            rows = evaluated(run, corpus, system)
-            found[name] = float(np.mean([np.log(p) for p in perplexities(rows, system)]))
-            write_json(path, {"format": 1, **found})
+    found = json.loads(path.read_text()) if path.exists() else {"format": 1}
+    short = replace(
+        config, experts=replace(config.experts, tokens=round(config.experts.tokens * share))
+    )
     best = {}
-    for kind in ("dense", "experts"):
-        grid = {(r, b): found[f"tuning-{kind}-rate{r:g}-batch{b}"] for r, b in SETTINGS}
-        best[kind] = min(grid, key=lambda setting: grid[setting])
+    for kind, system in (("dense", "dense"), ("experts", "random-k8")):
+        scores = {}
+        for rate, batch in SETTINGS:
+            name = f"tuning-{kind}-{short.experts.tokens}-rate{rate:g}-batch{batch}"
+            if name not in found:
+                run = train_system(base, short, system, {kind: (rate, batch)}, 0, name)
+                by_language = perplexities(evaluated(run, corpus, system), system)
+                found[name] = float(np.mean(np.log(by_language)))
+                write_json(path, found)
+            scores[rate, batch] = found[name]
+        best[kind] = min(scores, key=lambda setting: scores[setting])
     return best
 
 

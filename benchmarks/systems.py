@@ -10,7 +10,7 @@ from clustering import control, tfidf, typology
 from clustering.clustering import Clustering
 from clustering.control import by_hand
 from xelm.config import RunConfig
-from xelm.data.corpus import Faults, read
+from xelm.data.corpus import Faults, fingerprint, read
 from xelm.runs import evaluation, training
 from xelm.runs.evaluation import Row
 from xelm.runs.init import init
@@ -50,7 +50,8 @@ def train_system(
     name: str,
 ) -> Run:
     rate, batch = rates["dense" if system == "dense" else "experts"]
-    experts = replace(config.experts, learning_rate=rate, batch_size=batch, seed=repetition)
+    # Not the seed's 0: no system sees the rows of the seed again in their order.
+    experts = replace(config.experts, learning_rate=rate, batch_size=batch, seed=1 + repetition)
     grow = replace(config.grow, learning_rate=rate, batch_size=batch)
     run = init(
         base.directory.parent / name,
@@ -73,7 +74,7 @@ def clusters_of(run: Run, system: str, repetition: int) -> Clustering:
     if method == "typology":
         return typology.cluster(LANGUAGES, int(k))
     if method == "random":
-        return control.randomclusters_of(LANGUAGES, int(k), repetition)
+        return control.random_clusters(LANGUAGES, int(k), repetition)
     if method == "monolingual":
         return by_hand({language: [language] for language in LANGUAGES})
     documents, tags = training.documents_with_languages(run)
@@ -99,6 +100,6 @@ def evaluated(run: Run, corpus: Path, system: str) -> list[Row]:
     path = run.results / evaluation.FILE_NAME
     if path.exists():
         results = json.loads(path.read_text())
-        if results["corpus"] == str(corpus):
+        if results["corpus_sha256"] == fingerprint(corpus):
             return [Row.from_json(row) for row in results["rows"]]
     return evaluation.evaluate(run, corpus, routings=routings_of(system))

@@ -20,7 +20,8 @@ class TrainConfig:
     """One training: budget, batches, optimiser, schedule, precision and checkpoints."""
 
     tokens: int
-    """Budget: tokens predicted over the whole training; the last step may overshoot it."""
+    """Budget, in positions of the rows of all steps, to the nearest step; the first token of each
+    document and the padding of last rows count although they are not predicted."""
     sequence_length: int = 512
     """T, tokens a row; documents are packed into rows and do not attend to each other."""
     batch_size: int = 32
@@ -52,7 +53,8 @@ class TrainConfig:
     rematerialise: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
     seed: int = 0
-    """Orders documents and rows, and initialises a fresh model."""
+    """Orders documents and rows, and initialises a fresh model. A training that goes on from
+    another on the same text needs another seed, or it sees the same rows again in the same order."""
     checkpoint_every: int = 200
     """Steps between checkpoints of the unfinished training."""
     log_every: int = 10
@@ -136,6 +138,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.donor_share < 1:
             raise ValueError(f"donor_share must be in 0..1, below 1; got {self.donor_share}")
+        if self.model is not None and self.seed.seed == self.experts.seed:
+            raise ValueError(
+                "experts.seed must differ from seed.seed, or experts and dense see the rows of the "
+                f"seed again in the same order; both are {self.seed.seed}"
+            )
         if self.vectoriser_dimensions < 1:
             raise ValueError(
                 f"vectoriser_dimensions must be at least 1; got {self.vectoriser_dimensions}"

@@ -18,12 +18,12 @@ def quickstart() -> RunConfig:
         sampling_exponent=1.0,
         checkpoint_every=200,
     )
-    experts = replace(seed, batch_size=4, learning_rate=1e-3)
+    experts = replace(seed, batch_size=4, learning_rate=1e-3, seed=1)
     return RunConfig(
         model=_llama(vocabulary_size=4096, width=64, layers=2, head_size=32, max_length=512),
         seed=seed,
         experts=experts,
-        grow=replace(experts, tokens=250_000),
+        grow=replace(experts, tokens=250_000, seed=2),
     )
 
 
@@ -40,8 +40,8 @@ def tiny() -> RunConfig:
     return RunConfig(
         model=_llama(vocabulary_size=8192, width=128, layers=5, head_size=32, max_length=1024),
         seed=train,
-        experts=replace(train, tokens=8_000_000, learning_rate=2e-3),
-        grow=replace(train, tokens=1_000_000, learning_rate=2e-3),
+        experts=replace(train, tokens=8_000_000, batch_size=4, learning_rate=5e-4, seed=1),
+        grow=replace(train, tokens=1_000_000, batch_size=4, learning_rate=5e-4, seed=2),
     )
 
 
@@ -59,8 +59,8 @@ def small() -> RunConfig:
     return RunConfig(
         model=_llama(vocabulary_size=64_000, width=512, layers=8, head_size=64, max_length=2048),
         seed=train,
-        experts=replace(train, tokens=1_000_000_000, learning_rate=5e-4),
-        grow=replace(train, tokens=100_000_000, learning_rate=5e-4),
+        experts=replace(train, tokens=1_000_000_000, learning_rate=5e-4, seed=1),
+        grow=replace(train, tokens=100_000_000, learning_rate=5e-4, seed=2),
     )
 
 

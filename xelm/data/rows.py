@@ -44,8 +44,11 @@ class LanguageRows:
     ):
         ids = source.ids
         chosen = np.arange(len(ids)) if source.documents is None else np.asarray(source.documents)
-        order = np.random.default_rng([seed, *ids.language.encode()]).permutation(len(chosen))
-        self.ids, self.order = ids, chosen[order]
+        # By the language, not by its place among the sources: every training with one seed goes
+        # through a language in the same order, whoever else takes part.
+        random = np.random.default_rng([seed, *ids.language.encode()])
+        self.ids, self.order = ids, chosen[random.permutation(len(chosen))]
+        self.row_seed = int(random.integers(2**31))
         # Two more a document: its start and its end.
         self.ends = np.cumsum(ids.lengths[self.order] + 2)
         self.sequence_length, self.start_id, self.end_id = sequence_length, start_id, end_id
@@ -121,7 +124,7 @@ def batches(
         # Of the interface that grain's types ask for, it uses these two methods alone.
         source_of_rows = cast(grain.sources.RandomAccessDataSource, rows)
         datasets.append(
-            grain.MapDataset.source(source_of_rows).seed(seed + index).shuffle().repeat()
+            grain.MapDataset.source(source_of_rows).seed(rows.row_seed).shuffle().repeat()
         )
         shares.append(source.share)
     interleaved = _Interleaved(shares, steps * batch_size)
