@@ -21,6 +21,7 @@ from xelm import load_model, open_run
 from xelm.data import store as stores
 from xelm.models import checkpoint
 from xelm.runs import training
+from xelm.runs.evaluation import evaluate
 from xelm.training.metrics import MetricsLog, read_metrics
 
 LANGUAGES = ("en", "de", "es", "fr")
@@ -431,6 +432,21 @@ def test_experts_know_their_own_languages_better_than_the_other(evaluated):
         own, other = sorted(NAMES, key=lambda name: language not in NAMES[name])
         assert rows[own, None, language]["nll"] < rows[other, None, language]["nll"]
         assert rows[own, None, language]["nll"] < rows["seed", None, language]["nll"]
+
+
+@pytest.mark.parametrize("top_m", [None, 1])
+def test_evaluating_gives_the_scores_of_the_ensemble(evaluated, tiny, top_m):
+    run = open_run(evaluated[0])
+    routings = ("language", "tfidf", "uniform", "posterior")
+    rows = evaluate(run, tiny.held_out, routings=routings, top_m=top_m, save=False)
+    for routing in routings:
+        ensemble = run.ensemble(routing, top_m=top_m)
+        for language in LANGUAGES:
+            texts = documents_of(tiny.held_out, language)
+            (row,) = (r for r in rows if r.routing == routing and r.language == language)
+            scores = ensemble.score(texts, [language] * len(texts))
+            assert row.nll == pytest.approx(scores.nats.sum(), rel=1e-6)
+            assert row.tokens == scores.tokens.sum()
 
 
 def test_the_table_shows_the_results(xelm, evaluated, tiny, tmp_path):
