@@ -2,9 +2,10 @@
 
     python benchmarks/sweep.py --data DATA --out OUT --widths 64,128 --tokens 5e5,1e6,2e6
 
-For each width one seed is trained; dense and typological pairs (k=8) continue it at each budget,
-with the same peak rate and rows a step given on the command line for each side. Prints mean
-perplexities over the sixteen languages and the change. The command can be killed and run again.
+For each width one seed is trained; dense and each system continue it at each budget, with the peak
+rate and rows a step given on the command line for each side. OUT/sweep.json and OUT/sweep.md have
+mean perplexities over the sixteen languages, the changes, and how many languages are better. The
+command can be killed and run again.
 """
 
 import argparse
@@ -20,8 +21,6 @@ from xelm.config import RunConfig, override
 from xelm.presets import tiny
 from xelm.runs.init import init
 
-EXPERTS = "typology-k8"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -29,6 +28,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--widths", default="64,128", help="of the residual stream")
     parser.add_argument("--tokens", default="5e5,1e6,2e6", help="of each system")
+    parser.add_argument("--systems", default="typology-k8", help="as in reproduce.py")
     parser.add_argument("--dense", default="1e-3,16", help="peak rate and rows a step of dense")
     parser.add_argument("--experts", default="1e-3,4", help="the same of the experts")
     parser.add_argument("--max-documents", type=int, default=40)
@@ -45,23 +45,26 @@ def main() -> None:
         base = init(folder / "base", data / "corpus", config, languages=LANGUAGES)
         for tokens in (round(float(text)) for text in options.tokens.split(",")):
             budget = replace(config, experts=replace(config.experts, tokens=tokens))
-            found = {}
-            for system in ("dense", EXPERTS):
+            scores = {}
+            for system in ("dense", *options.systems.split(",")):
                 run = train_system(base, budget, system, rates, 0, f"{system}-{tokens}")
-                found[system] = np.asarray(perplexities(evaluated(run, corpus, system), system))
-            rows.append(
-                {
-                    "width": width,
-                    "parameters": config.model.parameter_count,
-                    "seed_tokens": config.seed.tokens,
-                    "tokens": tokens,
-                    "dense": float(found["dense"].mean()),
-                    "experts": float(found[EXPERTS].mean()),
-                    "better": int((found[EXPERTS] < found["dense"]).sum()),
-                }
-            )
-            (out / "sweep.json").write_text(json.dumps({"format": 1, "rows": rows}, indent=2))
-            _print(rows)
+                found = evaluated(run, corpus, system)
+                scores[system] = np.asarray(perplexities(found, system))
+                rows.append(
+                    {
+                        "width": width,
+                        "parameters": config.model.parameter_count,
+                        "seed_tokens": config.seed.tokens,
+                        "tokens": tokens,
+                        "system": system,
+                        "perplexity": float(scores[system].mean()),
+                        "change": float(scores[system].mean() / scores["dense"].mean() - 1),
+                        "better": int((scores[system] < scores["dense"]).sum()),
+                        "by_language": dict(zip(LANGUAGES, scores[system].tolist())),
+                    }
+                )
+                _write(out, {"format": 1, "rates": rates, "rows": rows})
+    print((out / "sweep.md").read_text())
 
 
 def _setting(text: str) -> tuple[float, int]:
@@ -82,15 +85,20 @@ def _of_width(config: RunConfig, width: int) -> RunConfig:
     return replace(config, model=model)
 
 
-def _print(rows: list[dict]) -> None:
-    print("| width | parameters | seed tokens | tokens | dense | experts | change | better |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
+def _write(out: Path, results: dict) -> None:
+    (out / "sweep.json").write_text(json.dumps(results, indent=2))
+    lines = [
+        "| width | parameters | seed tokens | tokens | system | perplexity | change | better |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        change = "" if row["system"] == "dense" else f"{row['change']:+.1%}"
+        better = "" if row["system"] == "dense" else f"{row['better']} of {len(LANGUAGES)}"
+        lines.append(
             f"| {row['width']} | {row['parameters']:,} | {row['seed_tokens']:,} | "
-            f"{row['tokens']:,} | {row['dense']:.2f} | {row['experts']:.2f} | "
-            f"{row['experts'] / row['dense'] - 1:+.1%} | {row['better']} of {len(LANGUAGES)} |"
+            f"{row['tokens']:,} | {row['system']} | {row['perplexity']:.2f} | {change} | {better} |"
         )
+    (out / "sweep.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, about a third more work."""
     seed: int = 0
     """Orders documents and rows, and initialises a fresh model. A training that goes on from
-    another on the same text needs another seed, or it sees the same rows again in the same order."""
+    another on the same text needs another seed, or it sees the same rows in the same order."""
     checkpoint_every: int = 200
     """Steps between checkpoints of the unfinished training."""
     log_every: int = 10
