@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import unicodedata
 
 import pytest
@@ -159,3 +160,24 @@ def test_a_directory_without_a_tokenizer_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer that transformers can load") as caught:
         tokenizers.load(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
+def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(
+    directory, tmp_path, monkeypatch, file
+):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "n")
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    path = tmp_path / file
+    settings = json.loads(path.read_text()) if path.exists() else {"model_type": "own"}
+    mapped = {"AutoTokenizer": ["code.Own", "code.Own"], "AutoConfig": "code.Own"}
+    settings |= {"auto_map": mapped, "tokenizer_class": "Own"}
+    path.write_text(json.dumps(settings))
+    try:
+        tokenizers.load(tmp_path)
+    except UserError as error:
+        assert "has no tokenizer that transformers can load" in str(error)
+        assert "\n" not in str(error)
+    assert asked == [] and not (tmp_path / "ran").exists()
