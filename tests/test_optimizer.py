@@ -1,5 +1,7 @@
 """Learning rates by hand; decay where it belongs; clipping; AdamW as published."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 from xelm.config import TrainConfig
+from xelm.presets import tiny
 from xelm.training.optimizer import optimizer, schedule
 
 
@@ -136,6 +139,12 @@ def test_a_configuration_that_cannot_be_trained_is_refused_when_made(field, valu
     values = {"batch_size": 4, "accumulation_steps": 2, field: value}
     with pytest.raises(ValueError, match=fault):
         config(**values)
+
+
+def test_experts_may_not_see_the_rows_of_the_seed_in_its_order():
+    with pytest.raises(ValueError, match=r"experts\.seed must differ from seed\.seed"):
+        replace(tiny(), experts=replace(tiny().experts, seed=tiny().seed.seed))
+    replace(tiny(), model=None, experts=tiny().seed)  # a seed that was trained elsewhere
 
 
 def test_all_faults_are_named_at_once():

@@ -191,6 +191,20 @@ def test_another_seed_gives_other_batches_of_the_same_rows():
     assert set(all_tokens(0).ravel().tolist()) == set(all_tokens(1).ravel().tolist())
 
 
+def test_the_order_of_a_language_does_not_depend_on_who_else_takes_part():
+    """Experts and the dense baseline go through a language in one order."""
+
+    def rows_of_greek(shares):
+        batches = mixed(shares)
+        index = list(shares).index("el")
+        rows = np.concatenate([batch["tokens"][batch["language"] == index] for batch in batches])
+        return rows[:20]
+
+    alone = rows_of_greek({"el": 1.0})
+    np.testing.assert_array_equal(rows_of_greek({"de": 0.5, "el": 0.3, "sw": 0.2}), alone)
+    np.testing.assert_array_equal(rows_of_greek({"el": 0.3, "sw": 0.2}), alone)
+
+
 def test_each_pass_sees_every_row_once_in_an_order_of_its_own():
     count = len(rows_of(source("el"), 6))
     found = mixed({"el": 1.0}, steps=4 * count, batch_size=1)
