@@ -97,13 +97,16 @@ def average(
     for there in (out / WEIGHTS, out / INDEX):
         if there.exists():
             raise UserError(f"{there} is there already; nothing is overwritten")
+    # With merge.json and no weights, it is of a merge that was interrupted.
+    if out.exists() and any(out.iterdir()) and not (out / RECORD).exists():
+        raise UserError(f"{out} has other files in it; nothing is overwritten")
     _check_configs(directories)
     with ExitStack() as stack:
         checkpoints = [_Checkpoint(directory, stack) for directory in directories]
         _check_tensors(checkpoints)
         out.mkdir(parents=True, exist_ok=True)
-        _copy_side_files(directories[0], out)
         write_json(out / RECORD, _record(checkpoints, shares))
+        _copy_side_files(directories[0], out)
         _write_average(checkpoints, shares, out)
     return out
 

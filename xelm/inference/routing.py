@@ -135,6 +135,8 @@ class Tfidf:
             + np.square(self.centres).sum(axis=1)
         )
         distance = np.maximum(squared, 0.0) ** (self.distance_power / 2)
+        # Before the first known term nothing speaks for any expert, not even a centre near zero.
+        distance = np.where(vectors.any(axis=1, keepdims=True), distance, 0.0)
         return _normalised(-distance / self.temperature)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from clustering.errors import UserError
@@ -160,7 +161,7 @@ def _score_all(
     scores: dict[str, dict[str, list[np.ndarray]]] = {}
     with bar(total * len(systems), "evaluate", "tok") as progress:
         for system, directory in systems.items():
-            parameters = read_parameters(directory, model)
+            parameters = jax.device_put(read_parameters(directory, model))
             flat = [ids for found in documents.values() for ids in found]
             found = iter(
                 score_documents(

@@ -72,8 +72,6 @@ def train_experts(run: Run, names: Sequence[str]) -> None:
 def train_dense(run: Run) -> None:
     """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
     with locked(run.directory, "train-dense"):
-        if run.dense.exists():
-            return
         train_checkpoint(
             run, run.seed, run.dense, dense_sources(run), run.config.experts, name="dense"
         )
@@ -82,14 +80,17 @@ def train_dense(run: Run) -> None:
 def dense_sources(run: Run) -> list[Source]:
     """All documents, languages in their shares."""
     store, shares = run.store(), language_shares(run)
-    return [Source(ids=ids, share=shares[tag]) for tag, ids in store.languages.items()]
+    return [Source(ids=store.languages[tag], share=share) for tag, share in shares.items()]
 
 
 def language_shares(run: Run) -> dict[str, float]:
     """Share of each language in the tokens of all experts together, and in those of the dense
-    baseline: every language is seen as often in both, so that they differ in who sees it."""
-    store = run.store()
-    tokens = {tag: len(ids.ids) for tag, ids in store.languages.items()}
+    baseline: every language is seen as often in both, so that they differ in who sees it.
+    Languages that the RUN's clusters leave unassigned have none."""
+    branched = (run.directory / "clusters.json").exists()
+    left_out = run.clusters().unassigned if branched else ()
+    stores = run.store().languages.items()
+    tokens = {tag: len(ids.ids) for tag, ids in stores if tag not in left_out}
     return exponent_shares(tokens, run.config.experts.sampling_exponent)
 
 
@@ -137,10 +138,11 @@ def train_checkpoint(
     name: str,
 ) -> None:
     """Trains from one checkpoint to another, which appears whole; nothing is done if it exists."""
+    work = run.training(name)
     if target.exists():
+        shutil.rmtree(work, ignore_errors=True)
         return
     model, tokenizer = read_config(parent), run.tokenizer()
-    work = run.training(name)
     trained = train(
         read_parameters(parent, model),
         model,
@@ -156,6 +158,7 @@ def train_checkpoint(
     write_checkpoint(
         target, model, trained.parameters, like=run.seed, extra=[work / "metrics.jsonl", centre]
     )
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) -> None:
@@ -169,11 +172,8 @@ def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) ->
     text.write_text(card(described, run.registry(), dict(facts)), encoding="utf-8")
     update(
         run.directory,
-        lambda registry: registry.publish(
-            expert.name, expert.version, sha256=hash_directory(directory), tokens=tokens
-        ),
+        lambda registry: registry.publish(expert.name, expert.version, sha256=files, tokens=tokens),
     )
-    shutil.rmtree(run.training(expert.name), ignore_errors=True)
 
 
 def parent_directory(run: Run, expert: Expert) -> Path:

@@ -1,6 +1,7 @@
 """Checkpoints of unfinished trainings: the one place that knows Orbax."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,6 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
         )
 
-    def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint, if there is one."""
-        return self._manager.latest_step()
-
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Saves arrays and a JSON value; returns when the arrays may be changed again."""
         if step != self._manager.latest_step():
@@ -34,26 +31,38 @@ class Checkpoints:
             with self._saving():
                 self._manager.save(step, args=args)
 
-    def restore(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
-        """State and facts of a checkpoint, placed as `shardings` say."""
+    def newest(
+        self, shapes: Any, shardings: Any, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """Step, state and facts of the newest checkpoint that can be read, placed as `shardings`
+        say; None if there is none. `check` sees the facts first and may refuse them. A damaged
+        checkpoint is named on stderr and deleted, and the one before it is used."""
         target = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
             shapes,
             shardings,
         )
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(target), facts=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"the checkpoint at step {step} in {self._manager.directory} does not fit this "
-                f"model: {str(error).splitlines()[0]}"
-            ) from error
-        return restored["state"], restored["facts"]
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                facts = self._restored(step, facts=ocp.args.JsonRestore())
+                check(facts)
+                state = self._restored(step, state=ocp.args.StandardRestore(target))
+                return step, state, facts
+            except UserError:
+                raise
+            except Exception as error:  # a damaged file makes its readers raise all sorts of things
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                print(
+                    f"{self._manager.directory}: the checkpoint of step {step} is damaged "
+                    f"({reason}); going back to the one before",
+                    file=sys.stderr,
+                )
+                self._manager.delete(step)
+        return None
+
+    def _restored(self, step: int, **what: Any) -> Any:
+        (name,) = what
+        return self._manager.restore(step, args=ocp.args.Composite(**what))[name]
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""

@@ -17,6 +17,7 @@ import numpy as np
 from clustering.errors import UserError
 from xelm.config import TrainConfig
 from xelm.data.rows import Source, batches
+from xelm.models.checkpoint import shapes
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
 from xelm.training.checkpoint import Checkpoints
@@ -52,7 +53,7 @@ def train(
     """Trains on packed rows of `sources` and returns the new parameters.
 
     `directory` holds checkpoints and metrics.jsonl; run again with the same arguments after a
-    crash, the training goes on from the newest checkpoint and ends with the same bits.
+    crash, the training goes on from the newest checkpoint and ends, on CPUs, with the same bits.
     `parameters` (nested dictionary, float32) start a training that has no checkpoint yet.
     """
     directory = Path(directory)
@@ -61,13 +62,21 @@ def train(
     mesh = make_mesh(config)
     with jax.set_mesh(mesh), closing(Checkpoints(directory / "checkpoints")) as checkpoints:
         functions = program(model, config, mesh)
-        state = functions.create(jax.device_put(parameters, functions.state_shardings.parameters))
-        facts = {"config": asdict(config), "language_tokens": dict.fromkeys(languages, 0)}
-        first = checkpoints.latest_step() or 0
-        if first:
-            state, found = checkpoints.restore(first, state, functions.state_shardings)
-            _same_training(facts, found, directory)
-            facts = found
+        facts = {
+            "config": asdict(config),
+            "model": asdict(model),
+            "language_tokens": dict.fromkeys(languages, 0),
+        }
+        first, state, facts = checkpoints.newest(
+            jax.eval_shape(functions.create, shapes(model)),
+            functions.state_shardings,
+            check=lambda found: _same_training(facts, found, directory),
+        ) or (
+            0,
+            functions.create(jax.device_put(parameters, functions.state_shardings.parameters)),
+            facts,
+        )
+        del parameters  # the state has them now, and memory is scarce
         log = MetricsLog(
             directory / "metrics.jsonl", last_step=first, tensorboard=config.tensorboard
         )
@@ -125,9 +134,10 @@ def _count(seen: dict[str, int], languages: Sequence[str], batch: Mapping[str, n
 def _same_training(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
     free = ("log_every", "checkpoint_every", "tensorboard")
     differ = [
-        f"{name} was {found['config'].get(name)}, now {value}"
-        for name, value in wanted["config"].items()
-        if name not in free and found["config"].get(name) != value
+        f"{name} was {found[part].get(name)}, now {value}"
+        for part in ("config", "model")
+        for name, value in wanted[part].items()
+        if name not in free and found[part].get(name) != value
     ]
     if set(wanted["language_tokens"]) != set(found["language_tokens"]):
         differ.append("the languages differ")

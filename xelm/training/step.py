@@ -109,15 +109,17 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
             (loss, gradients), _ = jax.lax.scan(accumulate, zero, parts)
         # Divided once, at the end: parts with fewer targets weigh less, as in the whole batch.
         tokens = target_weights(batch["segments"]).sum()
-        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        total = jnp.maximum(tokens, 1)  # tiny batches of first tokens alone have no target
+        gradients = jax.tree.map(lambda g: g / total, gradients)
         updates, optimizer_state = update.update(gradients, state.optimizer, state.parameters)
         updates = jax.tree.map(lambda u: u * learning_rate, updates)
         parameters = optax.apply_updates(state.parameters, updates)
-        metrics = Metrics(loss / tokens, optax.tree.norm(gradients), tokens)
+        metrics = Metrics(loss / total, optax.tree.norm(gradients), tokens)
         return State(parameters, optimizer_state, state.step + 1), metrics
 
     placed = parameter_shardings(model, mesh)
     whole = replicated(mesh)
+    # Only the structure of the optimiser's state is wanted, so any shape of a parameter will do.
     abstract = jax.eval_shape(
         create, jax.tree.map(lambda s: jax.ShapeDtypeStruct((1,), jnp.float32), placed)
     )
