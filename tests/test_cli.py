@@ -210,6 +210,28 @@ def test_a_mistake_is_one_line_and_changes_nothing(xelm, place, monkeypatch, com
     assert [name for name in more if "/".join(name.split("/")[:2]) not in locks] == []
 
 
+UNUSABLE = [
+    (b'{"content": "a"}\n', '1 with no "text" (first: de.jsonl:1)'),
+    ('{"text": "a"}\n'.encode("utf-16"), "bytes that are not UTF-8 (first: de.jsonl:1"),
+    (b'{"text": "a", "lang": "klingonish"}\n', "unknown language (first: de.jsonl:1 'klingonish')"),
+    (b'{"text": "a", "lang": "sw"}\n', "language sw, which was not asked for (first: record 1)"),
+]
+
+
+@pytest.mark.parametrize("options", [[], ["--seed", "run/seed"]], ids=["fresh", "seed"])
+@pytest.mark.parametrize(("content", "reason"), UNUSABLE, ids=["key", "UTF-16", "unknown", "other"])
+def test_a_corpus_without_usable_documents_says_what_was_left_out(
+    xelm, place, monkeypatch, tmp_path, options, content, reason
+):
+    monkeypatch.chdir(place)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "de.jsonl").write_bytes(content)
+    outcome = xelm("init", tmp_path / "new", "--corpus", tmp_path / "corpus", *options)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "no usable document in de; " in outcome.err and reason in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("xelm: ")
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -89,7 +89,6 @@ def test_the_documents_do_not_depend_on_the_container(tmp_path, name, content):
         (b'["text"]\n', "no object"),
         (b"7\n", "no object"),
         (b'{"text": "a", "lang": 7}\n', 'no "lang"'),
-        (b'{"text": "a", "lang": "klingonish"}\n', "the unknown language 'klingonish'"),
         (b'{"text": "\\ud83d"}\n', "half of a surrogate pair"),
     ],
 )
@@ -98,6 +97,14 @@ def test_an_unusable_record_is_counted_with_its_place_and_stops_nothing(tmp_path
     documents, left_out = read_folder(tmp_path, {"de.jsonl": whole})
     assert [document.text for document in documents] == ["a", "b"]
     assert left_out == only(reason, 1, "de.jsonl:2")
+
+
+def test_unknown_languages_are_one_reason_however_many_they_are(tmp_path):
+    records = [{"text": "a", "lang": f"x{number} " * 50} for number in range(100)]
+    documents, left_out = read_folder(tmp_path, {"de.jsonl": lines(*records)})
+    assert documents == []
+    places = [f"de.jsonl:{n + 1} {(f'x{n} ' * 50)[:40]!r}" for n in range(3)]
+    assert left_out == only("an unknown language", 100, *places)
 
 
 def test_unusable_rows_of_parquet_are_counted_like_those_of_json(tmp_path):
@@ -112,7 +119,7 @@ def test_unusable_rows_of_parquet_are_counted_like_those_of_json(tmp_path):
     assert left_out == {
         **only('no "text"', 1, "de.parquet:2"),
         **only("empty text", 1, "de.parquet:3"),
-        **only("the unknown language 'klingonish'", 1, "de.parquet:4"),
+        **only("an unknown language", 1, "de.parquet:4 'klingonish'"),
     }
 
 
@@ -172,6 +179,32 @@ def test_a_damaged_file_does_not_stop_the_others(tmp_path, name):
     assert reason.startswith("a damaged file (")
     unit = "row" if name.endswith("parquet") else "line"
     assert left_out == only(reason, 1, f"{name} after {unit} 0")
+
+
+def test_damaged_pages_of_parquet_do_not_stop_the_others(tmp_path):
+    whole = bytearray(parquet(*[{"text": f"text {number}"} for number in range(3000)]))
+    whole[20 : len(whole) // 3] = b"\xff" * (len(whole) // 3 - 20)
+    contents = {"de.parquet": bytes(whole), "en.jsonl": lines({"text": "a"})}
+    documents, left_out = read_folder(tmp_path, contents)
+    assert documents == [Document("a", "en")]
+    (reason,) = left_out
+    assert reason.startswith("a damaged file (") and "\n" not in reason
+    assert left_out == only(reason, 1, "de.parquet after row 0")
+
+
+def test_a_stream_that_breaks_is_one_line_with_its_place(monkeypatch):
+    import datasets
+
+    def stream(*arguments, **options):
+        yield {"text": "a"}
+        raise ConnectionError("the other side\nhas gone")
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    documents = read("hf://owner/texts/de", Faults())
+    assert next(documents) == Document("a", "de")
+    with pytest.raises(UserError) as caught:
+        next(documents)
+    assert str(caught.value) == "cannot read hf://owner/texts/de after record 1: the other side"
 
 
 def test_a_fault_of_the_disk_is_not_taken_for_one_of_the_file(tmp_path, monkeypatch):
@@ -238,7 +271,7 @@ def test_a_file_of_another_name_among_them_matters_only_when_all_are_asked_for(t
     assert documents == [Document("a", "de")] and left_out == {}
     documents, left_out = read_folder(tmp_path, contents)
     assert documents == [Document("a", "de")]
-    assert left_out == only("the unknown language 'notes'", 1, "notes.jsonl:1")
+    assert left_out == only("an unknown language", 1, "notes.jsonl:1 'notes'")
 
 
 def test_files_come_sorted_and_others_are_passed_over(tmp_path):

@@ -1,5 +1,6 @@
 """The tokenised corpus: what was encoded can be read back, and it is there whole or not at all."""
 
+import errno
 import json
 
 import numpy as np
@@ -141,6 +142,17 @@ def test_a_store_whose_files_do_not_match_its_record_is_refused(tmp_path):
         file.write(b"\0\0")
     with pytest.raises(UserError, match=r"de\.ids does not match store\.json"):
         open_store(tmp_path / "store")
+
+
+def test_a_fault_of_reading_is_not_called_one_of_writing(tmp_path):
+    def broken():
+        yield DOCUMENTS[0]
+        raise OSError(errno.EIO, "Input/output error", "/corpus/de.jsonl")
+
+    with pytest.raises(UserError) as caught:
+        build(tmp_path / "store", broken())
+    assert str(caught.value) == "/corpus/de.jsonl: Input/output error"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_store_of_a_newer_format_is_refused(tmp_path):

@@ -67,6 +67,13 @@ class Faults:
         }
 
 
+def no_documents(languages: Sequence[str], faults: Faults) -> UserError:
+    """The mistake of a corpus without usable documents in `languages`, and what was left out."""
+    what = ", ".join(languages) or "any language"
+    more = f"; {faults}" if faults else ""
+    return UserError(f"the corpus has no usable document in {what}{more}")
+
+
 def files(corpus: str | Path) -> list[Path]:
     """The corpus files of a folder, sorted, or the one file that `corpus` names."""
     path = Path(corpus)
@@ -150,7 +157,8 @@ def _documents(
         elif not isinstance(language, str):
             faults.add('no "lang"', place)
         elif (tag := tags.get(language) or _tag(tags, language)) is None:
-            faults.add(f"the unknown language {language!r}", place)
+            # The value belongs to the place: there may be as many as records.
+            faults.add("an unknown language", f"{place} {language[:40]!r}")
         else:
             yield Document(unicodedata.normalize("NFC", text.strip()), tag)
 
@@ -233,9 +241,10 @@ def _parquet_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path.name}:{number}", record
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        faults.add(f"a damaged file ({reason})", f"{path.name} after row {number}")
+    except (OSError, pyarrow.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk, not of the pages
+        faults.add(f"a damaged file ({_reason(error)})", f"{path.name} after row {number}")
 
 
 def _hub_records(name: str) -> Iterator[tuple[str, Any]]:
@@ -250,9 +259,18 @@ def _hub_records(name: str) -> Iterator[tuple[str, Any]]:
     try:
         records = datasets.load_dataset(dataset, *parts[2:], split="train", streaming=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot open {name}: {reason}") from error
+        raise UserError(f"cannot open {name}: {_reason(error)}") from error
     # Without "lang" in the records the config's name is the language, as in many collections.
     language = parts[2] if len(parts) == 3 else None
-    for number, record in enumerate(records, 1):
-        yield f"{name}:{number}", {"lang": language, **record} if language else record
+    number = 0
+    try:
+        for number, record in enumerate(records, 1):
+            yield f"{name}:{number}", {"lang": language, **record} if language else record
+    except Exception as error:
+        # Going on would make a corpus of whatever came before the connection broke.
+        raise UserError(f"cannot read {name} after record {number}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

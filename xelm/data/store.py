@@ -11,7 +11,7 @@ import array
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from jaxtyping import Int
 
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
-from xelm.data.corpus import Document, Faults
+from xelm.data.corpus import Document, Faults, no_documents
 from xelm.data.tokenizer import Tokenizer
 
 # Documents tokenised at once: enough for the tokenizer's threads, little enough for memory.
@@ -109,7 +109,7 @@ def build_store(
     try:
         with contextlib.ExitStack() as stack:
             writers: dict[str, _Writer] = {}
-            for batch in _batches(_kept(documents, wanted, faults)):
+            for batch in _batches(kept(documents, wanted, faults)):
                 for document, ids in zip(batch, tokenizer.encode([d.text for d in batch])):
                     language = document.language
                     if language not in writers:
@@ -120,8 +120,7 @@ def build_store(
         order = sorted(writers) if wanted is None else wanted
         missing = [language for language in order if language not in writers]
         if missing or not order:
-            what = ", ".join(missing) if missing else "any language"
-            raise UserError(f"the corpus has no usable document in {what}")
+            raise no_documents(missing, faults)
         counts = {language: writers[language].finish(partial, language) for language in order}
         write_json(
             partial / "store.json",
@@ -165,14 +164,21 @@ class _Writer:
         }
 
 
-def _kept(
-    documents: Iterable[Document], wanted: list[str] | None, faults: Faults
+def kept(
+    documents: Iterable[Document], wanted: Sequence[str] | None, faults: Faults
 ) -> Iterator[Document]:
-    for number, document in enumerate(documents, 1):
-        if wanted is None or document.language in wanted:
-            yield document
-        else:
-            faults.add(f"language {document.language}, which was not asked for", f"record {number}")
+    """The documents in the `wanted` languages, or all if None; others are counted in `faults`."""
+    try:
+        for number, document in enumerate(documents, 1):
+            if wanted is None or document.language in wanted:
+                yield document
+            else:
+                reason = f"language {document.language}, which was not asked for"
+                faults.add(reason, f"record {number}")
+    except OSError as error:
+        # Of reading, which the caller must not take for one of writing.
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror or error}") from error
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

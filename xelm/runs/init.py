@@ -19,7 +19,7 @@ from xelm.data import corpus as corpora
 from xelm.data import tokenizer as tokenizers
 from xelm.data.corpus import Faults
 from xelm.data.rows import Source, exponent_shares
-from xelm.data.store import Store, build_store
+from xelm.data.store import Store, build_store, kept
 from xelm.models.checkpoint import (
     check_checkpoint,
     copy_checkpoint,
@@ -158,11 +158,14 @@ def _train_tokenizer(run: Run, corpus: str | Path) -> None:
     # Documents beyond what a tokenizer learns from are not held in memory.
     most = 2 * tokenizers.TRAINING_BYTES // len(texts)
     sizes = dict.fromkeys(texts, 0)
-    for document in corpora.read(corpus, faults, run.languages):
+    for document in kept(corpora.read(corpus, faults, run.languages), run.languages, faults):
         language = document.language
-        if language in texts and sizes[language] < most:
+        if sizes[language] < most:
             texts[language].append(document.text)
             sizes[language] += len(document.text.encode())
+    missing = [language for language, found in texts.items() if not found]
+    if missing:
+        raise corpora.no_documents(missing, faults)
     print(f"training a tokenizer of {vocabulary_size} pieces", file=sys.stderr)
     partial = target.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
