@@ -61,6 +61,15 @@ def place(tiny, initialised, tmp_path_factory):
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     config = json.loads((folder / "foreign" / "config.json").read_text())
     (folder / "foreign" / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    changes = {"worded": {"hidden_size": "64"}, "uneven": {"num_key_value_heads": 3}}
+    for name, change in changes.items():
+        shutil.copytree(tiny.directory / "seed", folder / name)
+        write_json(folder / name / "config.json", config | change)
+    contents = {"no-object": "[]", "no-index": "{", "no-map": "{}"}
+    for name, content in contents.items():
+        shutil.copytree(tiny.directory / "seed", folder / name)
+        file = "config.json" if name == "no-object" else "model.safetensors.index.json"
+        (folder / name / file).write_text(content)
     for name in ("run.json", "registry.json", "clusters.json"):
         newer = folder / f"newer-{name}"
         shutil.copytree(tiny.directory, newer)
@@ -114,6 +123,26 @@ MISTAKES = [
     ("init new --corpus corpus --seed damaged", "damaged/model.safetensors is not readable"),
     ("init new --corpus corpus --seed foreign", "model_type .*t5"),
     ("init new --corpus corpus --seed shrunk", "model.norm.weight has shape (7,)"),
+    ("init new --corpus corpus --seed worded", "worded/config.json: hidden_size must be a whole"),
+    ("init new --corpus corpus --seed uneven", "uneven/config.json: head_count must be a multiple"),
+    ("init new --corpus corpus --seed no-object", "no-object/config.json wants a JSON object"),
+    (
+        "init new --corpus corpus --seed no-index",
+        "no-index/model.safetensors.index.json is not JSON",
+    ),
+    ("init new --corpus corpus --seed no-map", 'model.safetensors.index.json wants a "weight_map"'),
+    (
+        "init new --corpus corpus --set model_type=xglm",
+        "xglm does not go with model.norm=rms (wanted layer)",
+    ),
+    (
+        "init new --corpus corpus --set model.max_length=128",
+        "seed.sequence_length must be at most the model's max_length, 128; got 256",
+    ),
+    (
+        "init new --corpus corpus --seed run/seed --set experts.sequence_length=65",
+        "experts.sequence_length must be at most the model's max_length, 64; got 65",
+    ),
     ("init new --corpus corpus --clusters missing", "missing/clusters.json does not exist"),
     ("init new --corpus corpus --clusters clusters", "not in the RUN: es, fr"),
     ("init file --corpus corpus", "file is a file; give a new or empty directory"),
@@ -218,7 +247,12 @@ UNUSABLE = [
 ]
 
 
-@pytest.mark.parametrize("options", [[], ["--seed", "run/seed"]], ids=["fresh", "seed"])
+SEED = ["--seed", "run/seed"]
+for part in ("experts", "grow"):
+    SEED += ["--set", f"{part}.sequence_length=32"]
+
+
+@pytest.mark.parametrize("options", [[], SEED], ids=["fresh", "seed"])
 @pytest.mark.parametrize(("content", "reason"), UNUSABLE, ids=["key", "UTF-16", "unknown", "other"])
 def test_a_corpus_without_usable_documents_says_what_was_left_out(
     xelm, place, monkeypatch, tmp_path, options, content, reason
@@ -255,6 +289,31 @@ def test_a_command_that_cannot_be_parsed_shows_its_usage(xelm, place, monkeypatc
     assert outcome.err.startswith("usage: xelm")
     assert ": error: " in outcome.err.splitlines()[-1]
     assert names(place) == there
+
+
+def test_a_seed_with_a_sentencepiece_model_alone_gets_a_tokenizer_json(
+    xelm, place, monkeypatch, tmp_path
+):
+    from xelm.data import tokenizer as tokenizers
+
+    monkeypatch.chdir(place)
+    shutil.copytree("run/seed", tmp_path / "seed")
+    (tmp_path / "seed" / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    write_json(tmp_path / "seed" / "tokenizer_config.json", settings)
+    options = [tmp_path / "seed" if option == "run/seed" else option for option in SEED]
+    outcome = xelm("init", tmp_path / "new", "--corpus", "corpus", *options)
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "new" / "seed" / "tokenizer.json").exists()
+    texts = ["Der alte Mann", "  und das Meer 🐟"]
+    copied, given = (tokenizers.load(tmp_path / name) for name in ("new/seed", "seed"))
+    assert copied.encode(texts) == given.encode(texts)
+
+
+def test_weights_are_readable_by_others_as_the_umask_says(tiny):
+    for folder in (tiny.directory / "seed", tiny.directory / "dense"):
+        modes = {(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+        assert len(modes) == 1
 
 
 def test_branching_on_other_clusters_is_refused(xelm, place, monkeypatch, tmp_path):

@@ -114,6 +114,8 @@ def test_a_run_can_start_from_the_seed_of_another(xelm, tiny, tiny_settings, tmp
     command = ["init", tmp_path / "RUN", "--corpus", tiny.corpus, "--languages", languages]
     command += ["--seed", tiny.directory / "seed", "--preset", "hub"]
     command += ["--set", "vectoriser_dimensions=12", "--clusters", tiny.clusters]
+    for part in ("experts", "grow"):
+        command += ["--set", f"{part}.sequence_length=32"]
     assert xelm(*command).code == 0
     run, other = open_run(tmp_path / "RUN"), open_run(tiny.directory)
     for name in ("model.safetensors", "tokenizer.json"):

@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from clustering.errors import UserError
 from clustering.files import write_json
 from xelm.models.config import ModelConfig
 from xelm.models.decoder import Decoder
-from xelm.models.families import Family, family
+from xelm.models.families import Family, family, hub_config
 
 WEIGHTS = "model.safetensors"
 # What makes a Hub checkpoint usable besides its weights, and travels with every expert.
@@ -101,8 +101,8 @@ def read_config(directory: str | Path) -> ModelConfig:
         return family(source["model_type"]).read(source)
     except KeyError as error:
         raise UserError(f"{directory}/config.json lacks {error}") from None
-    except UserError as error:
-        raise UserError(f"{directory}: {error}") from None
+    except (UserError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{directory}/config.json: {error}") from None
 
 
 def read_hub_config(directory: str | Path) -> dict[str, Any]:
@@ -113,12 +113,9 @@ def read_hub_config(directory: str | Path) -> dict[str, Any]:
             f"there is no directory {directory}; a checkpoint of the Hub comes with: "
             "hf download OWNER/NAME --local-dir DIR"
         )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no model checkpoint: it has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    if not path.exists():
+        raise UserError(f"{directory} is no model checkpoint: it has no config.json")
+    return _read_object(path)
 
 
 def read_parameters(
@@ -162,17 +159,19 @@ def write_checkpoint(
     """
     with _whole_or_nothing(Path(directory)) as partial:
         if like is None:
-            hub_config = {**family(model_type).write(config), **(special_ids or {})}
+            source = {**hub_config(model_type, config), **(special_ids or {})}
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, partial)
         else:
-            hub_config = read_hub_config(like)
+            source = read_hub_config(like)
             copy_tokenizer(like, partial)
         flat = {path: np.asarray(value) for path, value in _flat(parameters).items()}
-        hub_config["dtype"] = str(flat["embedding"].dtype)
-        write_json(partial / "config.json", hub_config)
-        tensors = _unstacked(family(hub_config["model_type"]), config, flat)
+        source["dtype"] = str(flat["embedding"].dtype)
+        write_json(partial / "config.json", source)
+        tensors = _unstacked(family(source["model_type"]), config, flat)
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        # The library writes for its user alone, whatever the umask says.
+        shutil.copymode(partial / "config.json", partial / WEIGHTS)
         for path in extra:
             shutil.copyfile(path, partial / path.name)
 
@@ -185,15 +184,20 @@ def check_checkpoint(directory: str | Path) -> ModelConfig:
     return config
 
 
-def copy_checkpoint(source: str | Path, directory: str | Path) -> None:
+def copy_checkpoint(
+    source: str | Path, directory: str | Path, save_tokenizer: Callable[[Path], object]
+) -> None:
     """Copies what a checkpoint consists of, byte for byte, whole or not at all. Weights that do
-    not match its config.json are refused; other files of `source` stay behind."""
+    not match its config.json are refused; other files of `source` stay behind. save_tokenizer:
+    writes tokenizer.json into a folder, for a checkpoint that has none."""
     check_checkpoint(source)
     with _whole_or_nothing(Path(directory)) as partial:
         for path in sorted(Path(source).glob("*.safetensors*")):
             shutil.copyfile(path, partial / path.name)
         shutil.copyfile(Path(source) / "config.json", partial / "config.json")
         copy_tokenizer(source, partial)
+        if not (partial / "tokenizer.json").exists():
+            save_tokenizer(partial)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -222,13 +226,26 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} wants a JSON object; got {value!r:.40}")
+    return value
+
+
 @contextmanager
 def _open(directory: str | Path) -> Iterator[dict[str, Any]]:
     """Tensor name -> lazy slice of it, over one file or the shards of an index."""
     directory = Path(directory)
     index = directory / f"{WEIGHTS}.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = _read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise UserError(f'{index} wants a "weight_map" of tensors to files; got {shards!r:.40}')
+        names = sorted(set(shards.values()))
     elif (directory / WEIGHTS).is_file():
         names = [WEIGHTS]
     else:

@@ -4,7 +4,7 @@ A family is a reader and a writer of its config.json and a table of tensor names
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from clustering.errors import UserError
@@ -58,21 +58,21 @@ def _read_llama(source: Mapping[str, Any]) -> ModelConfig:
     kind = rope.get("rope_type", rope.get("type", "default"))
     _want("rope_type", kind, ["default"])
     _want("hidden_act", source.get("hidden_act", "silu"), ["silu"])
-    heads = source["num_attention_heads"]
+    width, heads = _count(source, "hidden_size"), _count(source, "num_attention_heads")
     return ModelConfig(
-        vocabulary_size=source["vocab_size"],
-        width=source["hidden_size"],
-        feedforward_width=source["intermediate_size"],
-        layer_count=source["num_hidden_layers"],
+        vocabulary_size=_count(source, "vocab_size"),
+        width=width,
+        feedforward_width=_count(source, "intermediate_size"),
+        layer_count=_count(source, "num_hidden_layers"),
         head_count=heads,
-        key_head_count=source.get("num_key_value_heads") or heads,
-        head_size=source.get("head_dim") or source["hidden_size"] // heads,
-        max_length=source.get("max_position_embeddings", 2048),
-        norm_epsilon=source.get("rms_norm_eps", 1e-6),
-        attention_bias=source.get("attention_bias", False),
-        feedforward_bias=source.get("mlp_bias", False),
+        key_head_count=_count(source, "num_key_value_heads", heads),
+        head_size=_count(source, "head_dim", width // heads),
+        max_length=_count(source, "max_position_embeddings", 2048),
+        norm_epsilon=float(source.get("rms_norm_eps", 1e-6)),
+        attention_bias=_flag(source, "attention_bias", False),
+        feedforward_bias=_flag(source, "mlp_bias", False),
         rope_theta=float(rope.get("rope_theta") or source.get("rope_theta") or 10_000.0),
-        tie_embeddings=source.get("tie_word_embeddings", False),
+        tie_embeddings=_flag(source, "tie_word_embeddings", False),
     )
 
 
@@ -89,7 +89,7 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_size,
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_epsilon,
-        "hidden_act": config.activation,
+        "hidden_act": "silu",
         "attention_bias": config.attention_bias,
         "mlp_bias": config.feedforward_bias,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
@@ -100,16 +100,16 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
 def _read_xglm(source: Mapping[str, Any]) -> ModelConfig:
     _want("activation_function", source.get("activation_function", "gelu"), ["gelu"])
     _want("add_cross_attention", source.get("add_cross_attention", False), [False])
-    width, heads = source["d_model"], source["attention_heads"]
+    width, heads = _count(source, "d_model"), _count(source, "attention_heads")
     return ModelConfig(
-        vocabulary_size=source["vocab_size"],
+        vocabulary_size=_count(source, "vocab_size"),
         width=width,
-        feedforward_width=source["ffn_dim"],
-        layer_count=source["num_layers"],
+        feedforward_width=_count(source, "ffn_dim"),
+        layer_count=_count(source, "num_layers"),
         head_count=heads,
         key_head_count=heads,
         head_size=width // heads,
-        max_length=source.get("max_position_embeddings", 2048),
+        max_length=_count(source, "max_position_embeddings", 2048),
         norm="layer",
         norm_epsilon=1e-5,
         activation="gelu",
@@ -118,8 +118,8 @@ def _read_xglm(source: Mapping[str, Any]) -> ModelConfig:
         feedforward_bias=True,
         positions="sinusoidal",
         position_offset=2,
-        embedding_scale=width**0.5 if source.get("scale_embedding", True) else 1.0,
-        tie_embeddings=source.get("tie_word_embeddings", True),
+        embedding_scale=width**0.5 if _flag(source, "scale_embedding", True) else 1.0,
+        tie_embeddings=_flag(source, "tie_word_embeddings", True),
     )
 
 
@@ -133,7 +133,7 @@ def _write_xglm(config: ModelConfig) -> dict[str, Any]:
         "num_layers": config.layer_count,
         "attention_heads": config.head_count,
         "max_position_embeddings": config.max_length,
-        "activation_function": config.activation,
+        "activation_function": "gelu",
         "scale_embedding": config.embedding_scale != 1.0,
         "tie_word_embeddings": config.tie_embeddings,
     }
@@ -187,6 +187,40 @@ def family(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise UserError(f"model_type {model_type!r} is not known; known: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
+
+
+def hub_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
+    """config.json of a model that is made here; settings that would not come back from a checkpoint
+    of this family are refused."""
+    written = family(model_type).write(config)
+    try:
+        back = family(model_type).read(written)
+    except ValueError as error:
+        raise UserError(f"model_type {model_type}: {error}") from None
+    misfits = [
+        f"model.{name}={value} (wanted {wanted})"
+        for name, value in asdict(config).items()
+        if value != (wanted := getattr(back, name))
+    ]
+    if misfits:
+        raise UserError(f"model_type {model_type} does not go with {', '.join(misfits)}")
+    return written
+
+
+def _count(source: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number of config.json; null is taken for a missing one where there is a default."""
+    value = source[name] if default is None else source.get(name)
+    value = default if value is None and default is not None else value
+    if type(value) is not int or value < 1:
+        raise UserError(f"{name} must be a whole number of 1 or more; config.json has {value!r}")
+    return value
+
+
+def _flag(source: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = source.get(name, default)
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false; config.json has {value!r}")
+    return value
 
 
 def _want(name: str, value: Any, known: list[Any]) -> None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clustering import tfidf
@@ -14,7 +14,7 @@ from clustering.languages import canonical_all
 from experts.lock import locked
 from experts.registry import Registry
 from experts.verify import hash_directory
-from xelm.config import RunConfig
+from xelm.config import RunConfig, TrainConfig
 from xelm.data import corpus as corpora
 from xelm.data import tokenizer as tokenizers
 from xelm.data.corpus import Faults
@@ -27,6 +27,7 @@ from xelm.models.checkpoint import (
     write_checkpoint,
 )
 from xelm.models.config import ModelConfig
+from xelm.models.families import hub_config
 from xelm.progress import bar
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
 from xelm.runs.training import branch, check_languages
@@ -55,9 +56,11 @@ def init(
     if clusters is not None:
         check_languages(tags, clusters)
     if seed is None:
-        _model(config)
+        parts = {"seed": config.seed, "experts": config.experts, "grow": config.grow}
+        _check_lengths(parts, _model(config))
     else:
-        _check_seed(Path(seed))
+        parts = {"experts": config.experts, "grow": config.grow}
+        _check_lengths(parts, _check_seed(Path(seed)))
     facts = {
         "corpus": str(corpus),
         "corpus_sha256": corpora.fingerprint(corpus, tags),
@@ -131,7 +134,17 @@ def _languages(corpus: str | Path, wanted: Sequence[str] | None) -> tuple[str, .
 def _model(config: RunConfig) -> ModelConfig:
     if config.model is None:
         raise UserError("this preset has no model of its own; give a seed checkpoint with --seed")
+    hub_config(config.model_type, config.model)
     return config.model
+
+
+def _check_lengths(parts: Mapping[str, TrainConfig], model: ModelConfig) -> None:
+    for name, part in parts.items():
+        if part.sequence_length > model.max_length:
+            raise UserError(
+                f"{name}.sequence_length must be at most the model's max_length, "
+                f"{model.max_length}; got {part.sequence_length}"
+            )
 
 
 def _fresh_lock(directory: str | Path):
@@ -209,19 +222,22 @@ def _train_seed(run: Run, store: Store) -> None:
     shutil.rmtree(run.training("seed"), ignore_errors=True)
 
 
-def _check_seed(source: Path) -> None:
+def _check_seed(source: Path) -> ModelConfig:
     model, tokenizer = check_checkpoint(source), tokenizers.load(source)
     if tokenizer.size > model.vocabulary_size:
         raise UserError(
             f"the tokenizer of {source} has {tokenizer.size} ids, its embedding "
             f"{model.vocabulary_size} rows"
         )
+    if not (source / "tokenizer.json").exists() and not tokenizer.hub.is_fast:
+        raise UserError(f"{source} has no tokenizer.json, and transformers can make none of it")
+    return model
 
 
 def _copy_seed(run: Run, source: Path) -> None:
     if run.seed.exists():
         return
-    copy_checkpoint(source, run.seed)
+    copy_checkpoint(source, run.seed, tokenizers.load(source).hub.save_pretrained)
 
 
 def _link_from_sibling(run: Run, sibling: Path) -> None:
