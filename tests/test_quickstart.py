@@ -1,0 +1,33 @@
+"""The README's first command, as a stranger runs it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_quickstart_ends_with_an_ensemble_that_beats_dense(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-m", "xelm.cli", "quickstart"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    (mean,) = re.findall(r"^mean of 14 (.*)$", run.stdout, re.M)
+    perplexities = [float(number) for number in mean.split()[::2]]
+    seed, dense, by_language, by_tfidf = perplexities
+    assert by_language < 0.95 * dense < dense, run.stdout
+    assert by_tfidf < dense < 1.2 * seed, run.stdout
+    # Polish was kept back, and grown later.
+    (polish,) = re.findall(r"^pl .*$", run.stdout, re.M)
+    seed, _, grown, _ = [float(number) for number in polish.split()[2::2]]
+    assert grown < seed / 5
+    page = (tmp_path / "xelm-quickstart" / "results" / "report.html").read_text(encoding="utf-8")
+    assert "http://" not in page.replace("http://www.w3.org", "") and "<svg" in page
+    assert "xelm grow" in run.stdout
