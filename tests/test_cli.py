@@ -1,5 +1,6 @@
 """The command line: one clear line and exit code 2 for a user's mistake, and nothing changed."""
 
+import gzip
 import json
 import os
 import shlex
@@ -8,13 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from clustering.files import write_json
+from experts.grow import grow
+from experts.lock import update
 from xelm import cli
 from xelm.presets import PRESETS
+from xelm.runs.run import open_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,6 +80,10 @@ def place(tiny, initialised, tmp_path_factory):
         shutil.copytree(tiny.directory, newer)
         value = json.loads((newer / name).read_text())
         write_json(newer / name, value | {"format": 99})
+    shutil.copytree(initialised[0], folder / "unfinished")
+    (folder / "unfinished" / "registry.json").unlink()
+    shutil.copytree(tiny.directory, folder / "growing")
+    update(folder / "growing", lambda registry: grow(registry, "pt", "en-es"))
     (folder / "half").mkdir()
     (folder / "half" / "run.json").write_text('{"format": 1}')
     return folder
@@ -97,6 +106,7 @@ MISTAKES = [
     ("cluster -k 2 --corpus missing --out new", "corpus missing does not exist"),
     ("cluster -k 2 --corpus odd --out new", "unknown language code 'klingonish'"),
     ("cluster -k 2 --languages en,de --out clusters", "exists already; choose another folder"),
+    ("cluster -k 2 --languages en,klingonish --out clusters", "exists already; choose another"),
     ("cluster -k 2 --languages en,de --out file/new", "file"),
     # Making a RUN
     ("init new --corpus missing", "corpus missing does not exist"),
@@ -147,7 +157,25 @@ MISTAKES = [
     ("init new --corpus corpus --clusters clusters", "not in the RUN: es, fr"),
     ("init file --corpus corpus", "file is a file; give a new or empty directory"),
     ("init clusters --corpus corpus", "clusters exists and is no RUN"),
-    ("init run --corpus corpus", "run was begun with another config and corpus"),
+    (
+        "init run --corpus corpus",
+        "run was begun with other settings: model.vocabulary_size was 384",
+    ),
+    *[
+        (command, "init of unfinished did not finish; run the same xelm init again")
+        for command in (
+            "cluster -k 2 --method tfidf --run unfinished --out new",
+            "branch unfinished --clusters clusters",
+            "train unfinished --dense",
+            "grow unfinished --language pt --corpus corpus",
+            "evaluate unfinished --corpus corpus",
+            "generate unfinished x",
+            "merge unfinished --out new",
+            "rollback unfinished de-fr",
+            "report unfinished",
+            "verify unfinished",
+        )
+    ],
     # What is no RUN, or of tomorrow
     *[
         (command.format(run), message)
@@ -188,6 +216,9 @@ MISTAKES = [
     ("branch seeded --clusters missing", "missing/clusters.json does not exist"),
     ("train run", "name the experts to train, or give --all or --dense"),
     ("train run nobody", "no expert 'nobody'"),
+    ("train run --dense nobody", "no expert 'nobody'"),
+    ("train seeded --all", "seeded has no clusters yet; run: xelm branch seeded --clusters DIR"),
+    ("train growing pt", "pt is grown; go on with: xelm grow growing --language pt"),
     ("train run de-fr nobody", "no expert 'nobody'"),
     ("rollback run nobody", "no expert 'nobody'"),
     ("rollback run de-fr", "has no version to go back to"),
@@ -210,6 +241,7 @@ MISTAKES = [
     ("evaluate run --corpus corpus --top-m 0", "top_m must be between 1 and 2 experts; got 0"),
     ("evaluate run --corpus corpus --max-documents 0", "max_documents must be at least 1; got 0"),
     ("evaluate run --corpus corpus --router-temperature 0", "must be above 0; got 0"),
+    ("generate run \udcff", "an argument is not UTF-8: '\\udcff'"),
     ("generate seeded x", "seeded has no published expert yet; run: xelm train seeded --all"),
     ("generate run x --top-m 3", "top_m must be between 1 and 2 experts; got 3"),
     ("generate run x --routing language", "needs the language of the text; give --language"),
@@ -220,7 +252,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("command", "message"), MISTAKES, ids=[ascii(c)[1:-1] for c, _ in MISTAKES]
+)
 def test_a_mistake_is_one_line_and_changes_nothing(xelm, place, monkeypatch, command, message):
     monkeypatch.chdir(place)
     before, there = snapshot(place), names(place)
@@ -314,6 +348,65 @@ def test_weights_are_readable_by_others_as_the_umask_says(tiny):
     for folder in (tiny.directory / "seed", tiny.directory / "dense"):
         modes = {(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
         assert len(modes) == 1
+
+
+def test_several_files_of_a_language_are_one_language(xelm, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("corpus").mkdir()
+    lines = (place / "corpus" / "de.jsonl").read_bytes().splitlines(keepends=True)
+    Path("corpus/de.0.jsonl").write_bytes(b"".join(lines[:20]))
+    Path("corpus/de.1.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[20:])))
+    shutil.copytree(place / "run" / "seed", "run/seed")
+    outcome = xelm("init", "new", "--corpus", "corpus", *SEED)
+    assert outcome.code == 0, outcome.err
+    store = open_run("new").store()
+    assert list(store.languages) == ["de"] and len(store.languages["de"]) == len(lines)
+    assert xelm("cluster", "-k", 1, "--corpus", "corpus", "--out", "c").code == 0
+
+
+def test_a_corpus_counts_by_what_it_holds_from_wherever_it_is_asked(xelm, place, tmp_path):
+    shutil.copytree(place / "corpus", tmp_path / "corpus")
+    shutil.copytree(place / "run" / "seed", tmp_path / "run" / "seed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert xelm("init", "new", "--corpus", "corpus", *SEED).code == 0
+    record = open_run(tmp_path / "new").record
+    assert record["corpus"] == str((tmp_path / "corpus").resolve())
+    assert open_run(tmp_path / "new").store().record["corpus"] == record["corpus"]
+    seed = ["--seed", tmp_path / "run" / "seed", *SEED[2:]]
+    assert xelm("init", tmp_path / "new", "--corpus", place / "corpus", *seed).code == 0
+    changes = ["--set", "experts.tokens=7", "--set", "donor_share=0.5", "--languages", "de"]
+    refused = xelm("init", tmp_path / "new", "--corpus", tmp_path / "corpus", *seed, *changes)
+    assert refused.code == 2
+    assert "experts.tokens was 1000000000, now 7; donor_share was 0.25, now 0.5" in refused.err
+    assert "languages was ['de', 'en'], now ['de']" in refused.err
+
+
+def test_names_may_come_after_a_flag(xelm, place, monkeypatch):
+    monkeypatch.chdir(place)
+    asked = []
+    monkeypatch.setattr(cli, "_train", asked.append)
+    assert xelm("train", "run", "de-fr", "--dense", "en-es").code == 0
+    assert asked[0].names == ["de-fr", "en-es"] and asked[0].dense
+    assert xelm("train", "run", "--dense", "--unknown").code == 2
+    assert xelm("verify", "run", "run").code == 2
+
+
+def test_a_child_in_training_stays_on_its_corpus(xelm, place, tiny, monkeypatch, tmp_path):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xelm.runs.growing.train_checkpoint", interrupt)
+    shutil.copytree(place / "run", tmp_path / "RUN")
+    shutil.copytree(tiny.corpus, tmp_path / "other")
+    (tmp_path / "other" / "pt.jsonl").write_bytes((tiny.corpus / "es.jsonl").read_bytes())
+    command = ["grow", tmp_path / "RUN", "--language", "pt"]
+    assert xelm(*command, "--corpus", tiny.corpus).code == 130
+    refused = xelm(*command, "--corpus", tmp_path / "other")
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert f"pt@v1 is in training already, on {tiny.corpus.resolve()}; " in refused.err
+    for options in ([], ["--corpus", tiny.corpus]):
+        assert xelm(*command, *options).code == 130
 
 
 def test_branching_on_other_clusters_is_refused(xelm, place, monkeypatch, tmp_path):
@@ -436,6 +529,39 @@ def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
     assert outcome.err == "xelm: /RUN/registry.json: Permission denied\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ModuleNotFoundError("No module named 'tensorboardX'", name="tensorboardX"),
+            "tensorboard=true needs tensorboardX; pip install 'xelm[tensorboard]'",
+        ),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes."),
+            "the memory of the device is used up; lower batch_size, raise accumulation_steps or "
+            "set rematerialise=true",
+        ),
+    ],
+    ids=["extra", "memory"],
+)
+def test_what_a_machine_lacks_is_one_line(xelm, monkeypatch, error, message):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr(cli, "_train", fail)
+    outcome = xelm("train", "RUN")
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", f"xelm: {message}\n")
+
+
+def test_an_error_of_ours_is_not_hidden(xelm, monkeypatch):
+    def fail(options):
+        raise ModuleNotFoundError("No module named 'xelm.nothing'", name="xelm.nothing")
+
+    monkeypatch.setattr(cli, "_train", fail)
+    with pytest.raises(ModuleNotFoundError):
+        xelm("train", "RUN")
+
+
 def test_a_reader_that_left_is_no_error(tiny):
     """`xelm verify RUN --json | head -0`"""
     command = [sys.executable, "-m", "xelm.cli", "verify", str(tiny.directory)]
@@ -469,5 +595,6 @@ def test_settings_that_need_each_other_come_in_any_order():
     settings = ["model.head_count=3", "model.key_head_count=3", "seed.tensorboard=true"]
     for order in (settings, settings[::-1]):
         config = override(PRESETS["tiny"](), order)
+        assert config.model is not None
         assert (config.model.head_count, config.model.key_head_count) == (3, 3)
         assert config.seed.tensorboard is True

@@ -19,23 +19,39 @@ METHODS = ("typology", "tfidf", "random")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
-    options = parser().parse_args(arguments)
-    prepare()
     try:
+        options = _parsed(sys.argv[1:] if arguments is None else arguments)
+        prepare()
         options.run_command(options)
-    except UserError as error:
-        print(f"xelm: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("xelm: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has gone, which is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        print(f"xelm: {_described(error)}", file=sys.stderr)
+    except Exception as error:
+        line = _mistake(error)
+        if line is None:
+            raise
+        print(f"xelm: {line}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"an argument is not UTF-8: {argument!r}") from None
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    # Names that come after a flag, which argparse does not take for those of `names`.
+    if rest and ("names" not in options or any(name.startswith("-") for name in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.names += rest
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -210,15 +226,17 @@ def _cluster(options: argparse.Namespace) -> None:
     from clustering import control, tfidf, typology
     from xelm.runs.run import open_run
 
+    if (Path(options.out) / "clusters.json").exists():
+        raise UserError(f"{options.out}/clusters.json exists already; choose another folder")
     run = open_run(options.run) if options.run else None
     for name, given in {"--exclude": options.exclude, "--free": options.free}.items():
         if given and options.method != "typology":
             raise UserError(f"{name} goes with --method typology")
     languages = options.languages
     if languages is None and options.corpus:
-        from xelm.data.corpus import files, language_of
+        from xelm.data.corpus import languages_of
 
-        languages = [language_of(path) for path in files(options.corpus)]
+        languages = languages_of(options.corpus)
     if languages is None and run:
         languages = run.languages
     if options.method == "tfidf":
@@ -302,11 +320,17 @@ def _train(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     names = list(options.names)
     if options.all:
+        run.clusters()  # which an expert of --all needs
         names += [e.name for e in run.registry().training() if e.cluster and e.name not in names]
     if not names and not options.dense and not options.all:
         raise UserError("name the experts to train, or give --all or --dense")
     for name in names:
-        run.registry().expert(name)
+        expert = run.registry().expert(name)
+        if expert.status == "training" and expert.cluster is None:
+            (tag,) = expert.languages
+            raise UserError(
+                f"{name} is grown; go on with: xelm grow {options.run} --language {tag}"
+            )
     if options.dense:
         train_dense(run)
         print(f"dense{'':15}trained     {run.dense}")
@@ -320,9 +344,7 @@ def _grow(options: argparse.Namespace) -> None:
     from xelm.runs.run import open_run
 
     run = open_run(options.run)
-    expert = grow(
-        run, options.language, options.corpus or run.record["corpus"], parent=options.parent
-    )
+    expert = grow(run, options.language, options.corpus, parent=options.parent)
     print(
         f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
     )
@@ -381,8 +403,9 @@ def _report(options: argparse.Namespace) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     from experts.verify import verify
+    from xelm.runs.run import open_run
 
-    faults = verify(options.run)
+    faults = verify(open_run(options.run).directory)
     if options.json:
         _print_json([str(fault) for fault in faults])
     if faults:
@@ -443,9 +466,22 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
-def _described(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
+def _mistake(error: Exception) -> str | None:
+    """What a user can do about an error, in a line; None for an error of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    if isinstance(error, ModuleNotFoundError) and error.name == "tensorboardX":
+        return "tensorboard=true needs tensorboardX; pip install 'xelm[tensorboard]'"
+    # JAX, which is not imported here, raises its own kind of RuntimeError.
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return (
+            "the memory of the device is used up; lower batch_size, raise accumulation_steps "
+            "or set rematerialise=true"
+        )
+    return None
 
 
 def prepare() -> None:

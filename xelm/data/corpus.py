@@ -74,6 +74,16 @@ def no_documents(languages: Sequence[str], faults: Faults) -> UserError:
     return UserError(f"the corpus has no usable document in {what}{more}")
 
 
+def address(corpus: str | Path) -> str:
+    """Where a corpus lies, wherever it is asked from: an absolute path, or a name on the Hub."""
+    return str(corpus) if str(corpus).startswith("hf://") else str(Path(corpus).resolve())
+
+
+def languages_of(corpus: str | Path) -> list[str]:
+    """The languages that the names of a folder's files declare, each once."""
+    return list(dict.fromkeys(language_of(path) for path in files(corpus)))
+
+
 def files(corpus: str | Path) -> list[Path]:
     """The corpus files of a folder, sorted, or the one file that `corpus` names."""
     path = Path(corpus)

@@ -11,18 +11,21 @@ from experts.grow import choose_parent
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
 from experts.registry import Registry
+from xelm.data import corpus as corpora
 from xelm.data.rows import Source
 from xelm.runs.init import tokenise
 from xelm.runs.run import Run
 from xelm.runs.training import parent_directory, publish, train_checkpoint
 
 
-def grow(run: Run, language: str, corpus: str | Path, *, parent: str = "auto") -> Expert:
+def grow(
+    run: Run, language: str, corpus: str | Path | None = None, *, parent: str = "auto"
+) -> Expert:
     """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or goes on with it.
 
-    corpus: has documents of the language. parent: an expert's name, or "auto" for the one that
-    serves the typologically nearest language. A part of the rows, the configuration's
-    `donor_share`, is of the parent's languages.
+    corpus: has documents of the language; None takes that of the RUN. parent: an expert's name, or
+    "auto" for the one that serves the typologically nearest language. A part of the rows, the
+    configuration's `donor_share`, is of the parent's languages.
     """
     tag = canonical(language)
     with locked(run.directory, f"train-{tag}"):
@@ -37,11 +40,16 @@ def grow(run: Run, language: str, corpus: str | Path, *, parent: str = "auto") -
         )
         if started is None:
             grow_registry(registry, tag, origin)  # refuses what cannot be before it costs anything
-            store = tokenise(run, corpus, tag, languages=[tag])
+            store = tokenise(run, corpus or run.record["corpus"], tag, languages=[tag])
             registry = update(run.directory, lambda r: grow_registry(r, tag, origin))
             started = registry.expert(tag)
         else:
             store = run.store(tag)
+            if corpus and corpora.fingerprint(corpus, [tag]) != store.record["corpus_sha256"]:
+                raise UserError(
+                    f"{started.reference} is in training already, on {store.record['corpus']}; "
+                    f"{corpus} holds something else"
+                )
             if origin not in (started.parent, started.parent.partition("@")[0]):
                 if parent != "auto":
                     raise UserError(

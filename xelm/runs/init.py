@@ -62,9 +62,9 @@ def init(
         parts = {"experts": config.experts, "grow": config.grow}
         _check_lengths(parts, _check_seed(Path(seed)))
     facts = {
-        "corpus": str(corpus),
+        "corpus": corpora.address(corpus),
         "corpus_sha256": corpora.fingerprint(corpus, tags),
-        "seed_from": None if seed is None else str(seed),
+        "seed_from": None if seed is None else str(Path(seed).resolve()),
         "languages": list(tags),
     }
     with _fresh_lock(directory):
@@ -98,7 +98,7 @@ def _tokenise(run: Run, corpus: str | Path, name: str, languages: Sequence[str] 
     directory = run.directory / "corpus" / name
     tokenizer_files = _tokenizer_directory(run)
     facts = {
-        "corpus": str(corpus),
+        "corpus": corpora.address(corpus),
         "corpus_sha256": corpora.fingerprint(corpus, languages),
         "tokenizer_sha256": sha256(tokenizer_files / "tokenizer.json"),
     }
@@ -128,7 +128,7 @@ def _languages(corpus: str | Path, wanted: Sequence[str] | None) -> tuple[str, .
         return canonical_all(wanted)
     if str(corpus).startswith("hf://") or Path(corpus).is_file():
         raise UserError(f"name the languages to take from {corpus} with --languages")
-    return canonical_all([corpora.language_of(path) for path in corpora.files(corpus)])
+    return canonical_all(corpora.languages_of(corpus))
 
 
 def _model(config: RunConfig) -> ModelConfig:
@@ -245,7 +245,7 @@ def _link_from_sibling(run: Run, sibling: Path) -> None:
     are linked instead of made again: many RUNs can start from one seed at the cost of one."""
     if not (sibling / "run.json").exists() or (run.directory / "corpus" / "train").exists():
         return
-    other = open_run(sibling)
+    other = open_run(sibling, finished=False)
     same = ("corpus_sha256", "languages")
     if any(other.record.get(key) != run.record[key] for key in same):
         return

@@ -66,7 +66,8 @@ class Run:
         """What the RUN was branched on."""
         if not (self.directory / "clusters.json").exists():
             raise UserError(
-                f"{self.directory} has no clusters yet; run: xelm branch {self.directory}"
+                f"{self.directory} has no clusters yet; run: "
+                f"xelm branch {self.directory} --clusters DIR"
             )
         return Clustering.load(self.directory)
 
@@ -101,15 +102,16 @@ class Run:
 
         train_experts(self, [name])
 
-    def grow(self, language: str, corpus: str | Path, parent: str = "auto") -> None:
-        """Adds an expert for a new language from `corpus`; no other expert changes."""
+    def grow(self, language: str, corpus: str | Path | None = None, parent: str = "auto") -> None:
+        """Adds an expert for a new language from `corpus`, by default the RUN's; no other expert
+        changes."""
         from xelm.runs.growing import grow
 
         grow(self, language, corpus, parent=parent)
 
 
-def open_run(directory: str | Path) -> Run:
-    """The RUN in a directory."""
+def open_run(directory: str | Path, *, finished: bool = True) -> Run:
+    """The RUN in a directory; one that init has not made whole is refused if `finished`."""
     path = Path(directory) / "run.json"
     if not path.exists():
         raise UserError(f"{directory} is no RUN: it has no run.json; make one with xelm init")
@@ -117,6 +119,9 @@ def open_run(directory: str | Path) -> Run:
     missing = [key for key in ("config", "languages", "corpus") if key not in record]
     if missing:
         raise UserError(f"{path} lacks {', '.join(map(repr, missing))}")
+    # The registry is what init writes last.
+    if finished and not (Path(directory) / "registry.json").exists():
+        raise UserError(f"init of {directory} did not finish; run the same xelm init again")
     return Run(directory=Path(directory), record=record)
 
 
@@ -139,18 +144,32 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
     present = {path.name for path in directory.iterdir()} if directory.exists() else set()
     more = present - {"run.json", ".locks"}
     if "run.json" in present:
-        run = open_run(directory)
-        differ = [key for key, value in wanted.items() if run.record.get(key) != value]
+        run = open_run(directory, finished=False)
+        # What a corpus holds counts, not where it lies.
+        differ = _differences(run.record, {**wanted, "corpus": run.record["corpus"]})
         if not differ:
             return run
         # With nothing beside it, it is of a beginning that failed at once, and is begun anew.
         if more:
+            rest = f" (and {len(differ) - 5} more)" if len(differ) > 5 else ""
             raise UserError(
-                f"{directory} was begun with another {' and '.join(differ)} (see its run.json); "
+                f"{directory} was begun with other settings: {'; '.join(differ[:5])}{rest}; "
                 "use the same again, or another directory"
             )
     directory.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["xelm", *sys.argv[1:]])
     record = {"format": 1, "xelm": __version__, "command": command, **wanted}
     write_json(directory / "run.json", record)
-    return open_run(directory)
+    return open_run(directory, finished=False)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Each value that is not as in `old`, with its name as in a setting."""
+    found = []
+    for name, value in new.items():
+        before, path = old.get(name), f"{prefix}{name}"
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            found += _differences(before, value, "" if path == "config" else f"{path}.")
+        elif before != value:
+            found.append(f"{path} was {before!s:.80}, now {value!s:.80}")
+    return found
