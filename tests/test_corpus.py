@@ -123,6 +123,16 @@ def test_unusable_rows_of_parquet_are_counted_like_those_of_json(tmp_path):
     }
 
 
+def test_bytes_in_parquet_that_are_not_utf8_are_counted_by_row(tmp_path):
+    ends = pyarrow.py_buffer(bytes([0, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0]))
+    texts = [None, ends, pyarrow.py_buffer(b"a\xff\xfeb")]
+    table = pyarrow.table({"text": pyarrow.Array.from_buffers(pyarrow.string(), 3, texts)})
+    pyarrow.parquet.write_table(table, tmp_path / "de.parquet")
+    documents, left_out = read_folder(tmp_path, {})
+    assert documents == [Document("a", "de"), Document("b", "de")]
+    assert left_out == only("bytes that are not UTF-8", 1, "de.parquet:2")
+
+
 def test_parquet_without_texts_has_every_row_counted(tmp_path):
     rows = [{"body": "a"}, {"body": "b"}]
     documents, left_out = read_folder(tmp_path, {"de.parquet": parquet(*rows)})

@@ -248,13 +248,27 @@ def _parquet_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as table:
             columns = [name for name in ("text", "lang") if name in table.schema_arrow.names]
             for batch in table.iter_batches(batch_size=1000, columns=columns):
-                for record in batch.to_pylist():
+                for record in _rows(batch):
                     number += 1
-                    yield f"{path.name}:{number}", record
+                    place = f"{path.name}:{number}"
+                    if record is None:
+                        faults.add("bytes that are not UTF-8", place)
+                    else:
+                        yield place, record
     except (OSError, pyarrow.ArrowException) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # of the disk, not of the pages
         faults.add(f"a damaged file ({_reason(error)})", f"{path.name} after row {number}")
+
+
+def _rows(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of a batch; None for one with bytes that are not UTF-8, which Parquet lets pass."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [None]
+        return [row for number in range(len(batch)) for row in _rows(batch.slice(number, 1))]
 
 
 def _hub_records(name: str) -> Iterator[tuple[str, Any]]:
