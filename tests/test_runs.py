@@ -20,7 +20,7 @@ from experts.registry import Registry
 from xelm import load_model, open_run
 from xelm.data import store as stores
 from xelm.models import checkpoint
-from xelm.runs import training
+from xelm.runs import init, training
 from xelm.runs.evaluation import evaluate
 from xelm.training.metrics import MetricsLog, read_metrics
 
@@ -698,3 +698,21 @@ def test_weights_are_read_as_safetensors_alone(tiny):
             assert file.metadata() == {"format": "pt"}
     suffixes = {path.suffix for path in tiny.directory.rglob("*") if path.is_file()}
     assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin", ".py"}
+
+
+def test_vectors_are_fitted_on_as_many_documents_of_every_language(
+    initialised, tmp_path, monkeypatch
+):
+    shutil.copytree(initialised[0], tmp_path / "RUN")
+    (tmp_path / "RUN" / "vectoriser.npz").unlink()
+    run, fit, heard = open_run(tmp_path / "RUN"), init.tfidf.fit, []
+
+    def listen(documents, *arguments):
+        heard.extend(documents)
+        return fit(heard, *arguments)
+
+    monkeypatch.setattr(init, "VECTORISER_DOCUMENTS", 8)
+    monkeypatch.setattr(init.tfidf, "fit", listen)
+    init._fit_vectoriser(run, run.store())
+    wanted = [ids.document(n) for ids in run.store().languages.values() for n in (0, 30)]
+    assert [list(document) for document in heard] == [list(document) for document in wanted]

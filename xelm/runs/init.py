@@ -33,6 +33,8 @@ from xelm.runs.run import Run, create_run, open_run, refuse_other_files
 from xelm.runs.training import branch, check_languages
 from xelm.training.loop import train
 
+# Documents that the TF-IDF vectors are fitted on, of all languages together.
+VECTORISER_DOCUMENTS = 20_000
 # Another command may be tokenising the same corpus, and then its work is used.
 WAIT_SECONDS = 3600.0
 
@@ -281,15 +283,15 @@ def _fit_vectoriser(run: Run, store: Store) -> None:
     if (run.directory / "vectoriser.npz").exists():
         return
     print("fitting TF-IDF vectors", file=sys.stderr)
+    # As many of each language, evenly spaced: terms of small languages must be known too.
+    most = -(-VECTORISER_DOCUMENTS // len(store.languages))
     documents = (
-        ids.document(number) for ids in store.languages.values() for number in range(len(ids))
+        ids.document(number)
+        for ids in store.languages.values()
+        for number in range(0, len(ids), -(-len(ids) // most))
     )
     fitted = tfidf.fit(
-        documents,
-        run.tokenizer().size,
-        run.config.vectoriser_dimensions,
-        run.config.seed.seed,
-        sample_size=20_000,
+        documents, run.tokenizer().size, run.config.vectoriser_dimensions, run.config.seed.seed
     )
     write_arrays(
         run.directory / "vectoriser.npz", {"idf": fitted.idf, "projection": fitted.projection}
