@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import optax
 import pytest
@@ -143,3 +144,10 @@ def test_a_large_vocabulary_never_has_all_its_logits_in_memory(monkeypatch):
     assert bytes_of(jax.grad(reference, argnums=(0, 1))) > whole
     assert bytes_of(jax.grad(cross_entropy, argnums=(0, 1))) < whole / 20
     assert bytes_of(cross_entropy) < whole / 20
+
+
+def test_shapes_are_held_to_their_annotations():
+    hidden, head, targets, weights = inputs(64, 50)
+    for arguments in ((hidden[:, 1:], head, targets, weights), (hidden, head, targets, targets)):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            cross_entropy(*arguments)

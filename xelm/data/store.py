@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
@@ -34,7 +34,7 @@ class LanguageIds:
 
     language: str
     """As in the corpus."""
-    ids: Int[np.ndarray, " tokens"]
+    ids: Integer[np.ndarray, " tokens"]
     """All documents one after the other, without special tokens."""
     ends: Int[np.ndarray, " documents"]
     """Where each document ends in `ids`."""
@@ -44,7 +44,7 @@ class LanguageIds:
     def __len__(self) -> int:
         return len(self.ends)
 
-    def document(self, number: int) -> Int[np.ndarray, " tokens"]:
+    def document(self, number: int) -> Integer[np.ndarray, " tokens"]:
         """The ids of one document."""
         start = self.ends[number - 1] if number else 0
         return self.ids[start : self.ends[number]]

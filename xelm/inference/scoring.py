@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from xelm.models.checkpoint import bind, graph
 from xelm.models.config import ModelConfig
@@ -24,14 +24,14 @@ ROWS_A_BATCH = 16
 def score_documents(
     model: ModelConfig,
     parameters: Any,
-    documents: Sequence[Int[np.ndarray, " n"]],
+    documents: Sequence[Integer[np.ndarray, " _"]],
     *,
     start_id: int,
     end_id: int,
     sequence_length: int,
     dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
-) -> list[Float[np.ndarray, " n1"]]:
+) -> list[Float[np.ndarray, " _"]]:
     """Log probabilities, in nats, of each document's tokens and of its end: n + 1 for n ids.
 
     A document longer than `sequence_length` is read in windows that do not see each other.

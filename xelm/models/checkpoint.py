@@ -45,7 +45,8 @@ TOKENIZER_FILES = (
 def load_model(directory: str | Path, dtype: str = "float32") -> Decoder:
     """The model of a checkpoint directory, parameters and products in `dtype`."""
     config = read_config(directory)
-    parameters = read_parameters(directory, config, dtype)
+    # On the device once, not at every call.
+    parameters = jax.tree.map(jnp.asarray, read_parameters(directory, config, dtype))
     return bind(graph(config, dtype), parameters)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from xelm.models.config import ModelConfig
@@ -25,7 +26,7 @@ class Cache(NamedTuple):
     length: Int[Array, ""]
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
     """A cache with room for `slots` positions of `batch` sequences."""
     shape = (config.layer_count, batch, slots, config.key_head_count, config.head_size)
     return Cache(
@@ -49,7 +50,7 @@ class Linear(nnx.Module):
         scale: float,
         axes: tuple[str, str],
         rngs: nnx.Rngs,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
     ):
         weight = scale * jax.random.normal(rngs.params(), (layers, inputs, outputs), jnp.float32)
         self.weight = nnx.Param(weight.astype(dtype), axes=("layers", *axes))
@@ -67,7 +68,7 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm, computed in float32; `layers` is None for the one before the head."""
 
-    def __init__(self, config: ModelConfig, layers: int | None, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, layers: int | None, dtype: DTypeLike):
         shape = (config.width,) if layers is None else (layers, config.width)
         axes = ("width",) if layers is None else ("layers", "width")
         self.scale = nnx.Param(jnp.ones(shape, dtype), axes=axes)
@@ -99,7 +100,7 @@ class _Context:
 class Block(nnx.Module):
     """Attention and feed-forward with residuals. Holds all L layers; is called as one of them."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         layers, width = config.layer_count, config.width
         heads = config.head_count * config.head_size
         keys = config.key_head_count * config.head_size
@@ -165,8 +166,8 @@ class Decoder(nnx.Module):
         config: ModelConfig,
         rngs: nnx.Rngs,
         *,
-        dtype: jnp.dtype = jnp.float32,
-        compute_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
     ):
         shape = (config.vocabulary_size, config.width)
         embedding = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
