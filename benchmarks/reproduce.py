@@ -41,7 +41,7 @@ from xelm.runs.init import init
 from xelm.runs.run import Run, open_run
 
 # Peak rate and rows a step, tried for dense and for experts alike.
-SETTINGS = ((2.5e-4, 4), (5e-4, 4), (1e-3, 4), (5e-4, 16), (1e-3, 16))
+SETTINGS = ((5e-4, 4), (1e-3, 4), (5e-4, 16), (1e-3, 16), (1e-3, 64), (2e-3, 64))
 # System -> how it divides the languages; `r` is the random seed of a repetition.
 SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-k8", "tfidf-k4")
 
@@ -98,7 +98,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--tuning-share",
         type=float,
-        default=0.1,
+        default=0.5,
         metavar="X",
         help="tokens of each tuning run, as a share of the experiment's",
     )
