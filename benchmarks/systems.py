@@ -49,14 +49,20 @@ def train_system(
     repetition: int,
     name: str,
 ) -> Run:
-    rate, batch = rates["dense" if system == "dense" else "experts"]
     # Not the seed's 0: no system sees the rows of the seed again in their order.
-    experts = replace(config.experts, learning_rate=rate, batch_size=batch, seed=1 + repetition)
-    grow = replace(config.grow, learning_rate=rate, batch_size=batch)
+    config = replace(config, experts=replace(config.experts, seed=1 + repetition))
+    if system == "dense":
+        rate, batch = rates["dense"]
+        config = replace(config, dense_learning_rate=rate, dense_batch_size=batch)
+    else:
+        rate, batch = rates["experts"]
+        parts = (config.experts, config.grow)
+        experts, grow = (replace(part, learning_rate=rate, batch_size=batch) for part in parts)
+        config = replace(config, experts=experts, grow=grow)
     run = init(
         base.directory.parent / name,
         base.record["corpus"],
-        replace(config, experts=experts, grow=grow),
+        config,
         seed=base.seed,
         languages=LANGUAGES,
     )

@@ -39,6 +39,7 @@ SETTINGS = {
     "model.key_head_count": 2,
     "model.max_length": 64,
     "vectoriser_dimensions": 12,
+    "dense_batch_size": 4,
 }
 for part, tokens in {"seed": 2048, "experts": 4096, "grow": 1024}.items():
     SETTINGS |= {

@@ -147,6 +147,14 @@ def test_experts_may_not_see_the_rows_of_the_seed_in_its_order():
     replace(tiny(), model=None, experts=tiny().seed)  # a seed that was trained elsewhere
 
 
+def test_dense_has_the_training_of_the_experts_with_a_rate_and_a_batch_of_its_own():
+    made = replace(tiny(), dense_learning_rate=0.25, dense_batch_size=6)
+    assert made.dense == replace(made.experts, learning_rate=0.25, batch_size=6)
+    assert made.dense.tokens == made.experts.tokens == 8_000_000
+    with pytest.raises(ValueError, match=r"dense: batch_size must be at least 1; got 0"):
+        replace(tiny(), dense_batch_size=0)
+
+
 def test_all_faults_are_named_at_once():
     with pytest.raises(ValueError, match=r"batch_size must .*; learning_rate must"):
         config(batch_size=0, learning_rate=-1.0)

@@ -175,6 +175,16 @@ def test_the_budgets_of_the_experts_add_up_to_that_of_the_dense_baseline(tiny):
         assert seen[language] == pytest.approx(count, rel=0.02)
 
 
+def test_dense_and_experts_are_trained_with_rates_of_their_own(tiny):
+    run = open_run(tiny.directory)
+    folders = {e.name: e.directory(run.directory) for e in run.registry().published()}
+    peaks = {
+        name: max(line["learning_rate"] for line in read_metrics(folder / "metrics.jsonl"))
+        for name, folder in {"dense": run.dense, **folders}.items()
+    }
+    assert peaks == pytest.approx({"dense": 1e-3} | dict.fromkeys(folders, 5e-4), rel=0.05)
+
+
 @pytest.mark.parametrize("exponent", [0.0, 0.3, 1.0])
 def test_shares_of_clusters_are_parts_of_one_whole(tiny, tmp_path, exponent):
     shutil.copytree(tiny.directory, tmp_path / "RUN")

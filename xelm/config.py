@@ -126,8 +126,13 @@ class RunConfig:
     seed: TrainConfig
     """Training of a fresh seed; not used where the seed is given."""
     experts: TrainConfig
-    """Training of all experts together, and of the dense baseline: `tokens` is the total, of which
-    each expert gets the share of its languages."""
+    """Training of all experts together: `tokens` is the total, of which each expert gets the share
+    of its languages."""
+    dense_learning_rate: float
+    """Peak rate of the dense baseline, which is otherwise trained as the experts are."""
+    dense_batch_size: int
+    """Rows a step of the dense baseline. It has the tokens of all experts for one model, so it
+    bears larger batches than they do; with theirs it would be no fair baseline."""
     grow: TrainConfig
     """Training of one grown expert."""
     donor_share: float = 0.25
@@ -151,6 +156,20 @@ class RunConfig:
             raise ValueError(
                 f"tokenizer_exponent must be between 0 and 1; got {self.tokenizer_exponent}"
             )
+        try:
+            _ = self.dense  # made to be checked
+        except ValueError as error:
+            raise ValueError(f"dense: {error}") from None
+
+    @property
+    def dense(self) -> TrainConfig:
+        """Training of the dense baseline: the tokens of all experts together, seen in the same
+        shares, with a rate and a batch of its own."""
+        return dataclasses.replace(
+            self.experts,
+            learning_rate=self.dense_learning_rate,
+            batch_size=self.dense_batch_size,
+        )
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def quickstart() -> RunConfig:
         model=_llama(vocabulary_size=4096, width=64, layers=2, head_size=32, max_length=512),
         seed=seed,
         experts=experts,
+        dense_learning_rate=3e-3,
+        dense_batch_size=16,
         grow=replace(experts, tokens=250_000, seed=2),
     )
 
@@ -41,6 +43,8 @@ def tiny() -> RunConfig:
         model=_llama(vocabulary_size=8192, width=128, layers=5, head_size=32, max_length=1024),
         seed=train,
         experts=replace(train, tokens=8_000_000, batch_size=4, learning_rate=5e-4, seed=1),
+        dense_learning_rate=1e-3,
+        dense_batch_size=16,
         grow=replace(train, tokens=1_000_000, batch_size=4, learning_rate=5e-4, seed=2),
     )
 
@@ -60,6 +64,8 @@ def small() -> RunConfig:
         model=_llama(vocabulary_size=64_000, width=512, layers=8, head_size=64, max_length=2048),
         seed=train,
         experts=replace(train, tokens=1_000_000_000, learning_rate=5e-4, seed=1),
+        dense_learning_rate=5e-4,
+        dense_batch_size=64,
         grow=replace(train, tokens=100_000_000, learning_rate=5e-4, seed=2),
     )
 
@@ -78,7 +84,14 @@ def hub() -> RunConfig:
         rematerialise=True,
         checkpoint_every=500,
     )
-    return RunConfig(model=None, seed=train, experts=train, grow=replace(train, tokens=100_000_000))
+    return RunConfig(
+        model=None,
+        seed=train,
+        experts=train,
+        dense_learning_rate=1e-4,
+        dense_batch_size=32,
+        grow=replace(train, tokens=100_000_000),
+    )
 
 
 PRESETS: Mapping[str, Callable[[], RunConfig]] = {

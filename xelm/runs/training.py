@@ -73,7 +73,7 @@ def train_dense(run: Run) -> None:
     """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
     with locked(run.directory, "train-dense"):
         train_checkpoint(
-            run, run.seed, run.dense, dense_sources(run), run.config.experts, name="dense"
+            run, run.seed, run.dense, dense_sources(run), run.config.dense, name="dense"
         )
 
 
