@@ -430,6 +430,19 @@ def test_routing_by_language_is_the_expert_of_that_language(evaluated):
             )
 
 
+def test_with_routing_by_language_alone_experts_are_scored_on_their_own_languages(
+    xelm, evaluated, copy
+):
+    command = ("evaluate", copy.directory, "--corpus", copy.held_out, "--routing", "language")
+    rows = {(r["system"], r["routing"], r["language"]): r for r in xelm(*command, "--json").json()}
+    systems = [("seed", None), ("dense", None), ("ensemble", "language")]
+    own = {(name, None, tag) for name, languages in NAMES.items() for tag in languages}
+    assert set(rows) == own | {(*system, tag) for system in systems for tag in LANGUAGES}
+    for key, row in rows.items():
+        assert row["nll"] == pytest.approx(evaluated[1][key]["nll"], rel=1e-6)
+    assert xelm("report", copy.directory).code == 0
+
+
 def test_the_posterior_is_never_far_behind_the_best_expert(evaluated):
     # p(text) = sum_j p_j(text) / 2 >= max_j p_j(text) / 2: at most ln 2 a document.
     rows = evaluated[1]

@@ -88,7 +88,8 @@ def evaluate(
     save: bool = True,
 ) -> list[Row]:
     """Scores the seed, the dense baseline if there is one, every published expert, and their
-    ensemble under each routing; writes RUN/results/results.json.
+    ensemble under each routing; writes RUN/results/results.json. Where routing by language is the
+    only one, each expert is scored on the languages it serves alone, at the cost of one model.
 
     max_documents: of each language, the first in the corpus; None takes all.
     """
@@ -108,18 +109,22 @@ def evaluate(
     if run.dense.exists():
         systems["dense"] = run.dense
     systems |= {expert.name: expert.directory(run.directory) for expert in experts}
-    scores = _score_all(run, systems, store, max_documents)
+    served, end_id = serving(run.registry(), experts), run.tokenizer().end_id
+    asked = {system: list(store.languages) for system in systems}
+    if set(routings) == {"language"}:
+        for index, expert in enumerate(experts):
+            asked[expert.name] = [tag for tag in store.languages if served.get(tag) == index]
+    scores = _score_all(run, systems, asked, store, max_documents)
     rows = [
         _row(system, None, store.languages[tag], found)
         for system in systems
         for tag, found in scores[system].items()
     ]
-    served, end_id = serving(run.registry(), experts), run.tokenizer().end_id
     for routing, router in routers.items():
         for tag, ids in store.languages.items():
             if routing == "language" and tag not in served:
                 continue
-            by_expert = [scores[expert.name][tag] for expert in experts]
+            by_expert = [scores[expert.name].get(tag) for expert in experts]
             mixed = _mix(router, tag, ids, by_expert, end_id, top_m)
             rows.append(_row("ensemble", routing, ids, mixed))
     if save:
@@ -148,21 +153,26 @@ def summary(rows: Sequence[Row]) -> dict[tuple[str, str | None], dict[str, float
 
 
 def _score_all(
-    run: Run, systems: Mapping[str, Path], store: Store, max_documents: int | None
+    run: Run,
+    systems: Mapping[str, Path],
+    asked: Mapping[str, Sequence[str]],
+    store: Store,
+    max_documents: int | None,
 ) -> dict[str, dict[str, list[np.ndarray]]]:
-    """system -> language -> log probabilities of each document's tokens. One model at a time is in
-    memory."""
+    """system -> each language it is asked in -> log probabilities of each document's tokens. One
+    model at a time is in memory."""
     model, tokenizer = read_config(run.seed), run.tokenizer()
     documents = {
         tag: [ids.document(n) for n in range(min(len(ids), max_documents or len(ids)))]
         for tag, ids in store.languages.items()
     }
-    total = sum(len(ids) + 1 for found in documents.values() for ids in found)
+    sizes = {tag: sum(len(ids) + 1 for ids in found) for tag, found in documents.items()}
+    total = sum(sizes[tag] for tags in asked.values() for tag in tags)
     scores: dict[str, dict[str, list[np.ndarray]]] = {}
-    with bar(total * len(systems), "evaluate", "tok") as progress:
+    with bar(total, "evaluate", "tok") as progress:
         for system, directory in systems.items():
             parameters = jax.device_put(read_parameters(directory, model))
-            flat = [ids for found in documents.values() for ids in found]
+            flat = [ids for tag in asked[system] for ids in documents[tag]]
             found = iter(
                 score_documents(
                     model,
@@ -174,7 +184,7 @@ def _score_all(
                     progress=progress.update,
                 )
             )
-            scores[system] = {tag: [next(found) for _ in batch] for tag, batch in documents.items()}
+            scores[system] = {tag: [next(found) for _ in documents[tag]] for tag in asked[system]}
     return scores
 
 
@@ -182,15 +192,17 @@ def _mix(
     router: Router,
     language: str,
     ids: LanguageIds,
-    by_expert: list[list[np.ndarray]],
+    by_expert: list[list[np.ndarray] | None],
     end_id: int,
     top_m: int | None,
 ) -> list[np.ndarray]:
-    """Log probabilities of the mixture for each document."""
+    """Log probabilities of the mixture for each document. Experts that were not asked have None,
+    and no weight."""
     mixed = []
-    for number in range(len(by_expert[0])):
-        scores = np.stack([found[number] for found in by_expert])
+    for number in range(max(len(found) for found in by_expert if found is not None)):
         targets = np.append(np.asarray(ids.document(number), np.int64), end_id)
+        silent = np.full(len(targets), -np.inf, np.float32)
+        scores = np.stack([silent if found is None else found[number] for found in by_expert])
         log_weights = router.route(language).along(targets, scores)
         mixed.append(mixture(keep_largest(log_weights, top_m), scores))
     return mixed
