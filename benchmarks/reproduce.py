@@ -8,22 +8,28 @@ they differ only in which model sees which text. Then four languages are grown, 
 typological experts. The command can be killed and run again: it goes on where it was.
 OUT/table.json has every figure, OUT/table.md the tables.
 
-Learning rates are chosen alike for dense and experts, on one half of the validation documents; the
-tables are of the other half.
+Peak rate and batch size are chosen alike for dense and for experts, on one half of the validation
+documents, by steps to a better neighbour until there is none; the tables are of the other half.
+Repetitions after the first have another random seed, and are asked by language alone.
 """
 
 import argparse
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from systems import (
     LANGUAGES,
     NEW_LANGUAGES,
+    Rates,
+    Setting,
     evaluated,
     halves,
     perplexities,
@@ -40,10 +46,11 @@ from xelm.runs.evaluation import Row
 from xelm.runs.init import init
 from xelm.runs.run import Run, open_run
 
-# Peak rate and rows a step, tried for dense and for experts alike.
-SETTINGS = ((5e-4, 4), (1e-3, 4), (5e-4, 16), (1e-3, 16), (1e-3, 64), (2e-3, 64))
-# System -> how it divides the languages; `r` is the random seed of a repetition.
+# Peak rate and rows a step from which the search for better ones sets out.
+START: Setting = (1e-3, 16)
 SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-k8", "tfidf-k4")
+# What is repeated with other random seeds, beside dense.
+REPEATED = ("typology-k8", "random-k8")
 
 
 def main() -> None:
@@ -54,34 +61,31 @@ def main() -> None:
     parts = halves(data, out, options.max_documents)
     started = time.perf_counter()
     base = init(out / "base", data / "corpus", config, languages=LANGUAGES)
-    rates = _choose_rates(base, config, parts["tune"], options.tuning_share)
+    finished: dict[str, list[Row]] = {}
     tables: dict[str, list[Row]] = {}
-    for repetition in range(options.repetitions):
-        for system in ("dense", *SYSTEMS):
-            name = f"{system}-r{repetition}"
-            run = train_system(base, config, system, rates, repetition, name)
-            tables[name] = evaluated(run, parts["test"], system)
+    with _workers(options.jobs) as pool:
+        short = replace(config.experts, tokens=round(config.experts.tokens * options.tuning_share))
+        tuned = {
+            # Experts are tuned on the random control, so that no method is favoured.
+            kind: pool.submit(_tune, base, replace(config, experts=short), parts["tune"], system)
+            for kind, system in (("dense", "dense"), ("experts", "random-k8"))
+        }
+        rates = {kind: found.result() for kind, found in tuned.items()}
+        print(f"peak rates and rows a step: {rates}")
+        work: dict[Future, str] = {}
+        for repetition in range(options.repetitions):
+            for system in ("dense", *(REPEATED if repetition else SYSTEMS)):
+                arguments = (base, config, parts["test"], system, rates, repetition)
+                work[pool.submit(_system, *arguments)] = f"{system}-r{repetition}"
+        for future in as_completed(work):
+            finished[work[future]] = future.result()
+            # In the order of the list above, whichever is done first.
+            tables = {name: finished[name] for name in work.values() if name in finished}
             _write(out, base, config, rates, tables, time.perf_counter() - started)
     grown = _grow(out, data / "corpus")
-    rows = evaluated(grown, parts["test-new"], "typology-k8")
-    tables["grown"] = rows
+    tables["grown"] = evaluated(grown, parts["test-new"], routings_of("typology-k8"))
     _write(out, base, config, rates, tables, time.perf_counter() - started)
     print((out / "table.md").read_text())
-
-
-def _grow(out: Path, corpus: Path) -> Run:
-    """A copy of the typological RUN, with the new languages grown one by one."""
-    target, partial = out / "grown", out / ".grown.partial"
-    if not target.exists():
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(out / "typology-k8-r0", partial)
-        shutil.rmtree(partial / "results")
-        partial.rename(target)
-    run = open_run(target)
-    for language in NEW_LANGUAGES:
-        if not any(language in e.languages for e in run.registry().published()):
-            growing.grow(run, language, corpus)
-    return run
 
 
 def _options() -> argparse.Namespace:
@@ -107,43 +111,87 @@ def _options() -> argparse.Namespace:
         type=int,
         default=40,
         metavar="N",
-        help="of each language and each half of the validation documents",
+        help="of each language for the tables, and half as many for tuning",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="systems trained side by side"
     )
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     return parser.parse_args()
 
 
-def _choose_rates(
-    base: Run, config: RunConfig, corpus: Path, share: float
-) -> dict[str, tuple[float, int]]:
-    """Peak rate and batch size (rows) for dense and for experts, the best of the same grid by mean
-    nats a token over languages; experts are tuned on the random control, so that no method is
-    favoured."""
-    path = base.directory.parent / "tuning.json"
+def _workers(jobs: int) -> ProcessPoolExecutor:
+    """Processes that share the cores among them, as small models make poor use of several."""
+    context = get_context("spawn")
+    places = context.Queue()
+    for place in range(jobs):
+        places.put(place)
+    return ProcessPoolExecutor(jobs, context, _settle, (places, jobs))
+
+
+def _settle(places, jobs: int) -> None:
+    place = places.get()
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[place % len(cores) :: jobs] or cores)
+    prepare()
+
+
+def _tune(base: Run, config: RunConfig, corpus: Path, system: str) -> Setting:
+    """Peak rate and batch size (rows): from START to the first better neighbour (four times or a
+    quarter of the rows, twice or half the rate) until there is none. Better: fewer nats a token,
+    in the mean over languages."""
+    kind = "dense" if system == "dense" else "experts"
+    path = base.directory.parent / f"tuning-{kind}-{config.experts.tokens}.json"
     found = json.loads(path.read_text()) if path.exists() else {"format": 1}
-    short = replace(
-        config, experts=replace(config.experts, tokens=round(config.experts.tokens * share))
-    )
-    best = {}
-    for kind, system in (("dense", "dense"), ("experts", "random-k8")):
-        scores = {}
-        for rate, batch in SETTINGS:
-            name = f"tuning-{kind}-{short.experts.tokens}-rate{rate:g}-batch{batch}"
-            if name not in found:
-                run = train_system(base, short, system, {kind: (rate, batch)}, 0, name)
-                by_language = perplexities(evaluated(run, corpus, system), system)
-                found[name] = float(np.mean(np.log(by_language)))
-                write_json(path, found)
-            scores[rate, batch] = found[name]
-        best[kind] = min(scores, key=lambda setting: scores[setting])
-    return best
+
+    def nats(setting: Setting) -> float:
+        name = f"tuning-{kind}-{config.experts.tokens}-rate{setting[0]:g}-rows{setting[1]}"
+        if name not in found:
+            run = train_system(base, config, system, {kind: setting}, 0, name)
+            rows = evaluated(run, corpus, ("language",))
+            found[name] = float(np.mean(np.log(perplexities(rows, system))))
+            write_json(path, found)
+        return found[name]
+
+    best = START
+    while True:
+        rate, rows = best
+        neighbours = [(rate, rows * 4), (rate, rows // 4), (rate * 2, rows), (rate / 2, rows)]
+        better = (s for s in neighbours if s[1] and nats(s) < nats(best))
+        following = next(better, None)
+        if following is None:
+            return best
+        best = following
+
+
+def _system(
+    base: Run, config: RunConfig, corpus: Path, system: str, rates: Rates, repetition: int
+) -> list[Row]:
+    run = train_system(base, config, system, rates, repetition, f"{system}-r{repetition}")
+    return evaluated(run, corpus, ("language",) if repetition else routings_of(system))
+
+
+def _grow(out: Path, corpus: Path) -> Run:
+    """A copy of the typological RUN, with the new languages grown one by one."""
+    target, partial = out / "grown", out / ".grown.partial"
+    if not target.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(out / "typology-k8-r0", partial)
+        shutil.rmtree(partial / "results")
+        partial.rename(target)
+    run = open_run(target)
+    for language in NEW_LANGUAGES:
+        if not any(language in e.languages for e in run.registry().published()):
+            growing.grow(run, language, corpus)
+    return run
 
 
 def _write(
     out: Path,
     base: Run,
     config: RunConfig,
-    rates: dict,
+    rates: Rates,
     tables: dict[str, list[Row]],
     seconds: float,
 ) -> None:
@@ -154,7 +202,7 @@ def _write(
         "seed_tokens": config.seed.tokens,
         "system_tokens": config.experts.tokens,
         "grown_tokens": config.grow.tokens,
-        "rates": {kind: list(found) for kind, found in rates.items()},
+        "peak_rate_and_rows_a_step": {kind: list(found) for kind, found in rates.items()},
         "seconds_of_this_call": round(seconds),
         "corpus_sha256": base.record["corpus_sha256"],
     }
@@ -232,10 +280,8 @@ def _summary(tables: dict[str, list[Row]]) -> list[str]:
 
 def _spread(values: Sequence[float], form: str) -> str:
     """The mean, and the range where there are several repetitions."""
-    mean = form.format(np.mean(values))
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+    mean, least, most = (form.format(f(values)) for f in (np.mean, min, max))
+    return mean if least == most else f"{mean} ({least} to {most})"
 
 
 def _by_language(tables: dict[str, list[Row]], figure: str) -> list[str]:

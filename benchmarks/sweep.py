@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from systems import LANGUAGES, evaluated, halves, perplexities, train_system
+from systems import LANGUAGES, evaluated, halves, perplexities, routings_of, train_system
 
 from xelm.cli import prepare
 from xelm.config import RunConfig, override
@@ -48,7 +48,7 @@ def main() -> None:
             scores = {}
             for system in ("dense", *options.systems.split(",")):
                 run = train_system(base, budget, system, rates, 0, f"{system}-{tokens}")
-                found = evaluated(run, corpus, system)
+                found = evaluated(run, corpus, routings_of(system)[:1])
                 scores[system] = np.asarray(perplexities(found, system))
                 rows.append(
                     {

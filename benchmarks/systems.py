@@ -2,7 +2,7 @@
 tokens: what the experiments on real text share."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,11 @@ from xelm.runs.evaluation import Row
 from xelm.runs.init import init
 from xelm.runs.run import Run
 
+Setting = tuple[float, int]
+"""Peak learning rate and rows a step."""
+Rates = Mapping[str, Setting]
+"""The setting of "dense" and of "experts"."""
+
 # The sixteen of XGLM, as in the paper.
 LANGUAGES = (
     *("ar", "bg", "de", "el", "en", "es", "fr", "hi"),
@@ -25,12 +30,12 @@ NEW_LANGUAGES = ("az", "he", "pl", "sv")
 
 
 def halves(data: Path, out: Path, most: int) -> dict[str, Path]:
-    """The validation documents, every second one for tuning, the others for the tables; at most
-    `most` of each language in each."""
+    """The validation documents, every second one for tuning, the others for the tables; of each
+    language at most `most` for the tables, and half as many for tuning."""
     folders = {name: out / "valid" / name for name in ("tune", "test", "test-new")}
     for tag in (*LANGUAGES, *NEW_LANGUAGES):
         documents = list(read(data / "corpus_valid" / f"{tag}.jsonl.gz", Faults()))
-        parts = {"tune": documents[::2][:most], "test": documents[1::2][:most]}
+        parts = {"tune": documents[::2][: -(-most // 2)], "test": documents[1::2][:most]}
         if tag in NEW_LANGUAGES:
             parts = {"test-new": parts["test"]}
         for name, part in parts.items():
@@ -45,12 +50,13 @@ def train_system(
     base: Run,
     config: RunConfig,
     system: str,
-    rates: dict[str, tuple[float, int]],
+    rates: Rates,
     repetition: int,
     name: str,
 ) -> Run:
+    """A RUN beside `base`, with its seed, whose dense baseline or experts are trained."""
     # Not the seed's 0: no system sees the rows of the seed again in their order.
-    config = replace(config, experts=replace(config.experts, seed=1 + repetition))
+    config = replace(config, experts=replace(config.experts, random_seed=1 + repetition))
     if system == "dense":
         rate, batch = rates["dense"]
         config = replace(config, dense_learning_rate=rate, dense_batch_size=batch)
@@ -101,11 +107,11 @@ def perplexities(rows: Sequence[Row], system: str) -> list[float]:
     return [found[language] for language in LANGUAGES]
 
 
-def evaluated(run: Run, corpus: Path, system: str) -> list[Row]:
-    """The rows of a system on a corpus, from the RUN's results if they are of that corpus."""
+def evaluated(run: Run, corpus: Path, routings: Sequence[str]) -> list[Row]:
+    """The rows of a RUN on a corpus, from its results if they are of that corpus."""
     path = run.results / evaluation.FILE_NAME
     if path.exists():
         results = json.loads(path.read_text())
         if results["corpus_sha256"] == fingerprint(corpus):
             return [Row.from_json(row) for row in results["rows"]]
-    return evaluation.evaluate(run, corpus, routings=routings_of(system))
+    return evaluation.evaluate(run, corpus, routings=routings)

@@ -13,16 +13,16 @@ from clustering.errors import UserError
 from clustering.languages import canonical_all
 
 
-def random_clusters(languages: Sequence[str], k: int, seed: int) -> Clustering:
-    """k random clusters whose sizes differ by at most one; decided by the seed."""
+def random_clusters(languages: Sequence[str], k: int, random_seed: int) -> Clustering:
+    """k random clusters whose sizes differ by at most one; decided by the random seed."""
     tags = canonical_all(languages)
     if not 1 <= k <= len(tags):
         raise UserError(f"k must be between 1 and {len(tags)} languages; got {k}")
-    order = np.random.default_rng(seed).permutation(len(tags))
+    order = np.random.default_rng(random_seed).permutation(len(tags))
     parts = sorted(sorted(part.tolist()) for part in np.array_split(order, k))
     return Clustering(
         method="random",
-        parameters={"k": k, "seed": seed},
+        parameters={"k": k, "random_seed": random_seed},
         clusters=name_clusters([tuple(tags[index] for index in part) for part in parts]),
         languages=tags,
     )

@@ -49,7 +49,7 @@ class Fit:
 def fit(
     vectors: Float[np.ndarray, "documents D"],
     k: int,
-    seed: int,
+    random_seed: int,
     *,
     sample_size: int = 100_000,
     iterations: int = 50,
@@ -60,7 +60,7 @@ def fit(
     fitted. The same arguments give the same result. Raises UserError for fewer distinct rows than
     k.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(random_seed)
     rows = np.flatnonzero(np.any(vectors, axis=1))
     if len(rows) > sample_size:
         rows = np.sort(rng.choice(rows, sample_size, replace=False))

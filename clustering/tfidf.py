@@ -25,7 +25,7 @@ def fit(
     documents: Iterable[np.ndarray],
     vocabulary_size: int,
     dimensions: int = 100,
-    seed: int = 0,
+    random_seed: int = 0,
     *,
     sample_size: int = 100_000,
 ) -> Vectoriser:
@@ -36,7 +36,7 @@ def fit(
     memory is bounded. There are fewer than `dimensions` where the documents span fewer. The same
     documents in the same order give the same result. Raises UserError if all are empty.
     """
-    terms = _sample(documents, vocabulary_size, sample_size, np.random.default_rng(seed))
+    terms = _sample(documents, vocabulary_size, sample_size, np.random.default_rng(random_seed))
     if not terms:
         raise UserError("TF-IDF needs at least one document that is not empty; got none")
     from scipy import sparse
@@ -56,7 +56,7 @@ def fit(
         matrix,
         wanted,
         n_iter=_POWER_ITERATIONS,  # pyright: ignore[reportArgumentType]  # int, or the word "auto"
-        random_state=seed,
+        random_state=random_seed,
     )
     # Directions beyond the rank are noise of the machine.
     kept = singular > 1e-6 * singular[0]
@@ -70,7 +70,7 @@ def cluster(
     languages_of_documents: Sequence[str],
     vectoriser: Vectoriser,
     k: int,
-    seed: int = 0,
+    random_seed: int = 0,
     *,
     made_from: dict[str, str] | None = None,
 ) -> Clustering:
@@ -88,14 +88,14 @@ def cluster(
         )
     tag_of = {code: canonical(code) for code in dict.fromkeys(languages_of_documents)}
     tags = [tag_of[code] for code in languages_of_documents]
-    fitted = kmeans.fit(vectors, k, seed)
+    fitted = kmeans.fit(vectors, k, random_seed)
     names = tuple(f"c{index}" for index in range(k))
     documents_in = _count(kmeans.assign(vectors, fitted.centres), tags, names)
     return Clustering(
         method="tfidf",
         parameters={
             "k": k,
-            "seed": seed,
+            "random_seed": random_seed,
             "dimensions": vectoriser.dimensions,
             "documents_fitted": len(fitted.rows),
             "sizes_while_fitting": list(fitted.sizes),

@@ -27,7 +27,7 @@ def of_documents():
 EXAMPLES = {
     "balanced": lambda: typology.cluster(LANGUAGES, 3, exclude=["nn"]),
     "free": lambda: typology.cluster(LANGUAGES, 3, balanced=False),
-    "random": lambda: control.random_clusters(LANGUAGES, 3, seed=1),
+    "random": lambda: control.random_clusters(LANGUAGES, 3, random_seed=1),
     "by hand": lambda: control.by_hand({"română": ["ro"], "rest": ["sr-Latn", "pt-BR"]}, ["tr"]),
     "documents": of_documents,
 }
@@ -186,15 +186,15 @@ def test_names_say_what_is_inside_and_are_good_folders():
 
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_random_clusters_are_even_and_decided_by_the_seed(k):
-    first = control.random_clusters(LANGUAGES, k, seed=0)
+    first = control.random_clusters(LANGUAGES, k, random_seed=0)
     sizes = [len(members) for members in first.clusters.values()]
     assert len(sizes) == k
     assert max(sizes) - min(sizes) <= 1
-    assert first == control.random_clusters(LANGUAGES, k, seed=0)
-    others = [control.random_clusters(LANGUAGES, 3, seed=seed).clusters for seed in range(5)]
+    assert first == control.random_clusters(LANGUAGES, k, random_seed=0)
+    others = [control.random_clusters(LANGUAGES, 3, random_seed=seed).clusters for seed in range(5)]
     assert len({str(clusters) for clusters in others}) > 1
     with pytest.raises(UserError, match="between 1 and 8 languages; got 9"):
-        control.random_clusters(LANGUAGES, 9, seed=0)
+        control.random_clusters(LANGUAGES, 9, random_seed=0)
 
 
 def test_a_language_in_two_groups_by_hand_is_refused():

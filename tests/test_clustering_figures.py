@@ -93,7 +93,7 @@ def test_colours_follow_the_position_and_differ():
 
 
 def test_a_picture_of_what_is_not_there_is_refused():
-    plain = control.random_clusters(LANGUAGES, 3, seed=1)
+    plain = control.random_clusters(LANGUAGES, 3, random_seed=1)
     for draw in (plain.plot_tree, plain.plot_distances, plain.plot_composition):
         with pytest.raises(UserError, match="method 'random'"):
             draw()

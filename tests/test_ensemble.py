@@ -282,7 +282,9 @@ def test_temperature_zero_takes_the_most_probable_token_each_time(ensemble, alon
 
 def test_generation_is_decided_by_its_seed(ensemble):
     def say(seed):
-        return ensemble.generate(PROMPT, max_new_tokens=12, temperature=1.5, top_p=1.0, seed=seed)
+        return ensemble.generate(
+            PROMPT, max_new_tokens=12, temperature=1.5, top_p=1.0, random_seed=seed
+        )
 
     assert say(0) == say(0)
     assert len({tuple(say(seed).ids) for seed in range(4)}) == 4
@@ -290,7 +292,7 @@ def test_generation_is_decided_by_its_seed(ensemble):
 
 def test_a_tiny_nucleus_is_the_most_probable_token(ensemble):
     greedy = ensemble.generate(PROMPT, max_new_tokens=8, temperature=0.0)
-    narrow = ensemble.generate(PROMPT, max_new_tokens=8, temperature=1.5, top_p=1e-6, seed=3)
+    narrow = ensemble.generate(PROMPT, max_new_tokens=8, temperature=1.5, top_p=1e-6, random_seed=3)
     assert narrow.ids == greedy.ids
 
 
@@ -316,7 +318,7 @@ def test_tokens_are_drawn_with_their_probabilities_from_the_nucleus():
 
 
 def test_the_text_is_that_of_the_new_ids(ensemble):
-    said = ensemble.generate(PROMPT, max_new_tokens=10, temperature=1.0, seed=1)
+    said = ensemble.generate(PROMPT, max_new_tokens=10, temperature=1.0, random_seed=1)
     ids = [*ensemble.tokenizer.encode([PROMPT])[0], *said.ids]
     assert PROMPT + said.text == ensemble.tokenizer.decode(ids)
     assert sum(said.weights.values()) == pytest.approx(1.0)
@@ -336,7 +338,9 @@ def test_the_end_token_ends_the_text(ensemble, model, experts):
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_as_many_tokens_are_new_as_asked_for(ensemble, count):
-    said = ensemble.generate(PROMPT, max_new_tokens=count, temperature=1.0, top_p=1.0, seed=0)
+    said = ensemble.generate(
+        PROMPT, max_new_tokens=count, temperature=1.0, top_p=1.0, random_seed=0
+    )
     assert len(said.ids) == count
     assert said.text if count else said.text == ""
 

@@ -45,7 +45,7 @@ def test_equal_costs_fill_every_cluster():
 @pytest.mark.parametrize(("rows", "k"), [(500, 8), (503, 8), (40, 40), (41, 1)])
 def test_sizes_are_bounded_while_fitting(rows, k):
     points, _ = blobs(rows, [0.6, 0.2, 0.1, 0.1], 0.3)
-    fitted = kmeans.fit(points, k, seed=0)
+    fitted = kmeans.fit(points, k, random_seed=0)
     assert sum(fitted.sizes) == rows
     assert max(fitted.sizes) <= -(-rows // k)
     assert 1 <= fitted.balance <= 1 + k / rows
@@ -55,7 +55,7 @@ def test_sizes_are_bounded_while_fitting(rows, k):
 
 def test_equal_blobs_are_found():
     points, labels = blobs(800, [0.25] * 4, 0.05)
-    fitted = kmeans.fit(points, 4, seed=0)
+    fitted = kmeans.fit(points, 4, random_seed=0)
     found = kmeans.assign(points, fitted.centres)
     table = np.zeros((4, 4), int)
     np.add.at(table, (found, labels), 1)
@@ -65,7 +65,7 @@ def test_equal_blobs_are_found():
 def test_the_same_seed_gives_the_same_fit_and_the_argument_is_not_changed():
     points, _ = blobs(300, [0.5, 0.5], 0.3)
     before = points.copy()
-    first, second = (kmeans.fit(points, 5, seed=3, sample_size=200) for _ in range(2))
+    first, second = (kmeans.fit(points, 5, random_seed=3, sample_size=200) for _ in range(2))
     np.testing.assert_array_equal(first.centres, second.centres)
     np.testing.assert_array_equal(first.labels, second.labels)
     np.testing.assert_array_equal(first.rows, second.rows)
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_fit_and_the_argument_is_not_changed():
 
 def test_assignment_is_to_the_nearest_centre():
     points, _ = blobs(200, [0.7, 0.3], 0.3)
-    centres = kmeans.fit(points, 3, seed=0).centres
+    centres = kmeans.fit(points, 3, random_seed=0).centres
     wanted = [np.argmin([np.linalg.norm(point - centre) for centre in centres]) for point in points]
     assert kmeans.assign(points, centres).tolist() == wanted
     assert kmeans.assign(points[:0], centres).tolist() == []
@@ -84,8 +84,8 @@ def test_assignment_is_to_the_nearest_centre():
 def test_empty_documents_are_left_out_and_too_few_distinct_ones_refused():
     points = np.zeros((6, 3), np.float32)
     points[1], points[4] = [1, 0, 0], [0, 1, 0]
-    assert kmeans.fit(points, 2, seed=0).rows.tolist() == [1, 4]
+    assert kmeans.fit(points, 2, random_seed=0).rows.tolist() == [1, 4]
     with pytest.raises(UserError, match="between 1 and 2 documents that are not empty; got 3"):
-        kmeans.fit(points, 3, seed=0)
+        kmeans.fit(points, 3, random_seed=0)
     with pytest.raises(UserError, match="number of distinct documents, 1; got 2"):
-        kmeans.fit(np.ones((5, 3), np.float32), 2, seed=0)
+        kmeans.fit(np.ones((5, 3), np.float32), 2, random_seed=0)

@@ -132,7 +132,7 @@ def test_the_averages_have_the_configured_lengths():
         ("weight_decay", -0.1, "weight_decay must be at least 0; got -0.1"),
         ("beta2", 1.0, "beta2 must be at least 0 and below 1; got 1.0"),
         ("mesh_data", -1, "mesh_data must be at least 0; got -1"),
-        ("seed", -1, "seed must be at least 0; got -1"),
+        ("random_seed", -1, "random_seed must be at least 0; got -1"),
     ],
 )
 def test_a_configuration_that_cannot_be_trained_is_refused_when_made(field, value, fault):
@@ -142,8 +142,8 @@ def test_a_configuration_that_cannot_be_trained_is_refused_when_made(field, valu
 
 
 def test_experts_may_not_see_the_rows_of_the_seed_in_its_order():
-    with pytest.raises(ValueError, match=r"experts\.seed must differ from seed\.seed"):
-        replace(tiny(), experts=replace(tiny().experts, seed=tiny().seed.seed))
+    with pytest.raises(ValueError, match=r"experts\.random_seed must differ"):
+        replace(tiny(), experts=replace(tiny().experts, random_seed=tiny().seed.random_seed))
     replace(tiny(), model=None, experts=tiny().seed)  # a seed that was trained elsewhere
 
 

@@ -36,7 +36,7 @@ def rows_of(found: Source, length: int, seed: int = 0) -> LanguageRows:
         sequence_length=length,
         start_id=START,
         end_id=END,
-        seed=seed,
+        random_seed=seed,
         language_index=0,
     )
 
@@ -125,7 +125,7 @@ def mixed(shares: dict[str, float], *, steps=40, batch_size=5, seed=0, first_ste
             sequence_length=length,
             start_id=START,
             end_id=END,
-            seed=seed,
+            random_seed=seed,
             first_step=first_step,
         )
     )
@@ -225,7 +225,7 @@ def test_a_source_without_documents_is_refused():
             sequence_length=4,
             start_id=START,
             end_id=END,
-            seed=0,
+            random_seed=0,
         )
 
 

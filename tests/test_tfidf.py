@@ -31,7 +31,7 @@ def counts(documents):
 
 def test_vectors_are_those_of_scikit_learn():
     documents, _ = corpus()
-    fitted = tfidf.fit(documents, V, dimensions=12, seed=0)
+    fitted = tfidf.fit(documents, V, dimensions=12, random_seed=0)
     weights = TfidfTransformer(smooth_idf=True, norm="l2").fit(counts(documents))
     np.testing.assert_allclose(fitted.idf, weights.idf_, rtol=1e-6)
     svd = TruncatedSVD(12, random_state=0).fit(weights.transform(counts(documents)))
@@ -80,8 +80,10 @@ def test_unseen_terms_say_nothing():
 
 def test_fitting_repeats_itself_and_a_sample_is_decided_by_the_seed():
     documents, _ = corpus()
-    assert tfidf.fit(documents, V, 10, seed=1) == tfidf.fit(iter(documents), V, 10, seed=1)
-    sampled = [tfidf.fit(documents, V, 10, seed=seed, sample_size=50) for seed in (1, 1, 2)]
+    assert tfidf.fit(documents, V, 10, random_seed=1) == tfidf.fit(
+        iter(documents), V, 10, random_seed=1
+    )
+    sampled = [tfidf.fit(documents, V, 10, random_seed=seed, sample_size=50) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1]
     assert sampled[0] != sampled[2]
     # A sample of all is no sample.
@@ -119,7 +121,7 @@ def test_only_empty_documents_are_refused():
 
 def test_documents_of_one_language_come_together():
     documents, languages = corpus()
-    clusters = tfidf.cluster(documents, languages, tfidf.fit(documents, V, 20), k=4, seed=0)
+    clusters = tfidf.cluster(documents, languages, tfidf.fit(documents, V, 20), k=4, random_seed=0)
     assert tuple(clusters.clusters) == ("c0", "c1", "c2", "c3")
     assert clusters.of_documents
     assert max(clusters.parameters["sizes_while_fitting"]) <= 60
@@ -140,7 +142,7 @@ def test_documents_of_one_language_come_together():
 
 def test_a_new_document_goes_to_the_nearest_centre():
     documents, languages = corpus()
-    clusters = tfidf.cluster(documents, languages, tfidf.fit(documents, V, 20), k=4, seed=0)
+    clusters = tfidf.cluster(documents, languages, tfidf.fit(documents, V, 20), k=4, random_seed=0)
     new, new_languages = corpus(40, seed=5)
     names = list(clusters.clusters)
     vectors = clusters.vectoriser.transform(new)

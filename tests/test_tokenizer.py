@@ -116,7 +116,7 @@ def test_the_same_texts_give_the_same_files(directory, tmp_path):
 def test_a_language_is_heard_in_proportion_to_its_bytes_to_the_exponent(exponent):
     corpus = {"de": texts(documents=2000)["de"], "el": texts(documents=50)["el"]}
     heard = {"de": 0, "el": 0}
-    for line in tokenizers._sample(corpus, exponent, seed=0):
+    for line in tokenizers._sample(corpus, exponent, random_seed=0):
         heard["el" if "α" in line else "de"] += len(line.encode())
     sizes = {tag: sum(len(text.encode()) for text in found) for tag, found in corpus.items()}
     weights = {tag: size**exponent for tag, size in sizes.items()}
@@ -140,7 +140,7 @@ def test_a_smaller_exponent_gives_a_small_language_longer_pieces(tmp_path):
 def test_a_large_corpus_is_sampled_and_a_long_document_is_cut(monkeypatch):
     monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 30_000)
     documents = [f"{number:05}" * 1000 for number in range(100)]
-    sample = list(tokenizers._sample({"de": documents}, 0.3, seed=0))
+    sample = list(tokenizers._sample({"de": documents}, 0.3, random_seed=0))
     assert sum(map(len, sample)) == 30_000
     assert max(map(len, sample)) == tokenizers.LONGEST_SENTENCE
     starts = [line for line in sample if len(line) == tokenizers.LONGEST_SENTENCE]

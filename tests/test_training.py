@@ -74,7 +74,7 @@ SOURCES = [source(language) for language in SHARES]
 
 @pytest.fixture(scope="module")
 def parameters():
-    return jax.tree.map(np.asarray, fresh_parameters(MODEL, seed=0))
+    return jax.tree.map(np.asarray, fresh_parameters(MODEL, random_seed=0))
 
 
 @pytest.fixture

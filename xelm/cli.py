@@ -382,7 +382,7 @@ def _generate(options: argparse.Namespace) -> None:
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,
-        seed=options.random_seed,
+        random_seed=options.random_seed,
         language=options.language,
     )
     if options.json:

@@ -52,9 +52,9 @@ class TrainConfig:
     """Of matrix products; parameters, norms, softmax and losses stay float32."""
     rematerialise: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
-    seed: int = 0
+    random_seed: int = 0
     """Orders documents and rows, and initialises a fresh model. A training that goes on from
-    another on the same text needs another seed, or it sees the same rows in the same order."""
+    another on the same text needs another, or it sees the same rows in the same order."""
     checkpoint_every: int = 200
     """Steps between checkpoints of the unfinished training."""
     log_every: int = 10
@@ -91,7 +91,7 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
-        for name in ("weight_decay", "mesh_data", "seed"):
+        for name in ("weight_decay", "mesh_data", "random_seed"):
             if not 0 <= getattr(self, name) < 2**31:
                 faults.append(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.accumulation_steps > 0 and self.batch_size % self.accumulation_steps:
@@ -143,10 +143,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.donor_share < 1:
             raise ValueError(f"donor_share must be in 0..1, below 1; got {self.donor_share}")
-        if self.model is not None and self.seed.seed == self.experts.seed:
+        if self.model is not None and self.seed.random_seed == self.experts.random_seed:
             raise ValueError(
-                "experts.seed must differ from seed.seed, or experts and dense see the rows of the "
-                f"seed again in the same order; both are {self.seed.seed}"
+                "experts.random_seed must differ from seed.random_seed, or experts and dense see "
+                f"the seed's rows again in the same order; both are {self.seed.random_seed}"
             )
         if self.vectoriser_dimensions < 1:
             raise ValueError(

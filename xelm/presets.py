@@ -18,14 +18,14 @@ def quickstart() -> RunConfig:
         sampling_exponent=1.0,
         checkpoint_every=200,
     )
-    experts = replace(seed, batch_size=4, learning_rate=1e-3, seed=1)
+    experts = replace(seed, batch_size=4, learning_rate=1e-3, random_seed=1)
     return RunConfig(
         model=_llama(vocabulary_size=4096, width=64, layers=2, head_size=32, max_length=512),
         seed=seed,
         experts=experts,
         dense_learning_rate=3e-3,
         dense_batch_size=16,
-        grow=replace(experts, tokens=250_000, seed=2),
+        grow=replace(experts, tokens=250_000, random_seed=2),
     )
 
 
@@ -42,10 +42,10 @@ def tiny() -> RunConfig:
     return RunConfig(
         model=_llama(vocabulary_size=8192, width=128, layers=5, head_size=32, max_length=1024),
         seed=train,
-        experts=replace(train, tokens=8_000_000, batch_size=4, learning_rate=5e-4, seed=1),
+        experts=replace(train, tokens=8_000_000, batch_size=4, learning_rate=5e-4, random_seed=1),
         dense_learning_rate=1e-3,
         dense_batch_size=16,
-        grow=replace(train, tokens=1_000_000, batch_size=4, learning_rate=5e-4, seed=2),
+        grow=replace(train, tokens=1_000_000, batch_size=4, learning_rate=5e-4, random_seed=2),
     )
 
 
@@ -63,10 +63,10 @@ def small() -> RunConfig:
     return RunConfig(
         model=_llama(vocabulary_size=64_000, width=512, layers=8, head_size=64, max_length=2048),
         seed=train,
-        experts=replace(train, tokens=1_000_000_000, learning_rate=5e-4, seed=1),
+        experts=replace(train, tokens=1_000_000_000, learning_rate=5e-4, random_seed=1),
         dense_learning_rate=5e-4,
         dense_batch_size=64,
-        grow=replace(train, tokens=100_000_000, learning_rate=5e-4, seed=2),
+        grow=replace(train, tokens=100_000_000, learning_rate=5e-4, random_seed=2),
     )
 
 

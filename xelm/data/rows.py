@@ -2,8 +2,8 @@
 
 A language's documents are shuffled once and laid end to end, each as [start, ids..., end]; row r
 holds tokens r*T to (r+1)*T of that stream and, as the last target, the first of the next row, so
-that every token is predicted once a pass. Batch i is a pure function of the seed and i: a resumed
-training needs no other state than its step.
+that every token is predicted once a pass. Batch i is a pure function of the random seed and i: a
+resumed training needs no other state than its step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,14 +39,14 @@ class LanguageRows:
         sequence_length: int,
         start_id: int,
         end_id: int,
-        seed: int,
+        random_seed: int,
         language_index: int,
     ):
         ids = source.ids
         chosen = np.arange(len(ids)) if source.documents is None else np.asarray(source.documents)
-        # By the language, not by its place among the sources: every training with one seed goes
-        # through a language in the same order, whoever else takes part.
-        random = np.random.default_rng([seed, *ids.language.encode()])
+        # By the language, not by its place among the sources: every training with one random seed
+        # goes through a language in the same order, whoever else takes part.
+        random = np.random.default_rng([random_seed, *ids.language.encode()])
         self.ids, self.order = ids, chosen[random.permutation(len(chosen))]
         self.row_seed = int(random.integers(2**31))
         # Two more a document: its start and its end.
@@ -100,7 +100,7 @@ def batches(
     sequence_length: int,
     start_id: int,
     end_id: int,
-    seed: int,
+    random_seed: int,
     first_step: int = 0,
 ) -> Any:
     """Iterates over the batches of steps first_step to steps - 1: dictionaries of int32
@@ -116,7 +116,7 @@ def batches(
             sequence_length=sequence_length,
             start_id=start_id,
             end_id=end_id,
-            seed=seed,
+            random_seed=random_seed,
             language_index=index,
         )
         if len(rows) == 0:

@@ -31,7 +31,7 @@ def train(
     directory: str | Path,
     *,
     exponent: float = 0.3,
-    seed: int = 0,
+    random_seed: int = 0,
 ) -> None:
     """Trains a unigram model with byte fallback and writes tokenizer files into `directory`.
 
@@ -43,7 +43,7 @@ def train(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(list(_sample(texts, exponent, seed))),
+            sentence_iterator=iter(list(_sample(texts, exponent, random_seed))),
             model_writer=model,
             model_type="unigram",
             vocab_size=vocabulary_size,
@@ -119,13 +119,13 @@ class Tokenizer:
         return self.hub.decode(list(ids), skip_special_tokens=True)
 
 
-def _sample(texts: Mapping[str, Sequence[str]], exponent: float, seed: int) -> Iterator[str]:
+def _sample(texts: Mapping[str, Sequence[str]], exponent: float, random_seed: int) -> Iterator[str]:
     sizes = {
         language: sum(len(t.encode()) for t in documents) for language, documents in texts.items()
     }
     weights = {language: size**exponent for language, size in sizes.items() if size}
     total = min(TRAINING_BYTES, sum(sizes.values()))
-    order = random.Random(seed)
+    order = random.Random(random_seed)
     for language, weight in weights.items():
         wanted = total * weight / sum(weights.values())
         documents = list(texts[language])

@@ -114,7 +114,7 @@ class Ensemble:
         max_new_tokens: int = 40,
         temperature: float = 0.8,
         top_p: float = 0.95,
-        seed: int = 0,
+        random_seed: int = 0,
         language: str | None = None,
     ) -> Generation:
         """Continues the prompt until the end token or `max_new_tokens`. temperature 0 takes the
@@ -128,7 +128,7 @@ class Ensemble:
                 f"model of {self.model.max_length} has room for {max(0, room)}"
             )
         ids, weights = [], []
-        random = np.random.default_rng(seed)
+        random = np.random.default_rng(random_seed)
         for distribution, log_weights in self._steps(prompt_ids, ids, max_new_tokens, language):
             weights.append(np.exp(log_weights))
             token = _choose(distribution, temperature, top_p, random)

@@ -85,9 +85,9 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
     return nnx.to_pure_dict(named)
 
 
-def fresh_parameters(config: ModelConfig, seed: int) -> dict[str, Any]:
+def fresh_parameters(config: ModelConfig, random_seed: int) -> dict[str, Any]:
     """Random parameters of a model that is trained from nothing, float32."""
-    return _maker(config)(jax.random.key(seed))
+    return _maker(config)(jax.random.key(random_seed))
 
 
 @functools.lru_cache(maxsize=8)

@@ -189,7 +189,7 @@ def _train_tokenizer(run: Run, corpus: str | Path) -> None:
         vocabulary_size,
         partial,
         exponent=config.tokenizer_exponent,
-        seed=config.seed.seed,
+        random_seed=config.seed.random_seed,
     )
     partial.rename(target)
 
@@ -203,7 +203,7 @@ def _train_seed(run: Run, store: Store) -> None:
         config.seed.sampling_exponent,
     )
     trained = train(
-        fresh_parameters(_model(config), config.seed.seed),
+        fresh_parameters(_model(config), config.seed.random_seed),
         _model(config),
         [Source(ids=ids, share=shares[language]) for language, ids in store.languages.items()],
         config.seed,
@@ -291,7 +291,10 @@ def _fit_vectoriser(run: Run, store: Store) -> None:
         for number in range(0, len(ids), -(-len(ids) // most))
     )
     fitted = tfidf.fit(
-        documents, run.tokenizer().size, run.config.vectoriser_dimensions, run.config.seed.seed
+        documents,
+        run.tokenizer().size,
+        run.config.vectoriser_dimensions,
+        run.config.seed.random_seed,
     )
     write_arrays(
         run.directory / "vectoriser.npz", {"idf": fitted.idf, "projection": fitted.projection}

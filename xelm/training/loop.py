@@ -87,7 +87,7 @@ def train(
             sequence_length=config.sequence_length,
             start_id=start_id,
             end_id=end_id,
-            seed=config.seed,
+            random_seed=config.random_seed,
             first_step=first,
         )
         seen = facts["language_tokens"]

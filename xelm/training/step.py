@@ -47,8 +47,8 @@ class Program(NamedTuple):
 
 
 def program(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Program:
-    """The program of a training. Trainings that differ in budget, rate, schedule, seed or logging
-    alone share one: it compiles once a process."""
+    """The program of a training. Trainings that differ in budget, rate, schedule, random seed or
+    logging alone share one: it compiles once a process."""
     return _program(
         model,
         mesh,
