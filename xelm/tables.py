@@ -7,11 +7,12 @@ import numpy as np
 from clustering.languages import english_name
 from xelm.runs.evaluation import Row
 
-_WIDTH = 20
+# Six columns within a hundred characters or little more.
+_WIDTH = 15
 
 
 def results(rows: Sequence[Row], routings: Sequence[str], seed_languages: Sequence[str]) -> str:
-    """Perplexity and bits per byte by language: seed, dense, and the ensemble by routing.
+    """Perplexity (ppl) and bits per byte by language: seed, dense, and the ensemble by routing.
 
     seed_languages: those that seed and dense were trained on. The means are over those of them
     that every column has; other languages stand below the means.
@@ -22,20 +23,20 @@ def results(rows: Sequence[Row], routings: Sequence[str], seed_languages: Sequen
     columns = [c for c in columns if any((*c, row.language) in found for row in rows)]
     languages = list(dict.fromkeys(row.language for row in rows))
     trained = [tag for tag in languages if tag in seed_languages]
-    titles = [
-        system if routing is None else f"{system} by {routing}" for system, routing in columns
-    ]
-    width = max(_WIDTH, *(len(title) + 2 for title in titles))
+    titles = [system if routing is None else f"by {routing}" for system, routing in columns]
+    first = next((i for i, (system, _) in enumerate(columns) if system == "ensemble"), None)
+    groups = ["ensemble" if i == first else "" for i in range(len(columns))]
 
     def line(name: str, cells: Sequence[str]) -> str:
-        return f"{name:21}" + "".join(f"{cell:>{width}}" for cell in cells)
+        return (f"{name:18}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)).rstrip()
 
     def language(tag: str) -> str:
         cells = [found.get((*column, tag)) for column in columns]
         pairs = [_pair(row.perplexity, row.bits_per_byte) if row else "-" for row in cells]
-        return line(f"{tag:4} {english_name(tag)[:15]}", pairs)
+        return line(f"{tag:4} {english_name(tag)[:13]}", pairs)
 
-    lines = [line("", titles), line("language", ["perplexity  bits/B"] * len(columns))]
+    lines = [line("", groups)] if any(groups) else []
+    lines += [line("", titles), line("language", ["ppl bits/B"] * len(columns))]
     lines += [language(tag) for tag in trained]
     common = [tag for tag in trained if all((*column, tag) in found for column in columns)]
     if common:
@@ -54,4 +55,4 @@ def results(rows: Sequence[Row], routings: Sequence[str], seed_languages: Sequen
 
 
 def _pair(perplexity: float, bits_per_byte: float) -> str:
-    return f"{perplexity:.1f}  {bits_per_byte:6.3f}"
+    return f"{perplexity:.1f} {bits_per_byte:6.3f}"
