@@ -8,8 +8,9 @@ they differ only in which model sees which text. Then four languages are grown, 
 typological experts. The command can be killed and run again: it goes on where it was.
 OUT/table.json has every figure, OUT/table.md the tables.
 
-Peak rate and batch size are chosen alike for dense and for experts, on one half of the validation
-documents, by steps to a better neighbour until there is none; the tables are of the other half.
+Peak rate and batch size are chosen for dense and for each number of experts, on one half of the
+validation documents, by steps to a better neighbour until there is none; the tables are of the
+other half.
 Repetitions after the first have another random seed, and are asked by language alone.
 """
 
@@ -17,11 +18,13 @@ import argparse
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from systems import (
     Setting,
     evaluated,
     halves,
+    kind_of,
     perplexities,
     routings_of,
     train_system,
@@ -48,6 +52,9 @@ from xelm.runs.run import Run, open_run
 
 # Peak rate and rows a step from which the search for better ones sets out.
 START: Setting = (1e-3, 16)
+# Settings are searched for on random clusters, so that no method is favoured, and for each number
+# of experts by itself, as it decides how many steps an expert has.
+TUNED = ("dense", "random-k8", "random-k4", "monolingual-k16")
 SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-k8", "tfidf-k4")
 # What is repeated with other random seeds, beside dense.
 REPEATED = ("typology-k8", "random-k8")
@@ -66,9 +73,10 @@ def main() -> None:
     with _workers(options.jobs) as pool:
         short = replace(config.experts, tokens=round(config.experts.tokens * options.tuning_share))
         tuned = {
-            # Experts are tuned on the random control, so that no method is favoured.
-            kind: pool.submit(_tune, base, replace(config, experts=short), parts["tune"], system)
-            for kind, system in (("dense", "dense"), ("experts", "random-k8"))
+            kind_of(system): pool.submit(
+                _tune, base, replace(config, experts=short), parts["tune"], system
+            )
+            for system in TUNED
         }
         rates = {kind: found.result() for kind, found in tuned.items()}
         print(f"peak rates and rows a step: {rates}")
@@ -135,13 +143,21 @@ def _settle(places, jobs: int) -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, cores[place % len(cores) :: jobs] or cores)
     prepare()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _tune(base: Run, config: RunConfig, corpus: Path, system: str) -> Setting:
     """Peak rate and batch size (rows): from START to the first better neighbour (four times or a
     quarter of the rows, twice or half the rate) until there is none. Better: fewer nats a token,
     in the mean over languages."""
-    kind = "dense" if system == "dense" else "experts"
+    kind = kind_of(system)
     path = base.directory.parent / f"tuning-{kind}-{config.experts.tokens}.json"
     found = json.loads(path.read_text()) if path.exists() else {"format": 1}
 

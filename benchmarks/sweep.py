@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from systems import LANGUAGES, evaluated, halves, perplexities, routings_of, train_system
+from systems import LANGUAGES, evaluated, halves, kind_of, perplexities, routings_of, train_system
 
 from xelm.cli import prepare
 from xelm.config import RunConfig, override
@@ -37,7 +37,9 @@ def main() -> None:
     prepare()
     data, out = Path(options.data), Path(options.out)
     corpus = halves(data, out, options.max_documents)["test"]
-    rates = {kind: _setting(getattr(options, kind)) for kind in ("dense", "experts")}
+    systems = ("dense", *options.systems.split(","))
+    rates = {kind_of(system): _setting(options.experts) for system in systems}
+    rates["dense"] = _setting(options.dense)
     rows = []
     for width in map(int, options.widths.split(",")):
         config = _of_width(override(tiny(), options.settings), width)
@@ -46,7 +48,7 @@ def main() -> None:
         for tokens in (round(float(text)) for text in options.tokens.split(",")):
             budget = replace(config, experts=replace(config.experts, tokens=tokens))
             scores = {}
-            for system in ("dense", *options.systems.split(",")):
+            for system in systems:
                 run = train_system(base, budget, system, rates, 0, f"{system}-{tokens}")
                 found = evaluated(run, corpus, routings_of(system)[:1])
                 scores[system] = np.asarray(perplexities(found, system))

@@ -19,7 +19,7 @@ from xelm.runs.run import Run
 Setting = tuple[float, int]
 """Peak learning rate and rows a step."""
 Rates = Mapping[str, Setting]
-"""The setting of "dense" and of "experts"."""
+"""The setting of each kind of system: "dense", and "k8" for eight experts."""
 
 # The sixteen of XGLM, as in the paper.
 LANGUAGES = (
@@ -57,11 +57,10 @@ def train_system(
     """A RUN beside `base`, with its seed, whose dense baseline or experts are trained."""
     # Not the seed's 0: no system sees the rows of the seed again in their order.
     config = replace(config, experts=replace(config.experts, random_seed=1 + repetition))
+    rate, batch = rates[kind_of(system)]
     if system == "dense":
-        rate, batch = rates["dense"]
         config = replace(config, dense_learning_rate=rate, dense_batch_size=batch)
     else:
-        rate, batch = rates["experts"]
         parts = (config.experts, config.grow)
         experts, grow = (replace(part, learning_rate=rate, batch_size=batch) for part in parts)
         config = replace(config, experts=experts, grow=grow)
@@ -79,6 +78,11 @@ def train_system(
         training.branch(run, clusters_of(run, system, repetition))
     training.train_experts(run, [e.name for e in run.registry().training() if e.cluster])
     return run
+
+
+def kind_of(system: str) -> str:
+    """What systems with the same settings have in common: "dense", or "k8" for eight experts."""
+    return system.rpartition("-")[2]
 
 
 def clusters_of(run: Run, system: str, repetition: int) -> Clustering:
