@@ -117,13 +117,19 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if reason is None:
             raise
         raise UserError(f"{path} was not written: {reason}; nothing was changed") from error
-    _sync_folder(path.parent)  # so that the new name, too, survives a power cut
+    _sync(path.parent)  # so that the new name, too, survives a power cut
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+def flush(folder: Path) -> None:
+    """Brings a folder and the files in it to disk, which comes before it gets its final name."""
+    for path in [*folder.iterdir(), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened, nor a file that is only read
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -55,11 +55,17 @@ def cluster(
 
     `balanced` keeps sizes within one of each other, at the price of some distant pairs; otherwise
     sizes are as they fall. Languages in `exclude` are recorded as unassigned. Raises UserError as
-    `distances` does, and if k is not in 1..languages.
+    `distances` does, if k is not in 1..languages, and if every language is excluded.
     """
     left_out = canonical_all(exclude)
     tags = tuple(tag for tag in canonical_all(languages) if tag not in left_out)
-    matrix = distances(tags, features)
+    if left_out and not tags:
+        raise UserError(f"every language is excluded: {', '.join(left_out)}")
+    made_from = uriel.made_from(features)  # before what can only be wrong with the languages
+    try:
+        matrix = distances(tags, features)
+    except UserError as error:
+        raise UserError(f"{error}; exclude them, or assign them to clusters by hand") from error
     grouping = (pairing.balanced if balanced else pairing.free)(tags, matrix, k)
     return Clustering(
         method="typology",
@@ -74,7 +80,7 @@ def cluster(
         languages=tags,
         distances=matrix,
         merges=tuple(grouping.merges),
-        made_from=uriel.made_from(features),
+        made_from=made_from,
     )
 
 
@@ -112,6 +118,5 @@ def _check_comparable(
         named = ", ".join((silent + apart)[:5])
         raise UserError(
             f"no {features} feature that varies over these {len(tags)} languages "
-            f"can compare {named}; give more languages, exclude these, "
-            "or assign them to clusters by hand"
+            f"can compare {named}"
         )

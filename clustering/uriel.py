@@ -61,10 +61,7 @@ def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") 
     found = {tag: [code for code in iso639_3(tag) if code in informed] for tag in languages}
     without = [f"{tag} ({english_name(tag)})" for tag, codes in found.items() if not codes]
     if without:
-        raise UserError(
-            f"URIEL has no {set_name} features for {', '.join(without)}; "
-            "exclude them, or assign them to clusters by hand"
-        )
+        raise UserError(f"URIEL has no {set_name} features for {', '.join(without)}")
     return {tag: codes[0] for tag, codes in found.items()}
 
 

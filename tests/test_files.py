@@ -49,6 +49,16 @@ def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypa
     assert json.loads(path.read_text()) == {"format": 1}
 
 
+def test_a_folder_is_on_disk_with_every_file_in_it(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    files.flush(tmp_path)
+    assert sorted(flushed[:-1]) == sorted(path.stat().st_ino for path in tmp_path.iterdir())
+    assert flushed[-1] == tmp_path.stat().st_ino
+
+
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "a").write_text("")
     for path in (tmp_path / "a" / "b.json", tmp_path / "a" / "b" / "c.json"):

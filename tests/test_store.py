@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -136,11 +137,52 @@ def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_whose_files_do_not_match_its_record_is_refused(tmp_path):
+def test_a_store_gets_its_name_when_its_bytes_are_on_disk(tmp_path, monkeypatch):
+    fsync, replace = os.fsync, os.replace
+    flushed, named = set(), []
+
+    def flush(descriptor):
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def rename(source, target):
+        if target == tmp_path / "store":
+            named.extend(path.name for path in source.iterdir() if path.stat().st_ino in flushed)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
     build(tmp_path / "store")
-    with (tmp_path / "store" / "de.ids").open("ab") as file:
-        file.write(b"\0\0")
-    with pytest.raises(UserError, match=r"de\.ids does not match store\.json"):
+    assert sorted(named) == sorted(os.listdir(tmp_path / "store")) and len(named) == 7
+
+
+@pytest.mark.parametrize("name", ["de.ids", "de.ends.npy", "de.bytes.npy"])
+@pytest.mark.parametrize("change", ["longer", "shorter", "odd", "empty"])
+def test_a_store_whose_files_do_not_match_its_record_is_refused(tmp_path, name, change):
+    build(tmp_path / "store")
+    path = tmp_path / "store" / name
+    content = path.read_bytes()
+    if name.endswith(".npy") and change in ("longer", "shorter"):
+        numbers = np.load(path)
+        np.save(path, np.append(numbers, 0) if change == "longer" else numbers[:-1])
+    else:
+        changed = {"longer": content + b"\0\0", "shorter": content[:-2], "empty": b""}
+        path.write_bytes(changed.get(change, content[:-1]))
+    with pytest.raises(UserError) as caught:
+        open_store(tmp_path / "store")
+    place = tmp_path / "store"
+    assert str(caught.value) == f"{path} does not match store.json; delete {place} and run again"
+
+
+def test_a_language_without_a_single_token_is_opened(tmp_path):
+    class Deaf(Characters):
+        def encode(self, texts):
+            return [[] for _ in texts]
+
+    store = build(tmp_path / "store", tokenizer=Deaf())
+    assert store.languages["de"].lengths.tolist() == [0, 0, 0]
+    (tmp_path / "store" / "de.ids").write_bytes(b"\0\0")
+    with pytest.raises(UserError, match=r"de\.ids does not match"):
         open_store(tmp_path / "store")
 
 

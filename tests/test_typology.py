@@ -133,8 +133,22 @@ def test_languages_without_data_are_all_named():
 def test_pairs_without_a_common_feature_are_refused(monkeypatch):
     values = np.array([[1, np.nan, 1.0], [np.nan, 1.0, 0.5], [0.0, 0.0, np.nan]])
     monkeypatch.setattr(uriel, "features", lambda *_: (values[:, :2], ("a", "b")))
-    with pytest.raises(UserError, match="can compare sw, en-de; give more languages"):
+    with pytest.raises(UserError, match=r"can compare sw, en-de$"):
         typology.distances(["en", "de", "sw"])
+    with pytest.raises(UserError, match=r"can compare sw, en-de; exclude them, or .* by hand$"):
+        typology.cluster(["en", "de", "sw"], 2)
+
+
+def test_advice_on_clusters_goes_with_clusters_alone():
+    with pytest.raises(UserError, match=r"no syntax_average features for tlh \(Klingon\)$"):
+        typology.nearest("tlh", PAPER)
+    with pytest.raises(UserError, match=r"unknown feature set 'syntax'; .*, geo$"):
+        typology.cluster(["en", "tlh"], 1, features="syntax")
+
+
+def test_excluding_every_language_is_refused():
+    with pytest.raises(UserError, match=r"every language is excluded: fr, de, en$"):
+        typology.cluster(["en", "de", "fr"], 2, exclude=["fr", "deu", "en"])
 
 
 def test_k_out_of_range_is_refused():

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from clustering.errors import UserError
-from clustering.files import read_json, write_json
+from clustering.files import flush, read_json, write_json
 from xelm.data.corpus import Document, Faults, no_documents
 from xelm.data.tokenizer import Tokenizer
 
@@ -75,13 +75,30 @@ def open_store(directory: str | Path) -> Store:
     languages = {}
     for language, counts in record["languages"].items():
         path = directory / f"{language}.ids"
-        ids = np.memmap(path, dtype, "r") if counts["tokens"] else np.empty(0, dtype)
-        ends = np.load(directory / f"{language}.ends.npy", mmap_mode="r")
-        if len(ids) != counts["tokens"] or len(ends) != counts["documents"]:
-            raise UserError(f"{path} does not match store.json; delete {directory} and run again")
-        sizes = np.load(directory / f"{language}.bytes.npy", mmap_mode="r")
-        languages[language] = LanguageIds(language=language, ids=ids, ends=ends, bytes=sizes)
+        if path.stat().st_size != counts["tokens"] * dtype.itemsize:
+            raise _mismatch(path)
+        languages[language] = LanguageIds(
+            language=language,
+            # An empty file cannot be mapped.
+            ids=np.memmap(path, dtype, "r") if counts["tokens"] else np.empty(0, dtype),
+            ends=_numbers(directory / f"{language}.ends.npy", counts["documents"]),
+            bytes=_numbers(directory / f"{language}.bytes.npy", counts["documents"]),
+        )
     return Store(directory=directory, languages=languages, record=record)
+
+
+def _numbers(path: Path, count: int) -> Int[np.ndarray, " documents"]:
+    try:
+        numbers = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError):  # of a file that was cut short
+        raise _mismatch(path) from None
+    if numbers.shape != (count,):
+        raise _mismatch(path)
+    return numbers
+
+
+def _mismatch(path: Path) -> UserError:
+    return UserError(f"{path} does not match store.json; delete {path.parent} and run again")
 
 
 def build_store(
@@ -132,6 +149,7 @@ def build_store(
                 "left_out": faults.to_json(),
             },
         )
+        flush(partial)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except OSError as error:

@@ -6,7 +6,6 @@ Parameters travel as a nested dictionary of arrays, stacked over layers, with de
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from clustering.errors import UserError
-from clustering.files import write_json
+from clustering.files import flush, write_json
 from xelm.models.config import ModelConfig
 from xelm.models.decoder import Decoder
 from xelm.models.families import Family, family, hub_config
@@ -216,7 +215,7 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        _flush(partial)
+        flush(partial)
         if target.exists():
             raise UserError(f"{target} exists already and is left as it was")
         partial.rename(target)
@@ -341,13 +340,3 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = value
     return tree
-
-
-def _flush(directory: Path) -> None:
-    """Everything in the directory reaches the disk before it gets its final name."""
-    for path in [*directory.iterdir(), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
