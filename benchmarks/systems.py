@@ -55,19 +55,18 @@ def train_system(
     name: str,
 ) -> Run:
     """A RUN beside `base`, with its seed, whose dense baseline or experts are trained."""
-    # Not the seed's 0: no system sees the rows of the seed again in their order.
-    config = replace(config, experts=replace(config.experts, random_seed=1 + repetition))
     rate, batch = rates[kind_of(system)]
+    # Each apart from the seed's 0, so that nothing sees the same rows again in the same order.
+    experts = replace(config.experts, random_seed=1 + 2 * repetition)
+    grow = replace(config.grow, random_seed=2 + 2 * repetition)
     if system == "dense":
         config = replace(config, dense_learning_rate=rate, dense_batch_size=batch)
     else:
-        parts = (config.experts, config.grow)
-        experts, grow = (replace(part, learning_rate=rate, batch_size=batch) for part in parts)
-        config = replace(config, experts=experts, grow=grow)
+        experts, grow = (replace(p, learning_rate=rate, batch_size=batch) for p in (experts, grow))
     run = init(
         base.directory.parent / name,
         base.record["corpus"],
-        config,
+        replace(config, experts=experts, grow=grow),
         seed=base.seed,
         languages=LANGUAGES,
     )

@@ -52,8 +52,11 @@ def place(tiny, initialised, tmp_path_factory):
     shutil.copy(tiny.corpus / "de.jsonl", folder / "odd" / "klingonish.jsonl")
     (folder / "empty").mkdir()
     (folder / "file").write_text("not a folder")
-    for name in ("bare", "pickled", "damaged", "foreign", "shrunk"):
+    for name in ("bare", "pickled", "damaged", "foreign", "shrunk", "wordless"):
         shutil.copytree(tiny.directory / "seed", folder / name)
+        if name == "wordless":
+            for path in (folder / name).glob("tokenizer*"):
+                path.unlink()
         weights = folder / name / "model.safetensors"
         if name in ("bare", "pickled"):
             weights.unlink()
@@ -114,6 +117,8 @@ MISTAKES = [
     ("init new --corpus odd", "unknown language code 'klingonish'"),
     ("init new --corpus corpus/de.jsonl", "name the languages to take from corpus/de.jsonl"),
     ("init new --corpus corpus --languages de,tr", "corpus has no file of tr"),
+    ("init new --corpus corpus --languages ''", "--languages names no language"),
+    ("init new --corpus corpus --languages ,", "--languages names no language"),
     ("init new --corpus corpus --set experts.tokens", "a setting is NAME=VALUE"),
     ("init new --corpus corpus --set experts.token=3", "there is no 'token'; there are tokens,"),
     ("init new --corpus corpus --set nothing=3", "there is no 'nothing'; there are model,"),
@@ -133,6 +138,10 @@ MISTAKES = [
     ("init new --corpus corpus --seed damaged", "damaged/model.safetensors is not readable"),
     ("init new --corpus corpus --seed foreign", "model_type .*t5"),
     ("init new --corpus corpus --seed shrunk", "model.norm.weight has shape (7,)"),
+    (
+        "init new --corpus corpus --seed wordless",
+        "wordless has no tokenizer; wanted tokenizer.json",
+    ),
     ("init new --corpus corpus --seed worded", "worded/config.json: hidden_size must be a whole"),
     ("init new --corpus corpus --seed uneven", "uneven/config.json: head_count must be a multiple"),
     ("init new --corpus corpus --seed no-object", "no-object/config.json wants a JSON object"),

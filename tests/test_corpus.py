@@ -217,6 +217,45 @@ def test_a_stream_that_breaks_is_one_line_with_its_place(monkeypatch):
     assert str(caught.value) == "cannot read hf://owner/texts/de after record 1: the other side"
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("hf://owner/texts", ("owner/texts", "train")),
+        ("hf://owner/texts/de", ("owner/texts", "de", "train")),
+        ("hf://owner/texts:validation", ("owner/texts", "validation")),
+        ("hf://owner/texts/de:validation", ("owner/texts", "de", "validation")),
+    ],
+)
+def test_an_address_on_the_hub_names_data_set_config_and_split(monkeypatch, name, asked):
+    import datasets
+
+    def stream(*arguments, split, streaming):
+        assert streaming and (*arguments, split) == asked
+        return [{"text": "a", "lang": "sw"}, {"text": "b"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    faults = Faults()
+    config = [Document("b", "de")] if "/de" in name else []
+    assert list(read(name, faults)) == [Document("a", "sw"), *config]
+    assert faults.to_json() == ({} if config else only('no "lang"', 1, f"{name}:2"))
+
+
+def test_a_split_that_is_not_there_is_one_line_with_those_that_are(tmp_path, monkeypatch):
+    """The library reads a folder of that name as it reads the Hub."""
+    folder = tmp_path / "owner" / "texts"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_bytes(lines({"text": split, "lang": "de"}))
+    monkeypatch.chdir(tmp_path)
+    assert list(read("hf://owner/texts:validation", Faults())) == [Document("validation", "de")]
+    with pytest.raises(UserError) as caught:
+        list(read("hf://owner/texts:test", Faults()))
+    assert str(caught.value) == (
+        "cannot open hf://owner/texts:test: Bad split: test. "
+        "Available splits: ['train', 'validation']"
+    )
+
+
 def test_a_fault_of_the_disk_is_not_taken_for_one_of_the_file(tmp_path, monkeypatch):
     (tmp_path / "de.jsonl").write_bytes(lines({"text": "a"}))
 
@@ -300,8 +339,16 @@ def test_what_is_no_corpus_is_refused_by_name(tmp_path):
     (tmp_path / "de.txt").write_text("a")
     with pytest.raises(UserError, match=r"de\.txt is no corpus file; wanted \.jsonl,"):
         files(tmp_path / "de.txt")
-    with pytest.raises(UserError, match="hf://owner/dataset"):
-        list(read("hf://dataset", Faults()))
+    for name in (
+        "hf://dataset",
+        "hf://a/b/c/d",
+        "hf://owner/dataset:",
+        "hf://owner/dataset/:train",
+    ):
+        with pytest.raises(UserError) as caught:
+            list(read(name, Faults()))
+        wanted = f"a Hub corpus is hf://owner/dataset[/config][:split]; got {name}"
+        assert str(caught.value) == wanted
 
 
 def test_the_fingerprint_follows_names_and_contents_of_what_is_read(tmp_path):

@@ -203,6 +203,17 @@ def test_shares_of_clusters_are_parts_of_one_whole(tiny, tmp_path, exponent):
     assert found == {s.ids.language: s.share for s in training.dense_sources(run)}
 
 
+def test_clusters_that_leave_out_what_dense_was_trained_on_are_refused(xelm, initialised, tmp_path):
+    shutil.copytree(initialised[0], tmp_path / "RUN")
+    languages = ("--languages", ",".join(LANGUAGES), "--exclude", "fr")
+    xelm("cluster", "-k", 1, *languages, "--out", tmp_path / "clusters")
+    assert xelm("train", tmp_path / "RUN", "--dense").code == 0
+    outcome = xelm("branch", tmp_path / "RUN", "--clusters", tmp_path / "clusters")
+    assert outcome.code == 2
+    assert "leave out fr, on which the dense baseline was trained" in outcome.err
+    assert Registry.load(tmp_path / "RUN").experts == ()
+
+
 def test_repeated_commands_change_nothing(xelm, copy, tiny_settings):
     before = snapshot(copy.directory)
     init = ("init", copy.directory, "--corpus", copy.corpus, "--languages", ",".join(LANGUAGES))
@@ -352,6 +363,24 @@ def test_an_interrupted_growing_goes_on_to_the_same_child(xelm, grown, copy):
     )
 
 
+def test_a_language_without_typology_grows_from_the_parent_that_is_named(xelm, copy, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    shutil.copy(copy.corpus / "pt.jsonl", corpus / "tlh.jsonl")
+    command = ("grow", copy.directory, "--language", "tlh", "--corpus", corpus)
+    refused = xelm(*command)
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1].endswith("; name an expert to grow from with --parent")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MetricsLog, "write", full)
+        assert xelm(*command, "--parent", "de-fr").code == 2
+    # Begun with that parent, it goes on without its name.
+    done = xelm(*command)
+    assert done.out.startswith("tlh@v1 from de-fr@v1, round 2"), done.err
+    card = (copy.directory / "experts/tlh/v1/CARD.md").read_text()
+    assert "named by hand, or the nearest before other experts joined" in card
+
+
 def test_a_cluster_in_training_is_not_taken_for_a_child(xelm, initialised, tiny, tmp_path):
     """A cluster of one language bears its name, as a grown expert would."""
     shutil.copytree(initialised[0], tmp_path / "RUN")
@@ -441,6 +470,23 @@ def test_with_routing_by_language_alone_experts_are_scored_on_their_own_language
     for key, row in rows.items():
         assert row["nll"] == pytest.approx(evaluated[1][key]["nll"], rel=1e-6)
     assert xelm("report", copy.directory).code == 0
+
+
+def test_results_of_other_options_are_kept(xelm, evaluated, copy):
+    command = ("evaluate", copy.directory, "--corpus", copy.held_out)
+    results = copy.directory / "results"
+    assert xelm(*command).code == 0
+    first = (results / "results.json").read_bytes()
+    assert xelm(*command).code == 0
+    assert [path.name for path in results.glob("*.json")] == ["results.json"]
+    fewer = xelm(*command, "--max-documents", 1)
+    (kept,) = results.glob("results-*.json")
+    assert f"results of other text or options are kept in {kept}" in fewer.err
+    assert kept.read_bytes() == first
+    (results / "results.json").write_text("{")
+    assert xelm(*command).code == 0
+    assert len(list(results.glob("results-*.json"))) == 2
+    assert (results / "results.json").read_bytes() == first
 
 
 def test_the_posterior_is_never_far_behind_the_best_expert(evaluated):
@@ -656,18 +702,13 @@ def full(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("fails", ["save_file", "fsync"])
+@pytest.mark.parametrize("fails", ["save_file", "flush"])
 def test_a_full_disk_leaves_no_half_expert(xelm, initialised, tiny, tmp_path, fails):
     shutil.copytree(initialised[0], tmp_path / "RUN")
     xelm("branch", tmp_path / "RUN", "--clusters", tiny.clusters)
     command = ("train", tmp_path / "RUN", "de-fr")
     with pytest.MonkeyPatch.context() as patch:
-        if fails == "save_file":
-            patch.setattr(checkpoint, "save_file", full)
-        else:
-            flush = os.fsync
-            patch.setattr(checkpoint, "_flush", lambda folder: full())
-            assert flush is os.fsync
+        patch.setattr(checkpoint, fails, full)
         outcome = xelm(*command)
     assert outcome.code == 2
     last = outcome.err.splitlines()[-1]

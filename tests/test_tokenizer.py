@@ -1,9 +1,13 @@
 """Tokenizers: ids of sentencepiece through transformers, nothing lost, small languages heard."""
 
+import errno
 import json
+import os
 import random
+import resource
 import shutil
 import unicodedata
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -112,13 +116,15 @@ def test_the_same_texts_give_the_same_files(directory, tmp_path):
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
 
 
+@pytest.mark.parametrize("every", [1, 40])
 @pytest.mark.parametrize("exponent", [0.0, 0.3, 1.0])
-def test_a_language_is_heard_in_proportion_to_its_bytes_to_the_exponent(exponent):
+def test_a_language_is_heard_in_proportion_to_its_bytes_to_the_exponent(exponent, every):
     corpus = {"de": texts(documents=2000)["de"], "el": texts(documents=50)["el"]}
-    heard = {"de": 0, "el": 0}
-    for line in tokenizers._sample(corpus, exponent, random_seed=0):
-        heard["el" if "α" in line else "de"] += len(line.encode())
     sizes = {tag: sum(len(text.encode()) for text in found) for tag, found in corpus.items()}
+    corpus["de"] = corpus["de"][::every]  # of a large language only a sample is at hand
+    heard = {"de": 0, "el": 0}
+    for line in tokenizers._sample(corpus, sizes, exponent, random_seed=0):
+        heard["el" if "α" in line else "de"] += len(line.encode())
     weights = {tag: size**exponent for tag, size in sizes.items()}
     for tag, weight in weights.items():
         assert heard[tag] / sum(heard.values()) == pytest.approx(
@@ -140,11 +146,95 @@ def test_a_smaller_exponent_gives_a_small_language_longer_pieces(tmp_path):
 def test_a_large_corpus_is_sampled_and_a_long_document_is_cut(monkeypatch):
     monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 30_000)
     documents = [f"{number:05}" * 1000 for number in range(100)]
-    sample = list(tokenizers._sample({"de": documents}, 0.3, random_seed=0))
+    sample = list(tokenizers._sample({"de": documents}, {"de": 500_000}, 0.3, random_seed=0))
     assert sum(map(len, sample)) == 30_000
     assert max(map(len, sample)) == tokenizers.LONGEST_SENTENCE
     starts = [line for line in sample if len(line) == tokenizers.LONGEST_SENTENCE]
     assert len(starts) == len(set(starts)) == 6  # that many documents, none twice
+
+
+@pytest.mark.parametrize(
+    ("most_bytes", "every"), [(3000, 1), (2999, 2), (1500, 2), (1499, 4), (3, 1024), (1, 1024)]
+)
+def test_a_sample_is_evenly_spaced_and_knows_the_size_of_all(most_bytes, every):
+    documents = [f"{number:03}" for number in range(1000)]
+    sample = tokenizers.EvenSample(most_bytes)
+    for document in documents:
+        sample.add(document)
+    assert sample.documents == documents[::every]
+    assert sample.bytes == 3000
+
+
+def test_the_tokenizer_of_a_run_hears_all_of_a_corpus_and_its_true_sizes(
+    xelm, tiny_corpus, tiny_settings, tmp_path, monkeypatch
+):
+    heard = {}
+
+    def train(texts, vocabulary_size, directory, *, sizes, **options):
+        heard.update(texts=texts, sizes=sizes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizers, "train", train)
+    monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 3000)
+    command = ["--corpus", tiny_corpus, "--languages", "de,fr", *tiny_settings()]
+    assert xelm("init", tmp_path / "RUN", *command).code == 130
+    for language in ("de", "fr"):
+        lines = (tiny_corpus / f"{language}.jsonl").read_text().splitlines()
+        documents = [json.loads(line)["text"] for line in lines]
+        assert heard["sizes"][language] == sum(len(text.encode()) for text in documents) > 3000
+        kept = heard["texts"][language]
+        assert kept == documents[:: -(-len(documents) // len(kept))]
+        assert 1000 < sum(len(text.encode()) for text in kept) <= 3000
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
+    """Of a file that may not grow, to be exact; the tokenizers library calls that an Exception."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            tokenizers.train(texts(), 640, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_a_full_disk_leaves_no_half_tokenizer(
+    xelm, tiny_corpus, tiny_settings, tmp_path, monkeypatch
+):
+    def full(texts, vocabulary_size, directory, **options):
+        directory.mkdir(parents=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tokenizers, "train", full)
+    command = ["--corpus", tiny_corpus, "--languages", "de,fr", *tiny_settings()]
+    outcome = xelm("init", tmp_path / "RUN", *command)
+    assert outcome.code == 2
+    target = tmp_path / "RUN" / "train" / "tokenizer"
+    assert outcome.err.splitlines()[-1] == (
+        f"xelm: cannot write {target}: No space left on device; nothing was changed"
+    )
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_tokenizer_gets_its_name_when_its_bytes_are_on_disk(
+    xelm, tiny_corpus, tiny_settings, tmp_path, monkeypatch
+):
+    fsync, flushed = os.fsync, set()
+
+    def flush(descriptor):
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def rename(source, target):
+        assert target.name == "tokenizer"
+        assert {path.stat().st_ino for path in source.iterdir()} <= flushed
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", rename)
+    command = ["--corpus", tiny_corpus, "--languages", "de,fr", *tiny_settings()]
+    assert xelm("init", tmp_path / "RUN", *command).code == 130
 
 
 @pytest.mark.parametrize(("size", "reason"), [(100_000, "Vocabulary size"), (100, "100 pieces")])
@@ -155,11 +245,54 @@ def test_a_vocabulary_that_does_not_fit_the_corpus_is_a_users_mistake(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_without_a_tokenizer_is_a_users_mistake(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(UserError, match="has no tokenizer that transformers can load") as caught:
+FAMILIES = {"llama": "LlamaTokenizer", "xglm": "XGLMTokenizer"}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_directory_without_a_tokenizer_is_a_users_mistake(tmp_path, family, named):
+    """Where transformers would make one of the special tokens alone."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    if named:
+        settings = {"tokenizer_class": FAMILIES[family], "eos_token": "</s>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError) as caught:
+        tokenizers.load(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path} has no tokenizer; wanted tokenizer.json or tokenizer.model or "
+        "sentencepiece.bpe.model or vocab.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "reason"),
+    [
+        ("llama", "tokenizer.model", r"knows no piece of plain text: .* both become \[\]"),
+        ("xglm", "sentencepiece.bpe.model", r"knows no piece of plain text: .* both become \[3\]"),
+        ("xglm", "tokenizer.model", "has no tokenizer that transformers can load"),
+        ("llama", "tokenizer.json", "has no tokenizer that transformers can load"),
+    ],
+)
+def test_an_empty_tokenizer_is_a_users_mistake(tmp_path, family, name, reason):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    settings = {"tokenizer_class": FAMILIES[family], "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=reason) as caught:
         tokenizers.load(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_unknown_ids_alone_is_a_users_mistake(directory, tmp_path):
+    """Whole files that match each other, and no script of anybody's."""
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] = [[f"#{n}#", -1.0] for n in range(3)] + [["<unk>", 0.0]]
+    content["model"] |= {"unk_id": 3, "byte_fallback": False}
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"'sea' and 'old' both become \[3\]"):
+        tokenizers.load(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -175,7 +176,7 @@ def test_accumulated_parts_make_the_update_of_the_whole_batch(trained):
 def test_trainings_of_one_shape_share_one_compiled_step(trained):
     for changes in (
         {"tokens": 3 * 128},
-        {"tokens": 5 * 128, "learning_rate": 1e-2, "schedule": "wsd", "seed": 3},
+        {"tokens": 5 * 128, "learning_rate": 1e-2, "schedule": "wsd", "random_seed": 3},
         {"tokens": 2 * 128, "log_every": 2, "checkpoint_every": 1, "sampling_exponent": 1.0},
     ):
         trained(replace(CONFIG, **changes), folder=str(changes["tokens"]))
@@ -309,7 +310,7 @@ def test_a_finished_training_run_again_gives_the_same_at_once(trained, monkeypat
     ("changes", "fault"),
     [
         ({"learning_rate": 1e-3}, r"learning_rate was 0\.003, now 0\.001"),
-        ({"seed": 1, "batch_size": 16}, "batch_size was 8, now 16; seed was 0, now 1"),
+        ({"random_seed": 1, "batch_size": 16}, "was 8, now 16; random_seed was 0, now 1"),
     ],
 )
 def test_other_settings_in_a_half_done_folder_are_refused(trained, tmp_path, changes, fault):
@@ -420,3 +421,48 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     again, _ = trained(folder="broken")
     assert "step 12 is damaged" in capsys.readouterr().err
     assert_same_bits(again, whole)
+
+
+def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_path):
+    config = replace(CONFIG, learning_rate=1e30, clip_norm=1e30, log_every=1000)
+    with pytest.raises(UserError, match=r"test has diverged: loss nan .* rate of 1e\+30; lower it"):
+        trained(config)
+    assert not list((tmp_path / "training" / "checkpoints").glob("[0-9]*"))
+
+
+def half_done(trained, folder: Path) -> list[Path]:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 15)
+        trained(folder=folder.name)
+    return sorted(file for file in (folder / "checkpoints").rglob("*") if file.is_file())
+
+
+def test_checkpoints_that_are_all_damaged_are_named_and_left_alone(trained, tmp_path):
+    files = half_done(trained, tmp_path / "broken")
+    for file in files:
+        if "state" in file.parts:
+            file.write_bytes(b"not what it was")
+    with pytest.raises(UserError, match=r"step 12 is .*; the checkpoint of step 6 is .*; delete"):
+        trained(folder="broken")
+    assert sorted(f for f in (tmp_path / "broken/checkpoints").rglob("*") if f.is_file()) == files
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.EMFILE, "Too many open files"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ],
+)
+def test_healthy_checkpoints_outlive_a_machine_in_trouble(trained, tmp_path, monkeypatch, error):
+    files = half_done(trained, tmp_path / "half")
+
+    def fail(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(type(error)):
+            trained(folder="half")
+    assert sorted(f for f in (tmp_path / "half/checkpoints").rglob("*") if f.is_file()) == files

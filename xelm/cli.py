@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
         required=True,
         metavar="DIR",
         help="folder of <language>.jsonl[.gz|.zst] or .parquet, or such a file, or "
-        "hf://owner/dataset[/config]",
+        "hf://owner/dataset[/config][:split]",
     )
     init.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
     init.add_argument(
@@ -486,9 +486,13 @@ def _mistake(error: Exception) -> str | None:
 
 def prepare() -> None:
     """What a program may set and a library may not: quiet helpers, a cache of compiled code."""
+    import absl.logging
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Orbax logs what fails in its threads, with tracebacks, before it is raised and told in a line.
+    absl.logging.set_verbosity(absl.logging.FATAL)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xelm" / "compiled"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

@@ -148,6 +148,11 @@ class RunConfig:
                 "experts.random_seed must differ from seed.random_seed, or experts and dense see "
                 f"the seed's rows again in the same order; both are {self.seed.random_seed}"
             )
+        if self.grow.random_seed == self.experts.random_seed:
+            raise ValueError(
+                "grow.random_seed must differ from experts.random_seed, or a grown expert sees its "
+                f"parent's rows again in the same order; both are {self.grow.random_seed}"
+            )
         if self.vectoriser_dimensions < 1:
             raise ValueError(
                 f"vectoriser_dimensions must be at least 1; got {self.vectoriser_dimensions}"

@@ -125,7 +125,8 @@ def read(
     Of a folder, files named for other languages than `languages` are not opened.
 
     `corpus` is a folder of `<language>.jsonl[.gz|.zst]` or `<language>.parquet` files, one such
-    file (its records then carry "lang"), or `hf://dataset[/config]`.
+    file (its records then carry "lang"), or `hf://owner/dataset[/config][:split]`, of which the
+    split is "train" by default.
     """
     if str(corpus).startswith("hf://"):
         yield from _documents(_hub_records(str(corpus)), faults, None)
@@ -274,14 +275,13 @@ def _rows(batch: Any) -> list[dict[str, Any] | None]:
 def _hub_records(name: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
-    parts = name.removeprefix("hf://").split("/")
-    if len(parts) not in (2, 3):
-        raise UserError(
-            f"a Hub corpus is hf://owner/dataset or hf://owner/dataset/config; got {name}"
-        )
+    path, colon, split = name.removeprefix("hf://").partition(":")
+    parts = path.split("/")
+    if len(parts) not in (2, 3) or not all(parts) or (colon and not split):
+        raise UserError(f"a Hub corpus is hf://owner/dataset[/config][:split]; got {name}")
     dataset = "/".join(parts[:2])
     try:
-        records = datasets.load_dataset(dataset, *parts[2:], split="train", streaming=True)
+        records = datasets.load_dataset(dataset, *parts[2:], split=split or "train", streaming=True)
     except Exception as error:
         raise UserError(f"cannot open {name}: {_reason(error)}") from error
     # Without "lang" in the records the config's name is the language, as in many collections.

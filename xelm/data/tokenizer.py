@@ -21,6 +21,10 @@ SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 CONTROL_CHARACTERS = "<>/spadunkx0123456789ABCDEF"
 # Sentencepiece learns pieces from counts that converge long before this much text.
 TRAINING_BYTES = 40_000_000
+# One of them holds the pieces. Without any, transformers makes a tokenizer of the special tokens.
+PIECE_FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json")
+# Of one length: what makes nothing of a text, or unknown ids alone, cannot tell them apart.
+PROBES = ("sea", "old")
 # In characters, of which UTF-8 takes up to four bytes.
 LONGEST_SENTENCE = 4192
 
@@ -30,20 +34,25 @@ def train(
     vocabulary_size: int,
     directory: str | Path,
     *,
+    sizes: Mapping[str, int] | None = None,
     exponent: float = 0.3,
     random_seed: int = 0,
 ) -> None:
     """Trains a unigram model with byte fallback and writes tokenizer files into `directory`.
 
-    texts: documents by language. A language's share of the training text is its share of the bytes
-    to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1): small ones get pieces too.
+    texts: documents by language. sizes: UTF-8 bytes of each language, of which `texts` may hold a
+    sample; None counts those of `texts`. A language's share of the training text is its share of
+    the bytes to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1): small ones get
+    pieces too.
     """
     import sentencepiece
 
+    if sizes is None:
+        sizes = {tag: sum(len(t.encode()) for t in found) for tag, found in texts.items()}
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(list(_sample(texts, exponent, random_seed))),
+            sentence_iterator=iter(list(_sample(texts, sizes, exponent, random_seed))),
             model_writer=model,
             model_type="unigram",
             vocab_size=vocabulary_size,
@@ -75,20 +84,55 @@ def train(
     _write(model.getvalue(), Path(directory))
 
 
+class EvenSample:
+    """Documents of one language, evenly spaced over all that were added, that fit a limit."""
+
+    def __init__(self, most_bytes: int):
+        self.most_bytes = most_bytes
+        self.documents: list[str] = []
+        self.bytes = 0
+        """UTF-8 bytes of all that were added, kept or not."""
+        self._kept_bytes, self._added, self._stride = 0, 0, 1
+
+    def add(self, text: str) -> None:
+        """Counts one more document, and keeps it if its turn has come."""
+        size = len(text.encode())
+        self.bytes += size
+        if self._added % self._stride == 0:
+            self.documents.append(text)
+            self._kept_bytes += size
+        self._added += 1
+        while self._kept_bytes > self.most_bytes and len(self.documents) > 1:
+            self.documents = self.documents[::2]
+            self._kept_bytes = sum(len(kept.encode()) for kept in self.documents)
+            self._stride *= 2
+
+
 def load(directory: str | Path) -> "Tokenizer":
-    """The tokenizer that lies beside a checkpoint; code that lies there too is never run."""
+    """The tokenizer that lies beside a checkpoint; code that lies there too is never run. One that
+    reads no text is refused."""
     import transformers
 
+    if not any((Path(directory) / name).is_file() for name in PIECE_FILES):
+        raise UserError(f"{directory} has no tokenizer; wanted {' or '.join(PIECE_FILES)}")
     try:
         hub = transformers.AutoTokenizer.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
-        return Tokenizer(hub)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the tokenizers library knows no other type
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"{directory} has no tokenizer that transformers can load: {reason}"
         ) from error
+    tokenizer = Tokenizer(hub)
+    # Damaged files can load, too: as pieces of which no text is made.
+    first, second = tokenizer.encode(PROBES)
+    if first == second:
+        raise UserError(
+            f"the tokenizer of {directory} knows no piece of plain text: "
+            f"{' and '.join(map(repr, PROBES))} both become {first}"
+        )
+    return tokenizer
 
 
 class Tokenizer:
@@ -119,10 +163,12 @@ class Tokenizer:
         return self.hub.decode(list(ids), skip_special_tokens=True)
 
 
-def _sample(texts: Mapping[str, Sequence[str]], exponent: float, random_seed: int) -> Iterator[str]:
-    sizes = {
-        language: sum(len(t.encode()) for t in documents) for language, documents in texts.items()
-    }
+def _sample(
+    texts: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, int],
+    exponent: float,
+    random_seed: int,
+) -> Iterator[str]:
     weights = {language: size**exponent for language, size in sizes.items() if size}
     total = min(TRAINING_BYTES, sum(sizes.values()))
     order = random.Random(random_seed)
@@ -169,7 +215,8 @@ def _write(model: bytes, directory: Path) -> None:
     fast.add_special_tokens(
         [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in special.values()]
     )
-    fast.save(str(directory / "tokenizer.json"))
+    # As `fast.save` writes it, which raises no OSError where the disk is full.
+    (directory / "tokenizer.json").write_bytes(fast.to_str(pretty=True).encode())
     (directory / "tokenizer.model").write_bytes(model)
     settings = {
         **special,

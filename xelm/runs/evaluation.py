@@ -5,6 +5,7 @@ Each model scores every document once; all routings are computed from those scor
 
 import hashlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +15,8 @@ import jax
 import numpy as np
 
 from clustering.errors import UserError
-from clustering.files import write_json
+from clustering.files import read_json, sha256, write_json
+from experts.lock import locked
 from xelm import __version__
 from xelm.data.store import LanguageIds, Store
 from xelm.inference.routing import ROUTINGS, Router, keep_largest, mixture
@@ -88,8 +90,9 @@ def evaluate(
     save: bool = True,
 ) -> list[Row]:
     """Scores the seed, the dense baseline if there is one, every published expert, and their
-    ensemble under each routing; writes RUN/results/results.json. Where routing by language is the
-    only one, each expert is scored on the languages it serves alone, at the cost of one model.
+    ensemble under each routing; writes RUN/results/results.json, and keeps one of other text or
+    options under another name. Where routing by language is the only one, each expert is scored on
+    the languages it serves alone, at the cost of one model.
 
     max_documents: of each language, the first in the corpus; None takes all.
     """
@@ -128,19 +131,14 @@ def evaluate(
             mixed = _mix(router, tag, ids, by_expert, end_id, top_m)
             rows.append(_row("ensemble", routing, ids, mixed))
     if save:
-        write_json(
-            run.results / FILE_NAME,
-            {
-                "format": 1,
-                "xelm": __version__,
-                "corpus": str(corpus),
-                "corpus_sha256": store.record["corpus_sha256"],
-                "top_m": top_m,
-                "temperature": temperature,
-                "max_documents": max_documents,
-                "rows": [row.to_json() for row in rows],
-            },
-        )
+        options = {
+            "corpus_sha256": store.record["corpus_sha256"],
+            "routings": list(routings),
+            "top_m": top_m,
+            "temperature": temperature,
+            "max_documents": max_documents,
+        }
+        _save(run, str(corpus), options, rows)
     return rows
 
 
@@ -150,6 +148,31 @@ def summary(rows: Sequence[Row]) -> dict[tuple[str, str | None], dict[str, float
     for row in rows:
         table.setdefault((row.system, row.routing), {})[row.language] = row.perplexity
     return table
+
+
+def _save(run: Run, corpus: str, options: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Writes results.json; one of other text or other options is kept under another name."""
+    path = run.results / FILE_NAME
+    with locked(run.directory, "evaluate", wait_seconds=60.0):
+        if path.exists():
+            try:
+                before = read_json(path)
+            except UserError:  # damaged, and none of our business
+                before = {}
+            if any(before.get(name) != value for name, value in options.items()):
+                kept = path.with_name(f"results-{sha256(path)[:8]}.json")
+                path.rename(kept)
+                print(f"results of other text or options are kept in {kept}", file=sys.stderr)
+        write_json(
+            path,
+            {
+                "format": 1,
+                "xelm": __version__,
+                "corpus": corpus,
+                **options,
+                "rows": [row.to_json() for row in rows],
+            },
+        )
 
 
 def _score_all(

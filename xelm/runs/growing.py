@@ -34,11 +34,11 @@ def grow(
             raise UserError(
                 f"{run.directory} has no published expert to grow from; train some first"
             )
-        origin, facts = _parent(registry, tag, parent)
         started = next(
             (e for e in registry.training() if e.cluster is None and e.languages == (tag,)), None
         )
         if started is None:
+            origin = parent if parent != "auto" else _nearest(registry, tag)[0]
             grow_registry(registry, tag, origin)  # refuses what cannot be before it costs anything
             store = tokenise(run, corpus or run.record["corpus"], tag, languages=[tag])
             registry = update(run.directory, lambda r: grow_registry(r, tag, origin))
@@ -50,13 +50,12 @@ def grow(
                     f"{started.reference} is in training already, on {store.record['corpus']}; "
                     f"{corpus} holds something else"
                 )
-            if origin not in (started.parent, started.parent.partition("@")[0]):
-                if parent != "auto":
-                    raise UserError(
-                        f"{started.reference} is in training already, from {started.parent}; "
-                        "go on with that parent"
-                    )
-                facts = {}
+            if parent not in ("auto", started.parent, started.parent.partition("@")[0]):
+                raise UserError(
+                    f"{started.reference} is in training already, from {started.parent}; "
+                    "go on with that parent"
+                )
+        facts = {"parent chosen": _reason(registry, started)}
         sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]
         sources += _donors(run, registry, started)
         train_checkpoint(
@@ -76,17 +75,29 @@ def served_languages(registry: Registry) -> list[str]:
     return [tag for expert in registry.published() for tag in expert.languages]
 
 
-def _parent(registry: Registry, language: str, parent: str) -> tuple[str, dict[str, str]]:
-    if parent != "auto":
-        return parent, {"parent chosen": "by hand"}
+def _nearest(registry: Registry, language: str) -> tuple[str, str]:
+    """The expert that serves the typologically nearest language, and why it is that."""
     served = list(dict.fromkeys(served_languages(registry)))
     if language in served:
         server = registry.for_language(language)
         raise UserError(f"{language!r} is served already, by {server.reference}")
-    expert, relative, distance = choose_parent(registry, typology.nearest(language, served))
-    return expert.name, {
-        "parent chosen": f"serves {relative}, the nearest language, at distance {distance:.3f}"
-    }
+    try:
+        ranked = typology.nearest(language, served)
+    except UserError as error:
+        raise UserError(f"{error}; name an expert to grow from with --parent") from error
+    expert, relative, distance = choose_parent(registry, ranked)
+    return expert.name, f"serves {relative}, the nearest language, at distance {distance:.3f}"
+
+
+def _reason(registry: Registry, child: Expert) -> str:
+    """Why a child has its parent; the same whether its training was interrupted or not."""
+    try:
+        name, reason = _nearest(registry, child.languages[0])
+    except UserError:  # nothing is known of the language, so it was named
+        name, reason = "", ""
+    if child.parent.partition("@")[0] == name:
+        return reason
+    return "named by hand, or the nearest before other experts joined"
 
 
 def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[Source]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from clustering import tfidf
 from clustering.clustering import Clustering
 from clustering.errors import UserError
-from clustering.files import sha256, write_arrays
+from clustering.files import flush, sha256, write_arrays
 from clustering.languages import canonical_all
 from experts.lock import locked
 from experts.registry import Registry
@@ -127,6 +127,8 @@ def _tokenise(run: Run, corpus: str | Path, name: str, languages: Sequence[str] 
 
 def _languages(corpus: str | Path, wanted: Sequence[str] | None) -> tuple[str, ...]:
     if wanted is not None:
+        if not wanted:
+            raise UserError("--languages names no language; wanted those of the corpus to use")
         return canonical_all(wanted)
     if str(corpus).startswith("hf://") or Path(corpus).is_file():
         raise UserError(f"name the languages to take from {corpus} with --languages")
@@ -169,29 +171,32 @@ def _train_tokenizer(run: Run, corpus: str | Path) -> None:
         return
     config, faults = run.config, Faults()
     vocabulary_size = _model(config).vocabulary_size
-    texts: dict[str, list[str]] = {language: [] for language in run.languages}
     # Documents beyond what a tokenizer learns from are not held in memory.
-    most = 2 * tokenizers.TRAINING_BYTES // len(texts)
-    sizes = dict.fromkeys(texts, 0)
+    most_bytes = 2 * tokenizers.TRAINING_BYTES // len(run.languages)
+    samples = {language: tokenizers.EvenSample(most_bytes) for language in run.languages}
     for document in kept(corpora.read(corpus, faults, run.languages), run.languages, faults):
-        language = document.language
-        if sizes[language] < most:
-            texts[language].append(document.text)
-            sizes[language] += len(document.text.encode())
-    missing = [language for language, found in texts.items() if not found]
+        samples[document.language].add(document.text)
+    missing = [language for language, sample in samples.items() if not sample.documents]
     if missing:
         raise corpora.no_documents(missing, faults)
     print(f"training a tokenizer of {vocabulary_size} pieces", file=sys.stderr)
     partial = target.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    tokenizers.train(
-        texts,
-        vocabulary_size,
-        partial,
-        exponent=config.tokenizer_exponent,
-        random_seed=config.seed.random_seed,
-    )
-    partial.rename(target)
+    try:
+        tokenizers.train(
+            {language: sample.documents for language, sample in samples.items()},
+            vocabulary_size,
+            partial,
+            sizes={language: sample.bytes for language, sample in samples.items()},
+            exponent=config.tokenizer_exponent,
+            random_seed=config.seed.random_seed,
+        )
+        flush(partial)
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _train_seed(run: Run, store: Store) -> None:
@@ -263,6 +268,7 @@ def _link_from_sibling(run: Run, sibling: Path) -> None:
         # The sibling is not finished: what it lacks is made here.
         shutil.rmtree(partial, ignore_errors=True)
         return
+    flush(partial)
     partial.rename(target)
 
 

@@ -157,7 +157,7 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
                 "use the same again, or another directory"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["xelm", *sys.argv[1:]])
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     record = {"format": 1, "xelm": __version__, "command": command, **wanted}
     write_json(directory / "run.json", record)
     return open_run(directory, finished=False)

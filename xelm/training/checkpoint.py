@@ -1,5 +1,6 @@
 """Checkpoints of unfinished trainings: the one place that knows Orbax."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,28 +37,34 @@ class Checkpoints:
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """Step, state and facts of the newest checkpoint that can be read, placed as `shardings`
         say; None if there is none. `check` sees the facts first and may refuse them. A damaged
-        checkpoint is named on stderr and deleted, and the one before it is used."""
+        checkpoint is named on stderr, and deleted once one before it could be read."""
         target = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
             shapes,
             shardings,
         )
+        damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 facts = self._restored(step, facts=ocp.args.JsonRestore())
                 check(facts)
                 state = self._restored(step, state=ocp.args.StandardRestore(target))
-                return step, state, facts
-            except UserError:
-                raise
-            except Exception as error:  # a damaged file makes its readers raise all sorts of things
+            except Exception as error:
+                if not _of_the_file(error):
+                    raise
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                print(
-                    f"{self._manager.directory}: the checkpoint of step {step} is damaged "
-                    f"({reason}); going back to the one before",
-                    file=sys.stderr,
-                )
-                self._manager.delete(step)
+                damaged.append(f"the checkpoint of step {step} is damaged ({reason})")
+                continue
+            for line in damaged:
+                print(f"{self._manager.directory}: {line}; going back", file=sys.stderr)
+            # Newer ones are in the way of those to come.
+            for newer in [found for found in self._manager.all_steps() if found > step]:
+                self._manager.delete(newer)
+            return step, state, facts
+        if damaged:
+            raise UserError(
+                f"{self._manager.directory}: {'; '.join(damaged)}; delete the folder to start over"
+            )
         return None
 
     def _restored(self, step: int, **what: Any) -> Any:
@@ -84,3 +91,12 @@ class Checkpoints:
                 f"cannot save a checkpoint in {self._manager.directory}: "
                 f"{str(error).splitlines()[0]}; the last complete one is kept"
             ) from error
+
+
+def _of_the_file(error: Exception) -> bool:
+    """Whether a checkpoint that raised this when read is itself at fault. A damaged file makes its
+    readers raise all sorts of things, but too little memory or a failing disk says nothing of it.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.ENOENT)
+    return not isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError)

@@ -4,6 +4,7 @@ A plain language-model trainer: it receives parameters and documents, returns pa
 nothing of experts, clusters or registries.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -101,8 +102,18 @@ def train(
                 arrays = jax.device_put(arrays, functions.batch_sharding)
                 state, metrics = functions.step(state, arrays, rate(step - 1))
                 progress.update(config.tokens_per_step)
-                if step % config.log_every == 0 or step == config.steps:
-                    loss = float(metrics.loss)
+                last = step == config.steps
+                logged = step % config.log_every == 0 or last
+                saved = step % config.checkpoint_every == 0 or last
+                if logged or saved:
+                    loss, norm = float(metrics.loss), float(metrics.grad_norm)
+                    if not math.isfinite(loss + norm):
+                        raise UserError(
+                            f"the training of {label} has diverged: loss {loss:g} and gradient "
+                            f"norm {norm:g} at step {step}, at a peak rate of "
+                            f"{config.learning_rate:g}; lower it"
+                        )
+                if logged:
                     now, total = time.perf_counter(), sum(seen.values())
                     log.write(
                         {
@@ -110,14 +121,14 @@ def train(
                             "tokens": total,
                             "loss": loss,
                             "learning_rate": rate(step - 1),
-                            "grad_norm": float(metrics.grad_norm),
+                            "grad_norm": norm,
                             "tokens_per_second": (total - since) / (now - clock),
                             "language_tokens": dict(seen),
                         }
                     )
                     clock, since = now, total
                     progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                if saved:
                     checkpoints.save(step, state, {**facts, "language_tokens": dict(seen)})
         checkpoints.wait()
         trained = jax.tree.map(np.asarray, state.parameters)
