@@ -18,7 +18,7 @@ def quickstart() -> RunConfig:
         sampling_exponent=1.0,
         checkpoint_every=200,
     )
-    experts = replace(seed, batch_size=4, learning_rate=1e-3, random_seed=1)
+    experts = replace(seed, batch_size=4, random_seed=1)
     return RunConfig(
         model=_llama(vocabulary_size=4096, width=64, layers=2, head_size=32, max_length=512),
         seed=seed,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -62,7 +63,7 @@ def graph(config: ModelConfig, compute_dtype: str = "float32") -> nnx.GraphDef:
 
 def bind(decoder: nnx.GraphDef, parameters: Mapping[str, Any]) -> Decoder:
     """The decoder with these parameters."""
-    return nnx.merge(decoder, nnx.State(cast(Any, _wrapped(parameters))))
+    return nnx.merge(decoder, nnx.State(cast(Any, jax.tree.map(nnx.Param, parameters))))
 
 
 def parameters_of(model: Decoder) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def read_parameters(
             else:
                 target[...] = _oriented(path, stored[name][:])
             result[path] = target
-    return _nested(result)
+    return unflatten_dict(result, sep="/")
 
 
 def write_checkpoint(
@@ -180,7 +181,14 @@ def check_checkpoint(directory: str | Path) -> ModelConfig:
     """The shape of a checkpoint whose weights are there and match its config.json."""
     config, kind = read_config(directory), family(read_hub_config(directory)["model_type"])
     with _open(directory) as stored:
-        _compare(directory, kind, kind.tensors(config), _flat(shapes(config)), config, stored)
+        _compare(
+            directory,
+            kind,
+            kind.tensors(config),
+            _flat(shapes(config)),
+            config,
+            stored,
+        )
     return config
 
 
@@ -317,26 +325,6 @@ def _abstract(config: ModelConfig, compute_dtype: str) -> Decoder:
     )
 
 
-def _wrapped(tree):
-    if isinstance(tree, Mapping):
-        return {key: _wrapped(value) for key, value in tree.items()}
-    return nnx.Param(tree)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat.update(_flat(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
-    return flat
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Path, with slashes -> leaf."""
+    return cast(dict[str, Any], flatten_dict(tree, sep="/"))
