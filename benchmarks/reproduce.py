@@ -52,9 +52,6 @@ from xelm.runs.run import Run, open_run
 
 # Peak rate and rows a step from which the search for better ones sets out.
 START: Setting = (1e-3, 16)
-# Settings are searched for on random clusters, so that no method is favoured, and for each number
-# of experts by itself, as it decides how many steps an expert has.
-TUNED = ("dense", "random-k8", "random-k4", "monolingual-k16")
 SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-k8", "tfidf-k4")
 # What is repeated with other random seeds, beside dense.
 REPEATED = ("typology-k8", "random-k8")
@@ -71,14 +68,18 @@ def main() -> None:
     finished: dict[str, list[Row]] = {}
     tables: dict[str, list[Row]] = {}
     with _workers(options.jobs) as pool:
-        short = replace(config.experts, tokens=round(config.experts.tokens * options.tuning_share))
-        tuned = {
-            kind_of(system): pool.submit(
-                _tune, base, replace(config, experts=short), parts["tune"], system
-            )
-            for system in TUNED
-        }
-        rates = {kind: found.result() for kind, found in tuned.items()}
+        experts = replace(
+            config.experts, tokens=round(config.experts.tokens * options.tuning_share)
+        )
+        tune = (_tune, base, replace(config, experts=experts), parts["tune"])
+        # On random clusters, so that no method is favoured; for each number of experts by itself,
+        # as it decides how many steps an expert has.
+        dense = pool.submit(*tune, "dense", START)
+        eight = pool.submit(*tune, "random-k8", START).result()
+        four = pool.submit(*tune, "random-k4", eight)
+        sixteen = pool.submit(*tune, "monolingual-k16", eight)
+        rates = {"dense": dense.result(), "k8": eight}
+        rates |= {"k4": four.result(), "k16": sixteen.result()}
         print(f"peak rates and rows a step: {rates}")
         work: dict[Future, str] = {}
         for repetition in range(options.repetitions):
@@ -153,8 +154,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _tune(base: Run, config: RunConfig, corpus: Path, system: str) -> Setting:
-    """Peak rate and batch size (rows): from START to the first better neighbour (four times or a
+def _tune(base: Run, config: RunConfig, corpus: Path, system: str, start: Setting) -> Setting:
+    """Peak rate and batch size (rows): from `start` to the first better neighbour (four times or a
     quarter of the rows, twice or half the rate) until there is none. Better: fewer nats a token,
     in the mean over languages."""
     kind = kind_of(system)
@@ -170,7 +171,7 @@ def _tune(base: Run, config: RunConfig, corpus: Path, system: str) -> Setting:
             write_json(path, found)
         return found[name]
 
-    best = START
+    best = start
     while True:
         rate, rows = best
         neighbours = [(rate, rows * 4), (rate, rows // 4), (rate * 2, rows), (rate / 2, rows)]
