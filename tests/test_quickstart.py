@@ -21,12 +21,14 @@ def test_quickstart_ends_with_an_ensemble_that_beats_dense(tmp_path):
     assert "Traceback" not in run.stderr
     (mean,) = re.findall(r"^mean of 14 (.*)$", run.stdout, re.M)
     perplexities = [float(number) for number in mean.split()[::2]]
-    seed, dense, by_language, by_tfidf = perplexities
-    assert by_language < 0.95 * dense < dense, run.stdout
-    assert by_tfidf < dense < 1.2 * seed, run.stdout
+    seed, dense, by_language, by_tfidf, by_posterior = perplexities
+    # Dense has the best of the settings tried for it, and learns much: the gain is none of neglect.
+    assert by_language < 0.95 * dense < 0.75 * seed, run.stdout
+    assert by_posterior < dense, run.stdout
+    assert by_language < by_tfidf < 0.75 * seed, run.stdout
     # Polish was kept back, and grown later.
     (polish,) = re.findall(r"^pl .*$", run.stdout, re.M)
-    seed, _, grown, _ = [float(number) for number in polish.split()[2::2]]
+    seed, _, grown, *_ = [float(number) for number in polish.split()[2::2]]
     assert grown < seed / 5
     page = (tmp_path / "xelm-quickstart" / "results" / "report.html").read_text(encoding="utf-8")
     assert "http://" not in page.replace("http://www.w3.org", "") and "<svg" in page
