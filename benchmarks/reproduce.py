@@ -4,8 +4,9 @@
 
 DATA has corpus/<language>.jsonl.gz and corpus_valid/<language>.jsonl.gz. Every system continues the
 same seed for the same total of training tokens, every language being seen equally often in each;
-they differ only in which model sees which text. Then four languages are grown, one by one, on the
-typological experts. The command can be killed and run again: it goes on where it was.
+they differ in which model sees which text, and in rate and batch size. Then four languages are
+grown, one by one, on the typological experts. The command can be killed and run again: it goes on
+where it was.
 OUT/table.json has every figure, OUT/table.md the tables.
 
 Peak rate and batch size are chosen for dense and for each number of experts, on one half of the
@@ -44,11 +45,13 @@ from systems import (
 from clustering.files import write_json
 from xelm.cli import prepare
 from xelm.config import RunConfig, override
+from xelm.data.corpus import fingerprint
 from xelm.presets import tiny
 from xelm.runs import growing
 from xelm.runs.evaluation import Row
 from xelm.runs.init import init
 from xelm.runs.run import Run, open_run
+from xelm.training.loop import DivergedError
 
 # Peak rate and rows a step from which the search for better ones sets out.
 START: Setting = (1e-3, 16)
@@ -72,8 +75,8 @@ def main() -> None:
             config.experts, tokens=round(config.experts.tokens * options.tuning_share)
         )
         tune = (_tune, base, replace(config, experts=experts), parts["tune"])
-        # On random clusters, so that no method is favoured; for each number of experts by itself,
-        # as it decides how many steps an expert has.
+        # On random clusters (the control's own, if anything to its favour), so that no method is
+        # favoured; for each number of experts by itself, as it decides how many steps one has.
         dense = pool.submit(*tune, "dense", START)
         eight = pool.submit(*tune, "random-k8", START).result()
         four = pool.submit(*tune, "random-k4", eight)
@@ -159,15 +162,19 @@ def _tune(base: Run, config: RunConfig, corpus: Path, system: str, start: Settin
     quarter of the rows, twice or half the rate) until there is none. Better: fewer nats a token,
     in the mean over languages."""
     kind = kind_of(system)
-    path = base.directory.parent / f"tuning-{kind}-{config.experts.tokens}.json"
+    text = fingerprint(corpus)[:8]
+    path = base.directory.parent / f"tuning-{kind}-{config.experts.tokens}-{text}.json"
     found = json.loads(path.read_text()) if path.exists() else {"format": 1}
 
     def nats(setting: Setting) -> float:
         name = f"tuning-{kind}-{config.experts.tokens}-rate{setting[0]:g}-rows{setting[1]}"
         if name not in found:
-            run = train_system(base, config, system, {kind: setting}, 0, name)
-            rows = evaluated(run, corpus, ("language",))
-            found[name] = float(np.mean(np.log(perplexities(rows, system))))
+            try:
+                run = train_system(base, config, system, {kind: setting}, 0, name)
+                rows = evaluated(run, corpus, ("language",))
+                found[name] = float(np.mean(np.log(perplexities(rows, system))))
+            except DivergedError:
+                found[name] = 1e9
             write_json(path, found)
         return found[name]
 

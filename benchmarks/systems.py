@@ -73,8 +73,9 @@ def train_system(
     if system == "dense":
         training.train_dense(run)
         return run
-    if not (run.directory / "clusters.json").exists():
-        training.branch(run, clusters_of(run, system, repetition))
+    branched = (run.directory / "clusters.json").exists()
+    # Branching may have been interrupted, and then goes on.
+    training.branch(run, run.clusters() if branched else clusters_of(run, system, repetition))
     training.train_experts(run, [e.name for e in run.registry().training() if e.cluster])
     return run
 

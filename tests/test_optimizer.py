@@ -144,6 +144,14 @@ def test_a_configuration_that_cannot_be_trained_is_refused_when_made(field, valu
 def test_experts_may_not_see_the_rows_of_the_seed_in_its_order():
     with pytest.raises(ValueError, match=r"experts\.random_seed must differ"):
         replace(tiny(), experts=replace(tiny().experts, random_seed=tiny().seed.random_seed))
+    for part in ("seed", "experts"):
+        with pytest.raises(ValueError, match=rf"must be above {part}\.random_seed"):
+            seen = getattr(tiny(), part).random_seed
+            others = {"seed": 0, "experts": 1, "grow": seen} if part == "experts" else {"seed": 5}
+            replace(
+                tiny(),
+                **{n: replace(getattr(tiny(), n), random_seed=v) for n, v in others.items()},
+            )
     replace(tiny(), model=None, experts=tiny().seed)  # a seed that was trained elsewhere
 
 

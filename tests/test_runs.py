@@ -212,6 +212,14 @@ def test_clusters_that_leave_out_what_dense_was_trained_on_are_refused(xelm, ini
     assert outcome.code == 2
     assert "leave out fr, on which the dense baseline was trained" in outcome.err
     assert Registry.load(tmp_path / "RUN").experts == ()
+    # The other way round dense leaves them out too, and branching again is no mistake.
+    shutil.rmtree(tmp_path / "RUN")
+    shutil.copytree(initialised[0], tmp_path / "RUN")
+    branch = ("branch", tmp_path / "RUN", "--clusters", tmp_path / "clusters")
+    for command in (branch, ("train", tmp_path / "RUN", "--dense"), branch):
+        assert xelm(*command).code == 0
+    seen = read_metrics(tmp_path / "RUN" / "dense" / "metrics.jsonl")[-1]["language_tokens"]
+    assert set(seen) == set(LANGUAGES) - {"fr"}
 
 
 def test_repeated_commands_change_nothing(xelm, copy, tiny_settings):
@@ -470,6 +478,9 @@ def test_with_routing_by_language_alone_experts_are_scored_on_their_own_language
     for key, row in rows.items():
         assert row["nll"] == pytest.approx(evaluated[1][key]["nll"], rel=1e-6)
     assert xelm("report", copy.directory).code == 0
+    page = (copy.directory / "results" / "report.html").read_text(encoding="utf-8")
+    assert "Not every expert was asked in every language." in page
+    assert "that expert is the best of all" not in page
 
 
 def test_results_of_other_options_are_kept(xelm, evaluated, copy):

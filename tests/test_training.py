@@ -421,11 +421,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     again, _ = trained(folder="broken")
     assert "step 12 is damaged" in capsys.readouterr().err
     assert_same_bits(again, whole)
+    # It is kept, should it be of use to somebody.
+    assert (tmp_path / "broken" / "damaged-12" / "state").is_dir()
 
 
 def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_path):
     config = replace(CONFIG, learning_rate=1e30, clip_norm=1e30, log_every=1000)
-    with pytest.raises(UserError, match=r"test has diverged: loss nan .* rate of 1e\+30; lower it"):
+    with pytest.raises(
+        UserError, match=r"test has diverged: loss nan .* rate of 1e\+30 is too much"
+    ):
         trained(config)
     assert not list((tmp_path / "training" / "checkpoints").glob("[0-9]*"))
 

@@ -148,11 +148,16 @@ class RunConfig:
                 "experts.random_seed must differ from seed.random_seed, or experts and dense see "
                 f"the seed's rows again in the same order; both are {self.seed.random_seed}"
             )
-        if self.grow.random_seed == self.experts.random_seed:
-            raise ValueError(
-                "grow.random_seed must differ from experts.random_seed, or a grown expert sees its "
-                f"parent's rows again in the same order; both are {self.grow.random_seed}"
-            )
+        others = {"experts.random_seed": self.experts.random_seed}
+        if self.model is not None:
+            others["seed.random_seed"] = self.seed.random_seed
+        for name, other in others.items():
+            if self.grow.random_seed <= other:
+                raise ValueError(
+                    f"grow.random_seed, from which growing counts up, must be above {name}, or "
+                    "grown experts see rows of their parents again in the same order; got "
+                    f"{self.grow.random_seed} and {other}"
+                )
         if self.vectoriser_dimensions < 1:
             raise ValueError(
                 f"vectoriser_dimensions must be at least 1; got {self.vectoriser_dimensions}"

@@ -176,7 +176,7 @@ def _sample(
         wanted = total * weight / sum(weights.values())
         documents = list(texts[language])
         order.shuffle(documents)
-        # A language that has less than its share is heard several times.
+        # A language that has less than its share, or of which less was kept, is heard again.
         for document in itertools.cycle(documents):
             if wanted <= 0:
                 break

@@ -1,6 +1,7 @@
 """`xelm grow`: an expert for a new language from its nearest relative; no other expert changes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from clustering import typology
@@ -63,7 +64,8 @@ def grow(
             parent_directory(run, started),
             started.directory(run.directory),
             sources,
-            run.config.grow,
+            # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
+            replace(run.config.grow, random_seed=run.config.grow.random_seed + started.round - 2),
             name=started.name,
         )
         publish(run, started, facts)

@@ -39,14 +39,16 @@ def branch(run: Run, clustering: Clustering) -> Registry:
     vectoriser = clustering.vectoriser
     if vectoriser is not None and vectoriser != run.vectoriser():
         raise UserError("these clusters of documents were made with another RUN's vectors")
-    if clustering.unassigned and (run.dense.exists() or run.training("dense").exists()):
+    branched = (run.directory / "clusters.json").exists()
+    trained = run.dense.exists() or run.training("dense").exists()
+    if clustering.unassigned and trained and not branched:
         raise UserError(
             f"these clusters leave out {', '.join(clustering.unassigned)}, on which the dense "
             "baseline was trained; make another RUN without those languages"
         )
     with locked(run.directory, "branch"):
         registry = update(run.directory, lambda registry: branch_registry(registry, clustering))
-        if not (run.directory / "clusters.json").exists():
+        if not branched:
             clustering.save(run.directory)
         if clustering.of_documents:
             _assign_documents(run, clustering)

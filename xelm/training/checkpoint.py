@@ -1,6 +1,7 @@
 """Checkpoints of unfinished trainings: the one place that knows Orbax."""
 
 import errno
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class Checkpoints:
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """Step, state and facts of the newest checkpoint that can be read, placed as `shardings`
         say; None if there is none. `check` sees the facts first and may refuse them. A damaged
-        checkpoint is named on stderr, and deleted once one before it could be read."""
+        checkpoint is named on stderr, and moved aside once one before it could be read."""
         target = jax.tree.map(
             lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
             shapes,
@@ -57,15 +58,23 @@ class Checkpoints:
                 continue
             for line in damaged:
                 print(f"{self._manager.directory}: {line}; going back", file=sys.stderr)
-            # Newer ones are in the way of those to come.
-            for newer in [found for found in self._manager.all_steps() if found > step]:
-                self._manager.delete(newer)
+            self._move_aside(after=step)
             return step, state, facts
         if damaged:
             raise UserError(
                 f"{self._manager.directory}: {'; '.join(damaged)}; delete the folder to start over"
             )
         return None
+
+    def _move_aside(self, after: int) -> None:
+        """Checkpoints that could not be read are in the way of those to come, but not for us to
+        delete: perhaps the disk is at fault."""
+        folder = Path(self._manager.directory)
+        for step in [step for step in self._manager.all_steps() if step > after]:
+            aside = folder.with_name(f"damaged-{step}")
+            shutil.rmtree(aside, ignore_errors=True)
+            (folder / str(step)).rename(aside)
+        self._manager.reload()
 
     def _restored(self, step: int, **what: Any) -> Any:
         (name,) = what

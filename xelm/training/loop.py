@@ -28,6 +28,10 @@ from xelm.training.sharding import make_mesh
 from xelm.training.step import program
 
 
+class DivergedError(UserError):
+    """The loss or its gradient is no number any more; the settings do not suit the model."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
     """What a training leaves."""
@@ -108,10 +112,10 @@ def train(
                 if logged or saved:
                     loss, norm = float(metrics.loss), float(metrics.grad_norm)
                     if not math.isfinite(loss + norm):
-                        raise UserError(
+                        raise DivergedError(
                             f"the training of {label} has diverged: loss {loss:g} and gradient "
-                            f"norm {norm:g} at step {step}, at a peak rate of "
-                            f"{config.learning_rate:g}; lower it"
+                            f"norm {norm:g} at step {step}; a peak rate of "
+                            f"{config.learning_rate:g} is too much for it"
                         )
                 if logged:
                     now, total = time.perf_counter(), sum(seen.values())
