@@ -394,7 +394,7 @@ def test_a_corpus_counts_by_what_it_holds_from_wherever_it_is_asked(xelm, place,
 def test_names_may_come_after_a_flag(xelm, place, monkeypatch):
     monkeypatch.chdir(place)
     asked = []
-    monkeypatch.setattr(cli, "_train", asked.append)
+    monkeypatch.setitem(cli.VERBS, "train", (*cli.VERBS["train"][:2], asked.append))
     assert xelm("train", "run", "de-fr", "--dense", "en-es").code == 0
     assert asked[0].names == ["de-fr", "en-es"] and asked[0].dense
     assert xelm("train", "run", "--dense", "--unknown").code == 2
@@ -522,7 +522,7 @@ def test_an_interrupted_command_says_how_to_go_on(xelm, monkeypatch):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_verify", interrupt)
+    monkeypatch.setitem(cli.VERBS, "verify", (*cli.VERBS["verify"][:2], interrupt))
     outcome = xelm("verify", "RUN")
     assert outcome.code == 130
     assert outcome.err == "xelm: interrupted; run the same command again to go on\n"
@@ -532,7 +532,7 @@ def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
     def fail(options):
         raise PermissionError(13, "Permission denied", "/RUN/registry.json")
 
-    monkeypatch.setattr(cli, "_verify", fail)
+    monkeypatch.setitem(cli.VERBS, "verify", (*cli.VERBS["verify"][:2], fail))
     outcome = xelm("verify", "RUN")
     assert outcome.code == 2
     assert outcome.err == "xelm: /RUN/registry.json: Permission denied\n"
@@ -557,7 +557,7 @@ def test_what_a_machine_lacks_is_one_line(xelm, monkeypatch, error, message):
     def fail(options):
         raise error
 
-    monkeypatch.setattr(cli, "_train", fail)
+    monkeypatch.setitem(cli.VERBS, "train", (*cli.VERBS["train"][:2], fail))
     outcome = xelm("train", "RUN")
     assert (outcome.code, outcome.out, outcome.err) == (2, "", f"xelm: {message}\n")
 
@@ -566,7 +566,7 @@ def test_an_error_of_ours_is_not_hidden(xelm, monkeypatch):
     def fail(options):
         raise ModuleNotFoundError("No module named 'xelm.nothing'", name="xelm.nothing")
 
-    monkeypatch.setattr(cli, "_train", fail)
+    monkeypatch.setitem(cli.VERBS, "train", (*cli.VERBS["train"][:2], fail))
     with pytest.raises(ModuleNotFoundError):
         xelm("train", "RUN")
 

@@ -63,151 +63,22 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"xelm {__version__}")
     verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (summary, add_options, run_command) in VERBS.items():
+        verb = verbs.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
+        add_options(verb)
+        verb.set_defaults(run_command=run_command)
+    return top
 
-    quickstart = _verb(
-        verbs,
-        "quickstart",
-        _quickstart,
-        "the whole path on the embedded sample corpus, on a CPU, in minutes",
-    )
-    quickstart.add_argument(
+
+def _quickstart_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
         "--out",
         metavar="RUN",
         default="xelm-quickstart",
         help="directory to make (default: %(default)s)",
     )
-
-    cluster = _verb(verbs, "cluster", _cluster, "cluster languages or documents")
-    cluster.add_argument(
-        "--method",
-        choices=METHODS,
-        default="typology",
-        help="typology and random cluster languages, tfidf documents",
-    )
-    cluster.add_argument("-k", type=int, required=True, help="number of clusters")
-    cluster.add_argument(
-        "--languages",
-        type=_list,
-        metavar="A,B,C",
-        help="languages to cluster (default: those of --run or --corpus)",
-    )
-    cluster.add_argument(
-        "--exclude", type=_list, metavar="A,B", default=(), help="languages to leave in no cluster"
-    )
-    cluster.add_argument("--run", metavar="RUN", help="RUN whose corpus and subwords tfidf uses")
-    cluster.add_argument("--corpus", metavar="DIR", help="take the languages of this corpus")
-    cluster.add_argument(
-        "--free", action="store_true", help="let cluster sizes fall as they may (typology)"
-    )
-    cluster.add_argument("--random-seed", type=int, default=0, metavar="N")
-    cluster.add_argument(
-        "--out", metavar="DIR", required=True, help="directory for clusters.json and figures"
-    )
-    _json(cluster)
-
-    init = _verb(verbs, "init", _init, "make a RUN: tokenizer, tokenised corpus and seed")
-    init.add_argument("run", metavar="RUN")
-    init.add_argument(
-        "--corpus",
-        required=True,
-        metavar="DIR",
-        help="folder of <language>.jsonl[.gz|.zst] or .parquet, or such a file, or "
-        "hf://owner/dataset[/config][:split]",
-    )
-    init.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
-    init.add_argument(
-        "--preset", choices=PRESETS, help="configuration (default: tiny, or hub with --seed)"
-    )
-    init.add_argument(
-        "--languages",
-        type=_list,
-        metavar="A,B,C",
-        help="languages of the corpus to use (default: all)",
-    )
-    init.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change the configuration, as in experts.tokens=3e6; may be repeated",
-    )
-    init.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
-
-    branch = _verb(verbs, "branch", _branch, "record one expert for each cluster")
-    branch.add_argument("run", metavar="RUN")
-    branch.add_argument("--clusters", required=True, metavar="DIR")
-
-    train = _verb(verbs, "train", _train, "train experts, or the dense baseline; resumes by itself")
-    train.add_argument("run", metavar="RUN")
-    train.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
-    train.add_argument("--all", action="store_true", help="train every expert not trained yet")
-    train.add_argument(
-        "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
-    )
-
-    grow = _verb(verbs, "grow", _grow, "add an expert for a new language; touch nothing else")
-    grow.add_argument("run", metavar="RUN")
-    grow.add_argument("--language", required=True, metavar="XX")
-    grow.add_argument(
-        "--corpus", metavar="DIR", help="has text in the language (default: the RUN's corpus)"
-    )
-    grow.add_argument(
-        "--parent",
-        default="auto",
-        metavar="NAME",
-        help="expert to start from (default: that of the nearest language)",
-    )
-
-    evaluate = _verb(verbs, "evaluate", _evaluate, "perplexity and bits per byte by language")
-    evaluate.add_argument("run", metavar="RUN")
-    evaluate.add_argument("--corpus", required=True, metavar="DIR")
-    evaluate.add_argument(
-        "--routing",
-        type=_list,
-        default=ROUTINGS,
-        metavar="A,B",
-        help=f"of {', '.join(ROUTINGS)} (default: all); by language alone is the quickest",
-    )
-    evaluate.add_argument("--max-documents", type=int, metavar="N", help="of each language")
-    _router(evaluate)
-    _json(evaluate)
-
-    generate = _verb(verbs, "generate", _generate, "continue a prompt with the ensemble")
-    generate.add_argument("run", metavar="RUN")
-    generate.add_argument("prompt")
-    generate.add_argument("--routing", choices=ROUTINGS, default="tfidf")
-    generate.add_argument("--language", metavar="XX", help="of the prompt, for --routing language")
-    generate.add_argument("--max-new-tokens", type=int, default=40, metavar="N")
-    generate.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="X",
-        help="0 takes the most probable token (default: %(default)s)",
-    )
-    generate.add_argument("--top-p", type=float, default=0.95, metavar="P")
-    generate.add_argument("--random-seed", type=int, default=0, metavar="N")
-    _router(generate)
-    _json(generate)
-
-    report = _verb(verbs, "report", _report, "write one self-contained HTML page about a RUN")
-    report.add_argument("run", metavar="RUN")
-
-    verify = _verb(verbs, "verify", _verify, "check every hash of seed and experts")
-    verify.add_argument("run", metavar="RUN")
-    _json(verify)
-
-    rollback = _verb(verbs, "rollback", _rollback, "publish an earlier version of an expert again")
-    rollback.add_argument("run", metavar="RUN")
-    rollback.add_argument("name", metavar="NAME")
-    rollback.add_argument("--version", type=int, metavar="N", help="default: the one before")
-
-    merge = _verb(verbs, "merge", _merge, "average the weights of experts into one checkpoint")
-    merge.add_argument("run", metavar="RUN")
-    merge.add_argument("names", nargs="*", metavar="NAME", help="default: all published experts")
-    merge.add_argument("--out", required=True, metavar="DIR")
-    return top
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -220,6 +91,35 @@ def _quickstart(options: argparse.Namespace) -> None:
     print(f'  xelm generate {run.directory} "Der alte Mann" --routing language --language de')
     print(f"  xelm grow {run.directory} --language {NEW_LANGUAGES[1]}")
     print("  xelm init MY_RUN --corpus MY_CORPUS --preset tiny")
+
+
+def _cluster_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--method",
+        choices=METHODS,
+        default="typology",
+        help="typology and random cluster languages, tfidf documents",
+    )
+    verb.add_argument("-k", type=int, required=True, help="number of clusters")
+    verb.add_argument(
+        "--languages",
+        type=_list,
+        metavar="A,B,C",
+        help="languages to cluster (default: those of --run or --corpus)",
+    )
+    verb.add_argument(
+        "--exclude", type=_list, metavar="A,B", default=(), help="languages to leave in no cluster"
+    )
+    verb.add_argument("--run", metavar="RUN", help="RUN whose corpus and subwords tfidf uses")
+    verb.add_argument("--corpus", metavar="DIR", help="take the languages of this corpus")
+    verb.add_argument(
+        "--free", action="store_true", help="let cluster sizes fall as they may (typology)"
+    )
+    verb.add_argument("--random-seed", type=int, default=0, metavar="N")
+    verb.add_argument(
+        "--out", metavar="DIR", required=True, help="directory for clusters.json and figures"
+    )
+    _json(verb)
 
 
 def _cluster(options: argparse.Namespace) -> None:
@@ -281,6 +181,36 @@ def _draw(clustering: Any, directory: Path) -> None:
         plot().figure.savefig(directory / f"{name}.png", dpi=150, bbox_inches="tight")
 
 
+def _init_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument(
+        "--corpus",
+        required=True,
+        metavar="DIR",
+        help="folder of <language>.jsonl[.gz|.zst] or .parquet, or such a file, or "
+        "hf://owner/dataset[/config][:split]",
+    )
+    verb.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
+    verb.add_argument(
+        "--preset", choices=PRESETS, help="configuration (default: tiny, or hub with --seed)"
+    )
+    verb.add_argument(
+        "--languages",
+        type=_list,
+        metavar="A,B,C",
+        help="languages of the corpus to use (default: all)",
+    )
+    verb.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change the configuration, as in experts.tokens=3e6; may be repeated",
+    )
+    verb.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
+
+
 def _init(options: argparse.Namespace) -> None:
     from clustering.clustering import Clustering
     from xelm.config import override
@@ -303,6 +233,11 @@ def _init(options: argparse.Namespace) -> None:
     print(f"\nRUN: {run.directory}")
 
 
+def _branch_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("--clusters", required=True, metavar="DIR")
+
+
 def _branch(options: argparse.Namespace) -> None:
     from clustering.clustering import Clustering
     from xelm.runs.run import open_run
@@ -311,6 +246,15 @@ def _branch(options: argparse.Namespace) -> None:
     registry = branch(open_run(options.run), Clustering.load(options.clusters))
     for expert in registry.experts:
         print(f"{expert.name:20}{expert.status:12}{' '.join(expert.languages)}")
+
+
+def _train_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
+    verb.add_argument("--all", action="store_true", help="train every expert not trained yet")
+    verb.add_argument(
+        "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
+    )
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -339,6 +283,20 @@ def _train(options: argparse.Namespace) -> None:
         print(f"{expert.name:20}{expert.status:12}v{expert.version}  {expert.tokens:,} tokens")
 
 
+def _grow_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("--language", required=True, metavar="XX")
+    verb.add_argument(
+        "--corpus", metavar="DIR", help="has text in the language (default: the RUN's corpus)"
+    )
+    verb.add_argument(
+        "--parent",
+        default="auto",
+        metavar="NAME",
+        help="expert to start from (default: that of the nearest language)",
+    )
+
+
 def _grow(options: argparse.Namespace) -> None:
     from xelm.runs.growing import grow
     from xelm.runs.run import open_run
@@ -348,6 +306,21 @@ def _grow(options: argparse.Namespace) -> None:
     print(
         f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
     )
+
+
+def _evaluate_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("--corpus", required=True, metavar="DIR")
+    verb.add_argument(
+        "--routing",
+        type=_list,
+        default=ROUTINGS,
+        metavar="A,B",
+        help=f"of {', '.join(ROUTINGS)} (default: all); by language alone is the quickest",
+    )
+    verb.add_argument("--max-documents", type=int, metavar="N", help="of each language")
+    _router(verb)
+    _json(verb)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -369,6 +342,25 @@ def _evaluate(options: argparse.Namespace) -> None:
     else:
         print(tables.results(rows, options.routing, run.languages))
         print(f"\nSaved in {run.results / FILE_NAME}")
+
+
+def _generate_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("prompt")
+    verb.add_argument("--routing", choices=ROUTINGS, default="tfidf")
+    verb.add_argument("--language", metavar="XX", help="of the prompt, for --routing language")
+    verb.add_argument("--max-new-tokens", type=int, default=40, metavar="N")
+    verb.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="0 takes the most probable token (default: %(default)s)",
+    )
+    verb.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    verb.add_argument("--random-seed", type=int, default=0, metavar="N")
+    _router(verb)
+    _json(verb)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -394,11 +386,20 @@ def _generate(options: argparse.Namespace) -> None:
     print(f"experts: {', '.join(spoken)}", file=sys.stderr)
 
 
+def _report_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+
+
 def _report(options: argparse.Namespace) -> None:
     from xelm.runs.report import report
     from xelm.runs.run import open_run
 
     print(report(open_run(options.run)))
+
+
+def _verify_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    _json(verb)
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -416,6 +417,12 @@ def _verify(options: argparse.Namespace) -> None:
         print(f"{options.run}: every file of the seed and of every expert is as published")
 
 
+def _rollback_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("name", metavar="NAME")
+    verb.add_argument("--version", type=int, metavar="N", help="default: the one before")
+
+
 def _rollback(options: argparse.Namespace) -> None:
     from experts.lock import update
     from experts.rollback import rollback
@@ -424,6 +431,12 @@ def _rollback(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     registry = update(run.directory, lambda r: rollback(r, options.name, options.version))
     print(f"published: {registry.expert(options.name).reference}")
+
+
+def _merge_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("names", nargs="*", metavar="NAME", help="default: all published experts")
+    verb.add_argument("--out", required=True, metavar="DIR")
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -436,12 +449,6 @@ def _merge(options: argparse.Namespace) -> None:
     if not experts:
         raise UserError(f"{options.run} has no published expert yet; train some first")
     print(average([expert.directory(run.directory) for expert in experts], out=options.out))
-
-
-def _verb(verbs: Any, name: str, function: Any, summary: str) -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-    verb.set_defaults(run_command=function)
-    return verb
 
 
 def _router(verb: argparse.ArgumentParser) -> None:
@@ -496,6 +503,27 @@ def prepare() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xelm" / "compiled"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+# Verb -> what it does, its options, its code; in the order of the help.
+VERBS = {
+    "quickstart": (
+        "the whole path on the embedded sample corpus, on a CPU, in minutes",
+        _quickstart_options,
+        _quickstart,
+    ),
+    "cluster": ("cluster languages or documents", _cluster_options, _cluster),
+    "init": ("make a RUN: tokenizer, tokenised corpus and seed", _init_options, _init),
+    "branch": ("record one expert for each cluster", _branch_options, _branch),
+    "train": ("train experts, or the dense baseline; resumes by itself", _train_options, _train),
+    "grow": ("add an expert for a new language; touch nothing else", _grow_options, _grow),
+    "evaluate": ("perplexity and bits per byte by language", _evaluate_options, _evaluate),
+    "generate": ("continue a prompt with the ensemble", _generate_options, _generate),
+    "report": ("write one self-contained HTML page about a RUN", _report_options, _report),
+    "verify": ("check every hash of seed and experts", _verify_options, _verify),
+    "rollback": ("publish an earlier version of an expert again", _rollback_options, _rollback),
+    "merge": ("average the weights of experts into one checkpoint", _merge_options, _merge),
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+"""What the tests of whole RUNs share."""
+
+import errno
+import json
+from pathlib import Path
+
+LANGUAGES = ("en", "de", "es", "fr")
+NAMES = {"en-es": ("en", "es"), "de-fr": ("de", "fr")}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".locks" not in path.parts
+    }
+
+
+def documents_of(corpus: Path, language: str) -> list[str]:
+    lines = (corpus / f"{language}.jsonl").read_text().splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+def full(*arguments, **options):
+    """Stands for whatever writes, on a full disk."""
+    raise OSError(errno.ENOSPC, "No space left on device")
