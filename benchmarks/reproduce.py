@@ -17,15 +17,11 @@ Repetitions after the first have another random seed, and are asked by language 
 
 import argparse
 import json
-import os
 import shutil
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import replace
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +37,7 @@ from systems import (
     routings_of,
     train_system,
 )
+from workers import workers
 
 from clustering.files import write_json
 from xelm.cli import prepare
@@ -70,7 +67,7 @@ def main() -> None:
     base = init(out / "base", data / "corpus", config, languages=LANGUAGES)
     finished: dict[str, list[Row]] = {}
     tables: dict[str, list[Row]] = {}
-    with _workers(options.jobs) as pool:
+    with workers(options.jobs) as pool:
         experts = replace(
             config.experts, tokens=round(config.experts.tokens * options.tuning_share)
         )
@@ -130,31 +127,6 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     return parser.parse_args()
-
-
-def _workers(jobs: int) -> ProcessPoolExecutor:
-    """Processes that share the cores among them, as small models make poor use of several."""
-    context = get_context("spawn")
-    places = context.Queue()
-    for place in range(jobs):
-        places.put(place)
-    return ProcessPoolExecutor(jobs, context, _settle, (places, jobs))
-
-
-def _settle(places, jobs: int) -> None:
-    place = places.get()
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[place % len(cores) :: jobs] or cores)
-    prepare()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 def _tune(base: Run, config: RunConfig, corpus: Path, system: str, start: Setting) -> Setting:

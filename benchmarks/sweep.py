@@ -9,17 +9,31 @@ command can be killed and run again.
 """
 
 import argparse
-import json
+from collections.abc import Mapping
+from concurrent.futures import Future, as_completed
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
-from systems import LANGUAGES, evaluated, halves, kind_of, perplexities, routings_of, train_system
+from systems import (
+    LANGUAGES,
+    Rates,
+    evaluated,
+    halves,
+    kind_of,
+    perplexities,
+    routings_of,
+    train_system,
+)
+from workers import workers
 
+from clustering.files import write_json
 from xelm.cli import prepare
 from xelm.config import RunConfig, override
 from xelm.presets import tiny
 from xelm.runs.init import init
+from xelm.runs.run import Run
 
 
 def main() -> None:
@@ -31,6 +45,7 @@ def main() -> None:
     parser.add_argument("--systems", default="typology-k8", help="as in reproduce.py")
     parser.add_argument("--dense", default="1e-3,16", help="peak rate and rows a step of dense")
     parser.add_argument("--experts", default="1e-3,4", help="the same of the experts")
+    parser.add_argument("--jobs", type=int, default=1, help="systems trained side by side")
     parser.add_argument("--max-documents", type=int, default=40)
     parser.add_argument("--set", dest="settings", action="append", default=[])
     options = parser.parse_args()
@@ -40,33 +55,35 @@ def main() -> None:
     systems = ("dense", *options.systems.split(","))
     rates = {kind_of(system): _setting(options.experts) for system in systems}
     rates["dense"] = _setting(options.dense)
-    rows = []
-    for width in map(int, options.widths.split(",")):
-        config = _of_width(override(tiny(), options.settings), width)
-        folder = out / f"width-{width}"
-        base = init(folder / "base", data / "corpus", config, languages=LANGUAGES)
-        for tokens in (round(float(text)) for text in options.tokens.split(",")):
-            budget = replace(config, experts=replace(config.experts, tokens=tokens))
-            scores = {}
-            for system in systems:
-                run = train_system(base, budget, system, rates, 0, f"{system}-{tokens}")
-                found = evaluated(run, corpus, routings_of(system)[:1])
-                scores[system] = np.asarray(perplexities(found, system))
-                rows.append(
-                    {
-                        "width": width,
-                        "parameters": config.model.parameter_count,
-                        "seed_tokens": config.seed.tokens,
-                        "tokens": tokens,
-                        "system": system,
-                        "perplexity": float(scores[system].mean()),
-                        "change": float(scores[system].mean() / scores["dense"].mean() - 1),
-                        "better": int((scores[system] < scores["dense"]).sum()),
-                        "by_language": dict(zip(LANGUAGES, scores[system].tolist())),
-                    }
-                )
-                _write(out, {"format": 1, "rates": rates, "rows": rows})
+    budgets = [round(float(text)) for text in options.tokens.split(",")]
+    widths = [int(text) for text in options.widths.split(",")]
+    configs = {width: _of_width(override(tiny(), options.settings), width) for width in widths}
+    with workers(options.jobs) as pool:
+        bases = {width: pool.submit(_seed, data, out, configs[width]) for width in widths}
+        work: dict[Future, tuple[int, int, str]] = {}
+        for point in product(widths, budgets, systems):
+            width, tokens, system = point
+            arguments = (bases[width].result(), configs[width], corpus, tokens, system, rates)
+            work[pool.submit(_point, *arguments)] = point
+        found: dict[tuple[int, int, str], np.ndarray] = {}
+        for future in as_completed(work):
+            found[work[future]] = future.result()
+            _write(out, configs, rates, {p: found[p] for p in work.values() if p in found})
     print((out / "sweep.md").read_text())
+
+
+def _seed(data: Path, out: Path, config: RunConfig) -> Run:
+    folder = out / f"width-{config.model.width}"
+    return init(folder / "base", data / "corpus", config, languages=LANGUAGES)
+
+
+def _point(
+    base: Run, config: RunConfig, corpus: Path, tokens: int, system: str, rates: Rates
+) -> np.ndarray:
+    """Perplexities of one system after so many tokens, by language."""
+    budget = replace(config, experts=replace(config.experts, tokens=tokens))
+    run = train_system(base, budget, system, rates, 0, f"{system}-{tokens}")
+    return np.asarray(perplexities(evaluated(run, corpus, routings_of(system)[:1]), system))
 
 
 def _setting(text: str) -> tuple[float, int]:
@@ -87,20 +104,42 @@ def _of_width(config: RunConfig, width: int) -> RunConfig:
     return replace(config, model=model)
 
 
-def _write(out: Path, results: dict) -> None:
-    (out / "sweep.json").write_text(json.dumps(results, indent=2))
-    lines = [
+def _write(
+    out: Path,
+    configs: Mapping[int, RunConfig],
+    rates: Rates,
+    found: Mapping[tuple[int, int, str], np.ndarray],
+) -> None:
+    """sweep.json with every figure, sweep.md the table; changes where dense is done already."""
+    rows, lines = [], []
+    for (width, tokens, system), scores in found.items():
+        model = configs[width].model
+        row = {
+            "width": width,
+            "parameters": model.parameter_count,
+            "seed_tokens": configs[width].seed.tokens,
+            "tokens": tokens,
+            "system": system,
+            "perplexity": float(scores.mean()),
+            "by_language": dict(zip(LANGUAGES, scores.tolist())),
+        }
+        change = better = ""
+        dense = found.get((width, tokens, "dense"))
+        if dense is not None and system != "dense":
+            row["change"] = float(scores.mean() / dense.mean() - 1)
+            row["better"] = int((scores < dense).sum())
+            change, better = f"{row['change']:+.1%}", f"{row['better']} of {len(LANGUAGES)}"
+        rows.append(row)
+        lines.append(
+            f"| {width} | {row['parameters']:,} | {row['seed_tokens']:,} | {tokens:,} | {system} "
+            f"| {row['perplexity']:.2f} | {change} | {better} |"
+        )
+    write_json(out / "sweep.json", {"format": 1, "rates": rates, "rows": rows})
+    head = [
         "| width | parameters | seed tokens | tokens | system | perplexity | change | better |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in results["rows"]:
-        change = "" if row["system"] == "dense" else f"{row['change']:+.1%}"
-        better = "" if row["system"] == "dense" else f"{row['better']} of {len(LANGUAGES)}"
-        lines.append(
-            f"| {row['width']} | {row['parameters']:,} | {row['seed_tokens']:,} | "
-            f"{row['tokens']:,} | {row['system']} | {row['perplexity']:.2f} | {change} | {better} |"
-        )
-    (out / "sweep.md").write_text("\n".join(lines) + "\n")
+    (out / "sweep.md").write_text("\n".join([*head, *lines]) + "\n")
 
 
 if __name__ == "__main__":
