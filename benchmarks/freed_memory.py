@@ -1,0 +1,81 @@
+"""What it is worth on a CPU that freed memory is kept for the next step (`xelm.cli.prepare`).
+
+    python benchmarks/freed_memory.py
+
+Steps of the preset `tiny`, in fresh processes of one core each, with and without, in turns. Prints
+positions a second of each, seconds spent in the system, and the median of the ratios.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from xelm import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--kept", choices=("yes", "no"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.kept:
+        return _measure(options.kept == "yes", options.steps)
+    ratios = []
+    for _ in range(options.rounds):
+        found = {}
+        for kept in ("no", "yes"):
+            command = [sys.executable, __file__, "--kept", kept, "--steps", str(options.steps)]
+            found[kept] = json.loads(
+                subprocess.run(command, capture_output=True, check=True).stdout
+            )
+            rate, system = found[kept]["rate"], found[kept]["system"]
+            print(f"kept {kept:3}  {rate:7,.0f} positions/s  {system:5.1f} s in the system")
+        ratios.append(found["yes"]["rate"] / found["no"]["rate"])
+    print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def _measure(kept: bool, steps: int) -> None:
+    if kept:
+        cli.prepare()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+
+    import jax
+    import numpy as np
+
+    from xelm.models.checkpoint import fresh_parameters
+    from xelm.presets import tiny
+    from xelm.training.sharding import make_mesh
+    from xelm.training.step import program
+
+    config, draw = tiny(), np.random.default_rng(0)
+    shape = (config.experts.batch_size, config.experts.sequence_length + 1)
+    mesh = make_mesh(config.experts)
+    with jax.set_mesh(mesh):
+        functions = program(config.model, config.experts, mesh)
+        state = functions.create(fresh_parameters(config.model, 0))
+        for step in range(-5, steps):
+            if step == 0:  # compiled, and warm
+                began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+            batch = {
+                "tokens": draw.integers(4, config.model.vocabulary_size, shape, np.int32),
+                "segments": np.ones(shape, np.int32),
+                "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
+            }
+            batch = jax.device_put(batch, functions.batch_sharding)
+            state, metrics = functions.step(state, batch, 1e-4)
+            float(metrics.loss)
+    seconds = time.perf_counter() - began
+    system = resource.getrusage(resource.RUSAGE_SELF).ru_stime - before.ru_stime
+    rate = steps * config.experts.tokens_per_step / seconds
+    print(json.dumps({"rate": rate, "system": system}))
+
+
+if __name__ == "__main__":
+    main()
