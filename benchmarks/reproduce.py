@@ -5,21 +5,22 @@
 DATA has corpus/<language>.jsonl.gz and corpus_valid/<language>.jsonl.gz. Every system continues the
 same seed for the same total of training tokens, every language being seen equally often in each;
 they differ in which model sees which text, and in rate and batch size. Then four languages are
-grown, one by one, on the typological experts. The command can be killed and run again: it goes on
-where it was.
+grown on the typological experts, one by one: from the nearest expert, and for comparison from the
+farthest one and from the seed. The command can be killed and run again: it goes on where it was.
 OUT/table.json has every figure, OUT/table.md the tables.
 
-Peak rate and batch size are chosen for dense and for each number of experts, on one half of the
-validation documents, by steps to a better neighbour until there is none; the tables are of the
-other half.
-Repetitions after the first have another random seed, and are asked by language alone.
+Validation documents are dealt out in turns to two halves, of which each gives at most as many as
+asked for. On one, peak rate and batch size are chosen for dense and for each number of experts, by
+steps to a better neighbour until there is none; the tables are of the other.
+Repetitions have other random seeds of the continuation, and other random clusters; they are asked
+by language alone.
 """
 
 import argparse
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from systems import (
 )
 from workers import workers
 
+from clustering import typology
 from clustering.files import write_json
 from xelm.cli import prepare
 from xelm.config import RunConfig, override
@@ -51,10 +53,14 @@ from xelm.runs.run import Run, open_run
 from xelm.training.loop import DivergedError
 
 # Peak rate and rows a step from which the search for better ones sets out.
-START: Setting = (1e-3, 16)
+START: Setting = (5e-4, 16)
+# Number of the repetition whose random seeds and random clusters the settings are chosen with.
+TUNING = 99
 SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-k8", "tfidf-k4")
 # What is repeated with other random seeds, beside dense.
 REPEATED = ("typology-k8", "random-k8")
+# Ways to choose the parents of grown languages.
+PARENTS = ("nearest", "farthest", "seed")
 
 
 def main() -> None:
@@ -65,35 +71,40 @@ def main() -> None:
     parts = halves(data, out, options.max_documents)
     started = time.perf_counter()
     base = init(out / "base", data / "corpus", config, languages=LANGUAGES)
-    finished: dict[str, list[Row]] = {}
-    tables: dict[str, list[Row]] = {}
     with workers(options.jobs) as pool:
-        experts = replace(
-            config.experts, tokens=round(config.experts.tokens * options.tuning_share)
-        )
-        tune = (_tune, base, replace(config, experts=experts), parts["tune"])
-        # On random clusters (the control's own, if anything to its favour), so that no method is
-        # favoured; for each number of experts by itself, as it decides how many steps one has.
+        tokens = round(config.experts.tokens * options.tuning_share)
+        shorter = replace(config, experts=replace(config.experts, tokens=tokens))
+        tune = (_tune, base, shorter, parts["tune"])
+        # On random clusters (others than those of the tables), so that no method is favoured; for
+        # each number of experts by itself, as it decides how many steps one has.
         dense = pool.submit(*tune, "dense", START)
         eight = pool.submit(*tune, "random-k8", START).result()
         four = pool.submit(*tune, "random-k4", eight)
         sixteen = pool.submit(*tune, "monolingual-k16", eight)
         rates = {"dense": dense.result(), "k8": eight}
         rates |= {"k4": four.result(), "k16": sixteen.result()}
-        print(f"peak rates and rows a step: {rates}")
-        work: dict[Future, str] = {}
+        tables: dict[str, list[Row]] = {}
+
+        def gather(work: Mapping[str, Future]) -> None:
+            names = {future: name for name, future in work.items()}
+            for future in as_completed(names):
+                tables[names[future]] = future.result()
+                _write(out, base, config, rates, tables, time.perf_counter() - started)
+
+        test = (base, config, parts["test"])
         for repetition in range(options.repetitions):
-            for system in ("dense", *(REPEATED if repetition else SYSTEMS)):
-                arguments = (base, config, parts["test"], system, rates, repetition)
-                work[pool.submit(_system, *arguments)] = f"{system}-r{repetition}"
-        for future in as_completed(work):
-            finished[work[future]] = future.result()
-            # In the order of the list above, whichever is done first.
-            tables = {name: finished[name] for name in work.values() if name in finished}
-            _write(out, base, config, rates, tables, time.perf_counter() - started)
-    grown = _grow(out, data / "corpus")
-    tables["grown"] = evaluated(grown, parts["test-new"], routings_of("typology-k8"))
-    _write(out, base, config, rates, tables, time.perf_counter() - started)
+            systems = ("dense", *(REPEATED if repetition else SYSTEMS))
+            gather(
+                {
+                    f"{system}-r{repetition}": pool.submit(
+                        _system, *test, system, rates, repetition
+                    )
+                    for system in systems
+                }
+            )
+            if repetition == 0:
+                new = (out, data / "corpus", parts["test-new"])
+                gather({f"grown-{how}": pool.submit(_grown, *new, how) for how in PARENTS})
     print((out / "table.md").read_text())
 
 
@@ -142,7 +153,7 @@ def _tune(base: Run, config: RunConfig, corpus: Path, system: str, start: Settin
         name = f"tuning-{kind}-{config.experts.tokens}-rate{setting[0]:g}-rows{setting[1]}"
         if name not in found:
             try:
-                run = train_system(base, config, system, {kind: setting}, 0, name)
+                run = train_system(base, config, system, {kind: setting}, TUNING, name)
                 rows = evaluated(run, corpus, ("language",))
                 found[name] = float(np.mean(np.log(perplexities(rows, system))))
             except DivergedError:
@@ -168,9 +179,10 @@ def _system(
     return evaluated(run, corpus, ("language",) if repetition else routings_of(system))
 
 
-def _grow(out: Path, corpus: Path) -> Run:
-    """A copy of the typological RUN, with the new languages grown one by one."""
-    target, partial = out / "grown", out / ".grown.partial"
+def _grown(out: Path, corpus: Path, valid: Path, how: str) -> list[Row]:
+    """The rows of a copy of the typological RUN, in which the new languages were grown one by one
+    from parents chosen that way."""
+    target, partial = out / f"grown-{how}", out / f".grown-{how}.partial"
     if not target.exists():
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(out / "typology-k8-r0", partial)
@@ -178,9 +190,14 @@ def _grow(out: Path, corpus: Path) -> Run:
         partial.rename(target)
     run = open_run(target)
     for language in NEW_LANGUAGES:
-        if not any(language in e.languages for e in run.registry().published()):
-            growing.grow(run, language, corpus)
-    return run
+        registry = run.registry()
+        if not any(language in expert.languages for expert in registry.published()):
+            parent = {"nearest": "auto", "seed": "seed"}.get(how)
+            if parent is None:
+                far, _ = typology.nearest(language, growing.served_languages(registry))[-1]
+                parent = registry.for_language(far).name
+            growing.grow(run, language, corpus, parent=parent)
+    return evaluated(run, valid, routings_of("typology-k8"))
 
 
 def _write(
@@ -210,105 +227,127 @@ def _write(
             "systems": {name: [row.to_json() for row in rows] for name, rows in tables.items()},
         },
     )
+    first = {name: rows for name, rows in tables.items() if name.endswith("-r0")}
+    columns = {
+        name: column for name, rows in first.items() for name, column in _columns(name, rows)
+    }
     lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.items()]
-    (out / "table.md").write_text(
-        "\n".join(
-            [
-                *lines,
-                "",
-                *_summary(tables),
-                "",
-                *_by_language(tables, "perplexity"),
-                "",
-                *_by_language(tables, "bits_per_byte"),
-                "",
-                *_grown(tables),
-            ]
-        )
-    )
+    parts = [
+        lines,
+        _summary(columns),
+        _repetitions(tables),
+        _by_language(columns, "perplexity"),
+        _by_language(columns, "bits_per_byte"),
+        _new_languages(tables, out),
+    ]
+    (out / "table.md").write_text("\n\n".join("\n".join(part) for part in parts) + "\n")
 
 
-def _columns(tables: dict[str, list[Row]]) -> dict[str, dict[str, dict[str, Row]]]:
-    """System with routing -> repetition -> language -> row."""
-    columns: dict[str, dict[str, dict[str, Row]]] = {}
-    for name, rows in tables.items():
-        system, _, repetition = name.rpartition("-r")
-        for row in rows:
-            if name == "grown" or row.language not in LANGUAGES:
-                continue
-            if row.system == "seed":
-                title = "seed"
-            elif row.system == "dense":
-                title = "dense"
-            elif row.system == "ensemble":
-                routed = f", by {row.routing}" if len(routings_of(system)) > 1 else ""
-                title = f"{system}{routed}"
-            else:
-                continue
-            columns.setdefault(title, {}).setdefault(repetition, {})[row.language] = row
+Column = dict[str, Row]
+"""The rows of one system by language."""
+
+
+def _columns(name: str, rows: Sequence[Row]) -> list[tuple[str, Column]]:
+    """Title and column of each way to ask a system; of the seed, with that of dense."""
+    system = name.rpartition("-r")[0]
+    kinds = [("ensemble", routing) for routing in routings_of(system)]
+    if system == "dense":
+        kinds = [("seed", None), ("dense", None)]
+    columns = []
+    for kind, routing in kinds:
+        title = f"{system}, by {routing}" if len(routings_of(system)) > 1 else system
+        title = kind if system == "dense" else title
+        columns.append((title, _column(rows, kind, routing)))
     return columns
 
 
-def _summary(tables: dict[str, list[Row]]) -> list[str]:
-    """One line a system: mean perplexity over languages, change against dense, languages better."""
-    columns = _columns(tables)
+def _column(rows: Sequence[Row], system: str, routing: str | None) -> Column:
+    found = {r.language: r for r in rows if (r.system, r.routing) == (system, routing)}
+    return {tag: found[tag] for tag in LANGUAGES}
+
+
+def _mean(column: Column, figure: str) -> float:
+    return float(np.mean([getattr(column[tag], figure) for tag in LANGUAGES]))
+
+
+def _changes(column: Column, dense: Column) -> tuple[float, float, int]:
+    """Change of the mean perplexity against dense, change of the geometric mean, and how many
+    languages are better."""
+    nats = [column[tag].nll / column[tag].tokens for tag in LANGUAGES]
+    others = [dense[tag].nll / dense[tag].tokens for tag in LANGUAGES]
+    change = _mean(column, "perplexity") / _mean(dense, "perplexity") - 1
+    return change, float(np.expm1(np.mean(nats) - np.mean(others))), sum(np.less(nats, others))
+
+
+def _summary(columns: Mapping[str, Column]) -> list[str]:
+    """One line a system, of the first random seed."""
     lines = [
-        "| system | mean perplexity | against dense | languages better | mean bits per byte |",
-        "|---|---|---|---|---|",
+        "| system | mean perplexity | against dense | geometric mean against dense "
+        "| languages better | mean bits per byte |",
+        "|---|---|---|---|---|---|",
     ]
-    for title, repetitions in columns.items():
-        means, changes, better, bits = [], [], [], []
-        for repetition, rows in repetitions.items():
-            means.append(np.mean([rows[tag].perplexity for tag in LANGUAGES]))
-            bits.append(np.mean([rows[tag].bits_per_byte for tag in LANGUAGES]))
-            dense = columns.get("dense", {}).get(repetition)
-            if dense and title not in ("dense", "seed"):
-                changes.append(means[-1] / np.mean([dense[t].perplexity for t in LANGUAGES]) - 1)
-                better.append(sum(rows[t].nll < dense[t].nll for t in LANGUAGES))
-        change = _spread(changes, "{:+.1%}") if changes else ""
-        count = ", ".join(f"{b} of {len(LANGUAGES)}" for b in better)
+    for title, column in columns.items():
+        against = "| | |"
+        if title not in ("seed", "dense") and "dense" in columns:
+            change, geometric, better = _changes(column, columns["dense"])
+            against = f"| {change:+.1%} | {geometric:+.1%} | {better} of {len(LANGUAGES)}"
         lines.append(
-            f"| {title} | {_spread(means, '{:.2f}')} | {change} | {count} | "
-            f"{_spread(bits, '{:.3f}')} |"
+            f"| {title} | {_mean(column, 'perplexity'):.2f} {against} "
+            f"| {_mean(column, 'bits_per_byte'):.3f} |"
         )
     return lines
 
 
-def _spread(values: Sequence[float], form: str) -> str:
-    """The mean, and the range where there are several repetitions."""
-    mean, least, most = (form.format(f(values)) for f in (np.mean, min, max))
-    return mean if least == most else f"{mean} ({least} to {most})"
-
-
-def _by_language(tables: dict[str, list[Row]], figure: str) -> list[str]:
-    columns = _columns(tables)
-    title = figure.replace("_", " ")
-    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for tag in LANGUAGES:
-        cells = [
-            f"{np.mean([getattr(rows[tag], figure) for rows in repetitions.values()]):.3f}"
-            for repetitions in columns.values()
-        ]
-        lines.append(f"| {tag} | {' | '.join(cells)} |")
+def _repetitions(tables: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Change of the mean perplexity against dense by random seed, experts asked by language."""
+    found: dict[str, dict[str, Column]] = {}
+    for name, rows in tables.items():
+        system, dash, repetition = name.rpartition("-r")
+        if dash and system in ("dense", *REPEATED):
+            kind = ("dense", None) if system == "dense" else ("ensemble", "language")
+            found.setdefault(repetition, {})[system] = _column(rows, *kind)
+    lines = ["| random seed | " + " | ".join(("dense", *REPEATED)) + " |"]
+    lines.append("|---" * (len(REPEATED) + 2) + "|")
+    for repetition, columns in sorted(found.items()):
+        cells = []
+        for system in ("dense", *REPEATED):
+            if system not in columns:
+                cells.append("")
+                continue
+            cell = f"{_mean(columns[system], 'perplexity'):.2f}"
+            if system != "dense" and "dense" in columns:
+                cell += f" ({_changes(columns[system], columns['dense'])[0]:+.1%})"
+            cells.append(cell)
+        lines.append(f"| {repetition} | {' | '.join(cells)} |")
     return lines
 
 
-def _grown(tables: dict[str, list[Row]]) -> list[str]:
-    """The grown languages: seed, parent's view of them is in table.json; here seed and expert."""
-    rows = {(r.system, r.routing, r.language): r for r in tables.get("grown", [])}
-    if not rows:
-        return []
-    lines = ["| grown | seed | its expert | ensemble by tfidf |", "|---|---|---|---|"]
-    for tag in NEW_LANGUAGES:
-        cells = [
-            rows[key].perplexity
-            for key in (
-                ("seed", None, tag),
-                ("ensemble", "language", tag),
-                ("ensemble", "tfidf", tag),
-            )
-        ]
-        lines.append(f"| {tag} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+def _by_language(columns: Mapping[str, Column], figure: str) -> list[str]:
+    """One line a language, of the first random seed, and the mean."""
+    title = figure.replace("_", " ")
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for tag in LANGUAGES:
+        cells = [f"{getattr(column[tag], figure):.3f}" for column in columns.values()]
+        lines.append(f"| {tag} | {' | '.join(cells)} |")
+    means = [f"{_mean(column, figure):.3f}" for column in columns.values()]
+    return [*lines, f"| mean | {' | '.join(means)} |"]
+
+
+def _new_languages(tables: Mapping[str, Sequence[Row]], out: Path) -> list[str]:
+    """Bits per byte of the grown languages, of each by its expert, told the language, with the
+    parent; what every other expert says of them is in table.json."""
+    present = [how for how in PARENTS if f"grown-{how}" in tables]
+    lines = ["| bits per byte | seed | " + " | ".join(f"from the {how}" for how in present) + " |"]
+    lines.append("|---" * (len(present) + 2) + "|")
+    for tag in NEW_LANGUAGES if present else ():
+        cells = []
+        for how in present:
+            rows = [row for row in tables[f"grown-{how}"] if row.language == tag]
+            found = {(row.system, row.routing): f"{row.bits_per_byte:.3f}" for row in rows}
+            parent = open_run(out / f"grown-{how}").registry().expert(tag).parent
+            cells = cells or [found["seed", None]]
+            cells.append(f"{found['ensemble', 'language']} ({parent.partition('@')[0]})")
+        lines.append(f"| {tag} | {' | '.join(cells)} |")
     return lines
 
 

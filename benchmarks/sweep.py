@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--widths", default="64,128", help="of the residual stream")
     parser.add_argument("--tokens", default="5e5,1e6,2e6", help="of each system")
     parser.add_argument("--systems", default="typology-k8", help="as in reproduce.py")
-    parser.add_argument("--dense", default="1e-3,16", help="peak rate and rows a step of dense")
-    parser.add_argument("--experts", default="1e-3,4", help="the same of the experts")
+    parser.add_argument("--dense", default="5e-4,64", help="peak rate and rows a step of dense")
+    parser.add_argument("--experts", default="5e-4,4", help="the same of the experts")
     parser.add_argument("--jobs", type=int, default=1, help="systems trained side by side")
     parser.add_argument("--max-documents", type=int, default=40)
     parser.add_argument("--set", dest="settings", action="append", default=[])
@@ -72,6 +72,11 @@ def main() -> None:
     print((out / "sweep.md").read_text())
 
 
+def _name(system: str, tokens: int, rates: Rates) -> str:
+    rate, rows = rates[kind_of(system)]
+    return f"{system}-{tokens}-rate{rate:g}-rows{rows}"
+
+
 def _seed(data: Path, out: Path, config: RunConfig) -> Run:
     folder = out / f"width-{config.model.width}"
     return init(folder / "base", data / "corpus", config, languages=LANGUAGES)
@@ -82,7 +87,7 @@ def _point(
 ) -> np.ndarray:
     """Perplexities of one system after so many tokens, by language."""
     budget = replace(config, experts=replace(config.experts, tokens=tokens))
-    run = train_system(base, budget, system, rates, 0, f"{system}-{tokens}")
+    run = train_system(base, budget, system, rates, 0, _name(system, tokens, rates))
     return np.asarray(perplexities(evaluated(run, corpus, routings_of(system)[:1]), system))
 
 

@@ -116,6 +116,7 @@ def evaluated(run: Run, corpus: Path, routings: Sequence[str]) -> list[Row]:
     path = run.results / evaluation.FILE_NAME
     if path.exists():
         results = json.loads(path.read_text())
-        if results["corpus_sha256"] == fingerprint(corpus):
+        same_text = results["corpus_sha256"] == fingerprint(corpus)
+        if same_text and set(routings) <= set(results["routings"]):
             return [Row.from_json(row) for row in results["rows"]]
     return evaluation.evaluate(run, corpus, routings=routings)

@@ -22,7 +22,7 @@ def _settle(places, jobs: int) -> None:
     place = places.get()
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[place % len(cores) :: jobs] or cores)
+        os.sched_setaffinity(0, cores[place % len(cores) :: jobs])
     prepare()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -16,6 +16,9 @@ from jaxtyping import Int
 
 from xelm.data.store import LanguageIds
 
+# Rows of the mixture within which the order of sources is random.
+WINDOW = 256
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
@@ -106,8 +109,8 @@ def batches(
     """Iterates over the batches of steps first_step to steps - 1: dictionaries of int32
     [batch_size, T + 1] arrays (see `LanguageRows`) and "language", the index of each row's source.
 
-    Languages are mixed row by row in exactly the proportions of their shares; each language's rows
-    are shuffled anew in every pass over them.
+    Languages are mixed row by row in exactly the proportions of their shares, in random order
+    within each `WINDOW` rows; each language's rows are shuffled anew in every pass over them.
     """
     datasets, shares = [], []
     for index, source in enumerate(sources):
@@ -127,7 +130,7 @@ def batches(
             grain.MapDataset.source(source_of_rows).seed(rows.row_seed).shuffle().repeat()
         )
         shares.append(source.share)
-    interleaved = _Interleaved(shares, steps * batch_size)
+    interleaved = _Interleaved(shares, steps * batch_size, random_seed)
     mixed = grain.MapDataset.select_from_datasets(datasets, interleaved)
     rows = mixed.slice(slice(first_step * batch_size, steps * batch_size))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
@@ -135,18 +138,43 @@ def batches(
 
 
 class _Interleaved(grain.transforms.DatasetSelectionMap):
-    """Number of a row in the mixture -> its source and its number there. After any number of rows
-    each source is within a few rows of its share; the shares of `grain.MapDataset.mix` are rounded
-    to a hundredth of the smallest."""
+    """Number of a row in the mixture -> its source and its number there. After every window each
+    source is within a few rows of its share; the shares of `grain.MapDataset.mix` are rounded to a
+    hundredth of the smallest.
 
-    def __init__(self, shares: Sequence[float], length: int):
+    In a window the sources come in random order, each one's rows in their own. Without that, equal
+    shares would come round in a cycle, and small batches have the same few languages together
+    throughout.
+    """
+
+    def __init__(self, shares: Sequence[float], length: int, random_seed: int):
         self.parts = [max(1, round(share / sum(shares) * 2**40)) for share in shares]
-        self.length = length
+        self.length, self.random_seed = length, random_seed
+        self._known: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> tuple[int, int]:
+        window, place = divmod(index, WINDOW)
+        known, rows = self._known
+        if known != window:
+            rows = self._window(window)
+            self._known = window, rows
+        return rows[place]
+
+    def _window(self, window: int) -> list[tuple[int, int]]:
+        begin = window * WINDOW
+        rows = [self._even(row) for row in range(begin, min(begin + WINDOW, self.length))]
+        waiting = {
+            source: iter([number for other, number in rows if other == source])
+            for source in dict(rows)
+        }
+        order = np.random.default_rng([self.random_seed, window]).permutation(len(rows))
+        sources = [rows[place][0] for place in order]
+        return [(source, next(waiting[source])) for source in sources]
+
+    def _even(self, index: int) -> tuple[int, int]:
         # Of the rows up to here, the first source takes its part, the second its part of the rest
         # and so on: the source whose count rises with this row has the row.
         before, after, remaining = index, index + 1, sum(self.parts)

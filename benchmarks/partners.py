@@ -1,0 +1,61 @@
+"""What a partner costs: pairs of languages in one expert against each language in its own.
+
+    python benchmarks/partners.py --out OUT
+
+OUT is that of reproduce.py. For each language of each system of pairs: the nats a token that it
+loses to its monolingual expert, beside how much of their subwords the two languages share (sum over
+the vocabulary of the smaller of the two relative frequencies).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from systems import LANGUAGES
+
+from xelm.data.store import open_store
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, metavar="DIR")
+    out = Path(parser.parse_args().out)
+    systems = json.loads((out / "table.json").read_text())["systems"]
+    store = open_store(out / "base" / "corpus" / "train")
+    shares = {tag: _frequencies(store.languages[tag].ids) for tag in LANGUAGES}
+    alone = _nats(systems["monolingual-k16-r0"])
+    rows = []
+    for name in systems:
+        if not name.startswith(("typology-k8", "random-k8")):
+            continue
+        together = _nats(systems[name])
+        for pair in json.loads((out / name / "clusters.json").read_text())["clusters"].values():
+            for tag, partner in (pair, pair[::-1]):
+                shared = np.minimum(shares[tag], shares[partner]).sum()
+                rows.append((shared, together[tag] - alone[tag], name, tag, partner))
+    print("| system | language, partner | subwords shared | nats a token lost |\n|---|---|---|---|")
+    for shared, lost, name, tag, partner in sorted(rows, reverse=True):
+        print(f"| {name} | {tag}, {partner} | {shared:.2f} | {lost:+.4f} |")
+    print("\n| system | mean shared | mean lost |\n|---|---|---|")
+    for name in dict.fromkeys(row[2] for row in rows):
+        found = [row[:2] for row in rows if row[2] == name]
+        print("| {} | {:.2f} | {:+.4f} |".format(name, *np.mean(found, axis=0)))
+    correlation = stats.pearsonr([row[0] for row in rows], [row[1] for row in rows])
+    print(f"\ncorrelation {correlation.statistic:.2f} (p = {correlation.pvalue:.2f})")
+
+
+def _frequencies(ids: np.ndarray) -> np.ndarray:
+    counts = np.bincount(np.asarray(ids, np.int64), minlength=2**16)
+    return counts / counts.sum()
+
+
+def _nats(rows: list[dict]) -> dict[str, float]:
+    """Nats a token by language, of the ensemble that is told the language."""
+    chosen = [r for r in rows if (r["system"], r["routing"]) == ("ensemble", "language")]
+    return {row["language"]: row["nll"] / row["tokens"] for row in chosen}
+
+
+if __name__ == "__main__":
+    main()
