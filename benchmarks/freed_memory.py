@@ -1,4 +1,4 @@
-"""What it is worth on a CPU that freed memory is kept for the next step (`xelm.cli.prepare`).
+"""What it is worth on a CPU that freed memory is kept (`xelm.cli.keep_freed_memory`).
 
     python benchmarks/freed_memory.py
 
@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 
-from xelm import cli
+from xelm.cli import keep_freed_memory
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=60, help="at least one")
     parser.add_argument("--kept", choices=("yes", "no"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.kept:
@@ -42,7 +42,7 @@ def main() -> None:
 
 def _measure(kept: bool, steps: int) -> None:
     if kept:
-        cli.prepare()
+        keep_freed_memory()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
 

@@ -44,8 +44,8 @@ def tiny() -> RunConfig:
         model=_llama(vocabulary_size=8192, width=128, layers=5, head_size=32, max_length=1024),
         seed=train,
         experts=replace(train, tokens=8_000_000, batch_size=4, learning_rate=5e-4, random_seed=1),
-        dense_learning_rate=1e-3,
-        dense_batch_size=16,
+        dense_learning_rate=5e-4,
+        dense_batch_size=64,
         grow=replace(train, tokens=1_000_000, batch_size=4, learning_rate=5e-4, random_seed=2),
     )
 
