@@ -148,26 +148,30 @@ def test_batches_have_the_shape_asked_for():
     "shares",
     [(1.0, 1.0, 1.0), (5.0, 3.0, 2.0), (0.61803, 0.2, 0.18197), (0.001, 0.332, 0.667)],
 )
-def test_sources_have_their_shares_at_every_moment(shares):
-    chosen = row_module._Interleaved(shares, 20_000, random_seed=0)
+@pytest.mark.parametrize(("batch_size", "slack"), [(4, 2.0), (2, 3.0)])
+def test_sources_have_their_shares_at_every_moment(shares, batch_size, slack):
+    chosen = row_module._Interleaved(shares, 20_000, batch_size, random_seed=0)
     order = np.array([chosen[index][0] for index in range(20_000)])
     for index, share in enumerate(shares):
         due = np.arange(1, len(order) + 1) * share / sum(shares)
-        ahead = np.abs(np.cumsum(order == index) - due)
-        # However long the training: a row or two ahead or behind after a window, and in it what
-        # chance makes of its rows.
-        assert ahead[row_module.WINDOW - 1 :: row_module.WINDOW].max() <= 2.0
-        assert ahead.max() <= 2.0 + 5 * (row_module.WINDOW * share / sum(shares)) ** 0.5
+        # However long the training: a row or two ahead or behind, and no more.
+        assert np.abs(np.cumsum(order == index) - due).max() <= slack
 
 
 def test_small_batches_have_other_languages_together_each_time():
     """Equal shares once came round in a cycle: four of sixteen languages met no other."""
-    chosen = row_module._Interleaved([1.0] * 16, 4000, random_seed=0)
-    order = np.array([chosen[index][0] for index in range(4000)]).reshape(-1, 4)
-    met = {(a, b) for batch in order for a in batch for b in batch}
+
+    def order_of(random_seed, batch_size=4):
+        chosen = row_module._Interleaved([1.0] * 16, 4000, batch_size, random_seed)
+        return np.array([chosen[index][0] for index in range(4000)])
+
+    order = order_of(0)
+    met = {(a, b) for batch in order.reshape(-1, 4) for a in batch for b in batch}
     assert len(met) == 16 * 16
-    other = row_module._Interleaved([1.0] * 16, 4000, random_seed=1)
-    assert order.ravel().tolist() != [other[index][0] for index in range(4000)]
+    # Four of them have each once, and so has every batch that is large enough.
+    assert (np.sort(order.reshape(-1, 16), axis=1) == np.arange(16)).all()
+    assert order.tolist() != order_of(1).tolist()
+    assert (np.sort(order_of(0, 20)[:32].reshape(2, 16), axis=1) == np.arange(16)).all()
 
 
 def test_languages_have_exactly_their_shares_of_the_rows():
@@ -175,8 +179,9 @@ def test_languages_have_exactly_their_shares_of_the_rows():
     assert np.bincount(order).tolist() == [100, 60, 40]
 
 
-def test_one_source_is_taken_in_order_and_none_is_skipped():
-    interleaved = row_module._Interleaved([0.7, 0.2, 0.1], 1000, random_seed=0)
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_one_source_is_taken_in_order_and_none_is_skipped(batch_size):
+    interleaved = row_module._Interleaved([0.7, 0.2, 0.1], 1000, batch_size, random_seed=0)
     chosen = [interleaved[index] for index in range(1000)]
     for source_index, count in enumerate((700, 200, 100)):
         assert [at for found, at in chosen if found == source_index] == list(range(count))
@@ -191,8 +196,7 @@ def test_a_batch_does_not_depend_on_where_the_iteration_starts(first_step):
             np.testing.assert_array_equal(found[name], array)
 
 
-def test_the_rows_of_a_longer_training_begin_with_the_whole_windows_of_a_shorter(monkeypatch):
-    monkeypatch.setattr(row_module, "WINDOW", 10)  # of two batches
+def test_the_rows_of_a_longer_training_begin_with_those_of_a_shorter():
     for short, long in zip(mixed(SHARES, steps=10), mixed(SHARES, steps=30)):
         np.testing.assert_array_equal(short["tokens"], long["tokens"])
 

@@ -16,9 +16,6 @@ from jaxtyping import Int
 
 from xelm.data.store import LanguageIds
 
-# Rows of the mixture within which the order of sources is random.
-WINDOW = 256
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
@@ -109,8 +106,9 @@ def batches(
     """Iterates over the batches of steps first_step to steps - 1: dictionaries of int32
     [batch_size, T + 1] arrays (see `LanguageRows`) and "language", the index of each row's source.
 
-    Languages are mixed row by row in exactly the proportions of their shares, in random order
-    within each `WINDOW` rows; each language's rows are shuffled anew in every pass over them.
+    Languages are mixed row by row in exactly the proportions of their shares, as evenly as can be;
+    in batches too small for all of them, in random order. Each language's rows are shuffled anew in
+    every pass over them.
     """
     datasets, shares = [], []
     for index, source in enumerate(sources):
@@ -130,7 +128,7 @@ def batches(
             grain.MapDataset.source(source_of_rows).seed(rows.row_seed).shuffle().repeat()
         )
         shares.append(source.share)
-    interleaved = _Interleaved(shares, steps * batch_size, random_seed)
+    interleaved = _Interleaved(shares, steps * batch_size, batch_size, random_seed)
     mixed = grain.MapDataset.select_from_datasets(datasets, interleaved)
     rows = mixed.slice(slice(first_step * batch_size, steps * batch_size))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
@@ -138,25 +136,26 @@ def batches(
 
 
 class _Interleaved(grain.transforms.DatasetSelectionMap):
-    """Number of a row in the mixture -> its source and its number there. After every window each
-    source is within a few rows of its share; the shares of `grain.MapDataset.mix` are rounded to a
-    hundredth of the smallest.
+    """Number of a row in the mixture -> its source and its number there. After any number of rows
+    each source is within a few rows of its share; the shares of `grain.MapDataset.mix` are rounded
+    to a hundredth of the smallest.
 
-    In a window the sources come in random order, each one's rows in their own. Without that, equal
-    shares would come round in a cycle, and small batches have the same few languages together
-    throughout.
+    A batch with room for all sources has as even a share of each as can be. Smaller ones would have
+    the same few together throughout, as equal shares come round in a cycle; so then, among every as
+    many rows as there are sources, these come in random order, each one's rows in their own.
     """
 
-    def __init__(self, shares: Sequence[float], length: int, random_seed: int):
+    def __init__(self, shares: Sequence[float], length: int, batch_size: int, random_seed: int):
         self.parts = [max(1, round(share / sum(shares) * 2**40)) for share in shares]
         self.length, self.random_seed = length, random_seed
+        self.window = len(shares) if batch_size < len(shares) else 1
         self._known: tuple[int, list[tuple[int, int]]] = (-1, [])
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        window, place = divmod(index, WINDOW)
+        window, place = divmod(index, self.window)
         known, rows = self._known
         if known != window:
             rows = self._window(window)
@@ -164,8 +163,8 @@ class _Interleaved(grain.transforms.DatasetSelectionMap):
         return rows[place]
 
     def _window(self, window: int) -> list[tuple[int, int]]:
-        begin = window * WINDOW
-        rows = [self._even(row) for row in range(begin, min(begin + WINDOW, self.length))]
+        begin = window * self.window
+        rows = [self._even(row) for row in range(begin, min(begin + self.window, self.length))]
         waiting = {
             source: iter([number for other, number in rows if other == source])
             for source in dict(rows)
