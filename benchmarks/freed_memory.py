@@ -27,13 +27,12 @@ def main() -> None:
     if options.kept:
         return _measure(options.kept == "yes", options.steps)
     ratios = []
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         found = {}
-        for kept in ("no", "yes"):
+        for kept in ("yes", "no") if number % 2 else ("no", "yes"):
             command = [sys.executable, __file__, "--kept", kept, "--steps", str(options.steps)]
-            found[kept] = json.loads(
-                subprocess.run(command, capture_output=True, check=True).stdout
-            )
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            found[kept] = json.loads(done.stdout)
             rate, system = found[kept]["rate"], found[kept]["system"]
             print(f"kept {kept:3}  {rate:7,.0f} positions/s  {system:5.1f} s in the system")
         ratios.append(found["yes"]["rate"] / found["no"]["rate"])

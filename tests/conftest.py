@@ -40,6 +40,7 @@ SETTINGS = {
     "model.max_length": 64,
     "vectoriser_dimensions": 12,
     "dense_batch_size": 4,
+    "dense_learning_rate": 1e-3,
 }
 for part, tokens in {"seed": 2048, "experts": 4096, "grow": 1024}.items():
     SETTINGS |= {
