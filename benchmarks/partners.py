@@ -23,7 +23,9 @@ def main() -> None:
     out = Path(parser.parse_args().out)
     systems = json.loads((out / "table.json").read_text())["systems"]
     store = open_store(out / "base" / "corpus" / "train")
-    shares = {tag: _frequencies(store.languages[tag].ids) for tag in LANGUAGES}
+    ids = {tag: np.asarray(store.languages[tag].ids, np.int64) for tag in LANGUAGES}
+    vocabulary_size = 1 + max(int(found.max()) for found in ids.values())
+    shares = {tag: np.bincount(i, minlength=vocabulary_size) / len(i) for tag, i in ids.items()}
     alone = _nats(systems["monolingual-k16-r0"])
     rows = []
     # Of the random seed that the monolingual experts have.
@@ -46,11 +48,6 @@ def main() -> None:
     for title, some in (("all", rows), ("without that pair", [r for r in rows if r[0] < most])):
         correlation = np.corrcoef([row[:2] for row in some], rowvar=False)[0, 1]
         print(f"\ncorrelation, {title}: {correlation:.2f}")
-
-
-def _frequencies(ids: np.ndarray) -> np.ndarray:
-    counts = np.bincount(np.asarray(ids, np.int64), minlength=2**16)
-    return counts / counts.sum()
 
 
 def _nats(rows: list[dict]) -> dict[str, float]:

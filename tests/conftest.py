@@ -19,8 +19,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from clustering.files import write_json
+from experts.grow import grow
+from experts.lock import update
 from xelm.cli import main
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -173,6 +178,60 @@ def tiny(tmp_path_factory, tiny_corpus, initialised) -> TinyRun:
         clusters=folder / "clusters",
         outcomes=outcomes,
     )
+
+
+@pytest.fixture(scope="session")
+def place(tiny, initialised, tmp_path_factory):
+    """Folders that commands may name: a RUN, one with a seed only, corpora, and what is broken."""
+    folder = tmp_path_factory.mktemp("place")
+    shutil.copytree(tiny.directory, folder / "run")
+    shutil.copytree(initialised[0], folder / "seeded")
+    shutil.copytree(tiny.clusters, folder / "clusters")
+    for name in ("de", "en"):
+        (folder / "corpus").mkdir(exist_ok=True)
+        shutil.copy(tiny.corpus / f"{name}.jsonl", folder / "corpus")
+    (folder / "odd").mkdir()
+    shutil.copy(tiny.corpus / "de.jsonl", folder / "odd" / "klingonish.jsonl")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("not a folder")
+    for name in ("bare", "pickled", "damaged", "foreign", "shrunk", "wordless"):
+        shutil.copytree(tiny.directory / "seed", folder / name)
+        if name == "wordless":
+            for path in (folder / name).glob("tokenizer*"):
+                path.unlink()
+        weights = folder / name / "model.safetensors"
+        if name in ("bare", "pickled"):
+            weights.unlink()
+        if name == "damaged":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        if name == "shrunk":
+            tensors = load_file(weights)
+            tensors["model.norm.weight"] = np.zeros(7, np.float32)
+            save_file(tensors, weights, metadata={"format": "pt"})
+    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    config = json.loads((folder / "foreign" / "config.json").read_text())
+    (folder / "foreign" / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
+    changes = {"worded": {"hidden_size": "64"}, "uneven": {"num_key_value_heads": 3}}
+    for name, change in changes.items():
+        shutil.copytree(tiny.directory / "seed", folder / name)
+        write_json(folder / name / "config.json", config | change)
+    contents = {"no-object": "[]", "no-index": "{", "no-map": "{}"}
+    for name, content in contents.items():
+        shutil.copytree(tiny.directory / "seed", folder / name)
+        file = "config.json" if name == "no-object" else "model.safetensors.index.json"
+        (folder / name / file).write_text(content)
+    for name in ("run.json", "registry.json", "clusters.json"):
+        newer = folder / f"newer-{name}"
+        shutil.copytree(tiny.directory, newer)
+        value = json.loads((newer / name).read_text())
+        write_json(newer / name, value | {"format": 99})
+    shutil.copytree(initialised[0], folder / "unfinished")
+    (folder / "unfinished" / "registry.json").unlink()
+    shutil.copytree(tiny.directory, folder / "growing")
+    update(folder / "growing", lambda registry: grow(registry, "pt", "en-es"))
+    (folder / "half").mkdir()
+    (folder / "half" / "run.json").write_text('{"format": 1}')
+    return folder
 
 
 @pytest.fixture

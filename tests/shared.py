@@ -7,8 +7,14 @@ from pathlib import Path
 LANGUAGES = ("en", "de", "es", "fr")
 NAMES = {"en-es": ("en", "es"), "de-fr": ("de", "fr")}
 
+# What `xelm init` needs beside a corpus, in the folder `place`: a seed, and rows it can read.
+SEED = ["--seed", "run/seed"]
+for part in ("experts", "grow"):
+    SEED += ["--set", f"{part}.sequence_length=32"]
+
 
 def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder but the locks, which are nobody's data."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))

@@ -1,394 +1,18 @@
-"""The command line: one clear line and exit code 2 for a user's mistake, and nothing changed."""
+"""The command line as a program: help, interruption, faults of the machine, settings."""
 
-import gzip
 import json
 import os
-import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from clustering.files import write_json
-from experts.grow import grow
-from experts.lock import update
 from xelm import cli
 from xelm.presets import PRESETS
-from xelm.runs.run import open_run
 
 ROOT = Path(__file__).parent.parent
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder but the locks, which are nobody's data."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".locks" not in path.parts
-    }
-
-
-def names(folder: Path) -> list[str]:
-    """Everything under a folder, empty folders and locks too."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-
-
-@pytest.fixture(scope="module")
-def place(tiny, initialised, tmp_path_factory):
-    """Folders that commands may name: a RUN, one with a seed only, corpora, and what is broken."""
-    folder = tmp_path_factory.mktemp("place")
-    shutil.copytree(tiny.directory, folder / "run")
-    shutil.copytree(initialised[0], folder / "seeded")
-    shutil.copytree(tiny.clusters, folder / "clusters")
-    for name in ("de", "en"):
-        (folder / "corpus").mkdir(exist_ok=True)
-        shutil.copy(tiny.corpus / f"{name}.jsonl", folder / "corpus")
-    (folder / "odd").mkdir()
-    shutil.copy(tiny.corpus / "de.jsonl", folder / "odd" / "klingonish.jsonl")
-    (folder / "empty").mkdir()
-    (folder / "file").write_text("not a folder")
-    for name in ("bare", "pickled", "damaged", "foreign", "shrunk", "wordless"):
-        shutil.copytree(tiny.directory / "seed", folder / name)
-        if name == "wordless":
-            for path in (folder / name).glob("tokenizer*"):
-                path.unlink()
-        weights = folder / name / "model.safetensors"
-        if name in ("bare", "pickled"):
-            weights.unlink()
-        if name == "damaged":
-            weights.write_bytes(weights.read_bytes()[:-100])
-        if name == "shrunk":
-            tensors = load_file(weights)
-            tensors["model.norm.weight"] = np.zeros(7, np.float32)
-            save_file(tensors, weights, metadata={"format": "pt"})
-    (folder / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    config = json.loads((folder / "foreign" / "config.json").read_text())
-    (folder / "foreign" / "config.json").write_text(json.dumps(config | {"model_type": "t5"}))
-    changes = {"worded": {"hidden_size": "64"}, "uneven": {"num_key_value_heads": 3}}
-    for name, change in changes.items():
-        shutil.copytree(tiny.directory / "seed", folder / name)
-        write_json(folder / name / "config.json", config | change)
-    contents = {"no-object": "[]", "no-index": "{", "no-map": "{}"}
-    for name, content in contents.items():
-        shutil.copytree(tiny.directory / "seed", folder / name)
-        file = "config.json" if name == "no-object" else "model.safetensors.index.json"
-        (folder / name / file).write_text(content)
-    for name in ("run.json", "registry.json", "clusters.json"):
-        newer = folder / f"newer-{name}"
-        shutil.copytree(tiny.directory, newer)
-        value = json.loads((newer / name).read_text())
-        write_json(newer / name, value | {"format": 99})
-    shutil.copytree(initialised[0], folder / "unfinished")
-    (folder / "unfinished" / "registry.json").unlink()
-    shutil.copytree(tiny.directory, folder / "growing")
-    update(folder / "growing", lambda registry: grow(registry, "pt", "en-es"))
-    (folder / "half").mkdir()
-    (folder / "half" / "run.json").write_text('{"format": 1}')
-    return folder
-
-
-MISTAKES = [
-    # Clusters
-    ("cluster -k 2 --languages en,de,klingonish --out new", "unknown language code 'klingonish'"),
-    ("cluster -k 4 --languages en,de,es --out new", "k must be between 1 and 3 languages; got 4"),
-    ("cluster -k 0 --languages en,de,es --out new", "k must be between 1 and 3 languages; got 0"),
-    ("cluster -k 2 --languages en,de,tlh --out new", "URIEL has no .* features for tlh (Klingon)"),
-    ("cluster -k 2 --languages en,eng,de --out new", "more than once: en (as en, eng)"),
-    ("cluster -k 2 --method random --languages en --out new", "k must be between 1 and 1"),
-    ("cluster -k 2 --out new", "name the languages with --languages, --corpus or --run"),
-    ("cluster -k 2 --method tfidf --out new", "name it with --run"),
-    ("cluster -k 2 --method tfidf --run run --languages de,tr --out new", "run has no text in tr"),
-    ("cluster -k 2 --method tfidf --run run --exclude de --out new", "--exclude goes with"),
-    ("cluster -k 2 --method random --languages en,de --free --out new", "--free goes with"),
-    ("cluster -k 999 --method tfidf --run run --out new", "k must be between 1 and 240 documents"),
-    ("cluster -k 2 --corpus missing --out new", "corpus missing does not exist"),
-    ("cluster -k 2 --corpus odd --out new", "unknown language code 'klingonish'"),
-    ("cluster -k 2 --languages en,de --out clusters", "exists already; choose another folder"),
-    ("cluster -k 2 --languages en,klingonish --out clusters", "exists already; choose another"),
-    ("cluster -k 2 --languages en,de --out file/new", "file"),
-    # Making a RUN
-    ("init new --corpus missing", "corpus missing does not exist"),
-    ("init new --corpus empty", "empty holds no corpus file"),
-    ("init new --corpus odd", "unknown language code 'klingonish'"),
-    ("init new --corpus corpus/de.jsonl", "name the languages to take from corpus/de.jsonl"),
-    ("init new --corpus corpus --languages de,tr", "corpus has no file of tr"),
-    ("init new --corpus corpus --languages ''", "--languages names no language"),
-    ("init new --corpus corpus --languages ,", "--languages names no language"),
-    ("init new --corpus corpus --set experts.tokens", "a setting is NAME=VALUE"),
-    ("init new --corpus corpus --set experts.token=3", "there is no 'token'; there are tokens,"),
-    ("init new --corpus corpus --set nothing=3", "there is no 'nothing'; there are model,"),
-    ("init new --corpus corpus --set experts.tokens=many", "'experts.tokens=many': wanted int"),
-    ("init new --corpus corpus --set experts.tokens=1.5", "'experts.tokens=1.5': wanted int"),
-    ("init new --corpus corpus --set experts.tokens=-1", "tokens must be at least 1; got -1"),
-    ("init new --corpus corpus --set seed.dtype=float64", "wanted float32 or bfloat16"),
-    ("init new --corpus corpus --set seed.rematerialise=1", "wanted true or false"),
-    ("init new --corpus corpus --set seed.schedule.x=1", "schedule has no parts here"),
-    ("init new --corpus corpus --set model.head_size=31", "head_size must be even"),
-    ("init new --corpus corpus --set donor_share=1", "donor_share must be in 0..1, below 1"),
-    ("init new --corpus corpus --preset hub", "give a seed checkpoint with --seed"),
-    ("init new --corpus corpus --seed missing", "there is no directory missing"),
-    ("init new --corpus corpus --seed empty", "empty is no model checkpoint"),
-    ("init new --corpus corpus --seed bare", "has no weights: model.safetensors is missing"),
-    ("init new --corpus corpus --seed pickled", "its .bin files can run code and are not read"),
-    ("init new --corpus corpus --seed damaged", "damaged/model.safetensors is not readable"),
-    ("init new --corpus corpus --seed foreign", "model_type .*t5"),
-    ("init new --corpus corpus --seed shrunk", "model.norm.weight has shape (7,)"),
-    (
-        "init new --corpus corpus --seed wordless",
-        "wordless has no tokenizer; wanted tokenizer.json",
-    ),
-    ("init new --corpus corpus --seed worded", "worded/config.json: hidden_size must be a whole"),
-    ("init new --corpus corpus --seed uneven", "uneven/config.json: head_count must be a multiple"),
-    ("init new --corpus corpus --seed no-object", "no-object/config.json wants a JSON object"),
-    (
-        "init new --corpus corpus --seed no-index",
-        "no-index/model.safetensors.index.json is not JSON",
-    ),
-    ("init new --corpus corpus --seed no-map", 'model.safetensors.index.json wants a "weight_map"'),
-    (
-        "init new --corpus corpus --set model_type=xglm",
-        "xglm does not go with model.norm=rms (wanted layer)",
-    ),
-    (
-        "init new --corpus corpus --set model.max_length=128",
-        "seed.sequence_length must be at most the model's max_length, 128; got 256",
-    ),
-    (
-        "init new --corpus corpus --seed run/seed --set experts.sequence_length=65",
-        "experts.sequence_length must be at most the model's max_length, 64; got 65",
-    ),
-    ("init new --corpus corpus --clusters missing", "missing/clusters.json does not exist"),
-    ("init new --corpus corpus --clusters clusters", "not in the RUN: es, fr"),
-    ("init file --corpus corpus", "file is a file; give a new or empty directory"),
-    ("init clusters --corpus corpus", "clusters exists and is no RUN"),
-    (
-        "init run --corpus corpus",
-        "run was begun with other settings: model.vocabulary_size was 384",
-    ),
-    *[
-        (command, "init of unfinished did not finish; run the same xelm init again")
-        for command in (
-            "cluster -k 2 --method tfidf --run unfinished --out new",
-            "branch unfinished --clusters clusters",
-            "train unfinished --dense",
-            "grow unfinished --language pt --corpus corpus",
-            "evaluate unfinished --corpus corpus",
-            "generate unfinished x",
-            "merge unfinished --out new",
-            "rollback unfinished de-fr",
-            "report unfinished",
-            "verify unfinished",
-        )
-    ],
-    # What is no RUN, or of tomorrow
-    *[
-        (command.format(run), message)
-        for command in (
-            "branch {} --clusters clusters",
-            "train {} --all",
-            "grow {} --language pt",
-            "evaluate {} --corpus corpus",
-            "generate {} x",
-            "merge {} --out new",
-            "rollback {} de-fr",
-            "report {}",
-        )
-        for run, message in (
-            ("missing", "missing"),
-            ("empty", "empty is no RUN"),
-            ("newer-run.json", "run.json is of format 99, this xelm reads up to 1; upgrade xelm"),
-            ("half", "half/run.json lacks"),
-        )
-    ],
-    *[
-        (f"{command} newer-registry.json {options}", "registry.json is of format 99")
-        for command, options in (
-            ("train", "--all"),
-            ("grow", "--language pt --corpus corpus"),
-            ("evaluate", "--corpus corpus"),
-            ("generate", "x"),
-            ("merge", "--out new"),
-            ("rollback", "de-fr"),
-            ("verify", ""),
-        )
-    ],
-    ("verify empty", "empty is no RUN"),
-    ("verify missing", "missing is no RUN"),
-    ("branch run --clusters newer-clusters.json", "clusters.json is of format 99"),
-    # Experts
-    ("branch run --clusters missing", "missing/clusters.json does not exist"),
-    ("branch seeded --clusters missing", "missing/clusters.json does not exist"),
-    ("train run", "name the experts to train, or give --all or --dense"),
-    ("train run nobody", "no expert 'nobody'"),
-    ("train run --dense nobody", "no expert 'nobody'"),
-    ("train seeded --all", "seeded has no clusters yet; run: xelm branch seeded --clusters DIR"),
-    ("train growing pt", "pt is grown; go on with: xelm grow growing --language pt"),
-    ("train run de-fr nobody", "no expert 'nobody'"),
-    ("rollback run nobody", "no expert 'nobody'"),
-    ("rollback run de-fr", "has no version to go back to"),
-    ("rollback run de-fr --version 7", "7"),
-    ("merge run de-fr nobody --out new", "no expert 'nobody'"),
-    ("merge seeded --out new", "no published expert"),
-    ("merge run --out run/seed", "is there already; nothing is overwritten"),
-    # Growing
-    ("grow run --language klingonish", "unknown language code 'klingonish'"),
-    ("grow run --language de --corpus corpus", "'de' is served already"),
-    ("grow run --language deu --parent en-es --corpus corpus", "'de' is served already"),
-    ("grow run --language sw --corpus corpus", "corpus has no file of sw"),
-    ("grow run --language sw --corpus missing", "corpus missing does not exist"),
-    ("grow run --language sw --parent nobody --corpus corpus", "no expert 'nobody'"),
-    ("grow run --language tlh --corpus corpus", "URIEL has no .* features for tlh"),
-    ("grow seeded --language pt", "has no published expert to grow from"),
-    # Asking
-    ("evaluate run --corpus missing", "corpus missing does not exist"),
-    ("evaluate run --corpus corpus --routing oracle", "routing must be one of .*'oracle'"),
-    ("evaluate run --corpus corpus --top-m 0", "top_m must be between 1 and 2 experts; got 0"),
-    ("evaluate run --corpus corpus --max-documents 0", "max_documents must be at least 1; got 0"),
-    ("evaluate run --corpus corpus --router-temperature 0", "must be above 0; got 0"),
-    ("generate run \udcff", "an argument is not UTF-8: '\\udcff'"),
-    ("generate seeded x", "seeded has no published expert yet; run: xelm train seeded --all"),
-    ("generate run x --top-m 3", "top_m must be between 1 and 2 experts; got 3"),
-    ("generate run x --routing language", "needs the language of the text; give --language"),
-    ("generate run x --routing language --language tr", "no expert serves 'tr'"),
-    ("generate run x --temperature -1", "temperature must be at least 0"),
-    ("generate run x --top-p 0", "top_p must be above 0"),
-    ("generate run x --max-new-tokens 100", "this model of 64 has room for 0"),
-]
-
-
-@pytest.mark.parametrize(
-    ("command", "message"), MISTAKES, ids=[ascii(c)[1:-1] for c, _ in MISTAKES]
-)
-def test_a_mistake_is_one_line_and_changes_nothing(xelm, place, monkeypatch, command, message):
-    monkeypatch.chdir(place)
-    before, there = snapshot(place), names(place)
-    outcome = xelm(*shlex.split(command))
-    after, here = snapshot(place), names(place)
-    shutil.rmtree("new", ignore_errors=True)
-    assert outcome.code == 2, outcome
-    assert outcome.out == ""
-    assert outcome.err.startswith("xelm: ") and outcome.err.count("\n") == 1, outcome.err
-    for part in message.split(".*"):
-        assert part in outcome.err
-    assert after == before
-    # Locks stay in a RUN, and nowhere else.
-    locks = {f"{path.parent.name}/.locks" for path in place.glob("*/run.json")}
-    more = [name for name in here if name not in there]
-    assert [name for name in more if "/".join(name.split("/")[:2]) not in locks] == []
-
-
-UNUSABLE = [
-    (b'{"content": "a"}\n', '1 with no "text" (first: de.jsonl:1)'),
-    ('{"text": "a"}\n'.encode("utf-16"), "bytes that are not UTF-8 (first: de.jsonl:1"),
-    (b'{"text": "a", "lang": "klingonish"}\n', "unknown language (first: de.jsonl:1 'klingonish')"),
-    (b'{"text": "a", "lang": "sw"}\n', "language sw, which was not asked for (first: record 1)"),
-]
-
-
-SEED = ["--seed", "run/seed"]
-for part in ("experts", "grow"):
-    SEED += ["--set", f"{part}.sequence_length=32"]
-
-
-@pytest.mark.parametrize("options", [[], SEED], ids=["fresh", "seed"])
-@pytest.mark.parametrize(("content", "reason"), UNUSABLE, ids=["key", "UTF-16", "unknown", "other"])
-def test_a_corpus_without_usable_documents_says_what_was_left_out(
-    xelm, place, monkeypatch, tmp_path, options, content, reason
-):
-    monkeypatch.chdir(place)
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "de.jsonl").write_bytes(content)
-    outcome = xelm("init", tmp_path / "new", "--corpus", tmp_path / "corpus", *options)
-    assert (outcome.code, outcome.out) == (2, "")
-    assert "no usable document in de; " in outcome.err and reason in outcome.err
-    assert outcome.err.splitlines()[-1].startswith("xelm: ")
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "",
-        "unknown",
-        "cluster --out new",
-        "cluster -k two --out new",
-        "cluster -k 2 --method unknown --out new",
-        "init",
-        "init new",
-        "init new --corpus corpus --preset unknown",
-        "generate run x --routing unknown",
-        "generate run x --temperature warm",
-    ],
-)
-def test_a_command_that_cannot_be_parsed_shows_its_usage(xelm, place, monkeypatch, command):
-    monkeypatch.chdir(place)
-    there = names(place)
-    outcome = xelm(*shlex.split(command))
-    assert outcome.code == 2 and outcome.out == ""
-    assert outcome.err.startswith("usage: xelm")
-    assert ": error: " in outcome.err.splitlines()[-1]
-    assert names(place) == there
-
-
-def test_a_seed_with_a_sentencepiece_model_alone_gets_a_tokenizer_json(
-    xelm, place, monkeypatch, tmp_path
-):
-    from xelm.data import tokenizer as tokenizers
-
-    monkeypatch.chdir(place)
-    shutil.copytree("run/seed", tmp_path / "seed")
-    (tmp_path / "seed" / "tokenizer.json").unlink()
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
-    write_json(tmp_path / "seed" / "tokenizer_config.json", settings)
-    options = [tmp_path / "seed" if option == "run/seed" else option for option in SEED]
-    outcome = xelm("init", tmp_path / "new", "--corpus", "corpus", *options)
-    assert outcome.code == 0, outcome.err
-    assert (tmp_path / "new" / "seed" / "tokenizer.json").exists()
-    texts = ["Der alte Mann", "  und das Meer 🐟"]
-    copied, given = (tokenizers.load(tmp_path / name) for name in ("new/seed", "seed"))
-    assert copied.encode(texts) == given.encode(texts)
-
-
-def test_weights_are_readable_by_others_as_the_umask_says(tiny):
-    for folder in (tiny.directory / "seed", tiny.directory / "dense"):
-        modes = {(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
-        assert len(modes) == 1
-
-
-def test_several_files_of_a_language_are_one_language(xelm, place, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    Path("corpus").mkdir()
-    lines = (place / "corpus" / "de.jsonl").read_bytes().splitlines(keepends=True)
-    Path("corpus/de.0.jsonl").write_bytes(b"".join(lines[:20]))
-    Path("corpus/de.1.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[20:])))
-    shutil.copytree(place / "run" / "seed", "run/seed")
-    outcome = xelm("init", "new", "--corpus", "corpus", *SEED)
-    assert outcome.code == 0, outcome.err
-    store = open_run("new").store()
-    assert list(store.languages) == ["de"] and len(store.languages["de"]) == len(lines)
-    assert xelm("cluster", "-k", 1, "--corpus", "corpus", "--out", "c").code == 0
-
-
-def test_a_corpus_counts_by_what_it_holds_from_wherever_it_is_asked(xelm, place, tmp_path):
-    shutil.copytree(place / "corpus", tmp_path / "corpus")
-    shutil.copytree(place / "run" / "seed", tmp_path / "run" / "seed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        assert xelm("init", "new", "--corpus", "corpus", *SEED).code == 0
-    record = open_run(tmp_path / "new").record
-    assert record["corpus"] == str((tmp_path / "corpus").resolve())
-    assert open_run(tmp_path / "new").store().record["corpus"] == record["corpus"]
-    seed = ["--seed", tmp_path / "run" / "seed", *SEED[2:]]
-    assert xelm("init", tmp_path / "new", "--corpus", place / "corpus", *seed).code == 0
-    changes = ["--set", "experts.tokens=7", "--set", "donor_share=0.5", "--languages", "de"]
-    refused = xelm("init", tmp_path / "new", "--corpus", tmp_path / "corpus", *seed, *changes)
-    assert refused.code == 2
-    assert "experts.tokens was 1000000000, now 7; donor_share was 0.25, now 0.5" in refused.err
-    assert "languages was ['de', 'en'], now ['de']" in refused.err
 
 
 def test_names_may_come_after_a_flag(xelm, place, monkeypatch):
@@ -399,105 +23,6 @@ def test_names_may_come_after_a_flag(xelm, place, monkeypatch):
     assert asked[0].names == ["de-fr", "en-es"] and asked[0].dense
     assert xelm("train", "run", "--dense", "--unknown").code == 2
     assert xelm("verify", "run", "run").code == 2
-
-
-def test_a_child_in_training_stays_on_its_corpus(xelm, place, tiny, monkeypatch, tmp_path):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("xelm.runs.growing.train_checkpoint", interrupt)
-    shutil.copytree(place / "run", tmp_path / "RUN")
-    shutil.copytree(tiny.corpus, tmp_path / "other")
-    (tmp_path / "other" / "pt.jsonl").write_bytes((tiny.corpus / "es.jsonl").read_bytes())
-    command = ["grow", tmp_path / "RUN", "--language", "pt"]
-    assert xelm(*command, "--corpus", tiny.corpus).code == 130
-    refused = xelm(*command, "--corpus", tmp_path / "other")
-    assert refused.code == 2 and refused.err.count("\n") == 1
-    assert f"pt@v1 is in training already, on {tiny.corpus.resolve()}; " in refused.err
-    for options in ([], ["--corpus", tiny.corpus]):
-        assert xelm(*command, *options).code == 130
-
-
-def test_branching_on_other_clusters_is_refused(xelm, place, monkeypatch, tmp_path):
-    monkeypatch.chdir(place)
-    languages = "en,de,es,fr"
-    for name, k in (("three", 3), ("same", 2)):
-        made = xelm("cluster", "-k", k, "--languages", languages, "--out", tmp_path / name)
-        assert made.code == 0
-    xelm("cluster", "-k", 2, "--languages", "en,de,es", "--out", tmp_path / "fewer")
-    xelm("cluster", "-k", 2, "--languages", "en,de,es,fr,pt", "--out", tmp_path / "more")
-    before = snapshot(place)
-    for name, message in {
-        "three": "this RUN was branched on other clusters",
-        "fewer": "clusters and RUN have different languages (not in the clusters: fr)",
-        "more": "clusters and RUN have different languages (not in the RUN: pt)",
-    }.items():
-        outcome = xelm("branch", "run", "--clusters", tmp_path / name)
-        assert (outcome.code, outcome.out) == (2, "")
-        assert message in outcome.err and outcome.err.count("\n") == 1
-    assert xelm("branch", "run", "--clusters", tmp_path / "same").code == 0
-    assert snapshot(place) == before
-
-
-def test_clusters_of_another_runs_documents_are_refused(xelm, place, monkeypatch, tmp_path):
-    monkeypatch.chdir(place)
-    made = xelm("cluster", "-k", 2, "--method", "tfidf", "--run", "run", "--out", tmp_path / "c")
-    assert made.code == 0, made.err
-    shutil.copytree("seeded", tmp_path / "other")
-    vectors = np.load(tmp_path / "other" / "vectoriser.npz")
-    np.savez(
-        tmp_path / "other" / "vectoriser.npz",
-        idf=vectors["idf"],
-        projection=-vectors["projection"],
-    )
-    before = snapshot(tmp_path / "other")
-    outcome = xelm("branch", tmp_path / "other", "--clusters", tmp_path / "c")
-    assert (outcome.code, outcome.out) == (2, "")
-    assert "made with another RUN's vectors" in outcome.err
-    assert snapshot(tmp_path / "other") == before
-
-
-_HOLD = """
-import sys
-from experts.lock import locked
-
-with locked(sys.argv[1], sys.argv[2]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize(
-    ("command", "lock"),
-    [
-        ("train seeded de-fr", "train-de-fr"),
-        ("train seeded --dense", "train-dense"),
-        ("branch seeded --clusters clusters", "branch"),
-        ("grow run --language pt", "train-pt"),
-        ("init seeded --corpus corpus", "init"),
-    ],
-)
-def test_two_commands_at_once_are_refused(xelm, place, monkeypatch, command, lock):
-    monkeypatch.chdir(place)
-    if command.startswith("train"):
-        monkeypatch.chdir(place)
-        shutil.copytree("seeded", "branched", dirs_exist_ok=True)
-        assert xelm("branch", "branched", "--clusters", "clusters").code == 0
-        command = command.replace("seeded", "branched")
-    run = command.split()[1]
-    before = snapshot(place)
-    arguments = [sys.executable, "-c", _HOLD, run, lock]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        outcome = xelm(*shlex.split(command))
-    assert outcome.code == 2 and outcome.out == ""
-    assert outcome.err.count("\n") == 1
-    assert f"{run} is in use ({lock}) by process {holder.pid}" in outcome.err
-    assert snapshot(place) == before
-    shutil.rmtree(place / "branched", ignore_errors=True)
 
 
 def test_help_names_every_command(xelm, monkeypatch):
@@ -607,3 +132,30 @@ def test_settings_that_need_each_other_come_in_any_order():
         assert config.model is not None
         assert (config.model.head_count, config.model.key_head_count) == (3, 3)
         assert config.seed.tensorboard is True
+
+
+@pytest.mark.parametrize(
+    ("platform", "library", "environment", "calls"),
+    [
+        ("linux", "glibc", {}, [(-8, 1), (-4, 0), (-1, -1)]),
+        ("linux", "glibc", {"MALLOC_ARENA_MAX": "2"}, []),
+        ("linux", "", {}, []),
+        ("darwin", "glibc", {}, []),
+    ],
+    ids=["glibc", "set by the user", "musl", "macOS"],
+)
+def test_freed_memory_is_kept_where_that_can_be_said(
+    monkeypatch, platform, library, environment, calls
+):
+    found = []
+
+    class Library:
+        def mallopt(self, option, value):
+            found.append((option, value))
+
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(cli.sys, "platform", platform)
+    monkeypatch.setattr(cli.platform, "libc_ver", lambda: (library, ""))
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: Library())
+    cli.keep_freed_memory()
+    assert found == calls

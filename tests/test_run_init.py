@@ -1,0 +1,68 @@
+"""`xelm init`: seeds and corpora as people have them."""
+
+import gzip
+import shutil
+from pathlib import Path
+
+import pytest
+from shared import SEED
+
+from clustering.files import write_json
+from xelm.runs.run import open_run
+
+
+def test_a_seed_with_a_sentencepiece_model_alone_gets_a_tokenizer_json(
+    xelm, place, monkeypatch, tmp_path
+):
+    from xelm.data import tokenizer as tokenizers
+
+    monkeypatch.chdir(place)
+    shutil.copytree("run/seed", tmp_path / "seed")
+    (tmp_path / "seed" / "tokenizer.json").unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    write_json(tmp_path / "seed" / "tokenizer_config.json", settings)
+    options = [tmp_path / "seed" if option == "run/seed" else option for option in SEED]
+    outcome = xelm("init", tmp_path / "new", "--corpus", "corpus", *options)
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "new" / "seed" / "tokenizer.json").exists()
+    texts = ["Der alte Mann", "  und das Meer 🐟"]
+    copied, given = (tokenizers.load(tmp_path / name) for name in ("new/seed", "seed"))
+    assert copied.encode(texts) == given.encode(texts)
+
+
+def test_weights_are_readable_by_others_as_the_umask_says(tiny):
+    for folder in (tiny.directory / "seed", tiny.directory / "dense"):
+        modes = {(folder / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+        assert len(modes) == 1
+
+
+def test_several_files_of_a_language_are_one_language(xelm, place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("corpus").mkdir()
+    lines = (place / "corpus" / "de.jsonl").read_bytes().splitlines(keepends=True)
+    Path("corpus/de.0.jsonl").write_bytes(b"".join(lines[:20]))
+    Path("corpus/de.1.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[20:])))
+    shutil.copytree(place / "run" / "seed", "run/seed")
+    outcome = xelm("init", "new", "--corpus", "corpus", *SEED)
+    assert outcome.code == 0, outcome.err
+    store = open_run("new").store()
+    assert list(store.languages) == ["de"] and len(store.languages["de"]) == len(lines)
+    assert xelm("cluster", "-k", 1, "--corpus", "corpus", "--out", "c").code == 0
+
+
+def test_a_corpus_counts_by_what_it_holds_from_wherever_it_is_asked(xelm, place, tmp_path):
+    shutil.copytree(place / "corpus", tmp_path / "corpus")
+    shutil.copytree(place / "run" / "seed", tmp_path / "run" / "seed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert xelm("init", "new", "--corpus", "corpus", *SEED).code == 0
+    record = open_run(tmp_path / "new").record
+    assert record["corpus"] == str((tmp_path / "corpus").resolve())
+    assert open_run(tmp_path / "new").store().record["corpus"] == record["corpus"]
+    seed = ["--seed", tmp_path / "run" / "seed", *SEED[2:]]
+    assert xelm("init", tmp_path / "new", "--corpus", place / "corpus", *seed).code == 0
+    changes = ["--set", "experts.tokens=7", "--set", "donor_share=0.5", "--languages", "de"]
+    refused = xelm("init", tmp_path / "new", "--corpus", tmp_path / "corpus", *seed, *changes)
+    assert refused.code == 2
+    assert "experts.tokens was 1000000000, now 7; donor_share was 0.25, now 0.5" in refused.err
+    assert "languages was ['de', 'en'], now ['de']" in refused.err
