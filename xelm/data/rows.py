@@ -165,13 +165,12 @@ class _Interleaved(grain.transforms.DatasetSelectionMap):
     def _window(self, window: int) -> list[tuple[int, int]]:
         begin = window * self.window
         rows = [self._even(row) for row in range(begin, min(begin + self.window, self.length))]
-        waiting = {
-            source: iter([number for other, number in rows if other == source])
-            for source in dict(rows)
-        }
+        waiting: dict[int, list[int]] = {}
+        for source, number in reversed(rows):
+            waiting.setdefault(source, []).append(number)
         order = np.random.default_rng([self.random_seed, window]).permutation(len(rows))
         sources = [rows[place][0] for place in order]
-        return [(source, next(waiting[source])) for source in sources]
+        return [(source, waiting[source].pop()) for source in sources]
 
     def _even(self, index: int) -> tuple[int, int]:
         # Of the rows up to here, the first source takes its part, the second its part of the rest
