@@ -10,8 +10,9 @@ farthest one and from the seed. The command can be killed and run again: it goes
 OUT/table.json has every figure, OUT/table.md the tables.
 
 Validation documents are dealt out in turns to two halves, of which each gives at most as many as
-asked for. On one, peak rate and batch size are chosen for dense and for each number of experts, by
-steps to a better neighbour until there is none; the tables are of the other.
+asked for. On one, peak rate and batch size are chosen for dense and for eight experts, by steps to
+a better neighbour until there is none; other numbers of experts have those of eight. The tables are
+of the other half.
 Repetitions have other random seeds of the continuation, and other random clusters; they are asked
 by language alone.
 """
@@ -54,6 +55,8 @@ from xelm.training.loop import DivergedError
 
 # Peak rate and rows a step from which the search for better ones sets out.
 START: Setting = (5e-4, 16)
+# Of a dense training while it is searched: larger batches leave too few to learn anything from.
+LEAST_STEPS = 32
 # Number of the repetition whose random seeds and random clusters the settings are chosen with.
 TUNING = 99
 SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-k8", "tfidf-k4")
@@ -75,14 +78,9 @@ def main() -> None:
         tokens = round(config.experts.tokens * options.tuning_share)
         shorter = replace(config, experts=replace(config.experts, tokens=tokens))
         tune = (_tune, base, shorter, parts["tune"])
-        # On random clusters (others than those of the tables), so that no method is favoured; for
-        # each number of experts by itself, as it decides how many steps one has.
-        dense = pool.submit(*tune, "dense", START)
-        eight = pool.submit(*tune, "random-k8", START).result()
-        four = pool.submit(*tune, "random-k4", eight)
-        sixteen = pool.submit(*tune, "monolingual-k16", eight)
-        rates = {"dense": dense.result(), "k8": eight}
-        rates |= {"k4": four.result(), "k16": sixteen.result()}
+        # On random clusters (others than those of the tables), so that no method is favoured.
+        chosen = {kind_of(s): pool.submit(*tune, s) for s in ("dense", "random-k8")}
+        rates = {kind: future.result() for kind, future in chosen.items()}
         tables: dict[str, list[Row]] = {}
 
         def gather(work: Mapping[str, Future]) -> None:
@@ -140,8 +138,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _tune(base: Run, config: RunConfig, corpus: Path, system: str, start: Setting) -> Setting:
-    """Peak rate and batch size (rows): from `start` to the first better neighbour (four times or a
+def _tune(base: Run, config: RunConfig, corpus: Path, system: str) -> Setting:
+    """Peak rate and batch size (rows): from `START` to the first better neighbour (four times or a
     quarter of the rows, twice or half the rate) until there is none. Better: fewer nats a token,
     in the mean over languages."""
     kind = kind_of(system)
@@ -161,11 +159,12 @@ def _tune(base: Run, config: RunConfig, corpus: Path, system: str, start: Settin
             write_json(path, found)
         return found[name]
 
-    best = start
+    most = config.experts.tokens // (config.experts.sequence_length * LEAST_STEPS)
+    best = START
     while True:
         rate, rows = best
         neighbours = [(rate, rows * 4), (rate, rows // 4), (rate * 2, rows), (rate / 2, rows)]
-        better = (s for s in neighbours if s[1] and nats(s) < nats(best))
+        better = (s for s in neighbours if 1 <= s[1] <= most and nats(s) < nats(best))
         following = next(better, None)
         if following is None:
             return best

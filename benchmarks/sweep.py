@@ -53,8 +53,7 @@ def main() -> None:
     data, out = Path(options.data), Path(options.out)
     corpus = halves(data, out, options.max_documents)["test"]
     systems = ("dense", *options.systems.split(","))
-    rates = {kind_of(system): _setting(options.experts) for system in systems}
-    rates["dense"] = _setting(options.dense)
+    rates = {"dense": _setting(options.dense), "experts": _setting(options.experts)}
     budgets = [round(float(text)) for text in options.tokens.split(",")]
     widths = [int(text) for text in options.widths.split(",")]
     configs = {width: _of_width(override(tiny(), options.settings), width) for width in widths}

@@ -81,8 +81,8 @@ def train_system(
 
 
 def kind_of(system: str) -> str:
-    """What systems with the same settings have in common: "dense", or "k8" for eight experts."""
-    return system.rpartition("-")[2]
+    """What systems with the same settings have in common: "dense" or "experts"."""
+    return "dense" if system == "dense" else "experts"
 
 
 def clusters_of(run: Run, system: str, repetition: int) -> Clustering:
