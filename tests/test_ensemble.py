@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 
 from clustering.errors import UserError
-from xelm.inference import ensemble as ensembles
 from xelm.inference.decoding import Reader
 from xelm.inference.ensemble import Ensemble
-from xelm.inference.routing import ByLanguage, Posterior, Tfidf, Uniform, mixture
+from xelm.inference.generation import Batch
+from xelm.inference.routing import (
+    ByLanguage,
+    Posterior,
+    Tfidf,
+    Uniform,
+    keep_largest,
+    mixture,
+)
+from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import bind, fresh_parameters, graph, read_config
 from xelm.runs.run import open_run
@@ -229,17 +237,24 @@ def test_an_expert_without_weight_is_not_asked(ensemble, experts, routers):
     assert said.weights == {"a": 0.0, "b": 1.0, "c": 0.0}
 
 
-def test_a_text_read_in_pieces_has_the_scores_of_the_whole(model, experts, documents):
-    ids = documents[4][:27]
-    (wanted,) = scored(model, experts[0], [ids])
-    reader = Reader(model, experts[0], slots=64)
-    framed = np.concatenate([[1], ids])
-    pieces = [framed[:1], framed[1:6], framed[6:7], framed[7:]]
-    found = np.concatenate([reader.read(piece, scored=True) for piece in pieces])
-    assert np.isnan(found[0]) and reader.read_count == 28
-    np.testing.assert_allclose(found[1:], wanted[:-1], atol=1e-4)
-    assert reader.following[2] == pytest.approx(wanted[-1], abs=1e-4)
-    assert np.exp(reader.following).sum() == pytest.approx(1.0, rel=1e-5)
+def test_texts_read_in_pieces_have_the_scores_of_the_whole(model, experts, documents):
+    """Two of unequal length side by side, with pieces of unequal length, too."""
+    long, short = documents[4][:27], documents[3]
+    wanted = scored(model, experts[0], [long, short])
+    reader = Reader(model, experts[0], rows=2, slots=64)
+    texts = [np.concatenate([[1], ids]) for ids in (long, short)]
+    cuts = [(0, 1, 6, 7, 28), (0, 2, 3, 3, 8)]
+    found = [[], []]
+    for piece in range(4):
+        parts = [text[cut[piece] : cut[piece + 1]] for text, cut in zip(texts, cuts)]
+        for row, scores in enumerate(reader.read(parts, scored=True)):
+            found[row].append(scores)
+    following = jax.nn.log_softmax(reader.logits)
+    for row in range(2):
+        scores = np.concatenate(found[row])
+        assert np.isnan(scores[0]) and len(scores) == len(texts[row])
+        np.testing.assert_allclose(scores[1:], wanted[row][:-1], atol=1e-4)
+        assert following[row, 2] == pytest.approx(wanted[row][-1], abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -248,20 +263,26 @@ def test_a_text_read_in_pieces_has_the_scores_of_the_whole(model, experts, docum
     + [(name, m) for name in ("uniform", "tfidf", "posterior") for m in (None, 1, 2)],
 )
 def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routing, top_m):
+    """For two prompts of unequal length side by side."""
     chosen = replace(ensemble, router=routers[routing], top_m=top_m)
-    prompt_ids = chosen.tokenizer.encode([PROMPT])[0]
-    new, given = [], []
-    for distribution, log_weights in chosen._steps(prompt_ids, new, 12, "en"):
-        assert np.exp(distribution).sum() == pytest.approx(1.0, rel=1e-5)
-        new.append(int(distribution.argmax()))
-        given.append((distribution.max(), np.exp(log_weights)))
-    ids = np.array([*prompt_ids, *new])
-    scores = np.stack([scored(ensemble.model, p, [ids])[0] for p in ensemble.parameters])[:, :-1]
-    along = ensembles.keep_largest(routers[routing].route("en").along(ids, scores), top_m)
-    for position, (value, weights) in enumerate(given, len(prompt_ids)):
-        np.testing.assert_allclose(weights, np.exp(along[position]), atol=1e-4)
-        expected = mixture(along[position : position + 1], scores[:, position : position + 1])[0]
-        assert value == pytest.approx(expected, abs=1e-4)
+    prompts = [chosen.tokenizer.begin(prompt) for prompt in (PROMPT, "hgf")]
+    batch = Batch(chosen, prompts, ["en", "de"], Sampling(max_new_tokens=12))
+    given = []
+    for _ in range(12):
+        distribution, log_weights = batch.following(np.ones(2, bool))
+        np.testing.assert_allclose(np.exp(distribution).sum(axis=1), 1.0, rtol=1e-5)
+        batch.observe(np.asarray(distribution.argmax(axis=1)))
+        given.append((np.asarray(distribution.max(axis=1)), np.exp(log_weights)))
+    for row, language in enumerate(("en", "de")):
+        ids = batch.texts[row][1:]
+        assert len(ids) == len(prompts[row]) - 1 + 12
+        scores = np.stack([scored(ensemble.model, p, [ids])[0] for p in ensemble.parameters])
+        scores = scores[:, :-1]
+        along = keep_largest(routers[routing].route(language).along(ids, scores), top_m)
+        for position, (values, weights) in enumerate(given, len(prompts[row]) - 1):
+            np.testing.assert_allclose(weights[row], np.exp(along[position]), atol=1e-4)
+            expected = mixture(along[position : position + 1], scores[:, position : position + 1])
+            assert values[row] == pytest.approx(expected[0], abs=1e-4)
 
 
 def test_temperature_zero_takes_the_most_probable_token_each_time(ensemble, alone, experts):
@@ -294,27 +315,6 @@ def test_a_tiny_nucleus_is_the_most_probable_token(ensemble):
     greedy = ensemble.generate(PROMPT, max_new_tokens=8, temperature=0.0)
     narrow = ensemble.generate(PROMPT, max_new_tokens=8, temperature=1.5, top_p=1e-6, random_seed=3)
     assert narrow.ids == greedy.ids
-
-
-def test_tokens_are_drawn_with_their_probabilities_from_the_nucleus():
-    probabilities = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
-
-    def frequencies(temperature, top_p):
-        random = np.random.default_rng(0)
-        drawn = [
-            ensembles._choose(np.log(probabilities), temperature, top_p, random)
-            for _ in range(4000)
-        ]
-        return np.bincount(drawn, minlength=5) / 4000
-
-    np.testing.assert_allclose(frequencies(1.0, 1.0), probabilities, atol=0.02)
-    # The smallest set of at least .7 holds the two most probable, of .75 the third too.
-    np.testing.assert_allclose(frequencies(1.0, 0.69), [0, 4 / 7, 0, 3 / 7, 0], atol=0.02)
-    np.testing.assert_allclose(
-        frequencies(1.0, 0.75), np.array([0, 0.4, 0.15, 0.3, 0]) / 0.85, atol=0.02
-    )
-    squared = probabilities**2
-    np.testing.assert_allclose(frequencies(0.5, 1.0), squared / squared.sum(), atol=0.02)
 
 
 def test_the_text_is_that_of_the_new_ids(ensemble):
@@ -362,10 +362,10 @@ def test_a_prompt_without_room_for_an_answer_is_a_users_mistake(ensemble, model)
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"temperature": -0.1}, "temperature must be at least 0; got -0.1"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1; got 0.0"),
-        ({"top_p": 1.1}, "top_p must be above 0 and at most 1; got 1.1"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0; got -1"),
+        ({"temperature": -0.1}, "temperature at least 0; got -0.1"),
+        ({"top_p": 0.0}, "top_p above 0 and at most 1; got 0.0"),
+        ({"top_p": 1.1}, "top_p above 0 and at most 1; got 1.1"),
+        ({"max_new_tokens": -1}, "max_new_tokens at least 0; got -1"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(ensemble, options, fault):
@@ -380,9 +380,9 @@ def test_the_ensemble_of_a_run_is_its_published_experts(run, alone):
     text = run.tokenizer().decode(run.store().languages["de"].document(0)[:20])
     ids = run.tokenizer().encode([text])[0]
     expert = registry.for_language("de")
-    from xelm.models.checkpoint import read_parameters
+    from xelm.models.checkpoint import load_parameters
 
-    parameters = read_parameters(expert.directory(run.directory), read_config(run.seed))
+    parameters = load_parameters(expert.directory(run.directory), read_config(run.seed))
     nats = opened.score([text], ["de"]).nats[0]
     assert nats == pytest.approx(-alone(parameters, np.array(ids)).sum(), rel=1e-5)
 

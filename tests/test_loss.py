@@ -1,5 +1,7 @@
 """The chunked cross-entropy: optax's values and gradients, without optax's memory."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -8,17 +10,19 @@ import optax
 import pytest
 import scipy.special
 
+from xelm.models.transformer import Head
 from xelm.training import loss
 from xelm.training.loss import cross_entropy, target_log_probabilities
 
 WIDTH = 12
 
 
-def inputs(positions: int, vocabulary: int, dtype=np.float32):
+def inputs(positions: int, vocabulary: int, dtype=np.float32, *, bias: bool = False):
     draw = np.random.default_rng(0)
+    matrix = draw.normal(size=(vocabulary, WIDTH)).astype(np.float32)
     return (
         draw.normal(size=(positions, WIDTH)).astype(dtype),
-        draw.normal(size=(vocabulary, WIDTH)).astype(np.float32),
+        Head(matrix, draw.normal(size=vocabulary).astype(np.float32) if bias else None),
         draw.integers(0, vocabulary, positions),
         draw.uniform(size=positions).astype(np.float32),
     )
@@ -29,10 +33,20 @@ def with_gradients(function):
     return jax.jit(jax.value_and_grad(lambda *arguments: function(*arguments), argnums=(0, 1)))
 
 
-def reference(hidden, head, targets, weights):
+def reference(hidden, head, targets, weights, cap=None):
     """In float32, all logits at once."""
-    logits = hidden.astype(jnp.float32) @ head.T
+    logits = hidden.astype(jnp.float32) @ head.matrix.T
+    logits = logits if head.bias is None else logits + head.bias[None]
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
+
+
+def assert_close(gradients, references):
+    def check(gradient, other):
+        assert gradient.dtype == other.dtype == jnp.float32
+        np.testing.assert_allclose(gradient, other, atol=1e-5, rtol=1e-5)
+
+    jax.tree.map(check, gradients, references)
 
 
 # Chunks of 64 positions, the least there is: one short, one full, several with a remainder.
@@ -50,16 +64,28 @@ def test_the_loss_and_its_gradients_equal_those_of_optax(positions, vocabulary):
     found, gradients = with_gradients(cross_entropy)(*arguments)
     wanted, references = with_gradients(reference)(*arguments)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    for gradient, other in zip(gradients, references):
-        assert gradient.dtype == other.dtype == jnp.float32
-        np.testing.assert_allclose(gradient, other, atol=1e-5, rtol=1e-5)
+    assert_close(gradients, references)
+
+
+@pytest.mark.parametrize(("bias", "cap"), [(True, None), (False, 2.0), (True, 2.0)])
+def test_a_bias_and_a_cap_of_logits_do_as_in_all_logits(bias, cap):
+    arguments = inputs(100, 97, bias=bias)
+    found, gradients = with_gradients(partial(cross_entropy, cap=cap))(*arguments)
+    wanted, references = with_gradients(partial(reference, cap=cap))(*arguments)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert_close(gradients, references)
+    hidden, head, targets, _ = arguments
+    scores = jax.jit(partial(target_log_probabilities, cap=cap))(hidden, head, targets)
+    np.testing.assert_allclose(-scores.sum(), reference(*arguments[:3], 1.0, cap), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("positions", "vocabulary"), SHAPES)
 def test_log_probabilities_of_targets_equal_those_of_all_logits(positions, vocabulary):
     hidden, head, targets, _ = inputs(positions, vocabulary)
     scores = jax.jit(target_log_probabilities)(hidden, head, targets)
-    wanted = scipy.special.log_softmax(hidden @ head.T, axis=1)[np.arange(positions), targets]
+    wanted = scipy.special.log_softmax(hidden @ head.matrix.T, axis=1)[
+        np.arange(positions), targets
+    ]
     np.testing.assert_allclose(scores, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -82,7 +108,7 @@ def test_positions_without_weight_count_nothing():
     found, (of_hidden, of_head) = grad(hidden, head, targets, weights)
     wanted, (short_hidden, short_head) = grad(hidden[:30], head, targets[:30], weights[:30])
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    np.testing.assert_allclose(of_head, short_head, atol=1e-6)
+    np.testing.assert_allclose(of_head.matrix, short_head.matrix, atol=1e-6)
     np.testing.assert_allclose(of_hidden[:30], short_hidden, atol=1e-6)
     assert not np.asarray(of_hidden[30:]).any()
 
@@ -91,8 +117,9 @@ def test_the_gradient_carries_the_factor_of_what_follows():
     arguments = inputs(64, 50)
     _, plain = with_gradients(cross_entropy)(*arguments)
     _, scaled = with_gradients(lambda *given: -3.0 * cross_entropy(*given))(*arguments)
-    for one, other in zip(plain, scaled):
-        np.testing.assert_allclose(other, -3.0 * one, rtol=1e-6)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(other, -3.0 * one, rtol=1e-6), plain, scaled
+    )
 
 
 def test_weights_are_constants():
@@ -111,17 +138,18 @@ def test_huge_logits_do_not_overflow():
 
 def test_half_precision_is_close_to_the_rounded_inputs_in_full():
     hidden, head, targets, weights = inputs(200, 97, jnp.bfloat16)
-    rounded = head.astype(jnp.bfloat16).astype(jnp.float32)
+    rounded = Head(head.matrix.astype(jnp.bfloat16).astype(jnp.float32), None)
     grad = with_gradients(cross_entropy)
     found, (of_hidden, of_head) = grad(hidden, head, targets, weights)
     wanted, (reference_hidden, reference_head) = with_gradients(reference)(
         hidden.astype(jnp.float32), rounded, targets, weights
     )
-    assert (of_hidden.dtype, of_head.dtype) == (jnp.bfloat16, jnp.float32)
+    assert (of_hidden.dtype, of_head.matrix.dtype) == (jnp.bfloat16, jnp.float32)
     # Products of bfloat16 are summed in float32: the loss is exact for the rounded inputs.
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     # The error signal is rounded to eight bits, which is 2^-9 of each of its values.
-    for gradient, other in ((of_hidden, reference_hidden), (of_head, reference_head)):
+    pairs = ((of_hidden, reference_hidden), (of_head.matrix, reference_head.matrix))
+    for gradient, other in pairs:
         error = np.linalg.norm(np.asarray(gradient, np.float32) - other) / np.linalg.norm(other)
         assert error < 2**-8
 
@@ -131,7 +159,7 @@ def test_a_large_vocabulary_never_has_all_its_logits_in_memory(monkeypatch):
     positions, vocabulary = 4096, 256_008  # of XGLM
     shapes = (
         jax.ShapeDtypeStruct((positions, WIDTH), jnp.float32),
-        jax.ShapeDtypeStruct((vocabulary, WIDTH), jnp.float32),
+        Head(jax.ShapeDtypeStruct((vocabulary, WIDTH), jnp.float32), None),
         jax.ShapeDtypeStruct((positions,), jnp.int32),
         jax.ShapeDtypeStruct((positions,), jnp.float32),
     )

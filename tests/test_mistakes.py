@@ -69,7 +69,10 @@ MISTAKES = [
         "init new --corpus corpus --seed wordless",
         "wordless has no tokenizer; wanted tokenizer.json",
     ),
-    ("init new --corpus corpus --seed worded", "worded/config.json: hidden_size must be a whole"),
+    (
+        "init new --corpus corpus --seed worded",
+        "worded/config.json: Field 'hidden_size' expected int, got str",
+    ),
     ("init new --corpus corpus --seed uneven", "uneven/config.json: head_count must be a multiple"),
     ("init new --corpus corpus --seed no-object", "no-object/config.json wants a JSON object"),
     (
@@ -182,8 +185,8 @@ MISTAKES = [
     ("generate run x --top-m 3", "top_m must be between 1 and 2 experts; got 3"),
     ("generate run x --routing language", "needs the language of the text; give --language"),
     ("generate run x --routing language --language tr", "no expert serves 'tr'"),
-    ("generate run x --temperature -1", "temperature must be at least 0"),
-    ("generate run x --top-p 0", "top_p must be above 0"),
+    ("generate run x --temperature -1", "temperature at least 0"),
+    ("generate run x --top-p 0", "top_p above 0"),
     ("generate run x --max-new-tokens 100", "this model of 64 has room for 0"),
 ]
 

@@ -1,4 +1,4 @@
-"""The decoder against transformers on tiny random models, both ways."""
+"""The transformer against transformers on tiny random models of every family, both ways."""
 
 import json
 
@@ -7,169 +7,189 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, XGLMConfig
+from flax import nnx
+from hub_models import CONFIGS, DECODERS, FAMILIES, by_speed, random_tokens, saved
+from safetensors.numpy import load_file
 
 from xelm.models.checkpoint import (
+    bind,
+    graph,
     load_model,
+    load_parameters,
     parameters_of,
     read_config,
-    read_parameters,
     save_model,
+    write_checkpoint,
 )
-from xelm.models.decoder import empty_cache
+from xelm.models.transformer import empty_cache
+from xelm.training.loss import cross_entropy
 
-LLAMA = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "max_position_embeddings": 256,
-}
-CASES = {
-    "llama-grouped": LlamaConfig(**LLAMA),
-    "llama-one-key-head-tied": LlamaConfig(
-        **{**LLAMA, "num_key_value_heads": 1},
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-    ),
-    "llama-all-heads-biased": LlamaConfig(
-        **{**LLAMA, "num_key_value_heads": 4},
-        attention_bias=True,
-        mlp_bias=True,
-        rms_norm_eps=1e-5,
-    ),
-    "xglm": XGLMConfig(
-        vocab_size=101,
-        d_model=36,
-        ffn_dim=60,
-        num_layers=2,
-        attention_heads=3,
-        max_position_embeddings=256,
-        dropout=0.0,
-        attention_dropout=0.0,
-    ),
-    "xglm-unscaled": XGLMConfig(
-        vocab_size=64,
-        d_model=32,
-        ffn_dim=40,
-        num_layers=2,
-        attention_heads=2,
-        max_position_embeddings=256,
-        scale_embedding=False,
-        dropout=0.0,
-        attention_dropout=0.0,
-    ),
-}
+# Compiled whole: operation by operation takes several times as long.
+logits_of = nnx.jit(lambda model, *inputs: model(*inputs))
+hidden_of = nnx.jit(lambda model, tokens, **options: model.hidden(tokens, **options))
+extended = nnx.jit(lambda model, *inputs, valid: model.extend(*inputs, valid=valid))
+# Longer than every local window and than the lengths that rotary positions are stretched from.
+LENGTH = 40
 
 
-@pytest.fixture(params=CASES, scope="module")
+@pytest.fixture(params=CONFIGS, scope="module")
 def pair(request, tmp_path_factory):
-    """A random transformers model with nothing at its initial zero or one, and its directory."""
-    torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(CASES[request.param]).eval()
+    return saved(CONFIGS[request.param], tmp_path_factory.mktemp(request.param) / "hub")
+
+
+@pytest.fixture(params=by_speed(FAMILIES), scope="module")
+def family_pair(request, tmp_path_factory):
+    return saved(CONFIGS[request.param], tmp_path_factory.mktemp(request.param) / "hub")
+
+
+@pytest.fixture(params=by_speed([n for n in FAMILIES if n in DECODERS]), scope="module")
+def decoder_pair(request, tmp_path_factory):
+    return saved(CONFIGS[request.param], tmp_path_factory.mktemp(request.param) / "hub")
+
+
+def padded_tokens(config):
+    """Ids [3, T] with their mask: whole, padded on the left, padded on the right."""
+    tokens, mask = random_tokens((3, LENGTH)), np.ones((3, LENGTH), int)
+    mask[1, :13], mask[2, 29:] = 0, 0
+    # XLM-R counts positions by the padding's id, wherever the mask is.
+    tokens[mask == 0] = config.pad_token_id or 0
+    return tokens, mask
+
+
+def reference_logits(reference, tokens, mask=None):
+    mask = None if mask is None else torch.tensor(mask)
     with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    directory = tmp_path_factory.mktemp(request.param) / "hub"
-    reference.save_pretrained(directory)
-    return reference, directory
+        return reference(torch.tensor(tokens), attention_mask=mask).logits.numpy()
 
 
-def random_tokens(vocabulary_size, shape):
-    return np.random.default_rng(0).integers(0, vocabulary_size, shape)
-
-
-@pytest.mark.parametrize("length", [1, 7, 150])
-def test_logits_equal_transformers(pair, length):
-    reference, directory = pair
-    tokens = random_tokens(reference.config.vocab_size, (2, length))
-    with torch.no_grad():
-        wanted = reference(torch.tensor(tokens)).logits.numpy()
-    logits = load_model(directory)(jnp.asarray(tokens))
-    np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_logits_equal_transformers(pair, side):
-    reference, directory = pair
-    tokens = random_tokens(reference.config.vocab_size, (2, 11))
-    mask = np.ones((2, 11), int)
-    mask[1, slice(0, 4) if side == "left" else slice(7, None)] = 0
-    with torch.no_grad():
-        wanted = reference(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits.numpy()
-    logits = np.asarray(load_model(directory)(jnp.asarray(tokens), jnp.asarray(mask)))
+def test_logits_equal_transformers(pair):
+    tokens, mask = padded_tokens(pair.reference.config)
+    wanted = reference_logits(pair.reference, tokens, mask)
+    logits = np.asarray(logits_of(load_model(pair.directory), tokens, mask))
     seen = mask.astype(bool)
     np.testing.assert_allclose(logits[seen], wanted[seen], atol=1e-4, rtol=1e-4)
 
 
-def test_cached_states_equal_uncached(pair):
-    _, directory = pair
-    model = load_model(directory)
-    tokens = jnp.asarray(random_tokens(model.config.vocabulary_size, (2, 20)))
-    # The second sequence is shorter: five pads on the left.
-    valid = jnp.asarray(np.array([[1] * 20, [0] * 5 + [1] * 15], bool))
+def test_logits_in_blocks_equal_transformers(family_pair):
+    """Long enough for causal attention to go block by block, and no whole number of blocks."""
+    tokens = random_tokens((1, 150))
+    wanted = reference_logits(family_pair.reference, tokens)
+    logits = logits_of(load_model(family_pair.directory), tokens)
+    np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_and_gradients_equal_transformers(family_pair):
+    reference, directory = family_pair.reference, family_pair.directory
+    tokens, chosen = random_tokens((2, 21)), np.arange(21) % 3 == 1
+    given = tokens.copy()
+    if family_pair.masked:
+        given[:, chosen] = 3
+        labels = np.where(chosen, tokens, -100)
+    else:
+        labels = tokens
+    reference.zero_grad()
+    found = reference(torch.tensor(given), labels=torch.tensor(labels))
+    found.loss.backward()
+
+    config = read_config(directory)
+    shape = graph(config)
+
+    def loss(parameters):
+        network = bind(shape, parameters)
+        hidden = network.hidden(jnp.asarray(given))
+        targets, weights = jnp.asarray(tokens), jnp.asarray(labels != -100, jnp.float32)
+        if config.causal:
+            hidden, targets, weights = hidden[:, :-1], targets[:, 1:], weights[:, 1:]
+        total = cross_entropy(
+            network.before_head(hidden.reshape(-1, config.width)),
+            network.output_head(),
+            targets.reshape(-1),
+            weights.reshape(-1),
+            config.logit_cap,
+        )
+        return total / weights.sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(load_parameters(directory, config))
+    np.testing.assert_allclose(value, float(found.loss.detach()), rtol=1e-5)
+    # Written as a checkpoint, they have the names of the reference's parameters.
+    write_checkpoint(directory.parent / "gradients", config, gradients, like=directory)
+    stored = load_file(directory.parent / "gradients" / "model.safetensors")
+    named = dict(reference.named_parameters(remove_duplicate=False))  # ties have two names
+    assert {id(named[name]) for name in stored} == set(map(id, reference.parameters()))
+    for name, gradient in stored.items():
+        wanted = named[name].grad.numpy()
+        np.testing.assert_allclose(gradient, wanted, atol=1e-4, rtol=1e-4, err_msg=name)
+
+
+def test_bfloat16_products_stay_near_float32(family_pair):
+    """bf16 keeps eight bits: an error of a few hundredths of the logits' spread."""
+    tokens = jnp.asarray(random_tokens((2, LENGTH)))
+    exact = logits_of(load_model(family_pair.directory), tokens)
+    rough = logits_of(load_model(family_pair.directory, dtype="bfloat16"), tokens)
+    assert rough.dtype == jnp.float32
+    error = np.abs(np.asarray(rough - exact))
+    assert error.mean() < 0.02 * np.std(exact)
+    assert error.max() < 0.15 * np.std(exact)
+
+
+def test_cached_states_equal_uncached(decoder_pair):
+    model = load_model(decoder_pair.directory)
+    tokens = jnp.asarray(random_tokens((2, 20)))
+    # The second sequence is shorter: seven pads on the left.
+    valid = jnp.asarray(np.array([[1] * 20, [0] * 7 + [1] * 13], bool))
     cache = empty_cache(model.config, 2, 24, jnp.float32)
     parts = []
-    for start, end in ((0, 9), (9, 10), (10, 20)):
-        states, cache = model.extend(tokens[:, start:end], cache, valid=valid[:, start:end])
+    for start in range(0, 20, 5):
+        part = slice(start, start + 5)
+        states, cache = extended(model, tokens[:, part], cache, valid=valid[:, part])
         parts.append(states)
     cached = jnp.concatenate(parts, axis=1)
-    whole, short = model.hidden(tokens[:1]), model.hidden(tokens[1:, 5:])
+    # Without padding, and so behind the text, where nobody looks.
+    whole = hidden_of(model, jnp.stack([tokens[0], jnp.roll(tokens[1], -7)]))
     np.testing.assert_allclose(cached[0], whole[0], atol=2e-5)
-    np.testing.assert_allclose(cached[1, 5:], short[0], atol=2e-5)
+    np.testing.assert_allclose(cached[1, 7:], whole[1, :13], atol=2e-5)
 
 
-def test_segments_do_not_see_each_other(pair):
-    _, directory = pair
-    model = load_model(directory)
-    tokens = jnp.asarray(random_tokens(model.config.vocabulary_size, (1, 90)))
-    segments = jnp.asarray([[1] * 40 + [2] * 50])
-    positions = jnp.asarray([[*range(40), *range(50)]])
-    packed = model.hidden(tokens, positions=positions, segments=segments)
-    np.testing.assert_allclose(packed[0, :40], model.hidden(tokens[:, :40])[0], atol=2e-5)
-    np.testing.assert_allclose(packed[0, 40:], model.hidden(tokens[:, 40:])[0], atol=2e-5)
+def test_segments_do_not_see_each_other(family_pair):
+    model = load_model(family_pair.directory)
+    tokens = jnp.asarray(random_tokens((1, 90)))
+    segments = jnp.repeat(jnp.asarray([[1, 2]]), 45, axis=1)
+    positions = jnp.tile(jnp.arange(45), 2)[None]
+    packed = hidden_of(model, tokens, positions=positions, segments=segments)
+    apart = hidden_of(model, tokens.reshape(2, 45))
+    np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=2e-5)
 
 
 def test_round_trip_keeps_every_bit_and_the_config(pair, tmp_path):
-    reference, directory = pair
-    model = load_model(directory)
-    save_model(model, tmp_path / "out", like=directory)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for name, parameter in reference.state_dict().items():
+    save_model(load_model(pair.directory), tmp_path / "out", like=pair.directory)
+    again = type(pair.reference).from_pretrained(tmp_path / "out")
+    for name, parameter in pair.reference.state_dict().items():
         assert torch.equal(parameter, again.state_dict()[name]), name
-    before = json.loads((directory / "config.json").read_text())
+    before = json.loads((pair.directory / "config.json").read_text())
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     assert before == after
 
 
-def test_fresh_config_is_read_back(pair, tmp_path):
-    _, directory = pair
-    model = load_model(directory)
-    from xelm.models.checkpoint import write_checkpoint
-
-    kind = json.loads((directory / "config.json").read_text())["model_type"]
+@pytest.mark.parametrize("name", ["llama-grouped", "llama3", "llama-linear", "xglm-unscaled"])
+def test_fresh_config_is_read_back(name, tmp_path):
+    pair = saved(CONFIGS[name], tmp_path / "hub")
+    model = load_model(pair.directory)
+    kind = pair.reference.config.model_type
     write_checkpoint(tmp_path / "out", model.config, parameters_of(model), model_type=kind)
     assert read_config(tmp_path / "out") == model.config
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    tokens = random_tokens(model.config.vocabulary_size, (1, 9))
-    with torch.no_grad():
-        wanted = loaded(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(model(jnp.asarray(tokens)), wanted, atol=1e-4, rtol=1e-4)
+    loaded = type(pair.reference).from_pretrained(tmp_path / "out").eval()
+    tokens = random_tokens((1, 9))
+    wanted = reference_logits(loaded, tokens)
+    np.testing.assert_allclose(logits_of(model, tokens), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_parameter_count_is_the_number_of_values(pair):
-    reference, directory = pair
-    config = read_config(directory)
-    assert config.parameter_count == sum(p.numel() for p in reference.parameters())
-    leaves = jax.tree.leaves(read_parameters(directory, config))
-    assert config.parameter_count == sum(leaf.size for leaf in leaves)
+    config = read_config(pair.directory)
+    assert config.parameter_count == sum(p.numel() for p in pair.reference.parameters())
 
 
-def test_bfloat16_parameters_are_the_rounded_ones(pair):
-    _, directory = pair
+def test_bfloat16_parameters_are_the_rounded_ones(tmp_path):
+    directory = saved(CONFIGS["llama-grouped"], tmp_path / "hub").directory
     exact = parameters_of(load_model(directory))
     rounded = parameters_of(load_model(directory, dtype="bfloat16"))
     jax.tree.map(

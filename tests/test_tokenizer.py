@@ -260,7 +260,7 @@ def test_a_directory_without_a_tokenizer_is_a_users_mistake(tmp_path, family, na
         tokenizers.load(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path} has no tokenizer; wanted tokenizer.json or tokenizer.model or "
-        "sentencepiece.bpe.model or vocab.json"
+        "sentencepiece.bpe.model or vocab.json or vocab.txt"
     )
 
 

@@ -84,7 +84,7 @@ def trained(parameters, tmp_path):
 
     def run(config=CONFIG, folder="training", sources=SOURCES):
         result = train(
-            parameters,
+            lambda shardings: jax.device_put(parameters, shardings),
             MODEL,
             sources,
             config,
@@ -150,6 +150,16 @@ def test_training_changes_what_it_returns_and_not_what_it_was_given(trained, par
     jax.tree.map(np.testing.assert_array_equal, parameters, before)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), result.parameters, before)
     assert all(jax.tree.leaves(changed))
+
+
+def test_gradients_are_clipped_and_their_norm_before_that_is_told(trained, parameters):
+    # Far below Adam's epsilon, so that next to nothing is left to move by.
+    config = replace(CONFIG, tokens=3 * 128, clip_norm=1e-14, weight_decay=0.0)
+    result, metrics = trained(config)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), result.parameters, parameters
+    )
+    assert all(line["grad_norm"] > 0.1 for line in metrics)
 
 
 def test_what_can_be_learned_is_learned(trained):

@@ -347,19 +347,24 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _generate_options(verb: argparse.ArgumentParser) -> None:
+    default = "what the seed asks for"
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("prompt")
     verb.add_argument("--routing", choices=ROUTINGS, default="tfidf")
     verb.add_argument("--language", metavar="XX", help="of the prompt, for --routing language")
-    verb.add_argument("--max-new-tokens", type=int, default=40, metavar="N")
+    verb.add_argument("--chat", action="store_true", help="the prompt is a turn of a chat")
+    verb.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {default})")
     verb.add_argument(
         "--temperature",
         type=float,
-        default=0.8,
         metavar="X",
-        help="0 takes the most probable token (default: %(default)s)",
+        help=f"0 takes the most probable token (default: {default})",
     )
-    verb.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    verb.add_argument("--top-k", type=int, metavar="K", help=f"(default: {default})")
+    verb.add_argument("--top-p", type=float, metavar="P", help=f"(default: {default})")
+    verb.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
     verb.add_argument("--random-seed", type=int, default=0, metavar="N")
     _router(verb)
     _json(verb)
@@ -371,21 +376,58 @@ def _generate(options: argparse.Namespace) -> None:
     ensemble = open_run(options.run).ensemble(
         options.routing, top_m=options.top_m, temperature=options.router_temperature
     )
+    prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
+
+    # With its first piece, so that nothing is shown of a prompt that is refused.
+    before = [] if options.chat else [options.prompt]
+
+    def show(piece: str) -> None:
+        print(*before, piece, sep="", end="", flush=True)
+        before.clear()
+
     generation = ensemble.generate(
-        options.prompt,
+        prompt,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
+        top_k=options.top_k,
         top_p=options.top_p,
+        stop=options.stop,
         random_seed=options.random_seed,
         language=options.language,
+        stream=(lambda piece: None) if options.json else show,
     )
     if options.json:
         _print_json({"text": generation.text, "weights": generation.weights})
         return
-    print(options.prompt + generation.text)
+    print()
     weights = sorted(generation.weights.items(), key=lambda item: -item[1])
     spoken = [f"{name} {weight:.2f}" for name, weight in weights if weight >= 0.005]
     print(f"experts: {', '.join(spoken)}", file=sys.stderr)
+
+
+def _fill_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("text", help="with the mask of the seed's tokenizer, such as [MASK]")
+    verb.add_argument("--routing", choices=ROUTINGS, default="tfidf")
+    verb.add_argument("--language", metavar="XX", help="of the text, for --routing language")
+    verb.add_argument("--count", type=int, default=5, metavar="N", help="guesses for each mask")
+    _router(verb)
+    _json(verb)
+
+
+def _fill(options: argparse.Namespace) -> None:
+    from xelm.runs.run import open_run
+
+    ensemble = open_run(options.run).ensemble(
+        options.routing, top_m=options.top_m, temperature=options.router_temperature
+    )
+    guesses = ensemble.fill(options.text, count=options.count, language=options.language)
+    if options.json:
+        _print_json(guesses)
+        return
+    for number, found in enumerate(guesses, 1):
+        said = ", ".join(f"{token} {probability:.3f}" for token, probability in found)
+        print(f"{number}. {said}")
 
 
 def _report_options(verb: argparse.ArgumentParser) -> None:
@@ -539,6 +581,7 @@ VERBS = {
     "grow": ("add an expert for a new language; touch nothing else", _grow_options, _grow),
     "evaluate": ("perplexity and bits per byte by language", _evaluate_options, _evaluate),
     "generate": ("continue a prompt with the ensemble", _generate_options, _generate),
+    "fill": ("guess the masked tokens of a text (encoders)", _fill_options, _fill),
     "report": ("write one self-contained HTML page about a RUN", _report_options, _report),
     "verify": ("check every hash of seed and experts", _verify_options, _verify),
     "rollback": ("publish an earlier version of an expert again", _rollback_options, _rollback),

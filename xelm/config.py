@@ -4,6 +4,7 @@ Imports no JAX, so that the command line stays quick.
 """
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -48,6 +49,8 @@ class TrainConfig:
     """Gradients are scaled down to at most this global norm."""
     sampling_exponent: float = 0.3
     """A language is seen in proportion to (its tokens) ** this: 0 is uniform, 1 proportional."""
+    mask_share: float = 0.15
+    """Share of the tokens that an encoder has to guess (.15 in BERT, .3 in ModernBERT)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; parameters, norms, softmax and losses stay float32."""
     rematerialise: bool = False
@@ -85,6 +88,8 @@ class TrainConfig:
         for name in ("warmup_share", "decay_share", "final_rate_share", "sampling_exponent"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name} must be between 0 and 1; got {getattr(self, name)}")
+        if not 0 < self.mask_share < 1:
+            faults.append(f"mask_share must be between 0 and 1; got {self.mask_share}")
         for name in ("learning_rate", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 faults.append(f"{name} must be above 0; got {getattr(self, name)}")
@@ -183,8 +188,8 @@ class RunConfig:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A configuration as JSON values."""
-    return dataclasses.asdict(config)
+    """A configuration as JSON values, as they come back from a file."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_json(kind: type, value: Mapping[str, Any]) -> Any:
@@ -197,7 +202,9 @@ def from_json(kind: type, value: Mapping[str, Any]) -> Any:
     arguments = {}
     for name, item in value.items():
         nested = _dataclass_of(hints[name])
-        arguments[name] = from_json(nested, item) if nested and item is not None else item
+        if nested and item is not None:
+            item = from_json(nested, item)
+        arguments[name] = tuple(item) if isinstance(item, list) else item
     try:
         return kind(**arguments)
     except (TypeError, ValueError) as error:

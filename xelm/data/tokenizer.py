@@ -8,11 +8,15 @@ import io
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from clustering.errors import UserError
+from xelm.data.masking import Masking
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
@@ -22,7 +26,13 @@ CONTROL_CHARACTERS = "<>/spadunkx0123456789ABCDEF"
 # Sentencepiece learns pieces from counts that converge long before this much text.
 TRAINING_BYTES = 40_000_000
 # One of them holds the pieces. Without any, transformers makes a tokenizer of the special tokens.
-PIECE_FILES = ("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json")
+PIECE_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
 # Of one length: what makes nothing of a text, or unknown ids alone, cannot tell them apart.
 PROBES = ("sea", "old")
 # In characters, of which UTF-8 takes up to four bytes.
@@ -124,7 +134,7 @@ def load(directory: str | Path) -> "Tokenizer":
         raise UserError(
             f"{directory} has no tokenizer that transformers can load: {reason}"
         ) from error
-    tokenizer = Tokenizer(hub)
+    tokenizer = Tokenizer(hub, _end_ids(Path(directory)), begins_with=_begins_with(Path(directory)))
     # Damaged files can load, too: as pieces of which no text is made.
     first, second = tokenizer.encode(PROBES)
     if first == second:
@@ -135,19 +145,58 @@ def load(directory: str | Path) -> "Tokenizer":
     return tokenizer
 
 
+def _end_ids(directory: Path) -> list[int]:
+    """The ends that a checkpoint names, such as that of a chat's turn: in generation_config.json,
+    or else in config.json."""
+    for name in ("generation_config.json", "config.json"):
+        found = _entries(directory / name).get("eos_token_id")
+        if found is not None:
+            return found if isinstance(found, list) else [found]
+    return []
+
+
+def _begins_with(directory: Path) -> int | None:
+    """What stands before a document in pre-training where the tokenizer puts nothing first, as far
+    as config.json says: after a chat's training, other tokens may end a text."""
+    entries = _entries(directory / "config.json")
+    # BLOOM has a bos that its training did not use: documents were parted by the end.
+    name = "eos_token_id" if entries.get("model_type") == "bloom" else "bos_token_id"
+    found = entries.get(name)
+    return found if isinstance(found, int) else None
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no JSON object")
+    return found
+
+
 class Tokenizer:
     """What xelm needs of a transformers tokenizer, which stays reachable as `.hub`."""
 
-    def __init__(self, hub: Any):
+    def __init__(self, hub: Any, end_ids: Iterable[int] = (), begins_with: int | None = None):
         self.hub = hub
         # XGLM starts sequences with </s>, Llama with <s>: whatever the tokenizer itself puts first.
         empty = hub("")["input_ids"]
-        start = hub.bos_token_id if hub.bos_token_id is not None else hub.eos_token_id
-        self.start_id: int = empty[0] if empty else start
-        self.end_id: int = hub.eos_token_id
-        if self.start_id is None or self.end_id is None:
+        starts = (begins_with, hub.bos_token_id, hub.cls_token_id, hub.eos_token_id)
+        start = empty[0] if empty else next((id for id in starts if id is not None), None)
+        # Encoders of the BERT line have a separator there.
+        end = hub.sep_token_id if hub.eos_token_id is None else hub.eos_token_id
+        if start is None or end is None:
             raise UserError(f"the tokenizer {hub.name_or_path} has no end-of-sequence token")
+        self.start_id: int = start
+        self.end_id: int = end
+        self.mask_id: int | None = hub.mask_token_id
+        """What stands for a hidden token, in tokenizers of encoders."""
         self.size: int = len(hub)
+        self.end_ids: frozenset[int] = frozenset({self.end_id, *end_ids})
+        """Ids that end a continuation."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Subword ids of each text, without special tokens: "</s>" in a text is four characters."""
@@ -157,6 +206,48 @@ class Tokenizer:
             list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
         )
         return encoded["input_ids"]
+
+    def encode_with_masks(self, text: str) -> list[int]:
+        """Subword ids of a text in which the tokenizer's mask stands for itself."""
+        return self.hub(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def masking(self) -> Masking:
+        """What the masked training of an encoder needs to know."""
+        if self.mask_id is None:
+            raise UserError(
+                f"the tokenizer {self.hub.name_or_path} has no mask token, which an encoder needs"
+            )
+        return Masking(mask_id=self.mask_id, usual_ids=self.usual_ids())
+
+    def usual_ids(self) -> Int[np.ndarray, " _"]:
+        """Ids that are no special tokens, ascending."""
+        added = self.hub.added_tokens_decoder.items()
+        special = {*self.hub.all_special_ids, *(id for id, token in added if token.special)}
+        return np.asarray(sorted(set(self.hub.get_vocab().values()) - special), np.int64)
+
+    def rows(self) -> int:
+        """Rows that an embedding must have. Special tokens at the end that no text becomes, such as
+        one for pictures, need none."""
+        named = (self.start_id, self.end_id, self.mask_id or 0)
+        return 1 + max(*named, *self.usual_ids()[-1:].tolist())
+
+    def begin(self, text: str) -> list[int]:
+        """Subword ids of a text that is to be continued, after the token that starts every text."""
+        return [self.start_id, *self.encode([text])[0]]
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Subword ids of a chat that the other side is to continue, by the checkpoint's own
+        template."""
+        if not self.hub.chat_template:
+            raise UserError(
+                f"the tokenizer {self.hub.name_or_path} has no chat template; give a plain text"
+            )
+        try:
+            return self.hub.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # a template is a program of its own, and raises what it likes
+            raise UserError(f"the chat template refuses these messages: {error}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of subword ids; special tokens are left out."""

@@ -1,64 +1,84 @@
-"""One model that reads a growing text with a cache and gives the next token's distribution."""
+"""One model that reads growing texts with a cache and gives what may come next."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from xelm.models.checkpoint import bind, graph
 from xelm.models.config import ModelConfig
-from xelm.models.decoder import empty_cache
+from xelm.models.transformer import empty_cache
 from xelm.training.loss import target_log_probabilities
 
 
 class Reader:
-    """Reads ids in order, as many at a time as they come."""
+    """Reads a batch of texts in order, as many ids at a time as they come. What is read at once is
+    padded on the left, to a power of two: few compiled shapes."""
 
-    def __init__(self, model: ModelConfig, parameters: Any, slots: int, dtype: str = "float32"):
-        """slots: the longest text, in tokens, that will be read."""
+    def __init__(self, model: ModelConfig, parameters: Any, rows: int, slots: int):
+        """slots: room for all that will be read, padding included."""
         self.parameters = parameters
-        self.read_count = 0
-        self.following = np.full(model.vocabulary_size, np.nan)
-        """Log probabilities over the vocabulary after all that was read, [V]; nan before that."""
-        self._extend = _extender(model, dtype)
-        self._cache = empty_cache(model, 1, slots, jnp.dtype(dtype))
+        self.logits: Float[Array, "B V"] = jnp.full((rows, model.vocabulary_size), jnp.nan)
+        """Scores over the vocabulary after all that was read of each text; nan before that."""
+        self._extend = _extender(model)
+        self._cache = empty_cache(model, rows, slots, jnp.float32)
 
     def read(
-        self, ids: Int[np.ndarray, " n"], *, scored: bool = False
-    ) -> Float[np.ndarray, " n"] | None:
-        """Reads more ids; if `scored`, returns the log probability of each (nan for the very first
-        of a text). Pieces are powers of two long: texts of any length need few compiled shapes."""
-        ids, scores = np.asarray(ids, np.int32), []
-        while len(ids):
-            size = 1 << (len(ids).bit_length() - 1)
-            piece, ids = ids[:size], ids[size:]
-            first = self.following[piece[0]]
-            inner, following, self._cache = self._extend(
-                self.parameters, piece[None], self._cache, scored=scored
-            )
-            self.following = np.asarray(following, np.float64)
-            self.read_count += size
-            if scored:
-                scores += [[first], np.asarray(inner)]
-        return np.concatenate(scores) if scored else None
+        self, texts: Sequence[Int[np.ndarray, " _"]], *, scored: bool = False
+    ) -> list[Float[np.ndarray, " _"]]:
+        """Reads more ids of each text. If `scored`, returns the log probability of each (nan for
+        the very first of a text); otherwise nothing."""
+        size = padded(max((len(ids) for ids in texts), default=0))
+        if not size:
+            return [np.zeros(0) for _ in texts if scored]
+        tokens = np.zeros((len(texts), size), np.int32)
+        valid = np.zeros(tokens.shape, bool)
+        for row, ids in enumerate(texts):
+            tokens[row, size - len(ids) :] = ids
+            valid[row, size - len(ids) :] = True
+        found, self.logits, self._cache = self._extend(
+            self.parameters, tokens, valid, self._cache, self.logits, scored=scored
+        )
+        if not scored:
+            return []
+        return [row[size - len(ids) :] for row, ids in zip(np.asarray(found), texts)]
+
+
+def padded(length: int) -> int:
+    """Columns that so many ids take."""
+    return 1 << (length - 1).bit_length() if length else 0
 
 
 @functools.lru_cache(maxsize=8)
-def _extender(model: ModelConfig, dtype: str):
-    decoder = graph(model, dtype)
+def _extender(model: ModelConfig):
+    shape = graph(model)
 
-    @functools.partial(jax.jit, donate_argnums=2, static_argnames="scored")
-    def extend(parameters, tokens, cache, *, scored):
-        network = bind(decoder, parameters)
-        hidden, cache = network.extend(tokens, cache, valid=jnp.ones(tokens.shape, bool))
-        following = jax.nn.log_softmax(network.logits(hidden[0, -1]))
-        if not scored or tokens.shape[1] == 1:
-            return jnp.zeros((0,)), following, cache
-        head = network.output_head()
-        inner = target_log_probabilities(hidden[0, :-1], head, tokens[0, 1:])
-        return inner, following, cache
+    @functools.partial(jax.jit, donate_argnums=(3, 4), static_argnames="scored")
+    def extend(parameters, tokens, valid, cache, logits, *, scored):
+        network = bind(shape, parameters)
+        hidden, cache = network.extend(tokens, cache, valid=valid)
+        following = jnp.where(valid[:, -1:], network.logits(hidden[:, -1]), logits)
+        if not scored:
+            return jnp.zeros((len(tokens), 0)), following, cache
+        # The first of each text follows what was read before, whatever stands left of it here.
+        before = jnp.take_along_axis(jax.nn.log_softmax(logits), _first(tokens, valid), axis=-1)
+        if tokens.shape[1] == 1:
+            return before, following, cache
+        states = network.before_head(hidden[:, :-1].reshape(-1, model.width))
+        targets = tokens[:, 1:].reshape(-1)
+        inner = target_log_probabilities(states, network.output_head(), targets, model.logit_cap)
+        inner = inner.reshape(len(tokens), -1)
+        starts = valid & ~jnp.pad(valid[:, :-1], [(0, 0), (1, 0)])
+        found = jnp.pad(inner, [(0, 0), (1, 0)])
+        return jnp.where(starts, before, found), following, cache
 
     return extend
+
+
+def _first(tokens, valid):
+    """The first valid token of each row."""
+    return jnp.take_along_axis(tokens, valid.argmax(axis=1)[:, None], axis=1)

@@ -13,12 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer
 
+from clustering.errors import UserError
 from xelm.models.checkpoint import bind, graph
 from xelm.models.config import ModelConfig
 from xelm.training.loss import target_log_probabilities
-from xelm.training.step import target_weights
 
 ROWS_A_BATCH = 16
+# Tokens from one hidden one to the next, where an encoder is asked: about the share of hidden
+# tokens that encoders are trained with.
+APART = 8
+
+
+def targets(model: ModelConfig, ids: Integer[np.ndarray, " n"], end_id: int) -> np.ndarray:
+    """What a model is asked to predict of a document: its ids, and by a decoder its end."""
+    return np.append(ids, end_id) if model.causal else np.asarray(ids)
+
+
+def check_ids(ids: Integer[np.ndarray, " _"], model: ModelConfig) -> None:
+    """Refuses ids without a row of the embedding: the special tokens of some tokenizers."""
+    if len(ids) and ids.max() >= model.vocabulary_size:
+        raise UserError(
+            f"the text has a special token, {ids.max()}, for which this model of "
+            f"{model.vocabulary_size} ids has no embedding"
+        )
 
 
 def score_documents(
@@ -29,67 +46,118 @@ def score_documents(
     start_id: int,
     end_id: int,
     sequence_length: int,
+    mask_id: int | None = None,
     dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[Float[np.ndarray, " _"]]:
-    """Log probabilities, in nats, of each document's tokens and of its end: n + 1 for n ids.
+    """Log probabilities, in nats, of the `targets` of each document.
 
-    A document longer than `sequence_length` is read in windows that do not see each other.
+    A decoder predicts each from those before. An encoder predicts each from all others, as in
+    pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), save that every `APART`-th token is
+    hidden at once: `APART` readings instead of one for each token. A document longer than
+    `sequence_length` is read in windows that do not see each other.
     """
     framed = [np.concatenate([[start_id], ids, [end_id]]) for ids in documents]
-    scores = [np.empty(len(document) - 1, np.float32) for document in framed]
-    rows = _pack([len(document) for document in framed], sequence_length + 1)
-    score = _scorer(model, dtype)
+    scores = [np.empty(len(targets(model, ids, end_id)), np.float32) for ids in documents]
+    lengths = [len(document) for document in framed]
+    if model.causal:
+        size = sequence_length + 1  # the last token of a row is not read
+        rows = _pack(lengths, size, size)
+    else:  # every window begins at a multiple of APART, where hidden tokens lie alike
+        size = -(-sequence_length // APART) * APART
+        rows = _pack(lengths, sequence_length, size, APART)
+    score = (_scorer if model.causal else _guesser)(model, dtype)
     for first in range(0, len(rows), ROWS_A_BATCH):
         part = rows[first : first + ROWS_A_BATCH]
-        shape = (ROWS_A_BATCH, sequence_length + 1)
+        shape = (ROWS_A_BATCH, size)
         tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+        asked = np.zeros(shape, bool)
         for r, row in enumerate(part):
             for s, (number, begin, end, column) in enumerate(row, 1):
                 where = slice(column, column + end - begin)
                 tokens[r, where] = framed[number][begin:end]
                 segments[r, where] = s
                 positions[r, where] = np.arange(end - begin)
-        found = np.asarray(score(parameters, tokens, segments, positions))
+                # A window's first token is context only; so is, for an encoder, a document's end.
+                last = min(end - 1, len(scores[number]))
+                asked[r, column + 1 : column + 1 + last - begin] = True
+        found = np.asarray(score(parameters, tokens, segments, positions, asked, mask_id))
         for r, row in enumerate(part):
             for number, begin, end, column in row:
-                scores[number][begin : end - 1] = found[r, column : column + end - begin - 1]
+                # Without the first column: what is found at a column is of the next one.
+                last = min(end - 1, len(scores[number]))
+                scores[number][begin:last] = found[r, column : column + last - begin]
         progress(sum(end - begin - 1 for row in part for _, begin, end, _ in row))
     return scores
 
 
 @functools.lru_cache(maxsize=8)
 def _scorer(model: ModelConfig, dtype: str):
-    decoder = graph(model, dtype)
+    shape = graph(model, dtype)
 
     @jax.jit
-    def score(parameters, tokens, segments, positions):
-        network = bind(decoder, parameters)
+    def score(parameters, tokens, segments, positions, asked, _):
+        network = bind(shape, parameters)
         hidden = network.hidden(
             tokens[:, :-1], positions=positions[:, :-1], segments=segments[:, :-1]
         )
         found = target_log_probabilities(
-            hidden.reshape(-1, model.width), network.output_head(), tokens[:, 1:].reshape(-1)
+            network.before_head(hidden.reshape(-1, model.width)),
+            network.output_head(),
+            tokens[:, 1:].reshape(-1),
+            model.logit_cap,
         ).reshape(tokens.shape[0], -1)
-        return jnp.where(target_weights(segments), found, 0.0)
+        return jnp.where(asked[:, 1:], found, 0.0)
 
     return score
 
 
-def _pack(lengths: Sequence[int], size: int) -> list[list[tuple[int, int, int, int]]]:
-    """Rows of windows (document, begin, end, column), longest window first into the first row
-    with room. Windows overlap by the one token that is context only."""
+@functools.lru_cache(maxsize=8)
+def _guesser(model: ModelConfig, dtype: str):
+    """As `_scorer`, of a model that sees both sides."""
+    shape = graph(model, dtype)
+
+    @jax.jit
+    def score(parameters, tokens, segments, positions, asked, mask_id):
+        network = bind(shape, parameters)
+
+        def guess(phase):
+            hidden_now = asked & (jnp.arange(tokens.shape[1]) % APART == phase)[None]
+            given = jnp.where(hidden_now, mask_id, tokens)
+            hidden = network.hidden(given, positions=positions, segments=segments)
+            # Every APART-th column alone passes the head.
+            states = hidden.reshape(-1, APART, model.width)[:, phase]
+            return target_log_probabilities(
+                network.before_head(states),
+                network.output_head(),
+                tokens.reshape(-1, APART)[:, phase],
+                model.logit_cap,
+            )
+
+        found = jax.lax.map(guess, jnp.arange(APART)).T.reshape(tokens.shape)
+        return jnp.where(asked, found, 0.0)[:, 1:]
+
+    return score
+
+
+def _pack(
+    lengths: Sequence[int], longest: int, size: int, unit: int = 1
+) -> list[list[tuple[int, int, int, int]]]:
+    """Rows of `size` columns with windows (document, begin, end, column) of at most `longest`
+    tokens, longest window first into the first row with room, at multiples of `unit`. Windows
+    overlap by the one token that is context only."""
     windows = []
     for number, length in enumerate(lengths):
         begin = 0
         while begin < length - 1:
-            end = min(begin + size, length)
+            end = min(begin + longest, length)
             windows.append((end - begin, number, begin, end))
             begin = end - 1
     windows.sort(key=lambda window: -window[0])
     rows: list[list[tuple[int, int, int, int]]] = []
     open_rows: dict[int, list[int]] = {}  # free columns -> rows
     for length, number, begin, end in windows:
+        length = -(-length // unit) * unit
         free = min((f for f in open_rows if f >= length and open_rows[f]), default=None)
         if free is None:
             rows.append([])

@@ -1,17 +1,59 @@
-"""What a decoder looks like, as plain values. Imports no JAX, so that the command line stays quick.
+"""What a transformer looks like, as plain values. Imports no JAX, so that the command line stays
+quick.
 
 The letters used for array dimensions everywhere in xelm:
 B batch, T tokens, S key positions, D width, F feed-forward, N heads, K key heads, H head size,
 V vocabulary, L layers, E experts, C clusters.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+"""Non-linearity of a feed-forward layer; gelu is the exact one, with erf."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rope:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) and how they are stretched."""
+
+    theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """linear: Chen et al. 2023, arXiv 2306.15595. llama3: Llama 3.1, arXiv 2407.21783, as released.
+    yarn: Peng et al. 2023, arXiv 2309.00071."""
+    factor: float = 1.0
+    """Low frequencies are divided by this (all of them, if linear)."""
+    original_length: int = 0
+    """Longest sequence, in tokens, before the stretching; llama3 and yarn."""
+    slowest: float = 1.0
+    """Frequencies with fewer turns than this over the original length are divided by the whole
+    factor: low_freq_factor of llama3, beta_slow of yarn."""
+    fastest: float = 4.0
+    """Those with more turns are left alone: high_freq_factor of llama3, beta_fast of yarn."""
+    truncate: bool = True
+    """yarn: the dimensions of those two are rounded outwards to whole ones."""
+    amplitude: float = 1.0
+    """Cosines and sines are multiplied by this; yarn."""
+
+    def __post_init__(self) -> None:
+        if self.theta <= 0 or self.factor <= 0:
+            raise ValueError(
+                f"theta and factor must be above 0; got {self.theta} and {self.factor}"
+            )
+        if self.scaling in ("llama3", "yarn"):
+            if self.original_length < 1:
+                raise ValueError(f"rope scaling {self.scaling} needs original_length")
+            if self.slowest >= self.fastest:
+                raise ValueError(
+                    f"slowest must be below fastest; got {self.slowest} and {self.fastest}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The shape of one decoder-only language model; covers the Llama and the XGLM families."""
+    """The shape of one transformer, decoder or encoder. What each family on the Hub uses of this is
+    in docs/models.md."""
 
     vocabulary_size: int
     """V, rows of the embedding."""
@@ -29,28 +71,76 @@ class ModelConfig:
     """H, size of one head; N * H need not be D."""
     max_length: int
     """Longest sequence, in tokens, the checkpoint declares."""
+
+    causal: bool = True
+    """Tokens see earlier ones alone (decoders), or all of them (encoders)."""
+
     norm: Literal["rms", "layer"] = "rms"
-    """RMSNorm (scale only) or LayerNorm (scale and bias)."""
+    """RMSNorm (no mean is taken off) or LayerNorm."""
+    norm_bias: bool = False
+    """Norms add a bias."""
+    norm_offset: float = 0.0
+    """Norms multiply by this + scale (1 for Gemma)."""
     norm_epsilon: float = 1e-6
     """Added to the variance inside the norm."""
-    activation: Literal["silu", "gelu"] = "silu"
-    """Non-linearity of the feed-forward layer; gelu is the exact one, with erf."""
+    norm_placement: Literal["before", "after", "around"] = "before"
+    """before: of what a sub-layer reads. after: of the sum with its result (BERT). around: of what
+    it reads and, by another norm, of its result before the sum (Gemma)."""
+    first_norm: bool = True
+    """The first attention has a norm before it (not in ModernBERT, whose embeddings have one)."""
+    embedding_norm: bool = False
+    """Embeddings, positions included, pass a norm."""
+    final_norm: bool = True
+    """The last states pass a norm."""
+
+    activation: Activation = "silu"
+    """Non-linearity of the feed-forward layer."""
     gated: bool = True
     """Feed-forward is down(act(gate(x)) * up(x)) when true, down(act(up(x))) when false."""
-    attention_bias: bool = False
-    """Query, key, value and output projections carry a bias."""
     feedforward_bias: bool = False
     """Feed-forward projections carry a bias."""
-    positions: Literal["rope", "sinusoidal"] = "rope"
-    """Rotary positions inside attention, or fixed sinusoids added to the embedding."""
-    rope_theta: float = 10_000.0
-    """Base of the rotary frequencies."""
+
+    query_bias: bool = False
+    """Query, key and value projections carry a bias."""
+    output_bias: bool = False
+    """The attention's output projection carries a bias."""
+    head_norm: bool = False
+    """Queries and keys pass an RMSNorm over each head, before positions."""
+    attention_scale: float | None = None
+    """Scores are multiplied by this; None is H ** -0.5."""
+    attention_cap: float | None = None
+    """Scores s become cap * tanh(s / cap) (Gemma 2)."""
+    local_window: int | None = None
+    """In local layers a token at i sees j with |i - j| < this; in none if None."""
+    local_layers: tuple[int, ...] = ()
+    """Numbers of the layers whose attention is local, from 0."""
+
+    positions: Literal["rope", "alibi", "learned", "sinusoidal"] = "rope"
+    """Rotary, or linear biases (Press et al. 2022, arXiv 2108.12409), inside attention; learned or
+    fixed vectors added to the embedding."""
+    rope: Rope = field(default_factory=Rope)
+    """Of all layers, or of the global ones where the local ones have their own."""
+    local_rope: Rope | None = None
+    """Of the local layers."""
     position_offset: int = 0
-    """Added to sinusoidal positions before look-up (2 for XGLM, after fairseq)."""
+    """Added to learned and sinusoidal positions before look-up (2 in fairseq's models)."""
+    positions_skip_padding: bool = False
+    """Positions count tokens that are not padding, rather than columns (XLM-R)."""
+
     embedding_scale: float = 1.0
-    """Token embeddings are multiplied by this (sqrt(D) for XGLM)."""
+    """Token embeddings are multiplied by this (sqrt(D) for XGLM and Gemma)."""
+    token_types: int = 0
+    """Rows of an embedding of sentence A or B, of which the first is added everywhere (BERT)."""
     tie_embeddings: bool = True
     """The output head is the embedding; otherwise it has a matrix of its own."""
+    head_transform: bool = False
+    """States pass norm(act(dense(x))) on their way to the output head (encoders)."""
+    head_transform_bias: bool = False
+    """That dense layer carries a bias."""
+    head_bias: bool = False
+    """The output head carries a bias."""
+    logit_cap: float | None = None
+    """Logits s become cap * tanh(s / cap) (Gemma 2)."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,18 +162,35 @@ class ModelConfig:
             )
         if self.positions == "rope" and self.head_size % 2:
             raise ValueError(f"head_size must be even for rotary positions; got {self.head_size}")
+        if self.local_layers and (self.local_window is None or self.local_window < 1):
+            raise ValueError(f"local layers need a local_window; got {self.local_window}")
+        if any(not 0 <= layer < self.layer_count for layer in self.local_layers):
+            raise ValueError(
+                f"local_layers must be of 0 to {self.layer_count - 1}; got {self.local_layers}"
+            )
 
     @property
     def parameter_count(self) -> int:
         """Number of trainable values, the embedding included."""
         d, f, heads = self.width, self.feedforward_width, self.head_count * self.head_size
         keys = self.key_head_count * self.head_size
-        norm = d * (2 if self.norm == "layer" else 1)
+        norm = d * (1 + self.norm_bias)
         attention = d * (heads + 2 * keys) + heads * d
-        if self.attention_bias:
-            attention += heads + 2 * keys + d
-        feedforward = d * f * (3 if self.gated else 2)
-        if self.feedforward_bias:
-            feedforward += f * (2 if self.gated else 1) + d
-        embedding = self.vocabulary_size * d * (1 if self.tie_embeddings else 2)
-        return self.layer_count * (attention + feedforward + 2 * norm) + norm + embedding
+        attention += self.query_bias * (heads + 2 * keys) + self.output_bias * d
+        attention += 2 * self.head_norm * self.head_size
+        feedforward = d * f * (2 + self.gated)
+        feedforward += self.feedforward_bias * (f * (1 + self.gated) + d)
+        norms = 4 if self.norm_placement == "around" else 2
+        layers = self.layer_count * (attention + feedforward + norms * norm)
+        layers -= 0 if self.first_norm else norm
+        embedding = (self.vocabulary_size + self.token_types) * d
+        embedding += d * self.position_rows + norm * self.embedding_norm
+        head = norm * self.final_norm + self.vocabulary_size * self.head_bias
+        head += 0 if self.tie_embeddings else self.vocabulary_size * d
+        head += self.head_transform * (d * d + d * self.head_transform_bias + norm)
+        return embedding + layers + head
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of learned positions."""
+        return self.max_length + self.position_offset if self.positions == "learned" else 0

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from clustering.errors import UserError
@@ -14,7 +13,8 @@ from experts.expert import Expert
 from experts.registry import Registry
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.routing import ROUTINGS, ByLanguage, Posterior, Router, Tfidf, Uniform
-from xelm.models.checkpoint import read_config, read_parameters
+from xelm.inference.sampling import sampling_of
+from xelm.models.checkpoint import load_parameters, read_config
 from xelm.models.config import ModelConfig
 from xelm.runs.run import Run
 from xelm.runs.training import CENTRE
@@ -35,6 +35,7 @@ def open_ensemble(
         tokenizer=run.tokenizer(),
         top_m=top_m,
         sequence_length=run.config.experts.sequence_length,
+        sampling=sampling_of(run.seed)[0],
     )
 
 
@@ -91,6 +92,5 @@ class _Parameters(Sequence):
 
     def __getitem__(self, index: int) -> Any:
         if index not in self._found:
-            parameters = read_parameters(self._directories[index], self._model)
-            self._found[index] = jax.device_put(parameters)
+            self._found[index] = load_parameters(self._directories[index], self._model)
         return self._found[index]

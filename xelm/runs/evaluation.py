@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from clustering.errors import UserError
@@ -20,8 +19,9 @@ from experts.lock import locked
 from xelm import __version__
 from xelm.data.store import LanguageIds, Store
 from xelm.inference.routing import ROUTINGS, Router, keep_largest, mixture
-from xelm.inference.scoring import score_documents
-from xelm.models.checkpoint import read_config, read_parameters
+from xelm.inference.scoring import score_documents, targets
+from xelm.models.checkpoint import load_parameters, read_config
+from xelm.models.config import ModelConfig
 from xelm.progress import bar
 from xelm.runs.ensembles import check_top_m, make_router, serving
 from xelm.runs.init import tokenise
@@ -113,6 +113,7 @@ def evaluate(
         systems["dense"] = run.dense
     systems |= {expert.name: expert.directory(run.directory) for expert in experts}
     served, end_id = serving(run.registry(), experts), run.tokenizer().end_id
+    model = read_config(run.seed)
     asked = {system: list(store.languages) for system in systems}
     if set(routings) == {"language"}:
         for index, expert in enumerate(experts):
@@ -128,7 +129,7 @@ def evaluate(
             if routing == "language" and tag not in served:
                 continue
             by_expert = [scores[expert.name].get(tag) for expert in experts]
-            mixed = _mix(router, tag, ids, by_expert, end_id, top_m)
+            mixed = _mix(router, tag, ids, by_expert, model, end_id, top_m)
             rows.append(_row("ensemble", routing, ids, mixed))
     if save:
         options = {
@@ -194,7 +195,7 @@ def _score_all(
     scores: dict[str, dict[str, list[np.ndarray]]] = {}
     with bar(total, "evaluate", "tok") as progress:
         for system, directory in systems.items():
-            parameters = jax.device_put(read_parameters(directory, model))
+            parameters = load_parameters(directory, model)
             flat = [ids for tag in asked[system] for ids in documents[tag]]
             found = iter(
                 score_documents(
@@ -204,6 +205,7 @@ def _score_all(
                     start_id=tokenizer.start_id,
                     end_id=tokenizer.end_id,
                     sequence_length=run.config.experts.sequence_length,
+                    mask_id=tokenizer.mask_id,
                     progress=progress.update,
                 )
             )
@@ -216,6 +218,7 @@ def _mix(
     language: str,
     ids: LanguageIds,
     by_expert: list[list[np.ndarray] | None],
+    model: ModelConfig,
     end_id: int,
     top_m: int | None,
 ) -> list[np.ndarray]:
@@ -223,10 +226,10 @@ def _mix(
     and no weight."""
     mixed = []
     for number in range(max(len(found) for found in by_expert if found is not None)):
-        targets = np.append(np.asarray(ids.document(number), np.int64), end_id)
-        silent = np.full(len(targets), -np.inf, np.float32)
+        wanted = targets(model, np.asarray(ids.document(number), np.int64), end_id)
+        silent = np.full(len(wanted), -np.inf, np.float32)
         scores = np.stack([silent if found is None else found[number] for found in by_expert])
-        log_weights = router.route(language).along(targets, scores)
+        log_weights = router.route(language).along(wanted, scores)
         mixed.append(mixture(keep_largest(log_weights, top_m), scores))
     return mixed
 

@@ -1,5 +1,6 @@
 """`xelm init`: a RUN from a corpus, with a seed that is trained here or comes from elsewhere."""
 
+import functools
 import os
 import shutil
 import sys
@@ -20,6 +21,7 @@ from xelm.data import tokenizer as tokenizers
 from xelm.data.corpus import Faults
 from xelm.data.rows import Source, exponent_shares
 from xelm.data.store import Store, build_store, kept
+from xelm.inference.sampling import sampling_of
 from xelm.models.checkpoint import (
     check_checkpoint,
     copy_checkpoint,
@@ -208,7 +210,7 @@ def _train_seed(run: Run, store: Store) -> None:
         config.seed.sampling_exponent,
     )
     trained = train(
-        fresh_parameters(_model(config), config.seed.random_seed),
+        functools.partial(fresh_parameters, _model(config), config.seed.random_seed),
         _model(config),
         [Source(ids=ids, share=shares[language]) for language, ids in store.languages.items()],
         config.seed,
@@ -231,13 +233,20 @@ def _train_seed(run: Run, store: Store) -> None:
 
 def _check_seed(source: Path) -> ModelConfig:
     model, tokenizer = check_checkpoint(source), tokenizers.load(source)
-    if tokenizer.size > model.vocabulary_size:
+    if tokenizer.rows() > model.vocabulary_size:
         raise UserError(
-            f"the tokenizer of {source} has {tokenizer.size} ids, its embedding "
+            f"the tokenizer of {source} has {tokenizer.rows()} ids, its embedding "
             f"{model.vocabulary_size} rows"
         )
     if not (source / "tokenizer.json").exists() and not tokenizer.hub.is_fast:
         raise UserError(f"{source} has no tokenizer.json, and transformers can make none of it")
+    if model.causal and (unknown := sampling_of(source)[1]):
+        print(
+            f"{source}/generation_config.json: no use is made of {', '.join(unknown)}",
+            file=sys.stderr,
+        )
+    if not model.causal:
+        tokenizer.masking()
     return model
 
 

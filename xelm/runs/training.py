@@ -1,5 +1,6 @@
 """`xelm branch` and `xelm train`: experts of clusters, and the dense baseline at equal compute."""
 
+import functools
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from experts.verify import hash_directory
 from xelm.config import TrainConfig
 from xelm.data.rows import Source, exponent_shares
 from xelm.data.store import LanguageIds
-from xelm.models.checkpoint import read_config, read_parameters, write_checkpoint
+from xelm.models.checkpoint import load_parameters, read_config, write_checkpoint
 from xelm.runs.run import Run
 from xelm.training.loop import train
 from xelm.training.metrics import read_metrics
@@ -151,13 +152,14 @@ def train_checkpoint(
         return
     model, tokenizer = read_config(parent), run.tokenizer()
     trained = train(
-        read_parameters(parent, model),
+        functools.partial(load_parameters, parent, model),
         model,
         sources,
         config,
         work,
         start_id=tokenizer.start_id,
         end_id=tokenizer.end_id,
+        masking=None if model.causal else tokenizer.masking(),
         label=name,
     )
     centre = work / CENTRE

@@ -6,9 +6,9 @@ nothing of experts, clusters or registries.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig
+from xelm.config import TrainConfig, to_json
+from xelm.data.masking import Masking, hide
 from xelm.data.rows import Source, batches
 from xelm.models.checkpoint import shapes
 from xelm.models.config import ModelConfig
@@ -37,15 +38,15 @@ class Trained:
     """What a training leaves."""
 
     parameters: Any
-    """Nested dictionary of host arrays, float32."""
+    """Nested dictionary of arrays on the devices of the training, float32."""
     tokens: int
-    """Targets predicted, over all steps."""
+    """Targets predicted, over all steps; by an encoder, tokens read."""
     language_tokens: Mapping[str, int]
     """The same by language."""
 
 
 def train(
-    parameters: Any,
+    start: Callable[[Any], Any],
     model: ModelConfig,
     sources: Sequence[Source],
     config: TrainConfig,
@@ -53,13 +54,15 @@ def train(
     *,
     start_id: int,
     end_id: int,
+    masking: Masking | None = None,
     label: str,
 ) -> Trained:
     """Trains on packed rows of `sources` and returns the new parameters.
 
     `directory` holds checkpoints and metrics.jsonl; run again with the same arguments after a
     crash, the training goes on from the newest checkpoint and ends, on CPUs, with the same bits.
-    `parameters` (nested dictionary, float32) start a training that has no checkpoint yet.
+    start(shardings) gives the parameters (nested dictionary, float32) that a training without a
+    checkpoint begins with, each on the devices that its sharding says. masking: of an encoder.
     """
     directory = Path(directory)
     languages = [source.ids.language for source in sources]
@@ -68,8 +71,8 @@ def train(
     with jax.set_mesh(mesh), closing(Checkpoints(directory / "checkpoints")) as checkpoints:
         functions = program(model, config, mesh)
         facts = {
-            "config": asdict(config),
-            "model": asdict(model),
+            "config": to_json(config),
+            "model": to_json(model),
             "language_tokens": dict.fromkeys(languages, 0),
         }
         first, state, facts = checkpoints.newest(
@@ -78,10 +81,9 @@ def train(
             check=lambda found: _same_training(facts, found, directory),
         ) or (
             0,
-            functions.create(jax.device_put(parameters, functions.state_shardings.parameters)),
+            functions.create(start(functions.state_shardings.parameters)),
             facts,
         )
-        del parameters  # the state has them now, and memory is scarce
         log = MetricsLog(
             directory / "metrics.jsonl", last_step=first, tensorboard=config.tensorboard
         )
@@ -101,7 +103,9 @@ def train(
             clock, since = time.perf_counter(), sum(seen.values())
             for step in range(first + 1, config.steps + 1):
                 batch = next(rows)
-                _count(seen, languages, batch)
+                _count(seen, languages, batch, model.causal)
+                if masking is not None:
+                    batch = hide(batch, masking, config.mask_share, config.random_seed, step)
                 arrays = {k: v for k, v in batch.items() if k != "language"}
                 arrays = jax.device_put(arrays, functions.batch_sharding)
                 state, metrics = functions.step(state, arrays, rate(step - 1))
@@ -135,14 +139,19 @@ def train(
                 if saved:
                     checkpoints.save(step, state, {**facts, "language_tokens": dict(seen)})
         checkpoints.wait()
-        trained = jax.tree.map(np.asarray, state.parameters)
-    return Trained(parameters=trained, tokens=sum(seen.values()), language_tokens=dict(seen))
+    return Trained(
+        parameters=state.parameters, tokens=sum(seen.values()), language_tokens=dict(seen)
+    )
 
 
-def _count(seen: dict[str, int], languages: Sequence[str], batch: Mapping[str, np.ndarray]) -> None:
+def _count(
+    seen: dict[str, int], languages: Sequence[str], batch: Mapping[str, np.ndarray], causal: bool
+) -> None:
     segments = batch["segments"]
-    targets = ((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)).sum(axis=1)
-    for index, count in zip(batch["language"], targets):
+    targets = segments[:, :-1] > 0
+    if causal:
+        targets = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    for index, count in zip(batch["language"], targets.sum(axis=1)):
         seen[languages[int(index)]] += int(count)
 
 

@@ -3,9 +3,13 @@
 Multilingual vocabularies are huge (XGLM: 256,008), and [B, T, V] in float32 would dwarf the model.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from xelm.models.transformer import Head
 
 # Logits of one chunk, in values: 2^22 float32 are 16 MiB, which stays near the caches of a CPU and
 # is large enough for the matrix units of an accelerator.
@@ -14,78 +18,86 @@ LOGITS_IN_A_CHUNK = 2**22
 
 def cross_entropy(
     hidden: Float[Array, "M D"],
-    head: Float[Array, "V D"],
+    head: Head,
     targets: Int[Array, " M"],
     weights: Float[Array, " M"],
+    cap: float | None = None,
 ) -> Float[Array, ""]:
     """Sum over positions of weight * -log p(target), in nats. Never holds [M, V].
 
     The gradient is computed chunk by chunk together with the loss, so the logits are made once
     and not again for the backward pass. Differentiable in `hidden` and `head`; `weights` (0 or 1,
-    say) are constants.
+    say) are constants. cap: of the logits, as in `ModelConfig.logit_cap`.
     """
-    return _summed(hidden, head, targets, jax.lax.stop_gradient(weights))
+    return _summed(cap, hidden, head, targets, jax.lax.stop_gradient(weights))
 
 
 def target_log_probabilities(
-    hidden: Float[Array, "M D"], head: Float[Array, "V D"], targets: Int[Array, " M"]
+    hidden: Float[Array, "M D"], head: Head, targets: Int[Array, " M"], cap: float | None = None
 ) -> Float[Array, " M"]:
     """log p(target) at each position, in nats, chunk by chunk."""
 
     def chunk(inputs):
         states, wanted = inputs
-        logits = _logits(states, head)
+        logits = _logits(states, head, cap)
         chosen = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    scores = jax.lax.map(chunk, _chunks(head.shape[0], hidden, targets))
+    scores = jax.lax.map(chunk, _chunks(head.matrix.shape[0], hidden, targets))
     return scores.reshape(-1)[: hidden.shape[0]]
 
 
-@jax.custom_vjp
-def _summed(hidden, head, targets, weights):
-    return -(target_log_probabilities(hidden, head, targets) * weights).sum()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(cap, hidden, head, targets, weights):
+    return -(target_log_probabilities(hidden, head, targets, cap) * weights).sum()
 
 
-def _forward(hidden, head, targets, weights):
+def _forward(cap, hidden, head, targets, weights):
     def chunk(head_gradient, inputs):
         states, wanted, weight = inputs
-        logits = _logits(states, head)
+        logits = _logits(states, head, cap)
         top = logits.max(axis=-1, keepdims=True)
         scaled = jnp.exp(logits - top)
         total = scaled.sum(axis=-1, keepdims=True)
         chosen = jnp.take_along_axis(logits, wanted[:, None], axis=-1)
         loss = ((top + jnp.log(total) - chosen)[:, 0] * weight).sum()
-        hot = jax.nn.one_hot(wanted, head.shape[0], dtype=jnp.float32)
-        error = ((scaled / total - hot) * weight[:, None]).astype(states.dtype)
-        state_gradient = error @ head.astype(states.dtype)
-        head_gradient += jnp.einsum("MV,MD->VD", error, states, preferred_element_type=jnp.float32)
-        return head_gradient, (loss, state_gradient)
+        hot = jax.nn.one_hot(wanted, head.matrix.shape[0], dtype=jnp.float32)
+        error = (scaled / total - hot) * weight[:, None]
+        if cap is not None:
+            error = error * (1 - jnp.square(logits / cap))  # of tanh
+        bias_gradient = head_gradient.bias
+        if bias_gradient is not None:
+            bias_gradient = bias_gradient + error.sum(axis=0)
+        error = error.astype(states.dtype)
+        state_gradient = error @ head.matrix.astype(states.dtype)
+        matrix_gradient = head_gradient.matrix + jnp.einsum(
+            "MV,MD->VD", error, states, preferred_element_type=jnp.float32
+        )
+        return Head(matrix_gradient, bias_gradient), (loss, state_gradient)
 
-    zero = jnp.zeros(head.shape, jnp.float32)
-    chunks = _chunks(head.shape[0], hidden, targets, weights)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+    chunks = _chunks(head.matrix.shape[0], hidden, targets, weights)
     head_gradient, (losses, state_gradients) = jax.lax.scan(chunk, zero, chunks)
     state_gradient = state_gradients.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return losses.sum(), (state_gradient, head_gradient.astype(head.dtype))
+    head_gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), head_gradient, head)
+    return losses.sum(), (state_gradient, head_gradient)
 
 
-def _backward(gradients, cotangent):
-    state_gradient, head_gradient = gradients
+def _backward(cap, gradients, cotangent):
     scale = cotangent.astype(jnp.float32)
-    return (
-        (state_gradient * scale).astype(state_gradient.dtype),
-        (head_gradient * scale).astype(head_gradient.dtype),
-        None,
-        None,
-    )
+    scaled = jax.tree.map(lambda gradient: (gradient * scale).astype(gradient.dtype), gradients)
+    return (*scaled, None, None)
 
 
 _summed.defvjp(_forward, _backward)
 
 
-def _logits(states, head):
-    head = head.astype(states.dtype)
-    return jnp.einsum("MD,VD->MV", states, head, preferred_element_type=jnp.float32)
+def _logits(states, head, cap):
+    matrix = head.matrix.astype(states.dtype)
+    logits = jnp.einsum("MD,VD->MV", states, matrix, preferred_element_type=jnp.float32)
+    if head.bias is not None:
+        logits = logits + head.bias.astype(jnp.float32)[None]
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _chunks(vocabulary_size, *arrays):

@@ -19,6 +19,10 @@ RULES: dict[str, str | None] = {
     "keys": "tensor",
     "ffn": "tensor",
     "width": "fsdp",
+    "head": None,
+    "positions": None,
+    "types": None,
+    "transformed": None,
 }
 # Rows of a batch are spread over every device that holds different parameters or data.
 BATCH = PartitionSpec(None, ("data", "fsdp"))

@@ -12,7 +12,7 @@ from xelm.config import TrainConfig
 from xelm.models.checkpoint import bind, graph
 from xelm.models.config import ModelConfig
 from xelm.training.loss import cross_entropy
-from xelm.training.optimizer import optimizer
+from xelm.training.optimizer import clipped, optimizer
 from xelm.training.sharding import BATCH, parameter_shardings, replicated
 
 
@@ -67,54 +67,63 @@ def program(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Program:
 @functools.lru_cache(maxsize=8)
 def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
     accumulation, dtype, rematerialise, beta1, beta2, clip, decay = settings
-    update = optimizer(
-        TrainConfig(tokens=1, beta1=beta1, beta2=beta2, clip_norm=clip, weight_decay=decay)
-    )
-    decoder = graph(model, dtype)
+    update = optimizer(TrainConfig(tokens=1, beta1=beta1, beta2=beta2, weight_decay=decay))
+    shape = graph(model, dtype)
 
     def create(parameters):
         return State(parameters, update.init(parameters), jnp.zeros((), jnp.int32))
 
-    def summed_loss(parameters, part):
-        network = bind(decoder, parameters)
-        tokens, segments = part["tokens"], part["segments"]
+    def mean_loss(parameters, part, total):
+        network = bind(shape, parameters)
+        if model.causal:
+            read = {name: part[name][:, :-1] for name in ("tokens", "positions", "segments")}
+            targets = part["tokens"][:, 1:]
+        else:
+            read = {**part, "tokens": part["inputs"]}
+            targets = jnp.take_along_axis(part["tokens"], part["places"], axis=1)
         hidden = network.hidden(
-            tokens[:, :-1],
-            positions=part["positions"][:, :-1],
-            segments=segments[:, :-1],
+            read["tokens"],
+            positions=read["positions"],
+            segments=read["segments"],
             remat=rematerialise,
         )
-        weights = target_weights(segments).astype(jnp.float32)
+        if not model.causal:  # few are asked for, and vocabularies are large
+            hidden = jnp.take_along_axis(hidden, part["places"][..., None], axis=1)
         return cross_entropy(
-            hidden.reshape(-1, model.width),
+            network.before_head(hidden.reshape(-1, model.width)),
             network.output_head(),
-            tokens[:, 1:].reshape(-1),
-            weights.reshape(-1),
+            targets.reshape(-1),
+            weights_of(part).reshape(-1) / total,
+            model.logit_cap,
         )
+
+    def weights_of(part):
+        return target_weights(part["segments"]) if model.causal else part["chosen"]
 
     def step(state, batch, learning_rate):
         parts = jax.tree.map(
             lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch
         )
         parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, BATCH))
+        tokens = weights_of(batch).sum()
+        # Of all parts: those with fewer targets weigh less, as in the whole batch. Batches of first
+        # tokens alone have no target.
+        total = jnp.maximum(tokens, 1).astype(jnp.float32)
 
-        def accumulate(total, part):
-            loss, gradients = jax.value_and_grad(summed_loss)(state.parameters, part)
-            return jax.tree.map(jnp.add, total, (loss, gradients)), None
+        def accumulate(sums, part):
+            found = jax.value_and_grad(mean_loss)(state.parameters, part, total)
+            return jax.tree.map(jnp.add, sums, found), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.parameters))
         if accumulation == 1:
             (loss, gradients), _ = accumulate(zero, jax.tree.map(lambda x: x[0], parts))
         else:
             (loss, gradients), _ = jax.lax.scan(accumulate, zero, parts)
-        # Divided once, at the end: parts with fewer targets weigh less, as in the whole batch.
-        tokens = target_weights(batch["segments"]).sum()
-        total = jnp.maximum(tokens, 1)  # tiny batches of first tokens alone have no target
-        gradients = jax.tree.map(lambda g: g / total, gradients)
+        gradients, norm = clipped(gradients, clip)
         updates, optimizer_state = update.update(gradients, state.optimizer, state.parameters)
         updates = jax.tree.map(lambda u: u * learning_rate, updates)
         parameters = optax.apply_updates(state.parameters, updates)
-        metrics = Metrics(loss / total, optax.tree.norm(gradients), tokens)
+        metrics = Metrics(loss, norm, tokens)
         return State(parameters, optimizer_state, state.step + 1), metrics
 
     placed = parameter_shardings(model, mesh)

@@ -13,7 +13,7 @@ from clustering.files import read_json
 from experts.expert import Expert
 from experts.registry import Registry
 from xelm.models.config import ModelConfig
-from xelm.models.families import family
+from xelm.models.families import model_config
 from xelm.runs.run import Run
 from xelm.training.metrics import read_metrics
 
@@ -145,7 +145,7 @@ def read(run: Run) -> Facts:
         registry=registry,
         experts=experts,
         has_dense=run.dense.exists(),
-        model=model and family(model["model_type"]).read(model),
+        model=model and model_config(model),
         clusters=clusters,
         results=results,
         scores=scores,

@@ -1,0 +1,188 @@
+"""Tiny random models made by transformers, of every family, in settings that are easy to get
+wrong."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hub
+
+VOCABULARY = 97
+_ROPE = {"rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 16}
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GEMMA = {**_LLAMA, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 20}
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 36,
+    "n_layer": 2,
+    "n_head": 3,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_XGLM = {
+    "vocab_size": VOCABULARY,
+    "d_model": 36,
+    "ffn_dim": 60,
+    "num_layers": 2,
+    "attention_heads": 3,
+    "max_position_embeddings": 256,
+}
+_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 36, "n_layer": 2, "n_head": 6}
+_BERT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 36,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 50,
+    "max_position_embeddings": 256,
+}
+_MODERNBERT = {
+    **_BERT,
+    "num_hidden_layers": 4,
+    "local_attention": 10,
+    **{"pad_token_id": 0, "cls_token_id": 1, "bos_token_id": 1},
+    **{"sep_token_id": 2, "eos_token_id": 2},
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama-grouped": hub.LlamaConfig(**_LLAMA, head_dim=12),
+    "llama-one-key-head-tied": hub.LlamaConfig(
+        **{**_LLAMA, "num_key_value_heads": 1, "vocab_size": 101},
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    ),
+    "llama-all-heads-biased": hub.LlamaConfig(
+        **{**_LLAMA, "num_key_value_heads": 4},
+        attention_bias=True,
+        mlp_bias=True,
+        rms_norm_eps=1e-5,
+    ),
+    "llama-linear": hub.LlamaConfig(
+        **_LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "llama3": hub.LlamaConfig(
+        **_LLAMA,
+        head_dim=16,
+        rope_parameters={
+            **{"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            **_ROPE,
+        },
+    ),
+    "mistral-local": hub.MistralConfig(**_LLAMA, sliding_window=9),
+    "mistral-global": hub.MistralConfig(**_LLAMA, sliding_window=None, head_dim=10),
+    "qwen2-yarn": hub.Qwen2Config(**_LLAMA, rope_parameters={"rope_type": "yarn", **_ROPE}),
+    "qwen2-partly-local-tied": hub.Qwen2Config(
+        **_LLAMA,
+        use_sliding_window=True,
+        sliding_window=7,
+        max_window_layers=1,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": hub.Qwen3Config(**_LLAMA, head_dim=12, attention_bias=True),
+    "qwen3-one-key-head": hub.Qwen3Config(
+        **{**_LLAMA, "num_key_value_heads": 1}, tie_word_embeddings=True
+    ),
+    "gemma2": hub.Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma2-uncapped": hub.Gemma2Config(
+        **{**_GEMMA, "num_key_value_heads": 4, "vocab_size": 101},
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        attention_bias=True,
+    ),
+    "gemma3": hub.Gemma3TextConfig(**_GEMMA, sliding_window_pattern=2),
+    "gemma3-stretched": hub.Gemma3TextConfig(
+        **{**_GEMMA, "num_key_value_heads": 1},
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "xglm": hub.XGLMConfig(**_XGLM),
+    "xglm-unscaled": hub.XGLMConfig(**{**_XGLM, "vocab_size": 64}, scale_embedding=False),
+    "bloom": hub.BloomConfig(**_BLOOM),
+    "bloom-untied": hub.BloomConfig(**{**_BLOOM, "n_head": 4}, tie_word_embeddings=False),
+    "gpt2": hub.GPT2Config(**_GPT2),
+    "gpt2-untied": hub.GPT2Config(**_GPT2, n_inner=50, tie_word_embeddings=False),
+    "bert": hub.BertConfig(**_BERT),
+    "xlm-roberta": hub.XLMRobertaConfig(**_BERT, type_vocab_size=1),
+    "modernbert": hub.ModernBertConfig(**_MODERNBERT),
+    "modernbert-biased": hub.ModernBertConfig(
+        **_MODERNBERT,
+        norm_bias=True,
+        attention_bias=True,
+        mlp_bias=True,
+        decoder_bias=False,
+        classifier_bias=True,
+        tie_word_embeddings=False,
+    ),
+}
+ENCODERS = ("bert", "xlm-roberta", "modernbert")
+DECODERS = tuple(name for name in CONFIGS if not name.startswith(ENCODERS))
+# One of each family.
+FAMILIES = (
+    *("llama3", "mistral-local", "qwen2-partly-local-tied", "qwen3", "gemma2", "gemma3"),
+    *("xglm", "bloom", "gpt2", *ENCODERS),
+)
+
+# What differs most; the others of `FAMILIES` are for the slow suite.
+QUICK = ("llama3", "gemma2", "gpt2", "bert", "modernbert")
+
+
+def by_speed(names: Sequence[str]) -> list[Any]:
+    """Parameters of a test, marked slow but for those of `QUICK`."""
+    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A random model of transformers and the directory it was saved to."""
+
+    reference: Any
+    directory: Path
+
+    @property
+    def masked(self) -> bool:
+        """An encoder."""
+        return self.reference.config.model_type in ENCODERS
+
+
+def random_model(config: Any) -> Any:
+    """With nothing at its initial zero or one, and no dropout."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)  # a model writes into its own
+    masked = config.model_type in ENCODERS
+    kind = hub.AutoModelForMaskedLM if masked else hub.AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def saved(config: Any, directory: Path) -> Pair:
+    """A random model and its files in `directory`."""
+    model = random_model(config)
+    model.save_pretrained(directory)
+    return Pair(model, directory)
+
+
+def random_tokens(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Ids of no special token."""
+    return np.random.default_rng(seed).integers(4, 64, shape)

@@ -1,0 +1,135 @@
+"""Which token comes next: the laws of drawing, and what a checkpoint asks for."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from clustering.errors import UserError
+from xelm.inference.sampling import Sampling, choose, penalised, sampling_of
+
+PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
+
+
+def frequencies(**settings):
+    """Of 4,000 draws, each of its own row."""
+    rows = jnp.log(jnp.tile(jnp.asarray(PROBABILITIES, jnp.float32), (4000, 1)))
+    drawn = choose(rows, Sampling(**{"temperature": 1.0, "top_p": 1.0, **settings}), 0)
+    return np.bincount(drawn, minlength=5) / 4000
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.69}, [1, 3]),
+        ({"top_p": 0.75}, [1, 2, 3]),
+        ({"top_p": 1e-6}, [1]),
+        ({"top_k": 3}, [1, 2, 3]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4]),
+        # .4 of the .85 that three have is less than half, .7 more.
+        ({"top_k": 3, "top_p": 0.5}, [1, 3]),
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities_from_those_kept(settings, kept):
+    wanted = np.where(np.isin(np.arange(5), kept), PROBABILITIES, 0)
+    np.testing.assert_allclose(frequencies(**settings), wanted / wanted.sum(), atol=0.025)
+
+
+def test_temperature_is_a_power():
+    wanted = PROBABILITIES**2
+    np.testing.assert_allclose(frequencies(temperature=0.5), wanted / wanted.sum(), atol=0.025)
+    np.testing.assert_array_equal(frequencies(temperature=0.0), [0, 1, 0, 0, 0])
+
+
+def test_draws_differ_by_seed_and_step_and_not_otherwise():
+    rows = jnp.zeros((1, 1000))
+
+    def draw(seed, step):
+        return int(choose(rows, Sampling(random_seed=seed), step)[0])
+
+    assert draw(0, 0) == draw(0, 0)
+    assert len({draw(0, 0), draw(1, 0), draw(0, 1)}) == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7, "top_k": 7, "top_p": 1.0},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 0.9, "top_k": 20, "top_p": 0.6, "repetition_penalty": 1.7},
+    ],
+)
+def test_the_kept_tokens_are_those_of_transformers(settings):
+    """Drawn often, each token as often as transformers' own chain of processors says."""
+    logits = 2 * np.random.default_rng(0).normal(size=(1, 40)).astype(np.float32)
+    seen = [3, 5, 8, 13]
+    sampling = Sampling(**settings)
+    chain = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
+            TemperatureLogitsWarper(sampling.temperature),
+            TopKLogitsWarper(sampling.top_k or 40),
+            TopPLogitsWarper(sampling.top_p),
+        ]
+    )
+    wanted = torch.softmax(chain(torch.tensor([seen]), torch.tensor(logits)), dim=-1)[0].numpy()
+    mask = np.isin(np.arange(40), seen)[None]
+    found = penalised(jnp.asarray(logits), jnp.asarray(mask), sampling.repetition_penalty)
+    rows = jnp.tile(jax.nn.log_softmax(found), (20_000, 1))
+    shares = np.bincount(choose(rows, sampling, 0), minlength=40) / 20_000
+    assert (shares[wanted == 0] == 0).all()
+    np.testing.assert_allclose(shares, wanted, atol=0.015)
+
+
+def write(folder, **settings):
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return sampling_of(folder)
+
+
+def test_a_checkpoint_without_wishes_is_sampled_by_our_defaults(tmp_path):
+    assert sampling_of(tmp_path) == (Sampling(), [])
+    assert write(tmp_path, eos_token_id=[2, 5], transformers_version="5.0") == (Sampling(), [])
+
+
+def test_a_checkpoints_wishes_are_honoured(tmp_path):
+    asked = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
+    found, ignored = write(tmp_path, **asked)
+    assert found == Sampling(temperature=0.6, top_k=20, top_p=1.0, repetition_penalty=1.1)
+    assert ignored == []
+    assert write(tmp_path, do_sample=False, temperature=0.6)[0].temperature == 0
+    # Of transformers, where the file draws and says nothing of these.
+    assert write(tmp_path, do_sample=True)[0] == Sampling(temperature=1.0, top_k=50, top_p=1.0)
+    assert write(tmp_path, max_new_tokens=7, top_k=0)[0] == Sampling(max_new_tokens=7)
+
+
+def test_wishes_that_are_not_honoured_are_named(tmp_path):
+    assert write(tmp_path, num_beams=4, typical_p=0.5)[1] == ["num_beams", "typical_p"]
+    with pytest.raises(UserError, match=r"generation_config.json: .* temperature at least 0"):
+        write(tmp_path, temperature=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"temperature": float("nan")}, "temperature at least 0; got nan"),
+        ({"top_k": 0}, "top_k at least 1; got 0"),
+        ({"top_p": 0.0, "max_new_tokens": -1}, "max_new_tokens .* got -1; top_p above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty above 0; got 0.0"),
+        ({"stop": ("",)}, "stop strings that are not empty"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(settings, fault):
+    with pytest.raises(UserError, match=fault):
+        Sampling(**settings)

@@ -1,0 +1,88 @@
+"""What stands behind the masks of a text, by an ensemble of encoders."""
+
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clustering.errors import UserError
+from xelm.inference.routing import keep_largest
+from xelm.inference.scoring import check_ids, score_documents
+from xelm.models.checkpoint import bind, graph
+from xelm.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from xelm.inference.ensemble import Ensemble
+
+
+def fill(
+    ensemble: "Ensemble", text: str, count: int, language: str | None
+) -> list[list[tuple[str, float]]]:
+    """As `Ensemble.fill`."""
+    tokenizer, model = ensemble.tokenizer, ensemble.model
+    if count < 1:
+        raise UserError(f"count must be at least 1; got {count}")
+    if model.causal:
+        raise UserError("these experts are decoders, which fill no masks; use generate")
+    ids = np.asarray(tokenizer.encode_with_masks(text))
+    masks = np.flatnonzero(ids == tokenizer.mask_id)
+    if not len(masks):
+        raise UserError(f"the text has no {tokenizer.hub.mask_token} to be filled")
+    check_ids(ids, model)
+    framed = np.concatenate([[tokenizer.start_id], ids, [tokenizer.end_id]])
+    if len(framed) > model.max_length:
+        raise UserError(
+            f"the text has {len(ids)} tokens; this model of {model.max_length} has room for "
+            f"{model.max_length - 2}"
+        )
+    log_weights = _weights(ensemble, ids[ids != tokenizer.mask_id], language)
+    # Padded to a power of two: few compiled shapes.
+    size = min(1 << int(len(framed) - 1).bit_length(), model.max_length)
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(framed)] = framed
+    valid = np.arange(size)[None] < len(framed)
+    places = np.resize(masks + 1, size)  # repeated, for the same reason
+    mixed = np.full((len(masks), model.vocabulary_size), -np.inf)
+    for expert in np.flatnonzero(np.isfinite(log_weights)):
+        found = _filler(model)(ensemble.parameters[int(expert)], tokens, valid, places)
+        mixed = np.logaddexp(mixed, log_weights[expert] + np.asarray(found)[: len(masks)])
+    best = np.argsort(-mixed, axis=1, kind="stable")[:, :count]
+    return [
+        [(tokenizer.decode([int(i)]).strip(), float(np.exp(row[i]))) for i in chosen]
+        for row, chosen in zip(mixed, best)
+    ]
+
+
+def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.ndarray:
+    """Log weights of the experts after all that can be read of a text."""
+    route = ensemble.router.route(language)
+    scores = np.full((len(ensemble.names), len(ids)), np.nan)
+    if ensemble.router.needs_scores:
+        for expert in range(len(ensemble.names)):
+            (scores[expert],) = score_documents(
+                ensemble.model,
+                ensemble.parameters[expert],
+                [ids],
+                start_id=ensemble.tokenizer.start_id,
+                end_id=ensemble.tokenizer.end_id,
+                sequence_length=ensemble.sequence_length,
+                mask_id=ensemble.tokenizer.mask_id,
+            )
+    for token, heard in zip(ids, scores.T):
+        route.observe(int(token), heard)
+    return keep_largest(route.now(), ensemble.top_m)
+
+
+@functools.lru_cache(maxsize=8)
+def _filler(model: ModelConfig):
+    shape = graph(model)
+
+    @jax.jit
+    def guess(parameters, tokens, valid, places):
+        network = bind(shape, parameters)
+        hidden = network.hidden(jnp.asarray(tokens), valid=jnp.asarray(valid))[0, places]
+        return jax.nn.log_softmax(network.logits(hidden))
+
+    return guess

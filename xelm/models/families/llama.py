@@ -1,0 +1,133 @@
+"""Llama and what is built like it: Mistral, Qwen 2 and 3."""
+
+from typing import Any
+
+from xelm.models.config import ModelConfig, Rope
+from xelm.models.families.family import Family, activation, linear, local, norm, rope, table
+
+
+def llama_like(hub: Any, **settings: Any) -> ModelConfig:
+    """The shape of Llama, with what else a family has."""
+    width, heads = hub.hidden_size, hub.num_attention_heads
+    shape: dict[str, Any] = {
+        "vocabulary_size": hub.vocab_size,
+        "width": width,
+        "feedforward_width": hub.intermediate_size,
+        "layer_count": hub.num_hidden_layers,
+        "head_count": heads,
+        "key_head_count": hub.num_key_value_heads,
+        "head_size": getattr(hub, "head_dim", None) or width // heads,
+        "max_length": hub.max_position_embeddings,
+        "norm_epsilon": hub.rms_norm_eps,
+        "tie_embeddings": hub.tie_word_embeddings,
+    }
+    return ModelConfig(**shape | settings)
+
+
+def _read_llama(hub: Any) -> ModelConfig:
+    return llama_like(
+        hub,
+        activation=activation("hidden_act", hub.hidden_act),
+        query_bias=hub.attention_bias,
+        output_bias=hub.attention_bias,
+        feedforward_bias=hub.mlp_bias,
+        rope=rope(hub.rope_parameters),
+    )
+
+
+def _write_llama(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.feedforward_width,
+        "num_hidden_layers": config.layer_count,
+        "num_attention_heads": config.head_count,
+        "num_key_value_heads": config.key_head_count,
+        "head_dim": config.head_size,
+        "max_position_embeddings": config.max_length,
+        "rms_norm_eps": config.norm_epsilon,
+        "hidden_act": "silu",
+        "attention_bias": config.query_bias,
+        "mlp_bias": config.feedforward_bias,
+        "rope_parameters": _write_rope(config.rope),
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def _write_rope(rope: Rope) -> dict[str, Any]:
+    if rope.scaling == "none":
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    written = {"rope_type": rope.scaling, "rope_theta": rope.theta, "factor": rope.factor}
+    if rope.scaling == "llama3":
+        written |= {"low_freq_factor": rope.slowest, "high_freq_factor": rope.fastest}
+    if rope.scaling == "yarn":
+        written |= {"beta_slow": rope.slowest, "beta_fast": rope.fastest}
+        written |= {"truncate": rope.truncate, "attention_factor": rope.amplitude}
+    if rope.original_length:
+        written["original_max_position_embeddings"] = rope.original_length
+    return written
+
+
+def _read_mistral(hub: Any) -> ModelConfig:
+    return llama_like(
+        hub,
+        activation=activation("hidden_act", hub.hidden_act),
+        rope=rope(hub.rope_parameters),
+        # All layers or none, whatever layer_types may say.
+        **local(hub.sliding_window, ["sliding_attention"] * hub.num_hidden_layers),
+    )
+
+
+def _read_qwen2(hub: Any) -> ModelConfig:
+    return llama_like(
+        hub,
+        activation=activation("hidden_act", hub.hidden_act),
+        query_bias=True,
+        rope=rope(hub.rope_parameters),
+        **local(hub.sliding_window, hub.layer_types),
+    )
+
+
+def _read_qwen3(hub: Any) -> ModelConfig:
+    return llama_like(
+        hub,
+        activation=activation("hidden_act", hub.hidden_act),
+        query_bias=hub.attention_bias,
+        output_bias=hub.attention_bias,
+        head_norm=True,
+        rope=rope(hub.rope_parameters),
+        **local(hub.sliding_window, hub.layer_types),
+    )
+
+
+TENSORS = {
+    **table("model.embed_tokens.weight", "embedding"),
+    **table("lm_head.weight", "head"),
+    **norm("model.norm", "norm"),
+    **norm("model.layers.{}.input_layernorm", "blocks/attention_norm"),
+    **linear("model.layers.{}.self_attn.q_proj", "blocks/query"),
+    **linear("model.layers.{}.self_attn.k_proj", "blocks/key"),
+    **linear("model.layers.{}.self_attn.v_proj", "blocks/value"),
+    **norm("model.layers.{}.self_attn.q_norm", "blocks/query_norm"),
+    **norm("model.layers.{}.self_attn.k_norm", "blocks/key_norm"),
+    **linear("model.layers.{}.self_attn.o_proj", "blocks/output"),
+    **norm("model.layers.{}.post_attention_layernorm", "blocks/feedforward_norm"),
+    **linear("model.layers.{}.mlp.gate_proj", "blocks/gate"),
+    **linear("model.layers.{}.mlp.up_proj", "blocks/up"),
+    **linear("model.layers.{}.mlp.down_proj", "blocks/down"),
+}
+_COMMON: dict[str, Any] = {
+    "tensors": TENSORS,
+    "prefix": "model.",
+    "ignored": ("rotary_emb.inv_freq",),
+}
+# Touvron et al. 2023, arXiv 2302.13971; Llama Team 2024, arXiv 2407.21783.
+LLAMA = Family(read=_read_llama, write=_write_llama, **_COMMON)
+# Jiang et al. 2023, arXiv 2310.06825.
+MISTRAL = Family(read=_read_mistral, **_COMMON)
+# Qwen Team 2024, arXiv 2407.10671 and 2412.15115.
+QWEN2 = Family(read=_read_qwen2, **_COMMON)
+# Qwen Team 2025, arXiv 2505.09388.
+QWEN3 = Family(read=_read_qwen3, **_COMMON)

@@ -1,0 +1,71 @@
+"""How our parameters lie in the tensors of a checkpoint, on plain arrays.
+
+Ours have weights as [inputs, outputs]; most checkpoints have [outputs, inputs], and some put
+several weights into one tensor.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from xelm.models.families.family import Tensor
+
+Range = tuple[int, int]
+"""First index and the one after the last."""
+
+
+def stored_shape(tensor: Tensor, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    """Shape in the checkpoint of a tensor that holds parameters of these shapes, by path."""
+    parts = [shapes[path] for path in tensor.paths]
+    outputs = sum(shape[-1] for shape in parts)
+    if not _is_weight(tensor):
+        return (*parts[0][:-1], outputs)
+    return (parts[0][0], outputs) if tensor.inputs_first else (outputs, parts[0][0])
+
+
+def take(
+    stored: Any,
+    tensor: Tensor,
+    path: str,
+    shapes: Mapping[str, Sequence[int]],
+    ranges: Sequence[Range],
+    head_size: int,
+) -> np.ndarray:
+    """The part `ranges` of our parameter `path`, reading no more of `stored` (an array, or a lazy
+    slice of one) than that takes."""
+    place = tensor.paths.index(path)
+    begin, end = ranges[-1]
+    if tensor.by_head:
+        # Whole heads are read, of all parameters, and one parameter's rows picked from them.
+        count, first, last = len(tensor.paths), begin // head_size, -(-end // head_size)
+        outputs = (first * count * head_size, last * count * head_size)
+        found = _oriented(stored, tensor, (*ranges[:-1], outputs))
+        found = found.reshape(*found.shape[:-1], last - first, count, head_size)[..., place, :]
+        found = found.reshape(*found.shape[:-2], -1)
+        return found[..., begin - first * head_size : end - first * head_size]
+    offset = sum(shapes[earlier][-1] for earlier in tensor.paths[:place])
+    return _oriented(stored, tensor, (*ranges[:-1], (begin + offset, end + offset)))
+
+
+def join(tensor: Tensor, arrays: Sequence[np.ndarray], head_size: int) -> np.ndarray:
+    """The tensor of a checkpoint that holds these parameters, contiguous."""
+    if tensor.by_head:
+        heads = [a.reshape(*a.shape[:-1], -1, 1, head_size) for a in arrays]
+        joined = np.concatenate(heads, axis=-2)
+        joined = joined.reshape(*arrays[0].shape[:-1], -1)
+    else:
+        joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+    turned = _is_weight(tensor) and not tensor.inputs_first
+    return np.ascontiguousarray(joined.T if turned else joined)
+
+
+def _oriented(stored: Any, tensor: Tensor, ranges: Sequence[Range]) -> np.ndarray:
+    if _is_weight(tensor) and not tensor.inputs_first:
+        (a, b), (c, d) = ranges
+        return stored[c:d, a:b].T
+    return stored[tuple(slice(*part) for part in ranges)]
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return tensor.paths[0].endswith("/weight")
