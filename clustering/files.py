@@ -58,13 +58,8 @@ def read_json(path: str | os.PathLike[str], newest_format: int = 1) -> dict[str,
     Raises UserError if the file is missing or damaged, or newer than `newest_format`, the highest
     that the caller reads.
     """
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _cannot_read(path, error) from error
-    except ValueError as error:  # covers bytes that are not UTF-8
-        raise UserError(f"{path} is not JSON: {error}") from error
-    number = value.get("format") if isinstance(value, dict) else None
+    value = read_object(path)
+    number = value.get("format")
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise UserError(
             f'{path} wants a JSON object with a "format" number of 1 or more; got {number!r}'
@@ -73,6 +68,19 @@ def read_json(path: str | os.PathLike[str], newest_format: int = 1) -> dict[str,
         raise UserError(
             f"{path} is of format {number}, this xelm reads up to {newest_format}; upgrade xelm"
         )
+    return value
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file; UserError if it is missing, damaged or holds something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    except ValueError as error:  # covers bytes that are not UTF-8
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} wants a JSON object; got {value!r:.40}")
     return value
 
 

@@ -4,7 +4,6 @@ Knows safetensors files as NumPy arrays, not what a model makes of them. Works t
 holds only the result, so that the memory it takes does not depend on the number of checkpoints.
 """
 
-import json
 import math
 import os
 import shutil
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from clustering.errors import UserError
-from clustering.files import flush, sha256, write_json
+from clustering.files import flush, read_object, sha256, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,26 +100,16 @@ def _weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS]
     if not (directory / INDEX).is_file():
         raise UserError(f"{directory} has no {WEIGHTS}")
-    weight_map = _json(directory / INDEX).get("weight_map")
+    weight_map = read_object(directory / INDEX).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise UserError(f"{directory / INDEX} names no files, or files elsewhere")
     return [directory / name for name in sorted(set(names))]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} should hold an object")
-    return value
-
-
 def _check_configs(directories: list[Path]) -> None:
     """Raise UserError where configurations differ: equal shapes can mean different functions."""
-    first, *others = [_json(directory / "config.json") for directory in directories]
+    first, *others = [read_object(directory / "config.json") for directory in directories]
     faults = [
         f"{key} is {first[key]!r} in {directories[0]} and {other[key]!r} in {directory}"
         for directory, other in zip(directories[1:], others, strict=True)

@@ -413,6 +413,16 @@ def test_files_of_weights_alone_are_copied_and_the_dtype_said_once(llama, tmp_pa
     assert written["dtype"] == "float32" and "torch_dtype" not in written
 
 
+def test_an_index_that_names_files_elsewhere_is_refused(llama, tmp_path):
+    """Copied, they would be written elsewhere, too."""
+    weight_map = {"model.norm.weight": "../stolen.safetensors"}
+    (llama / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "stolen.safetensors").write_bytes(b"theirs")
+    with pytest.raises(UserError, match=r"names files elsewhere: \.\./stolen\.safetensors"):
+        copy_checkpoint(llama, tmp_path / "copy" / "seed", lambda folder: None)
+    assert not (tmp_path / "copy").exists()
+
+
 def test_an_encoder_without_its_head_is_refused(tmp_path):
     BertModel(CONFIGS["bert"]).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"missing .*cls\.predictions"):

@@ -91,7 +91,7 @@ def test_a_file_is_readable_by_others_as_the_umask_says(tmp_path):
     [
         ('{"format": 2}', "is of format 2, this xelm reads up to 1; upgrade xelm"),
         ('{"format": 1', "is not JSON"),
-        ("[1]", 'a "format" number'),
+        ("[1]", r"wants a JSON object; got \[1\]"),
         ('{"format": true}', 'a "format" number'),
         ('{"clusters": {}}', 'a "format" number'),
     ],
@@ -103,7 +103,7 @@ def test_json_of_another_format_or_none_is_refused(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    for read in (files.read_json, files.read_arrays, files.sha256):
+    for read in (files.read_json, files.read_object, files.read_arrays, files.sha256):
         with pytest.raises(UserError, match=r"nowhere\.x does not exist"):
             read(tmp_path / "nowhere.x")
 

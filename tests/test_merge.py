@@ -253,7 +253,7 @@ def test_what_is_no_checkpoint_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match=r"bad has no model.safetensors"):
         average([good, bad], out=tmp_path / "out")
     (bad / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config.json cannot be read"):
+    with pytest.raises(UserError, match=r"config.json does not exist"):
         average([good, bad], out=tmp_path / "out")
 
 

@@ -118,6 +118,9 @@ def test_wishes_that_are_not_honoured_are_named(tmp_path):
     assert write(tmp_path, num_beams=4, typical_p=0.5)[1] == ["num_beams", "typical_p"]
     with pytest.raises(UserError, match=r"generation_config.json: .* temperature at least 0"):
         write(tmp_path, temperature=-1)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config.json wants a JSON object; got \[\]"):
+        sampling_of(tmp_path)
 
 
 @pytest.mark.parametrize(

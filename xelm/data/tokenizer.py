@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from clustering.errors import UserError
+from clustering.files import read_object
 from xelm.data.masking import Masking
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
@@ -166,15 +167,7 @@ def _begins_with(directory: Path) -> int | None:
 
 
 def _entries(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is no JSON object")
-    return found
+    return read_object(path) if path.is_file() else {}
 
 
 class Tokenizer:

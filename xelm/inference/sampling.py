@@ -1,6 +1,5 @@
 """Which token comes next, given how probable each one is."""
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from clustering.errors import UserError
+from clustering.files import read_object
 
 # Of generation_config.json: what is honoured, and what says nothing about the text.
 HONOURED = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
@@ -72,11 +72,7 @@ def sampling_of(directory: str | Path) -> tuple[Sampling, list[str]]:
     path = Path(directory) / "generation_config.json"
     if not path.is_file():
         return Sampling(), []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    found = {name: value for name, value in found.items() if value is not None}
+    found = {name: value for name, value in read_object(path).items() if value is not None}
     sampling = Sampling()
     # Nothing said about how to draw is no wish to be greedy, in a base model's file.
     wishes = {name: found[name] for name in HONOURED if name in found and name != "do_sample"}

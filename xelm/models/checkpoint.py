@@ -4,7 +4,6 @@ Parameters travel as a nested dictionary of arrays, stacked over layers, with de
 [inputs, outputs] (the Hub has [outputs, inputs], one tensor a layer).
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from clustering.errors import UserError
-from clustering.files import flush, write_json
+from clustering.files import flush, read_object, write_json
 from xelm.models.config import ModelConfig
 from xelm.models.families import family, hub_config, model_config
 from xelm.models.families.family import Family, Tensor
@@ -125,7 +124,7 @@ def read_hub_config(directory: str | Path) -> dict[str, Any]:
         )
     if not path.exists():
         raise UserError(f"{directory} is no model checkpoint: it has no config.json")
-    return _read_object(path)
+    return read_object(path)
 
 
 def load_parameters(
@@ -278,25 +277,18 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} wants a JSON object; got {value!r:.40}")
-    return value
-
-
 def _files(directory: Path) -> list[str]:
     """Names of the files that hold a checkpoint's weights: one, or those of an index."""
     if (directory / INDEX).is_file():
-        shards = _read_object(directory / INDEX).get("weight_map")
+        shards = read_object(directory / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
             raise UserError(
                 f'{directory / INDEX} wants a "weight_map" of tensors to files; got {shards!r:.40}'
             )
-        return sorted(set(shards.values()))
+        names = sorted(set(shards.values()))
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{directory / INDEX} names files elsewhere: {', '.join(names[:5])}")
+        return names
     if (directory / WEIGHTS).is_file():
         return [WEIGHTS]
     pickled = " (its .bin files can run code and are not read: convert them to safetensors)"

@@ -5,7 +5,17 @@ from typing import Any
 
 from clustering.errors import UserError
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import Family, Tensor, activation, linear, norm, table, want
+from xelm.models.families.family import (
+    BIASED,
+    Family,
+    Tensor,
+    activation,
+    linear,
+    norm,
+    shape,
+    table,
+    want,
+)
 
 
 def _read_bert(hub: Any) -> ModelConfig:
@@ -19,26 +29,16 @@ def _read_bert(hub: Any) -> ModelConfig:
     kind = getattr(hub, "position_embedding_type", "absolute")
     want("position_embedding_type", kind, ["absolute"])
     return ModelConfig(
-        vocabulary_size=hub.vocab_size,
-        width=hub.hidden_size,
+        **shape(hub),
+        **BIASED,
         feedforward_width=hub.intermediate_size,
-        layer_count=hub.num_hidden_layers,
-        head_count=hub.num_attention_heads,
-        key_head_count=hub.num_attention_heads,
-        head_size=hub.hidden_size // hub.num_attention_heads,
         max_length=hub.max_position_embeddings,
         causal=False,
-        norm="layer",
-        norm_bias=True,
         norm_epsilon=hub.layer_norm_eps,
         norm_placement="after",
         embedding_norm=True,
         final_norm=False,
         activation=activation("hidden_act", hub.hidden_act),
-        gated=False,
-        query_bias=True,
-        output_bias=True,
-        feedforward_bias=True,
         positions="learned",
         token_types=hub.type_vocab_size,
         head_transform=True,

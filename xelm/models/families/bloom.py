@@ -3,33 +3,22 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import Family, linear, norm, table, want
+from xelm.models.families.family import BIASED, Family, linear, norm, shape, table, want
 
 
 def _read(hub: Any) -> ModelConfig:
     name = "apply_residual_connection_post_layernorm"
     want(name, getattr(hub, name), [False])
     return ModelConfig(
-        vocabulary_size=hub.vocab_size,
-        width=hub.hidden_size,
+        **shape(hub),
+        **BIASED,
         feedforward_width=4 * hub.hidden_size,
-        layer_count=hub.num_hidden_layers,
-        head_count=hub.num_attention_heads,
-        key_head_count=hub.num_attention_heads,
-        head_size=hub.hidden_size // hub.num_attention_heads,
         # Linear biases know no longest sequence; it was trained on 2048.
         max_length=getattr(hub, "seq_length", 2048),
-        norm="layer",
-        norm_bias=True,
         norm_epsilon=hub.layer_norm_epsilon,
         embedding_norm=True,
         activation="gelu_tanh",
-        gated=False,
-        query_bias=True,
-        output_bias=True,
-        feedforward_bias=True,
         positions="alibi",
-        tie_embeddings=hub.tie_word_embeddings,
     )
 
 

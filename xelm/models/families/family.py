@@ -85,6 +85,31 @@ def table(name: str, path: str) -> dict[str, Tensor]:
     return {name: Tensor(paths=(path,))}
 
 
+# Of the families from before Llama, decoders and encoders.
+BIASED: Mapping[str, Any] = {
+    "norm": "layer",
+    "norm_bias": True,
+    "gated": False,
+    "query_bias": True,
+    "output_bias": True,
+    "feedforward_bias": True,
+}
+
+
+def shape(hub: Any) -> dict[str, Any]:
+    """Settings that every configuration of transformers has under the same names."""
+    width, heads = hub.hidden_size, hub.num_attention_heads
+    return {
+        "vocabulary_size": hub.vocab_size,
+        "width": width,
+        "layer_count": hub.num_hidden_layers,
+        "head_count": heads,
+        "key_head_count": heads,
+        "head_size": width // heads,
+        "tie_embeddings": hub.tie_word_embeddings,
+    }
+
+
 def want(name: str, value: Any, known: Sequence[Any]) -> Any:
     """`value`, which must be one of those known."""
     if value not in known:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import Family, activation, linear, norm, table, want
+from xelm.models.families.family import BIASED, Family, activation, linear, norm, shape, table, want
 
 
 def _read(hub: Any) -> ModelConfig:
@@ -14,24 +14,13 @@ def _read(hub: Any) -> ModelConfig:
     }.items():
         want(name, getattr(hub, name), [wanted])
     return ModelConfig(
-        vocabulary_size=hub.vocab_size,
-        width=hub.hidden_size,
+        **shape(hub),
+        **BIASED,
         feedforward_width=hub.n_inner or 4 * hub.hidden_size,
-        layer_count=hub.num_hidden_layers,
-        head_count=hub.num_attention_heads,
-        key_head_count=hub.num_attention_heads,
-        head_size=hub.hidden_size // hub.num_attention_heads,
         max_length=hub.max_position_embeddings,
-        norm="layer",
-        norm_bias=True,
         norm_epsilon=hub.layer_norm_epsilon,
         activation=activation("activation_function", hub.activation_function),
-        gated=False,
-        query_bias=True,
-        output_bias=True,
-        feedforward_bias=True,
         positions="learned",
-        tie_embeddings=hub.tie_word_embeddings,
     )
 
 

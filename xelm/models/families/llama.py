@@ -3,25 +3,20 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig, Rope
-from xelm.models.families.family import Family, activation, linear, local, norm, rope, table
+from xelm.models.families.family import Family, activation, linear, local, norm, rope, shape, table
 
 
 def llama_like(hub: Any, **settings: Any) -> ModelConfig:
     """The shape of Llama, with what else a family has."""
-    width, heads = hub.hidden_size, hub.num_attention_heads
-    shape: dict[str, Any] = {
-        "vocabulary_size": hub.vocab_size,
-        "width": width,
+    found = shape(hub) | {
         "feedforward_width": hub.intermediate_size,
-        "layer_count": hub.num_hidden_layers,
-        "head_count": heads,
         "key_head_count": hub.num_key_value_heads,
-        "head_size": getattr(hub, "head_dim", None) or width // heads,
         "max_length": hub.max_position_embeddings,
         "norm_epsilon": hub.rms_norm_eps,
-        "tie_embeddings": hub.tie_word_embeddings,
     }
-    return ModelConfig(**shape | settings)
+    if getattr(hub, "head_dim", None):
+        found["head_size"] = hub.head_dim
+    return ModelConfig(**found | settings)
 
 
 def _read_llama(hub: Any) -> ModelConfig:

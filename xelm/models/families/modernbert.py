@@ -3,20 +3,25 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import Family, activation, linear, local, norm, rope, table, want
+from xelm.models.families.family import (
+    Family,
+    activation,
+    linear,
+    local,
+    norm,
+    rope,
+    shape,
+    table,
+    want,
+)
 
 
 def _read(hub: Any) -> ModelConfig:
     # One field of ours for the two.
     want("classifier_activation", hub.classifier_activation, [hub.hidden_activation])
     return ModelConfig(
-        vocabulary_size=hub.vocab_size,
-        width=hub.hidden_size,
+        **shape(hub),
         feedforward_width=hub.intermediate_size,
-        layer_count=hub.num_hidden_layers,
-        head_count=hub.num_attention_heads,
-        key_head_count=hub.num_attention_heads,
-        head_size=hub.hidden_size // hub.num_attention_heads,
         max_length=hub.max_position_embeddings,
         causal=False,
         norm="layer",
@@ -32,7 +37,6 @@ def _read(hub: Any) -> ModelConfig:
         **local(hub.local_attention // 2 + 1, hub.layer_types),
         rope=rope(hub.rope_parameters["full_attention"]),
         local_rope=rope(hub.rope_parameters["sliding_attention"]),
-        tie_embeddings=hub.tie_word_embeddings,
         head_transform=True,
         head_transform_bias=hub.classifier_bias,
         head_bias=hub.decoder_bias,

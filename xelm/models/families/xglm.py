@@ -3,7 +3,7 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import Family, activation, linear, norm, table, want
+from xelm.models.families.family import BIASED, Family, activation, linear, norm, shape, table, want
 
 
 def _read(hub: Any) -> ModelConfig:
@@ -11,26 +11,15 @@ def _read(hub: Any) -> ModelConfig:
     # Another id would be the number of a position, which then is a zero vector.
     want("pad_token_id", hub.pad_token_id, [None, 0, 1])
     return ModelConfig(
-        vocabulary_size=hub.vocab_size,
-        width=hub.hidden_size,
+        **shape(hub),
+        **BIASED,
         feedforward_width=hub.ffn_dim,
-        layer_count=hub.num_hidden_layers,
-        head_count=hub.num_attention_heads,
-        key_head_count=hub.num_attention_heads,
-        head_size=hub.hidden_size // hub.num_attention_heads,
         max_length=hub.max_position_embeddings,
-        norm="layer",
-        norm_bias=True,
         norm_epsilon=1e-5,
         activation=activation("activation_function", hub.activation_function),
-        gated=False,
-        query_bias=True,
-        output_bias=True,
-        feedforward_bias=True,
         positions="sinusoidal",
         position_offset=2,
         embedding_scale=hub.hidden_size**0.5 if hub.scale_embedding else 1.0,
-        tie_embeddings=hub.tie_word_embeddings,
     )
 
 

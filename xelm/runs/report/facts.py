@@ -1,6 +1,5 @@
 """What lies in a RUN, read once: experts, clusters, scores and metrics. Judges nothing."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 from clustering.clustering import Clustering
 from clustering.errors import UserError
 from clustering.figures import cluster_colours
-from clustering.files import read_json
+from clustering.files import read_json, read_object
 from experts.expert import Expert
 from experts.registry import Registry
 from xelm.models.config import ModelConfig
@@ -132,7 +131,7 @@ def read(run: Run) -> Facts:
     clusters = run.clusters() if (directory / "clusters.json").exists() else None
     results = read_json(path) if path.exists() else {}
     scores = _scores(results, path) if results else {}
-    model = json.loads(config.read_text(encoding="utf-8")) if config.exists() else None
+    model = read_object(config) if config.exists() else None
     newest = {expert.name: expert for expert in (*registry.training(), *registry.published())}
     order = {name: place for place, name in enumerate(clusters.clusters if clusters else ())}
     experts = sorted(
@@ -145,7 +144,7 @@ def read(run: Run) -> Facts:
         registry=registry,
         experts=experts,
         has_dense=run.dense.exists(),
-        model=model and model_config(model),
+        model=None if model is None else model_config(model),
         clusters=clusters,
         results=results,
         scores=scores,
