@@ -48,7 +48,7 @@ def _measure(kept: bool, steps: int) -> None:
     import jax
     import numpy as np
 
-    from xelm.models.checkpoint import fresh_parameters
+    from xelm.models.parameters import fresh_parameters
     from xelm.presets import tiny
     from xelm.training.sharding import make_mesh
     from xelm.training.step import program

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from xelm.config import TrainConfig
 from xelm.data.masking import most_hidden
-from xelm.models.checkpoint import shapes
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
+from xelm.models.parameters import shapes
 from xelm.training.sharding import make_mesh
 from xelm.training.step import program
 

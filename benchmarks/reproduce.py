@@ -226,17 +226,15 @@ def _write(
             "systems": {name: [row.to_json() for row in rows] for name, rows in tables.items()},
         },
     )
-    first = {name: rows for name, rows in tables.items() if name.endswith("-r0")}
-    columns = {
-        name: column for name, rows in first.items() for name, column in _columns(name, rows)
-    }
+    done = [f"{system}-r0" for system in ("dense", *SYSTEMS) if f"{system}-r0" in tables]
+    columns = dict(column for name in done for column in _columns(name, tables[name]))
     lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.items()]
     parts = [
         lines,
         _summary(columns),
         _repetitions(tables),
-        _by_language(columns, "perplexity"),
-        _by_language(columns, "bits_per_byte"),
+        _by_language(columns, "perplexity", 2),
+        _by_language(columns, "bits_per_byte", 3),
         _new_languages(tables, out),
     ]
     (out / "table.md").write_text("\n\n".join("\n".join(part) for part in parts) + "\n")
@@ -321,14 +319,14 @@ def _repetitions(tables: Mapping[str, Sequence[Row]]) -> list[str]:
     return lines
 
 
-def _by_language(columns: Mapping[str, Column], figure: str) -> list[str]:
+def _by_language(columns: Mapping[str, Column], figure: str, digits: int) -> list[str]:
     """One line a language, of the first random seed, and the mean."""
     title = figure.replace("_", " ")
     lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for tag in LANGUAGES:
-        cells = [f"{getattr(column[tag], figure):.3f}" for column in columns.values()]
+        cells = [f"{getattr(column[tag], figure):.{digits}f}" for column in columns.values()]
         lines.append(f"| {tag} | {' | '.join(cells)} |")
-    means = [f"{_mean(column, figure):.3f}" for column in columns.values()]
+    means = [f"{_mean(column, figure):.{digits}f}" for column in columns.values()]
     return [*lines, f"| mean | {' | '.join(means)} |"]
 
 

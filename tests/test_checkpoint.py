@@ -17,17 +17,19 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, BertModel, LlamaModel
 
 from clustering.errors import UserError
-from xelm.models import checkpoint
+from xelm.models import weights
 from xelm.models.checkpoint import (
     check_checkpoint,
     copy_checkpoint,
     load_model,
     load_parameters,
-    parameters_of,
     read_config,
     save_model,
     write_checkpoint,
 )
+from xelm.models.families import family
+from xelm.models.parameters import by_path, parameters_of, shapes
+from xelm.models.weights import Weights, write_weights
 from xelm.training.sharding import parameter_shardings
 
 INDEX = "model.safetensors.index.json"
@@ -64,7 +66,7 @@ def test_weights_in_several_files_are_those_in_one(tmp_path):
 
 
 def test_large_models_are_written_in_files_that_transformers_loads(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
     model = load_model(llama)
     save_model(model, tmp_path / "out", like=llama)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -115,18 +117,13 @@ def test_every_shard_holds_its_part_and_is_read_once(name, tmp_path, monkeypatch
 
 def count_reads(monkeypatch):
     """Parameter -> the parts of it that were read."""
-    found, reader = {}, checkpoint._reader
+    found, part = {}, Weights.part
 
-    def counted(*arguments):
-        read = reader(*arguments)
+    def counted(self, path, ranges, dtype):
+        found.setdefault(path, []).append(tuple(ranges))
+        return part(self, path, ranges, dtype)
 
-        def remembered(path, ranges):
-            found.setdefault(path, []).append(tuple(ranges))
-            return read(path, ranges)
-
-        return remembered
-
-    monkeypatch.setattr(checkpoint, "_reader", counted)
+    monkeypatch.setattr(Weights, "part", counted)
     return found
 
 
@@ -134,7 +131,8 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 import jax, jax.numpy as jnp
-from xelm.models.checkpoint import load_parameters, read_config, shapes
+from xelm.models.checkpoint import load_parameters, read_config
+from xelm.models.parameters import shapes
 from xelm.training.sharding import make_mesh, parameter_shardings
 from xelm.config import TrainConfig
 
@@ -176,14 +174,9 @@ def test_loading_takes_less_than_a_third_more_memory_than_the_model(fsdp, tmp_pa
         **{"vocab_size": 49_152, "architectures": ["LlamaForCausalLM"]},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    kind, shape = checkpoint.family("llama"), read_config(tmp_path)
-    flat = {path: leaf.shape for path, leaf in checkpoint._flat(checkpoint.shapes(shape)).items()}
-    layers = checkpoint._layer_shapes(flat)
-    tensors = {
-        name: np.ones(checkpoint.stored_shape(tensor, layers), np.float32)
-        for name, _, tensor in checkpoint._named(checkpoint._held(kind, flat), shape)
-    }
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shape = read_config(tmp_path)
+    ones = {path: np.ones(leaf.shape, np.float32) for path, leaf in by_path(shapes(shape)).items()}
+    write_weights(tmp_path, family("llama"), shape, ones)
     out = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), str(fsdp)],
         capture_output=True,

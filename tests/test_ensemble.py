@@ -20,7 +20,8 @@ from xelm.inference.routing import (
 )
 from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents
-from xelm.models.checkpoint import bind, fresh_parameters, graph, read_config
+from xelm.models.checkpoint import read_config
+from xelm.models.parameters import bind, fresh_parameters, graph
 from xelm.runs.run import open_run
 
 EXPERTS, LENGTH = 3, 32

@@ -20,7 +20,8 @@ from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import Reply, generate
 from xelm.inference.routing import Uniform
 from xelm.inference.sampling import Sampling
-from xelm.models.checkpoint import load_model, parameters_of, read_config
+from xelm.models.checkpoint import load_model, read_config
+from xelm.models.parameters import parameters_of
 from xelm.runs.run import open_run
 
 NEW = 12

@@ -1,7 +1,5 @@
 """The chunked cross-entropy: optax's values and gradients, without optax's memory."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -17,12 +15,12 @@ from xelm.training.loss import cross_entropy, target_log_probabilities
 WIDTH = 12
 
 
-def inputs(positions: int, vocabulary: int, dtype=np.float32, *, bias: bool = False):
+def inputs(positions: int, vocabulary: int, dtype=np.float32, *, bias=False, cap=None):
     draw = np.random.default_rng(0)
     matrix = draw.normal(size=(vocabulary, WIDTH)).astype(np.float32)
     return (
         draw.normal(size=(positions, WIDTH)).astype(dtype),
-        Head(matrix, draw.normal(size=vocabulary).astype(np.float32) if bias else None),
+        Head(matrix, draw.normal(size=vocabulary).astype(np.float32) if bias else None, cap),
         draw.integers(0, vocabulary, positions),
         draw.uniform(size=positions).astype(np.float32),
     )
@@ -33,11 +31,11 @@ def with_gradients(function):
     return jax.jit(jax.value_and_grad(lambda *arguments: function(*arguments), argnums=(0, 1)))
 
 
-def reference(hidden, head, targets, weights, cap=None):
+def reference(hidden, head, targets, weights):
     """In float32, all logits at once."""
     logits = hidden.astype(jnp.float32) @ head.matrix.T
     logits = logits if head.bias is None else logits + head.bias[None]
-    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+    logits = logits if head.cap is None else head.cap * jnp.tanh(logits / head.cap)
     return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
 
 
@@ -69,14 +67,24 @@ def test_the_loss_and_its_gradients_equal_those_of_optax(positions, vocabulary):
 
 @pytest.mark.parametrize(("bias", "cap"), [(True, None), (False, 2.0), (True, 2.0)])
 def test_a_bias_and_a_cap_of_logits_do_as_in_all_logits(bias, cap):
-    arguments = inputs(100, 97, bias=bias)
-    found, gradients = with_gradients(partial(cross_entropy, cap=cap))(*arguments)
-    wanted, references = with_gradients(partial(reference, cap=cap))(*arguments)
+    arguments = inputs(100, 97, bias=bias, cap=cap)
+    found, gradients = with_gradients(cross_entropy)(*arguments)
+    wanted, references = with_gradients(reference)(*arguments)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert_close(gradients, references)
     hidden, head, targets, _ = arguments
-    scores = jax.jit(partial(target_log_probabilities, cap=cap))(hidden, head, targets)
-    np.testing.assert_allclose(-scores.sum(), reference(*arguments[:3], 1.0, cap), rtol=1e-5)
+    scores = jax.jit(target_log_probabilities)(hidden, head, targets)
+    np.testing.assert_allclose(-scores.sum(), reference(hidden, head, targets, 1.0), rtol=1e-5)
+
+
+def test_batches_of_rows_give_what_their_positions_give_side_by_side():
+    hidden, head, targets, weights = inputs(3 * 50, 97)
+    rows = (hidden.reshape(3, 50, WIDTH), head, targets.reshape(3, 50))
+    scores = jax.jit(target_log_probabilities)
+    np.testing.assert_array_equal(scores(*rows), scores(hidden, head, targets).reshape(3, 50))
+    found = with_gradients(cross_entropy)(*rows, weights.reshape(3, 50))
+    wanted = with_gradients(cross_entropy)(hidden, head, targets, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.reshape(a.shape)), found, wanted)
 
 
 @pytest.mark.parametrize(("positions", "vocabulary"), SHAPES)

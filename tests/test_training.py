@@ -21,8 +21,8 @@ from clustering.errors import UserError
 from xelm.config import TrainConfig
 from xelm.data.rows import Source
 from xelm.data.store import LanguageIds
-from xelm.models.checkpoint import fresh_parameters
 from xelm.models.config import ModelConfig
+from xelm.models.parameters import fresh_parameters
 from xelm.training import loop
 from xelm.training.loop import train
 from xelm.training.metrics import MetricsLog, read_metrics

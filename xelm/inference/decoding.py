@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from xelm.models.checkpoint import bind, graph
 from xelm.models.config import ModelConfig
+from xelm.models.parameters import bind, graph
 from xelm.models.transformer import empty_cache
 from xelm.training.loss import target_log_probabilities
 
@@ -68,10 +68,8 @@ def _extender(model: ModelConfig):
         before = jnp.take_along_axis(jax.nn.log_softmax(logits), _first(tokens, valid), axis=-1)
         if tokens.shape[1] == 1:
             return before, following, cache
-        states = network.before_head(hidden[:, :-1].reshape(-1, model.width))
-        targets = tokens[:, 1:].reshape(-1)
-        inner = target_log_probabilities(states, network.output_head(), targets, model.logit_cap)
-        inner = inner.reshape(len(tokens), -1)
+        states, head = network.output(hidden[:, :-1])
+        inner = target_log_probabilities(states, head, tokens[:, 1:])
         starts = valid & ~jnp.pad(valid[:, :-1], [(0, 0), (1, 0)])
         found = jnp.pad(inner, [(0, 0), (1, 0)])
         return jnp.where(starts, before, found), following, cache

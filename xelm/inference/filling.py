@@ -10,8 +10,8 @@ import numpy as np
 from clustering.errors import UserError
 from xelm.inference.routing import keep_largest
 from xelm.inference.scoring import check_ids, score_documents
-from xelm.models.checkpoint import bind, graph
 from xelm.models.config import ModelConfig
+from xelm.models.parameters import bind, graph
 
 if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble

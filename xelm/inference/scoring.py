@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from clustering.errors import UserError
-from xelm.models.checkpoint import bind, graph
 from xelm.models.config import ModelConfig
+from xelm.models.parameters import bind, graph
 from xelm.training.loss import target_log_probabilities
 
 ROWS_A_BATCH = 16
@@ -101,12 +101,8 @@ def _scorer(model: ModelConfig, dtype: str):
         hidden = network.hidden(
             tokens[:, :-1], positions=positions[:, :-1], segments=segments[:, :-1]
         )
-        found = target_log_probabilities(
-            network.before_head(hidden.reshape(-1, model.width)),
-            network.output_head(),
-            tokens[:, 1:].reshape(-1),
-            model.logit_cap,
-        ).reshape(tokens.shape[0], -1)
+        states, head = network.output(hidden)
+        found = target_log_probabilities(states, head, tokens[:, 1:])
         return jnp.where(asked[:, 1:], found, 0.0)
 
     return score
@@ -126,13 +122,8 @@ def _guesser(model: ModelConfig, dtype: str):
             given = jnp.where(hidden_now, mask_id, tokens)
             hidden = network.hidden(given, positions=positions, segments=segments)
             # Every APART-th column alone passes the head.
-            states = hidden.reshape(-1, APART, model.width)[:, phase]
-            return target_log_probabilities(
-                network.before_head(states),
-                network.output_head(),
-                tokens.reshape(-1, APART)[:, phase],
-                model.logit_cap,
-            )
+            states, head = network.output(hidden.reshape(-1, APART, model.width)[:, phase])
+            return target_log_probabilities(states, head, tokens.reshape(-1, APART)[:, phase])
 
         found = jax.lax.map(guess, jnp.arange(APART)).T.reshape(tokens.shape)
         return jnp.where(asked, found, 0.0)[:, 1:]

@@ -6,8 +6,8 @@ a transposed copy and misses its fast kernels.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +55,28 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -
     )
 
 
-class Head(NamedTuple):
-    """What turns states into logits."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Head:
+    """What turns states into logits. A tree of arrays: gradients of it have the same shape."""
 
-    matrix: Float[Array, "V D"]
-    bias: Float[Array, " V"] | None
+    matrix: Any
+    """Float [V, D]."""
+    bias: Any = None
+    """Float [V], or None."""
+    cap: float | None = field(default=None, metadata={"static": True})
+    """As `ModelConfig.logit_cap`."""
+
+    def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """float32 scores over the vocabulary."""
+        matrix = self.matrix.astype(states.dtype)
+        flat = states.reshape(-1, states.shape[-1])
+        scores = jnp.einsum("MD,VD->MV", flat, matrix, preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            scores = scores + self.bias.astype(jnp.float32)[None]
+        if self.cap is not None:
+            scores = self.cap * jnp.tanh(scores / self.cap)
+        return scores.reshape(*states.shape[:-1], -1)
 
 
 class Linear(nnx.Module):
@@ -383,24 +400,18 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32 scores over the vocabulary, of final states."""
-        head = self.output_head()
-        states = self.before_head(hidden.reshape(-1, hidden.shape[-1]))
-        matrix = head.matrix.astype(states.dtype)
-        scores = jnp.einsum("MD,VD->MV", states, matrix, preferred_element_type=jnp.float32)
-        if head.bias is not None:
-            scores = scores + head.bias.astype(jnp.float32)[None]
-        cap = self.config.logit_cap
-        scores = scores if cap is None else cap * jnp.tanh(scores / cap)
-        return scores.reshape(*hidden.shape[:-1], -1)
+        states, head = self.output(hidden)
+        return head.logits(states)
 
-    def before_head(self, states: Float[Array, "M D"]) -> Float[Array, "M D"]:
-        """Final states as the output head reads them."""
-        return states if self.transform is None else self.transform(states)
-
-    def output_head(self) -> Head:
-        """What turns states into logits; its matrix is the embedding where they are tied."""
+    def output(self, hidden: Float[Array, "*B D"]) -> tuple[Float[Array, "*B D"], Head]:
+        """Final states as the output head reads them, and that head; its matrix is the embedding
+        where they are tied."""
+        matrix = (self.embedding if self.head is None else self.head)[...]
         bias = None if self.head_bias is None else self.head_bias[...]
-        return Head((self.embedding if self.head is None else self.head)[...], bias)
+        if self.transform is not None:
+            flat = self.transform(hidden.reshape(-1, self.config.width))
+            hidden = flat.reshape(hidden.shape)
+        return hidden, Head(matrix, bias, self.config.logit_cap)
 
     def _embed(self, tokens, positions):
         config = self.config

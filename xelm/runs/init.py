@@ -22,14 +22,10 @@ from xelm.data.corpus import Faults
 from xelm.data.rows import Source, exponent_shares
 from xelm.data.store import Store, build_store, kept
 from xelm.inference.sampling import sampling_of
-from xelm.models.checkpoint import (
-    check_checkpoint,
-    copy_checkpoint,
-    fresh_parameters,
-    write_checkpoint,
-)
+from xelm.models.checkpoint import check_checkpoint, copy_checkpoint, write_checkpoint
 from xelm.models.config import ModelConfig
 from xelm.models.families import hub_config
+from xelm.models.parameters import fresh_parameters
 from xelm.progress import bar
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
 from xelm.runs.training import branch, check_languages

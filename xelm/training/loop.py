@@ -19,8 +19,8 @@ from clustering.errors import UserError
 from xelm.config import TrainConfig, to_json
 from xelm.data.masking import Masking, hide
 from xelm.data.rows import Source, batches
-from xelm.models.checkpoint import shapes
 from xelm.models.config import ModelConfig
+from xelm.models.parameters import shapes
 from xelm.progress import bar
 from xelm.training.checkpoint import Checkpoints
 from xelm.training.metrics import MetricsLog

@@ -3,7 +3,7 @@
 Multilingual vocabularies are huge (XGLM: 256,008), and [B, T, V] in float32 would dwarf the model.
 """
 
-import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,45 +17,47 @@ LOGITS_IN_A_CHUNK = 2**22
 
 
 def cross_entropy(
-    hidden: Float[Array, "M D"],
+    states: Float[Array, "*B D"],
     head: Head,
-    targets: Int[Array, " M"],
-    weights: Float[Array, " M"],
-    cap: float | None = None,
+    targets: Int[Array, "*B"],
+    weights: Float[Array, "*B"],
 ) -> Float[Array, ""]:
-    """Sum over positions of weight * -log p(target), in nats. Never holds [M, V].
+    """Sum over positions of weight * -log p(target), in nats. Never holds [*B, V].
 
     The gradient is computed chunk by chunk together with the loss, so the logits are made once
-    and not again for the backward pass. Differentiable in `hidden` and `head`; `weights` (0 or 1,
-    say) are constants. cap: of the logits, as in `ModelConfig.logit_cap`.
+    and not again for the backward pass. Differentiable in `states` and `head`; `weights` (0 or 1,
+    say) are constants.
     """
-    return _summed(cap, hidden, head, targets, jax.lax.stop_gradient(weights))
+    flat = states.reshape(-1, states.shape[-1])
+    constant = jax.lax.stop_gradient(weights.reshape(-1))
+    return _summed(flat, head, targets.reshape(-1), constant)
 
 
 def target_log_probabilities(
-    hidden: Float[Array, "M D"], head: Head, targets: Int[Array, " M"], cap: float | None = None
-) -> Float[Array, " M"]:
+    states: Float[Array, "*B D"], head: Head, targets: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
     """log p(target) at each position, in nats, chunk by chunk."""
 
     def chunk(inputs):
-        states, wanted = inputs
-        logits = _logits(states, head, cap)
+        part, wanted = inputs
+        logits = head.logits(part)
         chosen = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    scores = jax.lax.map(chunk, _chunks(head.matrix.shape[0], hidden, targets))
-    return scores.reshape(-1)[: hidden.shape[0]]
+    flat = states.reshape(-1, states.shape[-1])
+    scores = jax.lax.map(chunk, _chunks(head.matrix.shape[0], flat, targets.reshape(-1)))
+    return scores.reshape(-1)[: flat.shape[0]].reshape(targets.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(cap, hidden, head, targets, weights):
-    return -(target_log_probabilities(hidden, head, targets, cap) * weights).sum()
+@jax.custom_vjp
+def _summed(states, head, targets, weights):
+    return -(target_log_probabilities(states, head, targets) * weights).sum()
 
 
-def _forward(cap, hidden, head, targets, weights):
+def _forward(states, head, targets, weights):
     def chunk(head_gradient, inputs):
-        states, wanted, weight = inputs
-        logits = _logits(states, head, cap)
+        part, wanted, weight = inputs
+        logits = head.logits(part)
         top = logits.max(axis=-1, keepdims=True)
         scaled = jnp.exp(logits - top)
         total = scaled.sum(axis=-1, keepdims=True)
@@ -63,41 +65,34 @@ def _forward(cap, hidden, head, targets, weights):
         loss = ((top + jnp.log(total) - chosen)[:, 0] * weight).sum()
         hot = jax.nn.one_hot(wanted, head.matrix.shape[0], dtype=jnp.float32)
         error = (scaled / total - hot) * weight[:, None]
-        if cap is not None:
-            error = error * (1 - jnp.square(logits / cap))  # of tanh
+        if head.cap is not None:
+            error = error * (1 - jnp.square(logits / head.cap))  # of tanh
         bias_gradient = head_gradient.bias
         if bias_gradient is not None:
             bias_gradient = bias_gradient + error.sum(axis=0)
-        error = error.astype(states.dtype)
-        state_gradient = error @ head.matrix.astype(states.dtype)
+        error = error.astype(part.dtype)
+        state_gradient = error @ head.matrix.astype(part.dtype)
         matrix_gradient = head_gradient.matrix + jnp.einsum(
-            "MV,MD->VD", error, states, preferred_element_type=jnp.float32
+            "MV,MD->VD", error, part, preferred_element_type=jnp.float32
         )
-        return Head(matrix_gradient, bias_gradient), (loss, state_gradient)
+        sums = replace(head_gradient, matrix=matrix_gradient, bias=bias_gradient)
+        return sums, (loss, state_gradient)
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
-    chunks = _chunks(head.matrix.shape[0], hidden, targets, weights)
+    chunks = _chunks(head.matrix.shape[0], states, targets, weights)
     head_gradient, (losses, state_gradients) = jax.lax.scan(chunk, zero, chunks)
-    state_gradient = state_gradients.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    state_gradient = state_gradients.reshape(-1, states.shape[1])[: states.shape[0]]
     head_gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), head_gradient, head)
     return losses.sum(), (state_gradient, head_gradient)
 
 
-def _backward(cap, gradients, cotangent):
+def _backward(gradients, cotangent):
     scale = cotangent.astype(jnp.float32)
     scaled = jax.tree.map(lambda gradient: (gradient * scale).astype(gradient.dtype), gradients)
     return (*scaled, None, None)
 
 
 _summed.defvjp(_forward, _backward)
-
-
-def _logits(states, head, cap):
-    matrix = head.matrix.astype(states.dtype)
-    logits = jnp.einsum("MD,VD->MV", states, matrix, preferred_element_type=jnp.float32)
-    if head.bias is not None:
-        logits = logits + head.bias.astype(jnp.float32)[None]
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _chunks(vocabulary_size, *arrays):

@@ -7,8 +7,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clustering.errors import UserError
 from xelm.config import TrainConfig
-from xelm.models.checkpoint import logical_axes, shapes
 from xelm.models.config import ModelConfig
+from xelm.models.parameters import logical_axes, shapes
 
 AXES = ("data", "fsdp", "tensor")
 # Logical axis of a parameter -> mesh axis. fsdp cuts what tensor leaves whole.

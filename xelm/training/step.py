@@ -9,8 +9,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from xelm.config import TrainConfig
-from xelm.models.checkpoint import bind, graph
 from xelm.models.config import ModelConfig
+from xelm.models.parameters import bind, graph
 from xelm.training.loss import cross_entropy
 from xelm.training.optimizer import clipped, optimizer
 from xelm.training.sharding import BATCH, parameter_shardings, replicated
@@ -89,13 +89,8 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
         )
         if not model.causal:  # few are asked for, and vocabularies are large
             hidden = jnp.take_along_axis(hidden, part["places"][..., None], axis=1)
-        return cross_entropy(
-            network.before_head(hidden.reshape(-1, model.width)),
-            network.output_head(),
-            targets.reshape(-1),
-            weights_of(part).reshape(-1) / total,
-            model.logit_cap,
-        )
+        states, head = network.output(hidden)
+        return cross_entropy(states, head, targets, weights_of(part) / total)
 
     def weights_of(part):
         return target_weights(part["segments"]) if model.causal else part["chosen"]

@@ -1,0 +1,64 @@
+"""Parameters apart from their model: a nested dictionary of arrays, stacked over layers, with dense
+weights as [inputs, outputs]."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from xelm.models.config import ModelConfig
+from xelm.models.transformer import Transformer
+
+
+def graph(config: ModelConfig, compute_dtype: str = "float32") -> nnx.GraphDef:
+    """The model without parameters; allocates nothing."""
+    return nnx.split(_abstract(config, compute_dtype))[0]
+
+
+def bind(network: nnx.GraphDef, parameters: Mapping[str, Any]) -> Transformer:
+    """The model with these parameters."""
+    return nnx.merge(network, nnx.State(cast(Any, jax.tree.map(nnx.Param, parameters))))
+
+
+def parameters_of(model: Transformer) -> dict[str, Any]:
+    """The model's parameters as a nested dictionary of arrays."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def shapes(config: ModelConfig) -> dict[str, Any]:
+    """The nested dictionary of parameters as shapes; allocates nothing."""
+    return parameters_of(_abstract(config, "float32"))
+
+
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
+    """The nested dictionary of parameters with the names of each one's dimensions."""
+    state = nnx.state(_abstract(config, "float32"), nnx.Param)
+    named = jax.tree.map(
+        lambda p: p.get_metadata()["axes"], state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    )
+    return nnx.to_pure_dict(named)
+
+
+def fresh_parameters(
+    config: ModelConfig, random_seed: int, shardings: Any = None
+) -> dict[str, Any]:
+    """Random parameters of a model that is trained from nothing, float32, on the devices that
+    `shardings` (of each parameter) say, by default the first."""
+    make = jax.jit(
+        lambda key: parameters_of(Transformer(config, nnx.Rngs(key))), out_shardings=shardings
+    )
+    return make(jax.random.key(random_seed))
+
+
+def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Path, with slashes -> leaf."""
+    return cast(dict[str, Any], flatten_dict(tree, sep="/"))
+
+
+def _abstract(config: ModelConfig, compute_dtype: str) -> Transformer:
+    return nnx.eval_shape(
+        lambda: Transformer(config, nnx.Rngs(0), compute_dtype=jnp.dtype(compute_dtype))
+    )

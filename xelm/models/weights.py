@@ -1,0 +1,225 @@
+"""The weights of a checkpoint: tensors in safetensors, one file or several, never a pickle.
+
+The family's table says which of our parameters a tensor holds. The Hub has one tensor a layer, and
+most weights as [outputs, inputs].
+"""
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from clustering.errors import UserError
+from clustering.files import read_object, write_json
+from xelm.models.config import ModelConfig
+from xelm.models.families.family import Family, Tensor
+from xelm.models.layout import Range, join, stored_shape, take
+from xelm.models.parameters import by_path, shapes
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+# Of two large tables, at once.
+ROWS_COMPARED = 4096
+# Of weights, as safetensors calls them.
+DTYPES = ("F32", "BF16", "F16", "F64")
+# Of one file of weights; more go into several, as the Hub likes them.
+SHARD_BYTES = 5 * 10**9
+
+
+class Weights:
+    """The weights of a checkpoint directory, opened and found to match the shape it declares.
+    Missing, unknown and misshapen tensors are gathered and refused at once."""
+
+    def __init__(self, directory: str | Path, kind: Family, config: ModelConfig):
+        wanted = {path: leaf.shape for path, leaf in by_path(shapes(config)).items()}
+        self._config = config
+        self._layers = _layer_shapes(wanted)
+        self._stored = _renamed(kind, _open(directory))
+        held = _compare(directory, kind, wanted, config, self._stored)
+        self._homes = {path: (name, row) for name, row in held.items() for path in row.paths}
+
+    def part(self, path: str, ranges: Sequence[Range], dtype: np.dtype) -> np.ndarray:
+        """A part of a parameter: from where to where of each dimension. Reads no more than that."""
+        name, tensor = self._homes[path]
+        if "{}" not in name:
+            return np.ascontiguousarray(self._take(name, tensor, path, ranges), dtype)
+        (first, last), rest = ranges[0], ranges[1:]
+        target = np.empty((last - first, *(b - a for a, b in rest)), dtype)
+        for layer in range(first, last):
+            if name.format(layer) in self._stored:
+                target[layer - first] = self._take(name.format(layer), tensor, path, rest)
+            else:  # the norm that the first layer may lack; nothing reads it
+                target[layer - first] = 1 - self._config.norm_offset
+        return target
+
+    def _take(self, name, tensor, path, ranges):
+        size = self._config.head_size
+        return take(self._stored[name], tensor, path, self._layers, ranges, size)
+
+
+def weight_files(directory: str | Path) -> list[str]:
+    """Names of the files that hold a checkpoint's weights: one, or those of an index."""
+    directory = Path(directory)
+    if (directory / INDEX).is_file():
+        shards = read_object(directory / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise UserError(
+                f'{directory / INDEX} wants a "weight_map" of tensors to files; got {shards!r:.40}'
+            )
+        names = sorted(set(shards.values()))
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{directory / INDEX} names files elsewhere: {', '.join(names[:5])}")
+        return names
+    if (directory / WEIGHTS).is_file():
+        return [WEIGHTS]
+    pickled = " (its .bin files can run code and are not read: convert them to safetensors)"
+    hint = pickled if list(directory.glob("*.bin")) else ""
+    raise UserError(f"{directory} has no weights: {WEIGHTS} is missing{hint}")
+
+
+def write_weights(
+    directory: Path, kind: Family, config: ModelConfig, flat: Mapping[str, Any]
+) -> None:
+    """One file, or several with an index where there is more than `SHARD_BYTES`; the host holds
+    the tensors of one file at once."""
+    sizes = _layer_shapes({path: value.shape for path, value in flat.items()})
+    rows = list(_named(_held(kind, flat), config))
+    files: list[list[tuple[str, int | None, Tensor]]] = [[]]
+    room = SHARD_BYTES
+    for row in rows:
+        size = math.prod(stored_shape(row[2], sizes)) * flat[row[2].paths[0]].dtype.itemsize
+        if files[-1] and size > room:
+            files.append([])
+            room = SHARD_BYTES
+        files[-1].append(row)
+        room -= size
+    names = [WEIGHTS]
+    if len(files) > 1:
+        names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+        total = sum(value.nbytes for value in flat.values())
+        homes = {row[0]: name for name, part in zip(names, files) for row in part}
+        write_json(
+            directory / INDEX,
+            {"metadata": {"total_size": total}, "weight_map": homes},
+        )
+    for file, part in zip(names, files):
+        tensors = {}
+        for name, layer, tensor in part:
+            whole = [flat[path] for path in tensor.paths]
+            arrays = [np.asarray(a if layer is None else a[layer]) for a in whole]
+            tensors[name] = join(tensor, arrays, config.head_size)
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        # The library writes for its user alone, whatever the umask says.
+        shutil.copymode(directory / "config.json", directory / file)
+
+
+def _compare(
+    directory: str | Path,
+    kind: Family,
+    wanted: Mapping[str, tuple[int, ...]],
+    config: ModelConfig,
+    stored: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The tensors of the family's table that hold these parameters, all of which are stored."""
+    held = _held(kind, wanted)
+    layers = _layer_shapes(wanted)
+    expected = {name: tensor for name, _, tensor in _named(held, config)}
+    copies = dict(kind.copies)
+    if config.tie_embeddings:
+        heads = (name for name, tensor in kind.tensors.items() if tensor.paths == ("head",))
+        copies |= dict.fromkeys(heads, _name_of(held, "embedding"))
+    unknown = [
+        name
+        for name in stored
+        if name not in expected
+        and name not in copies
+        and not any(part in name for part in kind.ignored)
+    ]
+    faults = [f"missing {name}" for name in expected if name not in stored]
+    faults += [f"unknown {name}" for name in unknown]
+    for name, tensor in expected.items():
+        if name in stored:
+            shape, found = stored_shape(tensor, layers), tuple(stored[name].get_shape())
+            if found != shape:
+                faults.append(f"{name} has shape {found}, config.json says {shape}")
+            if (values := stored[name].get_dtype()) not in DTYPES:
+                faults.append(f"{name} has values of type {values}; wanted {', '.join(DTYPES)}")
+    if not faults:
+        faults += [
+            f"{name} is not the same as {other}, to which it is tied"
+            for name, other in copies.items()
+            if name in stored and not _equal(stored[name], stored[other])
+        ]
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise UserError(
+            f"{directory} does not match its config.json: {'; '.join(faults[:5])}{more}"
+        )
+    return held
+
+
+def _open(directory: str | Path) -> dict[str, Any]:
+    """Tensor name -> lazy slice of it, over one file or several."""
+    readers = {}
+    for name in weight_files(directory):
+        path = Path(directory) / name
+        try:
+            file = safe_open(path, framework="np")
+        except Exception as error:
+            raise UserError(f"{path} is not readable as safetensors: {error}") from error
+        for key in file.keys():  # noqa: SIM118 (not a dictionary)
+            readers[key] = file.get_slice(key)
+    return readers
+
+
+def _renamed(kind: Family, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by the names of the family's table."""
+    prefixed = any(name.startswith(kind.prefix) for name in stored)
+    return {kind.name(name, prefixed): value for name, value in stored.items()}
+
+
+def _held(kind: Family, paths: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The rows of the family's table that hold these parameters, all of which have one."""
+    held = {name: t for name, t in kind.tensors.items() if all(path in paths for path in t.paths)}
+    homeless = set(paths) - {path for tensor in held.values() for path in tensor.paths}
+    if homeless:
+        raise UserError(f"no tensor of this family holds {', '.join(sorted(homeless)[:5])}")
+    return held
+
+
+def _named(
+    held: Mapping[str, Tensor], config: ModelConfig
+) -> Iterator[tuple[str, int | None, Tensor]]:
+    """Name in the checkpoint, layer and row of the table of every tensor that is stored."""
+    for name, tensor in held.items():
+        if "{}" not in name:
+            yield name, None, tensor
+            continue
+        absent = not config.first_norm and tensor.paths[0].startswith("blocks/attention_norm/")
+        for layer in range(1 if absent else 0, config.layer_count):
+            yield name.format(layer), layer, tensor
+
+
+def _name_of(held: Mapping[str, Tensor], path: str) -> str:
+    return next(name for name, tensor in held.items() if tensor.paths == (path,))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Of two lazy tables, a part at a time."""
+    if one.get_shape() != other.get_shape():
+        return False
+    rows = one.get_shape()[0]
+    parts = (slice(a, min(a + ROWS_COMPARED, rows)) for a in range(0, rows, ROWS_COMPARED))
+    return all(np.array_equal(one[part], other[part]) for part in parts)
+
+
+def _layer_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters, stacked ones without their layers."""
+    return {
+        path: shape[1:] if path.startswith("blocks/") else shape for path, shape in shapes.items()
+    }
