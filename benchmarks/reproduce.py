@@ -90,19 +90,14 @@ def main() -> None:
                 _write(out, base, config, rates, tables, time.perf_counter() - started)
 
         test = (base, config, parts["test"])
-        for repetition in range(options.repetitions):
-            systems = ("dense", *(REPEATED if repetition else SYSTEMS))
-            gather(
-                {
-                    f"{system}-r{repetition}": pool.submit(
-                        _system, *test, system, rates, repetition
-                    )
-                    for system in systems
-                }
-            )
-            if repetition == 0:
-                new = (out, data / "corpus", parts["test-new"])
-                gather({f"grown-{how}": pool.submit(_grown, *new, how) for how in PARENTS})
+        wanted = [
+            (system, repetition)
+            for repetition in range(options.repetitions)
+            for system in ("dense", *(REPEATED if repetition else SYSTEMS))
+        ]
+        gather({f"{s}-r{r}": pool.submit(_system, *test, s, rates, r) for s, r in wanted})
+        new = (out, data / "corpus", parts["test-new"])
+        gather({f"grown-{how}": pool.submit(_grown, *new, how) for how in PARENTS})
     print((out / "table.md").read_text())
 
 
