@@ -11,7 +11,7 @@ OUT/table.json has every figure, OUT/table.md the tables.
 
 Validation documents are dealt out in turns to two halves, of which each gives at most as many as
 asked for. On one, peak rate and batch size are chosen for dense and for eight experts, by steps to
-a better neighbour until there is none; other numbers of experts have those of eight. The tables are
+a better neighbour until there is none, and so for four; sixteen have those of eight. The tables are
 of the other half.
 Repetitions have other random seeds of the continuation, and other random clusters; they are asked
 by language alone.
@@ -62,8 +62,12 @@ TUNING = 99
 SYSTEMS = ("typology-k8", "random-k8", "monolingual-k16", "typology-k4", "tfidf-k8", "tfidf-k4")
 # What is repeated with other random seeds, beside dense.
 REPEATED = ("typology-k8", "random-k8")
+# What the settings of each kind of system are chosen with: random clusters (others than those of
+# the tables), so that no method is favoured.
+TUNED = {"dense": "dense", "k8": "random-k8", "k4": "random-k4"}
 # Ways to choose the parents of grown languages.
 PARENTS = ("nearest", "farthest", "seed")
+GROWN_ON = "typology-k8-r0"
 
 
 def main() -> None:
@@ -77,27 +81,33 @@ def main() -> None:
     with workers(options.jobs) as pool:
         tokens = round(config.experts.tokens * options.tuning_share)
         shorter = replace(config, experts=replace(config.experts, tokens=tokens))
-        tune = (_tune, base, shorter, parts["tune"])
-        # On random clusters (others than those of the tables), so that no method is favoured.
-        chosen = {kind_of(s): pool.submit(*tune, s) for s in ("dense", "random-k8")}
-        rates = {kind: future.result() for kind, future in chosen.items()}
+        rates: dict[str, Setting] = {}
         tables: dict[str, list[Row]] = {}
-
-        def gather(work: Mapping[str, Future]) -> None:
-            names = {future: name for name, future in work.items()}
-            for future in as_completed(names):
-                tables[names[future]] = future.result()
-                _write(out, base, config, rates, tables, time.perf_counter() - started)
-
-        test = (base, config, parts["test"])
         wanted = [
             (system, repetition)
             for repetition in range(options.repetitions)
             for system in ("dense", *(REPEATED if repetition else SYSTEMS))
         ]
-        gather({f"{s}-r{r}": pool.submit(_system, *test, s, rates, r) for s, r in wanted})
-        new = (out, data / "corpus", parts["test-new"])
-        gather({f"grown-{how}": pool.submit(_grown, *new, how) for how in PARENTS})
+        work: dict[Future, str] = {
+            pool.submit(_tune, base, shorter, parts["tune"], system): kind
+            for kind, system in TUNED.items()
+        }
+        # Each goes on with what waits for it alone.
+        while work:
+            done = next(as_completed(work))
+            name = work.pop(done)
+            if name in TUNED:
+                rates[name] = done.result()
+                for system, repetition in wanted:
+                    if kind_of(system) == name:
+                        test = (base, config, parts["test"], system, dict(rates), repetition)
+                        work[pool.submit(_system, *test)] = f"{system}-r{repetition}"
+                continue
+            tables[name] = done.result()
+            if name == GROWN_ON:
+                new = (out, data / "corpus", parts["test-new"])
+                work |= {pool.submit(_grown, *new, how): f"grown-{how}" for how in PARENTS}
+            _write(out, base, config, rates, tables, time.perf_counter() - started)
     print((out / "table.md").read_text())
 
 
@@ -179,7 +189,7 @@ def _grown(out: Path, corpus: Path, valid: Path, how: str) -> list[Row]:
     target, partial = out / f"grown-{how}", out / f".grown-{how}.partial"
     if not target.exists():
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(out / "typology-k8-r0", partial)
+        shutil.copytree(out / GROWN_ON, partial)
         shutil.rmtree(partial / "results")
         partial.rename(target)
     run = open_run(target)

@@ -53,7 +53,8 @@ def main() -> None:
     data, out = Path(options.data), Path(options.out)
     corpus = halves(data, out, options.max_documents)["test"]
     systems = ("dense", *options.systems.split(","))
-    rates = {"dense": _setting(options.dense), "experts": _setting(options.experts)}
+    experts = _setting(options.experts)
+    rates = {"dense": _setting(options.dense), "k4": experts, "k8": experts}
     budgets = [round(float(text)) for text in options.tokens.split(",")]
     widths = [int(text) for text in options.widths.split(",")]
     configs = {width: _of_width(override(tiny(), options.settings), width) for width in widths}

@@ -19,7 +19,7 @@ from xelm.runs.run import Run
 Setting = tuple[float, int]
 """Peak learning rate and rows a step."""
 Rates = Mapping[str, Setting]
-"""The setting of each kind of system: "dense", and "k8" for eight experts."""
+"""Kind of system (`kind_of`) -> its setting."""
 
 # The sixteen of XGLM, as in the paper.
 LANGUAGES = (
@@ -81,8 +81,11 @@ def train_system(
 
 
 def kind_of(system: str) -> str:
-    """What systems with the same settings have in common: "dense" or "experts"."""
-    return "dense" if system == "dense" else "experts"
+    """What systems with the same settings have in common: "dense", "k4", or "k8" of eight and more
+    experts."""
+    if system == "dense":
+        return "dense"
+    return "k4" if system.endswith("-k4") else "k8"
 
 
 def clusters_of(run: Run, system: str, repetition: int) -> Clustering:
