@@ -10,20 +10,27 @@ from experts.registry import Registry
 FRONT_MATTER_FACTS = ("base_model", "license")
 
 
-def card(expert: Expert, registry: Registry, facts: Mapping[str, str | int | float]) -> str:
-    """The text of CARD.md for a published expert of `registry`.
+def card(
+    expert: Expert,
+    registry: Registry,
+    facts: Mapping[str, str | int | float],
+    *,
+    masked: bool = False,
+) -> str:
+    """The text of CARD.md for a published expert of `registry`; `masked`: an encoder, which fills
+    masks and continues no text.
 
     `facts` are shown under their keys, in their order; 'base_model' (the Hub name of the seed) and
     'license' go into the front matter, which leaves them out where they are not given, for the Hub
     refuses made-up values.
     """
     sections = (
-        _front_matter(expert, facts),
+        _front_matter(expert, facts, "fill-mask" if masked else "text-generation"),
         f"# {expert.name}",
         _introduction(expert),
         _table(("", ""), _rows(expert, registry, facts)),
         "## Use",
-        _USE,
+        _USE.format(model="AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"),
         "## Files",
         _table(
             ("file", "SHA-256"),
@@ -35,19 +42,19 @@ def card(expert: Expert, registry: Registry, facts: Mapping[str, str | int | flo
 
 _USE = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {model}, AutoTokenizer
 
 directory = "."  # the directory of this card
-model = AutoModelForCausalLM.from_pretrained(directory)
+model = {model}.from_pretrained(directory)
 tokenizer = AutoTokenizer.from_pretrained(directory)
 ```"""
 
 
-def _front_matter(expert: Expert, facts: Mapping[str, str | int | float]) -> str:
+def _front_matter(expert: Expert, facts: Mapping[str, str | int | float], task: str) -> str:
     # JSON strings are YAML strings; unquoted, the language "no" would be the truth value false.
     lines = ["---"]
     lines += ["language:", *(f"- {json.dumps(language)}" for language in _languages(expert))]
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- xelm"]
+    lines += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- xelm"]
     lines += [f"{key}: {json.dumps(str(facts[key]))}" for key in FRONT_MATTER_FACTS if key in facts]
     return "\n".join([*lines, "---"])
 

@@ -38,6 +38,13 @@ def test_the_front_matter_is_what_the_hub_wants():
     }
 
 
+def test_the_card_of_an_encoder_says_how_it_is_loaded():
+    text = card(PL, REGISTRY, {}, masked=True)
+    assert _front_matter(text)["pipeline_tag"] == "fill-mask"
+    assert "model = AutoModelForMaskedLM.from_pretrained(directory)" in text.splitlines()
+    assert "CausalLM" not in text
+
+
 def test_norwegian_stays_a_language_and_unknown_facts_are_left_out():
     front = _front_matter(card(SLAVIC, REGISTRY, {}))
     assert front["language"] == ["ru", "no"]

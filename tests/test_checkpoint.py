@@ -422,9 +422,32 @@ def test_an_encoder_without_its_head_is_refused(tmp_path):
         check_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["llama-grouped", "xglm"])
+def test_a_config_is_made_afresh_where_that_says_all(name, tmp_path):
+    directory = saved(CONFIGS[name], tmp_path / "hub").directory
+    model = load_model(directory)
+    save_model(model, tmp_path / "out")
+    assert read_config(tmp_path / "out") == model.config
+    assert_equal_trees(parameters_of(load_model(tmp_path / "out")), parameters_of(model))
+    kind = CONFIGS[name].model_type
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == kind
+
+
+def test_weights_that_were_not_fetched_are_named(llama):
+    weights = llama / "model.safetensors"
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\nsize 123\n")
+    with pytest.raises(UserError, match="is a pointer of git-lfs: fetch the weights"):
+        check_checkpoint(llama)
+    weights.rename(llama / "other.safetensors")
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (llama / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index.json names model-00002.*, which is missing"):
+        check_checkpoint(llama)
+
+
 def test_a_model_that_no_fresh_config_describes_wants_one_to_be_like(tmp_path):
     model = load_model(saved(CONFIGS["bloom"], tmp_path / "hub").directory)
-    with pytest.raises(UserError, match="model_type llama does not go with"):
+    with pytest.raises(UserError, match="such as the one it was loaded from, with like="):
         save_model(model, tmp_path / "out")
     with pytest.raises(UserError, match="fresh models are made as llama, xglm; got bloom"):
         write_checkpoint(tmp_path / "out", model.config, parameters_of(model), model_type="bloom")

@@ -180,10 +180,15 @@ def test_an_expert_of_an_encoder_is_an_ordinary_checkpoint(encoders):
     masked = " ".join(["[MASK]", *text.split()[1:]])
     theirs = guess(masked, top_k=3)
     ours = open_run(encoders).ensemble("language").fill(masked, count=3, language="de")
-    assert [token for token, _ in ours[0]] == [found["token_str"] for found in theirs]
+    (guesses,) = ours.masks
+    assert [guess.id for guess in guesses] == [found["token"] for found in theirs]
+    assert [g.text.strip() for g in guesses] == [f["token_str"].strip("# ") for f in theirs]
     np.testing.assert_allclose(
-        [probability for _, probability in ours[0]], [f["score"] for f in theirs], rtol=1e-3
+        [guess.probability for guess in guesses], [f["score"] for f in theirs], rtol=1e-3
     )
+    name = open_run(encoders).registry().for_language("de").name
+    assert ours.weights == {other: float(other == name) for other in ours.weights}
+    assert "AutoModelForMaskedLM.from_pretrained" in (expert / "CARD.md").read_text()
     again = AutoModelForMaskedLM.from_pretrained(expert)
     assert again.config.hidden_size == 24
 
@@ -196,19 +201,32 @@ def test_the_mixture_at_a_mask_is_the_sum_of_the_experts(encoders):
     for name in ("en", "de"):
         parts.append(run.ensemble("language").fill(text, count=10**6, language=name))
     for place in range(2):
-        both = [dict(part[place]) for part in parts]
-        for token, probability in uniform[place][:20]:
-            wanted = sum(found[token] for found in both) / 2
-            assert probability == pytest.approx(wanted, rel=1e-4)
+        both = [{guess.id: guess.probability for guess in part.masks[place]} for part in parts]
+        for guess in uniform.masks[place][:20]:
+            wanted = sum(found[guess.id] for found in both) / 2
+            assert guess.probability == pytest.approx(wanted, rel=1e-4)
+    assert set(uniform.weights.values()) == {0.5}
 
 
 def test_masks_are_filled_on_the_command_line(encoders, xelm):
     outcome = xelm("fill", encoders, "[MASK] [MASK]", "--count", 2, "--routing", "posterior")
-    assert outcome.code == 0 and [line[:2] for line in outcome.out.splitlines()] == ["1.", "2."]
+    assert outcome.code == 0 and outcome.err.startswith("experts: ")
+    lines = outcome.out.splitlines()
+    assert (lines[0], lines[3], len(lines)) == ("mask 1", "mask 2", 6)
+    found = json.loads(xelm("fill", encoders, "[MASK] [MASK]", "--count", 2, "--json").out)
+    assert [sorted(guess) for guess in found["masks"][1]] == [["id", "probability", "text"]] * 2
+    assert sum(found["weights"].values()) == pytest.approx(1)
     assert xelm("fill", encoders, "no mask").err == "xelm: the text has no [MASK] to be filled\n"
     assert "count must be at least 1; got -1" in xelm("fill", encoders, "[MASK]", "--count", -1).err
     long = xelm("fill", encoders, "[MASK] " * 70)
     assert long.code == 2 and "has room for 62" in long.err
+
+
+def test_the_report_of_encoders_says_what_their_perplexity_is(encoders, xelm):
+    assert xelm("report", encoders).code == 0
+    page = (encoders / "results" / "report.html").read_text()
+    assert "This is pseudo-perplexity" in page
+    assert "is not recorded here" not in page  # the training of a seed that was given
 
 
 def test_decoders_fill_and_encoders_continue_nothing(encoders, tiny, xelm):

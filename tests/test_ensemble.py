@@ -349,14 +349,16 @@ def test_as_many_tokens_are_new_as_asked_for(ensemble, count):
 def test_a_prompt_without_room_for_an_answer_is_a_users_mistake(ensemble, model):
     prompt = "abcdefgh " * 30
     tokens = len(ensemble.tokenizer.encode([prompt])[0])
-    with pytest.raises(UserError, match=f"the prompt has {tokens} tokens; with 7 new ones"):
+    with pytest.raises(
+        UserError, match=f"the prompt has {tokens} tokens, .*; got max_new_tokens=7"
+    ):
         ensemble.generate(prompt, max_new_tokens=7)
     room = model.max_length - 7 - 1
     ids = ensemble.tokenizer.encode([prompt])[0][:room]
     fits = ensemble.tokenizer.decode(ids)
     assert len(ensemble.tokenizer.encode([fits])[0]) == room
     ensemble.generate(fits, max_new_tokens=7)
-    with pytest.raises(UserError, match=f"has room for {room - 1}"):
+    with pytest.raises(UserError, match="room for 7 new ones; got max_new_tokens=8"):
         ensemble.generate(fits, max_new_tokens=8)
 
 
@@ -366,7 +368,7 @@ def test_a_prompt_without_room_for_an_answer_is_a_users_mistake(ensemble, model)
         ({"temperature": -0.1}, "temperature at least 0; got -0.1"),
         ({"top_p": 0.0}, "top_p above 0 and at most 1; got 0.0"),
         ({"top_p": 1.1}, "top_p above 0 and at most 1; got 1.1"),
-        ({"max_new_tokens": -1}, "max_new_tokens at least 0; got -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens at least 1; got 0"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(ensemble, options, fault):
@@ -398,6 +400,12 @@ def test_more_experts_than_there_are_cannot_be_asked(run, top_m):
 def test_a_router_without_warmth_is_refused(run, temperature):
     with pytest.raises(UserError, match="routing must be above 0; got"):
         run.ensemble("tfidf", temperature=temperature)
+
+
+@pytest.mark.parametrize("routing", ["language", "uniform", "posterior"])
+def test_a_temperature_without_tfidf_is_refused(run, routing):
+    with pytest.raises(UserError, match=f"goes with routing tfidf; got {routing}"):
+        run.ensemble(routing, temperature=0.5)
 
 
 def test_an_unknown_routing_is_refused_by_name(run):

@@ -221,7 +221,7 @@ def test_the_checkpoints_wish_for_more_tokens_than_there_is_room_for_is_cut(tiny
     said = wish.generate("abcd")
     room = ensemble.model.max_length - len(ensemble.tokenizer.begin("abcd"))
     assert 0 < len(said.ids) <= room
-    with pytest.raises(UserError, match="2048 new ones, this model of 64 has room for 0"):
+    with pytest.raises(UserError, match=r"room for \d+ new ones; got max_new_tokens=2048"):
         wish.generate("abcd", max_new_tokens=2048)
 
 

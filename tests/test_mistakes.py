@@ -187,7 +187,10 @@ MISTAKES = [
     ("generate run x --routing language --language tr", "no expert serves 'tr'"),
     ("generate run x --temperature -1", "temperature at least 0"),
     ("generate run x --top-p 0", "top_p above 0"),
-    ("generate run x --max-new-tokens 100", "this model of 64 has room for 0"),
+    ("generate run x --routing uniform --language en", "--language goes with --routing language"),
+    ("generate run x --routing posterior --router-temperature 1", "goes with routing tfidf"),
+    ("evaluate run --corpus corpus --routing language --router-temperature 1", "not asked for"),
+    ("generate run x --max-new-tokens 100", "new ones; got max_new_tokens=100"),
 ]
 
 
@@ -287,7 +290,7 @@ def test_branching_on_other_clusters_is_refused(xelm, place, monkeypatch, tmp_pa
     before = snapshot(place)
     for name, message in {
         "three": "this RUN was branched on other clusters",
-        "fewer": "clusters and RUN have different languages (not in the clusters: fr)",
+        "fewer": "different languages (not in the clusters: fr); cluster those of the corpus",
         "more": "clusters and RUN have different languages (not in the RUN: pt)",
     }.items():
         outcome = xelm("branch", "run", "--clusters", tmp_path / name)

@@ -276,7 +276,7 @@ def test_the_verdict_of_a_better_ensemble(full):
         "is better in 4 of 6 languages."
     )
     assert sentences[1] == (
-        "The mean perplexity over 6 languages of the seed's corpus is 125.0 for the seed, 66.7 for "
+        "The mean perplexity over 6 languages of the RUN's corpus is 125.0 for the seed, 66.7 for "
         "dense training, and 60.0 for the ensemble (routing by language, which is told the "
         "language; the best of 2)."
     )
@@ -503,7 +503,7 @@ def test_curves_are_drawn_in_their_colours_on_the_axes_given():
     assert [line.get_color() for line in ax.lines] == ["#222222", "#ddcc77"]
     assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2], [1, 4]]
     assert ax.get_xlim()[0] == 0
-    assert ax.get_ylabel() == "loss (nats per token)"
+    assert ax.get_ylabel() == "loss (nats per predicted token)"
 
 
 def test_the_heat_map_is_centred_at_the_seed_and_frames_the_own_languages():

@@ -82,9 +82,9 @@ def parameters():
 def trained(parameters, tmp_path):
     """A function that trains in a folder of the test, and what metrics.jsonl says of it."""
 
-    def run(config=CONFIG, folder="training", sources=SOURCES):
+    def run(config=CONFIG, folder="training", sources=SOURCES, start=parameters):
         result = train(
-            lambda shardings: jax.device_put(parameters, shardings),
+            lambda shardings: jax.device_put(start, shardings),
             MODEL,
             sources,
             config,
@@ -429,7 +429,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         if file.is_file():
             file.write_bytes(b"not what it was")
     again, _ = trained(folder="broken")
-    assert "step 12 is damaged" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 12 is damaged" in said and "test: going on after step 6" in said
     assert_same_bits(again, whole)
     # It is kept, should it be of use to somebody.
     assert (tmp_path / "broken" / "damaged-12" / "state").is_dir()
@@ -442,6 +443,12 @@ def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_pat
     ):
         trained(config)
     assert not list((tmp_path / "training" / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_start_that_is_no_number_is_not_blamed_on_the_rate(trained, parameters):
+    spoilt = jax.tree.map(lambda x: x * np.float32("nan"), parameters)
+    with pytest.raises(UserError, match="the loss of test is nan before anything was learned"):
+        trained(start=spoilt)
 
 
 def half_done(trained, folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -350,8 +350,7 @@ def _generate_options(verb: argparse.ArgumentParser) -> None:
     default = "what the seed asks for"
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("prompt")
-    verb.add_argument("--routing", choices=ROUTINGS, default="tfidf")
-    verb.add_argument("--language", metavar="XX", help="of the prompt, for --routing language")
+    _routing(verb, "prompt")
     verb.add_argument("--chat", action="store_true", help="the prompt is a turn of a chat")
     verb.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {default})")
     verb.add_argument(
@@ -374,7 +373,7 @@ def _generate(options: argparse.Namespace) -> None:
     from xelm.runs.run import open_run
 
     ensemble = open_run(options.run).ensemble(
-        options.routing, top_m=options.top_m, temperature=options.router_temperature
+        _chosen_routing(options), top_m=options.top_m, temperature=options.router_temperature
     )
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
 
@@ -400,16 +399,13 @@ def _generate(options: argparse.Namespace) -> None:
         _print_json({"text": generation.text, "weights": generation.weights})
         return
     print()
-    weights = sorted(generation.weights.items(), key=lambda item: -item[1])
-    spoken = [f"{name} {weight:.2f}" for name, weight in weights if weight >= 0.005]
-    print(f"experts: {', '.join(spoken)}", file=sys.stderr)
+    _print_weights(generation.weights)
 
 
 def _fill_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("text", help="with the mask of the seed's tokenizer, such as [MASK]")
-    verb.add_argument("--routing", choices=ROUTINGS, default="tfidf")
-    verb.add_argument("--language", metavar="XX", help="of the text, for --routing language")
+    _routing(verb, "text")
     verb.add_argument("--count", type=int, default=5, metavar="N", help="guesses for each mask")
     _router(verb)
     _json(verb)
@@ -419,15 +415,18 @@ def _fill(options: argparse.Namespace) -> None:
     from xelm.runs.run import open_run
 
     ensemble = open_run(options.run).ensemble(
-        options.routing, top_m=options.top_m, temperature=options.router_temperature
+        _chosen_routing(options), top_m=options.top_m, temperature=options.router_temperature
     )
-    guesses = ensemble.fill(options.text, count=options.count, language=options.language)
+    filling = ensemble.fill(options.text, count=options.count, language=options.language)
     if options.json:
-        _print_json(guesses)
+        masks = [[guess._asdict() for guess in guesses] for guesses in filling.masks]
+        _print_json({"masks": masks, "weights": filling.weights})
         return
-    for number, found in enumerate(guesses, 1):
-        said = ", ".join(f"{token} {probability:.3f}" for token, probability in found)
-        print(f"{number}. {said}")
+    for number, guesses in enumerate(filling.masks, 1):
+        print(f"mask {number}")
+        for guess in guesses:
+            print(f"  {guess.probability:<9.3g} {json.dumps(guess.text, ensure_ascii=False)}")
+    _print_weights(filling.weights)
 
 
 def _report_options(verb: argparse.ArgumentParser) -> None:
@@ -503,6 +502,28 @@ def _router(verb: argparse.ArgumentParser) -> None:
         metavar="X",
         help="of TF-IDF routing; small trusts the nearest expert alone",
     )
+
+
+def _routing(verb: argparse.ArgumentParser, text: str) -> None:
+    verb.add_argument(
+        "--routing",
+        choices=ROUTINGS,
+        help="who speaks (default: tfidf, or language where --language is given)",
+    )
+    verb.add_argument("--language", metavar="XX", help=f"of the {text}, for --routing language")
+
+
+def _chosen_routing(options: argparse.Namespace) -> str:
+    routing = options.routing or ("tfidf" if options.language is None else "language")
+    if options.language is not None and routing != "language":
+        raise UserError("--language goes with --routing language")
+    return routing
+
+
+def _print_weights(weights: Mapping[str, float]) -> None:
+    ordered = sorted(weights.items(), key=lambda item: -item[1])
+    spoken = [f"{name} {weight:.2f}" for name, weight in ordered if weight >= 0.005]
+    print(f"experts: {', '.join(spoken)}", file=sys.stderr)
 
 
 def _json(verb: argparse.ArgumentParser) -> None:

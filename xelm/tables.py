@@ -50,7 +50,7 @@ def results(rows: Sequence[Row], routings: Sequence[str], seed_languages: Sequen
         lines.append(line(f"mean of {len(common)}", means))
     others = [tag for tag in languages if tag not in trained]
     if others:
-        lines += ["not in the seed's corpus:", *(language(tag) for tag in others)]
+        lines += ["not in the RUN's corpus:", *(language(tag) for tag in others)]
     return "\n".join(lines)
 
 

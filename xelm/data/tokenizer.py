@@ -224,6 +224,11 @@ class Tokenizer:
         named = (self.start_id, self.end_id, self.mask_id or 0)
         return 1 + max(*named, *self.usual_ids()[-1:].tolist())
 
+    def piece(self, token: int) -> str:
+        """A token as it reads within a text: with a space before it if it begins a word."""
+        (before,) = self.encode(["a"])
+        return self.decode([*before, token]).removeprefix(self.decode(before))
+
     def begin(self, text: str) -> list[int]:
         """Subword ids of a text that is to be continued, after the token that starts every text."""
         return [self.start_id, *self.encode([text])[0]]

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from xelm.data.tokenizer import Tokenizer
-from xelm.inference.filling import fill
+from xelm.inference.filling import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate, room
 from xelm.inference.routing import Router, keep_largest, mixture
 from xelm.inference.sampling import Sampling
@@ -132,11 +132,9 @@ class Ensemble:
         (generation,) = generate(self, ids, sampling, [language], lambda _, piece: stream(piece))
         return generation
 
-    def fill(
-        self, text: str, *, count: int = 5, language: str | None = None
-    ) -> list[list[tuple[str, float]]]:
-        """The most probable `count` tokens, with their probabilities, at each mask of a text; of
-        encoders. The router hears all that is not masked."""
+    def fill(self, text: str, *, count: int = 5, language: str | None = None) -> Filling:
+        """The most probable `count` tokens at each mask of a text; of encoders. The router hears
+        all that is not masked."""
         return fill(self, text, count, language)
 
     def generate_batch(

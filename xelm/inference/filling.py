@@ -1,7 +1,9 @@
 """What stands behind the masks of a text, by an ensemble of encoders."""
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,28 @@ if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble
 
 
-def fill(
-    ensemble: "Ensemble", text: str, count: int, language: str | None
-) -> list[list[tuple[str, float]]]:
+class Guess(NamedTuple):
+    """What may stand behind a mask."""
+
+    text: str
+    """A token as it reads; with a space before it, the beginning of a word."""
+    id: int
+    """Its number in the vocabulary."""
+    probability: float
+    """By the ensemble."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filling:
+    """What an ensemble sees behind the masks of a text."""
+
+    masks: Sequence[Sequence[Guess]]
+    """For each mask, the most probable first."""
+    weights: Mapping[str, float]
+    """Expert -> its routing weight."""
+
+
+def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> Filling:
     """As `Ensemble.fill`."""
     tokenizer, model = ensemble.tokenizer, ensemble.model
     if count < 1:
@@ -49,10 +70,13 @@ def fill(
         found = _filler(model)(ensemble.parameters[int(expert)], tokens, valid, places)
         mixed = np.logaddexp(mixed, log_weights[expert] + np.asarray(found)[: len(masks)])
     best = np.argsort(-mixed, axis=1, kind="stable")[:, :count]
-    return [
-        [(tokenizer.decode([int(i)]).strip(), float(np.exp(row[i]))) for i in chosen]
-        for row, chosen in zip(mixed, best)
-    ]
+    return Filling(
+        masks=[
+            [Guess(tokenizer.piece(int(i)), int(i), float(np.exp(row[i]))) for i in chosen]
+            for row, chosen in zip(mixed, best)
+        ],
+        weights=dict(zip(ensemble.names, np.exp(log_weights).tolist())),
+    )
 
 
 def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.ndarray:

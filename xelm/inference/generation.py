@@ -241,6 +241,6 @@ def _check(ensemble: "Ensemble", prompts: Sequence[Sequence[int]], new: int) -> 
     if longest + new > limit:
         # The token that starts every text is ours, not the user's.
         raise UserError(
-            f"the prompt has {longest - 1} tokens; with {new} new ones, this model of {limit} "
-            f"has room for {max(0, limit - new - 1)}"
+            f"the prompt has {longest - 1} tokens, which leaves this model of {limit} room for "
+            f"{max(0, limit - longest)} new ones; got max_new_tokens={new}"
         )

@@ -44,7 +44,7 @@ class Sampling:
         faults = [
             fault
             for wrong, fault in (
-                (self.max_new_tokens < 0, f"max_new_tokens at least 0; got {self.max_new_tokens}"),
+                (self.max_new_tokens < 1, f"max_new_tokens at least 1; got {self.max_new_tokens}"),
                 (
                     not 0 <= self.temperature < math.inf,
                     f"temperature at least 0; got {self.temperature}",

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from clustering.errors import UserError
 from clustering.files import flush, read_object, write_json
 from xelm.models.config import ModelConfig
-from xelm.models.families import family, hub_config, model_config
+from xelm.models.families import family, hub_config, model_config, writable_as
 from xelm.models.families.family import Family
 from xelm.models.layout import Range
 from xelm.models.parameters import bind, by_path, graph, parameters_of, shapes
@@ -46,8 +46,12 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
 
 def save_model(model: Transformer, directory: str | Path, like: str | Path | None = None) -> None:
     """Writes a checkpoint that transformers loads. `like`, a checkpoint of the same shape, gives
-    config.json and tokenizer files; otherwise config.json is written afresh and is all there is."""
-    write_checkpoint(directory, model.config, parameters_of(model), like=like)
+    config.json and tokenizer files. Without it config.json is made afresh, which goes for shapes of
+    Llama and XGLM, and there is no tokenizer."""
+    model_type = "" if like is not None else writable_as(model.config)
+    write_checkpoint(
+        directory, model.config, parameters_of(model), like=like, model_type=model_type
+    )
 
 
 def read_config(directory: str | Path) -> ModelConfig:

@@ -27,6 +27,8 @@ INDEX = f"{WEIGHTS}.index.json"
 ROWS_COMPARED = 4096
 # Of weights, as safetensors calls them.
 DTYPES = ("F32", "BF16", "F16", "F64")
+# What a file begins with that git-lfs has not fetched.
+POINTER = b"version https://git-lfs"
 # Of one file of weights; more go into several, as the Hub likes them.
 SHARD_BYTES = 5 * 10**9
 
@@ -168,6 +170,11 @@ def _open(directory: str | Path) -> dict[str, Any]:
     readers = {}
     for name in weight_files(directory):
         path = Path(directory) / name
+        if not path.is_file():
+            raise UserError(f"{Path(directory) / INDEX} names {name}, which is missing")
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise UserError(f"{path} is a pointer of git-lfs: fetch the weights, git lfs pull")
         try:
             file = safe_open(path, framework="np")
         except Exception as error:

@@ -105,7 +105,12 @@ def evaluate(
     routers: dict[str, Router] = {}
     if experts:
         check_top_m(top_m, len(experts))
-        routers = {name: make_router(run, experts, name, temperature) for name in routings}
+        if temperature is not None and "tfidf" not in routings:
+            raise UserError(
+                "a router's temperature goes with routing tfidf, which is not asked for"
+            )
+        warmth = {"tfidf": temperature}
+        routers = {name: make_router(run, experts, name, warmth.get(name)) for name in routings}
     name = "evaluation-" + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
     store = tokenise(run, corpus, name)
     systems = {"seed": run.seed}

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from clustering import tfidf
@@ -61,11 +62,12 @@ def init(
     else:
         parts = {"experts": config.experts, "grow": config.grow}
         _check_lengths(parts, _check_seed(Path(seed)))
+        config = replace(config, model=None)  # the seed has one
     facts = {
+        "languages": list(tags),
+        "seed_from": None if seed is None else str(Path(seed).resolve()),
         "corpus": corpora.address(corpus),
         "corpus_sha256": corpora.fingerprint(corpus, tags),
-        "seed_from": None if seed is None else str(Path(seed).resolve()),
-        "languages": list(tags),
     }
     with _fresh_lock(directory):
         run = create_run(directory, config, facts)

@@ -63,7 +63,10 @@ def check_languages(languages: Sequence[str], clustering: Clustering) -> None:
     if missing or unknown:
         where = [f"not in the clusters: {', '.join(sorted(missing))}"] if missing else []
         where += [f"not in the RUN: {', '.join(sorted(unknown))}"] if unknown else []
-        raise UserError(f"clusters and RUN have different languages ({'; '.join(where)})")
+        raise UserError(
+            f"clusters and RUN have different languages ({'; '.join(where)}); cluster those of the "
+            "corpus (cluster --corpus), or take fewer of them (init --languages)"
+        )
 
 
 def train_experts(run: Run, names: Sequence[str]) -> None:
@@ -178,7 +181,9 @@ def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) ->
     text.unlink(missing_ok=True)
     files = hash_directory(directory)
     described = replace(expert, sha256=files, tokens=tokens)
-    text.write_text(card(described, run.registry(), dict(facts)), encoding="utf-8")
+    masked = not read_config(run.seed).causal
+    page = card(described, run.registry(), dict(facts), masked=masked)
+    text.write_text(page, encoding="utf-8")
     update(
         run.directory,
         lambda registry: registry.publish(expert.name, expert.version, sha256=files, tokens=tokens),

@@ -5,6 +5,7 @@ nothing of experts, clusters or registries.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -84,6 +85,8 @@ def train(
             functions.create(start(functions.state_shardings.parameters)),
             facts,
         )
+        if first:
+            print(f"{label}: going on after step {first}", file=sys.stderr)
         log = MetricsLog(
             directory / "metrics.jsonl", last_step=first, tensorboard=config.tensorboard
         )
@@ -113,8 +116,13 @@ def train(
                 last = step == config.steps
                 logged = step % config.log_every == 0 or last
                 saved = step % config.checkpoint_every == 0 or last
-                if logged or saved:
+                if logged or saved or step == 1:
                     loss, norm = float(metrics.loss), float(metrics.grad_norm)
+                    if step == 1 and not math.isfinite(loss):
+                        raise UserError(
+                            f"the loss of {label} is {loss:g} before anything was learned: what it "
+                            "starts from has weights that are no finite numbers"
+                        )
                     if not math.isfinite(loss + norm):
                         raise DivergedError(
                             f"the training of {label} has diverged: loss {loss:g} and gradient "

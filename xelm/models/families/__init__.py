@@ -55,6 +55,21 @@ def model_config(source: Mapping[str, Any]) -> ModelConfig:
         raise UserError(" ".join(str(error.__cause__ or error).split())) from error
 
 
+def writable_as(config: ModelConfig) -> str:
+    """The first model_type whose config.json, made afresh, says all of a shape."""
+    for model_type, kind in FAMILIES.items():
+        if kind.write is not None:
+            try:
+                hub_config(model_type, config)
+            except UserError:
+                continue
+            return model_type
+    raise UserError(
+        "no config.json is made afresh for a model of this shape; name a checkpoint of the same "
+        "shape, such as the one it was loaded from, with like="
+    )
+
+
 def hub_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
     """config.json of a model that is made here; settings that would not come back from a checkpoint
     of this family are refused."""

@@ -82,6 +82,11 @@ class Facts:
         return self.run.directory.resolve().name
 
     @property
+    def masked(self) -> bool:
+        """Whether the models are encoders, which guess hidden tokens."""
+        return self.model is not None and not self.model.causal
+
+    @property
     def published(self) -> list[Expert]:
         """The experts in use."""
         return [expert for expert in self.experts if expert.status == "published"]
@@ -187,7 +192,7 @@ def _groups(
         *((name, tags, "") for name, tags in members.items()),
         *((name, tags, "grown later, not in the mean") for name, tags in grown.items()),
         ("in no cluster", run.languages, "no expert is trained for these" if clusters else ""),
-        ("only evaluated", evaluated, "nothing was trained on these"),
+        ("only evaluated", evaluated, "nothing was trained on these here"),
     ):
         mine = tuple(dict.fromkeys(tag for tag in tags if tag not in seen))
         seen.update(mine)

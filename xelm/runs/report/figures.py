@@ -67,7 +67,7 @@ def loss_curves(curves: Sequence[Curve], ax: "Axes | None" = None) -> "Axes":
             line.set_path_effects([edge])
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     ax.set_xlim(left=0)
-    ax.set(xlabel="tokens seen in this training", ylabel="loss (nats per token)")
+    ax.set(xlabel="tokens seen in this training", ylabel="loss (nats per predicted token)")
     ax.grid(color="#dddddd", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

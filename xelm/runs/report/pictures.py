@@ -54,7 +54,8 @@ def pictures(facts: Facts) -> dict[str, Picture | Missing]:
         tree = none if clusters.merges is None else _tree(clusters)
         distances = distances if clusters.distances is None else _distances(clusters)
     seed = _curve(SEED.name, facts.metrics[SEED], INK)
-    unknown = "The training of the seed is not recorded here."
+    given = facts.run.record.get("seed_from") is not None
+    unknown = "" if given else "The training of the seed is not recorded here."
     return {
         "tree": tree,
         "distances": distances,
@@ -149,7 +150,7 @@ def _losses(curves: Sequence[Curve], title: str, caption: str, otherwise: str) -
     ends = (f"{c.label} from {c.losses[0]:.2f} to {c.losses[-1]:.2f}" for c in curves)
     return Picture(
         title=title,
-        alt=f"Curves of the loss in nats per token against tokens: {', '.join(ends)}.",
+        alt=f"Curves of the loss in nats per predicted token against tokens: {', '.join(ends)}.",
         caption=caption,
         columns=("system", "tokens", "loss"),
         rows=[(c.label, *point) for c in curves for point in zip(c.tokens, c.losses)],

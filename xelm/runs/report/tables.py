@@ -14,7 +14,7 @@ from xelm.runs.report.words import count
 
 def sizes(facts: Facts) -> list[tuple[str, str]]:
     """What the RUN is, as numbers and what they count."""
-    rows = [(str(len(facts.run.languages)), "languages of the seed")]
+    rows = [(str(len(facts.run.languages)), "languages of the corpus")]
     rows += [(str(len(facts.clusters.clusters)), "clusters")] if facts.clusters else []
     rows += [(str(len(facts.published)), "experts published")]
     if facts.model:

@@ -21,7 +21,7 @@ class Comparison:
     scores: Mapping[System, Mapping[str, Score]]
     """System -> language -> score."""
     languages: Sequence[str]
-    """Of the seed's corpus: on no others did dense and experts train alike."""
+    """Of the RUN's corpus: on no others did dense and experts train alike."""
     means: dict[System, Score]
     """Arithmetic, as in the paper."""
     baseline: System
@@ -78,7 +78,7 @@ def verdict(facts: Facts, comparison: Comparison | None) -> list[str]:
     if not facts.ensembles:
         return ["Only single models have been evaluated: there is no ensemble yet."]
     if comparison is None:
-        return ["No language of the seed's corpus was evaluated with every system."]
+        return ["No language of the RUN's corpus was evaluated with every system."]
     return [
         _headline(comparison),
         *_numbers(comparison, len(facts.ensembles)),
@@ -117,7 +117,7 @@ def _numbers(comparison: Comparison, ensembles: int) -> Iterator[str]:
     routing += ", which is told the language" if ensemble.routing == "language" else ""
     routing += f"; the best of {ensembles}" if ensembles > 1 else ""
     yield (
-        f"The mean perplexity over {plural(len(ratios), 'language')} of the seed's corpus is "
+        f"The mean perplexity over {plural(len(ratios), 'language')} of the RUN's corpus is "
         f"{before}, and {perplexity(means[ensemble].perplexity)} for the ensemble ({routing})."
     )
     if len(ratios) > 1:
