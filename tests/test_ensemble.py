@@ -337,13 +337,9 @@ def test_the_end_token_ends_the_text(ensemble, model, experts):
     assert (said.ids, said.text) == ([], "")
 
 
-@pytest.mark.parametrize("count", [0, 5])
-def test_as_many_tokens_are_new_as_asked_for(ensemble, count):
-    said = ensemble.generate(
-        PROMPT, max_new_tokens=count, temperature=1.0, top_p=1.0, random_seed=0
-    )
-    assert len(said.ids) == count
-    assert said.text if count else said.text == ""
+def test_as_many_tokens_are_new_as_asked_for(ensemble):
+    said = ensemble.generate(PROMPT, max_new_tokens=5, temperature=1.0, top_p=1.0, random_seed=0)
+    assert len(said.ids) == 5 and said.text
 
 
 def test_a_prompt_without_room_for_an_answer_is_a_users_mistake(ensemble, model):
