@@ -10,17 +10,17 @@ from shared import full, snapshot
 from experts.lock import update
 from experts.registry import Registry
 from xelm.data import store as stores
-from xelm.models import checkpoint
+from xelm.models import checkpoint, weights
 from xelm.training.metrics import MetricsLog
 
 
-@pytest.mark.parametrize("fails", ["save_file", "flush"])
-def test_a_full_disk_leaves_no_half_expert(xelm, initialised, tiny, tmp_path, fails):
+@pytest.mark.parametrize(("module", "fails"), [(weights, "save_file"), (checkpoint, "flush")])
+def test_a_full_disk_leaves_no_half_expert(xelm, initialised, tiny, tmp_path, module, fails):
     shutil.copytree(initialised[0], tmp_path / "RUN")
     xelm("branch", tmp_path / "RUN", "--clusters", tiny.clusters)
     command = ("train", tmp_path / "RUN", "de-fr")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, fails, full)
+        patch.setattr(module, fails, full)
         outcome = xelm(*command)
     assert outcome.code == 2
     last = outcome.err.splitlines()[-1]
