@@ -96,6 +96,8 @@ def main() -> None:
         while work:
             done = next(as_completed(work))
             name = work.pop(done)
+            if done.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
             if name in TUNED:
                 rates[name] = done.result()
                 for system, repetition in wanted:
@@ -208,11 +210,13 @@ def _write(
     out: Path,
     base: Run,
     config: RunConfig,
-    rates: Rates,
-    tables: dict[str, list[Row]],
+    rates: Mapping[str, Setting],
+    tables: Mapping[str, list[Row]],
     seconds: float,
 ) -> None:
     """table.json with every row, table.md for people; replaced after every system."""
+    rates = {kind: rates[kind] for kind in TUNED if kind in rates}
+    tables = {name: tables[name] for name in sorted(tables, key=_place)}
     facts = {
         "parameters": config.model.parameter_count,
         "vocabulary": config.model.vocabulary_size,
@@ -243,6 +247,14 @@ def _write(
         _new_languages(tables, out),
     ]
     (out / "table.md").write_text("\n\n".join("\n".join(part) for part in parts) + "\n")
+
+
+def _place(table: str) -> tuple[str, int]:
+    """Systems by random seed in their order, then what was grown."""
+    system, dash, repetition = table.rpartition("-r")
+    if dash:
+        return repetition, ("dense", *SYSTEMS).index(system)
+    return "grown", PARENTS.index(table.removeprefix("grown-"))
 
 
 Column = dict[str, Row]

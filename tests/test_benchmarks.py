@@ -19,6 +19,12 @@ def test_every_system_has_every_language_once(system):
     assert len(clusters) == int(system.rpartition("-k")[2])
 
 
+def test_every_system_has_settings_that_are_searched_for():
+    kinds = {systems.kind_of(system) for system in ("dense", *reproduce.SYSTEMS)}
+    assert kinds == set(reproduce.TUNED)
+    assert all(systems.kind_of(system) == kind for kind, system in reproduce.TUNED.items())
+
+
 def test_random_clusters_differ_between_repetitions():
     first, second = (systems.clusters_of(None, "random-k8", r).clusters for r in (0, 1))
     assert set(first.values()) != set(second.values())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hub_models import CONFIGS, random_tokens, saved
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast, pipeline
 
 from clustering.errors import UserError
@@ -115,6 +115,7 @@ def word_tokenizer(corpus, folder):
     pieces = {piece: number for number, piece in enumerate([*special, *letters, *words])}
     fast = Tokenizer(models.WordPiece(pieces, unk_token="[UNK]"))
     fast.normalizer, fast.pre_tokenizer = normalizers.NFC(), pre_tokenizers.Whitespace()
+    fast.decoder = decoders.WordPiece()
     fast.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
@@ -206,6 +207,15 @@ def test_the_mixture_at_a_mask_is_the_sum_of_the_experts(encoders):
             wanted = sum(found[guess.id] for found in both) / 2
             assert guess.probability == pytest.approx(wanted, rel=1e-4)
     assert set(uniform.weights.values()) == {0.5}
+
+
+def test_a_piece_reads_as_it_does_within_a_text(encoders):
+    tokenizer = open_run(encoders).tokenizer()
+    words = tokenizer.hub.get_vocab()
+    assert tokenizer.piece(words["[SEP]"]) == "[SEP]"
+    inner = next(word for word in words if word.startswith("##") and word[2:] in words)
+    assert tokenizer.piece(words[inner]) == inner[2:]
+    assert tokenizer.piece(words[inner[2:]]) == f" {inner[2:]}"
 
 
 def test_masks_are_filled_on_the_command_line(encoders, xelm):

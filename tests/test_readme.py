@@ -38,8 +38,10 @@ def test_the_readme_shows_every_job():
     assert {"quickstart", "cluster", "init", "branch", "train", "grow", "generate"} <= verbs
 
 
-def test_the_first_python_example_runs_as_it_stands(capsys):
+def test_the_first_python_example_runs_as_it_stands(capsys, tmp_path, monkeypatch):
     matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
     example = blocks("python")[0]
     exec(compile(example, "README.md", "exec"), {})
     assert "8 languages, 4 clusters" in capsys.readouterr().out
+    assert (tmp_path / "tree.png").stat().st_size > 10_000

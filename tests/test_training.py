@@ -447,7 +447,9 @@ def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_pat
 
 def test_a_start_that_is_no_number_is_not_blamed_on_the_rate(trained, parameters):
     spoilt = jax.tree.map(lambda x: x * np.float32("nan"), parameters)
-    with pytest.raises(UserError, match="the loss of test is nan before anything was learned"):
+    with pytest.raises(
+        UserError, match="nan and its gradient norm nan before anything was learned"
+    ):
         trained(start=spoilt)
 
 

@@ -218,6 +218,9 @@ def _init(options: argparse.Namespace) -> None:
     from xelm.config import override
     from xelm.runs.init import init
 
+    shapes = [s for s in options.settings if s.startswith("model") and options.seed]
+    if shapes:
+        raise UserError(f"{shapes[0]} is of a model that is made here; --seed has its own shape")
     preset = options.preset or ("hub" if options.seed else "tiny")
     config = override(PRESETS[preset](), options.settings)
     run = init(

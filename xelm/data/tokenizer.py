@@ -225,7 +225,10 @@ class Tokenizer:
         return 1 + max(*named, *self.usual_ids()[-1:].tolist())
 
     def piece(self, token: int) -> str:
-        """A token as it reads within a text: with a space before it if it begins a word."""
+        """A token as it reads within a text: with a space before it if it begins a word. Special
+        tokens have their names."""
+        if token in self.hub.all_special_ids:
+            return self.hub.convert_ids_to_tokens(token)
         (before,) = self.encode(["a"])
         return self.decode([*before, token]).removeprefix(self.decode(before))
 

@@ -80,7 +80,7 @@ def generate(
             ids=reply.ids,
             weights=dict(zip(ensemble.names, map(float, mean))),
         )
-        for reply, mean in zip(replies, weights / np.maximum(counts, 1))
+        for reply, mean in zip(replies, weights / counts)
     ]
 
 

@@ -48,10 +48,7 @@ def save_model(model: Transformer, directory: str | Path, like: str | Path | Non
     """Writes a checkpoint that transformers loads. `like`, a checkpoint of the same shape, gives
     config.json and tokenizer files. Without it config.json is made afresh, which goes for shapes of
     Llama and XGLM, and there is no tokenizer."""
-    model_type = "" if like is not None else writable_as(model.config)
-    write_checkpoint(
-        directory, model.config, parameters_of(model), like=like, model_type=model_type
-    )
+    write_checkpoint(directory, model.config, parameters_of(model), like=like)
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -118,20 +115,22 @@ def write_checkpoint(
     parameters: Mapping[str, Any],
     *,
     like: str | Path | None = None,
-    model_type: str = "llama",
+    model_type: str | None = None,
     special_ids: Mapping[str, int] | None = None,
     tokenizer: str | Path | None = None,
     extra: Sequence[Path] = (),
 ) -> None:
     """Writes `directory` whole or not at all: it appears by a rename once every byte is on disk.
 
-    `like` gives config.json (with model_type and special ids) and tokenizer files; without it the
-    config is written for `model_type` with `special_ids` ("bos_token_id" and so on), and the
-    tokenizer files come from the directory `tokenizer`. Files in `extra` are copied in beside them.
+    `like` gives config.json (with model_type and special ids) and tokenizer files. Without it the
+    config is made for `model_type` (None: one that can say it) with `special_ids` ("bos_token_id"
+    and so on), and the tokenizer files come from the directory `tokenizer`. Files in `extra` are
+    copied in beside them.
     """
     with _whole_or_nothing(Path(directory)) as partial:
         if like is None:
-            source = {**hub_config(model_type, config), **(special_ids or {})}
+            source = hub_config(model_type or writable_as(config), config)
+            source |= special_ids or {}
             if tokenizer is not None:
                 copy_tokenizer(tokenizer, partial)
         else:

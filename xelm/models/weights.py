@@ -87,8 +87,8 @@ def weight_files(directory: str | Path) -> list[str]:
 def write_weights(
     directory: Path, kind: Family, config: ModelConfig, flat: Mapping[str, Any]
 ) -> None:
-    """One file, or several with an index where there is more than `SHARD_BYTES`; the host holds
-    the tensors of one file at once."""
+    """One file, or several with an index where there is more than `SHARD_BYTES`, beside the
+    config.json that is there; the host holds the tensors of one file at once."""
     sizes = _layer_shapes({path: value.shape for path, value in flat.items()})
     rows = list(_named(_held(kind, flat), config))
     files: list[list[tuple[str, int | None, Tensor]]] = [[]]
@@ -172,13 +172,14 @@ def _open(directory: str | Path) -> dict[str, Any]:
         path = Path(directory) / name
         if not path.is_file():
             raise UserError(f"{Path(directory) / INDEX} names {name}, which is missing")
-        with path.open("rb") as file:
-            if file.read(len(POINTER)) == POINTER:
-                raise UserError(f"{path} is a pointer of git-lfs: fetch the weights, git lfs pull")
         try:
-            file = safe_open(path, framework="np")
+            with path.open("rb") as start:
+                fetched = start.read(len(POINTER)) != POINTER
+            file = safe_open(path, framework="np") if fetched else None
         except Exception as error:
             raise UserError(f"{path} is not readable as safetensors: {error}") from error
+        if file is None:
+            raise UserError(f"{path} is a pointer of git-lfs: fetch the weights, git lfs pull")
         for key in file.keys():  # noqa: SIM118 (not a dictionary)
             readers[key] = file.get_slice(key)
     return readers

@@ -60,7 +60,7 @@ def make_router(
 ) -> Router:
     """The router of that name over these experts. temperature: of TF-IDF routing."""
     count = len(experts)
-    if temperature is not None and routing != "tfidf":
+    if temperature is not None and routing in ROUTINGS and routing != "tfidf":
         raise UserError(f"a router's temperature goes with routing tfidf; got {routing}")
     if routing == "uniform":
         return Uniform(experts=count)

@@ -36,7 +36,7 @@ class Run:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Of the seed's corpus, as canonical tags."""
+        """Of the RUN's corpus, as canonical tags."""
         return tuple(self.record["languages"])
 
     @property
@@ -78,7 +78,7 @@ class Run:
         return tokenizer.load(self.seed)
 
     def store(self, name: str = "train") -> "Store":
-        """The tokenised corpus of the seed, or of a grown language."""
+        """The tokenised corpus of the RUN, or of a grown language."""
         from xelm.data.store import open_store
 
         return open_store(self.directory / "corpus" / name)

@@ -118,10 +118,10 @@ def train(
                 saved = step % config.checkpoint_every == 0 or last
                 if logged or saved or step == 1:
                     loss, norm = float(metrics.loss), float(metrics.grad_norm)
-                    if step == 1 and not math.isfinite(loss):
+                    if step == 1 and not math.isfinite(loss + norm):
                         raise UserError(
-                            f"the loss of {label} is {loss:g} before anything was learned: what it "
-                            "starts from has weights that are no finite numbers"
+                            f"the loss of {label} is {loss:g} and its gradient norm {norm:g} "
+                            "before anything was learned: look at what it starts from"
                         )
                     if not math.isfinite(loss + norm):
                         raise DivergedError(
