@@ -1,4 +1,4 @@
-"""What it is worth on a CPU that freed memory is kept (`xelm.cli.keep_freed_memory`).
+"""What it is worth on a CPU that freed memory is kept (`xelm.process.keep_freed_memory`).
 
     python benchmarks/freed_memory.py
 
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from xelm.cli import keep_freed_memory
+from xelm.process import keep_freed_memory
 
 
 def main() -> None:

@@ -43,10 +43,10 @@ from workers import workers
 
 from clustering import typology
 from clustering.files import write_json
-from xelm.cli import prepare
 from xelm.config import RunConfig, override
 from xelm.data.corpus import fingerprint
 from xelm.presets import tiny
+from xelm.process import prepare
 from xelm.runs import growing
 from xelm.runs.evaluation import Row
 from xelm.runs.init import init

@@ -29,9 +29,9 @@ from systems import (
 from workers import workers
 
 from clustering.files import write_json
-from xelm.cli import prepare
 from xelm.config import RunConfig, override
 from xelm.presets import tiny
+from xelm.process import prepare
 from xelm.runs.init import init
 from xelm.runs.run import Run
 

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 
-from xelm.cli import prepare
+from xelm.process import prepare
 
 
 def workers(jobs: int) -> ProcessPoolExecutor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from xelm import cli
+from xelm import cli, process
 from xelm.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 def test_names_may_come_after_a_flag(xelm, place, monkeypatch):
     monkeypatch.chdir(place)
     asked = []
-    monkeypatch.setitem(cli.VERBS, "train", (*cli.VERBS["train"][:2], asked.append))
+    monkeypatch.setitem(cli.VERBS, "train", cli.VERBS["train"]._replace(run=asked.append))
     assert xelm("train", "run", "de-fr", "--dense", "en-es").code == 0
     assert asked[0].names == ["de-fr", "en-es"] and asked[0].dense
     assert xelm("train", "run", "--dense", "--unknown").code == 2
@@ -47,7 +47,7 @@ def test_an_interrupted_command_says_how_to_go_on(xelm, monkeypatch):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "verify", (*cli.VERBS["verify"][:2], interrupt))
+    monkeypatch.setitem(cli.VERBS, "verify", cli.VERBS["verify"]._replace(run=interrupt))
     outcome = xelm("verify", "RUN")
     assert outcome.code == 130
     assert outcome.err == "xelm: interrupted; run the same command again to go on\n"
@@ -57,7 +57,7 @@ def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
     def fail(options):
         raise PermissionError(13, "Permission denied", "/RUN/registry.json")
 
-    monkeypatch.setitem(cli.VERBS, "verify", (*cli.VERBS["verify"][:2], fail))
+    monkeypatch.setitem(cli.VERBS, "verify", cli.VERBS["verify"]._replace(run=fail))
     outcome = xelm("verify", "RUN")
     assert outcome.code == 2
     assert outcome.err == "xelm: /RUN/registry.json: Permission denied\n"
@@ -82,7 +82,7 @@ def test_what_a_machine_lacks_is_one_line(xelm, monkeypatch, error, message):
     def fail(options):
         raise error
 
-    monkeypatch.setitem(cli.VERBS, "train", (*cli.VERBS["train"][:2], fail))
+    monkeypatch.setitem(cli.VERBS, "train", cli.VERBS["train"]._replace(run=fail))
     outcome = xelm("train", "RUN")
     assert (outcome.code, outcome.out, outcome.err) == (2, "", f"xelm: {message}\n")
 
@@ -91,7 +91,7 @@ def test_an_error_of_ours_is_not_hidden(xelm, monkeypatch):
     def fail(options):
         raise ModuleNotFoundError("No module named 'xelm.nothing'", name="xelm.nothing")
 
-    monkeypatch.setitem(cli.VERBS, "train", (*cli.VERBS["train"][:2], fail))
+    monkeypatch.setitem(cli.VERBS, "train", cli.VERBS["train"]._replace(run=fail))
     with pytest.raises(ModuleNotFoundError):
         xelm("train", "RUN")
 
@@ -154,8 +154,8 @@ def test_freed_memory_is_kept_where_that_can_be_said(
             found.append((option, value))
 
     monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(cli.sys, "platform", platform)
-    monkeypatch.setattr(cli.platform, "libc_ver", lambda: (library, ""))
-    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: Library())
-    cli.keep_freed_memory()
+    monkeypatch.setattr(process.sys, "platform", platform)
+    monkeypatch.setattr(process.platform, "libc_ver", lambda: (library, ""))
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: Library())
+    process.keep_freed_memory()
     assert found == calls

@@ -180,6 +180,6 @@ def test_a_mixture_is_the_sum_of_weighted_probabilities():
 
 
 def test_the_command_line_offers_every_router():
-    from xelm import cli
+    from xelm.commands import asking
 
-    assert tuple(routing.ROUTINGS) == cli.ROUTINGS
+    assert tuple(routing.ROUTINGS) == asking.ROUTINGS

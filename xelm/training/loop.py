@@ -118,17 +118,7 @@ def train(
                 saved = step % config.checkpoint_every == 0 or last
                 if logged or saved or step == 1:
                     loss, norm = float(metrics.loss), float(metrics.grad_norm)
-                    if step == 1 and not math.isfinite(loss + norm):
-                        raise UserError(
-                            f"the loss of {label} is {loss:g} and its gradient norm {norm:g} "
-                            "before anything was learned: look at what it starts from"
-                        )
-                    if not math.isfinite(loss + norm):
-                        raise DivergedError(
-                            f"the training of {label} has diverged: loss {loss:g} and gradient "
-                            f"norm {norm:g} at step {step}; a peak rate of "
-                            f"{config.learning_rate:g} is too much for it"
-                        )
+                    _check_finite(loss, norm, step, label, config.learning_rate)
                 if logged:
                     now, total = time.perf_counter(), sum(seen.values())
                     log.write(
@@ -149,6 +139,20 @@ def train(
         checkpoints.wait()
     return Trained(
         parameters=state.parameters, tokens=sum(seen.values()), language_tokens=dict(seen)
+    )
+
+
+def _check_finite(loss: float, norm: float, step: int, label: str, rate: float) -> None:
+    if math.isfinite(loss + norm):
+        return
+    if step == 1:
+        raise UserError(
+            f"the loss of {label} is {loss:g} and its gradient norm {norm:g} before anything was "
+            "learned: look at what it starts from"
+        )
+    raise DivergedError(
+        f"the training of {label} has diverged: loss {loss:g} and gradient norm {norm:g} at step "
+        f"{step}; a peak rate of {rate:g} is too much for it"
     )
 
 

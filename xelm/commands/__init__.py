@@ -1,0 +1,21 @@
+"""The verbs of the command line. A verb loads what it needs, calls one function, and writes:
+results to stdout, progress to stderr."""
+
+from xelm.commands import asking, clusters, keeping, training
+
+# In the order of the help.
+VERBS = {
+    "quickstart": training.QUICKSTART,
+    "cluster": clusters.CLUSTER,
+    "init": training.INIT,
+    "branch": training.BRANCH,
+    "train": training.TRAIN,
+    "grow": training.GROW,
+    "evaluate": asking.EVALUATE,
+    "generate": asking.GENERATE,
+    "fill": asking.FILL,
+    "report": keeping.REPORT,
+    "verify": keeping.VERIFY,
+    "rollback": keeping.ROLLBACK,
+    "merge": keeping.MERGE,
+}

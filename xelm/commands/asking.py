@@ -1,0 +1,171 @@
+"""The ensemble is measured, continues a text, and fills its masks."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+
+from clustering.errors import UserError
+from xelm.commands.options import Verb, add_json, names, print_json
+
+ROUTINGS = ("language", "tfidf", "uniform", "posterior")
+
+
+def _evaluate_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("--corpus", required=True, metavar="DIR")
+    verb.add_argument(
+        "--routing",
+        type=names,
+        default=ROUTINGS,
+        metavar="A,B",
+        help=f"of {', '.join(ROUTINGS)} (default: all); by language alone is the quickest",
+    )
+    verb.add_argument("--max-documents", type=int, metavar="N", help="of each language")
+    _router(verb)
+    add_json(verb)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from xelm import tables
+    from xelm.runs.evaluation import FILE_NAME, evaluate
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run)
+    rows = evaluate(
+        run,
+        options.corpus,
+        routings=options.routing,
+        top_m=options.top_m,
+        temperature=options.router_temperature,
+        max_documents=options.max_documents,
+    )
+    if options.json:
+        print_json([row.to_json() for row in rows])
+    else:
+        print(tables.results(rows, options.routing, run.languages))
+        print(f"\nSaved in {run.results / FILE_NAME}")
+
+
+EVALUATE = Verb("perplexity and bits per byte by language", _evaluate_options, _evaluate)
+
+
+def _generate_options(verb: argparse.ArgumentParser) -> None:
+    default = "what the seed asks for"
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("prompt")
+    _routing(verb, "prompt")
+    verb.add_argument("--chat", action="store_true", help="the prompt is a turn of a chat")
+    verb.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {default})")
+    verb.add_argument(
+        "--temperature",
+        type=float,
+        metavar="X",
+        help=f"0 takes the most probable token (default: {default})",
+    )
+    verb.add_argument("--top-k", type=int, metavar="K", help=f"(default: {default})")
+    verb.add_argument("--top-p", type=float, metavar="P", help=f"(default: {default})")
+    verb.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    verb.add_argument("--random-seed", type=int, default=0, metavar="N")
+    _router(verb)
+    add_json(verb)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from xelm.runs.run import open_run
+
+    ensemble = open_run(options.run).ensemble(
+        _chosen_routing(options), top_m=options.top_m, temperature=options.router_temperature
+    )
+    prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
+
+    # With its first piece, so that nothing is shown of a prompt that is refused.
+    before = [] if options.chat else [options.prompt]
+
+    def show(piece: str) -> None:
+        print(*before, piece, sep="", end="", flush=True)
+        before.clear()
+
+    generation = ensemble.generate(
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop=options.stop,
+        random_seed=options.random_seed,
+        language=options.language,
+        stream=(lambda piece: None) if options.json else show,
+    )
+    if options.json:
+        print_json({"text": generation.text, "weights": generation.weights})
+        return
+    print()
+    _print_weights(generation.weights)
+
+
+GENERATE = Verb("continue a prompt with the ensemble", _generate_options, _generate)
+
+
+def _fill_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("text", help="with the mask of the seed's tokenizer, such as [MASK]")
+    _routing(verb, "text")
+    verb.add_argument("--count", type=int, default=5, metavar="N", help="guesses for each mask")
+    _router(verb)
+    add_json(verb)
+
+
+def _fill(options: argparse.Namespace) -> None:
+    from xelm.runs.run import open_run
+
+    ensemble = open_run(options.run).ensemble(
+        _chosen_routing(options), top_m=options.top_m, temperature=options.router_temperature
+    )
+    filling = ensemble.fill(options.text, count=options.count, language=options.language)
+    if options.json:
+        masks = [[guess._asdict() for guess in guesses] for guesses in filling.masks]
+        print_json({"masks": masks, "weights": filling.weights})
+        return
+    for number, guesses in enumerate(filling.masks, 1):
+        print(f"mask {number}")
+        for guess in guesses:
+            print(f"  {guess.probability:<9.3g} {json.dumps(guess.text, ensure_ascii=False)}")
+    _print_weights(filling.weights)
+
+
+FILL = Verb("guess the masked tokens of a text (encoders)", _fill_options, _fill)
+
+
+def _routing(verb: argparse.ArgumentParser, text: str) -> None:
+    verb.add_argument(
+        "--routing",
+        choices=ROUTINGS,
+        help="who speaks (default: tfidf, or language where --language is given)",
+    )
+    verb.add_argument("--language", metavar="XX", help=f"of the {text}, for --routing language")
+
+
+def _chosen_routing(options: argparse.Namespace) -> str:
+    routing = options.routing or ("tfidf" if options.language is None else "language")
+    if options.language is not None and routing != "language":
+        raise UserError("--language goes with --routing language")
+    return routing
+
+
+def _router(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
+    verb.add_argument(
+        "--router-temperature",
+        type=float,
+        metavar="X",
+        help="of TF-IDF routing; small trusts the nearest expert alone",
+    )
+
+
+def _print_weights(weights: Mapping[str, float]) -> None:
+    ordered = sorted(weights.items(), key=lambda item: -item[1])
+    spoken = [f"{name} {weight:.2f}" for name, weight in ordered if weight >= 0.005]
+    print(f"experts: {', '.join(spoken)}", file=sys.stderr)

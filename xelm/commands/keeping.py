@@ -1,0 +1,83 @@
+"""A RUN is told of, checked, put back and merged."""
+
+import argparse
+
+from clustering.errors import UserError
+from xelm.commands.options import Verb, add_json, print_json
+
+
+def _report_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from xelm.runs.report import report
+    from xelm.runs.run import open_run
+
+    print(report(open_run(options.run)))
+
+
+REPORT = Verb("write one self-contained HTML page about a RUN", _report_options, _report)
+
+
+def _verify_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    add_json(verb)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from experts.verify import verify
+    from xelm.runs.run import open_run
+
+    faults = verify(open_run(options.run).directory)
+    if options.json:
+        print_json([str(fault) for fault in faults])
+    if faults:
+        first = "; ".join(map(str, faults[:5]))
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        raise UserError(f"{options.run} is damaged: {first}{more}")
+    if not options.json:
+        print(f"{options.run}: every file of the seed and of every expert is as published")
+
+
+VERIFY = Verb("check every hash of seed and experts", _verify_options, _verify)
+
+
+def _rollback_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("name", metavar="NAME")
+    verb.add_argument("--version", type=int, metavar="N", help="default: the one before")
+
+
+def _rollback(options: argparse.Namespace) -> None:
+    from experts.lock import update
+    from experts.rollback import rollback
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run)
+    registry = update(run.directory, lambda r: rollback(r, options.name, options.version))
+    print(f"published: {registry.expert(options.name).reference}")
+
+
+ROLLBACK = Verb("publish an earlier version of an expert again", _rollback_options, _rollback)
+
+
+def _merge_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("names", nargs="*", metavar="NAME", help="default: all published experts")
+    verb.add_argument("--out", required=True, metavar="DIR")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from experts.merge import average
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run)
+    registry = run.registry()
+    experts = [registry.expert(name) for name in options.names] or registry.published()
+    if not experts:
+        raise UserError(f"{options.run} has no published expert yet; train some first")
+    print(average([expert.directory(run.directory) for expert in experts], out=options.out))
+
+
+MERGE = Verb("average the weights of experts into one checkpoint", _merge_options, _merge)

@@ -1,0 +1,29 @@
+"""What several verbs share."""
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Verb(NamedTuple):
+    """What the help says of a verb, what adds its options to a parser, and what runs it."""
+
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def add_json(verb: argparse.ArgumentParser) -> None:
+    """The option `--json`."""
+    verb.add_argument("--json", action="store_true", help="print JSON")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """What stands between commas; the type of an option."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def print_json(value: Any) -> None:
+    """What `--json` asks for, to stdout."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))

@@ -1,0 +1,177 @@
+"""Everything that makes models: a RUN, its experts, the dense baseline."""
+
+import argparse
+
+from clustering.errors import UserError
+from xelm.commands.options import Verb, names
+from xelm.presets import PRESETS
+
+
+def _quickstart_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--out",
+        metavar="RUN",
+        default="xelm-quickstart",
+        help="directory to make (default: %(default)s)",
+    )
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from xelm import tables
+    from xelm.quickstart import NEW_LANGUAGES, quickstart
+
+    run, rows, page = quickstart(options.out)
+    print(tables.results(rows, ("language", "tfidf", "posterior"), run.languages))
+    print(f"\nReport: {page}\n\nNext:")
+    print(f'  xelm generate {run.directory} "Der alte Mann" --routing language --language de')
+    print(f"  xelm grow {run.directory} --language {NEW_LANGUAGES[1]}")
+    print("  xelm init MY_RUN --corpus MY_CORPUS --preset tiny")
+
+
+QUICKSTART = Verb(
+    "the whole path on the embedded sample corpus, on a CPU, in minutes",
+    _quickstart_options,
+    _quickstart,
+)
+
+
+def _init_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument(
+        "--corpus",
+        required=True,
+        metavar="DIR",
+        help="folder of <language>.jsonl[.gz|.zst] or .parquet, or such a file, or "
+        "hf://owner/dataset[/config][:split]",
+    )
+    verb.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
+    verb.add_argument(
+        "--preset", choices=PRESETS, help="configuration (default: tiny, or hub with --seed)"
+    )
+    verb.add_argument(
+        "--languages",
+        type=names,
+        metavar="A,B,C",
+        help="languages of the corpus to use (default: all)",
+    )
+    verb.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change the configuration, as in experts.tokens=3e6; may be repeated",
+    )
+    verb.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
+
+
+def _init(options: argparse.Namespace) -> None:
+    from clustering.clustering import Clustering
+    from xelm.config import override
+    from xelm.runs.init import init
+
+    shapes = [s for s in options.settings if s.startswith("model") and options.seed]
+    if shapes:
+        raise UserError(f"{shapes[0]} is of a model that is made here; --seed has its own shape")
+    preset = options.preset or ("hub" if options.seed else "tiny")
+    config = override(PRESETS[preset](), options.settings)
+    run = init(
+        options.run,
+        options.corpus,
+        config,
+        seed=options.seed,
+        languages=options.languages,
+        clusters=Clustering.load(options.clusters) if options.clusters else None,
+    )
+    counts = run.store().record["languages"]
+    print(f"{'language':10}{'documents':>12}{'tokens':>14}{'bytes':>14}")
+    for tag, count in counts.items():
+        print(f"{tag:10}{count['documents']:>12,}{count['tokens']:>14,}{count['bytes']:>14,}")
+    print(f"\nRUN: {run.directory}")
+
+
+INIT = Verb("make a RUN: tokenizer, tokenised corpus and seed", _init_options, _init)
+
+
+def _branch_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("--clusters", required=True, metavar="DIR")
+
+
+def _branch(options: argparse.Namespace) -> None:
+    from clustering.clustering import Clustering
+    from xelm.runs.run import open_run
+    from xelm.runs.training import branch
+
+    registry = branch(open_run(options.run), Clustering.load(options.clusters))
+    for expert in registry.experts:
+        print(f"{expert.name:20}{expert.status:12}{' '.join(expert.languages)}")
+
+
+BRANCH = Verb("record one expert for each cluster", _branch_options, _branch)
+
+
+def _train_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
+    verb.add_argument("--all", action="store_true", help="train every expert not trained yet")
+    verb.add_argument(
+        "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
+    )
+
+
+def _train(options: argparse.Namespace) -> None:
+    from xelm.runs.run import open_run
+    from xelm.runs.training import train_dense, train_experts
+
+    run = open_run(options.run)
+    names = list(options.names)
+    if options.all:
+        run.clusters()  # which an expert of --all needs
+        names += [e.name for e in run.registry().training() if e.cluster and e.name not in names]
+    if not names and not options.dense and not options.all:
+        raise UserError("name the experts to train, or give --all or --dense")
+    for name in names:
+        expert = run.registry().expert(name)
+        if expert.status == "training" and expert.cluster is None:
+            (tag,) = expert.languages
+            raise UserError(
+                f"{name} is grown; go on with: xelm grow {options.run} --language {tag}"
+            )
+    if options.dense:
+        train_dense(run)
+        print(f"dense{'':15}trained     {run.dense}")
+    train_experts(run, names)
+    for expert in run.registry().published():
+        print(f"{expert.name:20}{expert.status:12}v{expert.version}  {expert.tokens:,} tokens")
+
+
+TRAIN = Verb("train experts, or the dense baseline; resumes by itself", _train_options, _train)
+
+
+def _grow_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("--language", required=True, metavar="XX")
+    verb.add_argument(
+        "--corpus", metavar="DIR", help="has text in the language (default: the RUN's corpus)"
+    )
+    verb.add_argument(
+        "--parent",
+        default="auto",
+        metavar="NAME",
+        help="expert to start from (default: that of the nearest language)",
+    )
+
+
+def _grow(options: argparse.Namespace) -> None:
+    from xelm.runs.growing import grow
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run)
+    expert = grow(run, options.language, options.corpus, parent=options.parent)
+    print(
+        f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
+    )
+
+
+GROW = Verb("add an expert for a new language; touch nothing else", _grow_options, _grow)

@@ -1,0 +1,39 @@
+"""What a program may set for its process, and a library may not."""
+
+import ctypes
+import os
+import platform
+import sys
+from pathlib import Path
+
+
+def prepare() -> None:
+    """What a program may set and a library may not: quiet helpers, a cache of compiled code, how
+    memory is held."""
+    import absl.logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Orbax logs what fails in its threads, with tracebacks, before it is raised and told in a line.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xelm" / "compiled"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what is freed for what comes next, unless the user has given it
+    settings of his own. XLA on CPUs asks for the same memory at every step, and a third of the time
+    goes into getting it from the system afresh (benchmarks/freed_memory.py). The process then stays
+    as large as it once was."""
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    library = ctypes.CDLL(None)
+    # malloc.h: M_ARENA_MAX (one heap for all threads), M_MMAP_MAX (nothing beside it) and
+    # M_TRIM_THRESHOLD (nothing at its end is given back).
+    for option, value in ((-8, 1), (-4, 0), (-1, -1)):
+        library.mallopt(option, value)
