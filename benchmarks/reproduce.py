@@ -5,8 +5,10 @@
 DATA has corpus/<language>.jsonl.gz and corpus_valid/<language>.jsonl.gz. Every system continues the
 same seed for the same total of training tokens, every language being seen equally often in each;
 they differ in which model sees which text, and in rate and batch size. Then four languages are
-grown on the typological experts, one by one: from the nearest expert, and for comparison from the
-farthest one and from the seed. The command can be killed and run again: it goes on where it was.
+grown on the typological experts, one by one, all tokens being of the new language: from the nearest
+expert, from the farthest one and from the seed; and from the nearest with a part of the tokens in
+its languages, as `xelm grow` does it. The command can be killed and run again: it goes on where it
+was.
 OUT/table.json has every figure, OUT/table.md the tables.
 
 Validation documents are dealt out in turns to two halves, of which each gives at most as many as
@@ -65,8 +67,13 @@ REPEATED = ("typology-k8", "random-k8")
 # What the settings of each kind of system are chosen with: random clusters (others than those of
 # the tables), so that no method is favoured.
 TUNED = {"dense": "dense", "k8": "random-k8", "k4": "random-k4"}
-# Ways to choose the parents of grown languages.
-PARENTS = ("nearest", "farthest", "seed")
+# Ways to grow a language: title of the column.
+GROWN = {
+    "nearest": "from the nearest",
+    "farthest": "from the farthest",
+    "seed": "from the seed",
+    "donors": "from the nearest, with donors",
+}
 GROWN_ON = "typology-k8-r0"
 
 
@@ -108,7 +115,7 @@ def main() -> None:
             tables[name] = done.result()
             if name == GROWN_ON:
                 new = (out, data / "corpus", parts["test-new"])
-                work |= {pool.submit(_grown, *new, how): f"grown-{how}" for how in PARENTS}
+                work |= {pool.submit(_grown, *new, how): f"grown-{how}" for how in GROWN}
             _write(out, base, config, rates, tables, time.perf_counter() - started)
     print((out / "table.md").read_text())
 
@@ -187,7 +194,8 @@ def _system(
 
 def _grown(out: Path, corpus: Path, valid: Path, how: str) -> list[Row]:
     """The rows of a copy of the typological RUN, in which the new languages were grown one by one
-    from parents chosen that way."""
+    in that way. Without donors all are equal in how much they see of the new language; a child of
+    the seed has none in any case."""
     target, partial = out / f"grown-{how}", out / f".grown-{how}.partial"
     if not target.exists():
         shutil.rmtree(partial, ignore_errors=True)
@@ -195,11 +203,14 @@ def _grown(out: Path, corpus: Path, valid: Path, how: str) -> list[Row]:
         shutil.rmtree(partial / "results")
         partial.rename(target)
     run = open_run(target)
+    if how != "donors":
+        config = {**run.record["config"], "donor_share": 0.0}
+        run = replace(run, record={**run.record, "config": config})
     for language in NEW_LANGUAGES:
         registry = run.registry()
         if not any(language in expert.languages for expert in registry.published()):
-            parent = {"nearest": "auto", "seed": "seed"}.get(how)
-            if parent is None:
+            parent = "seed" if how == "seed" else "auto"
+            if how == "farthest":
                 far, _ = typology.nearest(language, growing.served_languages(registry))[-1]
                 parent = registry.for_language(far).name
             growing.grow(run, language, corpus, parent=parent)
@@ -254,7 +265,7 @@ def _place(table: str) -> tuple[str, int]:
     system, dash, repetition = table.rpartition("-r")
     if dash:
         return repetition, ("dense", *SYSTEMS).index(system)
-    return "grown", PARENTS.index(table.removeprefix("grown-"))
+    return "grown", list(GROWN).index(table.removeprefix("grown-"))
 
 
 Column = dict[str, Row]
@@ -350,8 +361,8 @@ def _by_language(columns: Mapping[str, Column], figure: str, digits: int) -> lis
 def _new_languages(tables: Mapping[str, Sequence[Row]], out: Path) -> list[str]:
     """Bits per byte of the grown languages, of each by its expert, told the language, with the
     parent; what every other expert says of them is in table.json."""
-    present = [how for how in PARENTS if f"grown-{how}" in tables]
-    lines = ["| bits per byte | seed | " + " | ".join(f"from the {how}" for how in present) + " |"]
+    present = [how for how in GROWN if f"grown-{how}" in tables]
+    lines = ["| bits per byte | seed | " + " | ".join(GROWN[how] for how in present) + " |"]
     lines.append("|---" * (len(present) + 2) + "|")
     for tag in NEW_LANGUAGES if present else ():
         cells = []
