@@ -211,8 +211,8 @@ def _grown(out: Path, corpus: Path, valid: Path, how: str) -> list[Row]:
         if not any(language in expert.languages for expert in registry.published()):
             parent = "seed" if how == "seed" else "auto"
             if how == "farthest":
-                far, _ = typology.nearest(language, growing.served_languages(registry))[-1]
-                parent = registry.for_language(far).name
+                farthest = typology.nearest(language, growing.served_languages(registry))[-1]
+                parent = registry.for_language(farthest.language).name
             growing.grow(run, language, corpus, parent=parent)
     return evaluated(run, valid, routings_of("typology-k8"))
 

@@ -18,9 +18,11 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from clustering import kmeans
+from clustering.distances import Distances
 from clustering.errors import UserError
+from clustering.files import equal
 from clustering.languages import canonical, english_name
-from clustering.pairing import Merge
+from clustering.tree import Merge
 from clustering.vectoriser import Vectoriser
 
 if TYPE_CHECKING:
@@ -45,8 +47,8 @@ class Clustering:
     """Languages that belong to no cluster, on purpose."""
     languages: tuple[str, ...]
     """All languages of the clusters, in the given order; the rows of `distances`."""
-    distances: Float[np.ndarray, "languages languages"] | None = None
-    """Distances between languages, 0..1; None where the method has none."""
+    distances: Distances | None = None
+    """Between the languages, in their order; None where the method has none."""
     merges: tuple[Merge, ...] | None = None
     """The tree, from single languages to one group; None where the method has none."""
     documents: dict[str, dict[str, int]] | None = None
@@ -68,7 +70,7 @@ class Clustering:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Clustering):
             return NotImplemented
-        return all(_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     __hash__ = None  # type: ignore[assignment]  # arrays do not hash
 
@@ -132,6 +134,25 @@ class Clustering:
         from clustering import figures
 
         return figures.cluster_composition(self, ax)
+
+    def plot_sizes(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the sizes of the clusters on `ax`, or on a new figure, and return the axes."""
+        from clustering import figures
+
+        return figures.cluster_sizes(self, ax)
+
+    def plot_map(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw where the languages are spoken on `ax`, or on a new figure, and return the axes."""
+        from clustering import maps
+
+        return maps.world_map(self, ax)
+
+    def plot_plane(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the languages near where they are near on `ax`, or on a new figure, and return the
+        axes."""
+        from clustering import maps
+
+        return maps.plane(self, ax)
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write clusters.json, and clusters.npz if there are arrays.
@@ -219,8 +240,8 @@ def _check_languages(clustering: Clustering) -> None:
 
 def _check_arrays(clustering: Clustering) -> None:
     count = len(clustering.languages)
-    if clustering.distances is not None and clustering.distances.shape != (count, count):
-        raise ValueError(f"distances must be [{count}, {count}]; got {clustering.distances.shape}")
+    if clustering.distances is not None and clustering.distances.languages != clustering.languages:
+        raise ValueError("distances must be of the languages, in their order")
     if clustering.merges is not None and len(clustering.merges) != count - 1:
         raise ValueError(
             f"a tree over {count} languages has {count - 1} merges; got {len(clustering.merges)}"
@@ -233,14 +254,6 @@ def _check_arrays(clustering: Clustering) -> None:
     wanted = (len(clustering.clusters), clustering.vectoriser.dimensions)
     if clustering.centres.shape != wanted:
         raise ValueError(f"centres must be {list(wanted)}; got {list(clustering.centres.shape)}")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return a.dtype == b.dtype and np.array_equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return list(a.items()) == list(b.items())  # the order of clusters is that of the centres
-    return type(a) is type(b) and a == b
 
 
 def _table(clustering: Clustering) -> str:

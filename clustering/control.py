@@ -4,10 +4,14 @@ names.
 Knows language tags only.
 """
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from clustering import files
 from clustering.clustering import Clustering, name_clusters
 from clustering.errors import UserError
 from clustering.languages import canonical_all
@@ -26,6 +30,30 @@ def random_clusters(languages: Sequence[str], k: int, random_seed: int) -> Clust
         clusters=name_clusters([tuple(tags[index] for index in part) for part in parts]),
         languages=tags,
     )
+
+
+def read_groups(path: str | os.PathLike[str]) -> Clustering:
+    """Clusters that a YAML file names, `slavic: [bg, ru]` a line; those under `unassigned` are in
+    none. UserError for a file of another shape, and as `by_hand`."""
+    import yaml
+
+    try:
+        # Every scalar as it is written: to other loaders Norwegian (no) is a denial.
+        value = yaml.load(files.read_text(path), Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict) or not all(_is_list(members) for members in value.values()):
+        raise UserError(f"{path} wants lines such as 'slavic: [bg, ru]', a name and its languages")
+    unassigned = value.pop("unassigned", ())
+    try:
+        found = by_hand(value, unassigned)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return replace(found, made_from={Path(path).name: files.sha256(path)})
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(member, str) for member in value)
 
 
 def by_hand(groups: Mapping[str, Sequence[str]], unassigned: Sequence[str] = ()) -> Clustering:

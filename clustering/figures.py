@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clustering import pairing
+from clustering import tree as trees
 from clustering.clustering import Clustering
+from clustering.distances import Distances
 from clustering.errors import UserError
 from clustering.languages import english_name
 
@@ -30,11 +31,12 @@ _PALETTE = (
     "#882255",
     "#999933",
 )
-_ABOVE = "#888888"
+ABOVE = "#888888"
 """Joins above the clusters, and whatever belongs to none."""
-_DISTANCE = "typological distance (0 to 1)"
 _GAP = 0.02
 """Least distance between a join and those below it in a tree, as a share of the farthest join."""
+_CROWDED = 60
+"""Languages from which on a figure is drawn smaller."""
 _ROOM_FOR_NUMBERS = 20
 """Languages up to which a heat map shows figures and level labels."""
 _INCHES_PER_LETTER = 0.08
@@ -64,17 +66,18 @@ def dendrogram(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
             f"a tree wants clusters joined from pairs; method {clustering.method!r} has none"
         )
     languages = clustering.languages
-    ax = _axes(ax, (7.0, 1.2 + 0.27 * len(languages)))
+    line, size = (0.27, None) if len(languages) <= _CROWDED else (0.13, 6.5)
+    ax = axes(ax, (7.0, 1.2 + line * len(languages)), size)
     colours = cluster_colours(tuple(clustering.clusters))
     leaf_colours = [colours[clustering.cluster_of(language)] for language in languages]
     gap = _GAP * max((merge.distance for merge in clustering.merges), default=0.0)
-    tree = pairing.linkage_matrix(languages, clustering.merges, gap=gap)
+    tree = trees.linkage_matrix(languages, clustering.merges, gap=gap)
     order = _draw_tree(ax, tree, leaf_colours, len(colours))
     heights = np.arange(len(languages))
     ax.scatter(
         np.zeros(len(order)),
         heights,
-        s=36,
+        s=36 if size is None else 12,
         c=[leaf_colours[leaf] for leaf in order],
         zorder=3,
         clip_on=False,
@@ -84,47 +87,53 @@ def dendrogram(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
     ax.set_xlim(left=0)
     ax.tick_params(axis="y", length=0, pad=8)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.set_xlabel(f"{_DISTANCE} of the closest pair joined")
-    _legend(ax, colours)
+    ax.set_xlabel(f"distance of what is joined: {clustering.method}")
+    legend(ax, colours)
     return ax
 
 
 def distance_heatmap(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
-    """Distances between all languages, in cluster order, each cluster framed in its colour."""
+    """Distances between all languages, in the order of the tree from above (of the clusters, if
+    there is none), each cluster framed in its colour."""
     if clustering.distances is None:
         raise UserError(
             f"distances between languages wanted; method {clustering.method!r} has none"
         )
     from matplotlib.patches import Rectangle
 
-    ordered = [language for members in clustering.clusters.values() for language in members]
-    index = [clustering.languages.index(language) for language in ordered]
-    values = clustering.distances[np.ix_(index, index)]
+    ordered = _in_tree_order(clustering)
+    values = clustering.distances.of(ordered).values
     labels = [_label(language) for language in ordered]
-    side = 0.36 * len(ordered)
+    cell, size = (0.36, None) if len(ordered) <= _CROWDED else (0.1, 5.5)
+    side = cell * len(ordered)
     words = _INCHES_PER_LETTER * (max(map(len, labels)) + max(map(len, clustering.clusters)))
-    ax = _axes(ax, (side + words + 1.2, side + 1.4))
+    ax = axes(ax, (side + words + 1.2, side + 1.4), size)
     # Greys: the colours are for the clusters.
-    image = ax.imshow(values, cmap="Greys", vmin=0.0, vmax=1.0)
-    ax.figure.colorbar(image, ax=ax, location="bottom", label=_DISTANCE, fraction=0.035, pad=0.02)
+    image = ax.imshow(values, cmap="Greys", vmin=0.0)
+    ax.figure.colorbar(
+        image,
+        ax=ax,
+        location="bottom",
+        label=distance_label(clustering.distances),
+        fraction=0.035,
+        pad=0.02,
+    )
     if len(ordered) <= _ROOM_FOR_NUMBERS:
         _write_numbers(ax, values)
-    start = 0
     colours = cluster_colours(tuple(clustering.clusters))
     for name, members in clustering.clusters.items():
-        size = len(members)
+        start, count = min(map(ordered.index, members)) - 0.5, len(members)
         frame = Rectangle(
-            (start - 0.5, start - 0.5), size, size, fill=False, edgecolor=colours[name], linewidth=3
+            (start, start), count, count, fill=False, edgecolor=colours[name], linewidth=3
         )
         ax.add_patch(frame).set_clip_on(False)
-        start += size
     ax.set_xticks(
         range(len(ordered)), ordered, rotation=90 if len(ordered) > _ROOM_FOR_NUMBERS else 0
     )
     ax.set_yticks(range(len(ordered)), labels)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    _legend(ax, colours)
+    legend(ax, colours)
     return ax
 
 
@@ -139,7 +148,7 @@ def cluster_composition(clustering: Clustering, ax: "Axes | None" = None) -> "Ax
             f"clusters of documents wanted; method {clustering.method!r} made clusters of languages"
         )
     names = tuple(clustering.clusters)
-    ax = _axes(ax, (8.0, 1.2 + 0.42 * len(names)))
+    ax = axes(ax, (8.0, 1.2 + 0.42 * len(names)))
     colours = cluster_colours(names)
     for row, name in enumerate(names):
         start = 0.0
@@ -171,6 +180,36 @@ def cluster_composition(clustering: Clustering, ax: "Axes | None" = None) -> "Ax
     return ax
 
 
+def cluster_sizes(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
+    """A bar for each cluster: its documents, its tokens where these were kept in balance, or else
+    its languages; the mean as a line."""
+    sizes = clustering.parameters.get("sizes")
+    if clustering.documents is not None:
+        what = "documents"
+        held = [sum(counts.values()) for counts in clustering.documents.values()]
+    elif sizes:
+        what = "tokens"
+        held = [sum(sizes[tag] for tag in members) for members in clustering.clusters.values()]
+    else:
+        what = "languages"
+        held = [len(members) for members in clustering.clusters.values()]
+    from matplotlib.ticker import MaxNLocator
+
+    names = tuple(clustering.clusters)
+    ax = axes(ax, (7.0, 1.2 + 0.3 * len(names)))
+    bars = ax.barh(range(len(names)), held, color=list(cluster_colours(names).values()))
+    ax.bar_label(bars, [f"{size:,}" for size in held], padding=3, fontsize="small")
+    ax.axvline(float(np.mean(held)), color=ABOVE, linestyle="--", linewidth=1, zorder=0)
+    ax.set_yticks(range(len(names)), names)
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel(f"{what} of the cluster; dashed: the mean")
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    return ax
+
+
 def _draw_tree(ax: "Axes", tree: np.ndarray, leaf_colours: list[str], clusters: int) -> list[int]:
     """Draw the joins, leaf i at height i; return the leaves from the bottom up."""
     if len(tree) == 0:
@@ -183,7 +222,7 @@ def _draw_tree(ax: "Axes", tree: np.ndarray, leaf_colours: list[str], clusters: 
     colour_of = dict(enumerate(leaf_colours))
     for row, (side, *_) in enumerate(tree):
         # The first n-k joins made the clusters; those above them are grey.
-        colour_of[leaves + row] = colour_of[int(side)] if row < leaves - clusters else _ABOVE
+        colour_of[leaves + row] = colour_of[int(side)] if row < leaves - clusters else ABOVE
     drawn = hierarchy.dendrogram(tree, no_plot=True, link_color_func=colour_of.__getitem__)
     # SciPy puts leaf i at 10 i + 5.
     lines = [
@@ -195,10 +234,19 @@ def _draw_tree(ax: "Axes", tree: np.ndarray, leaf_colours: list[str], clusters: 
     return [int(leaf) for leaf in drawn["leaves"]]
 
 
+def _in_tree_order(clustering: Clustering) -> list[str]:
+    if not clustering.merges:
+        return [language for members in clustering.clusters.values() for language in members]
+    from scipy.cluster import hierarchy
+
+    tree = trees.linkage_matrix(clustering.languages, clustering.merges)
+    return [clustering.languages[leaf] for leaf in hierarchy.leaves_list(tree)[::-1]]
+
+
 def _write_numbers(ax: "Axes", values: np.ndarray) -> None:
     for (row, column), value in np.ndenumerate(values):
         if row != column:
-            ink = "white" if value > 0.55 else "black"
+            ink = "white" if value > 0.55 * values.max() else "black"
             text = f"{value:.2f}".removeprefix("0")
             ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=7)
 
@@ -211,7 +259,8 @@ def _pieces(shares: dict[str, float]) -> list[tuple[str, float]]:
     return wide + ([(text, total)] if rest else [])
 
 
-def _legend(ax: "Axes", colours: dict[str, str]) -> None:
+def legend(ax: "Axes", colours: dict[str, str]) -> None:
+    """The clusters and their colours, to the right of the axes."""
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=colour, label=name) for name, colour in colours.items()]
@@ -224,12 +273,21 @@ def _legend(ax: "Axes", colours: dict[str, str]) -> None:
     )
 
 
-def _axes(ax: "Axes | None", size: tuple[float, float]) -> "Axes":
+def axes(ax: "Axes | None", size: tuple[float, float], font_size: float | None = None) -> "Axes":
+    """The given axes, or those of a new figure of so many inches, with ticks of that font size."""
     if ax is not None:
         return ax
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=size, layout="constrained")[1]
+    ax = pyplot.subplots(figsize=size, layout="constrained")[1]
+    if font_size is not None:
+        ax.tick_params(labelsize=font_size)
+    return ax
+
+
+def distance_label(distances: Distances) -> str:
+    """What the distances are, for an axis."""
+    return f"distance: {distances.measure}"
 
 
 def _label(tag: str) -> str:

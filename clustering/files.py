@@ -84,6 +84,17 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     return value
 
 
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file, without the byte order mark of some editors; UserError if it is
+    missing or something else."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+
+
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of an `.npz`; UserError if it is missing, damaged, or holds pickled objects."""
     try:
@@ -151,3 +162,13 @@ def _cannot_read(path: str | os.PathLike[str], error: OSError) -> UserError:
         else f"cannot be read: {error.strerror}"
     )
     return UserError(f"{path} {reason}")
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Of the fields of such types: arrays by type and every value, dictionaries in order, since the
+    order of clusters is that of their centres."""
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return list(one.items()) == list(other.items())
+    return type(one) is type(other) and one == other

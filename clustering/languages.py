@@ -42,6 +42,18 @@ def canonical_all(codes: Iterable[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
+def without(
+    languages: Iterable[str], excluded: Iterable[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Canonical tags of the languages that are not excluded, and of those that are; UserError as
+    `canonical_all`, and if none is left."""
+    left_out = canonical_all(excluded)
+    tags = tuple(tag for tag in canonical_all(languages) if tag not in left_out)
+    if left_out and not tags:
+        raise UserError(f"every language is excluded: {', '.join(left_out)}")
+    return tags, left_out
+
+
 @cache
 def english_name(tag: str) -> str:
     """The name for people, as in 'Swahili' or 'Portuguese (Brazil)'."""

@@ -11,8 +11,9 @@ import numpy as np
 
 from clustering import files
 from clustering.clustering import Clustering
+from clustering.distances import Distances
 from clustering.errors import UserError
-from clustering.pairing import Merge
+from clustering.tree import Merge
 from clustering.vectoriser import Vectoriser
 
 FORMAT = 1
@@ -57,9 +58,10 @@ def load(directory: Path) -> Clustering:
 
 
 def _arrays(clustering: Clustering) -> dict[str, np.ndarray]:
-    vectoriser = clustering.vectoriser
+    vectoriser, distances = clustering.vectoriser, clustering.distances
     every = {
-        "distances": clustering.distances,
+        "distances": None if distances is None else distances.values,
+        "coverage": None if distances is None else distances.coverage,
         "centres": clustering.centres,
         "idf": None if vectoriser is None else vectoriser.idf,
         "projection": None if vectoriser is None else vectoriser.projection,
@@ -78,7 +80,7 @@ def _to_json(clustering: Clustering, hash_of_arrays: str | None) -> dict[str, An
         "clusters": clustering.clusters,
         "unassigned": clustering.unassigned,
         "languages": clustering.languages,
-        "distances": where(clustering.distances, "distances"),
+        "distances": _distances_to_json(clustering.distances),
         "merges": None
         if clustering.merges is None
         else [merge._asdict() for merge in clustering.merges],
@@ -102,7 +104,7 @@ def _from_json(value: dict[str, Any], arrays: dict[str, np.ndarray]) -> Clusteri
         clusters={name: tuple(members) for name, members in value["clusters"].items()},
         unassigned=tuple(value["unassigned"]),
         languages=tuple(value["languages"]),
-        distances=arrays.get("distances"),
+        distances=_distances(value, arrays),
         merges=None if merges is None else tuple(_merge(merge) for merge in merges),
         documents=value.get("documents"),
         vectoriser=Vectoriser(idf=arrays["idf"], projection=arrays["projection"])
@@ -110,6 +112,33 @@ def _from_json(value: dict[str, Any], arrays: dict[str, np.ndarray]) -> Clusteri
         else None,
         centres=arrays.get("centres"),
         made_from=value.get("made_from", {}),
+    )
+
+
+def _distances_to_json(distances: Distances | None) -> dict[str, Any] | None:
+    if distances is None:
+        return None
+    return {
+        "file": ARRAYS_NAME,
+        "array": "distances",
+        "coverage": "coverage",
+        "measure": distances.measure,
+        "parameters": distances.parameters,
+        "made_from": distances.made_from,
+    }
+
+
+def _distances(value: dict[str, Any], arrays: dict[str, np.ndarray]) -> Distances | None:
+    facts = value.get("distances")
+    if facts is None:
+        return None
+    return Distances(
+        measure=facts["measure"],
+        languages=tuple(value["languages"]),
+        values=arrays["distances"],
+        coverage=arrays["coverage"],
+        parameters=facts["parameters"],
+        made_from=facts["made_from"],
     )
 
 

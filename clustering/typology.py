@@ -1,93 +1,86 @@
-"""Languages -> clusters of typologically similar languages, by URIEL features.
+"""Languages -> how similar their grammar and sounds are, by URIEL features, and clusters of them.
 
-Knows the distance of X-ELM (Blevins et al. 2024, section 3.1; the authors' `lang_clustering.py`)
-and which language is nearest to a new one. How groups form is `pairing`; where features come from
-is `uriel`.
+Knows the distance of X-ELM (Blevins et al. 2024, section 3.1; the authors' `lang_clustering.py`).
+How groups form is `grouping`; where features come from is `uriel`; what a distance makes of missing
+values is `features`.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
-from clustering import pairing, uriel
-from clustering.clustering import Clustering, name_clusters
+from clustering import features as tables
+from clustering import grouping, uriel
+from clustering.clustering import Clustering
+from clustering.distances import Distances, Relative
 from clustering.errors import UserError
-from clustering.languages import canonical, canonical_all
+from clustering.languages import canonical, canonical_all, without
 
 
 def distances(
-    languages: Sequence[str], features: str = "syntax_average"
-) -> Float[np.ndarray, "languages languages"]:
+    languages: Sequence[str],
+    features: str = "syntax_average",
+    only: Sequence[str] = (),
+    *,
+    resample: int | None = None,
+) -> Distances:
     """Cosine-like distances in 0..1 over the features that vary among the given languages.
 
-    d(i, j) = 1 - sum_{f in both} x_if x_jf / sqrt(sum_{f in i} x_if^2 * sum_{f in j} x_jf^2), as in
-    the authors' code: a feature that one of the two lacks counts in the other's length. Features
-    that are 0, 1 or missing for all given languages are dropped (`minimal=True` of lang2vec), so a
-    distance depends on who else is given. Raises UserError for unknown or repeated languages, for
-    languages without data, and for pairs that share no feature.
+    As in the authors' code (`features.cosine`). Features that are 0, 1 or missing for all given
+    languages are dropped (`minimal=True` of lang2vec), so a distance depends on who else is given.
+    `features` names sets of URIEL (`uriel.FEATURE_SETS`), joined by `+`; `only` keeps those of the
+    given names. `resample` draws as many of them with replacement by that random seed, which shows
+    how much hangs on single ones. Coverage is the share of the features that are known. Raises
+    UserError for unknown or repeated languages, for languages without data, and for pairs that
+    share no feature.
     """
     tags = canonical_all(languages)
-    values, _ = uriel.features(tags, features)
-    values = values[:, _varies(values)]
-    if values.shape[1] == 0:  # nothing tells them apart
-        return np.zeros((len(tags), len(tags)))
-    present = ~np.isnan(values)
-    filled = np.where(present, values, 0.0)
-    _check_comparable(tags, present, filled, features)
-    lengths = np.sum(filled**2, axis=1)
-    result = 1.0 - (filled @ filled.T) / np.sqrt(np.outer(lengths, lengths))
-    # Against rounding: exactly symmetric, never below zero.
-    result = np.maximum((result + result.T) / 2, 0.0)
-    np.fill_diagonal(result, 0.0)
-    return result
+    values, names = uriel.features(tags, features)
+    values = values[:, tables.chosen(names, only, features)]
+    values = tables.resampled(values[:, tables.varying(values)], resample)
+    _check_comparable(tags, values, features)
+    return Distances(
+        measure="typology",
+        languages=tags,
+        values=tables.cosine(values),
+        coverage=tables.coverage(values),
+        parameters={
+            "features": features,
+            "only": list(only),
+            "resample": resample,
+            "features_that_vary": values.shape[1],
+            "uriel_codes": uriel.codes_with_data(tags, features),
+        },
+        made_from=uriel.made_from(features),
+    )
 
 
 def cluster(
     languages: Sequence[str],
     k: int,
     *,
-    balanced: bool = True,
+    rule: str = "pairs",
     features: str = "syntax_average",
     exclude: Sequence[str] = (),
 ) -> Clustering:
-    """k clusters of similar languages, with the tree that made them.
+    """k clusters of languages with similar features, by one of `grouping.RULES`.
 
-    `balanced` keeps sizes within one of each other, at the price of some distant pairs; otherwise
-    sizes are as they fall. Languages in `exclude` are recorded as unassigned. Raises UserError as
-    `distances` does, if k is not in 1..languages, and if every language is excluded.
+    Languages in `exclude` are recorded as unassigned. Raises UserError as `distances` and
+    `grouping.cluster` do.
     """
-    left_out = canonical_all(exclude)
-    tags = tuple(tag for tag in canonical_all(languages) if tag not in left_out)
-    if left_out and not tags:
-        raise UserError(f"every language is excluded: {', '.join(left_out)}")
-    made_from = uriel.made_from(features)  # before what can only be wrong with the languages
+    tags, left_out = without(languages, exclude)
+    uriel.made_from(features)  # before what can only be wrong with the languages
     try:
-        matrix = distances(tags, features)
+        measured = distances(tags, features)
     except UserError as error:
         raise UserError(f"{error}; exclude them, or assign them to clusters by hand") from error
-    grouping = (pairing.balanced if balanced else pairing.free)(tags, matrix, k)
-    return Clustering(
-        method="typology",
-        parameters={
-            "k": k,
-            "balanced": balanced,
-            "features": features,
-            "uriel_codes": uriel.codes_with_data(tags, features),
-        },
-        clusters=name_clusters(grouping.groups),
-        unassigned=left_out,
-        languages=tags,
-        distances=matrix,
-        merges=tuple(grouping.merges),
-        made_from=made_from,
-    )
+    return grouping.cluster(measured, k, rule=rule, unassigned=left_out)
 
 
 def nearest(
     language: str, others: Sequence[str], features: str = "syntax_average"
-) -> list[tuple[str, float]]:
-    """The other languages with their distances, nearest first; ties in the given order.
+) -> list[Relative]:
+    """The other languages, nearest first; of equals, the one given first.
 
     Features are dropped over the union of all, so with very few others the ranking rests on few
     features. Used for growing: the parent of a new language's expert is the expert of the nearest
@@ -97,26 +90,18 @@ def nearest(
     known = [tag for tag in canonical_all(others) if tag != new]
     if not known:
         raise UserError(f"no language to compare {new} with; got {', '.join(others) or 'none'}")
-    row = distances([new, *known], features)[0, 1:]
-    return [(known[index], float(row[index])) for index in np.argsort(row, kind="stable")]
+    return distances([new, *known], features).relatives(new)
 
 
-def _varies(values: Float[np.ndarray, "languages features"]) -> np.ndarray:
-    """Columns not all 0, all 1 or all missing; constant fractions stay, as in lang2vec."""
-    constant = (values == 0).all(axis=0) | (values == 1).all(axis=0) | np.isnan(values).all(axis=0)
-    return ~constant
-
-
-def _check_comparable(
-    tags: tuple[str, ...], present: np.ndarray, filled: np.ndarray, features: str
-) -> None:
-    silent = [tag for tag, row in zip(tags, filled, strict=True) if not row.any()]
+def _check_comparable(tags: tuple[str, ...], values: tables.Table, features: str) -> None:
+    present = ~np.isnan(values)
+    silent = ~np.any(present & (values != 0), axis=1) & bool(values.shape[1])
     shared = present.astype(np.int64) @ present.T.astype(np.int64)
-    rows, columns = np.nonzero(np.triu(shared == 0, k=1))
-    apart = [f"{tags[i]}-{tags[j]}" for i, j in zip(rows, columns, strict=True)]
-    if silent or apart:
-        named = ", ".join((silent + apart)[:5])
+    rows, columns = np.nonzero(np.triu((shared == 0) & bool(values.shape[1]), k=1))
+    named = [tag for tag, nothing in zip(tags, silent) if nothing]
+    named += [f"{tags[i]}-{tags[j]}" for i, j in zip(rows, columns)]
+    if named:
         raise UserError(
             f"no {features} feature that varies over these {len(tags)} languages "
-            f"can compare {named}"
+            f"can compare {', '.join(named[:5])}"
         )

@@ -17,14 +17,20 @@ from clustering.errors import UserError
 from clustering.languages import english_name, iso639_3
 
 # Name -> (data file, source within it, prefix of its features), as in lang2vec's FEATURE_SETS_DICT.
-# Left out: `id`, which holds nothing about relatives, `learned`, which is a pickle, and the single
-# sources of sound inventories, which know few languages each and are joined in inventory_average.
+# Left out: `id`, which holds nothing about relatives, and `learned`, which is a pickle.
 FEATURE_SETS = {
     "syntax_wals": ("features.npz", "WALS", "S_"),
     "phonology_wals": ("features.npz", "WALS", "P_"),
     "syntax_sswl": ("features.npz", "SSWL", "S_"),
     "syntax_ethnologue": ("features.npz", "ETHNO", "S_"),
     "phonology_ethnologue": ("features.npz", "ETHNO", "P_"),
+    "inventory_phoible_aa": ("features.npz", "PHOIBLE_AA", "INV_"),
+    "inventory_phoible_gm": ("features.npz", "PHOIBLE_GM", "INV_"),
+    "inventory_phoible_saphon": ("features.npz", "PHOIBLE_SAPHON", "INV_"),
+    "inventory_phoible_spa": ("features.npz", "PHOIBLE_SPA", "INV_"),
+    "inventory_phoible_ph": ("features.npz", "PHOIBLE_PH", "INV_"),
+    "inventory_phoible_ra": ("features.npz", "PHOIBLE_RA", "INV_"),
+    "inventory_phoible_upsid": ("features.npz", "PHOIBLE_UPSID", "INV_"),
     "syntax_knn": ("feature_predictions.npz", "predicted", "S_"),
     "phonology_knn": ("feature_predictions.npz", "predicted", "P_"),
     "inventory_knn": ("feature_predictions.npz", "predicted", "INV_"),
@@ -59,10 +65,16 @@ def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") 
     """Tag -> the ISO 639-3 code of its features: the first of `languages.iso639_3` with any."""
     informed = set.intersection(*(_informed(part) for part in _parts(set_name)))
     found = {tag: [code for code in iso639_3(tag) if code in informed] for tag in languages}
-    without = [f"{tag} ({english_name(tag)})" for tag, codes in found.items() if not codes]
+    without = [f"{tag} ({_what_it_has(tag)})" for tag, codes in found.items() if not codes]
     if without:
         raise UserError(f"URIEL has no {set_name} features for {', '.join(without)}")
     return {tag: codes[0] for tag, codes in found.items()}
+
+
+def known(languages: Sequence[str], set_name: str) -> tuple[str, ...]:
+    """Those of the canonical tags of which a set knows something."""
+    informed = set.intersection(*(_informed(part) for part in _parts(set_name)))
+    return tuple(tag for tag in languages if informed.intersection(iso639_3(tag)))
 
 
 def made_from(set_name: str) -> dict[str, str]:
@@ -78,6 +90,11 @@ def _parts(set_name: str) -> list[str]:
     if unknown:
         raise UserError(f"unknown feature set {unknown[0]!r}; there are {', '.join(FEATURE_SETS)}")
     return parts
+
+
+def _what_it_has(tag: str) -> str:
+    sets = [name for name in FEATURE_SETS if _informed(name) & set(iso639_3(tag))]
+    return f"{english_name(tag)}, which has {', '.join(sets) if sets else 'none of any set'}"
 
 
 def _informed(part: str) -> set[str]:

@@ -194,6 +194,9 @@ def place(tiny, initialised, tmp_path_factory):
     shutil.copy(tiny.corpus / "de.jsonl", folder / "odd" / "klingonish.jsonl")
     (folder / "empty").mkdir()
     (folder / "file").write_text("not a folder")
+    (folder / "text.csv").write_text("language,b\nen,SVO\n")
+    (folder / "twice.yaml").write_text("a: [en]\nb: [eng]\n")
+    (folder / "broken.yaml").write_text("a: [en\n")
     for name in ("bare", "pickled", "damaged", "foreign", "shrunk", "wordless"):
         shutil.copytree(tiny.directory / "seed", folder / name)
         if name == "wordless":

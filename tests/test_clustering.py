@@ -25,8 +25,8 @@ def of_documents():
 
 
 EXAMPLES = {
-    "balanced": lambda: typology.cluster(LANGUAGES, 3, exclude=["nn"]),
-    "free": lambda: typology.cluster(LANGUAGES, 3, balanced=False),
+    "pairs": lambda: typology.cluster(LANGUAGES, 3, exclude=["nn"]),
+    "average": lambda: typology.cluster(LANGUAGES, 3, rule="average"),
     "random": lambda: control.random_clusters(LANGUAGES, 3, random_seed=1),
     "by hand": lambda: control.by_hand({"română": ["ro"], "rest": ["sr-Latn", "pt-BR"]}, ["tr"]),
     "documents": of_documents,
@@ -53,15 +53,16 @@ def test_equality_sees_every_field():
     }
     for name, value in changes.items():
         assert dataclasses.replace(clustering, **{name: value}) != clustering
-    tree = EXAMPLES["balanced"]()
-    assert dataclasses.replace(tree, distances=tree.distances / 2) != tree
+    tree = EXAMPLES["pairs"]()
+    nearer = dataclasses.replace(tree.distances, values=tree.distances.values / 2)
+    assert dataclasses.replace(tree, distances=nearer) != tree
     assert dataclasses.replace(tree, merges=None) != tree
     turned = dict(reversed(tree.clusters.items()))
     assert dataclasses.replace(tree, clusters=turned) != tree
 
 
 def test_the_json_has_the_keys_that_others_rely_on(tmp_path):
-    clustering = EXAMPLES["balanced"]()
+    clustering = EXAMPLES["pairs"]()
     clustering.save(tmp_path)
     value = json.loads((tmp_path / "clusters.json").read_text(encoding="utf-8"))
     assert value["format"] == 1
@@ -70,14 +71,17 @@ def test_the_json_has_the_keys_that_others_rely_on(tmp_path):
     assert value["clusters"] == {name: list(group) for name, group in clustering.clusters.items()}
     assert value["unassigned"] == ["nn"]
     assert value["languages"] == LANGUAGES
-    assert value["distances"] == {"file": "clusters.npz", "array": "distances"}
+    facts = value["distances"]
+    assert (facts["file"], facts["array"]) == ("clusters.npz", "distances")
+    assert (facts["measure"], facts["coverage"]) == ("typology", "coverage")
     assert value["made_from"]["feature_averages.npz"]
     with np.load(tmp_path / "clusters.npz") as arrays:
-        np.testing.assert_array_equal(arrays["distances"], clustering.distances)
+        np.testing.assert_array_equal(arrays["distances"], clustering.distances.values)
+        np.testing.assert_array_equal(arrays["coverage"], clustering.distances.coverage)
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):
-    first, second = EXAMPLES["balanced"](), EXAMPLES["random"]()
+    first, second = EXAMPLES["pairs"](), EXAMPLES["random"]()
     first.save(tmp_path)
     with pytest.raises(UserError, match=r"clusters\.json exists already"):
         second.save(tmp_path)
@@ -88,7 +92,7 @@ def test_nothing_is_overwritten_unasked(tmp_path):
 
 
 def test_files_of_two_clusterings_are_not_mixed(tmp_path, monkeypatch):
-    EXAMPLES["balanced"]().save(tmp_path)
+    EXAMPLES["pairs"]().save(tmp_path)
 
     def crash(path, value):
         raise RuntimeError("killed")
@@ -141,9 +145,9 @@ def test_no_language_is_lost_or_doubled(fields, message):
 
 
 def test_arrays_must_fit():
-    tree, documents = EXAMPLES["balanced"](), EXAMPLES["documents"]()
-    with pytest.raises(ValueError, match=r"distances must be \[8, 8\]"):
-        dataclasses.replace(tree, distances=tree.distances[:2, :2])
+    tree, documents = EXAMPLES["pairs"](), EXAMPLES["documents"]()
+    with pytest.raises(ValueError, match="distances must be of the languages, in their order"):
+        dataclasses.replace(tree, distances=tree.distances.of(tree.languages[::-1]))
     with pytest.raises(ValueError, match="has 7 merges; got 6"):
         dataclasses.replace(tree, merges=tree.merges[1:])
     with pytest.raises(ValueError, match="come together"):

@@ -262,7 +262,7 @@ def test_a_fault_of_the_disk_is_not_taken_for_one_of_the_file(tmp_path, monkeypa
     def fail(path):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(corpus, "_opened", fail)
+    monkeypatch.setattr(corpus, "opened", fail)
     with pytest.raises(OSError, match="Input/output error"):
         list(read(tmp_path, Faults()))
 

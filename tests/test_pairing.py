@@ -1,12 +1,15 @@
-"""Pairing gives exactly k even groups for any n and k, and loses no language."""
+"""Every rule gives exactly k groups for any n and k, and loses no language; pairs are even."""
 
 import numpy as np
 import pytest
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
-from clustering import pairing
+from clustering import grouping, pairing
+from clustering.distances import Distances
 from clustering.errors import UserError
+from clustering.tree import linkage_matrix
+from xelm.commands import clusters
 
 
 def random_distances(n, seed):
@@ -39,7 +42,7 @@ def authors_rounds(distances, k):
 ALL = [(n, k) for n in range(1, 14) for k in range(1, n + 1)]
 
 
-@pytest.mark.parametrize("rule", [pairing.balanced, pairing.free])
+@pytest.mark.parametrize("rule", grouping.RULES.values(), ids=grouping.RULES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_n_and_k_give_a_partition_into_exactly_k(rule, seed):
     for n, k in ALL:
@@ -51,11 +54,11 @@ def test_any_n_and_k_give_a_partition_into_exactly_k(rule, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_balanced_sizes_differ_by_at_most_one(seed):
+def test_sizes_of_pairs_differ_by_at_most_one(seed):
     for n, k in [*ALL, (23, 5), (40, 9), (31, 3)]:
         sizes = [
             len(group)
-            for group in pairing.balanced(
+            for group in pairing.pairs(
                 [str(i) for i in range(n)], random_distances(n, seed), k
             ).groups
         ]
@@ -66,28 +69,29 @@ def test_balanced_sizes_differ_by_at_most_one(seed):
 def test_powers_of_two_are_the_authors_rounds(n, k):
     for seed in range(10):
         distances = random_distances(n, seed)
-        groups = pairing.balanced([str(i) for i in range(n)], distances, k).groups
+        groups = pairing.pairs([str(i) for i in range(n)], distances, k).groups
         assert {frozenset(map(int, group)) for group in groups} == authors_rounds(distances, k)
         tied = np.ceil(distances)
-        groups = pairing.balanced([str(i) for i in range(n)], tied, k).groups
+        groups = pairing.pairs([str(i) for i in range(n)], tied, k).groups
         assert {frozenset(map(int, group)) for group in groups} == authors_rounds(tied, k)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_free_groups_are_scipys_single_linkage(seed):
+@pytest.mark.parametrize("linkage", ["single", "average", "complete"])
+@pytest.mark.parametrize("seed", range(3))
+def test_agglomerative_groups_are_scipys_tree_cut_at_k(linkage, seed):
     n = 13
     distances = random_distances(n, seed)
-    tree = hierarchy.linkage(squareform(distances), "single")
+    tree = hierarchy.linkage(squareform(distances), linkage)
     for k in range(1, n + 1):
         labels = hierarchy.cut_tree(tree, k)[:, 0]
         wanted = {frozenset(np.flatnonzero(labels == label).tolist()) for label in range(k)}
-        found = pairing.free([str(i) for i in range(n)], distances, k)
+        found = grouping.RULES[linkage]([str(i) for i in range(n)], distances, k)
         assert {frozenset(map(int, group)) for group in found.groups} == wanted
-    whole = pairing.free([str(i) for i in range(n)], distances, 1)
+    whole = grouping.RULES[linkage]([str(i) for i in range(n)], distances, 1)
     np.testing.assert_allclose([merge.distance for merge in whole.merges], tree[:, 2])
 
 
-@pytest.mark.parametrize("rule", [pairing.balanced, pairing.free])
+@pytest.mark.parametrize("rule", grouping.RULES.values(), ids=grouping.RULES)
 def test_the_first_merges_make_the_groups_and_all_make_one(rule):
     for n, k in ALL:
         found = rule(letters(n), random_distances(n, 3), k)
@@ -104,7 +108,7 @@ def test_the_first_merges_make_the_groups_and_all_make_one(rule):
 def test_a_merge_distance_is_that_of_the_closest_two():
     names = letters(9)
     distances = random_distances(9, 5)
-    for merge in pairing.balanced(names, distances, 2).merges:
+    for merge in pairing.pairs(names, distances, 2).merges:
         a = [names.index(name) for name in merge.members_a]
         b = [names.index(name) for name in merge.members_b]
         assert merge.distance == distances[np.ix_(a, b)].min()
@@ -113,8 +117,8 @@ def test_a_merge_distance_is_that_of_the_closest_two():
 @pytest.mark.parametrize("gap", [0.0, 0.1])
 def test_the_linkage_matrix_is_a_tree_that_scipy_accepts(gap):
     for n, k in ALL[1:]:
-        found = pairing.balanced(letters(n), random_distances(n, 6), k)
-        tree = pairing.linkage_matrix(letters(n), found.merges, gap)
+        found = pairing.pairs(letters(n), random_distances(n, 6), k)
+        tree = linkage_matrix(letters(n), found.merges, gap)
         if n > 1:
             assert hierarchy.is_valid_linkage(tree)
             heights = [0.0] * n + tree[:, 2].tolist()
@@ -125,7 +129,20 @@ def test_the_linkage_matrix_is_a_tree_that_scipy_accepts(gap):
             assert (tree[:, 2] >= [merge.distance for merge in found.merges]).all()
 
 
-def test_k_out_of_range_is_refused():
-    for k in (0, 13, -1):
-        with pytest.raises(UserError, match=f"k must be between 1 and 12 languages; got {k}"):
-            pairing.balanced(letters(12), random_distances(12, 0), k)
+def test_k_out_of_range_and_unknown_rules_are_refused():
+    tags = ("en", "de", "fr")
+    measured = Distances(
+        measure="a test",
+        languages=tags,
+        values=random_distances(3, 0),
+        coverage=np.ones((3, 3)),
+    )
+    for k in (0, 4, -1):
+        with pytest.raises(UserError, match=f"k must be between 1 and 3 languages; got {k}"):
+            grouping.cluster(measured, k)
+    with pytest.raises(UserError, match="unknown rule 'ward'; there are pairs, single, average"):
+        grouping.cluster(measured, 2, rule="ward")
+
+
+def test_the_command_line_offers_every_rule():
+    assert tuple(grouping.RULES) == clusters.RULES

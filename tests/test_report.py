@@ -15,8 +15,9 @@ import matplotlib
 import numpy as np
 import pytest
 
-from clustering import pairing
-from clustering.clustering import Clustering, name_clusters
+from clustering import grouping
+from clustering.clustering import Clustering
+from clustering.distances import Distances
 from clustering.errors import UserError
 from clustering.figures import cluster_colours
 from clustering.files import write_json
@@ -79,16 +80,14 @@ def rows(scores=SCORES, experts=("de-en-es", "ja-ko-tr", "sv"), dense=True):
     return found
 
 
-def clusters_of(distances, languages, k):
-    grouping = pairing.balanced(languages, distances, k)
-    return Clustering(
-        method="typology",
-        parameters={"k": k},
-        clusters=name_clusters(grouping.groups),
+def clusters_of(values, languages, k):
+    measured = Distances(
+        measure="typology",
         languages=tuple(languages),
-        distances=distances,
-        merges=tuple(grouping.merges),
+        values=values,
+        coverage=np.ones_like(values),
     )
+    return grouping.cluster(measured, k)
 
 
 def two_clusters():
@@ -391,7 +390,7 @@ def test_the_page_is_accessible(full):
     targets = [address[1:] for address in page.addresses if address.startswith("#")]
     assert targets and set(targets) <= set(page.ids)
     labels = [found.get("aria-label") for _, found in page.attributes if found.get("role") == "img"]
-    assert len(labels) == page.tags.count("figure") == page.tags.count("svg") == 5
+    assert len(labels) == page.tags.count("figure") == page.tags.count("svg") == 7
     assert all(label and label.endswith(".") for label in labels)
     assert all("scope" in found for tag, found in page.attributes if tag == "th")
     assert ("html", {"lang": "en"}) in page.attributes
@@ -403,7 +402,7 @@ def test_the_same_run_gives_the_same_bytes(full, tmp_path):
     shutil.copytree(first, again, ignore=shutil.ignore_patterns("report.html", "figures"))
     report(open_run(again))
     names = sorted(p.relative_to(first) for p in (first / "results").rglob("*") if p.is_file())
-    assert len(names) == 2 + 3 * 5
+    assert len(names) == 2 + 3 * 7
     assert names == sorted(
         p.relative_to(again) for p in (again / "results").rglob("*") if p.is_file()
     )
@@ -459,7 +458,7 @@ def test_clusters_of_documents_show_what_they_hold(tmp_path):
     assert [row["documents"] for row in cluster_table(facts, None)] == [40, 25]
     found = pictures(facts)
     assert found["composition"].rows[0] == ("c0", "en", 30, 0.75)
-    assert found["tree"] == found["distances"] == ("", "")
+    assert found["tree"] == found["distances"] == found["plane"] == found["map"] == ("", "")
 
 
 def test_one_language_makes_a_page(tmp_path):

@@ -1,17 +1,21 @@
 """Tables for the terminal."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clustering.languages import english_name
-from xelm.runs.evaluation import Row
+
+if TYPE_CHECKING:
+    from xelm.runs.evaluation import Row
+    from xelm.runs.relatives import Relatives
 
 # Six columns within a hundred characters or little more.
 _WIDTH = 15
 
 
-def results(rows: Sequence[Row], routings: Sequence[str], seed_languages: Sequence[str]) -> str:
+def results(rows: "Sequence[Row]", routings: Sequence[str], seed_languages: Sequence[str]) -> str:
     """Perplexity (ppl) and bits per byte by language: seed, dense, and the ensemble by routing.
 
     seed_languages: those that seed and dense were trained on. The means are over those of them
@@ -51,6 +55,32 @@ def results(rows: Sequence[Row], routings: Sequence[str], seed_languages: Sequen
     others = [tag for tag in languages if tag not in trained]
     if others:
         lines += ["not in the RUN's corpus:", *(language(tag) for tag in others)]
+    return "\n".join(lines)
+
+
+def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:
+    """One line a language: its distance by each measure, with the share of features known of both
+    where that is not all; and in a RUN its tokens and expert."""
+
+    in_run = any(relative.tokens is not None or relative.expert for relative in found)
+    known_in_part = {
+        measure: any(relative.by_measure[measure].coverage < 0.995 for relative in found)
+        for measure in measures
+    }
+    title = f"{'language':18}"
+    for measure in measures:
+        title += f"{measure:>12}" + (f"{'(known)':>8}" if known_in_part[measure] else "")
+    lines = [title + (f"{'tokens':>14}  expert" if in_run else "")]
+    for relative in found:
+        line = f"{relative.language:4} {english_name(relative.language)[:13]:13}"
+        for measure in measures:
+            near = relative.by_measure[measure]
+            line += f"{near.distance:>12.3f}"
+            line += f"{f'({near.coverage:.0%})':>8}" if known_in_part[measure] else ""
+        if in_run:
+            tokens = "-" if relative.tokens is None else f"{relative.tokens:,}"
+            line += f"{tokens:>14}  {relative.expert or '-'}"
+        lines.append(line)
     return "\n".join(lines)
 
 

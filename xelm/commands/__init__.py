@@ -7,6 +7,7 @@ from xelm.commands import asking, clusters, keeping, training
 VERBS = {
     "quickstart": training.QUICKSTART,
     "cluster": clusters.CLUSTER,
+    "nearest": clusters.NEAREST,
     "init": training.INIT,
     "branch": training.BRANCH,
     "train": training.TRAIN,

@@ -1,37 +1,62 @@
-"""Clusters of languages or documents."""
+"""Clusters of languages or documents, and the nearest relatives of a language."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from clustering.errors import UserError
 from xelm.commands.options import Verb, add_json, names, print_json
 
-METHODS = ("typology", "tfidf", "random")
+if TYPE_CHECKING:
+    from clustering.clustering import Clustering
+    from clustering.distances import Distances
+    from xelm.runs.distances import Sources
+    from xelm.runs.run import Run
+
+MEASURES = (
+    *("typology", "genealogy", "geography", "table"),
+    *("words", "characters", "subwords", "names"),
+)
+RULES = ("pairs", "single", "average", "complete", "balanced")
+# What is measured of languages that only have a code.
+BY_CODE = "typology,genealogy,geography"
+# Resamplings of features by which a number of clusters is judged.
+RESAMPLINGS = 20
 
 
 def _cluster_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--method",
-        choices=METHODS,
         default="typology",
-        help="typology and random cluster languages, tfidf documents",
+        metavar="METHOD",
+        help="languages by a measure: %(default)s (default), "
+        f"{', '.join(MEASURES[1:])}, or several as in typology:.7+genealogy:.3; "
+        "documents by tfidf; or random, or by-hand",
     )
-    verb.add_argument("-k", type=int, required=True, help="number of clusters")
+    verb.add_argument("-k", type=_number, metavar="K", help="number of clusters, or auto")
     verb.add_argument(
         "--languages",
         type=names,
         metavar="A,B,C",
-        help="languages to cluster (default: those of --run or --corpus)",
+        help="languages to cluster (default: those of --table, --tagged, --corpus or --run)",
     )
     verb.add_argument(
         "--exclude", type=names, metavar="A,B", default=(), help="languages to leave in no cluster"
     )
-    verb.add_argument("--run", metavar="RUN", help="RUN whose corpus and subwords tfidf uses")
-    verb.add_argument("--corpus", metavar="DIR", help="take the languages of this corpus")
     verb.add_argument(
-        "--free", action="store_true", help="let cluster sizes fall as they may (typology)"
+        "--rule",
+        choices=RULES,
+        help="how languages join: pairs (default) and balanced make clusters of even size; single, "
+        "average and complete linkage of any size",
     )
+    verb.add_argument(
+        "--balance",
+        choices=("languages", "tokens"),
+        help="what --rule balanced keeps even (default: languages); tokens are those of --run",
+    )
+    _source_options(verb)
+    verb.add_argument("--groups", metavar="FILE", help="YAML of clusters by hand: a: [en, de]")
     verb.add_argument("--random-seed", type=int, default=0, metavar="N")
     verb.add_argument(
         "--out", metavar="DIR", required=True, help="directory for clusters.json and figures"
@@ -40,62 +65,239 @@ def _cluster_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _cluster(options: argparse.Namespace) -> None:
-    from clustering import control, tfidf, typology
-    from xelm.runs.run import open_run
-
     if (Path(options.out) / "clusters.json").exists():
         raise UserError(f"{options.out}/clusters.json exists already; choose another folder")
-    run = open_run(options.run) if options.run else None
-    for name, given in {"--exclude": options.exclude, "--free": options.free}.items():
-        if given and options.method != "typology":
-            raise UserError(f"{name} goes with --method typology")
-    languages = options.languages
-    if languages is None and options.corpus:
-        from xelm.data.corpus import languages_of
-
-        languages = languages_of(options.corpus)
-    if languages is None and run:
-        languages = run.languages
-    if options.method == "tfidf":
-        if run is None:
-            raise UserError("tfidf clusters the documents of a RUN; name it with --run")
-        from xelm.runs.training import documents_with_languages
-
-        documents, tags = documents_with_languages(run, languages)
-        clustering = tfidf.cluster(
-            documents,
-            tags,
-            run.vectoriser(),
-            options.k,
-            options.random_seed,
-            made_from={"corpus": run.store().record["corpus_sha256"]},
-        )
-    elif languages is None:
-        raise UserError("name the languages with --languages, --corpus or --run")
-    elif options.method == "random":
-        clustering = control.random_clusters(languages, options.k, options.random_seed)
-    else:
-        clustering = typology.cluster(
-            languages, options.k, balanced=not options.free, exclude=options.exclude
-        )
+    _check_options(options)
+    makers = {"tfidf": _by_tfidf, "random": _at_random, "by-hand": _by_hand}
+    clustering = makers.get(options.method, _by_measure)(options, _sources(options))
     clustering.save(options.out)
     _draw(clustering, Path(options.out))
     if options.json:
         print_json({"clusters": clustering.clusters, "unassigned": clustering.unassigned})
     else:
         print(clustering)
+        if "reason" in clustering.parameters:
+            print(f"\n{clustering.parameters['reason']}")
         print(f"\nSaved in {options.out}")
 
 
 CLUSTER = Verb("cluster languages or documents", _cluster_options, _cluster)
 
 
-def _draw(clustering: Any, directory: Path) -> None:
+def _by_tfidf(options: argparse.Namespace, sources: "Sources") -> "Clustering":
+    from clustering import tfidf
+    from xelm.runs.training import documents_with_languages
+
+    run = sources.run
+    if run is None:
+        raise UserError("tfidf clusters the documents of a RUN; name it with --run")
+    documents, tags = documents_with_languages(run, _chosen(options, run))
+    return tfidf.cluster(
+        documents,
+        tags,
+        run.vectoriser(),
+        _fixed(options),
+        options.random_seed,
+        made_from={"corpus": run.store().record["corpus_sha256"]},
+    )
+
+
+def _at_random(options: argparse.Namespace, sources: "Sources") -> "Clustering":
+    from clustering import control
+
+    languages = _chosen(options, sources.run)
+    if languages is None:
+        raise UserError("name the languages with --languages, --corpus or --run")
+    return control.random_clusters(languages, _fixed(options), options.random_seed)
+
+
+def _by_hand(options: argparse.Namespace, sources: "Sources") -> "Clustering":
+    from clustering import control
+
+    if options.groups is None:
+        raise UserError("by-hand needs the clusters in a YAML file; name it with --groups")
+    return control.read_groups(options.groups)
+
+
+def _by_measure(options: argparse.Namespace, sources: "Sources") -> "Clustering":
+    from dataclasses import replace
+
+    from clustering import choice, grouping
+    from clustering.languages import without
+    from xelm.runs.distances import languages_of, measured
+
+    languages = options.languages or languages_of(options.method, sources)
+    tags, unassigned = without(languages, options.exclude)
+    distances = measured(options.method, tags, sources)
+    rule = options.rule or RULES[0]
+    sizes = _sizes(options, sources.run, tags)
+    k, why = options.k, {}
+    if k is None:
+        raise UserError("give the number of clusters with -k, or -k auto")
+    if k == "auto":
+        drawn: list[Distances] = []
+        if {"typology", "table"} & set(_methods(options.method)):
+            again = (replace(sources, resample=number) for number in range(RESAMPLINGS))
+            drawn = [measured(options.method, tags, source) for source in again]
+        found = choice.choices(distances, rule=rule, sizes=sizes, resampled=drawn)
+        k, why = choice.best(found).k, {"reason": choice.reason(found)}
+    clustering = grouping.cluster(distances, k, rule=rule, sizes=sizes, unassigned=unassigned)
+    return replace(clustering, parameters=clustering.parameters | why)
+
+
+def _sizes(
+    options: argparse.Namespace, run: "Run | None", tags: Sequence[str]
+) -> dict[str, int] | None:
+    if options.balance != "tokens":
+        return None
+    if run is None:
+        raise UserError("the tokens of --balance tokens are those of a RUN; name it with --run")
+    counts = run.store().record["languages"]
+    missing = [tag for tag in tags if tag not in counts]
+    if missing:
+        raise UserError(f"{run.directory} has no text in {', '.join(missing)}")
+    return {tag: counts[tag]["tokens"] for tag in tags}
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """What was given and would not be used is a mistake."""
+    methods = set(_methods(options.method))
+    unknown = methods - {*MEASURES, "tfidf", "random", "by-hand"}
+    if unknown:
+        raise UserError(
+            f"unknown method {min(unknown)!r}; there are {', '.join(MEASURES)}, tfidf, random and "
+            "by-hand"
+        )
+    alone = methods - set(MEASURES)
+    if alone and len(methods) > 1:
+        raise UserError(f"{min(alone)} stands alone; got {options.method}")
+    wants = {
+        "--exclude": (options.exclude, MEASURES),
+        "--rule": (options.rule, MEASURES),
+        "--groups": (options.groups, ("by-hand",)),
+        "--features": (options.features, ("typology",)),
+        "--only": (options.only, ("typology", "table")),
+        "--table": (options.table, ("table",)),
+        "--tagged": (options.tagged, ("names",)),
+    }
+    for name, (given, allowed) in wants.items():
+        if given and not methods & set(allowed):
+            raise UserError(f"{name} goes with --method {' or '.join(allowed)}")
+    if options.balance and options.rule != "balanced":
+        raise UserError("--balance goes with --rule balanced")
+    if options.method == "by-hand" and (options.k or options.languages):
+        raise UserError("clusters by hand have the number and languages of --groups")
+
+
+def _methods(spec: str) -> list[str]:
+    return [part.partition(":")[0].strip() for part in spec.split("+")]
+
+
+def _chosen(options: argparse.Namespace, run: "Run | None") -> Sequence[str] | None:
+    if options.languages is None and options.corpus:
+        from xelm.data.corpus import languages_of
+
+        return languages_of(options.corpus)
+    return options.languages or (run.languages if run else None)
+
+
+def _fixed(options: argparse.Namespace) -> int:
+    if not isinstance(options.k, int):
+        raise UserError(f"--method {options.method} needs a number of clusters, as in -k 8")
+    return options.k
+
+
+def _number(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number wanted, or auto; got {text!r}") from None
+
+
+def _draw(clustering: "Clustering", directory: Path) -> None:
+    """Every figure that such clusters have, as PNG and as SVG."""
+    from matplotlib import pyplot
+
+    from clustering import uriel
+
+    plots = {"sizes": clustering.plot_sizes}
     if clustering.of_documents:
-        plots = {"composition": clustering.plot_composition}
-    elif clustering.distances is None:
-        plots = {}
-    else:
-        plots = {"tree": clustering.plot_tree, "distances": clustering.plot_distances}
+        plots["composition"] = clustering.plot_composition
+    elif uriel.known(clustering.languages, "geo"):
+        plots["map"] = clustering.plot_map
+    if clustering.merges is not None:
+        plots["tree"] = clustering.plot_tree
+    if clustering.distances is not None:
+        plots |= {"distances": clustering.plot_distances, "plane": clustering.plot_plane}
     for name, plot in plots.items():
-        plot().figure.savefig(directory / f"{name}.png", dpi=150, bbox_inches="tight")
+        figure = plot().figure.get_figure(root=True)
+        for ending in ("png", "svg"):
+            figure.savefig(directory / f"{name}.{ending}", dpi=150, bbox_inches="tight")
+        pyplot.close(figure)
+
+
+def _nearest_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("language", metavar="LANGUAGE")
+    verb.add_argument(
+        "--languages",
+        type=names,
+        metavar="A,B,C",
+        help="languages to compare with (default: those of --table, --tagged, --corpus or --run)",
+    )
+    verb.add_argument(
+        "--by",
+        type=names,
+        default=names(BY_CODE),
+        metavar="A,B",
+        help=f"measures, of {', '.join(MEASURES)}; nearest by the first comes first "
+        f"(default: {BY_CODE})",
+    )
+    _source_options(verb)
+    add_json(verb)
+
+
+def _nearest(options: argparse.Namespace) -> None:
+    from xelm import tables
+    from xelm.runs.relatives import relatives
+
+    found = relatives(options.language, options.by, _sources(options), options.languages)
+    if options.json:
+        print_json([relative.to_json() for relative in found])
+    else:
+        print(tables.relatives(found, options.by))
+
+
+NEAREST = Verb("list the nearest relatives of a language", _nearest_options, _nearest)
+
+
+def _source_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--run", metavar="RUN", help="RUN whose corpus and subwords are used")
+    verb.add_argument("--corpus", metavar="DIR", help="text whose words or characters are used")
+    verb.add_argument(
+        "--features",
+        metavar="SETS",
+        help="of URIEL, for typology, as in syntax_knn+phonology_knn (default: syntax_average)",
+    )
+    verb.add_argument(
+        "--only", type=names, metavar="A,B", default=(), help="features of these names alone"
+    )
+    verb.add_argument("--table", metavar="FILE", help="CSV of features by language, for table")
+    verb.add_argument(
+        "--tagged", metavar="DIR", help="folder of <language>.conllu[.gz|.zst], for names"
+    )
+
+
+def _sources(options: argparse.Namespace) -> "Sources":
+    from xelm.runs.distances import Sources
+    from xelm.runs.run import open_run
+
+    return Sources(
+        features=options.features or "syntax_average",
+        only=options.only,
+        table=options.table,
+        corpus=options.corpus,
+        run=open_run(options.run) if options.run else None,
+        tagged=options.tagged,
+    )

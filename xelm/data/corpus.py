@@ -193,7 +193,7 @@ def _tag(tags: dict[str, str], language: str) -> str | None:
 def _json_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             while line := file.readline(LONGEST_LINE_BYTES):
                 number += 1
                 place = f"{path.name}:{number}"
@@ -224,7 +224,8 @@ def _skip_line(file: BinaryIO) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A file of bytes, unpacked if its name ends in .gz or .zst."""
     with contextlib.ExitStack() as stack:
         if path.name.endswith(".gz"):
             yield stack.enter_context(gzip.open(path, "rb"))

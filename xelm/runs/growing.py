@@ -84,10 +84,12 @@ def _nearest(registry: Registry, language: str) -> tuple[str, str]:
         server = registry.for_language(language)
         raise UserError(f"{language!r} is served already, by {server.reference}")
     try:
-        ranked = typology.nearest(language, served)
+        relatives = typology.nearest(language, served)
     except UserError as error:
         raise UserError(f"{error}; name an expert to grow from with --parent") from error
-    expert, relative, distance = choose_parent(registry, ranked)
+    expert, relative, distance = choose_parent(
+        registry, [(relative.language, relative.distance) for relative in relatives]
+    )
     return expert.name, f"serves {relative}, the nearest language, at distance {distance:.3f}"
 
 

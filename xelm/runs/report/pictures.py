@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clustering import figures as clustering_figures
+from clustering import geography, maps, uriel
 from clustering.clustering import Clustering
+from clustering.distances import Distances
 from clustering.languages import english_name
 from xelm.runs.report import figures
 from xelm.runs.report.facts import DENSE, SEED, Facts, System
@@ -46,19 +48,23 @@ class Picture:
 def pictures(facts: Facts) -> dict[str, Picture | Missing]:
     """Name of the file -> figure, or why there is none."""
     clusters = facts.clusters
-    tree = distances = composition = Missing("")
+    tree = distances = composition = places = plane = Missing("")
     if clusters and clusters.of_documents:
         composition = _composition(clusters)
     elif clusters:
         none = Missing(f"Clusters made by {clusters.method!r} have neither a tree nor distances.")
         tree = none if clusters.merges is None else _tree(clusters)
-        distances = distances if clusters.distances is None else _distances(clusters)
+        if clusters.distances is not None:
+            distances, plane = _distances(clusters), _plane(clusters, clusters.distances)
+        places = _map(clusters)
     seed = _curve(SEED.name, facts.metrics[SEED], INK)
     given = facts.run.record.get("seed_from") is not None
     unknown = "" if given else "The training of the seed is not recorded here."
     return {
         "tree": tree,
         "distances": distances,
+        "map": places,
+        "plane": plane,
         "composition": composition,
         "loss-seed": _losses([seed], "Training of the seed", "Smaller is better.", unknown),
         "loss-experts": _expert_losses(facts),
@@ -90,7 +96,8 @@ def _tree(clusters: Clustering) -> Picture:
 
 def _distances(clusters: Clustering) -> Picture:
     """How far apart the languages are; for clusters that have distances."""
-    tags, values = clusters.languages, np.asarray(clusters.distances)
+    assert clusters.distances is not None
+    tags, values = clusters.languages, clusters.distances.values
     rows = [(tags[i], tags[j], float(values[i, j])) for i in range(len(tags)) for j in range(i)]
     found = [distance for *_, distance in rows]
     side = (0.36 if len(tags) <= ROOM_FOR_NUMBERS else 0.17) * len(tags)
@@ -104,6 +111,43 @@ def _distances(clusters: Clustering) -> Picture:
         draw=partial(clustering_figures.distance_heatmap, clusters),
         size=(side + 3.6, side + 1.4),
         font_size=9.5 if len(tags) <= _CROWDED else 8,
+    )
+
+
+def _map(clusters: Clustering) -> Picture | Missing:
+    """Where the languages are spoken."""
+    tags = uriel.known(clusters.languages, "geo")
+    if not tags:
+        return Missing("")
+    places = geography.coordinates(tags)
+    return Picture(
+        title="Where the languages are spoken",
+        alt=f"Map with a point for each of {plural(len(tags), 'language')}, in its cluster's "
+        f"colour, from {places[:, 0].min():.0f} to {places[:, 0].max():.0f} degrees north.",
+        caption="One point for each language, as URIEL has them; many are spoken elsewhere too.",
+        columns=("language", "cluster", "latitude", "longitude"),
+        rows=[
+            (tag, clusters.cluster_of(tag), round(float(north), 2), round(float(east), 2))
+            for tag, (north, east) in zip(tags, places)
+        ],
+        draw=partial(maps.world_map, clusters),
+        size=(9.0, 4.5),
+    )
+
+
+def _plane(clusters: Clustering, distances: Distances) -> Picture:
+    """The languages near where they are near."""
+    points, shown = maps.scaled(distances.values)
+    return Picture(
+        title="Near and far in a plane",
+        alt=f"{plural(len(points), 'language')} as points whose distances are as near to those "
+        "measured as a plane allows.",
+        caption=f"The plane shows {shown:.0%} of what tells the languages apart; the rest lies "
+        "behind it.",
+        columns=("language", "x", "y"),
+        rows=[(t, float(x), float(y)) for t, (x, y) in zip(distances.languages, points)],
+        draw=partial(maps.plane, clusters),
+        size=(8.0, 5.5),
     )
 
 

@@ -124,5 +124,5 @@ def _distance_within(clusters: Clustering, members: Sequence[str]) -> str | None
     if clusters.distances is None:
         return None
     index = [clusters.languages.index(tag) for tag in members]
-    pairs = [clusters.distances[i, j] for i in index for j in index if i < j]
+    pairs = [clusters.distances.values[i, j] for i in index for j in index if i < j]
     return f"{np.mean(pairs):.2f}" if pairs else "–"

@@ -1,0 +1,133 @@
+"""How many clusters: what speaks for each number, and the one that most does.
+
+Knows silhouettes (Rousseeuw 1987), gaps between joins, balance of sizes and stability under
+resampling. Does not know measures: distances, and distances resampled, are given.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from clustering import grouping
+from clustering.clustering import Clustering
+from clustering.distances import Distances
+from clustering.errors import UserError
+
+
+class Choice(NamedTuple):
+    """What speaks for a number of clusters."""
+
+    k: int
+    silhouette: float
+    """Mean over languages of how much nearer the own cluster is than the next, -1..1; 0 for one
+    alone in its cluster."""
+    gap: float
+    """How much farther apart the next two clusters to join are than the last two that did."""
+    balance: float
+    """Size of the largest cluster over the mean; 1 is even."""
+    stability: float | None
+    """Mean adjusted Rand index (Hubert and Arabie 1985) of the clusters and those of resampled
+    features, at most 1; None where nothing was resampled."""
+
+    @property
+    def score(self) -> float:
+        """Silhouette and stability, in equal parts."""
+        return self.silhouette + (self.stability or 0.0)
+
+
+def choices(
+    distances: Distances,
+    *,
+    rule: str = "pairs",
+    sizes: Mapping[str, int] | None = None,
+    resampled: Iterable[Distances] = (),
+) -> list[Choice]:
+    """Of every k from 2 to one less than there are languages. sizes: as in `grouping.cluster` for
+    the rule `balanced`, and what balance is of; None counts languages. resampled: distances of the
+    same languages with features drawn anew. UserError for fewer than three languages.
+    """
+    languages = distances.languages
+    if len(languages) < 3:
+        raise UserError(f"k can be chosen for three languages or more; got {len(languages)}")
+    again = list(resampled)
+    found = []
+    for k in range(2, len(languages)):
+        try:
+            clusters = _clusters(distances, k, rule, sizes)
+        except UserError:
+            continue  # no clusters of such sizes
+        labels = _labels(clusters)
+        others = [_labels(_clusters(drawn, k, rule, sizes)) for drawn in again]
+        found.append(
+            Choice(
+                k=k,
+                silhouette=_silhouette(distances, labels),
+                gap=_gap(clusters),
+                balance=_balance(labels, languages, sizes),
+                stability=_stability(labels, others),
+            )
+        )
+    if not found:
+        raise UserError(f"no number of clusters from 2 to {len(languages) - 1} has such sizes")
+    return found
+
+
+def best(found: Sequence[Choice]) -> Choice:
+    """The highest score; of equals the fewest clusters."""
+    return max(found, key=lambda choice: (choice.score, -choice.k))
+
+
+def reason(found: Sequence[Choice]) -> str:
+    """Why the best is that, in a line."""
+    chosen = best(found)
+    terms = f"silhouette {chosen.silhouette:.2f}"
+    if chosen.stability is not None:
+        terms += f" + stability {chosen.stability:.2f} = {chosen.score:.2f}"
+    others = sorted((c for c in found if c is not chosen), key=lambda c: -c.score)[:2]
+    after = f" (then {', '.join(f'k={c.k}: {c.score:.2f}' for c in others)})" if others else ""
+    return (
+        f"k={chosen.k} of {found[0].k} to {found[-1].k}: {terms}, the most{after}; next join "
+        f"{chosen.gap:+.3f} from the last; largest cluster {chosen.balance:.1f} times the mean"
+    )
+
+
+def _clusters(
+    distances: Distances, k: int, rule: str, sizes: Mapping[str, int] | None
+) -> Clustering:
+    return grouping.cluster(distances, k, rule=rule, sizes=sizes if rule == "balanced" else None)
+
+
+def _labels(clusters: Clustering) -> np.ndarray:
+    place = {
+        tag: number for number, members in enumerate(clusters.clusters.values()) for tag in members
+    }
+    return np.array([place[tag] for tag in clusters.languages])
+
+
+def _silhouette(distances: Distances, labels: np.ndarray) -> float:
+    from sklearn.metrics import silhouette_score
+
+    return float(silhouette_score(distances.values, labels, metric="precomputed"))
+
+
+def _gap(clusters: Clustering) -> float:
+    assert clusters.merges is not None
+    made = len(clusters.languages) - len(clusters.clusters)
+    return clusters.merges[made].distance - clusters.merges[made - 1].distance
+
+
+def _balance(
+    labels: np.ndarray, languages: Sequence[str], sizes: Mapping[str, int] | None
+) -> float:
+    weights = None if sizes is None else np.array([sizes[tag] for tag in languages], float)
+    held = np.bincount(labels, weights)
+    return float(held.max() / held.mean())
+
+
+def _stability(labels: np.ndarray, others: Sequence[np.ndarray]) -> float | None:
+    if not others:
+        return None
+    from sklearn.metrics import adjusted_rand_score
+
+    return float(np.mean([adjusted_rand_score(labels, other) for other in others]))

@@ -1,0 +1,149 @@
+"""How far languages are from each other: `Distances`, of which relatives and clusters are made.
+
+Knows what every measure has in common: values and coverage by pair, where they come from, how
+several are weighed together. Does not know any measure; each has a module of its own (`typology`,
+`genealogy`, `geography`, `lexical`, `internal`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from clustering.errors import UserError
+from clustering.files import equal
+from clustering.languages import canonical, canonical_all
+
+
+class Relative(NamedTuple):
+    """A language as another sees it."""
+
+    language: str
+    distance: float
+    """As in `Distances.values`."""
+    coverage: float
+    """As in `Distances.coverage`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Distances:
+    """Distances between languages by one measure; immutable."""
+
+    measure: str
+    """For people and figures: `typology`, `geography`, `.7 typology + .3 genealogy`."""
+    languages: tuple[str, ...]
+    """Canonical tags; rows and columns of the arrays."""
+    values: Float[np.ndarray, "languages languages"]
+    """Symmetric, 0 on the diagonal, never negative; 1 is as far as can be, or as any of these are,
+    whichever the measure says."""
+    coverage: Float[np.ndarray, "languages languages"]
+    """Share of what could be compared that is known of both, 0..1; on the diagonal, of each one."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """The arguments of the measure and what it reports, as JSON values."""
+    made_from: dict[str, str] = field(default_factory=dict)
+    """Name of an input -> its SHA-256 or version."""
+
+    def __post_init__(self) -> None:
+        count = len(self.languages)
+        for name in ("values", "coverage"):
+            array = getattr(self, name)
+            if array.shape != (count, count) or not np.array_equal(array, array.T, equal_nan=True):
+                raise ValueError(f"{name} must be symmetric, [{count}, {count}]")
+        unknown = (self.coverage == 0) | ~np.isfinite(self.values)
+        if unknown.any():
+            raise UserError(f"{self.measure} knows nothing of {self._named(unknown)}")
+        if (self.values < 0).any() or np.diagonal(self.values).any():
+            raise ValueError("distances must not be negative, and 0 from a language to itself")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Distances):
+            return NotImplemented
+        return all(equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+
+    __hash__ = None  # type: ignore[assignment]  # arrays do not hash
+
+    def between(self, one: str, other: str) -> float:
+        """The distance of two languages, by any of their codes."""
+        return float(self.values[self._at(one), self._at(other)])
+
+    def of(self, languages: Sequence[str]) -> "Distances":
+        """The same of these languages alone, in this order."""
+        index = [self._at(language) for language in languages]
+        return Distances(
+            measure=self.measure,
+            languages=canonical_all(languages),
+            values=self.values[np.ix_(index, index)],
+            coverage=self.coverage[np.ix_(index, index)],
+            parameters=self.parameters,
+            made_from=self.made_from,
+        )
+
+    def relatives(self, language: str) -> list[Relative]:
+        """The other languages, nearest first; of equals, the one given first."""
+        row = self._at(language)
+        order = np.argsort(self.values[row], kind="stable")
+        return [
+            Relative(self.languages[i], float(self.values[row, i]), float(self.coverage[row, i]))
+            for i in order
+            if i != row
+        ]
+
+    def _at(self, language: str) -> int:
+        tag = canonical(language)
+        if tag not in self.languages:
+            known = ", ".join(self.languages)
+            raise UserError(f"{language} is not among the languages of this measure: {known}")
+        return self.languages.index(tag)
+
+    def _named(self, pairs: np.ndarray) -> str:
+        """The first five of what is true in a symmetric [languages, languages]."""
+        alone = np.flatnonzero(np.diagonal(pairs))
+        rows, columns = np.nonzero(np.triu(pairs, k=1))
+        named = [self.languages[i] for i in alone]
+        named += [
+            f"{self.languages[i]}-{self.languages[j]}"
+            for i, j in zip(rows, columns)
+            if i not in alone and j not in alone
+        ]
+        more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+        return ", ".join(named[:5]) + more
+
+
+def combine(parts: Sequence[tuple[Distances, float]]) -> Distances:
+    """A weighted mean of several measures of the same languages.
+
+    Each measure is first divided by its largest distance, so that a weight says how much of the
+    whole it can decide; 1 is as far as any pair by all measures. Coverage is the weighted mean.
+    """
+    weights = [weight for _, weight in parts]
+    if not weights or min(weights) < 0 or not sum(weights):
+        raise UserError(f"weights must not be negative nor all zero; got {weights}")
+    languages = parts[0][0].languages
+    for measure, _ in parts:
+        if set(measure.languages) != set(languages):
+            apart = sorted(set(measure.languages) ^ set(languages))
+            raise UserError(
+                f"{parts[0][0].measure} and {measure.measure} have different languages: "
+                f"{', '.join(apart[:5])}"
+            )
+    aligned = [measure.of(languages) for measure, _ in parts]
+    shares = np.asarray(weights, float) / sum(weights)
+    return Distances(
+        measure=" + ".join(f"{s:.2g} {m.measure}" for s, m in zip(shares, aligned)),
+        languages=languages,
+        values=sum((s * m.values / _largest(m) for s, m in zip(shares, aligned)), np.zeros(())),
+        coverage=sum((s * m.coverage for s, m in zip(shares, aligned)), np.zeros(())),
+        parameters={
+            "combined": [
+                {"measure": m.measure, "weight": w, "parameters": m.parameters}
+                for w, m in zip(weights, aligned)
+            ]
+        },
+        made_from={name: value for m in aligned for name, value in m.made_from.items()},
+    )
+
+
+def _largest(distances: Distances) -> float:
+    return float(distances.values.max(initial=0.0)) or 1.0

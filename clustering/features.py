@@ -1,0 +1,98 @@
+"""Tables of features by language -> distances. Knows missing values, not where tables come from."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from clustering.errors import UserError
+
+Table = Float[np.ndarray, "languages features"]
+"""Values; NaN where nothing is known."""
+
+
+def chosen(names: Sequence[str], only: Sequence[str], where: str) -> list[int]:
+    """Places of the features `only` among `names`, those that `where` has; of all if none are
+    chosen. UserError for one that is not there."""
+    if not only:
+        return list(range(len(names)))
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        alike = difflib.get_close_matches(unknown[0], names, n=3)
+        hint = f"; did you mean {', '.join(alike)}?" if alike else ""
+        raise UserError(f"{where} has no feature {unknown[0]}{hint}")
+    return [names.index(name) for name in dict.fromkeys(only)]
+
+
+def varying(values: Table) -> Bool[np.ndarray, " features"]:
+    """Columns that are not all 0, all 1 or all missing: what lang2vec calls minimal. Constant
+    fractions stay, as there."""
+    constant = (values == 0).all(axis=0) | (values == 1).all(axis=0) | np.isnan(values).all(axis=0)
+    return ~constant
+
+
+def resampled(values: Table, random_seed: int | None) -> Table:
+    """As many features, drawn with replacement by the random seed (bootstrap); None leaves them as
+    they are."""
+    if random_seed is None:
+        return values
+    count = values.shape[1]
+    return values[:, np.random.default_rng(random_seed).integers(count, size=count)]
+
+
+def coverage(values: Table) -> Float[np.ndarray, "languages languages"]:
+    """Share of the features known of both languages; of one, on the diagonal. 1 without features:
+    there is nothing to know."""
+    present = (~np.isnan(values)).astype(np.float64)
+    return (
+        (present @ present.T) / values.shape[1] if values.shape[1] else np.ones((len(values),) * 2)
+    )
+
+
+def cosine(values: Table) -> Float[np.ndarray, "languages languages"]:
+    """d(i, j) = 1 - sum_{f in both} x_if x_jf / sqrt(sum_{f in i} x_if^2 * sum_{f in j} x_jf^2).
+
+    As in the code of X-ELM's authors: a feature that one of the two lacks counts in the other's
+    length. NaN where a language has no feature but zeros; 0 without features, as nothing tells the
+    languages apart."""
+    if not values.shape[1]:
+        return np.zeros((len(values),) * 2)
+    filled = np.nan_to_num(values)
+    lengths = np.sum(filled**2, axis=1)
+    with np.errstate(invalid="ignore"):
+        result = 1.0 - (filled @ filled.T) / np.sqrt(np.outer(lengths, lengths))
+    return _tidied(result)
+
+
+def gower(values: Table) -> Float[np.ndarray, "languages languages"]:
+    """Mean difference over the features known of both, each scaled to 0..1 over the given languages
+    (Gower 1971): for numbers of any kind, where zeros say something too. Features with one value
+    for all do not count. NaN where none is known of both; 0 without features."""
+    missing = np.isnan(values)
+    low = np.where(missing, np.inf, values).min(axis=0, initial=np.inf)
+    span = np.where(missing, -np.inf, values).max(axis=0, initial=-np.inf) - low
+    scaled = (values[:, span > 0] - low[span > 0]) / span[span > 0]
+    if not scaled.shape[1]:
+        return np.zeros((len(values),) * 2)
+    present = ~np.isnan(scaled)
+    filled = np.nan_to_num(scaled)
+    result = np.empty((len(values),) * 2)
+    for row, (mine, known) in enumerate(zip(filled, present)):  # no [languages]^2 x features
+        both = present & known
+        with np.errstate(invalid="ignore"):
+            result[row] = (np.abs(filled - mine) * both).sum(axis=1) / both.sum(axis=1)
+    return _tidied(result)
+
+
+METRICS: Mapping[str, Callable[[Table], Float[np.ndarray, "languages languages"]]] = {
+    "cosine": cosine,
+    "gower": gower,
+}
+
+
+def _tidied(values: np.ndarray) -> np.ndarray:
+    """Against rounding: exactly symmetric, never below zero."""
+    result = np.maximum((values + values.T) / 2, 0.0)
+    np.fill_diagonal(result, np.where(np.isnan(np.diagonal(result)), np.nan, 0.0))
+    return result

@@ -1,0 +1,74 @@
+"""Distances between languages -> clusters of languages, by a rule.
+
+Knows which rules there are and what a `Clustering` keeps of them; how each works is `pairing` and
+`agglomerative` and `capacity`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from clustering import agglomerative, capacity, pairing
+from clustering.clustering import Clustering, name_clusters
+from clustering.distances import Distances
+from clustering.errors import UserError
+from clustering.tree import Grouping
+
+Rule = Callable[..., Grouping]
+"""(languages, distances [languages, languages], k) -> what was found."""
+
+RULES: Mapping[str, Rule] = {
+    # Rounds of closest pairs, sizes within one of each other, at the price of some distant pairs
+    # (X-ELM, Blevins et al. 2024, section 3.1).
+    "pairs": pairing.pairs,
+    # Sizes as they fall: the two groups join whose closest, mean or farthest languages are nearest.
+    "single": partial(agglomerative.join, linkage="single"),
+    "average": partial(agglomerative.join, linkage="average"),
+    "complete": partial(agglomerative.join, linkage="complete"),
+    # Groups around languages in their middle, even in number or in what `sizes` counts.
+    "balanced": capacity.balanced,
+}
+
+
+def cluster(
+    distances: Distances,
+    k: int,
+    *,
+    rule: str = "pairs",
+    sizes: Mapping[str, int] | None = None,
+    unassigned: Sequence[str] = (),
+) -> Clustering:
+    """k clusters of near languages, with a tree. sizes: of each language, such as tokens, which the
+    rule `balanced` keeps in balance instead of numbers of languages. unassigned: languages left out
+    on purpose. Raises UserError if k is not in 1..languages, for an unknown rule, and for sizes
+    with another rule, missing or not above zero.
+    """
+    if rule not in RULES:
+        raise UserError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
+    languages = distances.languages
+    if not 1 <= k <= len(languages):
+        raise UserError(f"k must be between 1 and {len(languages)} languages; got {k}")
+    rule_of = RULES[rule]
+    if sizes is not None:
+        rule_of = partial(rule_of, sizes=_checked(sizes, languages, rule))
+    found = rule_of(languages, distances.values, k)
+    return Clustering(
+        method=distances.measure,
+        parameters={"k": k, "rule": rule, "sizes": None if sizes is None else dict(sizes)},
+        clusters=name_clusters(found.groups),
+        unassigned=tuple(unassigned),
+        languages=languages,
+        distances=distances,
+        merges=tuple(found.merges),
+        made_from=distances.made_from,
+    )
+
+
+def _checked(sizes: Mapping[str, int], languages: Sequence[str], rule: str) -> np.ndarray:
+    if rule != "balanced":
+        raise UserError(f"sizes go with the rule balanced; got {rule}")
+    bad = [tag for tag in languages if not sizes.get(tag, 0) > 0]
+    if bad:
+        raise UserError(f"a size above zero wanted for {', '.join(bad[:5])}")
+    return np.array([sizes[tag] for tag in languages], float)

@@ -1,0 +1,135 @@
+"""What languages have in common on the page: words, subwords, character n-grams, names.
+
+Knows how text is counted and what a distance makes of the counts. Does not know files, tokenizers
+or taggers: texts, ids and names arrive one after another. Languages in different scripts have next
+to nothing in common by any of these, whatever they share in grammar.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import regex
+from jaxtyping import Float
+
+from clustering.distances import Distances
+from clustering.errors import UserError
+from clustering.languages import canonical_all
+
+Counts = Mapping[Any, int]
+"""Unit (a word, an id, an n-gram, a name) -> how often it occurs."""
+
+LONGEST_GRAM = 3
+"""Characters of the longest n-gram that `characters` counts."""
+
+# Unicode's default word boundaries (UAX 29) need no spaces: Han characters are words of their own.
+_BOUNDARY = regex.compile(r"(?V1)\b", regex.WORD)
+_LETTER = regex.compile(r"\p{L}")
+
+
+def words(texts: Iterable[str]) -> Counter[str]:
+    """Case-folded words with at least one letter, by the word boundaries of Unicode (UAX 29)."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word in _BOUNDARY.split(text.casefold()) if _LETTER.search(word))
+    return counts
+
+
+def characters(texts: Iterable[str], longest: int = LONGEST_GRAM) -> Counter[str]:
+    """N-grams of 1 to `longest` characters within words, an underscore standing at either end of a
+    word (as in the profiles of Cavnar and Trenkle 1994)."""
+    counts: Counter[str] = Counter()
+    for word, times in words(texts).items():
+        padded = f"_{word}_"
+        for size in range(1, longest + 1):
+            for start in range(len(padded) - size + 1):
+                gram = padded[start : start + size]
+                if gram != "_":
+                    counts[gram] += times
+    return counts
+
+
+def subwords(documents: Iterable[np.ndarray]) -> Counter[int]:
+    """Subword ids of documents, integer arrays [tokens], of one tokenizer for all languages."""
+    counts: Counter[int] = Counter()
+    for ids in documents:
+        distinct, times = np.unique(ids, return_counts=True)
+        counts.update(dict(zip(distinct.tolist(), times.tolist())))
+    return counts
+
+
+def names(found: Iterable[str]) -> Counter[str]:
+    """Case-folded names of people, places and things, as a tagger found them."""
+    return Counter(name.casefold() for name in found)
+
+
+def text_distances(
+    counts: Mapping[str, Counts], measure: str, made_from: dict[str, str] | None = None
+) -> Distances:
+    """1 - sum_u min(p_i(u), p_j(u)): the share of running text that two languages do not have in
+    common, where p_i(u) is the share of unit u in the text of i. 0 for equal shares, 1 for none in
+    common. For words, subwords and characters. UserError for a language without any unit."""
+    return _distances(counts, measure, made_from, of_types=False)
+
+
+def type_distances(
+    counts: Mapping[str, Counts], measure: str, made_from: dict[str, str] | None = None
+) -> Distances:
+    """1 - |U_i & U_j| / |U_i | U_j|, however often a unit occurs. For names: Pires et al. 2019,
+    arXiv 1906.01502, section 4.1, measure the overlap of entities so. It falls as texts grow, so
+    they should be of like size. UserError for a language without any unit."""
+    return _distances(counts, measure, made_from, of_types=True)
+
+
+def _distances(
+    counts: Mapping[str, Counts], measure: str, made_from: dict[str, str] | None, *, of_types: bool
+) -> Distances:
+    tags = canonical_all(counts)
+    empty = [tag for tag, found in zip(tags, counts.values()) if not found]
+    if empty:
+        raise UserError(f"no {measure} found in the text of {', '.join(empty)}")
+    place: dict[Any, int] = {}
+    for unit in chain.from_iterable(counts.values()):
+        place.setdefault(unit, len(place))
+    indices = np.fromiter(map(place.__getitem__, chain(*counts.values())), np.int64)
+    ends = np.cumsum([0, *map(len, counts.values())])
+    running = np.array([sum(found.values()) for found in counts.values()])
+    if of_types:
+        shares = np.ones(len(indices))
+    else:
+        occurrences = chain(*(found.values() for found in counts.values()))
+        shares = np.fromiter(occurrences, float) / np.repeat(running, np.diff(ends))
+    common = _common(indices, shares, ends, len(place))
+    if of_types:
+        sizes = np.diff(ends).astype(float)
+        common /= sizes[:, None] + sizes - common
+    values = np.maximum(1.0 - common, 0.0)
+    np.fill_diagonal(values, 0.0)
+    facts: dict[str, Any] = {
+        "units": {
+            tag: [int(n), len(found)] for tag, n, found in zip(tags, running, counts.values())
+        }
+    }
+    return Distances(
+        measure=measure,
+        languages=tags,
+        values=values,
+        coverage=np.ones_like(values),
+        parameters=facts,
+        made_from=made_from or {},
+    )
+
+
+def _common(
+    indices: np.ndarray, shares: np.ndarray, ends: np.ndarray, units: int
+) -> Float[np.ndarray, "languages languages"]:
+    """sum_u min(s_i(u), s_j(u)) of rows given as in a CSR matrix, none of them empty."""
+    common = np.empty((len(ends) - 1,) * 2)
+    for row in range(len(common)):
+        mine = slice(ends[row], ends[row + 1])
+        dense = np.zeros(units)
+        dense[indices[mine]] = shares[mine]
+        common[row] = np.add.reduceat(np.minimum(shares, dense[indices]), ends[:-1])
+    return (common + common.T) / 2  # sums in two orders may differ in the last bit

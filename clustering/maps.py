@@ -1,0 +1,177 @@
+"""Languages as points: on the map of the world, and in the plane where their distances fit best.
+
+Each draws on `ax`, or on a new figure, and returns the axes; none saves or shows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from clustering import geography, uriel
+from clustering.clustering import Clustering
+from clustering.errors import UserError
+from clustering.figures import ABOVE, axes, cluster_colours, distance_label, legend
+from clustering.languages import english_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MARGIN = 8.0
+"""Degrees that a map shows around the outermost languages."""
+_LEAST = 40.0
+"""Degrees that a map shows at least, from west to east and from south to north."""
+_ROOM_FOR_NAMES = 40
+"""Languages up to which names are written out; beyond, codes."""
+# Where a label may stand beside its point: right, left, above, below, then the corners; in points.
+_PLACES = ((6, 0), (-6, 0), (0, 6), (0, -6), (5, 5), (-5, 5), (5, -5), (-5, -5))
+_SIDES = {1: "left", 0: "center", -1: "right"}
+_HEIGHTS = {1: "bottom", 0: "center", -1: "top"}
+
+
+def world_map(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
+    """Where the languages of each cluster are spoken, one point each, as URIEL has them.
+
+    Of the languages that URIEL does not place, the title tells. Coastlines are drawn if the package
+    basemap is there, which brings them along. UserError if no language has a place.
+    """
+    tags = uriel.known(clustering.languages, "geo")
+    if not tags:
+        raise UserError("URIEL has no place for any of these languages")
+    north_east = geography.coordinates(tags)
+    points = north_east[:, ::-1]
+    west, east = _range(points[:, 0], -180.0, 180.0)
+    south, north = _range(points[:, 1], -90.0, 90.0)
+    height = 8.5 * (north - south) / (east - west)
+    ax = axes(ax, (11.0, 1.0 + max(height, 3.0)))
+    for line in _coastlines():
+        ax.plot(*line.T, color=ABOVE, linewidth=0.5, zorder=0.5)
+    ax.set_xlim(west, east)
+    ax.set_ylim(south, north)
+    ax.set_aspect("equal")
+    _write_degrees(ax)
+    _draw_points(ax, clustering, tags, points)
+    missing = [tag for tag in clustering.languages if tag not in tags]
+    if missing:
+        ax.set_title(f"not on the map: {', '.join(missing)}", fontsize="small", loc="left")
+    return ax
+
+
+def plane(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
+    """The languages in a plane, near where they are near (classical scaling, Torgerson 1952)."""
+    measured = clustering.distances
+    if measured is None:
+        raise UserError(
+            f"distances between languages wanted; method {clustering.method!r} has none"
+        )
+    points, shown = scaled(measured.values)
+    ax = axes(ax, (9.0, 6.5))
+    ax.set_aspect("equal", adjustable="datalim")
+    ax.margins(0.12)
+    _draw_points(ax, clustering, measured.languages, points)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_color(ABOVE)
+    ax.set_xlabel(f"{distance_label(measured)}; {shown:.0%} of it fits in the plane")
+    return ax
+
+
+def scaled(
+    distances: Float[np.ndarray, "languages languages"],
+) -> tuple[Float[np.ndarray, "languages 2"], float]:
+    """Points in the plane whose distances are as given as nearly as they can be, and the share of
+    the spread that they show: the two largest eigenvalues of the centred squares over all that are
+    above zero."""
+    count = len(distances)
+    centred = distances**2 - (distances**2).mean(axis=0)
+    centred = -0.5 * (centred - centred.mean(axis=1, keepdims=True))
+    values, vectors = np.linalg.eigh(centred)
+    values = np.maximum(values[::-1], 0.0)
+    vectors = vectors[:, ::-1]
+    kept = min(2, count)
+    points = np.zeros((count, 2))
+    points[:, :kept] = vectors[:, :kept] * np.sqrt(values[:kept])
+    # A vector is as good as its negative; the machine decides which. So the largest points up.
+    largest = np.abs(points).argmax(axis=0)
+    points *= np.where(points[largest, [0, 1]] < 0, -1.0, 1.0)
+    total = float(values.sum())
+    return points, float(values[:2].sum()) / total if total else 1.0
+
+
+def _draw_points(
+    ax: "Axes",
+    clustering: Clustering,
+    tags: Sequence[str],
+    points: Float[np.ndarray, "languages 2"],
+) -> None:
+    colours = cluster_colours(tuple(clustering.clusters))
+    of_tag: Mapping[str, str] = {tag: colours[clustering.cluster_of(tag)] for tag in tags}
+    ax.scatter(*points.T, s=40, c=[of_tag[tag] for tag in tags], edgecolor="white", zorder=3)
+    legend(ax, colours)
+    full = len(tags) <= _ROOM_FOR_NAMES
+    _write_labels(ax, [english_name(tag) if full else tag for tag in tags], points)
+
+
+def _write_labels(
+    ax: "Axes", labels: Sequence[str], points: Float[np.ndarray, "languages 2"]
+) -> None:
+    """Beside each point, where there is room; those without any room are left out."""
+    from matplotlib.transforms import Bbox
+
+    # Settles where the points will lie.
+    ax.figure.get_figure(root=True).draw_without_rendering()
+    spots = ax.transData.transform(points)
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in spots]
+    frame = ax.get_window_extent()
+    for label, point in zip(labels, points):
+        for right, up in _PLACES:
+            text = ax.annotate(
+                label,
+                point,
+                xytext=(right, up),
+                textcoords="offset points",
+                ha=_SIDES[int(np.sign(right))],
+                va=_HEIGHTS[int(np.sign(up))],
+                fontsize="small",
+            )
+            box = text.get_window_extent()
+            if (
+                frame.contains(*box.min)
+                and frame.contains(*box.max)
+                and not box.count_overlaps(taken)
+            ):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _range(values: np.ndarray, least: float, most: float) -> tuple[float, float]:
+    """From the smallest value to the largest with a margin, not too narrow and within bounds."""
+    low, high = float(values.min()) - _MARGIN, float(values.max()) + _MARGIN
+    widen = max(_LEAST - (high - low), 0.0) / 2
+    return max(low - widen, least), min(high + widen, most)
+
+
+def _write_degrees(ax: "Axes") -> None:
+    def degrees(sides: str):
+        return lambda value, _: f"{abs(value):g}°{sides[int(value < 0)] if value else ''}"
+
+    ax.xaxis.set_major_formatter(degrees("EW"))
+    ax.yaxis.set_major_formatter(degrees("NS"))
+    ax.grid(color=ABOVE, alpha=0.25, linewidth=0.5)
+    ax.tick_params(length=0)
+    ax.spines[:].set_color(ABOVE)
+
+
+def _coastlines() -> list[Float[np.ndarray, "points 2"]]:
+    try:
+        from mpl_toolkits.basemap import Basemap  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return []
+    world = Basemap(
+        projection="cyl",
+        resolution="c",
+        **{"llcrnrlon": -180, "urcrnrlon": 180, "llcrnrlat": -90, "urcrnrlat": 90},
+    )
+    return [np.column_stack(line) for line in world.coastpolygons]

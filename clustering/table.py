@@ -1,0 +1,114 @@
+"""Any table of numbers about languages -> distances between them.
+
+Knows CSV files: a header with the names of features, then a line for each language, its code first.
+What a distance makes of missing values is `features`.
+"""
+
+import csv
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clustering import features, files
+from clustering.distances import Distances
+from clustering.errors import UserError
+from clustering.languages import canonical_all
+
+MISSING = ("", "?", "na", "nan", "none")
+"""What stands for a value that is not known, in any case."""
+
+
+def read(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], features.Table, tuple[str, ...]]:
+    """Canonical tags, values [languages, features] with NaN for missing ones, names of features.
+
+    Commas, semicolons or tabs divide the columns, whichever the header has most of. UserError for
+    text where a number belongs, uneven lines, unknown or repeated languages, repeated features.
+    """
+    header, lines = _lines(path)
+    names = tuple(name.strip() for name in header[1:])
+    if not names:
+        raise UserError(f"{path} wants a header with the names of features; got {header}")
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has several columns {', '.join(twice[:5])}")
+    rows = []
+    for number, line in lines:
+        if len(line) != len(header):
+            raise UserError(
+                f"{path}:{number}: {len(header)} columns wanted, as in the header; got {len(line)}"
+            )
+        rows.append(
+            [_number(text, f"{path}:{number}, {name}") for name, text in zip(names, line[1:])]
+        )
+    if not rows:
+        raise UserError(f"{path} has no line after the header")
+    try:
+        tags = canonical_all([line[0].strip() for _, line in lines])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return tags, np.array(rows), names
+
+
+def distances(
+    path: str | os.PathLike[str],
+    languages: Sequence[str] | None = None,
+    *,
+    only: Sequence[str] = (),
+    metric: str = "gower",
+    resample: int | None = None,
+) -> Distances:
+    """Distances of the languages of a table, or of some of them, by one of `features.METRICS`.
+
+    `only`: these features alone. `resample`: as in `typology.distances`. Features that do not vary
+    among the languages are dropped, so a distance depends on who else is given. Coverage is the
+    share of the features that are known. UserError as `read`, for a language or feature that the
+    table does not have, and for languages and pairs of which it knows nothing.
+    """
+    tags, values, names = read(path)
+    wanted = tags if languages is None else canonical_all(languages)
+    missing = [tag for tag in wanted if tag not in tags]
+    if missing:
+        raise UserError(f"{path} has no line for {', '.join(missing[:5])}")
+    values = values[[tags.index(tag) for tag in wanted]]
+    values = values[:, features.chosen(names, only, str(path))]
+    values = features.resampled(values[:, features.varying(values)], resample)
+    if metric not in features.METRICS:
+        raise UserError(f"unknown metric {metric!r}; there are {', '.join(features.METRICS)}")
+    return Distances(
+        measure=Path(path).stem,
+        languages=wanted,
+        values=features.METRICS[metric](values),
+        coverage=features.coverage(values),
+        parameters={
+            "metric": metric,
+            "only": list(only),
+            "resample": resample,
+            "features_that_vary": values.shape[1],
+        },
+        made_from={Path(path).name: files.sha256(path)},
+    )
+
+
+def _lines(path: str | os.PathLike[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header, and the other lines that are not empty, with their numbers."""
+    text = files.read_text(path)
+    first = text.partition("\n")[0]
+    delimiter = max(",;\t", key=first.count)
+    rows = csv.reader(text.splitlines(), delimiter=delimiter)
+    found = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
+    return (found[0][1] if found else []), found[1:]
+
+
+def _number(text: str, place: str) -> float:
+    if text.strip().casefold() in MISSING:
+        return math.nan
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise UserError(f"{place}: a number wanted, or nothing where it is not known; got {text!r}")
+    return value

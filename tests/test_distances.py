@@ -1,0 +1,132 @@
+"""Distances by any measure: symmetric, covered, weighed together; families and places of URIEL."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from clustering import features, genealogy, geography, typology
+from clustering.distances import Distances, combine
+from clustering.errors import UserError
+
+LANGUAGES = ("en", "de", "fr", "hi", "ja", "eu")
+
+
+def measured(values, coverage=None, tags=("en", "de", "fr"), measure="a test"):
+    values = np.asarray(values, float)
+    coverage = np.ones_like(values) if coverage is None else np.asarray(coverage, float)
+    return Distances(measure=measure, languages=tags, values=values, coverage=coverage)
+
+
+THREE = measured([[0, 0.2, 0.4], [0.2, 0, 0.3], [0.4, 0.3, 0]])
+
+
+def test_relatives_come_nearest_first_with_their_coverage():
+    half = [[1, 0.5, 1], [0.5, 1, 1], [1, 1, 1]]
+    distances = measured(THREE.values, half)
+    assert distances.relatives("de") == [("en", 0.2, 0.5), ("fr", 0.3, 1.0)]
+    assert distances.between("eng", "fra") == 0.4
+    with pytest.raises(UserError, match="sw is not among the languages of this measure: en, de"):
+        distances.relatives("sw")
+
+
+def test_a_choice_of_languages_keeps_their_distances():
+    some = THREE.of(["fr", "en"])
+    assert (some.languages, some.between("fr", "en")) == (("fr", "en"), 0.4)
+    assert some.of(["fr", "en"]) == some != THREE
+
+
+def test_pairs_of_which_nothing_is_known_are_refused_by_name():
+    known = np.ones((3, 3))
+    known[0, 1] = known[1, 0] = 0
+    with pytest.raises(UserError, match=r"a test knows nothing of en-de$"):
+        measured(THREE.values, known)
+    alone = THREE.values.copy()
+    alone[2] = alone[:, 2] = np.nan
+    with pytest.raises(UserError, match=r"a test knows nothing of fr$"):
+        measured(alone)
+
+
+@pytest.mark.parametrize(
+    "values", [[[0, 1], [2, 0]], [[0, -1], [-1, 0]], [[1, 1], [1, 0]], [[0, 1, 1]] * 3]
+)
+def test_what_is_no_distance_is_refused(values):
+    with pytest.raises(ValueError, match=r"symmetric|negative"):
+        measured(values, np.ones_like(values), ("en", "de"))
+
+
+def test_measures_are_weighed_after_their_largest_is_one():
+    far = measured([[0, 8, 2], [8, 0, 4], [2, 4, 0]], np.full((3, 3), 0.5), measure="another")
+    both = combine([(THREE, 3.0), (far, 1.0)])
+    wanted = 0.75 * THREE.values / 0.4 + 0.25 * far.values / 8
+    np.testing.assert_allclose(both.values, wanted)
+    np.testing.assert_allclose(both.coverage, 0.875)
+    assert both.measure == "0.75 a test + 0.25 another"
+    np.testing.assert_allclose(combine([(THREE, 2.0)]).values, THREE.values / 0.4)
+    turned = combine([(THREE, 3.0), (far.of(["fr", "de", "en"]), 1.0)])
+    np.testing.assert_allclose(turned.values, wanted)
+
+
+def test_measures_that_do_not_go_together_are_refused():
+    other = dataclasses.replace(THREE, languages=("en", "de", "sw"), measure="another")
+    with pytest.raises(UserError, match="a test and another have different languages: fr, sw"):
+        combine([(THREE, 1.0), (other, 1.0)])
+    for weights in ([0.0], [-1.0]):
+        with pytest.raises(UserError, match="weights must not be negative nor all zero"):
+            combine([(THREE, weight) for weight in weights])
+
+
+def test_coverage_of_typology_is_the_share_of_features_known_of_both():
+    distances = typology.distances(["en", "sw", "de"], "syntax_wals")
+    values, _ = typology.uriel.features(["en", "sw", "de"], "syntax_wals")
+    kept = ~np.isnan(values[:, features.varying(values)])
+    np.testing.assert_allclose(distances.coverage[0, 1], (kept[0] & kept[1]).mean())
+    np.testing.assert_allclose(np.diagonal(distances.coverage), kept.mean(axis=1))
+    assert distances.parameters["features_that_vary"] == kept.shape[1]
+
+
+def test_chosen_features_alone_are_compared():
+    orders = ["S_SVO", "S_SOV", "S_VSO"]
+    distances = typology.distances(["en", "fr", "ja"], "syntax_knn", only=orders)
+    assert distances.between("en", "fr") < distances.between("en", "ja")
+    assert distances.parameters["features_that_vary"] <= 3
+    with pytest.raises(UserError, match="syntax_knn has no feature S_SVOO; did you mean S_SVO"):
+        typology.distances(["en", "fr"], "syntax_knn", only=["S_SVOO"])
+
+
+def test_gower_is_the_mean_of_scaled_differences_over_what_both_have():
+    table = np.array([[0.0, 10.0, 1.0], [4.0, np.nan, 1.0], [2.0, 30.0, np.nan]])
+    found = features.gower(table)
+    # The last does not vary, so nothing is learned from it.
+    np.testing.assert_allclose(found[0, 1], 1.0)
+    np.testing.assert_allclose(found[0, 2], (0.5 + 1.0) / 2)
+    np.testing.assert_allclose(found[1, 2], 0.5)
+    apart = np.array([[1.0, np.nan], [np.nan, 2.0], [0.0, 0.0]])
+    assert np.isnan(features.gower(apart)[0, 1])
+    np.testing.assert_array_equal(features.gower(apart[:2]), np.zeros((2, 2)))
+
+
+def test_families_are_nested():
+    distances = genealogy.distances(LANGUAGES)
+    assert [near.language for near in distances.relatives("en")[:3]] == ["de", "hi", "fr"]
+    assert distances.between("en", "ja") == 1.0  # of different families
+    # Basque has no relatives, which is no reason to refuse it.
+    assert {near.distance for near in distances.relatives("eu")} == {1.0}
+    assert distances.parameters["without_relatives"] == ["eu"]
+    german, english = genealogy.lineage("de"), genealogy.lineage("en")
+    assert german[:2] == english[:2] == ["Indo-European", "Germanic"]
+    shared = len(set(german) & set(english))
+    wanted = 1 - 2 * shared / (len(german) + len(english))
+    assert distances.between("de", "en") == pytest.approx(wanted)
+
+
+def test_places_are_found_again_from_their_distances():
+    # Glottolog's points: latitude, longitude.
+    known = {"de": (48.65, 12.47), "fr": (48.0, 2.0), "ja": (35.0, 135.0)}
+    np.testing.assert_allclose(geography.coordinates(list(known)), [*known.values()], atol=0.1)
+    paris_to_bavaria, to_japan = (
+        geography.distances(["fr", *others]).between("fr", others[0]) * geography.FARTHEST
+        for others in (["de"], ["ja"])
+    )
+    assert 700 < paris_to_bavaria < 850
+    assert 9_500 < to_japan < 10_000

@@ -1,0 +1,268 @@
+"""Distances by name from whatever a user has, clusters of them, and relatives."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from shared import LANGUAGES, documents_of
+
+from clustering import choice, distances, genealogy, lexical, table, typology
+from clustering.clustering import Clustering
+from clustering.errors import UserError
+from xelm.commands import clusters
+from xelm.data import tagged
+from xelm.runs.distances import MEASURES, Sources, measured
+from xelm.runs.run import open_run
+
+CONLLU = """# sent_id = 1
+1\tNew\tNew\tPROPN\t_\t_\t0\troot\t_\t_
+2\tYork\tYork\tPROPN\t_\t_\t1\tflat\t_\t_
+3-4\tzum\t_\t_\t_\t_\t_\t_\t_\t_
+3\tzu\tzu\tADP\t_\t_\t1\tcase\t_\t_
+4\tAnna\tAnna\tPROPN\t_\t_\t1\tnmod\t_\t_
+
+1\tAnna\tAnna\tPROPN\t_\t_\t0\troot\t_\t_
+"""
+
+
+@pytest.fixture
+def tagged_text(tmp_path):
+    folder = tmp_path / "tagged"
+    folder.mkdir()
+    (folder / "deu.conllu").write_text(CONLLU)
+    text = CONLLU.replace("New", "Old").encode()
+    (folder / "en.conllu.gz").write_bytes(gzip.compress(text))
+    return folder
+
+
+def test_a_measure_alone_is_what_clustering_has():
+    tags, only = ["en", "de", "ja"], ["S_SVO", "S_SOV"]
+    found = measured("typology", tags, Sources(features="syntax_knn", only=only))
+    assert found == typology.distances(tags, "syntax_knn", only)
+
+
+def test_measures_are_weighed():
+    found = measured("typology:3 + genealogy", LANGUAGES, Sources())
+    parts = [(typology.distances(LANGUAGES), 3.0), (genealogy.distances(LANGUAGES), 1.0)]
+    assert found == distances.combine(parts)
+
+
+def test_text_of_a_corpus_or_of_a_run(tiny):
+    run = open_run(tiny.directory)
+    documents = {tag: documents_of(tiny.corpus, tag) for tag in LANGUAGES}
+    for measure in ("words", "characters"):
+        count = getattr(lexical, measure)
+        wanted = lexical.text_distances({t: count(documents[t]) for t in LANGUAGES}, measure)
+        for sources in (Sources(corpus=tiny.corpus), Sources(run=run)):
+            found = measured(measure, LANGUAGES, sources)
+            np.testing.assert_array_equal(found.values, wanted.values)
+    few = measured("words", LANGUAGES, Sources(corpus=tiny.corpus, documents=3))
+    wanted = lexical.text_distances(
+        {t: lexical.words(documents[t][:3]) for t in LANGUAGES}, "words"
+    )
+    np.testing.assert_array_equal(few.values, wanted.values)
+    assert few.parameters["most_documents"] == 3
+
+
+def test_subwords_of_a_run(tiny):
+    run = open_run(tiny.directory)
+    tokenizer = run.tokenizer()
+    ids = {t: map(np.array, tokenizer.encode(documents_of(tiny.corpus, t))) for t in LANGUAGES}
+    wanted = lexical.text_distances({t: lexical.subwords(ids[t]) for t in LANGUAGES}, "subwords")
+    found = measured("subwords", None, Sources(run=run))
+    np.testing.assert_array_equal(found.values, wanted.values)
+
+
+def test_names_of_tagged_text(tagged_text):
+    files = tagged.files(tagged_text)
+    assert [list(tagged.proper_nouns(files[tag])) for tag in ("de", "en")] == [
+        ["New York", "Anna", "Anna"],
+        ["Old York", "Anna", "Anna"],
+    ]
+    found = measured("names", None, Sources(tagged=tagged_text))
+    assert found.languages == ("de", "en")
+    assert found.between("de", "en") == pytest.approx(1 - 1 / 3)
+    assert set(found.made_from) == {"deu.conllu", "en.conllu.gz"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"1\tNew\tNew\tPROPN\n", r"de.conllu:1: ten columns of CoNLL-U wanted"),
+        (b"# ok\n\xff\n", r"de.conllu is damaged: .*codec"),
+    ],
+)
+def test_what_is_wrong_with_tagged_text_is_said(tmp_path, content, said):
+    (tmp_path / "de.conllu").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        measured("names", None, Sources(tagged=tmp_path))
+
+
+def test_tagged_text_that_was_cut_short(tmp_path):
+    (tmp_path / "de.conllu.gz").write_bytes(gzip.compress(CONLLU.encode() * 99)[:-9])
+    with pytest.raises(UserError, match=r"de.conllu.gz is damaged"):
+        measured("names", None, Sources(tagged=tmp_path))
+
+
+def test_the_command_line_offers_every_measure():
+    assert tuple(MEASURES) == clusters.MEASURES
+
+
+def test_clusters_by_measures_from_the_command_line(xelm, tiny, tmp_path):
+    (tmp_path / "traits.csv").write_text("l,a,b\nen,0,1\nde,0,2\nes,5,1\nfr,5,3\n")
+    found = xelm(
+        *("cluster", "--method", "table:3+subwords", "--table", tmp_path / "traits.csv"),
+        *("--run", tiny.directory, "-k", 2, "--rule", "average", "--out", tmp_path / "out"),
+    )
+    assert found.code == 0, found.err
+    saved = Clustering.load(tmp_path / "out")
+    assert set(saved.clusters.values()) == {("en", "de"), ("es", "fr")}
+    assert saved.method == "0.75 traits + 0.25 subwords"
+    assert saved.distances == measured(
+        "table:3+subwords",
+        LANGUAGES,
+        Sources(table=tmp_path / "traits.csv", run=open_run(tiny.directory)),
+    )
+    assert (tmp_path / "out" / "tree.png").exists()
+
+
+def test_clusters_by_hand_are_those_of_the_file(xelm, tmp_path):
+    (tmp_path / "groups.yaml").write_text("nordic: [no, swe]\nslavic:\n- bg\nunassigned: [ja]\n")
+    found = xelm(
+        *("cluster", "--method", "by-hand", "--groups", tmp_path / "groups.yaml"),
+        *("--out", tmp_path / "out", "--json"),
+    ).json()
+    assert found == {"clusters": {"nordic": ["no", "sv"], "slavic": ["bg"]}, "unassigned": ["ja"]}
+    assert list(Clustering.load(tmp_path / "out").made_from) == ["groups.yaml"]
+
+
+def test_tokens_of_a_run_in_balance(xelm, tiny, tmp_path):
+    found = xelm(
+        *("cluster", "-k", 2, "--rule", "balanced", "--balance", "tokens"),
+        *("--run", tiny.directory, "--out", tmp_path / "out"),
+    )
+    assert found.code == 0, found.err
+    counts = open_run(tiny.directory).store().record["languages"]
+    tokens = {tag: counts[tag]["tokens"] for tag in LANGUAGES}
+    saved = Clustering.load(tmp_path / "out")
+    assert saved.parameters["sizes"] == tokens
+    held = [sum(tokens[tag] for tag in members) for members in saved.clusters.values()]
+    assert max(held) <= 1.25 * sum(tokens.values()) / 2
+
+
+# How many clusters
+
+
+def test_the_number_of_clusters_is_that_of_the_groups_there_are(tmp_path, xelm):
+    rows = [
+        f"{tag},{x},{x + (i % 3)},{-x}"
+        for i, (tag, x) in enumerate(
+            zip(
+                ["en", "de", "nl", "es", "fr", "it", "ja", "ko", "zh"],
+                [0] * 3 + [40] * 3 + [99] * 3,
+            )
+        )
+    ]
+    (tmp_path / "traits.csv").write_text("l,a,b,c\n" + "\n".join(rows))
+    for rule in ("average", "balanced"):
+        found = xelm(
+            *("cluster", "--method", "table", "--table", tmp_path / "traits.csv", "-k", "auto"),
+            *("--rule", rule, "--out", tmp_path / rule),
+        )
+        assert found.code == 0, found.err
+        assert "\nk=3 of 2 to 8: silhouette 0.9" in found.out
+        saved = Clustering.load(tmp_path / rule)
+        assert set(saved.clusters.values()) == {
+            ("en", "de", "nl"),
+            ("es", "fr", "it"),
+            ("ja", "ko", "zh"),
+        }
+        assert saved.parameters["reason"] in found.out
+
+
+def test_what_speaks_for_a_number_of_clusters():
+    values = np.full((5, 5), 10.0)
+    values[:2, :2] = 1.0
+    values[2:, 2:] = 2.0
+    np.fill_diagonal(values, 0.0)
+    measure = distances.Distances(
+        measure="a test",
+        languages=("en", "de", "fr", "ja", "sw"),
+        values=values,
+        coverage=np.ones((5, 5)),
+    )
+    two, three, four = choice.choices(measure, rule="average", resampled=[measure] * 2)
+    # 1 - own / other for each language.
+    assert two.silhouette == pytest.approx((2 * 0.9 + 3 * 0.8) / 5)
+    assert (two.gap, three.gap) == (pytest.approx(8.0), pytest.approx(0.0))
+    assert two.balance == pytest.approx(3 / 2.5)
+    assert two.stability == three.stability == 1.0
+    assert choice.best([two, three, four]) is two
+    assert choice.choices(measure, rule="average")[0].stability is None
+    sizes = {"en": 9, "de": 9, "fr": 1, "ja": 1, "sw": 1}
+    by_tokens = choice.choices(measure, rule="average", sizes=sizes)
+    assert by_tokens[0].balance == pytest.approx(18 / 10.5)
+
+
+def test_stability_falls_where_features_decide_differently():
+    draw = np.random.default_rng(0)
+    steady = typology.distances(["en", "de", "hi", "ja", "ko", "sw"])
+    again = [typology.distances(list(steady.languages), resample=seed) for seed in range(3)]
+    assert [d.parameters["resample"] for d in again] == [0, 1, 2]
+    assert again[0] != again[1] and again[0].languages == steady.languages
+    noise = draw.random((6, 6))
+    other = distances.Distances(
+        measure="noise",
+        languages=steady.languages,
+        values=(noise + noise.T) * (1 - np.eye(6)),
+        coverage=np.ones((6, 6)),
+    )
+    same = choice.choices(steady, resampled=[steady])
+    apart = choice.choices(steady, resampled=[other])
+    assert all(c.stability == 1.0 for c in same)
+    assert min(c.stability for c in apart if c.stability is not None) < 0.5
+
+
+def test_features_of_a_table_are_drawn_anew(tmp_path):
+    path = tmp_path / "traits.csv"
+    path.write_text("l,a,b,c\nen,0,1,4\nde,1,2,0\nes,5,1,3\n")
+    drawn = [table.distances(path, resample=seed).values for seed in range(4)]
+    assert not all(np.array_equal(values, drawn[0]) for values in drawn)
+
+
+# Relatives
+
+
+def test_relatives_of_a_language_with_the_text_there_is(xelm, tiny, tmp_path):
+    run = tiny.directory
+    found = xelm("nearest", "it", "--run", run, "--by", "genealogy,typology", "--json").json()
+    wanted = genealogy.distances(["it", *LANGUAGES]).relatives("it")
+    assert [row["language"] for row in found] == [near.language for near in wanted]
+    counts = open_run(run).store().record["languages"]
+    by_typology = typology.distances(["it", *LANGUAGES])
+    for row, near in zip(found, wanted):
+        assert row["genealogy"] == {"distance": near.distance, "coverage": near.coverage}
+        assert row["typology"]["distance"] == by_typology.between("it", row["language"])
+        assert row["tokens"] == counts[row["language"]]["tokens"]
+        assert row["language"] in row["expert"].partition("@")[0].split("-")
+    table_of = xelm("nearest", "it", "--run", run).out.splitlines()
+    assert table_of[0].split() == [
+        "language",
+        "typology",
+        "(known)",
+        "genealogy",
+        "geography",
+        "tokens",
+        "expert",
+    ]
+    assert len(table_of) == 1 + len(LANGUAGES)
+
+
+def test_relatives_without_a_run_have_no_tokens(xelm):
+    found = xelm("nearest", "pt", "--languages", "ja,es,de", "--json").json()
+    assert found[0]["language"] == "es"
+    assert {row["tokens"] for row in found} == {row["expert"] for row in found} == {None}
+    out = xelm("nearest", "pt", "--languages", "ja,es,de").out
+    assert "tokens" not in out and "Spanish" in out
+    assert json.dumps(found)

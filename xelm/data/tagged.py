@@ -1,0 +1,59 @@
+"""Reads tagged text: folders of CoNLL-U files, `<language>.conllu`, plain, gz or zst."""
+
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from clustering import files as hashes
+from clustering.errors import UserError
+from clustering.languages import canonical
+from xelm.data.corpus import opened
+
+SUFFIXES = (".conllu", ".conllu.gz", ".conllu.zst")
+
+
+def files(folder: str | Path) -> dict[str, Path]:
+    """Canonical tag -> the file of that language; UserError if there is none."""
+    paths = sorted(p for p in Path(folder).glob("*") if p.name.endswith(SUFFIXES))
+    if not paths:
+        raise UserError(f"{folder} holds no tagged text; wanted <language>{' or '.join(SUFFIXES)}")
+    return {canonical(path.name.split(".")[0]): path for path in paths}
+
+
+def proper_nouns(path: Path) -> Iterator[str]:
+    """Names in a file: runs of words tagged PROPN, as `New York`.
+
+    Universal Dependencies tag names of people, places and things so, which is the nearest to named
+    entities that a tagger of parts of speech knows. UserError for a damaged file, and for a line
+    that is not CoNLL-U.
+    """
+    name: list[str] = []
+    for number, line in _lines(path):
+        columns = line.split("\t")
+        if len(columns) != 10 and line.strip() and not line.startswith("#"):
+            raise UserError(f"{path}:{number}: ten columns of CoNLL-U wanted; got {line[:40]!r}")
+        if "-" in columns[0] or "." in columns[0]:
+            continue  # a contraction, whose parts follow, or a word that was left out
+        if len(columns) == 10 and columns[3] == "PROPN":
+            name.append(columns[1])
+        elif name:
+            yield " ".join(name)
+            name = []
+    if name:
+        yield " ".join(name)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with opened(path) as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.decode().rstrip("\r\n")
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk, not of the text
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def made_from(paths: Iterable[Path]) -> dict[str, str]:
+    """Name of each file -> its SHA-256."""
+    return {path.name: hashes.sha256(path) for path in paths}
