@@ -5,6 +5,7 @@ al. 2023, arXiv 2303.14177, section 2.1). Balance holds only while fitting: afte
 takes the nearest centre.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,10 +73,14 @@ def fit(
     centres = _first_centres(points, k, rng)
     capacity = -(-len(points) // k)
     labels = np.full(len(points), -1)
+    # Centres that move little leave prices nearly right: later auctions begin where the last ended.
+    prices, steps = np.zeros(k), _STEPS
     done = 0
     while done < iterations:
         done += 1
-        previous, labels = labels, assign_balanced(_squared_distances(points, centres), capacity)
+        previous = labels
+        labels, prices = _place(_squared_distances(points, centres), capacity, prices, steps)
+        steps = _STEPS[-2:]
         centres = _means(points, labels, centres)
         if np.array_equal(labels, previous):
             break
@@ -111,6 +116,13 @@ def assign_balanced(
     first find prices for the fine ones. The total is within rows * step of the optimum. Raises
     ValueError if the clusters cannot hold all rows.
     """
+    return _place(costs, capacity, np.zeros(costs.shape[1]), _STEPS)[0]
+
+
+def _place(
+    costs: np.ndarray, capacity: int, prices: np.ndarray, steps: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels [rows] and prices [C] of auctions by ever finer steps, from the prices given."""
     rows, clusters = costs.shape
     spare = clusters * capacity - rows
     if spare < 0:
@@ -120,12 +132,12 @@ def assign_balanced(
     filled = np.concatenate([costs, np.zeros((spare, clusters))])
     # A step that the rounding of the prices could swallow would never end.
     least = 1e-9 * max(1.0, float(np.abs(costs).max(initial=0.0)))
-    prices = np.zeros(clusters)
+    prices = prices - prices.min()
     labels = np.zeros(0, np.int64)
-    for step in _STEPS:
+    for step in steps:
         size = max(step * float(costs.std()), least)
         labels, prices = _auction(filled, capacity, prices, size)
-    return labels[:rows]
+    return labels[:rows], prices
 
 
 def _auction(
