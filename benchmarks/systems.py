@@ -96,8 +96,7 @@ def clusters_of(run: Run, system: str, repetition: int) -> Clustering:
         return control.random_clusters(LANGUAGES, int(k), repetition)
     if method == "monolingual":
         return by_hand({language: [language] for language in LANGUAGES})
-    documents, tags = training.documents_with_languages(run)
-    return tfidf.cluster(documents, tags, run.vectoriser(), int(k), repetition)
+    return tfidf.cluster(training.documents_of(run), run.vectoriser(), int(k), repetition)
 
 
 def routings_of(system: str) -> Sequence[str]:

@@ -28,7 +28,7 @@ class Fit:
     centres: Float[np.ndarray, "C D"]
     """Means of the vectors of each cluster, float32."""
     labels: Integer[np.ndarray, " rows"]
-    """Balanced cluster of each fitted row; rows left out of the sample have none."""
+    """Balanced cluster of each fitted row."""
     rows: Integer[np.ndarray, " rows"]
     """Indices of the vectors that were fitted on."""
     inertia: float
@@ -52,19 +52,15 @@ def fit(
     k: int,
     random_seed: int,
     *,
-    sample_size: int = 100_000,
     iterations: int = 50,
 ) -> Fit:
     """k centres of the vectors, each cluster holding at most ceil(rows / k) of them while fitting.
 
-    Zero rows (empty documents) are left out; of more than `sample_size` rows a random sample is
-    fitted. The same arguments give the same result. Raises UserError for fewer distinct rows than
-    k.
+    Zero rows (documents of unseen terms alone) are left out. The same arguments give the same
+    result. Raises UserError for fewer distinct rows than k.
     """
     rng = np.random.default_rng(random_seed)
     rows = np.flatnonzero(np.any(vectors, axis=1))
-    if len(rows) > sample_size:
-        rows = np.sort(rng.choice(rows, sample_size, replace=False))
     points = vectors[rows].astype(np.float64)
     if not 1 <= k <= len(points):
         raise UserError(

@@ -6,10 +6,9 @@ tokens and stop lists break Devanagari, Chinese, Japanese and Thai. Applying a f
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
-from jaxtyping import Integer
 
 from clustering import kmeans
 from clustering.clustering import Clustering
@@ -19,6 +18,8 @@ from clustering.vectoriser import Vectoriser, check_ids
 
 _POWER_ITERATIONS = 5
 """Of the randomised SVD, as in scikit-learn's TruncatedSVD, which the authors use."""
+_BATCH_DOCUMENTS = 4096
+"""Held at once while languages are counted."""
 
 
 def fit(
@@ -36,15 +37,17 @@ def fit(
     memory is bounded. There are fewer than `dimensions` where the documents span fewer. The same
     documents in the same order give the same result. Raises UserError if all are empty.
     """
-    terms = _sample(documents, vocabulary_size, sample_size, np.random.default_rng(random_seed))
-    if not terms:
+    checked = (_checked(document, vocabulary_size) for document in documents)
+    kept = _sample(checked, sample_size, np.random.default_rng(random_seed))
+    if not kept:
         raise UserError("TF-IDF needs at least one document that is not empty; got none")
     from scipy import sparse
     from sklearn.utils.extmath import randomized_svd
 
-    ids = np.concatenate([document.ids for document in terms])
-    counts = np.concatenate([document.counts for document in terms])
-    ends = np.cumsum([0, *(len(document.ids) for document in terms)])
+    terms = [np.unique(document, return_counts=True) for document in kept]
+    ids = np.concatenate([distinct for distinct, _ in terms])
+    counts = np.concatenate([times for _, times in terms])
+    ends = np.cumsum([0, *(len(distinct) for distinct, _ in terms)])
     frequency = np.bincount(ids, minlength=vocabulary_size)
     idf = (np.log((1 + len(terms)) / (1 + frequency)) + 1).astype(np.float32)
     weights = counts * idf[ids].astype(np.float64)
@@ -66,31 +69,29 @@ def fit(
 
 
 def cluster(
-    documents: Iterable[np.ndarray],
-    languages_of_documents: Sequence[str],
+    documents: Iterable[tuple[np.ndarray, str]],
     vectoriser: Vectoriser,
     k: int,
     random_seed: int = 0,
     *,
+    sample_size: int = 100_000,
     made_from: dict[str, str] | None = None,
 ) -> Clustering:
-    """k clusters `c0`.. of documents, by balanced k-means on their vectors [documents, D].
+    """k clusters `c0`.. of documents, by balanced k-means on their vectors.
 
-    All vectors are held in memory. The counts of each language in each cluster are those of
-    nearest-centre assignment, by which documents reach experts. `made_from` names the inputs, such
-    as corpus files and tokenizer, with their hashes.
+    documents: ids and language of each, read twice: to draw at most `sample_size` that are not
+    empty, of which the centres are made, and to count the languages of each cluster by
+    nearest-centre assignment, by which documents reach experts. So memory does not grow with their
+    number. `made_from` names the inputs, such as corpus files and tokenizer, with their hashes.
+    Raises ValueError for an iterator, which could be read once.
     """
-    vectors = vectoriser.transform(documents)
-    if len(vectors) != len(languages_of_documents):
-        raise ValueError(
-            f"one language for each of {len(vectors)} documents wanted; "
-            f"got {len(languages_of_documents)}"
-        )
-    tag_of = {code: canonical(code) for code in dict.fromkeys(languages_of_documents)}
-    tags = [tag_of[code] for code in languages_of_documents]
-    fitted = kmeans.fit(vectors, k, random_seed)
+    if iter(documents) is documents:
+        raise ValueError("documents are read twice; got an iterator, which ends after once")
+    ids = (np.asarray(document) for document, _ in documents)
+    drawn = _sample(ids, sample_size, np.random.default_rng(random_seed))
+    fitted = kmeans.fit(vectoriser.transform(drawn), k, random_seed)
     names = tuple(f"c{index}" for index in range(k))
-    documents_in = _count(kmeans.assign(vectors, fitted.centres), tags, names)
+    documents_in, tags = _count(documents, vectoriser, fitted.centres, names)
     return Clustering(
         method="tfidf",
         parameters={
@@ -103,7 +104,7 @@ def cluster(
             "iterations": fitted.iterations,
         },
         clusters={name: tuple(counts) for name, counts in documents_in.items()},
-        languages=tuple(dict.fromkeys(tags)),
+        languages=tuple(tags),
         documents=documents_in,
         vectoriser=vectoriser,
         centres=fitted.centres,
@@ -111,44 +112,47 @@ def cluster(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Document:
-    ids: Integer[np.ndarray, " terms"]
-    """Distinct ids, ascending."""
-    counts: Integer[np.ndarray, " terms"]
-    """How often each occurs."""
+def _checked(document: np.ndarray, vocabulary_size: int) -> np.ndarray:
+    ids = np.asarray(document)
+    if len(ids):
+        check_ids(ids, vocabulary_size)
+    return ids
 
 
 def _sample(
-    documents: Iterable[np.ndarray], vocabulary_size: int, size: int, rng: np.random.Generator
-) -> list[_Document]:
+    documents: Iterable[np.ndarray], size: int, rng: np.random.Generator
+) -> list[np.ndarray]:
     """A uniform sample of the documents that are not empty, in one pass (Vitter 1985)."""
-    kept: list[_Document] = []
+    kept: list[np.ndarray] = []
     seen = 0
     for document in documents:
-        ids = np.asarray(document)
-        if len(ids) == 0:
+        if len(document) == 0:
             continue
-        check_ids(ids, vocabulary_size)
         seen += 1
         slot = len(kept) if len(kept) < size else int(rng.integers(seen))
-        if slot >= size:
-            continue
-        distinct, counts = np.unique(ids, return_counts=True)
-        entry = _Document(ids=distinct, counts=counts)
-        kept[slot : slot + 1] = [entry]
+        if slot < size:
+            kept[slot : slot + 1] = [document]
     return kept
 
 
 def _count(
-    labels: np.ndarray, tags: Sequence[str], names: Sequence[str]
-) -> dict[str, dict[str, int]]:
-    """Cluster -> language -> documents, the commonest language first."""
-    order = {tag: index for index, tag in enumerate(dict.fromkeys(tags))}
-    table = np.zeros((len(names), len(order)), np.int64)
-    np.add.at(table, (labels, np.array([order[tag] for tag in tags])), 1)
-    counts = {}
-    for name, row in zip(names, table.tolist(), strict=True):
-        held = [(tag, row[at]) for tag, at in order.items() if row[at]]
-        counts[name] = dict(sorted(held, key=lambda item: -item[1]))
-    return counts
+    documents: Iterable[tuple[np.ndarray, str]],
+    vectoriser: Vectoriser,
+    centres: np.ndarray,
+    names: Sequence[str],
+) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Cluster -> language -> documents, the commonest language first, and all languages in the
+    order in which they came."""
+    tag_of: dict[str, str] = {}
+    counts: dict[str, np.ndarray] = {}
+    remaining = iter(documents)
+    while batch := list(islice(remaining, _BATCH_DOCUMENTS)):
+        labels = kmeans.assign(vectoriser.transform(ids for ids, _ in batch), centres)
+        for label, (_, code) in zip(labels.tolist(), batch):
+            tag = tag_of.get(code) or tag_of.setdefault(code, canonical(code))
+            counts.setdefault(tag, np.zeros(len(names), np.int64))[label] += 1
+    found = {}
+    for number, name in enumerate(names):
+        held = [(tag, int(row[number])) for tag, row in counts.items() if row[number]]
+        found[name] = dict(sorted(held, key=lambda item: -item[1]))
+    return found, list(counts)

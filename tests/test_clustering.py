@@ -21,7 +21,9 @@ def of_documents():
     documents = [rng.integers(10 * (i % 3), 10 * (i % 3) + 12, 30) for i in range(60)]
     languages = ["en" if i % 3 < 2 else "sw" for i in range(60)]
     fitted = tfidf.fit(documents, 40, dimensions=5)
-    return tfidf.cluster(documents, languages, fitted, 3, made_from={"en.jsonl": "ab" * 32})
+    return tfidf.cluster(
+        list(zip(documents, languages)), fitted, 3, made_from={"en.jsonl": "ab" * 32}
+    )
 
 
 EXAMPLES = {

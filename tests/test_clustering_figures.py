@@ -30,7 +30,7 @@ def of_documents():
     rng = np.random.default_rng(0)
     documents = [rng.integers(10 * (i % 3), 10 * (i % 3) + 12, 30) for i in range(60)]
     languages = [("en", "en", "sw")[i % 3] for i in range(60)]
-    return tfidf.cluster(documents, languages, tfidf.fit(documents, 40, dimensions=5), 3)
+    return tfidf.cluster(list(zip(documents, languages)), tfidf.fit(documents, 40, dimensions=5), 3)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,7 @@
 """TF-IDF vectors are scikit-learn's, prefixes exact, and clusters of documents follow language."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -7,7 +9,7 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.preprocessing import normalize
 
-from clustering import tfidf, vectoriser
+from clustering import kmeans, tfidf, vectoriser
 from clustering.errors import UserError
 
 V = 300
@@ -94,9 +96,9 @@ def test_a_sample_is_uniform_over_the_documents():
     documents = [np.array([index]) for index in range(20)]
     drawn = np.zeros(20)
     for seed in range(2000):
-        kept = tfidf._sample(documents, 20, 5, np.random.default_rng(seed))
+        kept = tfidf._sample(documents, 5, np.random.default_rng(seed))
         assert len(kept) == 5
-        np.add.at(drawn, np.concatenate([document.ids for document in kept]), 1)
+        np.add.at(drawn, np.concatenate(kept), 1)
     np.testing.assert_allclose(drawn / 2000, 5 / 20, atol=0.05)  # five standard deviations
 
 
@@ -121,7 +123,9 @@ def test_only_empty_documents_are_refused():
 
 def test_documents_of_one_language_come_together():
     documents, languages = corpus()
-    clusters = tfidf.cluster(documents, languages, tfidf.fit(documents, V, 20), k=4, random_seed=0)
+    clusters = tfidf.cluster(
+        list(zip(documents, languages)), tfidf.fit(documents, V, 20), k=4, random_seed=0
+    )
     assert tuple(clusters.clusters) == ("c0", "c1", "c2", "c3")
     assert clusters.of_documents
     assert max(clusters.parameters["sizes_while_fitting"]) <= 60
@@ -142,7 +146,9 @@ def test_documents_of_one_language_come_together():
 
 def test_a_new_document_goes_to_the_nearest_centre():
     documents, languages = corpus()
-    clusters = tfidf.cluster(documents, languages, tfidf.fit(documents, V, 20), k=4, random_seed=0)
+    clusters = tfidf.cluster(
+        list(zip(documents, languages)), tfidf.fit(documents, V, 20), k=4, random_seed=0
+    )
     new, new_languages = corpus(40, seed=5)
     names = list(clusters.clusters)
     vectors = clusters.vectoriser.transform(new)
@@ -153,8 +159,44 @@ def test_a_new_document_goes_to_the_nearest_centre():
     np.testing.assert_array_equal(labels, nearest)
 
 
-def test_a_language_for_each_document_is_wanted():
+def test_centres_of_a_sample_and_counts_of_all():
+    documents, languages = corpus()
+    fitted = tfidf.fit(documents, V, 20)
+    every = list(zip(documents, languages))
+    clusters, again = (tfidf.cluster(every, fitted, k=4, sample_size=100) for _ in range(2))
+    assert clusters == again
+    assert clusters.parameters["documents_fitted"] == 100
+    labels = kmeans.assign(fitted.transform(documents), clusters.centres)
+    held = [sum(counts.values()) for counts in clusters.documents.values()]
+    assert held == np.bincount(labels, minlength=4).tolist()
+    assert clusters.languages == tuple(dict.fromkeys(languages))
+
+
+def test_what_can_be_read_only_once_is_refused():
     documents, languages = corpus()
     fitted = tfidf.fit(documents, V, 5)
-    with pytest.raises(ValueError, match="for each of 240 documents wanted; got 239"):
-        tfidf.cluster(documents, languages[:-1], fitted, k=2)
+    with pytest.raises(ValueError, match="read twice; got an iterator"):
+        tfidf.cluster(zip(documents, languages), fitted, k=2)
+
+
+def test_memory_does_not_grow_with_the_documents():
+    draw = np.random.default_rng(0)
+    few = [(draw.integers(0, V, 200), "en") for _ in range(300)]
+    fitted = tfidf.fit([ids for ids, _ in few], V, 5)
+
+    class Many:
+        def __init__(self, times):
+            self.times = times
+
+        def __iter__(self):
+            return (document for _ in range(self.times) for document in few)
+
+    def peak(times):
+        tracemalloc.start()
+        tfidf.cluster(Many(times), fitted, k=2, sample_size=200)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(1)  # what is loaded once
+    assert peak(100) < 1.1 * peak(20)

@@ -86,15 +86,13 @@ CLUSTER = Verb("cluster languages or documents", _cluster_options, _cluster)
 
 def _by_tfidf(options: argparse.Namespace, sources: "Sources") -> "Clustering":
     from clustering import tfidf
-    from xelm.runs.training import documents_with_languages
+    from xelm.runs.training import documents_of
 
     run = sources.run
     if run is None:
         raise UserError("tfidf clusters the documents of a RUN; name it with --run")
-    documents, tags = documents_with_languages(run, _chosen(options, run))
     return tfidf.cluster(
-        documents,
-        tags,
+        documents_of(run, _chosen(options, run)),
         run.vectoriser(),
         _fixed(options),
         options.random_seed,

@@ -1,10 +1,9 @@
 """`xelm branch` and `xelm train`: experts of clusters, and the dense baseline at equal compute."""
 
 import functools
-import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,18 +124,28 @@ def cluster_sources(run: Run, cluster: str) -> list[Source]:
     return sources
 
 
-def documents_with_languages(
-    run: Run, languages: Sequence[str] | None = None
-) -> tuple[Iterator[np.ndarray], list[str]]:
-    """The ids of every document of the RUN's corpus in these languages, and its language."""
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Documents of several languages with their languages, which can be read any number of
+    times."""
+
+    languages: Sequence[LanguageIds]
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, str]]:
+        """Ids and language of each document."""
+        for ids in self.languages:
+            for document in _documents(ids):
+                yield document, ids.language
+
+
+def documents_of(run: Run, languages: Sequence[str] | None = None) -> Documents:
+    """Those of the RUN's corpus in these languages, or in all."""
     stores = run.store().languages
     tags = list(stores) if languages is None else canonical_all(languages)
     missing = [tag for tag in tags if tag not in stores]
     if missing:
         raise UserError(f"{run.directory} has no text in {', '.join(missing)}")
-    chosen = [stores[tag] for tag in tags]
-    documents = itertools.chain.from_iterable(map(_documents, chosen))
-    return documents, [ids.language for ids in chosen for _ in range(len(ids))]
+    return Documents([stores[tag] for tag in tags])
 
 
 def train_checkpoint(
