@@ -25,6 +25,7 @@ from xelm.training.loss import cross_entropy
 # Compiled whole: operation by operation takes several times as long.
 logits_of = nnx.jit(lambda model, *inputs: model(*inputs))
 hidden_of = nnx.jit(lambda model, tokens, **options: model.hidden(tokens, **options))
+means_of = nnx.jit(lambda model, tokens, valid: model.means(tokens, valid=valid))
 extended = nnx.jit(lambda model, *inputs, valid: model.extend(*inputs, valid=valid))
 # Longer than every local window and than the lengths that rotary positions are stretched from.
 LENGTH = 40
@@ -74,6 +75,17 @@ def test_logits_in_blocks_equal_transformers(family_pair):
     wanted = reference_logits(family_pair.reference, tokens)
     logits = logits_of(load_model(family_pair.directory), tokens)
     np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_means_of_states_equal_transformers(family_pair):
+    tokens, mask = (part[[0, 2]] for part in padded_tokens(family_pair.reference.config))
+    with torch.no_grad():
+        asked = {"attention_mask": torch.tensor(mask), "output_hidden_states": True}
+        states = family_pair.reference(torch.tensor(tokens), **asked).hidden_states[1:]
+    shares = (mask / mask.sum(axis=1, keepdims=True))[:, :, None]
+    wanted = np.stack([(layer.numpy() * shares).sum(axis=1) for layer in states])
+    found = means_of(load_model(family_pair.directory), tokens, valid=mask.astype(bool))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_loss_and_gradients_equal_transformers(family_pair):

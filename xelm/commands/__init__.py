@@ -8,6 +8,7 @@ VERBS = {
     "quickstart": training.QUICKSTART,
     "cluster": clusters.CLUSTER,
     "nearest": clusters.NEAREST,
+    "features": clusters.FEATURES,
     "init": training.INIT,
     "branch": training.BRANCH,
     "train": training.TRAIN,

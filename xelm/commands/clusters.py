@@ -1,4 +1,4 @@
-"""Clusters of languages or documents, and the nearest relatives of a language."""
+"""Clusters of languages or documents, nearest relatives, and what a seed makes of languages."""
 
 import argparse
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MEASURES = (
     *("typology", "genealogy", "geography", "table"),
     *("words", "characters", "subwords", "names"),
+    *("states", "alignment"),
 )
 RULES = ("pairs", "single", "average", "complete", "balanced")
 # What is measured of languages that only have a code.
@@ -177,6 +178,8 @@ def _check_options(options: argparse.Namespace) -> None:
         "--only": (options.only, ("typology", "table")),
         "--table": (options.table, ("table",)),
         "--tagged": (options.tagged, ("names",)),
+        "--states": (options.states, ("states", "alignment")),
+        "--layer": (options.layer, ("states", "alignment")),
     }
     for name, (given, allowed) in wants.items():
         if given and not methods & set(allowed):
@@ -270,6 +273,36 @@ def _nearest(options: argparse.Namespace) -> None:
 NEAREST = Verb("list the nearest relatives of a language", _nearest_options, _nearest)
 
 
+def _features_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument(
+        "--corpus", metavar="DIR", help="text to read (default: the RUN's); parallel for alignment"
+    )
+    verb.add_argument("--languages", type=names, metavar="A,B,C", help="(default: all of it)")
+    verb.add_argument(
+        "--documents", type=int, default=100, metavar="N", help="of each (default: %(default)s)"
+    )
+    verb.add_argument("--out", metavar="FILE", required=True, help=".npz to write")
+
+
+def _features(options: argparse.Namespace) -> None:
+    from xelm.runs.features import features
+    from xelm.runs.run import open_run
+
+    if Path(options.out).exists():
+        raise UserError(f"{options.out} exists already; choose another file")
+    found = features(
+        open_run(options.run), options.corpus, options.languages, documents=options.documents
+    )
+    found.save(options.out)
+    languages, documents, layers, width = found.values.shape
+    shape = f"{languages} languages, {documents} documents of each, {layers} layers of {width}"
+    print(f"{shape}: {options.out}")
+
+
+FEATURES = Verb("write what the seed makes of text, for clustering", _features_options, _features)
+
+
 def _source_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--run", metavar="RUN", help="RUN whose corpus and subwords are used")
     verb.add_argument("--corpus", metavar="DIR", help="text whose words or characters are used")
@@ -285,6 +318,10 @@ def _source_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--tagged", metavar="DIR", help="folder of <language>.conllu[.gz|.zst], for names"
     )
+    verb.add_argument("--states", metavar="FILE", help="of xelm features, for states and alignment")
+    verb.add_argument(
+        "--layer", type=int, metavar="N", help="of the states (default: the middle one)"
+    )
 
 
 def _sources(options: argparse.Namespace) -> "Sources":
@@ -298,4 +335,6 @@ def _sources(options: argparse.Namespace) -> "Sources":
         corpus=options.corpus,
         run=open_run(options.run) if options.run else None,
         tagged=options.tagged,
+        states=options.states,
+        layer=options.layer,
     )

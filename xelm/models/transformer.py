@@ -346,6 +346,26 @@ class Transformer(nnx.Module):
         """Final states. Tokens attend to `valid` tokens of their own segment; in decoders, to
         earlier ones. `positions` count from 0 at the first column unless given (in XLM-R, at the
         first `valid` one)."""
+        h, _ = self._read(tokens, positions, valid, segments, remat, lambda h: None)
+        return self._finish(h).reshape(*tokens.shape, -1)
+
+    def means(
+        self, tokens: Int[Array, "B T"], *, valid: Bool[Array, "B T"]
+    ) -> Float[Array, "L B D"]:
+        """Mean over the `valid` positions of the states after each layer, in float32; of the last
+        layer, after the final norm."""
+        shares = valid / jnp.maximum(valid.sum(axis=1, keepdims=True), 1)
+
+        def mean(h):
+            states = h.reshape(*tokens.shape, -1).astype(jnp.float32)
+            return jnp.einsum("BTD,BT->BD", states, shares)
+
+        h, found = self._read(tokens, None, valid, None, False, mean)
+        return found.at[-1].set(mean(self._finish(h)))
+
+    def _read(self, tokens, positions, valid, segments, remat, keep):
+        """Flat states after the last layer, before the final norm, and what `keep` makes of those
+        after each layer."""
         batch, length = tokens.shape
         mask = jnp.ones((batch, length, length), bool)
         if self.config.causal:
@@ -362,12 +382,12 @@ class Transformer(nnx.Module):
 
         def layer(h, inputs):
             parameters, number, local = inputs
-            return nnx.merge(graph, parameters)(h, context, None, number, local)[0], None
+            h = nnx.merge(graph, parameters)(h, context, None, number, local)[0]
+            return h, keep(h)
 
         h = self._embed(tokens, positions)
         numbers = self._layers()
-        h, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, h, (layers, *numbers))
-        return self._finish(h).reshape(batch, length, -1)
+        return jax.lax.scan(jax.checkpoint(layer) if remat else layer, h, (layers, *numbers))
 
     def extend(
         self,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from clustering import genealogy, geography, lexical, table, typology
+from clustering import genealogy, geography, internal, lexical, table, typology
 from clustering.distances import Distances, combine
 from clustering.errors import UserError
 from clustering.languages import canonical_all
@@ -40,6 +40,10 @@ class Sources:
     """For subwords; and for words and characters where no corpus is given."""
     tagged: str | Path | None = None
     """Folder of CoNLL-U files; for names."""
+    states: str | Path | None = None
+    """File of `xelm features`; for states and alignment."""
+    layer: int | None = None
+    """Of the model; for states and alignment. None takes the middle one."""
     documents: int = 10_000
     """At most so many of each language are counted."""
     resample: int | None = None
@@ -84,12 +88,14 @@ def _part(text: str) -> tuple[str, float]:
 
 
 def languages_of(spec: str, sources: Sources) -> Sequence[str]:
-    """Those of the table or tagged text that the measures are made of, or else of the corpus or
-    RUN; UserError if there is none of these."""
+    """Those of the table, tagged text or states that the measures are made of, or else of the
+    corpus or RUN; UserError if there is none of these."""
     if "table" in measures_of(spec) and sources.table:
         return table.read(sources.table)[0]
     if "names" in measures_of(spec) and sources.tagged:
         return list(tagged.files(sources.tagged))
+    if {"states", "alignment"} & set(measures_of(spec)) and sources.states:
+        return internal.States.load(sources.states).languages
     if sources.corpus:
         return corpora.languages_of(sources.corpus)
     if sources.run:
@@ -149,6 +155,14 @@ def _names(languages: Sequence[str], sources: Sources) -> Distances:
     return lexical.type_distances(counts, "names", tagged.made_from(found[tag] for tag in tags))
 
 
+def _internal(
+    measure: str, distances: Callable[..., Distances]
+) -> Callable[[Sequence[str], Sources], Distances]:
+    return lambda languages, sources: distances(
+        _given(sources.states, measure, "--states"), languages, sources.layer
+    )
+
+
 def _given(source: Item | None, measure: str, option: str) -> Item:
     if source is None:
         raise UserError(f"the measure {measure} needs {option}")
@@ -166,4 +180,6 @@ MEASURES: Mapping[str, Measure] = {
     "characters": _text("characters", lexical.characters),
     "subwords": _subwords,
     "names": _names,
+    "states": _internal("states", internal.cosine),
+    "alignment": _internal("alignment", internal.alignment),
 }

@@ -1,0 +1,48 @@
+"""What a model makes of whole documents, layer by layer: means of its states."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float, Integer
+
+from xelm.models.config import ModelConfig
+from xelm.models.parameters import bind, graph
+
+ROWS_A_BATCH = 16
+
+
+def document_states(
+    model: ModelConfig,
+    parameters: Any,
+    documents: Sequence[Integer[np.ndarray, " _"]],
+    *,
+    sequence_length: int,
+    dtype: str = "float32",
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Float[np.ndarray, "documents layers D"]:
+    """Mean over the tokens of each document of the states after each layer, float32. Of longer
+    documents the first `sequence_length` tokens are read; none is empty."""
+    read = _reader(model, dtype)
+    found = []
+    for first in range(0, len(documents), ROWS_A_BATCH):
+        part = [ids[:sequence_length] for ids in documents[first : first + ROWS_A_BATCH]]
+        tokens = np.zeros((ROWS_A_BATCH, sequence_length), np.int32)
+        valid = np.zeros(tokens.shape, bool)
+        for row, ids in enumerate(part):
+            tokens[row, : len(ids)] = ids
+            valid[row, : len(ids)] = True
+        means = np.asarray(read(parameters, tokens, valid))
+        found.append(means[:, : len(part)].swapaxes(0, 1))
+        progress(sum(map(len, part)))
+    return np.concatenate(found)
+
+
+@functools.lru_cache(maxsize=8)
+def _reader(model: ModelConfig, dtype: str):
+    shape = graph(model, dtype)
+    return jax.jit(
+        lambda parameters, tokens, valid: bind(shape, parameters).means(tokens, valid=valid)
+    )

@@ -1,0 +1,69 @@
+"""`xelm features`: what a seed makes of text in several languages, as arrays for `clustering`."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clustering.errors import UserError
+from clustering.internal import States
+from clustering.languages import canonical_all
+from experts.verify import hash_directory
+from xelm.data import corpus as corpora
+from xelm.data.corpus import Faults
+from xelm.inference.states import document_states
+from xelm.models.checkpoint import load_parameters, read_config
+from xelm.progress import bar
+from xelm.runs.run import Run
+
+SEQUENCE_LENGTH = 256
+"""Tokens of a document that are read."""
+
+
+def features(
+    run: Run,
+    corpus: str | Path | None = None,
+    languages: Sequence[str] | None = None,
+    *,
+    documents: int = 100,
+) -> States:
+    """States of the first `documents` documents of each language, by the seed.
+
+    corpus: None takes that of the RUN; for `internal.alignment` it has to be parallel, documents of
+    one number meaning the same. languages: None takes all of the corpus. All have as many documents
+    as the one with fewest. UserError for a corpus without text in one of them.
+    """
+    if documents < 1:
+        raise UserError(f"documents must be at least 1; got {documents}")
+    corpus = corpus or str(run.record["corpus"])
+    tags = canonical_all(corpora.languages_of(corpus) if languages is None else languages)
+    tokenizer, faults = run.tokenizer(), Faults()
+    frame = (tokenizer.start_id, tokenizer.end_id)
+    ids: dict[str, list[np.ndarray]] = {}
+    for tag in tags:
+        found = corpora.read(corpus, faults, [tag])
+        texts = (document.text for document in found if document.language == tag)
+        encoded = tokenizer.encode(list(itertools.islice(texts, documents)))
+        ids[tag] = [np.array([*frame[:1], *one, *frame[1:]], np.int32) for one in encoded]
+    if not all(ids.values()):
+        raise corpora.no_documents([tag for tag, found in ids.items() if not found], faults)
+    if faults:  # after which documents of one number would not mean the same
+        raise UserError(f"every record of {corpus} has to be usable; {faults}")
+    count = min(map(len, ids.values()))
+    model = read_config(run.seed)
+    parameters = load_parameters(run.seed, model)
+    length = min(SEQUENCE_LENGTH, model.max_length)
+    chosen = [one for found in ids.values() for one in found[:count]]
+    total = sum(min(len(one), length) for one in chosen)
+    with bar(total, "features", "tok") as shown:
+        states = document_states(
+            model, parameters, chosen, sequence_length=length, progress=shown.update
+        )
+    made_from = {f"seed/{name}": found for name, found in hash_directory(run.seed).items()}
+    made_from["corpus"] = corpora.fingerprint(corpus, tags)
+    return States(
+        languages=tags,
+        values=states.reshape(len(tags), count, *states.shape[1:]),
+        made_from=made_from,
+    )
