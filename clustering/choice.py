@@ -5,7 +5,7 @@ resampling. Does not know measures: distances, and distances resampled, are give
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class Choice(NamedTuple):
     stability: float | None
     """Mean adjusted Rand index (Hubert and Arabie 1985) of the clusters and those of resampled
     features, at most 1; None where nothing was resampled."""
+    doubt: float
+    """Standard error of the stability."""
 
     @property
     def score(self) -> float:
@@ -43,16 +45,20 @@ def choices(
     sizes: Mapping[str, int] | None = None,
     resampled: Iterable[Distances] = (),
 ) -> list[Choice]:
-    """Of every k from 2 to one less than there are languages. sizes: as in `grouping.cluster` for
-    the rule `balanced`, and what balance is of; None counts languages. resampled: distances of the
-    same languages with features drawn anew. UserError for fewer than three languages.
+    """Of every k from 2 to half the languages: beyond, most would be alone.
+
+    sizes: as in `grouping.cluster` for the rule `balanced`, and what balance is of; None counts
+    languages. resampled: distances of the same languages with features drawn anew. UserError for
+    fewer than four languages, and if nothing tells them apart.
     """
     languages = distances.languages
-    if len(languages) < 3:
-        raise UserError(f"k can be chosen for three languages or more; got {len(languages)}")
+    if len(languages) < 4:
+        raise UserError(f"k can be chosen for four languages or more; got {len(languages)}")
+    if not distances.values.any():
+        raise UserError(f"{distances.measure} does not tell these languages apart: no k is better")
     again = list(resampled)
     found = []
-    for k in range(2, len(languages)):
+    for k in range(2, len(languages) // 2 + 1):
         try:
             clusters = _clusters(distances, k, rule, sizes)
         except UserError:
@@ -65,11 +71,11 @@ def choices(
                 silhouette=_silhouette(distances, labels),
                 gap=_gap(clusters),
                 balance=_balance(labels, languages, sizes),
-                stability=_stability(labels, others),
+                **_stability(labels, others),
             )
         )
     if not found:
-        raise UserError(f"no number of clusters from 2 to {len(languages) - 1} has such sizes")
+        raise UserError(f"no number of clusters from 2 to {len(languages) // 2} has such sizes")
     return found
 
 
@@ -83,7 +89,7 @@ def reason(found: Sequence[Choice]) -> str:
     chosen = best(found)
     terms = f"silhouette {chosen.silhouette:.2f}"
     if chosen.stability is not None:
-        terms += f" + stability {chosen.stability:.2f} = {chosen.score:.2f}"
+        terms += f" + stability {chosen.stability:.2f} ± {chosen.doubt:.2f} = {chosen.score:.2f}"
     others = sorted((c for c in found if c is not chosen), key=lambda c: -c.score)[:2]
     after = f" (then {', '.join(f'k={c.k}: {c.score:.2f}' for c in others)})" if others else ""
     return (
@@ -125,9 +131,11 @@ def _balance(
     return float(held.max() / held.mean())
 
 
-def _stability(labels: np.ndarray, others: Sequence[np.ndarray]) -> float | None:
+def _stability(labels: np.ndarray, others: Sequence[np.ndarray]) -> dict[str, Any]:
     if not others:
-        return None
+        return {"stability": None, "doubt": 0.0}
     from sklearn.metrics import adjusted_rand_score
 
-    return float(np.mean([adjusted_rand_score(labels, other) for other in others]))
+    found = [float(adjusted_rand_score(labels, other)) for other in others]
+    doubt = float(np.std(found) / np.sqrt(len(found)))
+    return {"stability": float(np.mean(found)), "doubt": doubt}

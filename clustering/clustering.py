@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[^\W_][\w.-]*")
 _LANGUAGES_IN_NAME = 4
+_LITTLE = 0.5
+"""Share of the features below which a language is named: what is not known moves it away."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Clustering:
     """Clusters of languages, or of documents; immutable, and equal after saving and loading."""
 
@@ -74,7 +76,7 @@ class Clustering:
 
     __hash__ = None  # type: ignore[assignment]  # arrays do not hash
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return _table(self)
 
     @property
@@ -272,6 +274,15 @@ def _table(clustering: Clustering) -> str:
                 f"{sum(clustering.documents[name].values())} documents: {', '.join(held[:6])}{more}"
             )
         lines.append(f"  {name:<{width}}  {text}")
+    if clustering.distances is not None:
+        known = np.diagonal(clustering.distances.coverage)
+        little = [
+            f"{tag} ({share:.0%})"
+            for tag, share in zip(clustering.languages, known)
+            if share < _LITTLE
+        ]
+        if little:
+            lines.append(f"  of few features is a value known: {', '.join(little)}")
     if clustering.unassigned:
         lines.append(
             f"  unassigned: {', '.join(english_name(tag) for tag in clustering.unassigned)}"

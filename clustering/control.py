@@ -22,6 +22,8 @@ def random_clusters(languages: Sequence[str], k: int, random_seed: int) -> Clust
     tags = canonical_all(languages)
     if not 1 <= k <= len(tags):
         raise UserError(f"k must be between 1 and {len(tags)} languages; got {k}")
+    if random_seed < 0:
+        raise UserError(f"a random seed of 0 or more wanted; got {random_seed}")
     order = np.random.default_rng(random_seed).permutation(len(tags))
     parts = sorted(sorted(part.tolist()) for part in np.array_split(order, k))
     return Clustering(
@@ -37,13 +39,20 @@ def read_groups(path: str | os.PathLike[str]) -> Clustering:
     none. UserError for a file of another shape, and as `by_hand`."""
     import yaml
 
+    text = files.read_text(path)
     try:
         # Every scalar as it is written: to other loaders Norwegian (no) is a denial.
-        value = yaml.load(files.read_text(path), Loader=yaml.BaseLoader)
+        value = yaml.load(text, Loader=yaml.BaseLoader)
+        tree = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict) or not all(_is_list(members) for members in value.values()):
         raise UserError(f"{path} wants lines such as 'slavic: [bg, ru]', a name and its languages")
+    # Of equal names YAML keeps the last.
+    names = [name.value for name, _ in tree.value]
+    twice = [name for name in value if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has several clusters {', '.join(twice[:5])}")
     unassigned = value.pop("unassigned", ())
     try:
         found = by_hand(value, unassigned)

@@ -16,6 +16,9 @@ from clustering.errors import UserError
 from clustering.files import equal
 from clustering.languages import canonical, canonical_all
 
+_ROOM = 12
+"""Languages up to which values are shown."""
+
 
 class Relative(NamedTuple):
     """A language as another sees it."""
@@ -27,7 +30,7 @@ class Relative(NamedTuple):
     """As in `Distances.coverage`."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Distances:
     """Distances between languages by one measure; immutable."""
 
@@ -63,6 +66,20 @@ class Distances:
         return all(equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     __hash__ = None  # type: ignore[assignment]  # arrays do not hash
+
+    def __repr__(self) -> str:
+        """The measure and, up to twelve languages, the values."""
+        count = len(self.languages)
+        title = f"{self.measure}: distances of {count} languages"
+        if count > _ROOM:
+            return title
+        width = max(map(len, self.languages)) + 1
+        rows = [
+            f"{tag:<{width}}" + "".join(f"{value:>7.3f}" for value in row)
+            for tag, row in zip(self.languages, self.values)
+        ]
+        head = " " * width + "".join(f"{tag:>7}" for tag in self.languages)
+        return "\n".join([title, head, *rows])
 
     def between(self, one: str, other: str) -> float:
         """The distance of two languages, by any of their codes."""

@@ -88,6 +88,9 @@ def dendrogram(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
     ax.tick_params(axis="y", length=0, pad=8)
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.set_xlabel(f"distance of what is joined: {clustering.method}")
+    measured = [merge.distance for merge in clustering.merges]
+    if len(tree) and np.any(tree[:, 2] > np.add(measured, 2 * gap)):
+        ax.set_xlabel(f"{ax.get_xlabel()}\n(no join is drawn nearer than those below it)")
     legend(ax, colours)
     return ax
 

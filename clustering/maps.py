@@ -3,6 +3,7 @@
 Each draws on `ax`, or on a new figure, and returns the axes; none saves or shows.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -51,10 +52,9 @@ def world_map(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
     ax.set_ylim(south, north)
     ax.set_aspect("equal")
     _write_degrees(ax)
-    _draw_points(ax, clustering, tags, points)
-    missing = [tag for tag in clustering.languages if tag not in tags]
-    if missing:
-        ax.set_title(f"not on the map: {', '.join(missing)}", fontsize="small", loc="left")
+    notes = {"not on the map": [tag for tag in clustering.languages if tag not in tags]}
+    notes["without a label"] = _draw_points(ax, clustering, tags, points)
+    _write_notes(ax, notes)
     return ax
 
 
@@ -69,7 +69,8 @@ def plane(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
     ax = axes(ax, (9.0, 6.5))
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(0.12)
-    _draw_points(ax, clustering, measured.languages, points)
+    hidden = _draw_points(ax, clustering, measured.languages, points)
+    _write_notes(ax, {"without a label": hidden})
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_color(ABOVE)
@@ -104,19 +105,30 @@ def _draw_points(
     clustering: Clustering,
     tags: Sequence[str],
     points: Float[np.ndarray, "languages 2"],
-) -> None:
+) -> list[str]:
+    """Draws the points in the colours of their clusters; returns the tags without room for a
+    label."""
     colours = cluster_colours(tuple(clustering.clusters))
     of_tag: Mapping[str, str] = {tag: colours[clustering.cluster_of(tag)] for tag in tags}
     ax.scatter(*points.T, s=40, c=[of_tag[tag] for tag in tags], edgecolor="white", zorder=3)
     legend(ax, colours)
     full = len(tags) <= _ROOM_FOR_NAMES
-    _write_labels(ax, [english_name(tag) if full else tag for tag in tags], points)
+    shown = _write_labels(ax, [english_name(tag) if full else tag for tag in tags], points)
+    return [tag for tag, there in zip(tags, shown) if not there]
+
+
+def _write_notes(ax: "Axes", notes: Mapping[str, Sequence[str]]) -> None:
+    """What a figure does not show, a line each."""
+    lines = [f"{what}: {', '.join(tags)}" for what, tags in notes.items() if tags]
+    wrapped = [part for line in lines for part in textwrap.wrap(line, 110)]
+    if wrapped:
+        ax.set_title("\n".join(wrapped), fontsize="small", loc="left")
 
 
 def _write_labels(
     ax: "Axes", labels: Sequence[str], points: Float[np.ndarray, "languages 2"]
-) -> None:
-    """Beside each point, where there is room; those without any room are left out."""
+) -> list[bool]:
+    """Beside each point, where there is room; returns for which there is."""
     from matplotlib.transforms import Bbox
 
     # Settles where the points will lie.
@@ -124,7 +136,9 @@ def _write_labels(
     spots = ax.transData.transform(points)
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in spots]
     frame = ax.get_window_extent()
+    shown = []
     for label, point in zip(labels, points):
+        shown.append(False)
         for right, up in _PLACES:
             text = ax.annotate(
                 label,
@@ -142,8 +156,10 @@ def _write_labels(
                 and not box.count_overlaps(taken)
             ):
                 taken.append(box)
+                shown[-1] = True
                 break
             text.remove()
+    return shown
 
 
 def _range(values: np.ndarray, least: float, most: float) -> tuple[float, float]:

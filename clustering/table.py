@@ -17,7 +17,7 @@ from clustering.distances import Distances
 from clustering.errors import UserError
 from clustering.languages import canonical_all
 
-MISSING = ("", "?", "na", "nan", "none")
+MISSING = ("", "?", "-", "na", "n/a", "nan", "none")
 """What stands for a value that is not known, in any case."""
 
 
@@ -29,7 +29,7 @@ def read(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], features.Table,
     """
     header, lines = _lines(path)
     names = tuple(name.strip() for name in header[1:])
-    if not names:
+    if not names or not all(names) or all(map(_is_number, names)):
         raise UserError(f"{path} wants a header with the names of features; got {header}")
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
@@ -100,6 +100,14 @@ def _lines(path: str | os.PathLike[str]) -> tuple[list[str], list[tuple[int, lis
     rows = csv.reader(text.splitlines(), delimiter=delimiter)
     found = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
     return (found[0][1] if found else []), found[1:]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(text: str, place: str) -> float:

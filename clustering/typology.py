@@ -103,5 +103,5 @@ def _check_comparable(tags: tuple[str, ...], values: tables.Table, features: str
     if named:
         raise UserError(
             f"no {features} feature that varies over these {len(tags)} languages "
-            f"can compare {', '.join(named[:5])}"
+            f"can compare {', '.join(named[:5])}; the sets _knn have no gaps"
         )

@@ -85,7 +85,7 @@ def made_from(set_name: str) -> dict[str, str]:
 
 
 def _parts(set_name: str) -> list[str]:
-    parts = set_name.split("+")
+    parts = [part.strip() for part in set_name.split("+")]
     unknown = [part for part in parts if part not in FEATURE_SETS]
     if unknown:
         raise UserError(f"unknown feature set {unknown[0]!r}; there are {', '.join(FEATURE_SETS)}")

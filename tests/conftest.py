@@ -196,6 +196,7 @@ def place(tiny, initialised, tmp_path_factory):
     (folder / "file").write_text("not a folder")
     (folder / "text.csv").write_text("language,b\nen,SVO\n")
     (folder / "twice.yaml").write_text("a: [en]\nb: [eng]\n")
+    (folder / "doubled.yaml").write_text("a: [en]\na: [de]\n")
     (folder / "broken.yaml").write_text("a: [en\n")
     for name in ("bare", "pickled", "damaged", "foreign", "shrunk", "wordless"):
         shutil.copytree(tiny.directory / "seed", folder / name)

@@ -130,3 +130,36 @@ def test_places_are_found_again_from_their_distances():
     )
     assert 700 < paris_to_bavaria < 850
     assert 9_500 < to_japan < 10_000
+
+
+def test_distances_of_a_few_are_shown_and_of_many_named():
+    lines = repr(THREE).splitlines()
+    assert lines[0] == "a test: distances of 3 languages"
+    assert lines[3].split() == ["de", "0.200", "0.000", "0.300"]
+    many = typology.distances(
+        ["en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "pl", "cs", "ru", "bg"]
+    )
+    assert repr(many) == "typology: distances of 13 languages"
+
+
+def test_clusters_name_languages_of_which_little_is_known():
+    shown = str(typology.cluster(["kk", "tr", "uz", "ru", "en"], 2))
+    assert "of few features is a value known: kk (" in shown
+    assert "few features" not in str(typology.cluster(["kk", "tr", "uz"], 2, features="syntax_knn"))
+
+
+def test_features_drawn_anew_pass_over_draws_that_say_nothing(monkeypatch):
+    from xelm.runs import distances as by_name
+
+    asked = []
+
+    def measured(spec, languages, sources):
+        asked.append(sources.resample)
+        if sources.resample in (1, 2):
+            raise UserError("nothing in common")
+        return THREE
+
+    monkeypatch.setattr(by_name, "measured", measured)
+    assert len(list(by_name.resampled("typology", ["en"], by_name.Sources(), 3))) == 3
+    assert asked == [0, 1, 2, 3, 4]
+    assert list(by_name.resampled("genealogy", ["en"], by_name.Sources(), 3)) == []

@@ -42,7 +42,16 @@ MISTAKES = [
     ("cluster -k 2 --languages en,klingonish --out clusters", "exists already; choose another"),
     ("cluster -k 2 --languages en,de --out file/new", "file"),
     ("cluster --languages en,de --out new", "give the number of clusters with -k, or -k auto"),
-    ("cluster -k auto --languages en,de --out new", "k can be chosen for three languages or more"),
+    (
+        "cluster -k auto --languages en,de,fr --out new",
+        "k can be chosen for four languages or more",
+    ),
+    ("cluster -k 2 --languages en,de --out ''", "--out names no folder"),
+    ("cluster -k 2 --languages en,de --random-seed 1 --out new", "goes with --method random or"),
+    ("cluster -k 2 --method random --languages en,de --random-seed -1 --out new", "got -1"),
+    ("cluster -k 2 --languages en,de --corpus corpus --out new", "--corpus goes with words or"),
+    ("cluster --method by-hand --groups doubled.yaml --out new", "has several clusters a"),
+    ("nearest en --languages de --table text.csv", "--table goes with table"),
     ("cluster -k auto --method random --languages en,de --out new", "needs a number of clusters"),
     ("cluster -k 2 --method unknown --out new", "unknown method 'unknown'; there are typology,"),
     (

@@ -69,6 +69,8 @@ def test_other_delimiters_and_a_byte_order_mark(tmp_path, delimiter):
         ("", "wants a header"),
         ("language\nen\n", "wants a header"),
         ("language,a\n", "has no line after the header"),
+        ("en,1,2\nde,2,3\n", r"wants a header with the names of features; got \['en', '1', '2'\]"),
+        ("language,a,\nen,1,2\n", "wants a header"),
         ("language,a\nen,1\nde,SVO\n", r":3, a: a number wanted, .*; got 'SVO'"),
         ("language,a\nen,inf\n", r":2, a: a number wanted, .*; got 'inf'"),
         ("language,a,b\nen,1\n", r":2: 3 columns wanted, as in the header; got 2"),

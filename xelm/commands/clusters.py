@@ -1,7 +1,7 @@
 """Clusters of languages or documents, nearest relatives, and what a seed makes of languages."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,6 @@ from xelm.commands.options import Verb, add_json, names, print_json
 
 if TYPE_CHECKING:
     from clustering.clustering import Clustering
-    from clustering.distances import Distances
     from xelm.runs.distances import Sources
     from xelm.runs.run import Run
 
@@ -23,7 +22,7 @@ RULES = ("pairs", "single", "average", "complete", "balanced")
 # What is measured of languages that only have a code.
 BY_CODE = "typology,genealogy,geography"
 # Resamplings of features by which a number of clusters is judged.
-RESAMPLINGS = 20
+RESAMPLINGS = 100
 
 
 def _cluster_options(verb: argparse.ArgumentParser) -> None:
@@ -58,7 +57,9 @@ def _cluster_options(verb: argparse.ArgumentParser) -> None:
     )
     _source_options(verb)
     verb.add_argument("--groups", metavar="FILE", help="YAML of clusters by hand: a: [en, de]")
-    verb.add_argument("--random-seed", type=int, default=0, metavar="N")
+    verb.add_argument(
+        "--random-seed", type=int, metavar="N", help="of random and tfidf (default: 0)"
+    )
     verb.add_argument(
         "--out", metavar="DIR", required=True, help="directory for clusters.json and figures"
     )
@@ -66,6 +67,8 @@ def _cluster_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _cluster(options: argparse.Namespace) -> None:
+    if not options.out:
+        raise UserError("--out names no folder")
     if (Path(options.out) / "clusters.json").exists():
         raise UserError(f"{options.out}/clusters.json exists already; choose another folder")
     _check_options(options)
@@ -74,7 +77,9 @@ def _cluster(options: argparse.Namespace) -> None:
     clustering.save(options.out)
     _draw(clustering, Path(options.out))
     if options.json:
-        print_json({"clusters": clustering.clusters, "unassigned": clustering.unassigned})
+        facts = {name: getattr(clustering, name) for name in ("method", "parameters")}
+        groups = {"clusters": clustering.clusters, "unassigned": clustering.unassigned}
+        print_json(facts | groups)
     else:
         print(clustering)
         if "reason" in clustering.parameters:
@@ -96,7 +101,7 @@ def _by_tfidf(options: argparse.Namespace, sources: "Sources") -> "Clustering":
         documents_of(run, _chosen(options, run)),
         run.vectoriser(),
         _fixed(options),
-        options.random_seed,
+        options.random_seed or 0,
         made_from={"corpus": run.store().record["corpus_sha256"]},
     )
 
@@ -107,7 +112,7 @@ def _at_random(options: argparse.Namespace, sources: "Sources") -> "Clustering":
     languages = _chosen(options, sources.run)
     if languages is None:
         raise UserError("name the languages with --languages, --corpus or --run")
-    return control.random_clusters(languages, _fixed(options), options.random_seed)
+    return control.random_clusters(languages, _fixed(options), options.random_seed or 0)
 
 
 def _by_hand(options: argparse.Namespace, sources: "Sources") -> "Clustering":
@@ -123,7 +128,7 @@ def _by_measure(options: argparse.Namespace, sources: "Sources") -> "Clustering"
 
     from clustering import choice, grouping
     from clustering.languages import without
-    from xelm.runs.distances import languages_of, measured
+    from xelm.runs.distances import languages_of, measured, resampled
 
     languages = options.languages or languages_of(options.method, sources)
     tags, unassigned = without(languages, options.exclude)
@@ -134,10 +139,7 @@ def _by_measure(options: argparse.Namespace, sources: "Sources") -> "Clustering"
     if k is None:
         raise UserError("give the number of clusters with -k, or -k auto")
     if k == "auto":
-        drawn: list[Distances] = []
-        if {"typology", "table"} & set(_methods(options.method)):
-            again = (replace(sources, resample=number) for number in range(RESAMPLINGS))
-            drawn = [measured(options.method, tags, source) for source in again]
+        drawn = resampled(options.method, tags, sources, RESAMPLINGS)
         found = choice.choices(distances, rule=rule, sizes=sizes, resampled=drawn)
         k, why = choice.best(found).k, {"reason": choice.reason(found)}
     clustering = grouping.cluster(distances, k, rule=rule, sizes=sizes, unassigned=unassigned)
@@ -174,20 +176,34 @@ def _check_options(options: argparse.Namespace) -> None:
         "--exclude": (options.exclude, MEASURES),
         "--rule": (options.rule, MEASURES),
         "--groups": (options.groups, ("by-hand",)),
+        "--random-seed": (options.random_seed is not None, ("random", "tfidf")),
+    }
+    for name, (given, allowed) in wants.items():
+        if given and not methods & set(allowed):
+            measured = "a measure" if allowed == MEASURES else " or ".join(allowed)
+            raise UserError(f"{name} goes with --method {measured}")
+    _check_sources(options, methods)
+    if options.balance and options.rule != "balanced":
+        raise UserError("--balance goes with --rule balanced")
+    if options.method == "by-hand" and (options.k or options.languages):
+        raise UserError("clusters by hand have the number and languages of --groups")
+
+
+def _check_sources(options: argparse.Namespace, methods: Collection[str]) -> None:
+    """The same of what measures are made of."""
+    wants = {
         "--features": (options.features, ("typology",)),
         "--only": (options.only, ("typology", "table")),
         "--table": (options.table, ("table",)),
         "--tagged": (options.tagged, ("names",)),
         "--states": (options.states, ("states", "alignment")),
-        "--layer": (options.layer, ("states", "alignment")),
+        "--layer": (options.layer is not None, ("states", "alignment")),
     }
+    if options.languages:  # else it says which languages there are
+        wants["--corpus"] = (options.corpus, ("words", "characters"))
     for name, (given, allowed) in wants.items():
-        if given and not methods & set(allowed):
-            raise UserError(f"{name} goes with --method {' or '.join(allowed)}")
-    if options.balance and options.rule != "balanced":
-        raise UserError("--balance goes with --rule balanced")
-    if options.method == "by-hand" and (options.k or options.languages):
-        raise UserError("clusters by hand have the number and languages of --groups")
+        if given and not set(methods) & set(allowed):
+            raise UserError(f"{name} goes with {' or '.join(allowed)}")
 
 
 def _methods(spec: str) -> list[str]:
@@ -263,6 +279,7 @@ def _nearest(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.runs.relatives import relatives
 
+    _check_sources(options, options.by)
     found = relatives(options.language, options.by, _sources(options), options.languages)
     if options.json:
         print_json([relative.to_json() for relative in found])

@@ -7,6 +7,7 @@ measured is in `clustering`.
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +60,25 @@ def measured(spec: str, languages: Sequence[str] | None, sources: Sources) -> Di
         languages = languages_of(spec, sources)
     found = [(MEASURES[name](languages, sources), weight) for name, weight in parts]
     return found[0][0] if len(found) == 1 else combine(found)
+
+
+def resampled(
+    spec: str, languages: Sequence[str], sources: Sources, count: int
+) -> Iterator[Distances]:
+    """The same with features drawn anew with replacement, `count` times; nothing if no measure has
+    features. Draws that leave a pair with nothing in common are passed over, as many again at
+    most."""
+    if not {"typology", "table"} & set(measures_of(spec)):
+        return
+    for seed in range(2 * count):
+        try:
+            found = measured(spec, languages, replace(sources, resample=seed))
+        except UserError:
+            continue
+        yield found
+        count -= 1
+        if not count:
+            return
 
 
 def measures_of(spec: str) -> list[str]:
@@ -124,6 +144,11 @@ def _text(
             documents = corpora.read(corpus, faults, [tag])
             texts = (document.text for document in documents if document.language == tag)
             counts[tag] = count(itertools.islice(texts, sources.documents))
+        silent = [tag for tag, found in counts.items() if not found]
+        if silent:
+            raise corpora.no_documents(silent, faults)
+        if faults:
+            print(f"{corpus}: {faults}", file=sys.stderr)
         made_from = {"corpus": corpora.fingerprint(corpus, tags)}
         found = lexical.text_distances(counts, measure, made_from)
         facts = {"most_documents": sources.documents, "records_left_out": faults.to_json()}
