@@ -5,6 +5,7 @@ aclanthology.org/E17-2002). Does not import lang2vec, whose import fails with se
 does not copy its data, which is CC-BY-SA-4.0.
 """
 
+import functools
 import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def features(
     names: list[str] = []
     for part in _parts(set_name):
         values, known, part_names = _read(part)
-        blocks.append(values[[known.index(codes[language]) for language in languages]])
+        rows = [known.index(codes[language]) for language in languages]
+        blocks.append(values[rows].astype(np.float64))
         names += part_names
     joined = np.concatenate(blocks, axis=1)
     return np.where(joined == -1, np.nan, joined), tuple(names)
@@ -63,7 +65,7 @@ def features(
 
 def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") -> dict[str, str]:
     """Tag -> the ISO 639-3 code of its features: the first of `languages.iso639_3` with any."""
-    informed = set.intersection(*(_informed(part) for part in _parts(set_name)))
+    informed = frozenset.intersection(*(_informed(part) for part in _parts(set_name)))
     found = {tag: [code for code in iso639_3(tag) if code in informed] for tag in languages}
     without = [f"{tag} ({_what_it_has(tag)})" for tag, codes in found.items() if not codes]
     if without:
@@ -73,7 +75,7 @@ def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") 
 
 def known(languages: Sequence[str], set_name: str) -> tuple[str, ...]:
     """Those of the canonical tags of which a set knows something."""
-    informed = set.intersection(*(_informed(part) for part in _parts(set_name)))
+    informed = frozenset.intersection(*(_informed(part) for part in _parts(set_name)))
     return tuple(tag for tag in languages if informed.intersection(iso639_3(tag)))
 
 
@@ -97,11 +99,15 @@ def _what_it_has(tag: str) -> str:
     return f"{english_name(tag)}, which has {', '.join(sets) if sets else 'none of any set'}"
 
 
-def _informed(part: str) -> set[str]:
+@functools.lru_cache(maxsize=len(FEATURE_SETS))
+def _informed(part: str) -> frozenset[str]:
+    """Codes of which a set knows something."""
     values, known, _ = _read(part)
-    return {known[row] for row in np.flatnonzero((values != -1).any(axis=1))}
+    return frozenset(known[row] for row in np.flatnonzero((values != -1).any(axis=1)))
 
 
+# Families are 113 MB to unpack; a measure asks for the same set several times.
+@functools.lru_cache(maxsize=3)
 def _read(part: str) -> tuple[np.ndarray, list[str], list[str]]:
     """Values [codes, features] with -1 for missing, the codes, the names of the features."""
     file_name, source, prefix = FEATURE_SETS[part]
@@ -109,7 +115,7 @@ def _read(part: str) -> tuple[np.ndarray, list[str], list[str]]:
     columns = np.flatnonzero(np.char.startswith(data["feats"], prefix))
     layer = data["sources"].tolist().index(source)
     names = [str(name).replace(" ", "_") for name in data["feats"][columns]]
-    return data["data"][:, columns, layer].astype(np.float64), data["langs"].tolist(), names
+    return data["data"][:, columns, layer], data["langs"].tolist(), names
 
 
 def _data_file(name: str) -> Path:
