@@ -32,13 +32,17 @@ def varying(values: Table) -> Bool[np.ndarray, " features"]:
     return ~constant
 
 
-def resampled(values: Table, random_seed: int | None) -> Table:
-    """As many features, drawn with replacement by the random seed (bootstrap); None leaves them as
-    they are."""
-    if random_seed is None:
+def compared(
+    values: Table, names: Sequence[str], only: Sequence[str], where: str, resample: int | None
+) -> Float[np.ndarray, "languages compared"]:
+    """The columns that languages are compared by: those of the names `only`, as in `chosen`, that
+    vary; with `resample` as many, drawn with replacement by that random seed (bootstrap)."""
+    values = values[:, chosen(names, only, where)]
+    values = values[:, varying(values)]
+    if resample is None:
         return values
     count = values.shape[1]
-    return values[:, np.random.default_rng(random_seed).integers(count, size=count)]
+    return values[:, np.random.default_rng(resample).integers(count, size=count)]
 
 
 def coverage(values: Table) -> Float[np.ndarray, "languages languages"]:

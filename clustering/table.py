@@ -73,8 +73,7 @@ def distances(
     if missing:
         raise UserError(f"{path} has no line for {', '.join(missing[:5])}")
     values = values[[tags.index(tag) for tag in wanted]]
-    values = values[:, features.chosen(names, only, str(path))]
-    values = features.resampled(values[:, features.varying(values)], resample)
+    values = features.compared(values, names, only, str(path), resample)
     if metric not in features.METRICS:
         raise UserError(f"unknown metric {metric!r}; there are {', '.join(features.METRICS)}")
     return Distances(

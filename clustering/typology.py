@@ -36,8 +36,7 @@ def distances(
     """
     tags = canonical_all(languages)
     values, names = uriel.features(tags, features)
-    values = values[:, tables.chosen(names, only, features)]
-    values = tables.resampled(values[:, tables.varying(values)], resample)
+    values = tables.compared(values, names, only, features, resample)
     _check_comparable(tags, values, features)
     return Distances(
         measure="typology",

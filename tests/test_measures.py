@@ -1,7 +1,6 @@
 """Distances by name from whatever a user has, clusters of them, and relatives."""
 
 import gzip
-import json
 
 import numpy as np
 import pytest
@@ -267,4 +266,17 @@ def test_relatives_without_a_run_have_no_tokens(xelm):
     assert {row["tokens"] for row in found} == {row["expert"] for row in found} == {None}
     out = xelm("nearest", "pt", "--languages", "ja,es,de").out
     assert "tokens" not in out and "Spanish" in out
-    assert json.dumps(found)
+
+
+def test_clusters_that_were_killed_while_drawn_can_be_made_again(xelm, tmp_path, monkeypatch):
+    command = ("cluster", "-k", 2, "--languages", "en,de,fr,ja", "--out", tmp_path / "out")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Clustering, "plot_tree", killed)
+        assert xelm(*command).code == 130
+    assert not (tmp_path / "out" / "clusters.json").exists()
+    assert xelm(*command).code == 0
+    assert len(Clustering.load(tmp_path / "out").clusters) == 2

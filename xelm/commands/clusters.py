@@ -74,8 +74,9 @@ def _cluster(options: argparse.Namespace) -> None:
     _check_options(options)
     makers = {"tfidf": _by_tfidf, "random": _at_random, "by-hand": _by_hand}
     clustering = makers.get(options.method, _by_measure)(options, _sources(options))
-    clustering.save(options.out)
+    # The record comes last: without it a command that was killed can be run again.
     _draw(clustering, Path(options.out))
+    clustering.save(options.out)
     if options.json:
         facts = {name: getattr(clustering, name) for name in ("method", "parameters")}
         groups = {"clusters": clustering.clusters, "unassigned": clustering.unassigned}
@@ -130,14 +131,14 @@ def _by_measure(options: argparse.Namespace, sources: "Sources") -> "Clustering"
     from clustering.languages import without
     from xelm.runs.distances import languages_of, measured, resampled
 
+    if options.k is None:
+        raise UserError("give the number of clusters with -k, or -k auto")
     languages = options.languages or languages_of(options.method, sources)
     tags, unassigned = without(languages, options.exclude)
     distances = measured(options.method, tags, sources)
     rule = options.rule or RULES[0]
     sizes = _sizes(options, sources.run, tags)
     k, why = options.k, {}
-    if k is None:
-        raise UserError("give the number of clusters with -k, or -k auto")
     if k == "auto":
         drawn = resampled(options.method, tags, sources, RESAMPLINGS)
         found = choice.choices(distances, rule=rule, sizes=sizes, resampled=drawn)
@@ -239,6 +240,7 @@ def _draw(clustering: "Clustering", directory: Path) -> None:
 
     from clustering import uriel
 
+    directory.mkdir(parents=True, exist_ok=True)
     plots = {"sizes": clustering.plot_sizes}
     if clustering.of_documents:
         plots["composition"] = clustering.plot_composition
