@@ -106,16 +106,22 @@ def _informed(part: str) -> frozenset[str]:
     return frozenset(known[row] for row in np.flatnonzero((values != -1).any(axis=1)))
 
 
-# Families are 113 MB to unpack; a measure asks for the same set several times.
+# A measure asks for the same set several times.
 @functools.lru_cache(maxsize=3)
 def _read(part: str) -> tuple[np.ndarray, list[str], list[str]]:
     """Values [codes, features] with -1 for missing, the codes, the names of the features."""
     file_name, source, prefix = FEATURE_SETS[part]
-    data = files.read_arrays(_data_file(file_name))
+    data = _unpacked(file_name)
     columns = np.flatnonzero(np.char.startswith(data["feats"], prefix))
     layer = data["sources"].tolist().index(source)
     names = [str(name).replace(" ", "_") for name in data["feats"][columns]]
     return data["data"][:, columns, layer], data["langs"].tolist(), names
+
+
+# Sets of one file stand beside each other; families alone are 113 MB.
+@functools.lru_cache(maxsize=1)
+def _unpacked(file_name: str) -> dict[str, np.ndarray]:
+    return files.read_arrays(_data_file(file_name))
 
 
 def _data_file(name: str) -> Path:

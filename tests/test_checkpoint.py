@@ -165,6 +165,7 @@ print((peak - before) / size)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_loading_takes_less_than_a_third_more_memory_than_the_model(fsdp, tmp_path):
     config = CONFIGS["llama-grouped"].to_dict() | {

@@ -64,7 +64,7 @@ def test_a_prefix_vector_is_the_vector_of_the_prefix():
 def test_chunks_do_not_matter_and_empty_documents_are_zero(monkeypatch):
     documents, _ = corpus()
     fitted = tfidf.fit(documents, V, dimensions=8)
-    documents[3:5] = [np.zeros(0, np.int32), []]
+    documents[3:5] = [np.zeros(0, np.int32), np.array([])]
     whole = fitted.transform(documents)
     monkeypatch.setattr(vectoriser, "_TOKENS_PER_CHUNK", 40)
     np.testing.assert_allclose(fitted.transform(iter(documents)), whole, atol=1e-7)

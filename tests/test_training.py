@@ -194,7 +194,13 @@ def test_trainings_of_one_shape_share_one_compiled_step(trained):
     assert (compiled.step._cache_size(), compiled.create._cache_size()) == (1, 1)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(8, 1, 1), (2, 4, 1), (1, 1, 2), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor"),
+    [
+        (2, 2, 2),
+        *(pytest.param(*m, marks=pytest.mark.slow) for m in ((8, 1, 1), (2, 4, 1), (1, 1, 2))),
+    ],
+)
 def test_the_losses_do_not_depend_on_the_mesh(trained, data, fsdp, tensor):
     short = replace(CONFIG, tokens=6 * 128)
     config = replace(short, mesh_data=data, mesh_fsdp=fsdp, mesh_tensor=tensor)

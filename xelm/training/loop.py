@@ -67,7 +67,7 @@ def train(
     """
     directory = Path(directory)
     languages = [source.ids.language for source in sources]
-    rate = schedule(config)
+    rates = schedule(config)
     mesh = make_mesh(config)
     with jax.set_mesh(mesh), closing(Checkpoints(directory / "checkpoints")) as checkpoints:
         functions = program(model, config, mesh)
@@ -111,7 +111,7 @@ def train(
                     batch = hide(batch, masking, config.mask_share, config.random_seed, step)
                 arrays = {k: v for k, v in batch.items() if k != "language"}
                 arrays = jax.device_put(arrays, functions.batch_sharding)
-                state, metrics = functions.step(state, arrays, rate(step - 1))
+                state, metrics = functions.step(state, arrays, rates[step - 1])
                 progress.update(config.tokens_per_step)
                 last = step == config.steps
                 logged = step % config.log_every == 0 or last
@@ -126,7 +126,7 @@ def train(
                             "step": step,
                             "tokens": total,
                             "loss": loss,
-                            "learning_rate": rate(step - 1),
+                            "learning_rate": float(rates[step - 1]),
                             "grad_norm": norm,
                             "tokens_per_second": (total - since) / (now - clock),
                             "language_tokens": dict(seen),

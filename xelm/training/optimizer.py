@@ -1,19 +1,20 @@
 """AdamW and its learning-rate schedules, from optax."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Float
 
 from xelm.config import TrainConfig
 
 
-def schedule(config: TrainConfig) -> Callable[[int], float]:
-    """Learning rate by step, from 0 to steps - 1: linear warm-up, then the configured decay, which
-    reaches the final rate at the last step."""
+def schedule(config: TrainConfig) -> Float[np.ndarray, " steps"]:
+    """Learning rate of each step: linear warm-up, then the configured decay, which reaches the
+    final rate at the last step. All at once, before the first step: asked for one by one they would
+    wait on the device for the steps before them."""
     steps, peak = config.steps, config.learning_rate
     final = peak * config.final_rate_share
     warmup = round(config.warmup_share * steps)
@@ -32,7 +33,7 @@ def schedule(config: TrainConfig) -> Callable[[int], float]:
         # The first step already moves: by peak / warmup, not by zero.
         rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
         decay = optax.join_schedules([rise, decay], [warmup])
-    return lambda step: float(np.asarray(decay(step)))
+    return np.asarray(jax.jit(decay)(np.arange(steps)), np.float64)
 
 
 def clipped(gradients: Any, clip_norm: float) -> tuple[Any, jax.Array]:
