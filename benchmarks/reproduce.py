@@ -50,8 +50,8 @@ from xelm.data.corpus import fingerprint
 from xelm.presets import tiny
 from xelm.process import prepare
 from xelm.runs import growing
-from xelm.runs.evaluation import Row
 from xelm.runs.init import init
+from xelm.runs.results import Row
 from xelm.runs.run import Run, open_run
 from xelm.training.loop import DivergedError
 

@@ -11,9 +11,10 @@ from clustering.clustering import Clustering
 from clustering.control import by_hand
 from xelm.config import RunConfig
 from xelm.data.corpus import Faults, fingerprint, read
-from xelm.runs import evaluation, training
-from xelm.runs.evaluation import Row
+from xelm.runs import training
+from xelm.runs.evaluation import evaluate
 from xelm.runs.init import init
+from xelm.runs.results import Row, read_results
 from xelm.runs.run import Run
 
 Setting = tuple[float, int]
@@ -109,16 +110,14 @@ def routings_of(system: str) -> Sequence[str]:
 def perplexities(rows: Sequence[Row], system: str) -> list[float]:
     """By language, of the system's first routing."""
     key = ("dense", None) if system == "dense" else ("ensemble", routings_of(system)[0])
-    found = evaluation.summary(rows)[key]
+    found = {row.language: row.perplexity for row in rows if (row.system, row.routing) == key}
     return [found[language] for language in LANGUAGES]
 
 
 def evaluated(run: Run, corpus: Path, routings: Sequence[str]) -> list[Row]:
     """The rows of a RUN on a corpus, from its results if they are of that corpus."""
-    path = run.results / evaluation.FILE_NAME
-    if path.exists():
-        results = json.loads(path.read_text())
-        same_text = results["corpus_sha256"] == fingerprint(corpus)
-        if same_text and set(routings) <= set(results["routings"]):
-            return [Row.from_json(row) for row in results["rows"]]
-    return evaluation.evaluate(run, corpus, routings=routings)
+    record, rows = read_results(run)
+    same_text = record.get("corpus_sha256") == fingerprint(corpus)
+    if same_text and set(routings) <= set(record["routings"]):
+        return rows
+    return evaluate(run, corpus, routings=routings)

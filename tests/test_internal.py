@@ -1,5 +1,9 @@
 """What a seed makes of languages: the file, distances of its states, and where they come from."""
 
+import itertools
+import shutil
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,13 +11,16 @@ from shared import LANGUAGES, documents_of
 
 from clustering import files, internal
 from clustering.errors import UserError
-from clustering.internal import States
+from clustering.internal import States, Updates
+from xelm.data.rows import Source
 from xelm.inference.states import document_states
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.models.parameters import bind, graph
+from xelm.runs import updates
 from xelm.runs.distances import Sources, measured
 from xelm.runs.features import features
 from xelm.runs.run import open_run
+from xelm.training.loop import train
 
 
 def saved(tmp_path, values, tags=("en", "de", "fr")):
@@ -70,7 +77,7 @@ def test_some_languages_alone(random_states):
 
 
 def test_what_is_wrong_with_states_is_said(tmp_path, random_states):
-    with pytest.raises(UserError, match=r"states.npz has no states of ja, sw"):
+    with pytest.raises(UserError, match=r"states.npz knows nothing of ja, sw"):
         internal.cosine(random_states, ["en", "ja", "sw"])
     for layer in (0, 5):
         with pytest.raises(UserError, match=f"layer must be between 1 and 4, .*; got {layer}"):
@@ -136,3 +143,158 @@ def test_text_that_cannot_be_used_is_refused(xelm, tiny, tmp_path):
         )
         assert outcome.code == 2 and said in outcome.err and outcome.out == ""
     assert not (tmp_path / "x.npz").exists()
+
+
+# How it moves in training, and what experts lose
+
+
+def test_updates_are_compared_by_their_angle_over_the_last_three_layers(tmp_path):
+    moved = np.random.default_rng(2).normal(size=(5, 3, 20))
+    moved[:, 1] = 7.0 * moved[:, 0]  # as far along, the same way
+    path, tags = tmp_path / "updates.npz", ("en", "de", "fr")
+    inner = moved @ moved.swapaxes(1, 2)
+    Updates(languages=tags, inner=inner, made_from={"a": "b"}).save(path)
+    found = internal.updates(path)
+    assert found.between("en", "de") == pytest.approx(0.0, abs=1e-12)
+    x, y = moved[2:, 0].ravel(), moved[2:, 2].ravel()
+    cos = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+    assert found.between("en", "fr") == pytest.approx((1 - cos) / 2)
+    assert found.parameters == {"layers": [3, 5]} and found.made_from["a"] == "b"
+    x, y = moved[1, 0], moved[1, 2]
+    cos = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
+    alone = internal.updates(path, ["fra", "en"], layer=2)
+    assert alone.languages == ("fr", "en")
+    assert alone.between("en", "fr") == pytest.approx((1 - cos) / 2)
+    with pytest.raises(UserError, match=r"layer must be between 1 and 5, .*; got 6"):
+        internal.updates(path, layer=6)
+    with pytest.raises(UserError, match=r"wants arrays 'languages' and 'states'"):
+        internal.cosine(path)
+
+
+def test_updates_of_a_run_are_what_training_changed(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny.directory, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    model, tokenizer = read_config(run.seed), run.tokenizer()
+    before = load_parameters(run.seed, model)["blocks"]
+    config, moved = replace(run.config.dense, tokens=2 * run.config.dense.tokens_per_step), {}
+    for tag in ("en", "fr"):
+        after = train(
+            lambda shardings: load_parameters(run.seed, model, shardings),
+            model,
+            [Source(ids=run.store().languages[tag], share=1.0)],
+            config,
+            tmp_path / tag,
+            start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id,
+            label=tag,
+        ).parameters["blocks"]
+        moved[tag] = {
+            name: np.asarray(after[name]["weight"]) - np.asarray(before[name]["weight"])
+            for name in ("up", "gate", "down")
+        }
+
+    def inner(one, other):
+        """By layer, over all entries."""
+        return sum((moved[one][n] * moved[other][n]).sum(axis=(1, 2)) for n in moved[one])
+
+    found = updates.updates(run, ["en", "fr"], steps=2)
+    for (i, one), (j, other) in itertools.product(enumerate(("en", "fr")), repeat=2):
+        np.testing.assert_allclose(found.inner[:, i, j], inner(one, other), rtol=1e-4)
+    assert not any(run.training("").glob("updates-*"))
+    # A sample has nearly the same angles.
+    path = tmp_path / "updates.npz"
+    found.save(path)
+    whole = internal.updates(path).between("en", "fr")
+    monkeypatch.setattr(updates, "DRAWN", 200)
+    found = updates.updates(run, ["en", "fr"], steps=2)
+    # 200 of 16 x 24 entries.
+    scaled = found.inner[:, 0, 0] * 16 * 24 / 200
+    np.testing.assert_allclose(scaled, inner("en", "en"), rtol=0.3)
+    found.save(path)
+    assert internal.updates(path).between("en", "fr") == pytest.approx(whole, abs=0.05)
+
+
+def test_interrupted_updates_go_on_with_the_languages_that_are_left(tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny.directory, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    whole = updates.updates(run, ["en", "de"], steps=1)
+    trained = []
+
+    def killed(*arguments, label, **more):
+        trained.append(label)
+        if trained == ["en", "de"]:
+            raise KeyboardInterrupt
+        return train(*arguments, label=label, **more)
+
+    monkeypatch.setattr(updates, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        updates.updates(run, ["en", "de"], steps=1)
+    again = updates.updates(run, ["en", "de"], steps=1)
+    assert trained == ["en", "de", "de"]
+    np.testing.assert_array_equal(again.inner, whole.inner)
+
+
+def test_updates_from_the_command_line(xelm, tiny, tmp_path):
+    path = tmp_path / "updates.npz"
+    command = ("features", tiny.directory, "--of", "updates", "--languages", "en,de,es", "--out")
+    outcome = xelm(*command, path, "--steps", 1)
+    assert outcome.code == 0 and "3 languages, 2 layers" in outcome.out, outcome.err
+    clusters = xelm(
+        *("cluster", "--method", "updates", "--updates", path, "-k", 2, "--json"),
+        *("--out", tmp_path / "clusters"),
+    ).json()["clusters"]
+    assert sorted(tag for tags in clusters.values() for tag in tags) == ["de", "en", "es"]
+    for more, said in (
+        (["--steps", 0], "steps must be at least 1; got 0"),
+        (["--documents", 3], "--corpus and --documents go with --of states"),
+        (["--of", "states", "--steps", 3], "--steps goes with --of updates"),
+        (["--languages", "en,sw"], "has no text in sw"),
+    ):
+        outcome = xelm(*command, tmp_path / "x.npz", *more)
+        assert outcome.code == 2 and said in outcome.err and not (tmp_path / "x.npz").exists()
+
+
+def test_losses_are_what_the_own_expert_spares():
+    nats = np.array([[2.0, 4.0, 3.0], [4.0, 3.0, 3.0], [2.5, 2.0, 1.5]])
+    found = internal.losses(["en", "de", "fr"], nats, {"a": "b"})
+    assert found.between("en", "de") == pytest.approx((2 / 4 + 1 / 4) / 2)
+    assert found.between("en", "fr") == pytest.approx((1 / 5 + 1 / 2) / 2)
+    # The French expert is the better one on German.
+    assert found.between("de", "fr") == pytest.approx((0 + 1 / 2) / 2)
+    assert found.made_from == {"a": "b"}
+
+
+def test_losses_are_of_a_runs_results(tiny, tmp_path):
+    run = alone(tiny, tmp_path)
+    experts = {expert.languages[0]: expert.name for expert in run.registry().published()}
+    nats = {("en", "en"): 20.0, ("en", "de"): 60.0, ("de", "en"): 40.0, ("de", "de"): 30.0}
+    rows = [
+        *(row(experts[one], other, value) for (one, other), value in nats.items()),
+        row("seed", "en", 1.0),
+        row("ensemble", "en", 1.0, "uniform"),
+    ]
+    run.results.mkdir(exist_ok=True)
+    files.write_json(run.results / "results.json", {"format": 1, "rows": rows})
+    found = measured("losses", ["en", "deu"], Sources(run=run))
+    assert found.between("en", "de") == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert "results.json" in found.made_from
+    files.write_json(run.results / "results.json", {"format": 1, "rows": rows[1:]})
+    with pytest.raises(UserError, match=r"no loss of the expert of en on en; run xelm evaluate"):
+        measured("losses", ["en", "de"], Sources(run=run))
+    with pytest.raises(UserError, match=r"of one language each; .* has none of es, fr alone"):
+        measured("losses", ["en", "de", "es", "fr"], Sources(run=run))
+
+
+def alone(tiny, tmp_path):
+    """The tiny RUN's registry as if its clusters were of one language each."""
+    shutil.copytree(tiny.directory, tmp_path / "run")
+    registry = files.read_json(tmp_path / "run" / "registry.json")
+    for expert, language in zip(registry["experts"], ("en", "de")):
+        expert["languages"] = [language]
+    files.write_json(tmp_path / "run" / "registry.json", registry)
+    return open_run(tmp_path / "run")
+
+
+def row(system, language, nll, routing=None):
+    counts = {"documents": 1, "tokens": 10, "bytes": 40}
+    return {"system": system, "routing": routing, "language": language, "nll": nll, **counts}

@@ -7,9 +7,9 @@ from pathlib import Path
 from clustering import typology
 from xelm.presets import quickstart as preset
 from xelm.runs import evaluation, growing, training
-from xelm.runs.evaluation import Row
 from xelm.runs.init import init
 from xelm.runs.report import report
+from xelm.runs.results import Row
 from xelm.runs.run import Run
 
 LANGUAGES = ("ar", "bg", "de", "en", "es", "fr", "hi", "ja", "ko", "ru", "sw", "tr", "ur", "zh")

@@ -8,8 +8,8 @@ import numpy as np
 from clustering.languages import english_name
 
 if TYPE_CHECKING:
-    from xelm.runs.evaluation import Row
     from xelm.runs.relatives import Relatives
+    from xelm.runs.results import Row
 
 # Six columns within a hundred characters or little more.
 _WIDTH = 15

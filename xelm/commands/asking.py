@@ -28,7 +28,8 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from xelm import tables
-    from xelm.runs.evaluation import FILE_NAME, evaluate
+    from xelm.runs.evaluation import evaluate
+    from xelm.runs.results import RESULTS
     from xelm.runs.run import open_run
 
     run = open_run(options.run)
@@ -44,7 +45,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         print_json([row.to_json() for row in rows])
     else:
         print(tables.results(rows, options.routing, run.languages))
-        print(f"\nSaved in {run.results / FILE_NAME}")
+        print(f"\nSaved in {run.results / RESULTS}")
 
 
 EVALUATE = Verb("perplexity and bits per byte by language", _evaluate_options, _evaluate)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MEASURES = (
     *("typology", "genealogy", "geography", "table"),
     *("words", "characters", "subwords", "names"),
-    *("states", "alignment"),
+    *("states", "alignment", "updates", "losses"),
 )
 RULES = ("pairs", "single", "average", "complete", "balanced")
 # What is measured of languages that only have a code.
@@ -198,7 +198,8 @@ def _check_sources(options: argparse.Namespace, methods: Collection[str]) -> Non
         "--table": (options.table, ("table",)),
         "--tagged": (options.tagged, ("names",)),
         "--states": (options.states, ("states", "alignment")),
-        "--layer": (options.layer is not None, ("states", "alignment")),
+        "--updates": (options.updates, ("updates",)),
+        "--layer": (options.layer is not None, ("states", "alignment", "updates")),
     }
     if options.languages:  # else it says which languages there are
         wants["--corpus"] = (options.corpus, ("words", "characters"))
@@ -299,7 +300,17 @@ def _features_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--languages", type=names, metavar="A,B,C", help="(default: all of it)")
     verb.add_argument(
-        "--documents", type=int, default=100, metavar="N", help="of each (default: %(default)s)"
+        "--of",
+        choices=("states", "updates"),
+        default="states",
+        help="its states as it reads (default), or how a few steps of training on each language "
+        "move it",
+    )
+    verb.add_argument(
+        "--documents", type=int, metavar="N", help="of each, to read for states (default: 100)"
+    )
+    verb.add_argument(
+        "--steps", type=int, metavar="N", help="of training on each, for updates (default: 10)"
     )
     verb.add_argument("--out", metavar="FILE", required=True, help=".npz to write")
 
@@ -307,23 +318,37 @@ def _features_options(verb: argparse.ArgumentParser) -> None:
 def _features(options: argparse.Namespace) -> None:
     from xelm.runs.features import features
     from xelm.runs.run import open_run
+    from xelm.runs.updates import updates
 
     if Path(options.out).exists():
         raise UserError(f"{options.out} exists already; choose another file")
-    found = features(
-        open_run(options.run), options.corpus, options.languages, documents=options.documents
-    )
+    run = open_run(options.run)
+    if options.of == "updates":
+        if options.corpus or options.documents is not None:
+            raise UserError("--corpus and --documents go with --of states")
+        found = updates(run, options.languages, **_given(steps=options.steps))
+        shape = f"{len(found.languages)} languages, {len(found.inner)} layers"
+    else:
+        if options.steps is not None:
+            raise UserError("--steps goes with --of updates")
+        found = features(
+            run, options.corpus, options.languages, **_given(documents=options.documents)
+        )
+        languages, documents, layers, width = found.values.shape
+        shape = f"{languages} languages, {documents} documents of each, {layers} layers of {width}"
     found.save(options.out)
-    languages, documents, layers, width = found.values.shape
-    shape = f"{languages} languages, {documents} documents of each, {layers} layers of {width}"
     print(f"{shape}: {options.out}")
+
+
+def _given(**options: int | None) -> dict[str, int]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 FEATURES = Verb("write what the seed makes of text, for clustering", _features_options, _features)
 
 
 def _source_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--run", metavar="RUN", help="RUN whose corpus and subwords are used")
+    verb.add_argument("--run", metavar="RUN", help="RUN whose corpus, subwords or losses are used")
     verb.add_argument("--corpus", metavar="DIR", help="text whose words or characters are used")
     verb.add_argument(
         "--features",
@@ -338,8 +363,13 @@ def _source_options(verb: argparse.ArgumentParser) -> None:
         "--tagged", metavar="DIR", help="folder of <language>.conllu[.gz|.zst], for names"
     )
     verb.add_argument("--states", metavar="FILE", help="of xelm features, for states and alignment")
+    verb.add_argument("--updates", metavar="FILE", help="of xelm features --of updates")
     verb.add_argument(
-        "--layer", type=int, metavar="N", help="of the states (default: the middle one)"
+        "--layer",
+        type=int,
+        metavar="N",
+        help="of the model (default: the middle one for states and alignment, the last three for "
+        "updates)",
     )
 
 
@@ -355,5 +385,6 @@ def _sources(options: argparse.Namespace) -> "Sources":
         run=open_run(options.run) if options.run else None,
         tagged=options.tagged,
         states=options.states,
+        updates=options.updates,
         layer=options.layer,
     )

@@ -13,13 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from clustering import genealogy, geography, internal, lexical, table, typology
 from clustering.distances import Distances, combine
 from clustering.errors import UserError
+from clustering.files import sha256
 from clustering.languages import canonical_all
 from xelm.data import corpus as corpora
 from xelm.data import tagged
 from xelm.data.corpus import Faults
+from xelm.runs.results import RESULTS, read_results
 from xelm.runs.run import Run
 
 Item = TypeVar("Item")
@@ -38,13 +42,16 @@ class Sources:
     corpus: str | Path | None = None
     """Text by language; for words and characters."""
     run: Run | None = None
-    """For subwords; and for words and characters where no corpus is given."""
+    """For subwords and losses; and for words and characters where no corpus is given."""
     tagged: str | Path | None = None
     """Folder of CoNLL-U files; for names."""
     states: str | Path | None = None
     """File of `xelm features`; for states and alignment."""
+    updates: str | Path | None = None
+    """File of `xelm features --of updates`; for updates."""
     layer: int | None = None
-    """Of the model; for states and alignment. None takes the middle one."""
+    """Of the model; for states and alignment, where None takes the middle one, and for updates,
+    where it takes the last three."""
     documents: int = 10_000
     """At most so many of each language are counted."""
     resample: int | None = None
@@ -116,6 +123,8 @@ def languages_of(spec: str, sources: Sources) -> Sequence[str]:
         return list(tagged.files(sources.tagged))
     if {"states", "alignment"} & set(measures_of(spec)) and sources.states:
         return internal.States.load(sources.states).languages
+    if "updates" in measures_of(spec) and sources.updates:
+        return internal.Updates.load(sources.updates).languages
     if sources.corpus:
         return corpora.languages_of(sources.corpus)
     if sources.run:
@@ -188,6 +197,33 @@ def _internal(
     )
 
 
+def _updates(languages: Sequence[str], sources: Sources) -> Distances:
+    path = _given(sources.updates, "updates", "--updates")
+    return internal.updates(path, languages, sources.layer)
+
+
+def _losses(languages: Sequence[str], sources: Sources) -> Distances:
+    run, tags = _given(sources.run, "losses", "--run"), canonical_all(languages)
+    experts = {e.languages[0]: e.name for e in run.registry().published() if len(e.languages) == 1}
+    missing = [tag for tag in tags if tag not in experts]
+    if missing:
+        raise UserError(
+            f"losses are between experts of one language each; {run.directory} has none of "
+            f"{', '.join(missing)} alone"
+        )
+    path = run.results / RESULTS
+    found = {(row.system, row.language): row.nll / row.tokens for row in read_results(run)[1]}
+    pairs = [(one, other) for one in tags for other in tags]
+    unknown = [pair for pair in pairs if (experts[pair[0]], pair[1]) not in found]
+    if unknown:
+        raise UserError(
+            f"{path} has no loss of the expert of {unknown[0][0]} on {unknown[0][1]}; run xelm "
+            "evaluate on text of all of them, with another routing than by language alone"
+        )
+    nats = np.array([found[experts[one], other] for one, other in pairs])
+    return internal.losses(tags, nats.reshape(len(tags), -1), {path.name: sha256(path)})
+
+
 def _given(source: Item | None, measure: str, option: str) -> Item:
     if source is None:
         raise UserError(f"the measure {measure} needs {option}")
@@ -207,4 +243,6 @@ MEASURES: Mapping[str, Measure] = {
     "names": _names,
     "states": _internal("states", internal.cosine),
     "alignment": _internal("alignment", internal.alignment),
+    "updates": _updates,
+    "losses": _losses,
 }

@@ -4,10 +4,8 @@ Each model scores every document once; all routings are computed from those scor
 """
 
 import hashlib
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,58 +23,8 @@ from xelm.models.config import ModelConfig
 from xelm.progress import bar
 from xelm.runs.ensembles import check_top_m, make_router, serving
 from xelm.runs.init import tokenise
+from xelm.runs.results import RESULTS, Row
 from xelm.runs.run import Run
-
-FILE_NAME = "results.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One system on one language."""
-
-    system: str
-    """seed, dense, the name of an expert, or ensemble."""
-    routing: str | None
-    """Of the ensemble; None for single models."""
-    language: str
-    """Canonical tag."""
-    documents: int
-    """Documents scored."""
-    tokens: int
-    """Predicted tokens: all but the first of each document, its end included."""
-    bytes: int
-    """UTF-8 bytes of the documents."""
-    nll: float
-    """Nats in total."""
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Row":
-        """From a row of results.json."""
-        return cls(**{field.name: value[field.name] for field in fields(cls)})
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nats a token); depends on the tokenizer."""
-        return math.exp(self.nll / self.tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Comparable over tokenizers, not over scripts."""
-        return self.nll / math.log(2) / self.bytes
-
-    def to_json(self) -> dict[str, Any]:
-        """As in results.json."""
-        return {
-            "system": self.system,
-            "routing": self.routing,
-            "language": self.language,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "nll": self.nll,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-        }
 
 
 def evaluate(
@@ -148,17 +96,9 @@ def evaluate(
     return rows
 
 
-def summary(rows: Sequence[Row]) -> dict[tuple[str, str | None], dict[str, float]]:
-    """Perplexity by language for each (system, routing)."""
-    table: dict[tuple[str, str | None], dict[str, float]] = {}
-    for row in rows:
-        table.setdefault((row.system, row.routing), {})[row.language] = row.perplexity
-    return table
-
-
 def _save(run: Run, corpus: str, options: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Writes results.json; one of other text or other options is kept under another name."""
-    path = run.results / FILE_NAME
+    path = run.results / RESULTS
     with locked(run.directory, "evaluate", wait_seconds=60.0):
         if path.exists():
             try:

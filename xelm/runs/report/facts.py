@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from clustering.clustering import Clustering
-from clustering.errors import UserError
 from clustering.figures import cluster_colours
-from clustering.files import read_json, read_object
+from clustering.files import read_object
 from experts.expert import Expert
 from experts.registry import Registry
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
+from xelm.runs.results import read_results
 from xelm.runs.run import Run
 from xelm.training.metrics import read_metrics
 
@@ -130,12 +129,15 @@ class Facts:
 
 def read(run: Run) -> Facts:
     """What there is; UserError for a file that is there but damaged."""
-    directory, config, path = run.directory, run.seed / "config.json", run.results / "results.json"
+    directory, config = run.directory, run.seed / "config.json"
     has_registry = (directory / "registry.json").exists()
     registry = run.registry() if has_registry else Registry(seed_sha256={})
     clusters = run.clusters() if (directory / "clusters.json").exists() else None
-    results = read_json(path) if path.exists() else {}
-    scores = _scores(results, path) if results else {}
+    results, rows = read_results(run)
+    scores: dict[System, dict[str, Score]] = {}
+    for row in rows:
+        score = Score(row.perplexity, row.bits_per_byte)
+        scores.setdefault(System(row.system, row.routing), {})[row.language] = score
     model = read_object(config) if config.exists() else None
     newest = {expert.name: expert for expert in (*registry.training(), *registry.published())}
     order = {name: place for place, name in enumerate(clusters.clusters if clusters else ())}
@@ -160,17 +162,6 @@ def read(run: Run) -> Facts:
         },
         groups=list(_groups(run, clusters, experts, scores)),
     )
-
-
-def _scores(results: Mapping[str, Any], path: Path) -> dict[System, dict[str, Score]]:
-    scores: dict[System, dict[str, Score]] = {}
-    try:
-        for row in results["rows"]:
-            score = Score(float(row["perplexity"]), float(row["bits_per_byte"]))
-            scores.setdefault(System(row["system"], row["routing"]), {})[row["language"]] = score
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); run xelm evaluate again") from error
-    return scores
 
 
 def _groups(
