@@ -12,7 +12,8 @@ trained here; what comes after is compared, each in a process of its own:
 - growth: our whole path on more and more documents, drawn anew from those there are.
 
 Inertia is the mean squared distance of a document to the centre of its cluster; balance the largest
-cluster over the mean. Rounds are interleaved; the median is shown, and the spread.
+cluster over the mean. Rounds are interleaved, each with its own random seed; the median is shown,
+and the spread.
 """
 
 import argparse
@@ -45,7 +46,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000, help="of the comparisons")
     parser.add_argument("--grow", default="1e4,3e4,1e5,3e5,1e6", help="documents of the growth")
     parser.add_argument("-k", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--random-seed", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, metavar=("JOB", "DIR"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -96,9 +98,9 @@ def _compare(
 ) -> None:
     job, unit = what
     found: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
-    for _ in range(options.rounds):
+    for random_seed in range(options.rounds):
         for peer in peers:
-            found[peer].append(_apart(f"{job}:{peer}", folder, options))
+            found[peer].append(_apart(f"{job}:{peer}", folder, options, random_seed))
     print(f"\n| {job} | {unit} | against ours | peak memory | inertia | balance |")
     print("|---|---|---|---|---|---|")
     ours = np.array([run["seconds"] for run in found[OURS]])
@@ -106,7 +108,7 @@ def _compare(
         seconds = np.array([run["seconds"] for run in runs])
         shown = seconds if unit == "seconds" else options.documents / seconds
         ratio = np.median(seconds / ours)
-        quality = [f"{runs[0][q]:.4f}" if q in runs[0] else "" for q in ("inertia", "balance")]
+        quality = [_spread(runs, name) for name in ("inertia", "balance")]
         print(
             f"| {peer} | {np.median(shown):,.3g} ({shown.min():,.3g} to {shown.max():,.3g}) "
             f"| {ratio:.2f} times the time | {runs[0]['peak'] / 2**20:,.0f} MiB "
@@ -115,9 +117,19 @@ def _compare(
         )
 
 
-def _apart(job: str, folder: str, options: argparse.Namespace) -> dict[str, float]:
+def _spread(runs: list[dict[str, float]], name: str) -> str:
+    if name not in runs[0]:
+        return ""
+    values = np.array([run[name] for run in runs])
+    return f"{np.median(values):.4f} ({values.min():.4f} to {values.max():.4f})"
+
+
+def _apart(
+    job: str, folder: str, options: argparse.Namespace, random_seed: int = 0
+) -> dict[str, float]:
     """What a job says of itself in a process of its own."""
     command = [sys.executable, __file__, "--one", job, folder, "-k", str(options.k)]
+    command += ["--random-seed", str(random_seed)]
     command += ["--peer", options.peer] if options.peer else []
     return json.loads(
         subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1]
@@ -175,11 +187,12 @@ def _clusters(vectors: np.ndarray, which: str, options: argparse.Namespace) -> d
     def run() -> None:
         nonlocal labels
         if which == OURS:
-            labels = kmeans.fit(vectors, options.k, 0).labels
+            labels = kmeans.fit(vectors, options.k, options.random_seed).labels
         elif which == SCIKIT:
             from sklearn.cluster import KMeans
 
-            labels = KMeans(options.k, n_init=1, random_state=0).fit_predict(vectors)
+            model = KMeans(options.k, n_init=1, random_state=options.random_seed)
+            labels = model.fit_predict(vectors)
         else:
             labels = _theirs(vectors, options)
 
@@ -190,6 +203,8 @@ def _clusters(vectors: np.ndarray, which: str, options: argparse.Namespace) -> d
         import kmeans_pytorch  # noqa: F401  # pyright: ignore[reportMissingImports]
     elif which == SCIKIT:
         import sklearn.cluster  # noqa: F401
+    else:
+        import scipy.optimize  # noqa: F401
     found = _timed(run)
     centres = np.stack([vectors[labels == c].mean(axis=0) for c in range(options.k)])
     inertia = float(((vectors - centres[labels]) ** 2).sum(axis=1).mean())
@@ -201,7 +216,7 @@ def _theirs(vectors: np.ndarray, options: argparse.Namespace) -> np.ndarray:
     import torch
     from kmeans_pytorch import KMeans  # pyright: ignore[reportMissingImports]
 
-    np.random.seed(0)
+    np.random.seed(options.random_seed)
     model = KMeans(n_clusters=options.k, device=torch.device("cpu"), balanced=True)
     return model.fit(torch.from_numpy(vectors), tqdm_flag=False, iter_limit=50).numpy()
 

@@ -5,7 +5,6 @@ al. 2023, arXiv 2303.14177, section 2.1). Balance holds only while fitting: afte
 takes the nearest centre.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +14,14 @@ from clustering.errors import UserError
 
 _ROWS_PER_CHUNK = 1 << 16
 """Rows whose distances are held at once by `assign`."""
-_STEPS = (1.0, 0.1, 0.01, 0.001)
-"""Steps of the auction, in standard deviations of the costs. Against linear_sum_assignment on 2,000
-points the cost is higher by at most 3e-5 of itself; 100,000 points and 16 clusters of which one
-holds 60 % take 0.4 to 4 s on one core, and up to 31 s without the coarse steps."""
+_TEMPERATURES = tuple(np.geomspace(0.25, 0.02, 16))
+"""Of the annealing, in mean squared distances of a vector to the mean of all. Warmer, clusters fall
+into one; see docs/log.md for others that were tried."""
+_ANNEALED_ROWS = 1 << 14
+"""Rows that the annealing sees at most: where centres lie roughly, a sample tells."""
+_SHARPNESS = 0.01
+"""Temperature at which prices are found for an assignment, in standard deviations of the costs. At
+most a hundredth of the rows is then left to move one by one; colder prices take longer to find."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -66,17 +69,15 @@ def fit(
         raise UserError(
             f"k must be between 1 and {len(points)} documents that are not empty; got {k}"
         )
-    centres = _first_centres(points, k, rng)
+    centres, prices = _annealed(points, k, rng)
     capacity = -(-len(points) // k)
     labels = np.full(len(points), -1)
-    # Centres that move little leave prices nearly right: later auctions begin where the last ended.
-    prices, steps = np.zeros(k), _STEPS
     done = 0
     while done < iterations:
         done += 1
         previous = labels
-        labels, prices = _place(_squared_distances(points, centres), capacity, prices, steps)
-        steps = _STEPS[-2:]
+        # Centres that move little leave prices nearly right.
+        labels, prices = _place(_squared_distances(centres, points), capacity, prices)
         centres = _means(points, labels, centres)
         if np.array_equal(labels, previous):
             break
@@ -95,7 +96,7 @@ def assign(
 ) -> Integer[np.ndarray, " documents"]:
     """The nearest centre of each vector, with no bound on sizes; ties go to the first."""
     parts = [
-        _squared_distances(vectors[start : start + _ROWS_PER_CHUNK], centres).argmin(axis=1)
+        _squared_distances(centres, vectors[start : start + _ROWS_PER_CHUNK]).argmin(axis=0)
         for start in range(0, len(vectors), _ROWS_PER_CHUNK)
     ]
     return np.concatenate([np.zeros(0, np.int64), *parts])
@@ -104,88 +105,159 @@ def assign(
 def assign_balanced(
     costs: Float[np.ndarray, "rows C"], capacity: int
 ) -> Integer[np.ndarray, " rows"]:
-    """Clusters of the rows at nearly the least total cost, at most `capacity` rows in each.
+    """Clusters of the rows at the least total cost, at most `capacity` rows in each.
 
-    An auction (Bertsekas 1988, doi 10.1007/BF02186476): unplaced rows bid for the cluster that is
-    cheapest at present prices, as much as they may before the second becomes as good, plus a step;
-    a full cluster keeps its highest bidders, and its price is the lowest bid kept. Coarse steps
-    first find prices for the fine ones. The total is within rows * step of the optimum. Raises
-    ValueError if the clusters cannot hold all rows.
+    Exact to rounding. Prices of the clusters that make every row choose in balance are the dual of
+    this transport problem; smoothed, it is a convex function of C numbers, minimised by L-BFGS
+    (Cuturi 2013, arXiv 1306.0895, has the smoothing). What is left unbalanced moves along shortest
+    paths between clusters, which keeps the assignment optimal at every step (Ahuja, Magnanti and
+    Orlin 1993, section 9.7). Raises ValueError if the clusters cannot hold all rows.
     """
-    return _place(costs, capacity, np.zeros(costs.shape[1]), _STEPS)[0]
+    return _place(np.ascontiguousarray(costs.T), capacity, np.zeros(costs.shape[1]))[0]
 
 
 def _place(
-    costs: np.ndarray, capacity: int, prices: np.ndarray, steps: Sequence[float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [rows] and prices [C] of auctions by ever finer steps, from the prices given."""
-    rows, clusters = costs.shape
+    costs: Float[np.ndarray, "C rows"], capacity: int, prices: Float[np.ndarray, " C"]
+) -> tuple[Integer[np.ndarray, " rows"], Float[np.ndarray, " C"]]:
+    """Labels and prices, searched from the prices given."""
+    clusters, rows = costs.shape
     spare = clusters * capacity - rows
     if spare < 0:
         raise ValueError(f"{clusters} clusters of at most {capacity} cannot hold {rows} rows")
-    # Rows that are happy anywhere fill the last places: with every place taken at the end, prices
-    # may be carried from a coarse auction to a fine one.
-    filled = np.concatenate([costs, np.zeros((spare, clusters))])
-    # A step that the rounding of the prices could swallow would never end.
-    least = 1e-9 * max(1.0, float(np.abs(costs).max(initial=0.0)))
-    prices = prices - prices.min()
-    labels = np.zeros(0, np.int64)
-    for step in steps:
-        size = max(step * float(costs.std()), least)
-        labels, prices = _auction(filled, capacity, prices, size)
+    # Rows that are happy anywhere fill the last places, so that every cluster is full.
+    filled = np.concatenate([costs, np.zeros((clusters, spare))], axis=1)
+    prices, _ = _prices(filled, prices, _SHARPNESS * float(costs.std()))
+    labels = (filled + prices[:, None]).argmin(axis=0)
+    _move_along_paths(filled, labels, capacity)
     return labels[:rows], prices
 
 
-def _auction(
-    costs: np.ndarray, capacity: int, prices: np.ndarray, step: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [rows] and the prices [C] at which each row is content to within `step`."""
-    prices = prices.copy()
-    bids = np.zeros(len(costs))
-    labels = np.full(len(costs), -1)
-    while len(unplaced := np.flatnonzero(labels < 0)):
-        at = np.arange(len(unplaced))
-        totals = costs[unplaced] + prices
-        wanted = totals.argmin(axis=1)
-        cheapest = totals[at, wanted]
-        totals[at, wanted] = np.inf
-        second = totals.min(axis=1) if costs.shape[1] > 1 else cheapest
-        bids[unplaced] = prices[wanted] + (second - cheapest) + step
-        labels[unplaced] = wanted
-        for cluster in np.unique(wanted):
-            members = np.flatnonzero(labels == cluster)
-            if len(members) >= capacity:
-                by_bid = members[np.argsort(-bids[members], kind="stable")]
-                labels[by_bid[capacity:]] = -1
-                prices[cluster] = bids[by_bid[capacity - 1]]
-    return labels, prices
+def _prices(
+    costs: Float[np.ndarray, "C rows"],
+    prices: Float[np.ndarray, " C"],
+    temperature: float,
+    tolerance: float = 0.002,
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, "C rows"]]:
+    """Prices at which the rows' shares in the clusters, by softmax of -(cost + price) over the
+    temperature, are as large in every cluster to within `tolerance` of that; and these shares."""
+    from scipy.optimize import minimize
+
+    clusters, rows = costs.shape
+    if temperature <= 0:  # one cluster, or rows that are all the same
+        return prices, np.full(costs.shape, 1 / clusters)
+    scaled = (costs / -temperature).astype(np.float32)
+    shares = np.empty_like(scaled)
+
+    def dual(scaled_prices: np.ndarray) -> tuple[float, np.ndarray]:
+        np.subtract(scaled, scaled_prices.astype(np.float32)[:, None], out=shares)
+        top = shares.max(axis=0)
+        np.subtract(shares, top, out=shares)
+        np.exp(shares, out=shares)
+        total = shares.sum(axis=0)
+        np.divide(shares, total, out=shares)
+        value = np.mean(np.log(total) + top, dtype=np.float64) + scaled_prices.mean()
+        return float(value), 1 / clusters - shares.sum(axis=1, dtype=np.float64) / rows
+
+    found = minimize(
+        dual,
+        prices / temperature,
+        jac=True,
+        method="L-BFGS-B",
+        options={"gtol": tolerance / clusters, "ftol": 0.0, "maxiter": 100},
+    )
+    dual(found.x)
+    return found.x * temperature, shares
 
 
-def _first_centres(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k-means++ (Arthur and Vassilvitskii 2007), the best of a few candidates at each step."""
-    candidates = 2 + int(np.log(k))
-    chosen = [int(rng.integers(len(points)))]
-    nearest = _squared_distances(points, points[chosen])[:, 0]
+def _move_along_paths(
+    costs: Float[np.ndarray, "C rows"], labels: Integer[np.ndarray, " rows"], capacity: int
+) -> None:
+    """Moves rows from clusters above `capacity` to those below, at the least cost: labels that were
+    optimal for the sizes they have stay so."""
+    clusters = len(costs)
+    sizes = np.bincount(labels, minlength=clusters)
+    # What it costs at least to move a row of one cluster to another, and which row that is.
+    lengths = np.full((clusters, clusters), np.inf)
+    movers = np.zeros((clusters, clusters), np.int64)
+
+    def look(cluster: int) -> None:
+        members = np.flatnonzero(labels == cluster)
+        lengths[cluster] = np.inf
+        if len(members):
+            changes = costs[:, members] - costs[cluster, members]
+            best = changes.argmin(axis=1)
+            movers[cluster] = members[best]
+            lengths[cluster] = changes[np.arange(clusters), best]
+
+    if (sizes > capacity).any():
+        for cluster in range(clusters):
+            look(cluster)
+    rounding = 1e-12 * float(np.abs(costs).max(initial=0.0))
+    while (sizes > capacity).any():
+        distances = np.where(sizes > capacity, 0.0, np.inf)
+        before = np.full(clusters, -1)
+        for _ in range(clusters - 1):  # Bellman and Ford: moves may cost less than nothing
+            through = distances[:, None] + lengths
+            best = through.argmin(axis=0)
+            shorter = through.min(axis=0) < distances - rounding
+            if not shorter.any():
+                break
+            distances = np.where(shorter, through.min(axis=0), distances)
+            before = np.where(shorter, best, before)
+        room = np.flatnonzero(sizes < capacity)
+        cluster = int(room[distances[room].argmin()])
+        sizes[cluster] += 1
+        path = [cluster]
+        while before[cluster] >= 0:
+            source = int(before[cluster])
+            labels[movers[source, cluster]] = cluster
+            cluster = source
+            path.append(cluster)
+        sizes[cluster] -= 1
+        for cluster in path:
+            look(cluster)
+
+
+def _annealed(
+    points: np.ndarray, k: int, rng: np.random.Generator
+) -> tuple[Float[np.ndarray, "C D"], Float[np.ndarray, " C"]]:
+    """Centres and prices to start from: clusters of equal mass that begin blurred, over a falling
+    temperature (deterministic annealing; Rose 1998, doi 10.1109/5.726788), from random rows."""
+    centres = _distinct(points, k, rng)
+    prices = np.zeros(k)
+    if len(points) > _ANNEALED_ROWS:
+        points = points[rng.choice(len(points), _ANNEALED_ROWS, replace=False)]
+    spread = float(((points - points.mean(axis=0)) ** 2).sum(axis=1).mean())
+    for temperature in _TEMPERATURES:
+        costs = _squared_distances(centres, points)
+        prices, shares = _prices(costs, prices, temperature * spread, tolerance=0.02)
+        centres = (shares @ points) / shares.sum(axis=1, keepdims=True)
+    return centres, prices
+
+
+def _distinct(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k random rows that differ; UserError if there are not so many."""
+    chosen: list[int] = []
+    unlike = np.ones(len(points), bool)
     while len(chosen) < k:
-        total = nearest.sum()
-        if total <= 1e-12 * len(points):
+        left = np.flatnonzero(unlike)
+        if not len(left):
             raise UserError(
                 f"k must be at most the number of distinct documents, {len(chosen)}; got {k}"
             )
-        drawn = rng.choice(len(points), candidates, p=nearest / total)
-        after = np.minimum(nearest[:, None], _squared_distances(points, points[drawn]))
-        best = int(after.sum(axis=0).argmin())
-        chosen.append(int(drawn[best]))
-        nearest = after[:, best]
+        chosen.append(int(rng.choice(left)))
+        unlike[left] = _squared_distances(points[chosen[-1:]], points[left])[0] > 1e-12
     return points[chosen]
 
 
-def _squared_distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """[rows, C]; float64 for float64 points. Never below zero."""
-    lengths = np.einsum("ND,ND->N", points, points)[:, None] + np.einsum(
-        "CD,CD->C", centres, centres
-    )
-    return np.maximum(lengths - 2 * points @ centres.T, 0.0)
+def _squared_distances(centres: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """[C, rows], so that what is best for each row is found along memory; float64 for float64
+    points. Never below zero."""
+    found = centres @ points.T
+    found *= -2
+    found += np.einsum("CD,CD->C", centres, centres)[:, None]
+    found += np.einsum("ND,ND->N", points, points)
+    return np.maximum(found, 0.0, out=found)
 
 
 def _means(points: np.ndarray, labels: np.ndarray, centres: np.ndarray) -> np.ndarray:

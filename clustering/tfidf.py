@@ -44,17 +44,18 @@ def fit(
     from scipy import sparse
     from sklearn.utils.extmath import randomized_svd
 
-    terms = [np.unique(document, return_counts=True) for document in kept]
-    ids = np.concatenate([distinct for distinct, _ in terms])
-    counts = np.concatenate([times for _, times in terms])
-    ends = np.cumsum([0, *(len(distinct) for distinct, _ in terms)])
-    frequency = np.bincount(ids, minlength=vocabulary_size)
-    idf = (np.log((1 + len(terms)) / (1 + frequency)) + 1).astype(np.float32)
-    weights = counts * idf[ids].astype(np.float64)
-    lengths = np.sqrt(np.add.reduceat(weights**2, ends[:-1]))
-    weights /= np.repeat(lengths, np.diff(ends))
-    matrix = sparse.csr_array((weights, ids, ends), shape=(len(terms), vocabulary_size))
-    wanted = min(dimensions, len(terms), vocabulary_size)
+    ends = np.cumsum([0, *map(len, kept)])
+    matrix = sparse.csr_array(
+        (np.ones(ends[-1], np.float32), np.concatenate(kept), ends),
+        shape=(len(kept), vocabulary_size),
+    )
+    matrix.sum_duplicates()
+    frequency = np.bincount(matrix.indices, minlength=vocabulary_size)
+    idf = (np.log((1 + len(kept)) / (1 + frequency)) + 1).astype(np.float32)
+    matrix.data *= idf[matrix.indices]
+    lengths = np.sqrt(np.add.reduceat(matrix.data**2, matrix.indptr[:-1]))
+    matrix.data /= np.repeat(lengths, np.diff(matrix.indptr))
+    wanted = min(dimensions, len(kept), vocabulary_size)
     _, singular, components = randomized_svd(
         matrix,
         wanted,
@@ -62,8 +63,8 @@ def fit(
         random_state=random_seed,
     )
     # Directions beyond the rank are noise of the machine.
-    kept = singular > 1e-6 * singular[0]
-    projection = np.ascontiguousarray(components[kept].T, dtype=np.float32)
+    components = components[singular > 1e-5 * singular[0]]
+    projection = np.ascontiguousarray(components.T, dtype=np.float32)
     projection[frequency == 0] = 0.0
     return Vectoriser(idf=idf, projection=projection)
 

@@ -77,11 +77,14 @@ class Vectoriser:
 
         ids = np.concatenate(documents)
         check_ids(ids, self.vocabulary_size)
-        terms, inverse = np.unique(ids, return_inverse=True)
+        # As np.unique with return_inverse, without sorting.
+        seen = np.zeros(self.vocabulary_size, bool)
+        seen[ids] = True
+        terms, place = np.flatnonzero(seen), np.cumsum(seen, dtype=np.int32) - 1
         ends = np.cumsum([0, *(len(document) for document in documents)])
         # Repeated columns add up in the product, so they need not be counted first.
         counts = sparse.csr_array(
-            (np.ones(len(ids)), inverse, ends), shape=(len(documents), len(terms))
+            (np.ones(len(ids)), place[ids], ends), shape=(len(documents), len(terms))
         )
         return counts @ self._terms(terms)
 

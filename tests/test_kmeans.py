@@ -1,4 +1,4 @@
-"""Balanced k-means respects the bound, nearly reaches the optimum, and repeats itself."""
+"""Balanced k-means respects the bound, assigns at the least cost, and repeats itself."""
 
 import numpy as np
 import pytest
@@ -20,16 +20,24 @@ def blobs(rows, weights, spread, seed=0):
 @pytest.mark.parametrize("rows", [60, 301])
 @pytest.mark.parametrize("clusters", [1, 2, 7])
 @pytest.mark.parametrize("spread", [0.0, 0.3])
-def test_balanced_assignment_nearly_reaches_the_least_cost(rows, clusters, spread):
+@pytest.mark.parametrize("more", [0, 15])
+def test_balanced_assignment_is_of_the_least_cost(rows, clusters, spread, more):
     points, _ = blobs(rows, [0.7, 0.1, 0.1, 0.1], spread)
     centres = points[np.random.default_rng(1).choice(rows, clusters, replace=False)]
     costs = ((points[:, None] - centres[None]) ** 2).sum(axis=2).astype(np.float64)
-    capacity = -(-rows // clusters)
+    capacity = -(-rows // clusters) + more
     labels = kmeans.assign_balanced(costs, capacity)
     assert np.bincount(labels).max() <= capacity
     row, place = linear_sum_assignment(np.repeat(costs, capacity, axis=1))
     least = costs[row, place // capacity].sum()
-    assert least - 1e-9 <= costs[np.arange(rows), labels].sum() <= least * (1 + 1e-4) + 1e-6
+    assert costs[np.arange(rows), labels].sum() == pytest.approx(least, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_costs_of_any_size_are_assigned_alike(scale):
+    costs = np.random.default_rng(0).normal(size=(90, 5))
+    wanted = kmeans.assign_balanced(costs, 18)
+    np.testing.assert_array_equal(kmeans.assign_balanced(scale * costs, 18), wanted)
 
 
 def test_an_assignment_that_cannot_be_is_refused():
