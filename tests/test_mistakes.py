@@ -31,7 +31,7 @@ MISTAKES = [
     ("cluster -k 2 --languages en,eng,de --out new", "more than once: en (as en, eng)"),
     ("cluster -k 2 --method random --languages en --out new", "k must be between 1 and 1"),
     ("cluster -k 2 --out new", "name the languages with --languages, --corpus or --run"),
-    ("cluster -k 2 --method tfidf --out new", "name it with --run"),
+    ("cluster -k 2 --method tfidf --out new", "name a RUN with --run, or text with --corpus"),
     ("cluster -k 2 --method tfidf --run run --languages de,tr --out new", "run has no text in tr"),
     ("cluster -k 2 --method tfidf --run run --exclude de --out new", "--exclude goes with"),
     ("cluster -k 2 --method random --languages en,de --rule single --out new", "--rule goes with"),
@@ -377,7 +377,7 @@ def test_clusters_of_another_runs_documents_are_refused(xelm, place, monkeypatch
     before = snapshot(tmp_path / "other")
     outcome = xelm("branch", tmp_path / "other", "--clusters", tmp_path / "c")
     assert (outcome.code, outcome.out) == (2, "")
-    assert "made with another RUN's vectors" in outcome.err
+    assert "made with other vectors than the RUN's" in outcome.err
     assert snapshot(tmp_path / "other") == before
 
 

@@ -1,6 +1,7 @@
 """Clusters of languages or documents, nearest relatives, and what a seed makes of languages."""
 
 import argparse
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,8 @@ def _cluster_options(verb: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="languages by a measure: %(default)s (default), "
         f"{', '.join(MEASURES[1:])}, or several as in typology:.7+genealogy:.3; "
-        "documents by tfidf; or random, or by-hand",
+        "documents by tfidf, over subwords of --run or characters of --corpus; or random, or "
+        "by-hand",
     )
     verb.add_argument("-k", type=_number, metavar="K", help="number of clusters, or auto")
     verb.add_argument(
@@ -97,7 +99,7 @@ def _by_tfidf(options: argparse.Namespace, sources: "Sources") -> "Clustering":
 
     run = sources.run
     if run is None:
-        raise UserError("tfidf clusters the documents of a RUN; name it with --run")
+        return _by_ngrams(options)
     return tfidf.cluster(
         documents_of(run, _chosen(options, run)),
         run.vectoriser(),
@@ -105,6 +107,25 @@ def _by_tfidf(options: argparse.Namespace, sources: "Sources") -> "Clustering":
         options.random_seed or 0,
         made_from={"corpus": run.store().record["corpus_sha256"]},
     )
+
+
+def _by_ngrams(options: argparse.Namespace) -> "Clustering":
+    from clustering import ngrams
+    from clustering.languages import canonical_all
+    from xelm.data import corpus
+
+    if not options.corpus:
+        raise UserError("tfidf clusters documents; name a RUN with --run, or text with --corpus")
+    tags = canonical_all(options.languages) if options.languages else None
+    texts = corpus.Texts(options.corpus, tags)
+    made_from = {"corpus": corpus.fingerprint(options.corpus, tags)}
+    found = ngrams.cluster(texts, _fixed(options), options.random_seed or 0, made_from=made_from)
+    silent = [tag for tag in tags or () if tag not in found.languages]
+    if silent:
+        raise corpus.no_documents(silent, texts.faults)
+    if texts.faults:
+        print(f"{options.corpus}: {texts.faults}", file=sys.stderr)
+    return found
 
 
 def _at_random(options: argparse.Namespace, sources: "Sources") -> "Clustering":
@@ -202,7 +223,7 @@ def _check_sources(options: argparse.Namespace, methods: Collection[str]) -> Non
         "--layer": (options.layer is not None, ("states", "alignment", "updates")),
     }
     if options.languages:  # else it says which languages there are
-        wants["--corpus"] = (options.corpus, ("words", "characters"))
+        wants["--corpus"] = (options.corpus, ("words", "characters", "tfidf"))
     for name, (given, allowed) in wants.items():
         if given and not set(methods) & set(allowed):
             raise UserError(f"{name} goes with {' or '.join(allowed)}")

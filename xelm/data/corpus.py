@@ -49,6 +49,11 @@ class Faults:
         if len(places) < 3:
             places.append(place)
 
+    def clear(self) -> None:
+        """Counts from nothing again."""
+        self.counts.clear()
+        self.places.clear()
+
     def __bool__(self) -> bool:
         return bool(self.counts)
 
@@ -137,6 +142,24 @@ def read(
         # A file given by itself may hold many languages; its name says nothing then.
         default = None if single else language_of(path)
         yield from _documents(records(path, faults), faults, default)
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Text and language of every usable document, which can be read any number of times."""
+
+    corpus: str | Path
+    languages: Sequence[str] | None = None
+    """Canonical tags of the languages wanted; None means all."""
+    faults: Faults = field(default_factory=Faults)
+    """Of the latest reading."""
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Text, language."""
+        self.faults.clear()
+        for document in read(self.corpus, self.faults, self.languages):
+            if self.languages is None or document.language in self.languages:
+                yield document.text, document.language
 
 
 def _wanted(corpus: str | Path, languages: Sequence[str] | None) -> list[Path]:

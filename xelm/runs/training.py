@@ -38,7 +38,10 @@ def branch(run: Run, clustering: Clustering) -> Registry:
     check_languages(run.languages, clustering)
     vectoriser = clustering.vectoriser
     if vectoriser is not None and vectoriser != run.vectoriser():
-        raise UserError("these clusters of documents were made with another RUN's vectors")
+        raise UserError(
+            "these clusters of documents were made with other vectors than the RUN's; make them by "
+            f"xelm cluster --method tfidf --run {run.directory}"
+        )
     branched = (run.directory / "clusters.json").exists()
     trained = run.dense.exists() or run.training("dense").exists()
     if clustering.unassigned and trained and not branched:

@@ -1,0 +1,85 @@
+"""Texts -> ids of their character n-grams, and clusters of texts where there is no tokenizer.
+
+Knows how n-grams become ids that `tfidf` takes for terms: hashed, so that no vocabulary is kept and
+any script will do. Experts are trained on clusters over a seed's subwords, not on these.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+from jaxtyping import Integer
+
+from clustering import tfidf
+from clustering.clustering import Clustering
+
+LONGEST = 3
+"""Characters of the longest n-gram."""
+BUCKETS = 1 << 16
+"""Ids; n-grams that fall into one bucket are one term."""
+_TEXTS_AT_ONCE = 256
+
+
+def ids(texts: Iterable[str]) -> Iterator[Integer[np.ndarray, " ngrams"]]:
+    """Ids of the n-grams of 1 to `LONGEST` characters of each text, in no order, case apart; as
+    scikit-learn's HashingVectorizer has them, within words with a space at either end."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    hashing = HashingVectorizer(
+        analyzer="char_wb",
+        ngram_range=(1, LONGEST),
+        n_features=BUCKETS,
+        alternate_sign=False,
+        norm=None,
+        dtype=np.float32,
+    )
+    remaining = iter(texts)
+    while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
+        counts = hashing.transform(batch)
+        terms = np.repeat(counts.indices.astype(np.int32), counts.data.astype(np.int64))
+        ends = np.cumsum(counts.sum(axis=1).A1.astype(np.int64))
+        yield from np.split(terms, ends[:-1])
+
+
+def cluster(
+    texts: Iterable[tuple[str, str]],
+    k: int,
+    random_seed: int = 0,
+    *,
+    dimensions: int = 100,
+    sample_size: int = 20_000,
+    made_from: dict[str, str] | None = None,
+) -> Clustering:
+    """k clusters of texts by TF-IDF over character n-grams, as `tfidf.fit` and `tfidf.cluster` make
+    them of ids.
+
+    texts: text and language of each document, which must be there to read three times. To place
+    another text: `clustering.assign(clustering.vectoriser.transform(ids([text])))`. At most
+    `sample_size` documents are held at once, some ten bytes for each of theirs. Errors as there.
+    """
+    documents = _Documents(texts)
+    vectoriser = tfidf.fit(
+        (terms for terms, _ in documents), BUCKETS, dimensions, random_seed, sample_size=sample_size
+    )
+    found = tfidf.cluster(
+        documents, vectoriser, k, random_seed, sample_size=sample_size, made_from=made_from
+    )
+    terms = {"terms": "characters", "longest": LONGEST, "buckets": BUCKETS}
+    return replace(found, parameters=found.parameters | terms)
+
+
+@dataclass(frozen=True, slots=True)
+class _Documents:
+    """Ids and language of each text, as often as the texts can be read."""
+
+    texts: Iterable[tuple[str, str]]
+
+    def __post_init__(self) -> None:
+        if iter(self.texts) is self.texts:
+            raise ValueError("texts are read three times; got an iterator, which ends after once")
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, str]]:
+        remaining = iter(self.texts)
+        while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
+            yield from zip(ids(text for text, _ in batch), (language for _, language in batch))
