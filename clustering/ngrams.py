@@ -7,6 +7,7 @@ any script will do. Experts are trained on clusters over a seed's subwords, not 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -22,23 +23,20 @@ _TEXTS_AT_ONCE = 256
 
 
 def ids(texts: Iterable[str]) -> Iterator[Integer[np.ndarray, " ngrams"]]:
-    """Ids of the n-grams of 1 to `LONGEST` characters of each text, in no order, case apart; as
+    """Ids of the n-grams of 1 to `LONGEST` characters of each text, in no order, of lower case; as
     scikit-learn's HashingVectorizer has them, within words with a space at either end."""
+    from scipy import sparse
     from sklearn.feature_extraction.text import HashingVectorizer
 
+    options: dict[str, Any] = {"alternate_sign": False, "norm": None, "dtype": np.float32}
     hashing = HashingVectorizer(
-        analyzer="char_wb",
-        ngram_range=(1, LONGEST),
-        n_features=BUCKETS,
-        alternate_sign=False,
-        norm=None,
-        dtype=np.float32,
+        analyzer="char_wb", ngram_range=(1, LONGEST), n_features=BUCKETS, **options
     )
     remaining = iter(texts)
     while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
-        counts = hashing.transform(batch)
+        counts = sparse.csr_array(hashing.transform(batch))
         terms = np.repeat(counts.indices.astype(np.int32), counts.data.astype(np.int64))
-        ends = np.cumsum(counts.sum(axis=1).A1.astype(np.int64))
+        ends = np.cumsum(counts.sum(axis=1).astype(np.int64))
         yield from np.split(terms, ends[:-1])
 
 
