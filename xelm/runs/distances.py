@@ -117,14 +117,16 @@ def _part(text: str) -> tuple[str, float]:
 def languages_of(spec: str, sources: Sources) -> Sequence[str]:
     """Those of the table, tagged text or states that the measures are made of, or else of the
     corpus or RUN; UserError if there is none of these."""
-    if "table" in measures_of(spec) and sources.table:
-        return table.read(sources.table)[0]
-    if "names" in measures_of(spec) and sources.tagged:
-        return list(tagged.files(sources.tagged))
-    if {"states", "alignment"} & set(measures_of(spec)) and sources.states:
-        return internal.States.load(sources.states).languages
-    if "updates" in measures_of(spec) and sources.updates:
-        return internal.Updates.load(sources.updates).languages
+    measures = measures_of(spec)
+    if "table" in measures:
+        return table.read(_given(sources.table, "table", "--table"))[0]
+    if "names" in measures:
+        return list(tagged.files(_given(sources.tagged, "names", "--tagged")))
+    for measure in ("states", "alignment"):
+        if measure in measures:
+            return internal.States.load(_given(sources.states, measure, "--states")).languages
+    if "updates" in measures:
+        return internal.Updates.load(_given(sources.updates, "updates", "--updates")).languages
     if sources.corpus:
         return corpora.languages_of(sources.corpus)
     if sources.run:
