@@ -104,7 +104,7 @@ def alignment(
 def updates(
     path: str | os.PathLike[str], languages: Sequence[str] | None = None, layer: int | None = None
 ) -> Distances:
-    """(1 - cos) / 2 of the languages' updates, 0..1, as 1 - cos in Group then Scale.
+    """(1 - cos) / 2 of the languages' updates, 0..1: half of Group then Scale's 1 - cos.
 
     Of the feed-forward weights. layer: 1 to the number of layers; None takes the last three, as in
     that paper's code. UserError for a layer or language that the file does not have.
@@ -132,7 +132,8 @@ def losses(
     missing (NaN).
     """
     tags = canonical_all(languages)
-    spared = np.maximum(1.0 - np.diagonal(nats) / nats, 0.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spared = np.maximum(1.0 - np.diagonal(nats) / nats, 0.0)
     return _measured("losses", tags, spared, {}, None, made_from)
 
 

@@ -6,6 +6,7 @@ takes the nearest centre.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -19,9 +20,10 @@ _TEMPERATURES = tuple(np.geomspace(0.25, 0.02, 16))
 into one; see docs/log.md for others that were tried."""
 _ANNEALED_ROWS = 1 << 14
 """Rows that the annealing sees at most: where centres lie roughly, a sample tells."""
-_SHARPNESS = 0.01
-"""Temperature at which prices are found for an assignment, in standard deviations of the costs. At
-most a hundredth of the rows is then left to move one by one; colder prices take longer to find."""
+_SHARPNESS = 0.004
+"""Temperature at which prices are found for an assignment, in medians of what the worst place costs
+a row more than the best. About a hundredth of the rows is then left to move along paths, if none
+are equal; colder prices take longer to find."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -65,6 +67,8 @@ def fit(
     rng = np.random.default_rng(random_seed)
     rows = np.flatnonzero(np.any(vectors, axis=1))
     points = vectors[rows].astype(np.float64)
+    if not np.isfinite(points).all():
+        raise ValueError("vectors must be finite; got NaN or infinity")
     if not 1 <= k <= len(points):
         raise UserError(
             f"k must be between 1 and {len(points)} documents that are not empty; got {k}"
@@ -107,11 +111,12 @@ def assign_balanced(
 ) -> Integer[np.ndarray, " rows"]:
     """Clusters of the rows at the least total cost, at most `capacity` rows in each.
 
-    Exact to rounding. Prices of the clusters that make every row choose in balance are the dual of
-    this transport problem; smoothed, it is a convex function of C numbers, minimised by L-BFGS
-    (Cuturi 2013, arXiv 1306.0895, has the smoothing). What is left unbalanced moves along shortest
-    paths between clusters, which keeps the assignment optimal at every step (Ahuja, Magnanti and
-    Orlin 1993, section 9.7). Raises ValueError if the clusters cannot hold all rows.
+    Exact to rounding of the largest cost. Prices of the clusters that make every row choose in
+    balance are the dual of this transport problem; smoothed, it is a convex function of C numbers,
+    minimised by L-BFGS (Cuturi 2013, arXiv 1306.0895, has the smoothing). What is left unbalanced
+    moves along shortest paths between clusters, which keeps the assignment optimal at every step
+    (Ahuja, Magnanti and Orlin 1993, section 9.7). Raises ValueError if the clusters cannot hold all
+    rows, and for costs that are not finite.
     """
     return _place(np.ascontiguousarray(costs.T), capacity, np.zeros(costs.shape[1]))[0]
 
@@ -124,11 +129,17 @@ def _place(
     spare = clusters * capacity - rows
     if spare < 0:
         raise ValueError(f"{clusters} clusters of at most {capacity} cannot hold {rows} rows")
+    if not np.isfinite(costs).all():
+        raise ValueError("costs must be finite; got NaN or infinity")
+    # What a row costs wherever it is decides nothing, and would drown what does in rounding.
+    costs = costs - costs.min(axis=0)
     # Rows that are happy anywhere fill the last places, so that every cluster is full.
     filled = np.concatenate([costs, np.zeros((clusters, spare))], axis=1)
-    prices, _ = _prices(filled, prices, _SHARPNESS * float(costs.std()))
+    # Half of the rows, and not their mean, say how far apart places are: some may be outliers.
+    scale = float(np.median(costs.max(axis=0))) or float(costs.max())
+    prices, _ = _prices(filled, prices, _SHARPNESS * scale)
     labels = (filled + prices[:, None]).argmin(axis=0)
-    _move_along_paths(filled, labels, capacity)
+    _move_along_paths(filled, labels, prices, capacity)
     return labels[:rows], prices
 
 
@@ -170,52 +181,64 @@ def _prices(
 
 
 def _move_along_paths(
-    costs: Float[np.ndarray, "C rows"], labels: Integer[np.ndarray, " rows"], capacity: int
+    costs: Float[np.ndarray, "C rows"],
+    labels: Integer[np.ndarray, " rows"],
+    prices: Float[np.ndarray, " C"],
+    capacity: int,
 ) -> None:
-    """Moves rows from clusters above `capacity` to those below, at the least cost: labels that were
-    optimal for the sizes they have stay so."""
-    clusters = len(costs)
-    sizes = np.bincount(labels, minlength=clusters)
-    # What it costs at least to move a row of one cluster to another, and which row that is.
-    lengths = np.full((clusters, clusters), np.inf)
-    movers = np.zeros((clusters, clusters), np.int64)
-
-    def look(cluster: int) -> None:
-        members = np.flatnonzero(labels == cluster)
-        lengths[cluster] = np.inf
-        if len(members):
-            changes = costs[:, members] - costs[cluster, members]
-            best = changes.argmin(axis=1)
-            movers[cluster] = members[best]
-            lengths[cluster] = changes[np.arange(clusters), best]
-
-    if (sizes > capacity).any():
-        for cluster in range(clusters):
-            look(cluster)
-    rounding = 1e-12 * float(np.abs(costs).max(initial=0.0))
+    """Moves rows from clusters above `capacity` to those below, at the least cost, and changes
+    `labels` and `prices` to match: every row is where cost and price are least, before and after.
+    Rows of one cost, as equal documents have, move together."""
+    sizes = np.bincount(labels, minlength=len(costs))
+    if (sizes <= capacity).all():
+        return
+    lengths = np.stack([_lengths(costs, labels, cluster) for cluster in range(len(costs))])
+    rounding = 1e-12 * float(np.median(costs.max(axis=0)))
     while (sizes > capacity).any():
-        distances = np.where(sizes > capacity, 0.0, np.inf)
-        before = np.full(clusters, -1)
-        for _ in range(clusters - 1):  # Bellman and Ford: moves may cost less than nothing
-            through = distances[:, None] + lengths
-            best = through.argmin(axis=0)
-            shorter = through.min(axis=0) < distances - rounding
-            if not shorter.any():
-                break
-            distances = np.where(shorter, through.min(axis=0), distances)
-            before = np.where(shorter, best, before)
-        room = np.flatnonzero(sizes < capacity)
-        cluster = int(room[distances[room].argmin()])
-        sizes[cluster] += 1
-        path = [cluster]
-        while before[cluster] >= 0:
-            source = int(before[cluster])
-            labels[movers[source, cluster]] = cluster
-            cluster = source
-            path.append(cluster)
-        sizes[cluster] -= 1
+        # Never negative but for rounding, as no row has a better place at these prices.
+        reduced = np.maximum(lengths + prices - prices[:, None], 0.0)
+        path, distances = _shortest_path(reduced, sizes > capacity, sizes < capacity)
+        prices -= np.minimum(distances, distances[path[-1]])
+        movers = []
+        for source, target in pairwise(path):
+            members = np.flatnonzero(labels == source)
+            changes = costs[target, members] - costs[source, members]
+            movers.append(members[changes <= lengths[source, target] + rounding])
+        spare = (sizes[path[0]] - capacity, capacity - sizes[path[-1]])
+        count = min(*spare, *map(len, movers))
+        for target, rows in zip(path[1:], movers):
+            labels[rows[:count]] = target
+        sizes[path[0]] -= count
+        sizes[path[-1]] += count
         for cluster in path:
-            look(cluster)
+            lengths[cluster] = _lengths(costs, labels, cluster)
+
+
+def _lengths(costs: np.ndarray, labels: np.ndarray, cluster: int) -> Float[np.ndarray, " C"]:
+    """What it costs at least to move a row of a cluster to each other; infinite without rows."""
+    members = np.flatnonzero(labels == cluster)
+    return (costs[:, members] - costs[cluster, members]).min(axis=1, initial=np.inf)
+
+
+def _shortest_path(
+    lengths: Float[np.ndarray, "C C"], starts: np.ndarray, ends: np.ndarray
+) -> tuple[list[int], Float[np.ndarray, " C"]]:
+    """From any of the starts to the nearest of the ends, by Dijkstra, and the distances of all
+    clusters from the starts; those beyond that end are no less than its own."""
+    distances, before = np.where(starts, 0.0, np.inf), np.full(len(lengths), -1)
+    undone = np.ones(len(lengths), bool)
+    while True:
+        nearest = int(np.where(undone, distances, np.inf).argmin())
+        undone[nearest] = False
+        if ends[nearest]:
+            break
+        through = distances[nearest] + lengths[nearest]
+        shorter = undone & (through < distances)
+        distances[shorter], before[shorter] = through[shorter], nearest
+    path = [nearest]
+    while before[path[-1]] >= 0:
+        path.append(int(before[path[-1]]))
+    return path[::-1], distances
 
 
 def _annealed(
@@ -239,6 +262,7 @@ def _distinct(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarra
     """k random rows that differ; UserError if there are not so many."""
     chosen: list[int] = []
     unlike = np.ones(len(points), bool)
+    least = 1e-12 * float(np.einsum("ND,ND->N", points, points).mean())
     while len(chosen) < k:
         left = np.flatnonzero(unlike)
         if not len(left):
@@ -246,7 +270,7 @@ def _distinct(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarra
                 f"k must be at most the number of distinct documents, {len(chosen)}; got {k}"
             )
         chosen.append(int(rng.choice(left)))
-        unlike[left] = _squared_distances(points[chosen[-1:]], points[left])[0] > 1e-12
+        unlike[left] = _squared_distances(points[chosen[-1:]], points[left])[0] > least
     return points[chosen]
 
 

@@ -37,7 +37,8 @@ def ids(texts: Iterable[str]) -> Iterator[Integer[np.ndarray, " ngrams"]]:
         counts = sparse.csr_array(hashing.transform(batch))
         terms = np.repeat(counts.indices.astype(np.int32), counts.data.astype(np.int64))
         ends = np.cumsum(counts.sum(axis=1).astype(np.int64))
-        yield from np.split(terms, ends[:-1])
+        # Copies, so that who keeps one text's does not keep those of all that were read with it.
+        yield from (part.copy() for part in np.split(terms, ends[:-1]))
 
 
 def cluster(
@@ -54,7 +55,7 @@ def cluster(
 
     texts: text and language of each document, which must be there to read three times. To place
     another text: `clustering.assign(clustering.vectoriser.transform(ids([text])))`. At most
-    `sample_size` documents are held at once, some ten bytes for each of theirs. Errors as there.
+    `sample_size` documents are held at once, at some twelve bytes a character. Errors as there.
     """
     documents = _Documents(texts)
     vectoriser = tfidf.fit(

@@ -176,7 +176,8 @@ def test_updates_of_a_run_are_what_training_changed(tiny, tmp_path, monkeypatch)
     run = open_run(tmp_path / "run")
     model, tokenizer = read_config(run.seed), run.tokenizer()
     before = load_parameters(run.seed, model)["blocks"]
-    config, moved = replace(run.config.dense, tokens=2 * run.config.dense.tokens_per_step), {}
+    dense, moved = run.config.dense, {}
+    config = replace(dense, tokens=2 * dense.tokens_per_step, weight_decay=0.0)
     for tag in ("en", "fr"):
         after = train(
             lambda shardings: load_parameters(run.seed, model, shardings),

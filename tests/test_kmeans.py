@@ -45,6 +45,48 @@ def test_an_assignment_that_cannot_be_is_refused():
         kmeans.assign_balanced(np.zeros((7, 2)), 3)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_is_refused(bad):
+    points, _ = blobs(30, [1.0], 0.3)
+    points[3, 2] = bad
+    with pytest.raises(ValueError, match="vectors must be finite"):
+        kmeans.fit(points, 3, 0)
+    with pytest.raises(ValueError, match="costs must be finite"):
+        kmeans.assign_balanced(np.array([[0.0, bad], [1.0, 1.0]]), 1)
+
+
+def test_outliers_and_what_rows_cost_anywhere_decide_nothing():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        costs = draw.random((46, 8))
+        wanted = kmeans.assign_balanced(costs, 6)
+        shifted = costs + 2.0 ** draw.integers(0, 20, size=(46, 1))
+        np.testing.assert_array_equal(kmeans.assign_balanced(shifted, 6), wanted)
+
+
+@pytest.mark.parametrize("random_seed", range(12))
+def test_a_point_far_from_all_does_not_hang(random_seed):
+    draw = np.random.default_rng(random_seed)
+    points = draw.normal(size=(int(draw.integers(30, 300)), 3))
+    points[0] *= 1e5
+    fitted = kmeans.fit(points, int(draw.integers(2, 12)), 0)
+    assert max(fitted.sizes) <= -(-len(points) // len(fitted.sizes))
+
+
+def test_equal_rows_move_together(monkeypatch):
+    points, _ = blobs(4000, [0.25] * 4, 0.3)
+    points[:2000] = points[0]
+    costs = ((points[:, None] - points[None, -8:]) ** 2).sum(axis=2).astype(np.float64)
+    paths = []
+    shortest = kmeans._shortest_path
+    monkeypatch.setattr(
+        kmeans, "_shortest_path", lambda *a: paths.append(shortest(*a)) or paths[-1]
+    )
+    labels = kmeans.assign_balanced(costs, 500)
+    assert np.bincount(labels).tolist() == [500] * 8
+    assert 0 < len(paths) < 400  # and not one for each of the 1,500 that must go elsewhere
+
+
 def test_equal_costs_fill_every_cluster():
     labels = kmeans.assign_balanced(np.ones((12, 3)), 4)
     assert np.bincount(labels).tolist() == [4, 4, 4]

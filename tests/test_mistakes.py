@@ -31,6 +31,7 @@ MISTAKES = [
     ("cluster -k 2 --languages en,eng,de --out new", "more than once: en (as en, eng)"),
     ("cluster -k 2 --method random --languages en --out new", "k must be between 1 and 1"),
     ("cluster -k 2 --out new", "name the languages with --languages, --corpus or --run"),
+    ("cluster -k 2 --method tfidf --run run --corpus corpus --out new", "not of both"),
     ("cluster -k 2 --method updates --out new", "the measure updates needs --updates"),
     ("cluster -k 2 --method states+table --out new", "the measure table needs --table"),
     ("cluster -k 2 --method losses --languages en,de --out new", "the measure losses needs --run"),

@@ -100,6 +100,8 @@ def _by_tfidf(options: argparse.Namespace, sources: "Sources") -> "Clustering":
     run = sources.run
     if run is None:
         return _by_ngrams(options)
+    if options.corpus:
+        raise UserError("tfidf clusters the documents of --run or of --corpus, not of both")
     return tfidf.cluster(
         documents_of(run, _chosen(options, run)),
         run.vectoriser(),

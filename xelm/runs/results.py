@@ -10,6 +10,8 @@ from clustering.files import read_json
 from xelm.runs.run import Run
 
 RESULTS = "results.json"
+_MOST_NATS = 700.0
+"""A token, of which the exponential is a number still."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +35,11 @@ class Row:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Row":
-        """From a row of results.json."""
-        return cls(**{field.name: value[field.name] for field in fields(cls)})
+        """From a row of results.json; ValueError for numbers that cannot be."""
+        row = cls(**{field.name: value[field.name] for field in fields(cls)})
+        if not (row.tokens > 0 and row.bytes > 0 and 0 <= row.nll / row.tokens < _MOST_NATS):
+            raise ValueError(f"{row.nll} nats over {row.tokens} tokens, {row.bytes} bytes")
+        return row
 
     @property
     def perplexity(self) -> float:
@@ -70,5 +75,5 @@ def read_results(run: Run) -> tuple[Mapping[str, Any], list[Row]]:
     record = read_json(path)
     try:
         return record, [Row.from_json(row) for row in record["rows"]]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error!r}); run xelm evaluate again") from error

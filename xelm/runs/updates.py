@@ -27,17 +27,17 @@ from xelm.training.loop import train
 
 WEIGHTS = ("up", "gate", "down")
 """The feed-forward weights, of which the authors of Group then Scale take the movement."""
-DRAWN = 1 << 20
+DRAWN = 1 << 18
 """Of each weight matrix at most so many entries are compared: cosines stay exact to about .001, and
-a language takes some megabytes a layer instead of the size of the model."""
+a language takes three megabytes a layer instead of the size of the model."""
 
 
 def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10) -> Updates:
     """Inner products of how `steps` steps of training on each language alone move the seed.
 
-    Languages are of the RUN's corpus; None takes all. Each is trained as the dense baseline is, on
-    as many tokens, one after the other; a call that was interrupted goes on with the languages that
-    are left. UserError for a language without text.
+    Languages are of the RUN's corpus; None takes all. Each is trained as the dense baseline is, but
+    without weight decay, on as many tokens, one after the other; a call that was interrupted goes
+    on with the languages that are left. UserError for a language without text.
     """
     if steps < 1:
         raise UserError(f"steps must be at least 1; got {steps}")
@@ -47,16 +47,23 @@ def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10
     if missing:
         raise UserError(f"{run.directory} has no text in {', '.join(missing)}")
     dense = run.config.dense
-    config = replace(dense, tokens=steps * dense.tokens_per_step, checkpoint_every=steps)
+    budget = steps * dense.tokens_per_step
+    # Decay would move the weights the same way for every language.
+    config = replace(dense, tokens=budget, checkpoint_every=steps, weight_decay=0.0)
     seed = {f"seed/{name}": found for name, found in hash_directory(run.seed).items()}
     made_from = {**seed, "corpus": str(store.record["corpus_sha256"])}
     facts = json.dumps([to_json(config), made_from], sort_keys=True)
     work = run.training(f"updates-{hashlib.sha256(facts.encode()).hexdigest()[:8]}")
     with locked(run.directory, "updates"):
+        for other in set(work.parent.glob("updates-*")) - {work}:  # of calls that were given up
+            shutil.rmtree(other)
         moved = [_moved(run, store.languages[tag], config, work / tag) for tag in tags]
         shutil.rmtree(work)
-    flat = np.stack(moved, axis=1).astype(np.float64)
-    return Updates(languages=tags, inner=flat @ flat.swapaxes(1, 2), made_from=made_from)
+    inner = []
+    for layer in zip(*moved):
+        flat = np.stack(layer).astype(np.float64)
+        inner.append(flat @ flat.T)
+    return Updates(languages=tags, inner=np.stack(inner), made_from=made_from)
 
 
 def _moved(
