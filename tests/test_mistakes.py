@@ -1,5 +1,6 @@
 """A user's mistake is one clear line and exit code 2, and nothing is changed."""
 
+import json
 import os
 import shlex
 import shutil
@@ -426,3 +427,13 @@ def test_two_commands_at_once_are_refused(xelm, place, monkeypatch, command, loc
     assert f"{run} is in use ({lock}) by process {holder.pid}" in outcome.err
     assert snapshot(place) == before
     shutil.rmtree(place / "branched", ignore_errors=True)
+
+
+def test_a_run_of_a_version_with_other_fields_is_named(xelm, place, tmp_path):
+    shutil.copytree(place / "seeded", tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "run.json").read_text())
+    record["config"]["model"]["rope_theta"] = 1e4
+    (tmp_path / "old" / "run.json").write_text(json.dumps(record | {"xelm": "0.0.1"}))
+    outcome = xelm("train", tmp_path / "old", "--dense")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "old/run.json, made by xelm 0.0.1: ModelConfig has no field rope_theta" in outcome.err

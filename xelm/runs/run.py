@@ -31,8 +31,12 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The full configuration."""
-        return from_json(RunConfig, self.record["config"])
+        """The full configuration; UserError if it is of a version with other fields."""
+        try:
+            return from_json(RunConfig, self.record["config"])
+        except UserError as error:
+            made = f"made by xelm {self.record.get('xelm')}"
+            raise UserError(f"{self.directory / 'run.json'}, {made}: {error}") from error
 
     @property
     def languages(self) -> tuple[str, ...]:
