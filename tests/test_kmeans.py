@@ -55,13 +55,25 @@ def test_what_is_no_number_is_refused(bad):
         kmeans.assign_balanced(np.array([[0.0, bad], [1.0, 1.0]]), 1)
 
 
-def test_outliers_and_what_rows_cost_anywhere_decide_nothing():
+@pytest.fixture
+def paths(monkeypatch):
+    """Every path along which rows are moved."""
+    found, shortest = [], kmeans._shortest_path
+    monkeypatch.setattr(
+        kmeans, "_shortest_path", lambda *given: found.append(shortest(*given)) or found[-1]
+    )
+    return found
+
+
+def test_what_a_row_costs_anywhere_decides_nothing(paths):
     draw = np.random.default_rng(0)
-    for _ in range(20):
-        costs = draw.random((46, 8))
-        wanted = kmeans.assign_balanced(costs, 6)
-        shifted = costs + 2.0 ** draw.integers(0, 20, size=(46, 1))
-        np.testing.assert_array_equal(kmeans.assign_balanced(shifted, 6), wanted)
+    costs = draw.integers(0, 2**20, size=(4000, 8)) / 2**20  # of which the sum loses no bit
+    costs[:, 0] /= 4
+    far = costs + 2.0 ** draw.integers(20, 30, size=(4000, 1))
+    wanted = kmeans.assign_balanced(costs, 500)
+    moved = len(paths)
+    np.testing.assert_array_equal(kmeans.assign_balanced(far, 500), wanted)
+    assert len(paths) == 2 * moved < 200  # prices are as good as without
 
 
 @pytest.mark.parametrize("random_seed", range(12))
@@ -73,15 +85,10 @@ def test_a_point_far_from_all_does_not_hang(random_seed):
     assert max(fitted.sizes) <= -(-len(points) // len(fitted.sizes))
 
 
-def test_equal_rows_move_together(monkeypatch):
+def test_equal_rows_move_together(paths):
     points, _ = blobs(4000, [0.25] * 4, 0.3)
     points[:2000] = points[0]
     costs = ((points[:, None] - points[None, -8:]) ** 2).sum(axis=2).astype(np.float64)
-    paths = []
-    shortest = kmeans._shortest_path
-    monkeypatch.setattr(
-        kmeans, "_shortest_path", lambda *a: paths.append(shortest(*a)) or paths[-1]
-    )
     labels = kmeans.assign_balanced(costs, 500)
     assert np.bincount(labels).tolist() == [500] * 8
     assert 0 < len(paths) < 400  # and not one for each of the 1,500 that must go elsewhere
