@@ -49,6 +49,10 @@ def test_many_texts_are_read_as_one_by_one(monkeypatch):
         np.testing.assert_array_equal(np.sort(one), np.sort(other))
 
 
+def test_who_keeps_the_ids_of_one_text_keeps_no_others():
+    assert all(found.base is None for found in ngrams.ids(text for text, _ in texts(3)))
+
+
 def test_languages_of_every_script_fall_apart():
     found = ngrams.cluster(texts(), 4)
     assert sorted(list(counts.items()) for counts in found.documents.values()) == sorted(
