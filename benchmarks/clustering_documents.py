@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from clustering import kmeans, tfidf
+from clustering.documents import Documents
 from clustering.files import read_arrays
 from clustering.vectoriser import Vectoriser
 from xelm.data import corpus, tokenizer
@@ -224,7 +225,8 @@ def _theirs(vectors: np.ndarray, options: argparse.Namespace) -> np.ndarray:
 def _grown(folder: Path, count: int, k: int) -> None:
     arrays = read_arrays(folder / "vectoriser.npz")
     vectoriser = Vectoriser(idf=arrays["idf"], projection=arrays["projection"])
-    tfidf.cluster(_Drawn(list(_documents(folder)), count), vectoriser, k, sample_size=10_000)
+    drawn = Documents([_Drawn(list(_documents(folder)), count)], sizes=[count])
+    tfidf.cluster(drawn, vectoriser, k, sample=drawn.sample(10_000))
 
 
 class _Drawn:

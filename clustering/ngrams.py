@@ -5,7 +5,7 @@ any script will do. Experts are trained on clusters over a seed's subwords, not 
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Integer
 
 from clustering import tfidf
 from clustering.clustering import Clustering
+from clustering.documents import Documents
 
 LONGEST = 3
 """Characters of the longest n-gram."""
@@ -42,7 +43,7 @@ def ids(texts: Iterable[str]) -> Iterator[Integer[np.ndarray, " ngrams"]]:
 
 
 def cluster(
-    texts: Iterable[tuple[str, str]],
+    texts: Documents,
     k: int,
     random_seed: int = 0,
     *,
@@ -50,35 +51,16 @@ def cluster(
     sample_size: int = 20_000,
     made_from: dict[str, str] | None = None,
 ) -> Clustering:
-    """k clusters of texts by TF-IDF over character n-grams, as `tfidf.fit` and `tfidf.cluster` make
-    them of ids.
+    """k clusters of documents that are texts, by TF-IDF over character n-grams, as `tfidf.fit` and
+    `tfidf.cluster` make them of ids.
 
-    texts: text and language of each document, which must be there to read three times. To place
-    another text: `clustering.assign(clustering.vectoriser.transform(ids([text])))`. At most
-    `sample_size` documents are held at once, at some twelve bytes a character. Errors as there.
+    To place another text: `clustering.assign(clustering.vectoriser.transform(ids([text])))`. At
+    most `sample_size` documents are held at once, at some twelve bytes a character. Errors as
+    there.
     """
-    documents = _Documents(texts)
-    vectoriser = tfidf.fit(
-        (terms for terms, _ in documents), BUCKETS, dimensions, random_seed, sample_size=sample_size
-    )
-    found = tfidf.cluster(
-        documents, vectoriser, k, random_seed, sample_size=sample_size, made_from=made_from
-    )
+    documents = replace(texts, terms=ids)
+    sample = documents.sample(sample_size, random_seed)
+    vectoriser = tfidf.fit(sample, BUCKETS, dimensions, random_seed)
+    found = tfidf.cluster(documents, vectoriser, k, random_seed, sample=sample, made_from=made_from)
     terms = {"terms": "characters", "longest": LONGEST, "buckets": BUCKETS}
     return replace(found, parameters=found.parameters | terms)
-
-
-@dataclass(frozen=True, slots=True)
-class _Documents:
-    """Ids and language of each text, as often as the texts can be read."""
-
-    texts: Iterable[tuple[str, str]]
-
-    def __post_init__(self) -> None:
-        if iter(self.texts) is self.texts:
-            raise ValueError("texts are read three times; got an iterator, which ends after once")
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, str]]:
-        remaining = iter(self.texts)
-        while batch := list(islice(remaining, _TEXTS_AT_ONCE)):
-            yield from zip(ids(text for text, _ in batch), (language for _, language in batch))

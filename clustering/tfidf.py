@@ -5,17 +5,21 @@ section 3.1, after Gururangan et al. 2023). Terms are the model's own subword id
 tokens and stop lists break Devanagari, Chinese, Japanese and Thai. Applying a fit is `vectoriser`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import numpy as np
 
 from clustering import kmeans
 from clustering.clustering import Clustering
+from clustering.documents import Documents
 from clustering.errors import UserError
 from clustering.languages import canonical
 from clustering.vectoriser import Vectoriser, check_ids
 
+SAMPLE_SIZE = 100_000
+"""Documents that centres are made of, at most: more do not move them."""
 _POWER_ITERATIONS = 5
 """Of the randomised SVD, as in scikit-learn's TruncatedSVD, which the authors use."""
 _BATCH_DOCUMENTS = 4096
@@ -27,20 +31,19 @@ def fit(
     vocabulary_size: int,
     dimensions: int = 100,
     random_seed: int = 0,
-    *,
-    sample_size: int = 100_000,
 ) -> Vectoriser:
     """TF-IDF weights and SVD projection of documents, integer arrays [tokens].
 
     idf(v) = ln((1 + n) / (1 + n_v)) + 1; rows of TF-IDF are scaled to unit length for the SVD, as
-    in scikit-learn. From more than `sample_size` documents a random sample is drawn in one pass, so
-    memory is bounded. There are fewer than `dimensions` where the documents span fewer. The same
-    documents in the same order give the same result. Raises UserError if all are empty.
+    in scikit-learn. All documents are held at once: of very many, give `Documents.sample`. There
+    are fewer than `dimensions` where the documents span fewer. The same documents in the same order
+    give the same result. Raises UserError if all are empty.
     """
-    checked = (_checked(document, vocabulary_size) for document in documents)
-    kept = _sample(checked, sample_size, np.random.default_rng(random_seed))
+    kept = [ids for ids in map(np.asarray, documents) if len(ids)]
     if not kept:
         raise UserError("TF-IDF needs at least one document that is not empty; got none")
+    for ids in kept:
+        check_ids(ids, vocabulary_size)
     from scipy import sparse
     from sklearn.utils.extmath import randomized_svd
 
@@ -70,29 +73,26 @@ def fit(
 
 
 def cluster(
-    documents: Iterable[tuple[np.ndarray, str]],
+    documents: Documents,
     vectoriser: Vectoriser,
     k: int,
     random_seed: int = 0,
     *,
-    sample_size: int = 100_000,
+    sample: Sequence[np.ndarray] | None = None,
     made_from: dict[str, str] | None = None,
 ) -> Clustering:
     """k clusters `c0`.. of documents, by balanced k-means on their vectors.
 
-    documents: ids and language of each, read twice: to draw at most `sample_size` that are not
-    empty, of which the centres are made, and to count the languages of each cluster by
-    nearest-centre assignment, by which documents reach experts. So memory does not grow with their
-    number. `made_from` names the inputs, such as corpus files and tokenizer, with their hashes.
-    Raises ValueError for an iterator, which could be read once.
+    The centres are made of `sample`, by default `SAMPLE_SIZE` of the documents; then all are read
+    and the languages of each cluster counted by nearest-centre assignment, by which documents reach
+    experts. So memory does not grow with their number, and the engine of `documents` does the
+    reading. `made_from` names the inputs, such as corpus files and tokenizer, with their hashes.
     """
-    if iter(documents) is documents:
-        raise ValueError("documents are read twice; got an iterator, which ends after once")
-    ids = (np.asarray(document) for document, _ in documents)
-    drawn = _sample(ids, sample_size, np.random.default_rng(random_seed))
+    drawn = documents.sample(SAMPLE_SIZE, random_seed) if sample is None else sample
     fitted = kmeans.fit(vectoriser.transform(drawn), k, random_seed)
     names = tuple(f"c{index}" for index in range(k))
-    documents_in, tags = _count(documents, vectoriser, fitted.centres, names)
+    counts = _total(documents.map(partial(_count, vectoriser, fitted.centres)))
+    held = {name: _in_cluster(counts, index) for index, name in enumerate(names)}
     return Clustering(
         method="tfidf",
         parameters={
@@ -104,56 +104,41 @@ def cluster(
             "inertia": fitted.inertia,
             "iterations": fitted.iterations,
         },
-        clusters={name: tuple(counts) for name, counts in documents_in.items()},
-        languages=tuple(tags),
-        documents=documents_in,
+        clusters={name: tuple(languages) for name, languages in held.items()},
+        languages=tuple(counts),
+        documents=held,
         vectoriser=vectoriser,
         centres=fitted.centres,
         made_from=made_from or {},
     )
 
 
-def _checked(document: np.ndarray, vocabulary_size: int) -> np.ndarray:
-    ids = np.asarray(document)
-    if len(ids):
-        check_ids(ids, vocabulary_size)
-    return ids
-
-
-def _sample(
-    documents: Iterable[np.ndarray], size: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    """A uniform sample of the documents that are not empty, in one pass (Vitter 1985)."""
-    kept: list[np.ndarray] = []
-    seen = 0
-    for document in documents:
-        if len(document) == 0:
-            continue
-        seen += 1
-        slot = len(kept) if len(kept) < size else int(rng.integers(seen))
-        if slot < size:
-            kept[slot : slot + 1] = [document]
-    return kept
+Counts = dict[str, np.ndarray]
+"""Language -> documents by cluster, languages in the order in which they came."""
 
 
 def _count(
-    documents: Iterable[tuple[np.ndarray, str]],
-    vectoriser: Vectoriser,
-    centres: np.ndarray,
-    names: Sequence[str],
-) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Cluster -> language -> documents, the commonest language first, and all languages in the
-    order in which they came."""
-    tag_of: dict[str, str] = {}
-    counts: dict[str, np.ndarray] = {}
-    remaining = iter(documents)
-    while batch := list(islice(remaining, _BATCH_DOCUMENTS)):
+    vectoriser: Vectoriser, centres: np.ndarray, documents: Iterator[tuple[np.ndarray, str]]
+) -> Counts:
+    counts: Counts = {}
+    while batch := list(islice(documents, _BATCH_DOCUMENTS)):
         labels = kmeans.assign(vectoriser.transform(ids for ids, _ in batch), centres)
         for label, (_, code) in zip(labels.tolist(), batch):
-            tag = tag_of.get(code) or tag_of.setdefault(code, canonical(code))
-            counts.setdefault(tag, np.zeros(len(names), np.int64))[label] += 1
-    found = {}
-    for number, name in enumerate(names):
-        held = [(tag, int(row[number])) for tag, row in counts.items() if row[number]]
-        found[name] = dict(sorted(held, key=lambda item: -item[1]))
-    return found, list(counts)
+            counts.setdefault(code, np.zeros(len(centres), np.int64))[label] += 1
+    return counts
+
+
+def _total(parts: Iterable[Counts]) -> Counts:
+    """Of all parts, codes of the same language as one."""
+    total: Counts = {}
+    for counts in parts:
+        for code, row in counts.items():
+            tag = canonical(code)
+            total[tag] = total.get(tag, 0) + row
+    return total
+
+
+def _in_cluster(counts: Counts, index: int) -> dict[str, int]:
+    """Language -> documents in one cluster, the commonest first."""
+    held = [(tag, int(row[index])) for tag, row in counts.items() if row[index]]
+    return dict(sorted(held, key=lambda item: -item[1]))

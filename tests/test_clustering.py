@@ -11,6 +11,7 @@ import pytest
 
 from clustering import control, files, tfidf, typology
 from clustering.clustering import Clustering, name_clusters
+from clustering.documents import Documents
 from clustering.errors import UserError
 
 LANGUAGES = ["en", "fr", "es", "de", "el", "bg", "ru", "tr"]
@@ -22,7 +23,10 @@ def of_documents():
     languages = ["en" if i % 3 < 2 else "sw" for i in range(60)]
     fitted = tfidf.fit(documents, 40, dimensions=5)
     return tfidf.cluster(
-        list(zip(documents, languages)), fitted, 3, made_from={"en.jsonl": "ab" * 32}
+        Documents([list(zip(documents, languages))]),
+        fitted,
+        3,
+        made_from={"en.jsonl": "ab" * 32},
     )
 
 

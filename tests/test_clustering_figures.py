@@ -9,6 +9,7 @@ from matplotlib import colors, pyplot
 from sklearn.manifold import ClassicalMDS
 
 from clustering import control, figures, geography, grouping, maps, tfidf, typology
+from clustering.documents import Documents
 from clustering.errors import UserError
 from clustering.languages import english_name
 
@@ -30,7 +31,8 @@ def of_documents():
     rng = np.random.default_rng(0)
     documents = [rng.integers(10 * (i % 3), 10 * (i % 3) + 12, 30) for i in range(60)]
     languages = [("en", "en", "sw")[i % 3] for i in range(60)]
-    return tfidf.cluster(list(zip(documents, languages)), tfidf.fit(documents, 40, dimensions=5), 3)
+    together = Documents([list(zip(documents, languages))])
+    return tfidf.cluster(together, tfidf.fit(documents, 40, dimensions=5), 3)
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from clustering import ngrams
 from clustering.clustering import Clustering
+from clustering.documents import Documents
 from clustering.errors import UserError
 
 SENTENCES = {
@@ -54,7 +55,7 @@ def test_who_keeps_the_ids_of_one_text_keeps_no_others():
 
 
 def test_languages_of_every_script_fall_apart():
-    found = ngrams.cluster(texts(), 4)
+    found = ngrams.cluster(Documents([texts()]), 4)
     assert sorted(list(counts.items()) for counts in found.documents.values()) == sorted(
         [(language, 40)] for language in SENTENCES
     )
@@ -63,11 +64,6 @@ def test_languages_of_every_script_fall_apart():
     labels = found.assign(vectors)
     names = [list(found.clusters)[label] for label in labels]
     assert names == [found.cluster_of("en"), found.cluster_of("zh")]
-
-
-def test_an_iterator_is_refused():
-    with pytest.raises(ValueError, match="read three times"):
-        ngrams.cluster(iter(texts()), 2)
 
 
 @pytest.fixture
@@ -89,9 +85,8 @@ def test_documents_of_a_corpus_are_clustered_without_a_run(xelm, corpus, tmp_pat
     found = Clustering.load(tmp_path / "out")
     assert sorted(found.languages) == ["en", "hi", "zh"]
     assert sorted(counts.popitem()[1] for counts in map(dict, found.documents.values())) == [40] * 3
-    assert found == ngrams.cluster(
-        [(text, tag) for text, tag in _in_order("en", "zh", "hi")], 3, made_from=found.made_from
-    )
+    in_order = Documents([_in_order("en", "zh", "hi")])
+    assert found == ngrams.cluster(in_order, 3, made_from=found.made_from)
 
 
 def _in_order(*languages):
@@ -108,4 +103,4 @@ def test_a_language_without_text_is_a_mistake(xelm, corpus, tmp_path):
     assert outcome.code == 2 and "no usable document in sw" in outcome.err
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="k must be between 1 and 160"):
-        ngrams.cluster(texts(), 161)
+        ngrams.cluster(Documents([texts()]), 161)

@@ -10,6 +10,7 @@ from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.preprocessing import normalize
 
 from clustering import kmeans, tfidf, vectoriser
+from clustering.documents import Documents
 from clustering.errors import UserError
 
 V = 300
@@ -25,6 +26,10 @@ def corpus(documents=240, seed=0, skew=(0.25, 0.25, 0.25, 0.25)):
         shared = rng.integers(0, 20, rng.integers(1, 10))
         texts.append(rng.permutation(np.concatenate([own, shared])))
     return texts, [("en", "sw", "hi", "ja")[language] for language in languages]
+
+
+def together(documents, languages):
+    return Documents([list(zip(documents, languages))])
 
 
 def counts(documents):
@@ -80,26 +85,11 @@ def test_unseen_terms_say_nothing():
     assert not fitted.transform([np.array([V, V + 1])]).any()
 
 
-def test_fitting_repeats_itself_and_a_sample_is_decided_by_the_seed():
+def test_fitting_repeats_itself():
     documents, _ = corpus()
     assert tfidf.fit(documents, V, 10, random_seed=1) == tfidf.fit(
         iter(documents), V, 10, random_seed=1
     )
-    sampled = [tfidf.fit(documents, V, 10, random_seed=seed, sample_size=50) for seed in (1, 1, 2)]
-    assert sampled[0] == sampled[1]
-    assert sampled[0] != sampled[2]
-    # A sample of all is no sample.
-    assert tfidf.fit(documents, V, 10, sample_size=240) == tfidf.fit(documents, V, 10)
-
-
-def test_a_sample_is_uniform_over_the_documents():
-    documents = [np.array([index]) for index in range(20)]
-    drawn = np.zeros(20)
-    for seed in range(2000):
-        kept = tfidf._sample(documents, 5, np.random.default_rng(seed))
-        assert len(kept) == 5
-        np.add.at(drawn, np.concatenate(kept), 1)
-    np.testing.assert_allclose(drawn / 2000, 5 / 20, atol=0.05)  # five standard deviations
 
 
 def test_dimensions_end_with_the_rank():
@@ -124,7 +114,7 @@ def test_only_empty_documents_are_refused():
 def test_documents_of_one_language_come_together():
     documents, languages = corpus()
     clusters = tfidf.cluster(
-        list(zip(documents, languages)), tfidf.fit(documents, V, 20), k=4, random_seed=0
+        together(documents, languages), tfidf.fit(documents, V, 20), k=4, random_seed=0
     )
     assert tuple(clusters.clusters) == ("c0", "c1", "c2", "c3")
     assert clusters.of_documents
@@ -147,7 +137,7 @@ def test_documents_of_one_language_come_together():
 def test_a_new_document_goes_to_the_nearest_centre():
     documents, languages = corpus()
     clusters = tfidf.cluster(
-        list(zip(documents, languages)), tfidf.fit(documents, V, 20), k=4, random_seed=0
+        together(documents, languages), tfidf.fit(documents, V, 20), k=4, random_seed=0
     )
     new, new_languages = corpus(40, seed=5)
     names = list(clusters.clusters)
@@ -162,21 +152,16 @@ def test_a_new_document_goes_to_the_nearest_centre():
 def test_centres_of_a_sample_and_counts_of_all():
     documents, languages = corpus()
     fitted = tfidf.fit(documents, V, 20)
-    every = list(zip(documents, languages))
-    clusters, again = (tfidf.cluster(every, fitted, k=4, sample_size=100) for _ in range(2))
+    every = together(documents, languages)
+    clusters, again = (
+        tfidf.cluster(every, fitted, k=4, sample=every.sample(100)) for _ in range(2)
+    )
     assert clusters == again
     assert clusters.parameters["documents_fitted"] == 100
     labels = kmeans.assign(fitted.transform(documents), clusters.centres)
     held = [sum(counts.values()) for counts in clusters.documents.values()]
     assert held == np.bincount(labels, minlength=4).tolist()
     assert clusters.languages == tuple(dict.fromkeys(languages))
-
-
-def test_what_can_be_read_only_once_is_refused():
-    documents, languages = corpus()
-    fitted = tfidf.fit(documents, V, 5)
-    with pytest.raises(ValueError, match="read twice; got an iterator"):
-        tfidf.cluster(zip(documents, languages), fitted, k=2)
 
 
 def test_memory_does_not_grow_with_the_documents():
@@ -193,7 +178,8 @@ def test_memory_does_not_grow_with_the_documents():
 
     def peak(times):
         tracemalloc.start()
-        tfidf.cluster(Many(times), fitted, k=2, sample_size=200)
+        many = Documents([Many(times)])
+        tfidf.cluster(many, fitted, k=2, sample=many.sample(200))
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clustering.engines import ENGINES, Engine
 from clustering.errors import UserError
 from xelm.commands.options import Verb, add_json, names, print_json
 
@@ -63,6 +64,11 @@ def _cluster_options(verb: argparse.ArgumentParser) -> None:
         "--random-seed", type=int, metavar="N", help="of random and tfidf (default: 0)"
     )
     verb.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="what reads the documents of tfidf: local (default), or ray, on a cluster",
+    )
+    verb.add_argument(
         "--out", metavar="DIR", required=True, help="directory for clusters.json and figures"
     )
     add_json(verb)
@@ -103,7 +109,7 @@ def _by_tfidf(options: argparse.Namespace, sources: "Sources") -> "Clustering":
     if options.corpus:
         raise UserError("tfidf clusters the documents of --run or of --corpus, not of both")
     return tfidf.cluster(
-        documents_of(run, _chosen(options, run)),
+        documents_of(run, _chosen(options, run), _engine(options)),
         run.vectoriser(),
         _fixed(options),
         options.random_seed or 0,
@@ -113,21 +119,31 @@ def _by_tfidf(options: argparse.Namespace, sources: "Sources") -> "Clustering":
 
 def _by_ngrams(options: argparse.Namespace) -> "Clustering":
     from clustering import ngrams
+    from clustering.documents import Documents
     from clustering.languages import canonical_all
     from xelm.data import corpus
 
     if not options.corpus:
         raise UserError("tfidf clusters documents; name a RUN with --run, or text with --corpus")
+    k, engine = _fixed(options), _engine(options)
     tags = canonical_all(options.languages) if options.languages else None
-    texts = corpus.Texts(options.corpus, tags)
-    made_from = {"corpus": corpus.fingerprint(options.corpus, tags)}
-    found = ngrams.cluster(texts, _fixed(options), options.random_seed or 0, made_from=made_from)
-    silent = [tag for tag in tags or () if tag not in found.languages]
+    parts, faults = corpus.parts(options.corpus, tags), corpus.Faults()
+    surveys = list(engine(corpus.Survey.of, parts))
+    for survey in surveys:
+        faults.include(survey.faults)
+    silent = [tag for tag in tags or () if not any(tag in s.documents for s in surveys)]
     if silent:
-        raise corpus.no_documents(silent, texts.faults)
-    if texts.faults:
-        print(f"{options.corpus}: {texts.faults}", file=sys.stderr)
-    return found
+        raise corpus.no_documents(silent, faults)
+    if faults:
+        print(f"{options.corpus}: {faults}", file=sys.stderr)
+    sizes = [sum(survey.documents.values()) for survey in surveys]
+    texts = Documents(parts, engine=engine, sizes=sizes)
+    made_from = {"corpus": corpus.fingerprint_of(parts, [survey.digest for survey in surveys])}
+    return ngrams.cluster(texts, k, options.random_seed or 0, made_from=made_from)
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    return ENGINES[options.engine or "local"]
 
 
 def _at_random(options: argparse.Namespace, sources: "Sources") -> "Clustering":
@@ -201,6 +217,7 @@ def _check_options(options: argparse.Namespace) -> None:
         "--rule": (options.rule, MEASURES),
         "--groups": (options.groups, ("by-hand",)),
         "--random-seed": (options.random_seed is not None, ("random", "tfidf")),
+        "--engine": (options.engine, ("tfidf",)),
     }
     for name, (given, allowed) in wants.items():
         if given and not methods & set(allowed):

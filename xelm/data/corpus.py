@@ -11,7 +11,7 @@ import io
 import json
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,10 +49,12 @@ class Faults:
         if len(places) < 3:
             places.append(place)
 
-    def clear(self) -> None:
-        """Counts from nothing again."""
-        self.counts.clear()
-        self.places.clear()
+    def include(self, other: "Faults") -> None:
+        """Counts those of another reading as well."""
+        for reason, count in other.counts.items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+            places = self.places.setdefault(reason, [])
+            places += other.places[reason][: 3 - len(places)]
 
     def __bool__(self) -> bool:
         return bool(self.counts)
@@ -112,54 +114,101 @@ def language_of(path: Path) -> str:
 def fingerprint(corpus: str | Path, languages: Sequence[str] | None = None) -> str:
     """SHA-256 over names and contents of the corpus files that `read` would read, or over the name
     of a Hub data set."""
-    digest = hashlib.sha256()
-    if str(corpus).startswith("hf://"):
-        digest.update(str(corpus).encode())
-        return digest.hexdigest()
-    for path in _wanted(corpus, languages):
-        digest.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    found = parts(corpus, languages)
+    return fingerprint_of(found, [part.digest() for part in found])
 
 
-def read(
-    corpus: str | Path, faults: Faults, languages: Sequence[str] | None = None
-) -> Iterator[Document]:
-    """Every usable document, in the order of the files; unusable records are counted in `faults`.
-    Of a folder, files named for other languages than `languages` are not opened.
+def fingerprint_of(parts: "Sequence[Texts]", digests: Sequence[bytes]) -> str:
+    """The fingerprint of a corpus of these parts, with these digests."""
+    whole = hashlib.sha256()
+    for part, digest in zip(parts, digests):
+        if isinstance(part.where, Path):
+            whole.update(part.where.name.encode() + b"\0")
+        whole.update(digest)
+    return whole.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The texts of one corpus file or Hub data set, told by where they lie: to be read any number
+    of times, on any machine that finds them there."""
+
+    where: Path | str
+    """The file, or `hf://` and the name of the data set."""
+    language: str | None = None
+    """Of records that do not say it."""
+    wanted: Sequence[str] | None = None
+    """Canonical tags of the languages to keep; None means all."""
+
+    def documents(self, faults: Faults) -> Iterator[Document]:
+        """Every usable document in any language; unusable records are counted in `faults`."""
+        if isinstance(self.where, str):
+            records = _hub_records(self.where)
+        elif self.where.name.endswith(".parquet"):
+            records = _parquet_records(self.where, faults)
+        else:
+            records = _json_records(self.where, faults)
+        return _documents(records, faults, self.language)
+
+    def digest(self) -> bytes:
+        """SHA-256 of the file, or the name of the data set."""
+        if isinstance(self.where, str):
+            return self.where.encode()
+        with self.where.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Text and language of every usable document in the languages wanted."""
+        for document in self.documents(Faults()):
+            if self.wanted is None or document.language in self.wanted:
+                yield document.text, document.language
+
+
+def parts(corpus: str | Path, languages: Sequence[str] | None = None) -> list[Texts]:
+    """What a corpus consists of: files, each of which can be read by itself. Of a folder, those
+    named for other languages than `languages` are left out.
 
     `corpus` is a folder of `<language>.jsonl[.gz|.zst]` or `<language>.parquet` files, one such
     file (its records then carry "lang"), or `hf://owner/dataset[/config][:split]`, of which the
     split is "train" by default.
     """
     if str(corpus).startswith("hf://"):
-        yield from _documents(_hub_records(str(corpus)), faults, None)
-        return
+        return [Texts(str(corpus), wanted=languages)]
+    # A file given by itself may hold many languages; its name says nothing then.
     single = Path(corpus).is_file()
-    for path in _wanted(corpus, languages):
-        records = _parquet_records if path.name.endswith(".parquet") else _json_records
-        # A file given by itself may hold many languages; its name says nothing then.
-        default = None if single else language_of(path)
-        yield from _documents(records(path, faults), faults, default)
+    return [
+        Texts(path.absolute(), None if single else language_of(path), languages)
+        for path in _wanted(corpus, languages)
+    ]
+
+
+def read(
+    corpus: str | Path, faults: Faults, languages: Sequence[str] | None = None
+) -> Iterator[Document]:
+    """Every usable document of the `parts`, in their order; unusable records are counted in
+    `faults`."""
+    for part in parts(corpus, languages):
+        yield from part.documents(faults)
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """Text and language of every usable document, which can be read any number of times."""
+class Survey:
+    """What one reading tells of a part of a corpus."""
 
-    corpus: str | Path
-    languages: Sequence[str] | None = None
-    """Canonical tags of the languages wanted; None means all."""
-    faults: Faults = field(default_factory=Faults)
-    """Of the latest reading."""
+    documents: Mapping[str, int]
+    """Language -> usable documents, of those wanted."""
+    faults: Faults
+    digest: bytes
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        """Text, language."""
-        self.faults.clear()
-        for document in read(self.corpus, self.faults, self.languages):
-            if self.languages is None or document.language in self.languages:
-                yield document.text, document.language
+    @staticmethod
+    def of(texts: Texts) -> "Survey":
+        """Reads it."""
+        counts: dict[str, int] = {}
+        faults = Faults()
+        for document in texts.documents(faults):
+            if texts.wanted is None or document.language in texts.wanted:
+                counts[document.language] = counts.get(document.language, 0) + 1
+        return Survey(counts, faults, texts.digest())
 
 
 def _wanted(corpus: str | Path, languages: Sequence[str] | None) -> list[Path]:

@@ -26,6 +26,8 @@ from xelm.data.tokenizer import Tokenizer
 
 # Documents tokenised at once: enough for the tokenizer's threads, little enough for memory.
 BATCH_DOCUMENTS = 512
+# Documents read in one piece where parts of a corpus go to many machines.
+PART_DOCUMENTS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,25 +68,58 @@ class Store:
     record: Mapping[str, Any]
     """store.json: counts and unusable records."""
 
+    def parts(self, languages: Iterable[str]) -> list["StorePart"]:
+        """All documents in these languages, in order."""
+        directory = self.directory.absolute()
+        return [
+            StorePart(
+                directory, tag, range(len(self.languages[tag]))[first : first + PART_DOCUMENTS]
+            )
+            for tag in languages
+            for first in range(0, len(self.languages[tag]), PART_DOCUMENTS)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class StorePart:
+    """Some documents of one language, told by where they lie: to be read on any machine."""
+
+    directory: Path
+    """Of the store, absolute."""
+    language: str
+    numbers: range
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[tuple[Integer[np.ndarray, " tokens"], str]]:
+        """Ids of each document, and the language."""
+        record = read_json(self.directory / "store.json")
+        ids = _open_language(self.directory, self.language, record)
+        for number in self.numbers:
+            yield ids.document(number), self.language
+
 
 def open_store(directory: str | Path) -> Store:
     """Opens a tokenised corpus without reading it."""
     directory = Path(directory)
     record = read_json(directory / "store.json")
-    dtype = np.dtype(record["dtype"])
-    languages = {}
-    for language, counts in record["languages"].items():
-        path = directory / f"{language}.ids"
-        if path.stat().st_size != counts["tokens"] * dtype.itemsize:
-            raise _mismatch(path)
-        languages[language] = LanguageIds(
-            language=language,
-            # An empty file cannot be mapped.
-            ids=np.memmap(path, dtype, "r") if counts["tokens"] else np.empty(0, dtype),
-            ends=_numbers(directory / f"{language}.ends.npy", counts["documents"]),
-            bytes=_numbers(directory / f"{language}.bytes.npy", counts["documents"]),
-        )
+    languages = {tag: _open_language(directory, tag, record) for tag in record["languages"]}
     return Store(directory=directory, languages=languages, record=record)
+
+
+def _open_language(directory: Path, language: str, record: Mapping[str, Any]) -> LanguageIds:
+    dtype, counts = np.dtype(record["dtype"]), record["languages"][language]
+    path = directory / f"{language}.ids"
+    if path.stat().st_size != counts["tokens"] * dtype.itemsize:
+        raise _mismatch(path)
+    return LanguageIds(
+        language=language,
+        # An empty file cannot be mapped.
+        ids=np.memmap(path, dtype, "r") if counts["tokens"] else np.empty(0, dtype),
+        ends=_numbers(directory / f"{language}.ends.npy", counts["documents"]),
+        bytes=_numbers(directory / f"{language}.bytes.npy", counts["documents"]),
+    )
 
 
 def _numbers(path: Path, count: int) -> Int[np.ndarray, " documents"]:

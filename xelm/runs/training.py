@@ -3,12 +3,14 @@
 import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from clustering.clustering import Clustering
+from clustering.documents import Documents
+from clustering.engines import Engine
 from clustering.errors import UserError
 from clustering.files import read_arrays, write_arrays
 from clustering.languages import canonical_all
@@ -127,28 +129,16 @@ def cluster_sources(run: Run, cluster: str) -> list[Source]:
     return sources
 
 
-@dataclass(frozen=True, slots=True)
-class Documents:
-    """Documents of several languages with their languages, which can be read any number of
-    times."""
-
-    languages: Sequence[LanguageIds]
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, str]]:
-        """Ids and language of each document."""
-        for ids in self.languages:
-            for document in _documents(ids):
-                yield document, ids.language
-
-
-def documents_of(run: Run, languages: Sequence[str] | None = None) -> Documents:
+def documents_of(
+    run: Run, languages: Sequence[str] | None = None, engine: Engine = map
+) -> Documents:
     """Those of the RUN's corpus in these languages, or in all."""
-    stores = run.store().languages
-    tags = list(stores) if languages is None else canonical_all(languages)
-    missing = [tag for tag in tags if tag not in stores]
+    store = run.store()
+    tags = list(store.languages) if languages is None else canonical_all(languages)
+    missing = [tag for tag in tags if tag not in store.languages]
     if missing:
         raise UserError(f"{run.directory} has no text in {', '.join(missing)}")
-    return Documents([stores[tag] for tag in tags])
+    return Documents(store.parts(tags), engine=engine)
 
 
 def train_checkpoint(
