@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +263,30 @@ def test_an_expert_interrupted_while_training_ends_with_the_same_weights(
     path = Path("experts/de-fr/v1/model.safetensors")
     assert (tmp_path / "RUN" / path).read_bytes() == (tiny.directory / path).read_bytes()
     assert xelm("verify", tmp_path / "RUN").code == 0
+
+
+def test_an_expert_that_is_asked_to_end_is_saved_and_the_launcher_told_to_try_again(
+    xelm, initialised, tiny, tmp_path
+):
+    shutil.copytree(initialised[0], tmp_path / "RUN")
+    xelm("branch", tmp_path / "RUN", "--clusters", tiny.clusters)
+    write = MetricsLog.write
+    with pytest.MonkeyPatch.context() as patch:
+
+        def ask(self, line):
+            write(self, line)
+            if line["step"] == 5:  # between two checkpoints
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(MetricsLog, "write", ask)
+        outcome = xelm("train", tmp_path / "RUN", "de-fr")
+    assert outcome.code == os.EX_TEMPFAIL
+    said = "xelm: de-fr was asked to end; it is saved, and goes on when run again"
+    assert outcome.err.splitlines()[-1] == said
+    outcome = xelm("train", tmp_path / "RUN", "de-fr")
+    assert outcome.code == 0 and "going on after step 6" in outcome.err
+    path = Path("experts/de-fr/v1/model.safetensors")
+    assert (tmp_path / "RUN" / path).read_bytes() == (tiny.directory / path).read_bytes()
 
 
 # Clusters of documents

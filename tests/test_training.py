@@ -19,13 +19,15 @@ import pytest
 
 from clustering.errors import UserError
 from xelm.config import TrainConfig
-from xelm.data.rows import Source
+from xelm.data.rows import ORIGIN, Source
 from xelm.data.store import LanguageIds
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import fresh_parameters
-from xelm.training import loop
+from xelm.training import guard, loop
+from xelm.training.account import DivergedError
 from xelm.training.loop import train
 from xelm.training.metrics import MetricsLog, read_metrics
+from xelm.training.preemption import Preempted
 from xelm.training.sharding import make_mesh, parameter_shardings
 from xelm.training.step import program
 
@@ -263,6 +265,7 @@ def test_languages_are_seen_in_their_shares_and_counted(trained):
 def test_metrics_say_what_happened(trained):
     _, metrics = trained()
     assert [line["step"] for line in metrics] == list(range(1, 21))
+    assert all(line["skipped"] == 0 and "utilisation" not in line for line in metrics)
     assert metrics[0]["learning_rate"] == pytest.approx(3e-3)  # one step of warm-up
     assert metrics[-1]["learning_rate"] == pytest.approx(3e-4, rel=1e-3)
     assert all(line["grad_norm"] > 0 and line["tokens_per_second"] > 0 for line in metrics)
@@ -392,17 +395,17 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bytes(
     draw = random.Random(0)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     killed = 0
-    for _ in range(5):
+    for _ in range(30):
         process = subprocess.Popen([*command, runs[1]], env=environment, **quiet)
         before = progress_of(runs[1])
-        wanted = draw.randint(1, 100)
+        wanted = draw.randint(1, 30)
         while progress_of(runs[1]) < before + wanted and process.poll() is None:
             time.sleep(0.002)
         time.sleep(draw.random() * 0.02)
         killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert killed == 5
+    assert killed == 30
     done = subprocess.run([*command, runs[1]], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     weights = sorted(runs[0].glob("experts/*/v1/model.safetensors"))
@@ -442,19 +445,215 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert (tmp_path / "broken" / "damaged-12" / "state").is_dir()
 
 
+def test_a_checkpoint_with_a_damaged_list_of_hashes_is_damaged(trained, tmp_path, capsys):
+    half_done(trained, tmp_path / "broken")
+    (tmp_path / "broken/checkpoints/12/sha256.json").write_text("{")
+    trained(folder="broken")
+    said = capsys.readouterr().err
+    assert "step 12 is damaged" in said and "sha256.json" in said
+    assert "test: going on after step 6" in said
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+def test_any_change_of_a_checkpoint_is_noticed(trained, tmp_path, monkeypatch, capsys, harm):
+    whole, _ = trained(folder="whole")
+    half_done(trained, tmp_path / "broken")
+    files = [path for path in (tmp_path / "broken/checkpoints/12").rglob("*") if path.is_file()]
+    spoilt = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(spoilt.read_bytes())
+    if harm == "gone":
+        spoilt.unlink()
+    else:
+        content[len(content) // 2] ^= 1  # a single bit
+        spoilt.write_bytes(content if harm == "flipped" else content[:-1])
+    again, _ = trained(folder="broken")
+    name = spoilt.relative_to(tmp_path / "broken/checkpoints/12").as_posix()
+    why = "is missing" if harm == "gone" else "is not as it was written"
+    said = capsys.readouterr().err
+    assert f"the checkpoint of step 12 is damaged ({name} {why}); going back" in said
+    assert "test: going on after step 6" in said
+    assert_same_bits(again, whole)
+
+
 def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_path):
     config = replace(CONFIG, learning_rate=1e30, clip_norm=1e30, log_every=1000)
-    with pytest.raises(
-        UserError, match=r"test has diverged: loss nan .* rate of 1e\+30 is too much"
-    ):
+    said = r"test has diverged: its parameters are no numbers after step 6; a peak rate of 1e\+30"
+    with pytest.raises(DivergedError, match=said):
         trained(config)
     assert not list((tmp_path / "training" / "checkpoints").glob("[0-9]*"))
+
+
+def batches_of(config):
+    found = loop.batches(
+        list(SOURCES),
+        steps=config.steps,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        start_id=1,
+        end_id=2,
+        random_seed=config.random_seed,
+    )
+    return list(found)
+
+
+def test_a_step_without_a_number_changes_nothing_but_what_is_counted(parameters):
+    mesh = make_mesh(CONFIG)
+    functions = program(MODEL, CONFIG, mesh)
+    batch = {name: array for name, array in batches_of(CONFIG)[0].items() if name not in ORIGIN}
+    spoilt = jax.tree.map(np.copy, parameters)
+    spoilt["norm"]["scale"][3] = np.nan
+    with jax.set_mesh(mesh):
+        before = functions.create(spoilt)
+        kept = jax.tree.map(np.array, before)
+        state, metrics = functions.step(before, batch, 1e-3)
+    for part in ("parameters", "optimizer"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(kept, part))
+    assert np.isnan(metrics.loss) and (metrics.skipped, metrics.most_in_a_row) == (1, 1)
+    assert (state.step, state.guard.known) == (1, 0) and not state.guard.losses.any()
+    assert not functions.sound(state.parameters) and functions.sound(parameters)
+
+
+def skip(monkeypatch, steps):
+    """To these steps, the losses before them look as if they had been far lower."""
+
+    def spying(model, config, mesh):
+        functions = program(model, config, mesh)
+
+        def step(state, batch, rate):
+            if int(state.step) + 1 not in steps:
+                return functions.step(state, batch, rate)
+            guard = jax.tree.map(np.array, state.guard)
+            low = guard._replace(losses=guard.losses - 100, known=np.int32(1000))
+            low = jax.device_put(low, functions.state_shardings.guard)
+            state, metrics = functions.step(state._replace(guard=low), batch, rate)
+            guard = state.guard._replace(losses=guard.losses, known=guard.known)
+            guard = jax.device_put(guard, functions.state_shardings.guard)
+            return state._replace(guard=guard), metrics
+
+        return functions._replace(step=step)
+
+    monkeypatch.setattr(loop, "program", spying)
+
+
+def test_steps_that_are_skipped_are_counted_and_the_training_goes_on(trained, monkeypatch):
+    plain, metrics = trained(folder="plain")
+    skip(monkeypatch, {5, 6, 7, 12})
+    skipped, other = trained(folder="skipped")
+    assert [line["skipped"] for line in other] == [0] * 4 + [1, 2] + [3] * 5 + [4] * 9
+    assert losses(other)[:5] == losses(metrics)[:5] and losses(other)[8] != losses(metrics)[8]
+    assert skipped.language_tokens == plain.language_tokens
+    # Steps 6 and 12, which are saved, are among them.
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 15)
+        trained(folder="broken")
+    again, lines = trained(folder="broken")
+    assert_same_bits(again, skipped)
+    assert_same_lines(lines, other)
+
+
+@pytest.mark.parametrize("log_every", [1, 10])
+def test_after_too_many_in_a_row_a_training_ends(trained, monkeypatch, tmp_path, log_every):
+    skip(monkeypatch, set(range(8, 12)))  # over before anybody looks, if that is seldom
+    config = replace(CONFIG, skip_limit=4, log_every=log_every, checkpoint_every=7)
+    seen = 11 if log_every == 1 else 14
+    said = f"diverged: 4 steps in a row were skipped; at step {seen} it has loss 3.*reads rows "
+    with pytest.raises(DivergedError, match=said) as caught:
+        trained(config)
+    assert [path.name for path in (tmp_path / "training/checkpoints").iterdir()] == ["7"]
+    batch = batches_of(config)[seen - 1]
+    rows = {tag: [] for tag in SHARES}
+    for index, row in zip(batch["language"], batch["row"]):
+        rows[list(SHARES)[index]].append(row)
+    for tag, numbers in rows.items():
+        assert f"{tag} {', '.join(map(str, numbers))}" in str(caught.value)
+
+
+def test_losses_far_above_those_before_are_spikes():
+    draw, of = np.random.default_rng(0), guard.fresh()
+    asked, later = jax.jit(guard.harmless), jax.jit(guard.after)
+    norm, yes, no = np.float32(1), np.bool_(True), np.bool_(False)
+    for number, loss in enumerate((3 + draw.normal(size=200)).astype(np.float32)):
+        # Nothing is a spike before there are enough losses to tell.
+        assert bool(asked(of, np.float32(50), norm)) == (number < 64)
+        if number >= 64:
+            known = np.asarray(of.losses)[: min(number, 128)]
+            edge = known.mean() + 6 * known.std()
+            assert asked(of, np.float32(edge - 0.01), norm)
+            assert not asked(of, np.float32(edge + 0.01), norm)
+        assert not asked(of, np.float32("nan"), norm)
+        assert not asked(of, loss, np.float32("inf"))
+        of = later(of, loss, yes)
+        assert (of.known, of.skipped, of.in_a_row) == (number + 1, 0, 0)
+    for times in range(1, 4):
+        of = later(of, np.float32("nan"), no)
+        assert (of.known, of.skipped, of.in_a_row, of.most_in_a_row) == (200, times, times, times)
+    of = later(of, np.float32(3), yes)
+    assert (of.in_a_row, of.most_in_a_row) == (0, 3)
+
+
+def test_what_lasts_is_no_spike_for_long():
+    of, later, asked = guard.fresh(), jax.jit(guard.after), jax.jit(guard.harmless)
+    for _ in range(150):
+        of = later(of, np.float32(2), np.bool_(True))
+    # Three nats above even losses, which a few rows of a hard language may be, are none.
+    assert asked(of, np.float32(4.9), np.float32(1))
+    skipped = 0
+    for _ in range(50):
+        made = asked(of, np.float32(6), np.float32(1))
+        of = later(of, np.float32(6), made)
+        skipped += not made
+    assert 1 < skipped < 10
+    assert asked(of, np.float32(6), np.float32(1))
+
+
+def end_at(monkeypatch, step: int):
+    """The machine is to be given back as the metrics of that step are written."""
+    write = MetricsLog.write
+
+    def ask(self, line):
+        write(self, line)
+        if line["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", ask)
+
+
+@pytest.mark.parametrize("step", [1, 8, 19, 20])
+def test_a_training_that_is_asked_to_end_is_saved_first(trained, tmp_path, step):
+    whole, metrics = trained(folder="whole")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        end_at(patch, step)
+        with pytest.raises(Preempted, match="test was asked to end; it is saved"):
+            trained(folder="ended")
+    saved = [int(path.name) for path in (tmp_path / "ended/checkpoints").iterdir()]
+    assert max(saved) == min(20, step + 1)
+    assert signal.getsignal(signal.SIGTERM) == before
+    again, other = trained(folder="ended")
+    assert_same_bits(again, whole)
+    assert_same_lines(other, metrics)
+
+
+def test_a_training_of_another_version_is_refused(trained, tmp_path, monkeypatch):
+    half_done(trained, tmp_path / "older")
+    monkeypatch.setattr(loop, "STATE", loop.STATE + 1)
+    with pytest.raises(UserError, match="unfinished training of another version of xelm"):
+        trained(folder="older")
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(trained, tmp_path):
+    config = replace(CONFIG, checkpoint_every=2, keep_checkpoints=3, keep_every=8)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 19)
+        trained(config)
+    kept = sorted(int(path.name) for path in (tmp_path / "training/checkpoints").iterdir())
+    assert kept == [8, 14, 16, 18]
 
 
 def test_a_start_that_is_no_number_is_not_blamed_on_the_rate(trained, parameters):
     spoilt = jax.tree.map(lambda x: x * np.float32("nan"), parameters)
     with pytest.raises(
-        UserError, match="nan and its gradient norm nan before anything was learned"
+        UserError, match="test has loss nan and gradient norm nan before anything was learned"
     ):
         trained(start=spoilt)
 

@@ -9,10 +9,12 @@ from clustering.errors import UserError
 from xelm import __version__
 from xelm.commands import VERBS
 from xelm.process import prepare
+from xelm.training.preemption import Preempted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 130 if interrupted."""
+    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 130 if interrupted, 75
+    (EX_TEMPFAIL: try again) if a training was asked to end and is saved."""
     try:
         options = _parsed(sys.argv[1:] if arguments is None else arguments)
         prepare()
@@ -20,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("xelm: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except Preempted as stop:
+        print(f"xelm: {stop}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except BrokenPipeError:
         # The reader of our output has gone, which is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

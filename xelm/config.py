@@ -47,6 +47,9 @@ class TrainConfig:
     """AdamW's decay of the squared-gradient average; .95 as usual for language models."""
     clip_norm: float = 1.0
     """Gradients are scaled down to at most this global norm."""
+    skip_limit: int = 10
+    """Steps in a row after which a training is given up. A step is skipped, and counted, if its
+    loss or gradient is no number, or its loss far above those before it."""
     sampling_exponent: float = 0.3
     """A language is seen in proportion to (its tokens) ** this: 0 is uniform, 1 proportional."""
     mask_share: float = 0.15
@@ -54,12 +57,17 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products; parameters, norms, softmax and losses stay float32."""
     rematerialise: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more work."""
+    """Of each layer keep its input and what attention gave, and compute all else again on the way
+    back, instead of only what is cheap: half the memory for activations, a fifth more time."""
     random_seed: int = 0
     """Orders documents and rows, and initialises a fresh model. A training that goes on from
     another on the same text needs another, or it sees the same rows in the same order."""
     checkpoint_every: int = 200
     """Steps between checkpoints of the unfinished training."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Steps between further ones that are kept until the training is done; 0 keeps none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     mesh_data: int = 0
@@ -78,7 +86,9 @@ class TrainConfig:
             "sequence_length",
             "batch_size",
             "accumulation_steps",
+            "skip_limit",
             "checkpoint_every",
+            "keep_checkpoints",
             "log_every",
             "mesh_fsdp",
             "mesh_tensor",
@@ -96,13 +106,18 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
-        for name in ("weight_decay", "mesh_data", "random_seed"):
+        for name in ("weight_decay", "keep_every", "mesh_data", "random_seed"):
             if not 0 <= getattr(self, name) < 2**31:
                 faults.append(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.accumulation_steps > 0 and self.batch_size % self.accumulation_steps:
             faults.append(
                 f"batch_size must be a multiple of accumulation_steps; got {self.batch_size} and "
                 f"{self.accumulation_steps}"
+            )
+        if self.checkpoint_every > 0 and self.keep_every % self.checkpoint_every:
+            faults.append(
+                f"keep_every must be a multiple of checkpoint_every; got {self.keep_every} and "
+                f"{self.checkpoint_every}"
             )
         if faults:
             raise ValueError("; ".join(faults[:5]))

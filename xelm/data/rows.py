@@ -16,6 +16,9 @@ from jaxtyping import Int
 
 from xelm.data.store import LanguageIds
 
+ORIGIN = ("language", "row")
+"""Where a row of a batch comes from: the index of its source, and its number there."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
@@ -64,7 +67,7 @@ class LanguageRows:
 
     def __getitem__(self, record_key: SupportsIndex) -> dict[str, Any]:
         """tokens, segments, positions: int32 [T + 1]. Segment 0 is padding; positions count from
-        the start of the document or of the row, whichever is later."""
+        the start of the document or of the row, whichever is later. And the two of `ORIGIN`."""
         size = self.sequence_length + 1
         start = int(record_key) * self.sequence_length
         tokens = np.zeros(size, np.int32)
@@ -89,6 +92,7 @@ class LanguageRows:
             "segments": segments,
             "positions": positions,
             "language": np.int32(self.language_index),
+            "row": np.int64(record_key),
         }
 
 
@@ -104,7 +108,7 @@ def batches(
     first_step: int = 0,
 ) -> Any:
     """Iterates over the batches of steps first_step to steps - 1: dictionaries of int32
-    [batch_size, T + 1] arrays (see `LanguageRows`) and "language", the index of each row's source.
+    [batch_size, T + 1] arrays (see `LanguageRows`), and the `ORIGIN` of each row.
 
     Languages are mixed row by row in exactly the proportions of their shares, as evenly as can be;
     in batches too small for all of them, in random order. Each language's rows are shuffled anew in

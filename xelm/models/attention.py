@@ -1,10 +1,26 @@
-"""Scaled dot-product attention with grouped keys, as functions on arrays."""
+"""Scaled dot-product attention with grouped keys, as functions on arrays.
 
-from typing import NamedTuple
+Scores exist for one block of queries at a time, and are made again on the way back (as in
+FlashAttention: Dao et al. 2022, arXiv 2205.14135): a layer keeps its queries, keys, values and
+result, and nothing that grows with the square of the length.
+"""
+
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
+
+_BLOCKS = 8
+"""Of queries: with so many, a causal layer saves 44% of the scores."""
+_LEAST_BLOCK, _LARGEST_BLOCK = 64, 512
+"""Queries; smaller products miss the fast kernels, larger ones need much memory."""
+
+
+KEPT = "attended"
+"""Name of what is kept for the way back by who computes layers again (`jax.checkpoint`)."""
 
 
 class Bias(NamedTuple):
@@ -23,47 +39,109 @@ def attend(
     scale: float,
     cap: float | None = None,
     bias: Bias | None = None,
+    causal: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Weighted means of values, by softmax of scale * query . key in float32. cap: a score s
-    becomes cap * tanh(s / cap) (Gemma Team 2024, arXiv 2408.00118, section 2)."""
+    """Weighted means of values, by softmax of scale * query . key in float32.
+
+    cap: a score s becomes cap * tanh(s / cap) (Gemma Team 2024, arXiv 2408.00118, section 2).
+    causal: says that the mask lets nobody see later positions, so that those need no scores. A
+    query that may see nothing gets a mean of some, and gives no gradient; nor does `bias`.
+    """
     batch, length, heads, size = query.shape
     groups = heads // key.shape[2]
-    query = query.reshape(batch, length, key.shape[2], groups, size) * scale
-    # Heads before positions, explicitly: batched products of contiguous matrices are the ones
-    # that XLA hands to its fast kernels on CPUs.
+    # Heads before positions: batched products of contiguous matrices are the ones that XLA hands
+    # to its fast kernels on CPUs.
+    query = (query * scale).reshape(batch, length, key.shape[2], groups, size)
     query = query.transpose(0, 2, 3, 1, 4)
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32)
-    if cap is not None:
-        scores = cap * jnp.tanh(scores / cap)
+    shift = None
     if bias is not None:
         # Absolute positions of keys do: softmax does not mind what is the same for all of them.
         slopes = bias.slopes.reshape(1, key.shape[1], groups, 1, 1)
-        scores = scores + slopes * bias.key_positions[:, None, None, None].astype(jnp.float32)
-    # A finite stand-in for minus infinity: a row with nothing to see gives a mean, not a NaN.
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("BKGTS,BKSH->BKGTH", weights, value)
+        shift = slopes * bias.key_positions[:, None, None, None].astype(jnp.float32)
+    mixed: Any = _mixed(_Form(cap, causal), query, key, value, mask, shift)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
-def attend_causal(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    mask: Bool[Array, "B T T"],
-    *,
-    bias: Bias | None = None,
-    **options,
-) -> Float[Array, "B T N H"]:
-    """`attend` for a mask that lets nobody see later positions: queries go in up to eight blocks,
-    each against the keys up to its own end, which saves up to 44% of the scores."""
-    length = query.shape[1]
-    block = max(64, -(-length // 8))
-    parts = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        part = query[:, start:end], key[:, :end], value[:, :end], mask[:, start:end, :end]
-        near = bias and Bias(bias.slopes, bias.key_positions[:, :end])
-        parts.append(attend(*part, bias=near, **options))
-    return jnp.concatenate(parts, axis=1)
+class _Form(NamedTuple):
+    cap: float | None
+    causal: bool
+
+    def spans(self, length: int, keys: int) -> list[tuple[slice, slice]]:
+        """Blocks of queries, each with the keys that it may see."""
+        block = min(max(_LEAST_BLOCK, -(-length // _BLOCKS)), _LARGEST_BLOCK)
+        return [
+            (slice(start, start + block), slice(0, start + block if self.causal else keys))
+            for start in range(0, length, block)
+        ]
+
+    def scores(self, query: Any, key: Any, shift: Any) -> tuple[Any, Any]:
+        """Of a block, float32 [B K G T S], whatever may be seen; and tanh(s / cap) if capped."""
+        scores = jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32)
+        bent = None
+        if self.cap is not None:
+            bent = jnp.tanh(scores / self.cap)
+            scores = self.cap * bent
+        if shift is not None:
+            scores = scores + shift
+        return scores, bent
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mixed(form, query, key, value, mask, shift):
+    return _forward(form, query, key, value, mask, shift)[0]
+
+
+def _forward(form, query, key, value, mask, shift):
+    mixed, logs = [], []
+    for rows, seen in form.spans(query.shape[3], key.shape[2]):
+        near = None if shift is None else shift[..., seen]
+        scores, _ = form.scores(query[..., rows, :], key[:, :, seen], near)
+        # A finite stand-in for minus infinity: a row with nothing to see gives a mean, not a NaN.
+        scores = jnp.where(mask[:, None, None, rows, seen], scores, jnp.finfo(jnp.float32).min)
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights.astype(value.dtype)
+        sums = jnp.einsum(
+            "BKGTS,BKSH->BKGTH", weights, value[:, :, seen], preferred_element_type=jnp.float32
+        )
+        mixed.append((sums / total).astype(value.dtype))
+        logs.append(top + jnp.log(total))
+    mixed = checkpoint_name(jnp.concatenate(mixed, axis=3), KEPT)
+    logs = checkpoint_name(jnp.concatenate(logs, axis=3), KEPT)
+    return mixed, (query, key, value, mask, shift, mixed, logs)
+
+
+def _backward(form, kept, cotangent):
+    query, key, value, mask, shift, mixed, logs = kept
+    cotangent = cotangent.astype(value.dtype)
+    key_gradient = jnp.zeros(key.shape, jnp.float32)
+    value_gradient, query_gradients = jnp.zeros(value.shape, jnp.float32), []
+    # What a row's softmax takes from each of its scores' gradients.
+    common = jnp.sum(
+        cotangent.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True
+    )
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    for rows, seen in form.spans(query.shape[3], key.shape[2]):
+        part, given = query[..., rows, :], cotangent[..., rows, :]
+        near = None if shift is None else shift[..., seen]
+        scores, bent = form.scores(part, key[:, :, seen], near)
+        weights = jnp.exp(scores - logs[..., rows, :])
+        weights = jnp.where(mask[:, None, None, rows, seen], weights, 0.0)
+        error = product("BKGTH,BKSH->BKGTS", given, value[:, :, seen])
+        error = weights * (error - common[..., rows, :])
+        if bent is not None:
+            error = error * (1 - jnp.square(bent))
+        error, weights = error.astype(key.dtype), weights.astype(value.dtype)
+        query_gradients.append(product("BKGTS,BKSH->BKGTH", error, key[:, :, seen]))
+        key_gradient = key_gradient.at[:, :, seen].add(product("BKGTS,BKGTH->BKSH", error, part))
+        value_gradient = value_gradient.at[:, :, seen].add(
+            product("BKGTS,BKGTH->BKSH", weights, given)
+        )
+    query_gradient = jnp.concatenate(query_gradients, axis=3).astype(query.dtype)
+    gradients = query_gradient, key_gradient.astype(key.dtype), value_gradient.astype(value.dtype)
+    return (*gradients, None, None)
+
+
+_mixed.defvjp(_forward, _backward)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from xelm.models.attention import Bias, attend, attend_causal
+from xelm.models.attention import KEPT, Bias, attend
 from xelm.models.config import ModelConfig
 from xelm.models.positions import (
     alibi_slopes,
@@ -32,6 +32,17 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+}
+
+
+# What a layer keeps for the way back, by `remat`: products of dense layers and what attention gave,
+# so that only what is cheap is computed twice; or the latter alone.
+_KEPT = {
+    False: jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KEPT),
+    ),
+    True: jax.checkpoint_policies.save_only_these_names(KEPT),
 }
 
 
@@ -256,7 +267,7 @@ class Block(nnx.Module):
             value = jax.lax.dynamic_update_slice(past[1], value.astype(past[1].dtype), start)
         key, value = key.astype(query.dtype), value.astype(query.dtype)
         scale = config.attention_scale
-        mixed = (attend_causal if past is None and config.causal else attend)(
+        mixed = attend(
             query,
             key,
             value,
@@ -264,6 +275,7 @@ class Block(nnx.Module):
             scale=config.head_size**-0.5 if scale is None else scale,
             cap=config.attention_cap,
             bias=context.bias,
+            causal=past is None and config.causal,
         )
         return self.output(mixed.reshape(batch * length, -1)), (key, value)
 
@@ -387,7 +399,9 @@ class Transformer(nnx.Module):
 
         h = self._embed(tokens, positions)
         numbers = self._layers()
-        return jax.lax.scan(jax.checkpoint(layer) if remat else layer, h, (layers, *numbers))
+        # Inside a scan nothing is found common to both ways, so that need not be prevented.
+        layer = jax.checkpoint(layer, prevent_cse=False, policy=_KEPT[remat])
+        return jax.lax.scan(layer, h, (layers, *numbers))
 
     def extend(
         self,

@@ -12,16 +12,29 @@ import jax
 import orbax.checkpoint as ocp
 
 from clustering.errors import UserError
+from clustering.files import read_json, sha256, write_json
+
+_ITEMS = ("state", "facts")
+_SEAL = "sha256.json"
 
 
 class Checkpoints:
     """The checkpoints of one training under one folder: written in the background, each complete
-    or absent. The two newest are kept."""
+    or absent."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
+        """Keeps the `keep` newest, and those of every multiple of `keep_every` steps if it is not
+        0."""
+        self.directory = Path(directory).absolute()
+        self._saved = 0
         self._manager = ocp.CheckpointManager(
-            Path(directory).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                keep_period=keep_every or None,
+                create=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
         )
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
@@ -31,7 +44,34 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
             )
             with self._saving():
+                # Waits for the save before, so `_seal` does not meet the number of another.
+                self._manager.wait_until_finished()
+                self._saved = step
                 self._manager.save(step, args=args)
+
+    def _seal(self) -> None:
+        """Adds the hash of every file, before Orbax gives the checkpoint its name."""
+        if jax.process_index() > 0:
+            return
+        for folder in self.directory.glob(f"{self._saved}.orbax-checkpoint-tmp*"):
+            files = sorted(path for name in _ITEMS for path in (folder / name).rglob("*"))
+            sums = {p.relative_to(folder).as_posix(): sha256(p) for p in files if p.is_file()}
+            write_json(folder / _SEAL, {"format": 1, "sha256": sums})
+
+    def _check_seal(self, step: int) -> None:
+        """Raises ValueError for a file that is not as it was written."""
+        folder = self.directory / str(step)
+        if not (folder / _SEAL).exists():  # of an earlier version
+            return
+        try:
+            sums = read_json(folder / _SEAL)["sha256"]
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        for name, wanted in sums.items():
+            if not (folder / name).is_file():
+                raise ValueError(f"{name} is missing")
+            if sha256(folder / name) != wanted:
+                raise ValueError(f"{name} is not as it was written")
 
     def newest(
         self, shapes: Any, shardings: Any, check: Callable[[dict[str, Any]], None]
@@ -47,6 +87,7 @@ class Checkpoints:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
+                self._check_seal(step)
                 facts = self._restored(step, facts=ocp.args.JsonRestore())
                 check(facts)
                 state = self._restored(step, state=ocp.args.StandardRestore(target))
@@ -57,19 +98,19 @@ class Checkpoints:
                 damaged.append(f"the checkpoint of step {step} is damaged ({reason})")
                 continue
             for line in damaged:
-                print(f"{self._manager.directory}: {line}; going back", file=sys.stderr)
+                print(f"{self.directory}: {line}; going back", file=sys.stderr)
             self._move_aside(after=step)
             return step, state, facts
         if damaged:
             raise UserError(
-                f"{self._manager.directory}: {'; '.join(damaged)}; delete the folder to start over"
+                f"{self.directory}: {'; '.join(damaged)}; delete the folder to start over"
             )
         return None
 
     def _move_aside(self, after: int) -> None:
         """Checkpoints that could not be read are in the way of those to come, but not for us to
         delete: perhaps the disk is at fault."""
-        folder = Path(self._manager.directory)
+        folder = self.directory
         for step in [step for step in self._manager.all_steps() if step > after]:
             aside = folder.with_name(f"damaged-{step}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -97,7 +138,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot save a checkpoint in {self._manager.directory}: "
+                f"cannot save a checkpoint in {self.directory}: "
                 f"{str(error).splitlines()[0]}; the last complete one is kept"
             ) from error
 

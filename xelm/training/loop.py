@@ -4,34 +4,31 @@ A plain language-model trainer: it receives parameters and documents, returns pa
 nothing of experts, clusters or registries.
 """
 
-import math
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from clustering.errors import UserError
 from xelm.config import TrainConfig, to_json
 from xelm.data.masking import Masking, hide
-from xelm.data.rows import Source, batches
+from xelm.data.rows import ORIGIN, Source, batches
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import shapes
-from xelm.progress import bar
+from xelm.training.account import Account
 from xelm.training.checkpoint import Checkpoints
 from xelm.training.metrics import MetricsLog
 from xelm.training.optimizer import schedule
+from xelm.training.preemption import preemption
 from xelm.training.sharding import make_mesh
-from xelm.training.step import program
+from xelm.training.step import Program, State, program
 
-
-class DivergedError(UserError):
-    """The loss or its gradient is no number any more; the settings do not suit the model."""
+STATE = 2
+"""What a checkpoint holds; 1 had no guard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,30 +63,20 @@ def train(
     checkpoint begins with, each on the devices that its sharding says. masking: of an encoder.
     """
     directory = Path(directory)
-    languages = [source.ids.language for source in sources]
-    rates = schedule(config)
-    mesh = make_mesh(config)
-    with jax.set_mesh(mesh), closing(Checkpoints(directory / "checkpoints")) as checkpoints:
+    rates, mesh = schedule(config), make_mesh(config)
+    facts = {
+        "state": STATE,
+        "config": to_json(config),
+        "model": to_json(model),
+        "language_tokens": {source.ids.language: 0 for source in sources},
+    }
+    with ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
         functions = program(model, config, mesh)
-        facts = {
-            "config": to_json(config),
-            "model": to_json(model),
-            "language_tokens": dict.fromkeys(languages, 0),
-        }
-        first, state, facts = checkpoints.newest(
-            jax.eval_shape(functions.create, shapes(model)),
-            functions.state_shardings,
-            check=lambda found: _same_training(facts, found, directory),
-        ) or (
-            0,
-            functions.create(start(functions.state_shardings.parameters)),
-            facts,
-        )
+        checkpoints = stack.enter_context(closing(_checkpoints(directory, config)))
+        first, state, facts = _begun(start, model, facts, functions, checkpoints)
         if first:
             print(f"{label}: going on after step {first}", file=sys.stderr)
-        log = MetricsLog(
-            directory / "metrics.jsonl", last_step=first, tensorboard=config.tensorboard
-        )
         rows = batches(
             list(sources),
             steps=config.steps,
@@ -100,75 +87,68 @@ def train(
             random_seed=config.random_seed,
             first_step=first,
         )
+        log = MetricsLog(
+            directory / "metrics.jsonl", last_step=first, tensorboard=config.tensorboard
+        )
         seen = facts["language_tokens"]
-        with closing(log), bar(config.steps * config.tokens_per_step, label, "tok") as progress:
-            progress.update(first * config.tokens_per_step)
-            clock, since = time.perf_counter(), sum(seen.values())
-            for step in range(first + 1, config.steps + 1):
-                batch = next(rows)
-                _count(seen, languages, batch, model.causal)
-                if masking is not None:
-                    batch = hide(batch, masking, config.mask_share, config.random_seed, step)
-                arrays = {k: v for k, v in batch.items() if k != "language"}
-                arrays = jax.device_put(arrays, functions.batch_sharding)
-                state, metrics = functions.step(state, arrays, rates[step - 1])
-                progress.update(config.tokens_per_step)
-                last = step == config.steps
-                logged = step % config.log_every == 0 or last
-                saved = step % config.checkpoint_every == 0 or last
-                if logged or saved or step == 1:
-                    loss, norm = float(metrics.loss), float(metrics.grad_norm)
-                    _check_finite(loss, norm, step, label, config.learning_rate)
-                if logged:
-                    now, total = time.perf_counter(), sum(seen.values())
-                    log.write(
-                        {
-                            "step": step,
-                            "tokens": total,
-                            "loss": loss,
-                            "learning_rate": float(rates[step - 1]),
-                            "grad_norm": norm,
-                            "tokens_per_second": (total - since) / (now - clock),
-                            "language_tokens": dict(seen),
-                        }
-                    )
-                    clock, since = now, total
-                    progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if saved:
-                    checkpoints.save(step, state, {**facts, "language_tokens": dict(seen)})
+        account = Account(log, config, model, label, first, seen, mesh.size)
+        stack.enter_context(closing(account))
+        asked_to_end = stack.enter_context(preemption(label))
+        for step, batch in enumerate(rows, first + 1):
+            account.count(batch)
+            if masking is not None:
+                batch = hide(batch, masking, config.mask_share, config.random_seed, step)
+            arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
+            arrays = jax.device_put(arrays, functions.batch_sharding)
+            state, metrics = functions.step(state, arrays, rates[step - 1])
+            ending = asked_to_end()
+            saving = ending or step % config.checkpoint_every == 0 or step == config.steps
+            if saving or account.due(step):
+                account.report(step, metrics, float(rates[step - 1]), batch)
+            if saving:
+                if not functions.sound(state.parameters):
+                    raise account.diverged(f"its parameters are no numbers after step {step}")
+                checkpoints.save(step, state, {**facts, "language_tokens": dict(account.seen)})
+            if ending:
+                break
         checkpoints.wait()
     return Trained(
-        parameters=state.parameters, tokens=sum(seen.values()), language_tokens=dict(seen)
+        parameters=state.parameters,
+        tokens=sum(account.seen.values()),
+        language_tokens=dict(account.seen),
     )
 
 
-def _check_finite(loss: float, norm: float, step: int, label: str, rate: float) -> None:
-    if math.isfinite(loss + norm):
-        return
-    if step == 1:
-        raise UserError(
-            f"the loss of {label} is {loss:g} and its gradient norm {norm:g} before anything was "
-            "learned: look at what it starts from"
-        )
-    raise DivergedError(
-        f"the training of {label} has diverged: loss {loss:g} and gradient norm {norm:g} at step "
-        f"{step}; a peak rate of {rate:g} is too much for it"
+def _checkpoints(directory: Path, config: TrainConfig) -> Checkpoints:
+    return Checkpoints(directory / "checkpoints", config.keep_checkpoints, config.keep_every)
+
+
+def _begun(
+    start: Callable[[Any], Any],
+    model: ModelConfig,
+    facts: dict[str, Any],
+    functions: Program,
+    checkpoints: Checkpoints,
+) -> tuple[int, State, dict[str, Any]]:
+    """Steps done, state and facts: of the newest checkpoint, or of a training that begins now."""
+    found = checkpoints.newest(
+        jax.eval_shape(functions.create, shapes(model)),
+        functions.state_shardings,
+        check=lambda found: _same_training(facts, found, checkpoints.directory.parent),
     )
-
-
-def _count(
-    seen: dict[str, int], languages: Sequence[str], batch: Mapping[str, np.ndarray], causal: bool
-) -> None:
-    segments = batch["segments"]
-    targets = segments[:, :-1] > 0
-    if causal:
-        targets = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    for index, count in zip(batch["language"], targets.sum(axis=1)):
-        seen[languages[int(index)]] += int(count)
+    return found or (0, functions.create(start(functions.state_shardings.parameters)), facts)
 
 
 def _same_training(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
-    free = ("log_every", "checkpoint_every", "tensorboard")
+    if found.get("state", 1) != wanted["state"]:
+        raise UserError(
+            f"{directory} holds an unfinished training of another version of xelm; finish it with "
+            "that, or delete the folder to start over"
+        )
+    free = (
+        *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
+        *("tensorboard", "skip_limit"),
+    )
     differ = [
         f"{name} was {found[part].get(name)}, now {value}"
         for part in ("config", "model")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from xelm.config import TrainConfig
 
@@ -36,13 +36,12 @@ def schedule(config: TrainConfig) -> Float[np.ndarray, " steps"]:
     return np.asarray(jax.jit(decay)(np.arange(steps)), np.float64)
 
 
-def clipped(gradients: Any, clip_norm: float) -> tuple[Any, jax.Array]:
-    """Gradients scaled down to a global norm of at most `clip_norm`, and the norm they had."""
-    norm = optax.tree.norm(gradients)
+def clipped(gradients: Any, norm: Float[Array, ""], clip_norm: float) -> Any:
+    """Gradients of this global norm, scaled down to one of at most `clip_norm`."""
     # A factor of its own, by which XLA multiplies on the way to the averages: optax chooses between
     # gradients and clipped ones, and a second copy of all of them is kept.
     factor = clip_norm / jnp.maximum(norm, clip_norm)
-    return jax.tree.map(lambda gradient: gradient * factor, gradients), norm
+    return jax.tree.map(lambda gradient: gradient * factor, gradients)
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:

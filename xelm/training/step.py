@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph
+from xelm.training import guard as guards
 from xelm.training.loss import cross_entropy
 from xelm.training.optimizer import clipped, optimizer
 from xelm.training.sharding import BATCH, parameter_shardings, replicated
@@ -24,15 +25,22 @@ class State(NamedTuple):
     optimizer: Any
     """Of optax."""
     step: Any
-    """int32, steps done."""
+    """int32, steps done, those that were skipped included."""
+    guard: Any
+    """`Guard`."""
 
 
 class Metrics(NamedTuple):
-    """What a step reports: mean loss in nats a token, gradient norm before clipping, targets."""
+    """What a step reports."""
 
     loss: jax.Array
+    """Mean of the targets, nats."""
     grad_norm: jax.Array
-    tokens: jax.Array
+    """Before clipping."""
+    skipped: jax.Array
+    """int32, steps that were skipped so far."""
+    most_in_a_row: jax.Array
+    """int32, of those the most without one made between them."""
 
 
 class Program(NamedTuple):
@@ -42,6 +50,8 @@ class Program(NamedTuple):
     """parameters -> State"""
     step: Any
     """(State, batch, learning rate) -> (State, Metrics); the old State is given up."""
+    sound: Any
+    """parameters -> whether all are numbers"""
     state_shardings: State
     batch_sharding: NamedSharding
 
@@ -71,7 +81,8 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
     shape = graph(model, dtype)
 
     def create(parameters):
-        return State(parameters, update.init(parameters), jnp.zeros((), jnp.int32))
+        step = jnp.zeros((), jnp.int32)
+        return State(parameters, update.init(parameters), step, guards.fresh())
 
     def mean_loss(parameters, part, total):
         network = bind(shape, parameters)
@@ -114,27 +125,24 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
             (loss, gradients), _ = accumulate(zero, jax.tree.map(lambda x: x[0], parts))
         else:
             (loss, gradients), _ = jax.lax.scan(accumulate, zero, parts)
-        gradients, norm = clipped(gradients, clip)
-        updates, optimizer_state = update.update(gradients, state.optimizer, state.parameters)
-        updates = jax.tree.map(lambda u: u * learning_rate, updates)
-        parameters = optax.apply_updates(state.parameters, updates)
-        metrics = Metrics(loss, norm, tokens)
-        return State(parameters, optimizer_state, state.step + 1), metrics
+        norm = optax.tree.norm(gradients)
+        made = guards.harmless(state.guard, loss, norm)
 
-    placed = parameter_shardings(model, mesh)
+        def move(parameters, moments):
+            updates, moments = update.update(clipped(gradients, norm, clip), moments, parameters)
+            updates = jax.tree.map(lambda u: u * learning_rate, updates)
+            return optax.apply_updates(parameters, updates), moments
+
+        # A choice between whole states, element by element, would hold both.
+        parameters, moments = jax.lax.cond(
+            made, move, lambda *old: old, state.parameters, state.optimizer
+        )
+        guard = guards.after(state.guard, loss, made)
+        metrics = Metrics(loss, norm, guard.skipped, guard.most_in_a_row)
+        return State(parameters, moments, state.step + 1, guard), metrics
+
     whole = replicated(mesh)
-    # Only the structure of the optimiser's state is wanted, so any shape of a parameter will do.
-    abstract = jax.eval_shape(
-        create, jax.tree.map(lambda s: jax.ShapeDtypeStruct((1,), jnp.float32), placed)
-    )
-    optimizer_shardings = optax.tree_map_params(
-        update,
-        lambda _, sharding: sharding,
-        abstract.optimizer,
-        placed,
-        transform_non_params=lambda _: whole,
-    )
-    shardings = State(placed, optimizer_shardings, whole)
+    shardings = _shardings(model, mesh, update, create)
     return Program(
         create=jax.jit(create, out_shardings=shardings),
         step=jax.jit(
@@ -143,9 +151,27 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
             in_shardings=(shardings, None, None),
             out_shardings=(shardings, whole),
         ),
+        sound=jax.jit(lambda parameters: jnp.isfinite(optax.tree.norm(parameters))),
         state_shardings=shardings,
         batch_sharding=NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"))),
     )
+
+
+def _shardings(model: ModelConfig, mesh: Mesh, update: Any, create: Any) -> State:
+    """Averages lie where their parameters do; every device holds the rest whole."""
+    placed, whole = parameter_shardings(model, mesh), replicated(mesh)
+    # Only the structure of the optimiser's state is wanted, so any shape of a parameter will do.
+    abstract = jax.eval_shape(
+        create, jax.tree.map(lambda s: jax.ShapeDtypeStruct((1,), jnp.float32), placed)
+    )
+    moments = optax.tree_map_params(
+        update,
+        lambda _, sharding: sharding,
+        abstract.optimizer,
+        placed,
+        transform_non_params=lambda _: whole,
+    )
+    return State(placed, moments, whole, jax.tree.map(lambda _: whole, abstract.guard))
 
 
 def target_weights(segments):

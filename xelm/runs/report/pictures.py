@@ -207,8 +207,9 @@ def _curve(
     label: str, metrics: Sequence[Mapping[str, Any]], colour: str, *, dashed: bool = False
 ) -> Curve:
     """Long trainings are averaged over equal stretches, so that the page stays small."""
-    stretch = -(-len(metrics) // _MOST_POINTS) or 1
-    parts = [metrics[at : at + stretch] for at in range(0, len(metrics), stretch)]
+    known = [line for line in metrics if line["loss"] is not None]
+    stretch = -(-len(known) // _MOST_POINTS) or 1
+    parts = [known[at : at + stretch] for at in range(0, len(known), stretch)]
     return Curve(
         label=label,
         tokens=[part[-1]["tokens"] for part in parts],

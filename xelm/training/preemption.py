@@ -1,0 +1,37 @@
+"""A machine that is taken away asks its processes to end (SIGTERM): a training saves first."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class Preempted(Exception):
+    """A training ended because it was asked to, with all it did saved."""
+
+
+@contextmanager
+def preemption(label: str) -> Iterator[Callable[[], bool]]:
+    """A function that says whether this process has been asked to end. Who was asked in here, and
+    leaves without a fault, leaves by `Preempted`; at a second SIGTERM the process ends at once.
+
+    Python hears signals in its main thread alone; elsewhere the answer is no.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = False
+
+    def hear(number: int, frame: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGTERM, before)
+
+    # None: of a handler that was not made in Python.
+    before = signal.signal(signal.SIGTERM, hear) or signal.SIG_DFL
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if asked:
+        raise Preempted(f"{label} was asked to end; it is saved, and goes on when run again")
