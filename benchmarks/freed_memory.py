@@ -58,7 +58,8 @@ def _measure(kept: bool, steps: int) -> None:
     mesh = make_mesh(config.experts)
     with jax.set_mesh(mesh):
         functions = program(config.model, config.experts, mesh)
-        state = functions.create(fresh_parameters(config.model, 0))
+        state = functions.create[0](fresh_parameters(config.model, 0))
+        state = functions.side_by_side([state])
         for step in range(-5, steps):
             if step == 0:  # compiled, and warm
                 began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
@@ -68,8 +69,8 @@ def _measure(kept: bool, steps: int) -> None:
                 "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
             }
             batch = jax.device_put(batch, functions.batch_sharding)
-            state, metrics = functions.step(state, batch, 1e-4)
-            float(metrics.loss)
+            state, metrics = functions.step(state, batch, np.array([1e-4]))
+            metrics.loss.block_until_ready()
     seconds = time.perf_counter() - began
     system = resource.getrusage(resource.RUSAGE_SELF).ru_stime - before.ru_stime
     rate = steps * config.experts.tokens_per_step / seconds

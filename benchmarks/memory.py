@@ -23,7 +23,6 @@ from xelm.config import TrainConfig
 from xelm.data.masking import most_hidden
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
-from xelm.models.parameters import shapes
 from xelm.training.sharding import make_mesh
 from xelm.training.step import program
 
@@ -103,7 +102,6 @@ def _step_bytes(model: ModelConfig, devices: int) -> int:
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
         functions = program(model, config, mesh)
-        state = jax.eval_shape(functions.create, shapes(model))
         columns = length + 1 if model.causal else length
         arrays = dict.fromkeys(("tokens", "segments", "positions"), (columns, jnp.int32))
         if not model.causal:
@@ -114,7 +112,8 @@ def _step_bytes(model: ModelConfig, devices: int) -> int:
             name: jax.ShapeDtypeStruct((devices, size), dtype, sharding=functions.batch_sharding)
             for name, (size, dtype) in arrays.items()
         }
-        compiled = functions.step.lower(state, batch, 1e-4).compile()
+        rates = jax.ShapeDtypeStruct((1,), jnp.float32)
+        compiled = functions.step.lower(functions.state, batch, rates).compile()
     used = compiled.memory_analysis()
     given = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
     return given + used.temp_size_in_bytes

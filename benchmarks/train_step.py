@@ -210,19 +210,21 @@ def _ours(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callable
     mesh = make_mesh(config)
     jax.set_mesh(mesh)
     functions = program(model, config, mesh)
-    placed = functions.state_shardings.parameters
-    state = functions.create(load_parameters(options.seed, model, placed))
+    placed = functions.state_shardings[0].parameters
+    state = functions.create[0](load_parameters(options.seed, model, placed))
+    state = functions.side_by_side([state])
     arrays = {
         "tokens": batch,
         "segments": np.ones_like(batch),
         "positions": np.broadcast_to(np.arange(batch.shape[1], dtype=np.int32), batch.shape),
     }
     arrays = jax.device_put(arrays, functions.batch_sharding)
+    rates = np.array([1e-3], np.float32)
 
     def step() -> Any:
         nonlocal state
-        state, metrics = functions.step(state, arrays, 1e-3)
-        return metrics.loss
+        state, metrics = functions.step(state, arrays, rates)
+        return metrics.loss[0]
 
     def memory() -> float:
         found = jax.local_devices()[0].memory_stats() or {}

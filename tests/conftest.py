@@ -30,11 +30,16 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from small_training import CONFIG, MODEL, SOURCES, TEXT
 
 from clustering.files import write_json
 from experts.grow import grow
 from experts.lock import update
 from xelm.cli import main
+from xelm.models.parameters import fresh_parameters
+from xelm.training.course import Training
+from xelm.training.loop import train
+from xelm.training.metrics import read_metrics
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -257,3 +262,27 @@ def copy(tiny, tmp_path) -> TinyRun:
         clusters=tiny.clusters,
         outcomes=tiny.outcomes,
     )
+
+
+@pytest.fixture(scope="session")
+def parameters():
+    """Of `small_training.MODEL`."""
+    return jax.tree.map(np.asarray, fresh_parameters(MODEL, random_seed=0))
+
+
+@pytest.fixture
+def trained(parameters, tmp_path):
+    """A function that trains in a folder of the test, and what metrics.jsonl says of it."""
+
+    def run(config=CONFIG, folder="training", sources=SOURCES, start=parameters):
+        training = Training(
+            label="test",
+            start=lambda shardings: jax.device_put(start, shardings),
+            sources=sources,
+            config=config,
+            directory=tmp_path / folder,
+        )
+        result = train(training, MODEL, TEXT)
+        return result, read_metrics(tmp_path / folder / "metrics.jsonl")
+
+    return run

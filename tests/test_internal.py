@@ -21,6 +21,8 @@ from xelm.runs import updates
 from xelm.runs.distances import Sources, measured
 from xelm.runs.features import features
 from xelm.runs.run import open_run
+from xelm.runs.training import text_of
+from xelm.training.course import Training
 from xelm.training.loop import train
 
 
@@ -175,21 +177,19 @@ def test_updates_are_compared_by_their_angle_over_the_last_three_layers(tmp_path
 def test_updates_of_a_run_are_what_training_changed(tiny, tmp_path):
     shutil.copytree(tiny.directory, tmp_path / "run")
     run = open_run(tmp_path / "run")
-    model, tokenizer = read_config(run.seed), run.tokenizer()
+    model = read_config(run.seed)
     before = load_parameters(run.seed, model)["blocks"]
     dense, moved = run.config.dense, {}
     config = replace(dense, tokens=2 * dense.tokens_per_step, weight_decay=0.0)
     for tag in ("en", "fr"):
-        after = train(
-            lambda shardings: load_parameters(run.seed, model, shardings),
-            model,
-            [Source(ids=run.store().languages[tag], share=1.0)],
-            config,
-            tmp_path / tag,
-            start_id=tokenizer.start_id,
-            end_id=tokenizer.end_id,
+        training = Training(
             label=tag,
-        ).parameters["blocks"]
+            start=lambda shardings: load_parameters(run.seed, model, shardings),
+            sources=[Source(ids=run.store().languages[tag], share=1.0)],
+            config=config,
+            directory=tmp_path / tag,
+        )
+        after = train(training, model, text_of(run, model)).parameters["blocks"]
         moved[tag] = {
             name: np.asarray(after[name]["weight"]) - np.asarray(before[name]["weight"])
             for name in ("up", "gate", "down")
@@ -225,11 +225,11 @@ def test_interrupted_updates_go_on_with_the_languages_that_are_left(tiny, tmp_pa
     whole = updates.updates(run, ["en", "de"], steps=1)
     trained = []
 
-    def killed(*arguments, label, **more):
-        trained.append(label)
+    def killed(training, *more):
+        trained.append(training.label)
         if trained == ["en", "de"]:
             raise KeyboardInterrupt
-        return train(*arguments, label=label, **more)
+        return train(training, *more)
 
     monkeypatch.setattr(updates, "train", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -70,6 +70,8 @@ class TrainConfig:
     """Steps between further ones that are kept until the training is done; 0 keeps none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    mesh_expert: int = 1
+    """Experts that are trained at a time in one program, each on devices of its own."""
     mesh_data: int = 0
     """Devices over which rows are spread; 0 takes all that the other mesh axes leave."""
     mesh_fsdp: int = 1
@@ -90,6 +92,7 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
             "log_every",
+            "mesh_expert",
             "mesh_fsdp",
             "mesh_tensor",
         ):
@@ -178,6 +181,9 @@ class RunConfig:
                     "grown experts see rows of their parents again in the same order; got "
                     f"{self.grow.random_seed} and {other}"
                 )
+        for name, one in {"seed": self.seed, "grow": self.grow}.items():
+            if one.mesh_expert != 1:
+                raise ValueError(f"{name} is one model; its mesh_expert must be 1")
         if self.vectoriser_dimensions < 1:
             raise ValueError(
                 f"vectoriser_dimensions must be at least 1; got {self.vectoriser_dimensions}"
@@ -199,6 +205,7 @@ class RunConfig:
             self.experts,
             learning_rate=self.dense_learning_rate,
             batch_size=self.dense_batch_size,
+            mesh_expert=1,
         )
 
 

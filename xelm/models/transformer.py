@@ -185,6 +185,15 @@ class _Context:
         return _View(*pick)
 
 
+Lookup = Callable[[Array, Array], Array]
+"""(table [V, D], tokens [B, T]) -> [B, T, D]"""
+
+
+def rows_of(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The rows of a table that one device holds."""
+    return table[tokens]
+
+
 Past = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
 
 
@@ -316,7 +325,7 @@ class Transformer(nnx.Module):
     ):
         def table(rows, axis):
             values = 0.02 * jax.random.normal(rngs.params(), (rows, config.width), jnp.float32)
-            return nnx.Param(values.astype(dtype), axes=(axis, "width"))
+            return nnx.Param(values.astype(dtype), axes=(axis, "columns"))
 
         vocabulary = config.vocabulary_size
         self.embedding = table(vocabulary, "vocabulary")
@@ -354,11 +363,12 @@ class Transformer(nnx.Module):
         valid: Bool[Array, "B T"] | None = None,
         segments: Int[Array, "B T"] | None = None,
         remat: bool = False,
+        lookup: Lookup = rows_of,
     ) -> Float[Array, "B T D"]:
         """Final states. Tokens attend to `valid` tokens of their own segment; in decoders, to
         earlier ones. `positions` count from 0 at the first column unless given (in XLM-R, at the
-        first `valid` one)."""
-        h, _ = self._read(tokens, positions, valid, segments, remat, lambda h: None)
+        first `valid` one). lookup: of rows of tables that are spread over devices."""
+        h, _ = self._read(tokens, positions, valid, segments, remat, lambda h: None, lookup)
         return self._finish(h).reshape(*tokens.shape, -1)
 
     def means(
@@ -375,7 +385,7 @@ class Transformer(nnx.Module):
         h, found = self._read(tokens, None, valid, None, False, mean)
         return found.at[-1].set(mean(self._finish(h)))
 
-    def _read(self, tokens, positions, valid, segments, remat, keep):
+    def _read(self, tokens, positions, valid, segments, remat, keep, lookup=rows_of):
         """Flat states after the last layer, before the final norm, and what `keep` makes of those
         after each layer."""
         batch, length = tokens.shape
@@ -397,7 +407,7 @@ class Transformer(nnx.Module):
             h = nnx.merge(graph, parameters)(h, context, None, number, local)[0]
             return h, keep(h)
 
-        h = self._embed(tokens, positions)
+        h = self._embed(tokens, positions, lookup)
         numbers = self._layers()
         # Inside a scan nothing is found common to both ways, so that need not be prevented.
         layer = jax.checkpoint(layer, prevent_cse=False, policy=_KEPT[remat])
@@ -426,7 +436,7 @@ class Transformer(nnx.Module):
             parameters, number, local, past = inputs
             return nnx.merge(graph, parameters)(h, context, past, number, local)
 
-        h = self._embed(tokens, positions)
+        h = self._embed(tokens, positions, rows_of)
         inputs = (layers, *self._layers(), (cache.keys, cache.values))
         h, (keys, values) = jax.lax.scan(layer, h, inputs)
         longer = Cache(keys, values, seen, cache.length + length)
@@ -447,15 +457,16 @@ class Transformer(nnx.Module):
             hidden = flat.reshape(hidden.shape)
         return hidden, Head(matrix, bias, self.config.logit_cap)
 
-    def _embed(self, tokens, positions):
+    def _embed(self, tokens, positions, lookup):
         config = self.config
-        h = self.embedding[...][tokens].astype(self.compute_dtype)
+        h = lookup(self.embedding[...], tokens).astype(self.compute_dtype)
         if config.embedding_scale != 1.0:
             h = h * jnp.asarray(config.embedding_scale, self.compute_dtype)
         if self.types is not None:
             h = h + self.types[...][0].astype(h.dtype)[None, None]
         if self.positions is not None:
-            h = h + self.positions[...][positions + config.position_offset].astype(h.dtype)
+            places = positions + config.position_offset
+            h = h + lookup(self.positions[...], places).astype(h.dtype)
         if config.positions == "sinusoidal":
             sinusoids = sinusoidal(positions + config.position_offset, config.width)
             h = h + sinusoids.astype(h.dtype)

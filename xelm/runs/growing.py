@@ -16,7 +16,7 @@ from xelm.data import corpus as corpora
 from xelm.data.rows import Source
 from xelm.runs.init import tokenise
 from xelm.runs.run import Run
-from xelm.runs.training import parent_directory, publish, train_checkpoint
+from xelm.runs.training import Job, parent_directory, publish, train_checkpoints
 
 
 def grow(
@@ -59,15 +59,17 @@ def grow(
         facts = {"parent chosen": _reason(registry, started)}
         sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]
         sources += _donors(run, registry, started)
-        train_checkpoint(
-            run,
-            parent_directory(run, started),
-            started.directory(run.directory),
-            sources,
-            # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
-            replace(run.config.grow, random_seed=run.config.grow.random_seed + started.round - 2),
+        # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
+        random_seed = run.config.grow.random_seed + started.round - 2
+        job = Job(
             name=started.name,
+            parent=parent_directory(run, started),
+            target=started.directory(run.directory),
+            sources=sources,
+            config=replace(run.config.grow, random_seed=random_seed),
         )
+        for error in train_checkpoints(run, [job]).values():
+            raise error
         publish(run, started, facts)
     return run.registry().expert(started.name)
 

@@ -30,6 +30,7 @@ from xelm.models.parameters import fresh_parameters
 from xelm.progress import bar
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
 from xelm.runs.training import branch, check_languages
+from xelm.training.course import Text, Training
 from xelm.training.loop import train
 
 # Documents that the TF-IDF vectors are fitted on, of all languages together.
@@ -207,16 +208,15 @@ def _train_seed(run: Run, store: Store) -> None:
         {language: len(ids.ids) for language, ids in store.languages.items()},
         config.seed.sampling_exponent,
     )
-    trained = train(
-        functools.partial(fresh_parameters, _model(config), config.seed.random_seed),
-        _model(config),
-        [Source(ids=ids, share=shares[language]) for language, ids in store.languages.items()],
-        config.seed,
-        run.training("seed"),
-        start_id=tokenizer.start_id,
-        end_id=tokenizer.end_id,
+    training = Training(
         label="seed",
+        start=functools.partial(fresh_parameters, _model(config), config.seed.random_seed),
+        sources=[Source(ids=ids, share=shares[tag]) for tag, ids in store.languages.items()],
+        config=config.seed,
+        directory=run.training("seed"),
     )
+    text = Text(start_id=tokenizer.start_id, end_id=tokenizer.end_id)
+    trained = train(training, _model(config), text)
     write_checkpoint(
         run.seed,
         _model(config),

@@ -3,7 +3,8 @@
 import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,10 @@ from xelm.config import TrainConfig
 from xelm.data.rows import Source, exponent_shares
 from xelm.data.store import LanguageIds
 from xelm.models.checkpoint import load_parameters, read_config, write_checkpoint
+from xelm.models.config import ModelConfig
 from xelm.runs.run import Run
-from xelm.training.loop import train
+from xelm.training.course import Text, Training
+from xelm.training.loop import train_together
 from xelm.training.metrics import read_metrics
 
 CENTRE = "centre.npz"
@@ -73,23 +76,78 @@ def check_languages(languages: Sequence[str], clustering: Clustering) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A checkpoint that is to be trained from another."""
+
+    name: str
+    parent: Path
+    target: Path
+    sources: Sequence[Source]
+    config: TrainConfig
+
+
 def train_experts(run: Run, names: Sequence[str]) -> None:
-    """Trains and publishes the named experts one after the other; published ones are left alone."""
+    """Trains and publishes the named experts, `experts.mesh_expert` of them at a time in one
+    program; published ones are left alone. Raises the first fault once all were tried."""
+    for error in try_experts(run, names).values():
+        raise error
+
+
+def try_experts(run: Run, names: Sequence[str]) -> dict[str, UserError]:
+    """The same, but returns why experts failed, by name."""
     for name in names:
         run.registry().expert(name)
-    for name in names:
-        with locked(run.directory, f"train-{name}"):
-            for expert in run.registry().training():
-                if expert.name == name:
-                    _train_expert(run, expert)
+    together, failures = run.config.experts.mesh_expert, {}
+    for first in range(0, len(names), together):
+        group = names[first : first + together]
+        try:
+            failures |= _train_group(run, group)
+        except UserError as error:
+            failures |= dict.fromkeys(group, error)
+    return failures
+
+
+def _train_group(run: Run, names: Sequence[str]) -> dict[str, UserError]:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(locked(run.directory, f"train-{name}"))
+        experts = [expert for expert in run.registry().training() if expert.name in names]
+        jobs = [_job(run, expert) for expert in experts]
+        failures = train_checkpoints(run, jobs)
+        for expert, job in zip(experts, jobs):
+            if expert.name not in failures:
+                share = sum(source.share for source in job.sources)
+                publish(run, expert, {"share of the total tokens": f"{share:.4f}"})
+    return failures
+
+
+def _job(run: Run, expert: Expert) -> Job:
+    if expert.cluster is None:
+        raise UserError(f"{expert.name} was grown; go on with: xelm grow --language {expert.name}")
+    sources, config = cluster_sources(run, expert.cluster), run.config.experts
+    share = sum(source.share for source in sources)
+    return Job(
+        name=expert.name,
+        parent=parent_directory(run, expert),
+        target=expert.directory(run.directory),
+        sources=sources,
+        config=replace(config, tokens=max(1, round(config.tokens * share))),
+    )
 
 
 def train_dense(run: Run) -> None:
     """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
+    job = Job(
+        name="dense",
+        parent=run.seed,
+        target=run.dense,
+        sources=dense_sources(run),
+        config=run.config.dense,
+    )
     with locked(run.directory, "train-dense"):
-        train_checkpoint(
-            run, run.seed, run.dense, dense_sources(run), run.config.dense, name="dense"
-        )
+        for error in train_checkpoints(run, [job]).values():
+            raise error
 
 
 def dense_sources(run: Run) -> list[Source]:
@@ -141,38 +199,48 @@ def documents_of(
     return Documents(store.parts(tags), engine=engine)
 
 
-def train_checkpoint(
-    run: Run,
-    parent: Path,
-    target: Path,
-    sources: Sequence[Source],
-    config: TrainConfig,
-    *,
-    name: str,
-) -> None:
-    """Trains from one checkpoint to another, which appears whole; nothing is done if it exists."""
-    work = run.training(name)
-    if target.exists():
+def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
+    """Trains in one program, each job from one checkpoint to another, which appears whole; those
+    that are there already are left. Returns why jobs were given up, by name."""
+    for job in jobs:
+        if job.target.exists():
+            shutil.rmtree(run.training(job.name), ignore_errors=True)
+    jobs = [job for job in jobs if not job.target.exists()]
+    if not jobs:
+        return {}
+    model = read_config(jobs[0].parent)
+    trainings = [
+        Training(
+            label=job.name,
+            start=functools.partial(load_parameters, job.parent, model),
+            sources=job.sources,
+            config=job.config,
+            directory=run.training(job.name),
+        )
+        for job in jobs
+    ]
+    failures = {}
+    for job, found in zip(jobs, train_together(trainings, model, text_of(run, model))):
+        if isinstance(found, UserError):
+            failures[job.name] = found
+            continue
+        work = run.training(job.name)
+        centre = work / CENTRE
+        write_arrays(centre, {"centre": _centre(run, job.sources)})
+        extra = [work / "metrics.jsonl", centre]
+        write_checkpoint(job.target, model, found.parameters, like=run.seed, extra=extra)
         shutil.rmtree(work, ignore_errors=True)
-        return
-    model, tokenizer = read_config(parent), run.tokenizer()
-    trained = train(
-        functools.partial(load_parameters, parent, model),
-        model,
-        sources,
-        config,
-        work,
+    return failures
+
+
+def text_of(run: Run, model: ModelConfig) -> Text:
+    """How rows are made of the RUN's documents."""
+    tokenizer = run.tokenizer()
+    return Text(
         start_id=tokenizer.start_id,
         end_id=tokenizer.end_id,
         masking=None if model.causal else tokenizer.masking(),
-        label=name,
     )
-    centre = work / CENTRE
-    write_arrays(centre, {"centre": _centre(run, sources)})
-    write_checkpoint(
-        target, model, trained.parameters, like=run.seed, extra=[work / "metrics.jsonl", centre]
-    )
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) -> None:
@@ -197,24 +265,6 @@ def parent_directory(run: Run, expert: Expert) -> Path:
     if expert.parent == SEED:
         return run.seed
     return run.registry().expert(*parse_reference(expert.parent)).directory(run.directory)
-
-
-def _train_expert(run: Run, expert: Expert) -> None:
-    if expert.cluster is None:
-        raise UserError(f"{expert.name} was grown; go on with: xelm grow --language {expert.name}")
-    sources = cluster_sources(run, expert.cluster)
-    share = sum(source.share for source in sources)
-    config = run.config.experts
-    budget = max(1, round(config.tokens * share))
-    train_checkpoint(
-        run,
-        parent_directory(run, expert),
-        expert.directory(run.directory),
-        sources,
-        replace(config, tokens=budget),
-        name=expert.name,
-    )
-    publish(run, expert, {"share of the total tokens": f"{share:.4f}"})
 
 
 def _centre(run: Run, sources: Sequence[Source]) -> np.ndarray:

@@ -23,6 +23,8 @@ from xelm.data.rows import Source
 from xelm.data.store import LanguageIds
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.run import Run
+from xelm.runs.training import text_of
+from xelm.training.course import Training
 from xelm.training.loop import train
 
 WEIGHTS = ("up", "gate", "down")
@@ -73,18 +75,15 @@ def _moved(
     kept = work / "moved.npz"
     if kept.exists():
         return read_arrays(kept)["moved"]
-    model, tokenizer = read_config(run.seed), run.tokenizer()
-    trained = train(
-        functools.partial(load_parameters, run.seed, model),
-        model,
-        [Source(ids=ids, share=1.0)],
-        config,
-        work,
-        start_id=tokenizer.start_id,
-        end_id=tokenizer.end_id,
-        masking=None if model.causal else tokenizer.masking(),
+    model = read_config(run.seed)
+    training = Training(
         label=ids.language,
+        start=functools.partial(load_parameters, run.seed, model),
+        sources=[Source(ids=ids, share=1.0)],
+        config=config,
+        directory=work,
     )
+    trained = train(training, model, text_of(run, model))
     moved = _drawn(trained.parameters) - _drawn(load_parameters(run.seed, model))
     write_arrays(kept, {"moved": moved})
     shutil.rmtree(work / "checkpoints")

@@ -1,34 +1,23 @@
 """The training loop: data, step, metrics, checkpoint, read straight down.
 
 A plain language-model trainer: it receives parameters and documents, returns parameters, and knows
-nothing of experts, clusters or registries.
+nothing of clusters or registries. Several trainings of one shape go side by side in one program.
 """
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig, to_json
-from xelm.data.masking import Masking, hide
-from xelm.data.rows import ORIGIN, Source, batches
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import shapes
-from xelm.training.account import Account
-from xelm.training.checkpoint import Checkpoints
-from xelm.training.metrics import MetricsLog
-from xelm.training.optimizer import schedule
+from xelm.training.course import Course, Text, Training, begun
 from xelm.training.preemption import preemption
 from xelm.training.sharding import make_mesh
-from xelm.training.step import Program, State, program
-
-STATE = 2
-"""What a checkpoint holds; 1 had no guard."""
+from xelm.training.step import Metrics, State, program
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,122 +32,79 @@ class Trained:
     """The same by language."""
 
 
-def train(
-    start: Callable[[Any], Any],
-    model: ModelConfig,
-    sources: Sequence[Source],
-    config: TrainConfig,
-    directory: str | Path,
-    *,
-    start_id: int,
-    end_id: int,
-    masking: Masking | None = None,
-    label: str,
-) -> Trained:
-    """Trains on packed rows of `sources` and returns the new parameters.
+def train(training: Training, model: ModelConfig, text: Text) -> Trained:
+    """Trains on packed rows of the sources and returns the new parameters.
 
-    `directory` holds checkpoints and metrics.jsonl; run again with the same arguments after a
-    crash, the training goes on from the newest checkpoint and ends, on CPUs, with the same bits.
-    start(shardings) gives the parameters (nested dictionary, float32) that a training without a
-    checkpoint begins with, each on the devices that its sharding says. masking: of an encoder.
+    Run again with the same arguments after a crash, a training goes on from the newest checkpoint
+    in its directory and ends, on CPUs, with the same bits. Raises DivergedError where steps are no
+    use any more, and Preempted if the process was asked to end.
     """
-    directory = Path(directory)
-    rates, mesh = schedule(config), make_mesh(config)
-    facts = {
-        "state": STATE,
-        "config": to_json(config),
-        "model": to_json(model),
-        "language_tokens": {source.ids.language: 0 for source in sources},
-    }
+    (found,) = train_together([training], model, text)
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def train_together(
+    trainings: Sequence[Training], model: ModelConfig, text: Text
+) -> list[Trained | UserError]:
+    """Several trainings in one program, each on its own part of the mesh (axis `expert`), with what
+    became of each. They differ in what they start from, text, budget and directory alone.
+
+    Each ends as it would alone. Those that are done, or given up, wait for the others.
+    """
+    config = trainings[0].config
+    if any(replace(training.config, tokens=config.tokens) != config for training in trainings):
+        raise ValueError("trainings of one program have the same settings but for tokens")
+    mesh = make_mesh(config, len(trainings))
+    functions = program(model, config, mesh)
     with ExitStack() as stack:
+        courses, states = [], []
+        for number, training in enumerate(trainings):
+            course, state = begun(training, model, text, functions, number)
+            courses.append(stack.enter_context(closing(course)))
+            states.append(state)
         stack.enter_context(jax.set_mesh(mesh))
-        functions = program(model, config, mesh)
-        checkpoints = stack.enter_context(closing(_checkpoints(directory, config)))
-        first, state, facts = _begun(start, model, facts, functions, checkpoints)
-        if first:
-            print(f"{label}: going on after step {first}", file=sys.stderr)
-        rows = batches(
-            list(sources),
-            steps=config.steps,
-            batch_size=config.batch_size,
-            sequence_length=config.sequence_length,
-            start_id=start_id,
-            end_id=end_id,
-            random_seed=config.random_seed,
-            first_step=first,
-        )
-        log = MetricsLog(
-            directory / "metrics.jsonl", last_step=first, tensorboard=config.tensorboard
-        )
-        seen = facts["language_tokens"]
-        account = Account(log, config, model, label, first, seen, mesh.size)
-        stack.enter_context(closing(account))
-        asked_to_end = stack.enter_context(preemption(label))
-        for step, batch in enumerate(rows, first + 1):
-            account.count(batch)
-            if masking is not None:
-                batch = hide(batch, masking, config.mask_share, config.random_seed, step)
-            arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
-            arrays = jax.device_put(arrays, functions.batch_sharding)
-            state, metrics = functions.step(state, arrays, rates[step - 1])
+        state, states = functions.side_by_side(states), []
+        labels = ", ".join(training.label for training in trainings)
+        asked_to_end = stack.enter_context(preemption(labels))
+        while any(course.going for course in courses):
+            going = [(number, course) for number, course in enumerate(courses) if course.going]
+            batch, rates = _batch(courses)
+            batch = jax.device_put(batch, functions.batch_sharding)
+            state, metrics = functions.step(state, batch, rates)
             ending = asked_to_end()
-            saving = ending or step % config.checkpoint_every == 0 or step == config.steps
-            if saving or account.due(step):
-                account.report(step, metrics, float(rates[step - 1]), batch)
-            if saving:
-                if not functions.sound(state.parameters):
-                    raise account.diverged(f"its parameters are no numbers after step {step}")
-                checkpoints.save(step, state, {**facts, "language_tokens": dict(account.seen)})
+            for number, course in going:
+                if ending or course.reports():
+                    course.report(Metrics(*(np.asarray(each)[number] for each in metrics)))
+            saving = [(n, c) for n, c in going if (ending or c.saves()) and not c.failed]
+            sound = np.asarray(functions.sound(state.parameters)) if saving else ()
+            for number, course in saving:
+                course.save(functions.of_expert(state, number), bool(sound[number]))
             if ending:
                 break
-        checkpoints.wait()
+        for course in courses:
+            course.wait()
+    return [
+        course.failed or _trained(course, functions.of_expert(state, number))
+        for number, course in enumerate(courses)
+    ]
+
+
+def _batch(courses: Sequence[Course]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Batches and rates of the next step of each; of those that go no further, rows without text
+    and a rate of 0, which change no parameter."""
+    found = [course.next() if course.going else None for course in courses]
+    like = next(batch for batch, _ in filter(None, found))
+    empty = {name: np.zeros_like(array) for name, array in like.items()}
+    parts = [(empty, 0.0) if each is None else each for each in found]
+    batch = {name: np.concatenate([part[name] for part, _ in parts]) for name in like}
+    return batch, np.asarray([rate for _, rate in parts], np.float32)
+
+
+def _trained(course: Course, state: State) -> Trained:
     return Trained(
         parameters=state.parameters,
-        tokens=sum(account.seen.values()),
-        language_tokens=dict(account.seen),
+        tokens=sum(course.seen.values()),
+        language_tokens=course.seen,
     )
-
-
-def _checkpoints(directory: Path, config: TrainConfig) -> Checkpoints:
-    return Checkpoints(directory / "checkpoints", config.keep_checkpoints, config.keep_every)
-
-
-def _begun(
-    start: Callable[[Any], Any],
-    model: ModelConfig,
-    facts: dict[str, Any],
-    functions: Program,
-    checkpoints: Checkpoints,
-) -> tuple[int, State, dict[str, Any]]:
-    """Steps done, state and facts: of the newest checkpoint, or of a training that begins now."""
-    found = checkpoints.newest(
-        jax.eval_shape(functions.create, shapes(model)),
-        functions.state_shardings,
-        check=lambda found: _same_training(facts, found, checkpoints.directory.parent),
-    )
-    return found or (0, functions.create(start(functions.state_shardings.parameters)), facts)
-
-
-def _same_training(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
-    if found.get("state", 1) != wanted["state"]:
-        raise UserError(
-            f"{directory} holds an unfinished training of another version of xelm; finish it with "
-            "that, or delete the folder to start over"
-        )
-    free = (
-        *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
-        *("tensorboard", "skip_limit"),
-    )
-    differ = [
-        f"{name} was {found[part].get(name)}, now {value}"
-        for part in ("config", "model")
-        for name, value in wanted[part].items()
-        if name not in free and found[part].get(name) != value
-    ]
-    if set(wanted["language_tokens"]) != set(found["language_tokens"]):
-        differ.append("the languages differ")
-    if differ:
-        raise UserError(
-            f"{directory} holds an unfinished training with other settings ({'; '.join(differ)}); "
-            f"use those again, or delete the folder to start over"
-        )

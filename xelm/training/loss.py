@@ -3,10 +3,12 @@
 Multilingual vocabularies are huge (XGLM: 256,008), and [B, T, V] in float32 would dwarf the model.
 """
 
+import functools
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from xelm.models.transformer import Head
@@ -15,22 +17,31 @@ from xelm.models.transformer import Head
 # is large enough for the matrix units of an accelerator.
 LOGITS_IN_A_CHUNK = 2**22
 
+_POSITIONS, _VOCABULARY = ("data",), ("fsdp", "tensor")
+"""Mesh axes over which each is spread."""
+
 
 def cross_entropy(
     states: Float[Array, "*B D"],
     head: Head,
     targets: Int[Array, "*B"],
     weights: Float[Array, "*B"],
+    *,
+    spread: bool = False,
 ) -> Float[Array, ""]:
     """Sum over positions of weight * -log p(target), in nats. Never holds [*B, V].
 
     The gradient is computed chunk by chunk together with the loss, so the logits are made once
     and not again for the backward pass. Differentiable in `states` and `head`; `weights` (0 or 1,
     say) are constants.
+
+    spread: over the mesh that is set: positions over its axis `data`, the vocabulary over `fsdp`
+    and `tensor` (as in Megatron-LM: Shoeybi et al. 2019, arXiv 1909.08053, section 3). The first
+    dimension of `states` is one that data x fsdp divides.
     """
     flat = states.reshape(-1, states.shape[-1])
     constant = jax.lax.stop_gradient(weights.reshape(-1))
-    return _summed(flat, head, targets.reshape(-1), constant)
+    return _summed(spread, flat, head, targets.reshape(-1), constant)
 
 
 def target_log_probabilities(
@@ -49,24 +60,46 @@ def target_log_probabilities(
     return scores.reshape(-1)[: flat.shape[0]].reshape(targets.shape)
 
 
-@jax.custom_vjp
-def _summed(states, head, targets, weights):
-    return -(target_log_probabilities(states, head, targets) * weights).sum()
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(spread, states, head, targets, weights):
+    return _forward(spread, states, head, targets, weights)[0]
 
 
-def _forward(states, head, targets, weights):
+def _forward(spread, states, head, targets, weights):
+    if not spread:
+        loss, gradients = _in_chunks(states, head, targets, weights)
+    else:
+        loss, gradients = _over_devices(states, head, targets, weights)
+    state_gradient, head_gradient = gradients
+    like = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), head_gradient, head)
+    return loss, (state_gradient.astype(states.dtype), like)
+
+
+def _in_chunks(states, head, targets, weights, first=0, size=None, across=()):
+    """The loss, and its gradients by states and head.
+
+    Of a part of the vocabulary: entries from `first` on, those at `size` and above being no tokens;
+    the other parts lie on other devices `across` these mesh axes. The gradient by states is then
+    that of this part alone.
+    """
+    entries = first + jnp.arange(head.matrix.shape[0])
+
     def chunk(head_gradient, inputs):
         part, wanted, weight = inputs
         logits = head.logits(part)
-        top = logits.max(axis=-1, keepdims=True)
+        slope = None if head.cap is None else 1 - jnp.square(logits / head.cap)  # of tanh
+        if size is not None:
+            logits = jnp.where((entries < size)[None], logits, jnp.finfo(jnp.float32).min)
+        top = jax.lax.pmax(logits.max(axis=-1, keepdims=True), across)
         scaled = jnp.exp(logits - top)
-        total = scaled.sum(axis=-1, keepdims=True)
-        chosen = jnp.take_along_axis(logits, wanted[:, None], axis=-1)
+        # Not gathered: at what is spread over several axes, XLA's partitioner fails.
+        hot = wanted[:, None] == entries[None]
+        chosen = jnp.where(hot, logits, 0.0).sum(axis=-1, keepdims=True)
+        total, chosen = jax.lax.psum((scaled.sum(axis=-1, keepdims=True), chosen), across)
         loss = ((top + jnp.log(total) - chosen)[:, 0] * weight).sum()
-        hot = jax.nn.one_hot(wanted, head.matrix.shape[0], dtype=jnp.float32)
         error = (scaled / total - hot) * weight[:, None]
-        if head.cap is not None:
-            error = error * (1 - jnp.square(logits / head.cap))  # of tanh
+        if slope is not None:
+            error = error * slope
         bias_gradient = head_gradient.bias
         if bias_gradient is not None:
             bias_gradient = bias_gradient + error.sum(axis=0)
@@ -82,11 +115,44 @@ def _forward(states, head, targets, weights):
     chunks = _chunks(head.matrix.shape[0], states, targets, weights)
     head_gradient, (losses, state_gradients) = jax.lax.scan(chunk, zero, chunks)
     state_gradient = state_gradients.reshape(-1, states.shape[1])[: states.shape[0]]
-    head_gradient = jax.tree.map(lambda g, x: g.astype(x.dtype), head_gradient, head)
     return losses.sum(), (state_gradient, head_gradient)
 
 
-def _backward(gradients, cotangent):
+def _over_devices(states, head, targets, weights):
+    mesh = jax.sharding.get_abstract_mesh()
+    size = head.matrix.shape[0]
+    ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    # Vocabularies divide by nothing: entries that are no tokens fill the last part.
+    padded = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, -size % ways)] + [(0, 0)] * (x.ndim - 1)),
+        replace(head, matrix=head.matrix.astype(states.dtype)),
+    )
+
+    def part(states, head, targets, weights):
+        # The vocabulary is cut over `fsdp`, so each device sees the positions of all of these.
+        every = [jax.lax.all_gather(x, "fsdp", tiled=True) for x in (states, targets, weights)]
+        first = jax.lax.axis_index(_VOCABULARY) * head.matrix.shape[0]
+        states, targets, weights = every
+        loss, (state_gradient, head_gradient) = _in_chunks(
+            states, head, targets, weights, first, size, _VOCABULARY
+        )
+        state_gradient = jax.lax.psum(state_gradient, "tensor")
+        state_gradient = jax.lax.psum_scatter(state_gradient, "fsdp", tiled=True)
+        loss, head_gradient = jax.lax.psum((loss, head_gradient), _POSITIONS)
+        return loss, (state_gradient, head_gradient)
+
+    rows, entries = PartitionSpec((*_POSITIONS, "fsdp")), PartitionSpec(_VOCABULARY)
+    loss, (state_gradient, head_gradient) = jax.shard_map(
+        part,
+        in_specs=(rows, entries, rows, rows),
+        out_specs=(PartitionSpec(), (rows, entries)),
+        axis_names={*_POSITIONS, *_VOCABULARY},
+        check_vma=False,
+    )(states, padded, targets, weights)
+    return loss, (state_gradient, jax.tree.map(lambda x: x[:size], head_gradient))
+
+
+def _backward(spread, gradients, cotangent):
     scale = cotangent.astype(jnp.float32)
     scaled = jax.tree.map(lambda gradient: (gradient * scale).astype(gradient.dtype), gradients)
     return (*scaled, None, None)

@@ -1,42 +1,49 @@
 """Which device holds what: one mesh, and one table from the names of dimensions to its axes."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from clustering.errors import UserError
 from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import logical_axes, shapes
 
-AXES = ("data", "fsdp", "tensor")
-# Logical axis of a parameter -> mesh axis. fsdp cuts what tensor leaves whole.
-RULES: dict[str, str | None] = {
-    "layers": None,
-    "vocabulary": "tensor",
-    "heads": "tensor",
-    "keys": "tensor",
-    "ffn": "tensor",
-    "width": "fsdp",
-    "head": None,
-    "positions": None,
-    "types": None,
-    "transformed": None,
+AXES = ("expert", "data", "fsdp", "tensor")
+# Logical axis of a parameter -> mesh axes. fsdp cuts what tensor leaves whole. Of the tables of
+# embeddings the columns are cut, since the sizes of vocabularies divide by nothing.
+RULES: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "vocabulary": (),
+    "columns": ("fsdp", "tensor"),
+    "heads": ("tensor",),
+    "keys": ("tensor",),
+    "ffn": ("tensor",),
+    "width": ("fsdp",),
+    "head": (),
+    "positions": (),
+    "types": (),
+    "transformed": (),
 }
 # Rows of a batch are spread over every device that holds different parameters or data.
-BATCH = PartitionSpec(None, ("data", "fsdp"))
+BATCH = ("data", "fsdp")
 
 
-def make_mesh(config: TrainConfig) -> Mesh:
-    """The mesh of a training, 1 x 1 x 1 on a laptop; mesh_data 0 takes all remaining devices."""
+def make_mesh(config: TrainConfig, experts: int = 1) -> Mesh:
+    """The mesh on which so many experts train in one program, 1 x 1 x 1 x 1 on a laptop; mesh_data
+    0 takes all remaining devices."""
     count = jax.device_count()
-    rest = config.mesh_fsdp * config.mesh_tensor
+    rest = experts * config.mesh_fsdp * config.mesh_tensor
     data = config.mesh_data or count // rest
     if data * rest > count or data < 1:
         raise UserError(
-            f"a mesh of data {config.mesh_data} x fsdp {config.mesh_fsdp} x tensor "
-            f"{config.mesh_tensor} needs {max(1, config.mesh_data) * rest} devices; "
+            f"a mesh of expert {experts} x data {config.mesh_data} x fsdp {config.mesh_fsdp} x "
+            f"tensor {config.mesh_tensor} needs {max(1, config.mesh_data) * rest} devices; "
             f"there are {count}"
         )
     rows = config.batch_size // config.accumulation_steps
@@ -48,30 +55,101 @@ def make_mesh(config: TrainConfig) -> Mesh:
             f"batch_size / accumulation_steps must be a multiple of data x fsdp = "
             f"{data * config.mesh_fsdp}; got {rows}"
         )
-    shape = (data, config.mesh_fsdp, config.mesh_tensor)
-    devices = jax.devices()[: data * rest]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape = (experts, data, config.mesh_fsdp, config.mesh_tensor)
+    return _mesh(np.asarray(jax.devices()[: data * rest]).reshape(shape))
+
+
+def mesh_of(mesh: Mesh, number: int) -> Mesh:
+    """The part of a mesh that one of its experts has to itself."""
+    return _mesh(mesh.devices[number : number + 1])
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """A sharding for each parameter; a dimension that its mesh axis does not divide is refused."""
+    """A sharding for each parameter of an expert, on a mesh of one; a dimension that its mesh axis
+    does not divide is refused."""
 
     def place(shape, axes):
         names = [RULES[axis] for axis in axes]
-        used = [name for name in names if name is not None]
+        used = [name for some in names for name in some]
         if len(used) != len(set(used)):
             raise ValueError(f"two dimensions of {axes} fall on one mesh axis")
-        for size, axis, name in zip(shape.shape, axes, names):
-            if name is not None and size % mesh.shape[name]:
+        for size, axis, some in zip(shape.shape, axes, names):
+            ways = math.prod(mesh.shape[name] for name in some)
+            if size % ways:
                 raise UserError(
-                    f"{axis} must be a multiple of mesh axis {name} = {mesh.shape[name]}; "
+                    f"{axis} must be a multiple of mesh axis {' x '.join(some)} = {ways}; "
                     f"got {size}"
                 )
-        return NamedSharding(mesh, PartitionSpec(*names))
+        return NamedSharding(mesh, PartitionSpec(*(some or None for some in names)))
 
     return jax.tree.map(place, shapes(config), logical_axes(config))
+
+
+def spread_lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a table whose columns are spread over an expert's part of the mesh.
+
+    Each device looks up its columns for all rows of its `data`, and only then are columns exchanged
+    for rows: the gradient of the table is made in place, spread as the table is.
+    """
+    spread = jax.lax.with_sharding_constraint
+    tokens = spread(tokens, PartitionSpec("data"))
+    columns = spread(table[tokens], PartitionSpec("data", None, RULES["columns"]))
+    # In two steps: for both at once XLA would gather everything everywhere.
+    columns = spread(columns, PartitionSpec("data", None, "fsdp"))
+    return spread(columns, PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def stacked(mesh: Mesh, alone: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    """Shape and place of an array of each expert on a mesh, if it is like this `alone`, and lies
+    like this on the expert's part: one after the other along the first dimension, so that each
+    device holds the very array that it would hold if it worked for its expert alone."""
+    first, *others = sharding.spec or (None,)
+    inner = () if first is None else first if isinstance(first, tuple) else (first,)
+    rows, *rest = alone.shape or (1,)
+    return jax.ShapeDtypeStruct(
+        (mesh.shape["expert"] * rows, *rest),
+        alone.dtype,
+        sharding=NamedSharding(mesh, PartitionSpec(("expert", *inner), *others)),
+    )
+
+
+def side_by_side(experts: Sequence[Any], wholes: Any) -> Any:
+    """Trees of arrays, each on its expert's part of the mesh, as one tree of arrays like `wholes`
+    (made by `stacked`); copies nothing but scalars."""
+
+    def put(whole, *parts):
+        pieces = [s.data for part in parts for s in part.addressable_shards]
+        if not parts[0].shape:
+            pieces = [_reshaped(piece, (1,)) for piece in pieces]
+        return jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, pieces)
+
+    return jax.tree.map(put, wholes, *experts)
+
+
+def of_expert(experts: Any, number: int, shapes: Any, shardings: Any) -> Any:
+    """One expert's tree of arrays out of `side_by_side`, with its shapes and shardings. They share
+    memory: once the whole is given up to a step, so are they."""
+
+    def take(array, shape, sharding):
+        pieces = {s.device: s.data for s in array.addressable_shards}
+        mine = [pieces[d] for d in sharding.mesh.devices.flat if d in pieces]
+        if not shape.shape:
+            mine = [_reshaped(piece, ()) for piece in mine]
+        return jax.make_array_from_single_device_arrays(shape.shape, sharding, mine)
+
+    return jax.tree.map(take, experts, shapes, shardings)
+
+
+def _reshaped(scalar: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """On the same device, by way of the host: a computation would want the whole mesh."""
+    (device,) = scalar.devices()
+    return jax.device_put(np.asarray(scalar).reshape(shape), device)

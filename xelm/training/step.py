@@ -1,20 +1,30 @@
 """The state of a training and the one compiled step that advances it."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import bind, graph
+from xelm.models.parameters import bind, graph, shapes
 from xelm.training import guard as guards
 from xelm.training.loss import cross_entropy
 from xelm.training.optimizer import clipped, optimizer
-from xelm.training.sharding import BATCH, parameter_shardings, replicated
+from xelm.training.sharding import (
+    BATCH,
+    mesh_of,
+    of_expert,
+    parameter_shardings,
+    replicated,
+    side_by_side,
+    spread_lookup,
+    stacked,
+)
 
 
 class State(NamedTuple):
@@ -44,16 +54,32 @@ class Metrics(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Compiled functions and shardings of one model shape on one mesh."""
+    """Compiled functions of one model shape, and where arrays lie, for experts that train side by
+    side: each on its part of the mesh, and nothing passes from one to another."""
 
-    create: Any
-    """parameters -> State"""
+    create: tuple[Any, ...]
+    """Of each expert: parameters -> State"""
     step: Any
-    """(State, batch, learning rate) -> (State, Metrics); the old State is given up."""
+    """(States, batches, learning rates [E]) -> (States, Metrics of [E]) of experts side by side;
+    the old States are given up."""
     sound: Any
-    """parameters -> whether all are numbers"""
-    state_shardings: State
+    """parameters side by side -> whether all of an expert are numbers, [E]"""
+    state: State
+    """Shapes and shardings of experts side by side."""
+    state_shapes: State
+    """Of one expert."""
+    state_shardings: tuple[State, ...]
+    """Of each expert alone."""
     batch_sharding: NamedSharding
+    """Of batches, one after the other."""
+
+    def side_by_side(self, states: Sequence[State]) -> State:
+        """The experts' States as the one that a step advances."""
+        return side_by_side(states, self.state)
+
+    def of_expert(self, states: State, number: int) -> State:
+        """One expert's State out of it, in the same memory."""
+        return of_expert(states, number, self.state_shapes, self.state_shardings[number])
 
 
 def program(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Program:
@@ -78,7 +104,7 @@ def program(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Program:
 def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
     accumulation, dtype, rematerialise, beta1, beta2, clip, decay = settings
     update = optimizer(TrainConfig(tokens=1, beta1=beta1, beta2=beta2, weight_decay=decay))
-    shape = graph(model, dtype)
+    shape, experts = graph(model, dtype), mesh.shape["expert"]
 
     def create(parameters):
         step = jnp.zeros((), jnp.int32)
@@ -97,11 +123,13 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
             positions=read["positions"],
             segments=read["segments"],
             remat=rematerialise,
+            lookup=spread_lookup,
         )
         if not model.causal:  # few are asked for, and vocabularies are large
             hidden = jnp.take_along_axis(hidden, part["places"][..., None], axis=1)
         states, head = network.output(hidden)
-        return cross_entropy(states, head, targets, weights_of(part) / total)
+        weights = weights_of(part) / total
+        return cross_entropy(states, head, targets, weights, spread=mesh.size > experts)
 
     def weights_of(part):
         return target_weights(part["segments"]) if model.causal else part["chosen"]
@@ -110,7 +138,7 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
         parts = jax.tree.map(
             lambda x: x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:]), batch
         )
-        parts = jax.lax.with_sharding_constraint(parts, NamedSharding(mesh, BATCH))
+        parts = jax.lax.with_sharding_constraint(parts, PartitionSpec(None, BATCH))
         tokens = weights_of(batch).sum()
         # Of all parts: those with fewer targets weigh less, as in the whole batch. Batches of first
         # tokens alone have no target.
@@ -141,37 +169,62 @@ def _program(model: ModelConfig, mesh: Mesh, settings: tuple) -> Program:
         metrics = Metrics(loss, norm, guard.skipped, guard.most_in_a_row)
         return State(parameters, moments, state.step + 1, guard), metrics
 
-    whole = replicated(mesh)
-    shardings = _shardings(model, mesh, update, create)
+    shapes_of_state = jax.eval_shape(create, shapes(model))
+    alone = tuple(
+        _shardings(model, mesh_of(mesh, number), update, shapes_of_state)
+        for number in range(experts)
+    )
+    whole = jax.tree.map(functools.partial(stacked, mesh), shapes_of_state, alone[0])
+    placed = jax.tree.map(lambda array: array.sharding, whole)
+    scalar = NamedSharding(mesh, PartitionSpec("expert"))
+
+    def each(states, batches, rates):
+        state = jax.tree.map(lambda x, like: x.reshape(like.shape), states, shapes_of_state)
+        return jax.tree.map(jnp.atleast_1d, step(state, batches, rates[0]))
+
+    def sound(parameters):
+        return jnp.isfinite(optax.tree.norm(parameters))[None]
+
+    def by_expert(function):
+        # Each expert's devices run the function on what they hold: across, nothing can pass.
+        expert = PartitionSpec("expert")
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=expert,
+            out_specs=expert,
+            axis_names={"expert"},
+            check_vma=False,
+        )
+
     return Program(
-        create=jax.jit(create, out_shardings=shardings),
+        create=tuple(jax.jit(create, out_shardings=placed) for placed in alone),
         step=jax.jit(
-            step,
+            by_expert(each),
             donate_argnums=0,
-            in_shardings=(shardings, None, None),
-            out_shardings=(shardings, whole),
+            in_shardings=(placed, None, None),
+            out_shardings=(placed, scalar),
         ),
-        sound=jax.jit(lambda parameters: jnp.isfinite(optax.tree.norm(parameters))),
-        state_shardings=shardings,
-        batch_sharding=NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"))),
+        sound=jax.jit(by_expert(sound)),
+        state=whole,
+        state_shapes=shapes_of_state,
+        state_shardings=alone,
+        batch_sharding=NamedSharding(mesh, PartitionSpec(("expert", *BATCH))),
     )
 
 
-def _shardings(model: ModelConfig, mesh: Mesh, update: Any, create: Any) -> State:
-    """Averages lie where their parameters do; every device holds the rest whole."""
+def _shardings(model: ModelConfig, mesh: Mesh, update: Any, state: State) -> State:
+    """Of an expert alone: averages lie where their parameters do; every device holds the rest
+    whole."""
     placed, whole = parameter_shardings(model, mesh), replicated(mesh)
-    # Only the structure of the optimiser's state is wanted, so any shape of a parameter will do.
-    abstract = jax.eval_shape(
-        create, jax.tree.map(lambda s: jax.ShapeDtypeStruct((1,), jnp.float32), placed)
-    )
     moments = optax.tree_map_params(
         update,
         lambda _, sharding: sharding,
-        abstract.optimizer,
+        state.optimizer,
         placed,
         transform_non_params=lambda _: whole,
     )
-    return State(placed, moments, whole, jax.tree.map(lambda _: whole, abstract.guard))
+    return State(placed, moments, whole, jax.tree.map(lambda _: whole, state.guard))
 
 
 def target_weights(segments):

@@ -1,0 +1,359 @@
+"""Trainings on several devices: the same losses on any mesh, and experts that share nothing."""
+
+import itertools
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from small_training import (
+    CONFIG,
+    MODEL,
+    SHARES,
+    SOURCES,
+    TEXT,
+    Interrupt,
+    assert_same_bits,
+    interrupt_at,
+    losses,
+)
+
+from clustering.errors import UserError
+from xelm.data.masking import most_hidden
+from xelm.models.parameters import fresh_parameters
+from xelm.training.account import DivergedError
+from xelm.training.course import Training
+from xelm.training.loop import train, train_together
+from xelm.training.metrics import read_metrics
+from xelm.training.sharding import make_mesh, mesh_of, parameter_shardings
+from xelm.training.step import program
+
+AXES = ("expert", "data", "fsdp", "tensor")
+# Every way to cut eight devices, in powers of two.
+MESHES = [
+    mesh for mesh in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(mesh, dtype=int) == 8
+]
+QUICK = [(2, 1, 2, 2), (1, 2, 2, 2)]
+ENCODER = replace(MODEL, causal=False, head_transform=True, head_bias=True, positions="learned")
+
+
+def slow_but(quick, every):
+    return [
+        each if each in quick else pytest.param(*each, marks=pytest.mark.slow) for each in every
+    ]
+
+
+def configured(mesh, config=CONFIG):
+    return replace(config, **{f"mesh_{axis}": size for axis, size in zip(AXES, mesh)})
+
+
+def batch_of(model, expert: int, step: int) -> dict[str, np.ndarray]:
+    """Random text of two documents a row."""
+    draw = np.random.default_rng([expert, step])
+    columns = CONFIG.sequence_length + model.causal
+    shape = (CONFIG.batch_size, columns)
+    tokens = draw.integers(0, model.vocabulary_size, shape).astype(np.int32)
+    cut = draw.integers(1, columns, (shape[0], 1))
+    places = np.broadcast_to(np.arange(columns, dtype=np.int32), shape)
+    batch = {
+        "tokens": tokens,
+        "segments": np.where(places < cut, 1, 2).astype(np.int32),
+        "positions": np.where(places < cut, places, places - cut).astype(np.int32),
+    }
+    if not model.causal:
+        hidden = most_hidden(columns, CONFIG.mask_share)
+        batch["inputs"] = np.where(draw.random(shape) < 0.2, 3, tokens).astype(np.int32)
+        batch["places"] = draw.permuted(places, axis=1)[:, :hidden]
+        batch["chosen"] = draw.random((shape[0], hidden)) < 0.9
+    return batch
+
+
+def losses_on(mesh, model, *, config=CONFIG, steps=3):
+    """float [steps, experts], and the parameters of each after them."""
+    experts = mesh[0]
+    config = configured(mesh, config)
+    devices = make_mesh(config, experts)
+    assert tuple(devices.shape.items()) == tuple(zip(AXES, mesh))
+    functions = program(model, config, devices)
+    states, found = [], []
+    for number, shardings in enumerate(functions.state_shardings):
+        with jax.set_mesh(mesh_of(devices, number)):
+            fresh = jax.tree.map(np.asarray, fresh_parameters(model, number))
+            states.append(functions.create[number](jax.device_put(fresh, shardings.parameters)))
+    with jax.set_mesh(devices):
+        state = functions.side_by_side(states)
+        for step in range(steps):
+            parts = [batch_of(model, number, step) for number in range(experts)]
+            batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            batch = jax.device_put(batch, functions.batch_sharding)
+            state, metrics = functions.step(state, batch, np.full(experts, 3e-3, np.float32))
+            found.append(np.asarray(metrics.loss))
+        assert np.asarray(functions.sound(state.parameters)).tolist() == [True] * experts
+        return np.stack(found), [
+            jax.tree.map(np.asarray, functions.of_expert(state, number).parameters)
+            for number in range(experts)
+        ]
+
+
+_ALONE = {}
+
+
+def alone(model, number: int):
+    """Losses and parameters of an expert on one device."""
+    if (model, number) not in _ALONE:
+        config = configured((1, 1, 1, 1))
+        devices = make_mesh(config)
+        functions = program(model, config, devices)
+        found = []
+        with jax.set_mesh(devices):
+            state = functions.create[0](fresh_parameters(model, number))
+            state = functions.side_by_side([state])
+            for step in range(3):
+                batch = jax.device_put(batch_of(model, number, step), functions.batch_sharding)
+                state, metrics = functions.step(state, batch, np.full(1, 3e-3, np.float32))
+                found.append(np.asarray(metrics.loss)[0])
+            parameters = functions.of_expert(state, 0).parameters
+        _ALONE[model, number] = found, jax.tree.map(np.asarray, parameters)
+    return _ALONE[model, number]
+
+
+def assert_as_alone(mesh, model, config=CONFIG):
+    found, parameters = losses_on(mesh, model, config=config)
+    for number in range(mesh[0]):
+        wanted, others = alone(model, number)
+        np.testing.assert_allclose(found[:, number], wanted, atol=2e-5)
+        # Of signs of tiny gradients Adam makes whole steps, so few entries may be further apart.
+        far = jax.tree.map(lambda a, b: np.abs(a - b) > 1e-4, parameters[number], others)
+        entries = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(far)])
+        assert entries.mean() < 1e-3
+
+
+@pytest.mark.parametrize(AXES, slow_but(QUICK, MESHES))
+def test_losses_are_those_of_one_device(expert, data, fsdp, tensor):
+    assert_as_alone((expert, data, fsdp, tensor), MODEL)
+
+
+@pytest.mark.parametrize(AXES, slow_but([(1, 2, 2, 2)], [(1, 2, 2, 2), (2, 1, 2, 2), (2, 2, 2, 1)]))
+def test_losses_of_an_encoder_are_those_of_one_device(expert, data, fsdp, tensor):
+    assert_as_alone((expert, data, fsdp, tensor), ENCODER)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # No mesh axis divides it; and every device has entries that are no tokens.
+        {"vocabulary_size": 49},
+        {"vocabulary_size": 49, "tie_embeddings": False, "head_bias": True, "logit_cap": 5.0},
+    ],
+)
+def test_any_vocabulary_is_spread(changes):
+    assert_as_alone((1, 2, 2, 2), replace(MODEL, **changes))
+
+
+def test_parts_of_a_batch_are_accumulated_on_a_mesh():
+    mesh = (1, 2, 2, 2)
+    assert_as_alone(mesh, MODEL, replace(CONFIG, accumulation_steps=2))
+
+
+def test_parameters_are_spread_as_the_mesh_says():
+    shardings = parameter_shardings(MODEL, make_mesh(configured((1, 2, 2, 2))))
+    up = shardings["blocks"]["up"]["weight"]
+    assert up.shard_shape((2, 16, 24)) == (2, 8, 12)
+    assert shardings["embedding"].shard_shape((48, 16)) == (48, 4)
+
+
+@pytest.mark.parametrize(("batch_size", "data"), [(8, 8), (12, 6), (7, 7), (16, 8), (1, 1)])
+def test_a_small_batch_takes_as_many_devices_as_divide_it(batch_size, data):
+    mesh = make_mesh(replace(CONFIG, mesh_data=0, batch_size=batch_size))
+    assert mesh.shape["data"] == data
+
+
+def test_fewer_experts_get_more_devices_each():
+    config = replace(CONFIG, mesh_data=0)
+    assert [make_mesh(config, experts).shape["data"] for experts in (1, 2, 4, 8)] == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "experts", "fault"),
+    [
+        ({"mesh_data": 16}, 1, "expert 1 x data 16 x fsdp 1 x tensor 1 needs 16 devices; there"),
+        ({"mesh_data": 0}, 16, "expert 16 x data 0 x fsdp 1 x tensor 1 needs 16 devices; there"),
+        ({"mesh_data": 3}, 1, "must be a multiple of data x fsdp = 3; got 8"),
+        ({"mesh_data": 4, "accumulation_steps": 4}, 1, "data x fsdp = 4; got 2"),
+    ],
+)
+def test_a_mesh_that_cannot_be_made_is_a_users_mistake(changes, experts, fault):
+    with pytest.raises(UserError, match=fault):
+        make_mesh(replace(CONFIG, **changes), experts)
+
+
+def test_a_model_that_the_mesh_does_not_divide_is_a_users_mistake():
+    mesh = make_mesh(replace(CONFIG, mesh_tensor=7))
+    with pytest.raises(UserError, match=r"must be a multiple of mesh axis tensor = 7; got \d+"):
+        parameter_shardings(MODEL, mesh)
+
+
+# What passes between devices
+
+
+def groups_of(line: str) -> list[list[int]]:
+    """Devices between which one collective of compiled HLO passes something."""
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{('[^}]*')\}", line)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+        over = [list(sizes).index(name.strip(" '")) for name in named.group(2).split(",")]
+        devices = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
+        devices = np.moveaxis(devices, over, range(-len(over), 0))
+        return devices.reshape(-1, np.prod(devices.shape[-len(over) :])).tolist()
+    pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", line)
+    listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+    counted = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    if pairs or listed:
+        inside = (pairs or listed).group(1)
+        return [list(map(int, part.split(","))) for part in re.findall(r"\{([\d,]*)\}", inside)]
+    assert counted, line
+    shape, source, order = (
+        tuple(map(int, part.split(","))) if part else None for part in counted.groups()
+    )
+    devices = np.arange(np.prod(source)).reshape(source)
+    if order:
+        devices = devices.transpose(order)
+    return devices.reshape(shape).tolist()
+
+
+def collectives(compiled) -> list[list[list[int]]]:
+    """Groups of devices of every collective of a compiled function."""
+    names = (
+        "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+    )
+    call = re.compile(rf"= .* (?:ragged-)?(?:{names})(?:-start)?\(")
+    return [groups_of(line) for line in compiled.as_text().splitlines() if call.search(line)]
+
+
+def crossing(compiled, experts: int) -> list[list[int]]:
+    """Groups in which devices of different experts meet."""
+    each = 8 // experts
+    groups = [group for groups in collectives(compiled) for group in groups]
+    return [group for group in groups if len({device // each for device in group}) > 1]
+
+
+def compiled_step(mesh, model):
+    config = configured(mesh)
+    devices = make_mesh(config, mesh[0])
+    functions = program(model, config, devices)
+    batch = {
+        name: jax.ShapeDtypeStruct(
+            (mesh[0] * len(array), *array.shape[1:]), array.dtype, sharding=functions.batch_sharding
+        )
+        for name, array in batch_of(model, 0, 0).items()
+    }
+    rates = jax.ShapeDtypeStruct((mesh[0],), jnp.float32)
+    with jax.set_mesh(devices):
+        return functions.step.lower(functions.state, batch, rates).compile()
+
+
+@pytest.mark.parametrize(
+    AXES, slow_but([(2, 1, 2, 2)], [(2, 1, 2, 2), (2, 4, 1, 1), (2, 2, 2, 1), (4, 1, 1, 2)])
+)
+def test_nothing_passes_between_experts(expert, data, fsdp, tensor):
+    compiled = compiled_step((expert, data, fsdp, tensor), MODEL)
+    assert len(collectives(compiled)) > 3  # within experts
+    assert crossing(compiled, expert) == []
+
+
+def test_eight_experts_on_eight_devices_pass_nothing_at_all():
+    assert collectives(compiled_step((8, 1, 1, 1), MODEL)) == []
+
+
+@pytest.mark.parametrize("out", [PartitionSpec(), PartitionSpec(("data", "expert"))])
+def test_what_passes_between_experts_would_be_seen(out):
+    mesh = make_mesh(configured((2, 2, 2, 1)), 2)
+    array = jax.ShapeDtypeStruct(
+        (8, 4), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("expert"))
+    )
+    function = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, out))
+    assert crossing(function.lower(array).compile(), 2)
+
+
+# Several trainings in one program
+
+
+def training(tmp_path, label: str, number: int, **changes) -> Training:
+    config = replace(CONFIG, **changes)
+    return Training(
+        label=label,
+        start=lambda shardings: jax.device_put(
+            jax.tree.map(np.asarray, fresh_parameters(MODEL, number)), shardings
+        ),
+        sources=SOURCES[number : number + 2],
+        config=config,
+        directory=tmp_path / label,
+    )
+
+
+BUDGETS = {"long": 20 * 128, "short": 9 * 128}
+
+
+def both(tmp_path, **changes):
+    return [
+        training(tmp_path, label, number, tokens=tokens, **changes)
+        for number, (label, tokens) in enumerate(BUDGETS.items())
+    ]
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    return [train(each, MODEL, TEXT) for each in both(tmp_path_factory.mktemp("apart"))]
+
+
+def test_each_ends_as_it_would_alone(apart, tmp_path):
+    found = train_together(both(tmp_path), MODEL, TEXT)
+    for one, other in zip(found, apart, strict=True):
+        assert_same_bits(one, other)
+    steps = [len(read_metrics(tmp_path / label / "metrics.jsonl")) for label in BUDGETS]
+    assert steps == [20, 9]
+
+
+def test_experts_that_were_interrupted_together_go_on_apart(apart, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 15)
+        train_together(both(tmp_path), MODEL, TEXT)
+    for each, wanted in zip(both(tmp_path), apart, strict=True):
+        assert_same_bits(train(each, MODEL, TEXT), wanted)
+
+
+def test_experts_that_were_interrupted_apart_go_on_together(apart, tmp_path, monkeypatch):
+    trainings = both(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 15)
+        train(trainings[0], MODEL, TEXT)
+    for one, other in zip(train_together(trainings, MODEL, TEXT), apart, strict=True):
+        assert_same_bits(one, other)
+
+
+def test_one_that_fails_leaves_the_others_alone(apart, tmp_path):
+    trainings = both(tmp_path)
+    spoilt = jax.tree.map(lambda x: x * np.float32("nan"), fresh_parameters(MODEL, 0))
+    trainings[0] = replace(trainings[0], start=lambda shardings: jax.device_put(spoilt, shardings))
+    failed, trained = train_together(trainings, MODEL, TEXT)
+    assert isinstance(failed, UserError) and not isinstance(failed, DivergedError)
+    assert "long has loss nan" in str(failed)
+    assert_same_bits(trained, apart[1])
+
+
+def test_trainings_of_one_program_have_the_same_settings(tmp_path):
+    first, second = both(tmp_path)
+    second = replace(second, config=replace(second.config, learning_rate=1.0))
+    with pytest.raises(ValueError, match="the same settings but for tokens"):
+        train_together([first, second], MODEL, TEXT)
+
+
+def test_losses_of_a_training_do_not_depend_on_the_mesh(trained):
+    short = replace(CONFIG, tokens=6 * 128)
+    _, wanted = trained(short, "one device")
+    _, metrics = trained(configured((1, 2, 2, 2), short), "mesh")
+    np.testing.assert_allclose(losses(metrics), losses(wanted), atol=1e-4)
+    assert sum(SHARES.values()) == 1

@@ -1,0 +1,299 @@
+"""Unfinished trainings: the same bits after a crash, whatever happened to their checkpoints."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+import pytest
+from small_training import (
+    CONFIG,
+    SOURCES,
+    Interrupt,
+    assert_same_bits,
+    assert_same_lines,
+    interrupt_at,
+)
+
+from clustering.errors import UserError
+from xelm.training import course
+from xelm.training.metrics import MetricsLog
+from xelm.training.preemption import Preempted
+
+
+@pytest.mark.parametrize("steps", [(3,), (7,), (12,), (8, 9, 20)])
+def test_resumed_equals_uninterrupted_bit_for_bit(trained, steps):
+    whole, metrics = trained(folder="whole")
+    for step in steps:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+            interrupt_at(patch, step)
+            trained(folder="resumed")
+    resumed, other = trained(folder="resumed")
+    assert_same_bits(resumed, whole)
+    assert_same_lines(other, metrics)
+
+
+def test_a_resumed_training_goes_on_from_its_checkpoint(trained, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 15)
+        trained()
+    # A line that the crash cut short.
+    with (tmp_path / "training" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "los')
+    begun = []
+    batches = course.batches
+    monkeypatch.setattr(
+        course, "batches", lambda *a, **k: begun.append(k["first_step"]) or batches(*a, **k)
+    )
+    _, metrics = trained()
+    assert begun == [12]
+    assert [line["step"] for line in metrics] == list(range(1, 21))
+
+
+def test_a_finished_training_run_again_gives_the_same_at_once(trained, monkeypatch):
+    first, metrics = trained()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 20)  # would raise, were there a step to do
+        again, other = trained()
+    assert_same_bits(again, first)
+    assert other == metrics
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"learning_rate": 1e-3}, r"learning_rate was 0\.003, now 0\.001"),
+        ({"random_seed": 1, "batch_size": 16}, "was 8, now 16; random_seed was 0, now 1"),
+    ],
+)
+def test_other_settings_in_a_half_done_folder_are_refused(trained, tmp_path, changes, fault):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 8)
+        trained()
+    before = (tmp_path / "training" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=fault) as caught:
+        trained(replace(CONFIG, **changes))
+    assert str(tmp_path / "training") in str(caught.value)
+    assert (tmp_path / "training" / "metrics.jsonl").read_bytes() == before
+    # How often it is saved and logged may change.
+    trained(replace(CONFIG, checkpoint_every=2, log_every=3))
+
+
+def test_other_languages_in_a_half_done_folder_are_refused(trained):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 8)
+        trained()
+    with pytest.raises(UserError, match="the languages differ"):
+        trained(sources=SOURCES[:2])
+
+
+@pytest.mark.parametrize("method", ["save", "check_for_errors"])
+def test_a_checkpoint_that_cannot_be_saved_is_a_users_mistake(
+    trained, tmp_path, monkeypatch, method
+):
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, method, fail)
+    with pytest.raises(UserError, match=r"cannot save a checkpoint in .*No space left") as caught:
+        trained()
+    assert str(tmp_path / "training" / "checkpoints") in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_any_moment_ends_with_the_same_bytes(
+    initialised, tiny_settings, xelm, tmp_path
+):
+    settings = tiny_settings(experts__tokens=128 * 600, experts__checkpoint_every=7)
+    corpus = json.loads((initialised[0] / "run.json").read_text())["corpus"]
+    runs = [tmp_path / "whole", tmp_path / "killed"]
+    xelm("cluster", "-k", 2, "--languages", "en,de,es,fr", "--out", tmp_path / "clusters")
+    for run in runs:
+        made = xelm(
+            "init",
+            run,
+            "--corpus",
+            corpus,
+            "--languages",
+            "en,de,es,fr",
+            "--clusters",
+            tmp_path / "clusters",
+            *settings,
+        )
+        assert made.code == 0, made.err
+    command = [sys.executable, "-m", "xelm.cli", "train", "--all"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([*command, runs[0]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    draw = random.Random(0)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    killed = 0
+    for _ in range(30):
+        process = subprocess.Popen([*command, runs[1]], env=environment, **quiet)
+        before = progress_of(runs[1])
+        wanted = draw.randint(1, 30)
+        while progress_of(runs[1]) < before + wanted and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.02)
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert killed == 30
+    done = subprocess.run([*command, runs[1]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights = sorted(runs[0].glob("experts/*/v1/model.safetensors"))
+    assert len(weights) == 2
+    for path in weights:
+        other = runs[1] / path.relative_to(runs[0])
+        assert other.read_bytes() == path.read_bytes()
+        assert not (runs[1] / "train" / path.parts[-3]).exists()  # what a crash left is gone
+    assert xelm("verify", runs[1]).code == 0
+
+
+def progress_of(run) -> int:
+    """Steps whose metrics are on disk, over all experts."""
+    found = [*run.glob("train/*/metrics.jsonl"), *run.glob("experts/*/v1/metrics.jsonl")]
+    return sum(path.read_bytes().count(b"\n") for path in found)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    trained, tmp_path, monkeypatch, capsys
+):
+    whole, _ = trained(folder="whole")
+    with pytest.raises(Interrupt):
+        interrupt_at(monkeypatch, 15)
+        trained(folder="broken")
+    monkeypatch.undo()
+    checkpoints = tmp_path / "broken" / "checkpoints"
+    steps = sorted(int(path.name) for path in checkpoints.iterdir())
+    assert steps == [6, 12]
+    for file in (checkpoints / "12" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"not what it was")
+    again, _ = trained(folder="broken")
+    said = capsys.readouterr().err
+    assert "step 12 is damaged" in said and "test: going on after step 6" in said
+    assert_same_bits(again, whole)
+    # It is kept, should it be of use to somebody.
+    assert (tmp_path / "broken" / "damaged-12" / "state").is_dir()
+
+
+def test_a_checkpoint_with_a_damaged_list_of_hashes_is_damaged(trained, tmp_path, capsys):
+    half_done(trained, tmp_path / "broken")
+    (tmp_path / "broken/checkpoints/12/sha256.json").write_text("{")
+    trained(folder="broken")
+    said = capsys.readouterr().err
+    assert "step 12 is damaged" in said and "sha256.json" in said
+    assert "test: going on after step 6" in said
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+def test_any_change_of_a_checkpoint_is_noticed(trained, tmp_path, monkeypatch, capsys, harm):
+    whole, _ = trained(folder="whole")
+    half_done(trained, tmp_path / "broken")
+    files = [path for path in (tmp_path / "broken/checkpoints/12").rglob("*") if path.is_file()]
+    spoilt = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(spoilt.read_bytes())
+    if harm == "gone":
+        spoilt.unlink()
+    else:
+        content[len(content) // 2] ^= 1  # a single bit
+        spoilt.write_bytes(content if harm == "flipped" else content[:-1])
+    again, _ = trained(folder="broken")
+    name = spoilt.relative_to(tmp_path / "broken/checkpoints/12").as_posix()
+    why = "is missing" if harm == "gone" else "is not as it was written"
+    said = capsys.readouterr().err
+    assert f"the checkpoint of step 12 is damaged ({name} {why}); going back" in said
+    assert "test: going on after step 6" in said
+    assert_same_bits(again, whole)
+
+
+def end_at(monkeypatch, step: int):
+    """The machine is to be given back as the metrics of that step are written."""
+    write = MetricsLog.write
+
+    def ask(self, line):
+        write(self, line)
+        if line["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsLog, "write", ask)
+
+
+@pytest.mark.parametrize("step", [1, 8, 19, 20])
+def test_a_training_that_is_asked_to_end_is_saved_first(trained, tmp_path, step):
+    whole, metrics = trained(folder="whole")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        end_at(patch, step)
+        with pytest.raises(Preempted, match="test was asked to end; it is saved"):
+            trained(folder="ended")
+    saved = [int(path.name) for path in (tmp_path / "ended/checkpoints").iterdir()]
+    assert max(saved) == min(20, step + 1)
+    assert signal.getsignal(signal.SIGTERM) == before
+    again, other = trained(folder="ended")
+    assert_same_bits(again, whole)
+    assert_same_lines(other, metrics)
+
+
+def test_a_training_of_another_version_is_refused(trained, tmp_path, monkeypatch):
+    half_done(trained, tmp_path / "older")
+    monkeypatch.setattr(course, "STATE", course.STATE + 1)
+    with pytest.raises(UserError, match="unfinished training of another version of xelm"):
+        trained(folder="older")
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(trained, tmp_path):
+    config = replace(CONFIG, checkpoint_every=2, keep_checkpoints=3, keep_every=8)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 19)
+        trained(config)
+    kept = sorted(int(path.name) for path in (tmp_path / "training/checkpoints").iterdir())
+    assert kept == [8, 14, 16, 18]
+
+
+def half_done(trained, folder: Path) -> list[Path]:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 15)
+        trained(folder=folder.name)
+    return sorted(file for file in (folder / "checkpoints").rglob("*") if file.is_file())
+
+
+def test_checkpoints_that_are_all_damaged_are_named_and_left_alone(trained, tmp_path):
+    files = half_done(trained, tmp_path / "broken")
+    for file in files:
+        if "state" in file.parts:
+            file.write_bytes(b"not what it was")
+    with pytest.raises(UserError, match=r"step 12 is .*; the checkpoint of step 6 is .*; delete"):
+        trained(folder="broken")
+    assert sorted(f for f in (tmp_path / "broken/checkpoints").rglob("*") if f.is_file()) == files
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.EMFILE, "Too many open files"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ],
+)
+def test_healthy_checkpoints_outlive_a_machine_in_trouble(trained, tmp_path, monkeypatch, error):
+    files = half_done(trained, tmp_path / "half")
+
+    def fail(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(type(error)):
+            trained(folder="half")
+    assert sorted(f for f in (tmp_path / "half/checkpoints").rglob("*") if f.is_file()) == files
