@@ -33,14 +33,11 @@ def over_ray(function: Callable[..., Result], *sequences: Sequence[Any]) -> list
     finds the parts where they lie here. The first fault ends it: raises a UserError or OSError of
     `function` as it is, RuntimeError with the traceback of any other, and UserError for Ray's own.
     """
-    try:
-        import ray
-        import ray.data
-        import ray.exceptions
-    except ImportError:
-        raise UserError('Ray is not installed; pip install "xelm[ray]"') from None
-    if not ray.is_initialized():
-        _connect()
+    connect()
+    import ray
+    import ray.data
+    import ray.exceptions
+
     arguments = [ray.put(each) for each in zip(*sequences)]
     if not arguments:
         return []
@@ -62,9 +59,16 @@ def over_ray(function: Callable[..., Result], *sequences: Sequence[Any]) -> list
 ENGINES: dict[str, Engine] = {"local": map, "ray": over_ray}
 
 
-def _connect() -> None:
-    import ray
-
+def connect() -> None:
+    """To the Ray cluster whose address RAY_ADDRESS says, else to one on this machine alone, unless
+    this process is connected. UserError where Ray is not installed, or no cluster answers."""
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise UserError('Ray is not installed; pip install "xelm[ray]"') from None
+    if ray.is_initialized():
+        return
     address = os.environ.get("RAY_ADDRESS")
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon:

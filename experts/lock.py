@@ -52,6 +52,20 @@ def locked(run: Path | str, name: str = "registry", *, wait_seconds: float = 0.0
         lock.release()
 
 
+def holder(run: Path | str, name: str) -> str | None:
+    """Who holds a lock of a RUN now, or None."""
+    note = Path(run) / FOLDER / f"{name}.txt"
+    try:
+        who = note.read_text(encoding="utf-8")
+        # Notes of processes that were killed stay behind: the lock itself knows.
+        with FileLock(note.with_suffix(".lock"), timeout=0):
+            return None
+    except Timeout:
+        return " ".join(who.split())
+    except OSError:
+        return None
+
+
 def update(
     run: Path | str, change: Callable[[Registry], Registry], *, wait_seconds: float = 30.0
 ) -> Registry:

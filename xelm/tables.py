@@ -8,6 +8,7 @@ import numpy as np
 from clustering.languages import english_name
 
 if TYPE_CHECKING:
+    from xelm.runs.progress import Progress
     from xelm.runs.relatives import Relatives
     from xelm.runs.results import Row
 
@@ -82,6 +83,38 @@ def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:
             line += f"{tokens:>14}  {relative.expert or '-'}"
         lines.append(line)
     return "\n".join(lines)
+
+
+def status(found: "Sequence[Progress]") -> str:
+    """One line a training: how far it is, and below the table why some failed."""
+    lines = [
+        f"{'training':20}{'state':10}{'progress':>9}{'tokens':>16}{'loss':>8}{'tokens/s':>10}"
+        f"{'left':>9}  checkpoint"
+    ]
+    for each in found:
+        name = each.name if each.version is None else f"{each.name}@v{each.version}"
+        share = f"{each.step / each.steps:.1%}" if each.steps else "-"
+        loss = "-" if each.loss is None else f"{each.loss:.3f}"
+        rate = "-" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}"
+        left = "-" if each.seconds_left is None else duration(each.seconds_left)
+        saved = "-"
+        if each.checkpoint_step is not None and each.checkpoint_seconds is not None:
+            saved = f"step {each.checkpoint_step}, {duration(each.checkpoint_seconds)} ago"
+        lines.append(
+            f"{name:19} {each.state:10}{share:>9}{each.tokens:>16,}{loss:>8}{rate:>10}{left:>9}"
+            f"  {saved}"
+        )
+    lines += [f"{each.name}: {each.note}" for each in found if each.state == "failed"]
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 3d 4h, 5h 12m, 7m 30s, 12s."""
+    whole = round(max(seconds, 0))
+    for unit, smaller, size, rest in (("d", "h", 86_400, 3600), ("h", "m", 3600, 60)):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // rest}{smaller}"
+    return f"{whole // 60}m {whole % 60}s" if whole >= 60 else f"{whole}s"
 
 
 def _pair(perplexity: float, bits_per_byte: float) -> str:

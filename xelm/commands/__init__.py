@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": asking.EVALUATE,
     "generate": asking.GENERATE,
     "fill": asking.FILL,
+    "status": keeping.STATUS,
     "report": keeping.REPORT,
     "verify": keeping.VERIFY,
     "rollback": keeping.ROLLBACK,

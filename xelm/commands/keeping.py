@@ -1,6 +1,7 @@
 """A RUN is told of, checked, put back and merged."""
 
 import argparse
+from contextlib import suppress
 
 from clustering.errors import UserError
 from xelm.commands.options import Verb, add_json, print_json
@@ -18,6 +19,40 @@ def _report(options: argparse.Namespace) -> None:
 
 
 REPORT = Verb("write one self-contained HTML page about a RUN", _report_options, _report)
+
+
+def _status_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+    add_json(verb)
+
+
+def _status(options: argparse.Namespace) -> None:
+    import dataclasses
+    import sys
+    import time
+
+    from xelm import tables
+    from xelm.runs.progress import progress
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run)
+    if options.json:
+        if options.watch:
+            raise UserError("--watch and --json do not go together")
+        print_json([dataclasses.asdict(each) for each in progress(run)])
+        return
+    if not options.watch:
+        print(tables.status(progress(run)))
+        return
+    clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else ""
+    with suppress(KeyboardInterrupt):
+        while True:
+            print(clear + tables.status(progress(run)), flush=True)
+            time.sleep(2)
+
+
+STATUS = Verb("how far each expert's training is", _status_options, _status)
 
 
 def _verify_options(verb: argparse.ArgumentParser) -> None:

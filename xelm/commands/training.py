@@ -1,10 +1,14 @@
 """Everything that makes models: a RUN, its experts, the dense baseline."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from clustering.errors import UserError
 from xelm.commands.options import Verb, names
 from xelm.presets import PRESETS
+
+if TYPE_CHECKING:
+    from xelm.runs.run import Run
 
 
 def _quickstart_options(verb: argparse.ArgumentParser) -> None:
@@ -118,14 +122,43 @@ def _train_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
     )
+    verb.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="experts side by side on this machine, each with its part of the GPUs (default: 1)",
+    )
+    verb.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: over the machines of the Ray cluster at RAY_ADDRESS, which all see RUN",
+    )
+    verb.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="accelerators for each expert, with --engine ray (default: 1)",
+    )
 
 
 def _train(options: argparse.Namespace) -> None:
+    from xelm import tables
+    from xelm.runs.progress import progress
     from xelm.runs.run import open_run
-    from xelm.runs.training import train_dense, train_experts
+    from xelm.runs.training import train_dense
 
+    for option, least in (("jobs", 1), ("devices", 1)):
+        given = getattr(options, option)
+        if given is not None and given < least:
+            raise UserError(f"--{option} must be at least {least}; got {given}")
+    if options.devices and options.engine != "ray":
+        raise UserError("--devices goes with --engine ray")
+    if options.jobs > 1 and options.engine == "ray":
+        raise UserError("--jobs goes with --engine local; Ray runs as many as it has devices for")
     run = open_run(options.run)
-    names = list(options.names)
+    names = list(dict.fromkeys(options.names))
     if options.all:
         run.clusters()  # which an expert of --all needs
         names += [e.name for e in run.registry().training() if e.cluster and e.name not in names]
@@ -140,10 +173,25 @@ def _train(options: argparse.Namespace) -> None:
             )
     if options.dense:
         train_dense(run)
-        print(f"dense{'':15}trained     {run.dense}")
-    train_experts(run, names)
-    for expert in run.registry().published():
-        print(f"{expert.name:20}{expert.status:12}v{expert.version}  {expert.tokens:,} tokens")
+    failures = _placed(run, names, options)
+    print(tables.status(progress(run)))
+    if failures:
+        raise UserError("; ".join(dict.fromkeys(failures.values())))
+
+
+def _placed(run: "Run", names: list[str], options: argparse.Namespace) -> dict[str, str]:
+    """Trains experts where they are wanted; why some failed, by name."""
+    from xelm.runs.training import try_experts
+
+    if options.engine == "ray":
+        from xelm.runs.placing import over_ray
+
+        return over_ray(run, names, options.devices or 1)
+    if options.jobs > 1:
+        from xelm.runs.placing import side_by_side
+
+        return side_by_side(run, names, options.jobs)
+    return {name: str(error) for name, error in try_experts(run, names).items()}
 
 
 TRAIN = Verb("train experts, or the dense baseline; resumes by itself", _train_options, _train)

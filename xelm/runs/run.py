@@ -62,6 +62,10 @@ class Run:
         """Checkpoints and metrics of an unfinished training."""
         return self.directory / "train" / name
 
+    def failure(self, name: str) -> Path:
+        """Why a training failed, while nobody has tried it again."""
+        return self.directory / "train" / f"{name}.failed.txt"
+
     def registry(self) -> Registry:
         """Who the experts are."""
         return Registry.load(self.directory)

@@ -94,31 +94,41 @@ def train_experts(run: Run, names: Sequence[str]) -> None:
         raise error
 
 
-def try_experts(run: Run, names: Sequence[str]) -> dict[str, UserError]:
-    """The same, but returns why experts failed, by name."""
+def try_experts(
+    run: Run, names: Sequence[str], *, wait_seconds: float = 1.0
+) -> dict[str, UserError]:
+    """The same, but returns why experts failed, by name. wait_seconds: for somebody else who trains
+    one of them."""
     for name in names:
         run.registry().expert(name)
     together, failures = run.config.experts.mesh_expert, {}
     for first in range(0, len(names), together):
         group = names[first : first + together]
         try:
-            failures |= _train_group(run, group)
+            failures |= _train_group(run, group, wait_seconds)
         except UserError as error:
             failures |= dict.fromkeys(group, error)
     return failures
 
 
-def _train_group(run: Run, names: Sequence[str]) -> dict[str, UserError]:
+def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[str, UserError]:
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(locked(run.directory, f"train-{name}"))
+            lock = locked(run.directory, f"train-{name}", wait_seconds=wait_seconds)
+            stack.enter_context(lock)
         experts = [expert for expert in run.registry().training() if expert.name in names]
-        jobs = [_job(run, expert) for expert in experts]
-        failures = train_checkpoints(run, jobs)
-        for expert, job in zip(experts, jobs):
-            if expert.name not in failures:
-                share = sum(source.share for source in job.sources)
-                publish(run, expert, {"share of the total tokens": f"{share:.4f}"})
+        try:
+            jobs = [_job(run, expert) for expert in experts]
+            failures = train_checkpoints(run, jobs)
+            for expert, job in zip(experts, jobs):
+                if expert.name not in failures:
+                    share = sum(source.share for source in job.sources)
+                    publish(run, expert, {"share of the total tokens": f"{share:.4f}"})
+        except UserError as error:
+            failures = dict.fromkeys(names, error)
+        for name, error in failures.items():
+            run.training(name).parent.mkdir(exist_ok=True)
+            run.failure(name).write_text(str(error), encoding="utf-8")
     return failures
 
 
@@ -203,6 +213,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
     """Trains in one program, each job from one checkpoint to another, which appears whole; those
     that are there already are left. Returns why jobs were given up, by name."""
     for job in jobs:
+        run.failure(job.name).unlink(missing_ok=True)
         if job.target.exists():
             shutil.rmtree(run.training(job.name), ignore_errors=True)
     jobs = [job for job in jobs if not job.target.exists()]

@@ -79,6 +79,7 @@ class Account:
         now, total = time.perf_counter(), sum(self.seen.values())
         line = {
             "step": step,
+            "steps": self._config.steps,
             "tokens": total,
             "loss": loss if math.isfinite(loss) else None,
             "learning_rate": rate,

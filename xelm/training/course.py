@@ -164,8 +164,7 @@ def begun(
         "language_tokens": {source.ids.language: 0 for source in training.sources},
     }
     mesh = shardings.step.mesh
-    with ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(mesh))
+    with jax.set_mesh(mesh), ExitStack() as stack:
         folder = training.directory / "checkpoints"
         checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
         stack.callback(checkpoints.close)

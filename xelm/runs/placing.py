@@ -1,0 +1,246 @@
+"""Where experts are trained, if not in turn here: side by side in processes, or over Ray.
+
+Each expert (or each `experts.mesh_expert` of them, which share a program) is a job of its own that
+starts, ends and fails apart from the others. Every way returns why experts failed, by name.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clustering.engines import connect
+from clustering.errors import UserError
+from xelm.runs.progress import progress
+from xelm.runs.run import Run, open_run
+from xelm.runs.training import try_experts
+from xelm.training.preemption import Preempted
+
+RETRIES = 3
+"""Of a job that was killed, or asked to end, and had done no step since it began."""
+_LOCK_SECONDS = 60.0
+"""For the process of a lost machine to let go of its expert."""
+
+
+def side_by_side(run: Run, names: Sequence[str], jobs: int) -> dict[str, str]:
+    """Trains so many jobs at a time, each in a process of its own with its share of this machine's
+    GPUs, or where there is none of its cores. What a process says is in RUN/train/NAME.log. One
+    that was killed, or asked to end (exit code 75), goes on in another."""
+    waiting = _groups(run, names)
+    places = list(_places(min(jobs, len(waiting)) or 1))
+    running: dict[int, _Process] = {}
+    failures: dict[str, str] = {}
+    with _ending(running):
+        while waiting or running:
+            for place in set(range(len(places))) - set(running):
+                if waiting:
+                    running[place] = _Process.start(run, waiting.pop(0), places[place])
+            time.sleep(0.2)
+            for place, process in list(running.items()):
+                code = process.handle.poll()
+                if code is None:
+                    continue
+                del running[place]
+                if code == 0:
+                    print(f"{process.label}: done", file=sys.stderr)
+                elif process.again(code):
+                    print(f"{process.label}: ended ({code}), started again", file=sys.stderr)
+                    running[place] = _Process.start(run, process.names, places[place], process)
+                else:
+                    failures |= process.failures(code)
+                    print(f"{process.label}: failed", file=sys.stderr)
+    return failures
+
+
+def over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
+    """Trains on the cluster whose address RAY_ADDRESS says, else on this machine: a task for each
+    job, with so many accelerators of its own (or, in a cluster without any, CPUs). A task whose
+    machine is lost goes on elsewhere from its newest checkpoint. Every machine has this package,
+    and finds the RUN at the same place."""
+    connect()
+    import ray
+    import ray.exceptions
+
+    wanted = _resources(ray.nodes(), devices)
+    # A process for each task: what it held of a device is free when it ends.
+    again: Any = {"max_calls": 1, "max_retries": RETRIES, "retry_exceptions": [Preempted]}
+    task = ray.remote(**again, **wanted)(_train_there)
+    directory = str(run.directory.absolute())
+    pending = {task.remote(directory, group): group for group in _groups(run, names)}
+    failures: dict[str, str] = {}
+    try:
+        while pending:
+            (ready,), _ = ray.wait(list(pending))
+            group = pending.pop(ready)
+            try:
+                found = ray.get(ready)
+            except ray.exceptions.RayError as error:
+                found = dict.fromkeys(group, f"Ray: {str(error).strip().splitlines()[-1]}")
+            failures |= found
+            for name in group:
+                print(f"{name}: {'failed' if name in found else 'done'}", file=sys.stderr)
+    finally:
+        for unfinished in pending:
+            ray.cancel(unfinished)
+    return failures
+
+
+def _groups(run: Run, names: Sequence[str]) -> list[list[str]]:
+    size = run.config.experts.mesh_expert
+    left = {expert.name for expert in run.registry().training()}
+    names = [name for name in names if name in left]
+    return [list(names[first : first + size]) for first in range(0, len(names), size)]
+
+
+# Processes on this machine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Process:
+    names: Sequence[str]
+    handle: subprocess.Popen
+    log: Path
+    begun_at: int
+    """Steps done before."""
+    fruitless: int
+    """Times that it ended without a step since the last that did one."""
+    run: Run
+
+    @classmethod
+    def start(
+        cls, run: Run, names: Sequence[str], place: "_Place", before: "_Process | None" = None
+    ) -> "_Process":
+        log = run.training(names[0]).with_suffix(".log")
+        log.parent.mkdir(exist_ok=True)
+        step = _steps(run, names)
+        fruitless = 0 if before is None or step > before.begun_at else before.fruitless + 1
+        with log.open("ab" if before else "wb") as file:
+            handle = subprocess.Popen(
+                [sys.executable, "-m", "xelm", "train", str(run.directory), *names],
+                env={**os.environ, **place.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        if place.cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(handle.pid, place.cores)
+        if before is None:
+            print(f"{', '.join(names)}: begun; its log is {log}", file=sys.stderr)
+        return cls(names=names, handle=handle, log=log, begun_at=step, fruitless=fruitless, run=run)
+
+    @property
+    def label(self) -> str:
+        return ", ".join(self.names)
+
+    def again(self, code: int) -> bool:
+        """Whether one that ended like this is worth another try."""
+        if code != os.EX_TEMPFAIL and code >= 0:
+            return False
+        return _steps(self.run, self.names) > self.begun_at or self.fruitless < RETRIES
+
+    def failures(self, code: int) -> dict[str, str]:
+        """By name; of those that were done before it ended, none."""
+        left = {expert.name for expert in self.run.registry().training()}
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = lines[-1].removeprefix("xelm: ") if lines else f"it ended with code {code}"
+        found = {}
+        for name in self.names:
+            if name in left:
+                kept = self.run.failure(name)
+                found[name] = kept.read_text(encoding="utf-8") if kept.exists() else said
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    environment: Mapping[str, str]
+    cores: Sequence[int]
+
+
+def _places(jobs: int) -> Iterator[_Place]:
+    """Equal parts of the GPUs or cores of this machine."""
+    gpus = _gpus()
+    if gpus:
+        if jobs > len(gpus):
+            raise UserError(f"{jobs} jobs at a time want a GPU each; there are {len(gpus)}")
+        each = len(gpus) // jobs
+        for job in range(jobs):
+            mine = ",".join(gpus[job * each : (job + 1) * each])
+            yield _Place(environment={"CUDA_VISIBLE_DEVICES": mine}, cores=())
+        return
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    each = max(1, len(cores) // jobs)
+    for job in range(jobs):
+        mine = [cores[(job * each + i) % len(cores)] for i in range(each)] if cores else []
+        yield _Place(environment={}, cores=mine)
+
+
+def _gpus() -> list[str]:
+    """Of NVIDIA, that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip()]
+    if not shutil.which("nvidia-smi"):
+        return []
+    asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return found.stdout.split() if found.returncode == 0 else []
+
+
+def _steps(run: Run, names: Sequence[str]) -> int:
+    return sum(each.step for each in progress(run) if each.name in names)
+
+
+@contextmanager
+def _ending(running: Mapping[Any, _Process]) -> Iterator[None]:
+    """Whatever ends this ends the processes, which save first; asked to end, this leaves by
+    `Preempted`."""
+
+    def hear(number: int, frame: object) -> None:
+        raise Preempted("asked to end; what was trained is saved, and goes on when run again")
+
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for process in running.values():
+            process.handle.terminate()
+        for process in running.values():
+            process.handle.wait()
+
+
+# Tasks on a cluster
+
+
+def _train_there(directory: str, names: Sequence[str]) -> dict[str, str]:
+    """On a machine of the cluster."""
+    from xelm.process import prepare
+
+    prepare()
+    failures = try_experts(open_run(directory), names, wait_seconds=_LOCK_SECONDS)
+    return {name: str(error) for name, error in failures.items()}
+
+
+def _resources(nodes: Sequence[Mapping[str, Any]], devices: int) -> dict[str, Any]:
+    """What a task asks of Ray; UserError if no machine has so much."""
+    for kind in ("GPU", "TPU", "CPU"):
+        most = max((node["Resources"].get(kind, 0) for node in nodes if node["Alive"]), default=0)
+        if not most:
+            continue
+        if devices > most:
+            raise UserError(
+                f"{devices} devices for each expert are more than any machine of the cluster has: "
+                f"{most:g} {kind}"
+            )
+        if kind == "TPU":
+            return {"resources": {"TPU": devices}}
+        return {f"num_{kind.lower()}s": devices}
+    raise UserError("the Ray cluster has no machine that computes")

@@ -1,0 +1,119 @@
+"""`xelm status`: how far each training of a RUN is, as its files say. Imports no JAX."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from experts.lock import holder
+from xelm.runs.run import Run
+from xelm.training.metrics import read_metrics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """Of one training."""
+
+    name: str
+    state: Literal["done", "training", "stopped", "failed", "waiting"]
+    """stopped: begun, and nobody works on it now. waiting: not begun."""
+    version: int | None
+    """Of an expert."""
+    step: int
+    steps: int | None
+    """None while no step is known."""
+    tokens: int
+    """Targets predicted."""
+    loss: float | None
+    """Of the last step logged, nats."""
+    tokens_per_second: float | None
+    seconds_left: float | None
+    """At that rate; None unless it is training."""
+    checkpoint_step: int | None
+    """Of the newest checkpoint of an unfinished training."""
+    checkpoint_seconds: float | None
+    """How long ago that was saved."""
+    note: str
+    """Who trains it, or why it failed."""
+
+
+def progress(run: Run) -> list[Progress]:
+    """Of seed and dense baseline, where they are trained, and of every expert: the newest version
+    of each name."""
+    found = list(_models(run))
+    newest = {expert.name: expert for expert in run.registry().experts}
+    for expert in sorted(newest.values(), key=lambda e: (e.round, e.name)):
+        done = expert.directory(run.directory) if expert.status != "training" else None
+        found.append(_progress(run, expert.name, expert.version, done))
+    return found
+
+
+def _models(run: Run) -> Iterator[Progress]:
+    for name, path in {"seed": run.seed, "dense": run.dense}.items():
+        done = (path / "metrics.jsonl").exists()
+        if done or run.training(name).exists():
+            yield _progress(run, name, None, path if done else None)
+
+
+def _progress(run: Run, name: str, version: int | None, done: Path | None) -> Progress:
+    work = run.training(name)
+    lines = read_metrics((done or work) / "metrics.jsonl")
+    last: Mapping[str, Any] = lines[-1] if lines else {}
+    steps, step = last.get("steps"), last.get("step", 0)
+    rate, tokens = last.get("tokens_per_second"), last.get("tokens", 0)
+    who = None if done else holder(run.directory, f"train-{name}")
+    why = "" if done or who else _text(run.failure(name))
+    left = None
+    if who and steps and rate and step:
+        left = (steps - step) * (tokens / step) / rate
+    saved = None if done else _newest_checkpoint(work / "checkpoints")
+    state = "waiting"
+    if done:
+        state = "done"
+    elif who:
+        state = "training"
+    elif why:
+        state = "failed"
+    elif lines or saved:
+        state = "stopped"
+    return Progress(
+        name=name,
+        state=state,
+        version=version,
+        step=step,
+        steps=step if done else steps,
+        tokens=tokens,
+        loss=last.get("loss"),
+        tokens_per_second=_mean_rate(lines) if done else rate,
+        seconds_left=left,
+        checkpoint_step=saved and saved[0],
+        checkpoint_seconds=saved and time.time() - saved[1],
+        note=who or why,
+    )
+
+
+def _mean_rate(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Tokens a second over a whole training."""
+    tokens = [b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *lines], lines)]
+    rates = [line.get("tokens_per_second") or 0.0 for line in lines]
+    if not lines or min(rates) <= 0:
+        return None
+    return lines[-1]["tokens"] / sum(some / rate for some, rate in zip(tokens, rates))
+
+
+def _newest_checkpoint(folder: Path) -> tuple[int, float] | None:
+    """Step, and when it was saved."""
+    found = [path for path in folder.glob("*") if path.name.isdigit()]
+    newest = max(found, key=lambda path: int(path.name), default=None)
+    try:
+        return newest and (int(newest.name), newest.stat().st_mtime)
+    except FileNotFoundError:  # deleted meanwhile
+        return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
