@@ -5,11 +5,12 @@ import sys
 from tqdm import tqdm
 
 
-def bar(total: int | None, label: str, unit: str) -> tqdm:
+def bar(total: int | None, label: str, unit: str, *, shown: bool = True) -> tqdm:
     """A bar on a terminal; a line now and then where stderr is a file or a pipe."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
+        disable=not shown,
         desc=label,
         unit=unit,
         unit_scale=True,

@@ -136,6 +136,12 @@ def _train_options(verb: argparse.ArgumentParser) -> None:
         help="ray: over the machines of the Ray cluster at RAY_ADDRESS, which all see RUN",
     )
     verb.add_argument(
+        "--hosts",
+        action="store_true",
+        help="this process is one of several that train together: on a TPU pod or in a Slurm step, "
+        "or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say",
+    )
+    verb.add_argument(
         "--devices",
         type=int,
         metavar="N",
@@ -148,6 +154,7 @@ def _train(options: argparse.Namespace) -> None:
     from xelm.runs.progress import progress
     from xelm.runs.run import open_run
     from xelm.runs.training import train_dense
+    from xelm.training.hosts import is_first
 
     for option, least in (("jobs", 1), ("devices", 1)):
         given = getattr(options, option)
@@ -155,8 +162,14 @@ def _train(options: argparse.Namespace) -> None:
             raise UserError(f"--{option} must be at least {least}; got {given}")
     if options.devices and options.engine != "ray":
         raise UserError("--devices goes with --engine ray")
+    if options.hosts and (options.jobs > 1 or options.engine == "ray"):
+        raise UserError("--hosts goes with neither --jobs nor --engine ray")
     if options.jobs > 1 and options.engine == "ray":
         raise UserError("--jobs goes with --engine local; Ray runs as many as it has devices for")
+    if options.hosts:
+        from xelm.training.hosts import join
+
+        join()
     run = open_run(options.run)
     names = list(dict.fromkeys(options.names))
     if options.all:
@@ -174,7 +187,8 @@ def _train(options: argparse.Namespace) -> None:
     if options.dense:
         train_dense(run)
     failures = _placed(run, names, options)
-    print(tables.status(progress(run)))
+    if not options.hosts or is_first():
+        print(tables.status(progress(run)))
     if failures:
         raise UserError("; ".join(dict.fromkeys(failures.values())))
 

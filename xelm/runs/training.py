@@ -3,9 +3,10 @@
 import functools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from xelm.models.checkpoint import load_parameters, read_config, write_checkpoin
 from xelm.models.config import ModelConfig
 from xelm.runs.run import Run
 from xelm.training.course import Text, Training
+from xelm.training.hosts import gathered, is_first, wait_for_all
 from xelm.training.loop import train_together
 from xelm.training.metrics import read_metrics
 
@@ -114,22 +116,33 @@ def try_experts(
 def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[str, UserError]:
     with ExitStack() as stack:
         for name in names:
-            lock = locked(run.directory, f"train-{name}", wait_seconds=wait_seconds)
-            stack.enter_context(lock)
+            stack.enter_context(_held(run, name, wait_seconds))
         experts = [expert for expert in run.registry().training() if expert.name in names]
         try:
             jobs = [_job(run, expert) for expert in experts]
             failures = train_checkpoints(run, jobs)
             for expert, job in zip(experts, jobs):
-                if expert.name not in failures:
+                if expert.name not in failures and is_first():
                     share = sum(source.share for source in job.sources)
                     publish(run, expert, {"share of the total tokens": f"{share:.4f}"})
         except UserError as error:
             failures = dict.fromkeys(names, error)
-        for name, error in failures.items():
+        for name, error in failures.items() if is_first() else ():
             run.training(name).parent.mkdir(exist_ok=True)
             run.failure(name).write_text(str(error), encoding="utf-8")
     return failures
+
+
+@contextmanager
+def _held(run: Run, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
+    """The lock of a training, which the first host holds for all of them."""
+    with ExitStack() as stack:
+        if is_first():
+            lock = locked(run.directory, f"train-{name}", wait_seconds=wait_seconds)
+            stack.enter_context(lock)
+        wait_for_all(f"{name} is locked")
+        yield
+        wait_for_all(f"{name} is written")
 
 
 def _job(run: Run, expert: Expert) -> Job:
@@ -155,7 +168,7 @@ def train_dense(run: Run) -> None:
         sources=dense_sources(run),
         config=run.config.dense,
     )
-    with locked(run.directory, "train-dense"):
+    with _held(run, "dense"):
         for error in train_checkpoints(run, [job]).values():
             raise error
 
@@ -212,7 +225,7 @@ def documents_of(
 def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
     """Trains in one program, each job from one checkpoint to another, which appears whole; those
     that are there already are left. Returns why jobs were given up, by name."""
-    for job in jobs:
+    for job in jobs if is_first() else ():
         run.failure(job.name).unlink(missing_ok=True)
         if job.target.exists():
             shutil.rmtree(run.training(job.name), ignore_errors=True)
@@ -235,13 +248,19 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
         if isinstance(found, UserError):
             failures[job.name] = found
             continue
-        work = run.training(job.name)
-        centre = work / CENTRE
-        write_arrays(centre, {"centre": _centre(run, job.sources)})
-        extra = [work / "metrics.jsonl", centre]
-        write_checkpoint(job.target, model, found.parameters, like=run.seed, extra=extra)
-        shutil.rmtree(work, ignore_errors=True)
+        parameters = gathered(found.parameters)
+        if is_first():
+            _write(run, job, model, parameters)
     return failures
+
+
+def _write(run: Run, job: Job, model: ModelConfig, parameters: Mapping[str, Any]) -> None:
+    work = run.training(job.name)
+    centre = work / CENTRE
+    write_arrays(centre, {"centre": _centre(run, job.sources)})
+    extra = [work / "metrics.jsonl", centre]
+    write_checkpoint(job.target, model, parameters, like=run.seed, extra=extra)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def text_of(run: Run, model: ModelConfig) -> Text:

@@ -24,7 +24,7 @@ class Account:
 
     def __init__(
         self,
-        log: MetricsLog,
+        log: MetricsLog | None,
         config: TrainConfig,
         model: ModelConfig,
         label: str,
@@ -33,11 +33,12 @@ class Account:
         devices: int,
     ):
         """first: steps done before. seen: language -> targets in them, in the order of the sources
-        that batches are mixed of. devices: that it runs on."""
+        that batches are mixed of. devices: that it runs on. log: None on all hosts but the
+        first."""
         self.seen = dict(seen)
         self._log, self._config, self._model, self._label = log, config, model, label
         self._languages = list(seen)
-        self._bar = bar(config.steps * config.tokens_per_step, label, "tok")
+        self._bar = bar(config.steps * config.tokens_per_step, label, "tok", shown=log is not None)
         self._bar.update(first * config.tokens_per_step)
         self._clock, self._step, self._tokens = time.perf_counter(), first, sum(seen.values())
         self._flops = of_a_token(model, config.sequence_length) * config.tokens_per_step
@@ -91,13 +92,15 @@ class Account:
         if self._peak is not None:
             rate_of_steps = (step - self._step) / (now - self._clock)
             line["utilisation"] = self._flops * rate_of_steps / self._peak
-        self._log.write(line)
+        if self._log is not None:
+            self._log.write(line)
         self._clock, self._step, self._tokens = now, step, total
         self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def close(self) -> None:
         """Ends the files and the bar."""
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
         self._bar.close()
 
     def diverged(self, why: str) -> DivergedError:

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
+from xelm.training.hosts import is_first, wait_for_all
 
 _ITEMS = ("state", "facts")
 _SEAL = "sha256.json"
@@ -51,7 +52,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Adds the hash of every file, before Orbax gives the checkpoint its name."""
-        if jax.process_index() > 0:
+        if not is_first():
             return
         for folder in self.directory.glob(f"{self._saved}.orbax-checkpoint-tmp*"):
             files = sorted(path for name in _ITEMS for path in (folder / name).rglob("*"))
@@ -97,9 +98,10 @@ class Checkpoints:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 damaged.append(f"the checkpoint of step {step} is damaged ({reason})")
                 continue
-            for line in damaged:
+            for line in damaged if is_first() else ():
                 print(f"{self.directory}: {line}; going back", file=sys.stderr)
-            self._move_aside(after=step)
+            if damaged:
+                self._move_aside(after=step)
             return step, state, facts
         if damaged:
             raise UserError(
@@ -111,10 +113,12 @@ class Checkpoints:
         """Checkpoints that could not be read are in the way of those to come, but not for us to
         delete: perhaps the disk is at fault."""
         folder = self.directory
-        for step in [step for step in self._manager.all_steps() if step > after]:
+        wait_for_all(f"{folder} was read")
+        for step in [step for step in self._manager.all_steps() if step > after and is_first()]:
             aside = folder.with_name(f"damaged-{step}")
             shutil.rmtree(aside, ignore_errors=True)
             (folder / str(step)).rename(aside)
+        wait_for_all(f"{folder} was moved")
         self._manager.reload()
 
     def _restored(self, step: int, **what: Any) -> Any:

@@ -17,6 +17,7 @@ from xelm.data.rows import ORIGIN, Source, batches
 from xelm.models.config import ModelConfig
 from xelm.training.account import Account
 from xelm.training.checkpoint import Checkpoints
+from xelm.training.hosts import is_first
 from xelm.training.metrics import MetricsLog
 from xelm.training.optimizer import schedule
 from xelm.training.step import Metrics, Program, State
@@ -88,9 +89,10 @@ class Course:
                 first_step=step,
             )
         )
-        log = MetricsLog(
-            training.directory / "metrics.jsonl", last_step=step, tensorboard=config.tensorboard
-        )
+        log = None
+        if is_first():
+            path = training.directory / "metrics.jsonl"
+            log = MetricsLog(path, last_step=step, tensorboard=config.tensorboard)
         seen = facts["language_tokens"]
         self._account = Account(log, config, model, self.label, step, seen, devices)
         self._batch: Mapping[str, np.ndarray] = {}
@@ -173,9 +175,9 @@ def begun(
             shardings,
             check=lambda found: _same_training(facts, found, training.directory),
         )
-        if found:
+        if found and is_first():
             print(f"{training.label}: going on after step {found[0]}", file=sys.stderr)
-        else:
+        if not found:
             parameters = training.start(shardings.parameters)
             found = 0, functions.create[number](parameters), facts
         step, state, facts = found

@@ -15,6 +15,7 @@ import numpy as np
 from clustering.errors import UserError
 from xelm.models.config import ModelConfig
 from xelm.training.course import Course, Text, Training, begun
+from xelm.training.hosts import placed
 from xelm.training.preemption import preemption
 from xelm.training.sharding import make_mesh
 from xelm.training.step import Metrics, State, program
@@ -71,7 +72,7 @@ def train_together(
         while any(course.going for course in courses):
             going = [(number, course) for number, course in enumerate(courses) if course.going]
             batch, rates = _batch(courses)
-            batch = jax.device_put(batch, functions.batch_sharding)
+            batch = placed(batch, functions.batch_sharding)
             state, metrics = functions.step(state, batch, rates)
             ending = asked_to_end()
             for number, course in going:

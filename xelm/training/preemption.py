@@ -1,9 +1,13 @@
 """A machine that is taken away asks its processes to end (SIGTERM): a training saves first."""
 
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
@@ -12,15 +16,27 @@ class Preempted(Exception):
 
 @contextmanager
 def preemption(label: str) -> Iterator[Callable[[], bool]]:
-    """A function that says whether this process has been asked to end. Who was asked in here, and
-    leaves without a fault, leaves by `Preempted`; at a second SIGTERM the process ends at once.
+    """A function that says, once a step, whether this process has been asked to end. Who was asked
+    in here, and leaves without a fault, leaves by `Preempted`; at a second SIGTERM the process ends
+    at once. Of several hosts that take their steps together, all are told at the same step.
 
     Python hears signals in its main thread alone; elsewhere the answer is no.
     """
+    asked = False
+    if jax.process_count() > 1:
+        steps = itertools.count()
+
+        def agreed() -> bool:
+            nonlocal asked
+            asked = asked or multihost_utils.reached_preemption_sync_point(next(steps))
+            return asked
+
+        yield agreed
+        _leave(label, asked)
+        return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = False
 
     def hear(number: int, frame: object) -> None:
         nonlocal asked
@@ -33,5 +49,9 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGTERM, before)
+    _leave(label, asked)
+
+
+def _leave(label: str, asked: bool) -> None:
     if asked:
         raise Preempted(f"{label} was asked to end; it is saved, and goes on when run again")
