@@ -24,6 +24,11 @@ REPORT = Verb("write one self-contained HTML page about a RUN", _report_options,
 def _status_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+    verb.add_argument(
+        "--unfinished",
+        action="store_true",
+        help="only the names of experts of clusters that are not trained yet, a line each",
+    )
     add_json(verb)
 
 
@@ -37,9 +42,14 @@ def _status(options: argparse.Namespace) -> None:
     from xelm.runs.run import open_run
 
     run = open_run(options.run)
+    if options.watch + options.unfinished + options.json > 1:
+        raise UserError("give one of --watch, --unfinished and --json")
+    if options.unfinished:
+        for expert in run.registry().training():
+            if expert.cluster is not None:
+                print(expert.name)
+        return
     if options.json:
-        if options.watch:
-            raise UserError("--watch and --json do not go together")
         print_json([dataclasses.asdict(each) for each in progress(run)])
         return
     if not options.watch:

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Trains one expert on a TPU pod slice of its own, as a queued resource; a spot slice that is taken
+# away is asked for again, and the training goes on from its newest checkpoint.
+#
+#   tpu_scripts/pod.sh [--dry-run] [--on-demand] [--delete] RUN NAME ZONE [TYPE] [RUNTIME]
+#   tpu_scripts/pod.sh --dry-run /mnt/runs/family uralic europe-west4-b v5litepod-16
+#
+# RUN is a path that every worker of the slice sees. XELM_SETUP is run on each worker first: mount
+# the disk there, and install (by default: pip install "xelm[tpu]").
+#
+# Nothing is deleted unless --delete is given, which deletes the slices that this command made once
+# the expert is trained; without it they go on costing money, and the command that ends that is shown.
+set -euo pipefail
+
+dry_run='' spot=--spot delete=''
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --dry-run) dry_run=yes ;;
+    --on-demand) spot='' ;;
+    --delete) delete=yes ;;
+    *) echo "unknown option $1" >&2; exit 2 ;;
+  esac
+  shift
+done
+[[ $# -ge 3 ]] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+run=$1 name=$2 zone=$3 type=${4:-v5litepod-16} runtime=${5:-v2-alpha-tpuv5-lite}
+setup=${XELM_SETUP:-pip install -q \"xelm[tpu]\"}
+tries=${XELM_TRIES:-20}
+made=()
+
+run_or_print() {
+  if [[ $dry_run ]]; then printf '%q ' "$@"; printf '\n'; else "$@"; fi
+}
+
+state() {
+  gcloud compute tpus queued-resources describe "$1" --zone="$zone" --format='value(state.state)'
+}
+
+on_all_workers() { # SLICE COMMAND
+  run_or_print gcloud compute tpus tpu-vm ssh "$1" --zone="$zone" --worker=all --command="$2"
+}
+
+ask_for() { # SLICE: returns when it is there
+  local asked=(gcloud compute tpus queued-resources create "$1" --node-id="$1" --zone="$zone")
+  asked+=(--accelerator-type="$type" --runtime-version="$runtime")
+  [[ $spot ]] && asked+=("$spot")
+  run_or_print "${asked[@]}" || exit 1
+  made+=("$1")
+  [[ $dry_run ]] && return
+  while true; do
+    case $(state "$1") in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED | SUSPENDING) return 1 ;;
+      *) sleep 30 ;;
+    esac
+  done
+}
+
+# shellcheck disable=SC2329  # by the trap below
+clean_up() {
+  local slice command
+  for slice in "${made[@]}"; do
+    command=(gcloud compute tpus queued-resources delete "$slice" --zone="$zone" --force --quiet)
+    if [[ $delete ]]; then run_or_print "${command[@]}"; else echo "to delete it: ${command[*]}" >&2; fi
+  done
+}
+trap clean_up EXIT
+
+stamp=$(date +%m%d%H%M%S)
+for ((try = 1; try <= tries; try++)); do
+  # A slice that was taken away keeps its name until somebody deletes it.
+  slice="xelm-${name//[^a-z0-9]/-}-$stamp-$try"
+  if ask_for "$slice" && on_all_workers "$slice" "$setup"; then
+    code=0
+    on_all_workers "$slice" "xelm train $(printf '%q %q' "$run" "$name") --hosts" || code=$?
+    [[ $code == 0 ]] && exit 0
+    # 75: saved, to go on. Anything else counts only if the slice is still there.
+    [[ $code != 75 && $(state "$slice") == ACTIVE ]] && exit "$code"
+  fi
+  echo "$name: slice $slice is gone; asking for another ($try of $tries)" >&2
+done
+exit 1
