@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
+from clustering.errors import UserError
 from xelm.data import rows as row_module
-from xelm.data.rows import LanguageRows, Source, batches, exponent_shares
+from xelm.data.rows import LanguageRows, Source, batches, sampling_shares
 from xelm.data.store import LanguageIds
 from xelm.training.step import target_weights
 
@@ -250,6 +251,27 @@ def test_a_source_without_documents_is_refused():
 
 def test_shares_are_tokens_to_the_exponent():
     tokens = {"de": 1000, "sw": 10}
-    assert exponent_shares(tokens, 1.0) == {"de": 1000 / 1010, "sw": 10 / 1010}
-    assert exponent_shares(tokens, 0.0) == {"de": 0.5, "sw": 0.5}
-    assert exponent_shares(tokens, 0.5)["de"] == pytest.approx(10 / 11)
+    assert sampling_shares(tokens, 1.0) == {"de": 1000 / 1010, "sw": 10 / 1010}
+    assert sampling_shares(tokens, 0.0) == {"de": 0.5, "sw": 0.5}
+    assert sampling_shares(tokens, 0.5)["de"] == pytest.approx(10 / 11)
+
+
+def test_no_language_is_passed_over_too_often():
+    tokens = {"de": 1_000_000, "el": 50_000, "sw": 10_000, "hi": 300_000}
+    # UniMax by hand: sw may have 40,000 and el 200,000 of 1,200,000; the others share the rest.
+    found = sampling_shares(tokens, 0.0, budget=1_200_000, max_passes=4)
+    wanted = {"de": 480_000, "el": 200_000, "sw": 40_000, "hi": 480_000}
+    assert {tag: round(share * 1_200_000) for tag, share in found.items()} == wanted
+    # What one may not have goes to the others in their proportion, which may fill up another.
+    found = sampling_shares(tokens, 0.5, budget=2_600_000, max_passes=4)
+    assert found["sw"] * 2_600_000 == pytest.approx(40_000)
+    assert found["el"] * 2_600_000 == pytest.approx(200_000)
+    assert found["de"] / found["hi"] == pytest.approx((10 / 3) ** 0.5)
+    assert sum(found.values()) == pytest.approx(1)
+    assert list(found) == list(tokens)
+    plain = sampling_shares(tokens, 0.3)
+    assert sampling_shares(tokens, 0.3, budget=1000, max_passes=4) == plain
+    with pytest.raises(
+        UserError, match="2 passes over 1,360,000 tokens are fewer than the 3,000,0"
+    ):
+        sampling_shares(tokens, 0.0, budget=3_000_000, max_passes=2)

@@ -9,7 +9,7 @@ from shared import full, snapshot
 
 from experts.lock import update
 from experts.registry import Registry
-from xelm.data import store as stores
+from xelm.data import building
 from xelm.models import checkpoint, weights
 from xelm.training.metrics import MetricsLog
 
@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_the_registry_as_it_was(xelm, copy):
 def test_a_full_disk_leaves_no_half_corpus_and_no_half_results(xelm, copy):
     before = snapshot(copy.directory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores._Writer, "add", full)
+        patch.setattr(building._Writer, "add", full)
         outcome = xelm("evaluate", copy.directory, "--corpus", copy.held_out)
     assert outcome.code == 2
     assert "cannot write" in outcome.err and str(copy.directory / "corpus") in outcome.err

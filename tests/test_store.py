@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 
 from clustering.errors import UserError
 from clustering.files import write_json
+from xelm.data import building, corpus
+from xelm.data.building import BATCH_DOCUMENTS, build_store
 from xelm.data.corpus import Document, Faults
-from xelm.data.store import BATCH_DOCUMENTS, build_store, open_store
+from xelm.data.store import open_store
+from xelm.runs.run import open_run
 
 
 class Characters:
@@ -125,6 +129,101 @@ def test_an_interrupted_build_leaves_what_was_there(tmp_path, there):
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
     assert [path.name for path in tmp_path.iterdir()] == (["store"] if there else [])
+
+
+MANY = [
+    Document(f"{language} {n} ü" * (n % 5 + 1), language) for n in range(60) for language in TEXTS
+]
+MANY.insert(30, Document("außerdem", "nl"))
+FACTS = {"corpus_sha256": "of it"}
+
+
+def killed_at(batch: int):
+    """A tokenizer that gives up at that batch."""
+
+    class Killed(Characters):
+        batches = 0
+
+        def encode(self, texts):
+            self.batches += 1
+            if self.batches == batch:
+                raise KeyboardInterrupt
+            return super().encode(texts)
+
+    return Killed()
+
+
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(building, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(building, "NOTE_SECONDS", -1.0)  # after every batch
+
+
+@pytest.mark.parametrize("batches", [[1], [4], [17], [3, 5, 2]])
+def test_a_build_that_was_killed_goes_on_and_ends_with_the_same(tmp_path, small_batches, batches):
+    options = {"languages": ["el", "de"], "facts": FACTS}
+    build(tmp_path / "whole", MANY, **options)
+    for batch in batches:
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "store", MANY, killed_at(batch), **options)
+        assert not (tmp_path / "store").exists()
+        # What was being written when the machine went down.
+        for path in (tmp_path / ".store.partial").glob("el.*"):
+            with path.open("ab") as file:
+                file.write(b"12345")
+    heard, faults = [], Faults()
+    build(*(tmp_path / "store", MANY), faults=faults, progress=heard.append, **options)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+    assert heard[0] == 7 * sum(batch - 1 for batch in batches) and sum(heard) == 120
+    assert faults.counts == {"language nl, which was not asked for": 1}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"facts": {"corpus_sha256": "of another"}}, {"languages": ["de"]}, {"facts": None}],
+)
+def test_a_build_of_something_else_is_not_gone_on_with(tmp_path, small_batches, other):
+    options = {"languages": ["el", "de"], "facts": FACTS}
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "store", MANY, killed_at(9), **options)
+    heard = []
+    build(tmp_path / "store", MANY, progress=heard.append, **options | other)
+    assert heard[0] == 0
+    build(tmp_path / "whole", MANY, **options | other)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_processes_make_what_one_makes(tiny, tiny_corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "BATCH_DOCUMENTS", 20)
+    run = open_run(tiny.directory)
+    tokenizer, made = run.tokenizer(), []
+    for name, encode in (("one", None), ("two", building.in_processes(run.seed, 2))):
+        texts = corpus.read(tiny_corpus, Faults())
+        build_store(tmp_path / name, texts, tokenizer, Faults(), encode=encode)
+        made.append(content(tmp_path / name))
+    assert made[0] == made[1]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_build_and_not_the_machine(tiny, tmp_path):
+    run = open_run(tiny.directory)
+
+    def documents():
+        for number in range(10_000):
+            if number == 3000:
+                (first, *_) = multiprocessing.active_children()
+                first.kill()
+            yield Document("Meer", "de")
+
+    encode = building.in_processes(run.seed, 2)
+    with pytest.raises(UserError, match="a process that tokenises was killed"):
+        build_store(tmp_path / "s", documents(), run.tokenizer(), Faults(), encode=encode)
+    assert multiprocessing.active_children() == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_nothing_and_is_named(tmp_path, monkeypatch):

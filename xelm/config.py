@@ -52,6 +52,9 @@ class TrainConfig:
     loss or gradient is no number, or its loss far above those before it."""
     sampling_exponent: float = 0.3
     """A language is seen in proportion to (its tokens) ** this: 0 is uniform, 1 proportional."""
+    max_passes: float = 0.0
+    """Of a language's text at most: what it may not have, the others get (with sampling_exponent 0,
+    UniMax). 0 sets no limit."""
     mask_share: float = 0.15
     """Share of the tokens that an encoder has to guess (.15 in BERT, .3 in ModernBERT)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -101,6 +104,8 @@ class TrainConfig:
         for name in ("warmup_share", "decay_share", "final_rate_share", "sampling_exponent"):
             if not 0 <= getattr(self, name) <= 1:
                 faults.append(f"{name} must be between 0 and 1; got {getattr(self, name)}")
+        if not 0 <= self.max_passes < math.inf:
+            faults.append(f"max_passes must be at least 0; got {self.max_passes}")
         if not 0 < self.mask_share < 1:
             faults.append(f"mask_share must be between 0 and 1; got {self.mask_share}")
         for name in ("learning_rate", "clip_norm"):

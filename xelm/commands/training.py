@@ -67,6 +67,13 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
         help="change the configuration, as in experts.tokens=3e6; may be repeated",
     )
     verb.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
+    verb.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that tokenise (default: threads of this one)",
+    )
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -74,6 +81,8 @@ def _init(options: argparse.Namespace) -> None:
     from xelm.config import override
     from xelm.runs.init import init
 
+    if options.workers < 0:
+        raise UserError(f"--workers must be at least 0; got {options.workers}")
     shapes = [s for s in options.settings if s.startswith("model") and options.seed]
     if shapes:
         raise UserError(f"{shapes[0]} is of a model that is made here; --seed has its own shape")
@@ -86,6 +95,7 @@ def _init(options: argparse.Namespace) -> None:
         seed=options.seed,
         languages=options.languages,
         clusters=Clustering.load(options.clusters) if options.clusters else None,
+        workers=options.workers,
     )
     counts = run.store().record["languages"]
     print(f"{'language':10}{'documents':>12}{'tokens':>14}{'bytes':>14}")

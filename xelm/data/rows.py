@@ -6,6 +6,7 @@ that every token is predicted once a pass. Batch i is a pure function of the ran
 resumed training needs no other state than its step.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, cast
@@ -14,6 +15,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
+from clustering.errors import UserError
 from xelm.data.store import LanguageIds
 
 ORIGIN = ("language", "row")
@@ -193,9 +195,29 @@ def _rounded(dividend: int, divisor: int) -> int:
     return (2 * dividend + divisor) // (2 * divisor)
 
 
-def exponent_shares(tokens: Mapping[str, int], exponent: float) -> dict[str, float]:
-    """Share of each language: its tokens ** exponent, normalised (Conneau et al. 2020, section
-    3.1). 0 is uniform, 1 proportional."""
+def sampling_shares(
+    tokens: Mapping[str, int], exponent: float, *, budget: int = 0, max_passes: float = 0.0
+) -> dict[str, float]:
+    """Share of each language in a training of `budget` tokens: in proportion to its tokens **
+    exponent (Conneau et al. 2020, section 3.1; 0 is uniform, 1 proportional), but so that none is
+    passed over more than `max_passes` times, if that is not 0: what one may not have, the others
+    get in the same proportion. With exponent 0 this is UniMax (Chung et al. 2023, arXiv 2304.09151,
+    algorithm 1). UserError if all together have not enough text."""
+    most = dict.fromkeys(tokens, math.inf)
+    if max_passes:
+        most = {language: max_passes * count / budget for language, count in tokens.items()}
+        if sum(most.values()) < 1:
+            raise UserError(
+                f"{max_passes:g} passes over {sum(tokens.values()):,} tokens are fewer than the "
+                f"{budget:,} to train on; raise max_passes, or lower tokens"
+            )
     weights = {language: float(count) ** exponent for language, count in tokens.items()}
-    total = sum(weights.values())
-    return {language: weight / total for language, weight in weights.items()}
+    shares: dict[str, float] = {}
+    while len(shares) < len(tokens):
+        rest = {language: weight for language, weight in weights.items() if language not in shares}
+        left = (1.0 - sum(shares.values())) / sum(rest.values())
+        full = {
+            language: most[language] for language in rest if rest[language] * left > most[language]
+        }
+        shares |= full or {language: weight * left for language, weight in rest.items()}
+    return {language: shares[language] for language in tokens}

@@ -7,11 +7,7 @@ STORE/
   <language>.bytes.npy    int64 [documents]: UTF-8 bytes of each document's text
 """
 
-import array
-import contextlib
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +16,8 @@ import numpy as np
 from jaxtyping import Int, Integer
 
 from clustering.errors import UserError
-from clustering.files import flush, read_json, write_json
-from xelm.data.corpus import Document, Faults, no_documents
-from xelm.data.tokenizer import Tokenizer
+from clustering.files import read_json
 
-# Documents tokenised at once: enough for the tokenizer's threads, little enough for memory.
-BATCH_DOCUMENTS = 512
 # Documents read in one piece where parts of a corpus go to many machines.
 PART_DOCUMENTS = 50_000
 
@@ -134,112 +126,3 @@ def _numbers(path: Path, count: int) -> Int[np.ndarray, " documents"]:
 
 def _mismatch(path: Path) -> UserError:
     return UserError(f"{path} does not match store.json; delete {path.parent} and run again")
-
-
-def build_store(
-    directory: str | Path,
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    faults: Faults,
-    *,
-    languages: Iterable[str] | None = None,
-    facts: Mapping[str, Any] | None = None,
-    progress: Callable[[int], object] = lambda documents: None,
-) -> Store:
-    """Tokenises `documents` into `directory`, which appears whole or not at all.
-
-    languages: those to keep, each of which must turn up; None keeps all. Documents of other
-    languages are counted as left out. facts: entries for store.json. progress: is told how many
-    documents each batch held.
-    """
-    target = Path(directory)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
-    wanted = None if languages is None else list(languages)
-    try:
-        with contextlib.ExitStack() as stack:
-            writers: dict[str, _Writer] = {}
-            for batch in _batches(kept(documents, wanted, faults)):
-                for document, ids in zip(batch, tokenizer.encode([d.text for d in batch])):
-                    language = document.language
-                    if language not in writers:
-                        file = stack.enter_context((partial / f"{language}.ids").open("wb"))
-                        writers[language] = _Writer(file, dtype)
-                    writers[language].add(ids, len(document.text.encode()))
-                progress(len(batch))
-        order = sorted(writers) if wanted is None else wanted
-        missing = [language for language in order if language not in writers]
-        if missing or not order:
-            raise no_documents(missing, faults)
-        counts = {language: writers[language].finish(partial, language) for language in order}
-        write_json(
-            partial / "store.json",
-            {
-                "format": 1,
-                **(facts or {}),
-                "dtype": dtype.str,
-                "languages": counts,
-                "left_out": faults.to_json(),
-            },
-        )
-        flush(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return open_store(target)
-
-
-class _Writer:
-    """Appends the documents of one language."""
-
-    def __init__(self, file: Any, dtype: np.dtype):
-        self.file, self.dtype = file, dtype
-        # Eight bytes a document: there may be many millions.
-        self.lengths, self.bytes = array.array("q"), array.array("q")
-
-    def add(self, ids: list[int], size: int) -> None:
-        self.file.write(np.asarray(ids, self.dtype).tobytes())
-        self.lengths.append(len(ids))
-        self.bytes.append(size)
-
-    def finish(self, directory: Path, language: str) -> dict[str, int]:
-        np.save(directory / f"{language}.ends.npy", np.cumsum(self.lengths, dtype=np.int64))
-        np.save(directory / f"{language}.bytes.npy", np.asarray(self.bytes, np.int64))
-        return {
-            "documents": len(self.lengths),
-            "tokens": sum(self.lengths),
-            "bytes": sum(self.bytes),
-        }
-
-
-def kept(
-    documents: Iterable[Document], wanted: Sequence[str] | None, faults: Faults
-) -> Iterator[Document]:
-    """The documents in the `wanted` languages, or all if None; others are counted in `faults`."""
-    try:
-        for number, document in enumerate(documents, 1):
-            if wanted is None or document.language in wanted:
-                yield document
-            else:
-                reason = f"language {document.language}, which was not asked for"
-                faults.add(reason, f"record {number}")
-    except OSError as error:
-        # Of reading, which the caller must not take for one of writing.
-        where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{where}{error.strerror or error}") from error
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == BATCH_DOCUMENTS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -19,9 +19,10 @@ from experts.verify import hash_directory
 from xelm.config import RunConfig, TrainConfig
 from xelm.data import corpus as corpora
 from xelm.data import tokenizer as tokenizers
+from xelm.data.building import build_store, in_processes, kept
 from xelm.data.corpus import Faults
-from xelm.data.rows import Source, exponent_shares
-from xelm.data.store import Store, build_store, kept
+from xelm.data.rows import Source
+from xelm.data.store import Store
 from xelm.inference.sampling import sampling_of
 from xelm.models.checkpoint import check_checkpoint, copy_checkpoint, write_checkpoint
 from xelm.models.config import ModelConfig
@@ -29,7 +30,7 @@ from xelm.models.families import hub_config
 from xelm.models.parameters import fresh_parameters
 from xelm.progress import bar
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
-from xelm.runs.training import branch, check_languages
+from xelm.runs.training import branch, check_languages, shares_of
 from xelm.training.course import Text, Training
 from xelm.training.loop import train
 
@@ -47,12 +48,14 @@ def init(
     seed: str | Path | None = None,
     languages: Sequence[str] | None = None,
     clusters: Clustering | None = None,
+    workers: int = 0,
 ) -> Run:
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus, seed,
     TF-IDF vectoriser, registry, each written whole before the next begins.
 
     seed: a Hugging Face checkpoint directory to copy; None trains a tokenizer and a seed on the
     corpus. languages: those of the corpus to use; None uses all. clusters: to branch on at once.
+    workers: processes that tokenise; 0 leaves it to threads of this one.
     """
     tags = _languages(corpus, languages)
     if clusters is not None:
@@ -77,7 +80,7 @@ def init(
         else:
             _copy_seed(run, Path(seed))
             _link_from_sibling(run, Path(seed).parent)
-        store = tokenise(run, corpus, "train", languages=tags)
+        store = tokenise(run, corpus, "train", languages=tags, workers=workers)
         if seed is None:
             _train_seed(run, store)
         _fit_vectoriser(run, store)
@@ -89,15 +92,22 @@ def init(
 
 
 def tokenise(
-    run: Run, corpus: str | Path, name: str, *, languages: Sequence[str] | None = None
+    run: Run,
+    corpus: str | Path,
+    name: str,
+    *,
+    languages: Sequence[str] | None = None,
+    workers: int = 0,
 ) -> Store:
     """The tokenised corpus RUN/corpus/`name`, made now if it is not there yet for this corpus and
     tokenizer. Unusable records are reported on stderr."""
     with locked(run.directory, f"corpus-{name}", wait_seconds=WAIT_SECONDS):
-        return _tokenise(run, corpus, name, languages)
+        return _tokenise(run, corpus, name, languages, workers)
 
 
-def _tokenise(run: Run, corpus: str | Path, name: str, languages: Sequence[str] | None) -> Store:
+def _tokenise(
+    run: Run, corpus: str | Path, name: str, languages: Sequence[str] | None, workers: int
+) -> Store:
     directory = run.directory / "corpus" / name
     tokenizer_files = _tokenizer_directory(run)
     facts = {
@@ -119,6 +129,7 @@ def _tokenise(run: Run, corpus: str | Path, name: str, languages: Sequence[str] 
             faults,
             languages=languages,
             facts=facts,
+            encode=in_processes(tokenizer_files, workers) if workers else None,
             progress=progress.update,
         )
     if faults:
@@ -204,10 +215,7 @@ def _train_seed(run: Run, store: Store) -> None:
     if run.seed.exists():
         return
     config, tokenizer = run.config, tokenizers.load(_tokenizer_directory(run))
-    shares = exponent_shares(
-        {language: len(ids.ids) for language, ids in store.languages.items()},
-        config.seed.sampling_exponent,
-    )
+    shares = shares_of(config.seed, store.languages)
     training = Training(
         label="seed",
         start=functools.partial(fresh_parameters, _model(config), config.seed.random_seed),

@@ -24,7 +24,7 @@ from experts.lock import locked, update
 from experts.registry import Registry
 from experts.verify import hash_directory
 from xelm.config import TrainConfig
-from xelm.data.rows import Source, exponent_shares
+from xelm.data.rows import Source, sampling_shares
 from xelm.data.store import LanguageIds
 from xelm.models.checkpoint import load_parameters, read_config, write_checkpoint
 from xelm.models.config import ModelConfig
@@ -186,8 +186,17 @@ def language_shares(run: Run) -> dict[str, float]:
     branched = (run.directory / "clusters.json").exists()
     left_out = run.clusters().unassigned if branched else ()
     stores = run.store().languages.items()
-    tokens = {tag: len(ids.ids) for tag, ids in stores if tag not in left_out}
-    return exponent_shares(tokens, run.config.experts.sampling_exponent)
+    return shares_of(run.config.experts, {tag: ids for tag, ids in stores if tag not in left_out})
+
+
+def shares_of(config: TrainConfig, languages: Mapping[str, LanguageIds]) -> dict[str, float]:
+    """Of each language in a training, as its settings say."""
+    return sampling_shares(
+        {tag: len(ids.ids) for tag, ids in languages.items()},
+        config.sampling_exponent,
+        budget=config.tokens,
+        max_passes=config.max_passes,
+    )
 
 
 def cluster_sources(run: Run, cluster: str) -> list[Source]:

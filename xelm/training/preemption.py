@@ -6,9 +6,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import jax
-from jax.experimental import multihost_utils
-
 
 class Preempted(Exception):
     """A training ended because it was asked to, with all it did saved."""
@@ -22,6 +19,10 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
 
     Python hears signals in its main thread alone; elsewhere the answer is no.
     """
+    # Here, since the command line knows of `Preempted` before anything heavy is imported.
+    import jax
+    from jax.experimental import multihost_utils
+
     asked = False
     if jax.process_count() > 1:
         steps = itertools.count()

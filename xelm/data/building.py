@@ -1,0 +1,270 @@
+"""Tokenises a corpus into a store, here or in several processes, and goes on after a crash.
+
+While it is made, a store lies in a hidden folder beside its place; building.json there says how far
+it is, and what is in the files beyond that is cut off when it goes on.
+"""
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clustering.errors import UserError
+from clustering.files import flush, read_json, write_json
+from xelm.data import tokenizer as tokenizers
+from xelm.data.corpus import Document, Faults, no_documents
+from xelm.data.store import Store, open_store
+from xelm.data.tokenizer import Tokenizer
+
+# Documents tokenised at once: enough for the tokenizer's threads, little enough for memory.
+BATCH_DOCUMENTS = 512
+# Between notes of how far it is.
+NOTE_SECONDS = 10.0
+
+Encode = Callable[[Iterator[list[str]]], Iterator[Sequence[Sequence[int]]]]
+"""Batches of texts -> ids of each text, batch by batch."""
+
+
+def build_store(
+    directory: str | Path,
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    faults: Faults,
+    *,
+    languages: Iterable[str] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    encode: Encode | None = None,
+    progress: Callable[[int], object] = lambda documents: None,
+) -> Store:
+    """Tokenises `documents` into `directory`, which appears whole or not at all.
+
+    languages: those to keep, each of which must turn up; None keeps all. Documents of other
+    languages are counted as left out. facts: entries for store.json, which tell a corpus and a
+    tokenizer from others: with them, a call that was killed is gone on with by the next. encode: by
+    default that of the tokenizer, in this process. progress: is told how many documents each batch
+    held.
+    """
+    target = Path(directory)
+    partial = target.with_name(f".{target.name}.partial")
+    dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
+    wanted = None if languages is None else list(languages)
+    made_of = {**(facts or {}), "dtype": dtype.str, "wanted": wanted}
+    encode = encode or (lambda batches: map(tokenizer.encode, batches))
+    keep = False
+    try:
+        with ExitStack() as stack:
+            done, files = _begun(partial, made_of if facts else None, dtype, stack)
+            progress(done)
+            kept_documents = itertools.islice(kept(documents, wanted, faults), done, None)
+            noted = time.monotonic()
+            for batch, encoded in _encoded(_batches(kept_documents), encode):
+                for document, ids in zip(batch, encoded, strict=True):
+                    files.of(document.language).add(ids, len(document.text.encode()))
+                done += len(batch)
+                progress(len(batch))
+                if time.monotonic() > noted + NOTE_SECONDS:
+                    files.note(made_of, done)
+                    noted = time.monotonic()
+            counts = files.finish(wanted, faults)
+        record = {"format": 1, **(facts or {}), "dtype": dtype.str, "languages": counts}
+        write_json(partial / "store.json", {**record, "left_out": faults.to_json()})
+        flush(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except KeyboardInterrupt:
+        keep = facts is not None  # as after a crash
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
+    finally:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+    return open_store(target)
+
+
+def in_processes(tokenizer_files: Path, count: int) -> Encode:
+    """An encoding by so many processes, each with a tokenizer of its own."""
+
+    def encode(batches: Iterator[list[str]]) -> Iterator[Sequence[Sequence[int]]]:
+        # Forks of a process with threads, such as JAX's, may never answer.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, context, _load, (tokenizer_files,)) as pool:
+            waiting = deque()
+            try:
+                for batch in batches:
+                    waiting.append(pool.submit(_encode, batch))
+                    if len(waiting) > 3 * count:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            except BrokenProcessPool as error:
+                raise UserError("a process that tokenises was killed; run this again") from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    return encode
+
+
+_loaded: Tokenizer | None = None
+
+
+def _load(files: Path) -> None:
+    global _loaded
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this ends it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _loaded = tokenizers.load(files)
+
+
+def _end_with_parent() -> None:
+    """However that ends: these processes would wait for its next batch for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    assert _loaded is not None
+    return [np.asarray(ids, np.uint32) for ids in _loaded.encode(texts)]
+
+
+def _encoded(
+    batches: Iterator[list[Document]], encode: Encode
+) -> Iterator[tuple[list[Document], Sequence[Sequence[int]]]]:
+    """Each batch with the ids of its texts; more batches may be on their way."""
+    waiting: deque[list[Document]] = deque()
+
+    def texts() -> Iterator[list[str]]:
+        for batch in batches:
+            waiting.append(batch)
+            yield [document.text for document in batch]
+
+    for ids in encode(texts()):
+        yield waiting.popleft(), ids
+
+
+def _begun(
+    partial: Path, made_of: Mapping[str, Any] | None, dtype: np.dtype, stack: ExitStack
+) -> tuple[int, "_Files"]:
+    """How many documents are done, and the files to go on with."""
+    note = {}
+    if made_of is not None and (partial / "building.json").exists():
+        note = read_json(partial / "building.json")
+    if note.get("made_of") != made_of or not note:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return 0, _Files(partial, dtype, stack, {})
+    return note["documents"], _Files(partial, dtype, stack, note["languages"])
+
+
+class _Files:
+    """Those of a store in the making."""
+
+    def __init__(
+        self, folder: Path, dtype: np.dtype, stack: ExitStack, sizes: Mapping[str, Sequence[int]]
+    ):
+        """sizes: language -> tokens and documents that are there already."""
+        self.folder, self.dtype, self.stack = folder, dtype, stack
+        self.languages = {tag: self._open(tag, *counts) for tag, counts in sizes.items()}
+
+    def _open(self, language: str, tokens: int = 0, documents: int = 0) -> "_Writer":
+        writer = _Writer(self.folder, language, self.dtype, tokens, documents)
+        self.stack.callback(writer.close)
+        return writer
+
+    def of(self, language: str) -> "_Writer":
+        if language not in self.languages:
+            self.languages[language] = self._open(language)
+        return self.languages[language]
+
+    def note(self, made_of: Mapping[str, Any], documents: int) -> None:
+        """Writes down how far it is."""
+        sizes = {tag: writer.flushed() for tag, writer in self.languages.items()}
+        note = {"format": 1, "made_of": made_of, "documents": documents, "languages": sizes}
+        write_json(self.folder / "building.json", note)
+
+    def finish(self, wanted: Sequence[str] | None, faults: Faults) -> dict[str, dict[str, int]]:
+        """Counts by language, once the files are as a store has them."""
+        order = sorted(self.languages) if wanted is None else wanted
+        missing = [language for language in order if language not in self.languages]
+        if missing or not order:
+            raise no_documents(missing, faults)
+        (self.folder / "building.json").unlink(missing_ok=True)
+        return {language: self.languages[language].finish() for language in order}
+
+
+class _Writer:
+    """Appends the documents of one language to its files."""
+
+    def __init__(self, folder: Path, language: str, dtype: np.dtype, tokens: int, documents: int):
+        """tokens, documents: what is there already; files are cut to it."""
+        self.folder, self.language, self.dtype = folder, language, dtype
+        self.tokens, self.documents = tokens, documents
+        # Lengths and sizes of documents, which may be many millions, wait in files.
+        names = (f"{language}.ids", f"{language}.lengths", f"{language}.sizes")
+        self.paths = [folder / name for name in names]
+        self.files = [path.open("ab") for path in self.paths]
+        sizes = (tokens * dtype.itemsize, documents * 8, documents * 8)
+        for file, size in zip(self.files, sizes):
+            file.truncate(size)
+
+    def add(self, ids: Sequence[int], size: int) -> None:
+        parts = (np.asarray(ids, self.dtype), np.int64(len(ids)), np.int64(size))
+        for file, part in zip(self.files, parts):
+            file.write(part.tobytes())
+        self.tokens += len(ids)
+        self.documents += 1
+
+    def flushed(self) -> tuple[int, int]:
+        """Tokens and documents, once the operating system has them."""
+        for file in self.files:
+            file.flush()
+        return self.tokens, self.documents
+
+    def finish(self) -> dict[str, int]:
+        self.close()
+        lengths, sizes = (np.fromfile(path, np.int64) for path in self.paths[1:])
+        np.save(self.folder / f"{self.language}.ends.npy", np.cumsum(lengths))
+        np.save(self.folder / f"{self.language}.bytes.npy", sizes)
+        for path in self.paths[1:]:
+            path.unlink()
+        return {"documents": self.documents, "tokens": self.tokens, "bytes": int(sizes.sum())}
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def kept(
+    documents: Iterable[Document], wanted: Sequence[str] | None, faults: Faults
+) -> Iterator[Document]:
+    """The documents in the `wanted` languages, or all if None; others are counted in `faults`."""
+    try:
+        for number, document in enumerate(documents, 1):
+            if wanted is None or document.language in wanted:
+                yield document
+            else:
+                reason = f"language {document.language}, which was not asked for"
+                faults.add(reason, f"record {number}")
+    except OSError as error:
+        # Of reading, which the caller must not take for one of writing.
+        where = f"{error.filename}: " if error.filename else ""
+        raise UserError(f"{where}{error.strerror or error}") from error
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
+        yield batch
