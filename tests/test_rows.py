@@ -271,7 +271,5 @@ def test_no_language_is_passed_over_too_often():
     assert list(found) == list(tokens)
     plain = sampling_shares(tokens, 0.3)
     assert sampling_shares(tokens, 0.3, budget=1000, max_passes=4) == plain
-    with pytest.raises(
-        UserError, match="2 passes over 1,360,000 tokens are fewer than the 3,000,0"
-    ):
+    with pytest.raises(UserError, match="2 passes over 1,360,000 tokens are fewer than"):
         sampling_shares(tokens, 0.0, budget=3_000_000, max_passes=2)

@@ -214,10 +214,8 @@ def sampling_shares(
     weights = {language: float(count) ** exponent for language, count in tokens.items()}
     shares: dict[str, float] = {}
     while len(shares) < len(tokens):
-        rest = {language: weight for language, weight in weights.items() if language not in shares}
+        rest = {tag: weight for tag, weight in weights.items() if tag not in shares}
         left = (1.0 - sum(shares.values())) / sum(rest.values())
-        full = {
-            language: most[language] for language in rest if rest[language] * left > most[language]
-        }
-        shares |= full or {language: weight * left for language, weight in rest.items()}
+        full = {tag: most[tag] for tag, weight in rest.items() if weight * left > most[tag]}
+        shares |= full or {tag: weight * left for tag, weight in rest.items()}
     return {language: shares[language] for language in tokens}
