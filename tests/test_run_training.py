@@ -14,7 +14,7 @@ from shared import LANGUAGES, NAMES, documents_of, snapshot
 from clustering.clustering import Clustering
 from experts.registry import Registry
 from xelm import open_run
-from xelm.data import store as stores
+from xelm.data import building
 from xelm.runs import init, training
 from xelm.training.metrics import MetricsLog, read_metrics
 
@@ -60,7 +60,7 @@ def test_an_interrupted_init_goes_on_to_the_same_run(
 
     with pytest.MonkeyPatch.context() as patch:
         if stage == "tokenise":
-            patch.setattr(stores._Writer, "finish", interrupt)
+            patch.setattr(building._Writer, "finish", interrupt)
         elif stage == "vectors":
             patch.setattr("clustering.tfidf.fit", interrupt)
         else:
@@ -145,9 +145,9 @@ def test_experts_are_published_with_what_they_saw(tiny):
             expert.tokens == metrics[-1]["tokens"] == sum(metrics[-1]["language_tokens"].values())
         )
         assert (expert.parent, expert.round, expert.version) == ("seed", 1, 1)
-        assert f"{expert.name:20}published   v1  {expert.tokens:,} tokens" in (
-            tiny.outcomes["train"].out
-        )
+        lines = map(str.split, tiny.outcomes["train"].out.splitlines())
+        (line,) = [line for line in lines if line[0] == f"{expert.name}@v1"]
+        assert line[1:4] == ["done", "100.0%", f"{expert.tokens:,}"]
     assert sorted(path.name for path in (tiny.directory / "train").iterdir()) in (
         ["dense", "tokenizer"],
         ["tokenizer"],
