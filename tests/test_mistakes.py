@@ -422,7 +422,8 @@ def test_two_commands_at_once_are_refused(xelm, place, monkeypatch, command, loc
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         outcome = xelm(*shlex.split(command))
-    assert outcome.code == 2 and outcome.out == ""
+    # The training of experts ends with a table of what is done, whatever failed.
+    assert outcome.code == 2 and bool(outcome.out) == ("de-fr" in command)
     assert outcome.err.count("\n") == 1
     assert f"{run} is in use ({lock}) by process {holder.pid}" in outcome.err
     assert snapshot(place) == before
