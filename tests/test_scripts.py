@@ -124,6 +124,28 @@ def test_a_training_that_fails_on_a_healthy_slice_is_not_tried_again(run):
     assert sum(" create " in call for call in calls) == 1
 
 
+def test_a_connection_that_breaks_is_no_reason_for_another_slice(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    breaks = """
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *train*) [[ -e once ]] || { touch once; exit 255; } ;;
+esac
+"""
+    done, calls = run("pod.sh", "/runs/family", "uralic", "zone", gcloud=breaks)
+    assert done.returncode == 0, done.stderr
+    assert sum(" create " in call for call in calls) == 1
+    assert sum("xelm train" in call for call in calls) == 2
+
+
+def test_a_setup_that_fails_makes_no_more_slices(run):
+    fails = 'case "$*" in *describe*) echo ACTIVE ;; *install*) exit 1 ;; esac'
+    done, calls = run("pod.sh", "--delete", "/runs/family", "uralic", "zone", gcloud=fails)
+    assert done.returncode == 1
+    assert sum(" create " in call for call in calls) == 1
+    assert not any(" delete " in call for call in calls) and "to delete it" in done.stderr
+
+
 def test_a_sky_job_for_each_expert(run, branched):
     options = ("--dry-run", "gs://my-runs", "RUN", "--gpus", "A100:1")
     environment = {"XELM_MOUNT": str(branched.parent)}

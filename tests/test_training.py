@@ -125,3 +125,4 @@ def test_metrics_say_what_happened(trained):
     assert metrics[0]["learning_rate"] == pytest.approx(3e-3)  # one step of warm-up
     assert metrics[-1]["learning_rate"] == pytest.approx(3e-4, rel=1e-3)
     assert all(line["grad_norm"] > 0 and line["tokens_per_second"] > 0 for line in metrics)
+    assert all(0 < line["data_share"] < 1 and line["steps"] == 20 for line in metrics)

@@ -12,7 +12,7 @@
 # the expert is trained; without it they go on costing money, and the command that ends that is shown.
 set -euo pipefail
 
-dry_run='' spot=--spot delete=''
+dry_run='' spot=--spot delete='' trained=''
 while [[ ${1:-} == --* ]]; do
   case $1 in
     --dry-run) dry_run=yes ;;
@@ -36,6 +36,14 @@ state() {
   gcloud compute tpus queued-resources describe "$1" --zone="$zone" --format='value(state.state)'
 }
 
+still_there() { # SLICE: whether it is, after as long as it may take to be said
+  local look
+  for look in 1 2 3 4 5; do
+    [[ $(state "$1" || true) == ACTIVE ]] || return 1
+    ((look == 5)) || sleep 60
+  done
+}
+
 on_all_workers() { # SLICE COMMAND
   run_or_print gcloud compute tpus tpu-vm ssh "$1" --zone="$zone" --worker=all --command="$2"
 }
@@ -47,13 +55,18 @@ ask_for() { # SLICE: returns when it is there
   run_or_print "${asked[@]}" || exit 1
   made+=("$1")
   [[ $dry_run ]] && return
-  while true; do
-    case $(state "$1") in
+  local found unknown=0
+  while ((unknown < 10)); do
+    found=$(state "$1" || true)
+    case $found in
       ACTIVE) return ;;
       FAILED | SUSPENDED | SUSPENDING) return 1 ;;
-      *) sleep 30 ;;
+      '') ((++unknown)) ;;
     esac
+    sleep 30
   done
+  echo "nothing is known of $1; see what gcloud says above" >&2
+  exit 1
 }
 
 # shellcheck disable=SC2329  # by the trap below
@@ -61,7 +74,7 @@ clean_up() {
   local slice command
   for slice in "${made[@]}"; do
     command=(gcloud compute tpus queued-resources delete "$slice" --zone="$zone" --force --quiet)
-    if [[ $delete ]]; then run_or_print "${command[@]}"; else echo "to delete it: ${command[*]}" >&2; fi
+    if [[ $delete && $trained ]]; then run_or_print "${command[@]}"; else echo "to delete it: ${command[*]}" >&2; fi
   done
 }
 trap clean_up EXIT
@@ -70,13 +83,22 @@ stamp=$(date +%m%d%H%M%S)
 for ((try = 1; try <= tries; try++)); do
   # A slice that was taken away keeps its name until somebody deletes it.
   slice="xelm-${name//[^a-z0-9]/-}-$stamp-$try"
-  if ask_for "$slice" && on_all_workers "$slice" "$setup"; then
+  ask_for "$slice" || { echo "$name: $slice was taken away before it began" >&2; continue; }
+  on_all_workers "$slice" "$setup"
+  failed=0
+  while true; do
     code=0
     on_all_workers "$slice" "xelm train $(printf '%q %q' "$run" "$name") --hosts" || code=$?
-    [[ $code == 0 ]] && exit 0
-    # 75: saved, to go on. Anything else counts only if the slice is still there.
-    [[ $code != 75 && $(state "$slice") == ACTIVE ]] && exit "$code"
-  fi
+    [[ $code == 0 ]] && trained=yes && exit 0
+    # 75 is of a training that saved and is to go on, 255 of a connection that broke: either may
+    # come some minutes before the slice is said to be gone.
+    ((++failed))
+    if still_there "$slice"; then
+      [[ $code == 75 || $code == 255 ]] && ((failed < 5)) && continue
+      exit "$code"
+    fi
+    break
+  done
   echo "$name: slice $slice is gone; asking for another ($try of $tries)" >&2
 done
 exit 1

@@ -20,7 +20,8 @@ if [[ ${XELM_NAMES:-} ]]; then # the job itself
   [[ ${SLURM_NTASKS:-1} -gt 1 ]] && together=(--hosts)
   code=0
   srun xelm train "$XELM_RUN" "$name" "${together[@]}" || code=$?
-  [[ $code == 75 ]] && exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+  # 143: it was asked to end between trainings, with nothing to save.
+  [[ $code == 75 || $code == 143 ]] && exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
   exit "$code"
 fi
 
@@ -32,6 +33,7 @@ shift
 left=$(xelm status "$run" --unfinished)
 read -ra names <<<"${left//$'\n'/ }"
 [[ ${#names[@]} -gt 0 ]] || { echo "every expert of $run is trained" >&2; exit 0; }
+mkdir -p "$run/train"
 export XELM_RUN=$run XELM_NAMES="${names[*]}"
 run_or_print sbatch --job-name=xelm --array="0-$((${#names[@]} - 1))" --requeue --open-mode=append \
   --signal=TERM@120 --output="$run/train/slurm-%A-%a.log" --export=ALL "$@" "$0"

@@ -1,6 +1,7 @@
 """Everything that makes models: a RUN, its experts, the dense baseline."""
 
 import argparse
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from clustering.errors import UserError
@@ -164,7 +165,7 @@ def _train(options: argparse.Namespace) -> None:
     from xelm.runs.progress import progress
     from xelm.runs.run import open_run
     from xelm.runs.training import train_dense
-    from xelm.training.hosts import is_first
+    from xelm.training.hosts import ending_alone, is_first
 
     for option, least in (("jobs", 1), ("devices", 1)):
         given = getattr(options, option)
@@ -194,9 +195,14 @@ def _train(options: argparse.Namespace) -> None:
             raise UserError(
                 f"{name} is grown; go on with: xelm grow {options.run} --language {tag}"
             )
-    if options.dense:
-        train_dense(run)
-    failures = _placed(run, names, options)
+    with ending_alone() if options.hosts else nullcontext():
+        if options.dense and options.jobs == 1 and options.engine == "local":
+            train_dense(run)
+        elif options.dense:
+            from xelm.runs.placing import dense_apart
+
+            dense_apart(run)
+        failures = _placed(run, names, options)
     if not options.hosts or is_first():
         print(tables.status(progress(run)))
     if failures:

@@ -62,7 +62,7 @@ def build_store(
     wanted = None if languages is None else list(languages)
     made_of = {**(facts or {}), "dtype": dtype.str, "wanted": wanted}
     encode = encode or (lambda batches: map(tokenizer.encode, batches))
-    keep = False
+    keep = facts is not None  # what is done by then, to be gone on with
     try:
         with ExitStack() as stack:
             done, files = _begun(partial, made_of if facts else None, dtype, stack)
@@ -77,16 +77,15 @@ def build_store(
                 if time.monotonic() > noted + NOTE_SECONDS:
                     files.note(made_of, done)
                     noted = time.monotonic()
+            keep = False
             counts = files.finish(wanted, faults)
         record = {"format": 1, **(facts or {}), "dtype": dtype.str, "languages": counts}
         write_json(partial / "store.json", {**record, "left_out": faults.to_json()})
         flush(partial)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-    except KeyboardInterrupt:
-        keep = facts is not None  # as after a crash
-        raise
     except OSError as error:
+        keep = False  # the disk may be full of it
         raise UserError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
     finally:
         if not keep:
@@ -163,7 +162,12 @@ def _begun(
     note = {}
     if made_of is not None and (partial / "building.json").exists():
         note = read_json(partial / "building.json")
-    if note.get("made_of") != made_of or not note:
+    whole = all(
+        path.exists() and path.stat().st_size >= size
+        for tag, counts in note.get("languages", {}).items()
+        for path, size in zip(paths_of(partial, tag), sizes_of(counts[0], counts[1], dtype))
+    )
+    if note.get("made_of") != made_of or not note or not whole:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return 0, _Files(partial, dtype, stack, {})
@@ -206,6 +210,17 @@ class _Files:
         return {language: self.languages[language].finish() for language in order}
 
 
+def paths_of(folder: Path, language: str) -> list[Path]:
+    """Of a store in the making: ids, and lengths and sizes of documents, which may be many millions
+    and wait in files."""
+    return [folder / f"{language}.{kind}" for kind in ("ids", "lengths", "sizes")]
+
+
+def sizes_of(tokens: int, documents: int, dtype: np.dtype) -> tuple[int, int, int]:
+    """Bytes of these files."""
+    return tokens * dtype.itemsize, documents * 8, documents * 8
+
+
 class _Writer:
     """Appends the documents of one language to its files."""
 
@@ -213,12 +228,9 @@ class _Writer:
         """tokens, documents: what is there already; files are cut to it."""
         self.folder, self.language, self.dtype = folder, language, dtype
         self.tokens, self.documents = tokens, documents
-        # Lengths and sizes of documents, which may be many millions, wait in files.
-        names = (f"{language}.ids", f"{language}.lengths", f"{language}.sizes")
-        self.paths = [folder / name for name in names]
+        self.paths = paths_of(folder, language)
         self.files = [path.open("ab") for path in self.paths]
-        sizes = (tokens * dtype.itemsize, documents * 8, documents * 8)
-        for file, size in zip(self.files, sizes):
+        for file, size in zip(self.files, sizes_of(tokens, documents, dtype)):
             file.truncate(size)
 
     def add(self, ids: Sequence[int], size: int) -> None:
@@ -229,9 +241,10 @@ class _Writer:
         self.documents += 1
 
     def flushed(self) -> tuple[int, int]:
-        """Tokens and documents, once the operating system has them."""
+        """Tokens and documents, once they are on disk."""
         for file in self.files:
             file.flush()
+            os.fsync(file.fileno())
         return self.tokens, self.documents
 
     def finish(self) -> dict[str, int]:

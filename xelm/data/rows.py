@@ -206,7 +206,7 @@ def sampling_shares(
     most = dict.fromkeys(tokens, math.inf)
     if max_passes:
         most = {language: max_passes * count / budget for language, count in tokens.items()}
-        if sum(most.values()) < 1:
+        if sum(most.values()) < 1 - 1e-9:
             raise UserError(
                 f"{max_passes:g} passes over {sum(tokens.values()):,} tokens are fewer than the "
                 f"{budget:,} to train on; raise max_passes, or lower tokens"

@@ -24,9 +24,20 @@ from xelm.runs.training import try_experts
 from xelm.training.preemption import Preempted
 
 RETRIES = 3
-"""Of a job that was killed, or asked to end, and had done no step since it began."""
+"""Of a job that was killed, or asked to end, with no newer checkpoint than when it began."""
 _LOCK_SECONDS = 60.0
 """For the process of a lost machine to let go of its expert."""
+
+
+def dense_apart(run: Run) -> None:
+    """Trains the dense baseline in a process of its own: this one must hold no device that the jobs
+    after it want."""
+    command = [sys.executable, "-m", "xelm", "train", str(run.directory), "--dense"]
+    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    if code == os.EX_TEMPFAIL:
+        raise Preempted("dense was asked to end; it is saved, and goes on when run again")
+    if code:
+        raise UserError(f"the dense baseline was not trained; its process ended with code {code}")
 
 
 def side_by_side(run: Run, names: Sequence[str], jobs: int) -> dict[str, str]:
@@ -61,19 +72,22 @@ def side_by_side(run: Run, names: Sequence[str], jobs: int) -> dict[str, str]:
 
 def over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
     """Trains on the cluster whose address RAY_ADDRESS says, else on this machine: a task for each
-    job, with so many accelerators of its own (or, in a cluster without any, CPUs). A task whose
-    machine is lost goes on elsewhere from its newest checkpoint. Every machine has this package,
-    and finds the RUN at the same place."""
+    job, with so many accelerators for each of its experts (or, in a cluster without any, CPUs). A
+    task whose machine is lost goes on elsewhere from its newest checkpoint. Every machine has this
+    package, and finds the RUN at the same place."""
     connect()
     import ray
     import ray.exceptions
 
-    wanted = _resources(ray.nodes(), devices)
-    # A process for each task: what it held of a device is free when it ends.
-    again: Any = {"max_calls": 1, "max_retries": RETRIES, "retry_exceptions": [Preempted]}
-    task = ray.remote(**again, **wanted)(_train_there)
     directory = str(run.directory.absolute())
-    pending = {task.remote(directory, group): group for group in _groups(run, names)}
+    groups = _groups(run, names)
+    wanted = _resources(ray.nodes(), devices * max(map(len, groups), default=1))
+    # A process for each task: what it held of a device is free when it ends.
+    alone: Any = {"max_calls": 1, "max_retries": 0}
+    task = ray.remote(**alone, **wanted)(_train_there)
+    pending = {task.remote(directory, group): group for group in groups}
+    begun_at = {group[0]: _steps(run, group) for group in groups}
+    fruitless = dict.fromkeys(begun_at, 0)
     failures: dict[str, str] = {}
     try:
         while pending:
@@ -82,6 +96,16 @@ def over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
             try:
                 found = ray.get(ready)
             except ray.exceptions.RayError as error:
+                lost = not isinstance(error, ray.exceptions.RayTaskError)
+                steps, before = _steps(run, group), begun_at[group[0]]
+                fruitless[group[0]] = 0 if steps > before else fruitless[group[0]] + 1
+                if fruitless[group[0]] <= RETRIES and (
+                    lost or isinstance(error.cause, Preempted)  # type: ignore[attr-defined]
+                ):
+                    begun_at[group[0]] = steps
+                    print(f"{', '.join(group)}: lost, and begun again", file=sys.stderr)
+                    pending[task.remote(directory, group)] = group
+                    continue
                 found = dict.fromkeys(group, f"Ray: {str(error).strip().splitlines()[-1]}")
             failures |= found
             for name in group:
@@ -108,9 +132,9 @@ class _Process:
     handle: subprocess.Popen
     log: Path
     begun_at: int
-    """Steps done before."""
+    """Steps saved before."""
     fruitless: int
-    """Times that it ended without a step since the last that did one."""
+    """Times that it ended with nothing new saved, since something was."""
     run: Run
 
     @classmethod
@@ -150,6 +174,8 @@ class _Process:
         left = {expert.name for expert in self.run.registry().training()}
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = lines[-1].removeprefix("xelm: ") if lines else f"it ended with code {code}"
+        if code < 0:
+            said = f"{self.label} was killed by signal {-code}, again and again; see {self.log}"
         found = {}
         for name in self.names:
             if name in left:
@@ -195,7 +221,9 @@ def _gpus() -> list[str]:
 
 
 def _steps(run: Run, names: Sequence[str]) -> int:
-    return sum(each.step for each in progress(run) if each.name in names)
+    """That are saved."""
+    found = [each for each in progress(run) if each.name in names]
+    return sum(each.step if each.state == "done" else each.checkpoint_step or 0 for each in found)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from xelm.models.checkpoint import load_parameters, read_config, write_checkpoin
 from xelm.models.config import ModelConfig
 from xelm.runs.run import Run
 from xelm.training.course import Text, Training
-from xelm.training.hosts import gathered, is_first, wait_for_all
+from xelm.training.hosts import SharedError, first_does, gathered, is_first, several, wait_for_all
 from xelm.training.loop import train_together
 from xelm.training.metrics import read_metrics
 
@@ -122,10 +122,13 @@ def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[st
             jobs = [_job(run, expert) for expert in experts]
             failures = train_checkpoints(run, jobs)
             for expert, job in zip(experts, jobs):
-                if expert.name not in failures and is_first():
+                if expert.name not in failures:
                     share = sum(source.share for source in job.sources)
-                    publish(run, expert, {"share of the total tokens": f"{share:.4f}"})
+                    facts = {"share of the total tokens": f"{share:.4f}"}
+                    first_does(functools.partial(publish, run, expert, facts))
         except UserError as error:
+            if several() and not isinstance(error, SharedError):
+                raise
             failures = dict.fromkeys(names, error)
         for name, error in failures.items() if is_first() else ():
             run.training(name).parent.mkdir(exist_ok=True)
@@ -137,10 +140,8 @@ def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[st
 def _held(run: Run, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
     """The lock of a training, which the first host holds for all of them."""
     with ExitStack() as stack:
-        if is_first():
-            lock = locked(run.directory, f"train-{name}", wait_seconds=wait_seconds)
-            stack.enter_context(lock)
-        wait_for_all(f"{name} is locked")
+        lock = locked(run.directory, f"train-{name}", wait_seconds=wait_seconds)
+        first_does(lambda: stack.enter_context(lock))
         yield
         wait_for_all(f"{name} is written")
 
@@ -258,8 +259,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
             failures[job.name] = found
             continue
         parameters = gathered(found.parameters)
-        if is_first():
-            _write(run, job, model, parameters)
+        first_does(functools.partial(_write, run, job, model, parameters))
     return failures
 
 

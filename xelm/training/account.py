@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -41,8 +42,16 @@ class Account:
         self._bar = bar(config.steps * config.tokens_per_step, label, "tok", shown=log is not None)
         self._bar.update(first * config.tokens_per_step)
         self._clock, self._step, self._tokens = time.perf_counter(), first, sum(seen.values())
+        self._preparing = 0.0
         self._flops = of_a_token(model, config.sequence_length) * config.tokens_per_step
         self._peak = peak(config.dtype, devices)
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Whatever is done in here is done to get the next batch, while no step is begun."""
+        began = time.perf_counter()
+        yield
+        self._preparing += time.perf_counter() - began
 
     def count(self, batch: Mapping[str, np.ndarray]) -> None:
         """Adds the targets of a batch; of an encoder, its tokens."""
@@ -87,6 +96,7 @@ class Account:
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped": int(metrics.skipped),
             "tokens_per_second": (total - self._tokens) / (now - self._clock),
+            "data_share": self._preparing / (now - self._clock),
             "language_tokens": dict(self.seen),
         }
         if self._peak is not None:
@@ -94,7 +104,7 @@ class Account:
             line["utilisation"] = self._flops * rate_of_steps / self._peak
         if self._log is not None:
             self._log.write(line)
-        self._clock, self._step, self._tokens = now, step, total
+        self._clock, self._step, self._tokens, self._preparing = now, step, total, 0.0
         self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def close(self) -> None:

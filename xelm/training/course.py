@@ -104,14 +104,15 @@ class Course:
 
     def next(self) -> tuple[dict[str, np.ndarray], float]:
         """Batch and rate of the next step, which is the current one from now on."""
-        self._batch, self.step = next(self._rows), self.step + 1
-        self._account.count(self._batch)
-        batch, config = self._batch, self._config
-        if self._text.masking is not None:
-            masking = self._text.masking
-            batch = hide(batch, masking, config.mask_share, config.random_seed, self.step)
-        arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
-        return arrays, self._rates[self.step - 1]
+        with self._account.preparing():
+            self._batch, self.step = next(self._rows), self.step + 1
+            self._account.count(self._batch)
+            batch, config = self._batch, self._config
+            if self._text.masking is not None:
+                masking = self._text.masking
+                batch = hide(batch, masking, config.mask_share, config.random_seed, self.step)
+            arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
+            return arrays, self._rates[self.step - 1]
 
     def saves(self) -> bool:
         """Whether the current step is one after which the state is saved."""

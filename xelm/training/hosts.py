@@ -1,7 +1,10 @@
 """One training on several hosts, of which the first writes what they share."""
 
 import os
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -9,7 +12,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from clustering.errors import UserError
+from xelm.training.preemption import Preempted
 
+_MESSAGE_BYTES = 4000
 _SETTINGS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -36,15 +41,59 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.process_count() > 1
+
+
 def wait_for_all(what: str) -> None:
     """Returns when every host is here."""
-    if jax.process_count() > 1:
+    if several():
         multihost_utils.sync_global_devices(what)
+
+
+class SharedError(UserError):
+    """A mistake that every host was told of, so that all end alike."""
+
+
+def first_does(what: Callable[[], object]) -> None:
+    """Has the first host do something; if it fails there, every host raises why."""
+    if not several():
+        what()
+        return
+    said = ""
+    if is_first():
+        try:
+            what()
+        except (UserError, OSError) as error:
+            said = str(error) or type(error).__name__
+    padded = said.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
+    message = bytes(np.asarray(told, np.uint8)).rstrip(b"\0").decode(errors="replace")
+    if message:
+        raise SharedError(message)
+
+
+@contextmanager
+def ending_alone() -> Iterator[None]:
+    """What is raised in here by one host of several, and is not told to the others, ends its
+    process at once: they would wait for it for ever, and end when it is gone."""
+    try:
+        yield
+    except (SharedError, Preempted):
+        raise
+    except Exception as error:
+        if not several():
+            raise
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+        print(f"xelm: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
 
 
 def placed(arrays: Mapping[str, np.ndarray], sharding: Any) -> dict[str, jax.Array]:
     """Arrays that every host has whole, spread over the devices of all."""
-    if jax.process_count() == 1:
+    if not several():
         return jax.device_put(dict(arrays), sharding)
     return {
         name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
@@ -54,6 +103,6 @@ def placed(arrays: Mapping[str, np.ndarray], sharding: Any) -> dict[str, jax.Arr
 
 def gathered(tree: Any) -> Any:
     """The tree with each array whole on this host, one array after the other."""
-    if jax.process_count() == 1:
+    if not several():
         return tree
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)

@@ -1,10 +1,16 @@
 """A machine that is taken away asks its processes to end (SIGTERM): a training saves first."""
 
 import itertools
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+_SAME_SECONDS = 5.0
+_STEPS = itertools.count()
+"""Of all trainings of this process: hosts agree on a number that is still to come."""
 
 
 class Preempted(Exception):
@@ -14,8 +20,9 @@ class Preempted(Exception):
 @contextmanager
 def preemption(label: str) -> Iterator[Callable[[], bool]]:
     """A function that says, once a step, whether this process has been asked to end. Who was asked
-    in here, and leaves without a fault, leaves by `Preempted`; at a second SIGTERM the process ends
-    at once. Of several hosts that take their steps together, all are told at the same step.
+    in here, and leaves without a fault, leaves by `Preempted`; at a second SIGTERM, some seconds
+    after the first, the process ends at once. Of several hosts that take their steps together, all
+    are told at the same step.
 
     Python hears signals in its main thread alone; elsewhere the answer is no.
     """
@@ -23,14 +30,14 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
     import jax
     from jax.experimental import multihost_utils
 
-    asked = False
+    asked = 0.0  # when, by a clock; 0 is never
     if jax.process_count() > 1:
-        steps = itertools.count()
 
         def agreed() -> bool:
             nonlocal asked
-            asked = asked or multihost_utils.reached_preemption_sync_point(next(steps))
-            return asked
+            if multihost_utils.reached_preemption_sync_point(next(_STEPS)):
+                asked = time.monotonic()
+            return asked > 0
 
         yield agreed
         _leave(label, asked)
@@ -41,18 +48,21 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
 
     def hear(number: int, frame: object) -> None:
         nonlocal asked
-        asked = True
-        signal.signal(signal.SIGTERM, before)
+        # Whoever ends a group of processes may ask twice: itself, and by their parent.
+        if asked and time.monotonic() > asked + _SAME_SECONDS:
+            signal.signal(signal.SIGTERM, before)
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked = asked or time.monotonic()
 
     # None: of a handler that was not made in Python.
     before = signal.signal(signal.SIGTERM, hear) or signal.SIG_DFL
     try:
-        yield lambda: asked
+        yield lambda: asked > 0
     finally:
         signal.signal(signal.SIGTERM, before)
     _leave(label, asked)
 
 
-def _leave(label: str, asked: bool) -> None:
+def _leave(label: str, asked: float) -> None:
     if asked:
         raise Preempted(f"{label} was asked to end; it is saved, and goes on when run again")

@@ -56,7 +56,16 @@ def make_mesh(config: TrainConfig, experts: int = 1) -> Mesh:
             f"{data * config.mesh_fsdp}; got {rows}"
         )
     shape = (experts, data, config.mesh_fsdp, config.mesh_tensor)
-    return _mesh(np.asarray(jax.devices()[: data * rest]).reshape(shape))
+    devices = np.asarray(jax.devices()[: data * rest]).reshape(shape)
+    for part in devices:
+        hosts = {device.process_index for device in part.flat}
+        if len(hosts) < jax.process_count():
+            raise UserError(
+                f"each expert is trained by all {jax.process_count()} hosts together; a mesh of "
+                f"{' x '.join(f'{axis} {size}' for axis, size in zip(AXES, shape))} has devices of "
+                f"{len(hosts)}"
+            )
+    return _mesh(devices)
 
 
 def mesh_of(mesh: Mesh, number: int) -> Mesh:
