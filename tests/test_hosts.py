@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_placing import branched, configure, process_of, steps_of, wait_for
 
+from experts.lock import locked
 from xelm.runs.run import open_run
 
 __all__ = ["branched"]
@@ -93,6 +94,23 @@ def test_hosts_that_are_asked_to_end_save_the_same_step_and_others_go_on(xelm, b
     assert outcome.code == 0, outcome.err
     assert f"de-fr: going on after step {checkpoint.name}" in outcome.err
     assert_alike(branched, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_what_the_first_host_may_not_do_all_are_told(branched):
+    configure(branched, **CUT)
+    with locked(branched, "train-de-fr"):
+        found = ended(started(branched))
+    for code, _, said in found:
+        assert code == 2 and "is in use (train-de-fr) by process " in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_mesh_that_leaves_out_a_host_is_refused_by_all(branched):
+    configure(branched, mesh_data=2)
+    for code, _, said in ended(started(branched)):
+        assert code == 2
+        assert "by all 2 hosts together; a mesh of expert 1 x data 2" in said
 
 
 def test_hosts_that_cannot_be_joined_are_a_users_mistake(branched):

@@ -271,5 +271,9 @@ def test_no_language_is_passed_over_too_often():
     assert list(found) == list(tokens)
     plain = sampling_shares(tokens, 0.3)
     assert sampling_shares(tokens, 0.3, budget=1000, max_passes=4) == plain
+    # Exactly enough is enough, whatever rounding makes of it.
+    odd = {"a": 977_327_982, "b": 3_141_592_653, "c": 2_718_281}
+    whole = sampling_shares(odd, 0.3, budget=sum(odd.values()), max_passes=1)
+    assert whole == pytest.approx({tag: n / sum(odd.values()) for tag, n in odd.items()})
     with pytest.raises(UserError, match="2 passes over 1,360,000 tokens are fewer than"):
         sampling_shares(tokens, 0.0, budget=3_000_000, max_passes=2)

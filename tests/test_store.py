@@ -183,6 +183,35 @@ def test_a_build_that_was_killed_goes_on_and_ends_with_the_same(tmp_path, small_
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_build_whose_files_are_shorter_than_noted_begins_anew(tmp_path, small_batches):
+    """As after a power cut."""
+    options = {"languages": ["el", "de"], "facts": FACTS}
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "store", MANY, killed_at(9), **options)
+    ids = tmp_path / ".store.partial" / "el.ids"
+    os.truncate(ids, ids.stat().st_size // 2)
+    heard = []
+    store = build(tmp_path / "store", MANY, progress=heard.append, **options)
+    assert heard[0] == 0
+    assert all(found.lengths.min() > 0 for found in store.languages.values())
+    build(tmp_path / "whole", MANY, **options)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+
+
+def test_what_is_done_outlives_a_fault_of_reading(tmp_path, small_batches):
+    options = {"languages": ["el", "de"], "facts": FACTS}
+
+    def broken():
+        yield from MANY[:80]
+        raise OSError(5, "Input/output error", "de.jsonl")
+
+    with pytest.raises(UserError, match=r"de\.jsonl: Input/output error"):
+        build(tmp_path / "store", broken(), **options)
+    heard = []
+    build(tmp_path / "store", MANY, progress=heard.append, **options)
+    assert heard[0] == 77
+
+
 @pytest.mark.parametrize(
     "other",
     [{"facts": {"corpus_sha256": "of another"}}, {"languages": ["de"]}, {"facts": None}],

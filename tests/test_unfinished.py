@@ -24,7 +24,7 @@ from small_training import (
 )
 
 from clustering.errors import UserError
-from xelm.training import course
+from xelm.training import course, preemption
 from xelm.training.metrics import MetricsLog
 from xelm.training.preemption import Preempted
 
@@ -217,13 +217,13 @@ def test_any_change_of_a_checkpoint_is_noticed(trained, tmp_path, monkeypatch, c
     assert_same_bits(again, whole)
 
 
-def end_at(monkeypatch, step: int):
+def end_at(monkeypatch, step: int, times: int = 1):
     """The machine is to be given back as the metrics of that step are written."""
     write = MetricsLog.write
 
     def ask(self, line):
         write(self, line)
-        if line["step"] == step:
+        for _ in range(times if line["step"] == step else 0):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MetricsLog, "write", ask)
@@ -243,6 +243,30 @@ def test_a_training_that_is_asked_to_end_is_saved_first(trained, tmp_path, step)
     again, other = trained(folder="ended")
     assert_same_bits(again, whole)
     assert_same_lines(other, metrics)
+
+
+def test_two_requests_to_end_at_one_moment_are_one(trained, tmp_path):
+    """Whoever ends a group of processes asks each, and so may their parent."""
+    with pytest.MonkeyPatch.context() as patch:
+        end_at(patch, 8, times=2)
+        with pytest.raises(Preempted):
+            trained(folder="ended")
+    assert max(int(path.name) for path in (tmp_path / "ended/checkpoints").iterdir()) == 9
+
+
+def test_a_second_request_some_time_later_ends_at_once(monkeypatch):
+    ended = []
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption, "_SAME_SECONDS", -1.0)
+        before = signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+        try:
+            with pytest.raises(Preempted), preemption.preemption("test") as asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert asked() and not ended
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert ended == [True]
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def test_a_training_of_another_version_is_refused(trained, tmp_path, monkeypatch):
