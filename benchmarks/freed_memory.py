@@ -50,8 +50,8 @@ def _measure(kept: bool, steps: int) -> None:
 
     from xelm.models.parameters import fresh_parameters
     from xelm.presets import tiny
+    from xelm.training.program import program
     from xelm.training.sharding import make_mesh
-    from xelm.training.step import program
 
     config, draw = tiny(), np.random.default_rng(0)
     shape = (config.experts.batch_size, config.experts.sequence_length + 1)

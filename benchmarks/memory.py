@@ -23,8 +23,8 @@ from xelm.config import TrainConfig
 from xelm.data.masking import most_hidden
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
+from xelm.training.program import program
 from xelm.training.sharding import make_mesh
-from xelm.training.step import program
 
 DEVICES = (1, 8)
 LENGTH = 2048

@@ -201,8 +201,8 @@ def _ours(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callable
     import numpy as np
 
     from xelm.models.checkpoint import load_parameters
+    from xelm.training.program import program
     from xelm.training.sharding import make_mesh
-    from xelm.training.step import program
 
     config = _config(options, batch.shape[1] - 1)
     if options.dtype == "float32":  # and no TensorFloat-32, as with torch
@@ -210,7 +210,7 @@ def _ours(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callable
     mesh = make_mesh(config)
     jax.set_mesh(mesh)
     functions = program(model, config, mesh)
-    placed = functions.state_shardings[0].parameters
+    placed = jax.tree.map(lambda array: array.sharding, functions.alone[0].parameters)
     state = functions.create[0](load_parameters(options.seed, model, placed))
     state = functions.side_by_side([state])
     arrays = {

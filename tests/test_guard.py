@@ -21,8 +21,8 @@ from clustering.errors import UserError
 from xelm.data.rows import ORIGIN, batches
 from xelm.training import guard, loop
 from xelm.training.account import DivergedError
+from xelm.training.program import program
 from xelm.training.sharding import make_mesh
-from xelm.training.step import program
 
 
 def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_path):

@@ -1,5 +1,6 @@
 """Trainings on several devices: the same losses on any mesh, and experts that share nothing."""
 
+import functools
 import itertools
 import re
 from dataclasses import replace
@@ -28,8 +29,8 @@ from xelm.training.account import DivergedError
 from xelm.training.course import Training
 from xelm.training.loop import train, train_together
 from xelm.training.metrics import read_metrics
+from xelm.training.program import program
 from xelm.training.sharding import make_mesh, mesh_of, parameter_shardings
-from xelm.training.step import program
 
 AXES = ("expert", "data", "fsdp", "tensor")
 # Every way to cut eight devices, in powers of two.
@@ -79,10 +80,11 @@ def losses_on(mesh, model, *, config=CONFIG, steps=3):
     assert tuple(devices.shape.items()) == tuple(zip(AXES, mesh))
     functions = program(model, config, devices)
     states, found = [], []
-    for number, shardings in enumerate(functions.state_shardings):
+    for number, alone in enumerate(functions.alone):
         with jax.set_mesh(mesh_of(devices, number)):
             fresh = jax.tree.map(np.asarray, fresh_parameters(model, number))
-            states.append(functions.create[number](jax.device_put(fresh, shardings.parameters)))
+            placed = jax.tree.map(lambda array: array.sharding, alone.parameters)
+            states.append(functions.create[number](jax.device_put(fresh, placed)))
     with jax.set_mesh(devices):
         state = functions.side_by_side(states)
         for step in range(steps):
@@ -92,38 +94,35 @@ def losses_on(mesh, model, *, config=CONFIG, steps=3):
             state, metrics = functions.step(state, batch, np.full(experts, 3e-3, np.float32))
             found.append(np.asarray(metrics.loss))
         assert np.asarray(functions.sound(state.parameters)).tolist() == [True] * experts
-        return np.stack(found), [
-            jax.tree.map(np.asarray, functions.of_expert(state, number).parameters)
-            for number in range(experts)
-        ]
+    return np.stack(found), [masters_of(functions, state, each) for each in range(experts)]
 
 
-_ALONE = {}
-
-
-def alone(model, number: int):
+@functools.cache
+def alone(model, number: int, config):
     """Losses and parameters of an expert on one device."""
-    if (model, number) not in _ALONE:
-        config = configured((1, 1, 1, 1))
-        devices = make_mesh(config)
-        functions = program(model, config, devices)
-        found = []
-        with jax.set_mesh(devices):
-            state = functions.create[0](fresh_parameters(model, number))
-            state = functions.side_by_side([state])
-            for step in range(3):
-                batch = jax.device_put(batch_of(model, number, step), functions.batch_sharding)
-                state, metrics = functions.step(state, batch, np.full(1, 3e-3, np.float32))
-                found.append(np.asarray(metrics.loss)[0])
-            parameters = functions.of_expert(state, 0).parameters
-        _ALONE[model, number] = found, jax.tree.map(np.asarray, parameters)
-    return _ALONE[model, number]
+    config = configured((1, 1, 1, 1), config)
+    devices = make_mesh(config)
+    functions = program(model, config, devices)
+    found = []
+    with jax.set_mesh(devices):
+        state = functions.create[0](fresh_parameters(model, number))
+        state = functions.side_by_side([state])
+        for step in range(3):
+            batch = jax.device_put(batch_of(model, number, step), functions.batch_sharding)
+            state, metrics = functions.step(state, batch, np.full(1, 3e-3, np.float32))
+            found.append(np.asarray(metrics.loss)[0])
+    return found, masters_of(functions, state, 0)
+
+
+def masters_of(functions, state, number):
+    one = functions.of_expert(state, number)
+    return jax.tree.map(np.asarray, functions.masters(one.parameters, one.rests))
 
 
 def assert_as_alone(mesh, model, config=CONFIG):
     found, parameters = losses_on(mesh, model, config=config)
     for number in range(mesh[0]):
-        wanted, others = alone(model, number)
+        wanted, others = alone(model, number, replace(config, accumulation_steps=1))
         np.testing.assert_allclose(found[:, number], wanted, atol=2e-5)
         # Of signs of tiny gradients Adam makes whole steps, so few entries may be further apart.
         far = jax.tree.map(lambda a, b: np.abs(a - b) > 1e-4, parameters[number], others)
@@ -156,6 +155,19 @@ def test_any_vocabulary_is_spread(changes):
 def test_parts_of_a_batch_are_accumulated_on_a_mesh():
     mesh = (1, 2, 2, 2)
     assert_as_alone(mesh, MODEL, replace(CONFIG, accumulation_steps=2))
+
+
+def test_adafactor_knows_rows_and_columns_that_are_spread():
+    wide = replace(MODEL, width=128, feedforward_width=256)
+    assert_as_alone((2, 1, 2, 2), wide, replace(CONFIG, optimizer="adafactor"))
+
+
+def test_half_precision_is_spread():
+    """Sums of bfloat16 in another order: its steps are 2^-8 of what is added."""
+    config = replace(CONFIG, dtype="bfloat16", moments_dtype="bfloat16")
+    found, _ = losses_on((2, 1, 2, 2), MODEL, config=config)
+    for number in range(2):
+        np.testing.assert_allclose(found[:, number], alone(MODEL, number, config)[0], rtol=2e-3)
 
 
 def test_parameters_are_spread_as_the_mesh_says():

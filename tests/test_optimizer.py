@@ -1,5 +1,6 @@
-"""Learning rates by hand; decay where it belongs; clipping; AdamW as published."""
+"""Learning rates by hand; decay where it belongs; clipping; AdamW and Adafactor as published."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -122,6 +123,42 @@ def test_the_averages_have_the_configured_lengths():
     np.testing.assert_allclose(optax.tree.get(state, "nu")["embedding"], 0.3 * 1e-4, rtol=1e-5)
 
 
+def adafactor(gradients, parameters, steps: int, beta1: float, decay: float):
+    """The paper's algorithm 4 with its update clipping, without relative steps; an average of
+    updates; matrices are the last two dimensions. Returns what parameters move by, by step."""
+    rows, columns = np.zeros(parameters.shape[:-1]), np.zeros(np.delete(parameters.shape, -2))
+    average, found = np.zeros(parameters.shape), []
+    for step in range(steps):
+        squares = gradients[step].astype(np.float64) ** 2 + 1e-30
+        share = 1 - (step + 1.0) ** -0.8
+        rows = share * rows + (1 - share) * squares.mean(-1)
+        columns = share * columns + (1 - share) * squares.mean(-2)
+        second = rows[..., None] * columns[..., None, :] / rows.mean(-1)[..., None, None]
+        update = gradients[step] / np.sqrt(second)
+        update = update / max(1.0, math.sqrt((update**2).mean()))
+        average = beta1 * average + (1 - beta1) * update
+        found.append(-(average + decay * parameters))
+    return found
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+def test_adafactor_is_that_of_the_paper(beta1):
+    draw = np.random.default_rng(0)
+    weight = draw.normal(size=(3, 128, 192)).astype(np.float32)
+    moving = optimizer(config(optimizer="adafactor", beta1=beta1, weight_decay=0.1))
+    parameters = {"weight": jnp.asarray(weight), "scale": jnp.ones(128)}
+    # Of unequal size, so that clipping matters for some.
+    gradients = [s * draw.normal(size=weight.shape).astype(np.float32) for s in (1, 5, 0.2, 1)]
+    state = moving.init(parameters)
+    wanted = adafactor(gradients, weight, 4, beta1, 0.1)
+    for gradient, expected in zip(gradients, wanted):
+        given = {"weight": jnp.asarray(gradient), "scale": jnp.full(128, 2.0)}
+        updates, state = moving.update(given, state, parameters)
+        np.testing.assert_allclose(updates["weight"], expected, rtol=2e-4, atol=1e-5)
+    if not beta1:  # of a constant gradient, signs; and vectors do not decay
+        np.testing.assert_allclose(updates["scale"], -1.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "fault"),
     [
@@ -140,6 +177,13 @@ def test_a_configuration_that_cannot_be_trained_is_refused_when_made(field, valu
     values = {"batch_size": 4, "accumulation_steps": 2, field: value}
     with pytest.raises(ValueError, match=fault):
         config(**values)
+
+
+def test_averages_that_bfloat16_would_round_away_are_refused():
+    with pytest.raises(
+        ValueError, match=r"need beta1 and beta2 of at most \.99; got 0\.9 and 0\.999"
+    ):
+        config(moments_dtype="bfloat16", beta2=0.999)
 
 
 def test_experts_may_not_see_the_rows_of_the_seed_in_its_order():

@@ -13,8 +13,8 @@ from small_training import (
     source,
 )
 
+from xelm.training.program import program
 from xelm.training.sharding import make_mesh
-from xelm.training.step import program
 
 # On one CPU device; any change of these is a change of what is learned.
 GOLDEN = [

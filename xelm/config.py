@@ -30,7 +30,7 @@ class TrainConfig:
     accumulation_steps: int = 1
     """The batch is worked off in this many equal parts; the update is the same."""
     learning_rate: float = 1e-3
-    """Peak rate of AdamW."""
+    """Peak rate."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """Decay after warm-up. wsd (warmup-stable-decay) is flat, then linear to the final rate."""
     warmup_share: float = 0.05
@@ -41,10 +41,15 @@ class TrainConfig:
     """Rate at the last step, as a share of the peak."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; vectors (norms, biases) are not decayed."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor keeps squared gradients by row and column of each matrix, next to nothing, instead
+    of each; at the rates of adamw."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the optimiser's averages between steps: two of each parameter, of adafactor one."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient average."""
+    """Decay of the gradient average; of adafactor, that of updates, and none is kept if it is 0."""
     beta2: float = 0.95
-    """AdamW's decay of the squared-gradient average; .95 as usual for language models."""
+    """adamw's decay of the squared-gradient average; .95 as usual for language models."""
     clip_norm: float = 1.0
     """Gradients are scaled down to at most this global norm."""
     skip_limit: int = 10
@@ -58,7 +63,8 @@ class TrainConfig:
     mask_share: float = 0.15
     """Share of the tokens that an encoder has to guess (.15 in BERT, .3 in ModernBERT)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; parameters, norms, softmax and losses stay float32."""
+    """Of matrix products and, with bfloat16, of the matrices that a step reads and the gradients
+    that it finds; their masters, norms, softmax, losses and sums stay float32."""
     rematerialise: bool = False
     """Of each layer keep its input and what attention gave, and compute all else again on the way
     back, instead of only what is cheap: half the memory for activations, a fifth more time."""
@@ -114,6 +120,12 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
+        # Below that many bits a change of less than 1/256 may be rounded away, again and again.
+        if self.moments_dtype == "bfloat16" and max(self.beta1, self.beta2) > 0.99:
+            faults.append(
+                "averages in bfloat16 (moments_dtype) need beta1 and beta2 of at most .99; got "
+                f"{self.beta1} and {self.beta2}"
+            )
         for name in ("weight_decay", "keep_every", "mesh_data", "random_seed"):
             if not 0 <= getattr(self, name) < 2**31:
                 faults.append(f"{name} must be at least 0; got {getattr(self, name)}")

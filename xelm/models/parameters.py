@@ -53,6 +53,14 @@ def fresh_parameters(
     return make(jax.random.key(random_seed))
 
 
+def matrices(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether each parameter is a matrix, or one for each layer, and no scale or bias."""
+    # Stacked over layers, a norm's scale has two dimensions: tell by the name, not by the rank.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not path[-1].key.endswith(("scale", "bias")), parameters
+    )
+
+
 def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Path, with slashes -> leaf."""
     return cast(dict[str, Any], flatten_dict(tree, sep="/"))

@@ -75,23 +75,18 @@ class Checkpoints:
                 raise ValueError(f"{name} is not as it was written")
 
     def newest(
-        self, shapes: Any, shardings: Any, check: Callable[[dict[str, Any]], None]
+        self, like: Callable[[dict[str, Any]], Any]
     ) -> tuple[int, Any, dict[str, Any]] | None:
-        """Step, state and facts of the newest checkpoint that can be read, placed as `shardings`
-        say; None if there is none. `check` sees the facts first and may refuse them. A damaged
-        checkpoint is named on stderr, and moved aside once one before it could be read."""
-        target = jax.tree.map(
-            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-            shapes,
-            shardings,
-        )
+        """Step, state and facts of the newest checkpoint that can be read; None if there is none.
+        `like` sees the facts first: it may refuse them, or tells the shapes and shardings of the
+        state. A damaged checkpoint is named on stderr, and moved aside once one before it could be
+        read."""
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 self._check_seal(step)
                 facts = self._restored(step, facts=ocp.args.JsonRestore())
-                check(facts)
-                state = self._restored(step, state=ocp.args.StandardRestore(target))
+                state = self._restored(step, state=ocp.args.StandardRestore(like(facts)))
             except Exception as error:
                 if not _of_the_file(error):
                     raise

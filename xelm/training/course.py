@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from xelm.training.checkpoint import Checkpoints
 from xelm.training.hosts import is_first
 from xelm.training.metrics import MetricsLog
 from xelm.training.optimizer import schedule
-from xelm.training.step import Metrics, Program, State
+from xelm.training.program import Program, state_of
+from xelm.training.step import Metrics, State
 
-STATE = 2
-"""What a checkpoint holds; 1 had no guard."""
+STATE = 3
+"""What a checkpoint holds; 1 had no guard, 2 no masters in halves."""
+DTYPES = ("dtype", "moments_dtype")
 FREE = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "tensorboard"),
-    *("skip_limit", "mesh_expert", "mesh_data", "mesh_fsdp", "mesh_tensor"),
+    *("skip_limit", "mesh_expert", "mesh_data", "mesh_fsdp", "mesh_tensor", *DTYPES),
 )
 """Settings that may differ when a training goes on."""
 
@@ -159,29 +161,35 @@ def begun(
 ) -> tuple[Course, State]:
     """A training, expert `number` of the program, and its state: of the newest checkpoint, or of a
     training that begins now."""
-    config, shardings = training.config, functions.state_shardings[number]
+    config, alone = training.config, functions.alone[number]
     facts = {
         "state": STATE,
         "config": to_json(config),
         "model": to_json(model),
         "language_tokens": {source.ids.language: 0 for source in training.sources},
     }
-    mesh = shardings.step.mesh
+    mesh = alone.step.sharding.mesh
+
+    def saved(found: dict[str, Any]) -> State:
+        _same_training(facts, found, training.directory)
+        dtypes = {name: found["config"][name] for name in DTYPES}
+        return state_of(model, replace(config, **dtypes), mesh)
+
     with jax.set_mesh(mesh), ExitStack() as stack:
         folder = training.directory / "checkpoints"
         checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
         stack.callback(checkpoints.close)
-        found = checkpoints.newest(
-            functions.state_shapes,
-            shardings,
-            check=lambda found: _same_training(facts, found, training.directory),
-        )
-        if found and is_first():
-            print(f"{training.label}: going on after step {found[0]}", file=sys.stderr)
-        if not found:
-            parameters = training.start(shardings.parameters)
-            found = 0, functions.create[number](parameters), facts
-        step, state, facts = found
+        found = checkpoints.newest(saved)
+        if found:
+            step, state, before = found
+            facts["language_tokens"] = before["language_tokens"]
+            if is_first():
+                print(f"{training.label}: going on after step {step}", file=sys.stderr)
+            if any(before["config"][name] != facts["config"][name] for name in DTYPES):
+                state = functions.adopt[number](state)
+        else:
+            placed = jax.tree.map(lambda array: array.sharding, alone.parameters)
+            step, state = 0, functions.create[number](training.start(placed))
         course = Course(training, model, text, checkpoints, step, facts, mesh.size)
         stack.pop_all()  # the course closes its checkpoints from now on
         return course, state

@@ -17,8 +17,9 @@ from xelm.models.config import ModelConfig
 from xelm.training.course import Course, Text, Training, begun
 from xelm.training.hosts import placed
 from xelm.training.preemption import preemption
+from xelm.training.program import Program, program
 from xelm.training.sharding import make_mesh
-from xelm.training.step import Metrics, State, program
+from xelm.training.step import Metrics, State
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +88,7 @@ def train_together(
         for course in courses:
             course.wait()
     return [
-        course.failed or _trained(course, functions.of_expert(state, number))
+        course.failed or _trained(course, functions, functions.of_expert(state, number))
         for number, course in enumerate(courses)
     ]
 
@@ -103,9 +104,9 @@ def _batch(courses: Sequence[Course]) -> tuple[dict[str, np.ndarray], np.ndarray
     return batch, np.asarray([rate for _, rate in parts], np.float32)
 
 
-def _trained(course: Course, state: State) -> Trained:
+def _trained(course: Course, functions: Program, state: State) -> Trained:
     return Trained(
-        parameters=state.parameters,
+        parameters=functions.masters(state.parameters, state.rests),
         tokens=sum(course.seen.values()),
         language_tokens=course.seen,
     )

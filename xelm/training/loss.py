@@ -72,6 +72,8 @@ def _forward(spread, states, head, targets, weights):
         loss, gradients = _over_devices(states, head, targets, weights)
     state_gradient, head_gradient = gradients
     like = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), head_gradient, head)
+    # Before anything else goes on: XLA would keep it in float32 until it is used.
+    like = jax.lax.optimization_barrier(like)
     return loss, (state_gradient.astype(states.dtype), like)
 
 

@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedules, from optax."""
+"""Optimisers and schedules of their rates, from optax."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from xelm.config import TrainConfig
+from xelm.models.parameters import matrices
 
 
 def schedule(config: TrainConfig) -> Float[np.ndarray, " steps"]:
@@ -45,19 +46,39 @@ def clipped(gradients: Any, norm: Float[Array, ""], clip_norm: float) -> Any:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with decay on matrices alone, for a learning rate of 1: the step multiplies by the
-    scheduled rate, so that trainings of any length share one program."""
-    return optax.adamw(
-        1.0,
-        b1=config.beta1,
-        b2=config.beta2,
-        weight_decay=config.weight_decay,
-        mask=_is_matrix,
-    )
+    """AdamW or Adafactor, with decay on matrices alone, for a learning rate of 1: the step
+    multiplies by the scheduled rate, so that trainings of any length share one program.
+
+    Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) is that of Zhai et al. 2022 (arXiv
+    2106.04560, section 3.4), which takes the rates of Adam: squares are kept by row and by column
+    of each matrix and decay as 1 - t^-.8, updates are clipped to a root mean square of 1 and
+    averaged by beta1, and nothing scales with the parameters. Without beta1 there is no average.
+    """
+    if config.optimizer == "adamw":
+        moving = [optax.scale_by_adam(b1=config.beta1, b2=config.beta2)]
+    else:
+        moving = [optax.ema(config.beta1, debias=False)] if config.beta1 else []
+    moving = [_kept_as(config.moments_dtype, average) for average in moving]
+    if config.optimizer == "adafactor":
+        moving = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *moving]
+    decay = optax.add_decayed_weights(config.weight_decay, mask=matrices)
+    return optax.chain(*moving, decay, optax.scale(-1.0))
 
 
-def _is_matrix(parameters):
-    # Stacked over layers, a norm's scale has two dimensions: tell by the name, not by the rank.
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.endswith(("scale", "bias")), parameters
-    )
+def _kept_as(dtype: str, average: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, computed in float32 and kept in another dtype between steps."""
+    if dtype == "float32":
+        return average
+
+    def cast(state, to):
+        floats = jnp.floating
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, floats) else x, state)
+
+    def init(params):
+        return cast(average.init(params), dtype)
+
+    def update(updates, state, params=None):
+        updates, state = average.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)

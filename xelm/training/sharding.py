@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -106,10 +107,29 @@ def spread_lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Floa
     """
     spread = jax.lax.with_sharding_constraint
     tokens = spread(tokens, PartitionSpec("data"))
-    columns = spread(table[tokens], PartitionSpec("data", None, RULES["columns"]))
+    columns = spread(_rows(table, tokens), PartitionSpec("data", None, RULES["columns"]))
     # In two steps: for both at once XLA would gather everything everywhere.
     columns = spread(columns, PartitionSpec("data", None, "fsdp"))
     return spread(columns, PartitionSpec(BATCH))
+
+
+@jax.custom_vjp
+def _rows(table, tokens):
+    return table[tokens]
+
+
+def _rows_forward(table, tokens):
+    return table[tokens], (table, tokens)
+
+
+def _rows_backward(found, gradient):
+    # Summed in float32: a token met a thousand times would lose most of its gradient in bfloat16.
+    table, tokens = found
+    sums = jnp.zeros_like(table, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    return sums.astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -117,11 +137,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def stacked(mesh: Mesh, alone: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    """Shape and place of an array of each expert on a mesh, if it is like this `alone`, and lies
-    like this on the expert's part: one after the other along the first dimension, so that each
-    device holds the very array that it would hold if it worked for its expert alone."""
-    first, *others = sharding.spec or (None,)
+def stacked(mesh: Mesh, alone: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape and place of an array of each expert on a mesh, if `alone` is that of one on its part:
+    one after the other along the first dimension, so that each device holds the very array that it
+    would hold if it worked for its expert alone."""
+    first, *others = alone.sharding.spec or (None,)
     inner = () if first is None else first if isinstance(first, tuple) else (first,)
     rows, *rest = alone.shape or (1,)
     return jax.ShapeDtypeStruct(
@@ -144,18 +164,18 @@ def side_by_side(experts: Sequence[Any], wholes: Any) -> Any:
     return jax.tree.map(put, wholes, *experts)
 
 
-def of_expert(experts: Any, number: int, shapes: Any, shardings: Any) -> Any:
+def of_expert(experts: Any, alone: Any) -> Any:
     """One expert's tree of arrays out of `side_by_side`, with its shapes and shardings. They share
     memory: once the whole is given up to a step, so are they."""
 
-    def take(array, shape, sharding):
+    def take(array, like):
         pieces = {s.device: s.data for s in array.addressable_shards}
-        mine = [pieces[d] for d in sharding.mesh.devices.flat if d in pieces]
-        if not shape.shape:
+        mine = [pieces[d] for d in like.sharding.mesh.devices.flat if d in pieces]
+        if not like.shape:
             mine = [_reshaped(piece, ()) for piece in mine]
-        return jax.make_array_from_single_device_arrays(shape.shape, sharding, mine)
+        return jax.make_array_from_single_device_arrays(like.shape, like.sharding, mine)
 
-    return jax.tree.map(take, experts, shapes, shardings)
+    return jax.tree.map(take, experts, alone)
 
 
 def _reshaped(scalar: jax.Array, shape: tuple[int, ...]) -> jax.Array:

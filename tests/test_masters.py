@@ -1,0 +1,170 @@
+"""Masters in halves, averages in bfloat16: what is kept, and going on in other dtypes."""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_training import (
+    CONFIG,
+    MODEL,
+    Interrupt,
+    assert_same_bits,
+    assert_same_lines,
+    interrupt_at,
+    losses,
+)
+
+from clustering.errors import UserError
+from xelm.training.masters import halved, whole
+from xelm.training.program import program, state_of
+from xelm.training.sharding import make_mesh
+
+WIDE = replace(MODEL, width=128, head_size=64, feedforward_width=256, vocabulary_size=512)
+HALF = {"dtype": "bfloat16"}
+SMALL = {**HALF, "moments_dtype": "bfloat16"}
+FACTORED = {"optimizer": "adafactor"}
+
+
+# Masters
+
+
+def test_halves_make_the_whole_to_the_last_bit():
+    draw = np.random.default_rng(0)
+    some = draw.integers(0, 2**32, 100_000, dtype=np.uint32)
+    # Exactly between two bfloat16, above and below it; signs, zeros, the smallest and infinities.
+    ties = (np.arange(0x3F00, 0x3F40, dtype=np.uint32)[:, None] << 16) + [0x7FFF, 0x8000, 0x8001]
+    odd = [0, 0x80000000, 1, 0x80000001, 0x7F800000, 0xFF800000, 0x00800000]
+    bits = np.concatenate([some, ties.ravel(), ties.ravel() | 0x80000000, odd]).astype(np.uint32)
+    bits = bits[np.isfinite(bits.view(np.float32)) | np.isin(bits, odd)]
+    # Rounded up, the last would be no number any more.
+    bits = bits[(bits & 0x7FFFFFFF < 0x7F7F8000) | np.isin(bits, odd)]
+    masters = {"weight": jnp.asarray(bits.view(np.float32))}
+    read, rests = halved(masters, "bfloat16")
+    assert (read["weight"].dtype, rests["weight"].dtype) == (jnp.bfloat16, jnp.int16)
+    again = np.asarray(whole(read, rests)["weight"]).view(np.uint32)
+    np.testing.assert_array_equal(again, bits)
+
+
+def test_the_half_that_is_read_is_the_nearest():
+    values = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    read, _ = halved({"weight": jnp.asarray(values)}, "bfloat16")
+    np.testing.assert_array_equal(
+        np.asarray(read["weight"], np.float32),
+        np.asarray(jnp.asarray(values).astype(jnp.bfloat16), np.float32),
+    )
+
+
+def test_vectors_are_not_halved_and_nothing_is_for_float32(parameters):
+    parameters = jax.tree.map(jnp.asarray, parameters)
+    read, rests = halved(parameters, "float32")
+    assert rests == {}
+    jax.tree.map(np.testing.assert_array_equal, read, parameters)
+    read, rests = halved(parameters, "bfloat16")
+    dtypes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(read)
+    }
+    assert {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16} == set(rests)
+    assert set(dtypes) - set(rests) == {
+        "blocks/attention_norm/scale",
+        "blocks/feedforward_norm/scale",
+        "norm/scale",
+    }
+
+
+def test_masters_move_by_less_than_bfloat16_can_hold(trained, parameters):
+    # By some 1e-6, of weights of some .02 whose bfloat16 are 1e-4 apart.
+    config = replace(CONFIG, tokens=3 * 128, learning_rate=3e-7, weight_decay=0.0, **HALF)
+    result, _ = trained(config)
+    before, after = (
+        np.asarray(tree["blocks"]["up"]["weight"]) for tree in (parameters, result.parameters)
+    )
+    assert after.dtype == np.float32
+    moved = np.abs(after - before)
+    assert 1e-7 < np.median(moved) < 1e-6
+    assert (jnp.asarray(after).astype(jnp.bfloat16) == before.astype(jnp.bfloat16)).mean() > 0.9
+
+
+def test_moments_in_bfloat16_stay_close(trained):
+    _, metrics = trained(replace(CONFIG, moments_dtype="bfloat16"))
+    _, other = trained(folder="full")
+    assert losses(metrics) != pytest.approx(losses(other), abs=1e-6)
+    np.testing.assert_allclose(losses(metrics), losses(other), rtol=1e-3)
+
+
+# What is kept between steps
+
+
+def test_adafactor_learns_at_the_rates_of_adamw(trained):
+    config = replace(CONFIG, tokens=150 * 128, learning_rate=2e-2, checkpoint_every=1000)
+    _, metrics = trained(replace(config, **FACTORED, moments_dtype="bfloat16"))
+    assert metrics[-1]["loss"] < 0.7
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_each"),
+    [
+        ({}, 4 + 8),
+        (HALF, 4 + 8),
+        (SMALL, 4 + 4),
+        ({**SMALL, **FACTORED}, 4 + 2),
+        ({**HALF, **FACTORED, "beta1": 0.0}, 4),
+    ],
+)
+def test_state_takes_the_bytes_that_it_should(changes, bytes_each):
+    config = replace(CONFIG, **changes)
+    state = state_of(WIDE, config, make_mesh(config))
+    taken = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert taken / WIDE.parameter_count == pytest.approx(bytes_each, rel=0.05)
+
+
+# Going on in other dtypes
+
+
+def test_a_training_goes_on_in_other_dtypes(trained, capsys):
+    """And once more after an interruption in the new ones, bit for bit."""
+    for folder, stops in {"once": (), "twice": (15,)}.items():
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+            interrupt_at(patch, 8)
+            trained(folder=folder)
+        for step in stops:
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+                interrupt_at(patch, step)
+                trained(replace(CONFIG, **SMALL), folder)
+    (once, metrics), (twice, other) = (
+        trained(replace(CONFIG, **SMALL), folder) for folder in ("once", "twice")
+    )
+    said = capsys.readouterr().err
+    assert [said.count(f"going on after step {step}") for step in (6, 12)] == [2, 1]
+    assert_same_bits(once, twice)
+    assert_same_lines(metrics, other)
+    _, golden = trained(folder="full")
+    assert losses(metrics)[:6] == losses(golden)[:6]
+    assert losses(metrics)[6:] != pytest.approx(losses(golden)[6:], abs=1e-6)
+    np.testing.assert_allclose(losses(metrics), losses(golden), rtol=5e-3)
+
+
+def test_masters_are_the_same_in_other_dtypes(parameters):
+    mesh = make_mesh(CONFIG)
+    full, half = (program(MODEL, replace(CONFIG, **changes), mesh) for changes in ({}, SMALL))
+    state = full.create[0](parameters)
+    other = half.adopt[0](state)
+    assert other.parameters["embedding"].dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(other.optimizer)} == {
+        jnp.dtype("bfloat16"),
+        jnp.dtype("int32"),
+    }
+    back = full.adopt[0](other)
+    jax.tree.map(np.testing.assert_array_equal, back.parameters, parameters)
+    jax.tree.map(lambda a, b: a.dtype == b.dtype or pytest.fail("dtype"), back, state)
+
+
+def test_another_optimiser_is_not_gone_on_with(trained):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 8)
+        trained()
+    with pytest.raises(UserError, match="optimizer was adamw, now adafactor"):
+        trained(replace(CONFIG, **FACTORED))
