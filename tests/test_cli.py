@@ -71,12 +71,16 @@ def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
             "tensorboard=true needs tensorboardX; pip install 'xelm[tensorboard]'",
         ),
         (
+            ModuleNotFoundError("No module named 'wandb'", name="wandb"),
+            "wandb=true needs wandb; pip install 'xelm[wandb]'",
+        ),
+        (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes."),
             "the memory of the device is used up; lower batch_size, raise accumulation_steps or "
             "set rematerialise=true",
         ),
     ],
-    ids=["extra", "memory"],
+    ids=["tensorboard", "wandb", "memory"],
 )
 def test_what_a_machine_lacks_is_one_line(xelm, monkeypatch, error, message):
     def fail(options):

@@ -51,10 +51,12 @@ def configured(mesh, config=CONFIG):
     return replace(config, **{f"mesh_{axis}": size for axis, size in zip(AXES, mesh)})
 
 
-def batch_of(model, expert: int, step: int) -> dict[str, np.ndarray]:
+def batch_of(
+    model, expert: int, step: int, length: int = CONFIG.sequence_length
+) -> dict[str, np.ndarray]:
     """Random text of two documents a row."""
     draw = np.random.default_rng([expert, step])
-    columns = CONFIG.sequence_length + model.causal
+    columns = length + model.causal
     shape = (CONFIG.batch_size, columns)
     tokens = draw.integers(0, model.vocabulary_size, shape).astype(np.int32)
     cut = draw.integers(1, columns, (shape[0], 1))
@@ -252,7 +254,7 @@ def crossing(compiled, experts: int) -> list[list[int]]:
     return [group for group in groups if len({device // each for device in group}) > 1]
 
 
-def compiled_step(mesh, model):
+def compiled_step(mesh, model, length=CONFIG.sequence_length):
     config = configured(mesh)
     devices = make_mesh(config, mesh[0])
     functions = program(model, config, devices)
@@ -260,7 +262,7 @@ def compiled_step(mesh, model):
         name: jax.ShapeDtypeStruct(
             (mesh[0] * len(array), *array.shape[1:]), array.dtype, sharding=functions.batch_sharding
         )
-        for name, array in batch_of(model, 0, 0).items()
+        for name, array in batch_of(model, 0, 0, length).items()
     }
     rates = jax.ShapeDtypeStruct((mesh[0],), jnp.float32)
     with jax.set_mesh(devices):
@@ -274,6 +276,17 @@ def test_nothing_passes_between_experts(expert, data, fsdp, tensor):
     compiled = compiled_step((expert, data, fsdp, tensor), MODEL)
     assert len(collectives(compiled)) > 3  # within experts
     assert crossing(compiled, expert) == []
+
+
+def test_each_device_attends_for_its_own_rows():
+    """No array has the queries, keys or values of two rows, or gradients of them, though a row is
+    so long that they are summed over blocks: heads alone are of size 12."""
+    model = replace(MODEL, head_size=12, max_length=192)
+    text = compiled_step((1, 2, 4, 1), model, length=192).as_text()
+    shapes = {tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", text)}
+    of_heads = [np.prod(shape) for shape in shapes if shape[-1] == 12]
+    # What is kept of a row by both layers.
+    assert max(of_heads) == model.layer_count * model.head_count * 192 * 12
 
 
 def test_eight_experts_on_eight_devices_pass_nothing_at_all():

@@ -70,6 +70,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+_EXTRAS = {"tensorboardX": "tensorboard", "wandb": "wandb"}
+"""Module -> the extra of xelm that installs it, and the setting that needs it."""
+
+
 def _mistake(error: Exception) -> str | None:
     """What a user can do about an error, in a line; None for an error of ours."""
     if isinstance(error, UserError):
@@ -77,8 +81,9 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
-    if isinstance(error, ModuleNotFoundError) and error.name == "tensorboardX":
-        return "tensorboard=true needs tensorboardX; pip install 'xelm[tensorboard]'"
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        extra = _EXTRAS[error.name]
+        return f"{extra}=true needs {error.name}; pip install 'xelm[{extra}]'"
     # JAX, which is not imported here, raises its own kind of RuntimeError.
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return (

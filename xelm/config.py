@@ -88,7 +88,9 @@ class TrainConfig:
     mesh_tensor: int = 1
     """Devices over which heads, feed-forward and vocabulary are spread."""
     tensorboard: bool = False
-    """Also write TensorBoard events beside the metrics (needs the tensorboard package)."""
+    """Also write TensorBoard events beside the metrics (needs xelm[tensorboard])."""
+    wandb: bool = False
+    """Also keep a run of Weights & Biases, in project WANDB_PROJECT or xelm (needs xelm[wandb])."""
 
     def __post_init__(self) -> None:
         faults = []

@@ -71,7 +71,10 @@ class _Form(NamedTuple):
         """Blocks of queries, each with the keys that it may see."""
         block = min(max(_LEAST_BLOCK, -(-length // _BLOCKS)), _LARGEST_BLOCK)
         return [
-            (slice(start, start + block), slice(0, start + block if self.causal else keys))
+            (
+                slice(start, start + block),
+                slice(0, min(start + block, keys) if self.causal else keys),
+            )
             for start in range(0, length, block)
         ]
 
@@ -116,8 +119,7 @@ def _forward(form, query, key, value, mask, shift):
 def _backward(form, kept, cotangent):
     query, key, value, mask, shift, mixed, logs = kept
     cotangent = cotangent.astype(value.dtype)
-    key_gradient = jnp.zeros(key.shape, jnp.float32)
-    value_gradient, query_gradients = jnp.zeros(value.shape, jnp.float32), []
+    key_gradient, value_gradient, query_gradients = None, None, []
     # What a row's softmax takes from each of its scores' gradients.
     common = jnp.sum(
         cotangent.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True
@@ -135,13 +137,21 @@ def _backward(form, kept, cotangent):
             error = error * (1 - jnp.square(bent))
         error, weights = error.astype(key.dtype), weights.astype(value.dtype)
         query_gradients.append(product("BKGTS,BKSH->BKGTH", error, key[:, :, seen]))
-        key_gradient = key_gradient.at[:, :, seen].add(product("BKGTS,BKGTH->BKSH", error, part))
-        value_gradient = value_gradient.at[:, :, seen].add(
-            product("BKGTS,BKGTH->BKSH", weights, given)
-        )
+        key_part = product("BKGTS,BKGTH->BKSH", error, part)
+        value_part = product("BKGTS,BKGTH->BKSH", weights, given)
+        key_gradient = _added(key_gradient, key_part, seen, key.shape[2])
+        value_gradient = _added(value_gradient, value_part, seen, key.shape[2])
     query_gradient = jnp.concatenate(query_gradients, axis=3).astype(query.dtype)
     gradients = query_gradient, key_gradient.astype(key.dtype), value_gradient.astype(value.dtype)
     return (*gradients, None, None)
+
+
+def _added(sums, part, seen, length):
+    """Gradients of all keys with those of some; None: there are no others yet."""
+    if sums is None:
+        # On a mesh they lie where these do. Zeros would lie everywhere, and so would all sums.
+        return jnp.pad(part, ((0, 0), (0, 0), (0, length - seen.stop), (0, 0)))
+    return sums.at[:, :, seen].add(part)
 
 
 _mixed.defvjp(_forward, _backward)

@@ -27,7 +27,7 @@ STATE = 3
 """What a checkpoint holds; 1 had no guard, 2 no masters in halves."""
 DTYPES = ("dtype", "moments_dtype")
 FREE = (
-    *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "tensorboard"),
+    *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "tensorboard", "wandb"),
     *("skip_limit", "mesh_expert", "mesh_data", "mesh_fsdp", "mesh_tensor", *DTYPES),
 )
 """Settings that may differ when a training goes on."""
@@ -94,7 +94,12 @@ class Course:
         log = None
         if is_first():
             path = training.directory / "metrics.jsonl"
-            log = MetricsLog(path, last_step=step, tensorboard=config.tensorboard)
+            log = MetricsLog(
+                path,
+                last_step=step,
+                tensorboard=config.tensorboard,
+                wandb={"name": self.label, "config": to_json(config)} if config.wandb else None,
+            )
         seen = facts["language_tokens"]
         self._account = Account(log, config, model, self.label, step, seen, devices)
         self._batch: Mapping[str, np.ndarray] = {}

@@ -1,43 +1,112 @@
-"""metrics.jsonl: one line every few steps, cut back to the checkpoint when a training resumes."""
+"""metrics.jsonl: one line every few steps, cut back to the checkpoint when a training resumes; and
+the same for TensorBoard and Weights & Biases."""
 
 import json
 import os
+import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clustering.errors import UserError
+
 
 class MetricsLog:
-    """Appends to a JSONL file, and to TensorBoard events beside it if asked."""
+    """Appends to a JSONL file, and to whatever else is asked for, which is kept beside it."""
 
-    def __init__(self, path: str | Path, *, last_step: int, tensorboard: bool = False):
-        """Lines after `last_step` are of steps that will be done again, and are dropped."""
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        last_step: int,
+        tensorboard: bool = False,
+        wandb: Mapping[str, Any] | None = None,
+    ):
+        """Lines after `last_step` are of steps that will be done again, and are dropped. wandb:
+        what `wandb.init` is to be told of a run, if there is to be one."""
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.path) if line["step"] <= last_step]
         rewritten = self.path.with_name(f".{self.path.name}.partial")
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(rewritten, self.path)
-        self._file = self.path.open("a")
-        self._events = None
+        self._others: list[_TensorBoard | _WeightsAndBiases] = []
         if tensorboard:
-            import tensorboardX
-
-            self._events = tensorboardX.SummaryWriter(str(self.path.parent / "tensorboard"))
+            self._others.append(_TensorBoard(folder))
+        if wandb is not None:
+            self._others.append(_WeightsAndBiases(folder, wandb))
+        self._file = self.path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line of plain numbers; "step" says where it belongs."""
+        """One line of plain numbers, by name or by two; "step" says where it belongs."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._events is not None:
-            for name, value in line.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(name, value, line["step"])
+        for other in self._others:
+            other.write(_scalars(line), line["step"])
 
     def close(self) -> None:
         """Ends the files."""
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for other in self._others:
+            other.close()
+
+
+class _TensorBoard:
+    """Events in a folder."""
+
+    def __init__(self, folder: Path):
+        import tensorboardX
+
+        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, scalars: Mapping[str, int | float], step: int) -> None:
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class _WeightsAndBiases:
+    """A run of Weights & Biases, the same one whenever its training goes on; where it is kept, and
+    who may, is told by the variables WANDB_PROJECT, WANDB_MODE, WANDB_API_KEY."""
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]):
+        import wandb
+
+        remembered = folder / "wandb-id"
+        if not remembered.exists():
+            remembered.write_text(secrets.token_hex(8))
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "xelm"),
+                dir=folder,
+                id=remembered.read_text(),
+                resume="allow",
+                reinit="create_new",  # beside those of other experts in this process
+                settings=wandb.Settings(console="off"),
+                **about,
+            )
+        except wandb.Error as error:
+            raise UserError(f"Weights & Biases: {' '.join(str(error).split())}") from error
+
+    def write(self, scalars: Mapping[str, int | float], step: int) -> None:
+        # Those of steps that are done again are left out by its server: they are the same.
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _scalars(line: Mapping[str, Any]) -> dict[str, int | float]:
+    found = {}
+    for name, value in line.items():
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": each for inner, each in value.items()}
+        elif isinstance(value, int | float):
+            found[name] = value
+    return found
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
