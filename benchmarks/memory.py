@@ -1,12 +1,14 @@
-"""Memory that training takes, by model and number of devices; nothing of the models is allocated.
+"""Memory that training takes, by model, settings and number of devices; nothing is allocated.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py --settings float32
+    python benchmarks/memory.py --tpu v5e:4x4 --devices 16        # with libtpu, and no TPU
 
 The step that `xelm train` would run is compiled for devices that are pretended, and its compiler
-asked: what it is given (parameters and the two averages of Adam, 12 bytes a parameter) and what it
-needs besides (gradients, 4 bytes a parameter, and activations). One row of 2,048 tokens a device,
-float32, activations computed again on the way back (`rematerialise`). On several devices the
-parameters, averages and gradients are spread over all of them (`mesh_fsdp`).
+asked: what it is given (parameters and what the optimiser keeps) and what it needs besides
+(gradients and activations). One row of 2,048 tokens a device (of encoders, as many as they read),
+activations computed again on the way back (`rematerialise`). On several devices all are spread over
+them (`mesh_fsdp`). A step that the memory of a TPU does not hold is a dash. Compiled for CPUs,
+products in bfloat16 take more than they would elsewhere: CPUs make them in float32.
 """
 
 import argparse
@@ -15,19 +17,33 @@ import os
 # Before anything imports JAX.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# For libtpu, on machines without one.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
 
 from xelm.config import TrainConfig
 from xelm.data.masking import most_hidden
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
 from xelm.training.program import program
-from xelm.training.sharding import make_mesh
+from xelm.training.sharding import AXES
 
-DEVICES = (1, 8)
 LENGTH = 2048
+SMALL = {"dtype": "bfloat16", "moments_dtype": "bfloat16"}
+SETTINGS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "averages too": SMALL,
+    "adafactor": {**SMALL, "optimizer": "adafactor"},
+}
+"""Name -> settings of `TrainConfig`, each taking less than the one before."""
 # As in the config.json of each.
 CONFIGS = {
     "XLM-R base": {
@@ -77,46 +93,66 @@ CONFIGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--devices", nargs="*", type=int, default=[1, 8])
+    parser.add_argument("--tpu", metavar="SLICE", help="such as v5e:4x4; needs xelm[tpu]")
     options = parser.parse_args()
-    heads = [f"GB on {'one device' if n == 1 else f'each of {n}'}" for n in DEVICES]
-    print(f"| model | parameters | 16 bytes each, GB | {' | '.join(heads)} |")
-    print("|---|---|---|" + "---|" * len(DEVICES))
+    columns = [(count, name) for count in options.devices for name in options.settings]
+    heads = [f"{name}, {f'each of {count}' if count > 1 else 'one'}" for count, name in columns]
+    print(f"| GB | parameters | {' | '.join(heads)} |")
+    print("|---|---|" + "---|" * len(columns))
     for name in options.models:
         model = model_config(CONFIGS[name])
-        sizes = [f"{_step_bytes(model, devices) / 1e9:.1f}" for devices in DEVICES]
-        count = model.parameter_count
-        print(f"| {name} | {count / 1e6:,.0f} M | {16 * count / 1e9:.1f} | {' | '.join(sizes)} |")
+        cells = [
+            _step_size(model, _devices(count, options.tpu), SETTINGS[s]) for count, s in columns
+        ]
+        print(
+            f"| {name} | {model.parameter_count / 1e6:,.0f} M | {' | '.join(cells)} |", flush=True
+        )
 
 
-def _step_bytes(model: ModelConfig, devices: int) -> int:
-    """What one device holds at most during a step, by the compiler's account."""
-    length = min(LENGTH, model.max_length)
+def _devices(count: int, tpu: str | None) -> list:
+    if tpu is None:
+        return jax.devices()[:count]
+    return topologies.get_topology_desc(platform="tpu", topology_name=tpu).devices[:count]
+
+
+def _step_size(model: ModelConfig, devices: list, settings: dict) -> str:
+    """GB that one device holds at most during a step, by the compiler's account; a dash if that is
+    more than it has."""
+    length, count = min(LENGTH, model.max_length), len(devices)
     config = TrainConfig(
         tokens=length,
         sequence_length=length,
-        batch_size=devices,
-        mesh_data=1,
-        mesh_fsdp=devices,
+        batch_size=count,
         rematerialise=True,
+        **settings,
     )
-    mesh = make_mesh(config)
-    with jax.set_mesh(mesh):
-        functions = program(model, config, mesh)
-        columns = length + 1 if model.causal else length
-        arrays = dict.fromkeys(("tokens", "segments", "positions"), (columns, jnp.int32))
-        if not model.causal:
-            hidden = most_hidden(length, config.mask_share)
-            arrays |= {"inputs": (columns, jnp.int32)}
-            arrays |= {"places": (hidden, jnp.int32), "chosen": (hidden, bool)}
-        batch = {
-            name: jax.ShapeDtypeStruct((devices, size), dtype, sharding=functions.batch_sharding)
-            for name, (size, dtype) in arrays.items()
-        }
-        rates = jax.ShapeDtypeStruct((1,), jnp.float32)
-        compiled = functions.step.lower(functions.state, batch, rates).compile()
-    used = compiled.memory_analysis()
+    mesh = Mesh(np.asarray(devices).reshape(1, 1, count, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    functions = program(model, config, mesh)
+    columns = length + 1 if model.causal else length
+    arrays = dict.fromkeys(("tokens", "segments", "positions"), (columns, jnp.int32))
+    if not model.causal:
+        hidden = most_hidden(length, config.mask_share)
+        arrays |= {"inputs": (columns, jnp.int32)}
+        arrays |= {"places": (hidden, jnp.int32), "chosen": (hidden, bool)}
+    batch = {
+        name: jax.ShapeDtypeStruct((count, size), dtype, sharding=functions.batch_sharding)
+        for name, (size, dtype) in arrays.items()
+    }
+    rates = jax.ShapeDtypeStruct((1,), jnp.float32)
+    try:
+        with jax.set_mesh(mesh):
+            used = functions.step.lower(functions.state, batch, rates).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return "-"
+    if devices[0].platform == "tpu":
+        return f"{used.peak_memory_in_bytes / 1e9:.1f}"
+    # On CPUs the peak is of what is given alone.
     given = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    return given + used.temp_size_in_bytes
+    return f"{(given + used.temp_size_in_bytes) / 1e9:.1f}"
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def test_states_of_documents_are_those_of_each_alone(tiny):
     found = document_states(model, parameters, documents, sequence_length=24)
     assert found.shape == (20, model.layer_count, model.width)
     network = bind(graph(model), parameters)
-    for row in (0, 1, 2, 18):
+    for row in (0, 1, 2):
         alone = documents[row][None, :24]
         seen = jnp.ones(alone.shape, bool)
         wanted = network.means(jnp.asarray(alone), valid=seen)[:, 0]

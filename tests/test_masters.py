@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small_training import (
     CONFIG,
+    GOLDEN,
     MODEL,
     Interrupt,
     assert_same_bits,
@@ -75,6 +76,12 @@ def test_vectors_are_not_halved_and_nothing_is_for_float32(parameters):
     }
 
 
+def test_half_precision_stays_close_to_full(trained):
+    _, metrics = trained(replace(CONFIG, **HALF))
+    assert losses(metrics) != pytest.approx(GOLDEN, abs=1e-6)
+    np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=5e-3)
+
+
 def test_masters_move_by_less_than_bfloat16_can_hold(trained, parameters):
     # By some 1e-6, of weights of some .02 whose bfloat16 are 1e-4 apart.
     config = replace(CONFIG, tokens=3 * 128, learning_rate=3e-7, weight_decay=0.0, **HALF)
@@ -90,9 +97,8 @@ def test_masters_move_by_less_than_bfloat16_can_hold(trained, parameters):
 
 def test_moments_in_bfloat16_stay_close(trained):
     _, metrics = trained(replace(CONFIG, moments_dtype="bfloat16"))
-    _, other = trained(folder="full")
-    assert losses(metrics) != pytest.approx(losses(other), abs=1e-6)
-    np.testing.assert_allclose(losses(metrics), losses(other), rtol=1e-3)
+    assert losses(metrics) != pytest.approx(GOLDEN, abs=1e-6)
+    np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=1e-3)
 
 
 # What is kept between steps
@@ -141,23 +147,24 @@ def test_a_training_goes_on_in_other_dtypes(trained, capsys):
     assert [said.count(f"going on after step {step}") for step in (6, 12)] == [2, 1]
     assert_same_bits(once, twice)
     assert_same_lines(metrics, other)
-    _, golden = trained(folder="full")
-    assert losses(metrics)[:6] == losses(golden)[:6]
-    assert losses(metrics)[6:] != pytest.approx(losses(golden)[6:], abs=1e-6)
-    np.testing.assert_allclose(losses(metrics), losses(golden), rtol=5e-3)
+    assert losses(metrics)[:6] == pytest.approx(GOLDEN[:6], abs=1e-4)
+    assert losses(metrics)[6:] != pytest.approx(GOLDEN[6:], abs=1e-6)
+    np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=5e-3)
 
 
 def test_masters_are_the_same_in_other_dtypes(parameters):
     mesh = make_mesh(CONFIG)
     full, half = (program(MODEL, replace(CONFIG, **changes), mesh) for changes in ({}, SMALL))
-    state = full.create[0](parameters)
-    other = half.adopt[0](state)
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda array: array.sharding, full.alone[0].parameters)
+        state = full.create[0](jax.device_put(parameters, placed))
+        other = half.adopt[0](state)
+        back = full.adopt[0](other)
     assert other.parameters["embedding"].dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(other.optimizer)} == {
         jnp.dtype("bfloat16"),
         jnp.dtype("int32"),
     }
-    back = full.adopt[0](other)
     jax.tree.map(np.testing.assert_array_equal, back.parameters, parameters)
     jax.tree.map(lambda a, b: a.dtype == b.dtype or pytest.fail("dtype"), back, state)
 

@@ -61,6 +61,7 @@ def test_in_one_program_they_are_what_they_are_in_turn(xelm, branched, tiny):
     assert weights(branched) == {name: weights(tiny.directory)[name] for name in NAMES}
 
 
+@pytest.mark.slow
 def test_one_that_fails_leaves_the_one_beside_it_alone(xelm, branched):
     with locked(branched, "train-de-fr"):
         outcome = xelm("train", branched, "--all", "--jobs", 2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_training import (
     CONFIG,
+    GOLDEN,
     MODEL,
     SHARES,
     losses,
@@ -15,30 +16,6 @@ from small_training import (
 
 from xelm.training.program import program
 from xelm.training.sharding import make_mesh
-
-# On one CPU device; any change of these is a change of what is learned.
-GOLDEN = [
-    3.899032,
-    3.837285,
-    3.780018,
-    3.74053,
-    3.687658,
-    3.654704,
-    3.633157,
-    3.586802,
-    3.582025,
-    3.542381,
-    3.534164,
-    3.506486,
-    3.474526,
-    3.451954,
-    3.446051,
-    3.441262,
-    3.430692,
-    3.429717,
-    3.430289,
-    3.426795,
-]
 
 
 def test_the_losses_are_those_recorded(trained):
@@ -94,12 +71,6 @@ def test_trainings_of_one_shape_share_one_compiled_step(trained):
         trained(replace(CONFIG, **changes), folder=str(changes["tokens"]))
     compiled = program(MODEL, CONFIG, make_mesh(CONFIG))
     assert (compiled.step._cache_size(), compiled.create[0]._cache_size()) == (1, 1)
-
-
-def test_half_precision_stays_close_to_full(trained):
-    _, metrics = trained(replace(CONFIG, dtype="bfloat16"))
-    assert losses(metrics) != pytest.approx(GOLDEN, abs=1e-6)
-    np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=5e-3)
 
 
 def test_rematerialisation_changes_no_loss(trained):

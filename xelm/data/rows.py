@@ -48,12 +48,14 @@ class LanguageRows:
         language_index: int,
     ):
         ids = source.ids
-        chosen = np.arange(len(ids)) if source.documents is None else np.asarray(source.documents)
         # By the language, not by its place among the sources: every training with one random seed
         # goes through a language in the same order, whoever else takes part.
         random = np.random.default_rng([random_seed, *ids.language.encode()])
-        self.ids, self.order = ids, chosen[random.permutation(len(chosen))]
-        self.row_seed = int(random.integers(2**31))
+        if source.documents is None:
+            self.order = random.permutation(len(ids))
+        else:
+            self.order = random.permutation(source.documents)
+        self.ids, self.row_seed = ids, int(random.integers(2**31))
         # Two more a document: its start and its end.
         self.ends = np.cumsum(ids.lengths[self.order] + 2)
         self.sequence_length, self.start_id, self.end_id = sequence_length, start_id, end_id

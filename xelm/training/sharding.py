@@ -132,6 +132,23 @@ def _rows_backward(found, gradient):
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
+def states_at(states: Float[Array, "B T D"], places: Int[Array, "B P"]) -> Float[Array, "B P D"]:
+    """States at some places of each row: every device takes those of its own rows."""
+
+    # By hand: for TPUs XLA's partitioner fails at it where `fsdp` and `tensor` are both used.
+    def take(states, places):
+        return jnp.take_along_axis(states, places[..., None], axis=1)
+
+    rows = PartitionSpec(BATCH)
+    return jax.shard_map(
+        take,
+        in_specs=(rows, rows),
+        out_specs=rows,
+        axis_names={*BATCH, "tensor"},
+        check_vma=False,
+    )(states, places)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole."""
     return NamedSharding(mesh, PartitionSpec())

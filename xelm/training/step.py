@@ -17,7 +17,7 @@ from xelm.training import guard as guards
 from xelm.training.loss import cross_entropy
 from xelm.training.masters import Rests, halved, whole
 from xelm.training.optimizer import clipped, optimizer
-from xelm.training.sharding import BATCH, spread_lookup
+from xelm.training.sharding import BATCH, spread_lookup, states_at
 
 
 class State(NamedTuple):
@@ -137,7 +137,7 @@ class Step:
             lookup=spread_lookup,
         )
         if not self.model.causal:  # few are asked for, and vocabularies are large
-            hidden = jnp.take_along_axis(hidden, part["places"][..., None], axis=1)
+            hidden = states_at(hidden, part["places"])
         states, head = network.output(hidden)
         weights = self._weights(part) / total
         return cross_entropy(states, head, targets, weights, spread=self.spread)
