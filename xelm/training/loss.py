@@ -72,9 +72,8 @@ def _forward(spread, states, head, targets, weights):
         loss, gradients = _over_devices(states, head, targets, weights)
     state_gradient, head_gradient = gradients
     like = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), head_gradient, head)
-    # Before anything else goes on: XLA would keep it in float32 until it is used.
-    like = jax.lax.optimization_barrier(like)
-    return loss, (state_gradient.astype(states.dtype), like)
+    # Both at once, or XLA would keep the head's in float32 for as long as the way back takes.
+    return loss, jax.lax.optimization_barrier((state_gradient.astype(states.dtype), like))
 
 
 def _in_chunks(states, head, targets, weights, first=0, size=None, across=()):

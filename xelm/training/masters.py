@@ -43,16 +43,16 @@ def whole(read: Mapping[str, Any], rests: Rests) -> dict[str, Any]:
 
 
 def _halves(master: Float[Array, "*S"]) -> tuple[Array, Int16[Array, "*S"]]:
-    bits = jax.lax.bitcast_convert_type(master, jnp.uint32)
-    # Rounded half up, so that the rest always fits: to even, a tie would leave 2^15.
-    upper = ((bits + 0x8000) >> 16).astype(jnp.uint16)
-    rest = (bits & 0xFFFF).astype(jnp.uint16)
-    of = jax.lax.bitcast_convert_type
-    return of(upper, jnp.bfloat16), of(rest, jnp.int16)
+    bits = jax.lax.bitcast_convert_type(master, jnp.int32)
+    # Rounded half up, so that the rest always fits: to even, a tie would leave 2^15. In 32 bits, and
+    # then converted: a TPU keeps arrays of 16 bits otherwise, and would hold a copy in between.
+    upper = (bits + 0x8000) & ~0xFFFF
+    rest = bits - upper
+    return jax.lax.bitcast_convert_type(upper, jnp.float32).astype(jnp.bfloat16), rest.astype(
+        jnp.int16
+    )
 
 
 def _joined(upper: Array, rest: Int16[Array, "*S"]) -> Float[Array, "*S"]:
-    high = jax.lax.bitcast_convert_type(upper, jnp.uint16).astype(jnp.uint32) << 16
-    # A negative rest is taken off: it wraps around.
-    low = rest.astype(jnp.int32).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type(high + low, jnp.float32)
+    bits = jax.lax.bitcast_convert_type(upper.astype(jnp.float32), jnp.int32)
+    return jax.lax.bitcast_convert_type(bits + rest.astype(jnp.int32), jnp.float32)
