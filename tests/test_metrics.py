@@ -16,18 +16,31 @@ LINE = {"step": 3, "loss": None, "grad_norm": 0.5, "language_tokens": {"de": 7, 
 SCALARS = {"step": 3, "grad_norm": 0.5, "language_tokens/de": 7, "language_tokens/el": 5}
 
 
-def test_tensorboard_has_the_numbers_of_a_line(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", last_step=0, tensorboard=True)
-    log.write(LINE)
-    log.close()
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    found, data = {}, file.read_bytes()
+def events(file):
+    """(name, step) -> value, and the steps from which on earlier files count no more."""
+    found, starts, data = {}, [], file.read_bytes()
     while data:  # length, checksum, event, checksum
         size = int.from_bytes(data[:8], "little")
         event = Event.FromString(data[12 : 12 + size])
         data = data[16 + size :]
         found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-    assert found == {(name, 3): value for name, value in SCALARS.items()}
+        if event.HasField("session_log"):
+            starts.append(event.step)
+    return found, starts
+
+
+def test_tensorboard_has_the_numbers_of_a_line_and_goes_on_where_the_training_does(tmp_path):
+    for folder, last in {"first": 0, "second": 2}.items():
+        logs = tmp_path / folder
+        path = tmp_path / "metrics.jsonl"
+        log = MetricsLog(path, last_step=last, logs=logs, tensorboard=True)
+        log.write(LINE)
+        log.close()
+        (file,) = (logs / "tensorboard").iterdir()
+        found, starts = events(file)
+        assert found == {(name, 3): value for name, value in SCALARS.items()}
+        assert starts == ([last + 1] if last else [])
+    assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["metrics.jsonl"]
 
 
 @pytest.fixture

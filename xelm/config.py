@@ -88,7 +88,7 @@ class TrainConfig:
     mesh_tensor: int = 1
     """Devices over which heads, feed-forward and vocabulary are spread."""
     tensorboard: bool = False
-    """Also write TensorBoard events beside the metrics (needs xelm[tensorboard])."""
+    """Also write TensorBoard events, in RUN/logs (needs xelm[tensorboard])."""
     wandb: bool = False
     """Also keep a run of Weights & Biases, in project WANDB_PROJECT or xelm (needs xelm[wandb])."""
 

@@ -222,6 +222,7 @@ def _train_seed(run: Run, store: Store) -> None:
         sources=[Source(ids=ids, share=shares[tag]) for tag, ids in store.languages.items()],
         config=config.seed,
         directory=run.training("seed"),
+        logs=run.logs(run.seed),
     )
     text = Text(start_id=tokenizer.start_id, end_id=tokenizer.end_id)
     trained = train(training, _model(config), text)

@@ -62,6 +62,10 @@ class Run:
         """Checkpoints and metrics of an unfinished training."""
         return self.directory / "train" / name
 
+    def logs(self, target: Path) -> Path:
+        """TensorBoard's events and runs of Weights & Biases, of the training of a checkpoint."""
+        return self.directory / "logs" / target.relative_to(self.directory)
+
     def failure(self, name: str) -> Path:
         """Why a training failed, while nobody has tried it again."""
         return self.directory / "train" / f"{name}.failed.txt"

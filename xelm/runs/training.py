@@ -250,6 +250,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
             sources=job.sources,
             config=job.config,
             directory=run.training(job.name),
+            logs=run.logs(job.target),
         )
         for job in jobs
     ]

@@ -46,6 +46,8 @@ class Training:
     config: TrainConfig
     directory: Path
     """Of checkpoints and metrics.jsonl."""
+    logs: Path | None = None
+    """Of what else is logged, which is to stay when the directory does not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +99,7 @@ class Course:
             log = MetricsLog(
                 path,
                 last_step=step,
+                logs=training.logs,
                 tensorboard=config.tensorboard,
                 wandb={"name": self.label, "config": to_json(config)} if config.wandb else None,
             )

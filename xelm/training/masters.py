@@ -44,13 +44,11 @@ def whole(read: Mapping[str, Any], rests: Rests) -> dict[str, Any]:
 
 def _halves(master: Float[Array, "*S"]) -> tuple[Array, Int16[Array, "*S"]]:
     bits = jax.lax.bitcast_convert_type(master, jnp.int32)
-    # Rounded half up, so that the rest always fits: to even, a tie would leave 2^15. In 32 bits, and
-    # then converted: a TPU keeps arrays of 16 bits otherwise, and would hold a copy in between.
+    # Rounded half up, so that the rest always fits: to even, a tie would leave 2^15.
     upper = (bits + 0x8000) & ~0xFFFF
     rest = bits - upper
-    return jax.lax.bitcast_convert_type(upper, jnp.float32).astype(jnp.bfloat16), rest.astype(
-        jnp.int16
-    )
+    nearest = jax.lax.bitcast_convert_type(upper, jnp.float32)
+    return nearest.astype(jnp.bfloat16), rest.astype(jnp.int16)
 
 
 def _joined(upper: Array, rest: Int16[Array, "*S"]) -> Float[Array, "*S"]:

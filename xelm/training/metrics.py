@@ -19,11 +19,13 @@ class MetricsLog:
         path: str | Path,
         *,
         last_step: int,
+        logs: Path | None = None,
         tensorboard: bool = False,
         wandb: Mapping[str, Any] | None = None,
     ):
-        """Lines after `last_step` are of steps that will be done again, and are dropped. wandb:
-        what `wandb.init` is to be told of a run, if there is to be one."""
+        """Lines after `last_step` are of steps that will be done again, and are dropped. logs: for
+        all that is not the JSONL file, if not beside that. wandb: what `wandb.init` is to be told
+        of a run, if there is to be one."""
         self.path = Path(path)
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,9 +35,9 @@ class MetricsLog:
         os.replace(rewritten, self.path)
         self._others: list[_TensorBoard | _WeightsAndBiases] = []
         if tensorboard:
-            self._others.append(_TensorBoard(folder))
+            self._others.append(_TensorBoard(logs or folder, last_step))
         if wandb is not None:
-            self._others.append(_WeightsAndBiases(folder, wandb))
+            self._others.append(_WeightsAndBiases(logs or folder, folder / "wandb-id", wandb))
         self._file = self.path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
@@ -55,10 +57,12 @@ class MetricsLog:
 class _TensorBoard:
     """Events in a folder."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, last_step: int):
         import tensorboardX
 
-        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
+        # Where one goes on, later steps of the same folder count no more.
+        again = {"purge_step": last_step + 1} if last_step else {}
+        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), **again)
 
     def write(self, scalars: Mapping[str, int | float], step: int) -> None:
         for name, value in scalars.items():
@@ -72,10 +76,10 @@ class _WeightsAndBiases:
     """A run of Weights & Biases, the same one whenever its training goes on; where it is kept, and
     who may, is told by the variables WANDB_PROJECT, WANDB_MODE, WANDB_API_KEY."""
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]):
+    def __init__(self, folder: Path, remembered: Path, about: Mapping[str, Any]):
         import wandb
 
-        remembered = folder / "wandb-id"
+        folder.mkdir(parents=True, exist_ok=True)
         if not remembered.exists():
             remembered.write_text(secrets.token_hex(8))
         try:
