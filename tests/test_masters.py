@@ -21,7 +21,7 @@ from small_training import (
 from clustering.errors import UserError
 from xelm.training.masters import halved, whole
 from xelm.training.program import program, state_of
-from xelm.training.sharding import make_mesh
+from xelm.training.sharding import make_mesh, spread_lookup
 
 WIDE = replace(MODEL, width=128, head_size=64, feedforward_width=256, vocabulary_size=512)
 HALF = {"dtype": "bfloat16"}
@@ -99,6 +99,16 @@ def test_moments_in_bfloat16_stay_close(trained):
     _, metrics = trained(replace(CONFIG, moments_dtype="bfloat16"))
     assert losses(metrics) != pytest.approx(GOLDEN, abs=1e-6)
     np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=1e-3)
+
+
+def test_gradients_of_a_table_are_summed_in_float32():
+    """Ones, of a token that is met four thousand times: bfloat16 counts to 256."""
+    with jax.set_mesh(make_mesh(CONFIG)):
+        gradient = jax.grad(lambda t: spread_lookup(t, jnp.full((8, 512), 3)).sum())(
+            jnp.ones((5, 4), jnp.bfloat16)
+        )
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient[3].astype(np.float32), 4096.0)
 
 
 # What is kept between steps

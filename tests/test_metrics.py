@@ -9,7 +9,6 @@ from small_training import CONFIG, Interrupt, interrupt_at
 from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
-from clustering.errors import UserError
 from xelm.training.metrics import MetricsLog
 
 LINE = {"step": 3, "loss": None, "grad_norm": 0.5, "language_tokens": {"de": 7, "el": 5}}
@@ -39,7 +38,7 @@ def test_tensorboard_has_the_numbers_of_a_line_and_goes_on_where_the_training_do
         (file,) = (logs / "tensorboard").iterdir()
         found, starts = events(file)
         assert found == {(name, 3): value for name, value in SCALARS.items()}
-        assert starts == ([last + 1] if last else [])
+        assert starts == [last + 1]
     assert [each.name for each in tmp_path.iterdir() if each.is_file()] == ["metrics.jsonl"]
 
 
@@ -101,11 +100,14 @@ def test_a_run_of_weights_and_biases_has_the_lines_and_is_gone_on_with(
         assert line["language_tokens/el"] == other["language_tokens"]["el"]
 
 
-def test_what_weights_and_biases_refuses_is_one_line(tmp_path, monkeypatch):
-    def refuse(**arguments):
-        raise wandb.errors.UsageError("api_key not configured (no-tty).\nRun `wandb login`")
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_training_goes_on_without_weights_and_biases(
+    trained, tmp_path, monkeypatch, capsys, offline, broken
+):
+    def fail(*arguments, **options):
+        raise ConnectionResetError("Connection\nlost")
 
-    monkeypatch.setattr(wandb, "init", refuse)
-    said = r"^Weights & Biases: api_key not configured \(no-tty\)\. Run `wandb login`$"
-    with pytest.raises(UserError, match=said):
-        MetricsLog(tmp_path / "metrics.jsonl", last_step=0, wandb={"name": "test"})
+    monkeypatch.setattr(wandb if broken == "init" else wandb.Run, broken, fail)
+    _, metrics = trained(replace(CONFIG, wandb=True, tokens=3 * 128))
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert capsys.readouterr().err.count("Weights & Biases: Connection lost; going on without") == 1

@@ -1,6 +1,5 @@
 """Learning rates by hand; decay where it belongs; clipping; AdamW and Adafactor as published."""
 
-import math
 from dataclasses import replace
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 
 from xelm.config import TrainConfig
 from xelm.presets import tiny
-from xelm.training.optimizer import clipped, optimizer, schedule
+from xelm.training.optimizer import _share_kept, clipped, optimizer, schedule
 
 
 def config(**changes) -> TrainConfig:
@@ -130,12 +129,12 @@ def adafactor(gradients, parameters, steps: int, beta1: float, decay: float):
     average, found = np.zeros(parameters.shape), []
     for step in range(steps):
         squares = gradients[step].astype(np.float64) ** 2 + 1e-30
-        share = 1 - (step + 1.0) ** -0.8
+        share = min(0.999, 1 - (step + 1.0) ** -0.8)
         rows = share * rows + (1 - share) * squares.mean(-1)
         columns = share * columns + (1 - share) * squares.mean(-2)
         second = rows[..., None] * columns[..., None, :] / rows.mean(-1)[..., None, None]
         update = gradients[step] / np.sqrt(second)
-        update = update / max(1.0, math.sqrt((update**2).mean()))
+        update = update / np.maximum(1.0, np.sqrt((update**2).mean((-2, -1), keepdims=True)))
         average = beta1 * average + (1 - beta1) * update
         found.append(-(average + decay * parameters))
     return found
@@ -148,7 +147,12 @@ def test_adafactor_is_that_of_the_paper(beta1):
     moving = optimizer(config(optimizer="adafactor", beta1=beta1, weight_decay=0.1))
     parameters = {"weight": jnp.asarray(weight), "scale": jnp.ones(128)}
     # Of unequal size, so that clipping matters for some.
-    gradients = [s * draw.normal(size=weight.shape).astype(np.float32) for s in (1, 5, 0.2, 1)]
+    sizes = np.array(
+        [[1, 5, 0.2, 1], [1, 1, 1, 1], [1, 0.1, 30, 2]], np.float32
+    ).T  # by step, layer
+    gradients = [
+        s[:, None, None] * draw.normal(size=weight.shape).astype(np.float32) for s in sizes
+    ]
     state = moving.init(parameters)
     wanted = adafactor(gradients, weight, 4, beta1, 0.1)
     for gradient, expected in zip(gradients, wanted):
@@ -180,10 +184,14 @@ def test_a_configuration_that_cannot_be_trained_is_refused_when_made(field, valu
 
 
 def test_averages_that_bfloat16_would_round_away_are_refused():
-    with pytest.raises(
-        ValueError, match=r"need beta1 and beta2 of at most \.99; got 0\.9 and 0\.999"
-    ):
-        config(moments_dtype="bfloat16", beta2=0.999)
+    with pytest.raises(ValueError, match=r"beta2 must be at most \.95 for .*; got 0\.98"):
+        config(moments_dtype="bfloat16", beta2=0.98)
+    config(moments_dtype="bfloat16", beta2=0.98, optimizer="adafactor")  # which has none
+
+
+def test_squares_of_adafactor_are_never_older_than_a_thousand_steps():
+    assert _share_kept(0, 0.8) == 0.0 and _share_kept(99, 0.8) == pytest.approx(1 - 100**-0.8)
+    assert _share_kept(100_000, 0.8) == pytest.approx(0.999)
 
 
 def test_experts_may_not_see_the_rows_of_the_seed_in_its_order():

@@ -42,8 +42,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     """Decoupled decay of matrices; vectors (norms, biases) are not decayed."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """adafactor keeps squared gradients by row and column of each matrix, next to nothing, instead
-    of each; at the rates of adamw."""
+    """adafactor keeps squared gradients by row and column of each matrix (of 128 of both or more),
+    next to nothing, instead of each; for rates such as those of adamw."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the optimiser's averages between steps: two of each parameter, of adafactor one."""
     beta1: float = 0.9
@@ -64,7 +64,8 @@ class TrainConfig:
     """Share of the tokens that an encoder has to guess (.15 in BERT, .3 in ModernBERT)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of matrix products and, with bfloat16, of the matrices that a step reads and the gradients
-    that it finds; their masters, norms, softmax, losses and sums stay float32."""
+    that it finds, also where these are summed over devices; their masters, norms, softmax,
+    losses and sums over accumulated parts stay float32."""
     rematerialise: bool = False
     """Of each layer keep its input and what attention gave, and compute all else again on the way
     back, instead of only what is cheap: half the memory for activations, a fifth more time."""
@@ -122,12 +123,13 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
-        # Below that many bits a change of less than 1/256 may be rounded away, again and again.
-        if self.moments_dtype == "bfloat16" and max(self.beta1, self.beta2) > 0.99:
-            faults.append(
-                "averages in bfloat16 (moments_dtype) need beta1 and beta2 of at most .99; got "
-                f"{self.beta1} and {self.beta2}"
-            )
+        # What changes by less than 1/256 is rounded to what it was: longer averages would stick.
+        averages = {"beta1": self.beta1}
+        if self.optimizer == "adamw":
+            averages["beta2"] = self.beta2
+        for name, value in averages.items() if self.moments_dtype == "bfloat16" else ():
+            if value > 0.95:
+                faults.append(f"{name} must be at most .95 for averages in bfloat16; got {value}")
         for name in ("weight_decay", "keep_every", "mesh_data", "random_seed"):
             if not 0 <= getattr(self, name) < 2**31:
                 faults.append(f"{name} must be at least 0; got {getattr(self, name)}")

@@ -119,7 +119,9 @@ def _forward(form, query, key, value, mask, shift):
 def _backward(form, kept, cotangent):
     query, key, value, mask, shift, mixed, logs = kept
     cotangent = cotangent.astype(value.dtype)
-    key_gradient, value_gradient, query_gradients = None, None, []
+    key_gradient: Any = None
+    value_gradient: Any = None
+    query_gradients = []
     # What a row's softmax takes from each of its scores' gradients.
     common = jnp.sum(
         cotangent.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True

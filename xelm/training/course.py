@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,8 +155,8 @@ class Course:
 
     def close(self) -> None:
         """Ends its files and its bar."""
-        self._account.close()
-        self._checkpoints.close()
+        with closing(self._checkpoints):
+            self._account.close()
 
     @property
     def seen(self) -> dict[str, int]:

@@ -4,11 +4,14 @@ the same for TensorBoard and Weights & Biases."""
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from clustering.errors import UserError
+_PATIENCE = 60.0
+"""Seconds that Weights & Biases may take at the end of a training to send what it has."""
 
 
 class MetricsLog:
@@ -49,9 +52,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Ends the files."""
-        self._file.close()
-        for other in self._others:
-            other.close()
+        with ExitStack() as stack:
+            stack.callback(self._file.close)
+            for other in self._others:
+                stack.callback(other.close)
 
 
 class _TensorBoard:
@@ -60,9 +64,10 @@ class _TensorBoard:
     def __init__(self, folder: Path, last_step: int):
         import tensorboardX
 
-        # Where one goes on, later steps of the same folder count no more.
-        again = {"purge_step": last_step + 1} if last_step else {}
-        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), **again)
+        # Later steps of the same folder, of a training that was interrupted, count no more.
+        self._events = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=last_step + 1
+        )
 
     def write(self, scalars: Mapping[str, int | float], step: int) -> None:
         for name, value in scalars.items():
@@ -74,33 +79,48 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     """A run of Weights & Biases, the same one whenever its training goes on; where it is kept, and
-    who may, is told by the variables WANDB_PROJECT, WANDB_MODE, WANDB_API_KEY."""
+    who may, is told by the variables WANDB_PROJECT, WANDB_MODE, WANDB_API_KEY. If it fails, that is
+    said once, and the training goes on without."""
 
     def __init__(self, folder: Path, remembered: Path, about: Mapping[str, Any]):
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
         if not remembered.exists():
-            remembered.write_text(secrets.token_hex(8))
-        try:
+            partial = remembered.with_name(f".{remembered.name}.partial")
+            partial.write_text(secrets.token_hex(8))
+            os.replace(partial, remembered)
+        self._run: Any = None
+        with self._surviving():
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "xelm"),
                 dir=folder,
                 id=remembered.read_text(),
                 resume="allow",
                 reinit="create_new",  # beside those of other experts in this process
-                settings=wandb.Settings(console="off"),
+                settings=wandb.Settings(console="off", finish_timeout=_PATIENCE),
                 **about,
             )
-        except wandb.Error as error:
-            raise UserError(f"Weights & Biases: {' '.join(str(error).split())}") from error
 
     def write(self, scalars: Mapping[str, int | float], step: int) -> None:
-        # Those of steps that are done again are left out by its server: they are the same.
-        self._run.log(dict(scalars), step=step)
+        # Of steps that are done again its server keeps what it had first.
+        with self._surviving():
+            if self._run is not None:
+                self._run.log(dict(scalars), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        with self._surviving():
+            if self._run is not None:
+                self._run.finish()
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of the library, of its process, of the network
+            self._run = None
+            said = " ".join(str(error).split()) or type(error).__name__
+            print(f"Weights & Biases: {said}; going on without", file=sys.stderr)
 
 
 def _scalars(line: Mapping[str, Any]) -> dict[str, int | float]:

@@ -49,10 +49,10 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW or Adafactor, with decay on matrices alone, for a learning rate of 1: the step
     multiplies by the scheduled rate, so that trainings of any length share one program.
 
-    Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) is that of Zhai et al. 2022 (arXiv
-    2106.04560, section 3.4), which takes the rates of Adam: squares are kept by row and by column
-    of each matrix and decay as 1 - t^-.8, updates are clipped to a root mean square of 1 and
-    averaged by beta1, and nothing scales with the parameters. Without beta1 there is no average.
+    Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) for the rates of Adam, as in Zhai et al. 2022
+    (arXiv 2106.04560, section 3.4): nothing scales with the parameters, and squares, kept by row
+    and by column of each matrix, decay by 1 - t^-.8, but by .999 at most. Updates of each matrix
+    are clipped to a root mean square of 1, and averaged by beta1; without beta1, they are not.
     """
     if config.optimizer == "adamw":
         moving = [optax.scale_by_adam(b1=config.beta1, b2=config.beta2)]
@@ -60,9 +60,26 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
         moving = [optax.ema(config.beta1, debias=False)] if config.beta1 else []
     moving = [_kept_as(config.moments_dtype, average) for average in moving]
     if config.optimizer == "adafactor":
-        moving = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *moving]
+        factored = optax.scale_by_factored_rms(decay_rate_fn=_share_kept)
+        moving = [factored, optax.stateless(_clipped_each), *moving]
     decay = optax.add_decayed_weights(config.weight_decay, mask=matrices)
     return optax.chain(*moving, decay, optax.scale(-1.0))
+
+
+def _share_kept(step: Any, exponent: Any) -> Any:
+    """Of the squares known before."""
+    return jnp.minimum(1.0 - (step + 1.0) ** -exponent, 0.999)
+
+
+def _clipped_each(updates: Any, _: Any) -> Any:
+    """Each matrix or vector, of each layer, to a root mean square of at most 1."""
+
+    def clip(update, matrix):
+        axes = (-2, -1) if matrix else -1
+        size = jnp.sqrt(jnp.square(update).mean(axis=axes, keepdims=True))
+        return update / jnp.maximum(size, 1.0)
+
+    return jax.tree.map(clip, updates, matrices(updates))
 
 
 def _kept_as(dtype: str, average: optax.GradientTransformation) -> optax.GradientTransformation:

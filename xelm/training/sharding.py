@@ -145,7 +145,6 @@ def states_at(states: Float[Array, "B T D"], places: Int[Array, "B P"]) -> Float
         in_specs=(rows, rows),
         out_specs=rows,
         axis_names={*BATCH, "tensor"},
-        check_vma=False,
     )(states, places)
 
 

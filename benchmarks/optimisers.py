@@ -1,0 +1,71 @@
+"""Losses that one model ends with, by optimiser, dtype of what is kept, and peak rate.
+
+    python benchmarks/optimisers.py --run RUN --tokens 400000
+
+A model of the shape of a RUN's seed is trained from nothing on all of the RUN's text, each time
+with the same rows. The loss is the mean of the last tenth of the steps, in nats.
+"""
+
+import argparse
+import functools
+import itertools
+import statistics
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from xelm.models.parameters import fresh_parameters
+from xelm.process import prepare
+from xelm.runs.run import Run, open_run
+from xelm.runs.training import dense_sources, text_of
+from xelm.training.course import Training
+from xelm.training.loop import train
+from xelm.training.metrics import read_metrics
+
+SETTINGS = {
+    "adamw": {},
+    "adamw, averages in bfloat16": {"moments_dtype": "bfloat16"},
+    "adamw, all in bfloat16": {"dtype": "bfloat16", "moments_dtype": "bfloat16"},
+    "adafactor": {"optimizer": "adafactor"},
+    "adafactor, average in bfloat16": {"optimizer": "adafactor", "moments_dtype": "bfloat16"},
+    "adafactor without an average": {"optimizer": "adafactor", "beta1": 0.0},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", required=True, help="a RUN whose seed was trained from nothing")
+    parser.add_argument("--tokens", type=float, default=4e5)
+    parser.add_argument("--rates", nargs="*", type=float, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    options = parser.parse_args()
+    prepare()
+    run = open_run(options.run)
+    print(f"| | {' | '.join(f'{rate:g}' for rate in options.rates)} |")
+    print("|---|" + "---|" * len(options.rates))
+    found: dict[str, list[str]] = {}
+    for name, rate in itertools.product(options.settings, options.rates):
+        loss = _loss(run, int(options.tokens), SETTINGS[name] | {"learning_rate": rate})
+        found.setdefault(name, []).append(f"{loss:.3f}")
+        if len(found[name]) == len(options.rates):
+            print(f"| {name} | {' | '.join(found[name])} |", flush=True)
+
+
+def _loss(run: Run, tokens: int, changes: dict) -> float:
+    model = run.config.model
+    config = replace(run.config.seed, tokens=tokens, log_every=1, **changes)
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(
+            label="model",
+            start=functools.partial(fresh_parameters, model, 0),
+            sources=dense_sources(run),
+            config=config,
+            directory=Path(folder),
+        )
+        train(training, model, text_of(run, model))
+        losses = [line["loss"] for line in read_metrics(Path(folder) / "metrics.jsonl")]
+    return statistics.mean(losses[-max(1, len(losses) // 10) :])
+
+
+if __name__ == "__main__":
+    main()
