@@ -139,21 +139,22 @@ def _backward(form, kept, cotangent):
             error = error * (1 - jnp.square(bent))
         error, weights = error.astype(key.dtype), weights.astype(value.dtype)
         query_gradients.append(product("BKGTS,BKSH->BKGTH", error, key[:, :, seen]))
-        key_part = product("BKGTS,BKGTH->BKSH", error, part)
-        value_part = product("BKGTS,BKGTH->BKSH", weights, given)
+        key_part = product("BKGTH,BKGTS->BKHS", part, error)
+        value_part = product("BKGTH,BKGTS->BKHS", given, weights)
         key_gradient = _added(key_gradient, key_part, seen, key.shape[2])
         value_gradient = _added(value_gradient, value_part, seen, key.shape[2])
     query_gradient = jnp.concatenate(query_gradients, axis=3).astype(query.dtype)
-    gradients = query_gradient, key_gradient.astype(key.dtype), value_gradient.astype(value.dtype)
-    return (*gradients, None, None)
+    key_gradient = key_gradient.mT.astype(key.dtype)
+    value_gradient = value_gradient.mT.astype(value.dtype)
+    return query_gradient, key_gradient, value_gradient, None, None
 
 
 def _added(sums, part, seen, length):
     """Gradients of all keys with those of some; None: there are no others yet."""
     if sums is None:
         # On a mesh they lie where these do. Zeros would lie everywhere, and so would all sums.
-        return jnp.pad(part, ((0, 0), (0, 0), (0, length - seen.stop), (0, 0)))
-    return sums.at[:, :, seen].add(part)
+        return jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, length - seen.stop)))
+    return sums.at[..., seen].add(part)
 
 
 _mixed.defvjp(_forward, _backward)
