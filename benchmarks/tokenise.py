@@ -3,8 +3,8 @@
     python benchmarks/tokenise.py --run RUN --corpus CORPUS
 
 Both get the same documents from memory and the same tokenizer, in turn, in one run: xelm in threads
-of one process and in processes of its own (`--workers`), datasets in as many processes with batches
-of as many documents; writing is counted, starting the processes too. The ids are compared.
+of one process and in processes of its own (`xelm init --workers`), datasets in as many processes
+with batches of as many documents; writing is counted, starting the processes too. The ids are compared.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 
 from xelm.data import corpus
@@ -33,6 +32,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     prepare()  # as the command line does: threads are allowed
+    import datasets  # here, since the processes read this file too
+
     datasets.disable_progress_bars()
     run = open_run(options.run)
     every = list(corpus.read(options.corpus, Faults()))
@@ -40,7 +41,7 @@ def main() -> None:
     documents = every[:: max(1, len(every) // options.documents)]
     megabytes = sum(len(document.text.encode()) for document in documents) / 1e6
     systems = {
-        "xelm, threads": lambda: _ours(run, documents, 0),
+        "xelm, threads of one process": lambda: _ours(run, documents, 0),
         f"xelm, {options.workers} processes": lambda: _ours(run, documents, options.workers),
         f"datasets.map, {options.workers} processes": lambda: _peer(
             run, documents, options.workers
@@ -72,14 +73,15 @@ def _timed(
 
 def _ours(run, documents: Sequence[Document], workers: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        encode = in_processes(run.seed, workers) if workers else None
-        store = build_store(
-            Path(folder) / "store", documents, run.tokenizer(), Faults(), encode=encode
-        )
+        tokenizer = run.tokenizer()
+        encode = in_processes(tokenizer, workers) if workers else None
+        store = build_store(Path(folder) / "store", documents, tokenizer, Faults(), encode=encode)
         return sum(len(ids.ids) for ids in store.languages.values())
 
 
 def _peer(run, documents: Sequence[Document], workers: int) -> int:
+    import datasets
+
     hub = run.tokenizer().hub
 
     def encode(batch):

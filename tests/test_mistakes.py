@@ -318,15 +318,19 @@ def test_a_corpus_without_usable_documents_says_what_was_left_out(
         "init new --corpus corpus --preset unknown",
         "generate run x --routing unknown",
         "generate run x --temperature warm",
+        "init new --corpus corpus --workers 0",
     ],
 )
-def test_a_command_that_cannot_be_parsed_shows_its_usage(xelm, place, monkeypatch, command):
+def test_a_command_that_cannot_be_parsed_names_its_help_in_one_line(
+    xelm, place, monkeypatch, command
+):
     monkeypatch.chdir(place)
     there = names(place)
     outcome = xelm(*shlex.split(command))
     assert outcome.code == 2 and outcome.out == ""
-    assert outcome.err.startswith("usage: xelm")
-    assert ": error: " in outcome.err.splitlines()[-1]
+    verb = " ".join(["xelm", *command.split()[:1]])
+    assert outcome.err.startswith("xelm: ") and outcome.err.count("\n") == 1
+    assert outcome.err.endswith(("; see xelm --help\n", f"; see {verb} --help\n"))
     assert names(place) == there
 
 

@@ -229,13 +229,27 @@ def test_a_build_of_something_else_is_not_gone_on_with(tmp_path, small_batches, 
 
 def test_processes_make_what_one_makes(tiny, tiny_corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(building, "BATCH_DOCUMENTS", 20)
-    run = open_run(tiny.directory)
-    tokenizer, made = run.tokenizer(), []
-    for name, encode in (("one", None), ("two", building.in_processes(run.seed, 2))):
+    tokenizer, made = open_run(tiny.directory).tokenizer(), []
+    here = []  # of the texts
+    encode = tokenizer.encode
+    for name in ("one", "two"):
         texts = corpus.read(tiny_corpus, Faults())
-        build_store(tmp_path / name, texts, tokenizer, Faults(), encode=encode)
-        made.append(content(tmp_path / name))
-    assert made[0] == made[1]
+        monkeypatch.setattr(tokenizer, "encode", lambda batch: here.extend(batch) or encode(batch))
+        in_two = building.in_processes(tokenizer, 2) if name == "two" else None
+        build_store(tmp_path / name, texts, tokenizer, Faults(), encode=in_two)
+        made.append((content(tmp_path / name), len(here)))
+        here.clear()
+    (one, all_of_them), (two, first_of_them) = made
+    assert one == two
+    assert first_of_them == 20 * building._BATCHES_HERE < all_of_them
+
+
+def test_few_documents_start_no_process(tiny, monkeypatch):
+    monkeypatch.setattr(building, "ProcessPoolExecutor", None)
+    tokenizer = open_run(tiny.directory).tokenizer()
+    batches = [["Meer"], ["Salz", "Haus"]]
+    encode = building.in_processes(tokenizer, 2)
+    assert list(encode(iter(batches))) == [tokenizer.encode(batch) for batch in batches]
 
 
 @pytest.mark.slow
@@ -249,7 +263,7 @@ def test_a_process_that_is_killed_ends_the_build_and_not_the_machine(tiny, tmp_p
                 first.kill()
             yield Document("Meer", "de")
 
-    encode = building.in_processes(run.seed, 2)
+    encode = building.in_processes(run.tokenizer(), 2)
     with pytest.raises(UserError, match="a process that tokenises was killed"):
         build_store(tmp_path / "s", documents(), run.tokenizer(), Faults(), encode=encode)
     assert multiprocessing.active_children() == [] and list(tmp_path.iterdir()) == []

@@ -4,12 +4,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from clustering.errors import UserError
 from xelm import __version__
 from xelm.commands import VERBS
 from xelm.process import prepare
 from xelm.training.preemption import Preempted
+
+_EXTRAS = {"tensorboardX": "tensorboard", "wandb": "wandb"}
+"""Module -> the extra of xelm that installs it, and the setting that needs it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,9 +57,16 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as the rest of the program does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands with their options."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="xelm",
         description="Cross-lingual expert language models: cluster languages, train an "
         "expert for each cluster, grow new ones, ask them together.",
@@ -68,10 +79,6 @@ def parser() -> argparse.ArgumentParser:
         verb.add_options(options)
         options.set_defaults(run_verb=verb.run)
     return top
-
-
-_EXTRAS = {"tensorboardX": "tensorboard", "wandb": "wandb"}
-"""Module -> the extra of xelm that installs it, and the setting that needs it."""
 
 
 def _mistake(error: Exception) -> str | None:

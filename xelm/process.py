@@ -23,6 +23,13 @@ def prepare() -> None:
     keep_freed_memory()
 
 
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def keep_freed_memory() -> None:
     """Has the C library keep what is freed for what comes next, unless the user has given it
     settings of his own. XLA on CPUs asks for the same memory at every step, and a third of the time

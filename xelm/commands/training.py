@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from clustering.errors import UserError
-from xelm.commands.options import Verb, names
+from xelm.commands.options import Verb, add_workers, names
 from xelm.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -68,13 +68,7 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
         help="change the configuration, as in experts.tokens=3e6; may be repeated",
     )
     verb.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
-    verb.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="processes that tokenise (default: threads of this one)",
-    )
+    add_workers(verb)
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -82,8 +76,6 @@ def _init(options: argparse.Namespace) -> None:
     from xelm.config import override
     from xelm.runs.init import init
 
-    if options.workers < 0:
-        raise UserError(f"--workers must be at least 0; got {options.workers}")
     shapes = [s for s in options.settings if s.startswith("model") and options.seed]
     if shapes:
         raise UserError(f"{shapes[0]} is of a model that is made here; --seed has its own shape")
@@ -239,6 +231,7 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="expert to start from (default: that of the nearest language)",
     )
+    add_workers(verb)
 
 
 def _grow(options: argparse.Namespace) -> None:
@@ -246,7 +239,9 @@ def _grow(options: argparse.Namespace) -> None:
     from xelm.runs.run import open_run
 
     run = open_run(options.run)
-    expert = grow(run, options.language, options.corpus, parent=options.parent)
+    expert = grow(
+        run, options.language, options.corpus, parent=options.parent, workers=options.workers
+    )
     print(
         f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
     )

@@ -4,11 +4,13 @@ While it is made, a store lies in a hidden folder beside its place; building.jso
 it is, and what is in the files beyond that is cut off when it goes on.
 """
 
+import functools
 import itertools
 import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
@@ -30,6 +32,8 @@ from xelm.data.tokenizer import Tokenizer
 
 # Documents tokenised at once: enough for the tokenizer's threads, little enough for memory.
 BATCH_DOCUMENTS = 512
+# Of these, so many are tokenised before processes for the rest are worth starting.
+_BATCHES_HERE = 4
 # Between notes of how far it is.
 NOTE_SECONDS = 10.0
 
@@ -93,13 +97,32 @@ def build_store(
     return open_store(target)
 
 
-def in_processes(tokenizer_files: Path, count: int) -> Encode:
-    """An encoding by so many processes, each with a tokenizer of its own."""
+def in_processes(tokenizer: Tokenizer, count: int) -> Encode:
+    """The tokenizer's encoding by so many processes, once there are more than a few batches."""
 
     def encode(batches: Iterator[list[str]]) -> Iterator[Sequence[Sequence[int]]]:
-        # Forks of a process with threads, such as JAX's, may never answer.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, context, _load, (tokenizer_files,)) as pool:
+        yield from map(tokenizer.encode, itertools.islice(batches, _BATCHES_HERE))
+        for first in batches:
+            yield from _encoded_by(count, tokenizer, itertools.chain([first], batches))
+
+    return encode
+
+
+def _encoded_by(
+    count: int, tokenizer: Tokenizer, batches: Iterator[list[str]]
+) -> Iterator[Sequence[Sequence[int]]]:
+    # Forks of a process with threads, such as JAX's, may never answer.
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        # By a file: a process that ends before it has read all that it is given leaves whoever
+        # started it waiting.
+        tokenizer.hub.backend_tokenizer.save(f"{folder}/tokenizer.json")
+        begin = functools.partial(_load, f"{folder}/tokenizer.json")
+        with ProcessPoolExecutor(count, context, begin) as pool:
+            for _ in range(count):
+                # All begin now: if one ends while others are yet to begin, their end is waited for
+                # for ever (Python 3.11).
+                pool.submit(int)
             waiting = deque()
             try:
                 for batch in batches:
@@ -113,18 +136,19 @@ def in_processes(tokenizer_files: Path, count: int) -> Encode:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    return encode
+
+_backend: Any = None
 
 
-_loaded: Tokenizer | None = None
-
-
-def _load(files: Path) -> None:
-    global _loaded
+def _load(path: str) -> None:
+    global _backend
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this ends it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _loaded = tokenizers.load(files)
+    # Not by transformers, which take seconds to import.
+    import tokenizers as library
+
+    _backend = library.Tokenizer.from_file(path)
 
 
 def _end_with_parent() -> None:
@@ -136,8 +160,7 @@ def _end_with_parent() -> None:
 
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
-    assert _loaded is not None
-    return [np.asarray(ids, np.uint32) for ids in _loaded.encode(texts)]
+    return [np.asarray(ids, np.uint32) for ids in tokenizers.encode(_backend, texts)]
 
 
 def _encoded(

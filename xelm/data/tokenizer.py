@@ -135,6 +135,8 @@ def load(directory: str | Path) -> "Tokenizer":
         raise UserError(
             f"{directory} has no tokenizer that transformers can load: {reason}"
         ) from error
+    if not hub.is_fast:
+        raise UserError(f"{directory} has no tokenizer.json, and transformers can make none of it")
     tokenizer = Tokenizer(hub, _end_ids(Path(directory)), begins_with=_begins_with(Path(directory)))
     # Damaged files can load, too: as pieces of which no text is made.
     first, second = tokenizer.encode(PROBES)
@@ -144,6 +146,18 @@ def load(directory: str | Path) -> "Tokenizer":
             f"{' and '.join(map(repr, PROBES))} both become {first}"
         )
     return tokenizer
+
+
+def encode(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Subword ids of each text by a tokenizer of the tokenizers library, without special tokens:
+    "</s>" in a text is four characters. What transformers make of it besides costs a third of the
+    time."""
+    # Transformers change these settings at their own calls.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in found]
 
 
 def _end_ids(directory: Path) -> list[int]:
@@ -193,18 +207,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Subword ids of each text, without special tokens: "</s>" in a text is four characters."""
-        if not texts:
-            return []
-        backend = getattr(self.hub, "backend_tokenizer", None)
-        if backend is None:  # a tokenizer in Python
-            options = {"add_special_tokens": False, "split_special_tokens": True}
-            return self.hub(list(texts), **options, verbose=False)["input_ids"]
-        # By itself: what transformers make of it besides costs a third of the time.
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        return encode(self.hub.backend_tokenizer, texts)
 
     def encode_with_masks(self, text: str) -> list[int]:
         """Subword ids of a text in which the tokenizer's mask stands for itself."""

@@ -20,13 +20,18 @@ from xelm.runs.training import Job, parent_directory, publish, train_checkpoints
 
 
 def grow(
-    run: Run, language: str, corpus: str | Path | None = None, *, parent: str = "auto"
+    run: Run,
+    language: str,
+    corpus: str | Path | None = None,
+    *,
+    parent: str = "auto",
+    workers: int = 1,
 ) -> Expert:
     """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or goes on with it.
 
     corpus: has documents of the language; None takes that of the RUN. parent: an expert's name, or
     "auto" for the one that serves the typologically nearest language. A part of the rows, the
-    configuration's `donor_share`, is of the parent's languages.
+    configuration's `donor_share`, is of the parent's languages. workers: as in `init`.
     """
     tag = canonical(language)
     with locked(run.directory, f"train-{tag}"):
@@ -41,7 +46,8 @@ def grow(
         if started is None:
             origin = parent if parent != "auto" else _nearest(registry, tag)[0]
             grow_registry(registry, tag, origin)  # refuses what cannot be before it costs anything
-            store = tokenise(run, corpus or run.record["corpus"], tag, languages=[tag])
+            text = corpus or run.record["corpus"]
+            store = tokenise(run, text, tag, languages=[tag], workers=workers)
             registry = update(run.directory, lambda r: grow_registry(r, tag, origin))
             started = registry.expert(tag)
         else:

@@ -48,14 +48,15 @@ def init(
     seed: str | Path | None = None,
     languages: Sequence[str] | None = None,
     clusters: Clustering | None = None,
-    workers: int = 0,
+    workers: int = 1,
 ) -> Run:
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus, seed,
     TF-IDF vectoriser, registry, each written whole before the next begins.
 
     seed: a Hugging Face checkpoint directory to copy; None trains a tokenizer and a seed on the
     corpus. languages: those of the corpus to use; None uses all. clusters: to branch on at once.
-    workers: processes that tokenise; 0 leaves it to threads of this one.
+    workers: processes that tokenise more than a few thousand documents; 1 leaves it to this one.
+    They read the program that calls this, which therefore begins under `if __name__ == "__main__"`.
     """
     tags = _languages(corpus, languages)
     if clusters is not None:
@@ -97,7 +98,7 @@ def tokenise(
     name: str,
     *,
     languages: Sequence[str] | None = None,
-    workers: int = 0,
+    workers: int = 1,
 ) -> Store:
     """The tokenised corpus RUN/corpus/`name`, made now if it is not there yet for this corpus and
     tokenizer. Unusable records are reported on stderr."""
@@ -121,15 +122,16 @@ def _tokenise(
         if same and (languages is None or set(store.languages) == set(languages)):
             return store
     faults = Faults()
+    tokenizer = tokenizers.load(tokenizer_files)
     with bar(None, f"tokenise {name}", "doc") as progress:
         store = build_store(
             directory,
             corpora.read(corpus, faults, languages),
-            tokenizers.load(tokenizer_files),
+            tokenizer,
             faults,
             languages=languages,
             facts=facts,
-            encode=in_processes(tokenizer_files, workers) if workers else None,
+            encode=in_processes(tokenizer, workers) if workers > 1 else None,
             progress=progress.update,
         )
     if faults:
@@ -245,8 +247,6 @@ def _check_seed(source: Path) -> ModelConfig:
             f"the tokenizer of {source} has {tokenizer.rows()} ids, its embedding "
             f"{model.vocabulary_size} rows"
         )
-    if not (source / "tokenizer.json").exists() and not tokenizer.hub.is_fast:
-        raise UserError(f"{source} has no tokenizer.json, and transformers can make none of it")
     if model.causal and (unknown := sampling_of(source)[1]):
         print(
             f"{source}/generation_config.json: no use is made of {', '.join(unknown)}",
