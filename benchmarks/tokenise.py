@@ -4,7 +4,8 @@
 
 Both get the same documents from memory and the same tokenizer, in turn, in one run: xelm in threads
 of one process and in processes of its own (`xelm init --workers`), datasets in as many processes
-with batches of as many documents; writing is counted, starting the processes too. The ids are compared.
+with batches of as many documents; writing is counted, starting the processes too. The ids are
+compared.
 """
 
 import argparse

@@ -8,7 +8,7 @@ import pytest
 from clustering.errors import UserError
 from xelm.data import rows as row_module
 from xelm.data.rows import LanguageRows, Source, batches, sampling_shares
-from xelm.data.store import LanguageIds
+from xelm.data.store import LanguageIds, shuffled
 from xelm.training.step import target_weights
 
 START, END = 1, 2
@@ -19,11 +19,14 @@ def language_ids(language: str) -> LanguageIds:
     """Every token of every language is another number, so that each can be told apart."""
     lengths = LENGTHS[language]
     base = 10 + 1000 * list(LENGTHS).index(language)
+    order, stream_ends = shuffled(language, np.asarray(lengths))
     return LanguageIds(
         language=language,
         ids=np.arange(base, base + sum(lengths), dtype=np.uint16),
         ends=np.cumsum(lengths),
         bytes=np.asarray(lengths),
+        order=order,
+        stream_ends=stream_ends,
     )
 
 
@@ -110,11 +113,14 @@ def test_only_the_documents_that_were_chosen_are_seen():
     assert rows.tokens == sum(LENGTHS["de"][number] + 2 for number in chosen)
 
 
-def test_documents_are_shuffled_by_the_seed_and_the_language():
-    order = rows_of(source("de"), 8).order
-    assert sorted(order) == list(range(len(LENGTHS["de"])))
-    assert order.tolist() == rows_of(source("de"), 8).order.tolist()
-    assert order.tolist() != rows_of(source("de"), 8, seed=1).order.tolist()
+def test_documents_are_shuffled_by_the_language_and_rows_by_the_seed_too():
+    order, _ = shuffled("de", np.full(50, 3))
+    assert sorted(order) == list(range(50)) != order.tolist()
+    assert order.tolist() == shuffled("de", np.full(50, 7))[0].tolist()
+    assert order.tolist() != shuffled("el", np.full(50, 3))[0].tolist()
+    seeds = {rows_of(source(tag), 8, seed).row_seed for tag in LENGTHS for seed in (0, 1)}
+    assert len(seeds) == 2 * len(LENGTHS)
+    assert rows_of(source("de"), 8, 1).row_seed == rows_of(source("de"), 9, 1).row_seed
 
 
 def mixed(shares: dict[str, float], *, steps=40, batch_size=5, seed=0, first_step=0, length=6):

@@ -13,7 +13,7 @@ from clustering.files import write_json
 from xelm.data import building, corpus
 from xelm.data.building import BATCH_DOCUMENTS, build_store
 from xelm.data.corpus import Document, Faults
-from xelm.data.store import open_store
+from xelm.data.store import open_store, shuffled
 from xelm.runs.run import open_run
 
 
@@ -62,7 +62,7 @@ def test_counts_are_those_of_the_texts(tmp_path):
             "bytes": sum(len(text.encode()) for text in texts),
         }
     assert store.record["corpus"] == "here"
-    assert store.record["format"] == 1
+    assert store.record["format"] == 2
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
@@ -84,6 +84,9 @@ def test_opening_again_gives_the_same(tmp_path):
         np.testing.assert_array_equal(again.ids, found.ids)
         np.testing.assert_array_equal(again.ends, found.ends)
         np.testing.assert_array_equal(again.bytes, found.bytes)
+        order, stream_ends = shuffled(language, found.lengths)
+        np.testing.assert_array_equal(again.order, order)
+        np.testing.assert_array_equal(again.stream_ends, stream_ends)
 
 
 def test_only_the_languages_asked_for_are_kept_in_their_order_and_others_counted(tmp_path):
@@ -295,10 +298,12 @@ def test_a_store_gets_its_name_when_its_bytes_are_on_disk(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "replace", rename)
     build(tmp_path / "store")
-    assert sorted(named) == sorted(os.listdir(tmp_path / "store")) and len(named) == 7
+    assert sorted(named) == sorted(os.listdir(tmp_path / "store")) and len(named) == 11
 
 
-@pytest.mark.parametrize("name", ["de.ids", "de.ends.npy", "de.bytes.npy"])
+@pytest.mark.parametrize(
+    "name", ["de.ids", *(f"de.{n}.npy" for n in ("ends", "bytes", "order", "stream"))]
+)
 @pytest.mark.parametrize("change", ["longer", "shorter", "odd", "empty"])
 def test_a_store_whose_files_do_not_match_its_record_is_refused(tmp_path, name, change):
     build(tmp_path / "store")
@@ -314,6 +319,14 @@ def test_a_store_whose_files_do_not_match_its_record_is_refused(tmp_path, name, 
         open_store(tmp_path / "store")
     place = tmp_path / "store"
     assert str(caught.value) == f"{path} does not match store.json; delete {place} and run again"
+
+
+def test_a_store_of_an_older_format_is_refused(tmp_path):
+    build(tmp_path / "store")
+    path = tmp_path / "store" / "store.json"
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(UserError, match="store was made by an older xelm; delete it and run"):
+        open_store(tmp_path / "store")
 
 
 def test_a_language_without_a_single_token_is_opened(tmp_path):

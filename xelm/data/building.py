@@ -27,7 +27,7 @@ from clustering.errors import UserError
 from clustering.files import flush, read_json, write_json
 from xelm.data import tokenizer as tokenizers
 from xelm.data.corpus import Document, Faults, no_documents
-from xelm.data.store import Store, open_store
+from xelm.data.store import FORMAT, Store, open_store, shuffled
 from xelm.data.tokenizer import Tokenizer
 
 # Documents tokenised at once: enough for the tokenizer's threads, little enough for memory.
@@ -83,7 +83,7 @@ def build_store(
                     noted = time.monotonic()
             keep = False
             counts = files.finish(wanted, faults)
-        record = {"format": 1, **(facts or {}), "dtype": dtype.str, "languages": counts}
+        record = {"format": FORMAT, **(facts or {}), "dtype": dtype.str, "languages": counts}
         write_json(partial / "store.json", {**record, "left_out": faults.to_json()})
         flush(partial)
         shutil.rmtree(target, ignore_errors=True)
@@ -273,8 +273,10 @@ class _Writer:
     def finish(self) -> dict[str, int]:
         self.close()
         lengths, sizes = (np.fromfile(path, np.int64) for path in self.paths[1:])
-        np.save(self.folder / f"{self.language}.ends.npy", np.cumsum(lengths))
-        np.save(self.folder / f"{self.language}.bytes.npy", sizes)
+        order, stream_ends = shuffled(self.language, lengths)
+        arrays = {"ends": lengths.cumsum(), "bytes": sizes, "order": order, "stream": stream_ends}
+        for name, array in arrays.items():
+            np.save(self.folder / f"{self.language}.{name}.npy", array)
         for path in self.paths[1:]:
             path.unlink()
         return {"documents": self.documents, "tokens": self.tokens, "bytes": int(sizes.sum())}

@@ -1,9 +1,10 @@
 """Packed rows of fixed length from tokenised documents, mixed over languages.
 
-A language's documents are shuffled once and laid end to end, each as [start, ids..., end]; row r
-holds tokens r*T to (r+1)*T of that stream and, as the last target, the first of the next row, so
-that every token is predicted once a pass. Batch i is a pure function of the random seed and i: a
-resumed training needs no other state than its step.
+A language's documents are laid end to end in the shuffled order of the store, each as [start,
+ids..., end]; row r holds tokens r*T to (r+1)*T of that stream and, as the last target, the first of
+the next row, so that every token is predicted once a pass. In each pass the rows are shuffled by
+the random seed. Batch i is a pure function of that seed and i: a resumed training needs no other
+state than its step.
 """
 
 import math
@@ -16,7 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from clustering.errors import UserError
-from xelm.data.store import LanguageIds
+from xelm.data.store import FRAME, LanguageIds
 
 ORIGIN = ("language", "row")
 """Where a row of a batch comes from: the index of its source, and its number there."""
@@ -47,17 +48,18 @@ class LanguageRows:
         random_seed: int,
         language_index: int,
     ):
-        ids = source.ids
+        self.ids = ids = source.ids
+        if source.documents is None:
+            self.order, self.ends = ids.order, ids.stream_ends
+        else:
+            chosen = np.zeros(len(ids), bool)
+            chosen[source.documents] = True
+            self.order = ids.order[chosen[ids.order]]
+            self.ends = np.cumsum(ids.lengths[self.order] + FRAME)
         # By the language, not by its place among the sources: every training with one random seed
         # goes through a language in the same order, whoever else takes part.
         random = np.random.default_rng([random_seed, *ids.language.encode()])
-        if source.documents is None:
-            self.order = random.permutation(len(ids))
-        else:
-            self.order = random.permutation(source.documents)
-        self.ids, self.row_seed = ids, int(random.integers(2**31))
-        # Two more a document: its start and its end.
-        self.ends = np.cumsum(ids.lengths[self.order] + 2)
+        self.row_seed = int(random.integers(2**31))
         self.sequence_length, self.start_id, self.end_id = sequence_length, start_id, end_id
         self.language_index = language_index
 
