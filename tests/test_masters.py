@@ -162,6 +162,14 @@ def test_a_training_goes_on_in_other_dtypes(trained, capsys):
     np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=5e-3)
 
 
+def test_a_training_goes_on_in_other_parts_and_with_less_kept(trained):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 8)
+        trained()
+    _, metrics = trained(replace(CONFIG, accumulation_steps=2, rematerialise=True))
+    np.testing.assert_allclose(losses(metrics), GOLDEN, atol=1e-4)
+
+
 def test_masters_are_the_same_in_other_dtypes(parameters):
     mesh = make_mesh(CONFIG)
     full, half = (program(MODEL, replace(CONFIG, **changes), mesh) for changes in ({}, SMALL))

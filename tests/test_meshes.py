@@ -362,6 +362,28 @@ def test_experts_that_were_interrupted_apart_go_on_together(apart, tmp_path, mon
         assert_same_bits(one, other)
 
 
+@pytest.mark.slow
+def test_experts_go_on_together_of_which_one_was_saved_in_another_dtype(tmp_path, monkeypatch):
+    changes = {"dtype": "bfloat16", "moments_dtype": "bfloat16"}
+    for place in ("apart", "together"):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, 8)
+            for each in (both(tmp_path / place)[0], both(tmp_path / place, **changes)[1]):
+                with pytest.raises(Interrupt):
+                    train(each, MODEL, TEXT)
+    for each in both(tmp_path / "apart", **changes):
+        train(each, MODEL, TEXT)
+    train_together(both(tmp_path / "together", **changes), MODEL, TEXT)
+    for label in BUDGETS:
+        # In bfloat16 two programs round differently.
+        wanted, found = (
+            losses(read_metrics(tmp_path / place / label / "metrics.jsonl"))
+            for place in ("apart", "together")
+        )
+        assert found[:6] == wanted[:6]
+        np.testing.assert_allclose(found, wanted, atol=5e-4)
+
+
 def test_one_that_fails_leaves_the_others_alone(apart, tmp_path):
     trainings = both(tmp_path)
     spoilt = jax.tree.map(lambda x: x * np.float32("nan"), fresh_parameters(MODEL, 0))

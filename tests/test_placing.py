@@ -55,8 +55,7 @@ def test_side_by_side_they_are_what_they_are_in_turn(xelm, branched, tiny):
 
 
 def test_in_one_program_they_are_what_they_are_in_turn(xelm, branched, tiny):
-    configure(branched, mesh_expert=2)
-    outcome = xelm("train", branched, "--all")
+    outcome = xelm("train", branched, "--all", "--set", "experts.mesh_expert=2")
     assert outcome.code == 0, outcome.err
     assert weights(branched) == {name: weights(tiny.directory)[name] for name in NAMES}
 
@@ -67,6 +66,36 @@ def test_one_that_fails_leaves_the_one_beside_it_alone(xelm, branched):
         outcome = xelm("train", branched, "--all", "--jobs", 2)
     assert outcome.code == 2 and set(weights(branched)) == {"en-es"}
     assert "is in use (train-de-fr)" in outcome.err.splitlines()[-1]
+
+
+def test_processes_are_told_the_settings_of_this_time(branched):
+    run = open_run(branched, settings=["experts.log_every=3", "experts.wandb=true"])
+    told = placing._command(run)
+    assert told[told.index(str(branched)) + 1 :] == [
+        *("--set", "experts.log_every=3"),
+        *("--set", "experts.wandb=true"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("experts.tokens=1", "experts.tokens is not to be changed once a RUN is made; here "),
+        ("grow.dtype=bfloat16", "grow.dtype is not to be changed once a RUN is made; here exp"),
+        (
+            "dtype=bfloat16",
+            "dtype is not to be changed once a RUN is made; here experts.NAME=VALUE",
+        ),
+        ("experts.dtype=float16", "wanted float32 or bfloat16"),
+        ("experts.accumulation_steps=7", "batch_size must be a multiple of accumulation_steps"),
+    ],
+)
+def test_settings_of_what_is_learned_stay(xelm, branched, setting, said):
+    record = (branched / "run.json").read_bytes()
+    outcome = xelm("train", branched, "--all", "--set", setting)
+    assert outcome.code == 2 and said in outcome.err and outcome.err.count("\n") == 1
+    assert (branched / "run.json").read_bytes() == record
+    assert not (branched / "train").exists() or not weights(branched)
 
 
 def test_options_that_do_not_go_together(xelm, branched):

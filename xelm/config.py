@@ -15,6 +15,13 @@ from typing import Any, Literal
 from clustering.errors import UserError
 from xelm.models.config import ModelConfig
 
+FREE = (
+    *("mesh_expert", "mesh_data", "mesh_fsdp", "mesh_tensor", "dtype", "moments_dtype"),
+    *("accumulation_steps", "rematerialise", "skip_limit", "checkpoint_every", "keep_checkpoints"),
+    *("keep_every", "log_every", "tensorboard", "wandb"),
+)
+"""Settings of where and how a training runs, which may be others each time that it goes on."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
@@ -264,6 +271,17 @@ def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
             raise UserError(f"a setting is NAME=VALUE, such as experts.tokens=3e6; got {setting!r}")
         _set(values, RunConfig, path.split("."), text, setting)
     return from_json(RunConfig, values)
+
+
+def check_free(settings: Iterable[str], part: str) -> None:
+    """Raises UserError for a setting that is no `FREE` one of "experts" or "grow"."""
+    for setting in settings:
+        name = setting.partition("=")[0]
+        if name not in [f"{part}.{free}" for free in FREE]:
+            raise UserError(
+                f"{name} is not to be changed once a RUN is made; here {part}.NAME=VALUE may be "
+                f"set for {', '.join(FREE)}"
+            )
 
 
 def _set(values: dict[str, Any], kind: type, path: list[str], text: str, setting: str) -> None:

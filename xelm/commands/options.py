@@ -24,6 +24,18 @@ def add_json(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print JSON")
 
 
+def add_settings(verb: argparse.ArgumentParser, summary: str) -> None:
+    """The option `--set`."""
+    verb.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=summary,
+    )
+
+
 def add_workers(verb: argparse.ArgumentParser) -> None:
     """The option `--workers`, of what tokenises."""
     verb.add_argument(

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from clustering.errors import UserError
-from xelm.commands.options import Verb, add_workers, names
+from xelm.commands.options import Verb, add_settings, add_workers, names
 from xelm.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -59,14 +59,7 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="languages of the corpus to use (default: all)",
     )
-    verb.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change the configuration, as in experts.tokens=3e6; may be repeated",
-    )
+    add_settings(verb, "change the configuration, as in experts.tokens=3e6; may be repeated")
     verb.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
     add_workers(verb)
 
@@ -120,6 +113,7 @@ BRANCH = Verb("record one expert for each cluster", _branch_options, _branch)
 
 def _train_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
+    add_settings(verb, "run otherwise this time, as in experts.mesh_fsdp=4; may be repeated")
     verb.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
     verb.add_argument("--all", action="store_true", help="train every expert not trained yet")
     verb.add_argument(
@@ -154,6 +148,7 @@ def _train_options(verb: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from xelm import tables
+    from xelm.config import check_free
     from xelm.runs.progress import progress
     from xelm.runs.run import open_run
     from xelm.runs.training import train_dense
@@ -173,7 +168,8 @@ def _train(options: argparse.Namespace) -> None:
         from xelm.training.hosts import join
 
         join()
-    run = open_run(options.run)
+    check_free(options.settings, "experts")
+    run = open_run(options.run, settings=options.settings)
     names = list(dict.fromkeys(options.names))
     if options.all:
         run.clusters()  # which an expert of --all needs
@@ -221,6 +217,7 @@ TRAIN = Verb("train experts, or the dense baseline; resumes by itself", _train_o
 
 def _grow_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
+    add_settings(verb, "run otherwise this time, as in grow.mesh_fsdp=4; may be repeated")
     verb.add_argument("--language", required=True, metavar="XX")
     verb.add_argument(
         "--corpus", metavar="DIR", help="has text in the language (default: the RUN's corpus)"
@@ -235,10 +232,12 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _grow(options: argparse.Namespace) -> None:
+    from xelm.config import check_free
     from xelm.runs.growing import grow
     from xelm.runs.run import open_run
 
-    run = open_run(options.run)
+    check_free(options.settings, "grow")
+    run = open_run(options.run, settings=options.settings)
     expert = grow(
         run, options.language, options.corpus, parent=options.parent, workers=options.workers
     )

@@ -144,6 +144,9 @@ def _backward(form, kept, cotangent):
         key_gradient = _added(key_gradient, key_part, seen, key.shape[2])
         value_gradient = _added(value_gradient, value_part, seen, key.shape[2])
     query_gradient = jnp.concatenate(query_gradients, axis=3).astype(query.dtype)
+    # Of one block alone, XLA would make the exchange within the product, which its products of
+    # bfloat16 cannot do on CPUs.
+    key_gradient, value_gradient = jax.lax.optimization_barrier((key_gradient, value_gradient))
     key_gradient = key_gradient.mT.astype(key.dtype)
     value_gradient = value_gradient.mT.astype(value.dtype)
     return query_gradient, key_gradient, value_gradient, None, None

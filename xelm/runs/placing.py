@@ -32,7 +32,7 @@ _LOCK_SECONDS = 60.0
 def dense_apart(run: Run) -> None:
     """Trains the dense baseline in a process of its own: this one must hold no device that the jobs
     after it want."""
-    command = [sys.executable, "-m", "xelm", "train", str(run.directory), "--dense"]
+    command = [*_command(run), "--dense"]
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code == os.EX_TEMPFAIL:
         raise Preempted("dense was asked to end; it is saved, and goes on when run again")
@@ -85,7 +85,7 @@ def over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
     # A process for each task: what it held of a device is free when it ends.
     alone: Any = {"max_calls": 1, "max_retries": 0}
     task = ray.remote(**alone, **wanted)(_train_there)
-    pending = {task.remote(directory, group): group for group in groups}
+    pending = {task.remote(directory, run.settings, group): group for group in groups}
     begun_at = {group[0]: _steps(run, group) for group in groups}
     fruitless = dict.fromkeys(begun_at, 0)
     failures: dict[str, str] = {}
@@ -104,7 +104,7 @@ def over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
                 ):
                     begun_at[group[0]] = steps
                     print(f"{', '.join(group)}: lost, and begun again", file=sys.stderr)
-                    pending[task.remote(directory, group)] = group
+                    pending[task.remote(directory, run.settings, group)] = group
                     continue
                 found = dict.fromkeys(group, f"Ray: {str(error).strip().splitlines()[-1]}")
             failures |= found
@@ -124,6 +124,11 @@ def _groups(run: Run, names: Sequence[str]) -> list[list[str]]:
 
 
 # Processes on this machine
+
+
+def _command(run: Run) -> list[str]:
+    settings = [text for setting in run.settings for text in ("--set", setting)]
+    return [sys.executable, "-m", "xelm", "train", str(run.directory), *settings]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +152,7 @@ class _Process:
         fruitless = 0 if before is None or step > before.begun_at else before.fruitless + 1
         with log.open("ab" if before else "wb") as file:
             handle = subprocess.Popen(
-                [sys.executable, "-m", "xelm", "train", str(run.directory), *names],
+                [*_command(run), *names],
                 env={**os.environ, **place.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=file,
@@ -248,12 +253,13 @@ def _ending(running: Mapping[Any, _Process]) -> Iterator[None]:
 # Tasks on a cluster
 
 
-def _train_there(directory: str, names: Sequence[str]) -> dict[str, str]:
+def _train_there(directory: str, settings: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     """On a machine of the cluster."""
     from xelm.process import prepare
 
     prepare()
-    failures = try_experts(open_run(directory), names, wait_seconds=_LOCK_SECONDS)
+    run = open_run(directory, settings=settings)
+    failures = try_experts(run, names, wait_seconds=_LOCK_SECONDS)
     return {name: str(error) for name, error in failures.items()}
 
 

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, read_json, write_json
 from clustering.vectoriser import Vectoriser
 from experts.registry import Registry
-from xelm.config import RunConfig, from_json, to_json
+from xelm.config import RunConfig, from_json, override, to_json
 
 if TYPE_CHECKING:
     from xelm.data.store import Store
@@ -28,15 +28,18 @@ class Run:
     """The RUN."""
     record: Mapping[str, Any]
     """run.json."""
+    settings: Sequence[str] = ()
+    """Such as "experts.dtype=bfloat16", for now in place of what run.json says."""
 
     @property
     def config(self) -> RunConfig:
         """The full configuration; UserError if it is of a version with other fields."""
         try:
-            return from_json(RunConfig, self.record["config"])
+            config = from_json(RunConfig, self.record["config"])
         except UserError as error:
             made = f"made by xelm {self.record.get('xelm')}"
             raise UserError(f"{self.directory / 'run.json'}, {made}: {error}") from error
+        return override(config, self.settings)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -122,7 +125,7 @@ class Run:
         grow(self, language, corpus, parent=parent)
 
 
-def open_run(directory: str | Path, *, finished: bool = True) -> Run:
+def open_run(directory: str | Path, *, finished: bool = True, settings: Sequence[str] = ()) -> Run:
     """The RUN in a directory; one that init has not made whole is refused if `finished`."""
     path = Path(directory) / "run.json"
     if not path.exists():
@@ -134,7 +137,10 @@ def open_run(directory: str | Path, *, finished: bool = True) -> Run:
     # The registry is what init writes last.
     if finished and not (Path(directory) / "registry.json").exists():
         raise UserError(f"init of {directory} did not finish; run the same xelm init again")
-    return Run(directory=Path(directory), record=record)
+    run = Run(directory=Path(directory), record=record, settings=settings)
+    if settings:
+        _ = run.config  # made to be checked
+    return run
 
 
 def refuse_other_files(directory: str | Path) -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig, to_json
+from xelm.config import FREE, TrainConfig, to_json
 from xelm.data.masking import Masking, hide
 from xelm.data.rows import ORIGIN, Source, batches
 from xelm.models.config import ModelConfig
@@ -26,11 +26,6 @@ from xelm.training.step import Metrics, State
 STATE = 3
 """What a checkpoint holds; 1 had no guard, 2 no masters in halves."""
 DTYPES = ("dtype", "moments_dtype")
-FREE = (
-    *("log_every", "checkpoint_every", "keep_checkpoints", "keep_every", "tensorboard", "wandb"),
-    *("skip_limit", "mesh_expert", "mesh_data", "mesh_fsdp", "mesh_tensor", *DTYPES),
-)
-"""Settings that may differ when a training goes on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

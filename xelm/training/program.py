@@ -26,11 +26,13 @@ from xelm.training.sharding import (
 )
 from xelm.training.step import State, Step, norm
 
-_COMPILED = (
-    *("batch_size", "accumulation_steps", "dtype", "rematerialise", "clip_norm"),
-    *("optimizer", "moments_dtype", "beta1", "beta2", "weight_decay"),
+_APART = (
+    *("tokens", "sequence_length", "learning_rate", "schedule", "warmup_share", "decay_share"),
+    *("final_rate_share", "skip_limit", "sampling_exponent", "max_passes", "mask_share"),
+    *("random_seed", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every"),
+    *("mesh_expert", "mesh_data", "mesh_fsdp", "mesh_tensor", "tensorboard", "wandb"),
 )
-"""Settings that a program depends on."""
+"""Settings that no compiled function depends on."""
 
 
 class Program(NamedTuple):
@@ -67,8 +69,9 @@ class Program(NamedTuple):
 def program(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Program:
     """The program of a training. Trainings that differ in budget, rate, schedule, random seed or
     logging alone share one: it compiles once a process."""
-    settings = {name: getattr(config, name) for name in _COMPILED}
-    return _program(model, replace(TrainConfig(tokens=1), **settings), mesh)
+    usual = TrainConfig(tokens=1)
+    apart = {name: getattr(usual, name) for name in _APART}
+    return _program(model, replace(config, **apart), mesh)
 
 
 @functools.lru_cache(maxsize=8)
