@@ -86,7 +86,13 @@ def _peer(run, documents: Sequence[Document], workers: int) -> int:
     hub = run.tokenizer().hub
 
     def encode(batch):
-        return hub(batch["text"], add_special_tokens=False, split_special_tokens=True)
+        return hub(
+            batch["text"],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
 
     with tempfile.TemporaryDirectory() as folder:
         texts = datasets.Dataset.from_dict({"text": [document.text for document in documents]})

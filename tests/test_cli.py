@@ -76,8 +76,8 @@ def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
         ),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes."),
-            "the memory of the device is used up; raise accumulation_steps or have "
-            "rematerialise=true (--set), or make the RUN with a smaller batch_size",
+            "the memory of the device is used up; trainings need less with --set: a higher "
+            "accumulation_steps or rematerialise=true",
         ),
     ],
     ids=["tensorboard", "wandb", "memory"],

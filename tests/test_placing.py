@@ -17,6 +17,7 @@ from clustering.files import read_json, write_json
 from experts.lock import holder, locked
 from xelm.runs import placing
 from xelm.runs.run import open_run
+from xelm.training.metrics import read_metrics
 
 NAMES = ("de-fr", "en-es")
 
@@ -42,9 +43,15 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 def test_side_by_side_they_are_what_they_are_in_turn(xelm, branched, tiny):
-    outcome = xelm("train", branched, "--all", "--jobs", 2)
+    said = ("--set", "experts.log_every=2")
+    outcome = xelm("train", branched, "--all", "--jobs", 2, *said)
     assert outcome.code == 0, outcome.err
     assert weights(branched) == {name: weights(tiny.directory)[name] for name in NAMES}
+    for name in NAMES:
+        folder = branched / "experts" / name / "v1"
+        steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
+        assert len(steps) > 3 and all(step % 2 == 0 for step in steps[1:-1])
+        assert said[1] in (folder / "CARD.md").read_text()
     assert [line.split()[:2] for line in outcome.out.splitlines()[2:]] == [
         [f"{name}@v1", "done"] for name in NAMES
     ]
@@ -91,11 +98,11 @@ def test_processes_are_told_the_settings_of_this_time(branched):
     ],
 )
 def test_settings_of_what_is_learned_stay(xelm, branched, setting, said):
-    record = (branched / "run.json").read_bytes()
+    record, there = (branched / "run.json").read_bytes(), set(branched.rglob("*.jsonl"))
     outcome = xelm("train", branched, "--all", "--set", setting)
     assert outcome.code == 2 and said in outcome.err and outcome.err.count("\n") == 1
     assert (branched / "run.json").read_bytes() == record
-    assert not (branched / "train").exists() or not weights(branched)
+    assert set(branched.rglob("*.jsonl")) == there
 
 
 def test_options_that_do_not_go_together(xelm, branched):

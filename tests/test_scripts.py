@@ -82,6 +82,17 @@ def test_a_slurm_job_that_was_asked_to_end_is_queued_again(run, tasks, code, end
     assert calls == [f"srun xelm train /runs/my family en-es{together}", *more]
 
 
+def test_trainings_of_a_cluster_are_told_the_settings(run):
+    settings = {"XELM_SETTINGS": "experts.mesh_fsdp=4 experts.dtype=bfloat16"}
+    told = "--set experts.mesh_fsdp=4 --set experts.dtype=bfloat16"
+    _, calls = run("slurm.sh", environment=JOB | settings, srun="")
+    assert calls == [f"srun xelm train /runs/my family en-es {told}"]
+    words = ("--dry-run", "/runs/family", "uralic", "europe-west4-b")
+    done, _ = run("pod.sh", *words, environment=settings)
+    trained = done.stdout.splitlines()[-1].replace("\\", "")
+    assert f"xelm train /runs/family uralic {told} --hosts" in trained
+
+
 def test_a_pod_slice_is_asked_for_set_up_and_trained_on(run):
     done, calls = run("pod.sh", "--dry-run", "/runs/family", "uralic", "europe-west4-b")
     assert done.returncode == 0, done.stderr

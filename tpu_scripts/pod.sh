@@ -7,6 +7,7 @@
 #
 # RUN is a path that every worker of the slice sees. XELM_SETUP is run on each worker first: mount
 # the disk there, and install (by default: pip install "xelm[tpu]").
+# XELM_SETTINGS="experts.mesh_fsdp=16 experts.dtype=bfloat16" sets that for this training.
 #
 # Nothing is deleted unless --delete is given, which deletes the slices that this command made once
 # the expert is trained; without it they go on costing money, and the command that ends that is shown.
@@ -22,10 +23,12 @@ while [[ ${1:-} == --* ]]; do
   esac
   shift
 done
-[[ $# -ge 3 ]] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[[ $# -ge 3 ]] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 run=$1 name=$2 zone=$3 type=${4:-v5litepod-16} runtime=${5:-v2-alpha-tpuv5-lite}
 setup=${XELM_SETUP:-pip install -q \"xelm[tpu]\"}
 tries=${XELM_TRIES:-20}
+train="xelm train $(printf '%q %q' "$run" "$name")"
+for setting in ${XELM_SETTINGS:-}; do train+=" --set $(printf '%q' "$setting")"; done
 made=()
 
 run_or_print() {
@@ -88,7 +91,7 @@ for ((try = 1; try <= tries; try++)); do
   failed=0
   while true; do
     code=0
-    on_all_workers "$slice" "xelm train $(printf '%q %q' "$run" "$name") --hosts" || code=$?
+    on_all_workers "$slice" "$train --hosts" || code=$?
     [[ $code == 0 ]] && trained=yes && exit 0
     # 75 is of a training that saved and is to go on, 255 of a connection that broke: either may
     # come some minutes before the slice is said to be gone.

@@ -7,6 +7,7 @@
 #
 # A job that reaches its time limit, or whose machine is wanted back, saves two minutes before, ends
 # with code 75 and is queued again. With several tasks a job, these train its expert together.
+# XELM_SETTINGS="experts.mesh_fsdp=4 experts.dtype=bfloat16" sets that for these trainings.
 set -euo pipefail
 
 run_or_print() {
@@ -16,10 +17,11 @@ run_or_print() {
 if [[ ${XELM_NAMES:-} ]]; then # the job itself
   read -ra names <<<"$XELM_NAMES"
   name=${names[$SLURM_ARRAY_TASK_ID]}
-  together=()
-  [[ ${SLURM_NTASKS:-1} -gt 1 ]] && together=(--hosts)
+  options=()
+  for setting in ${XELM_SETTINGS:-}; do options+=(--set "$setting"); done
+  [[ ${SLURM_NTASKS:-1} -gt 1 ]] && options+=(--hosts)
   code=0
-  srun xelm train "$XELM_RUN" "$name" "${together[@]}" || code=$?
+  srun xelm train "$XELM_RUN" "$name" "${options[@]}" || code=$?
   # 143: it was asked to end between trainings, with nothing to save.
   [[ $code == 75 || $code == 143 ]] && exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
   exit "$code"
@@ -27,7 +29,7 @@ fi
 
 dry_run=
 [[ ${1:-} == --dry-run ]] && dry_run=yes && shift
-[[ $# -ge 1 ]] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[[ $# -ge 1 ]] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 run=$(realpath "$1")
 shift
 left=$(xelm status "$run" --unfinished)

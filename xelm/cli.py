@@ -94,8 +94,8 @@ def _mistake(error: Exception) -> str | None:
     # JAX, which is not imported here, raises its own kind of RuntimeError.
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return (
-            "the memory of the device is used up; raise accumulation_steps or have "
-            "rematerialise=true (--set), or make the RUN with a smaller batch_size"
+            "the memory of the device is used up; trainings need less with --set: a higher "
+            "accumulation_steps or rematerialise=true"
         )
     return None
 

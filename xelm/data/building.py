@@ -30,8 +30,10 @@ from xelm.data.corpus import Document, Faults, no_documents
 from xelm.data.store import FORMAT, Store, open_store, shuffled
 from xelm.data.tokenizer import Tokenizer
 
-# Documents tokenised at once: enough for the tokenizer's threads, little enough for memory.
+# Documents tokenised at once, fewer if they are long: enough for the tokenizer's threads, little
+# enough for memory.
 BATCH_DOCUMENTS = 512
+_BATCH_CHARACTERS = 4_000_000
 # Of these, so many are tokenised before processes for the rest are worth starting.
 _BATCHES_HERE = 4
 # Between notes of how far it is.
@@ -111,30 +113,36 @@ def in_processes(tokenizer: Tokenizer, count: int) -> Encode:
 def _encoded_by(
     count: int, tokenizer: Tokenizer, batches: Iterator[list[str]]
 ) -> Iterator[Sequence[Sequence[int]]]:
-    # Forks of a process with threads, such as JAX's, may never answer.
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        # By a file: a process that ends before it has read all that it is given leaves whoever
-        # started it waiting.
-        tokenizer.hub.backend_tokenizer.save(f"{folder}/tokenizer.json")
-        begin = functools.partial(_load, f"{folder}/tokenizer.json")
-        with ProcessPoolExecutor(count, context, begin) as pool:
-            for _ in range(count):
-                # All begin now: if one ends while others are yet to begin, their end is waited for
-                # for ever (Python 3.11).
-                pool.submit(int)
-            waiting = deque()
-            try:
-                for batch in batches:
-                    waiting.append(pool.submit(_encode, batch))
-                    if len(waiting) > 3 * count:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tokenizer.json"
+            # As its `save` writes it, which raises no OSError where the disk is full. By a file: a
+            # process that ends before it has read all that it is given leaves whoever started it
+            # waiting.
+            path.write_bytes(tokenizer.hub.backend_tokenizer.to_str().encode())
+            # Forks of a process with threads, such as JAX's, may never answer.
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(count, context, functools.partial(_load, str(path))) as pool:
+                try:
+                    # All begin now: where one ends while others are yet to begin, Python 3.11 may
+                    # wait for their end for ever. None is idle until the last is there.
+                    for _ in range(count):
+                        pool.submit(time.sleep, 0.02 * count)
+                    waiting = deque()
+                    for batch in batches:
+                        waiting.append(pool.submit(_encode, batch))
+                        if len(waiting) > 3 * count:
+                            yield waiting.popleft().result()
+                    while waiting:
                         yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            except BrokenProcessPool as error:
-                raise UserError("a process that tokenises was killed; run this again") from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+    except BrokenProcessPool as error:
+        raise UserError("a process that tokenises was killed; run this again") from error
+    except OSError as error:
+        # Not to be taken for one of writing the store, of which what is done would be deleted.
+        where = error.filename or "processes that tokenise"
+        raise UserError(f"{where}: {error.strerror or error}") from error
 
 
 _backend: Any = None
@@ -304,5 +312,12 @@ def kept(
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    while batch := list(itertools.islice(documents, BATCH_DOCUMENTS)):
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == BATCH_DOCUMENTS or characters > _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch

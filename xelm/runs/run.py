@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, read_json, write_json
 from clustering.vectoriser import Vectoriser
 from experts.registry import Registry
-from xelm.config import RunConfig, from_json, override, to_json
+from xelm.config import FREE, RunConfig, from_json, override, to_json
 
 if TYPE_CHECKING:
     from xelm.data.store import Store
@@ -152,8 +152,8 @@ def refuse_other_files(directory: str | Path) -> None:
 
 
 def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any]) -> Run:
-    """Makes the directory with its run.json, or opens it if that says the same. Another
-    configuration in its place is refused."""
+    """Makes the directory with its run.json, or opens it if that says the same but for the `FREE`
+    settings of the seed's training. Another configuration in its place is refused."""
     from xelm import __version__
 
     directory = Path(directory)
@@ -166,7 +166,8 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
         # What a corpus holds counts, not where it lies.
         differ = _differences(run.record, {**wanted, "corpus": run.record["corpus"]})
         if not differ:
-            return run
+            # Where and how the seed's training runs may be another each time.
+            return replace(run, record={**run.record, "config": wanted["config"]})
         # With nothing beside it, it is of a beginning that failed at once, and is begun anew.
         if more:
             rest = f" (and {len(differ) - 5} more)" if len(differ) > 5 else ""
@@ -182,10 +183,13 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Each value that is not as in `old`, with its name as in a setting."""
+    """Each value that is not as in `old`, with its name as in a setting, but for what may differ
+    each time that a seed's training goes on."""
     found = []
     for name, value in new.items():
         before, path = old.get(name), f"{prefix}{name}"
+        if prefix == "seed." and name in FREE:
+            continue
         if isinstance(before, Mapping) and isinstance(value, Mapping):
             found += _differences(before, value, "" if path == "config" else f"{path}.")
         elif before != value:

@@ -292,6 +292,8 @@ def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) ->
     files = hash_directory(directory)
     described = replace(expert, sha256=files, tokens=tokens)
     masked = not read_config(run.seed).causal
+    if run.settings:
+        facts = {**facts, "set for its training": " ".join(run.settings)}
     page = card(described, run.registry(), dict(facts), masked=masked)
     text.write_text(page, encoding="utf-8")
     update(

@@ -23,8 +23,9 @@ from xelm.training.optimizer import schedule
 from xelm.training.program import Program, state_of
 from xelm.training.step import Metrics, State
 
-STATE = 3
-"""What a checkpoint holds; 1 had no guard, 2 no masters in halves."""
+STATE = 4
+"""What a checkpoint holds, and the rows that go on from it; 1 had no guard, 2 no masters in halves,
+3 rows of documents in an order drawn by the seed."""
 DTYPES = ("dtype", "moments_dtype")
 
 
@@ -186,9 +187,16 @@ def begun(
         if found:
             step, state, before = found
             facts["language_tokens"] = before["language_tokens"]
+            others = {name: before["config"][name] for name in DTYPES}
+            others = {name: was for name, was in others.items() if facts["config"][name] != was}
             if is_first():
-                print(f"{training.label}: going on after step {step}", file=sys.stderr)
-            if any(before["config"][name] != facts["config"][name] for name in DTYPES):
+                said = [
+                    f", {name} {facts['config'][name]} (was {was})" for name, was in others.items()
+                ]
+                print(
+                    f"{training.label}: going on after step {step}{''.join(said)}", file=sys.stderr
+                )
+            if others:
                 state = functions.adopt[number](state)
         else:
             placed = jax.tree.map(lambda array: array.sharding, alone.parameters)
