@@ -168,7 +168,7 @@ def wait_for(condition, seconds=120):
 @pytest.fixture
 def long(branched, xelm, tmp_path):
     """A RUN whose experts take some seconds, and their weights, trained in turn."""
-    configure(branched, tokens=80_000, checkpoint_every=20)
+    configure(branched, tokens=160_000, checkpoint_every=20)
     shutil.copytree(branched, tmp_path / "whole")
     outcome = xelm("train", tmp_path / "whole", "--all")
     assert outcome.code == 0, outcome.err
@@ -251,7 +251,7 @@ def test_over_a_cluster_a_lost_machine_costs_no_expert(xelm, long, monkeypatch):
         cluster.shutdown()
     killer.join(1)
     assert outcome.code == 0, outcome.err
-    assert lost and max(lost[0]) < 300
+    assert lost and max(lost[0]) < 600
     assert len(set(at_once[0])) == 2
     assert weights(run) == wanted
     for name in NAMES:
