@@ -53,7 +53,7 @@ def _products(layers: int, width: int, length: int, vocabulary: int, tokens: int
         queries = (heads, block, _HEAD_SIZE)
         scores = (heads, block, keys)
         values = (heads, keys, _HEAD_SIZE)
-        # Scores are made again on the way back; so are they for the gradients of weights.
+        # Forward; again on the way back; and the gradients of weights, which are such products too.
         found += [
             _Product("scores", "ith,ish->its", queries, values, 3 * layers),
             _Product("mixing", "its,ish->ith", scores, values, 2 * layers),

@@ -329,8 +329,18 @@ def test_a_store_of_the_format_without_orders_gets_them(tmp_path):
     for name in ("order", "stream"):
         for file in path.parent.glob(f"*.{name}.npy"):
             file.unlink()
-    open_store(tmp_path / "store")
+    assert open_store(tmp_path / "store").record["format"] == 2
     assert content(tmp_path / "store") == wanted
+
+
+def test_long_documents_go_in_smaller_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(building, "_BATCH_CHARACTERS", 10)
+    lengths = [4, 4, 4, 30, 1, 1]
+    documents = [Document("a" * length, "de") for length in lengths]
+    heard = []
+    store = build(tmp_path / "store", documents, progress=heard.append)
+    assert heard == [0, 3, 1, 2]
+    assert store.languages["de"].lengths.tolist() == lengths
 
 
 def test_a_language_without_a_single_token_is_opened(tmp_path):

@@ -77,8 +77,8 @@ class TrainConfig:
     """Of each layer keep its input and what attention gave, and compute all else again on the way
     back, instead of only what is cheap: half the memory for activations, a fifth more time."""
     random_seed: int = 0
-    """Orders rows, and initialises a fresh model. A training that goes on from
-    another on the same text needs another, or it sees the same rows in the same order."""
+    """Orders rows, and initialises a fresh model. A training that goes on from another on the same
+    text needs another, or it sees the same rows in the same order."""
     checkpoint_every: int = 200
     """Steps between checkpoints of the unfinished training."""
     keep_checkpoints: int = 2

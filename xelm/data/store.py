@@ -119,7 +119,7 @@ def open_store(directory: str | Path) -> Store:
     directory = Path(directory)
     record = read_json(directory / "store.json", FORMAT)
     if record["format"] < FORMAT:
-        _draw_orders(directory, record)
+        record = _with_orders(directory, record)
     languages = {tag: _open_language(directory, tag, record) for tag in record["languages"]}
     return Store(directory=directory, languages=languages, record=record)
 
@@ -141,12 +141,15 @@ def _open_language(directory: Path, language: str, record: Mapping[str, Any]) ->
     )
 
 
-def _draw_orders(directory: Path, record: Mapping[str, Any]) -> None:
+def _with_orders(directory: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a store of format 1, which gets the files that it lacks."""
     for tag, counts in record["languages"].items():
         lengths = np.diff(_numbers(directory / f"{tag}.ends.npy", counts["documents"]), prepend=0)
         for name, array in zip(("order", "stream"), shuffled(tag, lengths)):
             replace(directory / f"{tag}.{name}.npy", functools.partial(_save, array))
-    write_json(directory / "store.json", {**record, "format": FORMAT})
+    record = {**record, "format": FORMAT}
+    write_json(directory / "store.json", record)
+    return record
 
 
 def _save(array: np.ndarray, file: BinaryIO) -> None:
