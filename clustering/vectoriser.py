@@ -1,4 +1,4 @@
-"""Subword ids -> TF-IDF vectors in a small space, for whole documents and for every prefix of one.
+"""Subword ids -> TF-IDF vectors in a small space, of documents, and what each id adds to a vector.
 
 Knows the formula h = s / ||s||, s = sum_u idf(x_u) P[x_u] (DESIGN section 5), which with raw counts
 is one running sum. Does not know how idf and P are found (`tfidf`) or what the ids stand for.
@@ -57,18 +57,11 @@ class Vectoriser:
         blocks = [_unit(self._sums(chunk)) for chunk in _chunks(documents)]
         return np.concatenate([np.zeros((0, self.dimensions), np.float32), *blocks])
 
-    def prefix(self, ids: Integer[np.ndarray, " T"]) -> Float[np.ndarray, "T D"]:
-        """h(x_<t), float32, at each position t of a document: row 0 is zero, row t knows t ids."""
+    def terms(self, ids: Integer[np.ndarray, " T"]) -> Float[np.ndarray, "T D"]:
+        """What each of these ids adds to s, float64: sums over long documents then stay exact to
+        1e-6 in whatever order they are taken. Raises ValueError for an id outside the
+        vocabulary."""
         check_ids(ids, self.vocabulary_size)
-        if len(ids) == 0:
-            return np.zeros((0, self.dimensions), np.float32)
-        terms = self._terms(ids[:-1])
-        sums = np.concatenate([np.zeros((1, self.dimensions)), np.cumsum(terms, axis=0)])
-        return _unit(sums)
-
-    def _terms(self, ids: np.ndarray) -> np.ndarray:
-        # float64, so that sums over long documents stay exact to 1e-6 in whatever order they are
-        # taken.
         return self.idf[ids, None].astype(np.float64) * self.projection[ids]
 
     def _sums(self, documents: list[np.ndarray]) -> np.ndarray:
@@ -86,7 +79,7 @@ class Vectoriser:
         counts = sparse.csr_array(
             (np.ones(len(ids)), place[ids], ends), shape=(len(documents), len(terms))
         )
-        return counts @ self._terms(terms)
+        return counts @ self.terms(terms)
 
 
 def check_ids(ids: np.ndarray, vocabulary_size: int) -> None:

@@ -12,7 +12,7 @@ B, T, H = 2, 150, 8  # three blocks of queries, the last one short
 
 def drawn(heads, keys, dtype=jnp.float32):
     draw = np.random.default_rng(0)
-    shapes = [(B, T, heads, H), (B, T, keys, H), (B, T, keys, H), (B, T, heads, H)]
+    shapes = [(B, T, heads, H), (B, keys, T, H), (B, keys, T, H), (B, T, heads, H)]
     return [jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes]
 
 
@@ -25,10 +25,10 @@ def masks():
 
 def formula(query, key, value, mask, scale, cap, bias):
     """Softmax over all keys at once, and one head of queries after the other."""
-    groups = query.shape[2] // key.shape[2]
+    groups = query.shape[2] // key.shape[1]
     found = []
     for head in range(query.shape[2]):
-        k, v = key[:, :, head // groups], value[:, :, head // groups]
+        k, v = key[:, head // groups], value[:, head // groups]
         scores = scale * jnp.einsum("BTH,BSH->BTS", query[:, :, head], k)
         if cap is not None:
             scores = cap * jnp.tanh(scores / cap)
@@ -95,10 +95,11 @@ def test_half_precision_keeps_sums_exact():
 def test_a_layer_keeps_nothing_that_grows_with_the_square_of_the_length():
     def kept(length):
         shape = jax.ShapeDtypeStruct((1, length, 2, H), jnp.float32)
+        keys = jax.ShapeDtypeStruct((1, 2, length, H), jnp.float32)
         seen = jax.ShapeDtypeStruct((1, length, length), bool)
         _, way_back = jax.eval_shape(
             lambda q, k, v, m: jax.vjp(lambda *x: attend(*x, m, scale=1.0, causal=True), q, k, v),
-            *(shape, shape, shape, seen),
+            *(shape, keys, keys, seen),
         )
         floats = [x for x in jax.tree.leaves(way_back) if x.dtype == jnp.float32]
         return sum(x.size for x in floats)

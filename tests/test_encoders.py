@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFa
 from clustering.errors import UserError
 from xelm.data.masking import Masking, hide
 from xelm.inference.scoring import APART, score_documents
-from xelm.models.checkpoint import load_parameters, read_config
+from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.run import open_run
 
 MASKING = Masking(mask_id=3, usual_ids=np.arange(4, 50))
@@ -74,7 +74,7 @@ def test_each_token_is_predicted_from_those_that_are_not_hidden_with_it(name, tm
     documents = [random_tokens((length,), seed=length) for length in (21, 3, 0, 45, 60)]
     found = score_documents(
         model,
-        load_parameters(pair.directory, model),
+        read_for_inference(pair.directory, model),
         documents,
         start_id=1,
         end_id=2,

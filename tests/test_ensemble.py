@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 
 from clustering.errors import UserError
-from xelm.inference.decoding import Reader
+from xelm.inference.decoding import CHUNK, Reader
+from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
-from xelm.inference.generation import Batch
 from xelm.inference.routing import (
     ByLanguage,
     Posterior,
     Tfidf,
     Uniform,
-    keep_largest,
     mixture,
+    weights_along,
 )
 from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents
-from xelm.models.checkpoint import read_config
-from xelm.models.parameters import bind, fresh_parameters, graph
+from xelm.models.checkpoint import read_config, read_for_inference
+from xelm.models.parameters import bind_layers, for_inference, fresh_parameters, graph
 from xelm.runs.run import open_run
 
 EXPERTS, LENGTH = 3, 32
@@ -42,7 +42,7 @@ def model(run):
 def experts(model):
     """Parameters of experts that disagree: random, and far from the small values of a beginning."""
     return [
-        jax.tree.map(lambda p: np.asarray(4.0 * p), fresh_parameters(model, seed))
+        jax.tree.map(lambda p: np.asarray(4.0 * p), for_inference(fresh_parameters(model, seed)))
         for seed in range(EXPERTS)
     ]
 
@@ -80,10 +80,21 @@ def documents(run):
     return [whole[number : number + length] for number, length in enumerate(lengths)]
 
 
+def forward_of(model):
+    """Logits of the plain model, compiled."""
+
+    @jax.jit
+    def forward(parameters, tokens):
+        network, layers = bind_layers(graph(model, turned=True), parameters)
+        return network.logits(network.hidden(tokens, layers=layers))
+
+    return forward
+
+
 @pytest.fixture(scope="module")
 def alone(model):
     """A function: log probabilities of a document's tokens and end, by the plain model."""
-    forward = jax.jit(lambda parameters, tokens: bind(graph(model), parameters)(tokens))
+    forward = forward_of(model)
 
     def score(parameters, ids, window=10**9):
         framed = np.array([1, *ids, 2])
@@ -200,9 +211,9 @@ def test_the_score_is_the_explicit_sum(ensemble, documents, routers, routing, to
     by_expert = [scored(ensemble.model, p, ids) for p in ensemble.parameters]
     for number, document in enumerate(ids):
         logs = np.stack([found[number] for found in by_expert]).astype(np.float64)
-        weights = np.exp(routers[routing].route(None).along(np.append(document, 2), logs)).astype(
-            np.float64
-        )
+        router = routers[routing]
+        weights = weights_along(router, router.start(None), np.append(document, 2), logs)
+        weights = np.exp(weights).astype(np.float64)
         if top_m is not None:
             weakest = np.argsort(-weights, axis=1, kind="stable")[:, top_m:]
             np.put_along_axis(weights, weakest, 0.0, axis=1)
@@ -239,23 +250,50 @@ def test_an_expert_without_weight_is_not_asked(ensemble, experts, routers):
 
 
 def test_texts_read_in_pieces_have_the_scores_of_the_whole(model, experts, documents):
-    """Two of unequal length side by side, with pieces of unequal length, too."""
-    long, short = documents[4][:27], documents[3]
-    wanted = scored(model, experts[0], [long, short])
-    reader = Reader(model, experts[0], rows=2, slots=64)
-    texts = [np.concatenate([[1], ids]) for ids in (long, short)]
-    cuts = [(0, 1, 6, 7, 28), (0, 2, 3, 3, 8)]
-    found = [[], []]
+    """Three of unequal length, in pieces of unequal length, one of which enters late in the place
+    of another; more rows and slots are made on the way."""
+    texts = [np.concatenate([[1], ids]) for ids in (documents[4][:27], documents[3], documents[8])]
+    wanted = scored(model, experts[0], [text[1:] for text in texts], length=128)
+    reader = Reader(model, lambda: experts[0])
+    rows = {0: reader.enter()}
+    gone = reader.enter()
+    reader.read({gone: documents[7], rows[0]: texts[0][:1]})
+    reader.leave(gone)
+    rows[1] = reader.enter()
+    assert rows[1] == gone
+    rows[2] = reader.enter()
+    cuts = {0: (1, 6, 7, 7, 28), 1: (0, 2, 3, 4, 8), 2: (0, 0, 60, 60, len(texts[2]))}
+    found = {row: [] for row in rows.values()}
     for piece in range(4):
-        parts = [text[cut[piece] : cut[piece + 1]] for text, cut in zip(texts, cuts)]
-        for row, scores in enumerate(reader.read(parts, scored=True)):
-            found[row].append(scores)
+        parts = {
+            rows[number]: texts[number][cut[piece] : cut[piece + 1]] for number, cut in cuts.items()
+        }
+        together = [parts] if piece % 2 else [{row: ids} for row, ids in parts.items()]
+        for some in together:
+            for row, scores in reader.read(some, scored=True).items():
+                found[row].append(scores)
     following = jax.nn.log_softmax(reader.logits)
-    for row in range(2):
+    for number, row in rows.items():
         scores = np.concatenate(found[row])
-        assert np.isnan(scores[0]) and len(scores) == len(texts[row])
-        np.testing.assert_allclose(scores[1:], wanted[row][:-1], atol=1e-4)
-        assert following[row, 2] == pytest.approx(wanted[row][-1], abs=1e-4)
+        if number:  # the first of the others was read above
+            assert np.isnan(scores[0])
+            scores = scores[1:]
+        np.testing.assert_allclose(scores, wanted[number][:-1], atol=1e-4)
+        assert following[row, 2] == pytest.approx(wanted[number][-1], abs=1e-4)
+
+
+@pytest.mark.parametrize("length", [CHUNK, CHUNK + 1, 2 * CHUNK + 40])
+def test_long_texts_are_read_in_chunks(model, experts, length):
+    """Beyond `max_length` too: of a model with rotary positions."""
+    draw = np.random.default_rng(0)
+    longer = replace(model, max_length=4 * CHUNK)
+    texts = [np.append(1, draw.integers(4, 90, length - 1)), np.array([1, 5, 7])]
+    reader = Reader(longer, lambda: experts[0])
+    rows = [reader.enter(), reader.enter()]
+    found = reader.read(dict(zip(rows, texts)), scored=True)
+    wanted = scored(longer, experts[0], [text[1:] for text in texts], length=4 * CHUNK)
+    for row, scores in zip(rows, wanted):
+        np.testing.assert_allclose(found[row][1:], scores[:-1], atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -264,39 +302,50 @@ def test_texts_read_in_pieces_have_the_scores_of_the_whole(model, experts, docum
     + [(name, m) for name in ("uniform", "tfidf", "posterior") for m in (None, 1, 2)],
 )
 def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routing, top_m):
-    """For two prompts of unequal length side by side."""
-    chosen = replace(ensemble, router=routers[routing], top_m=top_m)
-    prompts = [chosen.tokenizer.begin(prompt) for prompt in (PROMPT, "hgf")]
-    batch = Batch(chosen, prompts, ["en", "de"], Sampling(max_new_tokens=12))
-    given = []
-    for _ in range(12):
-        distribution, log_weights = batch.following(np.ones(2, bool))
-        np.testing.assert_allclose(np.exp(distribution).sum(axis=1), 1.0, rtol=1e-5)
-        batch.observe(np.asarray(distribution.argmax(axis=1)))
-        given.append((np.asarray(distribution.max(axis=1)), np.exp(log_weights)))
-    for row, language in enumerate(("en", "de")):
-        ids = batch.texts[row][1:]
-        assert len(ids) == len(prompts[row]) - 1 + 12
+    """For two prompts of unequal length side by side, and one that comes when they are under way
+    and goes before they end."""
+    router = routers[routing]
+    engine = Engine(replace(ensemble, router=router, top_m=top_m))
+    languages = ("en", "de", "en")
+    prompts = [ensemble.tokenizer.begin(prompt) for prompt in (PROMPT, "hgf", "cd fe ab")]
+    texts = [
+        engine.add(ids, Sampling(), language=language)
+        for ids, language in zip(prompts[:2], languages)
+    ]
+    given = {0: [], 1: [], 2: []}
+    for step in range(12):
+        if step == 4:
+            texts.append(engine.add(prompts[2], Sampling(), language=languages[2]))
+        if step == 9:
+            engine.remove(texts[2])
+        distribution, weights = engine.following()
+        rows = [text.row for text in engine.texts]
+        assert len(set(rows)) == len(rows)
+        np.testing.assert_allclose(np.exp(distribution)[rows].sum(axis=1), 1.0, rtol=1e-5)
+        for text, spoken in zip(engine.texts, weights):
+            likely = np.asarray(distribution[text.row])
+            given[texts.index(text)].append((likely.max(), spoken))
+            engine.append(text, int(likely.argmax()))
+    for number, (text, language) in enumerate(zip(texts, languages)):
+        ids = np.asarray(text.ids[1:])
+        assert len(ids) == len(prompts[number]) - 1 + len(given[number])
         scores = np.stack([scored(ensemble.model, p, [ids])[0] for p in ensemble.parameters])
         scores = scores[:, :-1]
-        along = keep_largest(routers[routing].route(language).along(ids, scores), top_m)
-        for position, (values, weights) in enumerate(given, len(prompts[row]) - 1):
-            np.testing.assert_allclose(weights[row], np.exp(along[position]), atol=1e-4)
+        along = weights_along(router, router.start(language), ids, scores, top_m)
+        for position, (value, weights) in enumerate(given[number], len(prompts[number]) - 1):
+            np.testing.assert_allclose(weights, np.exp(along[position]), atol=1e-4)
             expected = mixture(along[position : position + 1], scores[:, position : position + 1])
-            assert values[row] == pytest.approx(expected[0], abs=1e-4)
+            assert value == pytest.approx(expected[0], abs=1e-4)
 
 
 def test_temperature_zero_takes_the_most_probable_token_each_time(ensemble, alone, experts):
     said = ensemble.generate(PROMPT, max_new_tokens=8, temperature=0.0)
     ids = ensemble.tokenizer.encode([PROMPT])[0]
-    forward = jax.jit(
-        lambda parameters, tokens: jax.nn.softmax(
-            bind(graph(ensemble.model), parameters)(tokens)[0], axis=-1
-        )
-    )
+    forward = forward_of(ensemble.model)
     for token in said.ids:
         tokens = np.pad([1, *ids], (0, 63 - len(ids)))[None]
-        mixed = np.mean([forward(p, tokens)[len(ids)] for p in experts], axis=0)
+        rows = [jax.nn.softmax(forward(p, tokens)[0, len(ids)]) for p in experts]
+        mixed = np.mean(rows, axis=0)
         assert token == mixed.argmax()
         ids.append(token)
     assert len(said.ids) == 8 or mixed.argmax() == 2
@@ -379,9 +428,7 @@ def test_the_ensemble_of_a_run_is_its_published_experts(run, alone):
     text = run.tokenizer().decode(run.store().languages["de"].document(0)[:20])
     ids = run.tokenizer().encode([text])[0]
     expert = registry.for_language("de")
-    from xelm.models.checkpoint import load_parameters
-
-    parameters = load_parameters(expert.directory(run.directory), read_config(run.seed))
+    parameters = read_for_inference(expert.directory(run.directory), read_config(run.seed))
     nats = opened.score([text], ["de"]).nats[0]
     assert nats == pytest.approx(-alone(parameters, np.array(ids)).sum(), rel=1e-5)
 

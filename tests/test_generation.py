@@ -21,7 +21,7 @@ from xelm.inference.generation import Reply, generate
 from xelm.inference.routing import Uniform
 from xelm.inference.sampling import Sampling
 from xelm.models.checkpoint import load_model, read_config
-from xelm.models.parameters import parameters_of
+from xelm.models.parameters import for_inference, parameters_of
 from xelm.runs.run import open_run
 
 NEW = 12
@@ -43,7 +43,7 @@ def alone(directory, **options):
     return Ensemble(
         names=["one"],
         model=model.config,
-        parameters=[parameters_of(model)],
+        parameters=[for_inference(parameters_of(model))],
         router=Uniform(experts=1),
         tokenizer=Letters(),  # ty: only what generating needs
         **options,

@@ -15,10 +15,11 @@ from xelm.models.checkpoint import (
     load_model,
     load_parameters,
     read_config,
+    read_for_inference,
     save_model,
     write_checkpoint,
 )
-from xelm.models.parameters import bind, graph, parameters_of
+from xelm.models.parameters import bind, bind_layers, for_inference, graph, parameters_of
 from xelm.models.transformer import empty_cache
 from xelm.training.loss import cross_entropy
 
@@ -26,9 +27,15 @@ from xelm.training.loss import cross_entropy
 logits_of = nnx.jit(lambda model, *inputs: model(*inputs))
 hidden_of = nnx.jit(lambda model, tokens, **options: model.hidden(tokens, **options))
 means_of = nnx.jit(lambda model, tokens, valid: model.means(tokens, valid=valid))
-extended = nnx.jit(lambda model, *inputs, valid: model.extend(*inputs, valid=valid))
+extended = nnx.jit(lambda model, *inputs: model.extend(*inputs))
+network_logits = nnx.jit(lambda net, ids, layers: net.logits(net.hidden(ids, layers=layers)))
 # Longer than every local window and than the lengths that rotary positions are stretched from.
 LENGTH = 40
+
+
+def as_for_inference(model):
+    """The model in the layout of inference, and its layers."""
+    return bind_layers(graph(model.config, turned=True), for_inference(parameters_of(model)))
 
 
 @pytest.fixture(params=CONFIGS, scope="module")
@@ -136,21 +143,36 @@ def test_bfloat16_products_stay_near_float32(family_pair):
 
 
 def test_cached_states_equal_uncached(decoder_pair):
+    """Of two texts that are read in pieces of unequal length, the last of which has no room for
+    what stands behind the second text."""
     model = load_model(decoder_pair.directory)
-    tokens = jnp.asarray(random_tokens((2, 20)))
-    # The second sequence is shorter: seven pads on the left.
-    valid = jnp.asarray(np.array([[1] * 20, [0] * 7 + [1] * 13], bool))
-    cache = empty_cache(model.config, 2, 24, jnp.float32)
-    parts = []
-    for start in range(0, 20, 5):
-        part = slice(start, start + 5)
-        states, cache = extended(model, tokens[:, part], cache, valid=valid[:, part])
-        parts.append(states)
-    cached = jnp.concatenate(parts, axis=1)
-    # Without padding, and so behind the text, where nobody looks.
-    whole = hidden_of(model, jnp.stack([tokens[0], jnp.roll(tokens[1], -7)]))
-    np.testing.assert_allclose(cached[0], whole[0], atol=2e-5)
-    np.testing.assert_allclose(cached[1, 7:], whole[1, :13], atol=2e-5)
+    network, layers = as_for_inference(model)
+    texts = random_tokens((2, 20))
+    cache, begun = empty_cache(model.config, 2, 20, jnp.float32), np.zeros(2, int)
+    whole = np.asarray(hidden_of(model, jnp.asarray(texts)))
+    for counts in ((5, 1), (0, 5), (5, 5), (1, 5), (5, 0), (4, 4)):
+        tokens = random_tokens((2, 5), seed=7)  # what is not of the text is anything
+        for row, count in enumerate(counts):
+            tokens[row, :count] = texts[row, begun[row] : begun[row] + count]
+        states, cache = extended(network, jnp.asarray(tokens), jnp.asarray(counts), cache, layers)
+        for row, count in enumerate(counts):
+            wanted = whole[row, begun[row] : begun[row] + count]
+            np.testing.assert_allclose(states[row, :count], wanted, atol=2e-5)
+        begun += counts
+    assert begun.tolist() == [20, 20] and cache.length.tolist() == [20, 20]
+
+
+def test_the_layout_of_inference_changes_nothing(family_pair):
+    stacked = load_parameters(family_pair.directory, read_config(family_pair.directory))
+    apart = read_for_inference(family_pair.directory, read_config(family_pair.directory))
+    jax.tree.map(np.testing.assert_array_equal, for_inference(stacked), apart)
+    model = load_model(family_pair.directory)
+    network, layers = as_for_inference(model)
+    # More and fewer rows than products turn for.
+    for shape in ((2, 9), (5, 20), (1, 1)):
+        tokens = jnp.asarray(random_tokens(shape))
+        found = network_logits(network, tokens, layers)
+        np.testing.assert_allclose(found, logits_of(model, tokens), atol=1e-4)
 
 
 def test_segments_do_not_see_each_other(family_pair):

@@ -13,6 +13,8 @@ from xelm.inference.routing import (
     Uniform,
     keep_largest,
     mixture,
+    states_along,
+    weights_along,
 )
 
 EXPERTS, TOKENS, VOCABULARY, DIMENSIONS = 4, 30, 50, 6
@@ -36,51 +38,55 @@ ROUTERS = {
 }
 
 
+def along(router, ids=IDS, scores=SCORES, language="de"):
+    return weights_along(router, router.start(language), ids, scores)
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_weights_along_a_text_are_those_of_the_text_as_it_grows(name):
-    along = ROUTERS[name].route("de").along(IDS, SCORES)
-    route = ROUTERS[name].route("de")
+    router = ROUTERS[name]
+    whole, state = along(router), router.start("de")
     for position in range(TOKENS):
-        np.testing.assert_allclose(route.now(), along[position], atol=1e-5)
-        route.observe(int(IDS[position]), SCORES[:, position])
+        found = router.log_weights(state[None])[0]
+        np.testing.assert_allclose(found, whole[position], atol=1e-9)
+        new = slice(position, position + 1)
+        state = states_along(router, state, IDS[new], SCORES[:, new])[-1]
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_weights_sum_to_one(name):
-    along = ROUTERS[name].route("de").along(IDS, SCORES)
-    assert along.shape == (TOKENS, EXPERTS)
-    np.testing.assert_allclose(np.exp(along).sum(axis=1), 1.0, rtol=1e-6)
+    weights = along(ROUTERS[name])
+    assert weights.shape == (TOKENS, EXPERTS)
+    np.testing.assert_allclose(np.exp(weights).sum(axis=1), 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_weight_knows_only_what_came_before(name):
-    along = ROUTERS[name].route("de").along(IDS, SCORES)
     ids, scores = IDS.copy(), SCORES.copy()
     ids[12:], scores[:, 12:] = 0, -9.0
-    other = ROUTERS[name].route("de").along(ids, scores)
-    np.testing.assert_allclose(other[:13], along[:13], atol=1e-6)
+    other = along(ROUTERS[name], ids, scores)
+    np.testing.assert_allclose(other[:13], along(ROUTERS[name])[:13], atol=1e-9)
 
 
-def test_routes_do_not_disturb_each_other():
+def test_a_state_is_left_as_it_was():
     router = ROUTERS["tfidf"]
-    first, second = router.route(None), router.route(None)
-    before = second.now()
-    first.observe(3, SCORES[:, 0])
-    np.testing.assert_array_equal(second.now(), before)
+    state = router.start(None)
+    states_along(router, state, IDS, None)
+    assert not state.any()
 
 
 def test_uniform_weighs_all_alike():
-    np.testing.assert_allclose(np.exp(ROUTERS["uniform"].route(None).now()), 0.25)
+    np.testing.assert_allclose(np.exp(along(ROUTERS["uniform"], language=None)), 0.25)
 
 
 def test_a_language_goes_to_the_expert_that_serves_it():
-    weights = np.exp(ROUTERS["language"].route("de").along(IDS, SCORES))
+    weights = np.exp(along(ROUTERS["language"]))
     np.testing.assert_array_equal(weights, np.tile([0.0, 0.0, 1.0, 0.0], (TOKENS, 1)))
 
 
 @pytest.mark.parametrize("code", ["de", "deu", "ger", "DE"])
 def test_any_code_of_a_language_finds_its_expert(code):
-    assert np.exp(ROUTERS["language"].route(code).now()).argmax() == 2
+    assert (along(ROUTERS["language"], language=code).argmax(axis=1) == 2).all()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,7 @@ def test_any_code_of_a_language_finds_its_expert(code):
 )
 def test_a_language_that_nobody_serves_is_a_users_mistake(language, message):
     with pytest.raises(UserError, match=message):
-        ROUTERS["language"].route(language)
+        ROUTERS["language"].start(language)
 
 
 @pytest.mark.parametrize("power", [2.0, 4.0])
@@ -102,7 +108,7 @@ def test_tfidf_weights_fall_with_the_distance_of_the_prefix(power, temperature):
     router = Tfidf(
         vectoriser=VECTORISER, centres=CENTRES, temperature=temperature, distance_power=power
     )
-    along = router.route(None).along(IDS, SCORES)
+    found = np.exp(along(router))
     for position in range(TOKENS):
         summed = sum(
             (np.float64(VECTORISER.idf[t]) * VECTORISER.projection[t] for t in IDS[:position]),
@@ -112,7 +118,7 @@ def test_tfidf_weights_fall_with_the_distance_of_the_prefix(power, temperature):
         weights = np.exp(-(np.linalg.norm(CENTRES - unit, axis=1) ** power) / temperature)
         if position == 0:  # nothing is known yet
             weights = np.ones(len(CENTRES))
-        np.testing.assert_allclose(np.exp(along[position]), weights / weights.sum(), atol=1e-5)
+        np.testing.assert_allclose(found[position], weights / weights.sum(), atol=1e-6)
 
 
 def test_tokens_that_the_vectoriser_never_saw_leave_the_weights_as_they_are():
@@ -121,8 +127,8 @@ def test_tokens_that_the_vectoriser_never_saw_leave_the_weights_as_they_are():
     router = Tfidf(
         vectoriser=Vectoriser(idf=VECTORISER.idf, projection=projection), centres=CENTRES
     )
-    along = router.route(None).along(np.array([7, 7, 7]), SCORES[:, :3])
-    np.testing.assert_array_equal(along, np.tile(along[0], (3, 1)))
+    found = along(router, np.array([7, 7, 7]), SCORES[:, :3])
+    np.testing.assert_array_equal(found, np.tile(found[0], (3, 1)))
 
 
 def test_the_posterior_is_that_of_bayes():
@@ -130,18 +136,32 @@ def test_the_posterior_is_that_of_bayes():
     # neither, the third has probability .5 and .1.
     likelihoods = np.array([[0.4, 0.2, 0.5], [0.1, 0.2, 0.1]])
     router = Posterior(prior=np.log([0.25, 0.75]))
-    weights = np.exp(router.route(None).along(np.array([5, 6, 7]), np.log(likelihoods)))
-    np.testing.assert_allclose(weights, [[1 / 4, 3 / 4], [4 / 7, 3 / 7], [4 / 7, 3 / 7]])
-    route = router.route(None)
-    for token, column in zip((5, 6, 7), np.log(likelihoods.T)):
-        route.observe(token, column)
-    np.testing.assert_allclose(np.exp(route.now()), [20 / 23, 3 / 23])
+    states = states_along(router, router.start(None), np.array([5, 6, 7]), np.log(likelihoods))
+    weights = np.exp(router.log_weights(states))
+    wanted = [[1 / 4, 3 / 4], [4 / 7, 3 / 7], [4 / 7, 3 / 7], [20 / 23, 3 / 23]]
+    np.testing.assert_allclose(weights, wanted)
+
+
+def test_a_posterior_that_forgets_counts_what_lies_back_less():
+    router = Posterior(prior=PRIOR, memory=0.9)
+    found = along(router)
+    for position in range(TOKENS):
+        powers = 0.9 ** np.arange(position - 1, -1, -1)
+        joint = 0.9**position * PRIOR + SCORES[:, :position] @ powers
+        weights = np.exp(joint - joint.max())
+        np.testing.assert_allclose(np.exp(found[position]), weights / weights.sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("memory", [0.0, 1.1, float("nan")])
+def test_a_memory_that_means_nothing_is_refused(memory):
+    with pytest.raises(UserError, match="a memory must be above 0 and at most 1; got"):
+        Posterior(prior=PRIOR, memory=memory)
 
 
 def test_under_the_posterior_the_mixture_is_the_evidence_of_the_whole_text():
-    along = ROUTERS["posterior"].route(None).along(IDS, SCORES)
+    weights = along(ROUTERS["posterior"])
     evidence = np.log(np.sum(np.exp(PRIOR + SCORES.sum(axis=1))))
-    assert mixture(along, SCORES).sum() == pytest.approx(evidence, rel=1e-9)
+    assert mixture(weights, SCORES).sum() == pytest.approx(evidence, rel=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -163,12 +183,12 @@ def test_of_equal_weights_the_first_are_kept():
 
 @pytest.mark.parametrize("count", [None, 4, 9])
 def test_all_weights_are_kept_where_there_are_no_more(count):
-    weights = ROUTERS["tfidf"].route(None).along(IDS, SCORES)
+    weights = along(ROUTERS["tfidf"])
     np.testing.assert_array_equal(keep_largest(weights, count), weights)
 
 
 def test_one_row_of_weights_is_treated_as_one_of_many():
-    weights = ROUTERS["tfidf"].route(None).along(IDS, SCORES)
+    weights = along(ROUTERS["tfidf"])
     for row in weights:
         np.testing.assert_array_equal(keep_largest(row, 2), keep_largest(row[None], 2)[0])
 

@@ -16,16 +16,22 @@ from transformers import (
 )
 
 from clustering.errors import UserError
-from xelm.inference.sampling import Sampling, choose, penalised, sampling_of
+from xelm.inference.sampling import Sampling, _cut, choose, penalised, sampling_of
 
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
+
+
+def drawn(rows, sampling, step=0):
+    """Each row of its own number."""
+    count = len(rows)
+    return np.asarray(choose(rows, [sampling] * count, [step] * count, range(count)))
 
 
 def frequencies(**settings):
     """Of 4,000 draws, each of its own row."""
     rows = jnp.log(jnp.tile(jnp.asarray(PROBABILITIES, jnp.float32), (4000, 1)))
-    drawn = choose(rows, Sampling(**{"temperature": 1.0, "top_p": 1.0, **settings}), 0)
-    return np.bincount(drawn, minlength=5) / 4000
+    found = drawn(rows, Sampling(**{"temperature": 1.0, "top_p": 1.0, **settings}))
+    return np.bincount(found, minlength=5) / 4000
 
 
 @pytest.mark.parametrize(
@@ -57,10 +63,50 @@ def test_draws_differ_by_seed_and_step_and_not_otherwise():
     rows = jnp.zeros((1, 1000))
 
     def draw(seed, step):
-        return int(choose(rows, Sampling(random_seed=seed), step)[0])
+        return int(drawn(rows, Sampling(random_seed=seed), step)[0])
 
     assert draw(0, 0) == draw(0, 0)
-    assert len({draw(0, 0), draw(1, 0), draw(0, 1)}) == 3
+    assert len({draw(0, 0), draw(1, 0), draw(0, 1), draw(2**40, 0)}) == 4
+
+
+def test_every_row_is_drawn_by_its_own_settings():
+    """Greedy ones among others, of any number and step."""
+    logits = np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32)
+    settings = [
+        Sampling(temperature=0.0),
+        Sampling(temperature=2.0, top_p=1.0, random_seed=5),
+        Sampling(temperature=1.0, top_k=3),
+        Sampling(temperature=1.5, top_p=0.4, random_seed=9),
+    ]
+    steps, numbers = [3, 1, 4, 1], [0, 2, 0, 7]
+    together = np.asarray(choose(jnp.asarray(logits), settings, steps, numbers))
+    assert together[0] == logits[0].argmax()
+    for row in range(4):
+        (single,) = choose(
+            jnp.asarray(logits[row : row + 1]),
+            settings[row : row + 1],
+            steps[row : row + 1],
+            numbers[row : row + 1],
+        )
+        assert together[row] == single
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.9), (None, 0.3), (40, 1.0), (40, 0.7)])
+def test_what_is_kept_of_a_large_vocabulary_is_what_sorting_keeps(top_k, top_p):
+    """Equal probabilities among them."""
+    draw = np.random.default_rng(1)
+    logits = draw.normal(size=(3, 5000)).astype(np.float32).round(2)
+    scaled = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
+    count = np.full(3, top_k or 5000, np.int32)
+    found = np.isfinite(_cut(scaled, jnp.asarray(count), jnp.full(3, top_p, jnp.float32)))
+    for row, kept in zip(scaled, np.asarray(found)):
+        order = np.sort(row)[::-1].astype(np.float64)
+        chances = np.exp(order)
+        if top_k is not None:  # with its equals
+            chances = np.where(order >= order[top_k - 1], chances, 0)
+        chances /= chances.sum()
+        last = order[np.searchsorted(np.cumsum(chances), top_p * (1 - 1e-7))]
+        np.testing.assert_array_equal(kept, row >= last)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +132,10 @@ def test_the_kept_tokens_are_those_of_transformers(settings):
     )
     wanted = torch.softmax(chain(torch.tensor([seen]), torch.tensor(logits)), dim=-1)[0].numpy()
     mask = np.isin(np.arange(40), seen)[None]
-    found = penalised(jnp.asarray(logits), jnp.asarray(mask), sampling.repetition_penalty)
+    penalty = jnp.full(1, sampling.repetition_penalty)
+    found = penalised(jnp.asarray(logits), jnp.asarray(mask), penalty)
     rows = jnp.tile(jax.nn.log_softmax(found), (20_000, 1))
-    shares = np.bincount(choose(rows, sampling, 0), minlength=40) / 20_000
+    shares = np.bincount(drawn(rows, sampling), minlength=40) / 20_000
     assert (shares[wanted == 0] == 0).all()
     np.testing.assert_allclose(shares, wanted, atol=0.015)
 

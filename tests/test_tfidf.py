@@ -51,21 +51,20 @@ def test_vectors_are_those_of_scikit_learn():
     np.testing.assert_allclose(found * signs, wanted, atol=1e-5)
 
 
-def test_a_prefix_vector_is_the_vector_of_the_prefix():
+def test_the_running_sum_of_terms_gives_the_vector_of_every_prefix():
     documents, _ = corpus()
     fitted = tfidf.fit(documents, V, dimensions=20)
     ids = np.concatenate(documents[:30])
-    prefixes = fitted.prefix(ids)
-    assert prefixes.shape == (len(ids), 20)
-    assert prefixes.dtype == np.float32
-    wanted = fitted.transform([ids[:t] for t in range(len(ids))])
+    sums = np.cumsum(fitted.terms(ids), axis=0)
+    prefixes = sums / np.linalg.norm(sums, axis=1, keepdims=True)
+    wanted = fitted.transform([ids[: t + 1] for t in range(len(ids))])
     np.testing.assert_allclose(prefixes, wanted, atol=1e-6)
-    assert not prefixes[0].any()
-    for t in (1, 2, 17, len(ids) - 1):
+    for t in (1, 2, 17, len(ids)):
         s = sum(fitted.idf[u].astype(float) * fitted.projection[u].astype(float) for u in ids[:t])
-        np.testing.assert_allclose(prefixes[t], s / np.linalg.norm(s), atol=1e-6)
-    assert fitted.prefix(ids[:0]).shape == (0, 20)
-    assert not fitted.prefix(ids[:1]).any()
+        np.testing.assert_allclose(prefixes[t - 1], s / np.linalg.norm(s), atol=1e-6)
+    assert fitted.terms(ids[:0]).shape == (0, 20)
+    with pytest.raises(ValueError, match="subword ids must be in"):
+        fitted.terms(np.array([V]))
 
 
 def test_chunks_do_not_matter_and_empty_documents_are_zero(monkeypatch):

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.filling import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate, room
-from xelm.inference.routing import Router, keep_largest, mixture
+from xelm.inference.routing import Router, mixture, weights_along
 from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.config import ModelConfig
@@ -40,11 +40,13 @@ class Ensemble:
     model: ModelConfig
     """Their shape."""
     parameters: Sequence[Any]
-    """Of each expert: nested dictionaries of arrays, asked for only when the expert is."""
+    """Of each expert, `for_inference`, asked for only when the expert is."""
     router: Router
     """Who speaks when."""
     tokenizer: Tokenizer
     """Of the seed."""
+    dtype: str = "float32"
+    """Of products; parameters are of this, too."""
     top_m: int | None = None
     """Experts asked at each token; None asks all that the router gives weight."""
     sequence_length: int = 512
@@ -59,13 +61,13 @@ class Ensemble:
         languages = [None] * len(texts) if languages is None else languages
         ids = [np.asarray(x, np.int64) for x in self.tokenizer.encode(texts)]
         wanted = [targets(self.model, document, self.tokenizer.end_id) for document in ids]
-        routes = [self.router.route(language) for language in languages]
+        starts = [self.router.start(language) for language in languages]
         scores = [np.zeros((len(self.names), len(target))) for target in wanted]
         if self.router.needs_scores:
             self._score(ids, scores, [np.arange(len(self.names))] * len(ids))
         log_weights = [
-            keep_largest(route.along(target, found), self.top_m)
-            for route, target, found in zip(routes, wanted, scores)
+            weights_along(self.router, start, target, found, self.top_m)
+            for start, target, found in zip(starts, wanted, scores)
         ]
         if not self.router.needs_scores:
             active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
@@ -97,6 +99,7 @@ class Ensemble:
                 end_id=self.tokenizer.end_id,
                 sequence_length=self.sequence_length,
                 mask_id=self.tokenizer.mask_id,
+                dtype=self.dtype,
             )
             for number, row in zip(chosen, found):
                 scores[number][expert] = row

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.inference.routing import keep_largest
+from xelm.inference.routing import keep_largest, states_along
 from xelm.inference.scoring import check_ids, score_documents
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import bind, graph
+from xelm.models.parameters import bind_layers, graph
 
 if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble
@@ -67,7 +67,9 @@ def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> F
     places = np.resize(masks + 1, size)  # repeated, for the same reason
     mixed = np.full((len(masks), model.vocabulary_size), -np.inf)
     for expert in np.flatnonzero(np.isfinite(log_weights)):
-        found = _filler(model)(ensemble.parameters[int(expert)], tokens, valid, places)
+        found = _filler(model, ensemble.dtype)(
+            ensemble.parameters[int(expert)], tokens, valid, places
+        )
         mixed = np.logaddexp(mixed, log_weights[expert] + np.asarray(found)[: len(masks)])
     best = np.argsort(-mixed, axis=1, kind="stable")[:, :count]
     return Filling(
@@ -81,32 +83,36 @@ def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> F
 
 def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.ndarray:
     """Log weights of the experts after all that can be read of a text."""
-    route = ensemble.router.route(language)
-    scores = np.full((len(ensemble.names), len(ids)), np.nan)
-    if ensemble.router.needs_scores:
-        for expert in range(len(ensemble.names)):
-            (scores[expert],) = score_documents(
-                ensemble.model,
-                ensemble.parameters[expert],
-                [ids],
-                start_id=ensemble.tokenizer.start_id,
-                end_id=ensemble.tokenizer.end_id,
-                sequence_length=ensemble.sequence_length,
-                mask_id=ensemble.tokenizer.mask_id,
-            )
-    for token, heard in zip(ids, scores.T):
-        route.observe(int(token), heard)
-    return keep_largest(route.now(), ensemble.top_m)
+    router, scores = ensemble.router, None
+    if router.needs_scores:
+        scores = np.stack(
+            [
+                score_documents(
+                    ensemble.model,
+                    ensemble.parameters[expert],
+                    [ids],
+                    start_id=ensemble.tokenizer.start_id,
+                    end_id=ensemble.tokenizer.end_id,
+                    sequence_length=ensemble.sequence_length,
+                    mask_id=ensemble.tokenizer.mask_id,
+                    dtype=ensemble.dtype,
+                )[0]
+                for expert in range(len(ensemble.names))
+            ]
+        )
+    states = states_along(router, router.start(language), ids, scores)
+    return keep_largest(router.log_weights(states[-1:]), ensemble.top_m)[0]
 
 
 @functools.lru_cache(maxsize=8)
-def _filler(model: ModelConfig):
-    shape = graph(model)
+def _filler(model: ModelConfig, dtype: str):
+    shape = graph(model, dtype, turned=True)
 
     @jax.jit
     def guess(parameters, tokens, valid, places):
-        network = bind(shape, parameters)
-        hidden = network.hidden(jnp.asarray(tokens), valid=jnp.asarray(valid))[0, places]
+        network, layers = bind_layers(shape, parameters)
+        valid = jnp.asarray(valid)
+        hidden = network.hidden(jnp.asarray(tokens), valid=valid, layers=layers)[0, places]
         return jax.nn.log_softmax(network.logits(hidden))
 
     return guess

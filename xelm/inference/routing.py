@@ -1,7 +1,8 @@
 """Routers: how much each expert speaks at each token, from what came before it.
 
-A router makes one `Route` for a document or a prompt; a route gives weights for all positions of a
-known text at once, or token by token while a text grows. Both ways agree.
+Every router is a running sum: a text has a state, a vector; each token adds a term to it; and the
+weights are a function of the state. So the weights of all positions of a known text come from one
+cumulative sum, those of a growing text cost one term a token, and both ways agree.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,61 +11,65 @@ from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import logsumexp
 
 from clustering.errors import UserError
 from clustering.languages import canonical
 from clustering.vectoriser import Vectoriser
 
 
-class Route(Protocol):
-    """The weights of E experts along one text."""
-
-    def along(
-        self, ids: Int[np.ndarray, " T"], scores: Float[np.ndarray, "E T"]
-    ) -> Float[np.ndarray, "T E"]:
-        """Log weights, normalised, before each of the tokens `ids`; `scores` are the experts' log
-        probabilities of those tokens, of which position t uses only the columns before t."""
-        ...
-
-    def now(self) -> Float[np.ndarray, " E"]:
-        """Log weights, normalised, for the next token."""
-        ...
-
-    def observe(self, token: int, scores: Float[np.ndarray, " E"]) -> None:
-        """Takes the next token into account, with the experts' log probabilities of it (-inf or
-        nan where an expert was not asked)."""
-        ...
-
-
 class Router(Protocol):
-    """Makes routes."""
+    """Weighs E experts by states of Z numbers."""
 
     @property
     def needs_scores(self) -> bool:
         """Whether every expert must be asked at every token."""
         ...
 
-    def route(self, language: str | None) -> Route:
-        """A route for a text in `language`, if that is known."""
+    @property
+    def memory(self) -> float:
+        """What is left of a state after one more token, before that adds its term; 1 is all."""
+        ...
+
+    def start(self, language: str | None) -> Float[np.ndarray, " Z"]:
+        """The state of a text that has not begun, in `language`, if that is known."""
+        ...
+
+    def terms(
+        self, ids: Int[np.ndarray, " T"], scores: Float[np.ndarray, "E T"] | None
+    ) -> Float[np.ndarray, "T Z"]:
+        """What each token adds; `scores` are the experts' log probabilities of it, if needed."""
+        ...
+
+    def log_weights(self, states: Float[np.ndarray, "T Z"]) -> Float[np.ndarray, "T E"]:
+        """Normalised."""
         ...
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fixed:
-    """The same weights everywhere; `uniform` and `by_language` make them."""
+def states_along(
+    router: Router,
+    start: Float[np.ndarray, " Z"],
+    ids: Int[np.ndarray, " T"],
+    scores: Float[np.ndarray, "E T"] | None = None,
+) -> Float[np.ndarray, "T1 Z"]:
+    """The state before each token of a text and, as the last row, after all of them."""
+    terms = np.concatenate([start[None], router.terms(ids, scores)])
+    if router.memory == 1:
+        return np.cumsum(terms, axis=0)
+    for position in range(1, len(terms)):
+        terms[position] += router.memory * terms[position - 1]
+    return terms
 
-    log_weights: Float[np.ndarray, " E"]
-    """Normalised."""
 
-    def along(self, ids, scores):
-        return np.broadcast_to(self.log_weights, (len(ids), len(self.log_weights)))
-
-    def now(self):
-        return self.log_weights
-
-    def observe(self, token, scores):
-        pass
+def weights_along(
+    router: Router,
+    start: Float[np.ndarray, " Z"],
+    ids: Int[np.ndarray, " T"],
+    scores: Float[np.ndarray, "E T"] | None,
+    top_m: int | None = None,
+) -> Float[np.ndarray, "T E"]:
+    """Log weights of the `top_m` largest experts before each token of a text."""
+    states = states_along(router, start, ids, scores)
+    return keep_largest(router.log_weights(states[:-1]), top_m)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,9 +79,16 @@ class Uniform:
     experts: int
     """E."""
     needs_scores: bool = False
+    memory: float = 1.0
 
-    def route(self, language: str | None) -> Route:
-        return Fixed(log_weights=np.full(self.experts, -np.log(self.experts)))
+    def start(self, language):
+        return np.zeros(0)
+
+    def terms(self, ids, scores):
+        return np.zeros((len(ids), 0))
+
+    def log_weights(self, states):
+        return np.full((len(states), self.experts), -np.log(self.experts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,8 +100,9 @@ class ByLanguage:
     serving: Mapping[str, int]
     """Canonical tag of a language -> expert."""
     needs_scores: bool = False
+    memory: float = 1.0
 
-    def route(self, language: str | None) -> Route:
+    def start(self, language):
         if language is None:
             raise UserError("routing by language needs the language of the text; give --language")
         tag = canonical(language)
@@ -100,7 +113,13 @@ class ByLanguage:
             )
         weights = np.full(self.experts, -np.inf)
         weights[self.serving[tag]] = 0.0
-        return Fixed(log_weights=weights)
+        return weights
+
+    def terms(self, ids, scores):
+        return np.zeros((len(ids), self.experts))
+
+    def log_weights(self, states):
+        return states
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +136,7 @@ class Tfidf:
     distance_power: float = 2.0
     """Exponent of the distance."""
     needs_scores: bool = False
+    memory: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -124,11 +144,14 @@ class Tfidf:
                 f"the temperature of TF-IDF routing must be above 0; got {self.temperature}"
             )
 
-    def route(self, language: str | None) -> Route:
-        return _TfidfRoute(self)
+    def start(self, language):
+        return np.zeros(self.vectoriser.dimensions)
 
-    def log_weights(self, vectors: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T E"]:
-        """Of unit (or zero) vectors."""
+    def terms(self, ids, scores):
+        return self.vectoriser.terms(ids)
+
+    def log_weights(self, states):
+        vectors = unit(states)
         squared = (
             np.square(vectors).sum(axis=1, keepdims=True)
             - 2 * vectors @ self.centres.T
@@ -140,51 +163,29 @@ class Tfidf:
         return _normalised(-distance / self.temperature)
 
 
-class _TfidfRoute:
-    """Keeps the running sum, so that a new token costs O(D E)."""
-
-    def __init__(self, router: Tfidf):
-        self.router = router
-        self.sum = np.zeros(router.centres.shape[1])
-
-    def along(self, ids, scores):
-        return self.router.log_weights(self.router.vectoriser.prefix(np.asarray(ids)))
-
-    def now(self):
-        norm = np.linalg.norm(self.sum)
-        vector = self.sum / norm if norm > 0 else self.sum
-        return self.router.log_weights(vector[None])[0]
-
-    def observe(self, token, scores):
-        vectoriser = self.router.vectoriser
-        self.sum = self.sum + vectoriser.idf[token].astype(float) * vectoriser.projection[token]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Posterior:
     """w_j ~ prior_j * prod p_j(x_<t): Bayes' rule over the experts. Asks every expert."""
 
     prior: Float[np.ndarray, " E"]
     """Log prior, normalised."""
+    memory: float = 1.0
+    """Below 1 it forgets: a token counts by this to the power of how far it lies back, and so does
+    the prior."""
     needs_scores: bool = True
 
-    def route(self, language: str | None) -> Route:
-        return _PosteriorRoute(self.prior)
+    def __post_init__(self) -> None:
+        if not 0 < self.memory <= 1:
+            raise UserError(f"a memory must be above 0 and at most 1; got {self.memory}")
 
+    def start(self, language):
+        return self.prior.astype(float)
 
-class _PosteriorRoute:
-    def __init__(self, prior):
-        self.joint = prior.astype(float)
+    def terms(self, ids, scores):
+        return scores.T.astype(float)
 
-    def along(self, ids, scores):
-        before = np.cumsum(scores, axis=1)[:, :-1]
-        return _normalised((self.joint[:, None] + np.pad(before, ((0, 0), (1, 0)))).T)
-
-    def now(self):
-        return _normalised(self.joint)
-
-    def observe(self, token, scores):
-        self.joint = self.joint + scores
+    def log_weights(self, states):
+        return _normalised(states)
 
 
 def keep_largest(
@@ -205,11 +206,24 @@ def mixture(
     log_weights: Float[np.ndarray, "T E"], scores: Float[np.ndarray, "E T"]
 ) -> Float[np.ndarray, " T"]:
     """log sum_j w_j p_j at each token: a mixture of probabilities, in log space."""
-    return np.asarray(logsumexp(log_weights + scores.T, axis=1))
+    return _logsumexp(log_weights + scores.T)[:, 0]
 
 
 ROUTINGS: Sequence[str] = ("language", "tfidf", "uniform", "posterior")
 
 
+def unit(vectors: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T D"]:
+    """Vectors of length one; zero stays zero."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+
+
 def _normalised(log_weights):
-    return log_weights - logsumexp(log_weights, axis=-1, keepdims=True)
+    return log_weights - _logsumexp(log_weights)
+
+
+def _logsumexp(values):
+    """Over the last axis, kept. Some of each row are finite. (SciPy's takes ten times as long on
+    the few experts of a token.)"""
+    top = values.max(axis=-1, keepdims=True)
+    return top + np.log(np.exp(values - top).sum(axis=-1, keepdims=True))

@@ -1,11 +1,14 @@
 """Which token comes next, given how probable each one is."""
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from clustering.errors import UserError
@@ -92,42 +95,79 @@ def sampling_of(directory: str | Path) -> tuple[Sampling, list[str]]:
 
 @jax.jit
 def penalised(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
     """Logits, less for tokens seen before."""
+    penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def choose(
-    log_probabilities: Float[Array, "B V"], sampling: Sampling, step: int
+    log_probabilities: Float[Array, "B V"],
+    samplings: Sequence[Sampling],
+    steps: Sequence[int],
+    numbers: Sequence[int],
 ) -> Int[Array, " B"]:
-    """The next token of each row. A row's draws are its own: they depend on the random seed, on
-    `step` and on the row's number."""
-    if sampling.temperature == 0:
-        return log_probabilities.argmax(axis=-1)
+    """The next token of each row. A row's draws are its own: they depend on its random seed, on
+    how many tokens it drew before (`steps`), and on its number among those of one request."""
+    drawn = [sampling for sampling in samplings if sampling.temperature > 0]
+    if not drawn:
+        return _largest(log_probabilities)
     vocabulary = log_probabilities.shape[-1]
     return _draw(
         log_probabilities,
-        jax.random.fold_in(jax.random.key(sampling.random_seed), step),
-        sampling.temperature,
-        min(sampling.top_k or vocabulary, vocabulary),
-        sampling.top_p,
+        # Both halves of a seed of 64 bits.
+        np.asarray([divmod(s.random_seed % 2**64, 2**32) for s in samplings], np.uint32),
+        np.asarray(steps, np.int32),
+        np.asarray(numbers, np.int32),
+        np.asarray([s.temperature for s in samplings], np.float32),
+        np.asarray([min(s.top_k or vocabulary, vocabulary) for s in samplings], np.int32),
+        np.asarray([s.top_p for s in samplings], np.float32),
+        cut=any(s.top_p < 1 or s.top_k is not None for s in drawn),
     )
 
 
-@jax.jit
-def _draw(log_probabilities, key, temperature, top_k, top_p):
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(
-        jnp.arange(log_probabilities.shape[0])
-    )
-    scaled = jax.nn.log_softmax(log_probabilities / temperature)
-    order = -jnp.sort(-scaled, axis=-1)
-    ranks = jnp.arange(order.shape[-1])[None]
-    # First by number, then by probability among those, as transformers does.
-    kept = jnp.where(ranks < top_k, order, -jnp.inf)
-    chances = jax.nn.softmax(kept)
-    # A token is kept if those before it have not reached top_p; the first always is.
-    kept = jnp.where(jnp.cumsum(chances, axis=-1) - chances < top_p, kept, jnp.inf)
-    least = jnp.where(jnp.isfinite(kept), kept, jnp.inf).min(axis=-1, keepdims=True)
-    candidates = jnp.where(scaled >= least, scaled, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys, candidates)
+_largest = jax.jit(lambda log_probabilities: log_probabilities.argmax(axis=-1))
+
+
+@functools.partial(jax.jit, static_argnames="cut")
+def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p, *, cut):
+    def key(seed, step, number):
+        begun = jax.random.fold_in(jax.random.wrap_key_data(seed), step)
+        return jax.random.fold_in(begun, number)
+
+    greedy = temperature == 0
+    warmth = jnp.where(greedy, 1.0, temperature)[:, None]
+    scaled = jax.nn.log_softmax(log_probabilities / warmth)
+    if cut:
+        scaled = _cut(scaled, top_k, top_p)
+    drawn = jax.vmap(jax.random.categorical)(jax.vmap(key)(seeds, steps, numbers), scaled)
+    return jnp.where(greedy, log_probabilities.argmax(axis=-1), drawn)
+
+
+def _cut(scaled, top_k, top_p):
+    """Log probabilities of the tokens that are kept: first by number, then by probability among
+    those, as transformers does; equals of the last one are kept too."""
+    # Of numbers that are not positive, less is more in bits: a threshold is found bit by bit, with
+    # a few sums over the vocabulary, where sorting it would take much longer.
+    ranks = jax.lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)
+    chances = jnp.exp(scaled)
+
+    def least(enough):
+        """The smallest rank up to which there are enough of a row."""
+
+        def halve(_, bounds):
+            low, high = bounds
+            middle = low + (high - low) // 2
+            found = enough(ranks <= middle[:, None])
+            return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+
+        low = jnp.zeros(len(ranks), jnp.int32)
+        infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+        return jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, infinity)))[1]
+
+    most = least(lambda kept: kept.sum(axis=1) >= top_k)[:, None]
+    chances = jnp.where(ranks <= most, chances, 0.0)
+    wanted = top_p * chances.sum(axis=1)
+    enough = least(lambda kept: jnp.where(kept, chances, 0.0).sum(axis=1) >= wanted)[:, None]
+    return jnp.where(ranks <= jnp.minimum(most, enough), scaled, -jnp.inf)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Integer
 
 from clustering.errors import UserError
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import bind, graph
+from xelm.models.parameters import bind_layers, graph
 from xelm.training.loss import target_log_probabilities
 
 ROWS_A_BATCH = 16
@@ -50,7 +50,7 @@ def score_documents(
     dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[Float[np.ndarray, " _"]]:
-    """Log probabilities, in nats, of the `targets` of each document.
+    """Log probabilities, in nats, of the `targets` of each document; parameters `for_inference`.
 
     A decoder predicts each from those before. An encoder predicts each from all others, as in
     pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), save that every `APART`-th token is
@@ -93,13 +93,16 @@ def score_documents(
 
 @functools.lru_cache(maxsize=8)
 def _scorer(model: ModelConfig, dtype: str):
-    shape = graph(model, dtype)
+    shape = graph(model, dtype, turned=True)
 
     @jax.jit
     def score(parameters, tokens, segments, positions, asked, _):
-        network = bind(shape, parameters)
+        network, layers = bind_layers(shape, parameters)
         hidden = network.hidden(
-            tokens[:, :-1], positions=positions[:, :-1], segments=segments[:, :-1]
+            tokens[:, :-1],
+            positions=positions[:, :-1],
+            segments=segments[:, :-1],
+            layers=layers,
         )
         states, head = network.output(hidden)
         found = target_log_probabilities(states, head, tokens[:, 1:])
@@ -111,16 +114,16 @@ def _scorer(model: ModelConfig, dtype: str):
 @functools.lru_cache(maxsize=8)
 def _guesser(model: ModelConfig, dtype: str):
     """As `_scorer`, of a model that sees both sides."""
-    shape = graph(model, dtype)
+    shape = graph(model, dtype, turned=True)
 
     @jax.jit
     def score(parameters, tokens, segments, positions, asked, mask_id):
-        network = bind(shape, parameters)
+        network, layers = bind_layers(shape, parameters)
 
         def guess(phase):
             hidden_now = asked & (jnp.arange(tokens.shape[1]) % APART == phase)[None]
             given = jnp.where(hidden_now, mask_id, tokens)
-            hidden = network.hidden(given, positions=positions, segments=segments)
+            hidden = network.hidden(given, positions=positions, segments=segments, layers=layers)
             # Every APART-th column alone passes the head.
             states, head = network.output(hidden.reshape(-1, APART, model.width)[:, phase])
             return target_log_probabilities(states, head, tokens.reshape(-1, APART)[:, phase])

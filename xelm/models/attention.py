@@ -32,8 +32,8 @@ class Bias(NamedTuple):
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"],
     *,
     scale: float,
@@ -41,19 +41,18 @@ def attend(
     bias: Bias | None = None,
     causal: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Weighted means of values, by softmax of scale * query . key in float32.
+    """Weighted means of values, by softmax of scale * query . key in float32. Keys and values have
+    heads before positions: batched products of contiguous matrices are the ones that XLA hands to
+    its fast kernels on CPUs, and a cache that lies so is read as it is.
 
     cap: a score s becomes cap * tanh(s / cap) (Gemma Team 2024, arXiv 2408.00118, section 2).
     causal: says that the mask lets nobody see later positions, so that those need no scores. A
     query that may see nothing gets a mean of some, and gives no gradient; nor does `bias`.
     """
     batch, length, heads, size = query.shape
-    groups = heads // key.shape[2]
-    # Heads before positions: batched products of contiguous matrices are the ones that XLA hands
-    # to its fast kernels on CPUs.
-    query = (query * scale).reshape(batch, length, key.shape[2], groups, size)
+    groups = heads // key.shape[1]
+    query = (query * scale).reshape(batch, length, key.shape[1], groups, size)
     query = query.transpose(0, 2, 3, 1, 4)
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     shift = None
     if bias is not None:
         # Absolute positions of keys do: softmax does not mind what is the same for all of them.

@@ -18,7 +18,7 @@ from xelm.models.config import ModelConfig
 from xelm.models.families import family, hub_config, model_config, writable_as
 from xelm.models.families.family import Family
 from xelm.models.layout import Range
-from xelm.models.parameters import bind, by_path, graph, parameters_of, shapes
+from xelm.models.parameters import bind, by_path, graph, parameters_of, shapes, stacked
 from xelm.models.transformer import Transformer
 from xelm.models.weights import INDEX, Weights, weight_files, write_weights
 
@@ -107,6 +107,24 @@ def load_parameters(
     wanted = {path: leaf.shape for path, leaf in by_path(shapes(config)).items()}
     order = sorted(wanted.items(), key=lambda item: -math.prod(item[1]))
     return unflatten_dict({path: place(path, shape) for path, shape in order}, sep="/")
+
+
+def read_for_inference(
+    directory: str | Path, config: ModelConfig, dtype: str = "float32"
+) -> dict[str, Any]:
+    """The weights of a checkpoint on the host, in `dtype` and the layout `for_inference`. Refuses
+    what `load_parameters` refuses."""
+    weights, kind = Weights(directory, _kind(directory), config), np.dtype(dtype)
+    whole: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = [{} for _ in range(config.layer_count)]
+    for path in by_path(shapes(config)):
+        if not stacked(path):
+            whole[path] = weights.turned(path, None, kind)
+            continue
+        for number, layer in enumerate(layers):
+            layer[path.removeprefix("blocks/")] = weights.turned(path, number, kind)
+    blocks = tuple(unflatten_dict(layer, sep="/") for layer in layers)
+    return {**unflatten_dict(whole, sep="/"), "blocks": blocks}
 
 
 def write_checkpoint(

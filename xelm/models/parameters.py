@@ -1,21 +1,28 @@
 """Parameters apart from their model: a nested dictionary of arrays, stacked over layers, with dense
 weights as [inputs, outputs]."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xelm.models.config import ModelConfig
-from xelm.models.transformer import Transformer
+from xelm.models.transformer import Linear, Transformer
 
 
-def graph(config: ModelConfig, compute_dtype: str = "float32") -> nnx.GraphDef:
-    """The model without parameters; allocates nothing."""
-    return nnx.split(_abstract(config, compute_dtype))[0]
+def graph(
+    config: ModelConfig, compute_dtype: str = "float32", *, turned: bool = False
+) -> nnx.GraphDef:
+    """The model without parameters; allocates nothing. turned: of parameters `for_inference`."""
+    model = _abstract(config, compute_dtype)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.turned = turned
+    return nnx.split(model)[0]
 
 
 def bind(network: nnx.GraphDef, parameters: Mapping[str, Any]) -> Transformer:
@@ -26,6 +33,36 @@ def bind(network: nnx.GraphDef, parameters: Mapping[str, Any]) -> Transformer:
 def parameters_of(model: Transformer) -> dict[str, Any]:
     """The model's parameters as a nested dictionary of arrays."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def for_inference(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The same in the layout of inference. "blocks" is a tuple of the parameters of each layer: of
+    stacked ones, a layer's would be copied each time it is computed. Weights are [outputs, inputs],
+    as most checkpoints have them: so they are read faster for a few tokens (`products`)."""
+    flat = by_path(parameters)
+    turned = unflatten_dict({p: a.mT if is_weight(p) else a for p, a in flat.items()}, sep="/")
+    blocks, take = turned["blocks"], operator.itemgetter
+    count = len(jax.tree.leaves(blocks)[0])
+    return {**turned, "blocks": tuple(jax.tree.map(take(n), blocks) for n in range(count))}
+
+
+def stacked(path: str) -> bool:
+    """Whether a parameter has one part for each layer."""
+    return path.startswith("blocks/")
+
+
+def is_weight(path: str) -> bool:
+    """Whether a parameter is the matrix of a dense layer."""
+    return path.endswith("/weight")
+
+
+def bind_layers(
+    network: nnx.GraphDef, parameters: Mapping[str, Any]
+) -> tuple[Transformer, tuple[Any, ...]]:
+    """As `bind`, of parameters `for_inference`: the model, and the layers that its methods want to
+    be given."""
+    layers = parameters["blocks"]
+    return bind(network, {**parameters, "blocks": layers[0]}), layers
 
 
 def shapes(config: ModelConfig) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Dense layers work on [B*T, D]: with a [B, T, D] operand XLA on CPUs computes the
 a transposed copy and misses its fast kernels.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from xelm.models.positions import (
     sinusoidal,
     valid_positions,
 )
+from xelm.models.products import by_rows_of
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -47,23 +49,31 @@ _KEPT = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions seen so far; slot `length` is the next one to be written."""
+    """Keys and values of the tokens that B texts have so far, by layer; the slot of a token is its
+    position. Layers lie apart, and heads before positions, so that nothing is copied to be read."""
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
-    valid: Bool[Array, "B S"]
-    length: Int[Array, ""]
+    keys: tuple[Float[Array, "B K S H"], ...]
+    values: tuple[Float[Array, "B K S H"], ...]
+    length: Int[Array, " B"]
+    """Tokens of each text; slots from there on hold nothing of worth."""
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> Cache:
-    """A cache with room for `slots` positions of `batch` sequences."""
-    shape = (config.layer_count, batch, slots, config.key_head_count, config.head_size)
-    return Cache(
-        keys=jnp.zeros(shape, dtype),
-        values=jnp.zeros(shape, dtype),
-        valid=jnp.zeros((batch, slots), bool),
-        length=jnp.zeros((), jnp.int32),
+    """A cache with room for `slots` tokens of each of `batch` texts."""
+    shape = (batch, config.key_head_count, slots, config.head_size)
+    keys, values = (
+        tuple(jnp.zeros(shape, dtype) for _ in range(config.layer_count)) for _ in range(2)
     )
+    return Cache(keys, values, jnp.zeros(batch, jnp.int32))
+
+
+Product = Callable[[Array, Array, DTypeLike | None], Array]
+"""(x [M, I], matrix [O, I], dtype) -> x @ matrix.T [M, O], in that dtype"""
+
+
+def all_rows(x: Float[Array, "M I"], matrix: Float[Array, "O I"], dtype=None) -> Array:
+    """The product as XLA makes it."""
+    return jnp.einsum("MI,OI->MO", x, matrix, preferred_element_type=dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -78,11 +88,12 @@ class Head:
     cap: float | None = field(default=None, metadata={"static": True})
     """As `ModelConfig.logit_cap`."""
 
-    def logits(self, states: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    def logits(
+        self, states: Float[Array, "*B D"], product: Product = all_rows
+    ) -> Float[Array, "*B V"]:
         """float32 scores over the vocabulary."""
         matrix = self.matrix.astype(states.dtype)
-        flat = states.reshape(-1, states.shape[-1])
-        scores = jnp.einsum("MD,VD->MV", flat, matrix, preferred_element_type=jnp.float32)
+        scores = product(states.reshape(-1, states.shape[-1]), matrix, jnp.float32)
         if self.bias is not None:
             scores = scores + self.bias.astype(jnp.float32)[None]
         if self.cap is not None:
@@ -92,7 +103,9 @@ class Head:
 
 class Linear(nnx.Module):
     """x @ weight + bias, stacked over layers (None: a single one); `axes` name its dimensions for
-    sharding."""
+    sharding. turned: the weight is [outputs, inputs], as inference has it."""
+
+    turned: bool = False
 
     def __init__(
         self,
@@ -113,7 +126,8 @@ class Linear(nnx.Module):
         self.bias = None if zeros is None else nnx.Param(zeros, axes=(*stacked, axes[1]))
 
     def __call__(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
-        y = x @ self.weight[...].astype(x.dtype)
+        weight = self.weight[...].astype(x.dtype)
+        y = by_rows_of(x, weight) if self.turned else x @ weight
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
 
 
@@ -168,10 +182,10 @@ class _View:
 class _Context:
     """What every layer needs besides its input: the same for all layers of one call."""
 
+    positions: Int[Array, "B T"]
     everywhere: _View
     locally: _View | None
     bias: Bias | None
-    slot: Int[Array, ""] | None
 
     def view(self, local: Bool[Array, ""]) -> _View:
         """Of one layer."""
@@ -194,7 +208,8 @@ def rows_of(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
     return table[tokens]
 
 
-Past = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+Past = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+"""Keys and values."""
 
 
 class Block(nnx.Module):
@@ -270,16 +285,18 @@ class Block(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if view.rope is not None:
             query, key = rotate(query, *view.rope), rotate(key, *view.rope)
-        if past is not None:
-            start = (0, context.slot, 0, 0)
-            key = jax.lax.dynamic_update_slice(past[0], key.astype(past[0].dtype), start)
-            value = jax.lax.dynamic_update_slice(past[1], value.astype(past[1].dtype), start)
-        key, value = key.astype(query.dtype), value.astype(query.dtype)
+        if past is None:
+            key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+        else:
+            rows, slots = jnp.arange(batch)[:, None], context.positions
+            # Tokens beyond a text's end may have no slot.
+            key = past[0].at[rows, :, slots].set(key.astype(past[0].dtype), mode="drop")
+            value = past[1].at[rows, :, slots].set(value.astype(past[1].dtype), mode="drop")
         scale = config.attention_scale
         mixed = attend(
             query,
-            key,
-            value,
+            key.astype(query.dtype),
+            value.astype(query.dtype),
             view.mask,
             scale=config.head_size**-0.5 if scale is None else scale,
             cap=config.attention_cap,
@@ -364,11 +381,14 @@ class Transformer(nnx.Module):
         segments: Int[Array, "B T"] | None = None,
         remat: bool = False,
         lookup: Lookup = rows_of,
+        layers: Sequence[Any] | None = None,
     ) -> Float[Array, "B T D"]:
         """Final states. Tokens attend to `valid` tokens of their own segment; in decoders, to
         earlier ones. `positions` count from 0 at the first column unless given (in XLM-R, at the
-        first `valid` one). lookup: of rows of tables that are spread over devices."""
-        h, _ = self._read(tokens, positions, valid, segments, remat, lambda h: None, lookup)
+        first `valid` one). lookup: of rows of tables that are spread over devices. layers: as in
+        `extend`."""
+        read = functools.partial(self._read, tokens, positions, valid, segments)
+        h, _ = read(remat, lambda h: None, lookup, layers)
         return self._finish(h).reshape(*tokens.shape, -1)
 
     def means(
@@ -385,7 +405,7 @@ class Transformer(nnx.Module):
         h, found = self._read(tokens, None, valid, None, False, mean)
         return found.at[-1].set(mean(self._finish(h)))
 
-    def _read(self, tokens, positions, valid, segments, remat, keep, lookup=rows_of):
+    def _read(self, tokens, positions, valid, segments, remat, keep, lookup=rows_of, apart=None):
         """Flat states after the last layer, before the final norm, and what `keep` makes of those
         after each layer."""
         batch, length = tokens.shape
@@ -399,7 +419,7 @@ class Transformer(nnx.Module):
         if positions is None and valid is not None and self.config.positions_skip_padding:
             positions = valid_positions(valid)
         positions = columns(tokens) if positions is None else positions
-        context = self._context(mask, positions, positions, None)
+        context = self._context(mask, positions, positions)
         graph, layers = nnx.split(self.blocks)
 
         def layer(h, inputs):
@@ -409,6 +429,10 @@ class Transformer(nnx.Module):
 
         h = self._embed(tokens, positions, lookup)
         numbers = self._layers()
+        if apart is not None:
+            for inputs in zip(apart, *numbers):
+                h = layer(h, inputs)[0]
+            return h, jnp.zeros(0)
         # Inside a scan nothing is found common to both ways, so that need not be prevented.
         layer = jax.checkpoint(layer, prevent_cse=False, policy=_KEPT[remat])
         return jax.lax.scan(layer, h, (layers, *numbers))
@@ -416,36 +440,32 @@ class Transformer(nnx.Module):
     def extend(
         self,
         tokens: Int[Array, "B T"],
+        counts: Int[Array, " B"],
         cache: Cache,
-        *,
-        valid: Bool[Array, "B T"],
+        layers: Sequence[Any],
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """Final states of new tokens after those in the cache, and the longer cache. Sequences of
-        unequal length are padded on the left, with `valid` false there; positions count from the
-        first valid token of each sequence."""
-        batch, length = tokens.shape
-        slots = cache.valid.shape[1]
-        seen = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
-        positions = cache.valid.sum(axis=1, dtype=jnp.int32)[:, None] + valid_positions(valid)
-        places, key_places = cache.length + jnp.arange(length), jnp.arange(slots)
-        mask = (key_places[None, :] <= places[:, None])[None] & seen[:, None, :]
-        context = self._context(mask, positions, valid_positions(seen), cache.length)
-        graph, layers = nnx.split(self.blocks)
-
-        def layer(h, inputs):
-            parameters, number, local, past = inputs
-            return nnx.merge(graph, parameters)(h, context, past, number, local)
-
-        h = self._embed(tokens, positions, rows_of)
-        inputs = (layers, *self._layers(), (cache.keys, cache.values))
-        h, (keys, values) = jax.lax.scan(layer, h, inputs)
-        longer = Cache(keys, values, seen, cache.length + length)
-        return self._finish(h).reshape(batch, length, -1), longer
+        """Final states of new tokens after those in the cache, and the longer cache. Of each row of
+        `tokens` the first `counts` belong to the text; the states of others mean nothing. layers:
+        parameters of each layer (`bind_layers`), in the place of this model's own: of stacked ones,
+        a layer's would be copied for each token."""
+        positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
+        slots = jnp.arange(cache.keys[0].shape[2])
+        mask = slots[None, None] <= positions[..., None]
+        context = self._context(mask, positions, jnp.broadcast_to(slots[None], mask[:, 0].shape))
+        graph = nnx.split(self.blocks)[0]
+        h, keys, values = self._embed(tokens, positions, rows_of), [], []
+        pasts = zip(cache.keys, cache.values)
+        for layer, number, local, past in zip(layers, *self._layers(), pasts):
+            h, (key, value) = nnx.merge(graph, layer)(h, context, past, number, local)
+            keys.append(key)
+            values.append(value)
+        longer = Cache(tuple(keys), tuple(values), cache.length + counts)
+        return self._finish(h).reshape(*tokens.shape, -1), longer
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """float32 scores over the vocabulary, of final states."""
         states, head = self.output(hidden)
-        return head.logits(states)
+        return head.logits(states, by_rows_of)
 
     def output(self, hidden: Float[Array, "*B D"]) -> tuple[Float[Array, "*B D"], Head]:
         """Final states as the output head reads them, and that head; its matrix is the embedding
@@ -476,7 +496,7 @@ class Transformer(nnx.Module):
     def _finish(self, h):
         return h if self.norm is None else self.norm(h)
 
-    def _context(self, mask, positions, key_positions, slot):
+    def _context(self, mask, positions, key_positions):
         config = self.config
         rope, bias, locally = None, None, None
         if config.positions == "rope":
@@ -489,7 +509,7 @@ class Transformer(nnx.Module):
                 local_rope = rope_angles(positions, config.local_rope, config.head_size)
             apart = jnp.abs(positions[:, :, None] - key_positions[:, None, :])
             locally = _View(mask & (apart < config.local_window), local_rope)
-        return _Context(_View(mask, rope), locally, bias, slot)
+        return _Context(positions, _View(mask, rope), locally, bias)
 
     def _layers(self):
         """Number of each layer, and whether it is local."""

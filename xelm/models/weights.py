@@ -19,7 +19,7 @@ from clustering.files import read_object, write_json
 from xelm.models.config import ModelConfig
 from xelm.models.families.family import Family, Tensor
 from xelm.models.layout import Range, join, stored_shape, take
-from xelm.models.parameters import by_path, shapes
+from xelm.models.parameters import by_path, is_weight, shapes, stacked
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -47,19 +47,25 @@ class Weights:
 
     def part(self, path: str, ranges: Sequence[Range], dtype: np.dtype) -> np.ndarray:
         """A part of a parameter: from where to where of each dimension. Reads no more than that."""
-        name, tensor = self._homes[path]
-        if "{}" not in name:
-            return np.ascontiguousarray(self._take(name, tensor, path, ranges), dtype)
+        if not stacked(path):
+            return np.ascontiguousarray(self._take(path, None, ranges), dtype)
         (first, last), rest = ranges[0], ranges[1:]
         target = np.empty((last - first, *(b - a for a, b in rest)), dtype)
         for layer in range(first, last):
-            if name.format(layer) in self._stored:
-                target[layer - first] = self._take(name.format(layer), tensor, path, rest)
-            else:  # the norm that the first layer may lack; nothing reads it
-                target[layer - first] = 1 - self._config.norm_offset
+            target[layer - first] = self._take(path, layer, rest)
         return target
 
-    def _take(self, name, tensor, path, ranges):
+    def turned(self, path: str, layer: int | None, dtype: np.dtype) -> np.ndarray:
+        """A parameter, of one layer where they are stacked, in the layout of inference."""
+        found = self._take(path, layer, [(0, size) for size in self._layers[path]])
+        return np.ascontiguousarray(found.T if is_weight(path) else found, dtype)
+
+    def _take(self, path: str, layer: int | None, ranges: Sequence[Range]) -> np.ndarray:
+        name, tensor = self._homes[path]
+        name = name if layer is None else name.format(layer)
+        if name not in self._stored:
+            # The norm that the first layer may lack; nothing reads it.
+            return np.full([b - a for a, b in ranges], 1 - self._config.norm_offset)
         size = self._config.head_size
         return take(self._stored[name], tensor, path, self._layers, ranges, size)
 
@@ -228,6 +234,4 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _layer_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Shapes of parameters, stacked ones without their layers."""
-    return {
-        path: shape[1:] if path.startswith("blocks/") else shape for path, shape in shapes.items()
-    }
+    return {path: shape[1:] if stacked(path) else shape for path, shape in shapes.items()}

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from functools import partial
 
+import jax
 import numpy as np
 
 from clustering.errors import UserError
@@ -12,25 +12,36 @@ from clustering.files import read_arrays
 from experts.expert import Expert
 from experts.registry import Registry
 from xelm.inference.ensemble import Ensemble
+from xelm.inference.holding import Holding
 from xelm.inference.routing import ROUTINGS, ByLanguage, Posterior, Router, Tfidf, Uniform
 from xelm.inference.sampling import sampling_of
-from xelm.models.checkpoint import load_parameters, read_config
-from xelm.models.config import ModelConfig
+from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.run import Run
 from xelm.runs.training import CENTRE
 
 
 def open_ensemble(
-    run: Run, *, routing: str = "tfidf", top_m: int | None = None, temperature: float | None = None
+    run: Run,
+    *,
+    routing: str = "tfidf",
+    top_m: int | None = None,
+    temperature: float | None = None,
+    dtype: str | None = None,
 ) -> Ensemble:
-    """Every published expert, each loaded when it is first asked."""
+    """Every published expert, each loaded when it is first asked. dtype: of parameters and
+    products; None: bfloat16 on accelerators, float32 on CPUs."""
     experts = published(run)
     model = read_config(run.seed)
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     check_top_m(top_m, len(experts))
     return Ensemble(
         names=[expert.name for expert in experts],
         model=model,
-        parameters=_Parameters([e.directory(run.directory) for e in experts], model),
+        parameters=Holding(
+            [partial(read_for_inference, e.directory(run.directory), model, dtype) for e in experts]
+        ),
+        dtype=dtype,
         router=make_router(run, experts, routing, temperature),
         tokenizer=run.tokenizer(),
         top_m=top_m,
@@ -80,19 +91,3 @@ def serving(registry: Registry, experts: Sequence[Expert]) -> dict[str, int]:
     names = [expert.name for expert in experts]
     tags = dict.fromkeys(tag for expert in experts for tag in expert.languages)
     return {tag: names.index(registry.for_language(tag).name) for tag in tags}
-
-
-class _Parameters(Sequence):
-    """The parameters of checkpoints, each read from disk once, when first asked for."""
-
-    def __init__(self, directories: Sequence[Path], model: ModelConfig):
-        self._directories, self._model = directories, model
-        self._found: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self._directories)
-
-    def __getitem__(self, index: int) -> Any:
-        if index not in self._found:
-            self._found[index] = load_parameters(self._directories[index], self._model)
-        return self._found[index]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from clustering.errors import UserError
@@ -16,9 +17,9 @@ from clustering.files import read_json, sha256, write_json
 from experts.lock import locked
 from xelm import __version__
 from xelm.data.store import LanguageIds, Store
-from xelm.inference.routing import ROUTINGS, Router, keep_largest, mixture
+from xelm.inference.routing import ROUTINGS, Router, mixture, weights_along
 from xelm.inference.scoring import score_documents, targets
-from xelm.models.checkpoint import load_parameters, read_config
+from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
 from xelm.runs.ensembles import check_top_m, make_router, serving
@@ -140,7 +141,7 @@ def _score_all(
     scores: dict[str, dict[str, list[np.ndarray]]] = {}
     with bar(total, "evaluate", "tok") as progress:
         for system, directory in systems.items():
-            parameters = load_parameters(directory, model)
+            parameters = jax.device_put(read_for_inference(directory, model))
             flat = [ids for tag in asked[system] for ids in documents[tag]]
             found = iter(
                 score_documents(
@@ -174,8 +175,8 @@ def _mix(
         wanted = targets(model, np.asarray(ids.document(number), np.int64), end_id)
         silent = np.full(len(wanted), -np.inf, np.float32)
         scores = np.stack([silent if found is None else found[number] for found in by_expert])
-        log_weights = router.route(language).along(wanted, scores)
-        mixed.append(mixture(keep_largest(log_weights, top_m), scores))
+        start = router.start(language)
+        mixed.append(mixture(weights_along(router, start, wanted, scores, top_m), scores))
     return mixed
 
 

@@ -1,0 +1,345 @@
+"""Ensemble inference: experts asked together, beside one dense model, one by one, and transformers.
+
+    python benchmarks/inference.py [--shape 8x512] [--experts 1,4,8,16] [--batches 1,32]
+
+Requests ask for as many new tokens each, greedily, after prompts of one length, and are dealt out
+to the experts in turn, as in traffic of mixed languages. Systems: one dense model in our engine;
+the ensemble with one, two and all experts for each request; the requests of the first one after the
+other, each by the expert that it wants; and transformers, which has each expert continue its
+requests in one batch (LlamaForCausalLM, the same checkpoints). Where all take the same expert or
+the largest token of the same one, the tokens are compared, and must be the same for nine requests
+in ten (products of another shape round otherwise, and random models have many equals).
+
+Ours run in one process and transformers in another, which take turns in every round. The time of a
+system over the dense model's is of the same round: median (smallest to largest). A step of decoding
+reads the parameters of every expert that is asked once: their bytes by the time of a step are a
+bandwidth, beside that of a product of a matrix of half a gigabyte with a vector.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DENSE, ONE_BY_ONE, PEER = "dense", "top-1, one by one", "transformers, top-1"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="8x512", help="layers x width (default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--experts", default="1,4,8,16")
+    parser.add_argument("--batches", default="1,32")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--new", type=int, default=32, help="tokens")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seeds", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.seeds:
+        return _peer(options)
+    counts = [int(n) for n in options.experts.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        _write(options, Path(folder), max(counts))
+        command = [sys.executable, __file__, *sys.argv[1:], "--seeds", folder]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as peer:
+            _compare(options, Path(folder), counts, peer)
+            assert peer.stdin is not None
+            peer.stdin.close()
+
+
+def _write(options: argparse.Namespace, folder: Path, count: int) -> None:
+    from xelm.models.checkpoint import write_checkpoint
+    from xelm.models.parameters import fresh_parameters
+
+    for number in range(count):
+        parameters = fresh_parameters(_shape(options), number)
+        write_checkpoint(folder / str(number), _shape(options), parameters, model_type="llama")
+
+
+def _shape(options: argparse.Namespace) -> Any:
+    from xelm.models.config import ModelConfig
+
+    layers, width = map(int, options.shape.split("x"))
+    return ModelConfig(
+        vocabulary_size=options.vocabulary,
+        width=width,
+        feedforward_width=int(8 * width / 3 / 64) * 64,
+        layer_count=layers,
+        head_count=width // 64,
+        key_head_count=width // 64,
+        head_size=64,
+        max_length=2048,
+    )
+
+
+def _prompts(options: argparse.Namespace, batch: int) -> list[list[int]]:
+    draw = np.random.default_rng(0)
+    return draw.integers(4, options.vocabulary, (batch, options.prompt)).tolist()
+
+
+def _compare(
+    options: argparse.Namespace, folder: Path, counts: list[int], peer: subprocess.Popen
+) -> None:
+    import jax
+
+    from xelm.models.checkpoint import read_for_inference
+
+    config, dtype = _shape(options), options.dtype
+    experts = [
+        jax.device_put(read_for_inference(folder / str(n), config, dtype))
+        for n in range(max(counts))
+    ]
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(experts[0]))
+    limit = _bandwidth()
+    print(
+        f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores; decoder "
+        f"{options.shape}, {config.parameter_count / 1e6:.0f} M parameters, {dtype}; prompts of "
+        f"{options.prompt} tokens, {options.new} new ones; a large matrix times a "
+        f"vector reads {limit / 1e9:.1f} GB/s\n"
+    )
+    print("| requests | experts | system | first token, s | tokens/s | GB/s | time over dense |")
+    print("|---|---|---|---|---|---|---|")
+    for batch in map(int, options.batches.split(",")):
+        prompts = _prompts(options, batch)
+        for count in counts:
+            systems = _systems(options, experts[:count], prompts, peer)
+            found = _rounds(systems, options.rounds)
+            _check(found)
+            for name, runs in found.items():
+                read = size * min(batch * _asked(name, count), count if name != DENSE else 1)
+                if name == ONE_BY_ONE:
+                    read = size * batch
+                _print(options, name, batch, count, runs, found[DENSE], read)
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    held = peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"\nmemory at most, of ours: {held / 1e9:.2f} GB, of which experts "
+        f"{size * len(experts) / 1e9:.2f}; of transformers: {_ask(peer, {})['memory'] / 1e9:.2f} GB"
+    )
+
+
+def _systems(
+    options: argparse.Namespace, experts: list, prompts: list, peer: subprocess.Popen
+) -> dict[str, Any]:
+    """What is timed, by name."""
+    count = len(experts)
+    found = {DENSE: lambda: _ours(options, experts[:1], 1, prompts)}
+    if count > 1:
+        found["top-1"] = lambda: _ours(options, experts, 1, prompts)
+        found["top-2"] = lambda: _ours(options, experts, 2, prompts)
+    if count > 2:
+        found["all"] = lambda: _ours(options, experts, count, prompts)
+    if count > 1 and len(prompts) > 1:
+        found[ONE_BY_ONE] = lambda: _one_by_one(options, experts, prompts)
+    found[PEER] = lambda: _ask(peer, {"batch": len(prompts), "experts": count})
+    return found
+
+
+def _asked(name: str, count: int) -> int:
+    return {"top-2": 2, "all": count}.get(name, 1)
+
+
+def _rounds(systems: dict[str, Any], rounds: int) -> dict[str, list[dict]]:
+    for run in systems.values():
+        run()  # compiles
+    found: dict[str, list[dict]] = {name: [] for name in systems}
+    for number in range(rounds):
+        order = list(systems)
+        for name in order[number % len(order) :] + order[: number % len(order)]:
+            found[name].append(systems[name]())
+    return found
+
+
+def _check(found: dict[str, list[dict]]) -> None:
+    """The same tokens of who asks the same expert."""
+    if "top-1" not in found:
+        found = {"top-1": found[DENSE], **found}
+    wanted = found["top-1"][0]["tokens"]
+    for name in (ONE_BY_ONE, PEER):
+        if name in found:
+            same = np.mean([a == b for a, b in zip(wanted, found[name][0]["tokens"])])
+            if same < 0.9:
+                sys.exit(f"{name} and ours agree on {same:.0%} of the requests")
+
+
+def _print(options, name, batch, count, runs, dense, read) -> None:
+    ratios = [run["total"] / other["total"] for run, other in zip(runs, dense)]
+    first = statistics.median(run["first"] for run in runs)
+    step = statistics.median((run["total"] - run["first"]) / (options.new - 1) for run in runs)
+    print(
+        f"| {batch} | {count} | {name} | {first:.3f} | {batch / step:.1f} | {read / step / 1e9:.1f}"
+        f" | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |",
+        flush=True,
+    )
+
+
+class _Ids:
+    """In the place of a tokenizer: nothing ends a text."""
+
+    end_ids = frozenset()
+
+    def decode(self, ids):
+        return "".join(chr(0x100 + int(number)) for number in ids)
+
+
+class _Dealt:
+    """A router that gives requests to experts in turn: the n-th to `each` from the n-th on."""
+
+    needs_scores, memory = False, 1.0
+
+    def __init__(self, experts: int, each: int):
+        self.experts, self.each = experts, each
+
+    def start(self, language):
+        weights = np.full(self.experts, -np.inf)
+        weights[(int(language) + np.arange(self.each)) % self.experts] = -np.log(self.each)
+        return weights
+
+    def terms(self, ids, scores):
+        return np.zeros((len(ids), self.experts))
+
+    def log_weights(self, states):
+        return states
+
+
+def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0) -> dict:
+    from xelm.inference.ensemble import Ensemble
+    from xelm.inference.generation import generate
+    from xelm.inference.sampling import Sampling
+
+    ensemble = Ensemble(
+        names=[str(n) for n in range(len(experts))],
+        model=_shape(options),
+        parameters=experts,
+        router=_Dealt(len(experts), each),
+        tokenizer=_Ids(),  # pyright: ignore[reportArgumentType]
+        dtype=options.dtype,
+    )
+    told: list[float] = []
+    begun = time.perf_counter()
+    found = generate(
+        ensemble,
+        prompts,
+        Sampling(max_new_tokens=options.new, temperature=0.0),
+        [str(first + n) for n in range(len(prompts))],
+        lambda number, piece: told.append(time.perf_counter()) if not told else None,
+    )
+    total = time.perf_counter() - begun
+    tokens = [list(generation.ids) for generation in found]
+    return {"first": told[0] - begun, "total": total, "tokens": tokens}
+
+
+def _one_by_one(options: Any, experts: list, prompts: list) -> dict:
+    runs = [_ours(options, experts, 1, [ids], number) for number, ids in enumerate(prompts)]
+    return {
+        "first": sum(run["first"] for run in runs),
+        "total": sum(run["total"] for run in runs),
+        "tokens": [run["tokens"][0] for run in runs],
+    }
+
+
+def _bandwidth() -> float:
+    import jax
+    import jax.numpy as jnp
+
+    array, vector = jnp.ones((2**15, 2**12), jnp.float32), jnp.ones(2**12)
+    read = jax.jit(lambda array, vector: array @ vector)
+    read(array, vector).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        begun = time.perf_counter()
+        read(array, vector).block_until_ready()
+        best = min(best, time.perf_counter() - begun)
+    return array.nbytes / best
+
+
+def _ask(peer: subprocess.Popen, question: dict) -> dict:
+    assert peer.stdin is not None and peer.stdout is not None
+    print(json.dumps(question), file=peer.stdin, flush=True)
+    answer = peer.stdout.readline()
+    return json.loads(answer) if answer else sys.exit("transformers ended early")
+
+
+def _peer(options: argparse.Namespace) -> None:
+    """Answers questions, a line each: seconds and tokens of a batch, or memory at most."""
+    import torch
+    import transformers
+    from transformers.generation.streamers import BaseStreamer
+
+    class Clock(BaseStreamer):
+        """When the first token came: the first call is of the prompts."""
+
+        def __init__(self):
+            self.times = []
+
+        def put(self, value):
+            self.times.append(time.perf_counter())
+
+        def end(self):
+            pass
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    transformers.logging.set_verbosity_error()
+    loaded: dict[int, Any] = {}
+
+    def model(number: int) -> Any:
+        if number not in loaded:
+            network = transformers.AutoModelForCausalLM.from_pretrained(
+                f"{options.seeds}/{number}", dtype=getattr(torch, options.dtype)
+            )
+            loaded[number] = network.to(device).eval()
+        return loaded[number]
+
+    def answer(batch: int, experts: int) -> dict:
+        prompts = torch.tensor(_prompts(options, batch), device=device)
+        tokens: list[list[int]] = [[]] * batch
+        begun, first = time.perf_counter(), 0.0
+        for number in range(min(experts, batch)):
+            clock, own = Clock(), range(number, batch, experts)
+            started = time.perf_counter()
+            with torch.no_grad():
+                found = model(number).generate(
+                    prompts[list(own)],
+                    attention_mask=torch.ones_like(prompts[list(own)]),
+                    do_sample=False,
+                    max_new_tokens=options.new,
+                    min_new_tokens=options.new,
+                    pad_token_id=0,
+                    eos_token_id=None,
+                    streamer=clock if len(own) == 1 else None,
+                )
+            if len(own) == 1:
+                first += clock.times[1] - started
+            for row, request in zip(found[:, options.prompt :].tolist(), own):
+                tokens[request] = row
+        total = time.perf_counter() - begun
+        # A streamer takes one request at a time.
+        return {"first": first or float("nan"), "total": total, "tokens": tokens}
+
+    for line in sys.stdin:
+        question = json.loads(line)
+        if question:
+            print(json.dumps(answer(**question)), flush=True)
+            continue
+        held = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if device == "cuda":
+            held = torch.cuda.max_memory_allocated()
+        print(json.dumps({"memory": held}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

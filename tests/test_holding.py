@@ -1,0 +1,62 @@
+"""Experts on the device: those asked last, within the memory that was given."""
+
+import numpy as np
+import pytest
+
+from xelm.inference.holding import Holding
+
+COUNT, BYTES = 4, 400
+
+
+@pytest.fixture
+def loaded():
+    """Of which experts were read from disk, in order."""
+    return []
+
+
+def holding(loaded, **room):
+    def load(number):
+        loaded.append(number)
+        return {"weight": np.full(BYTES // 4, number, np.float32)}
+
+    return Holding([lambda n=n: load(n) for n in range(COUNT)], **room)
+
+
+def value(parameters):
+    return int(parameters["weight"][0])
+
+
+def test_nothing_is_read_before_it_is_asked_for_and_then_once(loaded):
+    held = holding(loaded)
+    assert len(held) == COUNT and loaded == []
+    assert [value(held[2]), value(held[2]), value(held[-1])] == [2, 2, 3]
+    assert loaded == [2, 3]
+    with pytest.raises(IndexError):
+        held[COUNT]
+
+
+def test_the_one_asked_longest_ago_leaves_for_the_host_and_then_for_the_disk(loaded):
+    held = holding(loaded, device_bytes=2 * BYTES, host_bytes=BYTES)
+    assert [value(held[n]) for n in (0, 1, 0, 2)] == [0, 1, 0, 2]
+    assert (held.on_device, held.on_host) == ((0, 2), (1,))
+    assert value(held[3]) == 3
+    # The host has room for one: 1 was there longest.
+    assert (held.on_device, held.on_host) == ((2, 3), (0,))
+    assert value(held[0]) == 0 and loaded == [0, 1, 2, 3]
+    assert (held.on_device, held.on_host) == ((3, 0), (2,))
+    assert value(held[1]) == 1 and loaded == [0, 1, 2, 3, 1]
+
+
+def test_an_expert_larger_than_all_room_is_there_alone(loaded):
+    held = holding(loaded, device_bytes=BYTES - 1, host_bytes=BYTES - 1)
+    assert [value(held[n]) for n in (0, 1, 0)] == [0, 1, 0]
+    assert (held.on_device, held.on_host, loaded) == ((0,), (), [0, 1, 0])
+
+
+def test_one_that_cannot_be_read_leaves_the_others_where_they_are(loaded):
+    held = holding(loaded, device_bytes=2 * BYTES)
+    held._loaders[3] = lambda: 1 / 0
+    assert [value(held[n]) for n in (0, 1)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        held[3]
+    assert held.on_device == (0, 1)

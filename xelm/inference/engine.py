@@ -1,0 +1,217 @@
+"""Texts that grow side by side, token by token, each by the experts that carry weight for it.
+
+A step asks every expert once, for all the texts for which it has weight: requests in many languages
+are sorted by expert, not looped over. Texts come and go at any step.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from xelm.inference.decoding import Reader, padded
+from xelm.inference.routing import keep_largest, states_along
+from xelm.inference.sampling import Sampling, choose, penalised
+
+if TYPE_CHECKING:
+    from xelm.inference.ensemble import Ensemble
+
+GREEDY = Sampling(temperature=0.0)
+"""Of rows without a text."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Text:
+    """One that grows."""
+
+    ids: list[int]
+    """Of all of it."""
+    sampling: Sampling
+    """How its tokens are drawn."""
+    number: int
+    """Among the texts of its request."""
+    row: int
+    """Of the engine's arrays."""
+    state: Float[np.ndarray, " Z"]
+    """The router's, after the first `heard` ids."""
+    heard: int = 1
+    """The first id starts every text, and says nothing."""
+    drawn: int = 0
+    """Tokens that were added."""
+    rows: dict[int, int] = field(default_factory=dict)
+    """Expert that has read some of it -> the row there."""
+
+
+class Step(NamedTuple):
+    """One more token of a text."""
+
+    text: Text
+    token: int
+    weights: Float[np.ndarray, " E"]
+    """Of the experts, for this token."""
+
+
+class Engine:
+    """What is in play of an ensemble. An expert reads a text only while it carries weight there,
+    and then all that it has not read yet."""
+
+    def __init__(self, ensemble: "Ensemble"):
+        self.texts: list[Text] = []
+        """In the order in which they came."""
+        self._ensemble = ensemble
+        self._readers: dict[int, Reader] = {}
+        self._rows = self._slots = 0
+
+    def reserve(self, texts: int, tokens: int) -> None:
+        """Says how many texts there will be and how long they will be at most, so that memory is
+        taken at once instead of step by step."""
+        self._rows, self._slots = max(self._rows, padded(texts)), max(self._slots, tokens)
+
+    def add(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        language: str | None = None,
+        number: int = 0,
+    ) -> Text:
+        """A text to be continued, from the next step on."""
+        taken = {text.row for text in self.texts}
+        row = next(row for row in range(len(taken) + 1) if row not in taken)
+        self.reserve(row + 1, 0)
+        text = Text(
+            ids=list(ids),
+            sampling=sampling,
+            number=number,
+            row=row,
+            state=self._ensemble.router.start(language),
+        )
+        self.texts.append(text)
+        return text
+
+    def remove(self, text: Text) -> None:
+        """Ends a text; its place is free."""
+        self.texts.remove(text)
+        for expert, row in text.rows.items():
+            self._readers[expert].leave(row)
+        text.rows.clear()
+
+    def step(self) -> list[Step]:
+        """Adds a token to every text."""
+        distribution, weights = self.following()
+        by_row = {text.row: text for text in self.texts}
+        texts = [by_row.get(row) for row in range(self._rows)]
+        tokens = np.asarray(
+            choose(
+                distribution,
+                [text.sampling if text else GREEDY for text in texts],
+                [text.drawn if text else 0 for text in texts],
+                [text.number if text else 0 for text in texts],
+            )
+        )
+        steps = []
+        for text, spoken in zip(self.texts, weights):
+            self.append(text, int(tokens[text.row]))
+            steps.append(Step(text, text.ids[-1], spoken))
+        return steps
+
+    def append(self, text: Text, token: int) -> None:
+        """Adds this token to a text."""
+        text.ids.append(token)
+        text.drawn += 1
+
+    def following(self) -> tuple[Float[Array, "B V"], Float[np.ndarray, "texts E"]]:
+        """Log probabilities of the next token, by the `row` of each text (of rows without one they
+        mean nothing), and the weights of the experts for each text."""
+        log_weights = self._log_weights()
+        mixed = _nothing(self._rows, self._ensemble.model.vocabulary_size)
+        penalties = self._penalties()
+        for expert in np.flatnonzero(np.isfinite(log_weights).any(axis=0)).tolist():
+            asked = np.flatnonzero(np.isfinite(log_weights[:, expert]))
+            texts = [self.texts[number] for number in asked]
+            self._read(expert, texts)
+            reader = self._readers[expert]
+            # By row of the reader; a row that is not asked is written nowhere.
+            places = np.full(len(reader.begun), self._rows, np.int32)
+            weights = np.zeros(len(reader.begun), np.float32)
+            for text, weight in zip(texts, log_weights[asked, expert]):
+                places[text.rows[expert]] = text.row
+                weights[text.rows[expert]] = weight
+            mixed = _added(mixed, reader.logits, places, weights, *penalties)
+        return mixed, np.exp(log_weights)
+
+    def _log_weights(self) -> Float[np.ndarray, "texts E"]:
+        """Of the next token of each text, after the router has heard all of it."""
+        router, experts = self._ensemble.router, len(self._ensemble.names)
+        heard: list[np.ndarray | None] = [None] * len(self.texts)
+        if router.needs_scores:
+            heard = list(np.zeros((len(self.texts), experts, 0)))
+            found = [self._read(expert, self.texts, scored=True) for expert in range(experts)]
+            heard = [np.stack(scores) for scores in zip(*found)]
+        for text, scores in zip(self.texts, heard):
+            if text.heard < len(text.ids):
+                new = np.asarray(text.ids[text.heard :])
+                scores = None if scores is None else scores[:, -len(new) :]
+                text.state = states_along(router, text.state, new, scores)[-1]
+                text.heard = len(text.ids)
+        states = [text.state for text in self.texts]
+        log_weights = router.log_weights(np.stack(states)) if states else np.zeros((0, experts))
+        return keep_largest(log_weights, self._ensemble.top_m)
+
+    def _read(
+        self, expert: int, texts: Sequence[Text], *, scored: bool = False
+    ) -> list[np.ndarray]:
+        """Has an expert read what it has not read of some texts; if `scored`, with the log
+        probability of each token."""
+        if expert not in self._readers:
+            parameters = functools.partial(self._ensemble.parameters.__getitem__, expert)
+            reader = Reader(self._ensemble.model, parameters, self._ensemble.dtype)
+            self._readers[expert] = reader
+        reader = self._readers[expert]
+        new = [text for text in texts if expert not in text.rows]
+        # Only now, and for all at once: most experts never see most texts.
+        reader.reserve(len(new), self._slots if new else 0)
+        for text in new:
+            text.rows[expert] = reader.enter()
+        unread = {
+            text.rows[expert]: np.asarray(text.ids[reader.begun[text.rows[expert]] :], np.int32)
+            for text in texts
+        }
+        found = reader.read(unread, scored=scored)
+        return [found[text.rows[expert]] for text in texts] if scored else []
+
+    def _penalties(self):
+        """The tokens that each row's text has, and what they are penalised by; nothing, if none
+        is."""
+        if all(text.sampling.repetition_penalty == 1 for text in self.texts):
+            return None, None
+        longest = padded(max(len(text.ids) for text in self.texts))
+        ids = np.full((self._rows, longest), self._ensemble.model.vocabulary_size, np.int32)
+        penalties = np.ones(self._rows, np.float32)
+        for text in self.texts:
+            ids[text.row, : len(text.ids)] = text.ids
+            penalties[text.row] = text.sampling.repetition_penalty
+        return ids, penalties
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _nothing(rows: int, vocabulary: int) -> Array:
+    return jnp.full((rows, vocabulary), -jnp.inf)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _added(mixed, logits, rows, log_weights, ids, penalties):
+    """log(exp(mixed) + w p) in some rows."""
+    if ids is not None:
+        at = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
+        seen = jnp.zeros(logits.shape, bool)
+        seen = seen.at[jnp.arange(len(logits))[:, None], at(ids)].set(True, mode="drop")
+        logits = penalised(logits, seen, at(penalties))
+    weighted = log_weights[:, None] + jax.nn.log_softmax(logits)
+    before = mixed.at[rows].get(mode="clip")
+    return mixed.at[rows].set(jnp.logaddexp(before, weighted), mode="drop")
