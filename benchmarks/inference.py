@@ -197,7 +197,7 @@ class _Ids:
 class _Dealt:
     """A router that gives requests to experts in turn: the n-th to `each` from the n-th on."""
 
-    needs_scores, memory = False, 1.0
+    memory = 1.0
 
     def __init__(self, experts: int, each: int):
         self.experts, self.each = experts, each
@@ -207,10 +207,13 @@ class _Dealt:
         weights[(int(language) + np.arange(self.each)) % self.experts] = -np.log(self.each)
         return weights
 
-    def terms(self, ids, scores):
+    def terms(self, before, ids):
         return np.zeros((len(ids), self.experts))
 
-    def log_weights(self, states):
+    def asks(self, states):
+        return np.zeros(len(states), bool)
+
+    def log_weights(self, states, evidence):
         return states
 
 

@@ -11,11 +11,13 @@ from xelm.inference.decoding import CHUNK, Reader
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.routing import (
+    Abstaining,
     ByLanguage,
     Posterior,
     Tfidf,
-    Uniform,
     mixture,
+    states_along,
+    uniform,
     weights_along,
 )
 from xelm.inference.sampling import Sampling
@@ -25,6 +27,7 @@ from xelm.models.parameters import bind_layers, for_inference, fresh_parameters,
 from xelm.runs.run import open_run
 
 EXPERTS, LENGTH = 3, 32
+PRIOR = np.log(np.array([0.2, 0.5, 0.3]))
 PROMPT = "abcd efg"
 
 
@@ -52,11 +55,24 @@ def routers(run):
     vectoriser = run.vectoriser()
     centres = np.random.default_rng(0).normal(size=(EXPERTS, vectoriser.dimensions)) / 3
     return {
-        "uniform": Uniform(experts=EXPERTS),
+        "uniform": uniform(EXPERTS),
         "language": ByLanguage(experts=EXPERTS, serving={"en": 1, "de": 0}),
         "tfidf": Tfidf(vectoriser=vectoriser, centres=centres, temperature=0.3),
-        "posterior": Posterior(prior=np.log(np.array([0.2, 0.5, 0.3]))),
+        "posterior": Posterior(prior=PRIOR),
+        "forgetful": Posterior(prior=PRIOR, memory=0.8),
+        # Of the positions that TF-IDF is not sure of, which some are.
+        "abstaining": Abstaining(
+            router=Tfidf(vectoriser=vectoriser, centres=centres, temperature=0.3),
+            threshold=0.45,
+            prior=PRIOR,
+        ),
     }
+
+
+def along(router, language, ids, scores, top_m=None):
+    """Log weights before every token of a text."""
+    states = states_along(router, router.start(language), ids)
+    return weights_along(router, states, scores, np.arange(len(ids)), top_m)
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +180,9 @@ def test_one_expert_equals_the_plain_model(ensemble, documents, alone, routers):
     found = texts(ensemble, documents)
     ids = ensemble.tokenizer.encode(found)
     for parameters in ensemble.parameters:
-        one = replace(
-            ensemble, names=["a"], parameters=[parameters], router=Uniform(experts=1)
-        ).score(found)
+        one = replace(ensemble, names=["a"], parameters=[parameters], router=uniform(1)).score(
+            found
+        )
         wanted = [-alone(parameters, document, LENGTH).sum() for document in ids]
         np.testing.assert_allclose(one.nats, wanted, rtol=1e-4)
         assert one.tokens.tolist() == [len(document) + 1 for document in ids]
@@ -180,7 +196,7 @@ def test_equal_experts_are_one_of_them(ensemble, experts, documents, routers, ro
     equal = replace(
         ensemble, parameters=[experts[1]] * EXPERTS, router=routers[routing], top_m=top_m
     )
-    one = replace(ensemble, names=["b"], parameters=experts[1:2], router=Uniform(experts=1))
+    one = replace(ensemble, names=["b"], parameters=experts[1:2], router=uniform(1))
     languages = ["en"] * len(found)
     np.testing.assert_allclose(equal.score(found, languages).nats, one.score(found).nats, rtol=1e-5)
     if top_m is None:
@@ -193,16 +209,14 @@ def test_hard_weights_are_that_expert(ensemble, experts, documents, routers):
     found = texts(ensemble, documents)
     hard = replace(ensemble, router=routers["language"]).score(found, ["de", "en"] * 5 + ["de"])
     for expert, name, language in ((0, "a", "de"), (1, "b", "en")):
-        one = replace(
-            ensemble, names=[name], parameters=[experts[expert]], router=Uniform(experts=1)
-        )
+        one = replace(ensemble, names=[name], parameters=[experts[expert]], router=uniform(1))
         mine = slice(0, None, 2) if language == "de" else slice(1, None, 2)
         np.testing.assert_allclose(hard.nats[mine], one.score(found).nats[mine], rtol=1e-5)
         np.testing.assert_array_equal(hard.weights[name][mine], 1.0)
     np.testing.assert_array_equal(hard.weights["c"], 0.0)
 
 
-@pytest.mark.parametrize("routing", ["uniform", "tfidf", "posterior"])
+@pytest.mark.parametrize("routing", ["uniform", "tfidf", "posterior", "abstaining"])
 @pytest.mark.parametrize("top_m", [None, 1, 2])
 def test_the_score_is_the_explicit_sum(ensemble, documents, routers, routing, top_m):
     found = texts(ensemble, documents)
@@ -211,9 +225,7 @@ def test_the_score_is_the_explicit_sum(ensemble, documents, routers, routing, to
     by_expert = [scored(ensemble.model, p, ids) for p in ensemble.parameters]
     for number, document in enumerate(ids):
         logs = np.stack([found[number] for found in by_expert]).astype(np.float64)
-        router = routers[routing]
-        weights = weights_along(router, router.start(None), np.append(document, 2), logs)
-        weights = np.exp(weights).astype(np.float64)
+        weights = np.exp(along(routers[routing], None, np.append(document, 2), logs))
         if top_m is not None:
             weakest = np.argsort(-weights, axis=1, kind="stable")[:, top_m:]
             np.put_along_axis(weights, weakest, 0.0, axis=1)
@@ -241,7 +253,7 @@ def test_an_expert_without_weight_is_not_asked(ensemble, experts, routers):
             return list.__getitem__(self, index)
 
     hard = replace(ensemble, parameters=Refusing(experts), router=routers["language"])
-    one = replace(ensemble, names=["b"], parameters=experts[1:2], router=Uniform(experts=1))
+    one = replace(ensemble, names=["b"], parameters=experts[1:2], router=uniform(1))
     texts = ["abc abc", "defg"]
     np.testing.assert_allclose(hard.score(texts, ["en"] * 2).nats, one.score(texts).nats, rtol=1e-5)
     said = hard.generate(PROMPT, max_new_tokens=3, temperature=0.0, language="en")
@@ -298,7 +310,7 @@ def test_long_texts_are_read_in_chunks(model, experts, length):
 
 @pytest.mark.parametrize(
     ("routing", "top_m"),
-    [("language", None)]
+    [("language", None), ("forgetful", None), ("abstaining", None), ("abstaining", 1)]
     + [(name, m) for name in ("uniform", "tfidf", "posterior") for m in (None, 1, 2)],
 )
 def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routing, top_m):
@@ -331,10 +343,10 @@ def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routin
         assert len(ids) == len(prompts[number]) - 1 + len(given[number])
         scores = np.stack([scored(ensemble.model, p, [ids])[0] for p in ensemble.parameters])
         scores = scores[:, :-1]
-        along = weights_along(router, router.start(language), ids, scores, top_m)
+        wanted = along(router, language, ids, scores, top_m)
         for position, (value, weights) in enumerate(given[number], len(prompts[number]) - 1):
-            np.testing.assert_allclose(weights, np.exp(along[position]), atol=1e-4)
-            expected = mixture(along[position : position + 1], scores[:, position : position + 1])
+            np.testing.assert_allclose(weights, np.exp(wanted[position]), atol=1e-4)
+            expected = mixture(wanted[position : position + 1], scores[:, position : position + 1])
             assert value == pytest.approx(expected[0], abs=1e-4)
 
 
@@ -441,7 +453,7 @@ def test_more_experts_than_there_are_cannot_be_asked(run, top_m):
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_router_without_warmth_is_refused(run, temperature):
-    with pytest.raises(UserError, match="routing must be above 0; got"):
+    with pytest.raises(UserError, match="wants a temperature and a distance power above 0; got"):
         run.ensemble("tfidf", temperature=temperature)
 
 

@@ -18,7 +18,7 @@ from clustering.errors import UserError
 from xelm.data import tokenizer as tokenizers
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import Reply, generate
-from xelm.inference.routing import Uniform
+from xelm.inference.routing import uniform
 from xelm.inference.sampling import Sampling
 from xelm.models.checkpoint import load_model, read_config
 from xelm.models.parameters import for_inference, parameters_of
@@ -44,7 +44,7 @@ def alone(directory, **options):
         names=["one"],
         model=model.config,
         parameters=[for_inference(parameters_of(model))],
-        router=Uniform(experts=1),
+        router=uniform(1),
         tokenizer=Letters(),  # ty: only what generating needs
         **options,
     )

@@ -249,7 +249,7 @@ MISTAKES = [
     ("evaluate run --corpus corpus --routing oracle", "routing must be one of .*'oracle'"),
     ("evaluate run --corpus corpus --top-m 0", "top_m must be between 1 and 2 experts; got 0"),
     ("evaluate run --corpus corpus --max-documents 0", "max_documents must be at least 1; got 0"),
-    ("evaluate run --corpus corpus --router-temperature 0", "must be above 0; got 0"),
+    ("evaluate run --corpus corpus --router-temperature 0", "above 0; got 0.0 and"),
     ("generate run \udcff", "an argument is not UTF-8: '\\udcff'"),
     ("generate seeded x", "seeded has no published expert yet; run: xelm train seeded --all"),
     ("generate run x --top-m 3", "top_m must be between 1 and 2 experts; got 3"),

@@ -4,16 +4,20 @@ import numpy as np
 import pytest
 
 from clustering.errors import UserError
+from clustering.identify import BUCKETS, Identifier
 from clustering.vectoriser import Vectoriser
 from xelm.inference import routing
 from xelm.inference.routing import (
+    Abstaining,
     ByLanguage,
+    Detected,
     Posterior,
     Tfidf,
-    Uniform,
+    evidence_along,
     keep_largest,
     mixture,
     states_along,
+    uniform,
     weights_along,
 )
 
@@ -28,34 +32,55 @@ PRIOR = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
 IDS = DRAW.integers(0, VOCABULARY, TOKENS)
 SCORES = np.log(DRAW.uniform(0.01, 1, (EXPERTS, TOKENS)))
 
+TFIDF = Tfidf(vectoriser=VECTORISER, centres=CENTRES)
+IDENTIFIER = Identifier(
+    languages=("de", "el", "tr"),
+    log_likelihoods=DRAW.normal(size=(BUCKETS, 3)).astype(np.float32),
+    temperature=3.0,
+)
+PIECES = [chr(0x40 + number) * (number % 3 + 1) for number in range(VOCABULARY)]
 ROUTERS = {
-    "uniform": Uniform(experts=EXPERTS),
+    "uniform": uniform(EXPERTS),
     "language": ByLanguage(experts=EXPERTS, serving={"de": 2, "el": 0}),
-    "tfidf": Tfidf(vectoriser=VECTORISER, centres=CENTRES),
+    "detected": Detected(
+        experts=EXPERTS, identifier=IDENTIFIER, pieces=PIECES, serving={"de": 2, "el": 0, "tr": 2}
+    ),
+    "tfidf": TFIDF,
     "tfidf, warm": Tfidf(vectoriser=VECTORISER, centres=CENTRES, temperature=2.0),
     "tfidf, as the authors": Tfidf(vectoriser=VECTORISER, centres=CENTRES, distance_power=4.0),
     "posterior": Posterior(prior=PRIOR),
+    "posterior, forgetful": Posterior(prior=PRIOR, memory=0.9),
+    "abstaining": Abstaining(router=TFIDF, threshold=0.9, prior=PRIOR),
 }
 
 
-def along(router, ids=IDS, scores=SCORES, language="de"):
-    return weights_along(router, router.start(language), ids, scores)
+def along(router, ids=IDS, scores=SCORES, language=None):
+    """Log weights before every token of a text."""
+    states = states_along(router, router.start(language), ids)
+    return weights_along(router, states, scores, np.arange(len(ids)))
+
+
+def at_language(name):
+    return "de" if name == "language" else None
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_weights_along_a_text_are_those_of_the_text_as_it_grows(name):
-    router = ROUTERS[name]
-    whole, state = along(router), router.start("de")
+    router, language = ROUTERS[name], at_language(name)
+    whole = along(router, language=language)
+    state, evidence = router.start(language), np.zeros(EXPERTS)
     for position in range(TOKENS):
-        found = router.log_weights(state[None])[0]
+        asked = router.asks(state[None])[0]
+        found = router.log_weights(state[None], evidence[None] * asked)[0]
         np.testing.assert_allclose(found, whole[position], atol=1e-9)
-        new = slice(position, position + 1)
-        state = states_along(router, state, IDS[new], SCORES[:, new])[-1]
+        new = IDS[position : position + 1]
+        state = state + router.terms(IDS[:position], new)[0]
+        evidence = router.memory * evidence + SCORES[:, position]
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_weights_sum_to_one(name):
-    weights = along(ROUTERS[name])
+    weights = along(ROUTERS[name], language=at_language(name))
     assert weights.shape == (TOKENS, EXPERTS)
     np.testing.assert_allclose(np.exp(weights).sum(axis=1), 1.0, rtol=1e-6)
 
@@ -64,14 +89,14 @@ def test_weights_sum_to_one(name):
 def test_a_weight_knows_only_what_came_before(name):
     ids, scores = IDS.copy(), SCORES.copy()
     ids[12:], scores[:, 12:] = 0, -9.0
-    other = along(ROUTERS[name], ids, scores)
-    np.testing.assert_allclose(other[:13], along(ROUTERS[name])[:13], atol=1e-9)
+    other = along(ROUTERS[name], ids, scores, at_language(name))
+    whole = along(ROUTERS[name], language=at_language(name))
+    np.testing.assert_allclose(other[:13], whole[:13], atol=1e-9)
 
 
 def test_a_state_is_left_as_it_was():
-    router = ROUTERS["tfidf"]
-    state = router.start(None)
-    states_along(router, state, IDS, None)
+    state = TFIDF.start(None)
+    states_along(TFIDF, state, IDS)
     assert not state.any()
 
 
@@ -80,7 +105,7 @@ def test_uniform_weighs_all_alike():
 
 
 def test_a_language_goes_to_the_expert_that_serves_it():
-    weights = np.exp(along(ROUTERS["language"]))
+    weights = np.exp(along(ROUTERS["language"], language="de"))
     np.testing.assert_array_equal(weights, np.tile([0.0, 0.0, 1.0, 0.0], (TOKENS, 1)))
 
 
@@ -136,8 +161,8 @@ def test_the_posterior_is_that_of_bayes():
     # neither, the third has probability .5 and .1.
     likelihoods = np.array([[0.4, 0.2, 0.5], [0.1, 0.2, 0.1]])
     router = Posterior(prior=np.log([0.25, 0.75]))
-    states = states_along(router, router.start(None), np.array([5, 6, 7]), np.log(likelihoods))
-    weights = np.exp(router.log_weights(states))
+    evidence = evidence_along(router, np.log(likelihoods))
+    weights = np.exp(router.log_weights(np.zeros((4, 0)), evidence))
     wanted = [[1 / 4, 3 / 4], [4 / 7, 3 / 7], [4 / 7, 3 / 7], [20 / 23, 3 / 23]]
     np.testing.assert_allclose(weights, wanted)
 
@@ -147,7 +172,7 @@ def test_a_posterior_that_forgets_counts_what_lies_back_less():
     found = along(router)
     for position in range(TOKENS):
         powers = 0.9 ** np.arange(position - 1, -1, -1)
-        joint = 0.9**position * PRIOR + SCORES[:, :position] @ powers
+        joint = PRIOR + SCORES[:, :position] @ powers
         weights = np.exp(joint - joint.max())
         np.testing.assert_allclose(np.exp(found[position]), weights / weights.sum(), rtol=1e-9)
 
@@ -162,6 +187,54 @@ def test_under_the_posterior_the_mixture_is_the_evidence_of_the_whole_text():
     weights = along(ROUTERS["posterior"])
     evidence = np.log(np.sum(np.exp(PRIOR + SCORES.sum(axis=1))))
     assert mixture(weights, SCORES).sum() == pytest.approx(evidence, rel=1e-9)
+
+
+def test_what_is_detected_weighs_the_experts_by_their_languages():
+    """Of two languages one expert has both weights; one that nobody serves is all's alike."""
+    for serving in ({"de": 2, "el": 0, "tr": 2}, {"de": 3, "el": 1}):
+        router = Detected(experts=EXPERTS, identifier=IDENTIFIER, pieces=PIECES, serving=serving)
+        found = np.exp(along(router))
+        for position in (0, 1, 7, TOKENS - 1):
+            text = "".join(PIECES[i] for i in IDS[:position])
+            shares = np.exp(IDENTIFIER.log_probabilities(text))
+            wanted = np.zeros(EXPERTS)
+            for tag, share in zip(("de", "el", "tr"), shares):
+                wanted += share * (
+                    np.eye(EXPERTS)[serving[tag]] if tag in serving else np.full(EXPERTS, 0.25)
+                )
+            np.testing.assert_allclose(found[position], wanted, rtol=1e-5)
+
+
+def test_a_language_that_is_given_need_not_be_detected():
+    weights = np.exp(along(ROUTERS["detected"], language="deu"))
+    np.testing.assert_allclose(weights, np.tile([0.0, 0.0, 1.0, 0.0], (TOKENS, 1)), atol=1e-9)
+
+
+def test_a_router_that_is_not_sure_leaves_it_to_the_posterior():
+    sure = np.exp(along(TFIDF)).max(axis=1) >= 0.9
+    assert 0 < sure.sum() < TOKENS
+    found = along(ROUTERS["abstaining"])
+    np.testing.assert_array_equal(found[sure], along(TFIDF)[sure])
+    np.testing.assert_allclose(found[~sure], along(ROUTERS["posterior"])[~sure])
+    states = states_along(TFIDF, TFIDF.start(None), IDS)[:-1]
+    np.testing.assert_array_equal(ROUTERS["abstaining"].asks(states), ~sure)
+
+
+def test_a_router_that_is_not_sure_leaves_it_to_the_model_behind_the_experts():
+    router = Abstaining(router=TFIDF, threshold=0.9, fallback=EXPERTS)
+    states = states_along(TFIDF, TFIDF.start(None), IDS)[:-1]
+    assert not router.asks(states).any()
+    found = np.exp(router.log_weights(states, np.zeros((TOKENS, EXPERTS + 1))))
+    alone = np.exp(along(TFIDF))
+    sure = alone.max(axis=1) >= 0.9
+    np.testing.assert_array_equal(found[sure], np.pad(alone[sure], ((0, 0), (0, 1))))
+    np.testing.assert_array_equal(found[~sure], np.tile(np.eye(5)[4], (sum(~sure), 1)))
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
+def test_a_threshold_that_means_nothing_is_refused(threshold):
+    with pytest.raises(UserError, match="a threshold must be between 0 and 1; got"):
+        Abstaining(router=TFIDF, threshold=threshold, prior=PRIOR)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -201,5 +274,7 @@ def test_a_mixture_is_the_sum_of_weighted_probabilities():
 
 def test_the_command_line_offers_every_router():
     from xelm.commands import asking
+    from xelm.runs import evaluation
 
     assert tuple(routing.ROUTINGS) == asking.ROUTINGS
+    assert tuple(evaluation.EVALUATED) == asking.EVALUATED

@@ -10,7 +10,7 @@ from shared import LANGUAGES, NAMES, documents_of
 from transformers import AutoModelForCausalLM
 
 from xelm import open_run
-from xelm.runs.evaluation import evaluate
+from xelm.runs.evaluation import EVALUATED, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def evaluated(xelm, tiny, tmp_path_factory):
 
 def test_every_system_is_evaluated_on_every_language(evaluated):
     systems = [("seed", None), ("dense", None), ("en-es", None), ("de-fr", None)]
-    systems += [("ensemble", name) for name in ("language", "tfidf", "uniform", "posterior")]
+    systems += [("ensemble", name) for name in EVALUATED]
     assert set(evaluated[1]) == {(*system, tag) for system in systems for tag in LANGUAGES}
 
 

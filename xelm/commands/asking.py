@@ -4,11 +4,16 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 from clustering.errors import UserError
 from xelm.commands.options import Verb, add_json, names, print_json
 
-ROUTINGS = ("language", "tfidf", "uniform", "posterior")
+if TYPE_CHECKING:
+    from xelm.inference.ensemble import Ensemble
+
+ROUTINGS = ("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed")
+EVALUATED = ("language", "detected", "tfidf", "learned", "posterior")
 
 
 def _evaluate_options(verb: argparse.ArgumentParser) -> None:
@@ -17,12 +22,14 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--routing",
         type=names,
-        default=ROUTINGS,
+        default=EVALUATED,
         metavar="A,B",
-        help=f"of {', '.join(ROUTINGS)} (default: all); by language alone is the quickest",
+        help=f"of {', '.join(ROUTINGS[:-1])} (default: {', '.join(EVALUATED)}); language alone is "
+        "the quickest",
     )
     verb.add_argument("--max-documents", type=int, metavar="N", help="of each language")
-    _router(verb)
+    verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
+    _temperature(verb)
     add_json(verb)
 
 
@@ -70,16 +77,18 @@ def _generate_options(verb: argparse.ArgumentParser) -> None:
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
     verb.add_argument("--random-seed", type=int, default=0, metavar="N")
+    verb.add_argument(
+        "--route-per",
+        choices=("token", "prompt"),
+        default="token",
+        help="when the router decides: before every token (default), or once after the prompt",
+    )
     _router(verb)
     add_json(verb)
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from xelm.runs.run import open_run
-
-    ensemble = open_run(options.run).ensemble(
-        _chosen_routing(options), top_m=options.top_m, temperature=options.router_temperature
-    )
+    ensemble = _ensemble(options, options.route_per)
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
 
     # With its first piece, so that nothing is shown of a prompt that is refused.
@@ -120,11 +129,7 @@ def _fill_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _fill(options: argparse.Namespace) -> None:
-    from xelm.runs.run import open_run
-
-    ensemble = open_run(options.run).ensemble(
-        _chosen_routing(options), top_m=options.top_m, temperature=options.router_temperature
-    )
+    ensemble = _ensemble(options)
     filling = ensemble.fill(options.text, count=options.count, language=options.language)
     if options.json:
         masks = [[guess._asdict() for guess in guesses] for guesses in filling.masks]
@@ -151,18 +156,81 @@ def _routing(verb: argparse.ArgumentParser, text: str) -> None:
 
 def _chosen_routing(options: argparse.Namespace) -> str:
     routing = options.routing or ("tfidf" if options.language is None else "language")
-    if options.language is not None and routing != "language":
+    if options.language is not None and routing not in ("language", "detected"):
         raise UserError("--language goes with --routing language")
     return routing
 
 
 def _router(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
+    _temperature(verb)
+    verb.add_argument(
+        "--distance-power",
+        type=float,
+        metavar="P",
+        help="of TF-IDF routing (default: 2; the authors' code has 4)",
+    )
+    verb.add_argument(
+        "--memory",
+        type=float,
+        metavar="X",
+        help="of the posterior: a token counts by this to the power of how far it lies back",
+    )
+    verb.add_argument(
+        "--weights", type=_weights, metavar="A=X,B=Y", help="of experts, for fixed routing"
+    )
+    verb.add_argument(
+        "--abstain",
+        type=float,
+        metavar="X",
+        help="leave it to others where no expert's weight reaches this",
+    )
+    verb.add_argument(
+        "--abstain-to",
+        choices=("posterior", "seed", "dense"),
+        default="posterior",
+        help="to whom (default: posterior)",
+    )
+
+
+def _temperature(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--router-temperature",
         type=float,
         metavar="X",
         help="of TF-IDF routing; small trusts the nearest expert alone",
+    )
+
+
+def _weights(text: str) -> dict[str, float]:
+    """Of "en=.7,de=.3"."""
+    found = {}
+    for part in names(text):
+        name, separator, weight = part.partition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise argparse.ArgumentTypeError(f"weights such as en=.7,de=.3 wanted; got {part!r}")
+    return found
+
+
+def _ensemble(
+    options: argparse.Namespace, route_per: Literal["token", "prompt"] = "token"
+) -> "Ensemble":
+    from xelm.runs.run import open_run
+
+    return open_run(options.run).ensemble(
+        _chosen_routing(options),
+        options.top_m,
+        temperature=options.router_temperature,
+        distance_power=options.distance_power,
+        memory=options.memory,
+        weights=options.weights,
+        abstain=options.abstain,
+        abstain_to=options.abstain_to,
+        route_per=route_per,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from xelm.inference.decoding import Reader, padded
-from xelm.inference.routing import keep_largest, states_along
+from xelm.inference.routing import keep_largest
 from xelm.inference.sampling import Sampling, choose, penalised
 
 if TYPE_CHECKING:
@@ -41,10 +41,16 @@ class Text:
     """The router's, after the first `heard` ids."""
     heard: int = 1
     """The first id starts every text, and says nothing."""
+    evidence: Float[np.ndarray, " E"] | None = None
+    """What each expert thinks of what it has read; None: not asked for yet."""
+    decided: Float[np.ndarray, " E"] | None = None
+    """Log weights, once they do not change any more."""
     drawn: int = 0
     """Tokens that were added."""
     rows: dict[int, int] = field(default_factory=dict)
     """Expert that has read some of it -> the row there."""
+    judges: set[int] = field(default_factory=set)
+    """Experts whose evidence is of all that they have read."""
 
 
 class Step(NamedTuple):
@@ -100,6 +106,7 @@ class Engine:
         for expert, row in text.rows.items():
             self._readers[expert].leave(row)
         text.rows.clear()
+        text.judges.clear()
 
     def step(self) -> list[Step]:
         """Adds a token to every text."""
@@ -147,27 +154,43 @@ class Engine:
 
     def _log_weights(self) -> Float[np.ndarray, "texts E"]:
         """Of the next token of each text, after the router has heard all of it."""
-        router, experts = self._ensemble.router, len(self._ensemble.names)
-        heard: list[np.ndarray | None] = [None] * len(self.texts)
-        if router.needs_scores:
-            heard = list(np.zeros((len(self.texts), experts, 0)))
-            found = [self._read(expert, self.texts, scored=True) for expert in range(experts)]
-            heard = [np.stack(scores) for scores in zip(*found)]
-        for text, scores in zip(self.texts, heard):
-            if text.heard < len(text.ids):
-                new = np.asarray(text.ids[text.heard :])
-                scores = None if scores is None else scores[:, -len(new) :]
-                text.state = states_along(router, text.state, new, scores)[-1]
-                text.heard = len(text.ids)
-        states = [text.state for text in self.texts]
-        log_weights = router.log_weights(np.stack(states)) if states else np.zeros((0, experts))
-        return keep_largest(log_weights, self._ensemble.top_m)
+        ensemble, count = self._ensemble, len(self._ensemble.names)
+        open_ones = [text for text in self.texts if text.decided is None]
+        if open_ones:
+            for text in open_ones:
+                self._hear(text)
+            states = np.stack([text.state for text in open_ones])
+            asked = np.flatnonzero(ensemble.router.asks(states)).tolist()
+            self._ask([open_ones[number] for number in asked])
+            nothing = np.zeros(count)
+            evidence = [nothing if t.evidence is None else t.evidence for t in open_ones]
+            found = ensemble.router.log_weights(states, np.stack(evidence))
+            for text, weights in zip(open_ones, keep_largest(found, ensemble.top_m)):
+                text.decided = weights
+        log_weights = np.asarray([text.decided for text in self.texts]).reshape(-1, count)
+        if ensemble.route_per == "token":
+            for text in self.texts:
+                text.decided = None
+        return log_weights
 
-    def _read(
-        self, expert: int, texts: Sequence[Text], *, scored: bool = False
-    ) -> list[np.ndarray]:
-        """Has an expert read what it has not read of some texts; if `scored`, with the log
-        probability of each token."""
+    def _hear(self, text: Text) -> None:
+        """Brings the router's state of a text up to its end."""
+        if text.heard < len(text.ids):
+            ids = np.asarray(text.ids)
+            before, new = ids[1 : text.heard], ids[text.heard :]
+            text.state = text.state + self._ensemble.router.terms(before, new).sum(axis=0)
+            text.heard = len(ids)
+
+    def _ask(self, texts: Sequence[Text]) -> None:
+        """Has every expert say what it thinks of these texts."""
+        for text in texts:
+            if text.evidence is None:
+                text.evidence = np.zeros(len(self._ensemble.names))
+        for expert in range(len(self._ensemble.names)) if texts else ():
+            self._read(expert, texts)
+
+    def _read(self, expert: int, texts: Sequence[Text]) -> None:
+        """Has an expert read what it has not read of some texts."""
         if expert not in self._readers:
             parameters = functools.partial(self._ensemble.parameters.__getitem__, expert)
             reader = Reader(self._ensemble.model, parameters, self._ensemble.dtype)
@@ -178,12 +201,24 @@ class Engine:
         reader.reserve(len(new), self._slots if new else 0)
         for text in new:
             text.rows[expert] = reader.enter()
+        for text in texts:
+            if text.evidence is not None and expert not in text.judges:
+                text.judges.add(expert)
+                reader.begun[text.rows[expert]] = 0  # what it thought when it read was not kept
+        begun = {text.row: int(reader.begun[text.rows[expert]]) for text in texts}
         unread = {
-            text.rows[expert]: np.asarray(text.ids[reader.begun[text.rows[expert]] :], np.int32)
-            for text in texts
+            text.rows[expert]: np.asarray(text.ids[begun[text.row] :], np.int32) for text in texts
         }
+        scored = any(text.evidence is not None for text in texts)
         found = reader.read(unread, scored=scored)
-        return [found[text.rows[expert]] for text in texts] if scored else []
+        for text in texts:
+            if text.evidence is not None:
+                scores = found[text.rows[expert]]
+                scores = scores if begun[text.row] else scores[1:]  # the first follows nothing
+                memory = self._ensemble.router.memory
+                powers = memory ** np.arange(len(scores) - 1, -1, -1)
+                kept = memory ** len(scores) * text.evidence[expert]
+                text.evidence[expert] = kept + scores @ powers
 
     def _penalties(self):
         """The tokens that each row's text has, and what they are penalised by; nothing, if none

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.filling import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate, room
-from xelm.inference.routing import Router, mixture, weights_along
+from xelm.inference.routing import Router, mixture, states_along, weights_along
 from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.config import ModelConfig
@@ -49,36 +49,65 @@ class Ensemble:
     """Of products; parameters are of this, too."""
     top_m: int | None = None
     """Experts asked at each token; None asks all that the router gives weight."""
+    route_per: Literal["token", "prompt", "sequence"] = "token"
+    """When the router decides: before every token; once, after the prompt (or context); or once for
+    a text that is scored, by all of it (one that is generated is known no further than its
+    prompt)."""
     sequence_length: int = 512
     """Window of scoring, in tokens."""
     sampling: Sampling = field(default_factory=Sampling)
     """How continuations are drawn unless a call says otherwise; a seed's generation_config.json
     says it here."""
 
-    def score(self, texts: Sequence[str], languages: Sequence[str | None] | None = None) -> Scores:
+    def score(
+        self,
+        texts: Sequence[str],
+        languages: Sequence[str | None] | None = None,
+        contexts: Sequence[str] | None = None,
+    ) -> Scores:
         """Nats of each text, with the weights that the router gave. languages: of each text, where
-        the router needs them."""
+        the router can be told. contexts: what each text goes on from; its nats are not counted."""
         languages = [None] * len(texts) if languages is None else languages
-        ids = [np.asarray(x, np.int64) for x in self.tokenizer.encode(texts)]
+        before = self.tokenizer.encode(contexts) if contexts else [[]] * len(texts)
+        ids = [np.asarray(c + x, np.int64) for c, x in zip(before, self.tokenizer.encode(texts))]
         wanted = [targets(self.model, document, self.tokenizer.end_id) for document in ids]
-        starts = [self.router.start(language) for language in languages]
-        scores = [np.zeros((len(self.names), len(target))) for target in wanted]
-        if self.router.needs_scores:
-            self._score(ids, scores, [np.arange(len(self.names))] * len(ids))
-        log_weights = [
-            weights_along(self.router, start, target, found, self.top_m)
-            for start, target, found in zip(starts, wanted, scores)
+        states = [
+            states_along(self.router, self.router.start(language), target)
+            for language, target in zip(languages, wanted)
         ]
-        if not self.router.needs_scores:
-            active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
-            self._score(ids, scores, active)
+        positions = [
+            self._positions(len(context), len(document), len(target))
+            for context, document, target in zip(before, ids, wanted)
+        ]
+        scores = [np.zeros((len(self.names), len(target))) for target in wanted]
+        everyone = np.arange(len(self.names))
+        asked = [
+            everyone if self.router.asks(state[at]).any() else everyone[:0]
+            for state, at in zip(states, positions)
+        ]
+        self._score(ids, scores, asked)
+        log_weights = [
+            weights_along(self.router, state, found, at, self.top_m)
+            for state, found, at in zip(states, scores, positions)
+        ]
+        active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
+        self._score(ids, scores, [np.setdiff1d(a, b) for a, b in zip(active, asked)])
         weights = [np.exp(found).mean(axis=0) for found in log_weights]
-        nats = [-mixture(w, found).sum() for w, found in zip(log_weights, scores)]
+        nats = [
+            -mixture(w, found[:, len(context) :]).sum()
+            for w, found, context in zip(log_weights, scores, before)
+        ]
         return Scores(
             nats=np.asarray(nats),
-            tokens=np.asarray([len(target) for target in wanted]),
+            tokens=np.asarray([len(at) for at in positions]),
             weights=dict(zip(self.names, np.asarray(weights).reshape(-1, len(self.names)).T)),
         )
+
+    def _positions(self, context: int, document: int, target: int) -> np.ndarray:
+        """Of which states the weights are made, for each token after the context."""
+        if self.route_per == "token":
+            return np.arange(context, target)
+        return np.full(target - context, context if self.route_per == "prompt" else document)
 
     def _score(
         self,

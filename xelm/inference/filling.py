@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.inference.routing import keep_largest, states_along
+from xelm.inference.routing import states_along, weights_along
 from xelm.inference.scoring import check_ids, score_documents
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind_layers, graph
@@ -83,8 +83,10 @@ def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> F
 
 def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.ndarray:
     """Log weights of the experts after all that can be read of a text."""
-    router, scores = ensemble.router, None
-    if router.needs_scores:
+    router, count = ensemble.router, len(ensemble.names)
+    states = states_along(router, router.start(language), ids)
+    scores = np.zeros((count, len(ids)))
+    if router.asks(states[-1:]).any():
         scores = np.stack(
             [
                 score_documents(
@@ -97,11 +99,10 @@ def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.
                     mask_id=ensemble.tokenizer.mask_id,
                     dtype=ensemble.dtype,
                 )[0]
-                for expert in range(len(ensemble.names))
+                for expert in range(count)
             ]
         )
-    states = states_along(router, router.start(language), ids, scores)
-    return keep_largest(router.log_weights(states[-1:]), ensemble.top_m)[0]
+    return weights_along(router, states, scores, np.asarray([len(ids)]), ensemble.top_m)[0]
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,8 +1,9 @@
 """Routers: how much each expert speaks at each token, from what came before it.
 
-Every router is a running sum: a text has a state, a vector; each token adds a term to it; and the
-weights are a function of the state. So the weights of all positions of a known text come from one
-cumulative sum, those of a growing text cost one term a token, and both ways agree.
+What a router knows of a text are two running sums: its *state*, to which each token adds a term of
+its own, and, if it asks for it, the *evidence*, to which each token adds the log probabilities that
+the experts gave it. The weights are a function of both. So those of all positions of a known text
+come from one cumulative sum, those of a growing text cost one term a token, and both ways agree.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,24 +11,23 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from clustering.errors import UserError
+from clustering.identify import Identifier
 from clustering.languages import canonical
 from clustering.vectoriser import Vectoriser
+
+TEMPERATURE, DISTANCE_POWER = 0.1, 2.0
+"""Of TF-IDF routing; the authors' code has .1 and 4."""
 
 
 class Router(Protocol):
     """Weighs E experts by states of Z numbers."""
 
     @property
-    def needs_scores(self) -> bool:
-        """Whether every expert must be asked at every token."""
-        ...
-
-    @property
     def memory(self) -> float:
-        """What is left of a state after one more token, before that adds its term; 1 is all."""
+        """What is left of the evidence after one more token, before that adds to it; 1 is all."""
         ...
 
     def start(self, language: str | None) -> Float[np.ndarray, " Z"]:
@@ -35,71 +35,90 @@ class Router(Protocol):
         ...
 
     def terms(
-        self, ids: Int[np.ndarray, " T"], scores: Float[np.ndarray, "E T"] | None
+        self, before: Int[np.ndarray, " _"], ids: Int[np.ndarray, " T"]
     ) -> Float[np.ndarray, "T Z"]:
-        """What each token adds; `scores` are the experts' log probabilities of it, if needed."""
+        """What each of these ids adds to the state, after those of the same text `before`."""
         ...
 
-    def log_weights(self, states: Float[np.ndarray, "T Z"]) -> Float[np.ndarray, "T E"]:
-        """Normalised."""
+    def asks(self, states: Float[np.ndarray, "T Z"]) -> Bool[np.ndarray, " T"]:
+        """Whether the weights depend on the evidence, for which every expert reads the text."""
+        ...
+
+    def log_weights(
+        self, states: Float[np.ndarray, "T Z"], evidence: Float[np.ndarray, "T E"]
+    ) -> Float[np.ndarray, "T E"]:
+        """Normalised. The evidence is zero where it was not asked for."""
         ...
 
 
 def states_along(
-    router: Router,
-    start: Float[np.ndarray, " Z"],
-    ids: Int[np.ndarray, " T"],
-    scores: Float[np.ndarray, "E T"] | None = None,
+    router: Router, start: Float[np.ndarray, " Z"], ids: Int[np.ndarray, " T"]
 ) -> Float[np.ndarray, "T1 Z"]:
     """The state before each token of a text and, as the last row, after all of them."""
-    terms = np.concatenate([start[None], router.terms(ids, scores)])
+    return np.cumsum(np.concatenate([start[None], router.terms(ids[:0], ids)]), axis=0)
+
+
+def evidence_along(router: Router, scores: Float[np.ndarray, "E T"]) -> Float[np.ndarray, "T1 E"]:
+    """The evidence before each token of a text and after all of them; `scores` are the log
+    probabilities of its tokens by the experts."""
+    sums = np.concatenate([np.zeros((1, len(scores))), scores.T.astype(float)])
     if router.memory == 1:
-        return np.cumsum(terms, axis=0)
-    for position in range(1, len(terms)):
-        terms[position] += router.memory * terms[position - 1]
-    return terms
+        return np.cumsum(sums, axis=0)
+    for position in range(1, len(sums)):
+        sums[position] += router.memory * sums[position - 1]
+    return sums
 
 
 def weights_along(
     router: Router,
-    start: Float[np.ndarray, " Z"],
-    ids: Int[np.ndarray, " T"],
-    scores: Float[np.ndarray, "E T"] | None,
+    states: Float[np.ndarray, "T1 Z"],
+    scores: Float[np.ndarray, "E T"],
+    positions: Int[np.ndarray, " P"],
     top_m: int | None = None,
-) -> Float[np.ndarray, "T E"]:
-    """Log weights of the `top_m` largest experts before each token of a text."""
-    states = states_along(router, start, ids, scores)
-    return keep_largest(router.log_weights(states[:-1]), top_m)
+) -> Float[np.ndarray, "P E"]:
+    """Log weights of the `top_m` largest experts before each of these tokens of a text, with the
+    states along it and, where they are asked for, the experts' scores of it."""
+    rows = states[positions]
+    evidence = np.zeros((len(positions), len(scores)))
+    if router.asks(rows).any():
+        evidence = evidence_along(router, scores)[positions]
+    return keep_largest(router.log_weights(rows, evidence), top_m)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Uniform:
-    """Equal weights for all experts."""
+class Fixed:
+    """The same weights everywhere."""
 
-    experts: int
-    """E."""
-    needs_scores: bool = False
+    weights: Float[np.ndarray, " E"]
+    """Log weights, normalised."""
     memory: float = 1.0
 
     def start(self, language):
         return np.zeros(0)
 
-    def terms(self, ids, scores):
+    def terms(self, before, ids):
         return np.zeros((len(ids), 0))
 
-    def log_weights(self, states):
-        return np.full((len(states), self.experts), -np.log(self.experts))
+    def asks(self, states):
+        return np.zeros(len(states), bool)
+
+    def log_weights(self, states, evidence):
+        return np.tile(self.weights, (len(states), 1))
+
+
+def uniform(experts: int) -> Fixed:
+    """Equal weights for all experts."""
+    return Fixed(weights=np.full(experts, -np.log(experts)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByLanguage:
-    """All weight to the expert that serves the language of the text."""
+    """All weight to the expert that serves the language of the text, which is given."""
 
     experts: int
     """E."""
     serving: Mapping[str, int]
     """Canonical tag of a language -> expert."""
-    needs_scores: bool = False
     memory: float = 1.0
 
     def start(self, language):
@@ -115,11 +134,60 @@ class ByLanguage:
         weights[self.serving[tag]] = 0.0
         return weights
 
-    def terms(self, ids, scores):
+    def terms(self, before, ids):
         return np.zeros((len(ids), self.experts))
 
-    def log_weights(self, states):
+    def asks(self, states):
+        return np.zeros(len(states), bool)
+
+    def log_weights(self, states, evidence):
         return states
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Detected:
+    """The probability of each expert's languages, as they are seen in the text."""
+
+    experts: int
+    """E."""
+    identifier: Identifier
+    """Characters to languages."""
+    pieces: list[str]
+    """The characters of each id, as the identifier was fitted on them."""
+    serving: Mapping[str, int]
+    """Canonical tag of a language -> expert; what is probably in other languages goes to none in
+    particular, and so to all alike."""
+    memory: float = 1.0
+
+    def start(self, language):
+        """Of a language that is given, as if it had been seen for long."""
+        state = np.zeros(len(self.identifier.languages))
+        if language is not None and canonical(language) in self.identifier.languages:
+            state[self.identifier.languages.index(canonical(language))] = 1e6
+        return state
+
+    def terms(self, before, ids):
+        # Enough for the characters that an n-gram reaches back, unless pieces are empty.
+        context = "".join(self.pieces[i] for i in before[-8:].tolist())
+        return self.identifier.terms(context, [self.pieces[i] for i in ids.tolist()])
+
+    def asks(self, states):
+        return np.zeros(len(states), bool)
+
+    def languages(self, states: Float[np.ndarray, "T Z"]) -> Float[np.ndarray, "T Z"]:
+        """Log probabilities of the languages."""
+        return _normalised(states / self.identifier.temperature)
+
+    def log_weights(self, states, evidence):
+        probabilities = np.exp(self.languages(states))
+        weights = np.zeros((len(states), self.experts))
+        for column, tag in enumerate(self.identifier.languages):
+            if tag in self.serving:
+                weights[:, self.serving[tag]] += probabilities[:, column]
+            else:
+                weights += probabilities[:, column : column + 1] / self.experts
+        with np.errstate(divide="ignore"):
+            return _normalised(np.log(weights))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,26 +199,25 @@ class Tfidf:
     """Ids to vectors."""
     centres: Float[np.ndarray, "E D"]
     """Where each expert's training documents lie."""
-    temperature: float = 0.1
+    temperature: float = TEMPERATURE
     """Small trusts the nearest centre alone; .1 in the authors' code."""
-    distance_power: float = 2.0
+    distance_power: float = DISTANCE_POWER
     """Exponent of the distance."""
-    needs_scores: bool = False
     memory: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(
-                f"the temperature of TF-IDF routing must be above 0; got {self.temperature}"
-            )
+        check_tfidf(self.temperature, self.distance_power)
 
     def start(self, language):
         return np.zeros(self.vectoriser.dimensions)
 
-    def terms(self, ids, scores):
+    def terms(self, before, ids):
         return self.vectoriser.terms(ids)
 
-    def log_weights(self, states):
+    def asks(self, states):
+        return np.zeros(len(states), bool)
+
+    def log_weights(self, states, evidence):
         vectors = unit(states)
         squared = (
             np.square(vectors).sum(axis=1, keepdims=True)
@@ -163,6 +230,48 @@ class Tfidf:
         return _normalised(-distance / self.temperature)
 
 
+def check_tfidf(temperature: float, distance_power: float) -> None:
+    """Raises UserError for values that mean nothing."""
+    if not temperature > 0 or not distance_power > 0:
+        raise UserError(
+            "TF-IDF routing wants a temperature and a distance power above 0; got "
+            f"{temperature} and {distance_power}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learned:
+    """Logistic regression on the TF-IDF vector of the text so far and on how much it has."""
+
+    vectoriser: Vectoriser
+    """Ids to vectors."""
+    weights: Float[np.ndarray, "D1 E"]
+    """Of `features`."""
+    bias: Float[np.ndarray, " E"]
+    """Of experts."""
+    memory: float = 1.0
+
+    @staticmethod
+    def features(states: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T D1"]:
+        """The direction of a sum, shorter where it is of few tokens, and a number that says how
+        short: little text speaks softly."""
+        norms = np.linalg.norm(states, axis=1, keepdims=True)
+        surety = norms / (norms + 5.0)
+        return np.concatenate([unit(states) * surety, surety], axis=1)
+
+    def start(self, language):
+        return np.zeros(self.vectoriser.dimensions)
+
+    def terms(self, before, ids):
+        return self.vectoriser.terms(ids)
+
+    def asks(self, states):
+        return np.zeros(len(states), bool)
+
+    def log_weights(self, states, evidence):
+        return _normalised(self.features(states) @ self.weights + self.bias)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Posterior:
     """w_j ~ prior_j * prod p_j(x_<t): Bayes' rule over the experts. Asks every expert."""
@@ -170,27 +279,74 @@ class Posterior:
     prior: Float[np.ndarray, " E"]
     """Log prior, normalised."""
     memory: float = 1.0
-    """Below 1 it forgets: a token counts by this to the power of how far it lies back, and so does
-    the prior."""
-    needs_scores: bool = True
+    """Below 1 it forgets: a token counts by this to the power of how far it lies back."""
 
     def __post_init__(self) -> None:
         if not 0 < self.memory <= 1:
             raise UserError(f"a memory must be above 0 and at most 1; got {self.memory}")
 
     def start(self, language):
-        return self.prior.astype(float)
+        return np.zeros(0)
 
-    def terms(self, ids, scores):
-        return scores.T.astype(float)
+    def terms(self, before, ids):
+        return np.zeros((len(ids), 0))
 
-    def log_weights(self, states):
-        return _normalised(states)
+    def asks(self, states):
+        return np.ones(len(states), bool)
+
+    def log_weights(self, states, evidence):
+        return _normalised(self.prior + evidence)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Abstaining:
+    """Another router, where its largest weight reaches a threshold; elsewhere the posterior, or one
+    model that is for all languages."""
+
+    router: Router
+    """Of E experts."""
+    threshold: float
+    """Largest weight from which on it decides."""
+    fallback: int | None = None
+    """Index of the model that speaks instead, behind the experts: E; None: the posterior."""
+    prior: Float[np.ndarray, " E"] | None = None
+    """Of that, log and normalised."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"a threshold must be between 0 and 1; got {self.threshold}")
+
+    @property
+    def memory(self):
+        return self.router.memory
+
+    def start(self, language):
+        return self.router.start(language)
+
+    def terms(self, before, ids):
+        return self.router.terms(before, ids)
+
+    def _own(self, states):
+        """What the router says, and where it is not sure."""
+        found = self.router.log_weights(states, np.zeros((len(states), 0)))
+        return found, np.exp(found.max(axis=1)) < self.threshold
+
+    def asks(self, states):
+        return self._own(states)[1] & (self.fallback is None)
+
+    def log_weights(self, states, evidence):
+        found, unsure = self._own(states)
+        if self.fallback is None:
+            return np.where(unsure[:, None], _normalised(self.prior + evidence), found)
+        found = np.pad(found, ((0, 0), (0, 1)), constant_values=-np.inf)
+        instead = np.full(found.shape[1], -np.inf)
+        instead[self.fallback] = 0.0
+        return np.where(unsure[:, None], instead, found)
 
 
 def keep_largest(
-    log_weights: Float[np.ndarray, "*T E"], count: int | None
-) -> Float[np.ndarray, "*T E"]:
+    log_weights: Float[np.ndarray, "T E"], count: int | None
+) -> Float[np.ndarray, "T E"]:
     """The `count` largest weights of each row, normalised again; the first of equals wins. None
     keeps all."""
     experts = log_weights.shape[-1]
@@ -209,7 +365,9 @@ def mixture(
     return _logsumexp(log_weights + scores.T)[:, 0]
 
 
-ROUTINGS: Sequence[str] = ("language", "tfidf", "uniform", "posterior")
+ROUTINGS: Sequence[str] = (
+    *("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed"),
+)
 
 
 def unit(vectors: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T D"]:

@@ -17,22 +17,26 @@ from clustering.files import read_json, sha256, write_json
 from experts.lock import locked
 from xelm import __version__
 from xelm.data.store import LanguageIds, Store
-from xelm.inference.routing import ROUTINGS, Router, mixture, weights_along
+from xelm.inference.routing import Router, mixture, states_along, weights_along
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
-from xelm.runs.ensembles import check_top_m, make_router, serving
+from xelm.runs.ensembles import check_top_m
 from xelm.runs.init import tokenise
 from xelm.runs.results import RESULTS, Row
+from xelm.runs.routers import Routing, make_router, serving
 from xelm.runs.run import Run
+
+EVALUATED: Sequence[str] = ("language", "detected", "tfidf", "learned", "posterior")
+"""Routings, unless others are asked for."""
 
 
 def evaluate(
     run: Run,
     corpus: str | Path,
     *,
-    routings: Sequence[str] = ROUTINGS,
+    routings: Sequence[str] = EVALUATED,
     top_m: int | None = None,
     temperature: float | None = None,
     max_documents: int | None = None,
@@ -45,21 +49,17 @@ def evaluate(
 
     max_documents: of each language, the first in the corpus; None takes all.
     """
-    for routing in routings:
-        if routing not in ROUTINGS:
-            raise UserError(f"routing must be one of {', '.join(ROUTINGS)}; got {routing!r}")
+    warmth = {"tfidf": temperature}
+    chosen = [Routing(name=name, temperature=warmth.get(name)) for name in routings]
     if max_documents is not None and max_documents < 1:
         raise UserError(f"max_documents must be at least 1; got {max_documents}")
     experts = run.registry().published()
-    routers: dict[str, Router] = {}
     if experts:
         check_top_m(top_m, len(experts))
         if temperature is not None and "tfidf" not in routings:
             raise UserError(
                 "a router's temperature goes with routing tfidf, which is not asked for"
             )
-        warmth = {"tfidf": temperature}
-        routers = {name: make_router(run, experts, name, warmth.get(name)) for name in routings}
     name = "evaluation-" + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
     store = tokenise(run, corpus, name)
     systems = {"seed": run.seed}
@@ -68,6 +68,7 @@ def evaluate(
     systems |= {expert.name: expert.directory(run.directory) for expert in experts}
     served, end_id = serving(run.registry(), experts), run.tokenizer().end_id
     model = read_config(run.seed)
+    routers = {r.name: make_router(run, experts, r) for r in chosen} if experts else {}
     asked = {system: list(store.languages) for system in systems}
     if set(routings) == {"language"}:
         for index, expert in enumerate(experts):
@@ -83,7 +84,8 @@ def evaluate(
             if routing == "language" and tag not in served:
                 continue
             by_expert = [scores[expert.name].get(tag) for expert in experts]
-            mixed = _mix(router, tag, ids, by_expert, model, end_id, top_m)
+            told = tag if routing == "language" else None
+            mixed = _mix(router, told, ids, by_expert, model, end_id, top_m)
             rows.append(_row("ensemble", routing, ids, mixed))
     if save:
         options = {
@@ -161,22 +163,23 @@ def _score_all(
 
 def _mix(
     router: Router,
-    language: str,
+    told: str | None,
     ids: LanguageIds,
     by_expert: list[list[np.ndarray] | None],
     model: ModelConfig,
     end_id: int,
     top_m: int | None,
 ) -> list[np.ndarray]:
-    """Log probabilities of the mixture for each document. Experts that were not asked have None,
-    and no weight."""
+    """Log probabilities of the mixture for each document, of which the router is `told` the
+    language or not. Experts that were not asked have None, and no weight."""
     mixed = []
     for number in range(max(len(found) for found in by_expert if found is not None)):
         wanted = targets(model, np.asarray(ids.document(number), np.int64), end_id)
         silent = np.full(len(wanted), -np.inf, np.float32)
         scores = np.stack([silent if found is None else found[number] for found in by_expert])
-        start = router.start(language)
-        mixed.append(mixture(weights_along(router, start, wanted, scores, top_m), scores))
+        states = states_along(router, router.start(told), wanted)
+        everywhere = np.arange(len(wanted))
+        mixed.append(mixture(weights_along(router, states, scores, everywhere, top_m), scores))
     return mixed
 
 

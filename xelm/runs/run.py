@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from clustering.clustering import Clustering
 from clustering.errors import UserError
@@ -104,12 +104,35 @@ class Run:
         return Vectoriser(idf=arrays["idf"], projection=arrays["projection"])
 
     def ensemble(
-        self, routing: str = "tfidf", top_m: int | None = None, temperature: float | None = None
+        self,
+        routing: str = "tfidf",
+        top_m: int | None = None,
+        *,
+        temperature: float | None = None,
+        distance_power: float | None = None,
+        memory: float | None = None,
+        weights: Mapping[str, float] | None = None,
+        abstain: float | None = None,
+        abstain_to: Literal["posterior", "seed", "dense"] = "posterior",
+        route_per: Literal["token", "prompt", "sequence"] = "token",
+        dtype: str | None = None,
     ) -> "Ensemble":
-        """The published experts, loaded, with a router. temperature: of TF-IDF routing."""
+        """The published experts with a router; `routers.Routing`, `Ensemble` and `open_ensemble`
+        say what each option does."""
         from xelm.runs.ensembles import open_ensemble
+        from xelm.runs.routers import Routing
 
-        return open_ensemble(self, routing=routing, top_m=top_m, temperature=temperature)
+        chosen = Routing(
+            name=routing,
+            top_m=top_m,
+            temperature=temperature,
+            distance_power=distance_power,
+            memory=memory,
+            weights=weights or {},
+            abstain=abstain,
+            abstain_to=abstain_to,
+        )
+        return open_ensemble(self, chosen, route_per=route_per, dtype=dtype)
 
     def train(self, name: str) -> None:
         """Trains and publishes one branched expert."""

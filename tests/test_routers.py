@@ -1,0 +1,216 @@
+"""Routers of a RUN: what is fitted for them, kept, and fitted again when an expert joins."""
+
+import shutil
+
+import numpy as np
+import pytest
+from shared import documents_of
+
+from clustering.errors import UserError
+from xelm.inference.routing import uniform
+from xelm.inference.scoring import score_documents
+from xelm.models.checkpoint import read_config, read_for_inference
+from xelm.runs.routers import Routing, identifier, make_router
+from xelm.runs.run import open_run
+
+TRAINED = ("de", "en", "es", "fr")
+EXPERT_OF = {"en": "en-es", "es": "en-es", "de": "de-fr", "fr": "de-fr"}
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("routers") / "RUN"
+    shutil.copytree(tiny.directory, directory)
+    return open_run(directory)
+
+
+def decided(ensemble, texts):
+    """The expert with most weight in each text, and that weight."""
+    found = ensemble.score(texts).weights
+    weights = np.stack([found[name] for name in ensemble.names], axis=1)
+    return [ensemble.names[row.argmax()] for row in weights], weights.max(axis=1)
+
+
+@pytest.mark.parametrize("routing", ["detected", "learned"])
+def test_held_out_texts_go_to_the_experts_of_their_languages(run, tiny, routing):
+    ensemble = run.ensemble(routing)
+    for tag in TRAINED:
+        names, weights = decided(ensemble, documents_of(tiny.held_out, tag))
+        right = np.mean([name == EXPERT_OF[tag] for name in names])
+        assert right >= 0.9 and weights.mean() > 0.7, (tag, right, weights.mean())
+
+
+def test_what_was_fitted_is_kept(run, monkeypatch):
+    first = run.ensemble("learned").router
+    kept = sorted(path.name for path in (run.directory / "routers").iterdir())
+    assert [name.partition("-")[0] for name in kept] == ["languages", "learned"]
+    monkeypatch.setattr("xelm.runs.routers._some", None)  # nothing is read again
+    again = run.ensemble("learned").router
+    np.testing.assert_array_equal(again.weights, first.weights)
+    assert run.ensemble("detected").router.identifier.languages == tuple(run.languages)
+
+
+def test_when_an_expert_joins_routers_know_its_language(xelm, copy):
+    run = open_run(copy.directory)
+    before = identifier(run)
+    run.ensemble("learned")
+    xelm("grow", copy.directory, "--language", "pt", "--corpus", copy.corpus)
+    after = identifier(run)
+    assert after.languages == (*before.languages, "pt")
+    # The others stay as they are.
+    np.testing.assert_array_equal(after.log_likelihoods[:, :-1], before.log_likelihoods)
+    texts = documents_of(copy.held_out, "pt")
+    for routing in ("detected", "learned"):
+        names, _ = decided(run.ensemble(routing), texts)
+        assert np.mean([name == "pt" for name in names]) >= 0.9
+    # Those of before are gone.
+    assert len(list((copy.directory / "routers").iterdir())) == 2
+
+
+def test_one_expert_alone_is_always_asked(run):
+    (expert, _) = run.registry().published()
+    router = make_router(run, [expert], Routing(name="learned"))
+    assert router.log_weights(router.start(None)[None], np.zeros((1, 1))).tolist() == [[0.0]]
+
+
+def test_fixed_weights_are_those_given(run):
+    found = run.ensemble("fixed", weights={"de-fr": 3, "en-es": 1})
+    scores = found.score(["abc"]).weights
+    assert {name: weight.tolist() for name, weight in scores.items()} == {
+        "de-fr": [pytest.approx(0.75)],
+        "en-es": [pytest.approx(0.25)],
+    }
+
+
+def nats_of(run, directory, texts):
+    """By one checkpoint alone."""
+    tokenizer, model = run.tokenizer(), read_config(run.seed)
+    scores = score_documents(
+        model,
+        read_for_inference(directory, model),
+        [np.asarray(ids) for ids in tokenizer.encode(texts)],
+        start_id=tokenizer.start_id,
+        end_id=tokenizer.end_id,
+        sequence_length=run.config.experts.sequence_length,
+    )
+    return [-found.sum() for found in scores]
+
+
+@pytest.mark.parametrize("name", ["seed", "dense"])
+def test_who_abstains_always_is_the_model_that_it_leaves_it_to(run, tiny, name):
+    texts = documents_of(tiny.held_out, "de")[:4]
+    ensemble = run.ensemble("uniform", abstain=0.9, abstain_to=name)
+    assert ensemble.names == ["de-fr", "en-es", name]
+    directory = run.seed if name == "seed" else run.dense
+    found = ensemble.score(texts)
+    np.testing.assert_allclose(found.nats, nats_of(run, directory, texts), rtol=1e-5)
+    np.testing.assert_array_equal(found.weights[name], 1.0)
+    said = ensemble.generate(texts[0], max_new_tokens=4)
+    assert said.weights == {"de-fr": 0.0, "en-es": 0.0, name: 1.0}
+
+
+def test_who_abstains_never_or_always_is_one_of_the_two_routers(run, tiny):
+    texts = documents_of(tiny.held_out, "de")[:4]
+    for threshold, same in ((0.0, "tfidf"), (1.0, "posterior")):
+        found = run.ensemble("tfidf", abstain=threshold).score(texts)
+        np.testing.assert_allclose(found.nats, run.ensemble(same).score(texts).nats, rtol=1e-6)
+
+
+@pytest.mark.parametrize("routing", ["tfidf", "posterior"])
+def test_weights_that_are_decided_once_are_those_after_the_prompt(run, tiny, routing):
+    text = documents_of(tiny.held_out, "de")[0]
+    once = run.ensemble(routing, route_per="prompt")
+    said = once.generate(text, max_new_tokens=5, temperature=0)
+    first = run.ensemble(routing).generate(text, max_new_tokens=1, temperature=0)
+    assert said.weights == pytest.approx(first.weights)
+    each = run.ensemble(routing).generate(text, max_new_tokens=5, temperature=0)
+    assert each.weights != pytest.approx(first.weights)
+
+
+@pytest.mark.parametrize("routing", ["tfidf", "posterior"])
+def test_a_text_behind_a_context_is_scored_with_what_the_router_heard_of_it(run, tiny, routing):
+    context, text = documents_of(tiny.held_out, "de")[:2]
+    context, text = context.split(" ", 3)[:3], text.split(" ", 4)[:4]
+    context, text = " ".join(context), " ".join(text)
+    tokenizer = run.tokenizer()
+    ids = [tokenizer.encode([part])[0] for part in (context, text)]
+    for route_per in ("token", "prompt", "sequence"):
+        ensemble = run.ensemble(routing, route_per=route_per)
+        found = ensemble.score([text], contexts=[context])
+        assert found.tokens.tolist() == [len(ids[1]) + 1]
+        if route_per == "token":  # the chain rule
+            whole = ensemble.score([context + " " + text]).nats[0]
+            part = run.ensemble(routing).score([context])
+            assert tokenizer.encode([context + " " + text])[0] == ids[0] + ids[1]
+            end = _end(run, routing, ids[0])
+            assert found.nats[0] == pytest.approx(whole - part.nats[0] + end, rel=1e-5)
+        else:  # one mixture with the same weights throughout
+            weights = np.log([found.weights[name][0] for name in ensemble.names])
+            fixed = run.ensemble("fixed", weights=dict(zip(ensemble.names, np.exp(weights))))
+            wanted = fixed.score([text], contexts=[context])
+            assert found.nats[0] == pytest.approx(wanted.nats[0], rel=1e-5)
+
+
+def _end(run, routing, ids):
+    """-log p of the end of a text of these ids."""
+    ensemble = run.ensemble(routing)
+    text = ensemble.tokenizer.decode(ids)
+    scores = ensemble.score([""], contexts=[text])
+    assert scores.tokens.tolist() == [1]
+    return scores.nats[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"routing": "uniform", "memory": 0.5}, "a router's memory goes with routing posterior"),
+        ({"routing": "tfidf", "weights": {"a": 1}}, "weights goes with routing fixed; got tfidf"),
+        ({"routing": "tfidf", "distance_power": 0.0}, "a distance power above 0; got 0.1 and 0.0"),
+        ({"routing": "fixed"}, "fixed routing wants weights of experts"),
+        ({"routing": "fixed", "weights": {"xx": 1}}, "no published expert 'xx' to weigh; there"),
+        ({"routing": "fixed", "weights": {"de-fr": -1}}, "at least 0 .*; got de-fr=-1"),
+        ({"routing": "posterior", "abstain": 0.5}, "abstaining goes with other routings"),
+        ({"routing": "tfidf", "abstain": 1.5}, "a threshold must be between 0 and 1; got 1.5"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(run, options, fault):
+    with pytest.raises(UserError, match=fault):
+        run.ensemble(**options)
+
+
+def test_abstaining_to_a_model_that_is_not_there_is_refused(copy):
+    shutil.rmtree(copy.directory / "dense")
+    with pytest.raises(UserError, match="has no dense baseline to abstain to; train one"):
+        open_run(copy.directory).ensemble("tfidf", abstain=0.5, abstain_to="dense")
+
+
+def test_equal_weights_are_the_prior(run):
+    router = make_router(run, run.registry().published(), Routing(name="posterior"))
+    np.testing.assert_array_equal(router.prior, uniform(2).weights)
+
+
+def test_a_run_that_cannot_be_written_to_is_asked_all_the_same(copy, capsys, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("xelm.runs.routers.write_arrays", refuse)
+    assert open_run(copy.directory).ensemble("learned").router is not None
+    assert "cannot be kept (Permission denied)" in capsys.readouterr().err
+
+
+def test_the_command_line_has_every_option(xelm, run):
+    options = ["--max-new-tokens", "2", "--json"]
+    fixed = ["--routing", "fixed", "--weights", "de-fr=1"]
+    for arguments in (
+        ["--routing", "detected", "--language", "de", "--route-per", "prompt"],
+        ["--routing", "learned", "--abstain", "0.9", "--abstain-to", "seed"],
+        ["--routing", "posterior", "--memory", "0.9"],
+        ["--routing", "tfidf", "--distance-power", "4", "--top-m", "1"],
+        fixed,
+    ):
+        found = xelm("generate", run.directory, "abcd", *arguments, *options).json()
+        assert sum(found["weights"].values()) == pytest.approx(1.0)
+    assert found["weights"] == {"de-fr": 1.0, "en-es": 0.0}
+    outcome = xelm("generate", run.directory, "abcd", *fixed[:-1], "de-fr")
+    assert outcome.code == 2
+    assert "weights such as en=.7,de=.3 wanted; got 'de-fr'" in outcome.err
