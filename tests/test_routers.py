@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import write_corpus
 from shared import documents_of
 
 from clustering.errors import UserError
@@ -42,6 +43,7 @@ def test_held_out_texts_go_to_the_experts_of_their_languages(run, tiny, routing)
 
 def test_what_was_fitted_is_kept(run, monkeypatch):
     first = run.ensemble("learned").router
+    run.ensemble("detected")
     kept = sorted(path.name for path in (run.directory / "routers").iterdir())
     assert [name.partition("-")[0] for name in kept] == ["languages", "learned"]
     monkeypatch.setattr("xelm.runs.routers._some", None)  # nothing is read again
@@ -50,7 +52,7 @@ def test_what_was_fitted_is_kept(run, monkeypatch):
     assert run.ensemble("detected").router.identifier.languages == tuple(run.languages)
 
 
-def test_when_an_expert_joins_routers_know_its_language(xelm, copy):
+def test_when_an_expert_joins_routers_know_its_language(xelm, copy, tmp_path):
     run = open_run(copy.directory)
     before = identifier(run)
     run.ensemble("learned")
@@ -59,7 +61,7 @@ def test_when_an_expert_joins_routers_know_its_language(xelm, copy):
     assert after.languages == (*before.languages, "pt")
     # The others stay as they are.
     np.testing.assert_array_equal(after.log_likelihoods[:, :-1], before.log_likelihoods)
-    texts = documents_of(copy.held_out, "pt")
+    texts = documents_of(write_corpus(tmp_path / "new", ["pt"], documents=20, seed=1), "pt")
     for routing in ("detected", "learned"):
         names, _ = decided(run.ensemble(routing), texts)
         assert np.mean([name == "pt" for name in names]) >= 0.9
@@ -170,6 +172,7 @@ def _end(run, routing, ids):
         ({"routing": "fixed", "weights": {"xx": 1}}, "no published expert 'xx' to weigh; there"),
         ({"routing": "fixed", "weights": {"de-fr": -1}}, "at least 0 .*; got de-fr=-1"),
         ({"routing": "posterior", "abstain": 0.5}, "abstaining goes with other routings"),
+        ({"routing": "tfidf", "least_weight": 1.0}, "at least 0 and below 1; got 1.0"),
         ({"routing": "tfidf", "abstain": 1.5}, "a threshold must be between 0 and 1; got 1.5"),
     ],
 )

@@ -249,6 +249,18 @@ def test_the_largest_weights_are_kept_and_normalised(count):
         assert set(np.flatnonzero(row)) == set(np.argsort(-wanted)[:count])
 
 
+def test_weights_below_the_least_are_dropped_and_the_largest_never():
+    weights = np.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.005, 0.2, 0.095], [0.25, 0.25, 0.25, 0.25]])
+    found = np.exp(keep_largest(np.log(weights), None, 0.15))
+    np.testing.assert_allclose(found[0], np.array([0, 4, 2, 3]) / 9)
+    np.testing.assert_allclose(found[1], np.array([7, 0, 2, 0]) / 9)
+    both = np.exp(keep_largest(np.log(weights), 2, 0.15))
+    np.testing.assert_allclose(both[0], np.array([0, 4, 0, 3]) / 7)
+    high = np.exp(keep_largest(np.log(weights), None, 0.9))
+    np.testing.assert_allclose(high[:2], [[0, 1, 0, 0], [1, 0, 0, 0]])
+    np.testing.assert_allclose(high[2], weights[2])  # equals
+
+
 def test_of_equal_weights_the_first_are_kept():
     kept = np.exp(keep_largest(np.log(np.full((3, 4), 0.25)), 2))
     np.testing.assert_allclose(kept, np.tile([0.5, 0.5, 0.0, 0.0], (3, 1)))

@@ -28,7 +28,7 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
         "the quickest",
     )
     verb.add_argument("--max-documents", type=int, metavar="N", help="of each language")
-    verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
+    _kept(verb)
     _temperature(verb)
     add_json(verb)
 
@@ -45,6 +45,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.corpus,
         routings=options.routing,
         top_m=options.top_m,
+        least_weight=options.least_weight,
         temperature=options.router_temperature,
         max_documents=options.max_documents,
     )
@@ -162,7 +163,7 @@ def _chosen_routing(options: argparse.Namespace) -> str:
 
 
 def _router(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
+    _kept(verb)
     _temperature(verb)
     verb.add_argument(
         "--distance-power",
@@ -190,6 +191,17 @@ def _router(verb: argparse.ArgumentParser) -> None:
         choices=("posterior", "seed", "dense"),
         default="posterior",
         help="to whom (default: posterior)",
+    )
+
+
+def _kept(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
+    verb.add_argument(
+        "--least-weight",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="experts with less are not asked (default: %(default)s)",
     )
 
 
@@ -224,6 +236,7 @@ def _ensemble(
     return open_run(options.run).ensemble(
         _chosen_routing(options),
         options.top_m,
+        least_weight=options.least_weight,
         temperature=options.router_temperature,
         distance_power=options.distance_power,
         memory=options.memory,

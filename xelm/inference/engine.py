@@ -165,7 +165,9 @@ class Engine:
             nothing = np.zeros(count)
             evidence = [nothing if t.evidence is None else t.evidence for t in open_ones]
             found = ensemble.router.log_weights(states, np.stack(evidence))
-            for text, weights in zip(open_ones, keep_largest(found, ensemble.top_m)):
+            for text, weights in zip(
+                open_ones, keep_largest(found, ensemble.top_m, ensemble.least_weight)
+            ):
                 text.decided = weights
         log_weights = np.asarray([text.decided for text in self.texts]).reshape(-1, count)
         if ensemble.route_per == "token":

@@ -49,6 +49,8 @@ class Ensemble:
     """Of products; parameters are of this, too."""
     top_m: int | None = None
     """Experts asked at each token; None asks all that the router gives weight."""
+    least_weight: float = 0.0
+    """Experts with less are not asked; 0 asks all that have any."""
     route_per: Literal["token", "prompt", "sequence"] = "token"
     """When the router decides: before every token; once, after the prompt (or context); or once for
     a text that is scored, by all of it (one that is generated is known no further than its
@@ -87,7 +89,7 @@ class Ensemble:
         ]
         self._score(ids, scores, asked)
         log_weights = [
-            weights_along(self.router, state, found, at, self.top_m)
+            weights_along(self.router, state, found, at, self.top_m, self.least_weight)
             for state, found, at in zip(states, scores, positions)
         ]
         active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]

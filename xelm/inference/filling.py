@@ -102,7 +102,8 @@ def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.
                 for expert in range(count)
             ]
         )
-    return weights_along(router, states, scores, np.asarray([len(ids)]), ensemble.top_m)[0]
+    end, least = np.asarray([len(ids)]), ensemble.least_weight
+    return weights_along(router, states, scores, end, ensemble.top_m, least)[0]
 
 
 @functools.lru_cache(maxsize=8)

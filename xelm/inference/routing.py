@@ -75,14 +75,15 @@ def weights_along(
     scores: Float[np.ndarray, "E T"],
     positions: Int[np.ndarray, " P"],
     top_m: int | None = None,
+    least: float = 0.0,
 ) -> Float[np.ndarray, "P E"]:
-    """Log weights of the `top_m` largest experts before each of these tokens of a text, with the
+    """Log weights before each of these tokens of a text, as `keep_largest` leaves them, with the
     states along it and, where they are asked for, the experts' scores of it."""
     rows = states[positions]
     evidence = np.zeros((len(positions), len(scores)))
     if router.asks(rows).any():
         evidence = evidence_along(router, scores)[positions]
-    return keep_largest(router.log_weights(rows, evidence), top_m)
+    return keep_largest(router.log_weights(rows, evidence), top_m, least)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -345,11 +346,14 @@ class Abstaining:
 
 
 def keep_largest(
-    log_weights: Float[np.ndarray, "T E"], count: int | None
+    log_weights: Float[np.ndarray, "T E"], count: int | None, least: float = 0.0
 ) -> Float[np.ndarray, "T E"]:
-    """The `count` largest weights of each row, normalised again; the first of equals wins. None
-    keeps all."""
+    """The `count` largest weights of each row (None: all) that are not below `least`, normalised
+    again; the largest is always kept, and the first of equals wins."""
     experts = log_weights.shape[-1]
+    if least > 0:
+        floor = np.minimum(np.log(least), log_weights.max(axis=-1, keepdims=True))
+        log_weights = _normalised(np.where(log_weights < floor, -np.inf, log_weights))
     if count is None or count >= experts:
         return log_weights
     order = np.argsort(-log_weights, axis=-1, kind="stable")

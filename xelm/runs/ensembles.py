@@ -44,6 +44,7 @@ def open_ensemble(
         router=make_router(run, experts, routing),
         tokenizer=run.tokenizer(),
         top_m=routing.top_m,
+        least_weight=routing.least_weight,
         route_per=route_per,
         sequence_length=run.config.experts.sequence_length,
         sampling=sampling_of(run.seed)[0],

@@ -38,6 +38,7 @@ def evaluate(
     *,
     routings: Sequence[str] = EVALUATED,
     top_m: int | None = None,
+    least_weight: float = 0.01,
     temperature: float | None = None,
     max_documents: int | None = None,
     save: bool = True,
@@ -50,7 +51,10 @@ def evaluate(
     max_documents: of each language, the first in the corpus; None takes all.
     """
     warmth = {"tfidf": temperature}
-    chosen = [Routing(name=name, temperature=warmth.get(name)) for name in routings]
+    chosen = [
+        Routing(name=name, least_weight=least_weight, temperature=warmth.get(name))
+        for name in routings
+    ]
     if max_documents is not None and max_documents < 1:
         raise UserError(f"max_documents must be at least 1; got {max_documents}")
     experts = run.registry().published()
@@ -85,13 +89,14 @@ def evaluate(
                 continue
             by_expert = [scores[expert.name].get(tag) for expert in experts]
             told = tag if routing == "language" else None
-            mixed = _mix(router, told, ids, by_expert, model, end_id, top_m)
+            mixed = _mix(router, told, ids, by_expert, model, end_id, (top_m, least_weight))
             rows.append(_row("ensemble", routing, ids, mixed))
     if save:
         options = {
             "corpus_sha256": store.record["corpus_sha256"],
             "routings": list(routings),
             "top_m": top_m,
+            "least_weight": least_weight,
             "temperature": temperature,
             "max_documents": max_documents,
         }
@@ -168,7 +173,7 @@ def _mix(
     by_expert: list[list[np.ndarray] | None],
     model: ModelConfig,
     end_id: int,
-    top_m: int | None,
+    kept: tuple[int | None, float],
 ) -> list[np.ndarray]:
     """Log probabilities of the mixture for each document, of which the router is `told` the
     language or not. Experts that were not asked have None, and no weight."""
@@ -179,7 +184,7 @@ def _mix(
         scores = np.stack([silent if found is None else found[number] for found in by_expert])
         states = states_along(router, router.start(told), wanted)
         everywhere = np.arange(len(wanted))
-        mixed.append(mixture(weights_along(router, states, scores, everywhere, top_m), scores))
+        mixed.append(mixture(weights_along(router, states, scores, everywhere, *kept), scores))
     return mixed
 
 

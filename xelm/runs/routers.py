@@ -56,6 +56,9 @@ class Routing:
     """One of `ROUTINGS`."""
     top_m: int | None = None
     """Experts that are kept; None keeps all that have weight."""
+    least_weight: float = 0.01
+    """Experts with less are not asked: their part of the mixture is hardly more than that, and
+    costs as much as any other's."""
     temperature: float | None = None
     """Of TF-IDF."""
     distance_power: float | None = None
@@ -80,6 +83,10 @@ class Routing:
         ):
             if value is not None and self.name != home:
                 raise UserError(f"a router's {option} goes with routing {home}; got {self.name}")
+        if not 0 <= self.least_weight < 1:
+            raise UserError(
+                f"the least weight must be at least 0 and below 1; got {self.least_weight}"
+            )
         if self.name == "tfidf":
             check_tfidf(*self.tfidf)
         if self.name == "fixed" and not self.weights:

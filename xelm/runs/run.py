@@ -108,6 +108,7 @@ class Run:
         routing: str = "tfidf",
         top_m: int | None = None,
         *,
+        least_weight: float = 0.01,
         temperature: float | None = None,
         distance_power: float | None = None,
         memory: float | None = None,
@@ -125,6 +126,7 @@ class Run:
         chosen = Routing(
             name=routing,
             top_m=top_m,
+            least_weight=least_weight,
             temperature=temperature,
             distance_power=distance_power,
             memory=memory,
