@@ -199,7 +199,7 @@ def _kept(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--least-weight",
         type=float,
-        default=0.01,
+        default=0.001,
         metavar="X",
         help="experts with less are not asked (default: %(default)s)",
     )

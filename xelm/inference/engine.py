@@ -160,14 +160,14 @@ class Engine:
             for text in open_ones:
                 self._hear(text)
             states = np.stack([text.state for text in open_ones])
-            asked = np.flatnonzero(ensemble.router.asks(states)).tolist()
-            self._ask([open_ones[number] for number in asked])
+            asks = ensemble.router.asks(states)
+            self._ask([open_ones[number] for number in np.flatnonzero(asks).tolist()])
             nothing = np.zeros(count)
             evidence = [nothing if t.evidence is None else t.evidence for t in open_ones]
             found = ensemble.router.log_weights(states, np.stack(evidence))
-            for text, weights in zip(
-                open_ones, keep_largest(found, ensemble.top_m, ensemble.least_weight)
-            ):
+            # Where all were asked for their evidence, leaving some out spares nothing.
+            least = np.where(asks, 0.0, ensemble.least_weight)
+            for text, weights in zip(open_ones, keep_largest(found, ensemble.top_m, least)):
                 text.decided = weights
         log_weights = np.asarray([text.decided for text in self.texts]).reshape(-1, count)
         if ensemble.route_per == "token":

@@ -80,10 +80,11 @@ def weights_along(
     """Log weights before each of these tokens of a text, as `keep_largest` leaves them, with the
     states along it and, where they are asked for, the experts' scores of it."""
     rows = states[positions]
-    evidence = np.zeros((len(positions), len(scores)))
-    if router.asks(rows).any():
+    evidence, asks = np.zeros((len(positions), len(scores))), router.asks(rows)
+    if asks.any():
         evidence = evidence_along(router, scores)[positions]
-    return keep_largest(router.log_weights(rows, evidence), top_m, least)
+    # Where all are asked for their evidence, leaving some out spares nothing.
+    return keep_largest(router.log_weights(rows, evidence), top_m, np.where(asks, 0.0, least))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -346,13 +347,17 @@ class Abstaining:
 
 
 def keep_largest(
-    log_weights: Float[np.ndarray, "T E"], count: int | None, least: float = 0.0
+    log_weights: Float[np.ndarray, "T E"],
+    count: int | None,
+    least: Float[np.ndarray, " T"] | float = 0.0,
 ) -> Float[np.ndarray, "T E"]:
     """The `count` largest weights of each row (None: all) that are not below `least`, normalised
     again; the largest is always kept, and the first of equals wins."""
     experts = log_weights.shape[-1]
-    if least > 0:
-        floor = np.minimum(np.log(least), log_weights.max(axis=-1, keepdims=True))
+    if np.any(np.asarray(least) > 0):
+        with np.errstate(divide="ignore"):
+            floor = np.log(np.broadcast_to(least, log_weights.shape[:1]))[:, None]
+        floor = np.minimum(floor, log_weights.max(axis=-1, keepdims=True))
         log_weights = _normalised(np.where(log_weights < floor, -np.inf, log_weights))
     if count is None or count >= experts:
         return log_weights

@@ -38,7 +38,7 @@ def evaluate(
     *,
     routings: Sequence[str] = EVALUATED,
     top_m: int | None = None,
-    least_weight: float = 0.01,
+    least_weight: float = 0.001,
     temperature: float | None = None,
     max_documents: int | None = None,
     save: bool = True,

@@ -56,7 +56,7 @@ class Routing:
     """One of `ROUTINGS`."""
     top_m: int | None = None
     """Experts that are kept; None keeps all that have weight."""
-    least_weight: float = 0.01
+    least_weight: float = 0.001
     """Experts with less are not asked: their part of the mixture is hardly more than that, and
     costs as much as any other's."""
     temperature: float | None = None

@@ -108,7 +108,7 @@ class Run:
         routing: str = "tfidf",
         top_m: int | None = None,
         *,
-        least_weight: float = 0.01,
+        least_weight: float = 0.001,
         temperature: float | None = None,
         distance_power: float | None = None,
         memory: float | None = None,
