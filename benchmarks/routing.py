@@ -71,6 +71,7 @@ def _routings(names: list[str]) -> Iterator[Routing]:
                 yield Routing(name=name, abstain=threshold)
                 if "dense" in names:
                     yield Routing(name=name, abstain=threshold, abstain_to="dense")
+                    yield Routing(name=name, top_m=1, abstain=threshold, abstain_to="dense")
 
 
 def _texts(run: Run, folder: Path, count: int) -> dict[str, list[str]]:
