@@ -98,7 +98,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of an `.npz`; UserError if it is missing, damaged, or holds pickled objects."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, since NumPy leaves open what it finds to be no archive.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except OSError as error:
         raise _cannot_read(path, error) from error

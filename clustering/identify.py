@@ -97,7 +97,8 @@ class Identifier:
 
 
 def fit(texts: Mapping[str, Iterable[str]]) -> Identifier:
-    """From texts of each language; UserError for a language without any."""
+    """From texts of each language; UserError for a language without any. Not calibrated: n-grams of
+    so many lengths are taken for as many witnesses of one thing."""
     columns = []
     for tag, some in texts.items():
         counts = np.zeros(BUCKETS)
@@ -108,7 +109,9 @@ def fit(texts: Mapping[str, Iterable[str]]) -> Identifier:
         smooth = counts + _SMOOTHING
         columns.append(np.log(smooth / smooth.sum()))
     return Identifier(
-        languages=tuple(texts), log_likelihoods=np.stack(columns, axis=1).astype(np.float32)
+        languages=tuple(texts),
+        log_likelihoods=np.stack(columns, axis=1).astype(np.float32),
+        temperature=float(LONGEST),
     )
 
 

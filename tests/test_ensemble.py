@@ -1,5 +1,6 @@
 """The ensemble: a mixture of probabilities, the same whether a text is scored or generated."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -10,6 +11,7 @@ from clustering.errors import UserError
 from xelm.inference.decoding import CHUNK, Reader
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
+from xelm.inference.holding import Holding
 from xelm.inference.routing import (
     Abstaining,
     ByLanguage,
@@ -66,13 +68,38 @@ def routers(run):
             threshold=0.45,
             prior=PRIOR,
         ),
+        # Experts that have read a text without being asked what they think read it again.
+        "hesitant": Hesitant(),
     }
 
 
-def along(router, language, ids, scores, top_m=None):
+BAYES = Posterior(prior=PRIOR)
+
+
+class Hesitant:
+    """Wants evidence at every third token alone; otherwise one expert speaks, each in turn."""
+
+    memory = 0.9
+
+    def start(self, language):
+        return np.zeros(1)
+
+    def terms(self, before, ids):
+        return np.ones((len(ids), 1))
+
+    def asks(self, states):
+        return states[:, 0] % 3 == 0
+
+    def log_weights(self, states, evidence):
+        with np.errstate(divide="ignore"):
+            alone = np.log(np.eye(EXPERTS)[states[:, 0].astype(int) % EXPERTS])
+        return np.where(self.asks(states)[:, None], BAYES.log_weights(states, evidence), alone)
+
+
+def along(router, language, ids, scores, top_m=None, least=0.0):
     """Log weights before every token of a text."""
     states = states_along(router, router.start(language), ids)
-    return weights_along(router, states, scores, np.arange(len(ids)), top_m)
+    return weights_along(router, states, scores, np.arange(len(ids)), top_m, least)
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +263,30 @@ def test_the_score_is_the_explicit_sum(ensemble, documents, routers, routing, to
         assert [scores.weights[n][number] for n in "abc"] == pytest.approx(mean, abs=1e-6)
 
 
+def test_as_many_languages_and_contexts_are_wanted_as_texts(ensemble):
+    with pytest.raises(UserError, match="2 texts want as many contexts; got 1"):
+        ensemble.score(["a", "b"], contexts=["c"])
+    with pytest.raises(UserError, match="1 texts want as many languages; got 2"):
+        ensemble.generate_batch(["a"], languages=["en", "de"])
+
+
+def test_experts_that_do_not_all_fit_are_brought_once_a_step(ensemble, experts):
+    """Not each at every step, as when the one asked longest ago leaves and is asked next."""
+    loaded = []
+
+    def load(number):
+        loaded.append(number)
+        return experts[number]
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(experts[0]))
+    loaders = [functools.partial(load, number) for number in range(EXPERTS)]
+    held = Holding(loaders, device_bytes=(EXPERTS - 1) * size, host_bytes=0)
+    few = replace(ensemble, parameters=held)
+    said = few.generate(PROMPT, max_new_tokens=9, temperature=0.0)
+    assert said.ids == ensemble.generate(PROMPT, max_new_tokens=9, temperature=0.0).ids
+    assert len(said.ids) == 9 and len(loaded) <= EXPERTS + 8
+
+
 def test_no_texts_have_no_scores(ensemble):
     scores = ensemble.score([])
     assert scores.nats.shape == scores.tokens.shape == (0,)
@@ -309,15 +360,17 @@ def test_long_texts_are_read_in_chunks(model, experts, length):
 
 
 @pytest.mark.parametrize(
-    ("routing", "top_m"),
-    [("language", None), ("forgetful", None), ("abstaining", None), ("abstaining", 1)]
-    + [(name, m) for name in ("uniform", "tfidf", "posterior") for m in (None, 1, 2)],
+    ("routing", "top_m", "least"),
+    [("language", None, 0.0), ("forgetful", None, 0.0), ("hesitant", None, 0.0)]
+    + [(name, None, 0.25) for name in ("tfidf", "posterior", "abstaining", "hesitant")]
+    + [("abstaining", m, 0.0) for m in (None, 1)]
+    + [(name, m, 0.0) for name in ("uniform", "tfidf", "posterior") for m in (None, 1, 2)],
 )
-def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routing, top_m):
+def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routing, top_m, least):
     """For two prompts of unequal length side by side, and one that comes when they are under way
     and goes before they end."""
     router = routers[routing]
-    engine = Engine(replace(ensemble, router=router, top_m=top_m))
+    engine = Engine(replace(ensemble, router=router, top_m=top_m, least_weight=least))
     languages = ("en", "de", "en")
     prompts = [ensemble.tokenizer.begin(prompt) for prompt in (PROMPT, "hgf", "cd fe ab")]
     texts = [
@@ -343,7 +396,7 @@ def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routin
         assert len(ids) == len(prompts[number]) - 1 + len(given[number])
         scores = np.stack([scored(ensemble.model, p, [ids])[0] for p in ensemble.parameters])
         scores = scores[:, :-1]
-        wanted = along(router, language, ids, scores, top_m)
+        wanted = along(router, language, ids, scores, top_m, least)
         for position, (value, weights) in enumerate(given[number], len(prompts[number]) - 1):
             np.testing.assert_allclose(weights, np.exp(wanted[position]), atol=1e-4)
             expected = mixture(wanted[position : position + 1], scores[:, position : position + 1])

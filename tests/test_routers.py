@@ -5,13 +5,13 @@ import shutil
 import numpy as np
 import pytest
 from conftest import write_corpus
-from shared import documents_of
+from shared import documents_of, full
 
 from clustering.errors import UserError
 from xelm.inference.routing import uniform
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.routers import Routing, identifier, make_router
+from xelm.runs.routers import Routing, _some, identifier, make_router
 from xelm.runs.run import open_run
 
 TRAINED = ("de", "en", "es", "fr")
@@ -147,8 +147,8 @@ def test_a_text_behind_a_context_is_scored_with_what_the_router_heard_of_it(run,
             end = _end(run, routing, ids[0])
             assert found.nats[0] == pytest.approx(whole - part.nats[0] + end, rel=1e-5)
         else:  # one mixture with the same weights throughout
-            weights = np.log([found.weights[name][0] for name in ensemble.names])
-            fixed = run.ensemble("fixed", weights=dict(zip(ensemble.names, np.exp(weights))))
+            weights = {name: weight[0] for name, weight in found.weights.items()}
+            fixed = run.ensemble("fixed", weights=weights)
             wanted = fixed.score([text], contexts=[context])
             assert found.nats[0] == pytest.approx(wanted.nats[0], rel=1e-5)
 
@@ -173,6 +173,9 @@ def _end(run, routing, ids):
         ({"routing": "fixed", "weights": {"de-fr": -1}}, "at least 0 .*; got de-fr=-1"),
         ({"routing": "posterior", "abstain": 0.5}, "abstaining goes with other routings"),
         ({"routing": "tfidf", "least_weight": 1.0}, "at least 0 and below 1; got 1.0"),
+        ({"routing": "tfidf", "abstain_to": "seed"}, "leaves it to seed needs abstain"),
+        ({"routing": "tfidf", "abstain": 0.5, "abstain_to": "me"}, "to one of .*; got 'me'"),
+        ({"routing": "tfidf", "route_per": "word"}, "route_per must be one of .*; got 'word'"),
         ({"routing": "tfidf", "abstain": 1.5}, "a threshold must be between 0 and 1; got 1.5"),
     ],
 )
@@ -193,12 +196,33 @@ def test_equal_weights_are_the_prior(run):
 
 
 def test_a_run_that_cannot_be_written_to_is_asked_all_the_same(copy, capsys, monkeypatch):
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("xelm.runs.routers.write_arrays", refuse)
+    monkeypatch.setattr("clustering.files.os.replace", full)
     assert open_run(copy.directory).ensemble("learned").router is not None
-    assert "cannot be kept (Permission denied)" in capsys.readouterr().err
+    assert "the disk is full" in (said := capsys.readouterr().err)
+    assert said.endswith("it is fitted each time\n")
+
+
+def test_what_was_damaged_is_fitted_again(copy, capsys):
+    run = open_run(copy.directory)
+    wanted = run.ensemble("learned").router.weights
+    (kept,) = (copy.directory / "routers").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-200])
+    found = run.ensemble("learned").router.weights
+    np.testing.assert_array_equal(found, wanted)
+    assert "it is made again" in capsys.readouterr().err
+    np.testing.assert_array_equal(run.ensemble("learned").router.weights, wanted)
+
+
+def test_a_language_of_one_long_document_is_known_by_its_beginning():
+    class Two:
+        def document(self, number):
+            return np.arange(50)[number * 25 : number * 25 + 25]
+
+    found = _some(Two(), np.arange(1), tokens=10, held_out=False)
+    assert [part.tolist() for part in found] == [list(range(10))]
+    # The last of ten is held out, and counts for nothing elsewhere.
+    held_out = [len(part) for part in _some(Two(), np.arange(20) % 2, tokens=60, held_out=True)]
+    assert held_out == [25, 25]
 
 
 def test_the_command_line_has_every_option(xelm, run):

@@ -156,6 +156,13 @@ def test_tokens_that_the_vectoriser_never_saw_leave_the_weights_as_they_are():
     np.testing.assert_array_equal(found, np.tile(found[0], (3, 1)))
 
 
+def test_ids_that_no_text_becomes_say_nothing():
+    ids = np.array([3, VOCABULARY, VOCABULARY + 7, 4])
+    states = states_along(TFIDF, TFIDF.start(None), ids)
+    np.testing.assert_array_equal(states[1], states[3])
+    np.testing.assert_array_equal(states[4], states_along(TFIDF, states[0], ids[[0, 3]])[2])
+
+
 def test_the_posterior_is_that_of_bayes():
     # prior 1/4, 3/4; the first token is 4 times as probable under the first, the next under
     # neither, the third has probability .5 and .1.

@@ -158,7 +158,7 @@ def _routing(verb: argparse.ArgumentParser, text: str) -> None:
 def _chosen_routing(options: argparse.Namespace) -> str:
     routing = options.routing or ("tfidf" if options.language is None else "language")
     if options.language is not None and routing not in ("language", "detected"):
-        raise UserError("--language goes with --routing language")
+        raise UserError("--language goes with --routing language or detected")
     return routing
 
 
@@ -185,6 +185,12 @@ def _router(verb: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="leave it to others where no expert's weight reaches this",
+    )
+    verb.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of parameters and products (default: float32)",
     )
     verb.add_argument(
         "--abstain-to",
@@ -244,6 +250,7 @@ def _ensemble(
         abstain=options.abstain,
         abstain_to=options.abstain_to,
         route_per=route_per,
+        dtype=options.dtype,
     )
 
 

@@ -64,13 +64,15 @@ class Step(NamedTuple):
 
 class Engine:
     """What is in play of an ensemble. An expert reads a text only while it carries weight there,
-    and then all that it has not read yet."""
+    and then all that it has not read yet. After an error of a step nothing is left of its texts:
+    make another."""
 
     def __init__(self, ensemble: "Ensemble"):
         self.texts: list[Text] = []
         """In the order in which they came."""
         self._ensemble = ensemble
         self._readers: dict[int, Reader] = {}
+        self._order = list(range(len(ensemble.names)))
         self._rows = self._slots = 0
 
     def reserve(self, texts: int, tokens: int) -> None:
@@ -135,11 +137,15 @@ class Engine:
     def following(self) -> tuple[Float[Array, "B V"], Float[np.ndarray, "texts E"]]:
         """Log probabilities of the next token, by the `row` of each text (of rows without one they
         mean nothing), and the weights of the experts for each text."""
+        # There and back: whoever was asked last is asked first, while it is on the device still.
+        self._order.reverse()
         log_weights = self._log_weights()
         mixed = _nothing(self._rows, self._ensemble.model.vocabulary_size)
         penalties = self._penalties()
-        for expert in np.flatnonzero(np.isfinite(log_weights).any(axis=0)).tolist():
+        for expert in self._order:
             asked = np.flatnonzero(np.isfinite(log_weights[:, expert]))
+            if not len(asked):
+                continue
             texts = [self.texts[number] for number in asked]
             self._read(expert, texts)
             reader = self._readers[expert]
@@ -188,7 +194,7 @@ class Engine:
         for text in texts:
             if text.evidence is None:
                 text.evidence = np.zeros(len(self._ensemble.names))
-        for expert in range(len(self._ensemble.names)) if texts else ():
+        for expert in self._order if texts else ():
             self._read(expert, texts)
 
     def _read(self, expert: int, texts: Sequence[Text]) -> None:

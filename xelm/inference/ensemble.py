@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.filling import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate, room
@@ -14,6 +15,8 @@ from xelm.inference.routing import Router, mixture, states_along, weights_along
 from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.config import ModelConfig
+
+ROUTE_PER = ("token", "prompt", "sequence")
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or the messages of a chat: {"role": "user", "content": "Habari?"}."""
@@ -61,6 +64,12 @@ class Ensemble:
     """How continuations are drawn unless a call says otherwise; a seed's generation_config.json
     says it here."""
 
+    def __post_init__(self) -> None:
+        if self.route_per not in ROUTE_PER:
+            raise UserError(
+                f"route_per must be one of {', '.join(ROUTE_PER)}; got {self.route_per!r}"
+            )
+
     def score(
         self,
         texts: Sequence[str],
@@ -69,7 +78,9 @@ class Ensemble:
     ) -> Scores:
         """Nats of each text, with the weights that the router gave. languages: of each text, where
         the router can be told. contexts: what each text goes on from; its nats are not counted."""
-        languages = [None] * len(texts) if languages is None else languages
+        languages = _as_many("languages", languages, texts)
+        if contexts is not None:
+            _as_many("contexts", contexts, texts)
         before = self.tokenizer.encode(contexts) if contexts else [[]] * len(texts)
         ids = [np.asarray(c + x, np.int64) for c, x in zip(before, self.tokenizer.encode(texts))]
         wanted = [targets(self.model, document, self.tokenizer.end_id) for document in ids]
@@ -182,7 +193,7 @@ class Ensemble:
         """Continues several texts or chats side by side. languages: of each, where the router needs
         them. stream: told the number of a prompt and the next piece of its continuation."""
         ids = [self._ids(prompt) for prompt in prompts]
-        languages = [None] * len(ids) if languages is None else languages
+        languages = _as_many("languages", languages, prompts)
         return generate(self, ids, sampling or self._fitting(ids), languages, stream)
 
     def _ids(self, prompt: Prompt) -> list[int]:
@@ -194,3 +205,12 @@ class Ensemble:
         """`sampling`, with no more new tokens than there is room for, and at least one."""
         most = max(1, room(self, prompts))
         return replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, most))
+
+
+def _as_many(name: str, given: Sequence[Any] | None, texts: Sequence[Any]) -> Sequence[Any]:
+    """One for each text; None: none is known."""
+    if given is None:
+        return [None] * len(texts)
+    if len(given) != len(texts):
+        raise UserError(f"{len(texts)} texts want as many {name}; got {len(given)}")
+    return given

@@ -163,9 +163,14 @@ class Detected:
 
     def start(self, language):
         """Of a language that is given, as if it had been seen for long."""
-        state = np.zeros(len(self.identifier.languages))
-        if language is not None and canonical(language) in self.identifier.languages:
-            state[self.identifier.languages.index(canonical(language))] = 1e6
+        known, state = self.identifier.languages, np.zeros(len(self.identifier.languages))
+        if language is not None:
+            if canonical(language) not in known:
+                raise UserError(
+                    f"{language!r} is none of the languages that are told apart here: "
+                    f"{', '.join(known)}; leave --language out"
+                )
+            state[known.index(canonical(language))] = 1e6
         return state
 
     def terms(self, before, ids):
@@ -214,7 +219,7 @@ class Tfidf:
         return np.zeros(self.vectoriser.dimensions)
 
     def terms(self, before, ids):
-        return self.vectoriser.terms(ids)
+        return _known_terms(self.vectoriser, ids)
 
     def asks(self, states):
         return np.zeros(len(states), bool)
@@ -265,7 +270,7 @@ class Learned:
         return np.zeros(self.vectoriser.dimensions)
 
     def terms(self, before, ids):
-        return self.vectoriser.terms(ids)
+        return _known_terms(self.vectoriser, ids)
 
     def asks(self, states):
         return np.zeros(len(states), bool)
@@ -383,6 +388,12 @@ def unit(vectors: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T D"]:
     """Vectors of length one; zero stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
+
+
+def _known_terms(vectoriser, ids):
+    """Nothing of ids that no text becomes, for which a model may have rows all the same."""
+    known = ids < vectoriser.vocabulary_size
+    return vectoriser.terms(np.where(known, ids, 0)) * known[:, None]
 
 
 def _normalised(log_weights):

@@ -16,7 +16,7 @@ def by_rows_of(
 ) -> Float[Array, "M O"]:
     """x @ matrix.T, in `dtype`. Between 2 and 64 rows, XLA's product for CPUs keeps what stands on
     its left where it is and packs what stands on its right: with the matrix on the left it reads it
-    up to 2.5 times as fast (benchmarks/few_rows.py), and the barriers keep it there."""
+    up to twice as fast (benchmarks/few_rows.py), and the barriers keep it there."""
     plain = functools.partial(jnp.einsum, "MI,OI->MO", preferred_element_type=dtype)
     if not 1 < len(x) <= FEW:
         return plain(x, matrix)

@@ -4,8 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from clustering.errors import UserError
 from experts.expert import Expert
 from xelm.inference.ensemble import Ensemble
@@ -21,15 +19,12 @@ def open_ensemble(
     routing: Routing,
     *,
     route_per: Literal["token", "prompt", "sequence"] = "token",
-    dtype: str | None = None,
+    dtype: str = "float32",
 ) -> Ensemble:
     """Every published expert, each loaded when it is first asked, and whom the router leaves it to
-    where it abstains. dtype: of parameters and products; None: bfloat16 on accelerators, float32 on
-    CPUs."""
+    where it abstains. dtype: of parameters and products."""
     experts = published(run)
     check_top_m(routing.top_m, len(experts))
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     systems = {expert.name: expert.directory(run.directory) for expert in experts}
     if routing.abstain is not None and routing.abstain_to != "posterior":
         systems[routing.abstain_to] = fallback(run, routing.abstain_to)
@@ -44,7 +39,8 @@ def open_ensemble(
         router=make_router(run, experts, routing),
         tokenizer=run.tokenizer(),
         top_m=routing.top_m,
-        least_weight=routing.least_weight,
+        # Whoever was given a weight by hand is asked.
+        least_weight=0.0 if routing.name == "fixed" else routing.least_weight,
         route_per=route_per,
         sequence_length=run.config.experts.sequence_length,
         sampling=sampling_of(run.seed)[0],

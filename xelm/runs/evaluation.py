@@ -50,6 +50,10 @@ def evaluate(
 
     max_documents: of each language, the first in the corpus; None takes all.
     """
+    if "fixed" in routings:
+        raise UserError(
+            f"evaluate knows the routings {', '.join(EVALUATED)} and uniform; got fixed"
+        )
     warmth = {"tfidf": temperature}
     chosen = [
         Routing(name=name, least_weight=least_weight, temperature=warmth.get(name))
@@ -72,6 +76,8 @@ def evaluate(
     systems |= {expert.name: expert.directory(run.directory) for expert in experts}
     served, end_id = serving(run.registry(), experts), run.tokenizer().end_id
     model = read_config(run.seed)
+    if not served:  # by clusters of documents
+        chosen = [routing for routing in chosen if routing.name != "detected"]
     routers = {r.name: make_router(run, experts, r) for r in chosen} if experts else {}
     asked = {system: list(store.languages) for system in systems}
     if set(routings) == {"language"}:

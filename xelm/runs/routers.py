@@ -37,13 +37,18 @@ from xelm.inference.routing import (
     check_tfidf,
     uniform,
 )
+from xelm.models.checkpoint import read_config
 from xelm.runs.run import Run
 from xelm.runs.training import CENTRE, cluster_sources
 
 FITTED_TOKENS = 300_000
 """Of each language or expert that something is fitted on, at most: more change little."""
+_FORMAT = 1
+"""Of what is fitted; rises when the same facts give something else."""
 _HELD_OUT = 10
 """One document in so many is kept from the fit, to calibrate it."""
+
+ABSTAIN_TO = ("posterior", "seed", "dense")
 
 T = TypeVar("T")
 
@@ -91,6 +96,14 @@ class Routing:
             check_tfidf(*self.tfidf)
         if self.name == "fixed" and not self.weights:
             raise UserError("fixed routing wants weights of experts, such as --weights en=.7,de=.3")
+        if self.abstain is not None and not 0 <= self.abstain <= 1:
+            raise UserError(f"a threshold must be between 0 and 1; got {self.abstain}")
+        if self.abstain_to not in ABSTAIN_TO:
+            raise UserError(
+                f"abstaining goes to one of {', '.join(ABSTAIN_TO)}; got {self.abstain_to!r}"
+            )
+        if self.abstain is None and self.abstain_to != "posterior":
+            raise UserError(f"whoever leaves it to {self.abstain_to} needs abstain, a threshold")
         if self.abstain is not None and self.name == "posterior":
             raise UserError("abstaining goes with other routings than the posterior")
 
@@ -127,11 +140,18 @@ def _router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
     if routing.name == "language":
         return ByLanguage(experts=count, serving=served)
     if routing.name == "detected":
-        tokenizer = run.tokenizer()
+        if not served:
+            raise UserError(
+                f"no expert of {run.directory} serves a language of its own: detected routing has "
+                "nothing to go by"
+            )
+        # A model may have rows of its embedding, and so give ids, that no text becomes.
+        ids = list(range(read_config(run.seed).vocabulary_size))
+        pieces = run.tokenizer().hub.convert_ids_to_tokens(ids)
         return Detected(
             experts=count,
             identifier=identifier(run),
-            pieces=tokenizer.hub.convert_ids_to_tokens(list(range(tokenizer.size))),
+            pieces=[piece or "" for piece in pieces],
             serving=served,
         )
     if routing.name == "learned":
@@ -228,8 +248,15 @@ def _learned(run: Run, experts: Sequence[Expert]) -> Learned:
         }
     else:
         facts = [[expert.reference, expert.sha256] for expert in experts]
-        arrays = _fitted(run, "learned", facts, read_arrays, make)
+        arrays = _fitted(run, "learned", facts, _read_learned, make)
     return Learned(vectoriser=vectoriser, weights=arrays["weights"], bias=arrays["bias"])
+
+
+def _read_learned(path: Path) -> Mapping[str, np.ndarray]:
+    arrays = read_arrays(path)
+    if not {"weights", "bias"} <= set(arrays):
+        raise UserError(f"{path} is damaged: it has {', '.join(arrays)}")
+    return arrays
 
 
 def _languages(run: Run) -> dict[str, LanguageIds]:
@@ -270,12 +297,14 @@ def _some(
     """Documents that are not empty, in this order, of so many tokens at most; those held out, the
     others, or (None) all."""
     for place, number in enumerate(numbers):
-        document = ids.document(int(number))
+        if held_out not in (None, place % _HELD_OUT == _HELD_OUT - 1):
+            continue
+        document = ids.document(int(number))[:tokens]
+        tokens -= len(document)
+        if len(document):
+            yield document
         if tokens <= 0:
             return
-        tokens -= len(document)
-        if len(document) and held_out in (None, place % _HELD_OUT == 0):
-            yield document
 
 
 def _fitted(
@@ -286,11 +315,14 @@ def _fitted(
     make: Callable[[Path], T],
 ) -> T:
     """What is in RUN/routers, made from these facts; otherwise what `make` makes and keeps."""
-    seed = run.registry().seed_sha256
-    key = hashlib.sha256(json.dumps([seed, facts], sort_keys=True).encode()).hexdigest()[:12]
+    origin = [_FORMAT, run.registry().seed_sha256, run.record.get("corpus_sha256"), facts]
+    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
     path = run.directory / "routers" / f"{name}-{key}.npz"
     if path.exists():
-        return load(path)
+        try:
+            return load(path)
+        except UserError as error:
+            print(f"{error}; it is made again", file=sys.stderr)
     return make(path)
 
 
@@ -301,6 +333,6 @@ def _kept(path: Path, save: Callable[[Path], object]) -> None:
         save(path)
         for other in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.npz"):
             if other != path:
-                other.unlink()
-    except OSError as error:
-        print(f"{path} cannot be kept ({error.strerror}); it is fitted each time", file=sys.stderr)
+                other.unlink(missing_ok=True)  # who made another at the same time may be first
+    except (OSError, UserError) as error:
+        print(f"{path} cannot be kept ({error}); it is fitted each time", file=sys.stderr)
