@@ -116,8 +116,8 @@ def perplexities(rows: Sequence[Row], system: str) -> list[float]:
 
 def evaluated(run: Run, corpus: Path, routings: Sequence[str]) -> list[Row]:
     """The rows of a RUN on a corpus, from its results if they are of that corpus."""
-    record, rows = read_results(run)
-    same_text = record.get("corpus_sha256") == fingerprint(corpus)
-    if same_text and set(routings) <= set(record["routings"]):
-        return rows
-    return evaluate(run, corpus, routings=routings)
+    found = read_results(run)
+    same_text = found.record.get("corpus_sha256") == fingerprint(corpus)
+    if same_text and set(routings) <= set(found.record["routings"]):
+        return list(found.rows)
+    return list(evaluate(run, corpus, routings=routings).rows)

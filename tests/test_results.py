@@ -25,9 +25,10 @@ def run_with(tmp_path, rows):
 
 
 def test_rows_are_read_and_before_an_evaluation_there_are_none(tmp_path):
-    assert read_results(Run(directory=tmp_path, record={})) == ({}, [])
-    record, rows = read_results(run_with(tmp_path, [ROW]))
-    assert record["format"] == 1 and rows == [Row(**ROW)]
+    nothing = read_results(Run(directory=tmp_path, record={}))
+    assert (nothing.record, nothing.rows, nothing.summaries) == ({}, [], ())
+    found = read_results(run_with(tmp_path, [ROW]))
+    assert found.record["format"] == 1 and found.rows == [Row(**ROW)]
 
 
 @pytest.mark.parametrize(

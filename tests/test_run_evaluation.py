@@ -2,14 +2,17 @@
 
 import json
 import math
+import operator
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from shared import LANGUAGES, NAMES, documents_of
 from transformers import AutoModelForCausalLM
 
 from xelm import open_run
+from xelm.inference.scoring import score_documents
 from xelm.runs.evaluation import EVALUATED, evaluate
 
 
@@ -18,7 +21,7 @@ def evaluated(xelm, tiny, tmp_path_factory):
     """The tiny RUN with results, and the rows that were printed."""
     directory = tmp_path_factory.mktemp("evaluated") / "RUN"
     shutil.copytree(tiny.directory, directory)
-    rows = xelm("evaluate", directory, "--corpus", tiny.held_out, "--json").json()
+    rows = xelm("evaluate", directory, "--corpus", tiny.held_out, "--json").json()["rows"]
     return directory, {(row["system"], row["routing"], row["language"]): row for row in rows}
 
 
@@ -66,6 +69,93 @@ def test_nats_are_those_of_the_plain_model(evaluated, tiny):
         assert evaluated[1][system, None, "es"]["nll"] == pytest.approx(nats, rel=1e-5)
 
 
+def test_calibration_is_of_the_whole_mixture(evaluated):
+    """Where the router gives all to one expert, it is that expert's; sums are of every language."""
+    rows = evaluated[1]
+    for name, languages in NAMES.items():
+        for tag in languages:
+            own, mixed = rows[name, None, tag], rows["ensemble", "language", tag]
+            assert mixed["calibration"] == pytest.approx(own["calibration"], abs=1e-6)
+            assert own["calibration"]["tokens"] == min(1000, own["tokens"])
+            assert own["calibration"]["brier"] < rows["seed", None, tag]["calibration"]["brier"]
+    record = json.loads((evaluated[0] / "results" / "results.json").read_text())
+    for each in record["summaries"]:
+        mine = [rows[each["system"], each["routing"], tag] for tag in each["languages"]]
+        counts = [row["calibration"]["tokens"] for row in mine]
+        assert each["calibration"]["tokens"] == sum(counts)
+        for name in ("accuracy", "brier"):
+            values = [row["calibration"][name] for row in mine]
+            mean = sum(map(operator.mul, values, counts)) / sum(counts)
+            assert each["calibration"][name] == pytest.approx(mean)
+
+
+def test_routers_are_judged_by_the_expert_for_the_language(evaluated, tiny):
+    rows, run = evaluated[1], open_run(evaluated[0])
+    for tag in LANGUAGES:
+        told = rows["ensemble", "language", tag]["router"]
+        assert told["accuracy"] == told["asked"] == 1 and told["entropy"] == told["ece"] == 0
+        best = min(rows[name, None, tag]["nll"] for name in NAMES)
+        for routing in EVALUATED:
+            row = rows["ensemble", routing, tag]
+            regret = (row["nll"] - best) / math.log(2) / row["bytes"]
+            assert row["router"]["regret"] == pytest.approx(regret, abs=1e-9)
+    # By hand for a posterior, whose weights are those of scores of what came before.
+    texts = documents_of(tiny.held_out, "de")
+    single = {name: run.ensemble("fixed", weights={name: 1.0}) for name in NAMES}
+    right, entropies = [], []
+    for text in texts:
+        nats = {name: along(each, text) for name, each in single.items()}
+        german = 1 / (1 + np.exp(nats["de-fr"] - nats["en-es"]))
+        right += np.where(german == 0.5, 0.5, german > 0.5).tolist()
+        p = np.clip([german, 1 - german], 1e-300, None)
+        entropies += (-(p * np.log2(p)).sum(axis=0)).tolist()
+    found = rows["ensemble", "posterior", "de"]["router"]
+    assert found["accuracy"] == pytest.approx(np.mean(right))
+    assert found["entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
+    assert found["asked"] == 2
+
+
+def along(ensemble, text):
+    """Nats of what comes before each token of a text."""
+    ids = ensemble.tokenizer.encode([text])[0]
+    (index,) = np.flatnonzero(np.isfinite(ensemble.router.weights))
+    (scores,) = score_documents(
+        ensemble.model,
+        ensemble.parameters[index],
+        [np.asarray(ids)],
+        start_id=ensemble.tokenizer.start_id,
+        end_id=ensemble.tokenizer.end_id,
+        sequence_length=ensemble.sequence_length,
+    )
+    return np.concatenate([[0.0], -np.cumsum(scores.astype(float))])[:-1]
+
+
+def test_without_calibration_no_distribution_is_looked_at(xelm, copy):
+    command = ("evaluate", copy.directory, "--corpus", copy.held_out, "--calibration-tokens", 0)
+    rows = xelm(*command, "--json").json()["rows"]
+    assert {row["calibration"] for row in rows} == {None}
+    refused = xelm(*command[:-1], -1)
+    assert refused.code == 2
+    assert refused.err.strip() == "xelm: calibration_tokens must be at least 0; got -1"
+
+
+def test_tables_tell_of_routers_calibration_and_forgetting(xelm, evaluated, tiny, copy):
+    out = xelm("evaluate", copy.directory, "--corpus", copy.held_out).out
+    tables = {table.split()[0]: table.splitlines() for table in out.split("\n\n")}
+    record = json.loads((copy.directory / "results" / "results.json").read_text())
+    found = {(each["system"], each["routing"]): each for each in record["summaries"]}
+    learned = next(line for line in tables["router"] if line.startswith("by learned")).split()
+    router = found["ensemble", "learned"]["router"]
+    assert learned[2] == f"{router['accuracy']:.1%}" and learned[-1] == f"{router['regret']:+.3f}"
+    seed = next(line for line in tables["mean"] if line.startswith("seed")).split()
+    assert seed[1] == f"{found['seed', None]['bits_per_byte']['value']:.3f}"
+    assert seed[-1] == f"{found['seed', None]['calibration']['brier']:.3f}"
+    assert tables["bits/B"][0].split()[3:] == ["seed", *sorted(NAMES)]
+    forgotten = next(line for line in tables["bits/B"] if line.startswith("forgotten")).split()
+    wanted = [found[name, None]["forgetting"]["value"] for name in sorted(NAMES)]
+    assert forgotten[1:] == [f"{value:+.3f}" for value in wanted]
+
+
 def test_routing_by_language_is_the_expert_of_that_language(evaluated):
     rows = evaluated[1]
     for name, languages in NAMES.items():
@@ -79,7 +169,10 @@ def test_with_routing_by_language_alone_experts_are_scored_on_their_own_language
     xelm, evaluated, copy
 ):
     command = ("evaluate", copy.directory, "--corpus", copy.held_out, "--routing", "language")
-    rows = {(r["system"], r["routing"], r["language"]): r for r in xelm(*command, "--json").json()}
+    rows = {
+        (r["system"], r["routing"], r["language"]): r
+        for r in xelm(*command, "--json").json()["rows"]
+    }
     systems = [("seed", None), ("dense", None), ("ensemble", "language")]
     own = {(name, None, tag) for name, languages in NAMES.items() for tag in languages}
     assert set(rows) == own | {(*system, tag) for system in systems for tag in LANGUAGES}
@@ -129,7 +222,7 @@ def test_experts_know_their_own_languages_better_than_the_other(evaluated):
 def test_evaluating_gives_the_scores_of_the_ensemble(evaluated, tiny, top_m):
     run = open_run(evaluated[0])
     routings = ("language", "tfidf", "uniform", "posterior")
-    rows = evaluate(run, tiny.held_out, routings=routings, top_m=top_m, save=False)
+    rows = evaluate(run, tiny.held_out, routings=routings, top_m=top_m, save=False).rows
     for routing in routings:
         ensemble = run.ensemble(routing, top_m=top_m)
         for language in LANGUAGES:

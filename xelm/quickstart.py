@@ -1,6 +1,5 @@
 """`xelm quickstart`: the whole path on the embedded sample corpus."""
 
-from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from xelm.presets import quickstart as preset
 from xelm.runs import evaluation, growing, training
 from xelm.runs.init import init
 from xelm.runs.report import report
-from xelm.runs.results import Row
+from xelm.runs.results import Results
 from xelm.runs.run import Run
 
 LANGUAGES = ("ar", "bg", "de", "en", "es", "fr", "hi", "ja", "ko", "ru", "sw", "tr", "ur", "zh")
@@ -17,7 +16,7 @@ NEW_LANGUAGES = ("pl", "sv")
 CLUSTERS = 7
 
 
-def quickstart(directory: str | Path) -> tuple[Run, Sequence[Row], Path]:
+def quickstart(directory: str | Path) -> tuple[Run, Results, Path]:
     """Clusters the sample's languages by typology, trains a seed, the dense baseline and one expert
     a cluster, grows an expert for a language kept back, evaluates all, and writes the report. An
     interrupted quickstart goes on where it was."""
@@ -29,5 +28,5 @@ def quickstart(directory: str | Path) -> tuple[Run, Sequence[Row], Path]:
         for language in NEW_LANGUAGES[:1]:
             if not any(language in e.languages for e in run.registry().published()):
                 growing.grow(run, language, sample / "train")
-        rows = evaluation.evaluate(run, sample / "valid")
-    return run, rows, report(run)
+        results = evaluation.evaluate(run, sample / "valid")
+    return run, results, report(run)

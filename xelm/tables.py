@@ -1,6 +1,6 @@
 """Tables for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,17 +10,34 @@ from clustering.languages import english_name
 if TYPE_CHECKING:
     from xelm.runs.progress import Progress
     from xelm.runs.relatives import Relatives
-    from xelm.runs.results import Row
+    from xelm.runs.results import Interval, Results, Row, Summary
 
 # Six columns within a hundred characters or little more.
 _WIDTH = 15
+_PAGE = 110
 
 
-def results(rows: "Sequence[Row]", routings: Sequence[str], seed_languages: Sequence[str]) -> str:
+def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[str]) -> str:
+    """All tables of an evaluation.
+
+    seed_languages: those of the RUN's corpus.
+    """
+    tables = [
+        _by_language(found.rows, routings, seed_languages),
+        _systems(found.summaries),
+        _routers(found.summaries),
+        *_by_expert(found, seed_languages),
+    ]
+    return "\n\n".join(table for table in tables if table)
+
+
+def _by_language(
+    rows: "Sequence[Row]", routings: Sequence[str], seed_languages: Sequence[str]
+) -> str:
     """Perplexity (ppl) and bits per byte by language: seed, dense, and the ensemble by routing.
 
-    seed_languages: those that seed and dense were trained on. The means are over those of them
-    that every column has; other languages stand below the means.
+    The means are over those languages of the corpus that every column has; other languages stand
+    below the means.
     """
     columns: list[tuple[str, str | None]] = [("seed", None), ("dense", None)]
     columns += [("ensemble", routing) for routing in routings]
@@ -57,6 +74,88 @@ def results(rows: "Sequence[Row]", routings: Sequence[str], seed_languages: Sequ
     if others:
         lines += ["not in the RUN's corpus:", *(language(tag) for tag in others)]
     return "\n".join(lines)
+
+
+def _systems(summaries: "Sequence[Summary]") -> str:
+    """Means with intervals, and calibration, of seed, dense and ensembles."""
+    shown = [each for each in summaries if each.system in ("seed", "dense", "ensemble")]
+    if not shown:
+        return ""
+    count = len(shown[0].languages)
+    lines = [
+        f"{f'mean of {count}':18}{'bits/B':>8}{'in 95 %':>15}{'above dense':>13}{'in 95 %':>17}"
+        f"{'right':>8}{'ECE':>7}{'Brier':>7}"
+    ]
+    for each in shown:
+        line = f"{_title(each):18}{each.bits_per_byte.value:>8.3f}"
+        line += f"{_within(each.bits_per_byte.interval):>15}"
+        above = each.above_dense
+        line += f"{'-':>13}{'':>17}" if above is None else f"{above.value:>+13.3f}"
+        line += "" if above is None else f"{_within(above.interval, '+'):>17}"
+        known = each.calibration
+        cells = (known.accuracy, known.ece, known.brier) if known else (None, None, None)
+        line += "".join(
+            f"{'-' if cell is None else f'{cell:.3f}':>{width}}"
+            for cell, width in zip(cells, (8, 7, 7))
+        )
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _routers(summaries: "Sequence[Summary]") -> str:
+    """What each router made of all tokens."""
+    lines = []
+    for each in summaries:
+        if (found := each.router) is None:
+            continue
+        regret = "-" if found.regret is None else f"{found.regret:+.3f}"
+        lines.append(
+            f"{_title(each):18}{found.accuracy:>8.1%}{found.ece:>8.3f}{found.entropy:>10.3f}"
+            f"{found.asked:>8.2f}{regret:>10}"
+        )
+    title = f"{'router':18}{'right':>8}{'ECE':>8}{'entropy':>10}{'asked':>8}{'regret':>10}"
+    return "\n".join([title, *lines]) if lines else ""
+
+
+def _by_expert(found: "Results", seed_languages: Sequence[str]) -> Iterator[str]:
+    """Bits per byte of every expert in every language, with what it forgot below; as many experts
+    beside each other as a terminal holds."""
+    summaries = {each.system: each for each in found.summaries if each.routing is None}
+    experts = [name for name in summaries if name not in ("seed", "dense")]
+    bits = {(r.system, r.language): r.bits_per_byte for r in found.rows if r.routing is None}
+    languages = list(dict.fromkeys(row.language for row in found.rows))
+    languages.sort(key=lambda tag: tag not in seed_languages)
+    widths = {name: max(8, len(name) + 2) for name in ["seed", *experts]}
+    while experts:
+        part = ["seed", experts.pop(0)]
+        while experts and sum(widths[n] for n in part) + widths[experts[0]] <= _PAGE - 18:
+            part.append(experts.pop(0))
+        lines = [f"{'bits/B by expert':18}" + "".join(f"{n:>{widths[n]}}" for n in part)]
+        for tag in languages:
+            best = min((value for (name, t), value in bits.items() if t == tag and name in widths))
+            line = f"{tag:4} {english_name(tag)[:13]:13}"
+            for name in part:
+                value = bits.get((name, tag))
+                cell = "-" if value is None else f"{value:.3f}" + "* "[value > best]
+                line += f"{cell:>{widths[name]}}"
+            lines.append(line.rstrip())
+        for title, of in (("forgotten", "forgetting"), ("transfer gap", "transfer_gap")):
+            estimates = [getattr(summaries[name], of) for name in part]
+            if any(estimates):
+                form = "+.3f" if of == "forgetting" else "+.1%"
+                cells = ["" if e is None else f"{e.value:{form}} " for e in estimates]
+                line = f"{title:18}"
+                line += "".join(f"{cell:>{widths[n]}}" for n, cell in zip(part, cells))
+                lines.append(line.rstrip())
+        yield "\n".join(lines)
+
+
+def _title(each: "Summary") -> str:
+    return each.system if each.routing is None else f"by {each.routing}"
+
+
+def _within(interval: "Interval | None", sign: str = "") -> str:
+    return "" if interval is None else f"{interval[0]:{sign}.3f}..{interval[1]:{sign}.3f}"
 
 
 def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 ROUTINGS = ("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed")
 EVALUATED = ("language", "detected", "tfidf", "learned", "posterior")
+CALIBRATION_TOKENS = 1000
 
 
 def _evaluate_options(verb: argparse.ArgumentParser) -> None:
@@ -28,6 +29,13 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
         "the quickest",
     )
     verb.add_argument("--max-documents", type=int, metavar="N", help="of each language")
+    verb.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=CALIBRATION_TOKENS,
+        metavar="N",
+        help="of each language, on which calibration is measured (default: %(default)s)",
+    )
     _kept(verb)
     _temperature(verb)
     add_json(verb)
@@ -40,7 +48,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from xelm.runs.run import open_run
 
     run = open_run(options.run)
-    rows = evaluate(
+    results = evaluate(
         run,
         options.corpus,
         routings=options.routing,
@@ -48,11 +56,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         least_weight=options.least_weight,
         temperature=options.router_temperature,
         max_documents=options.max_documents,
+        calibration_tokens=options.calibration_tokens,
     )
     if options.json:
-        print_json([row.to_json() for row in rows])
+        print_json(results.record)
     else:
-        print(tables.results(rows, options.routing, run.languages))
+        print(tables.results(results, options.routing, run.languages))
         print(f"\nSaved in {run.results / RESULTS}")
 
 

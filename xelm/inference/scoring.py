@@ -57,8 +57,52 @@ def score_documents(
     hidden at once: `APART` readings instead of one for each token. A document longer than
     `sequence_length` is read in windows that do not see each other.
     """
+    return _measured(
+        target_log_probabilities,
+        model,
+        parameters,
+        documents,
+        start_id=start_id,
+        end_id=end_id,
+        sequence_length=sequence_length,
+        mask_id=mask_id,
+        dtype=dtype,
+        progress=progress,
+    )
+
+
+def states_of_documents(
+    model: ModelConfig,
+    parameters: Any,
+    documents: Sequence[Integer[np.ndarray, " _"]],
+    **options: Any,
+) -> list[Float[np.ndarray, "_ D"]]:
+    """What the output head reads where each of the `targets` is predicted; as `score_documents`,
+    with its options."""
+    return _measured(_states, model, parameters, documents, **options)
+
+
+def _states(states, head, targets):
+    return states.astype(jnp.float32)
+
+
+def _measured(
+    measure: Callable[..., Any],
+    model: ModelConfig,
+    parameters: Any,
+    documents: Sequence[Integer[np.ndarray, " _"]],
+    *,
+    start_id: int,
+    end_id: int,
+    sequence_length: int,
+    mask_id: int | None,
+    dtype: str = "float32",
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> list[np.ndarray]:
+    """What `measure` finds of (states, head, targets), by target of each document."""
     framed = [np.concatenate([[start_id], ids, [end_id]]) for ids in documents]
-    scores = [np.empty(len(targets(model, ids, end_id)), np.float32) for ids in documents]
+    value = () if measure is target_log_probabilities else (model.width,)
+    scores = [np.empty((len(targets(model, i, end_id)), *value), np.float32) for i in documents]
     lengths = [len(document) for document in framed]
     if model.causal:
         size = sequence_length + 1  # the last token of a row is not read
@@ -66,7 +110,7 @@ def score_documents(
     else:  # every window begins at a multiple of APART, where hidden tokens lie alike
         size = -(-sequence_length // APART) * APART
         rows = _pack(lengths, sequence_length, size, APART)
-    score = (_scorer if model.causal else _guesser)(model, dtype)
+    score = (_scorer if model.causal else _guesser)(model, dtype, measure)
     for first in range(0, len(rows), ROWS_A_BATCH):
         part = rows[first : first + ROWS_A_BATCH]
         shape = (ROWS_A_BATCH, size)
@@ -92,7 +136,7 @@ def score_documents(
 
 
 @functools.lru_cache(maxsize=8)
-def _scorer(model: ModelConfig, dtype: str):
+def _scorer(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
     shape = graph(model, dtype, turned=True)
 
     @jax.jit
@@ -105,14 +149,13 @@ def _scorer(model: ModelConfig, dtype: str):
             layers=layers,
         )
         states, head = network.output(hidden)
-        found = target_log_probabilities(states, head, tokens[:, 1:])
-        return jnp.where(asked[:, 1:], found, 0.0)
+        return measure(states, head, tokens[:, 1:])
 
     return score
 
 
 @functools.lru_cache(maxsize=8)
-def _guesser(model: ModelConfig, dtype: str):
+def _guesser(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
     """As `_scorer`, of a model that sees both sides."""
     shape = graph(model, dtype, turned=True)
 
@@ -126,10 +169,10 @@ def _guesser(model: ModelConfig, dtype: str):
             hidden = network.hidden(given, positions=positions, segments=segments, layers=layers)
             # Every APART-th column alone passes the head.
             states, head = network.output(hidden.reshape(-1, APART, model.width)[:, phase])
-            return target_log_probabilities(states, head, tokens.reshape(-1, APART)[:, phase])
+            return measure(states, head, tokens.reshape(-1, APART)[:, phase])
 
-        found = jax.lax.map(guess, jnp.arange(APART)).T.reshape(tokens.shape)
-        return jnp.where(asked, found, 0.0)[:, 1:]
+        found = jnp.moveaxis(jax.lax.map(guess, jnp.arange(APART)), 0, 1)
+        return found.reshape(*tokens.shape, *found.shape[2:])[:, 1:]
 
     return score
 

@@ -214,7 +214,7 @@ def _losses(languages: Sequence[str], sources: Sources) -> Distances:
             f"{', '.join(missing)} alone"
         )
     path = run.results / RESULTS
-    found = {(row.system, row.language): row.nll / row.tokens for row in read_results(run)[1]}
+    found = {(row.system, row.language): row.nll / row.tokens for row in read_results(run).rows}
     pairs = [(one, other) for one in tags for other in tags]
     unknown = [pair for pair in pairs if (experts[pair[0]], pair[1]) not in found]
     if unknown:

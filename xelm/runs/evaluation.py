@@ -6,6 +6,8 @@ Each model scores every document once; all routings are computed from those scor
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ import numpy as np
 
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
+from experts.expert import Expert
 from experts.lock import locked
 from xelm import __version__
-from xelm.data.store import LanguageIds, Store
+from xelm.inference.guessing import guess_documents
+from xelm.inference.holding import Holding
+from xelm.inference.reliability import Reliability, chosen
 from xelm.inference.routing import Router, mixture, states_along, weights_along
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.checkpoint import read_config, read_for_inference
@@ -24,12 +29,22 @@ from xelm.models.config import ModelConfig
 from xelm.progress import bar
 from xelm.runs.ensembles import check_top_m
 from xelm.runs.init import tokenise
-from xelm.runs.results import RESULTS, Row
+from xelm.runs.judging import (
+    Expectations,
+    Guessed,
+    Measured,
+    System,
+    Weighed,
+    judged,
+)
+from xelm.runs.results import RESULTS, Results
 from xelm.runs.routers import Routing, make_router, serving
 from xelm.runs.run import Run
 
 EVALUATED: Sequence[str] = ("language", "detected", "tfidf", "learned", "posterior")
 """Routings, unless others are asked for."""
+CALIBRATION_TOKENS = 1000
+"""Of each language, unless others are asked for."""
 
 
 def evaluate(
@@ -41,14 +56,16 @@ def evaluate(
     least_weight: float = 0.001,
     temperature: float | None = None,
     max_documents: int | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     save: bool = True,
-) -> list[Row]:
+) -> Results:
     """Scores the seed, the dense baseline if there is one, every published expert, and their
     ensemble under each routing; writes RUN/results/results.json, and keeps one of other text or
     options under another name. Where routing by language is the only one, each expert is scored on
     the languages it serves alone, at the cost of one model.
 
     max_documents: of each language, the first in the corpus; None takes all.
+    calibration_tokens: of each language, the first, whose whole distributions are looked at.
     """
     if "fixed" in routings:
         raise UserError(
@@ -61,6 +78,8 @@ def evaluate(
     ]
     if max_documents is not None and max_documents < 1:
         raise UserError(f"max_documents must be at least 1; got {max_documents}")
+    if calibration_tokens < 0:
+        raise UserError(f"calibration_tokens must be at least 0; got {calibration_tokens}")
     experts = run.registry().published()
     if experts:
         check_top_m(top_m, len(experts))
@@ -74,45 +93,67 @@ def evaluate(
     if run.dense.exists():
         systems["dense"] = run.dense
     systems |= {expert.name: expert.directory(run.directory) for expert in experts}
-    served, end_id = serving(run.registry(), experts), run.tokenizer().end_id
-    model = read_config(run.seed)
+    served = serving(run.registry(), experts)
     if not served:  # by clusters of documents
         chosen = [routing for routing in chosen if routing.name != "detected"]
-    routers = {r.name: make_router(run, experts, r) for r in chosen} if experts else {}
     asked = {system: list(store.languages) for system in systems}
     if set(routings) == {"language"}:
         for index, expert in enumerate(experts):
             asked[expert.name] = [tag for tag in store.languages if served.get(tag) == index]
-    scores = _score_all(run, systems, asked, store, max_documents)
-    rows = [
-        _row(system, None, store.languages[tag], found)
-        for system in systems
-        for tag, found in scores[system].items()
-    ]
-    for routing, router in routers.items():
-        for tag, ids in store.languages.items():
-            if routing == "language" and tag not in served:
-                continue
-            by_expert = [scores[expert.name].get(tag) for expert in experts]
-            told = tag if routing == "language" else None
-            mixed = _mix(router, told, ids, by_expert, model, end_id, (top_m, least_weight))
-            rows.append(_row("ensemble", routing, ids, mixed))
-    if save:
-        options = {
-            "corpus_sha256": store.record["corpus_sha256"],
-            "routings": list(routings),
-            "top_m": top_m,
-            "least_weight": least_weight,
-            "temperature": temperature,
-            "max_documents": max_documents,
-        }
-        _save(run, str(corpus), options, rows)
-    return rows
+    evaluation = _Evaluation(
+        run=run,
+        model=read_config(run.seed),
+        systems=systems,
+        experts=[expert.name for expert in experts],
+        served=served,
+        routers={r.name: make_router(run, experts, r) for r in chosen} if experts else {},
+        kept=(top_m, least_weight),
+        documents={
+            tag: [ids.document(n) for n in range(min(len(ids), max_documents or len(ids)))]
+            for tag, ids in store.languages.items()
+        },
+        asked=asked,
+        calibration_tokens=calibration_tokens,
+    )
+    tokens = evaluation.tokens()
+    sizes = {tag: ids.bytes[: len(tokens[tag])] for tag, ids in store.languages.items()}
+    results = judged(evaluation.measured(), tokens, sizes, _expectations(run, experts))
+    if not save:
+        return results
+    options = {
+        "corpus_sha256": store.record["corpus_sha256"],
+        "routings": list(routings),
+        "top_m": top_m,
+        "least_weight": least_weight,
+        "temperature": temperature,
+        "max_documents": max_documents,
+        "calibration_tokens": calibration_tokens,
+    }
+    return _saved(run, str(corpus), options, results)
 
 
-def _save(run: Run, corpus: str, options: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """Writes results.json; one of other text or other options is kept under another name."""
+def _expectations(run: Run, experts: Sequence[Expert]) -> Expectations:
+    trained: dict[str, Sequence[str]] = {"dense": run.languages}
+    if all(expert.languages for expert in experts):
+        trained |= {expert.name: expert.languages for expert in experts}
+        trained["ensemble"] = [tag for expert in experts for tag in expert.languages]
+    return Expectations(
+        experts=[expert.name for expert in experts], languages=run.languages, trained=trained
+    )
+
+
+def _saved(run: Run, corpus: str, options: Mapping[str, Any], results: Results) -> Results:
+    """With results.json, which is written; one of other text or other options is kept under another
+    name."""
     path = run.results / RESULTS
+    record = {
+        "format": 1,
+        "xelm": __version__,
+        "corpus": corpus,
+        **options,
+        "rows": [row.to_json() for row in results.rows],
+        "summaries": [summary.to_json() for summary in results.summaries],
+    }
     with locked(run.directory, "evaluate", wait_seconds=60.0):
         if path.exists():
             try:
@@ -123,84 +164,183 @@ def _save(run: Run, corpus: str, options: Mapping[str, Any], rows: Sequence[Row]
                 kept = path.with_name(f"results-{sha256(path)[:8]}.json")
                 path.rename(kept)
                 print(f"results of other text or options are kept in {kept}", file=sys.stderr)
-        write_json(
-            path,
-            {
-                "format": 1,
-                "xelm": __version__,
-                "corpus": corpus,
-                **options,
-                "rows": [row.to_json() for row in rows],
-            },
+        write_json(path, record)
+    return replace(results, record=record)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Evaluation:
+    """Who is asked what."""
+
+    run: Run
+    model: ModelConfig
+    systems: Mapping[str, Path]
+    """Single models -> their checkpoints, experts last."""
+    experts: Sequence[str]
+    """Of the ensemble."""
+    served: Mapping[str, int]
+    """Language -> the expert that serves it."""
+    routers: Mapping[str, Router]
+    """By routing."""
+    kept: tuple[int | None, float]
+    """Experts that are kept at each token, and the least weight of those."""
+    documents: Mapping[str, Sequence[np.ndarray]]
+    """Ids, by language."""
+    asked: Mapping[str, Sequence[str]]
+    """System -> languages."""
+    calibration_tokens: int
+    """Of each language."""
+
+    def targets(self, tag: str) -> list[np.ndarray]:
+        """What is predicted of each document of a language."""
+        end = self.run.tokenizer().end_id
+        return [targets(self.model, np.asarray(d, np.int64), end) for d in self.documents[tag]]
+
+    def tokens(self) -> dict[str, np.ndarray]:
+        """How many, by language and document."""
+        return {tag: np.asarray([len(w) for w in self.targets(tag)]) for tag in self.documents}
+
+    def measured(self) -> dict[str, dict[System, Measured]]:
+        """By language: every model, then the ensemble under every routing."""
+        scores = self._scores()
+        holding = Holding(
+            [partial(read_for_inference, path, self.model) for path in self.systems.values()]
         )
+        found = {}
+        with bar(len(self.documents), "routing", "language") as progress:
+            for tag in self.documents:
+                found[tag] = self._of_language(tag, scores, holding)
+                progress.update(1)
+        return found
 
+    def _of_language(
+        self,
+        tag: str,
+        scores: Mapping[str, Mapping[str, Sequence[np.ndarray]]],
+        holding: Holding,
+    ) -> dict[System, Measured]:
+        wanted = self.targets(tag)
+        found: dict[System, Measured] = {}
+        for system in self.systems:
+            if tag in scores[system]:
+                nats = [-own.sum(dtype=np.float64) for own in scores[system][tag]]
+                found[system, None] = Measured(nats=np.asarray(nats))
+        by_expert = [scores[name].get(tag) for name in self.experts]
+        sizes = self._sample([len(target) for target in wanted])
+        samples: dict[System, list[np.ndarray]] = {}
+        for routing, router in self.routers.items():
+            if routing == "language" and tag not in self.served:
+                continue
+            told = tag if routing == "language" else None
+            nats, weighed, heads = [], None, []
+            expert = self._expert_for(tag, found)
+            for number, target in enumerate(wanted):
+                # Experts that were not asked have no weight.
+                silent = np.full(len(target), -np.inf, np.float32)
+                own = np.stack([silent if one is None else one[number] for one in by_expert])
+                states = states_along(router, router.start(told), target)
+                log_weights = weights_along(router, states, own, np.arange(len(target)), *self.kept)
+                nats.append(-mixture(log_weights, own).sum(dtype=np.float64))
+                weights = np.exp(log_weights)
+                part = _weighed(weights, expert)
+                weighed = part if weighed is None else weighed + part
+                if number < len(sizes):
+                    heads.append(weights[: sizes[number]])
+            system = ("ensemble", routing)
+            found[system] = Measured(nats=np.asarray(nats), weighed=weighed)
+            samples[system] = heads
+        if sizes:
+            self._guess(tag, found, wanted, sizes, samples, holding)
+        return found
 
-def _score_all(
-    run: Run,
-    systems: Mapping[str, Path],
-    asked: Mapping[str, Sequence[str]],
-    store: Store,
-    max_documents: int | None,
-) -> dict[str, dict[str, list[np.ndarray]]]:
-    """system -> each language it is asked in -> log probabilities of each document's tokens. One
-    model at a time is in memory."""
-    model, tokenizer = read_config(run.seed), run.tokenizer()
-    documents = {
-        tag: [ids.document(n) for n in range(min(len(ids), max_documents or len(ids)))]
-        for tag, ids in store.languages.items()
-    }
-    sizes = {tag: sum(len(ids) + 1 for ids in found) for tag, found in documents.items()}
-    total = sum(sizes[tag] for tags in asked.values() for tag in tags)
-    scores: dict[str, dict[str, list[np.ndarray]]] = {}
-    with bar(total, "evaluate", "tok") as progress:
-        for system, directory in systems.items():
-            parameters = jax.device_put(read_for_inference(directory, model))
-            flat = [ids for tag in asked[system] for ids in documents[tag]]
-            found = iter(
-                score_documents(
-                    model,
-                    parameters,
-                    flat,
-                    start_id=tokenizer.start_id,
-                    end_id=tokenizer.end_id,
-                    sequence_length=run.config.experts.sequence_length,
-                    mask_id=tokenizer.mask_id,
-                    progress=progress.update,
-                )
+    def _expert_for(self, tag: str, found: Mapping[System, Measured]) -> int:
+        """The index of the one that serves a language or, where none does, of the best there."""
+        if tag in self.served:
+            return self.served[tag]
+        return int(np.argmin([found[name, None].nats.sum() for name in self.experts]))
+
+    def _sample(self, sizes: Sequence[int]) -> list[int]:
+        """How many tokens of the first documents are looked at."""
+        chosen, left = [], self.calibration_tokens
+        for size in sizes:
+            if left <= 0:
+                break
+            chosen.append(min(size, left))
+            left -= size
+        return chosen
+
+    def _guess(
+        self,
+        tag: str,
+        found: Mapping[System, Measured],
+        wanted: Sequence[np.ndarray],
+        sizes: Sequence[int],
+        samples: Mapping[System, Sequence[np.ndarray]],
+        holding: Holding,
+    ) -> None:
+        """Adds to what was found how the first so many tokens of documents are predicted."""
+        asked = [n for n, system in enumerate(self.systems) if (system, None) in found]
+        names = [name for n, name in enumerate(self.systems) if n in asked]
+        total = sum(sizes)
+        mixtures = np.zeros((len(samples), total, len(asked)), np.float32)
+        for way, heads in enumerate(samples.values()):
+            weights = np.concatenate(heads)
+            for place, name in enumerate(names):
+                if name in self.experts:
+                    mixtures[way, :, place] = weights[:, self.experts.index(name)]
+        tokenizer = self.run.tokenizer()
+        guesses = guess_documents(
+            self.model,
+            [partial(holding.__getitem__, n) for n in asked],
+            [ids[:size] for ids, size in zip(self.documents[tag], sizes)],
+            [target[:size] for target, size in zip(wanted, sizes)],
+            mixtures,
+            start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id,
+            sequence_length=self.run.config.experts.sequence_length,
+            mask_id=tokenizer.mask_id,
+        )
+        for number, system in enumerate([*((name, None) for name in names), *samples]):
+            found[system].guessed = Guessed(
+                Reliability.of(guesses.confidence[number], guesses.correct[number]),
+                float(guesses.brier[number].sum(dtype=np.float64)),
             )
-            scores[system] = {tag: [next(found) for _ in documents[tag]] for tag in asked[system]}
-    return scores
+
+    def _scores(self) -> dict[str, dict[str, list[np.ndarray]]]:
+        """system -> each language it is asked in -> log probabilities of each document's tokens.
+        One model at a time is in memory."""
+        tokenizer = self.run.tokenizer()
+        sizes = {tag: sum(len(ids) + 1 for ids in some) for tag, some in self.documents.items()}
+        total = sum(sizes[tag] for tags in self.asked.values() for tag in tags)
+        scores: dict[str, dict[str, list[np.ndarray]]] = {}
+        with bar(total, "evaluate", "tok") as progress:
+            for system, directory in self.systems.items():
+                parameters = jax.device_put(read_for_inference(directory, self.model))
+                flat = [ids for tag in self.asked[system] for ids in self.documents[tag]]
+                found = iter(
+                    score_documents(
+                        self.model,
+                        parameters,
+                        flat,
+                        start_id=tokenizer.start_id,
+                        end_id=tokenizer.end_id,
+                        sequence_length=self.run.config.experts.sequence_length,
+                        mask_id=tokenizer.mask_id,
+                        progress=progress.update,
+                    )
+                )
+                scores[system] = {
+                    tag: [next(found) for _ in self.documents[tag]] for tag in self.asked[system]
+                }
+        return scores
 
 
-def _mix(
-    router: Router,
-    told: str | None,
-    ids: LanguageIds,
-    by_expert: list[list[np.ndarray] | None],
-    model: ModelConfig,
-    end_id: int,
-    kept: tuple[int | None, float],
-) -> list[np.ndarray]:
-    """Log probabilities of the mixture for each document, of which the router is `told` the
-    language or not. Experts that were not asked have None, and no weight."""
-    mixed = []
-    for number in range(max(len(found) for found in by_expert if found is not None)):
-        wanted = targets(model, np.asarray(ids.document(number), np.int64), end_id)
-        silent = np.full(len(wanted), -np.inf, np.float32)
-        scores = np.stack([silent if found is None else found[number] for found in by_expert])
-        states = states_along(router, router.start(told), wanted)
-        everywhere = np.arange(len(wanted))
-        mixed.append(mixture(weights_along(router, states, scores, everywhere, *kept), scores))
-    return mixed
-
-
-def _row(system: str, routing: str | None, ids: LanguageIds, scores: list[np.ndarray]) -> Row:
-    return Row(
-        system=system,
-        routing=routing,
-        language=ids.language,
-        documents=len(scores),
-        tokens=sum(map(len, scores)),
-        bytes=int(ids.bytes[: len(scores)].sum()),
-        nll=-float(sum(found.sum(dtype=np.float64) for found in scores)),
+def _weighed(weights: np.ndarray, expert: int) -> Weighed:
+    """Of one document."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = np.where(weights > 0, weights * -np.log2(weights), 0.0).sum()
+    return Weighed(
+        Reliability.of(*chosen(weights, expert)),
+        float(entropy),
+        float((weights > 0).sum()),
     )

@@ -11,7 +11,7 @@ from experts.expert import Expert
 from experts.registry import Registry
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
-from xelm.runs.results import read_results
+from xelm.runs.results import Summary, read_results
 from xelm.runs.run import Run
 from xelm.training.metrics import read_metrics
 
@@ -70,6 +70,8 @@ class Facts:
     """results.json; empty before an evaluation."""
     scores: Mapping[System, Mapping[str, Score]]
     """System -> language -> score."""
+    summaries: Sequence[Summary]
+    """Of every system over the languages; none before an evaluation."""
     metrics: Mapping[System, list[dict[str, Any]]]
     """Seed, dense or expert -> lines of its training, finished or not; maybe none."""
     groups: list[Group]
@@ -133,9 +135,9 @@ def read(run: Run) -> Facts:
     has_registry = (directory / "registry.json").exists()
     registry = run.registry() if has_registry else Registry(seed_sha256={})
     clusters = run.clusters() if (directory / "clusters.json").exists() else None
-    results, rows = read_results(run)
+    results = read_results(run)
     scores: dict[System, dict[str, Score]] = {}
-    for row in rows:
+    for row in results.rows:
         score = Score(row.perplexity, row.bits_per_byte)
         scores.setdefault(System(row.system, row.routing), {})[row.language] = score
     model = read_object(config) if config.exists() else None
@@ -153,8 +155,9 @@ def read(run: Run) -> Facts:
         has_dense=run.dense.exists(),
         model=None if model is None else model_config(model),
         clusters=clusters,
-        results=results,
+        results=results.record,
         scores=scores,
+        summaries=results.summaries,
         metrics={
             system: read_metrics(folder / "metrics.jsonl")
             or read_metrics(run.training(system.name) / "metrics.jsonl")

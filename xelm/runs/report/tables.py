@@ -9,7 +9,8 @@ import numpy as np
 from clustering.clustering import Clustering
 from xelm.runs.report.facts import DENSE, SEED, Facts, Group, System
 from xelm.runs.report.verdict import Comparison
-from xelm.runs.report.words import count
+from xelm.runs.report.words import count, signed
+from xelm.runs.results import Estimate
 
 
 def sizes(facts: Facts) -> list[tuple[str, str]]:
@@ -48,6 +49,31 @@ def language_table(
     return table
 
 
+def certainty_table(facts: Facts) -> list[list[str]]:
+    """Means with intervals, calibration, and what routers made of the text, by system; empty before
+    an evaluation."""
+    rows = []
+    for each in facts.summaries:
+        system = System(each.system, each.routing)
+        if system not in facts.systems:
+            continue
+        known, router = each.calibration, each.router
+        cells = [system.title, f"{each.bits_per_byte.value:.3f}", _within(each.bits_per_byte)]
+        above = each.above_dense
+        cells += [signed(above.value, 3), _within(above, "+")] if above else ["–", "–"]
+        cells += [f"{known.ece:.3f}", f"{known.brier:.3f}"] if known else ["–", "–"]
+        cells += [f"{router.accuracy:.1%}", f"{router.asked:.2f}"] if router else ["–", "–"]
+        regret = router and router.regret
+        rows.append([*cells, "–" if regret is None else signed(regret, 3)])
+    return rows
+
+
+def _within(estimate: Estimate, sign: str = "") -> str:
+    if estimate.interval is None:
+        return "–"
+    return " to ".join(f"{end:{sign}.3f}" for end in estimate.interval).replace("-", "−")
+
+
 def cluster_table(facts: Facts, comparison: Comparison | None) -> list[dict[str, Any]]:
     """Every cluster: languages, documents or distance within, change of the mean."""
     clusters = facts.clusters
@@ -69,15 +95,21 @@ def cluster_table(facts: Facts, comparison: Comparison | None) -> list[dict[str,
 
 def expert_table(facts: Facts) -> list[dict[str, Any]]:
     """Every expert in use, or in training for the first time."""
-    rows = []
+    rows, single = [], {s.system: s for s in facts.summaries if s.routing is None}
     for expert in facts.experts:
+        summary = single.get(expert.name) if expert.status == "published" else None
         published = expert.status == "published"
         tokens = expert.tokens if published else facts.tokens(System(expert.name))
         share = "extra" if published else "–"
         if published and expert.cluster is not None and facts.branched_tokens:
             share = f"{100 * tokens / facts.branched_tokens:.1f} %"
         colour = facts.colour(expert)
-        rows.append({"expert": expert, "colour": colour, "tokens": tokens, "share": share})
+        row = {"expert": expert, "colour": colour, "tokens": tokens, "share": share}
+        forgetting = summary and summary.forgetting
+        gap = summary and summary.transfer_gap
+        row["forgotten"] = "–" if forgetting is None else signed(forgetting.value, 3)
+        row["gap"] = "–" if gap is None else f"{signed(100 * gap.value)} %"
+        rows.append(row)
     return rows
 
 

@@ -12,9 +12,10 @@ def perplexity(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
 
 
-def signed(value: float) -> str:
-    """One digit after the point, with a sign unless it is zero."""
-    return "0.0" if abs(value) < 0.05 else f"{value:+.1f}".replace("-", "−")
+def signed(value: float, digits: int = 1) -> str:
+    """So many digits after the point, with a sign unless they are zero."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
 
 
 def count(number: float) -> str:
