@@ -79,7 +79,7 @@ BAYES = Posterior(prior=PRIOR)
 class Hesitant:
     """Wants evidence at every third token alone; otherwise one expert speaks, each in turn."""
 
-    memory = 0.9
+    memory, experts = 0.9, EXPERTS
 
     def start(self, language):
         return np.zeros(1)

@@ -60,3 +60,19 @@ def test_one_that_cannot_be_read_leaves_the_others_where_they_are(loaded):
     with pytest.raises(ZeroDivisionError):
         held[3]
     assert held.on_device == (0, 1)
+
+
+def test_what_others_share_is_read_once_and_leaves_when_they_do(loaded):
+    held = holding(loaded, device_bytes=3 * BYTES)
+    assert [value(held[n]) for n in (0, 1)] == [0, 1]
+
+    def load(name):
+        loaded.append(name)
+        return {"weight": np.full(BYTES // 4, 7, np.float32)}
+
+    other = held.sharing([lambda: load(1), lambda: load("new")], [1, "new"])
+    assert [value(other[n]) for n in (0, 1)] == [1, 7]
+    assert loaded == [0, 1, "new"] and held.on_device == other.on_device == (0, 1, "new")
+    other.only()
+    assert held.on_device == (1, "new")
+    assert value(held[0]) == 0 and loaded == [0, 1, "new", 0]

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from xelm.inference.decoding import Reader, padded
-from xelm.inference.routing import keep_largest
+from xelm.inference.routing import Router, among, keep_largest
 from xelm.inference.sampling import Sampling, choose, penalised
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class Text:
     """Among the texts of its request."""
     row: int
     """Of the engine's arrays."""
+    router: Router
+    """Who speaks when."""
     state: Float[np.ndarray, " Z"]
     """The router's, after the first `heard` ids."""
     heard: int = 1
@@ -87,8 +89,10 @@ class Engine:
         *,
         language: str | None = None,
         number: int = 0,
+        router: Router | None = None,
     ) -> Text:
-        """A text to be continued, from the next step on."""
+        """A text to be continued, from the next step on. router: None is the ensemble's."""
+        router = router or self._ensemble.router
         taken = {text.row for text in self.texts}
         row = next(row for row in range(len(taken) + 1) if row not in taken)
         self.reserve(row + 1, 0)
@@ -97,7 +101,8 @@ class Engine:
             sampling=sampling,
             number=number,
             row=row,
-            state=self._ensemble.router.start(language),
+            router=router,
+            state=router.start(language),
         )
         self.texts.append(text)
         return text
@@ -109,6 +114,12 @@ class Engine:
             self._readers[expert].leave(row)
         text.rows.clear()
         text.judges.clear()
+        # Rows that nobody uses cost as much as others. Few shapes: only where most are.
+        needed = padded(max((text.row for text in self.texts), default=-1) + 1)
+        if 4 * needed <= self._rows:
+            self._rows = needed
+        if not self.texts:
+            self._slots = 0
 
     def step(self) -> list[Step]:
         """Adds a token to every text."""
@@ -159,43 +170,52 @@ class Engine:
         return mixed, np.exp(log_weights)
 
     def _log_weights(self) -> Float[np.ndarray, "texts E"]:
-        """Of the next token of each text, after the router has heard all of it."""
-        ensemble, count = self._ensemble, len(self._ensemble.names)
-        open_ones = [text for text in self.texts if text.decided is None]
-        if open_ones:
-            for text in open_ones:
-                self._hear(text)
-            states = np.stack([text.state for text in open_ones])
-            asks = ensemble.router.asks(states)
-            self._ask([open_ones[number] for number in np.flatnonzero(asks).tolist()])
-            nothing = np.zeros(count)
-            evidence = [nothing if t.evidence is None else t.evidence for t in open_ones]
-            found = ensemble.router.log_weights(states, np.stack(evidence))
-            # Where all were asked for their evidence, leaving some out spares nothing.
-            least = np.where(asks, 0.0, ensemble.least_weight)
-            for text, weights in zip(open_ones, keep_largest(found, ensemble.top_m, least)):
-                text.decided = weights
+        """Of the next token of each text, after its router has heard all of it."""
+        by_router: dict[int, list[Text]] = {}
+        for text in self.texts:
+            if text.decided is None:
+                by_router.setdefault(id(text.router), []).append(text)
+        for texts in by_router.values():
+            self._decide(texts[0].router, texts)
+        count = len(self._ensemble.names)
         log_weights = np.asarray([text.decided for text in self.texts]).reshape(-1, count)
-        if ensemble.route_per == "token":
+        if self._ensemble.route_per == "token":
             for text in self.texts:
                 text.decided = None
         return log_weights
+
+    def _decide(self, router: Router, texts: Sequence[Text]) -> None:
+        """Has a router weigh the models for these texts."""
+        for text in texts:
+            self._hear(text)
+        states = np.stack([text.state for text in texts])
+        asks = router.asks(states)
+        self._ask([texts[number] for number in np.flatnonzero(asks).tolist()])
+        nothing = np.zeros(router.experts)
+        evidence = [nothing if text.evidence is None else text.evidence for text in texts]
+        found = router.log_weights(states, np.stack(evidence))
+        # Where all were asked for their evidence, leaving some out spares nothing.
+        least = np.where(asks, 0.0, self._ensemble.least_weight)
+        kept = keep_largest(found, self._ensemble.top_m, least)
+        for text, weights in zip(texts, among(kept, len(self._ensemble.names))):
+            text.decided = weights
 
     def _hear(self, text: Text) -> None:
         """Brings the router's state of a text up to its end."""
         if text.heard < len(text.ids):
             ids = np.asarray(text.ids)
             before, new = ids[1 : text.heard], ids[text.heard :]
-            text.state = text.state + self._ensemble.router.terms(before, new).sum(axis=0)
+            text.state = text.state + text.router.terms(before, new).sum(axis=0)
             text.heard = len(ids)
 
     def _ask(self, texts: Sequence[Text]) -> None:
-        """Has every expert say what it thinks of these texts."""
+        """Has every expert say what it thinks of these texts, which share a router."""
         for text in texts:
             if text.evidence is None:
-                text.evidence = np.zeros(len(self._ensemble.names))
+                text.evidence = np.zeros(text.router.experts)
         for expert in self._order if texts else ():
-            self._read(expert, texts)
+            if expert < texts[0].router.experts:
+                self._read(expert, texts)
 
     def _read(self, expert: int, texts: Sequence[Text]) -> None:
         """Has an expert read what it has not read of some texts."""
@@ -223,7 +243,7 @@ class Engine:
             if text.evidence is not None:
                 scores = found[text.rows[expert]]
                 scores = scores if begun[text.row] else scores[1:]  # the first follows nothing
-                memory = self._ensemble.router.memory
+                memory = text.router.memory
                 powers = memory ** np.arange(len(scores) - 1, -1, -1)
                 kept = memory ** len(scores) * text.evidence[expert]
                 text.evidence[expert] = kept + scores @ powers

@@ -11,7 +11,7 @@ from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.filling import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate, room
-from xelm.inference.routing import Router, mixture, states_along, weights_along
+from xelm.inference.routing import Router, among, mixture, states_along, weights_along
 from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.config import ModelConfig
@@ -39,7 +39,7 @@ class Ensemble:
     """Experts of one shape, a router, and the tokenizer they share."""
 
     names: Sequence[str]
-    """Of the E experts."""
+    """Of the models: the E experts that the router weighs, and maybe others behind them."""
     model: ModelConfig
     """Their shape."""
     parameters: Sequence[Any]
@@ -93,14 +93,15 @@ class Ensemble:
             for context, document, target in zip(before, ids, wanted)
         ]
         scores = [np.zeros((len(self.names), len(target))) for target in wanted]
-        everyone = np.arange(len(self.names))
+        everyone = np.arange(self.router.experts)
         asked = [
             everyone if self.router.asks(state[at]).any() else everyone[:0]
             for state, at in zip(states, positions)
         ]
         self._score(ids, scores, asked)
+        kept = (self.top_m, self.least_weight)
         log_weights = [
-            weights_along(self.router, state, found, at, self.top_m, self.least_weight)
+            among(weights_along(self.router, state, found[everyone], at, *kept), len(self.names))
             for state, found, at in zip(states, scores, positions)
         ]
         active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]

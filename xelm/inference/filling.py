@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.inference.routing import states_along, weights_along
+from xelm.inference.routing import among, states_along, weights_along
 from xelm.inference.scoring import check_ids, score_documents
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind_layers, graph
@@ -83,7 +83,7 @@ def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> F
 
 def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.ndarray:
     """Log weights of the experts after all that can be read of a text."""
-    router, count = ensemble.router, len(ensemble.names)
+    router, count = ensemble.router, ensemble.router.experts
     states = states_along(router, router.start(language), ids)
     scores = np.zeros((count, len(ids)))
     if router.asks(states[-1:]).any():
@@ -103,7 +103,8 @@ def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.
             ]
         )
     end, least = np.asarray([len(ids)]), ensemble.least_weight
-    return weights_along(router, states, scores, end, ensemble.top_m, least)[0]
+    found = weights_along(router, states, scores, end, ensemble.top_m, least)
+    return among(found, len(ensemble.names))[0]
 
 
 @functools.lru_cache(maxsize=8)

@@ -26,6 +26,11 @@ class Router(Protocol):
     """Weighs E experts by states of Z numbers."""
 
     @property
+    def experts(self) -> int:
+        """E."""
+        ...
+
+    @property
     def memory(self) -> float:
         """What is left of the evidence after one more token, before that adds to it; 1 is all."""
         ...
@@ -87,13 +92,20 @@ def weights_along(
     return keep_largest(router.log_weights(rows, evidence), top_m, np.where(asks, 0.0, least))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fixed:
-    """The same weights everywhere."""
+class _NeverAsks:
+    """Knows the weights from the text alone."""
 
-    weights: Float[np.ndarray, " E"]
-    """Log weights, normalised."""
-    memory: float = 1.0
+    __slots__ = ()
+    memory = 1.0
+
+    def asks(self, states):
+        return np.zeros(len(states), bool)
+
+
+class _Stateless:
+    """Hears nothing of the text itself."""
+
+    __slots__ = ()
 
     def start(self, language):
         return np.zeros(0)
@@ -101,8 +113,32 @@ class Fixed:
     def terms(self, before, ids):
         return np.zeros((len(ids), 0))
 
-    def asks(self, states):
-        return np.zeros(len(states), bool)
+
+class _SumsVectors:
+    """Sums up the TF-IDF vectors of ids."""
+
+    __slots__ = ()
+    vectoriser: Vectoriser
+
+    def start(self, language):
+        return np.zeros(self.vectoriser.dimensions)
+
+    def terms(self, before, ids):
+        # Nothing of ids that no text becomes, for which a model may have rows all the same.
+        known = ids < self.vectoriser.vocabulary_size
+        return self.vectoriser.terms(np.where(known, ids, 0)) * known[:, None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fixed(_NeverAsks, _Stateless):
+    """The same weights everywhere."""
+
+    weights: Float[np.ndarray, " E"]
+    """Log weights, normalised."""
+
+    @property
+    def experts(self):
+        return len(self.weights)
 
     def log_weights(self, states, evidence):
         return np.tile(self.weights, (len(states), 1))
@@ -114,14 +150,13 @@ def uniform(experts: int) -> Fixed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ByLanguage:
+class ByLanguage(_NeverAsks):
     """All weight to the expert that serves the language of the text, which is given."""
 
     experts: int
     """E."""
     serving: Mapping[str, int]
     """Canonical tag of a language -> expert."""
-    memory: float = 1.0
 
     def start(self, language):
         if language is None:
@@ -139,15 +174,12 @@ class ByLanguage:
     def terms(self, before, ids):
         return np.zeros((len(ids), self.experts))
 
-    def asks(self, states):
-        return np.zeros(len(states), bool)
-
     def log_weights(self, states, evidence):
         return states
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Detected:
+class Detected(_NeverAsks):
     """The probability of each expert's languages, as they are seen in the text."""
 
     experts: int
@@ -159,7 +191,6 @@ class Detected:
     serving: Mapping[str, int]
     """Canonical tag of a language -> expert; what is probably in other languages goes to none in
     particular, and so to all alike."""
-    memory: float = 1.0
 
     def start(self, language):
         """Of a language that is given, as if it had been seen for long."""
@@ -178,9 +209,6 @@ class Detected:
         context = "".join(self.pieces[i] for i in before[-8:].tolist())
         return self.identifier.terms(context, [self.pieces[i] for i in ids.tolist()])
 
-    def asks(self, states):
-        return np.zeros(len(states), bool)
-
     def languages(self, states: Float[np.ndarray, "T Z"]) -> Float[np.ndarray, "T Z"]:
         """Log probabilities of the languages."""
         return _normalised(states / self.identifier.temperature)
@@ -198,7 +226,7 @@ class Detected:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tfidf:
+class Tfidf(_NeverAsks, _SumsVectors):
     """w_j ~ exp(-||h(x_<t) - c_j||^distance_power / temperature) (X-ELM section 3.3, after
     Gururangan et al. 2023). The authors' code squares the squared distance: distance_power 4."""
 
@@ -210,19 +238,13 @@ class Tfidf:
     """Small trusts the nearest centre alone; .1 in the authors' code."""
     distance_power: float = DISTANCE_POWER
     """Exponent of the distance."""
-    memory: float = 1.0
 
     def __post_init__(self) -> None:
         check_tfidf(self.temperature, self.distance_power)
 
-    def start(self, language):
-        return np.zeros(self.vectoriser.dimensions)
-
-    def terms(self, before, ids):
-        return _known_terms(self.vectoriser, ids)
-
-    def asks(self, states):
-        return np.zeros(len(states), bool)
+    @property
+    def experts(self):
+        return len(self.centres)
 
     def log_weights(self, states, evidence):
         vectors = unit(states)
@@ -247,7 +269,7 @@ def check_tfidf(temperature: float, distance_power: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Learned:
+class Learned(_NeverAsks, _SumsVectors):
     """Logistic regression on the TF-IDF vector of the text so far and on how much it has."""
 
     vectoriser: Vectoriser
@@ -256,7 +278,10 @@ class Learned:
     """Of `features`."""
     bias: Float[np.ndarray, " E"]
     """Of experts."""
-    memory: float = 1.0
+
+    @property
+    def experts(self):
+        return len(self.bias)
 
     @staticmethod
     def features(states: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T D1"]:
@@ -266,21 +291,12 @@ class Learned:
         surety = norms / (norms + 5.0)
         return np.concatenate([unit(states) * surety, surety], axis=1)
 
-    def start(self, language):
-        return np.zeros(self.vectoriser.dimensions)
-
-    def terms(self, before, ids):
-        return _known_terms(self.vectoriser, ids)
-
-    def asks(self, states):
-        return np.zeros(len(states), bool)
-
     def log_weights(self, states, evidence):
         return _normalised(self.features(states) @ self.weights + self.bias)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Posterior:
+class Posterior(_Stateless):
     """w_j ~ prior_j * prod p_j(x_<t): Bayes' rule over the experts. Asks every expert."""
 
     prior: Float[np.ndarray, " E"]
@@ -292,11 +308,9 @@ class Posterior:
         if not 0 < self.memory <= 1:
             raise UserError(f"a memory must be above 0 and at most 1; got {self.memory}")
 
-    def start(self, language):
-        return np.zeros(0)
-
-    def terms(self, before, ids):
-        return np.zeros((len(ids), 0))
+    @property
+    def experts(self):
+        return len(self.prior)
 
     def asks(self, states):
         return np.ones(len(states), bool)
@@ -324,6 +338,10 @@ class Abstaining:
             raise UserError(f"a threshold must be between 0 and 1; got {self.threshold}")
 
     @property
+    def experts(self):
+        return self.router.experts + (self.fallback is not None)
+
+    @property
     def memory(self):
         return self.router.memory
 
@@ -345,7 +363,7 @@ class Abstaining:
         found, unsure = self._own(states)
         if self.fallback is None:
             return np.where(unsure[:, None], _normalised(self.prior + evidence), found)
-        found = np.pad(found, ((0, 0), (0, 1)), constant_values=-np.inf)
+        found = among(found, self.experts)
         instead = np.full(found.shape[1], -np.inf)
         instead[self.fallback] = 0.0
         return np.where(unsure[:, None], instead, found)
@@ -372,6 +390,12 @@ def keep_largest(
     return _normalised(np.where(ranks < count, log_weights, -np.inf))
 
 
+def among(log_weights: Float[np.ndarray, "T E"], models: int) -> Float[np.ndarray, "T M"]:
+    """With no weight for the models behind those that a router weighs."""
+    more = models - log_weights.shape[-1]
+    return np.pad(log_weights, ((0, 0), (0, more)), constant_values=-np.inf)
+
+
 def mixture(
     log_weights: Float[np.ndarray, "T E"], scores: Float[np.ndarray, "E T"]
 ) -> Float[np.ndarray, " T"]:
@@ -388,12 +412,6 @@ def unit(vectors: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T D"]:
     """Vectors of length one; zero stays zero."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0)
-
-
-def _known_terms(vectoriser, ids):
-    """Nothing of ids that no text becomes, for which a model may have rows all the same."""
-    known = ids < vectoriser.vocabulary_size
-    return vectoriser.terms(np.where(known, ids, 0)) * known[:, None]
 
 
 def _normalised(log_weights):
