@@ -12,8 +12,14 @@ from xelm.commands import VERBS
 from xelm.process import prepare
 from xelm.training.preemption import Preempted
 
-_EXTRAS = {"tensorboardX": "tensorboard", "wandb": "wandb"}
-"""Module -> the extra of xelm that installs it, and the setting that needs it."""
+_EXTRAS = {
+    "tensorboardX": ("tensorboard", "tensorboard=true"),
+    "wandb": ("wandb", "wandb=true"),
+    **dict.fromkeys(
+        ("starlette", "uvicorn", "pydantic", "prometheus_client"), ("serve", "xelm serve")
+    ),
+}
+"""Module -> the extra of xelm that installs it, and what needs it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,8 +95,8 @@ def _mistake(error: Exception) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
-        extra = _EXTRAS[error.name]
-        return f"{extra}=true needs {error.name}; pip install 'xelm[{extra}]'"
+        extra, what = _EXTRAS[error.name]
+        return f"{what} needs {error.name}; pip install 'xelm[{extra}]'"
     # JAX, which is not imported here, raises its own kind of RuntimeError.
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return (

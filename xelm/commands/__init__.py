@@ -1,7 +1,7 @@
 """The verbs of the command line. A verb loads what it needs, calls one function, and writes:
 results to stdout, progress to stderr."""
 
-from xelm.commands import asking, clusters, keeping, training
+from xelm.commands import asking, clusters, keeping, serving, training
 
 # In the order of the help.
 VERBS = {
@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": asking.EVALUATE,
     "generate": asking.GENERATE,
     "fill": asking.FILL,
+    "serve": serving.SERVE,
     "status": keeping.STATUS,
     "report": keeping.REPORT,
     "verify": keeping.VERIFY,

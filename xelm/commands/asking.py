@@ -6,13 +6,20 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from clustering.errors import UserError
 from xelm.commands.options import Verb, add_json, names, print_json
+from xelm.commands.routing import (
+    ROUTINGS,
+    add_kept,
+    add_router,
+    add_routing,
+    add_temperature,
+    chosen_routing,
+    router_options,
+)
 
 if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble
 
-ROUTINGS = ("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed")
 EVALUATED = ("language", "detected", "tfidf", "learned", "posterior")
 CALIBRATION_TOKENS = 1000
 
@@ -36,8 +43,8 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of each language, on which calibration is measured (default: %(default)s)",
     )
-    _kept(verb)
-    _temperature(verb)
+    add_kept(verb)
+    add_temperature(verb)
     add_json(verb)
 
 
@@ -72,7 +79,7 @@ def _generate_options(verb: argparse.ArgumentParser) -> None:
     default = "what the seed asks for"
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("prompt")
-    _routing(verb, "prompt")
+    add_routing(verb, "prompt")
     verb.add_argument("--chat", action="store_true", help="the prompt is a turn of a chat")
     verb.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {default})")
     verb.add_argument(
@@ -93,7 +100,7 @@ def _generate_options(verb: argparse.ArgumentParser) -> None:
         default="token",
         help="when the router decides: before every token (default), or once after the prompt",
     )
-    _router(verb)
+    add_router(verb)
     add_json(verb)
 
 
@@ -132,9 +139,9 @@ GENERATE = Verb("continue a prompt with the ensemble", _generate_options, _gener
 def _fill_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("text", help="with the mask of the seed's tokenizer, such as [MASK]")
-    _routing(verb, "text")
+    add_routing(verb, "text")
     verb.add_argument("--count", type=int, default=5, metavar="N", help="guesses for each mask")
-    _router(verb)
+    add_router(verb)
     add_json(verb)
 
 
@@ -155,109 +162,14 @@ def _fill(options: argparse.Namespace) -> None:
 FILL = Verb("guess the masked tokens of a text (encoders)", _fill_options, _fill)
 
 
-def _routing(verb: argparse.ArgumentParser, text: str) -> None:
-    verb.add_argument(
-        "--routing",
-        choices=ROUTINGS,
-        help="who speaks (default: tfidf, or language where --language is given)",
-    )
-    verb.add_argument("--language", metavar="XX", help=f"of the {text}, for --routing language")
-
-
-def _chosen_routing(options: argparse.Namespace) -> str:
-    routing = options.routing or ("tfidf" if options.language is None else "language")
-    if options.language is not None and routing not in ("language", "detected"):
-        raise UserError("--language goes with --routing language or detected")
-    return routing
-
-
-def _router(verb: argparse.ArgumentParser) -> None:
-    _kept(verb)
-    _temperature(verb)
-    verb.add_argument(
-        "--distance-power",
-        type=float,
-        metavar="P",
-        help="of TF-IDF routing (default: 2; the authors' code has 4)",
-    )
-    verb.add_argument(
-        "--memory",
-        type=float,
-        metavar="X",
-        help="of the posterior: a token counts by this to the power of how far it lies back",
-    )
-    verb.add_argument(
-        "--weights", type=_weights, metavar="A=X,B=Y", help="of experts, for fixed routing"
-    )
-    verb.add_argument(
-        "--abstain",
-        type=float,
-        metavar="X",
-        help="leave it to others where no expert's weight reaches this",
-    )
-    verb.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of parameters and products (default: float32)",
-    )
-    verb.add_argument(
-        "--abstain-to",
-        choices=("posterior", "seed", "dense"),
-        default="posterior",
-        help="to whom (default: posterior)",
-    )
-
-
-def _kept(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
-    verb.add_argument(
-        "--least-weight",
-        type=float,
-        default=0.001,
-        metavar="X",
-        help="experts with less are not asked (default: %(default)s)",
-    )
-
-
-def _temperature(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--router-temperature",
-        type=float,
-        metavar="X",
-        help="of TF-IDF routing; small trusts the nearest expert alone",
-    )
-
-
-def _weights(text: str) -> dict[str, float]:
-    """Of "en=.7,de=.3"."""
-    found = {}
-    for part in names(text):
-        name, separator, weight = part.partition("=")
-        try:
-            found[name] = float(weight)
-        except ValueError:
-            separator = ""
-        if not separator:
-            raise argparse.ArgumentTypeError(f"weights such as en=.7,de=.3 wanted; got {part!r}")
-    return found
-
-
 def _ensemble(
     options: argparse.Namespace, route_per: Literal["token", "prompt"] = "token"
 ) -> "Ensemble":
     from xelm.runs.run import open_run
 
     return open_run(options.run).ensemble(
-        _chosen_routing(options),
-        options.top_m,
-        least_weight=options.least_weight,
-        temperature=options.router_temperature,
-        distance_power=options.distance_power,
-        memory=options.memory,
-        weights=options.weights,
-        abstain=options.abstain,
-        abstain_to=options.abstain_to,
+        chosen_routing(options),
+        **router_options(options),
         route_per=route_per,
         dtype=options.dtype,
     )

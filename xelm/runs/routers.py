@@ -145,14 +145,8 @@ def _router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
                 f"no expert of {run.directory} serves a language of its own: detected routing has "
                 "nothing to go by"
             )
-        # A model may have rows of its embedding, and so give ids, that no text becomes.
-        ids = list(range(read_config(run.seed).vocabulary_size))
-        pieces = run.tokenizer().hub.convert_ids_to_tokens(ids)
         return Detected(
-            experts=count,
-            identifier=identifier(run),
-            pieces=[piece or "" for piece in pieces],
-            serving=served,
+            experts=count, identifier=identifier(run), pieces=pieces(run), serving=served
         )
     if routing.name == "learned":
         return _learned(run, experts)
@@ -185,6 +179,13 @@ def serving(registry: Registry, experts: Sequence[Expert]) -> dict[str, int]:
     names = [expert.name for expert in experts]
     tags = dict.fromkeys(tag for expert in experts for tag in expert.languages)
     return {tag: names.index(registry.for_language(tag).name) for tag in tags}
+
+
+def pieces(run: Run) -> list[str]:
+    """The characters of each id, as the `identifier` was fitted on them."""
+    # A model may have rows of its embedding, and so give ids, that no text becomes.
+    ids = list(range(read_config(run.seed).vocabulary_size))
+    return [piece or "" for piece in run.tokenizer().hub.convert_ids_to_tokens(ids)]
 
 
 def identifier(run: Run) -> Identifier:

@@ -1,0 +1,85 @@
+"""The ensemble answers over HTTP."""
+
+import argparse
+
+from xelm.commands.options import Verb
+from xelm.commands.routing import ROUTINGS, add_router, router_options
+
+
+def _serve_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("--host", default="127.0.0.1", help="to listen on (default: %(default)s)")
+    verb.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)"
+    )
+    verb.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="holds the key that requests must have (default: the variable XELM_API_KEY, if it is "
+        "set)",
+    )
+    verb.add_argument(
+        "--max-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="that a request may have drawn (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--max-seconds",
+        type=float,
+        default=300.0,
+        metavar="X",
+        help="after which a continuation ends (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--max-texts",
+        type=int,
+        default=32,
+        metavar="N",
+        help="that are continued at once (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--max-waiting",
+        type=int,
+        default=128,
+        metavar="N",
+        help="others that may wait; beyond, requests are refused (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--routing", choices=ROUTINGS, default="tfidf", help="who speaks (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--route-per",
+        choices=("token", "prompt"),
+        default="token",
+        help="when the router decides: before every token (default), or once after the prompt",
+    )
+    add_router(verb)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from xelm.runs.routers import Routing
+    from xelm.runs.run import open_run
+    from xelm.serving.app import Limits
+    from xelm.serving.server import serve
+
+    chosen = {**router_options(options), "weights": options.weights or {}}
+    serve(
+        open_run(options.run),
+        Routing(name=options.routing, **chosen),
+        route_per=options.route_per,
+        dtype=options.dtype,
+        host=options.host,
+        port=options.port,
+        key_file=options.api_key_file,
+        limits=Limits(
+            tokens=options.max_tokens,
+            seconds=options.max_seconds,
+            texts=options.max_texts,
+            waiting=options.max_waiting,
+        ),
+    )
+
+
+SERVE = Verb("answer over HTTP, with the interfaces of OpenAI", _serve_options, _serve)

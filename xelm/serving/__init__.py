@@ -1,0 +1,1 @@
+"""One endpoint over many experts: HTTP with the interfaces of OpenAI."""

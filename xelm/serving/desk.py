@@ -1,0 +1,297 @@
+"""The desk: takes texts to be continued, and has an engine continue them side by side, in a thread
+of its own. Texts join and leave at any token (continuous batching: Yu et al. 2022, Orca)."""
+
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from clustering.errors import UserError
+from xelm.inference.engine import Engine, Text
+from xelm.inference.generation import Reply, check_prompt
+from xelm.inference.sampling import Sampling
+from xelm.serving.offer import Offer
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """More of a continuation."""
+
+    text: str
+    weights: Mapping[str, float]
+    """Model -> how much it spoke for the last token of the piece."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The end of a continuation."""
+
+    reason: Literal["stop", "length"]
+    tokens: int
+    """That were drawn."""
+    weights: Mapping[str, float]
+    """Model -> its mean weight over them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """There will be no more of a continuation."""
+
+    status: int
+    """Of HTTP."""
+    message: str
+
+
+Event = Piece | Ended | Failed
+
+
+class Busy(Exception):
+    """More texts wait than may."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Ticket:
+    """A text that is to be continued."""
+
+    model: str
+    """A name that is offered."""
+    ids: Sequence[int]
+    """Of the prompt, with the id that starts every text."""
+    sampling: Sampling
+    language: str | None = None
+    """That it is told to be in."""
+    number: int = 0
+    """Among the continuations of its request, which differ by it."""
+    tell: Callable[[Event], None]
+    """Called for each event, one after the other."""
+    until: float
+    """When its time is up, by time.monotonic."""
+    cancelled: bool = False
+    reply: Reply | None = None
+    """What was said; None while it waits."""
+    weights: np.ndarray | None = None
+    """Of the models, summed over tokens."""
+
+
+@dataclass(eq=False, slots=True)
+class _Table:
+    """Where texts are continued by one offer."""
+
+    offer: Offer
+    engine: Engine
+    tickets: dict[Text, Ticket] = field(default_factory=dict)
+
+
+class Desk:
+    """Who waits, who is served, and by whom."""
+
+    def __init__(
+        self,
+        offer: Offer,
+        *,
+        most_texts: int,
+        most_waiting: int,
+        post: Callable[[Callable[[], None]], object],
+    ):
+        """most_texts: that are continued at once. most_waiting: others that may wait. post: has
+        something called in the thread of those who wait for events."""
+        self._most_texts, self._most_waiting, self._post = most_texts, most_waiting, post
+        self._changed = threading.Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._tables = [_Table(offer, Engine(offer.ensemble))]
+        self._events: list[tuple[Ticket, Event]] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
+
+    def start(self) -> None:
+        """Begins to serve."""
+        self._thread.start()
+
+    @property
+    def offer(self) -> Offer:
+        """What new texts are continued by."""
+        return self._tables[-1].offer
+
+    @property
+    def alive(self) -> bool:
+        """Whether anybody serves."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Texts that are continued now."""
+        return sum(len(table.tickets) for table in list(self._tables))
+
+    def submit(self, tickets: Sequence[Ticket]) -> None:
+        """Takes the texts of a request, all or none. Busy if too many wait; UserError for a text
+        that cannot be continued."""
+        offer = self.offer
+        for ticket in tickets:
+            check_prompt(offer.ensemble, ticket.ids, ticket.sampling.max_new_tokens)
+            if ticket.model in offer.routers:  # otherwise it has just been withdrawn
+                offer.routers[ticket.model].start(ticket.language)
+        with self._changed:
+            free = self._most_texts - self.running
+            if self._closing or len(self._waiting) + len(tickets) > self._most_waiting + free:
+                raise Busy
+            self._waiting += tickets
+            self._changed.notify()
+
+    def cancel(self, tickets: Sequence[Ticket]) -> None:
+        """Gives up what is left of some texts; their places are free."""
+        with self._changed:
+            for ticket in tickets:
+                ticket.cancelled = True
+            self._changed.notify()
+
+    def exchange(self, offer: Offer) -> None:
+        """From now on new texts are continued by this; those under way end as they began."""
+        with self._changed:
+            self._tables.append(_Table(offer, Engine(offer.ensemble)))
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Ends. Whoever is still served is left: to stop in peace, first wait for those who ask."""
+        with self._changed:
+            self._closing = True
+            everyone = [t for table in self._tables for t in table.tickets.values()]
+            for ticket in [*everyone, *self._waiting]:
+                ticket.cancelled = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._admit():
+            for table in list(self._tables):
+                if table.tickets:
+                    self._step(table)
+            self._tell()
+
+    def _admit(self) -> bool:
+        """Waits until there is something to do, gives seats to those who wait, and takes away those
+        who left. False when all is done."""
+        with self._changed:
+            while not self._waiting and not self.running:
+                self._retire()
+                if self._closing:
+                    return False
+                self._changed.wait()
+            for table in self._tables:
+                for text, ticket in list(table.tickets.items()):
+                    if ticket.cancelled:
+                        self._leave(table, text)
+            self._retire()
+            now, kept = time.monotonic(), deque()
+            for ticket in self._waiting:
+                if ticket.cancelled:
+                    continue
+                if ticket.until < now:
+                    self._events.append((ticket, Failed(503, "its time was up while it waited")))
+                elif self.running < self._most_texts:
+                    self._seat(ticket)
+                else:
+                    kept.append(ticket)
+            self._waiting = kept
+        return True
+
+    def _seat(self, ticket: Ticket) -> None:
+        table = self._tables[-1]
+        router = table.offer.routers.get(ticket.model)
+        if router is None:  # withdrawn while the text waited
+            gone = Failed(404, f"there is no model {ticket.model!r} any more")
+            self._events.append((ticket, gone))
+            return
+        try:
+            text = table.engine.add(
+                ticket.ids,
+                ticket.sampling,
+                language=ticket.language,
+                number=ticket.number,
+                router=router,
+            )
+        except UserError as error:
+            self._events.append((ticket, Failed(400, str(error))))
+            return
+        ticket.reply = Reply(table.offer.ensemble.tokenizer, ticket.ids, ticket.sampling.stop)
+        ticket.weights = np.zeros(len(table.offer.ensemble.names))
+        table.tickets[text] = ticket
+
+    def _leave(self, table: _Table, text: Text) -> None:
+        del table.tickets[text]
+        table.engine.remove(text)
+
+    def _retire(self) -> None:
+        """Clears the tables of earlier offers once nobody sits there."""
+        former = [table for table in self._tables[:-1] if not table.tickets]
+        for table in former:
+            self._tables.remove(table)
+        if former and len(self._tables) == 1:
+            only = getattr(self.offer.ensemble.parameters, "only", None)
+            if only is not None:
+                only()
+
+    def _step(self, table: _Table) -> None:
+        try:
+            steps = table.engine.step()
+        except Exception as error:
+            # Whatever it was, it is of this step: nothing of what it left behind can be relied on.
+            traceback.print_exc(file=sys.stderr)
+            tired = "RESOURCE_EXHAUSTED" in str(error)
+            why = "the memory of the device is used up" if tired else "continuing failed"
+            failed = Failed(503 if tired else 500, f"{why}; try again")
+            self._events += [(ticket, failed) for ticket in table.tickets.values()]
+            table.tickets.clear()
+            table.engine = Engine(table.offer.ensemble)
+            return
+        names, end_ids = table.offer.ensemble.names, table.offer.ensemble.tokenizer.end_ids
+        now = time.monotonic()
+        for text, token, spoken in steps:
+            ticket = table.tickets[text]
+            reply = ticket.reply
+            assert reply is not None and ticket.weights is not None
+            ticket.weights += spoken
+            if token in end_ids:
+                reply.finished = True
+                piece = ""
+            else:
+                piece = reply.add(token)
+            ended = reply.finished or text.drawn == text.sampling.max_new_tokens
+            ended = ended or now > ticket.until
+            if ended:
+                piece += reply.rest()
+            if piece:
+                self._events.append((ticket, Piece(piece, _weights(names, spoken))))
+            if ended:
+                mean = _weights(names, ticket.weights / text.drawn)
+                reason = "stop" if reply.finished else "length"
+                self._events.append((ticket, Ended(reason, text.drawn, mean)))
+                self._leave(table, text)
+
+    def _tell(self) -> None:
+        """Passes on what happened."""
+        events, self._events = self._events, []
+        if not events:
+            return
+
+        def tell() -> None:
+            for ticket, event in events:
+                if not ticket.cancelled:
+                    ticket.tell(event)
+
+        self._post(tell)
+
+
+def _weights(names: Sequence[str], weights: np.ndarray) -> dict[str, float]:
+    """Those that are not nothing."""
+    return {names[i]: round(float(weights[i]), 4) for i in np.flatnonzero(weights >= 5e-4).tolist()}

@@ -1,0 +1,130 @@
+"""What a server offers at a time: every published expert of a RUN, alone and together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from clustering.errors import UserError
+from experts.expert import Expert
+from experts.verify import verify_expert
+from xelm.inference.ensemble import Ensemble
+from xelm.inference.holding import Holding
+from xelm.inference.routing import Detected, Fixed, Router, states_along
+from xelm.inference.sampling import sampling_of
+from xelm.models.checkpoint import read_config, read_for_inference
+from xelm.models.parameters import by_path
+from xelm.runs.ensembles import check_top_m, fallback, published
+from xelm.runs.routers import Routing, identifier, make_router, pieces
+from xelm.runs.run import Run
+
+ENSEMBLE = "xelm"
+"""The name of the ensemble; "xelm:NAME" is one model alone."""
+_HEARD = 200
+"""Tokens of a text by which its language is told."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """Models by name, and what they are made of. Never changes: another takes its place."""
+
+    ensemble: Ensemble
+    """All models: the experts, then those that are no experts."""
+    routers: Mapping[str, Router]
+    """Name of a model, as requests have it -> who speaks."""
+    versions: Mapping[str, str]
+    """Expert -> its version, such as "en-es@v2"."""
+    detector: Detected
+    """Tells languages, for counting and for show."""
+
+    def language_of(self, ids: Sequence[int]) -> str | None:
+        """The probable language of a text that begins with these ids, the first of which starts
+        every text; None of an empty one."""
+        heard = np.asarray(ids[1 : 1 + _HEARD], np.int64)
+        if not len(heard):
+            return None
+        states = states_along(self.detector, self.detector.start(None), heard)
+        found = self.detector.languages(states[-1:])[0]
+        return self.detector.identifier.languages[int(found.argmax())]
+
+
+def open_offer(
+    run: Run,
+    routing: Routing,
+    *,
+    route_per: Literal["token", "prompt"] = "token",
+    dtype: str = "float32",
+    before: Offer | None = None,
+) -> Offer:
+    """What a RUN has to offer now. before: what was offered until now, with which it shares the
+    parameters that stay; experts that are new since are checked, and UserError says what is wrong
+    with them."""
+    experts, model = published(run), read_config(run.seed)
+    if not model.causal:
+        raise UserError(
+            f"{run.directory} has encoders, which continue no text; there is no serving"
+        )
+    check_top_m(routing.top_m, len(experts))
+    for expert in experts:
+        if before is not None and before.versions.get(expert.name) != expert.reference:
+            _check(run, expert)
+    paths = {expert.name: expert.directory(run.directory) for expert in experts}
+    # Where the router abstains to one of these, it is the first behind the experts.
+    others = ["seed", *(["dense"] if run.dense.exists() else [])]
+    if routing.abstain is not None and routing.abstain_to != "posterior":
+        paths[routing.abstain_to] = fallback(run, routing.abstain_to)
+    paths |= {name: fallback(run, name) for name in others}
+    loaders = [partial(read_for_inference, path, model, dtype) for path in paths.values()]
+    places = [str(path) for path in paths.values()]
+    if before is None:
+        holding = Holding(loaders, names=places)
+    else:
+        assert isinstance(before.ensemble.parameters, Holding)
+        holding = before.ensemble.parameters.sharing(loaders, places)
+    names = list(paths)
+    ensemble = Ensemble(
+        names=names,
+        model=model,
+        parameters=holding,
+        dtype=dtype,
+        router=make_router(run, experts, routing),
+        tokenizer=run.tokenizer(),
+        top_m=routing.top_m,
+        least_weight=0.0 if routing.name == "fixed" else routing.least_weight,
+        route_per=route_per,
+        sampling=sampling_of(run.seed)[0],
+    )
+    return Offer(
+        ensemble=ensemble,
+        routers={ENSEMBLE: ensemble.router}
+        | {f"{ENSEMBLE}:{name}": _alone(place, len(names)) for place, name in enumerate(names)},
+        versions={expert.name: expert.reference for expert in experts},
+        detector=Detected(experts=1, identifier=identifier(run), pieces=pieces(run), serving={}),
+    )
+
+
+def _alone(place: int, models: int) -> Fixed:
+    weights = np.full(models, -np.inf)
+    weights[place] = 0.0
+    return Fixed(weights=weights)
+
+
+def _check(run: Run, expert: Expert) -> None:
+    """Raises UserError unless the files of an expert are those that were published, and hold a
+    model of the seed's shape whose parameters are numbers."""
+    faults = verify_expert(run.directory, expert)
+    if faults:
+        raise UserError(f"{expert.reference}: {faults[0]}")
+    found = read_for_inference(expert.directory(run.directory), read_config(run.seed))
+    for path, leaf in _leaves(found):
+        if not np.isfinite(np.asarray(leaf, np.float32)).all():
+            raise UserError(f"{expert.reference}: {path} holds values that are no numbers")
+
+
+def _leaves(parameters):
+    for number, block in enumerate(parameters["blocks"]):
+        yield from ((f"layer {number}, {path}", leaf) for path, leaf in by_path(block).items())
+    rest = {name: part for name, part in parameters.items() if name != "blocks"}
+    yield from by_path(rest).items()

@@ -1,0 +1,202 @@
+"""A server from beginning to end: what it offers, whether that has changed, how it stops."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import uvicorn
+from starlette.applications import Starlette
+
+from clustering.errors import UserError
+from experts.registry import FILE_NAME
+from xelm.inference.engine import GREEDY, Engine
+from xelm.runs.routers import Routing
+from xelm.runs.run import Run
+from xelm.serving.app import LOOPBACK, Limits, make_app
+from xelm.serving.desk import Desk
+from xelm.serving.metrics import Metrics
+from xelm.serving.offer import Offer, open_offer
+
+KEY = "XELM_API_KEY"
+"""The environment's variable with the API key."""
+LOOK_SECONDS = 2.0
+"""From one look at the registry to the next."""
+
+
+def serve(
+    run: Run,
+    routing: Routing,
+    *,
+    route_per: Literal["token", "prompt"] = "token",
+    dtype: str = "float32",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    key_file: str | Path | None = None,
+    limits: Limits | None = None,
+) -> None:
+    """Serves a RUN until it is asked to stop (SIGTERM, SIGINT), and then until all that runs is
+    done. port: 0 takes a free one. key_file: holds the API key; None takes it from the environment,
+    where there may be none."""
+    limits, key = limits or Limits(), read_key(key_file)
+    listening = _listening(host, port)
+    with listening:
+        # A page elsewhere may have a name of its own resolved to this machine: without a key only
+        # the names of loopback are answered.
+        local = _is_loopback(host)
+        hosts = LOOPBACK if local and key is None else None
+        opener = partial(open_offer, run, routing, route_per=route_per, dtype=dtype)
+        app, desk, watch = assemble(opener, run.directory / FILE_NAME, limits, key=key, hosts=hosts)
+        _warm(desk.offer)
+        desk.start()
+        watch.start()
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        print(f"serving {', '.join(desk.offer.routers)}", file=sys.stderr)
+        if not local and key is None:
+            print(
+                f"WARNING: whoever reaches this machine may ask; set {KEY} or --api-key-file",
+                file=sys.stderr,
+            )
+        print(f"listening on {address}", file=sys.stderr, flush=True)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(limits.seconds) + 10,
+        )
+        server = uvicorn.Server(config)
+        # When it has stopped, the server sends itself the signal that asked it to.
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                server.run(sockets=[listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            watch.stop()
+            desk.close()
+    print("stopped", file=sys.stderr)
+
+
+def assemble(
+    opener: Callable[..., Offer],
+    registry: Path,
+    limits: Limits,
+    *,
+    key: str | None = None,
+    hosts: Sequence[str] | None = None,
+) -> tuple[Starlette, Desk, "Watch"]:
+    """The parts of a server, none of which runs yet. opener: opens what the registry speaks of,
+    given what was offered `before`. key, hosts: as `make_app` has them."""
+    seen = _state(registry)
+
+    def post(call: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and all who waited with it
+            app.state.loop.call_soon_threadsafe(call)
+
+    desk = Desk(opener(), most_texts=limits.texts, most_waiting=limits.waiting, post=post)
+    metrics = Metrics(desk)
+    app = make_app(desk, metrics, limits, key=key, hosts=hosts)
+    return app, desk, Watch(registry, seen, opener, desk, metrics)
+
+
+State = tuple[int, int, int] | None
+"""Of a file: what changes when it does; None where there is none."""
+
+
+def _state(file: Path) -> State:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+class Watch(threading.Thread):
+    """Looks whether experts were published, rolled back or grown, and has them offered."""
+
+    def __init__(
+        self,
+        registry: Path,
+        seen: State,
+        opener: Callable[..., Offer],
+        desk: Desk,
+        metrics: Metrics,
+    ):
+        """registry: the file. seen: its state before it was read. opener: as `assemble` has it."""
+        super().__init__(name="watch", daemon=True)
+        self._registry, self._opener, self._desk, self._metrics = registry, opener, desk, metrics
+        self._stopped = threading.Event()
+        self._seen = seen
+
+    def run(self) -> None:
+        while not self._stopped.wait(LOOK_SECONDS):
+            self.look()
+
+    def look(self) -> None:
+        """Has what changed taken up, or refuses it in a line and leaves all as it was."""
+        state = _state(self._registry)
+        if state == self._seen:
+            return
+        self._seen = state
+        before = self._desk.offer
+        try:
+            offer = self._opener(before=before)
+        except Exception as error:
+            what = str(error) if isinstance(error, UserError) else repr(error)
+            print(f"the changed registry is refused: {what}", file=sys.stderr, flush=True)
+            self._metrics.reloaded("refused")
+            return
+        if offer.versions == before.versions:
+            return
+        self._desk.exchange(offer)
+        self._metrics.reloaded("taken up")
+        print(f"now serving {', '.join(offer.versions.values())}", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Looks no more."""
+        self._stopped.set()
+        self.join()
+
+
+def read_key(file: str | Path | None) -> str | None:
+    """The API key from a file or the environment; UserError for one that is empty."""
+    if file is None:
+        key, where = os.environ.get(KEY), KEY
+        if key is None:
+            return None
+    else:
+        key, where = Path(file).read_text(encoding="utf-8"), str(file)
+    if not key.strip():
+        raise UserError(f"{where} holds no API key: it is empty")
+    return key.strip()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise UserError(f"a port is between 0 and 65535; got {port}")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _warm(offer: Offer) -> None:
+    """Compiles what the first request would wait for."""
+    engine = Engine(offer.ensemble)
+    ids = [offer.ensemble.tokenizer.start_id] * 2
+    text = engine.add(ids, GREEDY, router=list(offer.routers.values())[1])
+    for _ in range(2):
+        engine.step()
+    engine.remove(text)
