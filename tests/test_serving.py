@@ -1,7 +1,6 @@
 """One endpoint over many experts: OpenAI's own client, unchanged, and what must not happen."""
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
@@ -11,13 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import httpx
 import openai
 import pytest
-import uvicorn
+from serving import served
 from shared import LANGUAGES, NAMES, documents_of
 
 from clustering.errors import UserError
@@ -30,53 +28,10 @@ from xelm.serving import desk as desk_module
 from xelm.serving.app import Limits
 from xelm.serving.desk import Busy, Ended, Failed, Piece, Ticket
 from xelm.serving.offer import open_offer
-from xelm.serving.server import Watch, assemble, read_key
+from xelm.serving.server import read_key
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 PROMPT = "abc de"
-
-
-@dataclass(frozen=True)
-class Served:
-    """A server, in a thread of this process."""
-
-    url: str
-    desk: desk_module.Desk
-    watch: Watch
-
-    def client(self, key="unused", **options):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
-
-    def post(self, body, path="/v1/completions", **options):
-        given = {"content": body} if isinstance(body, bytes) else {"json": body}
-        headers = {"content-type": "application/json", **options.pop("headers", {})}
-        return httpx.post(self.url + path, headers=headers, timeout=60, **given, **options)
-
-
-@contextlib.contextmanager
-def served(directory, routing="detected", *, limits=None, **options):
-    run = open_run(directory)
-    opener = partial(open_offer, run, Routing(name=routing))
-    app, desk, watch = assemble(opener, directory / "registry.json", limits or Limits(), **options)
-    desk.start()
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    for _ in range(500):
-        with contextlib.suppress(httpx.TransportError):
-            httpx.get(f"{url}/healthz").raise_for_status()
-            break
-        time.sleep(0.02)
-    try:
-        yield Served(url, desk, watch)
-    finally:
-        server.should_exit = True
-        thread.join(timeout=30)
-        desk.close()
-        listening.close()
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

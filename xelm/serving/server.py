@@ -1,6 +1,7 @@
 """A server from beginning to end: what it offers, whether that has changed, how it stops."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -64,8 +65,13 @@ def serve(
                 file=sys.stderr,
             )
         print(f"listening on {address}", file=sys.stderr, flush=True)
+        # Its own way of setting this up would close what other handlers write to.
+        log = logging.getLogger("uvicorn")
+        log.addHandler(logging.StreamHandler())
+        log.propagate = False
         config = uvicorn.Config(
             app,
+            log_config=None,
             log_level="warning",
             access_log=False,
             server_header=False,

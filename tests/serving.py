@@ -1,0 +1,66 @@
+"""A server in a thread of the tests."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import httpx
+import openai
+import uvicorn
+
+from xelm import open_run
+from xelm.runs.routers import Routing
+from xelm.serving.app import Limits
+from xelm.serving.desk import Desk
+from xelm.serving.offer import open_offer
+from xelm.serving.server import Watch, assemble
+
+
+@dataclass(frozen=True)
+class Served:
+    """Where it listens, and its parts."""
+
+    url: str
+    desk: Desk
+    watch: Watch
+
+    def client(self, key="unused", **options):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+
+    def post(self, body, path="/v1/completions", **options):
+        given = {"content": body} if isinstance(body, bytes) else {"json": body}
+        headers = {"content-type": "application/json", **options.pop("headers", {})}
+        return httpx.post(self.url + path, headers=headers, timeout=60, **given, **options)
+
+
+@contextlib.contextmanager
+def served(
+    directory: Path, routing: str = "detected", *, limits: Limits | None = None, **options
+) -> Iterator[Served]:
+    run = open_run(directory)
+    opener = partial(open_offer, run, Routing(name=routing))
+    app, desk, watch = assemble(opener, directory / "registry.json", limits or Limits(), **options)
+    desk.start()
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    for _ in range(500):
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(f"{url}/healthz").raise_for_status()
+            break
+        time.sleep(0.02)
+    try:
+        yield Served(url, desk, watch)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        desk.close()
+        listening.close()
+        assert not thread.is_alive()
