@@ -22,6 +22,8 @@ BUCKETS = 1 << 16
 """N-grams that fall into one bucket are one term."""
 _SMOOTHING = 0.5
 """Added to the count of each bucket."""
+_FEW = 32
+"""Characters."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 """2^64 by the golden ratio: its multiples spread over all high bits (Knuth, The Art of Computer
 Programming, volume 3, section 6.4)."""
@@ -44,6 +46,9 @@ class Identifier:
         that end in it; `before` is the text before the first, of which the last characters are
         looked at."""
         context = before[-(LONGEST - 1) :]
+        if len(pieces) == 1 and len(pieces[0]) <= _FEW:  # as texts grow, for each token
+            buckets = _buckets_of_few(context, pieces[0])
+            return self.log_likelihoods[buckets].sum(axis=0, dtype=float)[None]
         buckets, ends = _buckets(context + "".join(pieces))
         found = self.log_likelihoods[buckets].astype(float)
         # Sums up to each character, then up to each piece.
@@ -120,6 +125,22 @@ def _surprise(sums: Float[np.ndarray, "N L"], labels: Int[np.ndarray, " N"]) -> 
     top = sums.max(axis=1, keepdims=True)
     totals = top[:, 0] + np.log(np.exp(sums - top).sum(axis=1))
     return float((totals - sums[np.arange(len(labels)), labels]).mean())
+
+
+def _buckets_of_few(context: str, piece: str) -> list[int]:
+    """As `_buckets`, of the n-grams that end in a piece: for so few, arrays take ten times as
+    long."""
+    found: list[int] = []
+    before: list[int] = []  # hashes of what ends one character earlier, by length
+    for place, code in enumerate(map(ord, context + piece)):
+        shorter = [0, *before[: LONGEST - 1]]
+        before = [
+            (rolling + code + length) * int(_MULTIPLIER) % 2**64
+            for length, rolling in enumerate(shorter, 1)
+        ]
+        if place >= len(context):
+            found += [rolling >> 48 for rolling in before]
+    return found
 
 
 def _buckets(text: str) -> tuple[Int[np.ndarray, " ngrams"], Int[np.ndarray, " ngrams"]]:

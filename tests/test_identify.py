@@ -39,6 +39,23 @@ def test_sums_are_those_of_counted_n_grams():
         assert found.terms("", [asked])[0, 0] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("before", "piece"),
+    [
+        ("", "a"),
+        ("ab", "çdé"),
+        ("wxyz", "日本語です"),
+        ("abc", ""),
+        ("", "\ud800q"),
+        ("a", "b" * 32),
+    ],
+)
+def test_a_single_piece_is_as_a_piece_among_others(fitted, before, piece):
+    alone = fitted.terms(before, [piece])
+    first, _ = fitted.terms(before, [piece, "z"])
+    np.testing.assert_allclose(alone[0], first, rtol=1e-9, atol=1e-9)
+
+
 def test_a_text_in_pieces_is_the_text(fitted):
     (whole,) = fitted.terms("", [TEXT])
     pieces = [TEXT[:1], "", TEXT[1:7], TEXT[7:8], TEXT[8:]]

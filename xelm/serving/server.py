@@ -71,6 +71,9 @@ def serve(
         log.propagate = False
         config = uvicorn.Config(
             app,
+            # The same wherever this is installed, whatever else is.
+            loop="asyncio",
+            http="h11",
             log_config=None,
             log_level="warning",
             access_log=False,

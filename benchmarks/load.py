@@ -1,0 +1,222 @@
+"""A server under load: `xelm serve` on loopback, asked by many clients at once.
+
+    python benchmarks/load.py RUN TEXT --clients 64 --seconds 60
+
+Each client asks for one continuation after the other, of beginnings of documents in the languages
+of TEXT (files LANGUAGE.jsonl), half of them streamed. One request in ten is left half-way, and one
+in twenty is malformed on purpose. Ends with 1 if anything came back that was not asked for: another
+status, a stream without its end, a place that is not free again, a server that does not stop.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+CANCELLED, MALFORMED = 0.1, 0.05
+BAD = (
+    (b"{", 400),
+    (b'{"model": "xelm", "prompt": "\xff"}', 400),
+    (b'{"model": "nobody", "prompt": "a"}', 404),
+    (b'{"model": "xelm", "prompt": "a", "temperature": NaN}', 400),
+    (b'{"model": "xelm", "prompt": "a", "max_tokens": 1000000}', 400),
+)
+
+
+@dataclass
+class Seen:
+    """By all clients."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    """Seconds to the first piece, of streams."""
+    between: list[float] = field(default_factory=list)
+    """Seconds from one piece to the next."""
+    whole: list[float] = field(default_factory=list)
+    """Seconds of all that were answered to the end."""
+    tokens: int = 0
+
+
+async def client(number: int, url: str, prompts: Sequence[str], until: float, seen: Seen) -> None:
+    draw = random.Random(number)
+    limits = httpx.Limits(max_connections=1)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
+        while time.monotonic() < until:
+            try:
+                await ask(http, draw, prompts, seen)
+            except httpx.HTTPError as error:
+                seen.faults.append(repr(error))
+
+
+async def ask(
+    http: httpx.AsyncClient, draw: random.Random, prompts: Sequence[str], seen: Seen
+) -> None:
+    what = draw.random()
+    if what < MALFORMED:
+        content, wanted = draw.choice(BAD)
+        headers = {"content-type": "application/json"}
+        answer = await http.post("/v1/completions", content=content, headers=headers)
+        seen.counts["malformed"] += 1
+        if answer.status_code != wanted:
+            seen.faults.append(f"{answer.status_code} instead of {wanted} for {content!r}")
+        return
+    stream = draw.random() < 0.5
+    body = {
+        "model": "xelm",
+        "prompt": draw.choice(prompts)[: draw.randint(5, 200)],
+        "max_tokens": draw.randint(4, 64),
+        "stream": stream,
+        "stream_options": {"include_usage": True},
+    }
+    if what < MALFORMED + CANCELLED:
+        seen.counts["left half-way"] += 1
+        try:
+            async with asyncio.timeout(draw.uniform(0.02, 1.0)):
+                async with http.stream("POST", "/v1/completions", json=body) as answer:
+                    async for _ in answer.aiter_lines():
+                        if draw.random() < 0.1:
+                            return
+        except TimeoutError:
+            pass
+        return
+    began = time.monotonic()
+    if not stream:
+        answer = await http.post("/v1/completions", json=body)
+        if answer.status_code != 200:
+            seen.faults.append(f"{answer.status_code}: {answer.text[:200]}")
+            return
+        seen.tokens += answer.json()["usage"]["completion_tokens"]
+        seen.counts["answered"] += 1
+        seen.whole.append(time.monotonic() - began)
+        return
+    async with http.stream("POST", "/v1/completions", json=body) as answer:
+        if answer.status_code != 200:
+            seen.faults.append(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
+            return
+        last, line = None, ""
+        async for line in answer.aiter_lines():
+            now = time.monotonic()
+            if not line.startswith("data: {"):
+                continue
+            if last is None:
+                seen.first.append(now - began)
+            else:
+                seen.between.append(now - last)
+            last = now
+            usage = json.loads(line[6:]).get("usage")
+            seen.tokens += usage["completion_tokens"] if usage else 0
+            ended = line
+        await asyncio.sleep(0)
+    seen.counts["streamed"] += 1
+    seen.whole.append(time.monotonic() - began)
+    if '"usage"' not in ended:
+        seen.faults.append(f"a stream without its end: {ended[:200]}")
+
+
+async def watch(process: int, until: float, sizes: list[tuple[float, float]]) -> None:
+    """Resident memory of the server, second by second, in MB."""
+    began = time.monotonic()
+    while time.monotonic() < until:
+        sizes.append((time.monotonic() - began, memory(process)))
+        await asyncio.sleep(1)
+
+
+def memory(process: int) -> float:
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1000
+    raise ValueError("no VmRSS")
+
+
+async def load(
+    url: str, process: int, prompts: Sequence[str], clients: int, seconds: float
+) -> tuple[Seen, list[tuple[float, float]]]:
+    seen, until, sizes = Seen(), time.monotonic() + seconds, []
+    await asyncio.gather(
+        watch(process, until, sizes),
+        *(client(number, url, prompts, until, seen) for number in range(clients)),
+    )
+    return seen, sizes
+
+
+def served(run: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+    """The server and where it listens."""
+    command = [sys.executable, "-m", "xelm", "serve", str(run), "--port", "0", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("listening on "):
+            return process, line.split()[-1]
+        print(line, end="", file=sys.stderr)
+    raise SystemExit(f"the server ended with {process.wait()}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--warm", type=float, default=30, help="seconds before, not counted")
+    parser.add_argument("--routing", default="detected")
+    options = parser.parse_args()
+    prompts = [
+        json.loads(line)["text"]
+        for path in sorted(options.text.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()[:50]
+    ]
+    process, url = served(options.run, "--routing", options.routing)
+    try:
+        warm, _ = asyncio.run(load(url, process.pid, prompts, options.clients, options.warm))
+        began = time.monotonic()
+        seen, sizes = asyncio.run(load(url, process.pid, prompts, options.clients, options.seconds))
+        took = time.monotonic() - began
+        seen.faults += warm.faults
+        time.sleep(2)  # for those who left
+        metrics = httpx.get(f"{url}/metrics").text
+        for state in ("running", "waiting"):
+            if f'xelm_texts{{state="{state}"}} 0.0' not in metrics:
+                seen.faults.append(f"texts are {state} still")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(timeout=60)
+    said = process.stderr.read() if process.stderr else ""
+    if code or said.strip() != "stopped":
+        seen.faults.append(f"the server ended with {code}: {said[-500:]}")
+    print(f"{options.clients} clients for {took:.0f} s, routing {options.routing}: ", end="")
+    print(", ".join(f"{count} {what}" for what, count in sorted(seen.counts.items())))
+    print(f"{seen.tokens / took:.0f} tokens/s, {len(seen.whole) / took:.1f} requests/s\n")
+    print("| seconds | p50 | p95 | p99 |\n|---|---|---|---|")
+    for name, values in (
+        ("to the first piece", seen.first),
+        ("from piece to piece", seen.between),
+        ("to the end", seen.whole),
+    ):
+        points = np.percentile(values, [50, 95, 99])
+        print(f"| {name} | " + " | ".join(f"{point:.3f}" for point in points) + " |")
+    half = [size for second, size in sizes if second >= options.seconds / 2]
+    early = [size for second, size in sizes if second < options.seconds / 2]
+    print(
+        f"\nMemory of the server, largest: {max(early):.0f} MB in the first half, "
+        f"{max(half):.0f} MB in the second."
+    )
+    print(f"Not asked for: {len(seen.faults)}")
+    for fault, count in Counter(seen.faults).most_common(10):
+        print(f"  {count} x {fault}")
+    return 1 if seen.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
