@@ -15,6 +15,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -105,17 +106,19 @@ async def ask(
         if answer.status_code != 200:
             seen.faults.append(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
             return
-        last, line = None, ""
+        last, ended = None, ""
         async for line in answer.aiter_lines():
             now = time.monotonic()
             if not line.startswith("data: {"):
                 continue
-            if last is None:
-                seen.first.append(now - began)
-            else:
-                seen.between.append(now - last)
-            last = now
-            usage = json.loads(line[6:]).get("usage")
+            found = json.loads(line[6:])
+            if found.get("choices") and found["choices"][0]["text"]:
+                if last is None:
+                    seen.first.append(now - began)
+                else:
+                    seen.between.append(now - last)
+                last = now
+            usage = found.get("usage")
             seen.tokens += usage["completion_tokens"] if usage else 0
             ended = line
         await asyncio.sleep(0)
@@ -151,16 +154,17 @@ async def load(
     return seen, sizes
 
 
-def served(run: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+def served(run: Path, log: Path, *options: str) -> tuple[subprocess.Popen[bytes], str]:
     """The server and where it listens."""
     command = [sys.executable, "-m", "xelm", "serve", str(run), "--port", "0", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("listening on "):
-            return process, line.split()[-1]
-        print(line, end="", file=sys.stderr)
-    raise SystemExit(f"the server ended with {process.wait()}")
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stderr=file)
+    while process.poll() is None:
+        for line in log.read_text().splitlines():
+            if line.startswith("listening on "):
+                return process, line.split()[-1]
+        time.sleep(0.1)
+    raise SystemExit(f"the server ended with {process.returncode}: {log.read_text()}")
 
 
 def main() -> int:
@@ -177,7 +181,8 @@ def main() -> int:
         for path in sorted(options.text.glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()[:50]
     ]
-    process, url = served(options.run, "--routing", options.routing)
+    log = Path(tempfile.mkdtemp()) / "server.log"
+    process, url = served(options.run, log, "--routing", options.routing)
     try:
         warm, _ = asyncio.run(load(url, process.pid, prompts, options.clients, options.warm))
         began = time.monotonic()
@@ -191,10 +196,14 @@ def main() -> int:
                 seen.faults.append(f"texts are {state} still")
     finally:
         process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=60)
-    said = process.stderr.read() if process.stderr else ""
-    if code or said.strip() != "stopped":
-        seen.faults.append(f"the server ended with {code}: {said[-500:]}")
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    said = log.read_text()
+    if process.returncode or said.splitlines()[2:] != ["stopped"]:
+        seen.faults.append(f"the server ended with {process.returncode}: {said[-500:]}")
     print(f"{options.clients} clients for {took:.0f} s, routing {options.routing}: ", end="")
     print(", ".join(f"{count} {what}" for what, count in sorted(seen.counts.items())))
     print(f"{seen.tokens / took:.0f} tokens/s, {len(seen.whole) / took:.1f} requests/s\n")

@@ -49,15 +49,11 @@ def test_guesses_are_those_of_the_distributions(name, tmp_path, monkeypatch):
     weights = np.random.default_rng(0).uniform(size=(2, sum(map(len, wanted)), 2))
     weights[1, :, 1] = 0  # one way leaves it all to the first
     weights = (weights / weights.sum(axis=2, keepdims=True)).astype(np.float32)
-    found = guess_documents(
-        model,
-        [partial(read_for_inference, pair.directory, model) for pair in pairs],
-        documents,
-        wanted,
-        weights,
-        **OPTIONS,
-    )
-    own = np.stack(
+    with np.errstate(divide="ignore"):
+        log_weights = np.log(weights)
+    models = [partial(read_for_inference, pair.directory, model) for pair in pairs]
+    found = guess_documents(model, models, documents, wanted, log_weights, **OPTIONS)
+    alone = np.stack(
         [
             np.concatenate(
                 [distributions(p, model, i)[: len(w)] for i, w in zip(documents, wanted)]
@@ -65,10 +61,12 @@ def test_guesses_are_those_of_the_distributions(name, tmp_path, monkeypatch):
             for p in pairs
         ]
     )
-    mixed = np.einsum("RNM,MNV->RNV", weights, own)
+    mixed = np.einsum("RNM,MNV->RNV", weights, alone)
     came = np.concatenate(wanted)
-    for number, p in enumerate([*own, *mixed]):
+    for number, p in enumerate([*alone, *mixed]):
         hot = np.eye(model.vocabulary_size)[came]
+        own = np.log(p[np.arange(len(came)), came])
+        np.testing.assert_allclose(found.log_probability[number], own, atol=1e-4)
         np.testing.assert_allclose(found.confidence[number], p.max(axis=1), atol=1e-5)
         np.testing.assert_allclose(found.brier[number], np.square(p - hot).sum(axis=1), atol=1e-5)
         np.testing.assert_array_equal(found.correct[number], p.argmax(axis=1) == came)
@@ -76,3 +74,19 @@ def test_guesses_are_those_of_the_distributions(name, tmp_path, monkeypatch):
     chance = 1 / model.vocabulary_size
     assert found.confidence[:2].min(axis=1).max() > 2 * chance  # opinions, indeed
     assert np.abs(found.confidence[0] - found.confidence[1]).max() > chance
+    # Of the last targets of documents alone, and without a look at each model.
+    ends = [slice(max(0, len(w) - 2), len(w)) for w in wanted]
+    offsets = np.cumsum([0, *map(len, wanted)])
+    at = np.concatenate([np.arange(o, o + len(w))[e] for o, w, e in zip(offsets, wanted, ends)])
+    some = guess_documents(
+        model,
+        [*models, lambda: 1 / 0],  # who has no weight is not even loaded
+        documents,
+        [target[end] for target, end in zip(wanted, ends)],
+        np.pad(log_weights[:, at], ((0, 0), (0, 0), (0, 1)), constant_values=-np.inf),
+        places=ends,
+        alone=False,
+        **OPTIONS,
+    )
+    for part, whole in zip(some, found):
+        np.testing.assert_allclose(part, whole[2:, at], atol=1e-5)

@@ -15,6 +15,7 @@ from functools import partial
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 from serving import served
 from shared import LANGUAGES, NAMES, documents_of
 
@@ -26,8 +27,9 @@ from xelm.runs.routers import Routing
 from xelm.serving import app as app_module
 from xelm.serving import desk as desk_module
 from xelm.serving.app import Limits
-from xelm.serving.desk import Busy, Ended, Failed, Piece, Ticket
+from xelm.serving.desk import Busy, Closed, Ended, Failed, Piece, Ticket
 from xelm.serving.offer import open_offer
+from xelm.serving.protocol import ChatRequest, CompletionRequest
 from xelm.serving.server import read_key
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -207,7 +209,7 @@ def test_stops_end_the_text(client, ensemble, tiny):
         ({"model": "xelm", "prompt": "a", "top_p": 0}, 400, "top_p above 0 and at most 1; got 0"),
         ({"model": "xelm", "prompt": "a", "max_tokens": 0}, 400, "max_tokens: Input should be"),
         ({"model": "xelm", "prompt": "a", "max_tokens": 9999}, 400, "leaves this model of 64 room"),
-        ({"model": "xelm", "prompt": "ab " * 500, "max_tokens": 4}, 400, "leaves this model of 64"),
+        ({"model": "xelm", "prompt": "ab " * 100, "max_tokens": 4}, 400, "leaves this model of 64"),
         ({"model": "xelm", "prompt": "a", "n": 99}, 400, "n: Input should be less than or equal"),
         (
             {"model": "xelm", "prompt": "a", "stop": ["x"] * 5},
@@ -215,6 +217,13 @@ def test_stops_end_the_text(client, ensemble, tiny):
             "stop: wanted a text or at most",
         ),
         ({"model": "xelm", "prompt": "a", "stop": ""}, 400, "stop strings that are not empty"),
+        ({"model": "xelm", "prompt": "a", "stop": "x" * 400_000}, 400, "of at most 256 characters"),
+        ({"model": "xelm", "prompt": "a" * 100_000}, 400, "a prompt of 100,000 characters is long"),
+        (
+            {"model": "xelm", "prompt": "a", "response_format": {"type": "json_object"}},
+            400,
+            "response_format: Input should be 'text'",
+        ),
         ({"model": "xelm", "prompt": {"a": 1}}, 400, "prompt: wanted a text, a list of ids, or"),
         ({"model": "xelm", "prompt": []}, 400, "prompt: wanted a text, a list of ids, or at most"),
         ({"model": "xelm", "prompt": [10**9]}, 400, "special token, 1000000000, for which"),
@@ -241,6 +250,22 @@ def test_a_bad_request_is_refused_in_a_line(server, body, status, message):
     assert set(error) == {"message", "type", "param", "code"}
     assert "\n" not in error["message"] and len(error["message"]) < 400
     assert str(server.desk.offer.ensemble.tokenizer.hub.name_or_path) not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        (CompletionRequest, '"prompt": [-1'),
+        (CompletionRequest, '"prompt": [[]'),
+        (CompletionRequest, '"prompt": "a", "stop": [1'),
+        (ChatRequest, '"messages": [{}'),
+    ],
+)
+def test_of_a_million_faults_a_few_are_kept(kind, part):
+    last = part[part.rindex("[") + 1 :] if not part.endswith("[]") else "[]"
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate_json(f'{{"model": "xelm", {part}' + f", {last}" * 100_000 + "]}")
+    assert refused.value.error_count() < 10
 
 
 @pytest.mark.parametrize(
@@ -313,6 +338,9 @@ def test_only_who_has_the_key_is_answered(chatty, tmp_path, monkeypatch):
     assert read_key(None) == "from the environment"
     (tmp_path / "key").write_text("from a file\n")
     assert read_key(tmp_path / "key") == "from a file"
+    (tmp_path / "key").write_text("clé")
+    with pytest.raises(UserError, match="has characters that no header can: use ASCII"):
+        read_key(tmp_path / "key")
     (tmp_path / "key").write_text("\n")
     with pytest.raises(UserError, match="holds no API key: it is empty"):
         read_key(tmp_path / "key")
@@ -363,8 +391,10 @@ def test_a_full_queue_refuses_and_what_was_taken_is_done(chatty, slow):
         assert refused.json()["error"]["code"] == "queue_full"
         texts = {a.json()["choices"][0]["text"] for a in answers if a.status_code == 200}
         assert len(texts) == 1
-        # More than there will ever be places for is refused at once, and takes none.
-        assert found.post(body | {"n": 6}).status_code == 429
+        # More than there will ever be places for: no use in trying again.
+        never = found.post(body | {"n": 6})
+        assert never.status_code == 400
+        assert "a request may have 5 texts here, prompts times n; got 6" in never.text
         assert found.post(body | {"n": 5, "max_tokens": 2}).status_code == 200
 
 
@@ -381,6 +411,25 @@ def test_whoever_leaves_frees_the_place(chatty, slow, stream):
             httpx.post(f"{found.url}/v1/completions", json=body, timeout=0.5)
         until(lambda: found.desk.running == 0, seconds=2.0)  # not after fifty steps
         assert found.post(body | {"max_tokens": 1, "stream": False}).status_code == 200
+
+
+def test_metrics_know_who_left(chatty, slow):
+    with served(chatty) as found:
+        body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 50, "stream": True}
+        with httpx.stream("POST", f"{found.url}/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+        with socket.create_connection(("127.0.0.1", int(found.url.rsplit(":", 1)[1]))) as half:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n"
+            half.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
+
+        def told():
+            text = httpx.get(f"{found.url}/metrics").text
+            return dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+
+        gone = 'xelm_requests_total{model="%s",status="499"}'
+        until(lambda: told().get(gone % "xelm:seed") == told().get(gone % "unknown") == "1.0")
+        assert not [name for name in told() if "_requests_total" in name and "499" not in name]
+        assert float(told()['xelm_tokens_total{kind="completion"}']) >= 1
 
 
 def test_whoever_leaves_the_queue_is_not_served(chatty, slow):
@@ -406,16 +455,22 @@ def test_time_is_limited(chatty, slow):
         assert 1 <= answer["usage"]["completion_tokens"] < 20
 
 
-def test_a_step_that_fails_fails_its_requests_and_no_others(server, monkeypatch, capfd):
-    step, failing = desk_module.Engine.step, [True]
+@pytest.mark.parametrize(
+    ("where", "name"), [("Engine", "step"), ("Engine", "add"), ("Reply", "add")]
+)
+def test_what_fails_fails_what_is_under_way_and_nothing_later(
+    server, monkeypatch, capfd, where, name
+):
+    place, failing = getattr(desk_module, where), [True]
+    right = getattr(place, name)
 
-    def sometimes(self):
+    def sometimes(*given, **more):
         if failing:
             failing.clear()
             raise RuntimeError("a step failed")
-        return step(self)
+        return right(*given, **more)
 
-    monkeypatch.setattr(desk_module.Engine, "step", sometimes)
+    monkeypatch.setattr(place, name, sometimes)
     body = {"model": "xelm", "prompt": PROMPT, "max_tokens": 3}
     refused = server.post(body)
     assert refused.status_code == 500
@@ -443,6 +498,7 @@ def test_metrics_count_what_was_asked_and_tell_nothing_of_it(chatty, tiny, capfd
         assert sum(weights.values()) == pytest.approx(drawn, abs=0.05)
         assert all('language="de"' in key for key in weights)
         assert float(lines["xelm_first_token_seconds_count"]) == 2
+        assert float(lines["xelm_request_seconds_count"]) == 2
         assert float(lines["xelm_routing_entropy_bits_count"]) == 2
         assert float(lines['xelm_texts{state="running"}']) == 0
         assert float(lines['xelm_models_held{place="device"}']) >= 1
@@ -505,7 +561,7 @@ def test_a_desk_tells_everything_in_order(chatty):
     assert lost == [Failed(404, "there is no model 'xelm:lost' any more")]
     desk.close()
     assert not desk.alive
-    with pytest.raises(Busy):
+    with pytest.raises(Closed):
         desk.submit([ticket(desk, events)])
 
 
@@ -550,7 +606,7 @@ def test_what_is_published_is_picked_up_and_nobody_is_dropped(chatty, tmp_path, 
         assert "now serving de-fr@v1, en-es@v1, pt@v1" in capfd.readouterr().err
 
 
-def test_a_broken_expert_is_refused_and_the_old_one_stays(chatty, tmp_path, xelm, capfd):
+def test_a_broken_expert_is_refused_until_it_is_whole(chatty, tmp_path, xelm, capfd, monkeypatch):
     directory = tmp_path / "RUN"
     shutil.copytree(chatty, directory)
     with served(directory) as found:
@@ -567,6 +623,18 @@ def test_a_broken_expert_is_refused_and_the_old_one_stays(chatty, tmp_path, xelm
         assert found.desk.offer is before
         assert found.post(asked).json()["choices"][0]["text"] == said
         refusal = capfd.readouterr().err
+        # Looked at again after a while, without a word; taken up when it is whole.
+        found.watch.look()
+        assert found.desk.offer is before
+        monkeypatch.setattr(found.watch, "_again", 0.0)
+        found.watch.look()
+        assert found.desk.offer is before and capfd.readouterr().err == ""
+        content[-5] ^= 0xFF
+        file.write_bytes(content)
+        monkeypatch.setattr(found.watch, "_again", 0.0)
+        found.watch.look()
+        assert "pt" in found.desk.offer.versions
+        before = found.desk.offer
         assert "the changed registry is refused: pt@v1: changed: experts/pt/v1/model" in refusal
         # A registry that cannot be read at all.
         (directory / "registry.json").write_text("{")

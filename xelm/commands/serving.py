@@ -23,7 +23,7 @@ def _serve_options(verb: argparse.ArgumentParser) -> None:
         type=int,
         default=1024,
         metavar="N",
-        help="that a request may have drawn (default: %(default)s)",
+        help="that each text of a request may have drawn (default: %(default)s)",
     )
     verb.add_argument(
         "--max-seconds",

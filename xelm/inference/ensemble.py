@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.filling import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate, room
+from xelm.inference.guessing import guess_documents
 from xelm.inference.routing import Router, among, mixture, states_along, weights_along
 from xelm.inference.sampling import Sampling
-from xelm.inference.scoring import score_documents, targets
+from xelm.inference.scoring import check_ids, score_documents, targets
 from xelm.models.config import ModelConfig
 
 ROUTE_PER = ("token", "prompt", "sequence")
@@ -32,6 +35,16 @@ class Scores:
     """Predicted tokens of each text, its end included."""
     weights: Mapping[str, Float[np.ndarray, " texts"]]
     """Expert -> its mean routing weight over each text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Likelihoods:
+    """What the ensemble thinks of some continuations."""
+
+    nats: Float[np.ndarray, " texts"]
+    """-log p of each, its end not included."""
+    greedy: Bool[np.ndarray, " texts"]
+    """Whether each of its tokens is the likeliest one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,26 +97,11 @@ class Ensemble:
         before = self.tokenizer.encode(contexts) if contexts else [[]] * len(texts)
         ids = [np.asarray(c + x, np.int64) for c, x in zip(before, self.tokenizer.encode(texts))]
         wanted = [targets(self.model, document, self.tokenizer.end_id) for document in ids]
-        states = [
-            states_along(self.router, self.router.start(language), target)
-            for language, target in zip(languages, wanted)
-        ]
         positions = [
             self._positions(len(context), len(document), len(target))
             for context, document, target in zip(before, ids, wanted)
         ]
-        scores = [np.zeros((len(self.names), len(target))) for target in wanted]
-        everyone = np.arange(self.router.experts)
-        asked = [
-            everyone if self.router.asks(state[at]).any() else everyone[:0]
-            for state, at in zip(states, positions)
-        ]
-        self._score(ids, scores, asked)
-        kept = (self.top_m, self.least_weight)
-        log_weights = [
-            among(weights_along(self.router, state, found[everyone], at, *kept), len(self.names))
-            for state, found, at in zip(states, scores, positions)
-        ]
+        log_weights, scores, asked = self._weighed(ids, wanted, languages, positions)
         active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
         self._score(ids, scores, [np.setdiff1d(a, b) for a, b in zip(active, asked)])
         weights = [np.exp(found).mean(axis=0) for found in log_weights]
@@ -116,6 +114,81 @@ class Ensemble:
             tokens=np.asarray([len(at) for at in positions]),
             weights=dict(zip(self.names, np.asarray(weights).reshape(-1, len(self.names)).T)),
         )
+
+    def likelihoods(
+        self,
+        contexts: Sequence[Sequence[int]],
+        continuations: Sequence[Sequence[int]],
+        languages: Sequence[str | None] | None = None,
+    ) -> Likelihoods:
+        """Of continuations that do not end, by their ids and those of what each goes on from, which
+        is not to begin with the id that starts every text. For decoders."""
+        if not self.model.causal:
+            raise UserError("these experts are encoders, which continue no text")
+        _as_many("continuations", continuations, contexts)
+        languages = _as_many("languages", languages, contexts)
+        ids = [np.asarray([*c, *x], np.int64) for c, x in zip(contexts, continuations)]
+        for document in ids:
+            check_ids(document, self.model)
+        positions = [self._positions(len(c), len(i), len(i)) for c, i in zip(contexts, ids)]
+        log_weights, _, _ = self._weighed(ids, ids, languages, positions)
+        found = guess_documents(
+            self.model,
+            [partial(self.parameters.__getitem__, number) for number in range(len(self.names))],
+            ids,
+            [document[len(context) :] for context, document in zip(contexts, ids)],
+            np.concatenate([np.zeros((0, len(self.names))), *log_weights])[None],
+            places=[slice(len(c), len(document)) for c, document in zip(contexts, ids)],
+            alone=False,
+            **self._reading,
+        )
+        ends = np.cumsum([0, *map(len, continuations)])
+        parts = [slice(first, last) for first, last in pairwise(ends)]
+        return Likelihoods(
+            nats=np.asarray([-found.log_probability[0, p].sum(dtype=float) for p in parts]),
+            greedy=np.asarray([bool(found.correct[0, p].all()) for p in parts]),
+        )
+
+    def _weighed(
+        self,
+        ids: Sequence[np.ndarray],
+        wanted: Sequence[np.ndarray],
+        languages: Sequence[str | None],
+        positions: Sequence[np.ndarray],
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """Log weights of the models at each document's positions; their scores of what is `wanted`
+        of it, so far as the router asked for them; and whom it asked."""
+        states = [
+            states_along(self.router, self.router.start(language), target)
+            for language, target in zip(languages, wanted)
+        ]
+        scores = [np.zeros((len(self.names), len(i) + self.model.causal)) for i in ids]
+        everyone = np.arange(self.router.experts)
+        asked = [
+            everyone if self.router.asks(state[at]).any() else everyone[:0]
+            for state, at in zip(states, positions)
+        ]
+        self._score(ids, scores, asked)
+        kept = (self.top_m, self.least_weight)
+        log_weights = [
+            among(
+                weights_along(self.router, state, found[everyone, : len(target)], at, *kept),
+                len(self.names),
+            )
+            for state, found, at, target in zip(states, scores, positions, wanted)
+        ]
+        return log_weights, scores, asked
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """How documents are read."""
+        return {
+            "start_id": self.tokenizer.start_id,
+            "end_id": self.tokenizer.end_id,
+            "sequence_length": self.sequence_length,
+            "mask_id": self.tokenizer.mask_id,
+            "dtype": self.dtype,
+        }
 
     def _positions(self, context: int, document: int, target: int) -> np.ndarray:
         """Of which states the weights are made, for each token after the context."""
@@ -138,11 +211,7 @@ class Ensemble:
                 self.model,
                 self.parameters[expert],
                 [ids[number] for number in chosen],
-                start_id=self.tokenizer.start_id,
-                end_id=self.tokenizer.end_id,
-                sequence_length=self.sequence_length,
-                mask_id=self.tokenizer.mask_id,
-                dtype=self.dtype,
+                **self._reading,
             )
             for number, row in zip(chosen, found):
                 scores[number][expert] = row

@@ -103,7 +103,7 @@ class Reply:
         # A character may lack bytes yet, and the end may be the beginning of a stop string.
         certain = len(text.rstrip("\ufffd"))
         for stop in self._stop:
-            for size in range(1, len(stop)):
+            for size in range(1, min(len(stop), len(text) + 1)):
                 if text.endswith(stop[:size]):
                     certain = min(certain, len(text) - size)
         return self._tell(certain)

@@ -21,6 +21,8 @@ TOKENS_AT_ONCE, VALUES_AT_ONCE = 512, 2**27
 class Guesses(NamedTuple):
     """Of N tokens by S systems."""
 
+    log_probability: Float[np.ndarray, "S N"]
+    """Of the token that came, in nats."""
     confidence: Float[np.ndarray, "S N"]
     """Probability of the likeliest token."""
     correct: Float[np.ndarray, "S N"]
@@ -35,44 +37,52 @@ def guess_documents(
     documents: Sequence[Int[np.ndarray, " _"]],
     targets: Sequence[Int[np.ndarray, " _"]],
     mixtures: Float[np.ndarray, "R N M"],
+    *,
+    places: Sequence[slice] | None = None,
+    alone: bool = True,
     **options: Any,
 ) -> Guesses:
-    """Of each of M models, then of R mixtures of them.
+    """Of each of M models, if they are looked at `alone` too, then of R mixtures of them.
 
-    models: each gives parameters `for_inference`. targets: of each document, the first ones or all.
-    mixtures: weights of the models at each of the N targets. options: of `score_documents`.
+    models: each gives parameters `for_inference`. targets: N tokens, of each document those at its
+    place among all its `targets`. mixtures: log weights of the models at each of them. places: None
+    takes the first ones, as many as are given. options: of `score_documents`.
     """
-    ways, size = len(mixtures), len(models)
+    ways, size = len(mixtures), len(models) if alone else 0
+    places = places or [slice(0, len(target)) for target in targets]
     step = max(1, min(TOKENS_AT_ONCE, VALUES_AT_ONCE // model.vocabulary_size // (ways + 2)))
     probabilities = _probabilities(model, options.get("dtype", "float32"))
-    states = [
-        np.concatenate(
-            [
-                found[: len(target)]
-                for found, target in zip(
-                    states_of_documents(model, parameters(), documents, **options), targets
-                )
-            ]
-        )
-        for parameters in models
-    ]
-    wanted = np.concatenate(targets)
-    found = np.zeros((3, size + ways, len(wanted)), np.float32)
+    ends = np.cumsum([0, *map(len, targets)])
+    wanted = np.concatenate(targets) if len(targets) else np.zeros(0, np.int64)
+    states = np.zeros((len(models), len(wanted), model.width), np.float32)
+    for index, parameters in enumerate(models):
+        weighed = np.asarray(np.isfinite(mixtures[:, :, index]).any(axis=0))
+        asked = [n for n in range(len(targets)) if alone or weighed[ends[n] : ends[n + 1]].any()]
+        if not asked:
+            continue
+        some = [documents[number] for number in asked]
+        for number, found in zip(asked, states_of_documents(model, parameters(), some, **options)):
+            states[index, ends[number] : ends[number + 1]] = found[places[number]]
+    found = np.zeros((4, size + ways, len(wanted)), np.float32)
     for first in range(0, len(wanted), step):
         part = slice(first, min(first + step, len(wanted)))
-        padding = [(0, step - (part.stop - first))]
+        padding, real = [(0, step - (part.stop - first))], part.stop - first
         came = np.pad(wanted[part], padding)
         mixed = _nothing(ways, step, model.vocabulary_size)
         for index, parameters in enumerate(models):
-            own = probabilities(parameters(), np.pad(states[index][part], [*padding, (0, 0)]))
-            judged = np.asarray(_judged(own, came))
-            found[:, index, part] = judged[:, : part.stop - first]
-            weights = np.pad(mixtures[:, part, index], [(0, 0), *padding])
-            if weights.any():
-                mixed = _added(mixed, own, weights)
+            weights = mixtures[:, part, index]
+            if not alone and not np.isfinite(weights).any():
+                continue
+            own, log_own = probabilities(
+                parameters(), np.pad(states[index, part], [*padding, (0, 0)]), came
+            )
+            if alone:
+                found[:, index, part] = np.asarray(_judged(own, log_own, came))[:, :real]
+            weights = np.pad(weights, [(0, 0), *padding], constant_values=-np.inf)
+            mixed = _added(mixed, own, log_own, weights.astype(np.float32))
         for way in range(ways):
-            judged = np.asarray(_judged(mixed[way], came))
-            found[:, size + way, part] = judged[:, : part.stop - first]
+            judged = np.asarray(_judged(mixed[0][way], mixed[1][way], came))
+            found[:, size + way, part] = judged[:, :real]
     return Guesses(*found)
 
 
@@ -81,28 +91,31 @@ def _probabilities(model: ModelConfig, dtype: str):
     shape = graph(model, dtype, turned=True)
 
     @jax.jit
-    def probabilities(parameters, states):
+    def probabilities(parameters, states, came):
         network, _ = bind_layers(shape, parameters)
         # For the head alone: the states have passed what comes before it.
         _, head = network.output(jnp.zeros((1, model.width), dtype))
-        return jax.nn.softmax(head.logits(states.astype(dtype)), axis=-1)
+        found = jax.nn.log_softmax(head.logits(states.astype(dtype)), axis=-1)
+        return jnp.exp(found), jnp.take_along_axis(found, came[:, None], axis=-1)[:, 0]
 
     return probabilities
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _nothing(ways: int, tokens: int, vocabulary: int):
-    return jnp.zeros((ways, tokens, vocabulary))
+    return jnp.zeros((ways, tokens, vocabulary)), jnp.full((ways, tokens), -jnp.inf)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _added(mixed, probabilities, weights):
-    return mixed + weights[:, :, None] * probabilities[None]
+def _added(mixed, probabilities, log_own, log_weights):
+    sums, logs = mixed
+    sums = sums + jnp.exp(log_weights)[:, :, None] * probabilities[None]
+    return sums, jnp.logaddexp(logs, log_weights + log_own[None])
 
 
 @jax.jit
-def _judged(probabilities, wanted):
+def _judged(probabilities, log_own, wanted):
     came = jnp.take_along_axis(probabilities, wanted[:, None], axis=-1)[:, 0]
     brier = jnp.square(probabilities).sum(axis=-1) - 2 * came + 1
     correct = (probabilities.argmax(axis=-1) == wanted).astype(jnp.float32)
-    return jnp.stack([probabilities.max(axis=-1), correct, brier])
+    return jnp.stack([log_own, probabilities.max(axis=-1), correct, brier])

@@ -16,8 +16,9 @@ import numpy as np
 
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
-from experts.expert import Expert
+from experts.expert import SEED, Expert, parse_reference
 from experts.lock import locked
+from experts.registry import Registry
 from xelm import __version__
 from xelm.inference.guessing import guess_documents
 from xelm.inference.holding import Holding
@@ -135,7 +136,7 @@ def evaluate(
 def _expectations(run: Run, experts: Sequence[Expert]) -> Expectations:
     trained: dict[str, Sequence[str]] = {"dense": run.languages}
     if all(expert.languages for expert in experts):
-        trained |= {expert.name: expert.languages for expert in experts}
+        trained |= {expert.name: _trained(run.registry(), expert) for expert in experts}
         trained["ensemble"] = [tag for expert in experts for tag in expert.languages]
     return Expectations(
         experts=[expert.name for expert in experts], languages=run.languages, trained=trained
@@ -166,6 +167,15 @@ def _saved(run: Run, corpus: str, options: Mapping[str, Any], results: Results) 
                 print(f"results of other text or options are kept in {kept}", file=sys.stderr)
         write_json(path, record)
     return replace(results, record=record)
+
+
+def _trained(registry: Registry, expert: Expert) -> list[str]:
+    """Languages that an expert and those it comes from were trained on, after the seed."""
+    found = list(expert.languages)
+    while expert.parent != SEED:
+        expert = registry.expert(*parse_reference(expert.parent))
+        found += expert.languages
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,11 +251,10 @@ class _Evaluation:
                 states = states_along(router, router.start(told), target)
                 log_weights = weights_along(router, states, own, np.arange(len(target)), *self.kept)
                 nats.append(-mixture(log_weights, own).sum(dtype=np.float64))
-                weights = np.exp(log_weights)
-                part = _weighed(weights, expert)
+                part = _weighed(np.exp(log_weights), expert, router.asks(states[:-1]))
                 weighed = part if weighed is None else weighed + part
                 if number < len(sizes):
-                    heads.append(weights[: sizes[number]])
+                    heads.append(log_weights[: sizes[number]])
             system = ("ensemble", routing)
             found[system] = Measured(nats=np.asarray(nats), weighed=weighed)
             samples[system] = heads
@@ -282,12 +291,12 @@ class _Evaluation:
         asked = [n for n, system in enumerate(self.systems) if (system, None) in found]
         names = [name for n, name in enumerate(self.systems) if n in asked]
         total = sum(sizes)
-        mixtures = np.zeros((len(samples), total, len(asked)), np.float32)
+        mixtures = np.full((len(samples), total, len(asked)), -np.inf, np.float32)
         for way, heads in enumerate(samples.values()):
-            weights = np.concatenate(heads)
+            log_weights = np.concatenate(heads)
             for place, name in enumerate(names):
                 if name in self.experts:
-                    mixtures[way, :, place] = weights[:, self.experts.index(name)]
+                    mixtures[way, :, place] = log_weights[:, self.experts.index(name)]
         tokenizer = self.run.tokenizer()
         guesses = guess_documents(
             self.model,
@@ -335,12 +344,12 @@ class _Evaluation:
         return scores
 
 
-def _weighed(weights: np.ndarray, expert: int) -> Weighed:
-    """Of one document."""
+def _weighed(weights: np.ndarray, expert: int, asks: np.ndarray) -> Weighed:
+    """Of one document. asks: where all experts are asked, whatever they weigh."""
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = np.where(weights > 0, weights * -np.log2(weights), 0.0).sum()
     return Weighed(
         Reliability.of(*chosen(weights, expert)),
         float(entropy),
-        float((weights > 0).sum()),
+        float(np.where(asks, weights.shape[1], (weights > 0).sum(axis=1)).sum()),
     )

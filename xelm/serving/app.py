@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -26,13 +26,17 @@ from clustering.languages import canonical
 from xelm.inference.generation import check_prompt
 from xelm.inference.sampling import Sampling
 from xelm.serving import metrics as prometheus
-from xelm.serving.desk import Busy, Desk, Ended, Event, Failed, Piece, Ticket
+from xelm.serving.desk import Busy, Closed, Desk, Ended, Event, Failed, Piece, Ticket
 from xelm.serving.metrics import Metrics
 from xelm.serving.offer import ENSEMBLE, Offer
 from xelm.serving.protocol import Answer, ChatRequest, CompletionRequest, problem, wrong
 
 MOST_BYTES = 4 * 2**20
 """Of a request."""
+BODY_SECONDS = 30.0
+"""In which it comes."""
+GONE = 499
+"""The status of a request whose client has left, as nginx has it; nobody sees it but metrics."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -41,7 +45,7 @@ class Limits:
     """Of each request, and of all."""
 
     tokens: int = 1024
-    """That a request may have drawn."""
+    """That each text of a request may have drawn."""
     seconds: float = 300.0
     """After which a continuation ends."""
     texts: int = 32
@@ -163,6 +167,10 @@ class _Interface:
         async def guarded(request: Request) -> Response:
             try:
                 self._check_key(request)
+            except Refused as refused:
+                self.metrics.request("unknown", refused.status)
+                return JSONResponse(problem(str(refused), refused.status), refused.status)
+            try:
                 return await endpoint(request)
             except Refused as refused:
                 wait = {"Retry-After": "1"} if refused.status == 429 else None
@@ -218,17 +226,21 @@ class _Interface:
         began, model = time.monotonic(), "unknown"
         try:
             try:
-                asked = kind.model_validate_json(await _body(request))
+                asked = await run_in_threadpool(kind.model_validate_json, await _body(request))
             except ValidationError as error:
                 raise Refused(400, *wrong(error)) from None
             _check_model(asked.model, self.desk.offer)
             model = asked.model
             under_way = await self._submitted(asked, began)
             response = await self._answered(request, asked, under_way)
+        except ClientDisconnect:
+            self.metrics.request(model, GONE)
+            return Response(status_code=GONE)
         except Exception as error:
             self.metrics.request(model, error.status if isinstance(error, Refused) else 500)
             raise
-        self.metrics.request(model, response.status_code)
+        if not isinstance(response, StreamingResponse):  # that is counted when it ends
+            self.metrics.request(model, response.status_code)
         return response
 
     async def _submitted(self, asked: CompletionRequest | ChatRequest, began: float) -> _Asked:
@@ -261,9 +273,18 @@ class _Interface:
                 began=began,
             )
             under_way.tickets += self._tickets(asked, prompts, sampling, under_way)
+            places = self.limits.texts + self.limits.waiting
+            if len(under_way.tickets) > places:
+                raise Refused(
+                    400,
+                    f"a request may have {places} texts here, prompts times n; got "
+                    f"{len(under_way.tickets)}",
+                )
             self.desk.submit(under_way.tickets)
         except UserError as error:
             raise Refused(400, str(error)) from None
+        except Closed:
+            raise Refused(503, "the server stops, or has failed") from None
         except Busy:
             raise Refused(429, "too many requests wait already; try again later") from None
         return under_way
@@ -306,7 +327,7 @@ class _Interface:
             # With the first event, so that what fails at once is told by the status.
             first = await self._next(under_way)
             if first is None:
-                return Response(status_code=499)
+                return Response(status_code=GONE)
             self.metrics.began(time.monotonic() - under_way.began)
             if not asked.stream:
                 return await self._whole(under_way, first, gone)
@@ -332,9 +353,7 @@ class _Interface:
             if under_way.model == ENSEMBLE:
                 self.metrics.routed(under_way.languages[place], event)
             if len(under_way.ends) == len(under_way.tickets):
-                tokens = sum(end.tokens for end in under_way.ends.values())
-                seconds = time.monotonic() - under_way.began
-                self.metrics.ended(seconds, under_way.prompt_tokens, tokens)
+                self.metrics.ended(time.monotonic() - under_way.began)
         return place, event
 
     async def _whole(
@@ -351,7 +370,7 @@ class _Interface:
             found = await self._next(under_way)
         gone.cancel()
         if found is None:
-            return Response(status_code=499)
+            return Response(status_code=GONE)
         ends = [under_way.ends[place] for place in range(len(texts))]
         about = [under_way.about(place, end.weights) for place, end in enumerate(ends)]
         return JSONResponse(under_way.answer.whole(texts, ends, about, under_way.prompt_tokens))
@@ -363,7 +382,7 @@ class _Interface:
         first: tuple[int, Piece | Ended],
         gone: "asyncio.Task[None]",
     ) -> AsyncIterator[str]:
-        answer, chat = under_way.answer, isinstance(asked, ChatRequest)
+        answer, chat, status = under_way.answer, isinstance(asked, ChatRequest), GONE
         try:
             for place in range(len(under_way.tickets) if chat else 0):
                 yield _event(answer.part(place, "", None, first=True))
@@ -382,10 +401,13 @@ class _Interface:
             if asked.usage_wanted:
                 tokens = sum(end.tokens for end in under_way.ends.values())
                 yield _event(answer.last(under_way.prompt_tokens, tokens))
+            status = 200
             yield "data: [DONE]\n\n"
         except Refused as refused:
+            status = refused.status
             yield _event(problem(str(refused), refused.status))
         finally:
+            self.metrics.request(under_way.model, status)
             gone.cancel()
 
 
@@ -403,10 +425,14 @@ async def _body(request: Request) -> bytes:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refused(415, "requests are application/json")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BYTES:
-            raise too_long
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MOST_BYTES:
+                    raise too_long
+    except TimeoutError:
+        raise Refused(408, f"a request comes within {BODY_SECONDS:.0f} seconds") from None
     return bytes(body)
 
 
@@ -419,6 +445,13 @@ def _check_model(name: str, offer: Offer) -> None:
 def _encoded(asked: CompletionRequest | ChatRequest, offer: Offer) -> list[list[int]]:
     """Ids of each prompt, after the one that starts every text."""
     tokenizer = offer.ensemble.tokenizer
+    texts = [prompt for prompt in getattr(asked, "prompts", ()) if isinstance(prompt, str)]
+    texts += [message.text for message in getattr(asked, "messages", ())]
+    if max(map(len, texts), default=0) > offer.most_characters:
+        raise UserError(
+            f"a prompt of {max(map(len, texts)):,} characters is longer than these models of "
+            f"{offer.ensemble.model.max_length} tokens can read"
+        )
     if isinstance(asked, ChatRequest):
         if not tokenizer.hub.chat_template:
             raise UserError("the seed has no chat template; use /v1/completions")

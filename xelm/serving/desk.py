@@ -55,6 +55,10 @@ class Busy(Exception):
     """More texts wait than may."""
 
 
+class Closed(Exception):
+    """Nobody serves any more."""
+
+
 @dataclass(eq=False, kw_only=True, slots=True)
 class Ticket:
     """A text that is to be continued."""
@@ -107,6 +111,8 @@ class Desk:
         self._tables = [_Table(offer, Engine(offer.ensemble))]
         self._events: list[tuple[Ticket, Event]] = []
         self._closing = False
+        self.count: Callable[[str, int], object] = lambda kind, tokens: None
+        """Told how many tokens of a kind, "prompt" or "completion", were read or drawn."""
         self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
 
     def start(self) -> None:
@@ -134,8 +140,8 @@ class Desk:
         return sum(len(table.tickets) for table in list(self._tables))
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Takes the texts of a request, all or none. Busy if too many wait; UserError for a text
-        that cannot be continued."""
+        """Takes the texts of a request, all or none. Busy if too many wait; Closed at the end;
+        UserError for a text that cannot be continued."""
         offer = self.offer
         for ticket in tickets:
             check_prompt(offer.ensemble, ticket.ids, ticket.sampling.max_new_tokens)
@@ -143,7 +149,10 @@ class Desk:
                 offer.routers[ticket.model].start(ticket.language)
         with self._changed:
             free = self._most_texts - self.running
-            if self._closing or len(self._waiting) + len(tickets) > self._most_waiting + free:
+            dead = self._thread.ident is not None and not self._thread.is_alive()
+            if self._closing or dead:
+                raise Closed
+            if len(self._waiting) + len(tickets) > self._most_waiting + free:
                 raise Busy
             self._waiting += tickets
             self._changed.notify()
@@ -172,10 +181,15 @@ class Desk:
         self._thread.join()
 
     def _run(self) -> None:
-        while self._admit():
-            for table in list(self._tables):
-                if table.tickets:
-                    self._step(table)
+        while True:
+            try:
+                if not self._admit():
+                    return
+                for table in list(self._tables):
+                    if table.tickets:
+                        self._step(table)
+            except Exception as error:
+                self._lose(error)
             self._tell()
 
     def _admit(self) -> bool:
@@ -225,6 +239,7 @@ class Desk:
             return
         ticket.reply = Reply(table.offer.ensemble.tokenizer, ticket.ids, ticket.sampling.stop)
         ticket.weights = np.zeros(len(table.offer.ensemble.names))
+        self.count("prompt", len(ticket.ids))
         table.tickets[text] = ticket
 
     def _leave(self, table: _Table, text: Text) -> None:
@@ -242,18 +257,8 @@ class Desk:
                 only()
 
     def _step(self, table: _Table) -> None:
-        try:
-            steps = table.engine.step()
-        except Exception as error:
-            # Whatever it was, it is of this step: nothing of what it left behind can be relied on.
-            traceback.print_exc(file=sys.stderr)
-            tired = "RESOURCE_EXHAUSTED" in str(error)
-            why = "the memory of the device is used up" if tired else "continuing failed"
-            failed = Failed(503 if tired else 500, f"{why}; try again")
-            self._events += [(ticket, failed) for ticket in table.tickets.values()]
-            table.tickets.clear()
-            table.engine = Engine(table.offer.ensemble)
-            return
+        steps = table.engine.step()
+        self.count("completion", len(steps))
         names, end_ids = table.offer.ensemble.names, table.offer.ensemble.tokenizer.end_ids
         now = time.monotonic()
         for text, token, spoken in steps:
@@ -277,6 +282,19 @@ class Desk:
                 reason = "stop" if reply.finished else "length"
                 self._events.append((ticket, Ended(reason, text.drawn, mean)))
                 self._leave(table, text)
+
+    def _lose(self, error: Exception) -> None:
+        """Fails all that is under way: nothing of what an error left behind can be relied on."""
+        traceback.print_exc(file=sys.stderr)
+        tired = "RESOURCE_EXHAUSTED" in str(error)
+        why = "the memory of the device is used up" if tired else "continuing failed"
+        failed = Failed(503 if tired else 500, f"{why}; try again")
+        with self._changed:
+            lost = [ticket for table in self._tables for ticket in table.tickets.values()]
+            lost = list(dict.fromkeys([*lost, *self._waiting]))
+            self._waiting.clear()
+            self._tables = [_Table(self.offer, Engine(self.offer.ensemble))]
+        self._events += [(ticket, failed) for ticket in lost]
 
     def _tell(self) -> None:
         """Passes on what happened."""

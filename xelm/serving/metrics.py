@@ -35,6 +35,7 @@ class Metrics:
             registry=registry,
         )
         self._tokens = Counter("xelm_tokens", "Tokens read and drawn.", ["kind"], registry=registry)
+        desk.count = lambda kind, tokens: self._tokens.labels(kind).inc(tokens)
         self._first = Histogram(
             "xelm_first_token_seconds",
             "From a request to its first piece.",
@@ -83,11 +84,9 @@ class Metrics:
         """A request had its first piece."""
         self._first.observe(seconds)
 
-    def ended(self, seconds: float, prompt_tokens: int, tokens: int) -> None:
+    def ended(self, seconds: float) -> None:
         """A request was answered to its end."""
         self._whole.observe(seconds)
-        self._tokens.labels("prompt").inc(prompt_tokens)
-        self._tokens.labels("completion").inc(tokens)
 
     def routed(self, language: str | None, end: Ended) -> None:
         """The ensemble continued a text."""

@@ -39,6 +39,13 @@ class Offer:
     detector: Detected
     """Tells languages, for counting and for show."""
 
+    @property
+    def most_characters(self) -> int:
+        """Of a text that the models may be able to read: nobody need cut others into ids. Twice
+        over, since some characters become nothing."""
+        longest = max(map(len, self.detector.pieces), default=1)
+        return 2 * longest * self.ensemble.model.max_length
+
     def language_of(self, ids: Sequence[int]) -> str | None:
         """The probable language of a text that begins with these ids, the first of which starts
         every text; None of an empty one."""

@@ -16,15 +16,26 @@ from xelm.inference.sampling import Sampling
 from xelm.serving.desk import Ended
 
 MOST_STOPS, MOST_CHOICES, MOST_PROMPTS = 4, 16, 64
+MOST_IDS, MOST_MESSAGES, LONGEST_STOP = 2**17, 4096, 256
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
-_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+# All lists fail at their first fault: of a million there would be a million.
+_Ids = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MOST_IDS, fail_fast=True)
+]
+_Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 
 
 class StreamOptions(BaseModel):
     """Of a stream."""
 
     include_usage: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """Of what kind the text is to be."""
+
+    type: Literal["text"]
 
 
 class _Request(BaseModel):
@@ -40,12 +51,16 @@ class _Request(BaseModel):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     repetition_penalty: _Number | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     language: str | None = None
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    response_format: ResponseFormat | None = None
+    min_tokens: Literal[0] | None = None
+    min_p: Literal[0] | None = None
+    ignore_eos: Literal[False] | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -79,7 +94,11 @@ class _Request(BaseModel):
 class CompletionRequest(_Request):
     """Of /v1/completions."""
 
-    prompt: str | _Ids | Annotated[list[str | _Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: (
+        str
+        | _Ids
+        | Annotated[list[str | _Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+    )
     echo: Literal[False] | None = None
     logprobs: Literal[0] | None = None
     suffix: Literal[""] | None = None
@@ -104,7 +123,7 @@ class Message(BaseModel):
     """Of a chat."""
 
     role: str
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
     @field_validator("role")
     @classmethod
@@ -124,10 +143,15 @@ class Message(BaseModel):
 class ChatRequest(_Request):
     """Of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
 
     @property
     def most_tokens(self) -> int | None:
@@ -136,7 +160,7 @@ class ChatRequest(_Request):
 
 _WANTED = {
     "prompt": f"a text, a list of ids, or at most {MOST_PROMPTS} of these",
-    "stop": f"a text or at most {MOST_STOPS}",
+    "stop": f"a text or at most {MOST_STOPS}, of at most {LONGEST_STOP} characters",
     "messages": "a list of messages with a role and a content of text",
 }
 """Fields that may be of several kinds, of each of which pydantic would say why it is not."""

@@ -2,11 +2,13 @@
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,8 +29,10 @@ from xelm.serving.offer import Offer, open_offer
 
 KEY = "XELM_API_KEY"
 """The environment's variable with the API key."""
-LOOK_SECONDS = 2.0
-"""From one look at the registry to the next."""
+LOOK_SECONDS, LONGEST_WAIT = 2.0, 60.0
+"""From one look at the registry to the next; at most, from one refusal of it to the next try."""
+MORE_CONNECTIONS = 512
+"""Than there are places: for those who look, and those who are refused."""
 
 
 def serve(
@@ -51,20 +55,12 @@ def serve(
         # A page elsewhere may have a name of its own resolved to this machine: without a key only
         # the names of loopback are answered.
         local = _is_loopback(host)
-        hosts = LOOPBACK if local and key is None else None
+        hosts = (*LOOPBACK, host) if local and key is None else None
         opener = partial(open_offer, run, routing, route_per=route_per, dtype=dtype)
         app, desk, watch = assemble(opener, run.directory / FILE_NAME, limits, key=key, hosts=hosts)
         _warm(desk.offer)
         desk.start()
         watch.start()
-        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        print(f"serving {', '.join(desk.offer.routers)}", file=sys.stderr)
-        if not local and key is None:
-            print(
-                f"WARNING: whoever reaches this machine may ask; set {KEY} or --api-key-file",
-                file=sys.stderr,
-            )
-        print(f"listening on {address}", file=sys.stderr, flush=True)
         # Its own way of setting this up would close what other handlers write to.
         log = logging.getLogger("uvicorn")
         log.addHandler(logging.StreamHandler())
@@ -78,16 +74,30 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            limit_concurrency=limits.texts + limits.waiting + MORE_CONNECTIONS,
             timeout_graceful_shutdown=int(limits.seconds) + 10,
         )
         server = uvicorn.Server(config)
-        # When it has stopped, the server sends itself the signal that asked it to.
-        before = signal.signal(signal.SIGTERM, lambda *_: None)
+
+        def stop(*_: object) -> None:
+            server.should_exit = True
+
+        # Before it runs, and after: when it has stopped, the server sends itself the signal that
+        # asked it to.
+        before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        print(f"serving {', '.join(desk.offer.routers)}", file=sys.stderr)
+        if not local and key is None:
+            print(
+                f"WARNING: whoever reaches this machine may ask; set {KEY} or --api-key-file",
+                file=sys.stderr,
+            )
+        print(f"listening on {address}", file=sys.stderr, flush=True)
         try:
-            with contextlib.suppress(KeyboardInterrupt):
-                server.run(sockets=[listening])
+            server.run(sockets=[listening])
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             watch.stop()
             desk.close()
     print("stopped", file=sys.stderr)
@@ -142,7 +152,7 @@ class Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self._registry, self._opener, self._desk, self._metrics = registry, opener, desk, metrics
         self._stopped = threading.Event()
-        self._seen = seen
+        self._seen, self._again, self._wait, self._refusal = seen, math.inf, LOOK_SECONDS, ""
 
     def run(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
@@ -151,17 +161,23 @@ class Watch(threading.Thread):
     def look(self) -> None:
         """Has what changed taken up, or refuses it in a line and leaves all as it was."""
         state = _state(self._registry)
-        if state == self._seen:
+        if state == self._seen and time.monotonic() < self._again:
             return
-        self._seen = state
+        self._seen, self._again = state, math.inf
         before = self._desk.offer
         try:
             offer = self._opener(before=before)
         except Exception as error:
+            # What is not there yet may come.
+            self._wait = min(2 * self._wait, LONGEST_WAIT)
+            self._again = time.monotonic() + self._wait
             what = str(error) if isinstance(error, UserError) else repr(error)
-            print(f"the changed registry is refused: {what}", file=sys.stderr, flush=True)
-            self._metrics.reloaded("refused")
+            if what != self._refusal:
+                print(f"the changed registry is refused: {what}", file=sys.stderr, flush=True)
+                self._metrics.reloaded("refused")
+            self._refusal = what
             return
+        self._refusal, self._wait = "", LOOK_SECONDS
         if offer.versions == before.versions:
             return
         self._desk.exchange(offer)
@@ -184,6 +200,8 @@ def read_key(file: str | Path | None) -> str | None:
         key, where = Path(file).read_text(encoding="utf-8"), str(file)
     if not key.strip():
         raise UserError(f"{where} holds no API key: it is empty")
+    if not key.strip().isascii():
+        raise UserError(f"the API key of {where} has characters that no header can: use ASCII")
     return key.strip()
 
 

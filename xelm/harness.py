@@ -1,0 +1,228 @@
+"""EleutherAI's evaluation harness, asked about an ensemble or one of its models: `xelm-lm-eval`.
+
+    xelm-lm-eval run=RUN,routing=detected --tasks xcopa_sw,belebele_swh_Latn --num_fewshot 0
+
+The first argument is what the harness calls model_args; all others are its own (`xelm-lm-eval
+--help`).
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import lm_eval.__main__
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from clustering.errors import UserError
+from xelm.inference.decoding import padded
+from xelm.inference.ensemble import Ensemble
+from xelm.inference.generation import generate
+from xelm.process import prepare
+from xelm.runs.run import open_run
+
+TOKENS_AT_ONCE = 16_384
+"""Of the requests that are read together."""
+
+
+@register_model("xelm")
+class Harness(TemplateLM):
+    """An ensemble as the harness asks it."""
+
+    def __init__(
+        self,
+        run: str,
+        routing: str = "tfidf",
+        model: str | None = None,
+        language: str | None = None,
+        top_m: int | None = None,
+        route_per: str = "token",
+        dtype: str = "float32",
+        batch_size: int | str = 32,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        max_gen_toks: int = 256,
+        **router: Any,
+    ):
+        """run: a RUN. model: an expert alone, the seed or the dense baseline, instead of all by
+        `routing`. language: of all texts, for routers that must be told. router: other options of
+        `Run.ensemble`. batch_size: texts that are continued at once. JAX knows the device."""
+        super().__init__()
+        opened = open_run(run)
+        if model is None:
+            options = {**router, "top_m": top_m, "route_per": route_per}
+            self.ensemble: Ensemble = opened.ensemble(routing, dtype=dtype, **options)
+        elif model in ("seed", "dense"):
+            # Whoever never is sure leaves all to it.
+            self.ensemble = opened.ensemble("uniform", dtype=dtype, abstain=1.0, abstain_to=model)
+        else:
+            self.ensemble = opened.ensemble("fixed", dtype=dtype, weights={model: 1.0})
+        if not self.ensemble.model.causal:
+            raise UserError(f"{run} has encoders, which the harness cannot ask")
+        self.tokenizer = self.ensemble.tokenizer.hub
+        self._language, self._max_gen_toks = language, max_gen_toks
+        self._batch = int(batch_size) if str(batch_size).isdecimal() else 32
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.ensemble.tokenizer.end_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.ensemble.tokenizer.start_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a model sees, the one that starts every text included."""
+        return self.ensemble.model.max_length
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        return self.ensemble.tokenizer.encode([string])[0]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
+        found: list[tuple[float, bool] | None] = [None] * len(pairs)
+        # Longest first, so that what does not fit is known at once, and windows differ little.
+        order = sorted(range(len(pairs)), key=lambda n: -sum(map(len, pairs[n])))
+        with tqdm(total=len(pairs), desc="likelihoods", disable=disable_tqdm) as bar:
+            while order:
+                longest = sum(map(len, pairs[order[0]]))
+                window = min(padded(max(longest, 15) + 1), self.max_length)
+                count = max(1, TOKENS_AT_ONCE // window)
+                part, order = order[:count], order[count:]
+                asked = replace(self.ensemble, sequence_length=window)
+                likelihoods = asked.likelihoods(
+                    [pairs[number][0] for number in part],
+                    [pairs[number][1] for number in part],
+                    [self._language] * len(part),
+                )
+                for number, nats, greedy in zip(part, likelihoods.nats, likelihoods.greedy):
+                    found[number] = (-float(nats), bool(greedy))
+                bar.update(len(part))
+        for (strings, _, _), one in zip(requests, found):
+            if strings is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, one)
+        return found  # type: ignore[return-value]
+
+    def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Without the id that starts every text, which stands before all; and of a context that is
+        too long, the end."""
+        context = context[1:] if context[:1] == [self.prefix_token_id] else context
+        room = self.max_length - len(continuation)
+        if room < 0:
+            raise UserError(
+                f"a continuation has {len(continuation)} tokens, and the models see "
+                f"{self.max_length}"
+            )
+        return context[len(context) - min(len(context), room) :], continuation
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        windows = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+            ]
+            for request in requests
+        ]
+        flat = [(None, context, new) for some in windows for context, new in some]
+        answers = iter(self._loglikelihood_tokens(flat, disable_tqdm=disable_tqdm))
+        totals = [sum(next(answers)[0] for _ in some) for some in windows]
+        for request, total in zip(requests, totals):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        found: list[str | None] = [None] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(sorted(_options(request).items())), []).append(number)
+        with tqdm(total=len(requests), desc="continuations", disable=disable_tqdm) as bar:
+            for numbers in groups.values():
+                asked = _options(requests[numbers[0]])
+                for first in range(0, len(numbers), self._batch):
+                    part = numbers[first : first + self._batch]
+                    texts = [requests[number].args[0] for number in part]
+                    for number, text in zip(part, self._continued(texts, asked)):
+                        found[number] = text
+                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                    bar.update(len(part))
+        return found  # type: ignore[return-value]
+
+    def _continued(self, texts: Sequence[str], asked: dict[str, Any]) -> list[str]:
+        until = asked.get("until") or []
+        until = [until] if isinstance(until, str) else until
+        most = int(asked.get("max_gen_toks", self._max_gen_toks))
+        most = min(most, self.max_length - 1)
+        sampled = bool(asked.get("do_sample", float(asked.get("temperature") or 0) > 0))
+        sampling = replace(
+            self.ensemble.sampling,
+            max_new_tokens=most,
+            temperature=float(asked.get("temperature") or 1.0) if sampled else 0.0,
+            top_p=float(asked.get("top_p") or 1.0),
+            top_k=asked.get("top_k"),
+            repetition_penalty=1.0,
+            stop=tuple(stop for stop in until if stop),
+        )
+        room = self.max_length - most - 1
+        prompts = []
+        for text in texts:
+            ids = self.tok_encode(text)
+            prompts.append([self.prefix_token_id, *ids[len(ids) - min(len(ids), room) :]])
+        languages = [self._language] * len(prompts)
+        return [one.text for one in generate(self.ensemble, prompts, sampling, languages)]
+
+
+def _options(request: Instance) -> dict[str, Any]:
+    """How a continuation is asked for."""
+    _, options = request.args  # type: ignore[misc]
+    return dict(options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`xelm-lm-eval`: the harness's own command line, about a RUN."""
+    prepare()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and not given[0].startswith("-") and "=" in given[0]:
+        given = ["--model", "xelm", "--model_args", *given]
+    before = sys.argv
+    sys.argv = ["xelm-lm-eval", *given]
+    try:
+        lm_eval.__main__.cli_evaluate()
+    except UserError as error:
+        print(f"xelm-lm-eval: {error}", file=sys.stderr)
+        return 2
+    finally:
+        sys.argv = before
+    return 0
