@@ -215,12 +215,12 @@ def main() -> int:
     ):
         points = np.percentile(values, [50, 95, 99])
         print(f"| {name} | " + " | ".join(f"{point:.3f}" for point in points) + " |")
-    half = [size for second, size in sizes if second >= options.seconds / 2]
-    early = [size for second, size in sizes if second < options.seconds / 2]
-    print(
-        f"\nMemory of the server, largest: {max(early):.0f} MB in the first half, "
-        f"{max(half):.0f} MB in the second."
-    )
+    quarters: list[float] = [0.0] * 4
+    for second, size in sizes:
+        quarter = min(3, int(4 * second / options.seconds))
+        quarters[quarter] = max(quarters[quarter], size)
+    told = ", ".join(f"{size:.0f}" for size in quarters)
+    print(f"\nMemory of the server, the most in each quarter of the time: {told} MB.")
     print(f"Not asked for: {len(seen.faults)}")
     for fault, count in Counter(seen.faults).most_common(10):
         print(f"  {count} x {fault}")

@@ -4,6 +4,7 @@ import json
 import math
 import operator
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import torch
 from shared import LANGUAGES, NAMES, documents_of
 from transformers import AutoModelForCausalLM
 
+from experts.expert import Expert
+from experts.registry import Registry
 from xelm import open_run
 from xelm.inference.scoring import score_documents
-from xelm.runs.evaluation import EVALUATED, evaluate
+from xelm.runs.evaluation import EVALUATED, _trained, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +131,23 @@ def along(ensemble, text):
         sequence_length=ensemble.sequence_length,
     )
     return np.concatenate([[0.0], -np.cumsum(scores.astype(float))])[:-1]
+
+
+def test_a_grown_expert_was_trained_on_the_languages_of_those_it_comes_from():
+    branched = Expert(name="a", languages=("de", "ru"))
+    registry = Registry(seed_sha256={"x": "f" * 64}, experts=(branched,))
+    registry = registry.publish("a", 1, sha256={"x": "1" * 64}, tokens=1)
+    for child, parent, tag in (("pl", "a@v1", "pl"), ("cs", "pl@v1", "cs")):
+        found = Expert(
+            name=child,
+            parent=parent,
+            round=registry.expert(parent[:-3]).round + 1,
+            languages=(tag,),
+        )
+        registry = replace(registry, experts=(*registry.experts, found))
+        registry = registry.publish(child, 1, sha256={"x": "2" * 64}, tokens=1)
+    assert _trained(registry, registry.expert("a")) == ["de", "ru"]
+    assert _trained(registry, registry.expert("cs")) == ["cs", "pl", "de", "ru"]
 
 
 def test_without_calibration_no_distribution_is_looked_at(xelm, copy):

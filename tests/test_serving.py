@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import httpx
 import openai
@@ -701,6 +702,16 @@ def test_the_command_serves_and_stops_in_peace(chatty, tmp_path):
         assert first.id == rest[-1].id
         assert process.wait(timeout=60) == 0
         assert process.stderr.read().splitlines()[-1] == "stopped"
+
+
+@pytest.mark.slow
+def test_under_load_nothing_comes_back_that_was_not_asked_for(tiny):
+    load = Path(__file__).parent.parent / "benchmarks" / "load.py"
+    options = ("--clients", "16", "--seconds", "10", "--warm", "5")
+    command = [sys.executable, str(load), str(tiny.directory), str(tiny.held_out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Not asked for: 0" in done.stdout
 
 
 def test_what_cannot_be_served_is_told_at_once(xelm, tiny, tmp_path):
