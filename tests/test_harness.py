@@ -97,8 +97,10 @@ def test_texts_are_continued_as_by_transformers(pair, texts):
     assert cut == whole[: whole.index(whole[4:6])]
 
 
-@pytest.mark.parametrize("routing", ["detected", "posterior", "uniform"])
-@pytest.mark.parametrize("route_per", ["token", "prompt"])
+@pytest.mark.parametrize(
+    ("routing", "route_per"),
+    [("detected", "prompt"), ("posterior", "token"), ("posterior", "prompt")],
+)
 def test_ensembles_are_asked_as_they_score(tiny, texts, routing, route_per):
     model = Harness(str(tiny.directory), routing=routing, route_per=route_per)
     ensemble = open_run(tiny.directory).ensemble(routing, route_per=route_per)
