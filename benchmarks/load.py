@@ -50,19 +50,25 @@ class Seen:
     tokens: int = 0
 
 
-async def client(number: int, url: str, prompts: Sequence[str], until: float, seen: Seen) -> None:
+async def client(
+    number: int, url: str, prompts: Sequence[str], tokens: int, until: float, seen: Seen
+) -> None:
     draw = random.Random(number)
     limits = httpx.Limits(max_connections=1)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
         while time.monotonic() < until:
             try:
-                await ask(http, draw, prompts, seen)
+                await ask(http, draw, prompts, tokens, seen)
             except httpx.HTTPError as error:
                 seen.faults.append(repr(error))
 
 
 async def ask(
-    http: httpx.AsyncClient, draw: random.Random, prompts: Sequence[str], seen: Seen
+    http: httpx.AsyncClient,
+    draw: random.Random,
+    prompts: Sequence[str],
+    tokens: int,
+    seen: Seen,
 ) -> None:
     what = draw.random()
     if what < MALFORMED:
@@ -76,8 +82,8 @@ async def ask(
     stream = draw.random() < 0.5
     body = {
         "model": "xelm",
-        "prompt": draw.choice(prompts)[: draw.randint(5, 200)],
-        "max_tokens": draw.randint(4, 64),
+        "prompt": (prompt := draw.choice(prompts))[: draw.randint(5, len(prompt))],
+        "max_tokens": draw.randint(4, tokens),
         "stream": stream,
         "stream_options": {"include_usage": True},
     }
@@ -144,12 +150,12 @@ def memory(process: int) -> float:
 
 
 async def load(
-    url: str, process: int, prompts: Sequence[str], clients: int, seconds: float
+    url: str, process: int, prompts: Sequence[str], tokens: int, clients: int, seconds: float
 ) -> tuple[Seen, list[tuple[float, float]]]:
     seen, until, sizes = Seen(), time.monotonic() + seconds, []
     await asyncio.gather(
         watch(process, until, sizes),
-        *(client(number, url, prompts, until, seen) for number in range(clients)),
+        *(client(number, url, prompts, tokens, until, seen) for number in range(clients)),
     )
     return seen, sizes
 
@@ -175,18 +181,24 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--warm", type=float, default=30, help="seconds before, not counted")
     parser.add_argument("--routing", default="detected")
+    parser.add_argument("--characters", type=int, default=200, help="of a prompt, at most")
+    parser.add_argument("--tokens", type=int, default=64, help="of a continuation, at most")
     options = parser.parse_args()
     prompts = [
-        json.loads(line)["text"]
+        json.loads(line)["text"][: options.characters]
         for path in sorted(options.text.glob("*.jsonl"))
         for line in path.read_text(encoding="utf-8").splitlines()[:50]
     ]
     log = Path(tempfile.mkdtemp()) / "server.log"
     process, url = served(options.run, log, "--routing", options.routing)
     try:
-        warm, _ = asyncio.run(load(url, process.pid, prompts, options.clients, options.warm))
+        warm, _ = asyncio.run(
+            load(url, process.pid, prompts, options.tokens, options.clients, options.warm)
+        )
         began = time.monotonic()
-        seen, sizes = asyncio.run(load(url, process.pid, prompts, options.clients, options.seconds))
+        seen, sizes = asyncio.run(
+            load(url, process.pid, prompts, options.tokens, options.clients, options.seconds)
+        )
         took = time.monotonic() - began
         seen.faults += warm.faults
         time.sleep(2)  # for those who left

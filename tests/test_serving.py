@@ -708,6 +708,7 @@ def test_the_command_serves_and_stops_in_peace(chatty, tmp_path):
 def test_under_load_nothing_comes_back_that_was_not_asked_for(tiny):
     load = Path(__file__).parent.parent / "benchmarks" / "load.py"
     options = ("--clients", "16", "--seconds", "10", "--warm", "5")
+    options += ("--characters", "30", "--tokens", "12")
     command = [sys.executable, str(load), str(tiny.directory), str(tiny.held_out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
