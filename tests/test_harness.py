@@ -1,6 +1,7 @@
 """The evaluation harness asks us what it asks transformers, and hears the same."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from xelm import open_run
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
+from xelm.commands.harness import main as commands_main  # noqa: E402
 from xelm.harness import Harness, main  # noqa: E402
 
 
@@ -188,3 +190,13 @@ def test_mistakes_are_told(tiny, capsys):
         Harness(str(tiny.directory), model="nobody")
     assert main(["run=/nowhere", "--tasks", "arc_easy"]) == 2
     assert "xelm-lm-eval: " in capsys.readouterr().err
+
+
+def test_without_the_harness_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    monkeypatch.delitem(sys.modules, "xelm.harness")
+    monkeypatch.delattr("xelm.harness")
+    assert commands_main() == 2
+    wanted = "xelm-lm-eval: it needs lm_eval; pip install 'xelm[lm-eval]'\n"
+    assert capsys.readouterr().err == wanted

@@ -1,0 +1,15 @@
+"""`xelm-lm-eval`, where the harness may not be installed."""
+
+import sys
+
+
+def main() -> int:
+    """As `xelm.harness.main`; 2 with a line where there is no harness."""
+    try:
+        from xelm import harness
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("lm_eval"):
+            raise
+        print("xelm-lm-eval: it needs lm_eval; pip install 'xelm[lm-eval]'", file=sys.stderr)
+        return 2
+    return harness.main()
