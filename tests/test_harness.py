@@ -6,16 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lm_eval.models.huggingface import HFLM
 from shared import LANGUAGES, NAMES, documents_of
 
 from clustering.errors import UserError
 from xelm import open_run
-
-lm_eval = pytest.importorskip("lm_eval")
-from lm_eval.models.huggingface import HFLM  # noqa: E402
-
-from xelm.commands.harness import main as commands_main  # noqa: E402
-from xelm.harness import Harness, main  # noqa: E402
+from xelm.commands.harness import main as commands_main
+from xelm.harness import Harness, main
 
 
 def asked(*arguments):

@@ -297,3 +297,4 @@ def test_the_command_line_offers_every_router():
 
     assert tuple(routing.ROUTINGS) == asking.ROUTINGS
     assert tuple(evaluation.EVALUATED) == asking.EVALUATED
+    assert evaluation.CALIBRATION_TOKENS == asking.CALIBRATION_TOKENS

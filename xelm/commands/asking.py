@@ -10,6 +10,7 @@ from xelm.commands.options import Verb, add_json, names, print_json
 from xelm.commands.routing import (
     ROUTINGS,
     add_kept,
+    add_route_per,
     add_router,
     add_routing,
     add_temperature,
@@ -94,12 +95,7 @@ def _generate_options(verb: argparse.ArgumentParser) -> None:
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
     verb.add_argument("--random-seed", type=int, default=0, metavar="N")
-    verb.add_argument(
-        "--route-per",
-        choices=("token", "prompt"),
-        default="token",
-        help="when the router decides: before every token (default), or once after the prompt",
-    )
+    add_route_per(verb)
     add_router(verb)
     add_json(verb)
 

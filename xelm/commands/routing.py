@@ -27,6 +27,16 @@ def chosen_routing(options: argparse.Namespace) -> str:
     return routing
 
 
+def add_route_per(verb: argparse.ArgumentParser) -> None:
+    """When the router decides, of what generates."""
+    verb.add_argument(
+        "--route-per",
+        choices=("token", "prompt"),
+        default="token",
+        help="when the router decides: before every token (default), or once after the prompt",
+    )
+
+
 def add_router(verb: argparse.ArgumentParser) -> None:
     """The options of routers, and the dtype."""
     add_kept(verb)

@@ -3,7 +3,7 @@
 import argparse
 
 from xelm.commands.options import Verb
-from xelm.commands.routing import ROUTINGS, add_router, router_options
+from xelm.commands.routing import ROUTINGS, add_route_per, add_router, router_options
 
 
 def _serve_options(verb: argparse.ArgumentParser) -> None:
@@ -49,12 +49,7 @@ def _serve_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--routing", choices=ROUTINGS, default="tfidf", help="who speaks (default: %(default)s)"
     )
-    verb.add_argument(
-        "--route-per",
-        choices=("token", "prompt"),
-        default="token",
-        help="when the router decides: before every token (default), or once after the prompt",
-    )
+    add_route_per(verb)
     add_router(verb)
 
 
