@@ -5,7 +5,8 @@
 Each client asks for one continuation after the other, of beginnings of documents in the languages
 of TEXT (files LANGUAGE.jsonl), half of them streamed. One request in ten is left half-way, and one
 in twenty is malformed on purpose. Ends with 1 if anything came back that was not asked for: another
-status, a stream without its end, a place that is not free again, a server that does not stop.
+status, a stream without its end, a place that is not free again, a server that does not stop, or
+that needs more memory in the last quarter of the time than in the one before, by a twentieth.
 """
 
 import argparse
@@ -231,6 +232,8 @@ def main() -> int:
     for second, size in sizes:
         quarter = min(3, int(4 * second / options.seconds))
         quarters[quarter] = max(quarters[quarter], size)
+    if quarters[3] > 1.05 * quarters[2]:
+        seen.faults.append("memory still grows")
     told = ", ".join(f"{size:.0f}" for size in quarters)
     print(f"\nMemory of the server, the most in each quarter of the time: {told} MB.")
     print(f"Not asked for: {len(seen.faults)}")

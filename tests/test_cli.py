@@ -139,17 +139,26 @@ def test_settings_that_need_each_other_come_in_any_order():
 
 
 @pytest.mark.parametrize(
-    ("platform", "library", "environment", "calls"),
+    ("set_up", "wanted"),
     [
-        ("linux", "glibc", {}, [(-8, 1), (-4, 0), (-1, -1)]),
-        ("linux", "glibc", {"MALLOC_ARENA_MAX": "2"}, []),
-        ("linux", "", {}, []),
-        ("darwin", "glibc", {}, []),
+        (process.keep_freed_memory, [(-8, 1), (-4, 0), (-1, -1)]),
+        # What the other has set is set anew.
+        (process.return_freed_memory, [(-8, 1), (-4, 65536), (-3, 2**20), (-1, 2**28)]),
+    ],
+    ids=["kept", "returned"],
+)
+@pytest.mark.parametrize(
+    ("platform", "library", "environment", "can"),
+    [
+        ("linux", "glibc", {}, True),
+        ("linux", "glibc", {"MALLOC_ARENA_MAX": "2"}, False),
+        ("linux", "", {}, False),
+        ("darwin", "glibc", {}, False),
     ],
     ids=["glibc", "set by the user", "musl", "macOS"],
 )
-def test_freed_memory_is_kept_where_that_can_be_said(
-    monkeypatch, platform, library, environment, calls
+def test_freed_memory_is_kept_or_returned_where_that_can_be_said(
+    monkeypatch, set_up, wanted, platform, library, environment, can
 ):
     found = []
 
@@ -161,5 +170,5 @@ def test_freed_memory_is_kept_where_that_can_be_said(
     monkeypatch.setattr(process.sys, "platform", platform)
     monkeypatch.setattr(process.platform, "libc_ver", lambda: (library, ""))
     monkeypatch.setattr(process.ctypes, "CDLL", lambda name: Library())
-    process.keep_freed_memory()
-    assert found == calls
+    set_up()
+    assert found == (wanted if can else [])

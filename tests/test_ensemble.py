@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from clustering.errors import UserError
-from xelm.inference.decoding import CHUNK, Reader
+from xelm.inference.decoding import PIECES, Reader
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.holding import Holding
@@ -31,6 +31,7 @@ from xelm.runs.run import open_run
 EXPERTS, LENGTH = 3, 32
 PRIOR = np.log(np.array([0.2, 0.5, 0.3]))
 PROMPT = "abcd efg"
+LONGEST = PIECES[-1]
 
 
 @pytest.fixture(scope="module")
@@ -345,16 +346,16 @@ def test_texts_read_in_pieces_have_the_scores_of_the_whole(model, experts, docum
         assert following[row, 2] == pytest.approx(wanted[number][-1], abs=1e-4)
 
 
-@pytest.mark.parametrize("length", [CHUNK, CHUNK + 1, 2 * CHUNK + 40])
+@pytest.mark.parametrize("length", [LONGEST, LONGEST + 1, 2 * LONGEST + 40])
 def test_long_texts_are_read_in_chunks(model, experts, length):
     """Beyond `max_length` too: of a model with rotary positions."""
     draw = np.random.default_rng(0)
-    longer = replace(model, max_length=4 * CHUNK)
+    longer = replace(model, max_length=4 * LONGEST)
     texts = [np.append(1, draw.integers(4, 90, length - 1)), np.array([1, 5, 7])]
     reader = Reader(longer, lambda: experts[0])
     rows = [reader.enter(), reader.enter()]
     found = reader.read(dict(zip(rows, texts)), scored=True)
-    wanted = scored(longer, experts[0], [text[1:] for text in texts], length=4 * CHUNK)
+    wanted = scored(longer, experts[0], [text[1:] for text in texts], length=4 * LONGEST)
     for row, scores in zip(rows, wanted):
         np.testing.assert_allclose(found[row][1:], scores[:-1], atol=2e-4)
 

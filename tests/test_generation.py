@@ -4,6 +4,7 @@ streaming, chats."""
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +180,20 @@ def check_pieces(tokenizer, before, ids, text):
     cut = Reply(tokenizer, before, [])
     half = ids[: ids.index(tokenizer.encode(["字"])[0][-1]) - 1]
     assert "".join(told(cut, half)) == cut.text == " ab 漢"
+
+
+def test_a_long_continuation_is_decoded_in_short_pieces(tiny):
+    """Each id costs the same, however many came before; spaces and characters of several ids lie
+    across the cuts."""
+    tokenizer = open_run(tiny.directory).tokenizer()
+    text = " ".join(f"abc 漢{'字' * (n % 4)} de" for n in range(40))
+    ids = tokenizer.encode([text])[0]
+    decoded, decode = [], tokenizer.decode
+    spied = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or decode(ids))
+    reply = Reply(spied, tokenizer.begin("fgh"), ["de abc 漢字字字 de abc 漢 de abc 漢!"])
+    pieces = told(reply, ids)
+    assert "".join(pieces) == reply.text == " " + text
+    assert len(ids) > 500 and max(decoded) < 50
 
 
 def test_pieces_of_a_stream_are_the_text(tiny):

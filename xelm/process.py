@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -35,12 +36,25 @@ def keep_freed_memory() -> None:
     settings of his own. XLA on CPUs asks for the same memory at every step, and a third of the time
     goes into getting it from the system afresh (benchmarks/freed_memory.py). The process then stays
     as large as it once was."""
+    # malloc.h: M_ARENA_MAX (one heap for all threads), M_MMAP_MAX (nothing beside it) and
+    # M_TRIM_THRESHOLD (nothing at its end is given back).
+    _set_allocation({-8: 1, -4: 0, -1: -1})
+
+
+def return_freed_memory() -> None:
+    """Has the C library give large blocks back as they are freed, unless the user has given it
+    settings of his own: for a process whose steps ask for other sizes each time, between whose
+    lasting small blocks those kept would not fit again, and which would grow for long."""
+    # M_ARENA_MAX, M_MMAP_MAX and M_MMAP_THRESHOLD (from so many bytes on, not on the heap), and
+    # M_TRIM_THRESHOLD: a step's small blocks at the end of the heap are kept.
+    _set_allocation({-8: 1, -4: 2**16, -3: 2**20, -1: 2**28})
+
+
+def _set_allocation(options: Mapping[int, int]) -> None:
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     library = ctypes.CDLL(None)
-    # malloc.h: M_ARENA_MAX (one heap for all threads), M_MMAP_MAX (nothing beside it) and
-    # M_TRIM_THRESHOLD (nothing at its end is given back).
-    for option, value in ((-8, 1), (-4, 0), (-1, -1)):
+    for option, value in options.items():
         library.mallopt(option, value)

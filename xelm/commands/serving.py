@@ -54,11 +54,13 @@ def _serve_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    from xelm.process import return_freed_memory
     from xelm.runs.routers import Routing
     from xelm.runs.run import open_run
     from xelm.serving.app import Limits
     from xelm.serving.server import serve
 
+    return_freed_memory()
     chosen = {**router_options(options), "weights": options.weights or {}}
     serve(
         open_run(options.run),

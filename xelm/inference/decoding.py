@@ -1,7 +1,7 @@
 """One model that reads texts which grow side by side, with a cache, and says what may follow."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,20 +14,19 @@ from xelm.models.parameters import bind_layers, graph
 from xelm.models.transformer import Cache, empty_cache
 from xelm.training.loss import target_log_probabilities
 
-CHUNK = 512
-"""Tokens of a text that are read at once: so many fill the matrix units, and more would need more
-memory and more compiled shapes."""
-TOGETHER = 4096
-"""Tokens of several texts that are read at once."""
+PIECES = (16, 64, 256)
+"""Tokens of a text that are read at once, if not one alone: fewer than the first take as long, and
+so many as the last fill the matrix units."""
+ROWS = (1, 4, 16)
+"""Texts that are read at once, and rows of a cache (of which there may be more, in powers of two).
+Few, since a program is compiled for each shape that is met, and stays."""
 LEAST_SLOTS = 64
 """Of a cache."""
-LEAST_PIECE = 16
-"""Columns of a piece of more than one token: fewer take as long."""
 
 
 class Reader:
-    """Reads texts as they grow. Each has a row for as long as it is here; rows and slots of the
-    cache are added in powers of two, so that few shapes are compiled."""
+    """Reads texts as they grow. Each has a row for as long as it is here. There are few shapes of
+    the cache and of what is read at once."""
 
     def __init__(
         self, model: ModelConfig, parameters: Callable[[], Any], compute_dtype: str = "float32"
@@ -48,7 +47,7 @@ class Reader:
         """Makes room for so many more texts, and for texts of so many tokens, at once instead of
         step by step."""
         had, size = self._cache.keys[0].shape[0], self._cache.keys[0].shape[2]
-        rows = max(had, padded(had - len(self._free) + more))
+        rows = max(had, capacity(had - len(self._free) + more))
         slots = max(size, min(padded(slots), max(self._model.max_length, slots)))
         if (rows, slots) == (had, size):
             return
@@ -80,60 +79,70 @@ class Reader:
         rest = {row: ids for row, ids in texts.items() if len(ids)}
         self.reserve(0, max((int(self.begun[r]) + len(ids) for r, ids in rest.items()), default=0))
         while rest:
-            groups: dict[int, list[int]] = {}
+            pieces: dict[int, list[int]] = {}
             for row, ids in rest.items():
-                groups.setdefault(_columns(len(ids)), []).append(row)
-            for size, rows in groups.items():
-                most = max(1, TOGETHER // size)
-                for first in range(0, len(rows), most):
-                    part = {row: rest[row][:size] for row in rows[first : first + most]}
-                    for row, scores in zip(part, self._together(part, size, scored)):
+                size = 1 if len(ids) == 1 else _next_of(len(ids), PIECES)
+                pieces.setdefault(size, []).append(row)
+            for size, rows in pieces.items():
+                for some in self._at_once(rows, size):
+                    part = {row: rest[row][:size] for row in some}
+                    for row, scores in zip(some, self._together(part, size, scored)):
                         found[row].append(scores)
-            rest = {row: ids[CHUNK:] for row, ids in rest.items() if len(ids) > CHUNK}
+                for row in rows:
+                    rest[row] = rest[row][size:]
+            rest = {row: ids for row, ids in rest.items() if len(ids)}
         return {row: np.concatenate(scores) for row, scores in found.items()} if scored else {}
+
+    def _at_once(self, rows: list[int], size: int) -> list[list[int]]:
+        """Rows of which so many tokens are read, by what is read at once."""
+        if size == 1:
+            return [rows]  # takes as long as the parameters take to be read
+        parts, first = [], 0
+        while first < len(rows):
+            count = _next_of(len(rows) - first, ROWS)
+            parts.append(rows[first : first + count])
+            first += count
+        return parts
 
     def _together(
         self, texts: Mapping[int, np.ndarray], size: int, scored: bool
     ) -> list[np.ndarray]:
         """Reads at most `size` tokens of each of these texts."""
-        capacity = len(self.begun)
-        # A token for most of the rows: all are computed, where they lie. Otherwise the rows are
-        # taken out and put back.
-        everyone = size == 1 and 2 * len(texts) > capacity
-        rows = list(range(capacity)) if everyone else list(texts)
-        columns = capacity if everyone else padded(len(rows))
+        had = len(self.begun)
+        # Where many rows have a token, all are computed, where they lie.
+        everyone = size == 1 and 4 * len(texts) >= had
+        rows = list(range(had)) if everyone else list(texts)
+        columns = had if everyone else capacity(len(rows))
         tokens, counts = np.zeros((columns, size), np.int32), np.zeros(columns, np.int32)
-        places = np.full(columns, capacity, np.int32)  # beyond the last: dropped
+        places = np.full(columns, had, np.int32)  # beyond the last: dropped
         places[: len(rows)] = rows
-        begun = np.pad(self.begun, (0, 1))[places]
         for column, row in enumerate(rows):
             ids = texts.get(row, ())
             tokens[column, : len(ids)] = ids
             counts[column] = len(ids)
-        cache, logits = self._cache, self.logits
-        if not everyone:
-            cache, logits = _taken(cache, logits, places)
-        cache = cache._replace(length=begun)
         extend = _extender(self._model, self._dtype)
-        found, logits, cache = extend(
-            self._parameters(), tokens, counts, cache, logits, scored=scored
+        found, self.logits, self._cache = extend(
+            self._parameters(),
+            tokens,
+            counts,
+            # A copy: the device may read this very array, later.
+            self._cache._replace(length=self.begun.copy()),
+            self.logits,
+            None if everyone else places,
+            scored=scored,
         )
-        if everyone:
-            self._cache, self.logits = cache, logits
-        else:
-            self._cache, self.logits = _put(self._cache, self.logits, places, cache, logits)
         scores = np.asarray(found, np.float64) if scored else np.zeros((columns, 0))
         scores = [row[:count] for row, count in zip(scores, counts)]
         for column, row in enumerate(rows):
             if scored and counts[column] and not self.begun[row]:
                 scores[column][0] = np.nan  # follows nothing
-            self.begun[row] += counts[column]
+        self.begun[rows] += counts[: len(rows)]
         return [scores[rows.index(row)] for row in texts]
 
 
-def _columns(length: int) -> int:
-    """Tokens that are read at once, of so many."""
-    return 1 if length == 1 else min(max(padded(length), LEAST_PIECE), CHUNK)
+def capacity(count: int) -> int:
+    """Rows for so many texts."""
+    return next((size for size in ROWS if size >= count), padded(count)) if count else 0
 
 
 def padded(length: int) -> int:
@@ -141,25 +150,36 @@ def padded(length: int) -> int:
     return 1 << (length - 1).bit_length() if length else 0
 
 
+def _next_of(count: int, sizes: Sequence[int]) -> int:
+    """How many of so many things are next: the smallest size that holds them all, if they fill half
+    of it or there is none below."""
+    size = next((size for size in sizes if size >= count), sizes[-1])
+    below = [smaller for smaller in sizes if smaller < size]
+    return below[-1] if below and 2 * count < size else size
+
+
 @functools.lru_cache(maxsize=8)
 def _extender(model: ModelConfig, compute_dtype: str):
     shape = graph(model, compute_dtype, turned=True)
 
     @functools.partial(jax.jit, donate_argnums=(3, 4), static_argnames="scored")
-    def extend(parameters, tokens, counts, cache, logits, *, scored):
+    def extend(parameters, tokens, counts, cache, logits, rows, *, scored):
         network, layers = bind_layers(shape, parameters)
-        hidden, longer = network.extend(tokens, counts, cache, layers)
+        hidden, longer = network.extend(tokens, counts, cache, layers, rows)
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         ends = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-        following = jnp.where(counts[:, None] > 0, network.logits(ends), logits)
+        before = logits if rows is None else logits.at[rows].get(mode="clip")
+        following = jnp.where(counts[:, None] > 0, network.logits(ends), before)
+        if rows is not None:
+            following = logits.at[rows].set(following, mode="drop")
         if not scored:
             return None, following, longer
-        before = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :1], axis=-1)
+        found = jnp.take_along_axis(jax.nn.log_softmax(before), tokens[:, :1], axis=-1)
         if tokens.shape[1] > 1:
             states, head = network.output(hidden[:, :-1])
             inner = target_log_probabilities(states, head, tokens[:, 1:])
-            before = jnp.concatenate([before, inner], axis=1)
-        return before, following, longer
+            found = jnp.concatenate([found, inner], axis=1)
+        return found, following, longer
 
     return extend
 
@@ -173,19 +193,3 @@ def _larger(cache: Cache, logits: Array, *, rows: int, slots: int) -> tuple[Cach
     keys, values = jax.tree.map(pad, (cache.keys, cache.values))
     length = jnp.pad(cache.length, (0, rows - len(logits)))
     return Cache(keys, values, length), jnp.pad(logits, [(0, rows - len(logits)), (0, 0)])
-
-
-@jax.jit
-def _taken(cache: Cache, logits: Array, rows: Array) -> tuple[Cache, Array]:
-    return jax.tree.map(lambda array: array.at[rows].get(mode="clip"), (cache, logits))
-
-
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _put(
-    cache: Cache, logits: Array, rows: Array, part: Cache, part_logits: Array
-) -> tuple[Cache, Array]:
-    return jax.tree.map(
-        lambda array, new: array.at[rows].set(new, mode="drop"),
-        (cache, logits),
-        (part, part_logits),
-    )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from xelm.inference.decoding import Reader, padded
+from xelm.inference.decoding import Reader, capacity, padded
 from xelm.inference.routing import Router, among, keep_largest
 from xelm.inference.sampling import Sampling, choose, penalised
 
@@ -80,7 +80,7 @@ class Engine:
     def reserve(self, texts: int, tokens: int) -> None:
         """Says how many texts there will be and how long they will be at most, so that memory is
         taken at once instead of step by step."""
-        self._rows, self._slots = max(self._rows, padded(texts)), max(self._slots, tokens)
+        self._rows, self._slots = max(self._rows, capacity(texts)), max(self._slots, tokens)
 
     def add(
         self,
@@ -115,7 +115,7 @@ class Engine:
         text.rows.clear()
         text.judges.clear()
         # Rows that nobody uses cost as much as others. Few shapes: only where most are.
-        needed = padded(max((text.row for text in self.texts), default=-1) + 1)
+        needed = capacity(max((text.row for text in self.texts), default=-1) + 1)
         if 4 * needed <= self._rows:
             self._rows = needed
         if not self.texts:

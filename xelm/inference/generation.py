@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 Stream = Callable[[int, str], object]
 """Told the number of a prompt and the next piece of its continuation."""
-# Enough for the tokenizer to see that a continuation stands in the middle of a text.
+# Enough for the tokenizer to see that what follows stands in the middle of a text.
 IDS_BEFORE = 8
+# Of a continuation: more than one character has; decoded again with each new id.
+IDS_PENDING = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,18 +85,25 @@ class Reply:
         """All of it so far, up to a stop string."""
         self.finished = False
         self._tokenizer, self._stop = tokenizer, stop
-        # Decoded behind the prompt: a leading space of the continuation would be lost alone.
-        self._before = _whole_characters(tokenizer, list(prompt))
+        # Decoded behind others: a leading space would be lost alone.
+        self._before = _whole_characters(tokenizer, list(prompt)) or list(prompt)
         self._skipped = len(tokenizer.decode(self._before))
+        self._settled, self._pending = "", []
         self._told = ""
 
     def add(self, token: int) -> str:
         """One more id; returns what is certain by now and was not told before."""
         self.ids.append(token)
-        text = self._tokenizer.decode([*self._before, *self.ids])[self._skipped :]
+        self._pending.append(token)
+        text = (
+            self._settled + self._tokenizer.decode([*self._before, *self._pending])[self._skipped :]
+        )
         # What was told stays, even if more bytes now make nonsense of those before them.
         text = self._told + text[len(self._told) :]
-        ends = [place for place in map(text.find, self._stop) if place >= 0]
+        if len(self._pending) >= IDS_PENDING:
+            self._settle(text)
+        # None begins in what was told.
+        ends = [place for s in self._stop if (place := text.find(s, len(self._told))) >= 0]
         if ends:
             self.finished = True
             self.text = text[: min(ends)]
@@ -114,19 +123,27 @@ class Reply:
         self.text = self.text[: max(certain, len(self._told))]
         return self._tell(len(self.text))
 
+    def _settle(self, text: str) -> None:
+        """Nothing that comes changes this text, if it ends with a character: what comes is decoded
+        behind its last ids."""
+        before = _whole_characters(self._tokenizer, [*self._before, *self._pending])
+        if before is not None and not text.endswith("\ufffd"):
+            self._before, self._skipped = before, len(self._tokenizer.decode(before))
+            self._settled, self._pending = text, []
+
     def _tell(self, end: int) -> str:
         piece = self.text[len(self._told) : end]
         self._told += piece
         return piece
 
 
-def _whole_characters(tokenizer: Tokenizer, prompt: list[int]) -> list[int]:
-    """The last ids of a prompt, from the beginning of a character, which may have four bytes; all
-    of them where none is found."""
+def _whole_characters(tokenizer: Tokenizer, ids: list[int]) -> list[int] | None:
+    """The last of some ids, from the beginning of a character, which may have four bytes; None
+    where none is found."""
     for size in range(IDS_BEFORE, IDS_BEFORE + 4):
-        if "\ufffd" not in tokenizer.decode(prompt[-size:]):
-            return prompt[-size:]
-    return prompt
+        if "\ufffd" not in tokenizer.decode(ids[-size:]):
+            return ids[-size:]
+    return None
 
 
 def room(ensemble: "Ensemble", prompts: Sequence[Sequence[int]]) -> int:

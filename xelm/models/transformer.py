@@ -49,12 +49,12 @@ _KEPT = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens that B texts have so far, by layer; the slot of a token is its
+    """Keys and values of the tokens that R texts have so far, by layer; the slot of a token is its
     position. Layers lie apart, and heads before positions, so that nothing is copied to be read."""
 
-    keys: tuple[Float[Array, "B K S H"], ...]
-    values: tuple[Float[Array, "B K S H"], ...]
-    length: Int[Array, " B"]
+    keys: tuple[Float[Array, "R K S H"], ...]
+    values: tuple[Float[Array, "R K S H"], ...]
+    length: Int[Array, " R"]
     """Tokens of each text; slots from there on hold nothing of worth."""
 
 
@@ -186,6 +186,8 @@ class _Context:
     everywhere: _View
     locally: _View | None
     bias: Bias | None
+    rows: Int[Array, " B"] | None
+    """Of a cache, in which the texts lie; None: they are all of it, in order."""
 
     def view(self, local: Bool[Array, ""]) -> _View:
         """Of one layer."""
@@ -288,10 +290,14 @@ class Block(nnx.Module):
         if past is None:
             key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         else:
-            rows, slots = jnp.arange(batch)[:, None], context.positions
+            rows, slots = context.rows, context.positions
+            places = (jnp.arange(batch) if rows is None else rows)[:, None]
             # Tokens beyond a text's end may have no slot.
-            key = past[0].at[rows, :, slots].set(key.astype(past[0].dtype), mode="drop")
-            value = past[1].at[rows, :, slots].set(value.astype(past[1].dtype), mode="drop")
+            key = past[0].at[places, :, slots].set(key.astype(past[0].dtype), mode="drop")
+            value = past[1].at[places, :, slots].set(value.astype(past[1].dtype), mode="drop")
+            past = (key, value)
+            if rows is not None:
+                key, value = (kept.at[rows].get(mode="clip") for kept in past)
         scale = config.attention_scale
         mixed = attend(
             query,
@@ -303,7 +309,8 @@ class Block(nnx.Module):
             bias=context.bias,
             causal=past is None and config.causal,
         )
-        return self.output(mixed.reshape(batch * length, -1)), (key, value)
+        present = (key, value) if past is None else past
+        return self.output(mixed.reshape(batch * length, -1)), present
 
 
 class Transform(nnx.Module):
@@ -443,15 +450,19 @@ class Transformer(nnx.Module):
         counts: Int[Array, " B"],
         cache: Cache,
         layers: Sequence[Any],
+        rows: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Final states of new tokens after those in the cache, and the longer cache. Of each row of
         `tokens` the first `counts` belong to the text; the states of others mean nothing. layers:
         parameters of each layer (`bind_layers`), in the place of this model's own: of stacked ones,
-        a layer's would be copied for each token."""
-        positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
+        a layer's would be copied for each token. rows: of the cache, in which the texts lie, each
+        in its own (beyond the last: nothing of it is kept); None: they are all of it, in order."""
+        begun = cache.length if rows is None else cache.length.at[rows].get(mode="clip")
+        positions = begun[:, None] + jnp.arange(tokens.shape[1])[None]
         slots = jnp.arange(cache.keys[0].shape[2])
         mask = slots[None, None] <= positions[..., None]
-        context = self._context(mask, positions, jnp.broadcast_to(slots[None], mask[:, 0].shape))
+        every_slot = jnp.broadcast_to(slots[None], mask[:, 0].shape)
+        context = self._context(mask, positions, every_slot, rows)
         graph = nnx.split(self.blocks)[0]
         h, keys, values = self._embed(tokens, positions, rows_of), [], []
         pasts = zip(cache.keys, cache.values)
@@ -459,7 +470,11 @@ class Transformer(nnx.Module):
             h, (key, value) = nnx.merge(graph, layer)(h, context, past, number, local)
             keys.append(key)
             values.append(value)
-        longer = Cache(tuple(keys), tuple(values), cache.length + counts)
+        if rows is None:
+            length = cache.length + counts
+        else:
+            length = cache.length.at[rows].add(counts, mode="drop")
+        longer = Cache(tuple(keys), tuple(values), length)
         return self._finish(h).reshape(*tokens.shape, -1), longer
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -496,7 +511,7 @@ class Transformer(nnx.Module):
     def _finish(self, h):
         return h if self.norm is None else self.norm(h)
 
-    def _context(self, mask, positions, key_positions):
+    def _context(self, mask, positions, key_positions, rows=None):
         config = self.config
         rope, bias, locally = None, None, None
         if config.positions == "rope":
@@ -509,7 +524,7 @@ class Transformer(nnx.Module):
                 local_rope = rope_angles(positions, config.local_rope, config.head_size)
             apart = jnp.abs(positions[:, :, None] - key_positions[:, None, :])
             locally = _View(mask & (apart < config.local_window), local_rope)
-        return _Context(positions, _View(mask, rope), locally, bias)
+        return _Context(positions, _View(mask, rope), locally, bias, rows)
 
     def _layers(self):
         """Number of each layer, and whether it is local."""
