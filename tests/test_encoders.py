@@ -147,7 +147,9 @@ def encoders(tmp_path_factory, xelm, tiny_corpus, tiny_settings, tiny):
     for path in (folder / "words").iterdir():
         path.rename(seed / path.name)
     run = folder / "RUN"
-    changes = tiny_settings(experts__tokens=16384, experts__learning_rate=5e-3)
+    changes = tiny_settings(
+        experts__tokens=16384, experts__learning_rate=5e-3, experts__checkpoint_every=1000
+    )
     # Without those of a model that is made here.
     settings = [p for p in changes if p != "--set" and not p.startswith("model.")]
     options = ("--preset", "hub", "--languages", "en,de,es,fr", *with_set(settings))

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from clustering.errors import UserError
-from xelm.inference.sampling import Sampling, _cut, choose, penalised, sampling_of
+from xelm.inference.sampling import Sampling, _kept, choose, penalised, sampling_of
 
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 
@@ -72,6 +72,7 @@ def test_draws_differ_by_seed_and_step_and_not_otherwise():
 def test_every_row_is_drawn_by_its_own_settings():
     """Greedy ones among others, of any number and step."""
     logits = np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32)
+    logits = np.asarray(jax.nn.log_softmax(logits))
     settings = [
         Sampling(temperature=0.0),
         Sampling(temperature=2.0, top_p=1.0, random_seed=5),
@@ -91,6 +92,17 @@ def test_every_row_is_drawn_by_its_own_settings():
         assert together[row] == single
 
 
+@pytest.mark.parametrize("settings", [{"top_k": 1, "top_p": 1.0}, {"top_p": 1e-9}])
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_last_that_is_kept_is_kept_however_it_is_rounded(settings, count):
+    """One token alone: if what is compared were rounded otherwise than the threshold, none."""
+    for number in range(20):
+        rows = 2 * jax.random.normal(jax.random.key(number), (count, 128))
+        rows = jax.nn.log_softmax(rows)
+        sampling = Sampling(temperature=0.7 + 0.01 * number, **settings)
+        np.testing.assert_array_equal(drawn(rows, sampling), rows.argmax(axis=1))
+
+
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.9), (None, 0.3), (40, 1.0), (40, 0.7)])
 def test_what_is_kept_of_a_large_vocabulary_is_what_sorting_keeps(top_k, top_p):
     """Equal probabilities among them."""
@@ -98,8 +110,8 @@ def test_what_is_kept_of_a_large_vocabulary_is_what_sorting_keeps(top_k, top_p):
     logits = draw.normal(size=(3, 5000)).astype(np.float32).round(2)
     scaled = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
     count = np.full(3, top_k or 5000, np.int32)
-    found = np.isfinite(_cut(scaled, jnp.asarray(count), jnp.full(3, top_p, jnp.float32)))
-    for row, kept in zip(scaled, np.asarray(found)):
+    found = np.asarray(_kept(scaled, np.exp(scaled), count, np.full(3, top_p, np.float32)))
+    for row, kept in zip(scaled, found):
         order = np.sort(row)[::-1].astype(np.float64)
         chances = np.exp(order)
         if top_k is not None:  # with its equals

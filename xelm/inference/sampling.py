@@ -140,18 +140,20 @@ def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p, *
     warmth = jnp.where(greedy, 1.0, temperature)[:, None]
     scaled = jax.nn.log_softmax(log_probabilities / warmth)
     if cut:
-        scaled = _cut(scaled, top_k, top_p)
+        kept = _kept(log_probabilities, jnp.exp(scaled), top_k, top_p)
+        scaled = jnp.where(kept, scaled, -jnp.inf)
     drawn = jax.vmap(jax.random.categorical)(jax.vmap(key)(seeds, steps, numbers), scaled)
     return jnp.where(greedy, log_probabilities.argmax(axis=-1), drawn)
 
 
-def _cut(scaled, top_k, top_p):
-    """Log probabilities of the tokens that are kept: first by number, then by probability among
-    those, as transformers does; equals of the last one are kept too."""
+def _kept(log_probabilities, chances, top_k, top_p):
+    """Which tokens may be drawn: so many, and of those the likeliest that have `top_p` of their
+    `chances`, as transformers does; equals of the last one too."""
     # Of numbers that are not positive, less is more in bits: a threshold is found bit by bit, with
-    # a few sums over the vocabulary, where sorting it would take much longer.
-    ranks = jax.lax.bitcast_convert_type(jnp.abs(scaled), jnp.int32)
-    chances = jnp.exp(scaled)
+    # a few sums over the vocabulary, where sorting it would take much longer. Those that are given
+    # are compared, not what is computed of them, which the compiler may compute twice, and round
+    # otherwise: the last one would fall below the threshold that it sets.
+    ranks = jax.lax.bitcast_convert_type(jnp.abs(jnp.minimum(log_probabilities, 0.0)), jnp.int32)
 
     def least(enough):
         """The smallest rank up to which there are enough of a row."""
@@ -170,4 +172,4 @@ def _cut(scaled, top_k, top_p):
     chances = jnp.where(ranks <= most, chances, 0.0)
     wanted = top_p * chances.sum(axis=1)
     enough = least(lambda kept: jnp.where(kept, chances, 0.0).sum(axis=1) >= wanted)[:, None]
-    return jnp.where(ranks <= jnp.minimum(most, enough), scaled, -jnp.inf)
+    return ranks <= jnp.minimum(most, enough)
