@@ -346,7 +346,14 @@ def test_texts_read_in_pieces_have_the_scores_of_the_whole(model, experts, docum
         assert following[row, 2] == pytest.approx(wanted[number][-1], abs=1e-4)
 
 
-@pytest.mark.parametrize("length", [LONGEST, LONGEST + 1, 2 * LONGEST + 40])
+@pytest.mark.parametrize(
+    "length",
+    [
+        2 * LONGEST + 40,
+        pytest.param(LONGEST, marks=pytest.mark.slow),
+        pytest.param(LONGEST + 1, marks=pytest.mark.slow),
+    ],
+)
 def test_long_texts_are_read_in_chunks(model, experts, length):
     """Beyond `max_length` too: of a model with rotary positions."""
     draw = np.random.default_rng(0)

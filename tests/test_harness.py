@@ -139,6 +139,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.slow
 def test_a_local_task_through_the_command_line(tiny, tmp_path, capsys, monkeypatch):
     """Which of two continuations is that of the text: the right expert knows it more often."""
     rows = []

@@ -95,6 +95,7 @@ def test_masters_move_by_less_than_bfloat16_can_hold(trained, parameters):
     assert (jnp.asarray(after).astype(jnp.bfloat16) == before.astype(jnp.bfloat16)).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_stay_close(trained):
     _, metrics = trained(replace(CONFIG, moments_dtype="bfloat16"))
     assert losses(metrics) != pytest.approx(GOLDEN, abs=1e-6)
@@ -114,6 +115,7 @@ def test_gradients_of_a_table_are_summed_in_float32():
 # What is kept between steps
 
 
+@pytest.mark.slow
 def test_adafactor_learns_at_the_rates_of_adamw(trained):
     config = replace(CONFIG, tokens=150 * 128, learning_rate=2e-2, checkpoint_every=1000)
     _, metrics = trained(replace(config, **FACTORED, moments_dtype="bfloat16"))
@@ -164,6 +166,7 @@ def test_a_training_goes_on_in_other_dtypes(trained, capsys):
     np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_in_other_parts_and_with_less_kept(trained, capsys):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
         interrupt_at(patch, 8)

@@ -155,6 +155,7 @@ def test_any_vocabulary_is_spread(changes):
     assert_as_alone((1, 2, 2, 2), replace(MODEL, **changes))
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_are_accumulated_on_a_mesh():
     mesh = (1, 2, 2, 2)
     assert_as_alone(mesh, MODEL, replace(CONFIG, accumulation_steps=2))
@@ -401,6 +402,7 @@ def test_trainings_of_one_program_have_the_same_settings(tmp_path):
         train_together([first, second], MODEL, TEXT)
 
 
+@pytest.mark.slow
 def test_losses_of_a_training_do_not_depend_on_the_mesh(trained):
     short = replace(CONFIG, tokens=6 * 128)
     _, wanted = trained(short, "one device")

@@ -162,17 +162,19 @@ def test_cached_states_equal_uncached(decoder_pair):
     assert begun.tolist() == [20, 20] and cache.length.tolist() == [20, 20]
 
 
-def test_the_layout_of_inference_changes_nothing(family_pair):
+# More and fewer rows than products turn for, and one.
+@pytest.mark.parametrize(
+    "shape", [(2, 9), *(pytest.param(each, marks=pytest.mark.slow) for each in [(5, 20), (1, 1)])]
+)
+def test_the_layout_of_inference_changes_nothing(family_pair, shape):
     stacked = load_parameters(family_pair.directory, read_config(family_pair.directory))
     apart = read_for_inference(family_pair.directory, read_config(family_pair.directory))
     jax.tree.map(np.testing.assert_array_equal, for_inference(stacked), apart)
     model = load_model(family_pair.directory)
     network, layers = as_for_inference(model)
-    # More and fewer rows than products turn for.
-    for shape in ((2, 9), (5, 20), (1, 1)):
-        tokens = jnp.asarray(random_tokens(shape))
-        found = network_logits(network, tokens, layers)
-        np.testing.assert_allclose(found, logits_of(model, tokens), atol=1e-4)
+    tokens = jnp.asarray(random_tokens(shape))
+    found = network_logits(network, tokens, layers)
+    np.testing.assert_allclose(found, logits_of(model, tokens), atol=1e-4)
 
 
 def test_segments_do_not_see_each_other(family_pair):

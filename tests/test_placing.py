@@ -42,6 +42,7 @@ def weights(run: Path) -> dict[str, bytes]:
     return {path.parts[-3]: path.read_bytes() for path in found}
 
 
+@pytest.mark.slow
 def test_side_by_side_they_are_what_they_are_in_turn(xelm, branched, tiny):
     said = ("--set", "experts.log_every=2")
     outcome = xelm("train", branched, "--all", "--jobs", 2, *said)
