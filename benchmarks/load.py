@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--warm", type=float, default=30, help="seconds before, not counted")
-    parser.add_argument("--routing", default="detected")
+    parser.add_argument("--routing", default="learned")
     parser.add_argument("--characters", type=int, default=200, help="of a prompt, at most")
     parser.add_argument("--tokens", type=int, default=64, help="of a continuation, at most")
     options = parser.parse_args()

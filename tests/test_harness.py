@@ -1,5 +1,6 @@
 """The evaluation harness asks us what it asks transformers, and hears the same."""
 
+import inspect
 import json
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,10 @@ from shared import LANGUAGES, NAMES, documents_of
 from clustering.errors import UserError
 from xelm import open_run
 from xelm.commands.harness import main as commands_main
+from xelm.commands.routing import ROUTING
 from xelm.harness import Harness, main
+from xelm.runs.routers import Routing
+from xelm.runs.run import Run
 
 
 def asked(*arguments):
@@ -181,6 +185,11 @@ def test_a_local_task_through_the_command_line(tiny, tmp_path, capsys, monkeypat
         assert accuracy[name] == pytest.approx(np.mean(right))
     assert "tiny_choice" in capsys.readouterr().out
     assert accuracy["run"] > 0.5
+
+
+def test_the_same_router_speaks_wherever_none_is_asked_for():
+    asked = [inspect.signature(each).parameters["routing"] for each in (Run.ensemble, Harness)]
+    assert {ROUTING, Routing().name, *(each.default for each in asked)} == {"learned"}
 
 
 def test_mistakes_are_told(tiny, capsys):

@@ -53,6 +53,35 @@ def test_tokens_are_drawn_with_their_probabilities_from_those_kept(settings, kep
     np.testing.assert_allclose(frequencies(**settings), wanted / wanted.sum(), atol=0.025)
 
 
+def test_a_large_vocabulary_is_drawn_from_as_it_is_distributed():
+    """Over blocks, the last of which is not full, and some of which have nothing."""
+    draw = np.random.default_rng(2)
+    chances = draw.gamma(0.3, size=1000)
+    chances[256:512] = 0
+    chances[900:] = 0
+    chances /= chances.sum()
+    with np.errstate(divide="ignore"):
+        row = jnp.log(jnp.asarray(chances, jnp.float32))
+    found = np.concatenate(
+        [
+            drawn(jnp.tile(row, (4000, 1)), Sampling(temperature=1.0, top_p=1.0), step)
+            for step in range(5)
+        ]
+    )
+    assert chances[found].all()
+    # Twenty groups of about equal probability; a statistic above 43.8 has a chance of .001.
+    group = np.minimum((np.cumsum(chances) * 20).astype(int), 19)
+    wanted = np.bincount(group, chances, minlength=20) * len(found)
+    counted = np.bincount(group[found], minlength=20)
+    assert ((counted - wanted) ** 2 / wanted).sum() < 43.8
+
+
+def test_what_is_no_number_is_drawn_from_the_vocabulary():
+    rows = jnp.full((2, 300), jnp.nan)
+    for temperature in (0.0, 1.0):
+        assert (drawn(rows, Sampling(temperature=temperature)) < 300).all()
+
+
 def test_temperature_is_a_power():
     wanted = PROBABILITIES**2
     np.testing.assert_allclose(frequencies(temperature=0.5), wanted / wanted.sum(), atol=0.025)
@@ -109,9 +138,11 @@ def test_what_is_kept_of_a_large_vocabulary_is_what_sorting_keeps(top_k, top_p):
     draw = np.random.default_rng(1)
     logits = draw.normal(size=(3, 5000)).astype(np.float32).round(2)
     scaled = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
-    count = np.full(3, top_k or 5000, np.int32)
-    found = np.asarray(_kept(scaled, np.exp(scaled), count, np.full(3, top_p, np.float32)))
-    for row, kept in zip(scaled, found):
+    count = None if top_k is None else np.full(3, top_k, np.int32)
+    share = None if top_p == 1 else np.full(3, top_p, np.float32)
+    found = np.asarray(_kept(scaled, np.exp(scaled), count, share))
+    np.testing.assert_array_equal(found[found > 0], np.exp(scaled)[found > 0])
+    for row, kept in zip(scaled, found > 0):
         order = np.sort(row)[::-1].astype(np.float64)
         chances = np.exp(order)
         if top_k is not None:  # with its equals

@@ -36,7 +36,7 @@ class Harness(TemplateLM):
     def __init__(
         self,
         run: str,
-        routing: str = "tfidf",
+        routing: str = "learned",
         model: str | None = None,
         language: str | None = None,
         top_m: int | None = None,

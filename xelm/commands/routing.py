@@ -7,6 +7,8 @@ from clustering.errors import UserError
 from xelm.commands.options import names
 
 ROUTINGS = ("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed")
+ROUTING = "learned"
+"""Unless another is asked for; `routers.Routing` says why."""
 
 
 def add_routing(verb: argparse.ArgumentParser, text: str) -> None:
@@ -14,14 +16,14 @@ def add_routing(verb: argparse.ArgumentParser, text: str) -> None:
     verb.add_argument(
         "--routing",
         choices=ROUTINGS,
-        help="who speaks (default: tfidf, or language where --language is given)",
+        help=f"who speaks (default: {ROUTING}, or language where --language is given)",
     )
     verb.add_argument("--language", metavar="XX", help=f"of the {text}, for --routing language")
 
 
 def chosen_routing(options: argparse.Namespace) -> str:
     """Of `add_routing`; UserError for a language that nobody hears."""
-    routing = options.routing or ("tfidf" if options.language is None else "language")
+    routing = options.routing or (ROUTING if options.language is None else "language")
     if options.language is not None and routing not in ("language", "detected"):
         raise UserError("--language goes with --routing language or detected")
     return routing

@@ -3,7 +3,7 @@
 import argparse
 
 from xelm.commands.options import Verb
-from xelm.commands.routing import ROUTINGS, add_route_per, add_router, router_options
+from xelm.commands.routing import ROUTING, ROUTINGS, add_route_per, add_router, router_options
 
 
 def _serve_options(verb: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def _serve_options(verb: argparse.ArgumentParser) -> None:
         help="others that may wait; beyond, requests are refused (default: %(default)s)",
     )
     verb.add_argument(
-        "--routing", choices=ROUTINGS, default="tfidf", help="who speaks (default: %(default)s)"
+        "--routing", choices=ROUTINGS, default=ROUTING, help="who speaks (default: %(default)s)"
     )
     add_route_per(verb)
     add_router(verb)

@@ -26,7 +26,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     from xelm.quickstart import NEW_LANGUAGES, quickstart
 
     run, results, page = quickstart(options.out)
-    print(tables.results(results, ("language", "tfidf", "posterior"), run.languages))
+    print(tables.results(results, ("language", "learned", "tfidf"), run.languages))
     print(f"\nReport: {page}\n\nNext:")
     print(f'  xelm generate {run.directory} "Der alte Mann" --routing language --language de')
     print(f"  xelm grow {run.directory} --language {NEW_LANGUAGES[1]}")

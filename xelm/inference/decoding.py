@@ -18,8 +18,8 @@ PIECES = (16, 64, 256)
 """Tokens of a text that are read at once, if not one alone: fewer than the first take as long, and
 so many as the last fill the matrix units."""
 ROWS = (1, 4, 16)
-"""Texts that are read at once, and rows of a cache (of which there may be more, in powers of two).
-Few, since a program is compiled for each shape that is met, and stays."""
+"""Texts of which pieces are read at once. Few, as all of this: a program is compiled for each shape
+that is met, and stays."""
 LEAST_SLOTS = 64
 """Of a cache."""
 
@@ -141,8 +141,8 @@ class Reader:
 
 
 def capacity(count: int) -> int:
-    """Rows for so many texts."""
-    return next((size for size in ROWS if size >= count), padded(count)) if count else 0
+    """Rows of a cache for so many texts: in powers of two, but not two."""
+    return padded(count) if count < 2 else max(4, padded(count))
 
 
 def padded(length: int) -> int:
@@ -151,11 +151,11 @@ def padded(length: int) -> int:
 
 
 def _next_of(count: int, sizes: Sequence[int]) -> int:
-    """How many of so many things are next: the smallest size that holds them all, if they fill half
-    of it or there is none below."""
+    """How many of so many things are next: the smallest size that holds them all, if they fill
+    three quarters of it or there is none below."""
     size = next((size for size in sizes if size >= count), sizes[-1])
     below = [smaller for smaller in sizes if smaller < size]
-    return below[-1] if below and 2 * count < size else size
+    return below[-1] if below and 4 * count < 3 * size else size
 
 
 @functools.lru_cache(maxsize=8)

@@ -57,8 +57,9 @@ T = TypeVar("T")
 class Routing:
     """Which router, and how. None: as the router has it."""
 
-    name: str = "tfidf"
-    """One of `ROUTINGS`."""
+    name: str = "learned"
+    """One of `ROUTINGS`. The paper's is TF-IDF; one that is learned from the same vectors is right
+    more often and asks fewer experts (docs/inference.md)."""
     top_m: int | None = None
     """Experts that are kept; None keeps all that have weight."""
     least_weight: float = 0.001

@@ -105,7 +105,7 @@ class Run:
 
     def ensemble(
         self,
-        routing: str = "tfidf",
+        routing: str = "learned",
         top_m: int | None = None,
         *,
         least_weight: float = 0.001,
