@@ -232,7 +232,7 @@ def main() -> int:
     for second, size in sizes:
         quarter = min(3, int(4 * second / options.seconds))
         quarters[quarter] = max(quarters[quarter], size)
-    if quarters[3] > 1.05 * quarters[2]:
+    if quarters[2] and quarters[3] > 1.05 * quarters[2]:
         seen.faults.append("memory still grows")
     told = ", ".join(f"{size:.0f}" for size in quarters)
     print(f"\nMemory of the server, the most in each quarter of the time: {told} MB.")

@@ -42,6 +42,7 @@ from experts.grow import grow
 from experts.lock import update
 from xelm.cli import main
 from xelm.models.parameters import fresh_parameters
+from xelm.runs.run import open_run
 from xelm.training.course import Training
 from xelm.training.loop import train
 from xelm.training.metrics import read_metrics
@@ -203,6 +204,7 @@ def place(tiny, initialised, tmp_path_factory):
     """Folders that commands may name: a RUN, one with a seed only, corpora, and what is broken."""
     folder = tmp_path_factory.mktemp("place")
     shutil.copytree(tiny.directory, folder / "run")
+    open_run(folder / "run").ensemble()  # what is fitted once is there
     shutil.copytree(initialised[0], folder / "seeded")
     shutil.copytree(tiny.clusters, folder / "clusters")
     for name in ("de", "en"):

@@ -2,13 +2,14 @@
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from clustering.errors import UserError
-from xelm.inference.decoding import PIECES, Reader
+from xelm.inference.decoding import PIECES, ROWS, Reader, _next_of
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.holding import Holding
@@ -346,6 +347,43 @@ def test_texts_read_in_pieces_have_the_scores_of_the_whole(model, experts, docum
         assert following[row, 2] == pytest.approx(wanted[number][-1], abs=1e-4)
 
 
+def test_many_texts_read_together_and_apart_are_what_they_are_alone(model, experts):
+    """Twenty that come, grow by pieces of any length in any company, and go."""
+    draw = np.random.default_rng(3)
+    texts = [np.append(1, draw.integers(4, 90, draw.integers(5, 60))) for _ in range(20)]
+    wanted = scored(model, experts[0], [text[1:] for text in texts], length=64)
+    reader, rows, found = Reader(model, lambda: experts[0]), {}, [[] for _ in texts]
+    waiting = list(range(len(texts)))
+    while waiting or rows:
+        while waiting and (len(rows) < 3 or draw.random() < 0.6):
+            rows[waiting.pop()] = reader.enter()
+        part = [number for number in rows if draw.random() < draw.choice([0.1, 0.5, 1.0])]
+        begun = {number: int(reader.begun[rows[number]]) for number in part}
+        most = draw.choice([1, 1, 8, 40])
+        pieces = {
+            rows[number]: texts[number][begun[number] : begun[number] + draw.integers(0, most + 1)]
+            for number in part
+        }
+        for number, scores in zip(part, reader.read(pieces, scored=True).values()):
+            found[number].append(scores)
+        following = jax.nn.log_softmax(reader.logits)[:, 2]
+        for number in [n for n in rows if reader.begun[rows[n]] == len(texts[n])]:
+            scores = np.append(np.concatenate(found[number])[1:], following[rows[number]])
+            np.testing.assert_allclose(scores, wanted[number], atol=1e-4)
+            reader.leave(rows.pop(number))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counts"),
+    [
+        (PIECES, {2: 16, 16: 16, 17: 16, 47: 16, 48: 64, 64: 64, 191: 64, 192: 256, 999: 256}),
+        (ROWS, {1: 1, 2: 1, 3: 4, 4: 4, 8: 4, 11: 4, 12: 16, 16: 16, 47: 16, 48: 64, 99: 64}),
+    ],
+)
+def test_no_more_than_a_third_is_read_beside_what_is_asked(sizes, counts):
+    assert {count: _next_of(count, sizes) for count in counts} == counts
+
+
 @pytest.mark.parametrize(
     "length",
     [
@@ -441,9 +479,16 @@ def test_a_tiny_nucleus_is_the_most_probable_token(ensemble):
 
 
 def test_the_text_is_that_of_the_new_ids(ensemble):
-    said = ensemble.generate(PROMPT, max_new_tokens=10, temperature=1.0, random_seed=1)
-    ids = [*ensemble.tokenizer.encode([PROMPT])[0], *said.ids]
-    assert PROMPT + said.text == ensemble.tokenizer.decode(ids)
+    # A letter for each id: of single bytes, of which this vocabulary has many, not all is text.
+    letters = SimpleNamespace(
+        begin=ensemble.tokenizer.begin,
+        decode=lambda ids: "".join(chr(0x100 + number) for number in ids),
+        end_ids=frozenset(),
+    )
+    spelt = replace(ensemble, tokenizer=letters)
+    said = spelt.generate(PROMPT, max_new_tokens=40, temperature=1.0, random_seed=1)
+    assert len(said.ids) == len(said.text) == 40
+    assert said.text == letters.decode(said.ids)
     assert sum(said.weights.values()) == pytest.approx(1.0)
 
 

@@ -121,7 +121,18 @@ def test_every_row_is_drawn_by_its_own_settings():
         assert together[row] == single
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 1, "top_p": 1.0}, {"top_p": 1e-9}])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-10, 1e-30, 2e-38])
+def test_the_coldest_draw_is_the_largest(temperature):
+    rows = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (4, 500)))
+    rows = rows.at[:, :3].set(-jnp.inf)
+    for top_p in (1.0, 0.9):
+        sampling = Sampling(temperature=temperature, top_p=top_p)
+        np.testing.assert_array_equal(drawn(rows, sampling), rows.argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_k": 1, "top_p": 1.0}, {"top_p": 1e-9}, {"top_p": 1e-39}, {"top_p": 1e-46}]
+)
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_last_that_is_kept_is_kept_however_it_is_rounded(settings, count):
     """One token alone: if what is compared were rounded otherwise than the threshold, none."""

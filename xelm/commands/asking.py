@@ -101,6 +101,18 @@ def _generate_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    from xelm.inference.sampling import Sampling
+
+    wishes = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "stop": options.stop and tuple(options.stop),
+        "random_seed": options.random_seed,
+    }
+    wishes = {name: wish for name, wish in wishes.items() if wish is not None}
+    Sampling(**wishes)  # a mistake is told before a router is fitted
     ensemble = _ensemble(options, options.route_per)
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
 
@@ -113,12 +125,7 @@ def _generate(options: argparse.Namespace) -> None:
 
     generation = ensemble.generate(
         prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        stop=options.stop,
-        random_seed=options.random_seed,
+        **wishes,
         language=options.language,
         stream=(lambda piece: None) if options.json else show,
     )

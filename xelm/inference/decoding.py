@@ -17,9 +17,11 @@ from xelm.training.loss import target_log_probabilities
 PIECES = (16, 64, 256)
 """Tokens of a text that are read at once, if not one alone: fewer than the first take as long, and
 so many as the last fill the matrix units."""
-ROWS = (1, 4, 16)
+ROWS = (1, 4, 16, 64)
 """Texts of which pieces are read at once. Few, as all of this: a program is compiled for each shape
 that is met, and stays."""
+TOGETHER = 4096
+"""Tokens that are read at once, at most."""
 LEAST_SLOTS = 64
 """Of a cache."""
 
@@ -98,8 +100,9 @@ class Reader:
         if size == 1:
             return [rows]  # takes as long as the parameters take to be read
         parts, first = [], 0
+        sizes = [count for count in ROWS if count * size <= TOGETHER]
         while first < len(rows):
-            count = _next_of(len(rows) - first, ROWS)
+            count = _next_of(len(rows) - first, sizes)
             parts.append(rows[first : first + count])
             first += count
         return parts

@@ -114,7 +114,7 @@ class Engine:
             self._readers[expert].leave(row)
         text.rows.clear()
         text.judges.clear()
-        # Rows that nobody uses cost as much as others. Few shapes: only where most are.
+        # Rows that nobody uses cost as much as others. Not at once: where three quarters are.
         needed = capacity(max((text.row for text in self.texts), default=-1) + 1)
         if 4 * needed <= self._rows:
             self._rows = needed

@@ -100,8 +100,6 @@ class Reply:
         )
         # What was told stays, even if more bytes now make nonsense of those before them.
         text = self._told + text[len(self._told) :]
-        if len(self._pending) >= IDS_PENDING:
-            self._settle(text)
         # None begins in what was told.
         ends = [place for s in self._stop if (place := text.find(s, len(self._told))) >= 0]
         if ends:
@@ -110,11 +108,16 @@ class Reply:
             return self.rest()
         self.text = text
         # A character may lack bytes yet, and the end may be the beginning of a stop string.
-        certain = len(text.rstrip("\ufffd"))
+        whole = text.rstrip("\ufffd")
+        certain = len(whole)
         for stop in self._stop:
-            for size in range(1, min(len(stop), len(text) + 1)):
-                if text.endswith(stop[:size]):
-                    certain = min(certain, len(text) - size)
+            for size in range(1, min(len(stop), len(whole) + 1)):
+                if whole.endswith(stop[:size]):
+                    certain = min(certain, len(whole) - size)
+        # Soon where nothing is held back; where a stop string may have begun, not for ever.
+        most = IDS_PENDING if certain == len(text) else 4 * IDS_PENDING
+        if len(self._pending) >= most and whole == text:
+            self._settle(text)
         return self._tell(certain)
 
     def rest(self) -> str:
@@ -124,10 +127,9 @@ class Reply:
         return self._tell(len(self.text))
 
     def _settle(self, text: str) -> None:
-        """Nothing that comes changes this text, if it ends with a character: what comes is decoded
-        behind its last ids."""
+        """Nothing that comes changes this text any more: that is decoded behind its last ids."""
         before = _whole_characters(self._tokenizer, [*self._before, *self._pending])
-        if before is not None and not text.endswith("\ufffd"):
+        if before is not None:
             self._before, self._skipped = before, len(self._tokenizer.decode(before))
             self._settled, self._pending = text, []
 

@@ -112,8 +112,9 @@ def choose(
     steps: Sequence[int],
     numbers: Sequence[int],
 ) -> Int[Array, " B"]:
-    """The next token of each row. A row's draws are its own: they depend on its random seed, on
-    how many tokens it drew before (`steps`), and on its number among those of one request."""
+    """The next token of each row; log probabilities above 0 count as 0. A row's draws are its own:
+    they depend on its random seed, on how many tokens it drew before (`steps`), and on its number
+    among those of one request."""
     drawn = [sampling for sampling in samplings if sampling.temperature > 0]
     if not drawn:
         return _largest(log_probabilities)
@@ -160,7 +161,9 @@ def _draw(
 
     greedy = temperature == 0
     warmth = jnp.where(greedy, 1.0, temperature)[:, None]
-    chances = jax.nn.softmax(log_probabilities / warmth)
+    # Less the largest before it is divided: a quotient of 1e10 is rounded by hundreds.
+    highest = log_probabilities.max(axis=1, keepdims=True)
+    chances = jax.nn.softmax((log_probabilities - highest) / warmth)
     if by_number or by_chance:
         chances = _kept(
             log_probabilities, chances, top_k if by_number else None, top_p if by_chance else None
@@ -181,11 +184,12 @@ def _drawn(chances, luck):
 
 
 def _first_above(shares, luck):
-    """Where the sum of the shares so far exceeds this part of all; one that has a share."""
-    sums = jnp.cumsum(shares, axis=1)
-    total = sums[:, -1:]
-    found = (sums <= luck[:, None] * total).sum(axis=1)
-    return jnp.minimum(found, (sums < total).sum(axis=1))  # the product may be rounded up
+    """Where the sum of the shares so far exceeds this part of all: of the columns that have a
+    share, the first, or, if a sum was rounded down, the last."""
+    sums, columns = jnp.cumsum(shares, axis=1), jnp.arange(shares.shape[1])[None]
+    beyond = (sums > luck[:, None] * sums[:, -1:]) & (shares > 0)
+    last = jnp.where(shares > 0, columns, 0).max(axis=1)
+    return jnp.minimum(jnp.where(beyond, columns, shares.shape[1]).min(axis=1), last)
 
 
 def _kept(log_probabilities, chances, top_k, top_p):
@@ -217,5 +221,7 @@ def _kept(log_probabilities, chances, top_k, top_p):
     if top_p is not None:
         wanted = top_p * chances.sum(axis=1)
         enough = least(lambda kept: jnp.where(kept, chances, 0.0).sum(axis=1) >= wanted)[:, None]
+        # The likeliest in any case: so small a part of all may be nothing.
+        enough = jnp.maximum(enough, ranks.min(axis=1, keepdims=True))
         chances = jnp.where(ranks <= enough, chances, 0.0)
     return chances
