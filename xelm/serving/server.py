@@ -65,6 +65,8 @@ def serve(
         log = logging.getLogger("uvicorn")
         log.addHandler(logging.StreamHandler())
         log.propagate = False
+        # Warns where several pieces are written at once to a client that has just left.
+        logging.getLogger("asyncio").setLevel(logging.ERROR)
         config = uvicorn.Config(
             app,
             # The same wherever this is installed, whatever else is.
