@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,3 +294,38 @@ def trained(parameters, tmp_path):
         return result, read_metrics(tmp_path / folder / "metrics.jsonl")
 
     return run
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny, tmp_path_factory):
+    """The tiny RUN, whose tokenizer has a template for chats."""
+    directory = tmp_path_factory.mktemp("serving") / "RUN"
+    shutil.copytree(tiny.directory, directory)
+    (directory / "seed" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(chatty):
+    """Of that RUN."""
+    from serving import served  # what a server needs few tests need
+
+    with served(chatty) as found:
+        yield found
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Steps that take their time, so that texts are still under way; how long is at ["seconds"]."""
+    from xelm.serving import desk as desk_module
+
+    step, pace = desk_module.Engine.step, {"seconds": 0.05}
+
+    def slowed(self):
+        time.sleep(pace["seconds"])
+        return step(self)
+
+    monkeypatch.setattr(desk_module.Engine, "step", slowed)
+    return pace

@@ -64,3 +64,10 @@ def served(
         desk.close()
         listening.close()
         assert not thread.is_alive()
+
+
+def until(true, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

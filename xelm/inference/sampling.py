@@ -24,7 +24,7 @@ SILENT = (
 
 
 _BLOCK = 256
-"""Columns: near the root of a large vocabulary, so that both steps of a draw are short."""
+"""Columns: near the square root of a large vocabulary, so that both steps of a draw are short."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,117 @@
+"""What is published, rolled back or broken while a server runs."""
+
+import os
+import shutil
+
+import httpx
+from serving import served, until
+
+from experts.registry import Registry
+
+PROMPT = "abc de"
+
+
+def test_what_is_published_is_picked_up_and_nobody_is_dropped(chatty, tmp_path, slow, xelm, capfd):
+    directory = tmp_path / "RUN"
+    shutil.copytree(chatty, directory)
+    registry = directory / "registry.json"
+    earlier = registry.read_bytes()
+    assert xelm("grow", directory, "--language", "pt").code == 0
+    later = registry.read_bytes()
+    registry.write_bytes(earlier)
+    with served(directory) as found:
+        before = found.desk.offer
+        client = found.client()
+        client.completions.create(model="xelm:de-fr", prompt=PROMPT, max_tokens=2)  # compiled
+        slow["seconds"] = 0.5
+        stream = client.completions.create(
+            model="xelm:de-fr", prompt=PROMPT, max_tokens=40, temperature=0, stream=True
+        )
+        pieces = [next(stream).choices[0].text]
+        registry.write_bytes(later)
+        found.watch.look()
+        assert found.desk.offer is not before
+        names = [model.id for model in client.models.list()]
+        assert "xelm:pt" in names
+        answer = client.completions.create(
+            model="xelm:pt", prompt=PROMPT, max_tokens=2, temperature=0
+        )
+        assert answer.choices[0].model_extra["xelm"]["weights"] == {"pt": 1.0}
+        # The one that began before goes on to its end, by the experts it began with.
+        assert found.desk.running == 1
+        slow["seconds"] = 0
+        pieces += [part.choices[0].text for part in stream]
+        again = client.completions.create(
+            model="xelm:de-fr", prompt=PROMPT, max_tokens=40, temperature=0
+        )
+        assert "".join(pieces) == again.choices[0].text
+        # Parameters that stay are there once, and nothing of the earlier offer is kept.
+        until(lambda: len(found.desk._tables) == 1)
+        held = found.desk.offer.ensemble.parameters.on_device
+        assert len(held) == len(set(held))
+        assert "now serving de-fr@v1, en-es@v1, pt@v1" in capfd.readouterr().err
+
+
+def test_a_broken_expert_is_refused_until_it_is_whole(chatty, tmp_path, xelm, capfd, monkeypatch):
+    directory = tmp_path / "RUN"
+    shutil.copytree(chatty, directory)
+    with served(directory) as found:
+        before = found.desk.offer
+        asked = {"model": "xelm:de-fr", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+        said = found.post(asked).json()["choices"][0]["text"]
+        # A new version whose file is not what the registry says.
+        assert xelm("grow", directory, "--language", "pt").code == 0
+        file = directory / "experts" / "pt" / "v1" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 0xFF
+        file.write_bytes(content)
+        found.watch.look()
+        assert found.desk.offer is before
+        assert found.post(asked).json()["choices"][0]["text"] == said
+        refusal = capfd.readouterr().err
+        # Looked at again after a while, without a word; taken up when it is whole.
+        found.watch.look()
+        assert found.desk.offer is before
+        monkeypatch.setattr(found.watch, "_again", 0.0)
+        found.watch.look()
+        assert found.desk.offer is before and capfd.readouterr().err == ""
+        content[-5] ^= 0xFF
+        file.write_bytes(content)
+        monkeypatch.setattr(found.watch, "_again", 0.0)
+        found.watch.look()
+        assert "pt" in found.desk.offer.versions
+        before = found.desk.offer
+        assert "the changed registry is refused: pt@v1: changed: experts/pt/v1/model" in refusal
+        # A registry that cannot be read at all.
+        (directory / "registry.json").write_text("{")
+        found.watch.look()
+        assert found.desk.offer is before
+        assert found.post(asked).status_code == 200
+        text = httpx.get(f"{found.url}/metrics").text
+        assert 'xelm_reloads_total{result="refused"} 2.0' in text
+
+
+def test_a_new_version_and_rolling_it_back_are_picked_up(chatty, tmp_path, xelm):
+    directory = tmp_path / "RUN"
+    shutil.copytree(chatty, directory)
+    with served(directory) as found:
+        asked = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+
+        def said(model):
+            return found.post(asked | {"model": model}).json()["choices"][0]["text"]
+
+        before, first, other = found.desk.offer, said("xelm:de-fr"), said("xelm:en-es")
+        assert first != other
+        os.utime(directory / "registry.json")  # touched, and nothing else
+        found.watch.look()
+        assert found.desk.offer is before
+        # A version that is en-es by its weights.
+        registry = Registry.load(directory)
+        shutil.copytree(directory / "experts/en-es/v1", directory / "experts/de-fr/v2")
+        hashes = registry.expert("en-es").sha256
+        registry.start("de-fr").publish("de-fr", 2, sha256=hashes, tokens=1).save(directory)
+        found.watch.look()
+        assert found.desk.offer.versions["de-fr"] == "de-fr@v2" and said("xelm:de-fr") == other
+        assert xelm("rollback", directory, "de-fr").code == 0
+        found.watch.look()
+        assert found.desk.offer.versions == before.versions and said("xelm:de-fr") == first
