@@ -227,6 +227,15 @@ class Registry:
             )
         return self._retire_published(name)._with(replace(expert, status="published"))
 
+    def discard(self, name: str) -> Self:
+        """Without the version of that name whose training is unfinished; UserError if there is
+        none. No other record can refer to it, since only what has weights has children."""
+        unfinished = [e for e in self.versions(name) if e.status == "training"]
+        if not unfinished:
+            known = ", ".join(f"v{e.version} ({e.status})" for e in self.versions(name))
+            raise UserError(f"expert {name!r} is not in training; it has {known}")
+        return replace(self, experts=tuple(e for e in self.experts if e not in unfinished))
+
     def retire(self, name: str, version: int) -> Self:
         """With that version out of use. Its record, its hashes and its files stay."""
         return self._with(replace(self.expert(name, version), status="retired"))

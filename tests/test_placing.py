@@ -16,6 +16,7 @@ from clustering.errors import UserError
 from clustering.files import read_json, write_json
 from experts.lock import holder, locked
 from xelm.runs import placing
+from xelm.runs.progress import progress
 from xelm.runs.run import open_run
 from xelm.training.metrics import read_metrics
 
@@ -204,21 +205,40 @@ def test_a_process_that_is_killed_goes_on_in_another(xelm, long):
 
 
 @pytest.mark.slow
-def test_whoever_is_asked_to_end_ends_its_processes_and_they_save(xelm, long):
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_whoever_is_asked_to_end_ends_its_processes_and_they_save(xelm, long, by):
     run, wanted = long
     command = [sys.executable, "-m", "xelm", "train", str(run), "--all", "--jobs", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: all(steps_of(run, name) > 30 for name in NAMES))
     children = [process_of(run, name) for name in NAMES]
-    process.terminate()
+    if by == signal.SIGINT:  # a terminal's Ctrl-C goes to all of them
+        os.killpg(process.pid, by)
+    else:
+        process.send_signal(by)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == os.EX_TEMPFAIL, said
+    assert process.returncode == {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 130}[by], said
     assert "asked to end; what was trained is saved" in said.splitlines()[-1]
     for child in children:
         assert not Path(f"/proc/{child}").exists()
     assert weights(run) == {}
     assert xelm("train", run, "--all").code == 0
     assert weights(run) == wanted
+
+
+@pytest.mark.slow
+def test_a_dense_baseline_apart_is_saved_before_its_command_ends(xelm, long):
+    run, _ = long
+    command = [sys.executable, "-m", "xelm", "train", str(run), "--dense", "--jobs", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: steps_of(run, "dense") > 10)
+    child = process_of(run, "dense")
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, said
+    assert not Path(f"/proc/{child}").exists()
+    found = {each.name: each for each in progress(open_run(run))}["dense"]
+    assert found.state == "stopped" and found.checkpoint_step == found.step > 0
 
 
 @pytest.mark.slow

@@ -125,3 +125,24 @@ def test_status_from_the_command_line(xelm, tiny, monkeypatch):
 )
 def test_durations(seconds, shown):
     assert tables.duration(seconds) == shown
+
+
+def test_after_a_rollback_the_version_in_use_is_shown_and_the_other_named(xelm, copy):
+    run = open_run(copy.directory)
+    first = run.registry().expert("de-fr", 1)
+    shutil.copytree(first.directory(run.directory), run.directory / "experts/de-fr/v2")
+    with locked(run.directory):
+        registry = run.registry().start("de-fr")
+        registry.save(run.directory)
+    shown = [(e.name, e.version, e.state) for e in progress(run) if e.name == "de-fr"]
+    # Its files are there already, as after a crash between writing and publishing.
+    assert shown == [("de-fr", 1, "done"), ("de-fr", 2, "waiting")]
+    registry.publish("de-fr", 2, sha256=first.sha256, tokens=first.tokens).save(run.directory)
+    assert [e.version for e in progress(run) if e.name == "de-fr"] == [2]
+    assert xelm("rollback", run.directory, "de-fr").code == 0
+    found = of(run, "de-fr")
+    assert (found.version, found.state, found.note) == (1, "done", "in use again: v2 is retired")
+    last = xelm("status", run.directory).out.splitlines()[-1]
+    assert last == "de-fr: in use again: v2 is retired"
+    run.registry().retire("de-fr", 1).save(run.directory)
+    assert [(e.version, e.state) for e in progress(run) if e.name == "de-fr"] == [(2, "retired")]

@@ -266,8 +266,11 @@ def test_an_expert_interrupted_while_training_ends_with_the_same_weights(
     assert xelm("verify", tmp_path / "RUN").code == 0
 
 
+@pytest.mark.parametrize(
+    ("by", "code"), [(signal.SIGTERM, os.EX_TEMPFAIL), (signal.SIGINT, 130)], ids=str
+)
 def test_an_expert_that_is_asked_to_end_is_saved_and_the_launcher_told_to_try_again(
-    xelm, initialised, tiny, tmp_path
+    xelm, initialised, tiny, tmp_path, by, code
 ):
     shutil.copytree(initialised[0], tmp_path / "RUN")
     xelm("branch", tmp_path / "RUN", "--clusters", tiny.clusters)
@@ -277,11 +280,11 @@ def test_an_expert_that_is_asked_to_end_is_saved_and_the_launcher_told_to_try_ag
         def ask(self, line):
             write(self, line)
             if line["step"] == 5:  # between two checkpoints
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), by)
 
         patch.setattr(MetricsLog, "write", ask)
         outcome = xelm("train", tmp_path / "RUN", "de-fr")
-    assert outcome.code == os.EX_TEMPFAIL
+    assert outcome.code == code
     said = "xelm: de-fr was asked to end; it is saved, and goes on when run again"
     assert outcome.err.splitlines()[-1] == said
     outcome = xelm("train", tmp_path / "RUN", "de-fr")

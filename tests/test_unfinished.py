@@ -217,29 +217,32 @@ def test_any_change_of_a_checkpoint_is_noticed(trained, tmp_path, monkeypatch, c
     assert_same_bits(again, whole)
 
 
-def end_at(monkeypatch, step: int, times: int = 1):
-    """The machine is to be given back as the metrics of that step are written."""
+def end_at(monkeypatch, step: int, times: int = 1, by: int = signal.SIGTERM):
+    """The machine is to be given back, or Ctrl-C pressed, as the metrics of that step are
+    written."""
     write = MetricsLog.write
 
     def ask(self, line):
         write(self, line)
         for _ in range(times if line["step"] == step else 0):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), by)
 
     monkeypatch.setattr(MetricsLog, "write", ask)
 
 
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [1, 8, 19, 20])
-def test_a_training_that_is_asked_to_end_is_saved_first(trained, tmp_path, step):
+def test_a_training_that_is_asked_to_end_is_saved_first(trained, tmp_path, step, by):
     whole, metrics = trained(folder="whole")
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(by)
     with pytest.MonkeyPatch.context() as patch:
-        end_at(patch, step)
-        with pytest.raises(Preempted, match="test was asked to end; it is saved"):
+        end_at(patch, step, by=by)
+        with pytest.raises(Preempted, match="test was asked to end; it is saved") as stop:
             trained(folder="ended")
+    assert stop.value.by == by
     saved = [int(path.name) for path in (tmp_path / "ended/checkpoints").iterdir()]
     assert max(saved) == min(20, step + 1)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(by) == before
     again, other = trained(folder="ended")
     assert_same_bits(again, whole)
     assert_same_lines(other, metrics)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -23,8 +24,9 @@ _EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 130 if interrupted, 75
-    (EX_TEMPFAIL: try again) if a training was asked to end and is saved."""
+    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 130 if interrupted (a
+    training is saved first), 75 (EX_TEMPFAIL: try again) if a training was asked to end by SIGTERM
+    and is saved."""
     try:
         options = _parsed(sys.argv[1:] if arguments is None else arguments)
         prepare()
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Preempted as stop:
         print(f"xelm: {stop}", file=sys.stderr)
-        return os.EX_TEMPFAIL
+        return 130 if stop.by == signal.SIGINT else os.EX_TEMPFAIL
     except BrokenPipeError:
         # The reader of our output has gone, which is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -185,7 +185,8 @@ def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:
 
 
 def status(found: "Sequence[Progress]") -> str:
-    """One line a training: how far it is, and below the table why some failed."""
+    """One line a training: how far it is, and below the table why some failed, and of which experts
+    an earlier version is in use again."""
     lines = [
         f"{'training':20}{'state':10}{'progress':>9}{'tokens':>16}{'loss':>8}{'tokens/s':>10}"
         f"{'left':>9}  checkpoint"
@@ -203,7 +204,8 @@ def status(found: "Sequence[Progress]") -> str:
             f"{name:19} {each.state:10}{share:>9}{each.tokens:>16,}{loss:>8}{rate:>10}{left:>9}"
             f"  {saved}"
         )
-    lines += [f"{each.name}: {each.note}" for each in found if each.state == "failed"]
+    said = [each for each in found if each.state in ("failed", "done") and each.note]
+    lines += [f"{each.name}: {each.note}" for each in said]
     return "\n".join(lines)
 
 

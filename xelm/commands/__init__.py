@@ -21,5 +21,6 @@ VERBS = {
     "report": keeping.REPORT,
     "verify": keeping.VERIFY,
     "rollback": keeping.ROLLBACK,
+    "discard": keeping.DISCARD,
     "merge": keeping.MERGE,
 }

@@ -107,6 +107,28 @@ def _rollback(options: argparse.Namespace) -> None:
 ROLLBACK = Verb("publish an earlier version of an expert again", _rollback_options, _rollback)
 
 
+def _discard_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("name", metavar="NAME", help="an expert in training, or dense")
+    add_json(verb)
+
+
+def _discard(options: argparse.Namespace) -> None:
+    from xelm.runs.discard import discard
+    from xelm.runs.run import open_run
+
+    removed = discard(open_run(options.run), options.name)
+    if options.json:
+        print_json({"name": options.name, "removed": removed and removed.reference})
+    elif removed is not None:
+        print(f"discarded: {removed.reference}, its checkpoints and its record")
+    else:
+        print(f"discarded: the checkpoints of {options.name}; its training begins anew")
+
+
+DISCARD = Verb("give up an unfinished training", _discard_options, _discard)
+
+
 def _merge_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("names", nargs="*", metavar="NAME", help="default: all published experts")

@@ -55,12 +55,14 @@ def grow(
             if corpus and corpora.fingerprint(corpus, [tag]) != store.record["corpus_sha256"]:
                 raise UserError(
                     f"{started.reference} is in training already, on {store.record['corpus']}; "
-                    f"{corpus} holds something else"
+                    f"{corpus} holds something else. Go on without --corpus, or give it up with: "
+                    f"xelm discard {run.directory} {started.name}"
                 )
             if parent not in ("auto", started.parent, started.parent.partition("@")[0]):
                 raise UserError(
                     f"{started.reference} is in training already, from {started.parent}; "
-                    "go on with that parent"
+                    f"go on with that parent, or give it up with: xelm discard {run.directory} "
+                    f"{started.name}"
                 )
         facts = {"parent chosen": _reason(registry, started)}
         sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]

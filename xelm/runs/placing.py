@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,13 @@ _LOCK_SECONDS = 60.0
 def dense_apart(run: Run) -> None:
     """Trains the dense baseline in a process of its own: this one must hold no device that the jobs
     after it want."""
-    command = [*_command(run), "--dense"]
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    if code == os.EX_TEMPFAIL:
-        raise Preempted("dense was asked to end; it is saved, and goes on when run again")
+    running: list[subprocess.Popen] = []
+    with _ending(lambda: running):
+        running.append(subprocess.Popen([*_command(run), "--dense"], stdout=subprocess.DEVNULL))
+        code = running[0].wait()
+    if code in (os.EX_TEMPFAIL, 130):
+        by = signal.SIGTERM if code == os.EX_TEMPFAIL else signal.SIGINT
+        raise Preempted("dense was asked to end; it is saved, and goes on when run again", by=by)
     if code:
         raise UserError(f"the dense baseline was not trained; its process ended with code {code}")
 
@@ -48,7 +51,7 @@ def side_by_side(run: Run, names: Sequence[str], jobs: int) -> dict[str, str]:
     places = list(_places(min(jobs, len(waiting)) or 1))
     running: dict[int, _Process] = {}
     failures: dict[str, str] = {}
-    with _ending(running):
+    with _ending(lambda: [process.handle for process in running.values()]):
         while waiting or running:
             for place in set(range(len(places))) - set(running):
                 if waiting:
@@ -232,22 +235,31 @@ def _steps(run: Run, names: Sequence[str]) -> int:
 
 
 @contextmanager
-def _ending(running: Mapping[Any, _Process]) -> Iterator[None]:
+def _ending(running: Callable[[], Sequence[subprocess.Popen]]) -> Iterator[None]:
     """Whatever ends this ends the processes, which save first; asked to end, this leaves by
-    `Preempted`."""
+    `Preempted`. A Ctrl-C in a terminal asks them at the same moment."""
 
     def hear(number: int, frame: object) -> None:
-        raise Preempted("asked to end; what was trained is saved, and goes on when run again")
+        # Once is enough: they are waited for, while they save.
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Preempted(
+            "asked to end; what was trained is saved, and goes on when run again", by=number
+        )
 
-    before = signal.signal(signal.SIGTERM, hear)
+    before = {
+        number: signal.signal(number, hear) or signal.SIG_DFL
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-        for process in running.values():
-            process.handle.terminate()
-        for process in running.values():
-            process.handle.wait()
+        for process in running():
+            process.terminate()
+        for process in running():
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # Tasks on a cluster

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +16,9 @@ class Progress:
     """Of one training."""
 
     name: str
-    state: Literal["done", "training", "stopped", "failed", "waiting"]
-    """stopped: begun, and nobody works on it now. waiting: not begun."""
+    state: Literal["done", "training", "stopped", "failed", "waiting", "retired"]
+    """stopped: begun, and nobody works on it now. waiting: not begun. retired: trained, and no
+    version of that expert is in use."""
     version: int | None
     """Of an expert."""
     step: int
@@ -35,17 +36,26 @@ class Progress:
     checkpoint_seconds: float | None
     """How long ago that was saved."""
     note: str
-    """Who trains it, or why it failed."""
+    """Who trains it, why it failed, or which newer version is not in use."""
 
 
 def progress(run: Run) -> list[Progress]:
-    """Of seed and dense baseline, where they are trained, and of every expert: the newest version
-    of each name."""
+    """Of seed and dense baseline, where they are trained, and of every expert: the version in use
+    and the one in training, or, where there is neither, the newest that was retired."""
     found = list(_models(run))
-    newest = {expert.name: expert for expert in run.registry().experts}
-    for expert in sorted(newest.values(), key=lambda e: (e.round, e.name)):
+    registry = run.registry()
+    shown = [*registry.published(), *registry.training()]
+    names = {expert.name for expert in shown}
+    shown += {e.name: e for e in registry.experts if e.name not in names}.values()
+    for expert in sorted(shown, key=lambda e: (e.round, e.name, e.version)):
         done = expert.directory(run.directory) if expert.status != "training" else None
-        found.append(_progress(run, expert.name, expert.version, done))
+        each = _progress(run, expert.name, expert.version, done)
+        newest = registry.versions(expert.name)[-1]
+        if expert.status == "retired":
+            each = replace(each, state="retired")
+        elif newest.status == "retired":  # rolled back from that one
+            each = replace(each, note=f"in use again: v{newest.version} is retired")
+        found.append(each)
     return found
 
 

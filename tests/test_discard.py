@@ -1,0 +1,115 @@
+"""`xelm discard`: what is in training can be given up, and nothing else."""
+
+import shutil
+
+import pytest
+
+from clustering.errors import UserError
+from experts.expert import Expert
+from experts.lock import locked
+from experts.registry import Registry
+from xelm.runs.run import open_run
+from xelm.training.metrics import MetricsLog
+
+
+@pytest.fixture
+def growing_wrongly(xelm, copy, tmp_path):
+    """A RUN whose grown expert was interrupted on a wrong corpus, and the right corpus."""
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.mkdir(), wrong.mkdir()
+    shutil.copy(copy.corpus / "pt.jsonl", right)
+    shutil.copy(copy.corpus / "de.jsonl", wrong / "pt.jsonl")
+    write = MetricsLog.write
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(self, line):
+            write(self, line)
+            if line["step"] == 5:
+                raise KeyboardInterrupt
+
+        patch.setattr(MetricsLog, "write", stop)
+        outcome = xelm(
+            *("grow", copy.directory, "--language", "pt", "--corpus", wrong, "--parent", "en-es")
+        )
+    assert outcome.code == 130
+    return copy.directory, right
+
+
+def test_a_wrong_corpus_is_given_up_and_the_right_one_gives_what_it_would_have(
+    xelm, tiny, growing_wrongly, tmp_path
+):
+    run, right = growing_wrongly
+    grow = ("grow", run, "--language", "pt", "--corpus", right, "--parent", "en-es")
+    refused = xelm(*grow)
+    assert refused.code == 2 and f"give it up with: xelm discard {run} pt" in refused.err
+    outcome = xelm("discard", run, "pt")
+    assert (outcome.code, outcome.out) == (
+        0,
+        "discarded: pt@v1, its checkpoints and its record\n",
+    )
+    for left in ("train/pt", "corpus/pt", "experts/pt"):
+        assert (
+            not (run / left / "checkpoints").exists() and not (run / left / "store.json").exists()
+        )
+    before, after = (open_run(r).registry() for r in (tiny.directory, run))
+    assert before == after
+    assert xelm(*grow).code == 0
+    shutil.copytree(tiny.directory, tmp_path / "straight")
+    assert xelm("grow", tmp_path / "straight", *grow[2:]).code == 0
+    path = "experts/pt/v1/model.safetensors"
+    assert (run / path).read_bytes() == (tmp_path / "straight" / path).read_bytes()
+
+
+def test_a_branched_expert_stays_and_begins_anew(xelm, initialised, tiny, tmp_path):
+    run = tmp_path / "RUN"
+    shutil.copytree(initialised[0], run)
+    xelm("branch", run, "--clusters", tiny.clusters)
+    registry = (run / "registry.json").read_bytes()
+    (run / "train/de-fr/checkpoints").mkdir(parents=True)
+    (run / "train/de-fr.failed.txt").write_text("its text is gone")
+    outcome = xelm("discard", run, "de-fr", "--json")
+    assert outcome.json() == {"name": "de-fr", "removed": None}
+    assert (run / "registry.json").read_bytes() == registry
+    assert not (run / "train/de-fr").exists() and not (run / "train/de-fr.failed.txt").exists()
+
+
+def test_the_dense_baseline_may_be_given_up_while_it_is_in_training(xelm, initialised, tmp_path):
+    run = tmp_path / "RUN"
+    shutil.copytree(initialised[0], run)
+    (run / "train/dense/checkpoints").mkdir(parents=True)
+    assert xelm("discard", run, "dense").code == 0
+    assert not (run / "train/dense").exists()
+    assert "not in training" in xelm("discard", run, "dense").err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("en-es", "expert 'en-es' is not in training; it has v1 (published)"),
+        ("nl", "there is no expert 'nl'; known: de-fr, en-es"),
+        ("dense", "is trained to the end"),
+    ],
+)
+def test_what_is_published_cannot_be_discarded(xelm, tiny, name, said):
+    before = (tiny.directory / "registry.json").read_bytes()
+    outcome = xelm("discard", tiny.directory, name)
+    assert outcome.code == 2 and said in outcome.err
+    assert (tiny.directory / "registry.json").read_bytes() == before
+
+
+def test_what_another_process_trains_is_left_alone(xelm, growing_wrongly):
+    run, _ = growing_wrongly
+    with locked(run, "train-pt"):
+        outcome = xelm("discard", run, "pt")
+    assert outcome.code == 2 and "is in use (train-pt) by process" in outcome.err
+    assert (run / "train/pt/checkpoints").exists()
+    assert [e.name for e in open_run(run).registry().training()] == ["pt"]
+
+
+def test_only_the_unfinished_version_leaves_the_registry():
+    hashes = {"model.safetensors": "a" * 64}
+    one = Expert(name="a", languages=("en",), status="published", sha256=hashes)
+    registry = Registry(seed_sha256={}, experts=(one,))
+    assert registry.start("a").discard("a") == registry
+    with pytest.raises(UserError, match=r"not in training; it has v1 \(published\)"):
+        registry.discard("a")

@@ -1,0 +1,46 @@
+"""`xelm discard`: an unfinished training is given up, and what it left is deleted."""
+
+import shutil
+
+from clustering.errors import UserError
+from experts.expert import Expert
+from experts.lock import locked, update
+from xelm.runs.run import Run
+
+
+def discard(run: Run, name: str) -> Expert | None:
+    """Deletes the checkpoints of an unfinished training: of "dense", or of an expert by name.
+
+    A grown expert, or a further version of one, leaves the registry as well, with the text that was
+    tokenised for it alone. The first version of a branched expert stays in the registry, since its
+    cluster belongs to the RUN, and its next training begins anew. Returns the expert whose record
+    was removed, or None. UserError if nothing of that name is in training, or while another process
+    trains it.
+    """
+    if name == "dense":
+        with locked(run.directory, "train-dense"):
+            if run.dense.exists() or not run.training(name).exists():
+                state = "trained to the end" if run.dense.exists() else "not in training"
+                raise UserError(f"the dense baseline of {run.directory} is {state}")
+            _delete_work(run, name)
+        return None
+    registry = run.registry()
+    registry.discard(name)  # refuses what is not in training
+    expert = next(e for e in registry.training() if e.name == name)
+    with locked(run.directory, f"train-{name}"):
+        # The record goes last: a discard that was interrupted can be run again.
+        _delete_work(run, name)
+        shutil.rmtree(expert.directory(run.directory), ignore_errors=True)
+        if expert.cluster is not None and expert.version == 1:
+            return None
+        registry = update(run.directory, lambda r: r.discard(name))
+        used = {tag for other in registry.experts for tag in other.languages}
+        for tag in expert.languages:
+            if tag not in used and tag not in run.languages:
+                shutil.rmtree(run.directory / "corpus" / tag, ignore_errors=True)
+    return expert
+
+
+def _delete_work(run: Run, name: str) -> None:
+    shutil.rmtree(run.training(name), ignore_errors=True)
+    run.failure(name).unlink(missing_ok=True)
