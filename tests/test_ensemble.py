@@ -13,16 +13,8 @@ from xelm.inference.decoding import PIECES, ROWS, Reader, _next_of
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.holding import Holding
-from xelm.inference.routing import (
-    Abstaining,
-    ByLanguage,
-    Posterior,
-    Tfidf,
-    mixture,
-    states_along,
-    uniform,
-    weights_along,
-)
+from xelm.inference.routers import Abstaining, ByLanguage, Posterior, Tfidf, uniform
+from xelm.inference.routing import mixture, states_along, weights_along
 from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
@@ -96,6 +88,9 @@ class Hesitant:
         with np.errstate(divide="ignore"):
             alone = np.log(np.eye(EXPERTS)[states[:, 0].astype(int) % EXPERTS])
         return np.where(self.asks(states)[:, None], BAYES.log_weights(states, evidence), alone)
+
+    def decided_by(self, states):
+        return ["posterior" if asks else "alone" for asks in self.asks(states)]
 
 
 def along(router, language, ids, scores, top_m=None, least=0.0):

@@ -19,7 +19,7 @@ from clustering.errors import UserError
 from xelm.data import tokenizer as tokenizers
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import Reply, generate
-from xelm.inference.routing import uniform
+from xelm.inference.routers import uniform
 from xelm.inference.sampling import Sampling
 from xelm.models.checkpoint import load_model, read_config
 from xelm.models.parameters import for_inference, parameters_of

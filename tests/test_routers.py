@@ -8,7 +8,7 @@ from conftest import write_corpus
 from shared import documents_of, full
 
 from clustering.errors import UserError
-from xelm.inference.routing import uniform
+from xelm.inference.routers import uniform
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.routers import Routing, _some, identifier, make_router
@@ -42,14 +42,14 @@ def test_held_out_texts_go_to_the_experts_of_their_languages(run, tiny, routing)
 
 
 def test_what_was_fitted_is_kept(run, monkeypatch):
-    first = run.ensemble("learned").router
+    first = run.ensemble("learned").router.otherwise
     run.ensemble("detected")
     kept = sorted(path.name for path in (run.directory / "routers").iterdir())
     assert [name.partition("-")[0] for name in kept] == ["languages", "learned"]
     monkeypatch.setattr("xelm.runs.routers._some", None)  # nothing is read again
-    again = run.ensemble("learned").router
+    again = run.ensemble("learned").router.otherwise
     np.testing.assert_array_equal(again.weights, first.weights)
-    assert run.ensemble("detected").router.identifier.languages == tuple(run.languages)
+    assert run.ensemble("detected").router.otherwise.identifier.languages == tuple(run.languages)
 
 
 def test_when_an_expert_joins_routers_know_its_language(xelm, copy, tmp_path):
@@ -192,7 +192,7 @@ def test_abstaining_to_a_model_that_is_not_there_is_refused(copy):
 
 def test_equal_weights_are_the_prior(run):
     router = make_router(run, run.registry().published(), Routing(name="posterior"))
-    np.testing.assert_array_equal(router.prior, uniform(2).weights)
+    np.testing.assert_array_equal(router.otherwise.prior, uniform(2).weights)
 
 
 def test_a_run_that_cannot_be_written_to_is_asked_all_the_same(copy, capsys, monkeypatch):
@@ -204,13 +204,13 @@ def test_a_run_that_cannot_be_written_to_is_asked_all_the_same(copy, capsys, mon
 
 def test_what_was_damaged_is_fitted_again(copy, capsys):
     run = open_run(copy.directory)
-    wanted = run.ensemble("learned").router.weights
+    wanted = run.ensemble("learned").router.otherwise.weights
     (kept,) = (copy.directory / "routers").glob("learned-*.npz")
     kept.write_bytes(kept.read_bytes()[:-200])
-    found = run.ensemble("learned").router.weights
+    found = run.ensemble("learned").router.otherwise.weights
     np.testing.assert_array_equal(found, wanted)
     assert "it is made again" in capsys.readouterr().err
-    np.testing.assert_array_equal(run.ensemble("learned").router.weights, wanted)
+    np.testing.assert_array_equal(run.ensemble("learned").router.otherwise.weights, wanted)
 
 
 def test_a_language_of_one_long_document_is_known_by_its_beginning():
@@ -241,3 +241,34 @@ def test_the_command_line_has_every_option(xelm, run):
     outcome = xelm("generate", run.directory, "abcd", *fixed[:-1], "de-fr")
     assert outcome.code == 2
     assert "weights such as en=.7,de=.3 wanted; got 'de-fr'" in outcome.err
+
+
+@pytest.mark.parametrize("routing", ["learned", "tfidf", "posterior"])
+def test_a_language_that_is_told_is_routed_by(run, tiny, routing):
+    """French text that is said to be English goes to the expert for English."""
+    text, ensemble = documents_of(tiny.held_out, "fr")[0], run.ensemble(routing)
+    found = ensemble.score([text, text, text], ["en", None, "sv"])
+    assert list(found.routing) == ["language", routing, routing]
+    assert found.weights["en-es"][0] == 1.0
+    assert found.nats[1] == found.nats[2]
+    said = ensemble.generate(text[:20], max_new_tokens=2, language="eng_Latn")
+    assert (said.routing, said.weights["en-es"]) == ("language", 1.0)
+    assert ensemble.generate(text[:20], max_new_tokens=2).routing == routing
+
+
+def test_the_router_that_abstains_says_to_whom(run):
+    ensemble = run.ensemble("uniform", abstain=0.9, abstain_to="seed")
+    assert ensemble.score(["abcd"]).routing == ["seed"]
+    assert run.ensemble("uniform", abstain=0.9).score(["abcd"]).routing == ["posterior"]
+
+
+def test_a_language_that_nobody_serves_is_told_of(xelm, run):
+    asked = ("generate", run.directory, "abcd", "--max-new-tokens", "2", "--json", "--language")
+    served = xelm(*asked, "de")
+    assert (served.json()["routing"], served.json()["weights"]["de-fr"]) == ("language", 1.0)
+    assert "no expert serves" not in served.err
+    other = xelm(*asked, "sv")
+    assert other.json()["routing"] == "learned"
+    assert "no expert serves sv: routed by learned instead" in other.err
+    refused = xelm(*asked, "sv", "--routing", "language")
+    assert refused.code == 2 and "no expert serves 'sv'; served: de, en" in refused.err

@@ -6,18 +6,13 @@ import pytest
 from clustering.errors import UserError
 from clustering.identify import BUCKETS, Identifier
 from clustering.vectoriser import Vectoriser
-from xelm.inference import routing
+from xelm.inference import routers
+from xelm.inference.routers import Abstaining, ByLanguage, Detected, Posterior, Tfidf, uniform
 from xelm.inference.routing import (
-    Abstaining,
-    ByLanguage,
-    Detected,
-    Posterior,
-    Tfidf,
     evidence_along,
     keep_largest,
     mixture,
     states_along,
-    uniform,
     weights_along,
 )
 
@@ -51,6 +46,14 @@ ROUTERS = {
     "posterior": Posterior(prior=PRIOR),
     "posterior, forgetful": Posterior(prior=PRIOR, memory=0.9),
     "abstaining": Abstaining(router=TFIDF, threshold=0.9, prior=PRIOR),
+    "language or posterior": ByLanguage(
+        experts=EXPERTS, serving={"de": 2, "el": 0}, otherwise=Posterior(prior=PRIOR, memory=0.9)
+    ),
+    "language or abstaining": ByLanguage(
+        experts=EXPERTS,
+        serving={"de": 2},
+        otherwise=Abstaining(router=TFIDF, threshold=0.9, prior=PRIOR),
+    ),
 }
 
 
@@ -212,9 +215,35 @@ def test_what_is_detected_weighs_the_experts_by_their_languages():
             np.testing.assert_allclose(found[position], wanted, rtol=1e-5)
 
 
-def test_a_language_that_is_given_need_not_be_detected():
-    weights = np.exp(along(ROUTERS["detected"], language="deu"))
-    np.testing.assert_allclose(weights, np.tile([0.0, 0.0, 1.0, 0.0], (TOKENS, 1)), atol=1e-9)
+@pytest.mark.parametrize("inner", ["uniform", "detected", "tfidf", "posterior", "abstaining"])
+def test_a_language_that_is_served_is_routed_by_whatever_the_router(inner):
+    router = ByLanguage(experts=EXPERTS, serving={"de": 2}, otherwise=ROUTERS[inner])
+    states = states_along(router, router.start("deu"), IDS)[:-1]
+    assert not router.asks(states).any()
+    found = np.exp(router.log_weights(states, np.zeros((TOKENS, EXPERTS))))
+    np.testing.assert_array_equal(found, np.tile([0.0, 0.0, 1.0, 0.0], (TOKENS, 1)))
+    assert router.decided_by(states) == ["language"] * TOKENS
+
+
+@pytest.mark.parametrize("language", [None, "tr"])
+@pytest.mark.parametrize("inner", ["uniform", "detected", "tfidf", "posterior", "abstaining"])
+def test_without_a_language_that_is_served_the_other_router_decides(inner, language):
+    other = ROUTERS[inner]
+    router = ByLanguage(experts=EXPERTS, serving={"de": 2}, otherwise=other)
+    np.testing.assert_array_equal(along(router, language=language), along(other))
+    states = states_along(router, router.start(language), IDS)[:-1]
+    names = other.decided_by(states_along(other, other.start(None), IDS)[:-1])
+    assert router.decided_by(states) == names
+    wanted = {"posterior", "tfidf"} if inner == "abstaining" else {inner}
+    assert set(names) == wanted
+
+
+def test_texts_with_and_without_a_language_are_routed_side_by_side():
+    router = ByLanguage(experts=EXPERTS, serving={"de": 2}, otherwise=TFIDF)
+    states = np.stack([router.start("de"), router.start(None), router.start("de")])
+    found = np.exp(router.log_weights(states, np.zeros((3, EXPERTS))))
+    np.testing.assert_allclose(found, [[0, 0, 1, 0], [0.25] * 4, [0, 0, 1, 0]])
+    assert router.decided_by(states) == ["language", "tfidf", "language"]
 
 
 def test_a_router_that_is_not_sure_leaves_it_to_the_posterior():
@@ -295,6 +324,6 @@ def test_the_command_line_offers_every_router():
     from xelm.commands import asking
     from xelm.runs import evaluation
 
-    assert tuple(routing.ROUTINGS) == asking.ROUTINGS
+    assert tuple(routers.ROUTINGS) == asking.ROUTINGS
     assert tuple(evaluation.EVALUATED) == asking.EVALUATED
     assert evaluation.CALIBRATION_TOKENS == asking.CALIBRATION_TOKENS

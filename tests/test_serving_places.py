@@ -138,7 +138,7 @@ def test_metrics_count_what_was_asked_and_tell_nothing_of_it(chatty, tiny, capfd
         secret = german(tiny)
         body = {"model": "xelm", "prompt": secret, "max_tokens": 5, "temperature": 0}
         used = [found.post(body).json()["usage"] for _ in range(2)]
-        found.post(body | {"language": "sv", "model": "xelm"})
+        found.post(body | {"language": "xx-yy-zz"})  # refused
         found.post({"model": "made up", "prompt": secret})
         text = httpx.get(f"{found.url}/metrics").text
         lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")

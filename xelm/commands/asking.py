@@ -14,8 +14,8 @@ from xelm.commands.routing import (
     add_router,
     add_routing,
     add_temperature,
-    chosen_routing,
     router_options,
+    tell_routing,
 )
 
 if TYPE_CHECKING:
@@ -129,11 +129,13 @@ def _generate(options: argparse.Namespace) -> None:
         language=options.language,
         stream=(lambda piece: None) if options.json else show,
     )
+    tell_routing(options.language, generation.routing)
     if options.json:
-        print_json({"text": generation.text, "weights": generation.weights})
+        found = {"text": generation.text, "weights": generation.weights}
+        print_json({**found, "routing": generation.routing})
         return
     print()
-    _print_weights(generation.weights)
+    _print_weights(generation.weights, generation.routing)
 
 
 GENERATE = Verb("continue a prompt with the ensemble", _generate_options, _generate)
@@ -151,15 +153,16 @@ def _fill_options(verb: argparse.ArgumentParser) -> None:
 def _fill(options: argparse.Namespace) -> None:
     ensemble = _ensemble(options)
     filling = ensemble.fill(options.text, count=options.count, language=options.language)
+    tell_routing(options.language, filling.routing)
     if options.json:
         masks = [[guess._asdict() for guess in guesses] for guesses in filling.masks]
-        print_json({"masks": masks, "weights": filling.weights})
+        print_json({"masks": masks, "weights": filling.weights, "routing": filling.routing})
         return
     for number, guesses in enumerate(filling.masks, 1):
         print(f"mask {number}")
         for guess in guesses:
             print(f"  {guess.probability:<9.3g} {json.dumps(guess.text, ensure_ascii=False)}")
-    _print_weights(filling.weights)
+    _print_weights(filling.weights, filling.routing)
 
 
 FILL = Verb("guess the masked tokens of a text (encoders)", _fill_options, _fill)
@@ -171,14 +174,14 @@ def _ensemble(
     from xelm.runs.run import open_run
 
     return open_run(options.run).ensemble(
-        chosen_routing(options),
+        options.routing,
         **router_options(options),
         route_per=route_per,
         dtype=options.dtype,
     )
 
 
-def _print_weights(weights: Mapping[str, float]) -> None:
+def _print_weights(weights: Mapping[str, float], routing: str) -> None:
     ordered = sorted(weights.items(), key=lambda item: -item[1])
     spoken = [f"{name} {weight:.2f}" for name, weight in ordered if weight >= 0.005]
-    print(f"experts: {', '.join(spoken)}", file=sys.stderr)
+    print(f"experts: {', '.join(spoken)} (routing: {routing})", file=sys.stderr)

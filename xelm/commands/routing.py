@@ -1,9 +1,9 @@
 """Who speaks: what the verbs that ask the ensemble share."""
 
 import argparse
+import sys
 from typing import Any
 
-from clustering.errors import UserError
 from xelm.commands.options import names
 
 ROUTINGS = ("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed")
@@ -16,17 +16,22 @@ def add_routing(verb: argparse.ArgumentParser, text: str) -> None:
     verb.add_argument(
         "--routing",
         choices=ROUTINGS,
-        help=f"who speaks (default: {ROUTING}, or language where --language is given)",
+        default=ROUTING,
+        help="how the experts are weighed (default: %(default)s)",
     )
-    verb.add_argument("--language", metavar="XX", help=f"of the {text}, for --routing language")
+    verb.add_argument(
+        "--language",
+        metavar="XX",
+        help=f"of the {text}: if an expert serves it, that expert alone is asked, whatever the "
+        "routing",
+    )
 
 
-def chosen_routing(options: argparse.Namespace) -> str:
-    """Of `add_routing`; UserError for a language that nobody hears."""
-    routing = options.routing or (ROUTING if options.language is None else "language")
-    if options.language is not None and routing not in ("language", "detected"):
-        raise UserError("--language goes with --routing language or detected")
-    return routing
+def tell_routing(language: str | None, routing: str) -> None:
+    """Says on stderr that no expert serves a language that was given, and which router decided
+    instead."""
+    if language is not None and routing != "language":
+        print(f"no expert serves {language}: routed by {routing} instead", file=sys.stderr)
 
 
 def add_route_per(verb: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ are sorted by expert, not looped over. Texts come and go at any step.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,12 +48,19 @@ class Text:
     """What each expert thinks of what it has read; None: not asked for yet."""
     decided: Float[np.ndarray, " E"] | None = None
     """Log weights, once they do not change any more."""
+    decisions: Counter[str] = field(default_factory=Counter)
+    """Router that decided -> for how many tokens."""
     drawn: int = 0
     """Tokens that were added."""
     rows: dict[int, int] = field(default_factory=dict)
     """Expert that has read some of it -> the row there."""
     judges: set[int] = field(default_factory=set)
     """Experts whose evidence is of all that they have read."""
+
+    @property
+    def routing(self) -> str:
+        """The name of the router that decided most of its new tokens; the first of equals."""
+        return self.decisions.most_common(1)[0][0] if self.decisions else ""
 
 
 class Step(NamedTuple):
@@ -197,8 +205,10 @@ class Engine:
         # Where all were asked for their evidence, leaving some out spares nothing.
         least = np.where(asks, 0.0, self._ensemble.least_weight)
         kept = keep_largest(found, self._ensemble.top_m, least)
-        for text, weights in zip(texts, among(kept, len(self._ensemble.names))):
+        names = router.decided_by(states)
+        for text, weights, name in zip(texts, among(kept, len(self._ensemble.names)), names):
             text.decided = weights
+            text.decisions[name] += 1
 
     def _hear(self, text: Text) -> None:
         """Brings the router's state of a text up to its end."""

@@ -1,5 +1,6 @@
 """The ensemble: many experts, one distribution. p(x_t | x_<t) = sum_j w_j p_j(x_t | x_<t)."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +36,8 @@ class Scores:
     """Predicted tokens of each text, its end included."""
     weights: Mapping[str, Float[np.ndarray, " texts"]]
     """Expert -> its mean routing weight over each text."""
+    routing: Sequence[str]
+    """The router that decided most tokens of each text, as in `Generation`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +93,8 @@ class Ensemble:
         contexts: Sequence[str] | None = None,
     ) -> Scores:
         """Nats of each text, with the weights that the router gave. languages: of each text, where
-        the router can be told. contexts: what each text goes on from; its nats are not counted."""
+        it is known: if an expert serves it, that expert alone is asked. contexts: what each text
+        goes on from; its nats are not counted."""
         languages = _as_many("languages", languages, texts)
         if contexts is not None:
             _as_many("contexts", contexts, texts)
@@ -101,7 +105,7 @@ class Ensemble:
             self._positions(len(context), len(document), len(target))
             for context, document, target in zip(before, ids, wanted)
         ]
-        log_weights, scores, asked = self._weighed(ids, wanted, languages, positions)
+        log_weights, scores, asked, routing = self._weighed(ids, wanted, languages, positions)
         active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
         self._score(ids, scores, [np.setdiff1d(a, b) for a, b in zip(active, asked)])
         weights = [np.exp(found).mean(axis=0) for found in log_weights]
@@ -113,6 +117,7 @@ class Ensemble:
             nats=np.asarray(nats),
             tokens=np.asarray([len(at) for at in positions]),
             weights=dict(zip(self.names, np.asarray(weights).reshape(-1, len(self.names)).T)),
+            routing=routing,
         )
 
     def likelihoods(
@@ -131,7 +136,7 @@ class Ensemble:
         for document in ids:
             check_ids(document, self.model)
         positions = [self._positions(len(c), len(i), len(i)) for c, i in zip(contexts, ids)]
-        log_weights, _, _ = self._weighed(ids, ids, languages, positions)
+        log_weights, *_ = self._weighed(ids, ids, languages, positions)
         found = guess_documents(
             self.model,
             [partial(self.parameters.__getitem__, number) for number in range(len(self.names))],
@@ -155,9 +160,10 @@ class Ensemble:
         wanted: Sequence[np.ndarray],
         languages: Sequence[str | None],
         positions: Sequence[np.ndarray],
-    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], list[str]]:
         """Log weights of the models at each document's positions; their scores of what is `wanted`
-        of it, so far as the router asked for them; and whom it asked."""
+        of it, so far as the router asked for them; whom it asked; and which router decided most of
+        the positions."""
         states = [
             states_along(self.router, self.router.start(language), target)
             for language, target in zip(languages, wanted)
@@ -177,7 +183,9 @@ class Ensemble:
             )
             for state, found, at, target in zip(states, scores, positions, wanted)
         ]
-        return log_weights, scores, asked
+        names = [self.router.decided_by(state[at]) for state, at in zip(states, positions)]
+        routing = [Counter(some).most_common(1)[0][0] if some else "" for some in names]
+        return log_weights, scores, asked, routing
 
     @property
     def _reading(self) -> dict[str, Any]:
@@ -231,7 +239,8 @@ class Ensemble:
         stream: Callable[[str], object] = lambda piece: None,
     ) -> Generation:
         """Continues a text or a chat. None: as in `sampling`, whose fields say what each option
-        does. stream: told each piece of the continuation as it comes."""
+        does. language: of the text; if an expert serves it, that expert alone is asked. stream:
+        told each piece of the continuation as it comes."""
         given = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -260,8 +269,8 @@ class Ensemble:
         languages: Sequence[str | None] | None = None,
         stream: Stream = lambda number, piece: None,
     ) -> list[Generation]:
-        """Continues several texts or chats side by side. languages: of each, where the router needs
-        them. stream: told the number of a prompt and the next piece of its continuation."""
+        """Continues several texts or chats side by side. languages: of each, where they are
+        known. stream: told the number of a prompt and the next piece of its continuation."""
         ids = [self._ids(prompt) for prompt in prompts]
         languages = _as_many("languages", languages, prompts)
         return generate(self, ids, sampling or self._fitting(ids), languages, stream)

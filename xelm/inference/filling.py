@@ -38,6 +38,8 @@ class Filling:
     """For each mask, the most probable first."""
     weights: Mapping[str, float]
     """Expert -> its routing weight."""
+    routing: str
+    """The router that decided."""
 
 
 def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> Filling:
@@ -58,7 +60,7 @@ def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> F
             f"the text has {len(ids)} tokens; this model of {model.max_length} has room for "
             f"{model.max_length - 2}"
         )
-    log_weights = _weights(ensemble, ids[ids != tokenizer.mask_id], language)
+    log_weights, routing = _weights(ensemble, ids[ids != tokenizer.mask_id], language)
     # Padded to a power of two: few compiled shapes.
     size = min(1 << int(len(framed) - 1).bit_length(), model.max_length)
     tokens = np.zeros((1, size), np.int32)
@@ -78,11 +80,13 @@ def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> F
             for row, chosen in zip(mixed, best)
         ],
         weights=dict(zip(ensemble.names, np.exp(log_weights).tolist())),
+        routing=routing,
     )
 
 
-def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.ndarray:
-    """Log weights of the experts after all that can be read of a text."""
+def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> tuple[np.ndarray, str]:
+    """Log weights of the experts after all that can be read of a text, and the router that
+    decided."""
     router, count = ensemble.router, ensemble.router.experts
     states = states_along(router, router.start(language), ids)
     scores = np.zeros((count, len(ids)))
@@ -104,7 +108,7 @@ def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> np.
         )
     end, least = np.asarray([len(ids)]), ensemble.least_weight
     found = weights_along(router, states, scores, end, ensemble.top_m, least)
-    return among(found, len(ensemble.names))[0]
+    return among(found, len(ensemble.names))[0], router.decided_by(states[-1:])[0]
 
 
 @functools.lru_cache(maxsize=8)

@@ -33,6 +33,10 @@ class Generation:
     """Its subword ids."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Expert -> its mean routing weight over the generated tokens."""
+    routing: str = ""
+    """The router that decided most of these tokens: "language" where the text was said to be in a
+    language that an expert serves, otherwise one of `routers.ROUTINGS` or the model that it left
+    them to."""
 
 
 def generate(
@@ -71,6 +75,7 @@ def generate(
             text=reply.text,
             ids=reply.ids,
             weights=dict(zip(ensemble.names, (mean / text.drawn).tolist())),
+            routing=text.routing,
         )
         for reply, mean, text in zip(replies, weights, texts)
     ]

@@ -22,7 +22,7 @@ from experts.expert import Expert
 from experts.registry import Registry
 from xelm.data.rows import Source
 from xelm.data.store import LanguageIds
-from xelm.inference.routing import (
+from xelm.inference.routers import (
     DISTANCE_POWER,
     ROUTINGS,
     TEMPERATURE,
@@ -32,11 +32,11 @@ from xelm.inference.routing import (
     Fixed,
     Learned,
     Posterior,
-    Router,
     Tfidf,
     check_tfidf,
     uniform,
 )
+from xelm.inference.routing import Router
 from xelm.models.checkpoint import read_config
 from xelm.runs.run import Run
 from xelm.runs.training import CENTRE, cluster_sources
@@ -105,8 +105,8 @@ class Routing:
             )
         if self.abstain is None and self.abstain_to != "posterior":
             raise UserError(f"whoever leaves it to {self.abstain_to} needs abstain, a threshold")
-        if self.abstain is not None and self.name == "posterior":
-            raise UserError("abstaining goes with other routings than the posterior")
+        if self.abstain is not None and self.name in ("posterior", "language"):
+            raise UserError(f"abstaining goes with other routings than {self.name}")
 
     @property
     def tfidf(self) -> tuple[float, float]:
@@ -116,16 +116,21 @@ class Routing:
 
 
 def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
-    """The router over these experts."""
+    """The router over these experts. Whatever it is, a text that is said to be in a language that
+    an expert serves goes to that expert."""
+    served = serving(run.registry(), experts)
+    if routing.name == "language":
+        return ByLanguage(experts=len(experts), serving=served)
     router = _router(run, experts, routing)
-    if routing.abstain is None:
-        return router
-    return Abstaining(
-        router=router,
-        threshold=routing.abstain,
-        fallback=None if routing.abstain_to == "posterior" else len(experts),
-        prior=uniform(len(experts)).weights,
-    )
+    if routing.abstain is not None:
+        router = Abstaining(
+            router=router,
+            threshold=routing.abstain,
+            fallback=None if routing.abstain_to == "posterior" else len(experts),
+            fallback_name=routing.abstain_to,
+            prior=uniform(len(experts)).weights,
+        )
+    return ByLanguage(experts=router.experts, serving=served, otherwise=router)
 
 
 def _router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
@@ -137,10 +142,8 @@ def _router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
     if routing.name == "posterior":
         memory = 1.0 if routing.memory is None else routing.memory
         return Posterior(prior=uniform(count).weights, memory=memory)
-    served = serving(run.registry(), experts)
-    if routing.name == "language":
-        return ByLanguage(experts=count, serving=served)
     if routing.name == "detected":
+        served = serving(run.registry(), experts)
         if not served:
             raise UserError(
                 f"no expert of {run.directory} serves a language of its own: detected routing has "

@@ -12,7 +12,8 @@ from experts.expert import Expert
 from experts.verify import verify_expert
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.holding import Holding
-from xelm.inference.routing import Detected, Fixed, Router, states_along
+from xelm.inference.routers import Detected, Fixed
+from xelm.inference.routing import Router, states_along
 from xelm.inference.sampling import sampling_of
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.parameters import by_path
