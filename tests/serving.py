@@ -15,8 +15,8 @@ import uvicorn
 
 from xelm import open_run
 from xelm.runs.routers import Routing
-from xelm.serving.app import Limits
 from xelm.serving.desk import Desk
+from xelm.serving.limits import Limits
 from xelm.serving.offer import open_offer
 from xelm.serving.server import Watch, assemble
 

@@ -16,8 +16,8 @@ from xelm import open_run
 from xelm.inference.sampling import Sampling
 from xelm.runs.routers import Routing
 from xelm.serving import desk as desk_module
-from xelm.serving.app import Limits
 from xelm.serving.desk import Busy, Closed, Ended, Failed, Piece, Ticket
+from xelm.serving.limits import Limits
 from xelm.serving.offer import open_offer
 
 PROMPT = "abc de"

@@ -19,6 +19,14 @@ def _serve_options(verb: argparse.ArgumentParser) -> None:
         "set)",
     )
     verb.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may send requests, such as https://example.org; may be given several "
+        "times (default: none but the server's own page)",
+    )
+    verb.add_argument(
         "--max-tokens",
         type=int,
         default=1024,
@@ -57,7 +65,7 @@ def _serve(options: argparse.Namespace) -> None:
     from xelm.process import return_freed_memory
     from xelm.runs.routers import Routing
     from xelm.runs.run import open_run
-    from xelm.serving.app import Limits
+    from xelm.serving.limits import Limits
     from xelm.serving.server import serve
 
     return_freed_memory()
@@ -70,6 +78,7 @@ def _serve(options: argparse.Namespace) -> None:
         host=options.host,
         port=options.port,
         key_file=options.api_key_file,
+        origins=options.cors_origin,
         limits=Limits(
             tokens=options.max_tokens,
             seconds=options.max_seconds,

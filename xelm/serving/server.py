@@ -22,10 +22,12 @@ from experts.registry import FILE_NAME
 from xelm.inference.engine import GREEDY, Engine
 from xelm.runs.routers import Routing
 from xelm.runs.run import Run
-from xelm.serving.app import LOOPBACK, Limits, make_app
+from xelm.serving.app import make_app
 from xelm.serving.desk import Desk
+from xelm.serving.limits import Limits
 from xelm.serving.metrics import Metrics
 from xelm.serving.offer import Offer, open_offer
+from xelm.serving.origins import LOOPBACK, check_origins
 
 KEY = "XELM_API_KEY"
 """The environment's variable with the API key."""
@@ -44,12 +46,14 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     key_file: str | Path | None = None,
+    origins: Sequence[str] = (),
     limits: Limits | None = None,
 ) -> None:
     """Serves a RUN until it is asked to stop (SIGTERM, SIGINT), and then until all that runs is
     done. port: 0 takes a free one. key_file: holds the API key; None takes it from the environment,
-    where there may be none."""
+    where there may be none. origins: web pages elsewhere that may send requests (CORS)."""
     limits, key = limits or Limits(), read_key(key_file)
+    check_origins(origins, key=key is not None)
     listening = _listening(host, port)
     with listening:
         # A page elsewhere may have a name of its own resolved to this machine: without a key only
@@ -57,7 +61,9 @@ def serve(
         local = _is_loopback(host)
         hosts = (*LOOPBACK, host) if local and key is None else None
         opener = partial(open_offer, run, routing, route_per=route_per, dtype=dtype)
-        app, desk, watch = assemble(opener, run.directory / FILE_NAME, limits, key=key, hosts=hosts)
+        app, desk, watch = assemble(
+            opener, run.directory / FILE_NAME, limits, key=key, hosts=hosts, origins=origins
+        )
         _warm(desk.offer)
         desk.start()
         watch.start()
@@ -112,9 +118,10 @@ def assemble(
     *,
     key: str | None = None,
     hosts: Sequence[str] | None = None,
+    origins: Sequence[str] = (),
 ) -> tuple[Starlette, Desk, "Watch"]:
     """The parts of a server, none of which runs yet. opener: opens what the registry speaks of,
-    given what was offered `before`. key, hosts: as `make_app` has them."""
+    given what was offered `before`. key, hosts, origins: as `make_app` has them."""
     seen = _state(registry)
 
     def post(call: Callable[[], None]) -> None:
@@ -123,7 +130,7 @@ def assemble(
 
     desk = Desk(opener(), most_texts=limits.texts, most_waiting=limits.waiting, post=post)
     metrics = Metrics(desk)
-    app = make_app(desk, metrics, limits, key=key, hosts=hosts)
+    app = make_app(desk, metrics, limits, key=key, hosts=hosts, origins=origins)
     return app, desk, Watch(registry, seen, opener, desk, metrics)
 
 

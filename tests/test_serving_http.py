@@ -1,0 +1,210 @@
+"""What the server makes of HTTP itself: faults in JSON, content types, hosts, origins, fields."""
+
+import httpx
+import pytest
+from serving import served
+
+from clustering.errors import UserError
+from xelm.serving import completions
+from xelm.serving.origins import LOOPBACK, check_origins
+from xelm.serving.requests import IGNORED, ChatRequest, CompletionRequest
+
+BODY = {"model": "xelm", "prompt": "abc", "max_tokens": 1}
+ORIGIN = "https://page.example"
+
+
+def error_of(answer):
+    assert answer.headers["content-type"] == "application/json"
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nothing", 404),
+        ("GET", "/v1/models/none", 404),
+        ("GET", "/v1/models/", 404),
+        ("GET", "/v1/completions", 405),
+        ("DELETE", "/v1/chat/completions", 405),
+        ("POST", "/healthz", 405),
+    ],
+)
+def test_what_is_not_there_is_told_in_json(server, method, path, status):
+    answer = httpx.request(method, server.url + path)
+    assert answer.status_code == status
+    assert error_of(answer)["type"] == (
+        "not_found_error" if status == 404 else "invalid_request_error"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON", 200),
+        ("application/json; charset=UTF-8", 200),
+        ('APPLICATION/JSON;CHARSET="utf-8"', 200),
+        ("application/json; charset=latin-1", 415),
+        ("text/plain", 415),
+        ("", 415),
+    ],
+)
+def test_a_content_type_is_read_in_any_case(server, given, status):
+    answer = server.post(BODY, headers={"content-type": given})
+    assert answer.status_code == status
+    if status != 200:
+        assert f"got Content-Type {given!r}" in error_of(answer)["message"]
+
+
+def test_a_fault_of_the_server_is_told_in_json(server, monkeypatch, caplog):
+    monkeypatch.setattr(completions, "check_prompt", lambda *given: 1 / 0)
+    answer = server.post(BODY)
+    assert answer.status_code == 500 and error_of(answer)["type"] == "server_error"
+    assert "division" not in answer.text and "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        ("localhost", True),
+        ("LOCALHOST:8000", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:8000", True),
+        ("elsewhere.example", False),
+        ("localhost.elsewhere.example", False),
+        ("[::1", False),
+        ("", False),
+    ],
+)
+def test_only_names_of_this_machine_are_answered_without_a_key(local, host, known):
+    answer = httpx.get(f"{local.url}/v1/models", headers={"host": host})
+    assert answer.status_code == (200 if known else 400)
+    if not known:
+        assert f"is not known under the host {host!r}" in error_of(answer)["message"]
+
+
+@pytest.fixture(scope="module")
+def local(chatty):
+    with served(chatty, hosts=LOOPBACK, origins=[ORIGIN]) as found:
+        yield found
+
+
+def test_pages_of_the_origins_given_may_ask_and_no_others(local, server):
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
+    url = f"{local.url}/v1/completions"
+    allowed = httpx.options(url, headers={"Origin": ORIGIN, **asked})
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == ORIGIN
+    other = httpx.options(url, headers={"Origin": "https://other.example", **asked})
+    assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
+    assert "origin" in error_of(other)["message"]
+    for body, status in ((BODY, 200), (BODY | {"model": "none"}, 404), ({}, 400)):
+        answer = local.post(body, headers={"Origin": ORIGIN})
+        assert answer.status_code == status
+        assert answer.headers["access-control-allow-origin"] == ORIGIN
+    assert (
+        "access-control-allow-origin"
+        not in local.post(BODY, headers={"Origin": "https://other.example"}).headers
+    )
+    assert (
+        "access-control-allow-origin" not in server.post(BODY, headers={"Origin": ORIGIN}).headers
+    )
+
+
+def test_an_origin_is_a_scheme_and_a_host():
+    check_origins(["http://localhost:3000", "https://a.example"], key=False)
+    check_origins(["*"], key=True)
+    with pytest.raises(UserError, match="lets every web page use this server"):
+        check_origins(["*"], key=False)
+    for origin in ("example.org", "https://example.org/", "null", "https://", ""):
+        with pytest.raises(UserError, match="an origin is a scheme and a host"):
+            check_origins([origin], key=True)
+
+
+DONE = {"model", "n", "stream", "stream_options", "temperature", "top_p", "seed", "stop"}
+DONE |= {"max_tokens", "prompt", "messages", "max_completion_tokens", "parallel_tool_calls"}
+"""Fields of OpenAI's that do here what they do there."""
+CHAT = {"model": "xelm", "messages": [{"role": "user", "content": "abc"}], "max_tokens": 1}
+OTHERS = {
+    "best_of": 2,
+    "frequency_penalty": 0.5,
+    "presence_penalty": -0.5,
+    "logit_bias": {"5": 1},
+    "response_format": {"type": "json_object"},
+    "verbosity": "low",
+    "modalities": ["audio"],
+    "tools": [{"type": "function"}],
+    "tool_choice": "required",
+    "function_call": {"name": "f"},
+}
+"""Values that would change the answer; of all other fields any value would."""
+
+
+def fields_of_openai():
+    import typing
+
+    from openai.types import completion_create_params
+    from openai.types.chat import completion_create_params as chat_create_params
+
+    for kind, module in (
+        (CompletionRequest, completion_create_params),
+        (ChatRequest, chat_create_params),
+    ):
+        hints = typing.get_type_hints(module.CompletionCreateParamsNonStreaming)
+        yield from ((kind, name) for name in sorted(hints))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), list(fields_of_openai()), ids=lambda value: getattr(value, "__name__", value)
+)
+def test_every_field_of_openai_is_done_or_refused_by_name(server, kind, name):
+    if name in DONE:
+        assert name in kind.model_fields
+        return
+    path = "/v1/completions" if kind is CompletionRequest else "/v1/chat/completions"
+    body = (BODY if kind is CompletionRequest else CHAT) | {name: OTHERS.get(name, "x")}
+    answer = server.post(body, path)
+    if name in IGNORED:
+        assert answer.status_code == 200
+        return
+    assert answer.status_code == 400 and error_of(answer)["param"] == name
+    assert name in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"made_up": 1}, "made_up is not done here; leave it out"),
+        (
+            {"presence_penalty": 0.5},
+            "presence_penalty is not done here; leave it out or give 0; got 0.5",
+        ),
+        ({"stream_options": {"chunk": 1}}, "stream_options.chunk is not done here; leave it out"),
+        ({"presence_penalty": 0.0, "frequency_penalty": 0, "best_of": 1, "suffix": ""}, None),
+        (
+            {"made_up": None, "logit_bias": {}, "user": "me", "response_format": {"type": "text"}},
+            None,
+        ),
+    ],
+)
+def test_what_is_asked_for_anyway_is_no_fault(server, more, message):
+    answer = server.post(BODY | more)
+    if message is None:
+        assert answer.status_code == 200
+    else:
+        assert answer.status_code == 400 and error_of(answer)["message"] == message
+
+
+def test_an_answer_may_be_sent_back_as_a_message(server):
+    said = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None}
+    body = CHAT | {"messages": [*CHAT["messages"], said | {"tool_calls": None}, *CHAT["messages"]]}
+    assert server.post(body, "/v1/chat/completions").status_code == 200
+    named = CHAT | {"messages": [{"role": "user", "content": "abc", "name": "me"}]}
+    answer = server.post(named, "/v1/chat/completions")
+    assert answer.status_code == 400
+    assert error_of(answer)["message"] == "messages.0.name is not done here; leave it out"

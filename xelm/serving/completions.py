@@ -1,0 +1,319 @@
+"""Answers to completions and chats: from the body of a request to the events of its texts."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from email.message import Message
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from clustering.errors import UserError
+from clustering.languages import canonical
+from xelm.inference.generation import check_prompt
+from xelm.inference.sampling import Sampling
+from xelm.serving.answers import Answer
+from xelm.serving.desk import Busy, Closed, Desk, Ended, Event, Failed, Piece, Ticket
+from xelm.serving.errors import Refused, problem
+from xelm.serving.limits import BODY_SECONDS, MOST_BYTES, Limits
+from xelm.serving.metrics import Metrics
+from xelm.serving.offer import ENSEMBLE, Offer
+from xelm.serving.requests import ChatRequest, CompletionRequest, wrong
+
+GONE = 499
+"""The status of a request whose client has left, as nginx has it; only metrics see it."""
+
+
+@dataclass(kw_only=True)
+class _Asked:
+    """A request under way."""
+
+    answer: Answer
+    model: str
+    tickets: list[Ticket]
+    languages: list[str | None]
+    """Of each ticket's text."""
+    prompt_tokens: int
+    began: float
+    events: "asyncio.Queue[tuple[int, Event] | None]" = field(default_factory=asyncio.Queue)
+    """With the place of the ticket; None when whoever asked has gone."""
+    ends: dict[int, Ended] = field(default_factory=dict)
+
+    def about(self, place: int, weights: Any) -> dict[str, Any]:
+        """The `xelm` of a choice."""
+        return {"language": self.languages[place], "weights": weights}
+
+
+@dataclass(kw_only=True)
+class Completions:
+    """The endpoints that continue texts."""
+
+    desk: Desk
+    metrics: Metrics
+    limits: Limits
+    encoding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One request's text is cut into ids at a time."""
+
+    async def answer(
+        self, request: Request, kind: type[CompletionRequest] | type[ChatRequest]
+    ) -> Response:
+        began, model = time.monotonic(), "unknown"
+        try:
+            try:
+                asked = await run_in_threadpool(kind.model_validate_json, await _body(request))
+            except ValidationError as error:
+                raise Refused(400, *wrong(error)) from None
+            check_model(asked.model, self.desk.offer)
+            model = asked.model
+            under_way = await self._submitted(asked, began)
+            response = await self._answered(request, asked, under_way)
+        except ClientDisconnect:
+            self.metrics.request(model, GONE)
+            return Response(status_code=GONE)
+        except Exception as error:
+            self.metrics.request(model, error.status if isinstance(error, Refused) else 500)
+            raise
+        if not isinstance(response, StreamingResponse):  # that is counted when it ends
+            self.metrics.request(model, response.status_code)
+        return response
+
+    async def _submitted(self, asked: CompletionRequest | ChatRequest, began: float) -> _Asked:
+        offer = self.desk.offer
+        try:
+            async with self.encoding:
+                prompts = await run_in_threadpool(_encoded, asked, offer)
+            for ids in prompts:
+                check_prompt(offer.ensemble, ids, asked.most_tokens or 1)
+            sampling = asked.sampling(
+                offer.ensemble.sampling,
+                offer.ensemble.model.max_length - max(map(len, prompts)),
+                self.limits.tokens,
+            )
+            if sampling.max_new_tokens > self.limits.tokens:
+                raise Refused(
+                    400,
+                    f"max_tokens must be at most {self.limits.tokens} here; got "
+                    f"{sampling.max_new_tokens}",
+                    "max_tokens",
+                )
+            language = None if asked.language is None else canonical(asked.language)
+            told = [language or offer.language_of(ids) for ids in prompts]
+            under_way = _Asked(
+                answer=Answer(asked.model, chat=isinstance(asked, ChatRequest)),
+                model=asked.model,
+                tickets=[],
+                languages=[language for language in told for _ in range(asked.n or 1)],
+                prompt_tokens=sum(map(len, prompts)),
+                began=began,
+            )
+            under_way.tickets += self._tickets(asked, prompts, sampling, under_way)
+            places = self.limits.texts + self.limits.waiting
+            if len(under_way.tickets) > places:
+                raise Refused(
+                    400,
+                    f"a request may have {places} texts here, prompts times n; got "
+                    f"{len(under_way.tickets)}",
+                )
+            self.desk.submit(under_way.tickets)
+        except UserError as error:
+            raise Refused(400, str(error)) from None
+        except Closed:
+            raise Refused(503, "the server stops, or has failed") from None
+        except Busy:
+            raise Refused(429, "too many requests wait already; try again later") from None
+        return under_way
+
+    def _tickets(
+        self,
+        asked: CompletionRequest | ChatRequest,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        under_way: _Asked,
+    ) -> list[Ticket]:
+        count = asked.n or 1
+
+        def ticket(place: int) -> Ticket:
+            return Ticket(
+                model=asked.model,
+                ids=prompts[place // count],
+                sampling=sampling,
+                language=asked.language if asked.model == ENSEMBLE else None,
+                number=place,
+                tell=lambda event: under_way.events.put_nowait((place, event)),
+                until=under_way.began + self.limits.seconds,
+            )
+
+        return [ticket(place) for place in range(len(prompts) * count)]
+
+    async def _answered(
+        self, request: Request, asked: CompletionRequest | ChatRequest, under_way: _Asked
+    ) -> Response:
+        gone = asyncio.create_task(_gone(request))
+
+        def leave(_: object) -> None:
+            self.desk.cancel(
+                [t for n, t in enumerate(under_way.tickets) if n not in under_way.ends]
+            )
+            under_way.events.put_nowait(None)
+
+        gone.add_done_callback(leave)
+        try:
+            # With the first event, so that what fails at once is told by the status.
+            first = await self._next(under_way)
+            if first is None:
+                return Response(status_code=GONE)
+            self.metrics.began(time.monotonic() - under_way.began)
+            if not asked.stream:
+                return await self._whole(under_way, first, gone)
+        except BaseException:
+            gone.cancel()
+            raise
+        return StreamingResponse(
+            self._stream(asked, under_way, first, gone),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+
+    async def _next(self, under_way: _Asked) -> tuple[int, Piece | Ended] | None:
+        """The next event; None when whoever asked has gone. Raises Refused for a failure."""
+        found = await under_way.events.get()
+        if found is None:
+            return None
+        place, event = found
+        if isinstance(event, Failed):
+            raise Refused(event.status, event.message)
+        if isinstance(event, Ended):
+            under_way.ends[place] = event
+            if under_way.model == ENSEMBLE:
+                self.metrics.routed(under_way.languages[place], event)
+            if len(under_way.ends) == len(under_way.tickets):
+                self.metrics.ended(time.monotonic() - under_way.began)
+        return place, event
+
+    async def _whole(
+        self, under_way: _Asked, first: tuple[int, Piece | Ended], gone: "asyncio.Task[None]"
+    ) -> Response:
+        texts = [""] * len(under_way.tickets)
+        found: tuple[int, Piece | Ended] | None = first
+        while found is not None:
+            place, event = found
+            if isinstance(event, Piece):
+                texts[place] += event.text
+            if len(under_way.ends) == len(texts):
+                break
+            found = await self._next(under_way)
+        gone.cancel()
+        if found is None:
+            return Response(status_code=GONE)
+        ends = [under_way.ends[place] for place in range(len(texts))]
+        about = [under_way.about(place, end.weights) for place, end in enumerate(ends)]
+        return JSONResponse(under_way.answer.whole(texts, ends, about, under_way.prompt_tokens))
+
+    async def _stream(
+        self,
+        asked: CompletionRequest | ChatRequest,
+        under_way: _Asked,
+        first: tuple[int, Piece | Ended],
+        gone: "asyncio.Task[None]",
+    ) -> AsyncIterator[str]:
+        answer, chat, status = under_way.answer, isinstance(asked, ChatRequest), GONE
+        try:
+            for place in range(len(under_way.tickets) if chat else 0):
+                yield _event(answer.part(place, "", None, first=True))
+            found: tuple[int, Piece | Ended] | None = first
+            while found is not None:
+                place, event = found
+                text = event.text if isinstance(event, Piece) else ""
+                reason = event.reason if isinstance(event, Ended) else None
+                about = under_way.about(place, event.weights)
+                yield _event(answer.part(place, text, about, reason=reason))
+                if len(under_way.ends) == len(under_way.tickets):
+                    break
+                found = await self._next(under_way)
+            if found is None:
+                return
+            if asked.usage_wanted:
+                tokens = sum(end.tokens for end in under_way.ends.values())
+                yield _event(answer.last(under_way.prompt_tokens, tokens))
+            status = 200
+            yield "data: [DONE]\n\n"
+        except Refused as refused:
+            status = refused.status
+            yield _event(problem(str(refused), refused.status))
+        finally:
+            self.metrics.request(under_way.model, status)
+            gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    """Ends when whoever asked has gone, or at the end of the request."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(request: Request) -> bytes:
+    too_long = Refused(413, f"a request may have {MOST_BYTES:,} bytes")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > MOST_BYTES:
+        raise too_long
+    _check_type(request.headers.get("content-type", ""))
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                if len(body) > MOST_BYTES:
+                    raise too_long
+    except TimeoutError:
+        raise Refused(408, f"a request comes within {BODY_SECONDS:.0f} seconds") from None
+    return bytes(body)
+
+
+def _check_type(given: str) -> None:
+    """Raises Refused unless a Content-Type is that of JSON in UTF-8, in any case."""
+    message = Message()
+    message["Content-Type"] = given
+    charset = message.get_content_charset("utf-8")
+    if message.get_content_type() != "application/json" or charset not in ("utf-8", "utf8"):
+        raise Refused(
+            415, f"requests are application/json, in UTF-8; got Content-Type {given!r:.80}"
+        )
+
+
+def check_model(name: str, offer: Offer) -> None:
+    """Raises Refused for a model that is not served."""
+    if name not in offer.routers:
+        message = f"there is no model {name!r:.80}; there are: {', '.join(offer.routers)}"
+        raise Refused(404, message, "model", "model_not_found")
+
+
+def _encoded(asked: CompletionRequest | ChatRequest, offer: Offer) -> list[list[int]]:
+    """Ids of each prompt, after the one that starts every text."""
+    tokenizer = offer.ensemble.tokenizer
+    texts = [prompt for prompt in getattr(asked, "prompts", ()) if isinstance(prompt, str)]
+    texts += [message.text for message in getattr(asked, "messages", ())]
+    if max(map(len, texts), default=0) > offer.most_characters:
+        raise UserError(
+            f"a prompt of {max(map(len, texts)):,} characters is longer than these models of "
+            f"{offer.ensemble.model.max_length} tokens can read"
+        )
+    if isinstance(asked, ChatRequest):
+        if not tokenizer.hub.chat_template:
+            raise UserError("the seed has no chat template; use /v1/completions")
+        messages = [{"role": m.role, "content": m.text} for m in asked.messages]
+        return [tokenizer.chat(messages)]
+    return [
+        tokenizer.begin(prompt)
+        if isinstance(prompt, str)
+        else [*([tokenizer.start_id] if prompt[0] != tokenizer.start_id else []), *prompt]
+        for prompt in asked.prompts
+    ]
+
+
+def _event(body: Any) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
