@@ -86,6 +86,12 @@ CONFIGS: dict[str, Any] = {
     ),
     "mistral-local": hub.MistralConfig(**_LLAMA, sliding_window=9),
     "mistral-global": hub.MistralConfig(**_LLAMA, sliding_window=None, head_dim=10),
+    "ministral": hub.MinistralConfig(
+        **_LLAMA,
+        head_dim=12,
+        sliding_window=9,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
     "qwen2-yarn": hub.Qwen2Config(**_LLAMA, rope_parameters={"rope_type": "yarn", **_ROPE}),
     "qwen2-partly-local-tied": hub.Qwen2Config(
         **_LLAMA,
@@ -137,7 +143,15 @@ ENCODERS = ("bert", "xlm-roberta", "modernbert")
 DECODERS = tuple(name for name in CONFIGS if not name.startswith(ENCODERS))
 # One of each family.
 FAMILIES = (
-    *("llama3", "mistral-local", "qwen2-partly-local-tied", "qwen3", "gemma2", "gemma3"),
+    *(
+        "llama3",
+        "mistral-local",
+        "ministral",
+        "qwen2-partly-local-tied",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+    ),
     *("xglm", "bloom", "gpt2", *ENCODERS),
 )
 
@@ -163,13 +177,22 @@ class Pair:
         return self.reference.config.model_type in ENCODERS
 
 
+def auto_class(model_type: str) -> Any:
+    """The Auto class of transformers that a family's models are loaded by."""
+    return hub.AutoModelForMaskedLM if model_type in ENCODERS else hub.AutoModelForCausalLM
+
+
+def auto_model(directory: Path) -> Any:
+    """What transformers makes of a checkpoint directory when nobody names a class."""
+    kind = auto_class(hub.AutoConfig.from_pretrained(directory).model_type)
+    return kind.from_pretrained(directory, attn_implementation="eager", dtype="float32").eval()
+
+
 def random_model(config: Any) -> Any:
     """With nothing at its initial zero or one, and no dropout."""
     torch.manual_seed(0)
     config = copy.deepcopy(config)  # a model writes into its own
-    masked = config.model_type in ENCODERS
-    kind = hub.AutoModelForMaskedLM if masked else hub.AutoModelForCausalLM
-    model = kind.from_config(config, attn_implementation="eager").eval()
+    model = auto_class(config.model_type).from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -177,10 +200,9 @@ def random_model(config: Any) -> Any:
 
 
 def saved(config: Any, directory: Path) -> Pair:
-    """A random model and its files in `directory`."""
-    model = random_model(config)
-    model.save_pretrained(directory)
-    return Pair(model, directory)
+    """A random model and its files in `directory`, as transformers loads them from there."""
+    random_model(config).save_pretrained(directory)
+    return Pair(auto_model(directory), directory)
 
 
 def random_tokens(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

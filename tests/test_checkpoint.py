@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hub_models import CONFIGS, FAMILIES, random_model, random_tokens, saved
+from hub_models import CONFIGS, FAMILIES, auto_model, random_model, random_tokens, saved
 from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, BertModel, LlamaModel
@@ -240,9 +240,7 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
     kept = ("sliding_window", "attn_logit_softcapping")
     edited = {key: value for key, value in edited.items() if value is not None or key in kept}
     path.write_text(json.dumps(edited))
-    reference = (
-        type(pair.reference).from_pretrained(pair.directory, attn_implementation="eager").eval()
-    )
+    reference = auto_model(pair.directory)
     tokens = random_tokens((1, 40))
     with torch.no_grad():
         wanted = reference(torch.tensor(tokens)).logits.numpy()
@@ -261,6 +259,7 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("llama-grouped", {"model_type": None}, "model_type None is not known"),
         ("llama-grouped", {"model_type": ["llama"]}, "is not known"),
         ("llama-grouped", {"quantization_config": "gptq"}, "quantised weights are not read"),
+        ("ministral", {"head_dim": None}, "head_dim must be a number"),
         ("xlm-roberta", {"pad_token_id": None}, "pad_token_id must be a number"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be"),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"] * 2}, "layer_types"),
@@ -339,11 +338,122 @@ def test_quantised_weights_are_refused(llama):
         read_config(llama)
 
 
-def test_pickles_are_refused_with_a_hint(llama):
+def test_pickles_are_refused_with_the_ways_out(llama):
     (llama / "model.safetensors").unlink()
     (llama / "pytorch_model.bin").write_bytes(b"\x80")
-    with pytest.raises(UserError, match="can run code and are not read: convert them"):
+    with pytest.raises(UserError, match="can run code and are not read") as caught:
         load_model(llama)
+    fetch = f"hf download OWNER/NAME --include '*.safetensors' --local-dir {llama}"
+    convert = f"AutoModelForCausalLM as M; M.from_pretrained('{llama}').save_pretrained('{llama}')"
+    assert fetch in str(caught.value) and convert in str(caught.value)
+
+
+def test_one_file_of_weights_comes_before_an_index_as_in_transformers(tmp_path):
+    """Of a directory in which both were left, by a conversion or an upload."""
+    directory = saved(CONFIGS["llama-grouped"], tmp_path / "hub").directory
+    wanted = auto_model(directory).state_dict()["model.norm.weight"].numpy()
+    other = load_file(directory / "model.safetensors")
+    other["model.norm.weight"] = other["model.norm.weight"] + 1
+    save_file(other, directory / "old.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(other, "old.safetensors")}
+    (directory / INDEX).write_text(json.dumps(index))
+    assert np.array_equal(auto_model(directory).state_dict()["model.norm.weight"].numpy(), wanted)
+    np.testing.assert_array_equal(load_model(directory).norm.scale[...], wanted)
+    copy_checkpoint(directory, tmp_path / "copy", lambda folder: None)
+    assert not (tmp_path / "copy" / INDEX).exists()
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"] * 3, None], ids=["all", "null"])
+def test_mistral_with_layer_types_is_a_ministral(kinds, tmp_path):
+    """transformers choose the family by the key alone, whatever stands there."""
+    directory = saved(CONFIGS["mistral-local"], tmp_path / "hub").directory
+    source = json.loads((directory / "config.json").read_text()) | {"layer_types": kinds}
+    (directory / "config.json").write_text(json.dumps(source))
+    reference = auto_model(directory)
+    assert type(reference).__name__ == "MinistralForCausalLM"
+    assert read_config(directory).local_layers == (() if kinds else (0, 1, 2))
+    save_model(load_model(directory), tmp_path / "out")
+    assert type(auto_model(tmp_path / "out")).__name__ == "MinistralForCausalLM"
+    tokens = random_tokens((1, 40))
+    with torch.no_grad():
+        wanted = reference(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits_of(load_model(directory), tokens), wanted, atol=1e-4)
+
+
+def test_an_adapter_beside_the_weights_is_refused(llama):
+    """transformers would apply it, where peft is installed."""
+    (llama / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=r"has an adapter .* merge the two"):
+        load_model(llama)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("configuration_files", ["config.5.0.0.json"]), ("transformers_weights", "a.safetensors")],
+)
+def test_settings_by_which_transformers_read_other_files_are_refused(name, value, llama):
+    source = json.loads((llama / "config.json").read_text()) | {name: value}
+    (llama / "config.json").write_text(json.dumps(source))
+    with pytest.raises(UserError, match=f"{name} is not read"):
+        load_model(llama)
+
+
+def test_a_loaded_model_is_saved_with_what_lay_beside_it_in_its_dtype(tmp_path):
+    model = random_model(CONFIGS["qwen3"]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hub")
+    (tmp_path / "hub" / "additional_chat_templates").mkdir()
+    beside = {
+        "tokenizer.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tools.jinja": "{{ tools }}",
+        "LICENSE": "terms",
+        "Notice.txt": "Whose it is.",
+    }
+    for file, text in beside.items():
+        (tmp_path / "hub" / file).write_text(text)
+    (tmp_path / "hub" / "modeling.py").write_text("print('ran')")
+    loaded = load_model(tmp_path / "hub")
+    assert loaded.embedding.dtype == jnp.float32  # as CPUs compute
+    save_model(loaded, tmp_path / "out")
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("hub", "out"))
+    assert all(after[name].tobytes() == before[name].tobytes() for name in before)
+    assert {file: (tmp_path / "out" / file).read_text() for file in beside} == beside
+    assert not (tmp_path / "out" / "modeling.py").exists()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    save_model(loaded, tmp_path / "wide", dtype="float32")
+    wide = load_file(tmp_path / "wide" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in wide.values()} == {"float32"}
+    (tmp_path / "hub" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"loaded from, has no tokenizer\.json any more"):
+        save_model(loaded, tmp_path / "again")
+
+
+def test_models_that_differ_in_where_they_lie_share_one_program(llama, tmp_path):
+    copy_checkpoint(llama, tmp_path / "copy", lambda folder: None)
+    counted = []
+
+    @nnx.jit
+    def first(model):
+        counted.append(model)
+        return model.embedding[0]
+
+    for directory in (llama, tmp_path / "copy"):
+        first(load_model(directory))
+    assert len(counted) == 1
+
+
+def test_a_checkpoint_of_another_shape_is_not_the_likeness_of_a_model(llama, tmp_path):
+    other = saved(CONFIGS["llama3"], tmp_path / "other").directory
+    with pytest.raises(UserError, match=r"other is of another shape: model\.head_size=12"):
+        save_model(load_model(llama), tmp_path / "out", like=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_beyond_the_range_of_float16_are_not_written_as_such(llama, tmp_path):
+    change(llama, lambda tensors: tensors["model.norm.weight"].__setitem__(3, 1e5))
+    with pytest.raises(UserError, match=r"model\.norm\.weight has values beyond .* float16"):
+        save_model(load_model(llama), tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_saved_without_its_tied_head_is_read(tmp_path):
@@ -409,6 +519,7 @@ def test_files_of_weights_alone_are_copied_and_the_dtype_said_once(llama, tmp_pa
 
 def test_an_index_that_names_files_elsewhere_is_refused(llama, tmp_path):
     """Copied, they would be written elsewhere, too."""
+    (llama / "model.safetensors").unlink()
     weight_map = {"model.norm.weight": "../stolen.safetensors"}
     (llama / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     (tmp_path / "stolen.safetensors").write_bytes(b"theirs")
@@ -417,17 +528,18 @@ def test_an_index_that_names_files_elsewhere_is_refused(llama, tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
-def test_an_encoder_without_its_head_is_refused(tmp_path):
+def test_an_encoder_without_its_head_is_refused_with_one_that_has_it(tmp_path):
     BertModel(CONFIGS["bert"]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"missing .*cls\.predictions"):
+    with pytest.raises(UserError, match=r"missing .*cls\.predictions") as caught:
         check_checkpoint(tmp_path)
+    assert "hf download google-bert/bert-base-multilingual-cased" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "xglm"])
 def test_a_config_is_made_afresh_where_that_says_all(name, tmp_path):
     directory = saved(CONFIGS[name], tmp_path / "hub").directory
     model = load_model(directory)
-    save_model(model, tmp_path / "out")
+    write_checkpoint(tmp_path / "out", model.config, parameters_of(model))
     assert read_config(tmp_path / "out") == model.config
     assert_equal_trees(parameters_of(load_model(tmp_path / "out")), parameters_of(model))
     kind = CONFIGS[name].model_type
@@ -449,7 +561,7 @@ def test_weights_that_were_not_fetched_are_named(llama):
 def test_a_model_that_no_fresh_config_describes_wants_one_to_be_like(tmp_path):
     model = load_model(saved(CONFIGS["bloom"], tmp_path / "hub").directory)
     with pytest.raises(UserError, match="such as the one it was loaded from, with like="):
-        save_model(model, tmp_path / "out")
+        write_checkpoint(tmp_path / "out", model.config, parameters_of(model))
     with pytest.raises(UserError, match="fresh models are made as llama, xglm; got bloom"):
         write_checkpoint(tmp_path / "out", model.config, parameters_of(model), model_type="bloom")
     assert not (tmp_path / "out").exists()

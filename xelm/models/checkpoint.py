@@ -1,5 +1,6 @@
 """Checkpoints of the Hub in and out: directories of config.json, weights and tokenizer files."""
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,50 +15,86 @@ from safetensors import SafetensorError
 
 from clustering.errors import UserError
 from clustering.files import flush, read_object, write_json
+from xelm.models.companions import companions, copy_companions
 from xelm.models.config import ModelConfig
-from xelm.models.families import family, hub_config, model_config, writable_as
+from xelm.models.families import (
+    auto_config,
+    differences,
+    family,
+    hub_config,
+    read_auto_config,
+    shape_of,
+    writable_as,
+)
 from xelm.models.families.family import Family
 from xelm.models.layout import Range
 from xelm.models.parameters import bind, by_path, graph, parameters_of, shapes, stacked
-from xelm.models.transformer import Transformer
-from xelm.models.weights import INDEX, Weights, weight_files, write_weights
+from xelm.models.transformer import Origin, Transformer
+from xelm.models.weights import INDEX, WEIGHTS, Weights, stored_tensors, weight_files, write_weights
 
-# What makes a Hub checkpoint usable besides its weights, and travels with every expert.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+README = "README.md"
 
 
-def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
-    """The model of a checkpoint directory, parameters and products in `dtype`."""
-    config = read_config(directory)
-    return bind(graph(config, dtype), load_parameters(directory, config, dtype=dtype))
+def load_model(directory: str | Path, dtype: str = "auto") -> Transformer:
+    """The model of a checkpoint directory, parameters and products in `dtype`; "auto" is that of
+    `inference_dtype`. It remembers the checkpoint, for `save_model`."""
+    config, dtype = read_config(directory), inference_dtype(directory, dtype)
+    model = bind(graph(config, dtype), load_parameters(directory, config, dtype=dtype))
+    model.origin = Origin(
+        config=json.dumps(read_hub_config(directory)),
+        dtype=stored_dtype(directory),
+        directory=str(Path(directory).absolute()),
+        companions=tuple(companions(directory)),
+    )
+    return model
 
 
-def save_model(model: Transformer, directory: str | Path, like: str | Path | None = None) -> None:
-    """Writes a checkpoint that transformers loads. `like`, a checkpoint of the same shape, gives
-    config.json and tokenizer files. Without it config.json is made afresh, which goes for shapes of
-    Llama and XGLM, and there is no tokenizer."""
-    write_checkpoint(directory, model.config, parameters_of(model), like=like)
+def save_model(
+    model: Transformer,
+    directory: str | Path,
+    like: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """Writes a checkpoint that transformers loads, with the config.json, the tokenizer files and
+    the dtype of weights of the checkpoint that the model was loaded from, or of `like`, another of
+    the same shape. A model that was loaded from none gets a config.json that is made afresh, which
+    goes for shapes of Llama and XGLM, no tokenizer, and weights as they are. dtype: of the weights
+    instead."""
+    origin, parameters = model.origin, parameters_of(model)
+    if like is not None or origin is None:
+        dtype = dtype or (None if like is None else stored_dtype(like))
+        write_checkpoint(directory, model.config, parameters, like=like, dtype=dtype)
+        return
+    gone = [n for n in origin.companions if not (Path(origin.directory) / n).is_file()]
+    if gone:
+        raise UserError(
+            f"{origin.directory}, which the model was loaded from, has no {', '.join(gone[:5])} "
+            "any more; name a checkpoint with the same tokenizer with like="
+        )
+    write_checkpoint(
+        directory,
+        model.config,
+        parameters,
+        source=json.loads(origin.config),
+        tokenizer=origin.directory if origin.companions else None,
+        dtype=dtype or origin.dtype,
+    )
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The shape a checkpoint declares in its config.json."""
+    """The shape of the model that transformers makes of a checkpoint directory."""
     source = read_hub_config(directory)
     if "quantization_config" in source:
         raise UserError(f"{directory}: quantised weights are not read; take the original ones")
+    if (Path(directory) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} has an adapter (adapter_config.json), which transformers would apply to "
+            "the weights; merge the two (merge_and_unload of peft), or remove the adapter's files"
+        )
+    hub = _auto_config(directory)
     try:
-        return model_config(source)
+        return shape_of(hub)
     except UserError as error:
         raise UserError(f"{directory}/config.json: {error}") from None
 
@@ -75,8 +112,28 @@ def read_hub_config(directory: str | Path) -> dict[str, Any]:
     return read_object(path)
 
 
+def inference_dtype(directory: str | Path, dtype: str = "auto") -> str:
+    """The dtype in which a checkpoint is run: the one that is asked for, or for "auto" the one that
+    its weights are stored in, and float32 on CPUs, which compute little else fast."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if jax.default_backend() == "cpu" else stored_dtype(directory)
+
+
+def stored_dtype(directory: str | Path) -> str:
+    """The dtype of a checkpoint's weights; float32 where they have several, or float64."""
+    return Weights(directory, _kind(directory), read_config(directory)).dtype
+
+
+def _auto_config(directory: str | Path) -> Any:
+    try:
+        return read_auto_config(directory)
+    except UserError as error:
+        raise UserError(f"{directory}/config.json: {error}") from None
+
+
 def _kind(directory: str | Path) -> Family:
-    return family(read_hub_config(directory)["model_type"])
+    return family(_auto_config(directory).model_type)
 
 
 def load_parameters(
@@ -133,34 +190,50 @@ def write_checkpoint(
     parameters: Mapping[str, Any],
     *,
     like: str | Path | None = None,
+    source: Mapping[str, Any] | None = None,
     model_type: str | None = None,
     special_ids: Mapping[str, int] | None = None,
     tokenizer: str | Path | None = None,
     extra: Sequence[Path] = (),
+    dtype: str | None = None,
+    writes: bool = True,
 ) -> None:
     """Writes `directory` whole or not at all: it appears by a rename once every byte is on disk.
 
-    `like` gives config.json (with model_type and special ids) and tokenizer files. Without it the
-    config is made for `model_type` (None: one that can say it) with `special_ids` ("bos_token_id"
-    and so on), and the tokenizer files come from the directory `tokenizer`. Files in `extra` are
-    copied in beside them.
+    `like`, another checkpoint, gives config.json (with model_type and special ids) and the files
+    that go with it. Without it these files come from the directory `tokenizer`, and config.json is
+    `source`, or is made for `model_type` (None: one that can say it) with `special_ids`
+    ("bos_token_id" and so on). Files in `extra` are copied in beside them. dtype: of the weights;
+    None leaves it. writes: False on hosts that only take part in bringing the parameters, which are
+    spread over several, to the one that writes.
     """
-    with _whole_or_nothing(Path(directory)) as partial:
-        if like is None:
-            source = hub_config(model_type or writable_as(config), config)
-            source |= special_ids or {}
-            if tokenizer is not None:
-                copy_tokenizer(tokenizer, partial)
-        else:
-            source = read_hub_config(like)
-            copy_tokenizer(like, partial)
-        flat = by_path(parameters)
-        source.pop("torch_dtype", None)  # its older name
-        source["dtype"] = str(flat["embedding"].dtype)
-        write_json(partial / "config.json", source)
-        write_weights(partial, family(source["model_type"]), config, flat)
-        for path in extra:
-            shutil.copyfile(path, partial / path.name)
+    if like is not None:
+        source, tokenizer = read_hub_config(like), like
+    if source is None:
+        source = {**hub_config(model_type or writable_as(config), config), **(special_ids or {})}
+    flat = by_path(parameters)
+    dtype = dtype or str(flat["embedding"].dtype)
+    source = {name: value for name, value in source.items() if name != "torch_dtype"}  # older name
+    source["dtype"] = dtype
+    hub = auto_config(source)
+    if misfits := differences(config, shape_of(hub)):
+        raise UserError(f"{like or 'config.json'} is of another shape: {', '.join(misfits[:5])}")
+    kind = family(hub.model_type)
+    tensors = stored_tensors(kind, config, flat, dtype)
+    try:
+        if writes:
+            with _whole_or_nothing(Path(directory)) as partial:
+                write_json(partial / "config.json", source)
+                if tokenizer is not None:
+                    copy_companions(tokenizer, partial)
+                write_weights(partial, kind, config, flat, dtype, tensors)
+                for path in extra:
+                    shutil.copyfile(path, partial / path.name)
+    finally:
+        if jax.process_count() > 1:
+            # The other hosts wait for this one at each tensor, whatever befell it.
+            for _ in tensors:
+                pass
 
 
 def check_checkpoint(directory: str | Path) -> ModelConfig:
@@ -180,19 +253,14 @@ def copy_checkpoint(
     with _whole_or_nothing(Path(directory)) as partial:
         for name in weight_files(source):
             shutil.copyfile(Path(source) / name, partial / name)
-        if (Path(source) / INDEX).is_file():
-            shutil.copyfile(Path(source) / INDEX, partial / INDEX)
-        shutil.copyfile(Path(source) / "config.json", partial / "config.json")
-        copy_tokenizer(source, partial)
+        # The seed's own card tells its licence, which the cards of its experts repeat.
+        others = ("config.json", README, *(() if (partial / WEIGHTS).exists() else (INDEX,)))
+        for name in others:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, partial / name)
+        copy_companions(source, partial)
         if not (partial / "tokenizer.json").exists():
             save_tokenizer(partial)
-
-
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copies the tokenizer and generation files that exist beside a checkpoint."""
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 @contextmanager

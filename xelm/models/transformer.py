@@ -335,6 +335,21 @@ class Transform(nnx.Module):
         return self.norm(self.activate(self.dense(h)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The checkpoint that a model was loaded from."""
+
+    config: str
+    """Its config.json."""
+    dtype: str
+    """Of its weights."""
+    # Where it lies makes no other model: one program computes all experts.
+    directory: str = field(compare=False)
+    """Its absolute path."""
+    companions: tuple[str, ...] = field(compare=False)
+    """Files beside its weights that go with them, relative to it."""
+
+
 class Transformer(nnx.Module):
     """A language model, causal or masked. Parameters are stored in `dtype`, products computed in
     `compute_dtype`; norms, softmax and logits are always float32."""
@@ -367,6 +382,7 @@ class Transformer(nnx.Module):
         )
         self.config = config
         self.compute_dtype = compute_dtype
+        self.origin: Origin | None = None
 
     def __call__(
         self,

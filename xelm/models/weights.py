@@ -4,13 +4,16 @@ The family's table says which of our parameters a tensor holds. The Hub has one 
 most weights as [outputs, inputs].
 """
 
+import itertools
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -27,8 +30,11 @@ INDEX = f"{WEIGHTS}.index.json"
 ROWS_COMPARED = 4096
 # Of weights, as safetensors calls them.
 DTYPES = ("F32", "BF16", "F16", "F64")
+NARROW = {"BF16": "bfloat16", "F16": "float16"}
 # What a file begins with that git-lfs has not fetched.
 POINTER = b"version https://git-lfs"
+# Of a parameter that is brought from several hosts, at once: every device holds this much of it.
+GATHERED_BYTES = 2**28
 # Of one file of weights; more go into several, as the Hub likes them.
 SHARD_BYTES = 5 * 10**9
 
@@ -42,8 +48,18 @@ class Weights:
         self._config = config
         self._layers = _layer_shapes(wanted)
         self._stored = _renamed(kind, _open(directory))
-        held = _compare(directory, kind, wanted, config, self._stored)
-        self._homes = {path: (name, row) for name, row in held.items() for path in row.paths}
+        self._rows = _compare(directory, kind, wanted, config, self._stored)
+        self._homes = {path: (name, row) for name, row in self._rows.items() for path in row.paths}
+
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of the dtype of the weights; float32 where they have several, or float64."""
+        found = {
+            self._stored[name].get_dtype()
+            for name, _, _ in _named(self._rows, self._config)
+            if name in self._stored
+        }
+        return NARROW.get(found.pop(), "float32") if len(found) == 1 else "float32"
 
     def part(self, path: str, ranges: Sequence[Range], dtype: np.dtype) -> np.ndarray:
         """A part of a parameter: from where to where of each dimension. Reads no more than that."""
@@ -73,6 +89,8 @@ class Weights:
 def weight_files(directory: str | Path) -> list[str]:
     """Names of the files that hold a checkpoint's weights: one, or those of an index."""
     directory = Path(directory)
+    if (directory / WEIGHTS).is_file():  # before an index, as in transformers
+        return [WEIGHTS]
     if (directory / INDEX).is_file():
         shards = read_object(directory / INDEX).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
@@ -83,45 +101,88 @@ def weight_files(directory: str | Path) -> list[str]:
         if any(Path(name).name != name for name in names):
             raise UserError(f"{directory / INDEX} names files elsewhere: {', '.join(names[:5])}")
         return names
-    if (directory / WEIGHTS).is_file():
-        return [WEIGHTS]
-    pickled = " (its .bin files can run code and are not read: convert them to safetensors)"
-    hint = pickled if list(directory.glob("*.bin")) else ""
-    raise UserError(f"{directory} has no weights: {WEIGHTS} is missing{hint}")
+    raise UserError(f"{directory} has no weights: {WEIGHTS} is missing{_way_out(directory)}")
+
+
+def _way_out(directory: Path) -> str:
+    """What to do where there are pickles alone."""
+    if not directory.is_dir() or not list(directory.glob("*.bin")):
+        return ""
+    convert = (
+        "from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained('{directory}').save_pretrained('{directory}')"
+    )
+    return (
+        ". Its .bin files are pickles, which can run code and are not read. Fetch safetensors: hf "
+        f"download OWNER/NAME --include '*.safetensors' --local-dir {directory} (where the main "
+        "branch has none, a pull request often has: --revision refs/pr/N). Or convert what you "
+        f'trust, with torch: python -c "{convert}" (an encoder: AutoModelForMaskedLM)'
+    )
+
+
+def stored_tensors(
+    kind: Family, config: ModelConfig, flat: Mapping[str, Any], dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and values of each tensor of a checkpoint with these parameters, one after the other, in
+    `dtype`. Parameters that are spread over several hosts are brought to each of them, one layer at
+    a time: all of the hosts have to take all tensors."""
+    for name, layer, tensor in _named(_held(kind, flat), config):
+        parts = [flat[path] if layer is None else flat[path][layer] for path in tensor.paths]
+        arrays = [_narrowed(name, _on_host(part, dtype), dtype) for part in parts]
+        yield name, join(tensor, arrays, config.head_size)
+
+
+def _on_host(array: Any, dtype: str) -> np.ndarray:
+    """The whole of an array, in `dtype` if that takes fewer bytes on the way."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    rows = max(1, GATHERED_BYTES * len(array) // array.nbytes)
+    parts = (array[a : a + rows].astype(dtype) for a in range(0, len(array), rows))
+    return np.concatenate([multihost_utils.process_allgather(part, tiled=True) for part in parts])
+
+
+def _narrowed(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is beyond the range is looked for below
+        found = array.astype(dtype, copy=False)
+    if dtype == "float16" and (np.isinf(found) & np.isfinite(array)).any():
+        raise UserError(f"{name} has values beyond the range of float16; write it as float32")
+    return found
 
 
 def write_weights(
-    directory: Path, kind: Family, config: ModelConfig, flat: Mapping[str, Any]
+    directory: Path,
+    kind: Family,
+    config: ModelConfig,
+    flat: Mapping[str, Any],
+    dtype: str,
+    tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
-    """One file, or several with an index where there is more than `SHARD_BYTES`, beside the
-    config.json that is there; the host holds the tensors of one file at once."""
-    sizes = _layer_shapes({path: value.shape for path, value in flat.items()})
-    rows = list(_named(_held(kind, flat), config))
-    files: list[list[tuple[str, int | None, Tensor]]] = [[]]
+    """Writes `stored_tensors` of these parameters into one file, or several with an index where
+    there is more than `SHARD_BYTES`, beside the config.json that is there; the host holds the
+    tensors of one file at once."""
+    sizes, width = _layer_shapes({p: v.shape for p, v in flat.items()}), np.dtype(dtype).itemsize
+    files: list[list[str]] = [[]]
     room = SHARD_BYTES
-    for row in rows:
-        size = math.prod(stored_shape(row[2], sizes)) * flat[row[2].paths[0]].dtype.itemsize
+    for name, _, tensor in _named(_held(kind, flat), config):
+        size = math.prod(stored_shape(tensor, sizes)) * width
         if files[-1] and size > room:
             files.append([])
             room = SHARD_BYTES
-        files[-1].append(row)
+        files[-1].append(name)
         room -= size
     names = [WEIGHTS]
     if len(files) > 1:
         names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
-        total = sum(value.nbytes for value in flat.values())
-        homes = {row[0]: name for name, part in zip(names, files) for row in part}
+        total = sum(math.prod(value.shape) for value in flat.values()) * width
+        homes = {name: file for file, part in zip(names, files) for name in part}
         write_json(
             directory / INDEX,
             {"metadata": {"total_size": total}, "weight_map": homes},
         )
     for file, part in zip(names, files):
-        tensors = {}
-        for name, layer, tensor in part:
-            whole = [flat[path] for path in tensor.paths]
-            arrays = [np.asarray(a if layer is None else a[layer]) for a in whole]
-            tensors[name] = join(tensor, arrays, config.head_size)
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        save_file(
+            dict(itertools.islice(tensors, len(part))), directory / file, metadata={"format": "pt"}
+        )
         # The library writes for its user alone, whatever the umask says.
         shutil.copymode(directory / "config.json", directory / file)
 
@@ -149,6 +210,11 @@ def _compare(
         and not any(part in name for part in kind.ignored)
     ]
     faults = [f"missing {name}" for name in expected if name not in stored]
+    headless = any(
+        tensor.paths[0].startswith("transform/")
+        for name, tensor in expected.items()
+        if name not in stored
+    )
     faults += [f"unknown {name}" for name in unknown]
     for name, tensor in expected.items():
         if name in stored:
@@ -165,6 +231,11 @@ def _compare(
         ]
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        if headless:
+            more += (
+                ". It was saved without the head that guesses masked tokens, which training needs; "
+                f"one that has it: hf download {kind.with_head} --local-dir DIR"
+            )
         raise UserError(
             f"{directory} does not match its config.json: {'; '.join(faults[:5])}{more}"
         )

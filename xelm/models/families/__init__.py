@@ -1,25 +1,28 @@
 """How the checkpoints of each model family on the Hub map to `ModelConfig` and to our parameters.
 Imports no JAX."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from clustering.errors import UserError
+from clustering.files import read_object, write_json
 from xelm.models.config import ModelConfig
 from xelm.models.families.bert import BERT, XLM_ROBERTA
 from xelm.models.families.bloom import BLOOM
 from xelm.models.families.family import Family
 from xelm.models.families.gemma import GEMMA2, GEMMA3
 from xelm.models.families.gpt2 import GPT2
-from xelm.models.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from xelm.models.families.llama import LLAMA, MINISTRAL, MISTRAL, QWEN2, QWEN3
 from xelm.models.families.modernbert import MODERNBERT
 from xelm.models.families.xglm import XGLM
 
 FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
+    "ministral": MINISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "gemma2": GEMMA2,
@@ -40,19 +43,48 @@ def family(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
-def model_config(source: Mapping[str, Any]) -> ModelConfig:
-    """The shape that a config.json declares. transformers reads it, so that defaults, nulls and the
-    names of older files mean here what they mean there."""
-    from transformers import CONFIG_MAPPING
+def read_auto_config(directory: str | Path) -> Any:
+    """The configuration that transformers' Auto classes make of a checkpoint directory, of a family
+    that is known here. Defaults, nulls, older names and the choice of the family itself mean here
+    what they mean there. Code that lies in the directory is never run."""
+    from transformers import AutoConfig
 
-    kind = family(source.get("model_type"))
+    directory = Path(directory)
+    source = read_object(directory / "config.json")
+    family(source.get("model_type"))
+    for name in ("configuration_files", "transformers_weights"):
+        if source.get(name):
+            raise UserError(f"{name} is not read; config.json has {source[name]}")
     try:
-        hub = CONFIG_MAPPING[source["model_type"]].from_dict(copy.deepcopy(dict(source)))
-        return kind.read(hub)
-    except UserError:
-        raise
+        found = AutoConfig.from_pretrained(
+            str(directory), trust_remote_code=False, local_files_only=True
+        )
     except Exception as error:  # of transformers' checks, which know no common type
         raise UserError(" ".join(str(error.__cause__ or error).split())) from error
+    family(found.model_type)
+    return found
+
+
+def shape_of(hub: Any) -> ModelConfig:
+    """The shape that a configuration of transformers declares."""
+    try:
+        return family(hub.model_type).read(hub)
+    except UserError:
+        raise
+    except Exception as error:  # of settings that go together in no model
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def model_config(source: Mapping[str, Any]) -> ModelConfig:
+    """The shape that the contents of a config.json declare."""
+    return shape_of(auto_config(source))
+
+
+def auto_config(source: Mapping[str, Any]) -> Any:
+    """`read_auto_config` of the contents of a config.json."""
+    with TemporaryDirectory() as folder:
+        write_json(Path(folder) / "config.json", dict(source))
+        return read_auto_config(folder)
 
 
 def writable_as(config: ModelConfig) -> str:
@@ -82,11 +114,16 @@ def hub_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
         back = model_config(written)
     except UserError as error:
         raise UserError(f"model_type {model_type}: {error}") from None
-    misfits = [
-        f"model.{name}={value} (wanted {wanted})"
-        for name, value in asdict(config).items()
-        if value != (wanted := asdict(back)[name])
-    ]
-    if misfits:
+    if misfits := differences(config, back):
         raise UserError(f"model_type {model_type} does not go with {', '.join(misfits)}")
     return written
+
+
+def differences(config: ModelConfig, wanted: ModelConfig) -> list[str]:
+    """Each setting of a shape that is not as in another, with both values."""
+    other = asdict(wanted)
+    return [
+        f"model.{name}={value} (wanted {other[name]})"
+        for name, value in asdict(config).items()
+        if value != other[name]
+    ]

@@ -96,6 +96,7 @@ BERT = Family(
         "cls.predictions",
     ),
     prefix="bert.",
+    with_head="google-bert/bert-base-multilingual-cased",
     ignored=_IGNORED,
     copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
     renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
@@ -105,6 +106,7 @@ XLM_ROBERTA = Family(
     read=_read_xlm_roberta,
     tensors=_tensors("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head"),
     prefix="roberta.",
+    with_head="FacebookAI/xlm-roberta-base",
     ignored=_IGNORED,
     copies={"lm_head.decoder.bias": "lm_head.bias"},
 )

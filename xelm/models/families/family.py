@@ -51,6 +51,8 @@ class Family:
     copies: Mapping[str, str] = field(default_factory=dict)
     """Tensor that some checkpoints carry -> the one that it must be the same as. A tied head need
     not be named here."""
+    with_head: str = ""
+    """An encoder's checkpoint on the Hub that has its masked-language-model head."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Ends of tensor names in old checkpoints -> ends in the table."""
 

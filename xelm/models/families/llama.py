@@ -1,7 +1,8 @@
-"""Llama and what is built like it: Mistral, Qwen 2 and 3."""
+"""Llama and what is built like it: Mistral, Ministral, Qwen 2 and 3."""
 
 from typing import Any
 
+from clustering.errors import UserError
 from xelm.models.config import ModelConfig, Rope
 from xelm.models.families.family import Family, activation, linear, local, norm, rope, shape, table
 
@@ -70,8 +71,19 @@ def _read_mistral(hub: Any) -> ModelConfig:
         hub,
         activation=activation("hidden_act", hub.hidden_act),
         rope=rope(hub.rope_parameters),
-        # All layers or none, whatever layer_types may say.
+        # All layers or none. With layer_types, transformers makes a Ministral of it.
         **local(hub.sliding_window, ["sliding_attention"] * hub.num_hidden_layers),
+    )
+
+
+def _read_ministral(hub: Any) -> ModelConfig:
+    if hub.head_dim is None:  # transformers ends in a TypeError
+        raise UserError("head_dim must be a number for this model; config.json has None")
+    return llama_like(
+        hub,
+        activation=activation("hidden_act", hub.hidden_act),
+        rope=rope(hub.rope_parameters),
+        **local(hub.sliding_window, hub.layer_types),
     )
 
 
@@ -122,6 +134,8 @@ _COMMON: dict[str, Any] = {
 LLAMA = Family(read=_read_llama, write=_write_llama, **_COMMON)
 # Jiang et al. 2023, arXiv 2310.06825.
 MISTRAL = Family(read=_read_mistral, **_COMMON)
+# Mistral AI 2024, "Un Ministral, des Ministraux": Mistral with some layers global.
+MINISTRAL = Family(read=_read_ministral, **_COMMON)
 # Qwen Team 2024, arXiv 2407.10671 and 2412.15115.
 QWEN2 = Family(read=_read_qwen2, **_COMMON)
 # Qwen Team 2025, arXiv 2505.09388.

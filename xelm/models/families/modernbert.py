@@ -63,4 +63,5 @@ MODERNBERT = Family(
         **table("decoder.bias", "head_bias"),
     },
     prefix="model.",
+    with_head="jhu-clsp/mmBERT-base",
 )
