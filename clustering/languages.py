@@ -1,38 +1,49 @@
 """Language codes as users write them -> one canonical BCP 47 tag, ISO 639-3 codes, an English name.
 
-Knows the aliases of BCP 47 and CLDR through the `langcodes` library: `iw` is `he`, `swh` is `sw`,
-`cmn` and `zho` are `zh`, `eng_Latn` is `en`. Keeps region and script where they say something
-(`pt-BR`, `sr-Latn`). Does not know which language has which data; that is `uriel`.
+Knows the aliases and likely subtags of BCP 47 and CLDR through the `langcodes` library, and codes
+of Wikipedia and OSCAR through `codes`: `iw` is `he`, `swh` is `sw`, `cmn_Hani` and `zh-CN` are
+`zh`, `kor_Hang` is `ko`. Keeps a region or script that is not the usual one (`pt-PT`, `sr-Latn`).
+Does not know which language has which data; that is `uriel`.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 import langcodes
 from langcodes import data_dicts
 
+from clustering import codes
 from clustering.errors import UserError
 
 
 @cache
 def canonical(code: str) -> str:
-    """The canonical tag of a language code; UserError with suggestions if it is unknown.
+    """The canonical tag of a language code; UserError with suggestions if it names no language.
 
-    An individual language that CLDR holds for the standard form of its macrolanguage becomes the
-    latter (`swh` -> `sw`); others keep their own code (`yue`, `arz`, `nn`).
+    The script and the region that CLDR's likely subtags would add are left out (`en_Latn-US` ->
+    `en`); others are written, the script always (`zh-TW` -> `zh-Hant`, `zh-HK` -> `zh-Hant-HK`). An
+    individual language that CLDR holds for the standard form of its macrolanguage becomes the
+    latter (`swh` -> `sw`, `nb` -> `no`); others keep their own code (`yue`, `arz`, `nn`, `tw`).
+    Refused are codes of families (`sla`), of no one language (`und`), and codes that Wikipedia and
+    ISO 639-3 give to different languages (`als`).
     """
-    if not langcodes.tag_is_valid(code):
+    written = code.strip().replace("_", "-").lower()
+    known = codes.ALIASES.get(written, written)
+    _check_is_language(code, known)
+    if not langcodes.tag_is_valid(known):
         raise UserError(f"unknown language code {code!r}{_suggestions(code)}")
-    return langcodes.standardize_tag(code, macro=True)
+    tag = _minimised(_in_macrolanguage(langcodes.Language.get(known)))
+    # Written with its script, since without it the code would mean either language.
+    return f"{tag}-{_usual_script(tag)}" if tag in codes.AMBIGUOUS else tag
 
 
-def canonical_all(codes: Iterable[str]) -> tuple[str, ...]:
+def canonical_all(languages: Iterable[str]) -> tuple[str, ...]:
     """Canonical tags in the given order; UserError for unknown codes and repeated languages."""
-    if isinstance(codes, str):
-        raise TypeError(f"a sequence of language codes wanted; got the string {codes!r}")
+    if isinstance(languages, str):
+        raise TypeError(f"a sequence of language codes wanted; got the string {languages!r}")
     given: dict[str, list[str]] = {}
-    for code in codes:
+    for code in languages:
         given.setdefault(canonical(code), []).append(code)
     twice = [
         f"{tag} (as {', '.join(written)})" for tag, written in given.items() if len(written) > 1
@@ -40,6 +51,34 @@ def canonical_all(codes: Iterable[str]) -> tuple[str, ...]:
     if twice:
         raise UserError(f"each language once; given more than once: {'; '.join(twice[:5])}")
     return tuple(given)
+
+
+def find(language: str, available: Iterable[str]) -> str | None:
+    """The available code of the same language, as it stands there; None if there is none.
+
+    Codes there may be in any spelling, as those that earlier versions wrote into RUNs: `ko` finds
+    `ko-Hang`. UserError for an unknown `language`, unless it stands there letter by letter.
+    """
+    some = list(available)
+    return language if language in some else _find_tag(canonical(language), some)
+
+
+def lookup(language: str, available: Iterable[str]) -> str | None:
+    """The available code that serves a language best, as it stands there; None if there is none.
+
+    As `find`, or else what RFC 4647's lookup finds (section 3.4): the last subtag is taken away
+    until a code fits, so `en-GB` finds `en`. Unlike there a script is never taken away, as CLDR's
+    parent locales have it: `zh-HK` finds `zh-Hant`, and neither finds `zh`.
+    """
+    some = list(available)
+    found = find(language, some)
+    if found is not None:
+        return found
+    for tag in _wider(canonical(language)):
+        found = _find_tag(tag, some)
+        if found is not None:
+            return found
+    return None
 
 
 def without(
@@ -56,23 +95,128 @@ def without(
 
 @cache
 def english_name(tag: str) -> str:
-    """The name for people, as in 'Swahili' or 'Portuguese (Brazil)'."""
-    return langcodes.Language.get(tag).display_name("en")
+    """The name for people, as in 'Swahili' or 'Portuguese (Portugal)'."""
+    language = langcodes.Language.get(tag)
+    name = language.display_name("en")
+    # Names know languages, scripts and regions.
+    return f"{name} [{tag}]" if language.variants or language.private else name
 
 
 @cache
 def iso639_3(tag: str) -> tuple[str, ...]:
     """Three-letter codes of the language of a canonical tag, its own first: `az` -> aze, azj.
 
-    Region and script are ignored, as typological data has neither. Empty for tags without such a
-    code (`x-private`).
+    Script is ignored, as typological data has none, and region but where it is another name of a
+    language (`fa-AF` -> prs, fas, pes). Empty for tags without such a code (`x-private`).
     """
     language = langcodes.Language.get(tag).language or "und"
-    aliases = data_dicts.LANGUAGE_REPLACEMENTS | data_dicts.NORMALIZED_MACROLANGUAGES
-    written = [language, *sorted(old for old, new in aliases.items() if new == language)]
-    codes = (data_dicts.LANGUAGE_ALPHA3.get(code, code) for code in written)
+    replaced = data_dicts.LANGUAGE_REPLACEMENTS
+    aliases = replaced | data_dicts.NORMALIZED_MACROLANGUAGES | dict(codes.usual_members())
+    members = [old for old in data_dicts.MACROLANGUAGES if replaced.get(old) == tag != language]
+    written = [
+        *members,
+        language,
+        *sorted(old for old, new in aliases.items() if new == language),
+    ]
+    found = (data_dicts.LANGUAGE_ALPHA3.get(code, code) for code in written)
     older = data_dicts.LANGUAGE_ALPHA3_BIBLIOGRAPHIC.values()  # `chi` is ISO 639-2 only
-    return tuple(dict.fromkeys(code for code in codes if len(code) == 3 and code not in older))
+    return tuple(dict.fromkeys(code for code in found if len(code) == 3 and code not in older))
+
+
+def _check_is_language(code: str, known: str) -> None:
+    """UserError for a code of a family, of no one language, or of two."""
+    if known in codes.AMBIGUOUS:
+        one, other = codes.AMBIGUOUS[known]
+        raise UserError(f"language code {code!r} has two meanings; write {one} or {other}")
+    if known in data_dicts.LANGUAGE_REPLACEMENTS and "-" in known:
+        return  # such as sgn-us, which is ase
+    first = known.partition("-")[0]
+    if first in codes.NO_LANGUAGE:
+        raise UserError(
+            f"language code {code!r} stands for {codes.NO_LANGUAGE[first]}; a language is wanted"
+        )
+    if len(first) == 3 and first in codes.families():
+        members = ", ".join(f"{m} ({english_name(m)})" for m in codes.FAMILY_MEMBERS.get(first, ()))
+        raise UserError(
+            f"language code {code!r} is of a family, {codes.families()[first]}; name one of its "
+            f"languages{f', such as {members}' if members else ''}"
+        )
+
+
+def _in_macrolanguage(language: langcodes.Language) -> langcodes.Language:
+    """The same with the macrolanguage for its usual member."""
+    wide = codes.usual_members().get(language.language or "und")
+    return language if wide is None else language.update_dict({"language": wide})
+
+
+def _minimised(language: langcodes.Language) -> str:
+    """The tag without the script and region that are usual."""
+    code, script, region = language.language, language.script, language.territory
+    if code is None or code.startswith("x-"):
+        return language.to_tag()
+    usual = _usual_script(code)
+    if script in codes.UNDETERMINED_SCRIPTS:
+        script = None
+    if script is None and region is not None:
+        there = data_dicts.LIKELY_SUBTAGS.get(f"{code}-{region}")  # as in pa-PK
+        script = langcodes.Language.get(there).script if there else None
+    if script == usual or script in codes.SCRIPTS_WITHIN.get(usual, ()):
+        script = None
+    likely = data_dicts.LIKELY_SUBTAGS
+    if likely.get(f"{code}-{script}", likely.get(code, "")).endswith(f"-{region}"):
+        region = None
+    kept = langcodes.Language.make(
+        language=code,
+        extlangs=language.extlangs,
+        script=script,
+        territory=region,
+        variants=language.variants,
+        extensions=language.extensions,
+        private=language.private,
+    )
+    return kept.to_tag()
+
+
+@cache
+def _usual_script(language: str) -> str:
+    """The script that CLDR's likely subtags give to a language: of one that they do not know, that
+    of its macrolanguage, or else Latn."""
+    if language in codes.USUAL_SCRIPTS:
+        return codes.USUAL_SCRIPTS[language]
+    wide = data_dicts.MACROLANGUAGES.get(language)
+    if language not in data_dicts.LIKELY_SUBTAGS and wide is not None:
+        return _usual_script(wide)
+    return langcodes.Language.make(language=language).maximize().script or "Latn"
+
+
+def _find_tag(tag: str, available: Sequence[str]) -> str | None:
+    if tag in available:
+        return tag
+    return next((code for code in available if _tag_or_itself(code) == tag), None)
+
+
+@cache
+def _tag_or_itself(code: str) -> str:
+    """The canonical tag, or a code itself that names no language, as earlier versions took some."""
+    try:
+        return canonical(code)
+    except UserError:
+        return code
+
+
+def _wider(tag: str) -> Iterator[str]:
+    """The tag with fewer and fewer subtags at its end, down to language or language and script."""
+    parts = tag.split("-")
+    while len(parts) > 1 and not _is_script(parts[-1]):
+        parts = parts[:-1]
+        if len(parts[-1]) == 1:  # what introduces an extension means nothing alone
+            parts = parts[:-1]
+        if parts:
+            yield "-".join(parts)
+
+
+def _is_script(subtag: str) -> bool:
+    return len(subtag) == 4 and subtag.isalpha() and subtag.istitle()
 
 
 def _suggestions(code: str) -> str:

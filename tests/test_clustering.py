@@ -34,7 +34,7 @@ EXAMPLES = {
     "pairs": lambda: typology.cluster(LANGUAGES, 3, exclude=["nn"]),
     "average": lambda: typology.cluster(LANGUAGES, 3, rule="average"),
     "random": lambda: control.random_clusters(LANGUAGES, 3, random_seed=1),
-    "by hand": lambda: control.by_hand({"română": ["ro"], "rest": ["sr-Latn", "pt-BR"]}, ["tr"]),
+    "by hand": lambda: control.by_hand({"română": ["ro"], "rest": ["sr-Latn", "pt-PT"]}, ["tr"]),
     "documents": of_documents,
 }
 
@@ -216,7 +216,7 @@ def test_a_clustering_prints_as_a_table():
     assert str(EXAMPLES["by hand"]()) == (
         "by-hand: 3 languages, 2 clusters of languages\n"
         "  română  Romanian\n"
-        "  rest    Serbian (Latin), Portuguese (Brazil)\n"
+        "  rest    Serbian (Latin), Portuguese (Portugal)\n"
         "  unassigned: Turkish"
     )
     lines = str(EXAMPLES["documents"]()).splitlines()
