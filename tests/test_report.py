@@ -277,7 +277,7 @@ def test_the_verdict_of_a_better_ensemble(full):
     assert sentences[1] == (
         "The mean perplexity over 6 languages of the RUN's corpus is 125.0 for the seed, 66.7 for "
         "dense training, and 60.0 for the ensemble (routing by language, which is told the "
-        "language; the best of 2)."
+        "language)."
     )
     ratios = [SCORES[tag][2] / SCORES[tag][1] for tag in LANGUAGES]
     change = 100 * (math.prod(ratios) ** (1 / 6) - 1)
@@ -286,6 +286,26 @@ def test_the_verdict_of_a_better_ensemble(full):
     assert "1 grown expert (sv), trained on 7,000 tokens more" in sentences[4]
     assert "Swedish (sv) −90.0 %" in sentences[5]
     assert all(sentence in full[1].replace("&#39;", "'") for sentence in sentences)
+
+
+def test_the_headline_is_of_the_default_routing_and_the_best_is_told_as_such(tmp_path):
+    """Of a routing that was chosen on the text it is measured on, nobody has that figure."""
+    usual = [row("ensemble", "learned", tag, SCORES[tag][1] * 1.1) for tag in LANGUAGES]
+    run = small(tmp_path / "RUN", found=[*rows(experts=()), *usual])
+    facts = read(run)
+    comparison = compare(facts)
+    assert comparison.ensemble == ("ensemble", "learned")
+    assert facts.systems[2] == ("ensemble", "learned")  # the first column after seed and dense
+    sentences = verdict(facts, comparison)
+    assert sentences[0] == (
+        "The ensemble is worse than dense training: its mean perplexity is 10.0 % higher, and it "
+        "is better in none of 6 languages."
+    )
+    assert "73.3 for the ensemble (routing by learned, the default)." in sentences[1]
+    assert sentences[2] == (
+        "Of 3 routings the lowest on this text is that by language, which is told the language: "
+        "60.0."
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 
 from clustering.errors import UserError
 from clustering.files import write_json
+from xelm import tables
 from xelm.runs.results import Row, read_results
 from xelm.runs.run import Run
 
@@ -43,3 +44,13 @@ def test_a_row_without_a_field_is_damage(tmp_path):
     missing = {name: value for name, value in ROW.items() if name != "tokens"}
     with pytest.raises(UserError, match=r"is damaged \(KeyError\('tokens'\)\)"):
         read_results(run_with(tmp_path, [missing]))
+
+
+def test_the_default_routing_is_the_first_of_the_printed_table(tmp_path):
+    routings = (None, "language", "learned")
+    rows = [ROW | {"routing": r, "system": "ensemble" if r else "seed"} for r in routings]
+    shown = tables.results(read_results(run_with(tmp_path, rows)), routings[1:], ["en"])
+    heads = shown.splitlines()[1].split("  ")
+    assert [head.strip() for head in heads if head.strip()] == [
+        *("seed", "by learned", "told language")
+    ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clustering.languages import english_name
+from xelm.inference.routers import DEFAULT
 
 if TYPE_CHECKING:
     from xelm.runs.progress import Progress
@@ -18,10 +19,11 @@ _PAGE = 110
 
 
 def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[str]) -> str:
-    """All tables of an evaluation.
+    """All tables of an evaluation; of the routings the default comes first.
 
     seed_languages: those of the RUN's corpus.
     """
+    routings = sorted(routings, key=lambda routing: routing != DEFAULT)
     tables = [
         _by_language(found.rows, routings, seed_languages),
         _systems(found.summaries),
@@ -45,7 +47,7 @@ def _by_language(
     columns = [c for c in columns if any((*c, row.language) in found for row in rows)]
     languages = list(dict.fromkeys(row.language for row in rows))
     trained = [tag for tag in languages if tag in seed_languages]
-    titles = [system if routing is None else f"by {routing}" for system, routing in columns]
+    titles = [system if routing is None else _by(routing) for system, routing in columns]
     first = next((i for i, (system, _) in enumerate(columns) if system == "ensemble"), None)
     groups = ["ensemble" if i == first else "" for i in range(len(columns))]
 
@@ -79,6 +81,7 @@ def _by_language(
 def _systems(summaries: "Sequence[Summary]") -> str:
     """Means with intervals, and calibration, of seed, dense and ensembles."""
     shown = [each for each in summaries if each.system in ("seed", "dense", "ensemble")]
+    shown.sort(key=lambda each: (each.system == "ensemble", each.routing not in (None, DEFAULT)))
     if not shown:
         return ""
     count = len(shown[0].languages)
@@ -105,7 +108,7 @@ def _systems(summaries: "Sequence[Summary]") -> str:
 def _routers(summaries: "Sequence[Summary]") -> str:
     """What each router made of all tokens."""
     lines = []
-    for each in summaries:
+    for each in sorted(summaries, key=lambda each: each.routing != DEFAULT):
         if (found := each.router) is None:
             continue
         regret = "-" if found.regret is None else f"{found.regret:+.3f}"
@@ -151,7 +154,12 @@ def _by_expert(found: "Results", seed_languages: Sequence[str]) -> Iterator[str]
 
 
 def _title(each: "Summary") -> str:
-    return each.system if each.routing is None else f"by {each.routing}"
+    return each.system if each.routing is None else _by(each.routing)
+
+
+def _by(routing: str) -> str:
+    # By language the router is told what it would otherwise have to find out.
+    return "told language" if routing == "language" else f"by {routing}"
 
 
 def _within(interval: "Interval | None", sign: str = "") -> str:

@@ -16,6 +16,9 @@ from xelm.inference.routing import Router, among, normalised
 ROUTINGS: Sequence[str] = (
     *("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed"),
 )
+DEFAULT = "learned"
+"""The routing of an ensemble unless another is asked for. The paper's is TF-IDF; one that is
+learned from the same vectors is right more often and asks fewer experts (docs/inference.md)."""
 
 TEMPERATURE, DISTANCE_POWER = 0.1, 2.0
 """Of TF-IDF routing; the authors' code has .1 and 4."""

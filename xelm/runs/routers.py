@@ -23,6 +23,7 @@ from experts.registry import Registry
 from xelm.data.rows import Source
 from xelm.data.store import LanguageIds
 from xelm.inference.routers import (
+    DEFAULT,
     DISTANCE_POWER,
     ROUTINGS,
     TEMPERATURE,
@@ -57,9 +58,8 @@ T = TypeVar("T")
 class Routing:
     """Which router, and how. None: as the router has it."""
 
-    name: str = "learned"
-    """One of `ROUTINGS`. The paper's is TF-IDF; one that is learned from the same vectors is right
-    more often and asks fewer experts (docs/inference.md)."""
+    name: str = DEFAULT
+    """One of `ROUTINGS`."""
     top_m: int | None = None
     """Experts that are kept; None keeps all that have weight."""
     least_weight: float = 0.001

@@ -9,6 +9,7 @@ from clustering.figures import cluster_colours
 from clustering.files import read_object
 from experts.expert import Expert
 from experts.registry import Registry
+from xelm.inference.routers import DEFAULT
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
 from xelm.runs.results import Summary, read_results
@@ -104,8 +105,9 @@ class Facts:
 
     @property
     def ensembles(self) -> list[System]:
-        """One for each routing."""
-        return [system for system in self.scores if system.name == "ensemble"]
+        """One for each routing, the default first."""
+        found = [system for system in self.scores if system.name == "ensemble"]
+        return sorted(found, key=lambda system: system.routing != DEFAULT)
 
     @property
     def systems(self) -> list[System]:

@@ -1,4 +1,4 @@
-"""The best ensemble against a baseline: the numbers, and the sentences that follow from them."""
+"""The ensemble as users ask it against a baseline: the numbers, and the sentences that follow."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xelm.inference.routers import DEFAULT
 from xelm.runs.report.facts import DENSE, SEED, Facts, Score, System
 from xelm.runs.report.words import language_name, listed, named, perplexity, plural, signed
 
@@ -16,7 +17,7 @@ _SPOKEN = {SEED: "the seed", DENSE: "dense training"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """The best ensemble against a baseline, over the languages that every system has."""
+    """The ensemble against a baseline, over the languages that every system has."""
 
     scores: Mapping[System, Mapping[str, Score]]
     """System -> language -> score."""
@@ -27,7 +28,8 @@ class Comparison:
     baseline: System
     """Dense, or the seed where there is no dense."""
     ensemble: System
-    """Of the lowest mean perplexity."""
+    """By the default routing, or where that was not evaluated by the first that was. Never chosen
+    by its figures: they are of the very text that the comparison is made on."""
 
     @property
     def change(self) -> float:
@@ -52,7 +54,8 @@ class Comparison:
 
 
 def compare(facts: Facts) -> Comparison | None:
-    """The best ensemble against dense, else against the seed; None if either is not evaluated."""
+    """The ensemble by the default routing against dense, else against the seed; None if either is
+    not evaluated."""
     baseline = next((system for system in (DENSE, SEED) if system in facts.scores), None)
     languages = [
         tag
@@ -67,7 +70,7 @@ def compare(facts: Facts) -> Comparison | None:
         languages=languages,
         means=means,
         baseline=baseline,
-        ensemble=min(facts.ensembles, key=lambda system: means[system].perplexity),
+        ensemble=facts.ensembles[0],
     )
 
 
@@ -81,7 +84,7 @@ def verdict(facts: Facts, comparison: Comparison | None) -> list[str]:
         return ["No language of the RUN's corpus was evaluated with every system."]
     return [
         _headline(comparison),
-        *_numbers(comparison, len(facts.ensembles)),
+        *_numbers(comparison, facts.ensembles),
         *_compute(facts, comparison),
         *_outside(facts, comparison),
     ]
@@ -106,26 +109,35 @@ def _headline(comparison: Comparison) -> str:
     )
 
 
-def _numbers(comparison: Comparison, ensembles: int) -> Iterator[str]:
+def _numbers(comparison: Comparison, ensembles: Sequence[System]) -> Iterator[str]:
     means, ratios, ensemble = comparison.means, comparison.ratios, comparison.ensemble
     before = ", ".join(
         f"{perplexity(means[system].perplexity)} for {name}"
         for system, name in _SPOKEN.items()
         if system in means
     )
-    routing = f"routing by {ensemble.routing}"
-    routing += ", which is told the language" if ensemble.routing == "language" else ""
-    routing += f"; the best of {ensembles}" if ensembles > 1 else ""
+    usual = ", the default" if ensemble.routing == DEFAULT else ""
     yield (
         f"The mean perplexity over {plural(len(ratios), 'language')} of the RUN's corpus is "
-        f"{before}, and {perplexity(means[ensemble].perplexity)} for the ensemble ({routing})."
+        f"{before}, and {perplexity(means[ensemble].perplexity)} for the ensemble (routing by "
+        f"{ensemble.routing}{usual}{_told(ensemble)})."
     )
+    best = min(ensembles, key=lambda system: means[system].perplexity)
+    if best != ensemble:
+        yield (
+            f"Of {len(ensembles)} routings the lowest on this text is that by {best.routing}"
+            f"{_told(best)}: {perplexity(means[best].perplexity)}."
+        )
     if len(ratios) > 1:
         typical = 100 * math.expm1(sum(map(math.log, ratios)) / len(ratios))
         yield (
             f"The change is {signed(typical)} % when every language weighs the same (geometric "
             "mean of the ratios)."
         )
+
+
+def _told(ensemble: System) -> str:
+    return ", which is told the language" if ensemble.routing == "language" else ""
 
 
 def _compute(facts: Facts, comparison: Comparison) -> Iterator[str]:
