@@ -49,7 +49,7 @@ class Harness(TemplateLM):
         **router: Any,
     ):
         """run: a RUN. model: an expert alone, the seed or the dense baseline, instead of all by
-        `routing`. language: of all texts, for routers that must be told. router: other options of
+        `routing`. language: of all texts, as `Ensemble.score` has it. router: other options of
         `Run.ensemble`. batch_size: texts that are continued at once. JAX knows the device."""
         super().__init__()
         opened = open_run(run)
@@ -64,7 +64,9 @@ class Harness(TemplateLM):
         if not self.ensemble.model.causal:
             raise UserError(f"{run} has encoders, which the harness cannot ask")
         self.tokenizer = self.ensemble.tokenizer.hub
-        self._language, self._max_gen_toks = language, max_gen_toks
+        # One model alone is asked in every language.
+        self._language = language if model is None else None
+        self._max_gen_toks = max_gen_toks
         self._batch = int(batch_size) if str(batch_size).isdecimal() else 32
 
     @property

@@ -14,6 +14,7 @@ from xelm.commands.routing import (
     add_router,
     add_routing,
     add_temperature,
+    check_language,
     router_options,
     tell_routing,
 )
@@ -173,6 +174,7 @@ def _ensemble(
 ) -> "Ensemble":
     from xelm.runs.run import open_run
 
+    check_language(options)
     return open_run(options.run).ensemble(
         options.routing,
         **router_options(options),

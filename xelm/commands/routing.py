@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from clustering.errors import UserError
 from xelm.commands.options import names
 
 ROUTINGS = ("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed")
@@ -23,8 +24,14 @@ def add_routing(verb: argparse.ArgumentParser, text: str) -> None:
         "--language",
         metavar="XX",
         help=f"of the {text}: if an expert serves it, that expert alone is asked, whatever the "
-        "routing",
+        "routing (but for fixed weights)",
     )
+
+
+def check_language(options: argparse.Namespace) -> None:
+    """UserError for a language beside weights that hold in every language."""
+    if options.language is not None and options.routing == "fixed":
+        raise UserError("--language has no effect on fixed weights; leave one of the two out")
 
 
 def tell_routing(language: str | None, routing: str) -> None:

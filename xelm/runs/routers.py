@@ -117,7 +117,7 @@ class Routing:
 
 def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
     """The router over these experts. Whatever it is, a text that is said to be in a language that
-    an expert serves goes to that expert."""
+    an expert serves goes to that expert; only weights that were given by hand stay."""
     served = serving(run.registry(), experts)
     if routing.name == "language":
         return ByLanguage(experts=len(experts), serving=served)
@@ -130,6 +130,8 @@ def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router
             fallback_name=routing.abstain_to,
             prior=uniform(len(experts)).weights,
         )
+    if routing.name == "fixed":
+        return router
     return ByLanguage(experts=router.experts, serving=served, otherwise=router)
 
 
