@@ -18,7 +18,7 @@ from xelm.runs.routers import Routing
 from xelm.serving.desk import Desk
 from xelm.serving.limits import Limits
 from xelm.serving.offer import open_offer
-from xelm.serving.server import Watch, assemble
+from xelm.serving.server import Watch, assemble, http_server
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Served:
     url: str
     desk: Desk
     watch: Watch
+    http: uvicorn.Server
 
     def client(self, key="unused", **options):
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
@@ -44,10 +45,11 @@ def served(
 ) -> Iterator[Served]:
     run = open_run(directory)
     opener = partial(open_offer, run, Routing(name=routing))
-    app, desk, watch = assemble(opener, directory / "registry.json", limits or Limits(), **options)
+    limits = limits or Limits()
+    app, desk, watch = assemble(opener, directory / "registry.json", limits, **options)
     desk.start()
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    server = http_server(app, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -57,7 +59,7 @@ def served(
             break
         time.sleep(0.02)
     try:
-        yield Served(url, desk, watch)
+        yield Served(url, desk, watch, server)
     finally:
         server.should_exit = True
         thread.join(timeout=30)

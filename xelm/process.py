@@ -1,5 +1,6 @@
 """What a program may set for its process, and a library may not."""
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -29,6 +30,21 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def open_files() -> int:
+    """How many files and connections this process may have open at once, after it has raised that
+    to what the system allows."""
+    if sys.platform == "win32":
+        return 2**13  # what its C library allows
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS names a limit that it does not allow
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return 2**20 if soft == resource.RLIM_INFINITY else soft
 
 
 def keep_freed_memory() -> None:

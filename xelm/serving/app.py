@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from xelm.serving import metrics as prometheus
 from xelm.serving.completions import Completions, check_model
+from xelm.serving.connections import HEALTH, RefusesCrowds
 from xelm.serving.desk import Desk
 from xelm.serving.errors import Refused, of_routes, of_server
 from xelm.serving.limits import Limits
@@ -48,7 +49,7 @@ def make_app(
         app.state.loop = asyncio.get_running_loop()
         yield
 
-    middleware = []
+    middleware = [Middleware(RefusesCrowds)]
     if hosts:
         middleware.append(Middleware(KnownHosts, hosts=hosts))
     if origins:
@@ -61,7 +62,7 @@ def make_app(
     return Starlette(
         routes=[
             Route("/", interface.page),
-            Route("/healthz", interface.health),
+            Route(HEALTH, interface.health),
             Route("/metrics", locked(interface.told)),
             Route("/v1/models", locked(interface.models)),
             Route("/v1/models/{name:path}", locked(interface.model)),

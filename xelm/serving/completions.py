@@ -270,7 +270,7 @@ async def _body(request: Request) -> bytes:
                 if len(body) > MOST_BYTES:
                     raise too_long
     except TimeoutError:
-        raise Refused(408, f"a request comes within {BODY_SECONDS:.0f} seconds") from None
+        raise Refused(408, f"a request comes within {BODY_SECONDS:g} seconds") from None
     return bytes(body)
 
 

@@ -27,9 +27,10 @@ class Refused(Exception):
 
     def response(self) -> Response:
         """The answer to the request."""
-        wait = {"Retry-After": "1"} if self.status == 429 else None
+        # The rest of a request that was late is not waited for.
+        headers = {429: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(self.status)
         body = problem(str(self), self.status, self.param, self.code)
-        return JSONResponse(body, self.status, headers=wait)
+        return JSONResponse(body, self.status, headers=headers)
 
 
 def problem(

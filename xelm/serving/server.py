@@ -20,11 +20,13 @@ from starlette.applications import Starlette
 from clustering.errors import UserError
 from experts.registry import FILE_NAME
 from xelm.inference.engine import GREEDY, Engine
+from xelm.process import open_files
 from xelm.runs.routers import Routing
 from xelm.runs.run import Run
 from xelm.serving.app import make_app
+from xelm.serving.connections import limited
 from xelm.serving.desk import Desk
-from xelm.serving.limits import Limits
+from xelm.serving.limits import IDLE_SECONDS, Limits
 from xelm.serving.metrics import Metrics
 from xelm.serving.offer import Offer, open_offer
 from xelm.serving.origins import LOOPBACK, check_origins
@@ -33,8 +35,8 @@ KEY = "XELM_API_KEY"
 """The environment's variable with the API key."""
 LOOK_SECONDS, LONGEST_WAIT = 2.0, 60.0
 """From one look at the registry to the next; at most, from one refusal of it to the next try."""
-MORE_CONNECTIONS = 512
-"""Than there are places: for those who look, and those who are refused."""
+FILES = 512
+"""Open files that are not connections, at most."""
 
 
 def serve(
@@ -73,19 +75,7 @@ def serve(
         log.propagate = False
         # Warns where several pieces are written at once to a client that has just left.
         logging.getLogger("asyncio").setLevel(logging.ERROR)
-        config = uvicorn.Config(
-            app,
-            # The same wherever this is installed, whatever else is.
-            loop="asyncio",
-            http="h11",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            limit_concurrency=limits.texts + limits.waiting + MORE_CONNECTIONS,
-            timeout_graceful_shutdown=int(limits.seconds) + 10,
-        )
-        server = uvicorn.Server(config)
+        server = http_server(app, limits)
 
         def stop(*_: object) -> None:
             server.should_exit = True
@@ -109,6 +99,29 @@ def serve(
             watch.stop()
             desk.close()
     print("stopped", file=sys.stderr)
+
+
+def http_server(app: Starlette, limits: Limits) -> uvicorn.Server:
+    """uvicorn with our limits of connections; nothing of it is logged but faults of the server."""
+    # Some files are always open: the RUN's, and those of the libraries.
+    most = max(1, min(limits.connections, open_files() - FILES))
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            # The same wherever this is installed, whatever else is.
+            loop="asyncio",
+            http=limited(most, limits.connections_per_client),
+            ws="none",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            # So many are accepted at once before the limits are looked at.
+            backlog=128,
+            timeout_keep_alive=IDLE_SECONDS,
+            timeout_graceful_shutdown=int(limits.seconds) + 10,
+        )
+    )
 
 
 def assemble(
