@@ -1,5 +1,8 @@
 """One endpoint over many experts: OpenAI's own client, unchanged, and what must not happen."""
 
+import json
+import re
+
 import httpx
 import openai
 import pytest
@@ -280,9 +283,49 @@ def test_a_router_that_must_be_told_the_language(chatty, tiny):
         assert refused.status_code == 400
         assert "needs the language of the text" in refused.json()["error"]["message"]
         told = found.post(body | {"language": "deu"}).json()["choices"][0]["xelm"]
-        assert told == {"language": "de", "weights": {"de-fr": 1.0}}
+        wanted = {"language": "de", "language_from": "told", "router": "language"}
+        assert told == {**wanted, "weights": {"de-fr": 1.0}}
         alone = found.post(body | {"model": "xelm:en-es"}).json()["choices"][0]["xelm"]
         assert alone["weights"] == {"en-es": 1.0}
+
+
+@pytest.mark.parametrize("routing", ["learned", "detected", "uniform"])
+def test_a_language_that_is_told_is_routed_by_and_named(chatty, tiny, routing):
+    """German text said to be Spanish, by each endpoint, streamed too, and said to be Swedish."""
+    chat = {"messages": [{"role": "user", "content": german(tiny)}]}
+    with served(chatty, routing) as found:
+
+        def told(language, path="/v1/completions", **more):
+            body = {"model": "xelm", "max_tokens": 3, "temperature": 0, **more}
+            body |= chat if path.endswith("chat/completions") else {"prompt": german(tiny)}
+            body |= {} if language is None else {"language": language}
+            answer = found.post(body, path)
+            if not more:
+                return answer.json()["choices"][0]["xelm"]
+            pieces = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
+            return next(p for p in reversed(pieces) if "xelm" in p["choices"][0])["choices"][0][
+                "xelm"
+            ]
+
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            for more in ({}, {"stream": True}):
+                spanish = told("spa", path, **more)
+                by = {"language": "es", "language_from": "told", "router": "language"}
+                assert spanish == {**by, "weights": {"en-es": 1.0}}
+                heard = told(None, path, **more)
+                by = {"language": "de", "language_from": "detected", "router": routing}
+                assert {k: v for k, v in heard.items() if k != "weights"} == by
+        nobody = told("sv")
+        by = {"language": "sv", "language_from": "told", "router": routing}
+        assert nobody == {**by, "weights": told(None)["weights"]}
+        # Counted by languages that are known here, however many tags requests make up.
+        for made_up in ("sv", "ja", "en-ZW", "x-a"):
+            told(made_up)
+        text = httpx.get(f"{found.url}/metrics").text
+        labels = set(re.findall(r'xelm_routing_weight_total\{language="([^"]*)"', text))
+        assert labels <= {"de", "es", "en", "other"} and {"de", "es", "other"} <= labels
+        refused = found.post({"model": "xelm", "prompt": "a", "language": "nonsense!"})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "language"
 
 
 def test_only_who_has_the_key_is_answered(chatty, tmp_path, monkeypatch):

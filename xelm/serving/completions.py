@@ -37,16 +37,21 @@ class _Asked:
     model: str
     tickets: list[Ticket]
     languages: list[str | None]
-    """Of each ticket's text."""
+    """The language of each ticket's text."""
+    told: bool
+    """Whether the request says the language; otherwise it is detected."""
     prompt_tokens: int
     began: float
     events: "asyncio.Queue[tuple[int, Event] | None]" = field(default_factory=asyncio.Queue)
     """With the place of the ticket; None when whoever asked has gone."""
     ends: dict[int, Ended] = field(default_factory=dict)
 
-    def about(self, place: int, weights: Any) -> dict[str, Any]:
+    def about(self, place: int, event: Piece | Ended) -> dict[str, Any]:
         """The `xelm` of a choice."""
-        return {"language": self.languages[place], "weights": weights}
+        language = self.languages[place]
+        source = None if language is None else "told" if self.told else "detected"
+        found = {"language": language, "language_from": source}
+        return {**found, "router": event.router, "weights": event.weights}
 
 
 @dataclass(kw_only=True)
@@ -101,13 +106,14 @@ class Completions:
                     f"{sampling.max_new_tokens}",
                     "max_tokens",
                 )
-            language = None if asked.language is None else canonical(asked.language)
-            told = [language or offer.language_of(ids) for ids in prompts]
+            language = _told(asked.language)
+            languages = [language or offer.language_of(ids) for ids in prompts]
             under_way = _Asked(
                 answer=Answer(asked.model, chat=isinstance(asked, ChatRequest)),
                 model=asked.model,
                 tickets=[],
-                languages=[language for language in told for _ in range(asked.n or 1)],
+                languages=[language for language in languages for _ in range(asked.n or 1)],
+                told=language is not None,
                 prompt_tokens=sum(map(len, prompts)),
                 began=began,
             )
@@ -211,7 +217,7 @@ class Completions:
         if found is None:
             return Response(status_code=GONE)
         ends = [under_way.ends[place] for place in range(len(texts))]
-        about = [under_way.about(place, end.weights) for place, end in enumerate(ends)]
+        about = [under_way.about(place, end) for place, end in enumerate(ends)]
         return JSONResponse(under_way.answer.whole(texts, ends, about, under_way.prompt_tokens))
 
     async def _stream(
@@ -230,7 +236,7 @@ class Completions:
                 place, event = found
                 text = event.text if isinstance(event, Piece) else ""
                 reason = event.reason if isinstance(event, Ended) else None
-                about = under_way.about(place, event.weights)
+                about = under_way.about(place, event)
                 yield _event(answer.part(place, text, about, reason=reason))
                 if len(under_way.ends) == len(under_way.tickets):
                     break
@@ -272,6 +278,14 @@ async def _body(request: Request) -> bytes:
     except TimeoutError:
         raise Refused(408, f"a request comes within {BODY_SECONDS:g} seconds") from None
     return bytes(body)
+
+
+def _told(language: str | None) -> str | None:
+    """The language that a request names, as a canonical tag. Raises Refused for what is none."""
+    try:
+        return None if language is None else canonical(language)
+    except UserError as error:
+        raise Refused(400, str(error), "language") from None
 
 
 def _check_type(given: str) -> None:

@@ -26,6 +26,8 @@ class Piece:
     text: str
     weights: Mapping[str, float]
     """Model -> how much it spoke for the last token of the piece."""
+    router: str
+    """The router that decided most tokens so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class Ended:
     """That were drawn."""
     weights: Mapping[str, float]
     """Model -> its mean weight over them."""
+    router: str
+    """The router that decided most of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,11 +280,11 @@ class Desk:
             if ended:
                 piece += reply.rest()
             if piece:
-                self._events.append((ticket, Piece(piece, _weights(names, spoken))))
+                self._events.append((ticket, Piece(piece, _weights(names, spoken), text.routing)))
             if ended:
                 mean = _weights(names, ticket.weights / text.drawn)
                 reason = "stop" if reply.finished else "length"
-                self._events.append((ticket, Ended(reason, text.drawn, mean)))
+                self._events.append((ticket, Ended(reason, text.drawn, mean, text.routing)))
                 self._leave(table, text)
 
     def _lose(self, error: Exception) -> None:
