@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from clustering.errors import UserError
-from xelm.data import corpus
-from xelm.data.corpus import Document, Faults, files, fingerprint, language_of, read
+from xelm.data import formats
+from xelm.data.corpus import Document, Faults, fingerprint, plan, read
 
 TEXTS = ["Der alte Mann", "und das Meer", "ſtraße 🐟 море 海"]
 
@@ -202,7 +202,24 @@ def test_damaged_pages_of_parquet_do_not_stop_the_others(tmp_path):
     assert left_out == only(reason, 1, "de.parquet after row 0")
 
 
-def test_a_stream_that_breaks_is_one_line_with_its_place(monkeypatch):
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+@pytest.fixture
+def hub_answers(monkeypatch):
+    """The Hub knows every data set at one commit, with the one configuration `default`."""
+    import datasets
+    import huggingface_hub
+
+    def dataset_info(self, name, *, revision=None):
+        assert name == "owner/texts"
+        return huggingface_hub.DatasetInfo(id=name, sha=COMMIT)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision: ["default"])
+
+
+def test_a_stream_that_breaks_is_one_line_with_its_place(monkeypatch, hub_answers):
     import datasets
 
     def stream(*arguments, **options):
@@ -214,7 +231,9 @@ def test_a_stream_that_breaks_is_one_line_with_its_place(monkeypatch):
     assert next(documents) == Document("a", "de")
     with pytest.raises(UserError) as caught:
         next(documents)
-    assert str(caught.value) == "cannot read hf://owner/texts/de after record 1: the other side"
+    assert str(caught.value) == (
+        f"cannot read hf://owner/texts@{COMMIT}/de after record 1: the other side"
+    )
 
 
 @pytest.mark.parametrize(
@@ -226,32 +245,53 @@ def test_a_stream_that_breaks_is_one_line_with_its_place(monkeypatch):
         ("hf://owner/texts/de:validation", ("owner/texts", "de", "validation")),
     ],
 )
-def test_an_address_on_the_hub_names_data_set_config_and_split(monkeypatch, name, asked):
+def test_an_address_on_the_hub_names_data_set_config_and_split(
+    monkeypatch, hub_answers, name, asked
+):
     import datasets
 
-    def stream(*arguments, split, streaming):
-        assert streaming and (*arguments, split) == asked
+    def stream(*arguments, split, streaming, revision):
+        assert streaming and (*arguments, split) == asked and revision == COMMIT
         return [{"text": "a", "lang": "sw"}, {"text": "b"}]
 
     monkeypatch.setattr(datasets, "load_dataset", stream)
     faults = Faults()
     config = [Document("b", "de")] if "/de" in name else []
     assert list(read(name, faults)) == [Document("a", "sw"), *config]
-    assert faults.to_json() == ({} if config else only('no "lang"', 1, f"{name}:2"))
+    assert faults.to_json() == (
+        {} if config else only('no "lang"', 1, f"{name.replace('texts', f'texts@{COMMIT}')}:2")
+    )
 
 
-def test_a_split_that_is_not_there_is_one_line_with_those_that_are(tmp_path, monkeypatch):
-    """The library reads a folder of that name as it reads the Hub."""
-    folder = tmp_path / "owner" / "texts"
-    folder.mkdir(parents=True)
+@pytest.fixture
+def hub_copy(tmp_path, monkeypatch, hub_answers):
+    """A folder that is read as what the Hub has under the name owner/texts."""
+    import datasets
+    from datasets.inspect import get_dataset_config_names as names
+
+    load = datasets.load_dataset
+    folder = tmp_path / "copy"
+    folder.mkdir()
+
+    def load_dataset(name, *config, split, streaming, revision):
+        assert (name, revision) == ("owner/texts", COMMIT)
+        return load(str(folder), *config, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(
+        datasets, "get_dataset_config_names", lambda name, revision: names(str(folder))
+    )
+    return folder
+
+
+def test_a_split_that_is_not_there_is_one_line_with_those_that_are(hub_copy):
     for split in ("train", "validation"):
-        (folder / f"{split}.jsonl").write_bytes(lines({"text": split, "lang": "de"}))
-    monkeypatch.chdir(tmp_path)
+        (hub_copy / f"{split}.jsonl").write_bytes(lines({"text": split, "lang": "de"}))
     assert list(read("hf://owner/texts:validation", Faults())) == [Document("validation", "de")]
     with pytest.raises(UserError) as caught:
         list(read("hf://owner/texts:test", Faults()))
     assert str(caught.value) == (
-        "cannot open hf://owner/texts:test: Bad split: test. "
+        f"cannot open hf://owner/texts@{COMMIT}:test: Bad split: test. "
         "Available splits: ['train', 'validation']"
     )
 
@@ -262,13 +302,13 @@ def test_a_fault_of_the_disk_is_not_taken_for_one_of_the_file(tmp_path, monkeypa
     def fail(path):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(corpus, "opened", fail)
+    monkeypatch.setattr(formats, "opened", fail)
     with pytest.raises(OSError, match="Input/output error"):
         list(read(tmp_path, Faults()))
 
 
 def test_a_line_that_is_too_long_is_skipped_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "LONGEST_LINE_BYTES", 50)
+    monkeypatch.setattr(formats, "LONGEST_LINE_BYTES", 50)
     content = lines({"text": "a"}, {"text": "x" * 130}, {"text": "b"}, {"text": "y" * 50})
     documents, left_out = read_folder(tmp_path, {"de.jsonl": content})
     assert [document.text for document in documents] == ["a", "b"]
@@ -324,21 +364,23 @@ def test_a_file_of_another_name_among_them_matters_only_when_all_are_asked_for(t
 
 
 def test_files_come_sorted_and_others_are_passed_over(tmp_path):
-    for name in ("sw.jsonl.zst", "de.parquet", "README.md", "en.jsonl", "fr.json"):
+    for name in ("sw.jsonl.zst", "de.parquet", "README.md", "en.jsonl", "fr.csv"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "tr.jsonl").mkdir()
-    assert [path.name for path in files(tmp_path)] == ["de.parquet", "en.jsonl", "sw.jsonl.zst"]
-    assert [language_of(path) for path in files(tmp_path)] == ["de", "en", "sw"]
+    found = plan(tmp_path)
+    assert [part.name for part in found.parts] == ["de.parquet", "en.jsonl", "sw.jsonl.zst"]
+    assert [part.language for part in found.parts] == ["de", "en", "sw"]
+    assert found.passed_over == {"of no format that is known": ["README.md", "fr.csv"]}
 
 
 def test_what_is_no_corpus_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"corpus .*nothing does not exist"):
-        files(tmp_path / "nothing")
+        plan(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"holds no corpus file; wanted <language>\.jsonl or"):
-        files(tmp_path)
-    (tmp_path / "de.txt").write_text("a")
-    with pytest.raises(UserError, match=r"de\.txt is no corpus file; wanted \.jsonl,"):
-        files(tmp_path / "de.txt")
+        plan(tmp_path)
+    (tmp_path / "de.csv").write_text("a")
+    with pytest.raises(UserError, match=r"de\.csv is no corpus file; wanted \.jsonl,"):
+        plan(tmp_path / "de.csv")
     for name in (
         "hf://dataset",
         "hf://a/b/c/d",
@@ -347,7 +389,7 @@ def test_what_is_no_corpus_is_refused_by_name(tmp_path):
     ):
         with pytest.raises(UserError) as caught:
             list(read(name, Faults()))
-        wanted = f"a Hub corpus is hf://owner/dataset[/config][:split]; got {name}"
+        wanted = f"a Hub corpus is hf://owner/dataset[@revision][/config][:split]; got {name}"
         assert str(caught.value) == wanted
 
 

@@ -136,7 +136,9 @@ def test_parts_of_a_corpus_are_its_files(tiny_corpus):
     every = [(d.text, d.language) for d in corpus.read(tiny_corpus, faults)]
     parts = corpus.parts(tiny_corpus)
     assert [text for part in copy.deepcopy(parts) for text in part] == every
-    assert {type(value) for part in parts for value in asdict(part).values()} <= PLAIN
+    plain = PLAIN | {bool, dict}
+    assert {type(value) for part in parts for value in asdict(part).values()} <= plain
+    assert {type(value) for part in parts for value in asdict(part.source).values()} <= plain
     assert len(parts) == len({language for _, language in every})
 
 

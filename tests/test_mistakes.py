@@ -111,7 +111,7 @@ MISTAKES = [
     ("init new --corpus empty", "empty holds no corpus file"),
     ("init new --corpus corpus --seed seeded/seed --set model.width=8", "has its own shape"),
     ("init new --corpus odd", "unknown language code 'klingonish'"),
-    ("init new --corpus corpus/de.jsonl", "name the languages to take from corpus/de.jsonl"),
+    ("init new --corpus hf://owner/texts", "name the languages to take from hf://owner/texts "),
     ("init new --corpus corpus --languages de,tr", "corpus has no file of tr"),
     ("init new --corpus corpus --languages ''", "--languages names no language"),
     ("init new --corpus corpus --languages ,", "--languages names no language"),
@@ -286,7 +286,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(xelm, place, monkeypatch, com
 
 
 UNUSABLE = [
-    (b'{"content": "a"}\n', '1 with no "text" (first: de.jsonl:1)'),
+    (b'{"body": "a"}\n', '1 with no "text" (first: de.jsonl:1)'),
     ('{"text": "a"}\n'.encode("utf-16"), "bytes that are not UTF-8 (first: de.jsonl:1"),
     (b'{"text": "a", "lang": "klingonish"}\n', "unknown language (first: de.jsonl:1 'klingonish')"),
     (b'{"text": "a", "lang": "sw"}\n', "language sw, which was not asked for (first: record 1)"),

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from xelm.commands.options import Verb, add_json, names, print_json
+from xelm.commands.options import Verb, add_corpus, add_json, names, print_json, required_corpus
 from xelm.commands.routing import (
     ROUTINGS,
     add_kept,
@@ -28,7 +28,7 @@ CALIBRATION_TOKENS = 1000
 
 def _evaluate_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
-    verb.add_argument("--corpus", required=True, metavar="DIR")
+    add_corpus(verb, "text to measure on, as for xelm init", required=True)
     verb.add_argument(
         "--routing",
         type=names,
@@ -59,7 +59,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     run = open_run(options.run)
     results = evaluate(
         run,
-        options.corpus,
+        required_corpus(options),
         routings=options.routing,
         top_m=options.top_m,
         least_weight=options.least_weight,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clustering.engines import ENGINES, Engine
 from clustering.errors import UserError
-from xelm.commands.options import Verb, add_json, names, print_json
+from xelm.commands.options import Verb, add_corpus, add_json, corpus_of, names, print_json
 
 if TYPE_CHECKING:
     from clustering.clustering import Clustering
@@ -123,22 +123,27 @@ def _by_ngrams(options: argparse.Namespace) -> "Clustering":
     from clustering.languages import canonical_all
     from xelm.data import corpus
 
-    if not options.corpus:
+    text = corpus_of(options)
+    if text is None:
         raise UserError("tfidf clusters documents; name a RUN with --run, or text with --corpus")
     k, engine = _fixed(options), _engine(options)
     tags = canonical_all(options.languages) if options.languages else None
-    parts, faults = corpus.parts(options.corpus, tags), corpus.Faults()
-    surveys = list(engine(corpus.Survey.of, parts))
+    plan, faults = corpus.plan(text.pinned(), tags), corpus.Faults()
+    plan.check()
+    surveys = list(engine(corpus.Survey.of, plan.parts))
     for survey in surveys:
         faults.include(survey.faults)
     silent = [tag for tag in tags or () if not any(tag in s.documents for s in surveys)]
     if silent:
         raise corpus.no_documents(silent, faults)
+    counts = [survey.documents for survey in surveys]
+    left_out = [survey.faults.total() for survey in surveys]
+    print(corpus.reading_table(plan, counts, left_out), file=sys.stderr)
     if faults:
-        print(f"{options.corpus}: {faults}", file=sys.stderr)
-    sizes = [sum(survey.documents.values()) for survey in surveys]
-    texts = Documents(parts, engine=engine, sizes=sizes)
-    made_from = {"corpus": corpus.fingerprint_of(parts, [survey.digest for survey in surveys])}
+        print(f"{text}: {faults}", file=sys.stderr)
+    sizes = [sum(count.values()) for count in counts]
+    texts = Documents(plan.parts, engine=engine, sizes=sizes)
+    made_from = {"corpus": corpus.fingerprint_of(plan.parts, [s.digest for s in surveys])}
     return ngrams.cluster(texts, k, options.random_seed or 0, made_from=made_from)
 
 
@@ -253,10 +258,10 @@ def _methods(spec: str) -> list[str]:
 
 
 def _chosen(options: argparse.Namespace, run: "Run | None") -> Sequence[str] | None:
-    if options.languages is None and options.corpus:
+    if options.languages is None and (corpus := corpus_of(options)):
         from xelm.data.corpus import languages_of
 
-        return languages_of(options.corpus)
+        return languages_of(corpus)
     return options.languages or (run.languages if run else None)
 
 
@@ -335,9 +340,7 @@ NEAREST = Verb("list the nearest relatives of a language", _nearest_options, _ne
 
 def _features_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
-    verb.add_argument(
-        "--corpus", metavar="DIR", help="text to read (default: the RUN's); parallel for alignment"
-    )
+    add_corpus(verb, "text to read (default: the RUN's); parallel for alignment")
     verb.add_argument("--languages", type=names, metavar="A,B,C", help="(default: all of it)")
     verb.add_argument(
         "--of",
@@ -372,7 +375,7 @@ def _features(options: argparse.Namespace) -> None:
         if options.steps is not None:
             raise UserError("--steps goes with --of updates")
         found = features(
-            run, options.corpus, options.languages, **_given(documents=options.documents)
+            run, corpus_of(options), options.languages, **_given(documents=options.documents)
         )
         languages, documents, layers, width = found.values.shape
         shape = f"{languages} languages, {documents} documents of each, {layers} layers of {width}"
@@ -389,7 +392,7 @@ FEATURES = Verb("write what the seed makes of text, for clustering", _features_o
 
 def _source_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--run", metavar="RUN", help="RUN whose corpus, subwords or losses are used")
-    verb.add_argument("--corpus", metavar="DIR", help="text whose words or characters are used")
+    add_corpus(verb, "text whose words or characters are used")
     verb.add_argument(
         "--features",
         metavar="SETS",
@@ -421,7 +424,7 @@ def _sources(options: argparse.Namespace) -> "Sources":
         features=options.features or "syntax_average",
         only=options.only,
         table=options.table,
-        corpus=options.corpus,
+        corpus=corpus_of(options),
         run=open_run(options.run) if options.run else None,
         tagged=options.tagged,
         states=options.states,

@@ -3,9 +3,13 @@
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from clustering.errors import UserError
 from xelm.process import cores
+
+if TYPE_CHECKING:
+    from xelm.data.corpus import Corpus
 
 # Whoever reads and writes for them keeps up with no more.
 _MOST_WORKERS = 32
@@ -17,6 +21,54 @@ class Verb(NamedTuple):
     summary: str
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+
+
+def add_corpus(verb: argparse.ArgumentParser, summary: str, *, required: bool = False) -> None:
+    """The options `--corpus`, `--text-field`, `--language-field` and `--language-map`."""
+    verb.add_argument("--corpus", metavar="CORPUS", required=required, help=summary)
+    verb.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="field of the records that holds the text (default: text, or else content)",
+    )
+    verb.add_argument(
+        "--language-field",
+        metavar="NAME",
+        help="field that holds the language (default: lang, or language where no name says it)",
+    )
+    verb.add_argument(
+        "--language-map",
+        metavar="FILE",
+        help="YAML of languages by names of files, folders or values of that field, as in als: gsw",
+    )
+
+
+def corpus_of(options: argparse.Namespace) -> "Corpus | None":
+    """The corpus of the options that `add_corpus` added; None if there is none. UserError for
+    another option without it."""
+    given = {
+        "text_field": options.text_field,
+        "language_field": options.language_field,
+        "languages": options.language_map,
+    }
+    if not options.corpus:
+        for name in ("text_field", "language_field", "language_map"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} goes with --corpus")
+        return None
+    from xelm.data.sources import Corpus, read_languages
+
+    if options.language_map:
+        given["languages"] = read_languages(options.language_map)
+    return Corpus.of(options.corpus).with_defaults(**given)
+
+
+def required_corpus(options: argparse.Namespace) -> "Corpus":
+    """The same; UserError where there is none."""
+    corpus = corpus_of(options)
+    if corpus is None:
+        raise UserError("--corpus names no corpus")
+    return corpus
 
 
 def add_json(verb: argparse.ArgumentParser) -> None:

@@ -5,7 +5,15 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from clustering.errors import UserError
-from xelm.commands.options import Verb, add_settings, add_workers, names
+from xelm.commands.options import (
+    Verb,
+    add_corpus,
+    add_settings,
+    add_workers,
+    corpus_of,
+    names,
+    required_corpus,
+)
 from xelm.presets import PRESETS
 
 if TYPE_CHECKING:
@@ -42,12 +50,12 @@ QUICKSTART = Verb(
 
 def _init_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
-    verb.add_argument(
-        "--corpus",
+    add_corpus(
+        verb,
+        "folder or file of text, such as <language>.jsonl or <language>/*.parquet; or "
+        "hf://owner/dataset[@revision][/config][:split]; or a .yaml file that describes several "
+        "(docs/corpora.md)",
         required=True,
-        metavar="DIR",
-        help="folder of <language>.jsonl[.gz|.zst] or .parquet, or such a file, or "
-        "hf://owner/dataset[/config][:split]",
     )
     verb.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
     verb.add_argument(
@@ -76,7 +84,7 @@ def _init(options: argparse.Namespace) -> None:
     config = override(PRESETS[preset](), options.settings)
     run = init(
         options.run,
-        options.corpus,
+        required_corpus(options),
         config,
         seed=options.seed,
         languages=options.languages,
@@ -219,9 +227,7 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("run", metavar="RUN")
     add_settings(verb, "run otherwise this time, as in grow.mesh_fsdp=4; may be repeated")
     verb.add_argument("--language", required=True, metavar="XX")
-    verb.add_argument(
-        "--corpus", metavar="DIR", help="has text in the language (default: the RUN's corpus)"
-    )
+    add_corpus(verb, "has text in the language (default: the RUN's corpus)")
     verb.add_argument(
         "--parent",
         default="auto",
@@ -239,7 +245,7 @@ def _grow(options: argparse.Namespace) -> None:
     check_free(options.settings, "grow")
     run = open_run(options.run, settings=options.settings)
     expert = grow(
-        run, options.language, options.corpus, parent=options.parent, workers=options.workers
+        run, options.language, corpus_of(options), parent=options.parent, workers=options.workers
     )
     print(
         f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"

@@ -1,373 +1,299 @@
-"""Reads corpora: folders of JSONL (plain, gz, zst) or Parquet, single files, Hub data sets.
+"""What a corpus is: its parts, their languages, its fingerprint, and what a reading found.
 
-Every record that cannot be used is counted by reason with the first places; none stops the reading
-and none vanishes unreported.
+How a corpus is described is in `sources`, which files it has in `listing`, how a part is read in
+`texts` and `formats`.
 """
 
-import contextlib
-import gzip
 import hashlib
-import io
 import json
-import unicodedata
-import zlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from clustering.errors import UserError
 from clustering.languages import canonical
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-# A line beyond this is no document but a broken file, and would have to be held in memory whole.
-LONGEST_LINE_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text of a corpus."""
-
-    text: str
-    """Unicode NFC."""
-    language: str
-    """Canonical BCP 47 tag of what the record's "lang", or else the file's name, says."""
+from xelm.data.faults import Faults
+from xelm.data.formats import stem
+from xelm.data.hub import SCHEME, Address
+from xelm.data.listing import describe, is_other_split, language_in, list_files
+from xelm.data.sources import AnyCorpus, Corpus, Source
+from xelm.data.texts import Document, Survey, Texts, no_documents, tag_of
 
 
 @dataclass(slots=True)
-class Faults:
-    """What a reading could not use: how many records by reason, and the first places of each."""
+class Plan:
+    """What is read of a corpus, and what is not."""
 
-    counts: dict[str, int] = field(default_factory=dict)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    parts: list[Texts] = field(default_factory=list)
+    """Files and data sets, each of which can be read by itself."""
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    """Why files are not read -> their names."""
+    nameless: list[str] = field(default_factory=list)
+    """Files of which neither names nor records say the language."""
+    corpus: str = ""
+    """For people."""
 
-    def add(self, reason: str, place: str) -> None:
-        """Counts one unusable record at `place` ("file:line")."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        places = self.places.setdefault(reason, [])
-        if len(places) < 3:
-            places.append(place)
+    def check(self) -> None:
+        """Raises UserError for files of which nothing says the language, and for languages all of
+        whose files have no bytes."""
+        if self.nameless:
+            raise _no_language(self.corpus, self.nameless)
+        _refuse_empty(self.parts)
 
-    def include(self, other: "Faults") -> None:
-        """Counts those of another reading as well."""
-        for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-            places = self.places.setdefault(reason, [])
-            places += other.places[reason][: 3 - len(places)]
+    def add(self, texts: Texts) -> None:
+        """Adds a part, unless it is of a language that is not wanted."""
+        if texts.named and texts.wanted is not None and texts.language not in texts.wanted:
+            self.pass_over(texts.name, "of a language that was not asked for")
+        else:
+            self.parts.append(texts)
 
-    def __bool__(self) -> bool:
-        return bool(self.counts)
-
-    def __str__(self) -> str:
-        parts = [
-            f"{count} with {reason} (first: {', '.join(self.places[reason])})"
-            for reason, count in self.counts.items()
-        ]
-        return f"{sum(self.counts.values())} records left out: {'; '.join(parts)}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Counts and first places, for the record of a reading."""
-        return {
-            reason: {"count": count, "first": self.places[reason]}
-            for reason, count in self.counts.items()
-        }
+    def pass_over(self, name: str, reason: str) -> None:
+        """Notes a file that is not read."""
+        self.passed_over.setdefault(reason, []).append(name)
 
 
-def no_documents(languages: Sequence[str], faults: Faults) -> UserError:
-    """The mistake of a corpus without usable documents in `languages`, and what was left out."""
-    what = ", ".join(languages) or "any language"
-    more = f"; {faults}" if faults else ""
-    return UserError(f"the corpus has no usable document in {what}{more}")
+def plan(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> Plan:
+    """What is read of a corpus for these languages, and which files are passed over and why.
 
-
-def address(corpus: str | Path) -> str:
-    """Where a corpus lies, wherever it is asked from: an absolute path, or a name on the Hub."""
-    return str(corpus) if str(corpus).startswith("hf://") else str(Path(corpus).resolve())
-
-
-def languages_of(corpus: str | Path) -> list[str]:
-    """The languages that the names of a folder's files declare, each once."""
-    return list(dict.fromkeys(language_of(path) for path in files(corpus)))
-
-
-def files(corpus: str | Path) -> list[Path]:
-    """The corpus files of a folder, sorted, or the one file that `corpus` names."""
-    path = Path(corpus)
-    if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{path} is no corpus file; wanted {', '.join(SUFFIXES)}")
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"corpus {path} does not exist")
-    found = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
-    if not found:
-        raise UserError(f"{path} holds no corpus file; wanted <language>{' or '.join(SUFFIXES)}")
+    Files whose names are other languages are not read; those whose names are none are read if their
+    records say the language. UserError for a corpus without files, or without one of the languages.
+    """
+    corpus = Corpus.of(corpus)
+    found = Plan(corpus=str(corpus))
+    for source in corpus.sources:
+        if source.path.startswith(SCHEME):
+            _plan_hub(found, source, languages)
+        else:
+            _plan_files(found, source, languages)
+    if languages is not None:
+        if all(texts.named for texts in found.parts):
+            tags = {texts.language for texts in found.parts}
+            missing = [language for language in languages if language not in tags]
+            if missing:
+                raise UserError(f"{corpus} has no file of {', '.join(missing)}")
+        _refuse_empty(found.parts)
     return found
 
 
-def language_of(path: Path) -> str:
-    """The language a file's name declares: `sw` for `sw.jsonl.gz`."""
-    return path.name.split(".")[0]
+def _plan_files(found: Plan, source: Source, languages: Sequence[str] | None) -> None:
+    listing = list_files(source)
+    for reason, names in listing.passed_over.items():
+        found.passed_over.setdefault(reason, []).extend(names)
+    alone = Path(source.path).is_file()
+    agreeing: dict[tuple[Path, str | None], bool] = {}
+    for file in listing.files:
+        texts = Texts(file.path, file.language, languages, file.name, source)
+        unnamed = replace(texts, language=None, named=False)
+        if source.language or (file.language and not alone and not file.by_folder):
+            found.add(texts)
+        elif file.language:
+            # A folder may be called anything, and a file that is given by itself may hold many
+            # languages: their records know better. One file speaks for those beside it.
+            group = (file.path.parent, file.language)
+            if group not in agreeing:
+                said = unnamed.first_language()
+                agreeing[group] = said is None or (not alone and _agree(said, file.language))
+            found.add(texts if agreeing[group] else unnamed)
+        elif unnamed.first_language() is not None:
+            found.add(unnamed)
+        elif languages is not None:
+            found.pass_over(file.name, "whose name is no language and whose records say none")
+        else:
+            found.nameless.append(file.name)
+            found.add(replace(unnamed, language=stem(file.path.name)))
 
 
-def fingerprint(corpus: str | Path, languages: Sequence[str] | None = None) -> str:
-    """SHA-256 over names and contents of the corpus files that `read` would read, or over the name
-    of a Hub data set."""
+def _plan_hub(found: Plan, source: Source, languages: Sequence[str] | None) -> None:
+    address = Address.of(source.path).pinned()
+    configs = [address.config] if address.config else address.configs()
+    tags = {name: tag for name in configs if (tag := _language_of_config(source, name))}
+    training = [name for name in tags if not is_other_split(name)] or list(tags)
+    for name in training:
+        here = str(replace(address, config=name))
+        found.add(Texts(here, tags[name], languages, here, source))
+    if tags:
+        return
+    if len(configs) > 1 and "default" not in configs:
+        more = f" and {len(configs) - 5} more" if len(configs) > 5 else ""
+        raise UserError(
+            f"no configuration of {source.path} has the name of a language; name one of "
+            f"{', '.join(configs[:5])}{more}, as in {replace(address, config=configs[0])}"
+        )
+    found.add(Texts(str(address), None, languages, str(address), source, named=False))
+
+
+def _language_of_config(source: Source, name: str) -> str | None:
+    if source.language or name in source.languages:
+        code = source.language or source.languages[name]
+        return code and canonical(code)
+    return language_in(name)
+
+
+def _agree(said: str, tag: str) -> bool:
+    """Whether two tags are of one language, of which one may say more, as `sr` and `sr-Latn`; and
+    whatever is no tag speaks against none."""
+    if tag_of(said) is None:
+        return True
+    return said == tag or said.startswith(f"{tag}-") or tag.startswith(f"{said}-")
+
+
+def _refuse_empty(parts: Sequence[Texts]) -> None:
+    """Raises UserError for languages all of whose files have no bytes."""
+    empty: dict[str, bool] = {}
+    for texts in parts:
+        if texts.language and isinstance(texts.where, Path):
+            size = texts.where.stat().st_size
+            empty[texts.language] = empty.get(texts.language, True) and not size
+        elif texts.language:
+            empty[texts.language] = False
+    silent = [texts for texts in parts if empty.get(texts.language or "")]
+    if silent:
+        names = ", ".join(dict.fromkeys(texts.name for texts in silent[:5]))
+        tags = ", ".join(dict.fromkeys(texts.language or "" for texts in silent))
+        raise UserError(f"the corpus has no text in {tags}: {names} has 0 bytes")
+
+
+def parts(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> list[Texts]:
+    """What a corpus consists of, each of which can be read by itself; as `plan`."""
+    return plan(corpus, languages).parts
+
+
+def languages_of(corpus: AnyCorpus) -> list[str]:
+    """Canonical tags of the languages of a corpus, each once: those that names say, in the order of
+    the files, and those of files whose records say it, which are read for that.
+
+    UserError for files of which neither says it, and for a data set of the Hub that would
+    have to be read whole.
+    """
+    corpus = Corpus.of(corpus)
+    for source in corpus.sources:
+        if source.path.startswith(SCHEME) and not _says_language(source):
+            raise UserError(f"name the languages to take from {source.path} with --languages")
+    found = plan(corpus)
+    found.check()
+    tags: list[str] = []
+    faults = Faults()
+    for texts in found.parts:
+        if texts.named and texts.language:
+            tags.append(texts.language)
+        else:
+            survey = Survey.of(texts)
+            tags += survey.documents
+            faults.include(survey.faults)
+    if not tags:
+        raise no_documents([], faults)
+    return list(dict.fromkeys(tags))
+
+
+def _says_language(source: Source) -> bool:
+    config = Address.of(source.path).config
+    return bool(source.language or (config and _language_of_config(source, config)))
+
+
+def _no_language(corpus: str, names: Sequence[str]) -> UserError:
+    """The mistake of files of which nothing says the language."""
+    name = stem(names[0].rpartition("/")[2])
+    try:
+        canonical(name)
+        unknown = f"{name!r} is taken for a word, not for a language code"
+    except UserError as error:
+        unknown = str(error).partition(";")[0]
+    more = f" (and {len(names) - 1} more: {', '.join(names[1:5])})" if len(names) > 1 else ""
+    return UserError(
+        f"{unknown}: nothing says the language of {names[0]}{more} of {corpus}; say it in a YAML "
+        f"file, '{name}: CODE', or '{name}: null' to leave it out, with --language-map, name the "
+        "field of the records that says it with --language-field, or choose with --languages"
+    )
+
+
+def fingerprint(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> str:
+    """SHA-256 over names and contents of the corpus files that `read` would read and over how they
+    are read, and over the addresses of Hub data sets with their commits."""
     found = parts(corpus, languages)
     return fingerprint_of(found, [part.digest() for part in found])
 
 
-def fingerprint_of(parts: "Sequence[Texts]", digests: Sequence[bytes]) -> str:
+def fingerprint_of(parts: Sequence[Texts], digests: Sequence[bytes]) -> str:
     """The fingerprint of a corpus of these parts, with these digests."""
     whole = hashlib.sha256()
     for part, digest in zip(parts, digests):
         if isinstance(part.where, Path):
-            whole.update(part.where.name.encode() + b"\0")
+            whole.update(part.name.encode() + b"\0")
+        options = part.source.options()
+        if part.language and language_in(stem(part.name.rpartition("/")[2])) != part.language:
+            options["language"] = part.language  # by a folder, which may be that of the corpus
+        if options:
+            whole.update(json.dumps(options, sort_keys=True).encode() + b"\0")
         whole.update(digest)
     return whole.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """The texts of one corpus file or Hub data set, told by where they lie: to be read any number
-    of times, on any machine that finds them there."""
-
-    where: Path | str
-    """The file, or `hf://` and the name of the data set."""
-    language: str | None = None
-    """Of records that do not say it."""
-    wanted: Sequence[str] | None = None
-    """Canonical tags of the languages to keep; None means all."""
-
-    def documents(self, faults: Faults) -> Iterator[Document]:
-        """Every usable document in any language; unusable records are counted in `faults`."""
-        if isinstance(self.where, str):
-            records = _hub_records(self.where)
-        elif self.where.name.endswith(".parquet"):
-            records = _parquet_records(self.where, faults)
-        else:
-            records = _json_records(self.where, faults)
-        return _documents(records, faults, self.language)
-
-    def digest(self) -> bytes:
-        """SHA-256 of the file, or the name of the data set."""
-        if isinstance(self.where, str):
-            return self.where.encode()
-        with self.where.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        """Text and language of every usable document in the languages wanted."""
-        for document in self.documents(Faults()):
-            if self.wanted is None or document.language in self.wanted:
-                yield document.text, document.language
-
-
-def parts(corpus: str | Path, languages: Sequence[str] | None = None) -> list[Texts]:
-    """What a corpus consists of: files, each of which can be read by itself. Of a folder, those
-    named for other languages than `languages` are left out.
-
-    `corpus` is a folder of `<language>.jsonl[.gz|.zst]` or `<language>.parquet` files, one such
-    file (its records then carry "lang"), or `hf://owner/dataset[/config][:split]`, of which the
-    split is "train" by default.
-    """
-    if str(corpus).startswith("hf://"):
-        return [Texts(str(corpus), wanted=languages)]
-    # A file given by itself may hold many languages; its name says nothing then.
-    single = Path(corpus).is_file()
-    return [
-        Texts(path.absolute(), None if single else language_of(path), languages)
-        for path in _wanted(corpus, languages)
-    ]
-
-
 def read(
-    corpus: str | Path, faults: Faults, languages: Sequence[str] | None = None
+    corpus: AnyCorpus, faults: Faults, languages: Sequence[str] | None = None
 ) -> Iterator[Document]:
     """Every usable document of the `parts`, in their order; unusable records are counted in
     `faults`."""
-    for part in parts(corpus, languages):
-        yield from part.documents(faults)
+    yield from Reading(plan(corpus, languages), faults).documents()
 
 
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What one reading tells of a part of a corpus."""
+@dataclass(slots=True)
+class Reading:
+    """One reading of a corpus, which counts what it finds in each part."""
 
-    documents: Mapping[str, int]
-    """Language -> usable documents, of those wanted."""
+    plan: Plan
     faults: Faults
-    digest: bytes
+    counts: list[Mapping[str, int]] = field(default_factory=list)
+    """Language -> usable documents, of each part that was read."""
+    left_out: list[int] = field(default_factory=list)
+    """Unusable records of each part that was read."""
 
-    @staticmethod
-    def of(texts: Texts) -> "Survey":
-        """Reads it."""
-        counts: dict[str, int] = {}
-        faults = Faults()
-        for document in texts.documents(faults):
-            if texts.wanted is None or document.language in texts.wanted:
+    def documents(self) -> Iterator[Document]:
+        """Every usable document, in the order of the parts."""
+        for part in self.plan.parts:
+            counts: dict[str, int] = {}
+            self.counts.append(counts)
+            self.left_out.append(0)
+            documents = part.documents(self.faults)
+            while True:
+                # Whoever takes the documents may count some of them as faults too.
+                before = self.faults.total()
+                document = next(documents, None)
+                self.left_out[-1] += self.faults.total() - before
+                if document is None:
+                    break
                 counts[document.language] = counts.get(document.language, 0) + 1
-        return Survey(counts, faults, texts.digest())
+                yield document
+
+    def table(self) -> str:
+        """What was read as what, and what was not read, for people."""
+        return reading_table(self.plan, self.counts, self.left_out)
 
 
-def _wanted(corpus: str | Path, languages: Sequence[str] | None) -> list[Path]:
-    found = files(corpus)
-    if languages is None or Path(corpus).is_file():
-        return found
-    tags = {path: _tag({}, language_of(path)) for path in found}
-    missing = [language for language in languages if language not in tags.values()]
-    if missing:
-        raise UserError(f"{corpus} has no file of {', '.join(missing)}")
-    return [path for path, tag in tags.items() if tag in languages]
-
-
-def _documents(
-    records: Iterator[tuple[str, Any]], faults: Faults, default_language: str | None
-) -> Iterator[Document]:
-    tags: dict[str, str] = {}
-    for place, record in records:
-        if not isinstance(record, dict):
-            faults.add("no object", place)
-            continue
-        text, language = record.get("text"), record.get("lang") or default_language
-        if not isinstance(text, str):
-            faults.add('no "text"', place)
-        elif not text.strip():
-            faults.add("empty text", place)
-        elif not _is_unicode(text):
-            faults.add("half of a surrogate pair", place)
-        elif not isinstance(language, str):
-            faults.add('no "lang"', place)
-        elif (tag := tags.get(language) or _tag(tags, language)) is None:
-            # The value belongs to the place: there may be as many as records.
-            faults.add("an unknown language", f"{place} {language[:40]!r}")
-        else:
-            yield Document(unicodedata.normalize("NFC", text.strip()), tag)
-
-
-def _is_unicode(text: str) -> bool:
-    # JSON can spell half of a surrogate pair, which is no character and cannot be encoded.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _tag(tags: dict[str, str], language: str) -> str | None:
-    try:
-        return tags.setdefault(language, canonical(language))
-    except UserError:
-        return None
-
-
-def _json_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        with opened(path) as file:
-            while line := file.readline(LONGEST_LINE_BYTES):
-                number += 1
-                place = f"{path.name}:{number}"
-                if len(line) == LONGEST_LINE_BYTES and not line.endswith(b"\n"):
-                    faults.add("a line over 64 MiB", place)
-                    _skip_line(file)
-                    continue
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if not line.strip():
-                    continue
-                try:
-                    yield place, json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError:
-                    faults.add("bytes that are not UTF-8", place)
-                except (ValueError, RecursionError):
-                    faults.add("broken JSON", place)
-    except (EOFError, OSError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # of the disk, not of what was compressed
-        faults.add(f"a damaged file ({error})", f"{path.name} after line {number}")
-
-
-def _skip_line(file: BinaryIO) -> None:
-    while piece := file.readline(LONGEST_LINE_BYTES):
-        if piece.endswith(b"\n"):
-            return
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A file of bytes, unpacked if its name ends in .gz or .zst."""
-    with contextlib.ExitStack() as stack:
-        if path.name.endswith(".gz"):
-            yield stack.enter_context(gzip.open(path, "rb"))
-        elif path.name.endswith(".zst"):
-            import pyarrow
-
-            # Unlike the reader of `zstandard`, it tells a file that was cut short from a whole one.
-            compressed = stack.enter_context(path.open("rb"))
-            yield io.BufferedReader(
-                stack.enter_context(pyarrow.CompressedInputStream(compressed, "zstd"))
-            )
-        else:
-            yield stack.enter_context(path.open("rb"))
-
-
-def _parquet_records(path: Path, faults: Faults) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            columns = [name for name in ("text", "lang") if name in table.schema_arrow.names]
-            for batch in table.iter_batches(batch_size=1000, columns=columns):
-                for record in _rows(batch):
-                    number += 1
-                    place = f"{path.name}:{number}"
-                    if record is None:
-                        faults.add("bytes that are not UTF-8", place)
-                    else:
-                        yield place, record
-    except (OSError, pyarrow.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # of the disk, not of the pages
-        faults.add(f"a damaged file ({_reason(error)})", f"{path.name} after row {number}")
-
-
-def _rows(batch: Any) -> list[dict[str, Any] | None]:
-    """The rows of a batch; None for one with bytes that are not UTF-8, which Parquet lets pass."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        if len(batch) == 1:
-            return [None]
-        return [row for number in range(len(batch)) for row in _rows(batch.slice(number, 1))]
-
-
-def _hub_records(name: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    path, colon, split = name.removeprefix("hf://").partition(":")
-    parts = path.split("/")
-    if len(parts) not in (2, 3) or not all(parts) or (colon and not split):
-        raise UserError(f"a Hub corpus is hf://owner/dataset[/config][:split]; got {name}")
-    dataset = "/".join(parts[:2])
-    try:
-        records = datasets.load_dataset(dataset, *parts[2:], split=split or "train", streaming=True)
-    except Exception as error:
-        raise UserError(f"cannot open {name}: {_reason(error)}") from error
-    # Without "lang" in the records the config's name is the language, as in many collections.
-    language = parts[2] if len(parts) == 3 else None
-    number = 0
-    try:
-        for number, record in enumerate(records, 1):
-            yield f"{name}:{number}", {"lang": language, **record} if language else record
-    except Exception as error:
-        # Going on would make a corpus of whatever came before the connection broke.
-        raise UserError(f"cannot read {name} after record {number}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def reading_table(plan: Plan, counts: Sequence[Mapping[str, int]], left_out: Sequence[int]) -> str:
+    """A row for each language of each file or group of files: where, language, documents, records
+    left out; then what was passed over. counts, left_out: of each part of the plan."""
+    groups: dict[tuple[str, str | None], list[int]] = {}
+    for number, part in enumerate(plan.parts[: len(counts)]):
+        folder, _, name = part.name.rpartition("/")
+        shards = f"{folder}/" if folder else re.sub(r"\d+", "", name)
+        groups.setdefault((shards, part.language if part.named else None), []).append(number)
+    rows = [("read from", "language", "documents", "left out")]
+    for numbers in groups.values():
+        wanted = plan.parts[numbers[0]].wanted
+        name = plan.parts[numbers[0]].name
+        name += f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        found: dict[str, int] = {}
+        for number in numbers:
+            for tag, count in counts[number].items():
+                found[tag] = found.get(tag, 0) + count
+        kept = {tag: count for tag, count in found.items() if wanted is None or tag in wanted}
+        lost = sum(left_out[number] for number in numbers)
+        lost += sum(found.values()) - sum(kept.values())
+        for tag, count in kept.items() or [("–", 0)]:
+            rows.append((name, tag, f"{count:,}", f"{lost:,}"))
+            name, lost = "", 0
+    width, tag_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = [f"{a:{width}}  {b:{tag_width}}{c:>13}{d:>12}" for a, b, c, d in rows]
+    passed_over = describe(plan.passed_over)
+    return "\n".join([*lines, *([passed_over] if passed_over else [])])

@@ -22,7 +22,7 @@ from clustering.files import sha256
 from clustering.languages import canonical_all
 from xelm.data import corpus as corpora
 from xelm.data import tagged
-from xelm.data.corpus import Faults
+from xelm.data.corpus import AnyCorpus, Corpus, Faults
 from xelm.runs.results import RESULTS, read_results
 from xelm.runs.run import Run
 
@@ -39,7 +39,7 @@ class Sources:
     """Names of features; for typology and table. All if empty."""
     table: str | Path | None = None
     """CSV file; for table."""
-    corpus: str | Path | None = None
+    corpus: AnyCorpus | None = None
     """Text by language; for words and characters."""
     run: Run | None = None
     """For subwords and losses; and for words and characters where no corpus is given."""
@@ -148,7 +148,7 @@ def _text(
 ) -> Callable[[Sequence[str], Sources], Distances]:
     def distances(languages: Sequence[str], sources: Sources) -> Distances:
         corpus = sources.corpus or (sources.run and sources.run.record["corpus"])
-        corpus = _given(corpus, measure, "--corpus or --run")
+        corpus = Corpus.of(_given(corpus, measure, "--corpus or --run")).pinned()
         tags, faults = canonical_all(languages), Faults()
         counts = {}
         for tag in tags:

@@ -20,6 +20,7 @@ from experts.expert import SEED, Expert, parse_reference
 from experts.lock import locked
 from experts.registry import Registry
 from xelm import __version__
+from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.inference.guessing import guess_documents
 from xelm.inference.holding import Holding
 from xelm.inference.reliability import Reliability, chosen
@@ -50,7 +51,7 @@ CALIBRATION_TOKENS = 1000
 
 def evaluate(
     run: Run,
-    corpus: str | Path,
+    corpus: AnyCorpus,
     *,
     routings: Sequence[str] = EVALUATED,
     top_m: int | None = None,
@@ -88,6 +89,7 @@ def evaluate(
             raise UserError(
                 "a router's temperature goes with routing tfidf, which is not asked for"
             )
+    corpus = Corpus.of(corpus)
     name = "evaluation-" + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
     store = tokenise(run, corpus, name)
     systems = {"seed": run.seed}

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from clustering.internal import States
 from clustering.languages import canonical_all
 from experts.verify import hash_directory
 from xelm.data import corpus as corpora
-from xelm.data.corpus import Faults
+from xelm.data.corpus import AnyCorpus, Corpus, Faults
 from xelm.inference.states import document_states
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.progress import bar
@@ -23,7 +22,7 @@ SEQUENCE_LENGTH = 256
 
 def features(
     run: Run,
-    corpus: str | Path | None = None,
+    corpus: AnyCorpus | None = None,
     languages: Sequence[str] | None = None,
     *,
     documents: int = 100,
@@ -36,8 +35,9 @@ def features(
     """
     if documents < 1:
         raise UserError(f"documents must be at least 1; got {documents}")
-    corpus = corpus or str(run.record["corpus"])
+    corpus = Corpus.of(corpus or run.record["corpus"])
     tags = canonical_all(corpora.languages_of(corpus) if languages is None else languages)
+    corpus = corpus.pinned()
     tokenizer, faults = run.tokenizer(), Faults()
     frame = (tokenizer.start_id, tokenizer.end_id)
     ids: dict[str, list[np.ndarray]] = {}

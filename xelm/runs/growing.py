@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from clustering import typology
 from clustering.errors import UserError
@@ -13,6 +12,7 @@ from experts.grow import grow as grow_registry
 from experts.lock import locked, update
 from experts.registry import Registry
 from xelm.data import corpus as corpora
+from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import Source
 from xelm.runs.init import tokenise
 from xelm.runs.run import Run
@@ -22,7 +22,7 @@ from xelm.runs.training import Job, parent_directory, publish, train_checkpoints
 def grow(
     run: Run,
     language: str,
-    corpus: str | Path | None = None,
+    corpus: AnyCorpus | None = None,
     *,
     parent: str = "auto",
     workers: int = 1,
@@ -54,8 +54,9 @@ def grow(
             store = run.store(tag)
             if corpus and corpora.fingerprint(corpus, [tag]) != store.record["corpus_sha256"]:
                 raise UserError(
-                    f"{started.reference} is in training already, on {store.record['corpus']}; "
-                    f"{corpus} holds something else. Go on without --corpus, or give it up with: "
+                    f"{started.reference} is in training already, on "
+                    f"{Corpus.of(store.record['corpus'])}; {Corpus.of(corpus)} holds "
+                    "something else. Go on without --corpus, or give it up with: "
                     f"xelm discard {run.directory} {started.name}"
                 )
             if parent not in ("auto", started.parent, started.parent.partition("@")[0]):

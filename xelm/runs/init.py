@@ -20,7 +20,7 @@ from xelm.config import RunConfig, TrainConfig
 from xelm.data import corpus as corpora
 from xelm.data import tokenizer as tokenizers
 from xelm.data.building import build_store, in_processes, kept
-from xelm.data.corpus import Faults
+from xelm.data.corpus import AnyCorpus, Corpus, Faults, Reading
 from xelm.data.rows import Source
 from xelm.data.store import Store
 from xelm.inference.sampling import sampling_of
@@ -42,7 +42,7 @@ WAIT_SECONDS = 3600.0
 
 def init(
     directory: str | Path,
-    corpus: str | Path,
+    corpus: AnyCorpus,
     config: RunConfig,
     *,
     seed: str | Path | None = None,
@@ -53,12 +53,15 @@ def init(
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus, seed,
     TF-IDF vectoriser, registry, each written whole before the next begins.
 
+    corpus: a folder, a file, a data set of the Hub, or what `Corpus.of` describes.
     seed: a Hugging Face checkpoint directory to copy; None trains a tokenizer and a seed on the
     corpus. languages: those of the corpus to use; None uses all. clusters: to branch on at once.
     workers: processes that tokenise more than a few thousand documents; 1 leaves it to this one.
     They read the program that calls this, which therefore begins under `if __name__ == "__main__"`.
     """
+    corpus = Corpus.of(corpus)
     tags = _languages(corpus, languages)
+    corpus = corpus.pinned()
     if clusters is not None:
         check_languages(tags, clusters)
     if seed is None:
@@ -71,7 +74,7 @@ def init(
     facts = {
         "languages": list(tags),
         "seed_from": None if seed is None else str(Path(seed).resolve()),
-        "corpus": corpora.address(corpus),
+        "corpus": corpus.to_json(),
         "corpus_sha256": corpora.fingerprint(corpus, tags),
     }
     with _fresh_lock(directory):
@@ -94,7 +97,7 @@ def init(
 
 def tokenise(
     run: Run,
-    corpus: str | Path,
+    corpus: AnyCorpus,
     name: str,
     *,
     languages: Sequence[str] | None = None,
@@ -107,12 +110,13 @@ def tokenise(
 
 
 def _tokenise(
-    run: Run, corpus: str | Path, name: str, languages: Sequence[str] | None, workers: int
+    run: Run, corpus: AnyCorpus, name: str, languages: Sequence[str] | None, workers: int
 ) -> Store:
     directory = run.directory / "corpus" / name
     tokenizer_files = _tokenizer_directory(run)
+    corpus = Corpus.of(corpus).pinned()
     facts = {
-        "corpus": corpora.address(corpus),
+        "corpus": corpus.to_json(),
         "corpus_sha256": corpora.fingerprint(corpus, languages),
         "tokenizer_sha256": sha256(tokenizer_files / "tokenizer.json"),
     }
@@ -122,11 +126,13 @@ def _tokenise(
         if same and (languages is None or set(store.languages) == set(languages)):
             return store
     faults = Faults()
+    reading = Reading(corpora.plan(corpus, languages), faults)
+    reading.plan.check()
     tokenizer = tokenizers.load(tokenizer_files)
     with bar(None, f"tokenise {name}", "doc") as progress:
         store = build_store(
             directory,
-            corpora.read(corpus, faults, languages),
+            reading.documents(),
             tokenizer,
             faults,
             languages=languages,
@@ -134,18 +140,17 @@ def _tokenise(
             encode=in_processes(tokenizer, workers) if workers > 1 else None,
             progress=progress.update,
         )
+    print(reading.table(), file=sys.stderr)
     if faults:
         print(f"{corpus}: {faults}", file=sys.stderr)
     return store
 
 
-def _languages(corpus: str | Path, wanted: Sequence[str] | None) -> tuple[str, ...]:
+def _languages(corpus: Corpus, wanted: Sequence[str] | None) -> tuple[str, ...]:
     if wanted is not None:
         if not wanted:
             raise UserError("--languages names no language; wanted those of the corpus to use")
         return canonical_all(wanted)
-    if str(corpus).startswith("hf://") or Path(corpus).is_file():
-        raise UserError(f"name the languages to take from {corpus} with --languages")
     return canonical_all(corpora.languages_of(corpus))
 
 
@@ -179,7 +184,7 @@ def _tokenizer_directory(run: Run) -> Path:
     return run.seed if (run.seed / "tokenizer.json").exists() else run.training("tokenizer")
 
 
-def _train_tokenizer(run: Run, corpus: str | Path) -> None:
+def _train_tokenizer(run: Run, corpus: Corpus) -> None:
     target = run.training("tokenizer")
     if (target / "tokenizer.json").exists() or run.seed.exists():
         return

@@ -15,6 +15,7 @@ from experts.registry import Registry
 from xelm.config import FREE, RunConfig, from_json, override, to_json
 
 if TYPE_CHECKING:
+    from xelm.data.corpus import AnyCorpus
     from xelm.data.store import Store
     from xelm.data.tokenizer import Tokenizer
     from xelm.inference.ensemble import Ensemble
@@ -142,7 +143,7 @@ class Run:
 
         train_experts(self, [name])
 
-    def grow(self, language: str, corpus: str | Path | None = None, parent: str = "auto") -> None:
+    def grow(self, language: str, corpus: "AnyCorpus | None" = None, parent: str = "auto") -> None:
         """Adds an expert for a new language from `corpus`, by default the RUN's; no other expert
         changes."""
         from xelm.runs.growing import grow

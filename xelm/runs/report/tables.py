@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from clustering.clustering import Clustering
+from xelm.data.sources import Corpus
 from xelm.runs.report.facts import DENSE, SEED, Facts, Group, System
 from xelm.runs.report.verdict import Comparison
 from xelm.runs.report.words import count, signed
@@ -117,7 +118,8 @@ def making(facts: Facts) -> list[tuple[str, str]]:
     """What was run on what, as recorded."""
     record, results = facts.run.record, facts.results
     origin = record.get("seed_from")
-    rows = {key: record.get(key) for key in ("command", "xelm", "corpus")}
+    rows = {key: record.get(key) for key in ("command", "xelm")}
+    rows["corpus"] = str(Corpus.of(record["corpus"])) if "corpus" in record else None
     rows["seed"] = "trained here" if origin is None else f"copied from {origin}"
     if facts.clusters is not None:
         parameters = facts.clusters.parameters

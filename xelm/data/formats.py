@@ -1,0 +1,248 @@
+"""Reads records from files and data sets: JSON lines, Parquet, Arrow, plain text, the Hub.
+
+Every record comes with its place; what cannot be read is counted with its place, and nothing stops
+the reading of the other files. That is why files are read here, by pyarrow and line by line, and
+not by `datasets`, whose readers stop at the first broken line, page or unexpected type; data sets
+of the Hub are read by `datasets`. Does not know what language a record is in.
+"""
+
+import bz2
+import contextlib
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from xelm.data import hub
+from xelm.data.faults import Faults
+
+LINES = (".jsonl", ".json", ".ndjson", ".txt")
+"""Endings of formats that may be compressed."""
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+TABLES = (".parquet", ".arrow")
+UNITS = ("paragraph", "line", "file")
+"""What a document of a plain text file may be."""
+# A line beyond this is no document but a broken file, and would have to be held in memory whole.
+LONGEST_LINE_BYTES = 64 * 2**20
+# Of a text file, so much is searched for a blank line, which ends a paragraph.
+_BEGINNING_BYTES = 2**20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+Record = tuple[str, Any]
+"""A place such as "sw.jsonl:7", and what stands there."""
+
+
+def format_of(name: str) -> tuple[str, str] | None:
+    """The ending of a file's name in small letters and that of its compression, as (".jsonl",
+    ".gz"); None for a file of no format that is read."""
+    name = name.lower()
+    for compression in ("", *COMPRESSIONS):
+        endings = LINES if compression else (*LINES, *TABLES)
+        for ending in endings:
+            if name.endswith(ending + compression) and len(name) > len(ending + compression):
+                return ending, compression
+    return None
+
+
+def stem(name: str) -> str:
+    """A file's name without its endings: `fr_clean_0000` of `fr_clean_0000.jsonl.gz`."""
+    found = format_of(name)
+    return name[: -len("".join(found))] if found else name
+
+
+def records(
+    where: Path | str, name: str, faults: Faults, *, columns: Iterable[str], unit: str | None = None
+) -> Iterator[Record]:
+    """Every record of a file, or of a data set of the Hub; what cannot be read is counted in
+    `faults`.
+
+    name: of the file in places. columns: of Parquet and Arrow, those that are read. unit: what a
+    document of a text file is; None takes paragraphs, or lines where it has no blank line.
+    """
+    if isinstance(where, str):
+        yield from hub.records(where)
+        return
+    if not where.stat().st_size:
+        faults.add("an empty file", name)
+        return
+    ending, compression = format_of(where.name) or ("", "")
+    if ending in TABLES:
+        yield from _table(where, name, faults, list(columns), ending)
+    elif ending == ".txt":
+        yield from _texts(where, name, faults, unit or _unit_of(where, compression))
+    else:
+        yield from _json(where, name, faults)
+
+
+def _json(path: Path, name: str, faults: Faults) -> Iterator[Record]:
+    for place, line in _lines(path, name, faults):
+        if not line.strip():
+            continue
+        if line.strip() == b"[":
+            faults.add("a JSON array over several lines; wanted one record a line", place)
+            return
+        try:
+            yield place, json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            faults.add("bytes that are not UTF-8", place)
+        except (ValueError, RecursionError):
+            faults.add("broken JSON", place)
+
+
+def _texts(path: Path, name: str, faults: Faults, unit: str) -> Iterator[Record]:
+    """The documents of a text file as records, each at the place of its first line."""
+    place, size, gathered = "", 0, []
+    for here, line in _lines(path, name, faults):
+        blank = _is_blank(line)
+        if gathered and (unit == "line" or (unit == "paragraph" and blank)):
+            yield from _text(gathered, size, place, faults)
+            gathered, size = [], 0
+        if blank and not gathered:
+            continue
+        place = place if gathered else here
+        size += len(line)
+        if size < LONGEST_LINE_BYTES:  # beyond it nothing more has to be held
+            gathered.append(line)
+    if gathered:
+        yield from _text(gathered, size, place, faults)
+
+
+def _text(lines: list[bytes], size: int, place: str, faults: Faults) -> Iterator[Record]:
+    if size >= LONGEST_LINE_BYTES:
+        faults.add("a document over 64 MiB", place)
+        return
+    try:
+        yield place, {"text": b"".join(lines).decode("utf-8")}
+    except UnicodeDecodeError:
+        faults.add("bytes that are not UTF-8", place)
+
+
+def _is_blank(line: bytes) -> bool:
+    # Long lines are not decoded for the spaces that only Unicode knows.
+    return not line.strip() or (len(line) < 100 and not line.decode("utf-8", "replace").strip())
+
+
+def _unit_of(path: Path, compression: str) -> str:
+    """What the documents of a text file seem to be: paragraphs where a blank line stands near its
+    beginning, else lines."""
+    with contextlib.suppress(EOFError, OSError, zlib.error, lzma.LZMAError), opened(path) as file:
+        seen = 0
+        while (line := file.readline(_BEGINNING_BYTES)) and seen < _BEGINNING_BYTES:
+            if seen and _is_blank(line):
+                return "paragraph"
+            seen += len(line)
+    return "line"
+
+
+def _lines(path: Path, name: str, faults: Faults) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file with their places, but for those that are too long."""
+    number = 0
+    try:
+        with opened(path) as file:
+            while line := file.readline(LONGEST_LINE_BYTES):
+                number += 1
+                place = f"{name}:{number}"
+                if len(line) == LONGEST_LINE_BYTES and not line.endswith(b"\n"):
+                    faults.add("a line over 64 MiB", place)
+                    _skip_line(file)
+                    continue
+                yield place, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk, not of what was compressed
+        faults.add(f"a damaged file ({error})", f"{name} after line {number}")
+        return
+    if not number:
+        faults.add("an empty file", name)
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while piece := file.readline(LONGEST_LINE_BYTES):
+        if piece.endswith(b"\n"):
+            return
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A file of bytes, unpacked if its name ends in .gz, .zst, .xz or .bz2."""
+    ending = path.suffix.lower()
+    readers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+    with contextlib.ExitStack() as stack:
+        if ending in readers:
+            yield stack.enter_context(readers[ending](path, "rb"))
+        elif ending == ".zst":
+            import pyarrow
+
+            # Unlike the reader of `zstandard`, it tells a file that was cut short from a whole one.
+            compressed = stack.enter_context(path.open("rb"))
+            yield io.BufferedReader(
+                stack.enter_context(pyarrow.CompressedInputStream(compressed, "zstd"))
+            )
+        else:
+            yield stack.enter_context(path.open("rb"))
+
+
+def _table(
+    path: Path, name: str, faults: Faults, columns: list[str], ending: str
+) -> Iterator[Record]:
+    import pyarrow
+
+    batches = _parquet_batches if ending == ".parquet" else _arrow_batches
+    number = 0
+    try:
+        for batch in batches(path, columns):
+            for record in _rows(batch):
+                number += 1
+                place = f"{name}:{number}"
+                if record is None:
+                    faults.add("bytes that are not UTF-8", place)
+                else:
+                    yield place, record
+    except (OSError, pyarrow.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk, not of the pages
+        faults.add(f"a damaged file ({hub.reason(error)})", f"{name} after row {number}")
+        return
+    if not number:
+        faults.add("an empty file", name)
+
+
+def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as table:
+        chosen = [name for name in columns if name in table.schema_arrow.names]
+        yield from table.iter_batches(batch_size=1000, columns=chosen)
+
+
+def _arrow_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+    """Those of a stream, as `datasets` writes it, or of a file, as others write it."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as mapped:
+        is_file = mapped.read(6) == b"ARROW1"
+        mapped.seek(0)
+        if is_file:
+            reader = pyarrow.ipc.open_file(mapped)
+            found = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            found = reader = pyarrow.ipc.open_stream(mapped)
+        chosen = [name for name in columns if name in reader.schema.names]
+        for batch in found:
+            for start in range(0, len(batch), 1000):
+                yield batch.slice(start, 1000).select(chosen)
+
+
+def _rows(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of a batch; None for one with bytes that are not UTF-8, which Parquet lets pass."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [None]
+        return [row for number in range(len(batch)) for row in _rows(batch.slice(number, 1))]

@@ -1,0 +1,237 @@
+"""Which files of a folder are text, of which language, and which are passed over, each with why.
+
+A language is what the name of a file says, or of the folder it lies in: `sw.jsonl`, `swh_Latn/
+train/000_00000.parquet`, `fr/fr_clean_0000.jsonl.gz`, `c4-sw.tfrecord-00000.json.gz`,
+`20231101.sw/train-00000-of-00001.parquet`. Does not open files, but for the list of its parts that
+`datasets` writes beside Arrow.
+"""
+
+import fnmatch
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path, PurePath
+
+from clustering.errors import UserError
+from clustering.languages import canonical
+from xelm.data.formats import COMPRESSIONS, LINES, TABLES, format_of, stem
+from xelm.data.sources import Source
+
+WANTED = f"{', '.join(LINES)} (or with {', '.join(COMPRESSIONS)}) or {' or '.join(TABLES)}"
+# A part of a data set that is not to be trained on is not read where another part is there.
+MAIN_SPLITS = {"train", "clean"}
+OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval", "noisy", "removed"}
+# Words in the names of files that say nothing of the language, though they are codes of small ones
+# (`all` is Allar, `old` Mochi), which a map of languages can name.
+_ENGLISH = """abc all and art bad bag big bin bio bot box csv day dir doc dup end fun hot hub job
+key lab lib log low map max mix mod net old one par pkg pre pub raw rel res row run sci seg sep seq
+set src sub sum tab tag tar the tmp top tsv two txt var ver xml yml"""
+_ORDINARY = {
+    *_ENGLISH.split(),
+    *("part", "of", "shard", "chunk", "split", "file", "files"),
+    *("c", "c4", "mc4", "tfrecord", "meta", "dedup", "deduplicated", "text", "texts", "data"),
+    *("wiki", "wikipedia", "oscar", "madlad", "cc100", "news", "web", "sentences", "corpus"),
+    *("jsonl", "json", "parquet", "arrow", "gz", "zst", "xz", "bz2"),
+    *MAIN_SPLITS,
+    *OTHER_SPLITS,
+}
+# What `datasets` writes beside Arrow, which is no text.
+_RECORDS_OF_ARROW = {"dataset_info.json", "state.json", "dataset_dict.json"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A file that is text."""
+
+    path: Path
+    name: str
+    """Its path within the corpus, with slashes."""
+    language: str | None
+    """Canonical tag of what names say; None where they say none."""
+    by_folder: bool = False
+    """Whether a folder's name says it and not the file's own, which is weaker: any word may be the
+    code of a language."""
+
+
+@dataclass(slots=True)
+class Listing:
+    """What a source of a corpus has."""
+
+    files: list[Found] = field(default_factory=list)
+    """Sorted by their paths."""
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    """Why files are not read -> their names."""
+
+    def pass_over(self, name: str, reason: str) -> None:
+        """Notes a file that is not read."""
+        self.passed_over.setdefault(reason, []).append(name)
+
+
+def list_files(source: Source) -> Listing:
+    """The files of a folder and of the folders in it, of a pattern, or the one file that the path
+    of `source` names; UserError if there is none."""
+    root, paths, listing = Path(source.path), [], Listing()
+    if root.is_file():
+        if format_of(root.name) is None:
+            raise UserError(f"{source.path} is no corpus file; wanted {WANTED}")
+        root, paths = root.parent, [root]
+    else:
+        matched = [root] if root.is_dir() else [Path(p) for p in sorted(glob.glob(source.path))]
+        if not matched:
+            raise UserError(f"corpus {source.path} does not exist")
+        root = root if root.is_dir() else _fixed_part(root)
+        for path in matched:
+            paths += _walk(path, root, listing) if path.is_dir() else [path]
+    names = {path: path.relative_to(root).as_posix() for path in paths}
+    kept = [path for path in paths if _is_text(path, names[path], listing)]
+    for path in _training_part(kept, names, listing):
+        name = PurePath(names[path])
+        mapped, code = _mapped(name, root, source)
+        if mapped and code is None:
+            listing.pass_over(names[path], "which the map of languages leaves out")
+            continue
+        own = canonical(code) if code else language_in(stem(name.name))
+        around = [language_in(folder) for folder in _folders(name, root)]
+        language = own or next(filter(None, around), None)
+        by_folder = language is not None and own is None
+        listing.files.append(
+            Found(path=path.absolute(), name=names[path], language=language, by_folder=by_folder)
+        )
+    if not listing.files:
+        more = f"; {passed}" if (passed := describe(listing.passed_over)) else ""
+        raise UserError(
+            f"{source.path} holds no corpus file; wanted <language>{LINES[0]} or another of "
+            f"{WANTED}{more}"
+        )
+    return listing
+
+
+def describe(passed_over: Mapping[str, list[str]]) -> str:
+    """A clause for each reason that files are not read, with the first five names."""
+    parts = []
+    for reason, names in passed_over.items():
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        files = "1 file" if len(names) == 1 else f"{len(names)} files"
+        parts.append(f"{files} {reason} not read: {', '.join(names[:5])}{more}")
+    return "; ".join(parts)
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folders of a pattern before its first wildcard."""
+    parts = list(pattern.parts)
+    first = next(n for n, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:first])
+
+
+def _walk(folder: Path, root: Path, listing: Listing) -> list[Path]:
+    """All files below a folder, sorted, but for what is hidden; links are followed, circles of them
+    once."""
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in sorted([*names, *folders]):
+            if name.startswith("."):
+                hidden = (Path(here) / name).relative_to(root).as_posix()
+                listing.pass_over(hidden, "whose name is hidden")
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(here) / name for name in names if not name.startswith(".")]
+        _check_parts(Path(here), names)
+    return sorted(found)
+
+
+def _check_parts(folder: Path, names: Iterable[str]) -> None:
+    """Raises UserError where a file is missing that `datasets` wrote."""
+    if "state.json" not in names or "dataset_info.json" not in names:
+        return
+    try:
+        parts = json.loads((folder / "state.json").read_bytes())["_data_files"]
+        written = [part["filename"] for part in parts]
+    except (ValueError, KeyError, TypeError):
+        return  # another program's
+    missing = [name for name in written if name not in names]
+    if missing:
+        raise UserError(
+            f"{folder / 'state.json'} names {missing[0]}, which is not there; copy the folder anew"
+        )
+
+
+def _is_text(path: Path, name: str, listing: Listing) -> bool:
+    if path.name in _RECORDS_OF_ARROW and any(path.parent.rglob("*.arrow")):
+        return False
+    if format_of(path.name) is None:
+        listing.pass_over(name, "of no format that is known")
+        return False
+    if not path.is_file():
+        listing.pass_over(name, "that is no file, or a link to nothing,")
+        return False
+    return True
+
+
+def _training_part(
+    paths: list[Path], names: Mapping[Path, str], listing: Listing
+) -> Iterator[Path]:
+    """The paths without those of a test or validation split, unless there are no others."""
+    others = {path for path in paths if is_other_split(names[path])}
+    for path in paths:
+        if path in others and len(others) < len(paths):
+            listing.pass_over(names[path], "of a split that is not for training")
+        else:
+            yield path
+
+
+def is_other_split(name: str) -> bool:
+    """Whether a path or configuration is of a split that is not for training, by its words."""
+    return any(
+        word in OTHER_SPLITS for part in name.split("/") for word in _words(stem(part).lower())
+    )
+
+
+def _mapped(name: PurePath, root: Path, source: Source) -> tuple[bool, str | None]:
+    """Whether `source` says what language a file has, and which; None leaves the file out."""
+    if source.language:
+        return True, source.language
+    for pattern, code in source.languages.items():
+        if fnmatch.fnmatchcase(name.as_posix(), pattern):
+            return True, code
+    for part in [stem(name.name), *_folders(name, root)]:
+        if part in source.languages:
+            return True, source.languages[part]
+    return False, None
+
+
+def _folders(name: PurePath, root: Path) -> list[str]:
+    """Names of the folders that a file lies in, from the inside outwards to that of the corpus."""
+    root = root.absolute()
+    more = [root.parent.name] if root.name.lower() in MAIN_SPLITS | OTHER_SPLITS else []
+    return [*reversed(name.parts[:-1]), root.name, *more]
+
+
+@cache
+def language_in(name: str) -> str | None:
+    """Canonical tag of the language that a name says: `sw` of `swh_Latn`, `c4-sw.tfrecord-00000`,
+    `20231101.sw` or `sw_meta_part_1`; None where anything is left that is not known to say
+    nothing, as in `notes` or `de-en`."""
+    if name.lower() in _ORDINARY:
+        return None
+    words = [word for word in _words(name) if word.lower() not in _ORDINARY]
+    words = [word for word in words if not re.fullmatch(r"\d+[kKmMbB]?", word)]
+    for candidate in (name, "-".join(words)):
+        # Other names are none by their form alone, which saves the search for what is alike.
+        if re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", candidate):
+            try:
+                return canonical(candidate)
+            except UserError:
+                continue
+    return None
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[^A-Za-z0-9]+", name) if word]

@@ -1,0 +1,191 @@
+"""How a user describes a corpus: a path, or a YAML file of several with their fields and languages.
+
+A description is a value that run.json records, so that whoever opens a RUN later reads the same
+text in the same way. Does not open any of the text.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from clustering.errors import UserError
+from clustering.languages import canonical
+from xelm.data.formats import UNITS
+from xelm.data.hub import SCHEME, Address
+
+YAML = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One place where text of a corpus lies, and how its records are read."""
+
+    path: str
+    """A folder, a file, a pattern such as `data/*/train`, or an address on the Hub,
+    `hf://owner/dataset[@revision][/config][:split]`."""
+    language: str | None = None
+    """Of all text there, whatever names and records say; None leaves it to them."""
+    text_field: str | None = None
+    """Name of the field that holds the text; None is `text`, or `content` where there is none."""
+    language_field: str | None = None
+    """Name of the field that holds the language; None is `lang`, or, in files whose names are no
+    language, `language`."""
+    languages: Mapping[str, str | None] = field(default_factory=dict)
+    """Names of files, folders, configurations, patterns of paths, or values of the language field
+    -> language code; None leaves them out."""
+    unit: str | None = None
+    """What a document of a plain text file is: paragraph, line or file. None takes paragraphs, or
+    lines where the file has no blank line."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name != "languages" and not isinstance(value, str | None):
+                raise UserError(f"{one.name} of a corpus must be a text; got {value!r}")
+        if not self.path:
+            raise UserError("a source of a corpus needs a path")
+        if self.unit not in (None, *UNITS):
+            raise UserError(f"unit must be one of {', '.join(UNITS)}; got {self.unit}")
+        for code in [self.language, *self.languages.values()]:
+            if code is not None:
+                canonical(code)
+        if self.path.startswith(SCHEME):
+            Address.of(self.path)
+
+    def options(self) -> dict[str, Any]:
+        """What is given beside the path, without what is left to names and records."""
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "path"}
+        return {name: value for name, value in given.items() if value}
+
+    def text_fields(self) -> tuple[str, ...]:
+        """Fields that may hold the text, the first that a record has."""
+        return (self.text_field,) if self.text_field else ("text", "content")
+
+    def language_fields(self, *, named: bool) -> tuple[str, ...]:
+        """Fields that may say a record's language, the first that has a value; `named` says that
+        the file's name is a language."""
+        if self.language_field:
+            return (self.language_field,)
+        return ("lang",) if named else ("lang", "language")
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Text of one or several sources."""
+
+    sources: tuple[Source, ...]
+
+    @staticmethod
+    def of(what: "AnyCorpus") -> "Corpus":
+        """The corpus that a path, a file of YAML, or the record of a RUN describes; UserError for a
+        description that is none."""
+        if isinstance(what, Corpus):
+            return what
+        if isinstance(what, Mapping):
+            return Corpus(tuple(_source(one, Path()) for one in what["sources"]))
+        if str(what).lower().endswith(YAML):
+            return _read(Path(what))
+        return Corpus((Source(path=str(what)),))
+
+    def with_defaults(self, **options: Any) -> "Corpus":
+        """The same, with these options for the sources that do not say them themselves."""
+        given = {name: value for name, value in options.items() if value}
+        languages = given.get("languages", {})
+        return Corpus(
+            tuple(
+                replace(
+                    one, **(given | one.options() | {"languages": {**languages, **one.languages}})
+                )
+                for one in self.sources
+            )
+        )
+
+    def pinned(self) -> "Corpus":
+        """The same with data sets of the Hub at the commits that they are at now."""
+        return Corpus(
+            tuple(
+                replace(one, path=str(Address.of(one.path).pinned()))
+                if one.path.startswith(SCHEME)
+                else one
+                for one in self.sources
+            )
+        )
+
+    def to_json(self) -> str | dict[str, Any]:
+        """For the record of a RUN, which is read from anywhere: the absolute path alone, or all
+        sources where there is more to say."""
+        found = [{"path": _absolute(one.path), **one.options()} for one in self.sources]
+        return found[0]["path"] if list(map(len, found)) == [1] else {"sources": found}
+
+    def __str__(self) -> str:
+        return ", ".join(one.path for one in self.sources)
+
+
+AnyCorpus = Corpus | str | Path | Mapping[str, Any]
+"""A corpus, or what `Corpus.of` makes one of."""
+
+
+def _absolute(path: str) -> str:
+    return path if path.startswith(SCHEME) else os.path.abspath(path)
+
+
+def read_languages(path: str | Path) -> dict[str, str | None]:
+    """The map of a YAML file with lines such as `als: gsw`; `notes: null` leaves out. UserError for
+    another file."""
+    return _languages(_yaml(Path(path)), path)
+
+
+def _languages(found: Any, path: str | Path) -> dict[str, str | None]:
+    whole = isinstance(found, Mapping) and all(
+        isinstance(name, str) and isinstance(code, str | None) for name, code in found.items()
+    )
+    if not whole:
+        raise UserError(
+            f"{path} wants lines such as 'als: gsw' or 'notes: null'; names and codes that YAML "
+            f"takes for something else stand in quotes, as 'no'; got {found!r:.80}"
+        )
+    return dict(found)
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read(path: Path) -> Corpus:
+    found = _yaml(path)
+    if not isinstance(found, Mapping) or not found.get("sources"):
+        raise UserError(f"{path} describes no corpus; wanted 'sources:' with a list of paths")
+    defaults = {name: value for name, value in found.items() if name != "sources"}
+    sources = found["sources"]
+    if isinstance(sources, str | Mapping) or not isinstance(sources, Sequence):
+        raise UserError(f"sources of {path} must be a list; got {sources!r:.80}")
+    try:
+        shared = _source({"path": ".", **defaults}, Path()).options()
+        return Corpus(tuple(_source(one, path.parent) for one in sources)).with_defaults(**shared)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _source(what: Any, folder: Path) -> Source:
+    """A source of a description, whose paths begin in `folder`."""
+    given = {"path": what} if isinstance(what, str) else what
+    known = [one.name for one in fields(Source)]
+    if not isinstance(given, Mapping) or "path" not in given:
+        raise UserError(f"a source is a path, or has one with {', '.join(known[1:])}; got {what!r}")
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UserError(f"there is no {unknown[0]!r} of a source; there are {', '.join(known)}")
+    path = given["path"]
+    if isinstance(path, str) and not path.startswith(SCHEME):
+        path = os.path.join(folder, path)
+    languages = _languages(given.get("languages") or {}, "languages")
+    return Source(**{**given, "path": path, "languages": languages})
