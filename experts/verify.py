@@ -1,6 +1,7 @@
-"""Verifying: whether the files of a RUN are the ones its registry speaks of.
+"""Verifying: whether the files of a RUN that inference reads are those that commands wrote.
 
-Knows files and hashes. Whether a checkpoint computes anything sensible, it cannot say.
+Knows files and hashes. Whether a checkpoint computes anything sensible, it cannot say. The
+tokenised corpus is not among them: what is fitted on it is.
 """
 
 import os
@@ -10,6 +11,7 @@ from typing import Literal
 
 from clustering.errors import UserError
 from clustering.files import sha256
+from experts import manifest
 from experts.expert import Expert
 from experts.registry import FILE_NAME, Registry
 
@@ -21,8 +23,9 @@ UNHASHED = ("CARD.md",)
 class Fault:
     """One thing in a RUN that is not as its registry says."""
 
-    kind: Literal["missing", "changed", "unknown", "broken"]
-    """'unknown' is a file that the registry does not name; 'broken' is what cannot be checked."""
+    kind: Literal["missing", "changed", "unknown", "link", "broken"]
+    """'unknown' is a file of which no hash is recorded; 'link' leads out of the RUN; 'broken' is
+    what cannot be checked."""
     file: str
     """Relative to the RUN."""
     detail: str
@@ -33,7 +36,8 @@ class Fault:
 
 
 def verify(run: Path | str) -> list[Fault]:
-    """Every fault in the files of the seed and of the experts of a RUN; empty if all is well.
+    """Every fault in the files of a RUN that inference reads; empty if all is well: seed and
+    experts by the registry, the others by `manifest`, and whatever lies beside them.
 
     Published versions are read whole; retired ones too where their directory is still there, since
     they can be rolled back to. Versions in training have no hashes yet. UserError if there is no
@@ -49,7 +53,61 @@ def verify(run: Path | str) -> list[Fault]:
     faults = _compare(run, registry.seed_path, registry.seed_sha256)
     for expert in registry.experts:
         faults += verify_expert(run, expert)
-    return faults
+    return faults + _strangers(run, registry) + _others(run) + _links(run, registry)
+
+
+def _strangers(run: Path, registry: Registry) -> list[Fault]:
+    """Folders among the experts that are none of the registry's."""
+    known = {Path(expert.path) for expert in registry.experts}
+    unfinished = [Path(e.path) for e in registry.experts if e.status == "training"]
+    # What a version is written into before it gets its name.
+    known |= {path.with_name(f".{path.name}.partial") for path in unfinished}
+    parents = {parent for path in known for parent in path.parents}
+    found, folders = [], [Path("experts")] if (run / "experts").is_dir() else []
+    while folders:
+        folder = folders.pop()
+        for path in (folder / inner.name for inner in (run / folder).iterdir()):
+            if path in parents and (run / path).is_dir():
+                folders.append(path)
+            elif path not in known:
+                found.append(path.as_posix())
+    detail = "the registry names no such expert"
+    return [Fault(kind="unknown", file=file, detail=detail) for file in sorted(found)]
+
+
+def _others(run: Path) -> list[Fault]:
+    """What the manifest speaks of, and what lies there without being recorded."""
+    try:
+        wanted = manifest.recorded(run)
+        inside = [
+            f"{folder}/{file}" for folder in manifest.FOLDERS for file in _files(run / folder)
+        ]
+    except UserError as error:
+        return [Fault(kind="broken", file=manifest.FILE_NAME, detail=str(error))]
+    present = [file for file in [*manifest.FILES, *inside] if (run / file).exists()]
+    # A router that was deleted is fitted again.
+    kept = [file for file in wanted if not file.startswith("routers/")]
+    faults = (
+        _fault(run / file, file, wanted.get(file)) for file in dict.fromkeys([*kept, *present])
+    )
+    return [fault for fault in faults if fault is not None]
+
+
+def _links(run: Path, registry: Registry) -> list[Fault]:
+    """Links that lead out of the RUN: what lies behind them may change, or go, without it."""
+    root, found = run.resolve(), []
+    covered = [registry.seed_path, "experts", *manifest.FOLDERS, *manifest.FILES, FILE_NAME]
+    for name in dict.fromkeys(covered):
+        top = run / name
+        paths = [top]
+        for folder, folders, files in os.walk(top):
+            paths += [Path(folder) / inner for inner in (*folders, *files)]
+        found += [path for path in paths if path.is_symlink()]
+    return [
+        Fault(kind="link", file=path.relative_to(run).as_posix(), detail=f"it leads to {target}")
+        for path in found
+        if not (target := path.resolve()).is_relative_to(root)
+    ]
 
 
 def verify_expert(run: Path | str, expert: Expert) -> list[Fault]:
@@ -104,7 +162,7 @@ def _compare(run: Path, directory: str, wanted: dict[str, str]) -> list[Fault]:
 def _fault(path: Path, name: str, wanted: str | None) -> Fault | None:
     """What is wrong with one file that should hash to `wanted`, None being no file at all."""
     if wanted is None:
-        return Fault(kind="unknown", file=name, detail="the registry does not name it")
+        return Fault(kind="unknown", file=name, detail="no hash of it is recorded")
     if not path.is_file():
         return Fault(kind="missing", file=name, detail=f"wanted sha256 {wanted}")
     try:

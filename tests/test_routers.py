@@ -209,7 +209,7 @@ def test_what_was_damaged_is_fitted_again(copy, capsys):
     kept.write_bytes(kept.read_bytes()[:-200])
     found = run.ensemble("learned").router.otherwise.weights
     np.testing.assert_array_equal(found, wanted)
-    assert "it is made again" in capsys.readouterr().err
+    assert "it is fitted again" in capsys.readouterr().err
     np.testing.assert_array_equal(run.ensemble("learned").router.otherwise.weights, wanted)
 
 

@@ -3,12 +3,15 @@
 import json
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from clustering.errors import UserError
-from clustering.files import sha256
+from clustering.files import read_arrays, sha256, write_arrays
+from experts import manifest
 from experts.expert import Expert
 from experts.registry import Registry
 from experts.verify import hash_directory, verify
+from xelm.runs.run import open_run
 
 
 @pytest.fixture
@@ -124,3 +127,113 @@ def test_what_cannot_be_read_is_a_fault_and_does_not_end_the_search(run, monkeyp
 def test_a_directory_without_a_registry_is_no_run(tmp_path):
     with pytest.raises(UserError, match="is no RUN"):
         verify(tmp_path)
+
+
+# What inference reads beside seed and experts
+
+
+@pytest.fixture
+def whole(run):
+    """The RUN with a dense baseline, a router and a vectoriser, all recorded."""
+    for name in ("dense/model.safetensors", "routers/learned-abc.npz", "vectoriser.npz"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(name)
+    manifest.record(run, ["dense", "routers", "vectoriser.npz"])
+    return run
+
+
+def test_all_that_is_recorded_is_sound(whole):
+    assert verify(whole) == []
+    assert list(manifest.recorded(whole)) == [
+        *("dense/model.safetensors", "routers/learned-abc.npz", "vectoriser.npz")
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["dense/model.safetensors", "routers/learned-abc.npz", "vectoriser.npz"]
+)
+def test_what_was_changed_is_named_and_no_later_command_vouches_for_it(whole, name):
+    (whole / name).write_text("zeros")
+    assert _found(whole) == [("changed", name)]
+    manifest.record(whole, ["dense", "routers", "vectoriser.npz"])
+    assert _found(whole) == [("changed", name)]
+    manifest.record(whole, [name], again=True)  # by the command that wrote it anew
+    assert _found(whole) == []
+
+
+def test_what_nobody_recorded_is_named(whole):
+    (whole / "routers/other.npz").write_text("")
+    (whole / "clusters.json").write_text("{}")
+    assert _found(whole) == [("unknown", "clusters.json"), ("unknown", "routers/other.npz")]
+
+
+def test_what_is_gone_is_named_but_for_routers_which_are_fitted_again(whole):
+    for name in ("dense/model.safetensors", "routers/learned-abc.npz"):
+        (whole / name).unlink()
+    assert _found(whole) == [("missing", "dense/model.safetensors")]
+
+
+@pytest.mark.parametrize("name", ["experts/evil", "experts/a/v7", "experts/loose.bin"])
+def test_an_expert_that_is_not_registered_is_named(run, name):
+    (run / name).mkdir()
+    assert _found(run) == [("unknown", name)]
+
+
+def test_what_a_version_in_training_is_written_into_is_no_stranger(run):
+    (run / "experts/b/.v1.partial").mkdir()
+    assert _found(run) == []
+    (run / "experts/a/.v2.partial").mkdir()
+    assert _found(run) == [("unknown", "experts/a/.v2.partial")]
+
+
+@pytest.mark.parametrize(
+    "name", ["experts/a/v2", "experts/a", "seed/model.safetensors", "vectoriser.npz"]
+)
+def test_what_leads_out_of_the_run_is_named_though_its_bytes_are_right(
+    whole, tmp_path_factory, name
+):
+    outside = tmp_path_factory.mktemp("outside") / "moved"
+    (whole / name).rename(outside)
+    (whole / name).symlink_to(outside)
+    assert _found(whole) == [("link", name)]
+    assert str(outside) in str(verify(whole)[0])
+
+
+def test_a_damaged_manifest_is_a_fault(whole):
+    (whole / "hashes.json").write_text('{"format": 1, "files": {"../x": "y"}}')
+    assert _found(whole) == [("broken", "hashes.json")]
+
+
+def test_a_run_as_the_commands_leave_it_is_sound_and_whatever_is_changed_is_named(xelm, copy):
+    run = copy.directory
+    open_run(run).ensemble()  # whose router is fitted now
+    assert (
+        xelm("verify", run).out == f"{run}: every file that inference reads is as it was written\n"
+    )
+    (router,) = (run / "routers").glob("learned-*.npz")
+    arrays = read_arrays(router)
+    write_arrays(router, arrays | {"weights": -arrays["weights"]})
+    arrays = read_arrays(run / "vectoriser.npz")
+    write_arrays(run / "vectoriser.npz", arrays | {"idf": 2 * arrays["idf"]})
+    weights = load_file(run / "dense/model.safetensors")
+    save_file({name: 0 * w for name, w in weights.items()}, run / "dense/model.safetensors")
+    (run / "experts/evil/v1").mkdir(parents=True)
+    faults = xelm("verify", run, "--json")
+    assert faults.code == 2
+    assert [fault.split(": ")[:2] for fault in json.loads(faults.out)] == [
+        ["unknown", "experts/evil"],
+        ["changed", "dense/model.safetensors"],
+        ["changed", f"routers/{router.name}"],
+        ["changed", "vectoriser.npz"],
+    ]
+
+
+def test_a_router_that_was_changed_is_fitted_again(xelm, copy):
+    open_run(copy.directory).ensemble()
+    (path,) = (copy.directory / "routers").glob("learned-*.npz")
+    before = path.read_bytes()
+    arrays = read_arrays(path)
+    write_arrays(path, arrays | {"weights": -arrays["weights"]})
+    outcome = xelm("generate", copy.directory, "a", "--max-new-tokens", 1)
+    assert "was changed since it was fitted; it is fitted again" in outcome.err
+    assert path.read_bytes() == before and verify(copy.directory) == []

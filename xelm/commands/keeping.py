@@ -82,10 +82,10 @@ def _verify(options: argparse.Namespace) -> None:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise UserError(f"{options.run} is damaged: {first}{more}")
     if not options.json:
-        print(f"{options.run}: every file of the seed and of every expert is as published")
+        print(f"{options.run}: every file that inference reads is as it was written")
 
 
-VERIFY = Verb("check every hash of seed and experts", _verify_options, _verify)
+VERIFY = Verb("check every file that inference reads", _verify_options, _verify)
 
 
 def _rollback_options(verb: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from clustering.clustering import Clustering
 from clustering.errors import UserError
 from clustering.files import flush, sha256, write_arrays
 from clustering.languages import canonical_all
+from experts import manifest
 from experts.lock import locked
 from experts.registry import Registry
 from experts.verify import hash_directory
@@ -88,6 +89,7 @@ def init(
         if seed is None:
             _train_seed(run, store)
         _fit_vectoriser(run, store)
+        manifest.record(run.directory, ["run.json", "vectoriser.npz"])
         if not (run.directory / "registry.json").exists():
             Registry(seed_path="seed", seed_sha256=hash_directory(run.seed)).save(run.directory)
     if clusters is not None:
@@ -326,3 +328,4 @@ def _fit_vectoriser(run: Run, store: Store) -> None:
     write_arrays(
         run.directory / "vectoriser.npz", {"idf": fitted.idf, "projection": fitted.projection}
     )
+    manifest.record(run.directory, ["vectoriser.npz"], again=True)

@@ -18,6 +18,7 @@ from clustering import identify
 from clustering.errors import UserError
 from clustering.files import read_arrays, write_arrays
 from clustering.identify import Identifier
+from experts import manifest
 from experts.expert import Expert
 from experts.registry import Registry
 from xelm.data.rows import Source
@@ -327,9 +328,11 @@ def _fitted(
     path = run.directory / "routers" / f"{name}-{key}.npz"
     if path.exists():
         try:
-            return load(path)
+            if manifest.is_recorded(run.directory, f"routers/{path.name}"):
+                return load(path)
+            print(f"{path} was changed since it was fitted; it is fitted again", file=sys.stderr)
         except UserError as error:
-            print(f"{error}; it is made again", file=sys.stderr)
+            print(f"{error}; it is fitted again", file=sys.stderr)
     return make(path)
 
 
@@ -341,5 +344,6 @@ def _kept(path: Path, save: Callable[[Path], object]) -> None:
         for other in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.npz"):
             if other != path:
                 other.unlink(missing_ok=True)  # who made another at the same time may be first
+        manifest.record(path.parent.parent, [f"routers/{path.name}"], again=True)
     except (OSError, UserError) as error:
         print(f"{path} cannot be kept ({error}); it is fitted each time", file=sys.stderr)

@@ -17,6 +17,7 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, write_arrays
 from clustering.languages import canonical_all
 from clustering.vectoriser import Vectoriser
+from experts import manifest
 from experts.branch import branch as branch_registry
 from experts.card import card
 from experts.expert import SEED, Expert, parse_reference
@@ -62,6 +63,8 @@ def branch(run: Run, clustering: Clustering) -> Registry:
             clustering.save(run.directory)
         if clustering.of_documents:
             _assign_documents(run, clustering)
+        written = ["clusters.json", "clusters.npz", "assignments.npz"]
+        manifest.record(run.directory, written, again=not branched)
     return registry
 
 
@@ -170,8 +173,10 @@ def train_dense(run: Run) -> None:
         config=run.config.dense,
     )
     with _held(run, "dense"):
+        before = run.dense.exists()
         for error in train_checkpoints(run, [job]).values():
             raise error
+        first_does(lambda: manifest.record(run.directory, ["dense"], again=not before))
 
 
 def dense_sources(run: Run) -> list[Source]:

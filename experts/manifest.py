@@ -1,0 +1,66 @@
+"""Hashes of what a RUN holds beside its seed and its experts: configuration, clusters, vectoriser,
+fitted routers, the dense baseline.
+
+The registry has those of the seed and of every expert. What else is read when the ensemble is asked
+is written by other commands at other times; each records what it wrote here, and `verify` compares.
+Knows files and hashes; does not know what is in the files.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from clustering.errors import UserError
+from clustering.files import read_json, sha256, write_json
+from experts.expert import check_strings, check_types, hash_faults
+from experts.lock import locked
+
+FILE_NAME = "hashes.json"
+FORMAT = 1
+FILES = ("run.json", "clusters.json", "clusters.npz", "vectoriser.npz", "assignments.npz")
+"""Of the RUN's own folder."""
+FOLDERS = ("dense", "routers")
+"""Whose files are recorded; those of routers may be deleted, since they are fitted again."""
+
+
+def recorded(run: Path | str) -> dict[str, str]:
+    """File, relative to the RUN, to hexadecimal SHA-256; empty before anything is recorded.
+    UserError if the record is damaged."""
+    path = Path(run) / FILE_NAME
+    if not path.exists():
+        return {}
+    value = read_json(path, newest_format=FORMAT)
+    check_types(str(path), value, {"files": dict})
+    check_strings(str(path), value["files"])
+    faults = list(hash_faults(value["files"]))
+    if faults:
+        raise UserError(f"{path}: {'; '.join(faults[:5])}")
+    return value["files"]
+
+
+def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> None:
+    """Hashes files and folders of a RUN, named relative to it, as they are now; names that are not
+    there are passed over, and records of files that are gone are dropped.
+
+    again: they were just written anew. Otherwise what is recorded already is left alone, so that a
+    command which finds its work done does not vouch for a file that somebody changed since.
+    """
+    run = Path(run)
+    with locked(run, "hashes", wait_seconds=30.0):
+        known = recorded(run)
+        found = {name: digest for name, digest in known.items() if (run / name).exists()}
+        for name in names:
+            path = run / name
+            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            for file in inside:
+                key = file.relative_to(run).as_posix()
+                if file.is_file() and (again or key not in known):
+                    found[key] = sha256(file)
+        if found != known:
+            write_json(run / FILE_NAME, {"format": FORMAT, "files": dict(sorted(found.items()))})
+
+
+def is_recorded(run: Path | str, name: str) -> bool:
+    """Whether a file of a RUN, named relative to it, is the one that was recorded; of one that
+    never was, nothing is known, and the answer is yes."""
+    wanted = recorded(run).get(name)
+    return wanted is None or sha256(Path(run) / name) == wanted
