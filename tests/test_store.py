@@ -27,13 +27,21 @@ class Characters:
         return [[ord(character) for character in text] for text in texts]
 
 
+class Plain:
+    """Counts of a tokenizer that spells everything."""
+
+    def count(self, texts, ids):
+        return np.asarray([(len(t), len("".join(t.split())), 0, 0) for t in texts], np.int32)
+
+
 TEXTS = {"de": ["Straße", "Meer", "ü"], "el": ["Μέλι", "ένα δύο"]}
 DOCUMENTS = [Document(text, language) for language, found in TEXTS.items() for text in found]
 
 
 def build(directory, documents=DOCUMENTS, tokenizer=None, **options):
     faults = options.pop("faults", Faults())
-    return build_store(directory, iter(documents), tokenizer or Characters(), faults, **options)
+    tokenizer, options = tokenizer or Characters(), {"spelling": Plain(), **options}
+    return build_store(directory, iter(documents), tokenizer, faults, **options)
 
 
 def test_documents_are_those_that_were_encoded(tmp_path):
@@ -60,6 +68,11 @@ def test_counts_are_those_of_the_texts(tmp_path):
             "documents": len(texts),
             "tokens": sum(map(len, texts)),
             "bytes": sum(len(text.encode()) for text in texts),
+            "characters": sum(map(len, texts)),
+            "visible_characters": sum(len(text.replace(" ", "")) for text in texts),
+            "unknown_characters": 0,
+            "byte_tokens": 0,
+            "duplicates": 0,
         }
     assert store.record["corpus"] == "here"
     assert store.record["format"] == 2
@@ -298,7 +311,7 @@ def test_a_store_gets_its_name_when_its_bytes_are_on_disk(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "replace", rename)
     build(tmp_path / "store")
-    assert sorted(named) == sorted(os.listdir(tmp_path / "store")) and len(named) == 11
+    assert sorted(named) == sorted(os.listdir(tmp_path / "store")) and len(named) == 15
 
 
 @pytest.mark.parametrize(

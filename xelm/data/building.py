@@ -27,6 +27,8 @@ from clustering.errors import UserError
 from clustering.files import flush, read_json, write_json
 from xelm.data import tokenizer as tokenizers
 from xelm.data.corpus import Document, Faults, no_documents
+from xelm.data.overlap import HASH_WORDS, SIGNATURE_SIZE, copies, fingerprints, method
+from xelm.data.spelling import Counts, Spelling
 from xelm.data.store import FORMAT, Store, open_store, shuffled
 from xelm.data.tokenizer import Tokenizer
 
@@ -38,6 +40,7 @@ _BATCH_CHARACTERS = 4_000_000
 _BATCHES_HERE = 4
 # Between notes of how far it is.
 NOTE_SECONDS = 10.0
+_COPIED_BYTES = 2**24
 
 Encode = Callable[[Iterator[list[str]]], Iterator[Sequence[Sequence[int]]]]
 """Batches of texts -> ids of each text, batch by batch."""
@@ -52,6 +55,8 @@ def build_store(
     languages: Iterable[str] | None = None,
     facts: Mapping[str, Any] | None = None,
     encode: Encode | None = None,
+    spelling: Spelling | None = None,
+    drop_duplicates: bool = False,
     progress: Callable[[int], object] = lambda documents: None,
 ) -> Store:
     """Tokenises `documents` into `directory`, which appears whole or not at all.
@@ -59,14 +64,17 @@ def build_store(
     languages: those to keep, each of which must turn up; None keeps all. Documents of other
     languages are counted as left out. facts: entries for store.json, which tell a corpus and a
     tokenizer from others: with them, a call that was killed is gone on with by the next. encode: by
-    default that of the tokenizer, in this process. progress: is told how many documents each batch
-    held.
+    default that of the tokenizer, in this process. spelling: counts what the tokenizer could not
+    spell; by default made of the tokenizer. drop_duplicates: leaves out every document that is
+    an exact copy of an earlier one in its language; they are counted either way. progress: is told
+    how many documents each batch held.
     """
     target = Path(directory)
     partial = target.with_name(f".{target.name}.partial")
     dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
     wanted = None if languages is None else list(languages)
-    made_of = {**(facts or {}), "dtype": dtype.str, "wanted": wanted}
+    made_of = {**(facts or {}), "dtype": dtype.str, "wanted": wanted, "fingerprints": method()}
+    spelling = spelling or Spelling(tokenizer)
     encode = encode or (lambda batches: map(tokenizer.encode, batches))
     keep = facts is not None  # what is done by then, to be gone on with
     try:
@@ -76,16 +84,21 @@ def build_store(
             kept_documents = itertools.islice(kept(documents, wanted, faults), done, None)
             noted = time.monotonic()
             for batch, encoded in _encoded(_batches(kept_documents), encode):
-                for document, ids in zip(batch, encoded, strict=True):
-                    files.of(document.language).add(ids, len(document.text.encode()))
+                texts = [document.text for document in batch]
+                counts, (hashes, signatures) = spelling.count(texts, encoded), fingerprints(texts)
+                for number, (document, ids) in enumerate(zip(batch, encoded, strict=True)):
+                    size = len(document.text.encode())
+                    facts_of = counts[number], hashes[number], signatures[number]
+                    files.of(document.language).add(ids, size, *facts_of)
                 done += len(batch)
                 progress(len(batch))
                 if time.monotonic() > noted + NOTE_SECONDS:
                     files.note(made_of, done)
                     noted = time.monotonic()
             keep = False
-            counts = files.finish(wanted, faults)
-        record = {"format": FORMAT, **(facts or {}), "dtype": dtype.str, "languages": counts}
+            languages_found = files.finish(wanted, faults, drop_duplicates)
+        record = {"format": FORMAT, **(facts or {}), "dtype": dtype.str}
+        record |= {"fingerprints": method(), "languages": languages_found}
         write_json(partial / "store.json", {**record, "left_out": faults.to_json()})
         flush(partial)
         shutil.rmtree(target, ignore_errors=True)
@@ -231,25 +244,31 @@ class _Files:
         note = {"format": 1, "made_of": made_of, "documents": documents, "languages": sizes}
         write_json(self.folder / "building.json", note)
 
-    def finish(self, wanted: Sequence[str] | None, faults: Faults) -> dict[str, dict[str, int]]:
+    def finish(
+        self, wanted: Sequence[str] | None, faults: Faults, drop_duplicates: bool
+    ) -> dict[str, dict[str, int]]:
         """Counts by language, once the files are as a store has them."""
         order = sorted(self.languages) if wanted is None else wanted
         missing = [language for language in order if language not in self.languages]
         if missing or not order:
             raise no_documents(missing, faults)
         (self.folder / "building.json").unlink(missing_ok=True)
-        return {language: self.languages[language].finish() for language in order}
+        return {language: self.languages[language].finish(drop_duplicates) for language in order}
+
+
+_KINDS = ("ids", "lengths", "sizes", "counts", "hashes", "signatures")
 
 
 def paths_of(folder: Path, language: str) -> list[Path]:
-    """Of a store in the making: ids, and lengths and sizes of documents, which may be many millions
-    and wait in files."""
-    return [folder / f"{language}.{kind}" for kind in ("ids", "lengths", "sizes")]
+    """Of a store in the making: ids, then what is known of each document, which may be many
+    millions and wait in files."""
+    return [folder / f"{language}.{kind}" for kind in _KINDS]
 
 
-def sizes_of(tokens: int, documents: int, dtype: np.dtype) -> tuple[int, int, int]:
+def sizes_of(tokens: int, documents: int, dtype: np.dtype) -> tuple[int, ...]:
     """Bytes of these files."""
-    return tokens * dtype.itemsize, documents * 8, documents * 8
+    rows = (8, 8, 4 * len(Counts._fields), 8 * HASH_WORDS, 4 * SIGNATURE_SIZE)
+    return tokens * dtype.itemsize, *(documents * row for row in rows)
 
 
 class _Writer:
@@ -264,9 +283,16 @@ class _Writer:
         for file, size in zip(self.files, sizes_of(tokens, documents, dtype)):
             file.truncate(size)
 
-    def add(self, ids: Sequence[int], size: int) -> None:
+    def add(
+        self,
+        ids: Sequence[int],
+        size: int,
+        counts: np.ndarray,
+        fingerprint: np.ndarray,
+        signature: np.ndarray,
+    ) -> None:
         parts = (np.asarray(ids, self.dtype), np.int64(len(ids)), np.int64(size))
-        for file, part in zip(self.files, parts):
+        for file, part in zip(self.files, (*parts, counts, fingerprint, signature)):
             file.write(part.tobytes())
         self.tokens += len(ids)
         self.documents += 1
@@ -278,20 +304,52 @@ class _Writer:
             os.fsync(file.fileno())
         return self.tokens, self.documents
 
-    def finish(self) -> dict[str, int]:
+    def finish(self, drop_duplicates: bool) -> dict[str, int]:
         self.close()
-        lengths, sizes = (np.fromfile(path, np.int64) for path in self.paths[1:])
+        names = dict(zip(_KINDS, self.paths))
+        again = copies(np.fromfile(names["hashes"], "<u8").reshape(-1, HASH_WORDS))
+        if drop_duplicates and again.any():
+            lengths = np.fromfile(names["lengths"], np.int64)
+            for kind, size in zip(_KINDS, sizes_of(1, 1, self.dtype)):
+                units = lengths if kind == "ids" else np.ones_like(lengths)
+                _keep(names[kind], size * units, ~again)
+        lengths, sizes = (np.fromfile(names[kind], np.int64) for kind in ("lengths", "sizes"))
         order, stream_ends = shuffled(self.language, lengths)
         arrays = {"ends": lengths.cumsum(), "bytes": sizes, "order": order, "stream": stream_ends}
         for name, array in arrays.items():
             np.save(self.folder / f"{self.language}.{name}.npy", array)
-        for path in self.paths[1:]:
-            path.unlink()
-        return {"documents": self.documents, "tokens": self.tokens, "bytes": int(sizes.sum())}
+        counts = np.fromfile(names["counts"], np.int32).reshape(-1, len(Counts._fields))
+        for kind in ("lengths", "sizes", "counts"):
+            names[kind].unlink()
+        return {
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()),
+            "bytes": int(sizes.sum()),
+            **Counts(*counts.sum(axis=0, dtype=np.int64).tolist())._asdict(),
+            "duplicates": int(again.sum()),
+        }
 
     def close(self) -> None:
         for file in self.files:
             file.close()
+
+
+def _keep(path: Path, sizes: np.ndarray, wanted: np.ndarray) -> None:
+    """Cuts a file of documents, of so many bytes each, down to those wanted."""
+    ends = np.cumsum(sizes)
+    # Where runs of wanted documents begin and end.
+    edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False))
+    partial = path.with_name(f"{path.name}.partial")
+    with path.open("rb") as source, partial.open("wb") as target:
+        for first, last in edges.reshape(-1, 2):
+            begin = int(ends[first - 1]) if first else 0
+            source.seek(begin)
+            left = int(ends[last - 1]) - begin
+            while left:
+                piece = source.read(min(left, _COPIED_BYTES))
+                target.write(piece)
+                left -= len(piece)
+    os.replace(partial, path)
 
 
 def kept(

@@ -7,9 +7,12 @@ STORE/
   <language>.bytes.npy    int64 [documents]: UTF-8 bytes of each document's text
   <language>.order.npy    int64 [documents]: their numbers, shuffled
   <language>.stream.npy   int64 [documents]: where each ends in a stream of that order
+  <language>.hashes       uint64 [documents, 2], little-endian: of each document's text
+  <language>.signatures   uint32 [documents, 64], little-endian: MinHash of each document's shingles
 
 The order is drawn here, once: for a hundred million documents that takes a quarter of a minute,
-which no start of a training should. Format 1 had none; it gets one when it is opened.
+which no start of a training should. Format 1 had none; it gets one when it is opened. Stores of
+earlier versions have no hashes, no signatures and fewer counts, and are opened without.
 """
 
 import functools
@@ -23,6 +26,7 @@ from jaxtyping import Int, Integer
 
 from clustering.errors import UserError
 from clustering.files import read_json, replace, write_json
+from xelm.data.overlap import HASH_WORDS, SIGNATURE_SIZE, Fingerprints, method
 
 FORMAT = 2
 FRAME = 2
@@ -81,6 +85,19 @@ class Store:
     """Documents by language, in the order they were asked for."""
     record: Mapping[str, Any]
     """store.json: counts and unusable records."""
+
+    def fingerprints(self) -> dict[str, Fingerprints] | None:
+        """What documents are compared by, memory-mapped, by language; None in a store of a version
+        that kept none, or made them otherwise."""
+        if self.record.get("fingerprints") != method():
+            return None
+        return {
+            tag: Fingerprints(
+                _rows(self.directory / f"{tag}.hashes", "<u8", (len(ids), HASH_WORDS)),
+                _rows(self.directory / f"{tag}.signatures", "<u4", (len(ids), SIGNATURE_SIZE)),
+            )
+            for tag, ids in self.languages.items()
+        }
 
     def parts(self, languages: Iterable[str]) -> list["StorePart"]:
         """All documents in these languages, in order."""
@@ -164,6 +181,16 @@ def _numbers(path: Path, count: int) -> Int[np.ndarray, " documents"]:
     if numbers.shape != (count,):
         raise _mismatch(path)
     return numbers
+
+
+def _rows(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise _mismatch(path) from None
+    if size != np.dtype(dtype).itemsize * shape[0] * shape[1]:
+        raise _mismatch(path)
+    return np.memmap(path, dtype, "r", shape=shape)
 
 
 def _mismatch(path: Path) -> UserError:

@@ -1,0 +1,158 @@
+"""Which documents stand twice: exact copies by a hash of the text, near copies by MinHash.
+
+A store keeps a hash and a signature of every document beside its ids, so that texts can be compared
+with what a model was trained on without being read again. Documents are compared whole: a sentence
+taken out of a long document is not found.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, UInt32, UInt64
+
+HASH_WORDS = 2
+"""Of 64 bits each, in the hash of a document's text."""
+SIGNATURE_SIZE = 64
+"""Values of a MinHash signature: the standard error of a similarity is at most 1/16."""
+SHINGLE_CHARACTERS = 5
+"""Runs of characters that documents are compared by (Leskovec, Rajaraman and Ullman, Mining of
+Massive Datasets, section 3.2.2); words would need a segmenter for Chinese, Japanese and Thai."""
+NEAR = 0.8
+"""Jaccard similarity of their sets of shingles from which on two documents are near copies."""
+# Locality-sensitive hashing: with 16 bands of 4 values, a pair of similarity .8 shares a band with
+# probability 1 - (1 - .8^4)^16 = .9998.
+_BANDS = 16
+_CHUNK = 2**18
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, as in Fibonacci hashing
+
+
+class Fingerprints(NamedTuple):
+    """What documents are compared by."""
+
+    hashes: UInt64[np.ndarray, "documents 2"]
+    """Of each text, white space made one: equal for exact copies."""
+    signatures: UInt32[np.ndarray, "documents 64"]
+    """MinHash of each text's shingles, white space made one and case folded."""
+
+
+def method() -> dict[str, str | int]:
+    """How fingerprints are made; those made otherwise cannot be compared."""
+    import rensa
+
+    return {
+        "hash": "blake2b-128",
+        "signature": f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}",
+        "values": SIGNATURE_SIZE,
+        "shingle_characters": SHINGLE_CHARACTERS,
+    }
+
+
+def fingerprints(texts: Sequence[str]) -> Fingerprints:
+    """Fingerprints of texts in Unicode NFC (Broder 1997, On the resemblance and containment of
+    documents)."""
+    import rensa
+
+    plain = [" ".join(text.split()) for text in texts]
+    digests = [
+        hashlib.blake2b(text.encode(), digest_size=8 * HASH_WORDS).digest() for text in plain
+    ]
+    hashes = np.frombuffer(b"".join(digests), "<u8").reshape(len(texts), HASH_WORDS)
+    shingles, ends = _shingles([text.casefold() for text in plain])
+    offsets = np.concatenate([[0], ends]).astype(np.uint64)
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
+        shingles, offsets, SIGNATURE_SIZE, 1
+    )
+    return Fingerprints(hashes, np.asarray(matrix.to_rows(), "<u4").reshape(-1, SIGNATURE_SIZE))
+
+
+def copies(hashes: UInt64[np.ndarray, "documents 2"]) -> Bool[np.ndarray, " documents"]:
+    """Which documents are exact copies of an earlier one."""
+    again = np.ones(len(hashes), bool)
+    again[_first_of_each(hashes)] = False
+    return again
+
+
+class Overlap(NamedTuple):
+    """Which of some documents stand in other text."""
+
+    exact: Bool[np.ndarray, " documents"]
+    """Those whose whole text stands there."""
+    near: Bool[np.ndarray, " documents"]
+    """Those of which a near copy stands there, and no exact one."""
+
+
+def overlap(mine: Fingerprints, others: Sequence[Fingerprints]) -> Overlap:
+    """Which of my documents stand in the others, which may be memory-mapped and large: they are
+    read once, in chunks."""
+    exact, near = (np.zeros(len(mine.hashes), bool) for _ in range(2))
+    if not len(mine.hashes):
+        return Overlap(exact, near)
+    places: dict[bytes, list[int]] = {}
+    for number, row in enumerate(mine.hashes):
+        places.setdefault(row.tobytes(), []).append(number)
+    orders = [np.argsort(band) for band in _bands(mine.signatures)]
+    keys = [band[order] for band, order in zip(_bands(mine.signatures), orders)]
+    for hashes, signatures in _chunks(others):
+        for row in hashes[np.isin(hashes[:, 0], mine.hashes[:, 0])]:
+            exact[places.get(row.tobytes(), [])] = True
+        for band, order, mine_sorted in zip(_bands(signatures), orders, keys):
+            found = np.flatnonzero(np.isin(band, mine_sorted))
+            begins = np.searchsorted(mine_sorted, band[found], "left")
+            ends = np.searchsorted(mine_sorted, band[found], "right")
+            for theirs, begin, end in zip(found, begins, ends):
+                numbers = order[begin:end]
+                numbers = numbers[~near[numbers]]
+                alike = (mine.signatures[numbers] == signatures[theirs]).mean(axis=1) >= NEAR
+                near[numbers[alike]] = True
+    return Overlap(exact, near & ~exact)
+
+
+def _chunks(others: Sequence[Fingerprints]) -> Iterator[Fingerprints]:
+    for other in others:
+        for first in range(0, len(other.hashes), _CHUNK):
+            part = slice(first, first + _CHUNK)
+            yield Fingerprints(np.asarray(other.hashes[part]), np.asarray(other.signatures[part]))
+
+
+def _bands(
+    signatures: UInt32[np.ndarray, "documents 64"],
+) -> list[UInt64[np.ndarray, " documents"]]:
+    """A key of each document for each band of its signature."""
+    rows = SIGNATURE_SIZE // _BANDS
+    values = signatures.astype(np.uint64).reshape(len(signatures), _BANDS, rows)
+    keys = values[:, :, 0]
+    for row in range(1, rows):
+        keys = (keys ^ (keys >> np.uint64(29))) * _MIX + values[:, :, row]
+    return [np.ascontiguousarray(keys[:, band]) for band in range(_BANDS)]
+
+
+def _first_of_each(hashes: UInt64[np.ndarray, "documents 2"]) -> np.ndarray:
+    """Numbers of the documents that are no copies of earlier ones."""
+    order = np.lexsort((np.arange(len(hashes)), hashes[:, 1], hashes[:, 0]))
+    ordered = hashes[order]
+    new = np.ones(len(hashes), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    return order[new]
+
+
+def _shingles(
+    texts: Sequence[str],
+) -> tuple[UInt64[np.ndarray, " shingles"], UInt64[np.ndarray, " documents"]]:
+    """Hashes of all runs of characters in each text, and where each text's end. A text that is
+    shorter than a run is one."""
+    padded = "".join(text.ljust(SHINGLE_CHARACTERS, "\0") for text in texts)
+    codes = np.frombuffer(padded.encode("utf-32-le"), "<u4").astype(np.uint64)
+    sizes = np.asarray([max(len(text), SHINGLE_CHARACTERS) for text in texts])
+    ends, beyond = np.cumsum(sizes), SHINGLE_CHARACTERS - 1
+    hashes = codes[: len(codes) - beyond].copy()
+    for place in range(1, SHINGLE_CHARACTERS):
+        hashes = (hashes ^ (hashes >> np.uint64(29))) * _MIX
+        hashes += codes[place : len(codes) - beyond + place]
+    hashes = (hashes ^ (hashes >> np.uint64(32))) * _MIX
+    hashes ^= hashes >> np.uint64(29)
+    # Runs that begin in one text and end in the next.
+    inside = np.ones(len(codes), bool)
+    inside[ends[:, None] - 1 - np.arange(beyond)] = False
+    return hashes[inside[: len(hashes)]], np.cumsum(sizes - beyond).astype(np.uint64)

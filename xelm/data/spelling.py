@@ -1,0 +1,96 @@
+"""How well a tokenizer spells text: characters it does not know, and pieces that are parts of one.
+
+A model that reads every word of a language as the unknown token predicts it easily, so that its
+perplexity there says nothing; and a text in single bytes is several times as long.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from xelm.data.tokenizer import Tokenizer, encode
+
+# Letters of Cuneiform and Vai, which hardly a vocabulary holds.
+_RARE = ("\U00012000", "\ua500")
+MOST_UNKNOWN = 0.01
+"""Share of a language's characters that may be unknown: a model of more than that is not measured
+by its likelihood."""
+
+
+class Counts(NamedTuple):
+    """What was counted of one or more texts, in the order of the columns of `Spelling.count`."""
+
+    characters: int
+    """All of them."""
+    visible_characters: int
+    """Those that are no white space."""
+    unknown_characters: int
+    """Visible ones that the tokenizer read as its unknown token, or left out."""
+    byte_tokens: int
+    """Tokens that are only a part of a character: byte pieces of sentencepiece, and pieces of
+    byte-level vocabularies that are no whole characters."""
+
+
+class Spelling:
+    """Counts what a tokenizer could not spell."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        backend = tokenizer.hub.backend_tokenizer
+        self._backend = backend
+        self._is_unknown = np.zeros(tokenizer.size, bool)
+        self._is_unknown[_unknown_ids(tokenizer.hub)] = True
+        self._is_byte = _byte_pieces(backend, tokenizer.size)
+        # Vocabularies with neither an unknown token nor bytes leave out what they do not know.
+        plain, *rare = encode(backend, ["a", *(f"a{letter}" for letter in _RARE)])
+        self._drops = any(ids == plain for ids in rare)
+
+    def count(
+        self, texts: Sequence[str], ids: Sequence[Sequence[int]]
+    ) -> Int32[np.ndarray, "documents 4"]:
+        """`Counts` of each text, whose token ids are given."""
+        flat = np.concatenate([np.asarray(tokens, np.int64) for tokens in ids])
+        ends = np.cumsum([len(tokens) for tokens in ids])
+        found = np.zeros((len(texts), len(Counts._fields)), np.int32)
+        found[:, 0] = [len(text) for text in texts]
+        found[:, 1] = [len("".join(text.split())) for text in texts]
+        found[:, 3] = _sums(self._is_byte[flat], ends)
+        unknown = _sums(self._is_unknown[flat], ends)
+        doubtful = range(len(texts)) if self._drops else np.flatnonzero(unknown).tolist()
+        if doubtful:
+            # One unknown token may stand for a whole word: where it lies tells how many characters.
+            some = [texts[number] for number in doubtful]
+            located = self._backend.encode_batch(some, add_special_tokens=False)
+            for number, text, encoding in zip(doubtful, some, located):
+                found[number, 2] = self._unknown_characters(text, encoding)
+        return found
+
+    def _unknown_characters(self, text: str, encoding: Any) -> int:
+        lost = np.full(len(text), self._drops)
+        for token, (begin, end) in zip(encoding.ids, encoding.offsets):
+            lost[begin:end] = self._is_unknown[token]
+        return sum(not text[place].isspace() for place in np.flatnonzero(lost))
+
+
+def _sums(flags: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """How many are set in each part, parts ending at `ends`."""
+    return np.diff(np.concatenate([[0], np.cumsum(flags)])[ends], prepend=0)
+
+
+def _unknown_ids(hub: Any) -> list[int]:
+    """Ids that stand for what a vocabulary does not hold."""
+    model = json.loads(hub.backend_tokenizer.to_str())["model"]
+    named = hub.backend_tokenizer.token_to_id(model.get("unk_token") or "")
+    return [id for id in {hub.unk_token_id, model.get("unk_id"), named} if id is not None]
+
+
+def _byte_pieces(backend: Any, size: int) -> np.ndarray:
+    """Which ids, read alone, are no whole characters."""
+    read = backend.decode_batch([[id] for id in range(size)], skip_special_tokens=False)
+    found = np.asarray(["\ufffd" in text for text in read], bool)
+    (itself,) = encode(backend, ["\ufffd"])
+    if len(itself) == 1:  # the replacement character is a character, too
+        found[itself[0]] = False
+    return found
