@@ -1,5 +1,6 @@
 """Tables for the terminal."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,18 @@ from xelm.inference.routers import DEFAULT
 if TYPE_CHECKING:
     from xelm.runs.progress import Progress
     from xelm.runs.relatives import Relatives
-    from xelm.runs.results import Interval, Results, Row, Summary
+    from xelm.runs.results import Interval, Results, Summary
+    from xelm.runs.texts import Text
 
 # Six columns within a hundred characters or little more.
 _WIDTH = 15
 _PAGE = 110
+
+
+_MARKS = {
+    "?": "? more than 1% of the characters are unknown to the tokenizer: says nothing, in no mean",
+    "!": "! more than 1% of the documents stand in the text that was trained on",
+}
 
 
 def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[str]) -> str:
@@ -25,7 +33,8 @@ def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[
     """
     routings = sorted(routings, key=lambda routing: routing != DEFAULT)
     tables = [
-        _by_language(found.rows, routings, seed_languages),
+        _by_language(found, routings, seed_languages),
+        texts(list(found.texts.values())) if found.texts else "",
         _systems(found.summaries),
         _routers(found.summaries),
         *_by_expert(found, seed_languages),
@@ -33,14 +42,15 @@ def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[
     return "\n\n".join(table for table in tables if table)
 
 
-def _by_language(
-    rows: "Sequence[Row]", routings: Sequence[str], seed_languages: Sequence[str]
-) -> str:
+def _by_language(results: "Results", routings: Sequence[str], seed_languages: Sequence[str]) -> str:
     """Perplexity (ppl) and bits per byte by language: seed, dense, and the ensemble by routing.
 
-    The means are over those languages of the corpus that every column has; other languages stand
-    below the means.
+    The means are over those languages of the corpus that every column has and the tokenizer can
+    spell; other languages stand below the means.
     """
+    rows, marks = results.rows, {tag: text.marks for tag, text in results.texts.items()}
+    unspelled = [tag for tag, text in results.texts.items() if text.unspelled]
+    room = max(map(len, marks.values()), default=0)
     columns: list[tuple[str, str | None]] = [("seed", None), ("dense", None)]
     columns += [("ensemble", routing) for routing in routings]
     found = {(row.system, row.routing, row.language): row for row in rows}
@@ -57,12 +67,14 @@ def _by_language(
     def language(tag: str) -> str:
         cells = [found.get((*column, tag)) for column in columns]
         pairs = [_pair(row.perplexity, row.bits_per_byte) if row else "-" for row in cells]
+        pairs = [f"{pair}{marks.get(tag, ''):{room}}" for pair in pairs]
         return line(f"{tag:4} {english_name(tag)[:13]}", pairs)
 
     lines = [line("", groups)] if any(groups) else []
     lines += [line("", titles), line("language", ["ppl bits/B"] * len(columns))]
     lines += [language(tag) for tag in trained]
     common = [tag for tag in trained if all((*column, tag) in found for column in columns)]
+    common = [tag for tag in common if tag not in unspelled]
     if common:
         means = [
             _pair(
@@ -71,10 +83,39 @@ def _by_language(
             )
             for column in columns
         ]
+        doubt = "!" if any("!" in marks.get(tag, "") for tag in common) else ""
+        means = [f"{mean}{doubt:{room}}" for mean in means]
         lines.append(line(f"mean of {len(common)}", means))
     others = [tag for tag in languages if tag not in trained]
     if others:
         lines += ["not in the RUN's corpus:", *(language(tag) for tag in others)]
+    lines += [text for mark, text in _MARKS.items() if any(mark in m for m in marks.values())]
+    return "\n".join(lines)
+
+
+def texts(found: "Sequence[Text]") -> str:
+    """One line a language: its size, how the tokenizer spells it, exact copies and, where it was
+    compared, the share that stands in the text that was trained on."""
+    compared = any(text.compared is not None for text in found)
+    lines = [
+        f"{'text':18}{'documents':>11}{'tokens':>13}{'bytes':>14}{'tokens/char':>13}{'unknown':>9}"
+        f"{'byte pieces':>13}{'copies':>8}" + (f"{'trained on':>12}" if compared else "")
+    ]
+
+    def share(value: float | None, mark: str = "") -> str:
+        return "-" if value is None else f"{value:.1%}{mark}"
+
+    for text in found:
+        rate, copies = text.tokens_per_character, text.duplicates
+        cells = [
+            f"{text.tokens:>13,}{text.bytes:>14,}",
+            f"{'-' if rate is None else f'{rate:.2f}':>13}",
+            f"{share(text.unknown_share, '?' * text.unspelled):>9}{share(text.byte_share):>13}",
+            f"{'-' if copies is None else f'{copies:,}':>8}",
+            f"{share(text.trained_share, '!' * text.trained):>12}" if compared else "",
+        ]
+        name = f"{text.language:4} {english_name(text.language)[:13]:13}"
+        lines.append((f"{name}{text.documents:>11,}" + "".join(cells)).rstrip())
     return "\n".join(lines)
 
 
@@ -136,6 +177,8 @@ def _by_expert(found: "Results", seed_languages: Sequence[str]) -> Iterator[str]
         lines = [f"{'bits/B by expert':18}" + "".join(f"{n:>{widths[n]}}" for n in part)]
         for tag in languages:
             best = min((value for (name, t), value in bits.items() if t == tag and name in widths))
+            if tag in found.texts and found.texts[tag].unspelled:
+                best = -math.inf  # none is
             line = f"{tag:4} {english_name(tag)[:13]:13}"
             for name in part:
                 value = bits.get((name, tag))

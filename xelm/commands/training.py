@@ -69,13 +69,20 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
     )
     add_settings(verb, "change the configuration, as in experts.tokens=3e6; may be repeated")
     verb.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
+    verb.add_argument(
+        "--keep-duplicates",
+        action="store_true",
+        help="train on exact copies of documents too (default: they are left out)",
+    )
     add_workers(verb)
 
 
 def _init(options: argparse.Namespace) -> None:
     from clustering.clustering import Clustering
+    from xelm import tables
     from xelm.config import override
     from xelm.runs.init import init
+    from xelm.runs.texts import texts_of
 
     shapes = [s for s in options.settings if s.startswith("model") and options.seed]
     if shapes:
@@ -90,11 +97,9 @@ def _init(options: argparse.Namespace) -> None:
         languages=options.languages,
         clusters=Clustering.load(options.clusters) if options.clusters else None,
         workers=options.workers,
+        keep_duplicates=options.keep_duplicates,
     )
-    counts = run.store().record["languages"]
-    print(f"{'language':10}{'documents':>12}{'tokens':>14}{'bytes':>14}")
-    for tag, count in counts.items():
-        print(f"{tag:10}{count['documents']:>12,}{count['tokens']:>14,}{count['bytes']:>14,}")
+    print(tables.texts(list(texts_of(run.store()).values())))
     print(f"\nRUN: {run.directory}")
 
 
@@ -238,15 +243,19 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
 
 
 def _grow(options: argparse.Namespace) -> None:
+    from xelm import tables
     from xelm.config import check_free
     from xelm.runs.growing import grow
     from xelm.runs.run import open_run
+    from xelm.runs.texts import Text
 
     check_free(options.settings, "grow")
     run = open_run(options.run, settings=options.settings)
     expert = grow(
         run, options.language, corpus_of(options), parent=options.parent, workers=options.workers
     )
+    (tag,) = expert.languages
+    print(tables.texts([Text.of(run.store(tag), tag)]))
     print(
         f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
     )

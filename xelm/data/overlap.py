@@ -7,7 +7,7 @@ taken out of a long document is not found.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, UInt32, UInt64
@@ -39,11 +39,9 @@ class Fingerprints(NamedTuple):
 
 def method() -> dict[str, str | int]:
     """How fingerprints are made; those made otherwise cannot be compared."""
-    import rensa
-
     return {
         "hash": "blake2b-128",
-        "signature": f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}",
+        "signature": f"rensa RMinHash {_minhash().ALGORITHM_VERSION}",
         "values": SIGNATURE_SIZE,
         "shingle_characters": SHINGLE_CHARACTERS,
     }
@@ -52,8 +50,6 @@ def method() -> dict[str, str | int]:
 def fingerprints(texts: Sequence[str]) -> Fingerprints:
     """Fingerprints of texts in Unicode NFC (Broder 1997, On the resemblance and containment of
     documents)."""
-    import rensa
-
     plain = [" ".join(text.split()) for text in texts]
     digests = [
         hashlib.blake2b(text.encode(), digest_size=8 * HASH_WORDS).digest() for text in plain
@@ -61,10 +57,14 @@ def fingerprints(texts: Sequence[str]) -> Fingerprints:
     hashes = np.frombuffer(b"".join(digests), "<u8").reshape(len(texts), HASH_WORDS)
     shingles, ends = _shingles([text.casefold() for text in plain])
     offsets = np.concatenate([[0], ends]).astype(np.uint64)
-    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
-        shingles, offsets, SIGNATURE_SIZE, 1
-    )
+    matrix = _minhash().digest_matrix_from_flat_token_hashes(shingles, offsets, SIGNATURE_SIZE, 1)
     return Fingerprints(hashes, np.asarray(matrix.to_rows(), "<u4").reshape(-1, SIGNATURE_SIZE))
+
+
+def _minhash() -> Any:
+    import rensa  # compiled, and without types
+
+    return rensa.RMinHash  # type: ignore[attr-defined]
 
 
 def copies(hashes: UInt64[np.ndarray, "documents 2"]) -> Bool[np.ndarray, " documents"]:

@@ -21,6 +21,7 @@ from experts.lock import locked
 from experts.registry import Registry
 from xelm import __version__
 from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.store import Store
 from xelm.inference.guessing import guess_documents
 from xelm.inference.holding import Holding
 from xelm.inference.reliability import Reliability, chosen
@@ -42,6 +43,7 @@ from xelm.runs.judging import (
 from xelm.runs.results import RESULTS, Results
 from xelm.runs.routers import Routing, make_router, serving
 from xelm.runs.run import Run
+from xelm.runs.texts import EVALUATION, Text, compared, warnings
 
 EVALUATED: Sequence[str] = ("language", "detected", "tfidf", "learned", "posterior")
 """Routings, unless others are asked for."""
@@ -90,8 +92,9 @@ def evaluate(
                 "a router's temperature goes with routing tfidf, which is not asked for"
             )
     corpus = Corpus.of(corpus)
-    name = "evaluation-" + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
-    store = tokenise(run, corpus, name)
+    name = EVALUATION + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
+    store = tokenise(run, corpus, name, training=False)
+    texts = _compared(run, store, max_documents)
     systems = {"seed": run.seed}
     if run.dense.exists():
         systems["dense"] = run.dense
@@ -120,7 +123,9 @@ def evaluate(
     )
     tokens = evaluation.tokens()
     sizes = {tag: ids.bytes[: len(tokens[tag])] for tag, ids in store.languages.items()}
-    results = judged(evaluation.measured(), tokens, sizes, _expectations(run, experts))
+    unspelled = [tag for tag, text in texts.items() if text.unspelled]
+    expected = replace(_expectations(run, experts), unspelled=unspelled)
+    results = replace(judged(evaluation.measured(), tokens, sizes, expected), texts=texts)
     if not save:
         return results
     options = {
@@ -133,6 +138,21 @@ def evaluate(
         "calibration_tokens": calibration_tokens,
     }
     return _saved(run, str(corpus), options, results)
+
+
+def _compared(run: Run, store: Store, max_documents: int | None) -> dict[str, Text]:
+    """What is known of the evaluated text, with what is wrong with it on stderr."""
+    texts, lacking = compared(run, store, max_documents)
+    lines = warnings(texts)
+    if lacking:
+        lines.append(
+            f"whether this text was trained on is unknown: {', '.join(lacking)} in "
+            f"{run.directory / 'corpus'} was tokenised by an earlier version of xelm, which kept "
+            "nothing to compare with"
+        )
+    for line in lines:
+        print(line, file=sys.stderr)
+    return texts
 
 
 def _expectations(run: Run, experts: Sequence[Expert]) -> Expectations:
@@ -154,8 +174,11 @@ def _saved(run: Run, corpus: str, options: Mapping[str, Any], results: Results) 
         "xelm": __version__,
         "corpus": corpus,
         **options,
-        "rows": [row.to_json() for row in results.rows],
+        "rows": [
+            {**row.to_json(), "marks": results.texts[row.language].marks} for row in results.rows
+        ],
         "summaries": [summary.to_json() for summary in results.summaries],
+        "texts": {tag: text.to_json() for tag, text in results.texts.items()},
     }
     with locked(run.directory, "evaluate", wait_seconds=60.0):
         if path.exists():

@@ -31,6 +31,7 @@ from xelm.models.families import hub_config
 from xelm.models.parameters import fresh_parameters
 from xelm.progress import bar
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
+from xelm.runs.texts import duplicate_notes, texts_of, warnings
 from xelm.runs.training import branch, check_languages, shares_of
 from xelm.training.course import Text, Training
 from xelm.training.loop import train
@@ -50,6 +51,7 @@ def init(
     languages: Sequence[str] | None = None,
     clusters: Clustering | None = None,
     workers: int = 1,
+    keep_duplicates: bool = False,
 ) -> Run:
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus, seed,
     TF-IDF vectoriser, registry, each written whole before the next begins.
@@ -59,6 +61,8 @@ def init(
     corpus. languages: those of the corpus to use; None uses all. clusters: to branch on at once.
     workers: processes that tokenise more than a few thousand documents; 1 leaves it to this one.
     They read the program that calls this, which therefore begins under `if __name__ == "__main__"`.
+    keep_duplicates: train on every document as often as it stands in the corpus; otherwise exact
+    copies within a language are left out, here and when experts are grown.
     """
     corpus = Corpus.of(corpus)
     tags = _languages(corpus, languages)
@@ -77,9 +81,12 @@ def init(
         "seed_from": None if seed is None else str(Path(seed).resolve()),
         "corpus": corpus.to_json(),
         "corpus_sha256": corpora.fingerprint(corpus, tags),
+        **({"keep_duplicates": True} if keep_duplicates else {}),
     }
     with _fresh_lock(directory):
         run = create_run(directory, config, facts)
+        if run.record.get("keep_duplicates", False) != keep_duplicates:
+            raise UserError(f"{directory} was begun with --keep-duplicates; use it again")
         if seed is None:
             _train_tokenizer(run, corpus)
         else:
@@ -104,15 +111,24 @@ def tokenise(
     *,
     languages: Sequence[str] | None = None,
     workers: int = 1,
+    training: bool = True,
 ) -> Store:
     """The tokenised corpus RUN/corpus/`name`, made now if it is not there yet for this corpus and
-    tokenizer. Unusable records are reported on stderr."""
+    tokenizer. Unusable records and, of text to train on, exact copies are reported on stderr;
+    copies are left out unless the RUN keeps them. Other text is kept as it is."""
+    drop = training and not run.record.get("keep_duplicates", False)
     with locked(run.directory, f"corpus-{name}", wait_seconds=WAIT_SECONDS):
-        return _tokenise(run, corpus, name, languages, workers)
+        return _tokenise(run, corpus, name, languages, workers, training, drop)
 
 
 def _tokenise(
-    run: Run, corpus: AnyCorpus, name: str, languages: Sequence[str] | None, workers: int
+    run: Run,
+    corpus: AnyCorpus,
+    name: str,
+    languages: Sequence[str] | None,
+    workers: int,
+    training: bool,
+    drop_duplicates: bool,
 ) -> Store:
     directory = run.directory / "corpus" / name
     tokenizer_files = _tokenizer_directory(run)
@@ -125,6 +141,8 @@ def _tokenise(
     if (directory / "store.json").exists():
         store = run.store(name)
         same = all(store.record[key] == facts[key] for key in list(facts)[1:])
+        # What experts were trained on stays; text to compare with it is read again.
+        same &= training or store.fingerprints() is not None
         if same and (languages is None or set(store.languages) == set(languages)):
             return store
     faults = Faults()
@@ -140,11 +158,15 @@ def _tokenise(
             languages=languages,
             facts=facts,
             encode=in_processes(tokenizer, workers) if workers > 1 else None,
+            drop_duplicates=drop_duplicates,
             progress=progress.update,
         )
     print(reading.table(), file=sys.stderr)
     if faults:
         print(f"{corpus}: {faults}", file=sys.stderr)
+    texts = texts_of(store)
+    for line in [*duplicate_notes(texts, drop_duplicates), *(warnings(texts) if training else ())]:
+        print(f"{corpus}: {line}", file=sys.stderr)
     return store
 
 

@@ -98,6 +98,9 @@ class Expectations:
     trained: Mapping[str, Sequence[str]]
     """Languages that a system was trained on after the seed: of the ensemble, dense, and of experts
     of languages."""
+    unspelled: Sequence[str] = ()
+    """Languages that the tokenizer cannot spell: likelihoods say nothing there, so that they are in
+    no mean."""
 
 
 def judged(
@@ -135,7 +138,13 @@ def judged(
                 router=one.weighed and one.weighed.routed(regret),
             )
             rows.setdefault(system, []).append(row)
-    by_key = {(system, row.language): row for system, some in rows.items() for row in some}
+    measured = {tag: found for tag, found in measured.items() if tag not in expected.unspelled}
+    by_key = {
+        (system, row.language): row
+        for system, some in rows.items()
+        for row in some
+        if row.language in measured
+    }
     judge = _Judge(rows=by_key, samples=samples, measured=measured, expected=expected)
     return Results(
         rows=[row for some in rows.values() for row in some],

@@ -14,6 +14,7 @@ from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
 from xelm.runs.results import Summary, read_results
 from xelm.runs.run import Run
+from xelm.runs.texts import Text
 from xelm.training.metrics import read_metrics
 
 _GREY = "#888888"
@@ -73,6 +74,8 @@ class Facts:
     """System -> language -> score."""
     summaries: Sequence[Summary]
     """Of every system over the languages; none before an evaluation."""
+    texts: Mapping[str, Text]
+    """What was found of the evaluated text, by language; none before an evaluation."""
     metrics: Mapping[System, list[dict[str, Any]]]
     """Seed, dense or expert -> lines of its training, finished or not; maybe none."""
     groups: list[Group]
@@ -120,6 +123,10 @@ class Facts:
         scored = {tag for system in self.systems for tag in self.scores[system]}
         return [tag for group in self.groups for tag in group.languages if tag in scored]
 
+    def marked(self, mark: str) -> list[str]:
+        """Evaluated languages whose figures have this mark."""
+        return [t for t in self.evaluated if t in self.texts and mark in self.texts[t].marks]
+
     def colour(self, expert: Expert) -> str:
         """Of its cluster, or its own if it was grown."""
         name = expert.cluster or expert.name
@@ -160,6 +167,7 @@ def read(run: Run) -> Facts:
         results=results.record,
         scores=scores,
         summaries=results.summaries,
+        texts=results.texts,
         metrics={
             system: read_metrics(folder / "metrics.jsonl")
             or read_metrics(run.training(system.name) / "metrics.jsonl")

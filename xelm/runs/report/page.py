@@ -69,6 +69,7 @@ def _page(facts: Facts, found: dict[str, Picture | Missing], drawn: dict[str, st
         verdict=verdict(facts, comparison),
         missing=missing(facts),
         languages=tables.language_table(facts, comparison),
+        texts=tables.text_table(facts),
         certainty=tables.certainty_table(facts),
         clusters=tables.cluster_table(facts, comparison),
         experts=tables.expert_table(facts),

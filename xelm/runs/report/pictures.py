@@ -222,7 +222,9 @@ def _curve(
 def _experts_by_language(facts: Facts) -> Picture | Missing:
     """Every expert on every language, against the seed."""
     seed = {tag: score.perplexity for tag, score in facts.scores.get(SEED, {}).items()}
+    unspelled = facts.marked("?")
     languages = {t: group.colour for group in facts.groups for t in group.languages if t in seed}
+    languages = {tag: colour for tag, colour in languages.items() if tag not in unspelled}
     evaluated = [expert for expert in facts.experts if System(expert.name) in facts.scores]
     if not evaluated or not languages:
         return Missing("No expert has been evaluated yet.")

@@ -42,12 +42,30 @@ def language_table(
                 "tag": tag,
                 "scores": [facts.scores[system].get(tag) for system in facts.systems],
                 "change": comparison and comparison.change_over([tag]),
+                "marks": facts.texts[tag].marks if tag in facts.texts else "",
             }
             for tag in facts.evaluated
             if tag in group.languages
         ]
         table += [(group, rows)] if rows else []
     return table
+
+
+def text_table(facts: Facts) -> list[list[str]]:
+    """What was found of the evaluated text, a row a language; none before an evaluation."""
+    rows = []
+    for tag in facts.evaluated:
+        if (text := facts.texts.get(tag)) is None:
+            continue
+        rate = text.tokens_per_character
+        cells = [tag, f"{text.documents:,}", "–" if rate is None else f"{rate:.2f}"]
+        cells += [_share(text.unknown_share, "?" * text.unspelled), _share(text.byte_share)]
+        rows.append([*cells, _share(text.trained_share, "!" * text.trained)])
+    return rows
+
+
+def _share(value: float | None, mark: str = "") -> str:
+    return "–" if value is None else f"{value:.1%}{mark}"
 
 
 def certainty_table(facts: Facts) -> list[list[str]]:

@@ -62,6 +62,7 @@ def compare(facts: Facts) -> Comparison | None:
         for tag in facts.evaluated
         if tag in facts.run.languages and all(tag in facts.scores[s] for s in facts.systems)
     ]
+    languages = [tag for tag in languages if tag not in facts.marked("?")]
     if baseline is None or not facts.ensembles or not languages:
         return None
     means = {system: _mean(facts.scores[system], languages) for system in facts.systems}
@@ -81,13 +82,40 @@ def verdict(facts: Facts, comparison: Comparison | None) -> list[str]:
     if not facts.ensembles:
         return ["Only single models have been evaluated: there is no ensemble yet."]
     if comparison is None:
-        return ["No language of the RUN's corpus was evaluated with every system."]
+        return [
+            *_doubts(facts),
+            "No language of the RUN's corpus that the tokenizer can spell was evaluated with every "
+            "system.",
+        ]
     return [
+        *_doubts(facts),
         _headline(comparison),
         *_numbers(comparison, facts.ensembles),
         *_compute(facts, comparison),
         *_outside(facts, comparison),
     ]
+
+
+def _doubts(facts: Facts) -> Iterator[str]:
+    """What is wrong with the text that was evaluated, before any figure of it."""
+    trained = facts.marked("!")
+    if trained:
+        shares = [
+            f"{language_name(tag)} {facts.texts[tag].trained_share or 0:.0%}" for tag in trained
+        ]
+        yield (
+            "These figures are not of held-out text: documents stand in the text that was trained "
+            f"on, as they are or nearly so ({listed(shares)}). They are marked !."
+        )
+    unspelled = facts.marked("?")
+    if unspelled:
+        shares = [
+            f"{language_name(tag)} {facts.texts[tag].unknown_share or 0:.0%}" for tag in unspelled
+        ]
+        yield (
+            f"The tokenizer does not know the characters of {listed(shares)}: perplexities there "
+            "say nothing, are marked ? and are in no mean."
+        )
 
 
 def _mean(scores: Mapping[str, Score], languages: Sequence[str]) -> Score:
@@ -171,7 +199,8 @@ def _outside(facts: Facts, comparison: Comparison) -> Iterator[str]:
     ]
     if told:
         yield f"Perplexity of the grown languages, from the seed to the ensemble: {listed(told)}."
-    outside = [tag for tag in facts.evaluated if tag not in comparison.languages]
+    known = (*comparison.languages, *facts.marked("?"))
+    outside = [tag for tag in facts.evaluated if tag not in known]
     if outside:
         yield (
             "Not in the mean, since not all systems were trained or scored on "
