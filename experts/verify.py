@@ -87,9 +87,8 @@ def _others(run: Path) -> list[Fault]:
     present = [file for file in [*manifest.FILES, *inside] if (run / file).exists()]
     # A router that was deleted is fitted again.
     kept = [file for file in wanted if not file.startswith("routers/")]
-    faults = (
-        _fault(run / file, file, wanted.get(file)) for file in dict.fromkeys([*kept, *present])
-    )
+    names = sorted({*kept, *present})
+    faults = (_fault(run / name, name, wanted.get(name)) for name in names)
     return [fault for fault in faults if fault is not None]
 
 
