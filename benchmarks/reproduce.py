@@ -211,9 +211,10 @@ def _grown(out: Path, corpus: Path, valid: Path, how: str) -> list[Row]:
         if not any(language in expert.languages for expert in registry.published()):
             parent = "seed" if how == "seed" else "auto"
             if how == "farthest":
-                farthest = typology.nearest(language, growing.served_languages(registry))[-1]
+                served = [tag for e in registry.published() for tag in e.languages]
+                farthest = typology.distances([language, *served]).relatives(language)[-1]
                 parent = registry.for_language(farthest.language).name
-            growing.grow(run, language, corpus, parent=parent)
+            growing.grow(run, language, corpus, parent=parent, by="typology")
     return evaluated(run, valid, routings_of("typology-k8"))
 
 

@@ -6,7 +6,7 @@ several are weighed together. Does not know any measure; each has a module of it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ class Relative(NamedTuple):
 
     language: str
     distance: float
-    """As in `Distances.values`."""
+    """As in `Distances.values`; NaN where the measure knows nothing of the pair."""
     coverage: float
     """As in `Distances.coverage`."""
 
@@ -40,9 +40,10 @@ class Distances:
     """Canonical tags; rows and columns of the arrays."""
     values: Float[np.ndarray, "languages languages"]
     """Symmetric, 0 on the diagonal, never negative; 1 is as far as can be, or as any of these are,
-    whichever the measure says."""
+    whichever the measure says. NaN for a pair of which nothing is known."""
     coverage: Float[np.ndarray, "languages languages"]
-    """Share of what could be compared that is known of both, 0..1; on the diagonal, of each one."""
+    """Share of what could be compared that is known of both, 0..1; on the diagonal, of each one. 0
+    where nothing is known, and where a value rests on predictions alone."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """The arguments of the measure and what it reports, as JSON values."""
     made_from: dict[str, str] = field(default_factory=dict)
@@ -54,9 +55,15 @@ class Distances:
             array = getattr(self, name)
             if array.shape != (count, count) or not np.array_equal(array, array.T, equal_nan=True):
                 raise ValueError(f"{name} must be symmetric, [{count}, {count}]")
-        unknown = (self.coverage == 0) | ~np.isfinite(self.values)
-        if unknown.any():
-            raise UserError(f"{self.measure} knows nothing of {self._named(unknown)}")
+        unknown = np.isnan(self.values)
+        if (
+            np.isinf(self.values).any()
+            or not (self.coverage >= 0).all()
+            or (self.coverage > 1).any()
+        ):
+            raise ValueError("distances must be finite or NaN, and coverage between 0 and 1")
+        if self.coverage[unknown].any():
+            raise ValueError("coverage must be 0 where a distance is NaN")
         if (self.values < 0).any() or np.diagonal(self.values).any():
             raise ValueError("distances must not be negative, and 0 from a language to itself")
 
@@ -86,19 +93,27 @@ class Distances:
         return float(self.values[self._at(one), self._at(other)])
 
     def of(self, languages: Sequence[str]) -> "Distances":
-        """The same of these languages alone, in this order."""
-        index = [self._at(language) for language in languages]
-        return Distances(
-            measure=self.measure,
-            languages=canonical_all(languages),
-            values=self.values[np.ix_(index, index)],
-            coverage=self.coverage[np.ix_(index, index)],
-            parameters=self.parameters,
-            made_from=self.made_from,
-        )
+        """The same of these languages alone, in this order; UserError for one that is not there."""
+        for language in languages:
+            self._at(language)
+        return self.spread(languages)
+
+    def spread(self, languages: Sequence[str]) -> "Distances":
+        """The same among these languages, in this order; nothing is known of those that are not
+        among `self.languages`."""
+        tags = canonical_all(languages)
+        known = [place for place, tag in enumerate(tags) if tag in self.languages]
+        index = [self.languages.index(tags[place]) for place in known]
+        values = np.full((len(tags),) * 2, np.nan)
+        np.fill_diagonal(values, 0.0)
+        coverage = np.zeros_like(values)
+        values[np.ix_(known, known)] = self.values[np.ix_(index, index)]
+        coverage[np.ix_(known, known)] = self.coverage[np.ix_(index, index)]
+        return replace(self, languages=tags, values=values, coverage=coverage)
 
     def relatives(self, language: str) -> list[Relative]:
-        """The other languages, nearest first; of equals, the one given first."""
+        """The other languages, nearest first; of equals, the one given first. Those at an unknown
+        distance come last."""
         row = self._at(language)
         order = np.argsort(self.values[row], kind="stable")
         return [
@@ -106,6 +121,26 @@ class Distances:
             for i in order
             if i != row
         ]
+
+    def complete(self) -> "Distances":
+        """These distances, if every pair is known; else UserError with the pairs and languages of
+        which nothing is."""
+        unknown = np.isnan(self.values)
+        if unknown.any():
+            raise UserError(f"{self.measure} knows nothing of {self._named(unknown)}")
+        return self
+
+    def without_gaps(self) -> tuple["Distances", tuple[str, ...]]:
+        """The distances of languages among which every pair is known, and the languages left out:
+        one after another, each time the one with most unknown pairs, of equals the one of which
+        less is known."""
+        unknown = np.isnan(self.values)
+        own = np.diagonal(self.coverage) / 2
+        kept = np.ones(len(self.languages), bool)
+        while (gaps := (unknown & kept & kept[:, None]).sum(axis=1)).any():
+            kept[(gaps - own).argmax()] = False
+        tags = [tag for tag, keep in zip(self.languages, kept) if keep]
+        return self.of(tags), tuple(tag for tag in self.languages if tag not in tags)
 
     def _at(self, language: str) -> int:
         tag = canonical(language)
@@ -115,8 +150,9 @@ class Distances:
         return self.languages.index(tag)
 
     def _named(self, pairs: np.ndarray) -> str:
-        """The first five of what is true in a symmetric [languages, languages]."""
-        alone = np.flatnonzero(np.diagonal(pairs))
+        """The first five of what is true in a symmetric [languages, languages]; a language of which
+        nothing at all is known by its name alone."""
+        alone = np.flatnonzero(np.diagonal(self.coverage) == 0)
         rows, columns = np.nonzero(np.triu(pairs, k=1))
         named = [self.languages[i] for i in alone]
         named += [
@@ -132,7 +168,9 @@ def combine(parts: Sequence[tuple[Distances, float]]) -> Distances:
     """A weighted mean of several measures of the same languages.
 
     Each measure is first divided by its largest distance, so that a weight says how much of the
-    whole it can decide; 1 is as far as any pair by all measures. Coverage is the weighted mean.
+    whole it can decide; 1 is as far as any pair by all measures. A pair that a measure does not
+    know counts there as `_typical`, so that a gap makes languages neither near nor distant; a pair
+    that none knows stays unknown. Coverage is the weighted mean, of which gaps have no share.
     """
     weights = [weight for _, weight in parts]
     if not weights or min(weights) < 0 or not sum(weights):
@@ -147,11 +185,18 @@ def combine(parts: Sequence[tuple[Distances, float]]) -> Distances:
             )
     aligned = [measure.of(languages) for measure, _ in parts]
     shares = np.asarray(weights, float) / sum(weights)
+    scaled = [m.values / _largest(m) for m in aligned]
+    informed = [s for s, values in zip(shares, scaled) if _any_known(values)]
+    values = sum(
+        (s * _typical(v) for s, v in zip(shares, scaled) if _any_known(v)),
+        np.zeros_like(scaled[0]),
+    ) / (sum(informed) or 1.0)
+    values[np.all([np.isnan(v) for v in scaled], axis=0)] = np.nan
     return Distances(
         measure=" + ".join(f"{s:.2g} {m.measure}" for s, m in zip(shares, aligned)),
         languages=languages,
-        values=sum((s * m.values / _largest(m) for s, m in zip(shares, aligned)), np.zeros(())),
-        coverage=sum((s * m.coverage for s, m in zip(shares, aligned)), np.zeros(())),
+        values=values,
+        coverage=np.minimum(sum(s * m.coverage for s, m in zip(shares, aligned)), 1.0),
         parameters={
             "combined": [
                 {"measure": m.measure, "weight": w, "parameters": m.parameters}
@@ -163,4 +208,22 @@ def combine(parts: Sequence[tuple[Distances, float]]) -> Distances:
 
 
 def _largest(distances: Distances) -> float:
-    return float(distances.values.max(initial=0.0)) or 1.0
+    return float(np.nanmax(distances.values, initial=0.0)) or 1.0
+
+
+def _any_known(values: np.ndarray) -> bool:
+    """Whether any two different languages have a distance."""
+    return bool(np.triu(~np.isnan(values), k=1).any()) or len(values) == 1
+
+
+def _typical(values: Float[np.ndarray, "languages languages"]) -> np.ndarray:
+    """The distances with gaps filled: with the mean distance of the languages of a pair from all
+    others, the farther of the two. Where nothing is known of one of them, the mean of all pairs
+    stands for it. A language far from all is likely to be as far from one that nobody described.
+    """
+    others = np.where(np.eye(len(values), dtype=bool), np.nan, values)
+    known = ~np.isnan(others)
+    sums = np.where(known, others, 0.0).sum(axis=1)
+    everywhere = sums.sum() / max(known.sum(), 1)
+    means = np.where(known.any(axis=1), sums / np.maximum(known.sum(axis=1), 1), everywhere)
+    return np.where(np.isnan(values), np.maximum(means[:, None], means), values)

@@ -4,12 +4,14 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 
 from clustering.errors import UserError
 
 Table = Float[np.ndarray, "languages features"]
 """Values; NaN where nothing is known."""
+Distance = Float[np.ndarray, "languages languages"]
+"""0 from a language to itself; NaN where nothing is known of a pair."""
 
 
 def chosen(names: Sequence[str], only: Sequence[str], where: str) -> list[int]:
@@ -34,42 +36,42 @@ def varying(values: Table) -> Bool[np.ndarray, " features"]:
 
 def compared(
     values: Table, names: Sequence[str], only: Sequence[str], where: str, resample: int | None
-) -> Float[np.ndarray, "languages compared"]:
-    """The columns that languages are compared by: those of the names `only`, as in `chosen`, that
-    vary; with `resample` as many, drawn with replacement by that random seed (bootstrap)."""
-    values = values[:, chosen(names, only, where)]
-    values = values[:, varying(values)]
-    if resample is None:
-        return values
-    count = values.shape[1]
-    return values[:, np.random.default_rng(resample).integers(count, size=count)]
+) -> Integer[np.ndarray, " compared"]:
+    """The places of the columns that languages are compared by: those of the names `only`, as in
+    `chosen`, that vary; with `resample` as many, drawn with replacement by that random seed
+    (bootstrap)."""
+    places = np.array(chosen(names, only, where), int)
+    places = places[varying(values[:, places])]
+    if resample is None or not len(places):
+        return places
+    return np.random.default_rng(resample).choice(places, len(places))
 
 
-def coverage(values: Table) -> Float[np.ndarray, "languages languages"]:
+def coverage(known: Bool[np.ndarray, "languages features"]) -> Distance:
     """Share of the features known of both languages; of one, on the diagonal. 1 without features:
     there is nothing to know."""
-    present = (~np.isnan(values)).astype(np.float64)
-    return (
-        (present @ present.T) / values.shape[1] if values.shape[1] else np.ones((len(values),) * 2)
-    )
+    count = known.shape[1]
+    present = known.astype(np.float64)
+    return (present @ present.T) / count if count else np.ones((len(known),) * 2)
 
 
-def cosine(values: Table) -> Float[np.ndarray, "languages languages"]:
+def cosine(values: Table) -> Distance:
     """d(i, j) = 1 - sum_{f in both} x_if x_jf / sqrt(sum_{f in i} x_if^2 * sum_{f in j} x_jf^2).
 
     As in the code of X-ELM's authors: a feature that one of the two lacks counts in the other's
-    length. NaN where a language has no feature but zeros; 0 without features, as nothing tells the
-    languages apart."""
+    length. NaN where none is known of both, and where a language has no feature but zeros; 0
+    without features, as nothing tells the languages apart."""
     if not values.shape[1]:
         return np.zeros((len(values),) * 2)
+    present = (~np.isnan(values)).astype(np.float64)
     filled = np.nan_to_num(values)
     lengths = np.sum(filled**2, axis=1)
     with np.errstate(invalid="ignore"):
         result = 1.0 - (filled @ filled.T) / np.sqrt(np.outer(lengths, lengths))
-    return _tidied(result)
+    return _tidied(np.where(present @ present.T > 0, result, np.nan))
 
 
-def gower(values: Table) -> Float[np.ndarray, "languages languages"]:
+def gower(values: Table) -> Distance:
     """Mean difference over the features known of both, each scaled to 0..1 over the given languages
     (Gower 1971): for numbers of any kind, where zeros say something too. Features with one value
     for all do not count. NaN where none is known of both; 0 without features."""
@@ -89,7 +91,7 @@ def gower(values: Table) -> Float[np.ndarray, "languages languages"]:
     return _tidied(result)
 
 
-METRICS: Mapping[str, Callable[[Table], Float[np.ndarray, "languages languages"]]] = {
+METRICS: Mapping[str, Callable[[Table], Distance]] = {
     "cosine": cosine,
     "gower": gower,
 }
@@ -98,5 +100,5 @@ METRICS: Mapping[str, Callable[[Table], Float[np.ndarray, "languages languages"]
 def _tidied(values: np.ndarray) -> np.ndarray:
     """Against rounding: exactly symmetric, never below zero."""
     result = np.maximum((values + values.T) / 2, 0.0)
-    np.fill_diagonal(result, np.where(np.isnan(np.diagonal(result)), np.nan, 0.0))
+    np.fill_diagonal(result, 0.0)
     return result

@@ -42,13 +42,15 @@ def cluster(
     """k clusters of near languages, with a tree. sizes: of each language, such as tokens, which the
     rule `balanced` keeps in balance instead of numbers of languages. unassigned: languages left out
     on purpose. Raises UserError if k is not in 1..languages, for an unknown rule, and for sizes
-    with another rule, missing or not above zero.
+    with another rule, missing or not above zero, and for pairs of which nothing is known (see
+    `Distances.without_gaps`).
     """
     if rule not in RULES:
         raise UserError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
     languages = distances.languages
     if not 1 <= k <= len(languages):
         raise UserError(f"k must be between 1 and {len(languages)} languages; got {k}")
+    distances.complete()
     rule_of = RULES[rule]
     if sizes is not None:
         rule_of = partial(rule_of, sizes=_checked(sizes, languages, rule))

@@ -71,7 +71,8 @@ def cosine(
     away: what they have in common says nothing about who is near whom, and hides it.
 
     layer: 1 to the number of layers; None takes the middle one, where states are least bound to
-    words. UserError for a layer or language that the file does not have.
+    words. Languages that the file does not have are at an unknown distance. UserError for a layer
+    that it does not have, and if it has none of the languages.
     """
     states = States.load(path)
     tags, number, values = _of_layer(states, path, languages, layer)
@@ -79,7 +80,7 @@ def cosine(
     means -= means.mean(axis=0)
     facts = {"layer": number, "documents": states.values.shape[1]}
     apart = (1.0 - _cosines(means @ means.T)) / 2
-    return _measured("states", tags, apart, facts, path, states.made_from)
+    return _measured("states", tags, apart, facts, path, states.made_from).spread(languages or tags)
 
 
 def alignment(
@@ -98,7 +99,9 @@ def alignment(
     flat = inner.reshape(len(inner), -1)
     facts = {"layer": number, "documents": states.values.shape[1]}
     apart = 1.0 - _cosines(flat @ flat.T)
-    return _measured("alignment", tags, apart, facts, path, states.made_from)
+    return _measured("alignment", tags, apart, facts, path, states.made_from).spread(
+        languages or tags
+    )
 
 
 def updates(
@@ -107,7 +110,7 @@ def updates(
     """(1 - cos) / 2 of the languages' updates, 0..1: half of Group then Scale's 1 - cos.
 
     Of the feed-forward weights. layer: 1 to the number of layers; None takes the last three, as in
-    that paper's code. UserError for a layer or language that the file does not have.
+    that paper's code. Languages and errors as in `cosine`.
     """
     found = Updates.load(path)
     tags, index = _chosen(found.languages, path, languages)
@@ -117,7 +120,7 @@ def updates(
     inner = found.inner[first - 1 : last].sum(axis=0)[np.ix_(index, index)]
     facts = {"layers": [first, last]}
     apart = (1.0 - _cosines(inner)) / 2
-    return _measured("updates", tags, apart, facts, path, found.made_from)
+    return _measured("updates", tags, apart, facts, path, found.made_from).spread(languages or tags)
 
 
 def losses(
@@ -128,8 +131,7 @@ def losses(
     """Share of the loss that the own expert of a language spares it beside the other's, 0..1, mean
     of both directions; 0 where the other's is no worse.
 
-    nats: of the expert of the row's language on text of the column's. UserError where one is
-    missing (NaN).
+    nats: of the expert of the row's language on text of the column's; NaN where that is not known.
     """
     tags = canonical_all(languages)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -153,11 +155,11 @@ def _of_layer(
 def _chosen(
     known: tuple[str, ...], path: str | os.PathLike[str], languages: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[int]]:
-    """Tags of the languages asked for, and where they stand among those known."""
-    tags = known if languages is None else canonical_all(languages)
-    missing = [tag for tag in tags if tag not in known]
-    if missing:
-        raise UserError(f"{path} knows nothing of {', '.join(missing[:5])}")
+    """Those of the languages that are known, and where they stand; UserError if none is."""
+    wanted = known if languages is None else canonical_all(languages)
+    tags = tuple(tag for tag in wanted if tag in known)
+    if not tags:
+        raise UserError(f"{path} knows nothing of {', '.join(wanted[:5])}")
     return tags, [known.index(tag) for tag in tags]
 
 
@@ -189,7 +191,7 @@ def _measured(
         measure=measure,
         languages=tags,
         values=values,
-        coverage=np.ones_like(values),
+        coverage=(~np.isnan(values)).astype(float),
         parameters=dict(parameters),
         made_from={**own, **made_from},
     )

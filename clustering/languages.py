@@ -219,6 +219,18 @@ def _is_script(subtag: str) -> bool:
     return len(subtag) == 4 and subtag.isalpha() and subtag.istitle()
 
 
+@cache
+def kindred_iso639_3(tag: str) -> tuple[str, ...]:
+    """Three-letter codes that can stand for a language where its own say nothing: its
+    macrolanguage's (nn -> nor), or those of the members of a macrolanguage."""
+    language = langcodes.Language.get(tag).language or "und"
+    above = data_dicts.MACROLANGUAGES.get(language)
+    own = {language, *iso639_3(tag)}
+    members = [code for code, macro in data_dicts.MACROLANGUAGES.items() if macro in own]
+    found = [code for related in [above, *members] if related for code in iso639_3(related)]
+    return tuple(dict.fromkeys(found))
+
+
 def _suggestions(code: str) -> str:
     try:
         likely = [langcodes.find(code).to_tag()]  # a name such as "Swahili"

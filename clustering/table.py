@@ -64,23 +64,25 @@ def distances(
 
     `only`: these features alone. `resample`: as in `typology.distances`. Features that do not vary
     among the languages are dropped, so a distance depends on who else is given. Coverage is the
-    share of the features that are known. UserError as `read`, for a language or feature that the
-    table does not have, and for languages and pairs of which it knows nothing.
+    share of the features that are known. Languages without a line, and pairs that share no feature,
+    are at an unknown distance. UserError as `read`, for a feature that the table does not have, and
+    if it has none of the languages.
     """
     tags, values, names = read(path)
     wanted = tags if languages is None else canonical_all(languages)
-    missing = [tag for tag in wanted if tag not in tags]
-    if missing:
-        raise UserError(f"{path} has no line for {', '.join(missing[:5])}")
-    values = values[[tags.index(tag) for tag in wanted]]
-    values = features.compared(values, names, only, str(path), resample)
+    described = [tag for tag in wanted if tag in tags]
+    if not described:
+        raise UserError(f"{path} has no line for {', '.join(wanted[:5])}")
+    values = values[[tags.index(tag) for tag in described]]
+    values = values[:, features.compared(values, names, only, str(path), resample)]
     if metric not in features.METRICS:
         raise UserError(f"unknown metric {metric!r}; there are {', '.join(features.METRICS)}")
+    found = features.METRICS[metric](values)
     return Distances(
         measure=Path(path).stem,
-        languages=wanted,
-        values=features.METRICS[metric](values),
-        coverage=features.coverage(values),
+        languages=tuple(described),
+        values=found,
+        coverage=np.where(np.isnan(found), 0.0, features.coverage(~np.isnan(values))),
         parameters={
             "metric": metric,
             "only": list(only),
@@ -88,7 +90,7 @@ def distances(
             "features_that_vary": values.shape[1],
         },
         made_from={Path(path).name: files.sha256(path)},
-    )
+    ).spread(wanted)
 
 
 def _lines(path: str | os.PathLike[str]) -> tuple[list[str], list[tuple[int, list[str]]]]:

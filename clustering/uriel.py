@@ -7,15 +7,15 @@ does not copy its data, which is CC-BY-SA-4.0.
 
 import functools
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from clustering import files
 from clustering.errors import UserError
-from clustering.languages import english_name, iso639_3
+from clustering.languages import iso639_3, kindred_iso639_3
 
 # Name -> (data file, source within it, prefix of its features), as in lang2vec's FEATURE_SETS_DICT.
 # Left out: `id`, which holds nothing about relatives, and `learned`, which is a pickle.
@@ -41,6 +41,8 @@ FEATURE_SETS = {
     "fam": ("family_features.npz", "FAM", ""),
     "geo": ("geocoord_features.npz", "GEOCOORDS", ""),
 }
+# Sets whose gaps were filled by nearest neighbours -> those that tell what was observed.
+_OBSERVED_IN = {f"{name}_knn": f"{name}_average" for name in ("syntax", "phonology", "inventory")}
 
 
 def features(
@@ -48,41 +50,64 @@ def features(
 ) -> tuple[Float[np.ndarray, "languages features"], tuple[str, ...]]:
     """Feature values in 0..1 with NaN for missing ones, and the names of the features.
 
-    `languages` are canonical tags; several sets are joined by `+`. Raises UserError for an unknown
-    set, and for languages of which the set knows nothing, all of them in one message.
+    `languages` are canonical tags; several sets are joined by `+`. A language of which a set knows
+    nothing has NaN for all of that set's features. Raises UserError for an unknown set.
     """
     codes = codes_with_data(languages, set_name)
-    blocks: list[np.ndarray] = []
-    names: list[str] = []
-    for part in _parts(set_name):
-        values, known, part_names = _read(part)
-        rows = [known.index(codes[language]) for language in languages]
-        blocks.append(values[rows].astype(np.float64))
-        names += part_names
-    joined = np.concatenate(blocks, axis=1)
-    return np.where(joined == -1, np.nan, joined), tuple(names)
+    blocks = [_values(part, languages, codes) for part in _parts(set_name)]
+    names = [name for part in _parts(set_name) for name in _read(part)[2]]
+    return np.concatenate(blocks, axis=1), tuple(names)
 
 
 def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") -> dict[str, str]:
-    """Tag -> the ISO 639-3 code of its features: the first of `languages.iso639_3` with any."""
-    informed = frozenset.intersection(*(_informed(part) for part in _parts(set_name)))
-    found = {tag: [code for code in iso639_3(tag) if code in informed] for tag in languages}
-    without = [f"{tag} ({_what_it_has(tag)})" for tag, codes in found.items() if not codes]
-    if without:
-        raise UserError(f"URIEL has no {set_name} features for {', '.join(without)}")
-    return {tag: codes[0] for tag, codes in found.items()}
+    """Tag -> the ISO 639-3 code whose features stand for it, for the languages that have any.
+
+    URIEL often has a macrolanguage and its members as separate languages of which one is described
+    and the other is not: `zho` has one ancestor and `cmn` four, `aze` has 55 features and `azj`
+    none. So the code of which most was observed is taken, of a language's own code and its usual
+    member (`languages.iso639_3`); where nothing was observed of these, of its macrolanguage or
+    members (`languages.kindred_iso639_3`); and where values of these are predictions alone, of
+    those. Of equal codes the first. Raises UserError for an unknown set.
+    """
+    parts = _parts(set_name)
+    found: dict[str, str] = {}
+    for tag in languages:
+        groups = (iso639_3(tag), kindred_iso639_3(tag))
+        for measure, codes in [(m, g) for m in (_observed, _size) for g in groups]:
+            if described := [code for code in codes if all(measure(p, code) for p in parts)]:
+                found[tag] = max(described, key=lambda code: sum(measure(p, code) for p in parts))
+                break
+    return found
 
 
 def known(languages: Sequence[str], set_name: str) -> tuple[str, ...]:
     """Those of the canonical tags of which a set knows something."""
-    informed = frozenset.intersection(*(_informed(part) for part in _parts(set_name)))
-    return tuple(tag for tag in languages if informed.intersection(iso639_3(tag)))
+    found = codes_with_data(languages, set_name)
+    return tuple(tag for tag in languages if tag in found)
+
+
+def observed(
+    languages: Sequence[str], set_name: str
+) -> Bool[np.ndarray, "languages features"] | None:
+    """Which values of `features` were observed and not predicted, for sets of gaps that were filled
+    (`_knn`); None for sets that hold observations alone."""
+    parts = _parts(set_name)
+    if not any(part in _OBSERVED_IN for part in parts):
+        return None
+    codes = codes_with_data(languages, set_name)
+    blocks = [_values(_OBSERVED_IN.get(part, part), languages, codes) for part in parts]
+    return ~np.isnan(np.concatenate(blocks, axis=1))
+
+
+@functools.cache
+def _sha256(name: str) -> str:
+    return files.sha256(_data_file(name))
 
 
 def made_from(set_name: str) -> dict[str, str]:
     """Name -> version of lang2vec, or SHA-256 of the data files that a set is read from."""
     names = dict.fromkeys(FEATURE_SETS[part][0] for part in _parts(set_name))
-    hashes = {name: files.sha256(_data_file(name)) for name in names}
+    hashes = {name: _sha256(name) for name in names}
     return {"lang2vec": _distribution().version} | hashes
 
 
@@ -94,28 +119,49 @@ def _parts(set_name: str) -> list[str]:
     return parts
 
 
-def _what_it_has(tag: str) -> str:
-    sets = [name for name in FEATURE_SETS if _informed(name) & set(iso639_3(tag))]
-    return f"{english_name(tag)}, which has {', '.join(sets) if sets else 'none of any set'}"
+def _values(
+    part: str, languages: Sequence[str], codes: Mapping[str, str]
+) -> Float[np.ndarray, "languages features"]:
+    """What a set holds of the codes; NaN where it has nothing."""
+    values, places, names = _read(part)
+    block = np.full((len(languages), len(names)), -1.0)
+    for row, language in enumerate(languages):
+        if language in codes:
+            block[row] = values[places[codes[language]]]
+    return np.where(block == -1, np.nan, block)
+
+
+def _size(part: str, code: str) -> int:
+    """How much a set holds of a code: ancestors of `fam`, values of the others; 0 for nothing."""
+    return _sizes(part).get(code, 0)
+
+
+def _observed(part: str, code: str) -> int:
+    """The same of what was observed: a gap that was filled says nothing of how well a code is
+    described."""
+    return _size(_OBSERVED_IN.get(part, part), code)
 
 
 @functools.lru_cache(maxsize=len(FEATURE_SETS))
-def _informed(part: str) -> frozenset[str]:
-    """Codes of which a set knows something."""
-    values, known, _ = _read(part)
-    return frozenset(known[row] for row in np.flatnonzero((values != -1).any(axis=1)))
+def _sizes(part: str) -> dict[str, int]:
+    values, places, _ = _read(part)
+    # An ancestor that a language lacks is written 0, which is known of every language of URIEL.
+    counts = (values > 0 if part == "fam" else values != -1).sum(axis=1)
+    return {code: int(counts[row]) for code, row in places.items()}
 
 
-# A measure asks for the same set several times.
-@functools.lru_cache(maxsize=3)
-def _read(part: str) -> tuple[np.ndarray, list[str], list[str]]:
-    """Values [codes, features] with -1 for missing, the codes, the names of the features."""
+@functools.lru_cache(maxsize=len(FEATURE_SETS))
+def _read(part: str) -> tuple[np.ndarray, dict[str, int], list[str]]:
+    """Values [codes, features] with -1 for missing, the row of each code, names of features."""
     file_name, source, prefix = FEATURE_SETS[part]
     data = _unpacked(file_name)
     columns = np.flatnonzero(np.char.startswith(data["feats"], prefix))
     layer = data["sources"].tolist().index(source)
     names = [str(name).replace(" ", "_") for name in data["feats"][columns]]
-    return data["data"][:, columns, layer], data["langs"].tolist(), names
+    places = {code: row for row, code in enumerate(data["langs"].tolist())}
+    values = data["data"][:, columns, layer]
+    whole = values.astype(np.int8)  # families are 0 or 1, and a quarter of the memory so
+    return (whole if (whole == values).all() else values), places, names
 
 
 # Sets of one file stand beside each other; families alone are 113 MB.

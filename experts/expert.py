@@ -31,7 +31,7 @@ _JSON_TYPES = {
     "tokens": int,
     "status": str,
 }
-_OPTIONAL_JSON_TYPES = {"cluster": str, "documents": dict, "replaces": int}
+_OPTIONAL_JSON_TYPES = {"cluster": str, "documents": dict, "replaces": int, "reason": str}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +64,8 @@ class Expert:
     """'training' is unfinished; 'retired' is superseded, rolled back or given up."""
     replaces: int | None = None
     """The version of the same name in use when it was published; None before, or if none was."""
+    reason: str | None = None
+    """Why a grown expert has its parent; None if it was branched, or nobody said."""
     more: dict[str, Any] = field(default_factory=dict)
     """Keys beside ours in registry.json, kept as they came."""
 

@@ -13,12 +13,20 @@ from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
 
 
-def grow(registry: Registry, language: str, parent: str, name: str | None = None) -> Registry:
+def grow(
+    registry: Registry,
+    language: str,
+    parent: str,
+    name: str | None = None,
+    *,
+    reason: str | None = None,
+) -> Registry:
     """With a child of `parent` in training for `language`; the other records stay the same objects.
 
-    `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `name` is the language's tag if
-    None. Growing the same child again while it is in training changes nothing. UserError if another
-    expert serves the language, if the parent is not published, or if the name is taken.
+    `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `reason` says why it is that.
+    `name` is the language's tag if None. Growing the same child again while it is in training
+    changes nothing. UserError if another expert serves the language, if the parent is not
+    published, or if the name is taken.
     """
     language = canonical(language)
     name = language if name is None else name
@@ -32,6 +40,7 @@ def grow(registry: Registry, language: str, parent: str, name: str | None = None
         parent=origin,
         round=registry.round_after(origin, name),
         languages=(language,),
+        reason=reason,
     )
     return registry.add(child)
 

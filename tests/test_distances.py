@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from clustering import features, genealogy, geography, typology
+from clustering import features, genealogy, geography, grouping, typology
 from clustering.distances import Distances, combine
 from clustering.errors import UserError
 
@@ -36,22 +36,79 @@ def test_a_choice_of_languages_keeps_their_distances():
     assert some.of(["fr", "en"]) == some != THREE
 
 
-def test_pairs_of_which_nothing_is_known_are_refused_by_name():
-    known = np.ones((3, 3))
-    known[0, 1] = known[1, 0] = 0
+def with_gaps(*pairs, of=THREE):
+    """The distances without those of some pairs."""
+    values, known = of.values.copy(), np.ones_like(of.values)
+    for one, other in pairs:
+        i, j = of.languages.index(one), of.languages.index(other)
+        values[i, j] = values[j, i] = np.nan
+        known[i, j] = known[j, i] = 0.0
+    return measured(values, known, of.languages)
+
+
+def test_pairs_of_which_nothing_is_known_are_named_where_all_are_wanted():
+    assert THREE.complete() is THREE
     with pytest.raises(UserError, match=r"a test knows nothing of en-de$"):
-        measured(THREE.values, known)
-    alone = THREE.values.copy()
-    alone[2] = alone[:, 2] = np.nan
+        with_gaps(("en", "de")).complete()
+    alone = THREE.of(["en", "de"]).spread(["en", "de", "fr"])
     with pytest.raises(UserError, match=r"a test knows nothing of fr$"):
-        measured(alone)
+        alone.complete()
+    with pytest.raises(UserError, match=r"a test knows nothing of fr$"):
+        grouping.cluster(alone, 2)
+
+
+def test_an_unknown_distance_comes_last_and_has_no_coverage():
+    near = with_gaps(("en", "fr")).relatives("en")
+    assert near[0] == ("de", 0.2, 1.0)
+    assert (near[1].language, near[1].coverage) == ("fr", 0.0) and np.isnan(near[1].distance)
+    with pytest.raises(ValueError, match="coverage must be 0 where a distance is NaN"):
+        measured(with_gaps(("en", "fr")).values)
+
+
+def test_languages_that_a_measure_does_not_have_are_at_unknown_distances():
+    wider = THREE.spread(["fr", "sw", "en"])
+    assert wider.languages == ("fr", "sw", "en") and wider.between("fr", "en") == 0.4
+    assert np.isnan(wider.between("sw", "en")) and wider.between("sw", "sw") == 0.0
+    assert wider.coverage.tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 1]]
+
+
+def test_languages_with_most_gaps_are_left_out_until_there_is_none():
+    assert THREE.without_gaps() == (THREE, ())
+    four = measured(np.ones((4, 4)) - np.eye(4), tags=("en", "de", "fr", "sw"))
+    gaps = with_gaps(("sw", "en"), ("sw", "de"), ("fr", "de"), of=four)
+    kept, left_out = gaps.without_gaps()
+    assert (kept.languages, left_out) == (("fr", "sw"), ("en", "de"))
+    assert kept.complete().between("sw", "fr") == 1.0
+    little = dataclasses.replace(
+        gaps, coverage=gaps.coverage * [[1], [1], [1], [0.5]] * [1, 1, 1, 0.5]
+    )
+    assert little.without_gaps()[1] == ("de", "sw")
+
+
+def test_a_gap_in_one_of_several_measures_is_neither_near_nor_far():
+    # de is .25 from the others on average once the largest is 1, fr .875; the farther counts.
+    gap = with_gaps(("de", "fr"), of=measured([[0, 0.2, 0.8], [0.2, 0, 0.5], [0.8, 0.5, 0]]))
+    both = combine([(gap, 1.0), (THREE, 1.0)])
+    assert both.between("de", "fr") == pytest.approx((1.0 + 0.3 / 0.4) / 2)
+    assert both.coverage[1, 2] == 0.5 and both.coverage[0, 2] == 1.0
+    # Of a language of which nothing is known, what is known of the other counts, or of all pairs.
+    alone = combine([(THREE.spread(["en", "de", "fr", "sw"]), 1.0)])
+    assert np.isnan(alone.between("en", "sw")) and alone.coverage[3].tolist() == [0, 0, 0, 0]
+    steady = measured(np.ones((4, 4)) - np.eye(4), tags=("en", "de", "fr", "sw"))
+    filled = combine([(THREE.spread(steady.languages), 1.0), (steady, 1.0)])
+    assert filled.between("sw", "fr") == pytest.approx((0.35 / 0.4 + 1) / 2)
+    assert filled.between("sw", "de") == pytest.approx((0.3 / 0.4 + 1) / 2)
+    # A measure that knows no pair at all has no say.
+    silent = THREE.of(["en"]).spread(["en", "de", "fr"])
+    np.testing.assert_allclose(combine([(silent, 9.0), (THREE, 1.0)]).values, THREE.values / 0.4)
 
 
 @pytest.mark.parametrize(
-    "values", [[[0, 1], [2, 0]], [[0, -1], [-1, 0]], [[1, 1], [1, 0]], [[0, 1, 1]] * 3]
+    "values",
+    [[[0, 1], [2, 0]], [[0, -1], [-1, 0]], [[1, 1], [1, 0]], [[0, 1, 1]] * 3, [[0, np.inf]] * 2],
 )
 def test_what_is_no_distance_is_refused(values):
-    with pytest.raises(ValueError, match=r"symmetric|negative"):
+    with pytest.raises(ValueError, match=r"symmetric|negative|finite"):
         measured(values, np.ones_like(values), ("en", "de"))
 
 
@@ -110,14 +167,40 @@ def test_families_are_nested():
     distances = genealogy.distances(LANGUAGES)
     assert [near.language for near in distances.relatives("en")[:3]] == ["de", "hi", "fr"]
     assert distances.between("en", "ja") == 1.0  # of different families
-    # Basque has no relatives, which is no reason to refuse it.
-    assert {near.distance for near in distances.relatives("eu")} == {1.0}
-    assert distances.parameters["without_relatives"] == ["eu"]
+    # Basque has no ancestors in URIEL: nothing is known of how far it is.
+    assert {near.coverage for near in distances.relatives("eu")} == {0.0}
+    assert all(np.isnan(near.distance) for near in distances.relatives("eu"))
+    assert distances.parameters["without_ancestors"] == ["eu"]
     german, english = genealogy.lineage("de"), genealogy.lineage("en")
     assert german[:2] == english[:2] == ["Indo-European", "Germanic"]
     shared = len(set(german) & set(english))
     wanted = 1 - 2 * shared / (len(german) + len(english))
     assert distances.between("de", "en") == pytest.approx(wanted)
+
+
+# What URIEL files under a member or the macrolanguage alone.
+LINEAGES = {
+    "zh": "Mandarinic",
+    "qu": "Quechuan",
+    "quy": "Quechuan",
+    "nn": "North Germanic",
+    "nb": "North Germanic",
+    "no": "North Germanic",
+    "lv": "Eastern Baltic",
+    "et": "Finnic",
+    "sq": "Albanian",
+    "gn": "Tupi-Guarani Subgroup I",
+    "az": "West Oghuz",
+    "mg": "Malagasic",
+}
+
+
+def test_a_lineage_is_the_fullest_that_uriel_has_under_any_code_of_the_language():
+    for tag, group in LINEAGES.items():
+        assert group in genealogy.lineage(tag), tag
+    assert genealogy.distances(["quy", "qu", "es"]).relatives("quy")[0].distance < 0.3
+    norwegian = genealogy.distances(["nb", "nn"])
+    assert not norwegian.values.any() and (norwegian.coverage == 1).all()
 
 
 def test_places_are_found_again_from_their_distances():
@@ -145,7 +228,9 @@ def test_distances_of_a_few_are_shown_and_of_many_named():
 def test_clusters_name_languages_of_which_little_is_known():
     shown = str(typology.cluster(["kk", "tr", "uz", "ru", "en"], 2))
     assert "of few features is a value known: kk (" in shown
-    assert "few features" not in str(typology.cluster(["kk", "tr", "uz"], 2, features="syntax_knn"))
+    # What fills the gaps is predicted, not known.
+    filled = str(typology.cluster(["kk", "tr", "uz"], 2, features="syntax_knn"))
+    assert "of few features is a value known: kk (" in filled
 
 
 def test_features_drawn_anew_pass_over_draws_that_say_nothing(monkeypatch):

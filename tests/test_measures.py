@@ -1,6 +1,7 @@
 """Distances by name from whatever a user has, clusters of them, and relatives."""
 
 import gzip
+import shutil
 
 import numpy as np
 import pytest
@@ -250,9 +251,11 @@ def test_relatives_of_a_language_with_the_text_there_is(xelm, tiny, tmp_path):
     table_of = xelm("nearest", "it", "--run", run).out.splitlines()
     assert table_of[0].split() == [
         "language",
-        "typology",
+        "mixture",
         "(known)",
         "genealogy",
+        "typology",
+        "(known)",
         "geography",
         "tokens",
         "expert",
@@ -266,6 +269,44 @@ def test_relatives_without_a_run_have_no_tokens(xelm):
     assert {row["tokens"] for row in found} == {row["expert"] for row in found} == {None}
     out = xelm("nearest", "pt", "--languages", "ja,es,de").out
     assert "tokens" not in out and "Spanish" in out
+
+
+def test_a_language_without_data_has_dashes_and_stops_nothing(xelm, tiny):
+    found = xelm("nearest", "en", "--languages", "tlh,de,eu", "--by", "typology,genealogy")
+    assert (found.code, found.err) == (0, "")
+    rows = [line.split() for line in found.out.splitlines()]
+    assert [row[0] for row in rows[1:]] == ["de", "eu", "tlh"]
+    assert rows[3][2:] == ["-", "(0%)", "-", "(0%)"]
+    assert rows[2][-2:] == ["-", "(0%)"]  # Basque has no ancestors in URIEL
+    as_json = xelm(
+        *("nearest", "it", "--languages", "en,sv", "--run", tiny.directory, "--json"),
+        *("--by", "mixture,words"),
+    ).json()
+    assert as_json[0]["words"] == {"distance": None, "coverage": 0.0}  # of it there is no text
+    assert as_json[0]["mixture"]["distance"] > 0
+
+
+def test_little_knowledge_of_the_nearest_is_a_warning(xelm):
+    assert "of eu and es, its nearest relative by mixture, only 37%" in (
+        xelm("nearest", "eu", "--languages", "es,ja").err
+    )
+    assert xelm("nearest", "pt", "--languages", "es,ja").err == ""
+
+
+def test_the_mixture_counts_shared_subwords_where_there_is_text(tiny, tmp_path):
+    run = open_run(tiny.directory)
+    shutil.copy(tiny.corpus / "es.jsonl", tmp_path / "sv.jsonl")  # it looks like Spanish
+    tags = ["sv", *LANGUAGES]
+    without = measured("mixture", tags, Sources())
+    of_run = measured("mixture", tags, Sources(run=run))
+    read = measured("mixture", tags, Sources(run=run, corpus=tmp_path))
+    assert [len(d.parameters["combined"]) for d in (without, of_run, read)] == [3, 4, 4]
+    assert without.relatives("sv")[0].language in ("en", "de")
+    near = {d.between("sv", "es") - d.between("sv", "fr") for d in (of_run, read)}
+    assert read.between("sv", "es") < of_run.between("sv", "es") and len(near) == 2
+    subwords = measured("subwords", tags, Sources(run=run, corpus=tmp_path))
+    assert subwords.between("sv", "es") < 0.05 < subwords.between("sv", "en")
+    assert read.parameters["combined"][-1]["measure"] == "subwords"
 
 
 def test_clusters_that_were_killed_while_drawn_can_be_made_again(xelm, tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ def test_registry_json_has_the_documented_form(tmp_path):
                 "tokens": 7,
                 "status": "published",
                 "replaces": None,
+                "reason": None,
             }
         ],
     }

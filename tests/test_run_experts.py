@@ -14,9 +14,11 @@ from safetensors.numpy import load_file
 from shared import LANGUAGES, NAMES, full, snapshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experts.grow import grow
 from experts.lock import update
 from experts.registry import Registry
 from xelm import load_model, open_run
+from xelm.runs.relatives import nearest_expert
 from xelm.training.metrics import MetricsLog, read_metrics
 
 
@@ -85,6 +87,40 @@ def test_the_child_began_where_its_parent_ended(grown):
     assert metrics[0]["loss"] < math.log(384) - 0.3
 
 
+def test_what_grows_from_whom_is_told_and_kept(grown):
+    said = "serves es, the nearest language by mixture, at distance "
+    assert f"pt grows from {open_run(grown[0]).registry().expert('pt').parent}, which {said}" in (
+        grown[1].err
+    )
+    assert (Registry.load(grown[0]).expert("pt").reason or "").startswith(said)
+
+
+def test_nearest_and_growing_are_of_one_mind_also_after_growing(xelm, grown):
+    run = open_run(grown[0])
+    for language in ("it", "gl", "nl", "kok"):
+        listed = xelm("nearest", language, "--run", grown[0], "--json").json()
+        assert {row["language"] for row in listed} == {*LANGUAGES, "pt"}
+        expert, reason = nearest_expert(run, language)
+        assert listed[0]["expert"] == expert.reference
+        assert f"serves {listed[0]['language']}, " in reason
+    assert nearest_expert(run, "gl")[0].name == "pt"
+    served = next(row for row in listed if row["language"] == "pt")
+    assert served["tokens"] == run.store("pt").record["languages"]["pt"]["tokens"]
+
+
+def test_a_served_language_without_data_does_not_stop_the_next(xelm, copy, capsys):
+    update(copy.directory, lambda r: grow(r, "kok", "de-fr", reason="named by hand"))
+    done = {"sha256": {"model.safetensors": "a" * 64}, "tokens": 1}
+    update(copy.directory, lambda r: r.publish("kok", 1, **done))
+    run = open_run(copy.directory)
+    expert, _ = nearest_expert(run, "pt", "typology")
+    assert "es" in expert.languages
+    assert "typology knows nothing of how near pt is to kok: not considered" in (
+        capsys.readouterr().err
+    )
+    assert nearest_expert(run, "mr")[0].name == "kok"  # Indo-Aryan both
+
+
 def test_growing_again_is_refused_and_changes_nothing(xelm, grown):
     before = snapshot(grown[0])
     outcome = xelm("grow", grown[0], "--language", "pt")
@@ -121,8 +157,9 @@ def test_a_language_without_typology_grows_from_the_parent_that_is_named(xelm, c
     corpus.mkdir()
     shutil.copy(copy.corpus / "pt.jsonl", corpus / "tlh.jsonl")
     command = ("grow", copy.directory, "--language", "tlh", "--corpus", corpus)
-    refused = xelm(*command)
+    refused = xelm(*command, "--by", "typology")
     assert refused.code == 2
+    assert "typology knows nothing of how near tlh is" in refused.err
     assert refused.err.splitlines()[-1].endswith("; name an expert to grow from with --parent")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsLog, "write", full)
@@ -131,7 +168,7 @@ def test_a_language_without_typology_grows_from_the_parent_that_is_named(xelm, c
     done = xelm(*command)
     assert done.out.startswith("tlh@v1 from de-fr@v1, round 2"), done.err
     card = (copy.directory / "experts/tlh/v1/CARD.md").read_text()
-    assert "named by hand, or the nearest before other experts joined" in card
+    assert "named by hand" in card
 
 
 def test_a_cluster_in_training_is_not_taken_for_a_child(xelm, initialised, tiny, tmp_path):

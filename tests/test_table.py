@@ -45,15 +45,18 @@ def test_some_languages_and_some_features(path):
     found = table.distances(path, ["th", "en"], only=["cases", "tones"])
     assert found.languages == ("th", "en")
     assert found.between("en", "th") == 1.0
+    assert table.distances(path, ["th", "fr", "en"]).without_gaps()[1] == ("fr",)
     with pytest.raises(UserError, match=r"traits.csv has no line for fr, ja"):
-        table.distances(path, ["en", "fr", "ja"])
+        table.distances(path, ["fr", "ja"])
     with pytest.raises(UserError, match=r"traits.csv has no feature case; did you mean cases"):
         table.distances(path, only=["case"])
 
 
-def test_a_pair_with_no_feature_in_common_is_refused(path):
+def test_a_pair_with_no_feature_in_common_is_at_an_unknown_distance(path):
+    found = table.distances(path, only=["cases", "order"], languages=["en", "de", "sw"])
     with pytest.raises(UserError, match=r"traits knows nothing of de-sw$"):
-        table.distances(path, only=["cases", "order"], languages=["en", "de", "sw", "th"][:3])
+        found.complete()
+    assert found.coverage[1, 2] == 0.0
 
 
 @pytest.mark.parametrize("delimiter", [";", "\t"])

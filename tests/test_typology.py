@@ -74,20 +74,11 @@ def test_eight_and_four_clusters_are_the_authors():
 def test_the_parents_of_the_papers_new_languages_are_the_nearest():
     # X-ELM section 5: az from tr, he from ar, pl from ru, sv from en.
     for language, parent in {"az": "tr", "he": "ar", "pl": "ru", "sv": "en"}.items():
-        ranked = typology.nearest(language, PAPER)
+        ranked = typology.distances([language, *PAPER]).relatives(language)
         assert ranked[0].language == parent
         apart = [relative.distance for relative in ranked]
         assert apart == sorted(apart)
         assert len(ranked) == len(PAPER)
-
-
-def test_nearest_measures_over_the_union_and_leaves_out_the_language_itself():
-    ranked = typology.nearest("pl", [*PAPER, "pl"])
-    union = typology.distances(["pl", *PAPER])
-    assert {relative.language for relative in ranked} == set(PAPER)
-    assert all(near.distance == union.between("pl", near.language) for near in ranked)
-    with pytest.raises(UserError, match="no language to compare pl with"):
-        typology.nearest("pl", ["pl"])
 
 
 def test_a_distance_depends_on_who_else_is_given():
@@ -103,9 +94,11 @@ def test_one_language_and_languages_without_a_difference_are_at_no_distance():
     assert typology.distances(["pt-BR", "pt-PT"]).values.tolist() == [[0, 0], [0, 0]]
 
 
-def test_macrolanguages_resolve_to_the_code_that_has_features():
-    codes = uriel.codes_with_data(["sw", "zh", "az", "fa", "ar", "fil", "ku"])
+def test_macrolanguages_resolve_to_the_code_with_most_observed_features():
+    codes = uriel.codes_with_data(["sw", "zh", "az", "fa", "ar", "fil", "ku", "nn", "dik"])
     assert codes == {
+        "nn": "nor",
+        "dik": "din",
         "sw": "swa",
         "zh": "zho",
         "az": "aze",
@@ -118,35 +111,49 @@ def test_macrolanguages_resolve_to_the_code_that_has_features():
         "zh": "zho",
         "ja": "jpn",
     }
+    # Filled sets have values of every code; those that rest on observations are taken.
+    filled = uriel.codes_with_data(["nn", "az", "qu", "kok"], "syntax_knn")
+    assert filled == {"nn": "nor", "az": "aze", "qu": "que", "kok": "kok"}
+    ancestors = uriel.codes_with_data(["nn", "az", "qu", "zh", "eu"], "fam")
+    assert ancestors == {"nn": "nor", "az": "azj", "qu": "quz", "zh": "cmn"}
+
+
+def test_a_language_without_data_does_not_change_the_distances_of_the_others():
+    alone, among = typology.distances(PAPER), typology.distances([*PAPER, "kok"])
+    assert among.of(PAPER).values.tolist() == alone.values.tolist()
+    assert np.isnan(among.between("kok", "en")) and among.coverage[-1, -1] == 0.0
+
+
+def test_coverage_of_filled_sets_is_that_of_what_was_observed():
+    filled = typology.distances(["kk", "kok", *PAPER], "syntax_knn")
+    gaps = typology.distances(["kk", "kok", *PAPER], "syntax_average")
+    assert not np.isnan(filled.values).any() and not filled.coverage[1].any()
+    assert filled.coverage[0] == pytest.approx(gaps.coverage[0], abs=0.05)
+    assert 0.05 < filled.coverage[0, 2] < 0.15
 
 
 def test_languages_without_data_are_all_named():
     with pytest.raises(
-        UserError, match=r"nn \(Norwegian Nynorsk, which has syntax_knn, .*kok \(Konkani.*by hand"
-    ) as raised:
-        typology.cluster(["en", "nn", "de", "kok"], 2)
-    assert "en (" not in str(raised.value)
-    left = typology.cluster(["en", "nn", "de", "es"], 2, exclude=["nno"])
-    assert left.unassigned == ("nn",)
+        UserError,
+        match=r"nothing of szl, kok in syntax_average; the sets _knn have no gaps.*by hand",
+    ):
+        typology.cluster(["en", "szl", "de", "kok"], 2)
+    left = typology.cluster(["en", "szl", "de", "es"], 2, exclude=["szl"])
+    assert left.unassigned == ("szl",)
     assert left.languages == ("en", "de", "es")
 
 
 def test_pairs_without_a_common_feature_are_refused(monkeypatch):
     values = np.array([[1, np.nan, 1.0], [np.nan, 1.0, 0.5], [0.0, 0.0, np.nan]])
     monkeypatch.setattr(uriel, "features", lambda *_: (values[:, :2], ("a", "b")))
-    with pytest.raises(UserError, match=r"can compare sw, en-de; the sets _knn have no gaps$"):
-        typology.distances(["en", "de", "sw"])
+    assert np.isnan(typology.distances(["en", "de", "sw"]).between("en", "de"))
     with pytest.raises(
-        UserError, match=r"can compare sw, en-de; the .*; exclude them, or .* by hand$"
+        UserError, match=r"typology knows nothing of en-de, en-sw, de-sw in .* by hand$"
     ):
         typology.cluster(["en", "de", "sw"], 2)
 
 
-def test_advice_on_clusters_goes_with_clusters_alone():
-    with pytest.raises(
-        UserError, match=r"no syntax_average features for tlh \(Klingon, which has .*\)$"
-    ):
-        typology.nearest("tlh", PAPER)
+def test_an_unknown_feature_set_is_refused():
     with pytest.raises(UserError, match=r"unknown feature set 'syntax'; .*, geo$"):
         typology.cluster(["en", "tlh"], 1, features="syntax")
 

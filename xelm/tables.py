@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from math import isnan
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -210,8 +211,9 @@ def _within(interval: "Interval | None", sign: str = "") -> str:
 
 
 def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:
-    """One line a language: its distance by each measure, with the share of features known of both
-    where that is not all; and in a RUN its tokens and expert."""
+    """One line a language: its distance by each measure, a dash where that is unknown, with the
+    share of what is compared that is known of both where that is not all; and in a RUN its tokens
+    and expert."""
 
     in_run = any(relative.tokens is not None or relative.expert for relative in found)
     known_in_part = {
@@ -226,7 +228,7 @@ def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:
         line = f"{relative.language:4} {english_name(relative.language)[:13]:13}"
         for measure in measures:
             near = relative.by_measure[measure]
-            line += f"{near.distance:>12.3f}"
+            line += f"{'-' if isnan(near.distance) else f'{near.distance:.3f}':>12}"
             line += f"{f'({near.coverage:.0%})':>8}" if known_in_part[measure] else ""
         if in_run:
             tokens = "-" if relative.tokens is None else f"{relative.tokens:,}"

@@ -12,17 +12,20 @@ from xelm.commands.options import Verb, add_corpus, add_json, corpus_of, names, 
 
 if TYPE_CHECKING:
     from clustering.clustering import Clustering
+    from clustering.distances import Distances
     from xelm.runs.distances import Sources
     from xelm.runs.run import Run
 
 MEASURES = (
-    *("typology", "genealogy", "geography", "table"),
+    *("mixture", "typology", "genealogy", "geography", "table"),
     *("words", "characters", "subwords", "names"),
     *("states", "alignment", "updates", "losses"),
 )
 RULES = ("pairs", "single", "average", "complete", "balanced")
-# What is measured of languages that only have a code.
-BY_CODE = "typology,genealogy,geography"
+# What relatives are ranked by, and what else is shown of languages that only have a code.
+BY = "mixture,genealogy,typology,geography"
+# What --corpus is read for.
+_OF_TEXT = ("words", "characters", "subwords", "mixture", "tfidf")
 # Resamplings of features by which a number of clusters is judged.
 RESAMPLINGS = 100
 
@@ -33,7 +36,8 @@ def _cluster_options(verb: argparse.ArgumentParser) -> None:
         default="typology",
         metavar="METHOD",
         help="languages by a measure: %(default)s (default), "
-        f"{', '.join(MEASURES[1:])}, or several as in typology:.7+genealogy:.3; "
+        f"{', '.join(name for name in MEASURES if name != 'typology')}, or several as in "
+        "typology:.7+genealogy:.3; "
         "documents by tfidf, over subwords of --run or characters of --corpus; or random, or "
         "by-hand",
     )
@@ -179,7 +183,8 @@ def _by_measure(options: argparse.Namespace, sources: "Sources") -> "Clustering"
         raise UserError("give the number of clusters with -k, or -k auto")
     languages = options.languages or languages_of(options.method, sources)
     tags, unassigned = without(languages, options.exclude)
-    distances = measured(options.method, tags, sources)
+    distances, unknown = _known(options, measured(options.method, tags, sources))
+    tags = distances.languages
     rule = options.rule or RULES[0]
     sizes = _sizes(options, sources.run, tags)
     k, why = options.k, {}
@@ -187,8 +192,27 @@ def _by_measure(options: argparse.Namespace, sources: "Sources") -> "Clustering"
         drawn = resampled(options.method, tags, sources, RESAMPLINGS)
         found = choice.choices(distances, rule=rule, sizes=sizes, resampled=drawn)
         k, why = choice.best(found).k, {"reason": choice.reason(found)}
-    clustering = grouping.cluster(distances, k, rule=rule, sizes=sizes, unassigned=unassigned)
+    clustering = grouping.cluster(
+        distances, k, rule=rule, sizes=sizes, unassigned=unassigned + unknown
+    )
     return replace(clustering, parameters=clustering.parameters | why)
+
+
+def _known(
+    options: argparse.Namespace, distances: "Distances"
+) -> "tuple[Distances, tuple[str, ...]]":
+    """The distances of the languages that can be compared, and the others, which stderr names.
+    UserError if fewer than two can be."""
+    found, unknown = distances.without_gaps()
+    if len(found.languages) < min(2, len(distances.languages)):
+        distances.complete()
+    if unknown:
+        print(
+            f"{options.method} knows too little of {', '.join(unknown)}, which stay unassigned, in "
+            "no cluster; --method mixture has an answer for every language",
+            file=sys.stderr,
+        )
+    return found, unknown
 
 
 def _sizes(
@@ -238,8 +262,8 @@ def _check_options(options: argparse.Namespace) -> None:
 def _check_sources(options: argparse.Namespace, methods: Collection[str]) -> None:
     """The same of what measures are made of."""
     wants = {
-        "--features": (options.features, ("typology",)),
-        "--only": (options.only, ("typology", "table")),
+        "--features": (options.features, ("typology", "mixture")),
+        "--only": (options.only, ("typology", "mixture", "table")),
         "--table": (options.table, ("table",)),
         "--tagged": (options.tagged, ("names",)),
         "--states": (options.states, ("states", "alignment")),
@@ -247,7 +271,7 @@ def _check_sources(options: argparse.Namespace, methods: Collection[str]) -> Non
         "--layer": (options.layer is not None, ("states", "alignment", "updates")),
     }
     if options.languages:  # else it says which languages there are
-        wants["--corpus"] = (options.corpus, ("words", "characters", "tfidf"))
+        wants["--corpus"] = (options.corpus, _OF_TEXT)
     for name, (given, allowed) in wants.items():
         if given and not set(methods) & set(allowed):
             raise UserError(f"{name} goes with {' or '.join(allowed)}")
@@ -314,10 +338,10 @@ def _nearest_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--by",
         type=names,
-        default=names(BY_CODE),
+        default=names(BY),
         metavar="A,B",
         help=f"measures, of {', '.join(MEASURES)}; nearest by the first comes first "
-        f"(default: {BY_CODE})",
+        f"(default: {BY})",
     )
     _source_options(verb)
     add_json(verb)
@@ -325,10 +349,12 @@ def _nearest_options(verb: argparse.ArgumentParser) -> None:
 
 def _nearest(options: argparse.Namespace) -> None:
     from xelm import tables
-    from xelm.runs.relatives import relatives
+    from xelm.runs.relatives import little_known, relatives
 
-    _check_sources(options, options.by)
+    _check_sources(options, [name for spec in options.by for name in _methods(spec)])
     found = relatives(options.language, options.by, _sources(options), options.languages)
+    if warning := little_known(options.language, found, options.by[0]):
+        print(warning, file=sys.stderr)
     if options.json:
         print_json([relative.to_json() for relative in found])
     else:
@@ -396,7 +422,8 @@ def _source_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--features",
         metavar="SETS",
-        help="of URIEL, for typology, as in syntax_knn+phonology_knn (default: syntax_average)",
+        help="of URIEL, for typology, as in syntax_knn+phonology_knn (default: syntax_average; "
+        "syntax_knn for mixture)",
     )
     verb.add_argument(
         "--only", type=names, metavar="A,B", default=(), help="features of these names alone"
@@ -421,7 +448,7 @@ def _sources(options: argparse.Namespace) -> "Sources":
     from xelm.runs.run import open_run
 
     return Sources(
-        features=options.features or "syntax_average",
+        features=options.features,
         only=options.only,
         table=options.table,
         corpus=corpus_of(options),

@@ -239,6 +239,12 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="expert to start from (default: that of the nearest language)",
     )
+    verb.add_argument(
+        "--by",
+        default="mixture",
+        metavar="MEASURE",
+        help="what the nearest language is nearest by, as in xelm nearest (default: mixture)",
+    )
     add_workers(verb)
 
 
@@ -252,7 +258,12 @@ def _grow(options: argparse.Namespace) -> None:
     check_free(options.settings, "grow")
     run = open_run(options.run, settings=options.settings)
     expert = grow(
-        run, options.language, corpus_of(options), parent=options.parent, workers=options.workers
+        run,
+        options.language,
+        corpus_of(options),
+        parent=options.parent,
+        by=options.by,
+        workers=options.workers,
     )
     (tag,) = expert.languages
     print(tables.texts([Text.of(run.store(tag), tag)]))

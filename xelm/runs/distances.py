@@ -28,21 +28,26 @@ from xelm.runs.run import Run
 
 Item = TypeVar("Item")
 
+_MOST_DOCUMENTS = 1000
+"""Of each language, of which `mixture` counts the subwords: growing any language measures it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
     """What measures may be made of; each is wanted by some of them alone."""
 
-    features: str = "syntax_average"
-    """Sets of URIEL, joined by `+`; for typology."""
+    features: str | None = None
+    """Sets of URIEL, joined by `+`, for typology, where None takes syntax_average, and for
+    mixture, where it takes syntax_knn."""
     only: Sequence[str] = ()
     """Names of features; for typology and table. All if empty."""
     table: str | Path | None = None
     """CSV file; for table."""
     corpus: AnyCorpus | None = None
-    """Text by language; for words and characters."""
+    """Text by language, for words and characters; and for subwords and mixture in a RUN, for the
+    languages of which the RUN has none."""
     run: Run | None = None
-    """For subwords and losses; and for words and characters where no corpus is given."""
+    """For subwords, losses and mixture; and for words and characters where no corpus is given."""
     tagged: str | Path | None = None
     """Folder of CoNLL-U files; for names."""
     states: str | Path | None = None
@@ -60,8 +65,10 @@ class Sources:
 
 def measured(spec: str, languages: Sequence[str] | None, sources: Sources) -> Distances:
     """Distances by a measure, or by several as in `typology:.7+genealogy:.3`; without weights all
-    weigh the same. languages: None takes those of the table, corpus or RUN. UserError for an
-    unknown measure or weight, and where a source or languages are missing."""
+    weigh the same. languages: None takes those of the table, corpus or RUN. Pairs and languages of
+    which a measure knows nothing are at an unknown distance. UserError for an unknown measure or
+    weight, where a source or languages are missing, and where a table, text or file has none of
+    the languages."""
     parts = _parts(spec)
     if languages is None:
         languages = languages_of(spec, sources)
@@ -75,11 +82,11 @@ def resampled(
     """The same with features drawn anew with replacement, `count` times; nothing if no measure has
     features. Draws that leave a pair with nothing in common are passed over, as many again at
     most."""
-    if not {"typology", "table"} & set(measures_of(spec)):
+    if not {"typology", "table", "mixture"} & set(measures_of(spec)):
         return
     for seed in range(2 * count):
         try:
-            found = measured(spec, languages, replace(sources, resample=seed))
+            found = measured(spec, languages, replace(sources, resample=seed)).complete()
         except UserError:
             continue
         yield found
@@ -135,7 +142,23 @@ def languages_of(spec: str, sources: Sources) -> Sequence[str]:
 
 
 def _typology(languages: Sequence[str], sources: Sources) -> Distances:
-    return typology.distances(languages, sources.features, sources.only, resample=sources.resample)
+    features = sources.features or "syntax_average"
+    return typology.distances(languages, features, sources.only, resample=sources.resample)
+
+
+def _mixture(languages: Sequence[str], sources: Sources) -> Distances:
+    filled = replace(sources, features=sources.features or "syntax_knn")
+    parts = [
+        (genealogy.distances(languages), MIXTURE["genealogy"]),
+        (_typology(languages, filled), MIXTURE["typology"]),
+        (geography.distances(languages), MIXTURE["geography"]),
+    ]
+    few = replace(sources, documents=min(sources.documents, _MOST_DOCUMENTS))
+    counts, made_from = ({}, {}) if sources.run is None else _subwords_of(languages, few)
+    if len(counts) > 1:
+        shared = lexical.text_distances(counts, "subwords", made_from).spread(languages)
+        parts.append((shared, MIXTURE["subwords"]))
+    return replace(combine(parts), measure="mixture")
 
 
 def _table(languages: Sequence[str], sources: Sources) -> Distances:
@@ -151,44 +174,74 @@ def _text(
         corpus = Corpus.of(_given(corpus, measure, "--corpus or --run")).pinned()
         tags, faults = canonical_all(languages), Faults()
         counts = {}
-        for tag in tags:
-            documents = corpora.read(corpus, faults, [tag])
-            texts = (document.text for document in documents if document.language == tag)
-            counts[tag] = count(itertools.islice(texts, sources.documents))
-        silent = [tag for tag, found in counts.items() if not found]
-        if silent:
-            raise corpora.no_documents(silent, faults)
+        for tag, texts in _texts(corpus, tags, faults):
+            if found := count(itertools.islice(texts, sources.documents)):
+                counts[tag] = found
+        if not counts:
+            raise corpora.no_documents(tags, faults)
         if faults:
             print(f"{corpus}: {faults}", file=sys.stderr)
-        made_from = {"corpus": corpora.fingerprint(corpus, tags)}
+        made_from = {"corpus": corpora.fingerprint(corpus, list(counts))}
         found = lexical.text_distances(counts, measure, made_from)
         facts = {"most_documents": sources.documents, "records_left_out": faults.to_json()}
-        return replace(found, parameters=found.parameters | facts)
+        return replace(found, parameters=found.parameters | facts).spread(tags)
 
     return distances
 
 
+def _texts(
+    corpus: AnyCorpus, languages: Sequence[str], faults: Faults
+) -> Iterator[tuple[str, Iterator[str]]]:
+    """Each of the canonical tags that a corpus may have text of, and its texts."""
+    parts = corpora.plan(corpus).parts
+    for tag in languages:
+        if any(not part.named or part.language == tag for part in parts):
+            documents = corpora.read(corpus, faults, [tag])
+            yield tag, (document.text for document in documents if document.language == tag)
+
+
 def _subwords(languages: Sequence[str], sources: Sources) -> Distances:
-    run = _given(sources.run, "subwords", "--run")
-    store, counts = run.store(), {}
-    for tag in canonical_all(languages):
-        if tag not in store.languages:
-            raise UserError(f"{run.directory} has no text in {tag}")
-        ids = store.languages[tag]
-        count = min(len(ids), sources.documents)
-        counts[tag] = lexical.subwords(ids.document(number) for number in range(count))
-    made_from = {"corpus": store.record["corpus_sha256"]}
-    return lexical.text_distances(counts, "subwords", made_from)
+    run, tags = _given(sources.run, "subwords", "--run"), canonical_all(languages)
+    counts, made_from = _subwords_of(tags, sources)
+    if not counts:
+        raise UserError(f"{run.directory} has no text in {', '.join(tags[:5])}")
+    return lexical.text_distances(counts, "subwords", made_from).spread(tags)
+
+
+def _subwords_of(
+    languages: Sequence[str], sources: Sources
+) -> tuple[dict[str, lexical.Counts], dict[str, str]]:
+    """Subwords of the languages of which the RUN, or else the corpus, has text; and what was
+    read."""
+    run, tags = _given(sources.run, "subwords", "--run"), canonical_all(languages)
+    counts: dict[str, lexical.Counts] = {}
+    made_from: dict[str, str] = {}
+    for name, store in run.stores(tags).items():
+        for tag in set(tags) & set(store.languages):
+            ids = store.languages[tag]
+            number = min(len(ids), sources.documents)
+            counts[tag] = lexical.subwords(map(ids.document, range(number)))
+        made_from["corpus" if name == "train" else name] = store.record["corpus_sha256"]
+    missing = [tag for tag in tags if tag not in counts]
+    if sources.corpus and missing:
+        faults, tokenizer = Faults(), run.tokenizer()
+        for tag, texts in _texts(sources.corpus, missing, faults):
+            read = list(itertools.islice(texts, sources.documents))
+            counts[tag] = lexical.subwords(map(np.asarray, tokenizer.encode(read)))
+            made_from[f"corpus, {tag}"] = corpora.fingerprint(sources.corpus, [tag])
+    found = {tag: counts[tag] for tag in tags if counts.get(tag)}
+    return found, made_from
 
 
 def _names(languages: Sequence[str], sources: Sources) -> Distances:
     folder = _given(sources.tagged, "names", "--tagged")
     tags, found = canonical_all(languages), tagged.files(folder)
-    missing = [tag for tag in tags if tag not in found]
-    if missing:
-        raise UserError(f"{folder} has no tagged text in {', '.join(missing)}")
-    counts = {tag: lexical.names(tagged.proper_nouns(found[tag])) for tag in tags}
-    return lexical.type_distances(counts, "names", tagged.made_from(found[tag] for tag in tags))
+    counts = {tag: lexical.names(tagged.proper_nouns(found[tag])) for tag in tags if tag in found}
+    counts = {tag: names for tag, names in counts.items() if names}
+    if not counts:
+        raise UserError(f"{folder} has no names in {', '.join(tags[:5])}")
+    made_from = tagged.made_from(found[tag] for tag in counts)
+    return lexical.type_distances(counts, "names", made_from).spread(tags)
 
 
 def _internal(
@@ -207,15 +260,15 @@ def _updates(languages: Sequence[str], sources: Sources) -> Distances:
 def _losses(languages: Sequence[str], sources: Sources) -> Distances:
     run, tags = _given(sources.run, "losses", "--run"), canonical_all(languages)
     experts = {e.languages[0]: e.name for e in run.registry().published() if len(e.languages) == 1}
-    missing = [tag for tag in tags if tag not in experts]
-    if missing:
+    alone = [tag for tag in tags if tag in experts]
+    if not alone:
         raise UserError(
             f"losses are between experts of one language each; {run.directory} has none of "
-            f"{', '.join(missing)} alone"
+            f"{', '.join(tags[:5])} alone"
         )
     path = run.results / RESULTS
     found = {(row.system, row.language): row.nll / row.tokens for row in read_results(run).rows}
-    pairs = [(one, other) for one in tags for other in tags]
+    pairs = [(one, other) for one in alone for other in alone]
     unknown = [pair for pair in pairs if (experts[pair[0]], pair[1]) not in found]
     if unknown:
         raise UserError(
@@ -223,7 +276,8 @@ def _losses(languages: Sequence[str], sources: Sources) -> Distances:
             "evaluate on text of all of them, with another routing than by language alone"
         )
     nats = np.array([found[experts[one], other] for one, other in pairs])
-    return internal.losses(tags, nats.reshape(len(tags), -1), {path.name: sha256(path)})
+    found = internal.losses(alone, nats.reshape(len(alone), -1), {path.name: sha256(path)})
+    return found.spread(tags)
 
 
 def _given(source: Item | None, measure: str, option: str) -> Item:
@@ -234,7 +288,17 @@ def _given(source: Item | None, measure: str, option: str) -> Item:
 
 Measure = Callable[[Sequence[str], Sources], Distances]
 
+MIXTURE: Mapping[str, float] = {
+    "genealogy": 0.6,
+    "typology": 0.2,
+    "geography": 0.2,
+    "subwords": 0.2,
+}
+"""Weights of what `mixture` is made of. Families decide where there is one; where there is none,
+grammar, neighbourhood and shared text do. `benchmarks/parents.py` has others that were tried."""
+
 MEASURES: Mapping[str, Measure] = {
+    "mixture": _mixture,
     "typology": _typology,
     "genealogy": lambda languages, sources: genealogy.distances(languages),
     "geography": lambda languages, sources: geography.distances(languages),

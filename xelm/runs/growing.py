@@ -1,13 +1,12 @@
 """`xelm grow`: an expert for a new language from its nearest relative; no other expert changes."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from clustering import typology
 from clustering.errors import UserError
 from clustering.languages import canonical
 from experts.expert import SEED, Expert, parse_reference
-from experts.grow import choose_parent
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
 from experts.registry import Registry
@@ -15,6 +14,7 @@ from xelm.data import corpus as corpora
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import Source
 from xelm.runs.init import tokenise
+from xelm.runs.relatives import DEFAULT, nearest_expert
 from xelm.runs.run import Run
 from xelm.runs.training import Job, parent_directory, publish, train_checkpoints
 
@@ -25,13 +25,15 @@ def grow(
     corpus: AnyCorpus | None = None,
     *,
     parent: str = "auto",
+    by: str = DEFAULT,
     workers: int = 1,
 ) -> Expert:
     """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or goes on with it.
 
     corpus: has documents of the language; None takes that of the RUN. parent: an expert's name, or
-    "auto" for the one that serves the typologically nearest language. A part of the rows, the
-    configuration's `donor_share`, is of the parent's languages. workers: as in `init`.
+    "auto" for the one that serves the nearest language by the measure `by`, as
+    `relatives.nearest_expert` finds it. A part of the rows, the configuration's `donor_share`, is
+    of the parent's languages. workers: as in `init`.
     """
     tag = canonical(language)
     with locked(run.directory, f"train-{tag}"):
@@ -44,11 +46,15 @@ def grow(
             (e for e in registry.training() if e.cluster is None and e.languages == (tag,)), None
         )
         if started is None:
-            origin = parent if parent != "auto" else _nearest(registry, tag)[0]
+            origin, reason = parent, "named by hand"
+            if parent == "auto":
+                nearest, reason = nearest_expert(run, tag, by, corpus or run.record["corpus"])
+                origin = nearest.name
+                print(f"{tag} grows from {nearest.reference}, which {reason}", file=sys.stderr)
             grow_registry(registry, tag, origin)  # refuses what cannot be before it costs anything
             text = corpus or run.record["corpus"]
             store = tokenise(run, text, tag, languages=[tag], workers=workers)
-            registry = update(run.directory, lambda r: grow_registry(r, tag, origin))
+            registry = update(run.directory, lambda r: grow_registry(r, tag, origin, reason=reason))
             started = registry.expert(tag)
         else:
             store = run.store(tag)
@@ -65,7 +71,7 @@ def grow(
                     f"go on with that parent, or give it up with: xelm discard {run.directory} "
                     f"{started.name}"
                 )
-        facts = {"parent chosen": _reason(registry, started)}
+        facts = {} if started.reason is None else {"parent chosen": started.reason}
         sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]
         sources += _donors(run, registry, started)
         # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
@@ -83,38 +89,6 @@ def grow(
     return run.registry().expert(started.name)
 
 
-def served_languages(registry: Registry) -> list[str]:
-    """Languages with a published expert."""
-    return [tag for expert in registry.published() for tag in expert.languages]
-
-
-def _nearest(registry: Registry, language: str) -> tuple[str, str]:
-    """The expert that serves the typologically nearest language, and why it is that."""
-    served = list(dict.fromkeys(served_languages(registry)))
-    if language in served:
-        server = registry.for_language(language)
-        raise UserError(f"{language!r} is served already, by {server.reference}")
-    try:
-        relatives = typology.nearest(language, served)
-    except UserError as error:
-        raise UserError(f"{error}; name an expert to grow from with --parent") from error
-    expert, relative, distance = choose_parent(
-        registry, [(relative.language, relative.distance) for relative in relatives]
-    )
-    return expert.name, f"serves {relative}, the nearest language, at distance {distance:.3f}"
-
-
-def _reason(registry: Registry, child: Expert) -> str:
-    """Why a child has its parent; the same whether its training was interrupted or not."""
-    try:
-        name, reason = _nearest(registry, child.languages[0])
-    except UserError:  # nothing is known of the language, so it was named
-        name, reason = "", ""
-    if child.parent.partition("@")[0] == name:
-        return reason
-    return "named by hand, or the nearest before other experts joined"
-
-
 def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[Source]:
     """The parent's languages, in equal parts of the donors' share."""
     share = run.config.donor_share
@@ -122,6 +96,7 @@ def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[Source]:
     if share == 0 or origin is None:
         return []
     tags = origin.languages or tuple(origin.documents or ())
-    stores = [run.store(), *(run.store(tag) for tag in tags if tag not in run.languages)]
-    known = {tag: ids for store in stores for tag, ids in store.languages.items()}
+    known = {
+        tag: ids for store in run.stores(tags).values() for tag, ids in store.languages.items()
+    }
     return [Source(ids=known[tag], share=share / len(tags)) for tag in tags]

@@ -1,5 +1,8 @@
-"""`xelm nearest`: relatives of a language by several measures, with the text there is of each."""
+"""`xelm nearest`: relatives of a language by several measures, with the text there is of each, and
+the expert that a new language is grown from, which is that of the nearest."""
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +10,16 @@ from typing import Any
 from clustering.distances import Relative
 from clustering.errors import UserError
 from clustering.languages import canonical, canonical_all, english_name
+from experts.expert import Expert
+from experts.grow import choose_parent
+from xelm.data.corpus import AnyCorpus
 from xelm.runs.distances import Sources, languages_of, measured
 from xelm.runs.run import Run
+
+DEFAULT = "mixture"
+"""The measure by which relatives are ranked and parents chosen, unless another is asked for."""
+LITTLE = 0.5
+"""Coverage of the nearest relative below which there is a warning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +38,10 @@ class Relatives:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         measures = {
-            name: {"distance": found.distance, "coverage": found.coverage}
+            name: {
+                "distance": None if math.isnan(found.distance) else found.distance,
+                "coverage": found.coverage,
+            }
             for name, found in self.by_measure.items()
         }
         return {
@@ -45,13 +59,18 @@ def relatives(
     sources: Sources,
     others: Sequence[str] | None = None,
 ) -> list[Relatives]:
-    """The other languages, nearest first by the first of the measures. others: None takes those of
-    the sources. UserError as `distances.measured`."""
+    """The other languages, nearest first by the first of the measures, and last those of which it
+    knows nothing. others: None takes those of the sources, of a RUN with the languages that its
+    experts were grown for. UserError as `distances.measured`."""
     tag = canonical(language)
     if not measures:
         raise UserError("name a measure at least")
-    given = languages_of("+".join(measures), sources) if others is None else others
-    known = [other for other in canonical_all(given) if other != tag]
+    tokens, experts = ({}, {}) if sources.run is None else _served(sources.run)
+    if others is None:
+        listed = canonical_all(languages_of("+".join(measures), sources))
+        of_run = sources.run is not None and listed == tuple(sources.run.languages)
+        others = [*listed, *(other for other in experts if of_run and other not in listed)]
+    known = [other for other in canonical_all(others) if other != tag]
     if not known:
         raise UserError(f"no language to compare {tag} with")
     found = {
@@ -60,7 +79,6 @@ def relatives(
         }
         for measure in measures
     }
-    tokens, experts = ({}, {}) if sources.run is None else _served(sources.run)
     return [
         Relatives(
             language=other,
@@ -72,13 +90,64 @@ def relatives(
     ]
 
 
+def little_known(language: str, found: Sequence[Relatives], measure: str) -> str | None:
+    """A warning if less than half is known of how near a language's nearest relative is by a
+    measure, or None."""
+    nearest = found[0].by_measure[measure]
+    if nearest.coverage >= LITTLE:
+        return None
+    return (
+        f"of {canonical(language)} and {nearest.language}, its nearest relative by {measure}, only "
+        f"{nearest.coverage:.0%} of what is compared is known: look at the order before relying "
+        "on it"
+    )
+
+
+def nearest_expert(
+    run: Run, language: str, by: str = DEFAULT, corpus: AnyCorpus | None = None
+) -> tuple[Expert, str]:
+    """The published expert that serves the nearest relative of a language by a measure, as
+    `relatives` ranks them, and why it is that one.
+
+    corpus: may have text in the language, whose subwords are compared with those of the RUN's. The
+    languages of which the measure knows nothing are named on stderr, and so is what little is known
+    of the nearest. UserError if the language is served already, and if nothing is known of it.
+    """
+    tag, registry = canonical(language), run.registry()
+    served = list(dict.fromkeys(tag for e in registry.published() for tag in e.languages))
+    if tag in served:
+        raise UserError(f"{tag!r} is served already, by {registry.for_language(tag).reference}")
+    try:
+        found = relatives(tag, [by], Sources(run=run, corpus=corpus), served)
+        ranked = [(each.language, each.by_measure[by].distance) for each in found]
+        if all(math.isnan(far) for _, far in ranked):
+            raise UserError(f"{by} knows nothing of how near {tag} is to any language served")
+        expert, relative, distance = choose_parent(registry, ranked)
+    except UserError as error:
+        raise UserError(f"{error}; name an expert to grow from with --parent") from error
+    unknown = [other for other, far in ranked if math.isnan(far)]
+    if unknown:
+        print(
+            f"{by} knows nothing of how near {tag} is to {', '.join(unknown)}: not considered",
+            file=sys.stderr,
+        )
+    if warning := little_known(tag, found, by):
+        print(warning, file=sys.stderr)
+    coverage = found[0].by_measure[by].coverage
+    return expert, (
+        f"serves {relative}, the nearest language by {by}, at distance {distance:.3f}, of which "
+        f"{coverage:.0%} is known"
+    )
+
+
 def _served(run: Run) -> tuple[dict[str, int], dict[str, str]]:
     """Tokens of each language of a RUN, and its expert."""
-    experts = {tag: e.reference for e in run.registry().published() for tag in e.languages}
-    stores = [run.store(), *(run.store(tag) for tag in experts if tag not in run.languages)]
+    registry = run.registry()
+    served = dict.fromkeys(tag for e in registry.published() for tag in e.languages)
+    experts = {tag: registry.for_language(tag).reference for tag in served}
     tokens = {
         tag: counts["tokens"]
-        for store in stores
+        for store in run.stores(experts).values()
         for tag, counts in store.record["languages"].items()
     }
     return tokens, experts

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,6 +99,13 @@ class Run:
 
         return open_store(self.directory / "corpus" / name)
 
+    def stores(self, languages: Iterable[str] = ()) -> "dict[str, Store]":
+        """The tokenised corpus of the RUN, and those of the grown ones of these languages, by
+        name."""
+        names = [tag for tag in languages if tag not in self.languages]
+        grown = [name for name in names if (self.directory / "corpus" / name).is_dir()]
+        return {name: self.store(name) for name in ["train", *grown]}
+
     def vectoriser(self) -> Vectoriser:
         """TF-IDF over the seed's subword ids."""
         arrays = read_arrays(self.directory / "vectoriser.npz")
@@ -143,12 +150,19 @@ class Run:
 
         train_experts(self, [name])
 
-    def grow(self, language: str, corpus: "AnyCorpus | None" = None, parent: str = "auto") -> None:
+    def grow(
+        self,
+        language: str,
+        corpus: "AnyCorpus | None" = None,
+        parent: str = "auto",
+        by: str = "mixture",
+    ) -> None:
         """Adds an expert for a new language from `corpus`, by default the RUN's; no other expert
-        changes."""
+        changes. parent: an expert's name, or "auto" for that of the nearest language by the measure
+        `by`."""
         from xelm.runs.growing import grow
 
-        grow(self, language, corpus, parent=parent)
+        grow(self, language, corpus, parent=parent, by=by)
 
 
 def open_run(directory: str | Path, *, finished: bool = True, settings: Sequence[str] = ()) -> Run:
