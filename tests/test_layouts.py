@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from clustering.errors import UserError
+from clustering.languages import canonical
 from xelm.data import formats
 from xelm.data.corpus import Corpus, Faults, Reading, fingerprint, languages_of, plan, read
 from xelm.data.listing import language_in
@@ -149,7 +150,11 @@ def test_the_first_five_files_that_are_not_read_are_named(tmp_path):
         ("fr_meta_part_1", "fr"),
         ("20231101.sw", "sw"),
         ("sw-00000-of-00001", "sw"),
-        ("pt-BR", "pt-BR"),
+        ("pt-PT", "pt-PT"),
+        ("20231101.zh-min-nan", "nan"),
+        ("20231101.map-bms", canonical("map-bms")),
+        ("20231101.als", None),
+        ("kor_Hang", "ko"),
         ("zh-Hant_0001", "zh-Hant"),
         ("swa_wikipedia_2021_10K-sentences", "sw"),
         ("all", None),
@@ -414,15 +419,20 @@ def test_a_description_joins_sources(tmp_path):
         {
             "corpus.yaml": DESCRIPTION.encode(),
             "oscar/de_meta/part_1.jsonl": lines({"content": "Der alte Mann", "text": None}),
+            "oscar/als_meta/als_meta_part_1.jsonl": lines({"content": "Dr alt"}),
             "books/de/1.txt": b"Sura ya kwanza\n\nHabari",
             "more/als.jsonl": lines({"text": "Dr alt Maa"}),
             "more/notes.jsonl": lines({"text": "n"}),
         },
     )
     corpus = Corpus.of(tmp_path / "corpus.yaml")
-    wanted = {"de": ["Der alte Mann"], "gsw": ["Dr alt Maa"], "sw": ["Sura ya kwanza\n\nHabari"]}
+    wanted = {
+        "de": ["Der alte Mann"],
+        "gsw": ["Dr alt", "Dr alt Maa"],
+        "sw": ["Sura ya kwanza\n\nHabari"],
+    }
     assert texts(corpus) == wanted
-    assert languages_of(corpus) == ["de", "sw", "gsw"]
+    assert languages_of(corpus) == ["gsw", "de", "sw"]
     recorded = json.loads(json.dumps(corpus.pinned().to_json()))
     assert texts(recorded) == wanted and fingerprint(recorded) == fingerprint(corpus)
     assert recorded["sources"][1] == {

@@ -16,7 +16,7 @@ from clustering.languages import canonical
 from xelm.data.faults import Faults
 from xelm.data.formats import stem
 from xelm.data.hub import SCHEME, Address
-from xelm.data.listing import describe, is_other_split, language_in, list_files
+from xelm.data.listing import code_in, describe, is_other_split, language_in, list_files
 from xelm.data.sources import AnyCorpus, Corpus, Source
 from xelm.data.texts import Document, Survey, Texts, no_documents, tag_of
 
@@ -124,9 +124,12 @@ def _plan_hub(found: Plan, source: Source, languages: Sequence[str] | None) -> N
 
 
 def _language_of_config(source: Source, name: str) -> str | None:
-    if source.language or name in source.languages:
-        code = source.language or source.languages[name]
-        return code and canonical(code)
+    if source.language:
+        return canonical(source.language)
+    for key in (name, code_in(name)):
+        if key in source.languages:
+            code = source.languages[key]
+            return code and canonical(code)
     return language_in(name)
 
 
@@ -193,7 +196,8 @@ def _says_language(source: Source) -> bool:
 
 def _no_language(corpus: str, names: Sequence[str]) -> UserError:
     """The mistake of files of which nothing says the language."""
-    name = stem(names[0].rpartition("/")[2])
+    folder, _, file = names[0].rpartition("/")
+    name = code_in(folder.rpartition("/")[2] or stem(file))
     try:
         canonical(name)
         unknown = f"{name!r} is taken for a word, not for a language code"

@@ -25,20 +25,31 @@ WANTED = f"{', '.join(LINES)} (or with {', '.join(COMPRESSIONS)}) or {' or '.joi
 # A part of a data set that is not to be trained on is not read where another part is there.
 MAIN_SPLITS = {"train", "clean"}
 OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval", "noisy", "removed"}
-# Words in the names of files that say nothing of the language, though they are codes of small ones
-# (`all` is Allar, `old` Mochi), which a map of languages can name.
-_ENGLISH = """abc all and art bad bag big bin bio bot box csv day dir doc dup end fun hot hub job
-key lab lib log low map max mix mod net old one par pkg pre pub raw rel res row run sci seg sep seq
-set src sub sum tab tag tar the tmp top tsv two txt var ver xml yml"""
+# Words that say nothing of the language, beside numbers.
 _ORDINARY = {
-    *_ENGLISH.split(),
-    *("part", "of", "shard", "chunk", "split", "file", "files"),
-    *("c", "c4", "mc4", "tfrecord", "meta", "dedup", "deduplicated", "text", "texts", "data"),
-    *("wiki", "wikipedia", "oscar", "madlad", "cc100", "news", "web", "sentences", "corpus"),
-    *("jsonl", "json", "parquet", "arrow", "gz", "zst", "xz", "bz2"),
+    *("part", "of", "shard", "chunk", "split", "file", "files", "text", "texts", "data", "corpus"),
+    *(
+        "c4",
+        "mc4",
+        "tfrecord",
+        "meta",
+        "dedup",
+        "deduplicated",
+        "jsonl",
+        "json",
+        "parquet",
+        "arrow",
+    ),
+    *("wiki", "wikipedia", "oscar", "madlad", "cc100", "news", "web", "sentences"),
     *MAIN_SPLITS,
     *OTHER_SPLITS,
 }
+# Words that are codes of small languages (`all` is Allar, `old` Mochi) but mostly mean no language;
+# a map of languages can say that they do.
+_ENGLISH = """abc all and art bad bag big bin bio bot box csv day dir doc dup end fun hot hub job key lab
+lib log low map max mix mod net old one par pkg pre pub raw rel res row run sci seg sep seq set
+src sub sum tab tag tar the tmp top tsv two txt var ver xml yml"""
+_NO_LANGUAGE = {*_ORDINARY, *_ENGLISH.split()}
 # What `datasets` writes beside Arrow, which is no text.
 _RECORDS_OF_ARROW = {"dataset_info.json", "state.json", "dataset_dict.json"}
 
@@ -202,8 +213,9 @@ def _mapped(name: PurePath, root: Path, source: Source) -> tuple[bool, str | Non
         if fnmatch.fnmatchcase(name.as_posix(), pattern):
             return True, code
     for part in [stem(name.name), *_folders(name, root)]:
-        if part in source.languages:
-            return True, source.languages[part]
+        for name_or_code in (part, code_in(part)):
+            if name_or_code in source.languages:
+                return True, source.languages[name_or_code]
     return False, None
 
 
@@ -219,18 +231,24 @@ def language_in(name: str) -> str | None:
     """Canonical tag of the language that a name says: `sw` of `swh_Latn`, `c4-sw.tfrecord-00000`,
     `20231101.sw` or `sw_meta_part_1`; None where anything is left that is not known to say
     nothing, as in `notes` or `de-en`."""
-    if name.lower() in _ORDINARY:
-        return None
-    words = [word for word in _words(name) if word.lower() not in _ORDINARY]
-    words = [word for word in words if not re.fullmatch(r"\d+[kKmMbB]?", word)]
-    for candidate in (name, "-".join(words)):
+    for code in (name, code_in(name)):
         # Other names are none by their form alone, which saves the search for what is alike.
-        if re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", candidate):
+        if re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", code):
+            if code.lower() in _NO_LANGUAGE:
+                return None
             try:
-                return canonical(candidate)
+                return canonical(code)
             except UserError:
                 continue
     return None
+
+
+@cache
+def code_in(name: str) -> str:
+    """What is left of a name without the words that say nothing of the language: `als` of
+    `20231101.als` or `als_meta_part_1`; the name itself if nothing is."""
+    words = [word for word in _words(name) if not re.fullmatch(r"\d+[kKmMbB]?", word)]
+    return "-".join(word for word in words if word.lower() not in _ORDINARY) or name
 
 
 def _words(name: str) -> list[str]:
