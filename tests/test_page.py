@@ -106,7 +106,8 @@ def test_a_text_is_continued_by_all(tiny, tab, tmp_path):
             "[box.querySelector('h3').textContent, box.querySelector('.said').textContent])"
         )
         assert alone == [[m.removeprefix("xelm:"), prompt + wanted[m]["text"]] for m in models[1:]]
-        assert tab.run("document.getElementById('tongue').textContent") == "German (de)"
+        assert shown_of(tab, "tongue") == "German (de), detected"
+        assert shown_of(tab, "router") == wanted["xelm"]["xelm"]["router"] == "detected"
         bars = tab.run("document.getElementById('bars').innerText").split()
         leader = max(wanted["xelm"]["xelm"]["weights"].items(), key=lambda item: item[1])
         assert bars[0] == leader[0] and bars[1] == f"{100 * leader[1]:.1f}"
@@ -131,11 +132,45 @@ def test_a_text_is_continued_by_all(tiny, tab, tmp_path):
         assert bad == []
 
 
+def shown_of(tab, name):
+    return tab.run(f"document.getElementById('{name}').textContent")
+
+
+def test_the_page_says_what_the_server_says_of_the_language(tiny, tab):
+    with served(tiny.directory) as server:
+        tab.call("Page.navigate", url=server.url)
+        until(lambda: "alone (" in tab.run("document.body?.innerText ?? ''"))
+        prompt = documents_of(tiny.held_out, "de")[0][:20]
+        ask(tab, prompt, tokens="4", language="es")
+        assert shown_of(tab, "tongue") == "Spanish (es), as you say"
+        assert shown_of(tab, "router") == "the language that you say"
+        assert tab.run("document.getElementById('bars').innerText").split()[0] == "en-es"
+        ask(tab, prompt, tokens="4", language="ja")
+        assert shown_of(tab, "tongue") == "Japanese (ja), as you say"
+        wanted = "detected, since no expert serves the language that you say"
+        assert shown_of(tab, "router") == wanted
+
+
+def test_the_page_draws_a_new_random_seed_unless_one_is_given(tiny, tab):
+    with served(tiny.directory) as server:
+        tab.call("Page.navigate", url=server.url)
+        until(lambda: "alone (" in tab.run("document.body?.innerText ?? ''"))
+        prompt = documents_of(tiny.held_out, "de")[0][:20]
+        drawn, said = [], []
+        for _ in range(2):
+            ask(tab, prompt, tokens="12", temperature="2")
+            drawn.append(int(shown_of(tab, "drawn").split(",")[0]))
+            said.append(shown_of(tab, "ensemble"))
+        assert drawn[0] != drawn[1] and said[0] != said[1]
+        ask(tab, prompt, tokens="12", temperature="2", seed=str(drawn[0]))
+        assert shown_of(tab, "drawn") == str(drawn[0]) and shown_of(tab, "ensemble") == said[0]
+
+
 def test_who_has_no_key_is_asked_for_it(tiny, tab):
     with served(tiny.directory, key="sesame") as server:
         tab.call("Page.navigate", url=server.url)
         until(lambda: tab.run("document.getElementById('locked')?.getClientRects().length > 0"))
-        assert "wants its API key" in tab.run("document.getElementById('problem').textContent")
+        until(lambda: "wants its API key" in shown_of(tab, "problem"))
         ask(tab, "ab", tokens="2", key="sesame", temperature="0")
         assert tab.run("document.getElementById('problem').hidden")
         assert len(tab.run("document.getElementById('ensemble').textContent")) > 2

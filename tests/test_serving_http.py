@@ -128,6 +128,7 @@ def test_an_origin_is_a_scheme_and_a_host():
 
 DONE = {"model", "n", "stream", "stream_options", "temperature", "top_p", "seed", "stop"}
 DONE |= {"max_tokens", "prompt", "messages", "max_completion_tokens", "parallel_tool_calls"}
+DONE |= {"echo", "logprobs", "top_logprobs"}
 """Fields of OpenAI's that do here what they do there."""
 CHAT = {"model": "xelm", "messages": [{"role": "user", "content": "abc"}], "max_tokens": 1}
 OTHERS = {

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from xelm.inference.decoding import Reader, capacity, padded
 from xelm.inference.routing import Router, among, keep_largest
-from xelm.inference.sampling import Sampling, choose, penalised
+from xelm.inference.sampling import Sampling, TokenLikelihood, choose, likeliest, penalised
 
 if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble
@@ -36,6 +36,9 @@ class Text:
     """How its tokens are drawn."""
     number: int
     """Among the texts of its request."""
+    alternatives: int | None
+    """How many of the likeliest tokens each step names; None: not even the token's own log
+    probability is wanted."""
     row: int
     """Of the engine's arrays."""
     router: Router
@@ -52,6 +55,8 @@ class Text:
     """Router that decided -> for how many tokens."""
     drawn: int = 0
     """Tokens that were added."""
+    likelihood: TokenLikelihood | None = None
+    """How probable the last token was before temperature, top_k and top_p, if that is wanted."""
     rows: dict[int, int] = field(default_factory=dict)
     """Expert that has read some of it -> the row there."""
     judges: set[int] = field(default_factory=set)
@@ -98,8 +103,10 @@ class Engine:
         language: str | None = None,
         number: int = 0,
         router: Router | None = None,
+        alternatives: int | None = None,
     ) -> Text:
-        """A text to be continued, from the next step on. router: None is the ensemble's."""
+        """A text to be continued, from the next step on. router: None is the ensemble's.
+        alternatives: as `Text` has them."""
         router = router or self._ensemble.router
         taken = {text.row for text in self.texts}
         row = next(row for row in range(len(taken) + 1) if row not in taken)
@@ -108,6 +115,7 @@ class Engine:
             ids=list(ids),
             sampling=sampling,
             number=number,
+            alternatives=alternatives,
             row=row,
             router=router,
             state=router.start(language),
@@ -142,11 +150,22 @@ class Engine:
                 [text.number if text else 0 for text in texts],
             )
         )
+        self._set_likelihoods(distribution, tokens)
         steps = []
         for text, spoken in zip(self.texts, weights):
             self.append(text, int(tokens[text.row]))
             steps.append(Step(text, text.ids[-1], spoken))
         return steps
+
+    def _set_likelihoods(
+        self, distribution: Float[Array, "B V"], tokens: Int[np.ndarray, " B"]
+    ) -> None:
+        """Says how probable these tokens are, of the texts for which that is wanted."""
+        wanted = {text: text.alternatives for text in self.texts if text.alternatives is not None}
+        found = likeliest(distribution, tokens, max(wanted.values())) if wanted else []
+        for text, count in wanted.items():
+            one = found[text.row]
+            text.likelihood = one._replace(top=one.top[:count])
 
     def append(self, text: Text, token: int) -> None:
         """Adds this token to a text."""

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,41 @@ class Sampling:
         ]
         if faults:
             raise UserError(f"generating wants {'; '.join(faults)}")
+
+
+class TokenLikelihood(NamedTuple):
+    """How probable a token was where it came."""
+
+    token: int
+    """Its id."""
+    log_probability: float
+    """In nats."""
+    top: Sequence[tuple[int, float]]
+    """The likeliest ids there with their log probabilities, the likeliest first."""
+
+
+_ALTERNATIVES = (1, 5, 20)
+"""How many of the likeliest tokens are looked for; few, since each is compiled apart."""
+
+
+def likeliest(
+    log_probabilities: Float[Array, "B V"], tokens: Int[np.ndarray, " B"], count: int
+) -> list[TokenLikelihood]:
+    """Of each row this token and the `count` likeliest ones, at most 20."""
+    looked = next((size for size in _ALTERNATIVES if size >= count), _ALTERNATIVES[-1])
+    looked = min(looked, log_probabilities.shape[1])
+    own, values, ids = _best(log_probabilities, np.asarray(tokens, np.int32), looked)
+    own, values, ids = np.asarray(own), np.asarray(values)[:, :count], np.asarray(ids)[:, :count]
+    return [
+        TokenLikelihood(int(token), float(one), tuple(zip(some.tolist(), best.tolist())))
+        for token, one, some, best in zip(tokens, own, ids, values)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _best(log_probabilities, tokens, count):
+    own = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=1)[:, 0]
+    return own, *jax.lax.top_k(log_probabilities, count)
 
 
 def sampling_of(directory: str | Path) -> tuple[Sampling, list[str]]:

@@ -16,9 +16,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from clustering.errors import UserError
 from clustering.languages import canonical
 from xelm.inference.generation import check_prompt
-from xelm.inference.sampling import Sampling
-from xelm.serving.answers import Answer
-from xelm.serving.desk import Busy, Closed, Desk, Ended, Event, Failed, Piece, Ticket
+from xelm.inference.sampling import Sampling, TokenLikelihood
+from xelm.serving.answers import Answer, Choice, TokenNames
+from xelm.serving.desk import Busy, Closed, Desk, Ended, Event, Failed, Piece, Read, Ticket
 from xelm.serving.errors import Refused, problem
 from xelm.serving.limits import BODY_SECONDS, MOST_BYTES, Limits
 from xelm.serving.metrics import Metrics
@@ -27,6 +27,19 @@ from xelm.serving.requests import ChatRequest, CompletionRequest, wrong
 
 GONE = 499
 """The status of a request whose client has left, as nginx has it; only metrics see it."""
+
+
+_Said = Read | Piece | Ended
+"""Events that an answer is made of."""
+
+
+@dataclass(frozen=True)
+class _Echo:
+    """What of its prompt an answer repeats."""
+
+    text: str = ""
+    first: int = 0
+    """Tokens of the prompt before those that are repeated: the one that starts every text."""
 
 
 @dataclass(kw_only=True)
@@ -40,6 +53,8 @@ class _Asked:
     """The language of each ticket's text."""
     told: bool
     """Whether the request says the language; otherwise it is detected."""
+    echoes: list["_Echo"]
+    """What each ticket's answer begins with."""
     prompt_tokens: int
     began: float
     events: "asyncio.Queue[tuple[int, Event] | None]" = field(default_factory=asyncio.Queue)
@@ -53,6 +68,11 @@ class _Asked:
         found = {"language": language, "language_from": source}
         return {**found, "router": event.router, "weights": event.weights}
 
+    def likelihoods(self, place: int, event: _Said) -> Sequence[TokenLikelihood]:
+        """Those of an event's tokens that are in the answer."""
+        first = self.echoes[place].first if isinstance(event, Read) else 0
+        return event.likelihoods[first:]
+
 
 @dataclass(kw_only=True)
 class Completions:
@@ -63,6 +83,7 @@ class Completions:
     limits: Limits
     encoding: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One request's text is cut into ids at a time."""
+    names: TokenNames | None = None
 
     async def answer(
         self, request: Request, kind: type[CompletionRequest] | type[ChatRequest]
@@ -87,13 +108,19 @@ class Completions:
             self.metrics.request(model, response.status_code)
         return response
 
+    def _names(self, offer: Offer) -> TokenNames:
+        if self.names is None or self.names.tokenizer is not offer.ensemble.tokenizer:
+            self.names = TokenNames(offer.ensemble.tokenizer)
+        return self.names
+
     async def _submitted(self, asked: CompletionRequest | ChatRequest, began: float) -> _Asked:
         offer = self.desk.offer
         try:
             async with self.encoding:
                 prompts = await run_in_threadpool(_encoded, asked, offer)
             for ids in prompts:
-                check_prompt(offer.ensemble, ids, asked.most_tokens or 1)
+                most = 1 if asked.most_tokens is None else asked.most_tokens
+                check_prompt(offer.ensemble, ids, most)
             sampling = asked.sampling(
                 offer.ensemble.sampling,
                 offer.ensemble.model.max_length - max(map(len, prompts)),
@@ -106,14 +133,20 @@ class Completions:
                     f"{sampling.max_new_tokens}",
                     "max_tokens",
                 )
-            language = _told(asked.language)
+            language, count = _told(asked.language), asked.n or 1
             languages = [language or offer.language_of(ids) for ids in prompts]
             under_way = _Asked(
-                answer=Answer(asked.model, chat=isinstance(asked, ChatRequest)),
+                answer=Answer(
+                    asked.model,
+                    self._names(offer),
+                    chat=isinstance(asked, ChatRequest),
+                    likelihoods=asked.alternatives is not None,
+                ),
                 model=asked.model,
                 tickets=[],
-                languages=[language for language in languages for _ in range(asked.n or 1)],
+                languages=[language for language in languages for _ in range(count)],
                 told=language is not None,
+                echoes=[echo for echo in _echoes(asked, prompts, offer) for _ in range(count)],
                 prompt_tokens=sum(map(len, prompts)),
                 began=began,
             )
@@ -150,6 +183,9 @@ class Completions:
                 sampling=sampling,
                 language=asked.language if asked.model == ENSEMBLE else None,
                 number=place,
+                alternatives=asked.alternatives,
+                scores_prompt=asked.echoes and asked.alternatives is not None,
+                draws=asked.most_tokens != 0,
                 tell=lambda event: under_way.events.put_nowait((place, event)),
                 until=under_way.began + self.limits.seconds,
             )
@@ -185,7 +221,7 @@ class Completions:
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 
-    async def _next(self, under_way: _Asked) -> tuple[int, Piece | Ended] | None:
+    async def _next(self, under_way: _Asked) -> tuple[int, _Said] | None:
         """The next event; None when whoever asked has gone. Raises Refused for a failure."""
         found = await under_way.events.get()
         if found is None:
@@ -202,42 +238,53 @@ class Completions:
         return place, event
 
     async def _whole(
-        self, under_way: _Asked, first: tuple[int, Piece | Ended], gone: "asyncio.Task[None]"
+        self, under_way: _Asked, first: tuple[int, _Said], gone: "asyncio.Task[None]"
     ) -> Response:
-        texts = [""] * len(under_way.tickets)
-        found: tuple[int, Piece | Ended] | None = first
+        choices = [Choice(text=echo.text) for echo in under_way.echoes]
+        found: tuple[int, _Said] | None = first
         while found is not None:
             place, event = found
             if isinstance(event, Piece):
-                texts[place] += event.text
-            if len(under_way.ends) == len(texts):
+                choices[place].text += event.text
+            choices[place].likelihoods += under_way.likelihoods(place, event)
+            if len(under_way.ends) == len(choices):
                 break
             found = await self._next(under_way)
         gone.cancel()
         if found is None:
             return Response(status_code=GONE)
-        ends = [under_way.ends[place] for place in range(len(texts))]
+        ends = [under_way.ends[place] for place in range(len(choices))]
         about = [under_way.about(place, end) for place, end in enumerate(ends)]
-        return JSONResponse(under_way.answer.whole(texts, ends, about, under_way.prompt_tokens))
+        return JSONResponse(under_way.answer.whole(choices, ends, about, under_way.prompt_tokens))
 
     async def _stream(
         self,
         asked: CompletionRequest | ChatRequest,
         under_way: _Asked,
-        first: tuple[int, Piece | Ended],
+        first: tuple[int, _Said],
         gone: "asyncio.Task[None]",
     ) -> AsyncIterator[str]:
         answer, chat, status = under_way.answer, isinstance(asked, ChatRequest), GONE
         try:
             for place in range(len(under_way.tickets) if chat else 0):
                 yield _event(answer.part(place, "", None, first=True))
-            found: tuple[int, Piece | Ended] | None = first
+            for place, echo in enumerate(under_way.echoes):
+                if echo.text and not under_way.tickets[place].scores_prompt:
+                    yield _event(answer.part(place, echo.text, None))
+            found: tuple[int, _Said] | None = first
             while found is not None:
                 place, event = found
                 text = event.text if isinstance(event, Piece) else ""
-                reason = event.reason if isinstance(event, Ended) else None
-                about = under_way.about(place, event)
-                yield _event(answer.part(place, text, about, reason=reason))
+                text = under_way.echoes[place].text if isinstance(event, Read) else text
+                yield _event(
+                    answer.part(
+                        place,
+                        text,
+                        None if isinstance(event, Read) else under_way.about(place, event),
+                        likelihoods=under_way.likelihoods(place, event),
+                        reason=event.reason if isinstance(event, Ended) else None,
+                    )
+                )
                 if len(under_way.ends) == len(under_way.tickets):
                     break
                 found = await self._next(under_way)
@@ -327,6 +374,20 @@ def _encoded(asked: CompletionRequest | ChatRequest, offer: Offer) -> list[list[
         else [*([tokenizer.start_id] if prompt[0] != tokenizer.start_id else []), *prompt]
         for prompt in asked.prompts
     ]
+
+
+def _echoes(
+    asked: CompletionRequest | ChatRequest, prompts: Sequence[Sequence[int]], offer: Offer
+) -> list[_Echo]:
+    """What the answer repeats of each prompt: all that was given, and nothing put before it."""
+    if not isinstance(asked, CompletionRequest) or not asked.echo:
+        return [_Echo()] * len(prompts)
+    tokenizer, found = offer.ensemble.tokenizer, []
+    for prompt, ids in zip(asked.prompts, prompts):
+        given = tokenizer.encode([prompt])[0] if isinstance(prompt, str) else prompt
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        found.append(_Echo(text, len(ids) - len(given)))
+    return found
 
 
 def _event(body: Any) -> str:

@@ -15,8 +15,20 @@ import numpy as np
 from clustering.errors import UserError
 from xelm.inference.engine import Engine, Text
 from xelm.inference.generation import Reply, check_prompt
-from xelm.inference.sampling import Sampling
+from xelm.inference.prompts import likelihoods_of_tokens
+from xelm.inference.sampling import Sampling, TokenLikelihood
 from xelm.serving.offer import Offer
+
+TOKENS_SCORED = 4096
+"""Tokens of prompts that are scored between two steps, at most, or one prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """The prompt was read, and its tokens are scored."""
+
+    likelihoods: Sequence[TokenLikelihood]
+    """One of each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +40,8 @@ class Piece:
     """Model -> how much it spoke for the last token of the piece."""
     router: str
     """The router that decided most tokens so far."""
+    likelihoods: Sequence[TokenLikelihood] = ()
+    """The tokens since the last piece, where their log probabilities are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +55,8 @@ class Ended:
     """Model -> its mean weight over them."""
     router: str
     """The router that decided most of them."""
+    likelihoods: Sequence[TokenLikelihood] = ()
+    """The tokens since the last piece, where their log probabilities are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +68,7 @@ class Failed:
     message: str
 
 
-Event = Piece | Ended | Failed
+Event = Read | Piece | Ended | Failed
 
 
 class Busy(Exception):
@@ -76,6 +92,13 @@ class Ticket:
     """That it is told to be in."""
     number: int = 0
     """Among the continuations of its request, which differ by it."""
+    alternatives: int | None = None
+    """Likeliest tokens that are named with the log probability of each token; None: no log
+    probabilities are wanted."""
+    scores_prompt: bool = False
+    """Whether those of the prompt's tokens are wanted, too."""
+    draws: bool = True
+    """Whether any token is to be drawn."""
     tell: Callable[[Event], None]
     """Called for each event, one after the other."""
     until: float
@@ -85,6 +108,13 @@ class Ticket:
     """What was said; None while it waits."""
     weights: np.ndarray | None = None
     """Of the models, summed over tokens."""
+    untold: list[TokenLikelihood] = field(default_factory=list)
+    """Tokens drawn since the last piece."""
+
+    @property
+    def new_tokens(self) -> int:
+        """How many may be drawn."""
+        return self.sampling.max_new_tokens if self.draws else 0
 
 
 @dataclass(eq=False, slots=True)
@@ -94,6 +124,13 @@ class _Table:
     offer: Offer
     engine: Engine
     tickets: dict[Text, Ticket] = field(default_factory=dict)
+    to_score: deque[Ticket] = field(default_factory=deque)
+    """Those whose prompts are scored before they are continued."""
+
+    @property
+    def busy(self) -> int:
+        """Texts that are in work."""
+        return len(self.tickets) + len(self.to_score)
 
 
 class Desk:
@@ -113,6 +150,7 @@ class Desk:
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._tables = [_Table(offer, Engine(offer.ensemble))]
+        self._scoring: list[Ticket] = []
         self._events: list[tuple[Ticket, Event]] = []
         self._closing = False
         self.count: Callable[[str, int], object] = lambda kind, tokens: None
@@ -141,14 +179,14 @@ class Desk:
     @property
     def running(self) -> int:
         """Texts that are continued now."""
-        return sum(len(table.tickets) for table in list(self._tables))
+        return sum(table.busy for table in list(self._tables))
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Takes the texts of a request, all or none. Busy if too many wait; Closed at the end;
         UserError for a text that cannot be continued."""
         offer = self.offer
         for ticket in tickets:
-            check_prompt(offer.ensemble, ticket.ids, ticket.sampling.max_new_tokens)
+            check_prompt(offer.ensemble, ticket.ids, ticket.new_tokens)
             if ticket.model in offer.routers:  # otherwise it has just been withdrawn
                 offer.routers[ticket.model].start(ticket.language)
         with self._changed:
@@ -178,8 +216,7 @@ class Desk:
         """Ends. Whoever is still served is left: to stop in peace, first wait for those who ask."""
         with self._changed:
             self._closing = True
-            everyone = [t for table in self._tables for t in table.tickets.values()]
-            for ticket in [*everyone, *self._waiting]:
+            for ticket in [*self._everyone(), *self._waiting]:
                 ticket.cancelled = True
             self._changed.notify()
         self._thread.join()
@@ -190,6 +227,8 @@ class Desk:
                 if not self._admit():
                     return
                 for table in list(self._tables):
+                    if table.to_score:
+                        self._score(table)
                     if table.tickets:
                         self._step(table)
             except Exception as error:
@@ -209,6 +248,7 @@ class Desk:
                 for text, ticket in list(table.tickets.items()):
                     if ticket.cancelled:
                         self._leave(table, text)
+                table.to_score = deque(t for t in table.to_score if not t.cancelled)
             self._retire()
             now, kept = time.monotonic(), deque()
             for ticket in self._waiting:
@@ -224,7 +264,43 @@ class Desk:
         return True
 
     def _seat(self, ticket: Ticket) -> None:
+        """Takes up a text that waited."""
         table = self._tables[-1]
+        self.count("prompt", len(ticket.ids))
+        if ticket.scores_prompt and ticket.model in table.offer.routers:
+            table.to_score.append(ticket)
+        else:
+            self._begin(table, ticket)
+
+    def _score(self, table: _Table) -> None:
+        """Scores some of the prompts that are to be scored, and begins to continue their texts.
+        Not all at once: other texts wait for their next token meanwhile."""
+        part, tokens, offer = [], 0, table.offer
+        while table.to_score and (not part or tokens + len(table.to_score[0].ids) <= TOKENS_SCORED):
+            part.append(table.to_score.popleft())
+            tokens += len(part[-1].ids)
+        self._scoring = part
+        found = likelihoods_of_tokens(
+            offer.ensemble,
+            [ticket.ids for ticket in part],
+            [offer.routers[ticket.model] for ticket in part],
+            [ticket.language for ticket in part],
+            max(ticket.alternatives or 0 for ticket in part),
+        )
+        for ticket, text in zip(part, found):
+            count = ticket.alternatives or 0
+            read = Read([token._replace(top=token.top[:count]) for token in text.tokens])
+            self._events.append((ticket, read))
+            weights = {name: round(weight, 4) for name, weight in text.weights.items()}
+            weights = {name: weight for name, weight in weights.items() if weight}
+            self._begin(table, ticket, Ended("length", 0, weights, text.router))
+        self._scoring = []
+
+    def _begin(self, table: _Table, ticket: Ticket, read: Ended | None = None) -> None:
+        """Has the engine continue a text. read: its end, if no token is to be drawn."""
+        if not ticket.draws:
+            self._events.append((ticket, read or Ended("length", 0, {}, "")))
+            return
         router = table.offer.routers.get(ticket.model)
         if router is None:  # withdrawn while the text waited
             gone = Failed(404, f"there is no model {ticket.model!r} any more")
@@ -237,13 +313,13 @@ class Desk:
                 language=ticket.language,
                 number=ticket.number,
                 router=router,
+                alternatives=ticket.alternatives,
             )
         except UserError as error:
             self._events.append((ticket, Failed(400, str(error))))
             return
         ticket.reply = Reply(table.offer.ensemble.tokenizer, ticket.ids, ticket.sampling.stop)
         ticket.weights = np.zeros(len(table.offer.ensemble.names))
-        self.count("prompt", len(ticket.ids))
         table.tickets[text] = ticket
 
     def _leave(self, table: _Table, text: Text) -> None:
@@ -252,7 +328,7 @@ class Desk:
 
     def _retire(self) -> None:
         """Clears the tables of earlier offers once nobody sits there."""
-        former = [table for table in self._tables[:-1] if not table.tickets]
+        former = [table for table in self._tables[:-1] if not table.busy]
         for table in former:
             self._tables.remove(table)
         if former and len(self._tables) == 1:
@@ -270,6 +346,8 @@ class Desk:
             reply = ticket.reply
             assert reply is not None and ticket.weights is not None
             ticket.weights += spoken
+            if text.likelihood is not None:
+                ticket.untold.append(text.likelihood)
             if token in end_ids:
                 reply.finished = True
                 piece = ""
@@ -280,11 +358,14 @@ class Desk:
             if ended:
                 piece += reply.rest()
             if piece:
-                self._events.append((ticket, Piece(piece, _weights(names, spoken), text.routing)))
+                told, ticket.untold = ticket.untold, []
+                more = Piece(piece, _weights(names, spoken), text.routing, told)
+                self._events.append((ticket, more))
             if ended:
                 mean = _weights(names, ticket.weights / text.drawn)
                 reason = "stop" if reply.finished else "length"
-                self._events.append((ticket, Ended(reason, text.drawn, mean, text.routing)))
+                end = Ended(reason, text.drawn, mean, text.routing, ticket.untold)
+                self._events.append((ticket, end))
                 self._leave(table, text)
 
     def _lose(self, error: Exception) -> None:
@@ -294,11 +375,16 @@ class Desk:
         why = "the memory of the device is used up" if tired else "continuing failed"
         failed = Failed(503 if tired else 500, f"{why}; try again")
         with self._changed:
-            lost = [ticket for table in self._tables for ticket in table.tickets.values()]
-            lost = list(dict.fromkeys([*lost, *self._waiting]))
+            lost = list(dict.fromkeys([*self._everyone(), *self._waiting]))
             self._waiting.clear()
+            self._scoring = []
             self._tables = [_Table(self.offer, Engine(self.offer.ensemble))]
         self._events += [(ticket, failed) for ticket in lost]
+
+    def _everyone(self) -> list[Ticket]:
+        """Whose texts are in work."""
+        found = [t for table in self._tables for t in [*table.tickets.values(), *table.to_score]]
+        return [*found, *self._scoring]
 
     def _tell(self) -> None:
         """Passes on what happened."""

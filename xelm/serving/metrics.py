@@ -89,7 +89,9 @@ class Metrics:
         self._whole.observe(seconds)
 
     def routed(self, language: str | None, end: Ended) -> None:
-        """The ensemble continued a text."""
+        """The ensemble continued a text, or only read it."""
+        if not end.tokens:
+            return
         # Whatever requests say of their language: as many labels as languages here, and one.
         known = self._desk.offer.detector.identifier.languages
         language = language if language in known else "other"

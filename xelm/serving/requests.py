@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -106,6 +107,17 @@ class _Request(_Strict):
         return self.max_tokens
 
     @property
+    def alternatives(self) -> int | None:
+        """Likeliest tokens to be named with the log probability of each token; None: no log
+        probabilities are wanted."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
+    @property
     def usage_wanted(self) -> bool:
         """Whether a stream ends with counts of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -121,7 +133,7 @@ class _Request(_Strict):
             "top_k": None if self.top_k is not None and self.top_k < 1 else self.top_k,
             "repetition_penalty": self.repetition_penalty,
             "stop": None if stop is None else tuple(stop),
-            "max_new_tokens": self.most_tokens,
+            "max_new_tokens": None if self.most_tokens is None else max(1, self.most_tokens),
             "random_seed": secrets.randbits(31) if self.seed is None else self.seed % 2**31,
         }
         given = {name: value for name, value in given.items() if value is not None}
@@ -137,8 +149,9 @@ class CompletionRequest(_Request):
         | _Ids
         | Annotated[list[str | _Ids], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     )
-    echo: Annotated[Any, _only(False)] = None
-    logprobs: Annotated[Any, _only(None)] = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     suffix: Annotated[Any, _only("")] = None
     best_of: Annotated[Any, _only(1)] = None
 
@@ -148,6 +161,14 @@ class CompletionRequest(_Request):
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
 
 class Part(_Strict):
@@ -188,8 +209,8 @@ class ChatRequest(_Request):
         list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     ]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     modalities: Annotated[Any, _only(["text"])] = None
     verbosity: Annotated[Any, _only("medium")] = None
     tools: Annotated[Any, _only([])] = None
@@ -202,6 +223,17 @@ class ChatRequest(_Request):
     @property
     def most_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _wanted(cls, count: int | None, given: ValidationInfo) -> int | None:
+        if count and not given.data.get("logprobs"):
+            raise ValueError("goes with logprobs=true")
+        return count
 
 
 _WANTED = {

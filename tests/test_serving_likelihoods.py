@@ -1,0 +1,221 @@
+"""Log probabilities that the server tells: of prompts, of what it draws, and to the harness."""
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import lm_eval
+import numpy as np
+import pytest
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+from serving import served
+from shared import LANGUAGES, documents_of
+
+from xelm import open_run
+from xelm.harness import Harness
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return server.client()
+
+
+@pytest.fixture(scope="module")
+def ensemble(chatty):
+    return open_run(chatty).ensemble("detected")
+
+
+def texts(tiny):
+    return [documents_of(tiny.held_out, tag)[0][:30] for tag in LANGUAGES]
+
+
+def test_a_prompt_alone_is_scored_as_by_the_ensemble(client, ensemble, tiny):
+    prompts = [ensemble.tokenizer.encode([text])[0] for text in texts(tiny)]
+    start = ensemble.tokenizer.start_id
+    wanted = ensemble.likelihoods([[]] * 4, prompts)
+    asked = {"model": "xelm", "max_tokens": 0, "echo": True, "logprobs": 3}
+    by_text = client.completions.create(prompt=texts(tiny), **asked)
+    by_ids = client.completions.create(prompt=[[start, *ids] for ids in prompts], **asked)
+    assert by_text.usage.completion_tokens == 0
+    for n, (one, other) in enumerate(zip(by_text.choices, by_ids.choices)):
+        assert one.finish_reason == "length" and one.text == texts(tiny)[n]
+        found = one.logprobs
+        assert len(found.tokens) == len(prompts[n]) == len(found.top_logprobs)
+        assert -sum(found.token_logprobs) == pytest.approx(wanted.nats[n], rel=1e-5)
+        # What was put first is not repeated; what was given is, and follows nothing.
+        assert other.logprobs.token_logprobs[0] is None and other.logprobs.top_logprobs[0] is None
+        np.testing.assert_allclose(other.logprobs.token_logprobs[1:], found.token_logprobs)
+        assert other.logprobs.tokens[1:] == found.tokens
+        greedy = all(a == max(t.values()) for a, t in zip(found.token_logprobs, found.top_logprobs))
+        assert greedy == wanted.greedy[n]
+        for own, name, top in zip(found.token_logprobs, found.tokens, found.top_logprobs):
+            assert top[name] == own and 3 <= len(top) <= 4
+            assert sum(map(math.exp, top.values())) < 1.00001
+        weights = one.model_extra["xelm"]["weights"]
+        assert sum(weights.values()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("routing", ["learned", "posterior", "uniform"])
+def test_every_router_weighs_a_prompt_as_the_ensemble_does(chatty, tiny, routing):
+    ensemble = open_run(chatty).ensemble(routing)
+    prompts = [ensemble.tokenizer.encode([text])[0] for text in texts(tiny)]
+    body = {"model": "xelm", "max_tokens": 0, "echo": True, "logprobs": 0, "prompt": texts(tiny)}
+    with served(chatty, routing) as found:
+        for language in (None, "es"):
+            wanted = ensemble.likelihoods([[]] * 4, prompts, [language] * 4)
+            choices = found.post(body | {"language": language}).json()["choices"]
+            nats = [-sum(choice["logprobs"]["token_logprobs"]) for choice in choices]
+            np.testing.assert_allclose(nats, wanted.nats, rtol=1e-5)
+            assert {choice["xelm"]["router"] for choice in choices} == {
+                routing if language is None else "language"
+            }
+
+
+def test_what_is_drawn_is_scored_as_it_is_read_again(client, ensemble, tiny):
+    ids = [ensemble.tokenizer.start_id, *ensemble.tokenizer.encode([texts(tiny)[1]])[0]]
+    for options in ({"temperature": 0}, {"temperature": 1.5, "seed": 3, "top_p": 0.9}):
+        asked = {"model": "xelm", "prompt": ids, "max_tokens": 8, "logprobs": 5, **options}
+        (drawn,) = client.completions.create(**asked).choices
+        (echoed,) = client.completions.create(**asked, echo=True).choices
+        found = drawn.logprobs
+        assert echoed.text.endswith(drawn.text) and len(echoed.text) > len(drawn.text)
+        assert echoed.logprobs.tokens[len(ids) :] == found.tokens
+        assert len(found.tokens) == 8 or drawn.finish_reason == "stop"
+        again = [*ids, *open_ids(ensemble, found.tokens)]
+        (read,) = client.completions.create(
+            model="xelm", prompt=again, max_tokens=0, echo=True, logprobs=5
+        ).choices
+        np.testing.assert_allclose(
+            found.token_logprobs, read.logprobs.token_logprobs[len(ids) :], atol=1e-4
+        )
+        if not options["temperature"]:
+            likeliest = [max(top, key=top.get) for top in found.top_logprobs]
+            assert likeliest == found.tokens
+
+
+def open_ids(ensemble, names):
+    """The ids of tokens by their names."""
+    from xelm.serving.answers import TokenNames
+
+    name = TokenNames(ensemble.tokenizer)
+    known = {name(id)[0]: id for id in range(ensemble.tokenizer.size)}
+    return [known[one] for one in names]
+
+
+def test_a_stream_has_the_log_probabilities_of_the_whole(client, tiny):
+    asked = {"model": "xelm", "prompt": texts(tiny)[0], "max_tokens": 8, "temperature": 0}
+    asked |= {"logprobs": 2, "echo": True}
+    (whole,) = client.completions.create(**asked).choices
+    pieces = [part.choices[0] for part in client.completions.create(**asked, stream=True)]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert pieces[0].text == texts(tiny)[0]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        parts = [getattr(piece.logprobs, name) for piece in pieces if piece.logprobs]
+        assert list(itertools.chain(*parts)) == getattr(whole.logprobs, name)
+    assert whole.logprobs.text_offset == sorted(whole.logprobs.text_offset)
+
+
+def test_an_echo_without_log_probabilities_is_the_prompt(client, tiny):
+    asked = {"model": "xelm", "prompt": texts(tiny)[0], "temperature": 0, "echo": True}
+    (plain,) = client.completions.create(**asked, max_tokens=0).choices
+    assert plain.text == texts(tiny)[0] and plain.logprobs is None
+    (whole,) = client.completions.create(**asked, max_tokens=4).choices
+    pieces = client.completions.create(**asked, max_tokens=4, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.text
+    assert whole.text.startswith(texts(tiny)[0]) and len(whole.text) > len(plain.text)
+
+
+def test_chats_have_them_too(client, tiny):
+    messages = [{"role": "user", "content": texts(tiny)[1]}]
+    asked = {"model": "xelm", "messages": messages, "max_tokens": 6, "temperature": 0}
+    (whole,) = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2).choices
+    found = whole.logprobs.content
+    assert found and all(token.top_logprobs[0].logprob == token.logprob for token in found)
+    assert all(len(token.top_logprobs) == 2 for token in found)
+    assert all(t.token in (bytes(t.bytes).decode(), f"<0x{t.bytes[0]:02X}>") for t in found)
+    parts = client.chat.completions.create(**asked, logprobs=True, stream=True)
+    told = [part.choices[0].logprobs for part in parts]
+    streamed = [token for some in told if some for token in some.content]
+    assert [t.logprob for t in streamed] == [t.logprob for t in found]
+    assert all(t.top_logprobs == [] for t in streamed)
+    (none,) = client.chat.completions.create(**asked).choices
+    assert none.logprobs is None
+
+
+def test_alternatives_are_limited_and_go_with_log_probabilities(server):
+    body = {"model": "xelm", "prompt": "a", "logprobs": 21}
+    assert server.post(body).json()["error"]["param"] == "logprobs"
+    chat = {"model": "xelm", "messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}
+    error = server.post(chat, "/v1/chat/completions").json()["error"]
+    assert "top_logprobs: goes with logprobs=true" in error["message"]
+
+
+@pytest.fixture(scope="module")
+def task(tiny, tmp_path_factory):
+    """Which of two continuations a text has: nine of them, in four languages."""
+    folder, rows = tmp_path_factory.mktemp("task"), []
+    for number in range(9):
+        document = documents_of(tiny.held_out, LANGUAGES[number % 4])[number // 4]
+        other = documents_of(tiny.held_out, LANGUAGES[number % 4])[5]
+        choices = [document[20:30], other[20:30]]
+        rows.append({"context": document[:20], "choices": choices, "label": number % 2})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {
+        "task": "tiny",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+
+
+OPTIONS = {
+    "ids": {"add_bos_token": True},
+    "batches of ids": {"add_bos_token": True, "batch_size": 4},
+    "side by side": {"add_bos_token": True, "num_concurrent": 4},
+    "texts": {"tokenized_requests": False},
+}
+
+
+def over_http(server, directory, **options):
+    """`lm_eval --model local-completions`, about this server."""
+    return LocalCompletionsAPI(
+        base_url=f"{server.url}/v1/completions",
+        model="xelm",
+        tokenizer=str(directory / "seed"),
+        tokenizer_backend="huggingface",
+        max_length=64,
+        max_retries=1,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_harness_finds_the_same_likelihoods_over_http(chatty, server, tiny, options):
+    documents = [documents_of(tiny.held_out, tag)[n] for n in range(2) for tag in LANGUAGES]
+    requests = [SimpleNamespace(args=(text[:20], text[20:30])) for text in documents]
+    ensemble = Harness(str(chatty), "detected")
+    likeliest = ensemble.generate_until([SimpleNamespace(args=("ab", {"max_gen_toks": 3}))])
+    requests.append(SimpleNamespace(args=("ab", likeliest[0])))
+    wanted = ensemble.loglikelihood(requests, disable_tqdm=True)
+    found = over_http(server, chatty, **options).loglikelihood(requests, disable_tqdm=True)
+    np.testing.assert_allclose([a for a, _ in found], [a for a, _ in wanted], rtol=1e-4)
+    assert [bool(b) for _, b in found] == [b for _, b in wanted]
+    assert {bool(b) for _, b in found} == {True, False}
+
+
+@pytest.mark.slow
+def test_the_harness_finds_the_same_figures_of_a_task_over_http(chatty, server, task):
+    def figures(model):
+        found = lm_eval.simple_evaluate(model=model, tasks=[dict(task)], bootstrap_iters=0)
+        return {name: found["results"]["tiny"][name] for name in ("acc,none", "acc_norm,none")}
+
+    wanted = figures(Harness(str(chatty), "detected"))
+    assert figures(over_http(server, chatty, add_bos_token=True)) == wanted
+    assert 0 < wanted["acc,none"] < 1
