@@ -293,6 +293,18 @@ def test_records_of_any_types_are_read_one_by_one(tmp_path):
     assert faults.to_json() == {'no "text"': {"count": 1, "first": ["sw.jsonl:3"]}}
 
 
+def test_what_is_unusable_of_a_file_of_many_languages_is_counted_once(tmp_path):
+    from xelm.runs.distances import Sources, measured
+
+    records = [{**HABARI, "language": "sw"}, {**MANN, "language": "de"}, {"text": ""}, {"text": 7}]
+    write(tmp_path, {"all.jsonl": lines(*records), "fr.jsonl": lines({"text": "Le"}, {"id": 1})})
+    found = measured("words", ["sw", "de", "fr"], Sources(corpus=tmp_path))
+    left_out = {
+        reason: fault["count"] for reason, fault in found.parameters["records_left_out"].items()
+    }
+    assert left_out == {"empty text": 1, 'no "text"': 2}
+
+
 TEXT = "Erste Zeile\nzweite Zeile\n\n\u3000\nDritte Zeile\r\n\r\n"
 
 

@@ -86,6 +86,18 @@ def test_names_of_tagged_text(tagged_text):
     assert set(found.made_from) == {"deu.conllu", "en.conllu.gz"}
 
 
+def test_every_file_of_tagged_text_in_a_language_is_read(tagged_text):
+    (tagged_text / "de.CONLLU").write_text(CONLLU.replace("New", "Neu"))
+    (tagged_text / "._de.conllu").write_bytes(b"\0\5")
+    files = tagged.files(tagged_text)
+    assert [path.name for path in files["de"]] == ["de.CONLLU", "deu.conllu"]
+    names = list(tagged.proper_nouns(files["de"]))
+    assert names == ["Neu York", "Anna", "Anna", "New York", "Anna", "Anna"]
+    (tagged_text / "notes.conllu").write_text(CONLLU)
+    with pytest.raises(UserError, match=r"notes\.conllu: unknown language code 'notes'"):
+        tagged.files(tagged_text)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -41,6 +41,20 @@ class Plan:
             raise _no_language(self.corpus, self.nameless)
         _refuse_empty(self.parts)
 
+    _told: set[Path | str] = field(default_factory=set)
+
+    def documents_in(self, language: str, faults: Faults) -> Iterator[Document]:
+        """Every usable document in one language. What is unusable of a file with several languages
+        is counted in `faults` the first time that it is read alone."""
+        for texts in self.parts:
+            if texts.name in self.nameless or (texts.named and texts.language != language):
+                continue
+            again = not texts.named and texts.where in self._told
+            self._told.add(texts.where)
+            for document in texts.documents(Faults() if again else faults):
+                if document.language == language:
+                    yield document
+
     def add(self, texts: Texts) -> None:
         """Adds a part, unless it is of a language that is not wanted."""
         if texts.named and texts.wanted is not None and texts.language not in texts.wanted:
@@ -202,7 +216,7 @@ def _no_language(corpus: str, names: Sequence[str]) -> UserError:
         canonical(name)
         unknown = f"{name!r} is taken for a word, not for a language code"
     except UserError as error:
-        unknown = str(error).partition(";")[0]
+        unknown = str(error).partition("; did you mean")[0]
     more = f" (and {len(names) - 1} more: {', '.join(names[1:5])})" if len(names) > 1 else ""
     return UserError(
         f"{unknown}: nothing says the language of {names[0]}{more} of {corpus}; say it in a YAML "

@@ -46,9 +46,9 @@ _ORDINARY = {
 }
 # Words that are codes of small languages (`all` is Allar, `old` Mochi) but mostly mean no language;
 # a map of languages can say that they do.
-_ENGLISH = """abc all and art bad bag big bin bio bot box csv day dir doc dup end fun hot hub job key lab
-lib log low map max mix mod net old one par pkg pre pub raw rel res row run sci seg sep seq set
-src sub sum tab tag tar the tmp top tsv two txt var ver xml yml"""
+_ENGLISH = """all and art bad bag big bin bio bot box csv day dir doc dup end fun hot hub job key
+lab lib log low map max mix mod net old one par pkg pre pub raw rel res row run sci seg sep seq
+set src sub sum tab tag tar the tmp top tsv two txt var ver xml yml"""
 _NO_LANGUAGE = {*_ORDINARY, *_ENGLISH.split()}
 # What `datasets` writes beside Arrow, which is no text.
 _RECORDS_OF_ARROW = {"dataset_info.json", "state.json", "dataset_dict.json"}

@@ -12,21 +12,37 @@ from xelm.data.formats import opened
 SUFFIXES = (".conllu", ".conllu.gz", ".conllu.zst")
 
 
-def files(folder: str | Path) -> dict[str, Path]:
-    """Canonical tag -> the file of that language; UserError if there is none."""
-    paths = sorted(p for p in Path(folder).glob("*") if p.name.endswith(SUFFIXES))
+def files(folder: str | Path) -> dict[str, list[Path]]:
+    """Canonical tag -> the files of that language; UserError if there is none, and for a file whose
+    name is no language. Hidden files are passed over."""
+    paths = sorted(
+        path
+        for path in Path(folder).glob("*")
+        if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
+    )
     if not paths:
         raise UserError(f"{folder} holds no tagged text; wanted <language>{' or '.join(SUFFIXES)}")
-    return {canonical(path.name.split(".")[0]): path for path in paths}
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        try:
+            found.setdefault(canonical(path.name.split(".")[0]), []).append(path)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    return found
 
 
-def proper_nouns(path: Path) -> Iterator[str]:
-    """Names in a file: runs of words tagged PROPN, as `New York`.
+def proper_nouns(paths: Iterable[Path]) -> Iterator[str]:
+    """Names in files: runs of words tagged PROPN, as `New York`.
 
     Universal Dependencies tag names of people, places and things so, which is the nearest to named
     entities that a tagger of parts of speech knows. UserError for a damaged file, and for a line
     that is not CoNLL-U.
     """
+    for path in paths:
+        yield from _proper_nouns(path)
+
+
+def _proper_nouns(path: Path) -> Iterator[str]:
     name: list[str] = []
     for number, line in _lines(path):
         columns = line.split("\t")

@@ -193,11 +193,10 @@ def _texts(
     corpus: AnyCorpus, languages: Sequence[str], faults: Faults
 ) -> Iterator[tuple[str, Iterator[str]]]:
     """Each of the canonical tags that a corpus may have text of, and its texts."""
-    parts = corpora.plan(corpus).parts
+    plan = corpora.plan(corpus)
     for tag in languages:
-        if any(not part.named or part.language == tag for part in parts):
-            documents = corpora.read(corpus, faults, [tag])
-            yield tag, (document.text for document in documents if document.language == tag)
+        if any(not part.named or part.language == tag for part in plan.parts):
+            yield tag, (document.text for document in plan.documents_in(tag, faults))
 
 
 def _subwords(languages: Sequence[str], sources: Sources) -> Distances:
@@ -240,7 +239,7 @@ def _names(languages: Sequence[str], sources: Sources) -> Distances:
     counts = {tag: names for tag, names in counts.items() if names}
     if not counts:
         raise UserError(f"{folder} has no names in {', '.join(tags[:5])}")
-    made_from = tagged.made_from(found[tag] for tag in counts)
+    made_from = tagged.made_from(path for tag in counts for path in found[tag])
     return lexical.type_distances(counts, "names", made_from).spread(tags)
 
 

@@ -40,10 +40,10 @@ def features(
     corpus = corpus.pinned()
     tokenizer, faults = run.tokenizer(), Faults()
     frame = (tokenizer.start_id, tokenizer.end_id)
+    plan = corpora.plan(corpus, tags)
     ids: dict[str, list[np.ndarray]] = {}
     for tag in tags:
-        found = corpora.read(corpus, faults, [tag])
-        texts = (document.text for document in found if document.language == tag)
+        texts = (document.text for document in plan.documents_in(tag, faults))
         encoded = tokenizer.encode(list(itertools.islice(texts, documents)))
         ids[tag] = [np.array([*frame[:1], *one, *frame[1:]], np.int32) for one in encoded]
     if not all(ids.values()):
