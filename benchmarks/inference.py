@@ -190,6 +190,9 @@ class _Ids:
 
     end_ids = frozenset()
 
+    def starts(self, ids):
+        return 1
+
     def decode(self, ids):
         return "".join(chr(0x100 + int(number)) for number in ids)
 

@@ -131,7 +131,7 @@ def _scores(run: Run, texts: dict[str, list[str]]):
                 [document for kind in KINDS for document in ids[kind]],
                 start_id=tokenizer.start_id,
                 end_id=tokenizer.end_id,
-                sequence_length=run.config.experts.sequence_length,
+                context_length=run.context_length,
             )
         )
         # Without the end, which these texts do not have.

@@ -78,7 +78,7 @@ def test_each_token_is_predicted_from_those_that_are_not_hidden_with_it(name, tm
         documents,
         start_id=1,
         end_id=2,
-        sequence_length=40,
+        context_length=40,
         mask_id=3,
     )
     for ids, scores in zip(documents, found):

@@ -107,7 +107,7 @@ def ensemble(run, model, experts, routers):
         parameters=experts,
         router=routers["uniform"],
         tokenizer=run.tokenizer(),
-        sequence_length=LENGTH,
+        context_length=LENGTH,
     )
 
 
@@ -153,7 +153,7 @@ def alone(model):
 
 def scored(model, parameters, documents, length=LENGTH):
     return score_documents(
-        model, parameters, documents, start_id=1, end_id=2, sequence_length=length
+        model, parameters, documents, start_id=1, end_id=2, context_length=length
     )
 
 
@@ -189,7 +189,7 @@ def test_progress_counts_every_predicted_token(model, experts, documents):
         documents,
         start_id=1,
         end_id=2,
-        sequence_length=LENGTH,
+        context_length=LENGTH,
         progress=told.append,
     )
     assert sum(told) == sum(len(ids) + 1 for ids in documents)
@@ -479,6 +479,7 @@ def test_the_text_is_that_of_the_new_ids(ensemble):
         begin=ensemble.tokenizer.begin,
         decode=lambda ids: "".join(chr(0x100 + number) for number in ids),
         end_ids=frozenset(),
+        starts=ensemble.tokenizer.starts,
     )
     spelt = replace(ensemble, tokenizer=letters)
     said = spelt.generate(PROMPT, max_new_tokens=40, temperature=1.0, random_seed=1)

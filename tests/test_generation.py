@@ -12,7 +12,7 @@ import pytest
 import torch
 from flax import nnx
 from hub_models import CONFIGS, DECODERS, FAMILIES, by_speed, random_tokens, saved
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from clustering.errors import UserError
@@ -33,6 +33,9 @@ class Letters:
     """A tokenizer of one character an id."""
 
     end_ids = frozenset({2})
+
+    def starts(self, ids):
+        return 1
 
     def decode(self, ids):
         return "".join(chr(0x100 + int(number)) for number in ids)
@@ -257,6 +260,23 @@ def test_the_checkpoints_wish_for_more_tokens_than_there_is_room_for_is_cut(tiny
         wish.generate("abcd", max_new_tokens=2048)
 
 
+def words(directory, config, *, special=(), before=()):
+    """A tokenizer of words that lies beside a config.json; bos is w1, and eos w2."""
+    fast = Tokenizer(models.WordLevel({f"w{n}": n for n in range(9)} | {"sea": 9, "old": 10}))
+    fast.post_processor = processors.TemplateProcessing(
+        single=" ".join([*before, "$A"]), special_tokens=[(name, int(name[1:])) for name in before]
+    )
+    hub = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        bos_token="w1",
+        eos_token="w2",
+        additional_special_tokens=list(special),
+    )
+    hub.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 @pytest.mark.parametrize(
     ("config", "start"),
     [
@@ -265,20 +285,45 @@ def test_the_checkpoints_wish_for_more_tokens_than_there_is_room_for_is_cut(tiny
         ({"model_type": "gpt2"}, 1),
     ],
 )
-def test_a_text_begins_as_in_pre_training(config, start, tmp_path):
-    """Where the tokenizer puts nothing first: what config.json names, or else its own."""
-    fast = Tokenizer(models.WordLevel({f"w{n}": n for n in range(9)} | {"sea": 9, "old": 10}))
-    hub = PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="w1", eos_token="w2")
-    hub.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    found = tokenizers.load(tmp_path)
-    assert found.start_id == start
-    assert found.end_ids == {2, config.get("eos_token_id", 2)}
+def test_a_text_begins_as_a_run_says(config, start, tmp_path):
+    """Where the tokenizer puts nothing first: nothing, or what RUNs of old have, or its own."""
+    directory = words(tmp_path, config, special=["w7", "w8"])
+    found = {
+        choice: tokenizers.load(directory, choice)
+        for choice in ("tokenizer", "bos", "eos", "config")
+    }
+    starts = {choice: each.start_id for choice, each in found.items()}
+    assert starts == {"tokenizer": None, "bos": 1, "eos": 2, "config": start}
+    assert {each.end_id for each in found.values()} == {2}
+    for each in found.values():
+        assert each.end_ids == {2, config.get("eos_token_id", 2)} and each.ignored == ()
+        first = [] if each.start_id is None else [each.start_id]
+        assert each.begin("sea") == [*first, 9]
+        # Where nothing is read before it, the first token of a text is predicted from bos.
+        assert each.begin("") == [each.prefix_id] == [each.start_id or 1]
+
+
+@pytest.mark.parametrize("choice", ["tokenizer", "config"])
+def test_what_the_tokenizer_puts_before_a_text_starts_it(choice, tmp_path):
+    config = {"model_type": "qwen3", "bos_token_id": 7, "eos_token_id": 8}
+    directory = words(tmp_path, config, special=["w7"], before=["w4"])
+    assert tokenizers.load(directory, choice).start_id == 4
+    both = words(tmp_path, config, before=["w4", "w5"])
+    with pytest.raises(UserError, match="puts 2 tokens before a text; wanted at most one"):
+        tokenizers.load(both, choice)
+
+
+def test_special_tokens_are_those_of_the_tokenizer_where_the_configuration_names_others(tmp_path):
+    """As in mGPT, whose config.json has GPT-2's 50256, a piece of a word in its tokenizer."""
+    config = {"model_type": "gpt2", "bos_token_id": 7, "eos_token_id": 7}
+    found = tokenizers.load(words(tmp_path, config), "config")
+    assert (found.start_id, found.end_id, found.end_ids, found.ignored) == (1, 2, {2}, (7,))
 
 
 def test_every_end_that_a_checkpoint_names_ends_a_text(tiny, tmp_path):
     shutil.copytree(tiny.directory / "seed", tmp_path / "seed")
     path = tmp_path / "seed" / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": [2, 9]}))
-    assert tokenizers.load(tmp_path / "seed").end_ids == {2, 9}
+    path.write_text(json.dumps({"eos_token_id": [2, 0, 9]}))
+    found = tokenizers.load(tmp_path / "seed")
+    assert (found.end_ids, found.ignored) == ({2, 0}, (9,))  # 9 is a byte of text
     assert read_config(tmp_path / "seed").vocabulary_size == 384

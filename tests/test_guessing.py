@@ -12,7 +12,7 @@ from xelm.inference.guessing import guess_documents
 from xelm.inference.scoring import APART, targets
 from xelm.models.checkpoint import read_config, read_for_inference
 
-OPTIONS = {"start_id": 1, "end_id": 2, "sequence_length": 40, "mask_id": 3}
+OPTIONS = {"start_id": 1, "end_id": 2, "context_length": 40, "mask_id": 3}
 
 
 def distributions(pair, model, ids):

@@ -122,7 +122,7 @@ def by_steps(ensemble, context, continuation):
     from xelm.inference.sampling import Sampling
 
     engine = Engine(ensemble)
-    text = engine.add([ensemble.tokenizer.start_id, *context], Sampling(max_new_tokens=1))
+    text = engine.add(context, Sampling(max_new_tokens=1))
     total = 0.0
     for token in continuation:
         distribution, _ = engine.following()

@@ -93,7 +93,7 @@ def nats_of(run, directory, texts):
         [np.asarray(ids) for ids in tokenizer.encode(texts)],
         start_id=tokenizer.start_id,
         end_id=tokenizer.end_id,
-        sequence_length=run.config.experts.sequence_length,
+        context_length=run.config.experts.sequence_length,
     )
     return [-found.sum() for found in scores]
 

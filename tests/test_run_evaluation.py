@@ -128,7 +128,7 @@ def along(ensemble, text):
         [np.asarray(ids)],
         start_id=ensemble.tokenizer.start_id,
         end_id=ensemble.tokenizer.end_id,
-        sequence_length=ensemble.sequence_length,
+        context_length=32,
     )
     return np.concatenate([[0.0], -np.cumsum(scores.astype(float))])[:-1]
 

@@ -23,6 +23,9 @@ FREE = (
 """Settings of where and how a training runs, which may be others each time that it goes on."""
 
 
+StartToken = Literal["tokenizer", "bos", "eos", "config"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training: budget, batches, optimiser, schedule, precision and checkpoints."""
@@ -174,6 +177,11 @@ class RunConfig:
     """Family that a fresh seed is written as."""
     tokenizer_exponent: float = 0.3
     """A language's share of the tokenizer's training text is its bytes ** this."""
+    start_token: StartToken = "config"
+    """What stands before every text, in training and after: "tokenizer" is what the seed's
+    tokenizer itself puts there, which may be nothing; "bos" and "eos" are its special tokens of
+    these names; "config" is what the tokenizer puts there or else the bos of config.json, which
+    RUNs have that were made before this setting."""
     seed: TrainConfig
     """Training of a fresh seed; not used where the seed is given."""
     experts: TrainConfig

@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from clustering.errors import UserError
+from xelm.data.special import RENDERED
 from xelm.inference.decoding import padded
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
@@ -75,7 +76,8 @@ class Harness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.ensemble.tokenizer.start_id
+        """What stands before a text of which the first token is predicted."""
+        return self.ensemble.tokenizer.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -83,23 +85,32 @@ class Harness(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that a model sees, the one that starts every text included."""
+        """Tokens that a model reads, the one that starts texts included."""
         return self.ensemble.model.max_length
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        return self.ensemble.tokenizer.encode([string])[0]
+        """Ids of a text, after the one that starts texts if any does, or of a rendered chat, whose
+        template has all the special tokens that there are to be."""
+        tokenizer = self.ensemble.tokenizer
+        if string.startswith(RENDERED):
+            return tokenizer.special.encode(string)
+        (ids,) = tokenizer.encode([string])
+        return ids if add_special_tokens is False else [*tokenizer.start_ids, *ids]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
+        """A chat as a string that `tok_encode` knows from other texts by its first character."""
+        return self.ensemble.tokenizer.render(
+            chat_history, add_generation_prompt=add_generation_prompt
         )
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if context.startswith(RENDERED):
+            continuation = self.ensemble.tokenizer.special.escape(continuation)
+        return super()._encode_pair(context, continuation)
 
     def _loglikelihood_tokens(
         self,
@@ -109,16 +120,14 @@ class Harness(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
         found: list[tuple[float, bool] | None] = [None] * len(pairs)
-        # Longest first, so that what does not fit is known at once, and windows differ little.
+        # Longest first, so that what does not fit is known at once, and lengths differ little.
         order = sorted(range(len(pairs)), key=lambda n: -sum(map(len, pairs[n])))
         with tqdm(total=len(pairs), desc="likelihoods", disable=disable_tqdm) as bar:
             while order:
                 longest = sum(map(len, pairs[order[0]]))
-                window = min(padded(max(longest, 15) + 1), self.max_length)
-                count = max(1, TOKENS_AT_ONCE // window)
+                count = max(1, TOKENS_AT_ONCE // padded(max(longest, 16)))
                 part, order = order[:count], order[count:]
-                asked = replace(self.ensemble, sequence_length=window)
-                likelihoods = asked.likelihoods(
+                likelihoods = self.ensemble.likelihoods(
                     [pairs[number][0] for number in part],
                     [pairs[number][1] for number in part],
                     [self._language] * len(part),
@@ -132,16 +141,15 @@ class Harness(TemplateLM):
         return found  # type: ignore[return-value]
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Without the id that starts every text, which stands before all; and of a context that is
-        too long, the end."""
-        context = context[1:] if context[:1] == [self.prefix_token_id] else context
-        room = self.max_length - len(continuation)
-        if room < 0:
+        """Both, and of a context that is too long, the end: the last token of all is predicted, and
+        not read."""
+        room = self.max_length + 1 - len(continuation)
+        if room < 1:
             raise UserError(
-                f"a continuation has {len(continuation)} tokens, and the models see "
+                f"a continuation has {len(continuation)} tokens, and the models read "
                 f"{self.max_length}"
             )
-        return context[len(context) - min(len(context), room) :], continuation
+        return context[-room:], continuation
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -150,7 +158,7 @@ class Harness(TemplateLM):
             [
                 make_disjoint_window(window)
                 for window in get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]),
+                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
                     prefix_token=self.prefix_token_id,
                     max_seq_len=self.max_length,
                     context_len=1,
@@ -173,6 +181,8 @@ class Harness(TemplateLM):
         with tqdm(total=len(requests), desc="continuations", disable=disable_tqdm) as bar:
             for numbers in groups.values():
                 asked = _options(requests[numbers[0]])
+                # Side by side with others about as long, longest first.
+                numbers.sort(key=lambda number: -len(requests[number].args[0]))
                 for first in range(0, len(numbers), self._batch):
                     part = numbers[first : first + self._batch]
                     texts = [requests[number].args[0] for number in part]
@@ -197,11 +207,8 @@ class Harness(TemplateLM):
             repetition_penalty=1.0,
             stop=tuple(stop for stop in until if stop),
         )
-        room = self.max_length - most - 1
-        prompts = []
-        for text in texts:
-            ids = self.tok_encode(text)
-            prompts.append([self.prefix_token_id, *ids[len(ids) - min(len(ids), room) :]])
+        room = self.max_length - most
+        prompts = [self.tok_encode(text)[-room:] or [self.prefix_token_id] for text in texts]
         languages = [self._language] * len(prompts)
         return [one.text for one in generate(self.ensemble, prompts, sampling, languages)]
 

@@ -21,6 +21,7 @@ def quickstart() -> RunConfig:
     # The best of those tried for experts and for dense: docs/log.md, 2026-11-21.
     experts = replace(seed, batch_size=4, learning_rate=8e-3, random_seed=1)
     return RunConfig(
+        start_token="tokenizer",
         model=_llama(vocabulary_size=4096, width=64, layers=2, head_size=32, max_length=512),
         seed=seed,
         experts=experts,
@@ -41,6 +42,7 @@ def tiny() -> RunConfig:
         sampling_exponent=0.0,
     )
     return RunConfig(
+        start_token="tokenizer",
         model=_llama(vocabulary_size=8192, width=128, layers=5, head_size=32, max_length=1024),
         seed=train,
         experts=replace(train, tokens=8_000_000, batch_size=4, learning_rate=5e-4, random_seed=1),
@@ -62,6 +64,7 @@ def small() -> RunConfig:
         checkpoint_every=500,
     )
     return RunConfig(
+        start_token="tokenizer",
         model=_llama(vocabulary_size=64_000, width=512, layers=8, head_size=64, max_length=2048),
         seed=train,
         experts=replace(train, tokens=1_000_000_000, learning_rate=5e-4, random_seed=1),
@@ -86,6 +89,7 @@ def hub() -> RunConfig:
         checkpoint_every=500,
     )
     return RunConfig(
+        start_token="tokenizer",
         model=None,
         seed=train,
         experts=train,

@@ -1,9 +1,9 @@
 """Tables for the terminal."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isnan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,8 +39,17 @@ def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[
         _systems(found.summaries),
         _routers(found.summaries),
         *_by_expert(found, seed_languages),
+        _windows(found.record),
     ]
     return "\n\n".join(table for table in tables if table)
+
+
+def _windows(record: Mapping[str, Any]) -> str:
+    """How documents were read; nothing of an evaluation by an earlier version."""
+    if "context_length" not in record:
+        return ""
+    length, stride = record["context_length"], record["stride"]
+    return f"Documents were read {length} tokens at once, longer ones in windows {stride} apart."
 
 
 def _by_language(results: "Results", routings: Sequence[str], seed_languages: Sequence[str]) -> str:

@@ -45,6 +45,19 @@ def _evaluate_options(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of each language, on which calibration is measured (default: %(default)s)",
     )
+    verb.add_argument(
+        "--context-length",
+        type=int,
+        metavar="N",
+        help="tokens that a model reads at once (default: the models' own length)",
+    )
+    verb.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens from one window of a longer document to the next (default: the context "
+        "length); fewer give every token more context and take longer",
+    )
     add_kept(verb)
     add_temperature(verb)
     add_json(verb)
@@ -66,6 +79,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         temperature=options.router_temperature,
         max_documents=options.max_documents,
         calibration_tokens=options.calibration_tokens,
+        context_length=options.context_length,
+        stride=options.stride,
     )
     if options.json:
         print_json(results.record)

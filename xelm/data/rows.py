@@ -1,10 +1,10 @@
 """Packed rows of fixed length from tokenised documents, mixed over languages.
 
 A language's documents are laid end to end in the shuffled order of the store, each as [start,
-ids..., end]; row r holds tokens r*T to (r+1)*T of that stream and, as the last target, the first of
-the next row, so that every token is predicted once a pass. In each pass the rows are shuffled by
-the random seed. Batch i is a pure function of that seed and i: a resumed training needs no other
-state than its step.
+ids..., end] or, where no token starts a text, [ids..., end]; row r holds tokens r*T to (r+1)*T of
+that stream and, as the last target, the first of the next row, so that every token but the first of
+a document is predicted once a pass. In each pass the rows are shuffled by the random seed. Batch i
+is a pure function of that seed and i: a resumed training needs no other state than its step.
 """
 
 import math
@@ -43,25 +43,28 @@ class LanguageRows:
         source: Source,
         *,
         sequence_length: int,
-        start_id: int,
+        start_id: int | None,
         end_id: int,
         random_seed: int,
         language_index: int,
     ):
         self.ids = ids = source.ids
+        self.start, self.end = [] if start_id is None else [start_id], [end_id]
+        frame = len(self.start) + len(self.end)
         if source.documents is None:
             self.order, self.ends = ids.order, ids.stream_ends
+            if frame != FRAME:  # which the store counts with
+                self.ends = self.ends - (FRAME - frame) * np.arange(1, len(self.ends) + 1)
         else:
             chosen = np.zeros(len(ids), bool)
             chosen[source.documents] = True
             self.order = ids.order[chosen[ids.order]]
-            self.ends = np.cumsum(ids.lengths[self.order] + FRAME)
+            self.ends = np.cumsum(ids.lengths[self.order] + frame)
         # By the language, not by its place among the sources: every training with one random seed
         # goes through a language in the same order, whoever else takes part.
         random = np.random.default_rng([random_seed, *ids.language.encode()])
         self.row_seed = int(random.integers(2**31))
-        self.sequence_length, self.start_id, self.end_id = sequence_length, start_id, end_id
-        self.language_index = language_index
+        self.sequence_length, self.language_index = sequence_length, language_index
 
     @property
     def tokens(self) -> int:
@@ -84,8 +87,8 @@ class LanguageRows:
         while filled < size and document < len(self.ends):
             begin = int(self.ends[document - 1]) if document else 0
             framed = np.concatenate(
-                [[self.start_id], self.ids.document(self.order[document]), [self.end_id]]
-            )
+                [self.start, self.ids.document(self.order[document]), self.end]
+            ).astype(np.int64)
             piece = framed[start + filled - begin :][: size - filled]
             segment += 1
             part = slice(filled, filled + len(piece))
@@ -108,7 +111,7 @@ def batches(
     steps: int,
     batch_size: int,
     sequence_length: int,
-    start_id: int,
+    start_id: int | None,
     end_id: int,
     random_seed: int,
     first_step: int = 0,

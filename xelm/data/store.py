@@ -30,7 +30,8 @@ from xelm.data.overlap import HASH_WORDS, SIGNATURE_SIZE, Fingerprints, method
 
 FORMAT = 2
 FRAME = 2
-"""Tokens that a document has in a stream beside its own: its start and its end."""
+"""Tokens that a document has in a stream beside its own: its start, which texts of some RUNs do not
+have, and its end."""
 # Documents read in one piece where parts of a corpus go to many machines.
 PART_DOCUMENTS = 50_000
 

@@ -6,7 +6,6 @@ counted by reason with the first places; none stops the reading and none vanishe
 
 import hashlib
 import itertools
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,6 +17,7 @@ from clustering.languages import canonical
 from xelm.data.faults import Faults
 from xelm.data.formats import format_of, records
 from xelm.data.sources import Source
+from xelm.data.text import normalised
 
 # Records of a file whose name is no language in which a field that says it is looked for.
 _FIRST_RECORDS = 100
@@ -144,7 +144,7 @@ def _documents(
         else:
             if texts.language and texts.language.startswith(f"{tag}-"):
                 tag = texts.language  # as of records of `srp` in a folder `srp_Latn`
-            yield Document(unicodedata.normalize("NFC", text.strip()), tag)
+            yield Document(normalised(text.strip()), tag)
 
 
 def _said(texts: Texts, record: Any) -> Any:

@@ -45,8 +45,10 @@ class Text:
     """Who speaks when."""
     state: Float[np.ndarray, " Z"]
     """The router's, after the first `heard` ids."""
-    heard: int = 1
-    """The first id starts every text, and says nothing."""
+    silent: int
+    """1 where the first id starts texts, which says nothing; else 0."""
+    heard: int
+    """Ids that the router has heard, those that say nothing among them."""
     evidence: Float[np.ndarray, " E"] | None = None
     """What each expert thinks of what it has read; None: not asked for yet."""
     decided: Float[np.ndarray, " E"] | None = None
@@ -119,6 +121,8 @@ class Engine:
             row=row,
             router=router,
             state=router.start(language),
+            silent=(silent := self._ensemble.tokenizer.starts(ids)),
+            heard=silent,
         )
         self.texts.append(text)
         return text
@@ -233,7 +237,7 @@ class Engine:
         """Brings the router's state of a text up to its end."""
         if text.heard < len(text.ids):
             ids = np.asarray(text.ids)
-            before, new = ids[1 : text.heard], ids[text.heard :]
+            before, new = ids[text.silent : text.heard], ids[text.heard :]
             text.state = text.state + text.router.terms(before, new).sum(axis=0)
             text.heard = len(ids)
 

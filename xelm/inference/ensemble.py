@@ -17,7 +17,7 @@ from xelm.inference.generation import Generation, Stream, generate, room
 from xelm.inference.guessing import guess_documents
 from xelm.inference.routing import Router, among, mixture, states_along, weights_along
 from xelm.inference.sampling import Sampling
-from xelm.inference.scoring import check_ids, score_documents, targets
+from xelm.inference.scoring import check_ids, check_windows, score_documents, targets, unpredicted
 from xelm.models.config import ModelConfig
 
 ROUTE_PER = ("token", "prompt", "sequence")
@@ -74,8 +74,11 @@ class Ensemble:
     """When the router decides: before every token; once, after the prompt (or context); or once for
     a text that is scored, by all of it (one that is generated is known no further than its
     prompt)."""
-    sequence_length: int = 512
-    """Window of scoring, in tokens."""
+    context_length: int | None = None
+    """Tokens that are read at once where a text is scored without a context; None is the model's
+    own length."""
+    stride: int | None = None
+    """From one window of a longer text to the next, as in `score_documents`."""
     sampling: Sampling = field(default_factory=Sampling)
     """How continuations are drawn unless a call says otherwise; a seed's generation_config.json
     says it here."""
@@ -85,6 +88,7 @@ class Ensemble:
             raise UserError(
                 f"route_per must be one of {', '.join(ROUTE_PER)}; got {self.route_per!r}"
             )
+        check_windows(self.model, self.context_length or self.model.max_length, self.stride)
 
     def score(
         self,
@@ -94,23 +98,37 @@ class Ensemble:
     ) -> Scores:
         """Nats of each text, with the weights that the router gave. languages: of each text, where
         it is known: if an expert serves it, that expert alone is asked. contexts: what each text
-        goes on from; its nats are not counted."""
+        goes on from, as it stands: both are cut into tokens as one text, of which those with any
+        character of the text are counted, and read as far back as the models can read; texts alone
+        are read as `evaluate` reads them."""
         languages = _as_many("languages", languages, texts)
-        if contexts is not None:
+        if contexts is None:
+            encoded = [(ids, 0) for ids in self.tokenizer.encode(texts)]
+        else:
             _as_many("contexts", contexts, texts)
-        before = self.tokenizer.encode(contexts) if contexts else [[]] * len(texts)
-        ids = [np.asarray(c + x, np.int64) for c, x in zip(before, self.tokenizer.encode(texts))]
+            encoded = [self.tokenizer.encode_after(c, x) for c, x in zip(contexts, texts)]
+        ids = [np.asarray(document, np.int64) for document, _ in encoded]
+        # The first token is predicted only if one stands before it.
+        first = unpredicted(self.tokenizer.start_id) if self.model.causal else 0
+        before = [max(first, context) for _, context in encoded]
         wanted = [targets(self.model, document, self.tokenizer.end_id) for document in ids]
         positions = [
-            self._positions(len(context), len(document), len(target))
+            self._positions(context, len(document), len(target))
             for context, document, target in zip(before, ids, wanted)
         ]
-        log_weights, scores, asked, routing = self._weighed(ids, wanted, languages, positions)
+        states = [
+            states_along(self.router, self.router.start(language), target)
+            for language, target in zip(languages, wanted)
+        ]
+        reading = self._reading if contexts is None else self._reading | self._far
+        reading |= {"start_id": self.tokenizer.start_id}
+        log_weights, scores, asked, routing = self._weighed(ids, states, positions, reading)
         active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
-        self._score(ids, scores, [np.setdiff1d(a, b) for a, b in zip(active, asked)])
-        weights = [np.exp(found).mean(axis=0) for found in log_weights]
+        missing = [np.setdiff1d(a, b) for a, b in zip(active, asked)]
+        self._score(ids, scores, missing, reading)
+        weights = [np.exp(found).sum(axis=0) / max(1, len(found)) for found in log_weights]
         nats = [
-            -mixture(w, found[:, len(context) :]).sum()
+            -mixture(w, found[:, context:]).sum()
             for w, found, context in zip(log_weights, scores, before)
         ]
         return Scores(
@@ -126,17 +144,23 @@ class Ensemble:
         continuations: Sequence[Sequence[int]],
         languages: Sequence[str | None] | None = None,
     ) -> Likelihoods:
-        """Of continuations that do not end, by their ids and those of what each goes on from, which
-        is not to begin with the id that starts every text. For decoders."""
+        """Of continuations that do not end, by their ids and those of what each goes on from, of
+        which there is at least one. Both are read as they are. For decoders."""
         if not self.model.causal:
             raise UserError("these experts are encoders, which continue no text")
         _as_many("continuations", continuations, contexts)
+        if not all(map(len, contexts)):
+            raise UserError("a continuation needs at least one id before it, such as the start")
         languages = _as_many("languages", languages, contexts)
         ids = [np.asarray([*c, *x], np.int64) for c, x in zip(contexts, continuations)]
         for document in ids:
             check_ids(document, self.model)
         positions = [self._positions(len(c), len(i), len(i)) for c, i in zip(contexts, ids)]
-        log_weights, *_ = self._weighed(ids, ids, languages, positions)
+        states = [
+            self._states_of_prompt(language, document) for language, document in zip(languages, ids)
+        ]
+        reading = self._reading | self._far | {"start_id": None}
+        log_weights, *_ = self._weighed(ids, states, positions, reading)
         found = guess_documents(
             self.model,
             [partial(self.parameters.__getitem__, number) for number in range(len(self.names))],
@@ -145,7 +169,7 @@ class Ensemble:
             np.concatenate([np.zeros((0, len(self.names))), *log_weights])[None],
             places=[slice(len(c), len(document)) for c, document in zip(contexts, ids)],
             alone=False,
-            **self._reading,
+            **reading,
         )
         ends = np.cumsum([0, *map(len, continuations)])
         parts = [slice(first, last) for first, last in pairwise(ends)]
@@ -154,34 +178,36 @@ class Ensemble:
             greedy=np.asarray([bool(found.correct[0, p].all()) for p in parts]),
         )
 
+    def _states_of_prompt(self, language: str | None, ids: np.ndarray) -> np.ndarray:
+        """The router's states along a text of ids; the start of texts tells it nothing."""
+        start, skipped = self.router.start(language), self.tokenizer.starts(ids)
+        along = states_along(self.router, start, ids[skipped:])
+        return np.concatenate([np.repeat(start[None], skipped, axis=0), along])
+
     def _weighed(
         self,
         ids: Sequence[np.ndarray],
-        wanted: Sequence[np.ndarray],
-        languages: Sequence[str | None],
+        states: Sequence[np.ndarray],
         positions: Sequence[np.ndarray],
+        reading: Mapping[str, Any],
     ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], list[str]]:
-        """Log weights of the models at each document's positions; their scores of what is `wanted`
-        of it, so far as the router asked for them; whom it asked; and which router decided most of
-        the positions."""
-        states = [
-            states_along(self.router, self.router.start(language), target)
-            for language, target in zip(languages, wanted)
-        ]
+        """Log weights of the models at each document's positions, with the router's states along
+        it; the models' scores of it, so far as the router asked for them; whom it asked; and which
+        router decided most of the positions."""
         scores = [np.zeros((len(self.names), len(i) + self.model.causal)) for i in ids]
         everyone = np.arange(self.router.experts)
         asked = [
             everyone if self.router.asks(state[at]).any() else everyone[:0]
             for state, at in zip(states, positions)
         ]
-        self._score(ids, scores, asked)
+        self._score(ids, scores, asked, reading)
         kept = (self.top_m, self.least_weight)
         log_weights = [
             among(
-                weights_along(self.router, state, found[everyone, : len(target)], at, *kept),
+                weights_along(self.router, state, found[everyone, : len(state) - 1], at, *kept),
                 len(self.names),
             )
-            for state, found, at, target in zip(states, scores, positions, wanted)
+            for state, found, at in zip(states, scores, positions)
         ]
         names = [self.router.decided_by(state[at]) for state, at in zip(states, positions)]
         routing = [Counter(some).most_common(1)[0][0] if some else "" for some in names]
@@ -189,14 +215,20 @@ class Ensemble:
 
     @property
     def _reading(self) -> dict[str, Any]:
-        """How documents are read."""
+        """How documents are read, but for their start."""
         return {
-            "start_id": self.tokenizer.start_id,
             "end_id": self.tokenizer.end_id,
-            "sequence_length": self.sequence_length,
+            "context_length": self.context_length or self.model.max_length,
+            "stride": self.stride,
             "mask_id": self.tokenizer.mask_id,
             "dtype": self.dtype,
         }
+
+    @property
+    def _far(self) -> dict[str, int]:
+        """Windows as long as the models can read, each token from half of that at least."""
+        longest = self.model.max_length
+        return {"context_length": longest, "stride": -(-longest // 2)}
 
     def _positions(self, context: int, document: int, target: int) -> np.ndarray:
         """Of which states the weights are made, for each token after the context."""
@@ -209,6 +241,7 @@ class Ensemble:
         ids: Sequence[np.ndarray],
         scores: Sequence[np.ndarray],
         active: Sequence[np.ndarray],
+        reading: Mapping[str, Any],
     ) -> None:
         """Fills each document's rows of `scores`, [E, n + 1], for the experts active in it."""
         for expert in range(len(self.names)):
@@ -219,7 +252,7 @@ class Ensemble:
                 self.model,
                 self.parameters[expert],
                 [ids[number] for number in chosen],
-                **self._reading,
+                **reading,
             )
             for number, row in zip(chosen, found):
                 scores[number][expert] = row

@@ -54,7 +54,7 @@ def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> F
     if not len(masks):
         raise UserError(f"the text has no {tokenizer.hub.mask_token} to be filled")
     check_ids(ids, model)
-    framed = np.concatenate([[tokenizer.start_id], ids, [tokenizer.end_id]])
+    framed = np.concatenate([tokenizer.start_ids, ids, [tokenizer.end_id]]).astype(np.int64)
     if len(framed) > model.max_length:
         raise UserError(
             f"the text has {len(ids)} tokens; this model of {model.max_length} has room for "
@@ -99,7 +99,7 @@ def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> tup
                     [ids],
                     start_id=ensemble.tokenizer.start_id,
                     end_id=ensemble.tokenizer.end_id,
-                    sequence_length=ensemble.sequence_length,
+                    context_length=ensemble.model.max_length,
                     mask_id=ensemble.tokenizer.mask_id,
                     dtype=ensemble.dtype,
                 )[0]

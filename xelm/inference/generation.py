@@ -1,14 +1,16 @@
 """Continuations of a batch of texts by an ensemble, token by token."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clustering.errors import UserError
+from xelm.data.text import composed_and_decomposed
 from xelm.data.tokenizer import Tokenizer
-from xelm.inference.engine import Engine
+from xelm.inference.decoding import padded
+from xelm.inference.engine import Engine, Text
 from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import check_ids
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 Stream = Callable[[int, str], object]
 """Told the number of a prompt and the next piece of its continuation."""
+MOST_SLOTS = 2**16
+"""Tokens for which a cache has room, of a batch that is not parted by lengths."""
 # Enough for the tokenizer to see that what follows stands in the middle of a text.
 IDS_BEFORE = 8
 # Of a continuation: more than one character has; decoded again with each new id.
@@ -50,35 +54,65 @@ def generate(
     that leaves no room for so many is refused."""
     for ids in prompts:
         check_prompt(ensemble, ids, sampling.max_new_tokens)
-    engine = Engine(ensemble)
-    engine.reserve(len(prompts), max(map(len, prompts), default=0) + sampling.max_new_tokens)
     replies = [Reply(ensemble.tokenizer, ids, sampling.stop) for ids in prompts]
-    texts = [
-        engine.add(ids, sampling, language=language, number=number)
-        for number, (ids, language) in enumerate(zip(prompts, languages))
-    ]
     weights = np.zeros((len(prompts), len(ensemble.names)))
-    while engine.texts:
-        for text, token, spoken in engine.step():
-            number, reply = text.number, replies[text.number]
-            weights[number] += spoken
-            if token in ensemble.tokenizer.end_ids:
-                reply.finished = True
-            else:
-                stream(number, reply.add(token))
-            if reply.finished or text.drawn == sampling.max_new_tokens:
-                engine.remove(text)
+    drawn = np.zeros(len(prompts), int)
+    texts: dict[int, Text] = {}
+    for numbers in _side_by_side([len(ids) + sampling.max_new_tokens for ids in prompts]):
+        engine = Engine(ensemble)
+        longest = max(len(prompts[number]) for number in numbers)
+        engine.reserve(len(numbers), longest + sampling.max_new_tokens)
+        for number in numbers:
+            texts[number] = engine.add(
+                prompts[number], sampling, language=languages[number], number=number
+            )
+        _continue(engine, ensemble.tokenizer.end_ids, sampling, replies, weights, drawn, stream)
     for number, reply in enumerate(replies):
         stream(number, reply.rest())
     return [
         Generation(
             text=reply.text,
             ids=reply.ids,
-            weights=dict(zip(ensemble.names, (mean / text.drawn).tolist())),
-            routing=text.routing,
+            weights=dict(zip(ensemble.names, (mean / count).tolist())),
+            routing=texts[number].routing,
         )
-        for reply, mean, text in zip(replies, weights, texts)
+        for number, (reply, mean, count) in enumerate(zip(replies, weights, drawn))
     ]
+
+
+def _side_by_side(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of texts that are continued together: all, or where that would take much memory
+    because one is long, those of about one length (every text has as many places of a cache)."""
+    slots = [padded(length) for length in lengths]
+    if len(slots) * max(slots, default=0) <= MOST_SLOTS:
+        return [list(range(len(slots)))] if slots else []
+    groups: dict[int, list[int]] = {}
+    for number, size in enumerate(slots):
+        groups.setdefault(size, []).append(number)
+    return list(groups.values())
+
+
+def _continue(
+    engine: Engine,
+    end_ids: Container[int],
+    sampling: Sampling,
+    replies: Sequence["Reply"],
+    weights: np.ndarray,
+    drawn: np.ndarray,
+    stream: Stream,
+) -> None:
+    """Continues the texts of an engine to their ends, and counts and sums up by their numbers."""
+    while engine.texts:
+        for text, token, spoken in engine.step():
+            number, reply = text.number, replies[text.number]
+            weights[number] += spoken
+            drawn[number] += 1
+            if token in end_ids:
+                reply.finished = True
+            else:
+                stream(number, reply.add(token))
+            if reply.finished or text.drawn == sampling.max_new_tokens:
+                engine.remove(text)
 
 
 class Reply:
@@ -89,7 +123,9 @@ class Reply:
         self.text = ""
         """All of it so far, up to a stop string."""
         self.finished = False
-        self._tokenizer, self._stop = tokenizer, stop
+        # A model may write a character composed or decomposed, whatever the stop string has.
+        self._stop = [form for text in stop for form in composed_and_decomposed(text)]
+        self._tokenizer = tokenizer
         # Decoded behind others: a leading space would be lost alone.
         self._before = _whole_characters(tokenizer, list(prompt)) or list(prompt)
         self._skipped = len(tokenizer.decode(self._before))
@@ -165,8 +201,9 @@ def check_prompt(ensemble: "Ensemble", ids: Sequence[int], new: int) -> None:
     check_ids(np.asarray(ids), ensemble.model)
     limit = ensemble.model.max_length
     if len(ids) + new > limit:
-        # The token that starts every text is ours, not the user's.
+        # The token that starts texts is ours, not the user's.
+        given = len(ids) - ensemble.tokenizer.starts(ids)
         raise UserError(
-            f"the prompt has {len(ids) - 1} tokens, which leaves this model of {limit} room for "
+            f"the prompt has {given} tokens, which leaves this model of {limit} room for "
             f"{max(0, limit - len(ids))} new ones; got max_new_tokens={new}"
         )

@@ -1,11 +1,12 @@
 """log p of every token of many documents under one model, in a few compiled batches.
 
-Documents are cut into windows of at most T predicted tokens and packed into rows, where they do
-not see each other.
+Documents are cut into windows of at most T read tokens, which overlap or not, and packed into rows,
+where they do not see each other.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind_layers, graph
 from xelm.training.loss import target_log_probabilities
 
-ROWS_A_BATCH = 16
+ROWS_A_BATCH, ROW_TOKENS = 16, 512
+"""Rows that are read at once, and tokens of each. Rows for longer windows are fewer."""
+LEAST_ROW_TOKENS = 16
 # Tokens from one hidden one to the next, where an encoder is asked: about the share of hidden
 # tokens that encoders are trained with.
 APART = 8
@@ -27,6 +30,12 @@ APART = 8
 def targets(model: ModelConfig, ids: Integer[np.ndarray, " n"], end_id: int) -> np.ndarray:
     """What a model is asked to predict of a document: its ids, and by a decoder its end."""
     return np.append(ids, end_id) if model.causal else np.asarray(ids)
+
+
+def unpredicted(start_id: int | None) -> int:
+    """How many of the first `targets` of a document are not predicted: where no token stands before
+    a text, its own first token is given. Its log probability is 0 in what is returned here."""
+    return 1 if start_id is None else 0
 
 
 def check_ids(ids: Integer[np.ndarray, " _"], model: ModelConfig) -> None:
@@ -38,14 +47,28 @@ def check_ids(ids: Integer[np.ndarray, " _"], model: ModelConfig) -> None:
         )
 
 
+def check_windows(model: ModelConfig, context_length: int, stride: int | None) -> None:
+    """Raises UserError for windows that a model cannot read, or that leave tokens out."""
+    if not 1 <= context_length <= model.max_length:
+        raise UserError(
+            f"context_length must be between 1 and the {model.max_length} tokens that this model "
+            f"can read; got {context_length}"
+        )
+    if stride is not None and not 1 <= stride <= context_length:
+        raise UserError(
+            f"stride must be between 1 and context_length, {context_length}; got {stride}"
+        )
+
+
 def score_documents(
     model: ModelConfig,
     parameters: Any,
     documents: Sequence[Integer[np.ndarray, " _"]],
     *,
-    start_id: int,
+    start_id: int | None,
     end_id: int,
-    sequence_length: int,
+    context_length: int,
+    stride: int | None = None,
     mask_id: int | None = None,
     dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
@@ -54,8 +77,12 @@ def score_documents(
 
     A decoder predicts each from those before. An encoder predicts each from all others, as in
     pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), save that every `APART`-th token is
-    hidden at once: `APART` readings instead of one for each token. A document longer than
-    `sequence_length` is read in windows that do not see each other.
+    hidden at once: `APART` readings instead of one for each token.
+
+    context_length: tokens that the model reads at once. A longer document is read in windows of so
+    many, each `stride` tokens behind the one before; each token is predicted once, after the first
+    window from at least context_length - stride tokens. stride: None is context_length, windows
+    that share no more than a token. start_id: what is read before each document; None: nothing.
     """
     return _measured(
         target_log_probabilities,
@@ -64,7 +91,8 @@ def score_documents(
         documents,
         start_id=start_id,
         end_id=end_id,
-        sequence_length=sequence_length,
+        context_length=context_length,
+        stride=stride,
         mask_id=mask_id,
         dtype=dtype,
         progress=progress,
@@ -92,47 +120,82 @@ def _measured(
     parameters: Any,
     documents: Sequence[Integer[np.ndarray, " _"]],
     *,
-    start_id: int,
+    start_id: int | None,
     end_id: int,
-    sequence_length: int,
-    mask_id: int | None,
+    context_length: int,
+    stride: int | None = None,
+    mask_id: int | None = None,
     dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[np.ndarray]:
     """What `measure` finds of (states, head, targets), by target of each document."""
-    framed = [np.concatenate([[start_id], ids, [end_id]]) for ids in documents]
+    start = [] if start_id is None else [start_id]
+    framed = [np.concatenate([start, ids, [end_id]]).astype(np.int64) for ids in documents]
     value = () if measure is target_log_probabilities else (model.width,)
-    scores = [np.empty((len(targets(model, i, end_id)), *value), np.float32) for i in documents]
+    scores = [np.zeros((len(targets(model, i, end_id)), *value), np.float32) for i in documents]
     lengths = [len(document) for document in framed]
-    if model.causal:
-        size = sequence_length + 1  # the last token of a row is not read
-        rows = _pack(lengths, size, size)
-    else:  # every window begins at a multiple of APART, where hidden tokens lie alike
-        size = -(-sequence_length // APART) * APART
-        rows = _pack(lengths, sequence_length, size, APART)
+    # A decoder does not read the last token of a window; an encoder's first is context only.
+    longest = context_length + model.causal
+    step = min(stride or context_length, longest - 1)
     score = (_scorer if model.causal else _guesser)(model, dtype, measure)
-    for first in range(0, len(rows), ROWS_A_BATCH):
-        part = rows[first : first + ROWS_A_BATCH]
-        shape = (ROWS_A_BATCH, size)
-        tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-        asked = np.zeros(shape, bool)
-        for r, row in enumerate(part):
-            for s, (number, begin, end, column) in enumerate(row, 1):
-                where = slice(column, column + end - begin)
-                tokens[r, where] = framed[number][begin:end]
-                segments[r, where] = s
-                positions[r, where] = np.arange(end - begin)
-                # A window's first token is context only; so is, for an encoder, a document's end.
-                last = min(end - 1, len(scores[number]))
-                asked[r, column + 1 : column + 1 + last - begin] = True
-        found = np.asarray(score(parameters, tokens, segments, positions, asked, mask_id))
-        for r, row in enumerate(part):
-            for number, begin, end, column in row:
-                # Without the first column: what is found at a column is of the next one.
-                last = min(end - 1, len(scores[number]))
-                scores[number][begin:last] = found[r, column : column + last - begin]
-        progress(sum(end - begin - 1 for row in part for _, begin, end, _ in row))
+    # An encoder's windows begin at a multiple of APART, where hidden tokens lie alike.
+    unit = 1 if model.causal else APART
+    for size, rows in _pack(_windows(lengths, longest, step), longest, unit):
+        count = max(1, min(ROWS_A_BATCH, ROWS_A_BATCH * ROW_TOKENS // size))
+        for first in range(0, len(rows), count):
+            part = rows[first : first + count]
+            shape = (count, size)
+            tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+            asked = np.zeros(shape, bool)
+            for r, row in enumerate(part):
+                for s, (window, column) in enumerate(row, 1):
+                    where = slice(column, column + window.size)
+                    tokens[r, where] = framed[window.document][window.begin : window.end]
+                    segments[r, where] = s
+                    positions[r, where] = np.arange(window.size)
+                    # Not what another window predicts, nor an encoder's end.
+                    last = min(window.end, len(start) + len(scores[window.document]))
+                    asked[
+                        r, column + window.known - window.begin : column + last - window.begin
+                    ] = 1
+            found = np.asarray(score(parameters, tokens, segments, positions, asked, mask_id))
+            for r, row in enumerate(part):
+                for window, column in row:
+                    own = scores[window.document]
+                    last = min(window.end, len(start) + len(own))
+                    # Without the first column: what is found at a column is of the next one.
+                    at = column - window.begin - 1
+                    new = found[r, at + window.known : at + last]
+                    own[window.known - len(start) : last - len(start)] = new
+            progress(sum(window.end - window.known for row in part for window, _ in row))
     return scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Tokens `begin` to `end` of a document, of which those from `known` on are predicted."""
+
+    document: int
+    begin: int
+    end: int
+    known: int
+
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return self.end - self.begin
+
+
+def _windows(lengths: Sequence[int], longest: int, step: int) -> list[_Window]:
+    """Windows in which each token but the first of each document is predicted once."""
+    windows = []
+    for document, length in enumerate(lengths):
+        begin, known = 0, 1
+        while known < length:
+            end = min(begin + longest, length)
+            windows.append(_Window(document, begin, end, known))
+            begin, known = begin + step, end
+    return windows
 
 
 @functools.lru_cache(maxsize=8)
@@ -178,29 +241,45 @@ def _guesser(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
 
 
 def _pack(
-    lengths: Sequence[int], longest: int, size: int, unit: int = 1
-) -> list[list[tuple[int, int, int, int]]]:
-    """Rows of `size` columns with windows (document, begin, end, column) of at most `longest`
-    tokens, longest window first into the first row with room, at multiples of `unit`. Windows
-    overlap by the one token that is context only."""
-    windows = []
-    for number, length in enumerate(lengths):
-        begin = 0
-        while begin < length - 1:
-            end = min(begin + longest, length)
-            windows.append((end - begin, number, begin, end))
-            begin = end - 1
-    windows.sort(key=lambda window: -window[0])
-    rows: list[list[tuple[int, int, int, int]]] = []
+    windows: Sequence[_Window], longest: int, unit: int
+) -> list[tuple[int, list[list[tuple[_Window, int]]]]]:
+    """Rows of windows, each with its column, by the columns of a row: few sizes, none twice as long
+    as its windows unless these share it."""
+    sizes = _sizes(max((window.size for window in windows), default=0), longest, unit)
+    by_size: dict[int, list[_Window]] = {}
+    for window in windows:
+        by_size.setdefault(next(s for s in sizes if s >= window.size), []).append(window)
+    return [(size, _rows(some, size, unit)) for size, some in sorted(by_size.items())]
+
+
+def _sizes(needed: int, longest: int, unit: int) -> list[int]:
+    """Columns of a row that windows may have, in powers of two of the tokens that are read: one
+    size for all short ones, and more for longer ones up to the longest of all."""
+    more = unit == 1  # a column that is not read
+    read = LEAST_ROW_TOKENS
+    while read < min(needed - more, ROW_TOKENS):
+        read *= 2
+    sizes = [read + more]
+    while sizes[-1] < needed:
+        read *= 2
+        sizes.append(read + more)
+    sizes[-1] = max(min(sizes[-1], longest), needed)
+    return [-(-size // unit) * unit if unit > 1 else size for size in sizes]
+
+
+def _rows(windows: Sequence[_Window], size: int, unit: int) -> list[list[tuple[_Window, int]]]:
+    """Windows in rows of `size` columns, longest first into the row with least room, at multiples
+    of `unit`."""
+    rows: list[list[tuple[_Window, int]]] = []
     open_rows: dict[int, list[int]] = {}  # free columns -> rows
-    for length, number, begin, end in windows:
-        length = -(-length // unit) * unit
+    for window in sorted(windows, key=lambda window: -window.size):
+        length = -(-window.size // unit) * unit
         free = min((f for f in open_rows if f >= length and open_rows[f]), default=None)
         if free is None:
             rows.append([])
             row, free = len(rows) - 1, size
         else:
             row = open_rows[free].pop()
-        rows[row].append((number, begin, end, size - free))
+        rows[row].append((window, size - free))
         open_rows.setdefault(free - length, []).append(row)
     return rows

@@ -42,7 +42,7 @@ def open_ensemble(
         # Whoever was given a weight by hand is asked.
         least_weight=0.0 if routing.name == "fixed" else routing.least_weight,
         route_per=route_per,
-        sequence_length=run.config.experts.sequence_length,
+        context_length=run.context_length,
         sampling=sampling_of(run.seed)[0],
     )
 

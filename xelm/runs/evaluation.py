@@ -22,11 +22,12 @@ from experts.registry import Registry
 from xelm import __version__
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import Store
+from xelm.data.tokenizer import Tokenizer
 from xelm.inference.guessing import guess_documents
 from xelm.inference.holding import Holding
 from xelm.inference.reliability import Reliability, chosen
 from xelm.inference.routing import Router, mixture, states_along, weights_along
-from xelm.inference.scoring import score_documents, targets
+from xelm.inference.scoring import check_windows, score_documents, targets, unpredicted
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
@@ -61,6 +62,8 @@ def evaluate(
     temperature: float | None = None,
     max_documents: int | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
+    context_length: int | None = None,
+    stride: int | None = None,
     save: bool = True,
 ) -> Results:
     """Scores the seed, the dense baseline if there is one, every published expert, and their
@@ -70,6 +73,9 @@ def evaluate(
 
     max_documents: of each language, the first in the corpus; None takes all.
     calibration_tokens: of each language, the first, whose whole distributions are looked at.
+    context_length: tokens that a model reads at once; None is the models' own length
+    (`Run.context_length`). stride: tokens from one window of a longer document to the next, as in
+    `score_documents`; None is context_length.
     """
     if "fixed" in routings:
         raise UserError(
@@ -84,6 +90,9 @@ def evaluate(
         raise UserError(f"max_documents must be at least 1; got {max_documents}")
     if calibration_tokens < 0:
         raise UserError(f"calibration_tokens must be at least 0; got {calibration_tokens}")
+    model = read_config(run.seed)
+    context_length = run.context_length if context_length is None else context_length
+    check_windows(model, context_length, stride)
     experts = run.registry().published()
     if experts:
         check_top_m(top_m, len(experts))
@@ -108,7 +117,9 @@ def evaluate(
             asked[expert.name] = [tag for tag in store.languages if served.get(tag) == index]
     evaluation = _Evaluation(
         run=run,
-        model=read_config(run.seed),
+        model=model,
+        tokenizer=run.tokenizer(),
+        windows=(context_length, stride or context_length),
         systems=systems,
         experts=[expert.name for expert in experts],
         served=served,
@@ -136,6 +147,9 @@ def evaluate(
         "temperature": temperature,
         "max_documents": max_documents,
         "calibration_tokens": calibration_tokens,
+        "context_length": context_length,
+        "stride": stride or context_length,
+        "start_token": run.config.start_token,
     }
     return _saved(run, str(corpus), options, results)
 
@@ -209,6 +223,9 @@ class _Evaluation:
 
     run: Run
     model: ModelConfig
+    tokenizer: Tokenizer
+    windows: tuple[int, int]
+    """Tokens that are read at once, and from one window of a document to the next."""
     systems: Mapping[str, Path]
     """Single models -> their checkpoints, experts last."""
     experts: Sequence[str]
@@ -226,14 +243,33 @@ class _Evaluation:
     calibration_tokens: int
     """Of each language."""
 
+    @property
+    def first(self) -> int:
+        """The first of a document's targets that is predicted."""
+        return unpredicted(self.tokenizer.start_id) if self.model.causal else 0
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How documents are read."""
+        return {
+            "start_id": self.tokenizer.start_id,
+            "end_id": self.tokenizer.end_id,
+            "context_length": self.windows[0],
+            "stride": self.windows[1],
+            "mask_id": self.tokenizer.mask_id,
+        }
+
     def targets(self, tag: str) -> list[np.ndarray]:
-        """What is predicted of each document of a language."""
-        end = self.run.tokenizer().end_id
+        """What a model is asked to predict of each document of a language."""
+        end = self.tokenizer.end_id
         return [targets(self.model, np.asarray(d, np.int64), end) for d in self.documents[tag]]
 
     def tokens(self) -> dict[str, np.ndarray]:
-        """How many, by language and document."""
-        return {tag: np.asarray([len(w) for w in self.targets(tag)]) for tag in self.documents}
+        """How many are predicted, by language and document."""
+        first = self.first
+        return {
+            tag: np.asarray([len(w) - first for w in self.targets(tag)]) for tag in self.documents
+        }
 
     def measured(self) -> dict[str, dict[System, Measured]]:
         """By language: every model, then the ensemble under every routing."""
@@ -254,14 +290,14 @@ class _Evaluation:
         scores: Mapping[str, Mapping[str, Sequence[np.ndarray]]],
         holding: Holding,
     ) -> dict[System, Measured]:
-        wanted = self.targets(tag)
+        wanted, first = self.targets(tag), self.first
         found: dict[System, Measured] = {}
         for system in self.systems:
             if tag in scores[system]:
                 nats = [-own.sum(dtype=np.float64) for own in scores[system][tag]]
                 found[system, None] = Measured(nats=np.asarray(nats))
         by_expert = [scores[name].get(tag) for name in self.experts]
-        sizes = self._sample([len(target) for target in wanted])
+        sizes = self._sample([len(target) - first for target in wanted])
         samples: dict[System, list[np.ndarray]] = {}
         for routing, router in self.routers.items():
             if routing == "language" and tag not in self.served:
@@ -274,9 +310,10 @@ class _Evaluation:
                 silent = np.full(len(target), -np.inf, np.float32)
                 own = np.stack([silent if one is None else one[number] for one in by_expert])
                 states = states_along(router, router.start(told), target)
-                log_weights = weights_along(router, states, own, np.arange(len(target)), *self.kept)
-                nats.append(-mixture(log_weights, own).sum(dtype=np.float64))
-                part = _weighed(np.exp(log_weights), expert, router.asks(states[:-1]))
+                at = np.arange(first, len(target))
+                log_weights = weights_along(router, states, own, at, *self.kept)
+                nats.append(-mixture(log_weights, own[:, first:]).sum(dtype=np.float64))
+                part = _weighed(np.exp(log_weights), expert, router.asks(states[at]))
                 weighed = part if weighed is None else weighed + part
                 if number < len(sizes):
                     heads.append(log_weights[: sizes[number]])
@@ -322,17 +359,15 @@ class _Evaluation:
             for place, name in enumerate(names):
                 if name in self.experts:
                     mixtures[way, :, place] = log_weights[:, self.experts.index(name)]
-        tokenizer = self.run.tokenizer()
+        places = [slice(self.first, self.first + size) for size in sizes]
         guesses = guess_documents(
             self.model,
             [partial(holding.__getitem__, n) for n in asked],
-            [ids[:size] for ids, size in zip(self.documents[tag], sizes)],
-            [target[:size] for target, size in zip(wanted, sizes)],
+            [ids[: place.stop] for ids, place in zip(self.documents[tag], places)],
+            [target[place] for target, place in zip(wanted, places)],
             mixtures,
-            start_id=tokenizer.start_id,
-            end_id=tokenizer.end_id,
-            sequence_length=self.run.config.experts.sequence_length,
-            mask_id=tokenizer.mask_id,
+            places=places,
+            **self.reading,
         )
         for number, system in enumerate([*((name, None) for name in names), *samples]):
             found[system].guessed = Guessed(
@@ -343,8 +378,8 @@ class _Evaluation:
     def _scores(self) -> dict[str, dict[str, list[np.ndarray]]]:
         """system -> each language it is asked in -> log probabilities of each document's tokens.
         One model at a time is in memory."""
-        tokenizer = self.run.tokenizer()
-        sizes = {tag: sum(len(ids) + 1 for ids in some) for tag, some in self.documents.items()}
+        reading = self.reading
+        sizes = {tag: int(counts.sum()) for tag, counts in self.tokens().items()}
         total = sum(sizes[tag] for tags in self.asked.values() for tag in tags)
         scores: dict[str, dict[str, list[np.ndarray]]] = {}
         with bar(total, "evaluate", "tok") as progress:
@@ -356,11 +391,8 @@ class _Evaluation:
                         self.model,
                         parameters,
                         flat,
-                        start_id=tokenizer.start_id,
-                        end_id=tokenizer.end_id,
-                        sequence_length=self.run.config.experts.sequence_length,
-                        mask_id=tokenizer.mask_id,
                         progress=progress.update,
+                        **reading,
                     )
                 )
                 scores[system] = {

@@ -39,13 +39,14 @@ def features(
     tags = canonical_all(corpora.languages_of(corpus) if languages is None else languages)
     corpus = corpus.pinned()
     tokenizer, faults = run.tokenizer(), Faults()
-    frame = (tokenizer.start_id, tokenizer.end_id)
     plan = corpora.plan(corpus, tags)
     ids: dict[str, list[np.ndarray]] = {}
     for tag in tags:
         texts = (document.text for document in plan.documents_in(tag, faults))
         encoded = tokenizer.encode(list(itertools.islice(texts, documents)))
-        ids[tag] = [np.array([*frame[:1], *one, *frame[1:]], np.int32) for one in encoded]
+        ids[tag] = [
+            np.array([*tokenizer.start_ids, *one, tokenizer.end_id], np.int32) for one in encoded
+        ]
     if not all(ids.values()):
         raise corpora.no_documents([tag for tag, found in ids.items() if not found], faults)
     if faults:  # after which documents of one number would not mean the same

@@ -17,7 +17,7 @@ from experts import manifest
 from experts.lock import locked
 from experts.registry import Registry
 from experts.verify import hash_directory
-from xelm.config import RunConfig, TrainConfig
+from xelm.config import RunConfig, StartToken, TrainConfig
 from xelm.data import corpus as corpora
 from xelm.data import tokenizer as tokenizers
 from xelm.data.building import build_store, in_processes, kept
@@ -74,7 +74,7 @@ def init(
         _check_lengths(parts, _model(config))
     else:
         parts = {"experts": config.experts, "grow": config.grow}
-        _check_lengths(parts, _check_seed(Path(seed)))
+        _check_lengths(parts, _check_seed(Path(seed), config.start_token))
         config = replace(config, model=None)  # the seed has one
     facts = {
         "languages": list(tags),
@@ -148,7 +148,7 @@ def _tokenise(
     faults = Faults()
     reading = Reading(corpora.plan(corpus, languages), faults)
     reading.plan.check()
-    tokenizer = tokenizers.load(tokenizer_files)
+    tokenizer = tokenizers.load(tokenizer_files, run.config.start_token)
     with bar(None, f"tokenise {name}", "doc") as progress:
         store = build_store(
             directory,
@@ -245,7 +245,8 @@ def _train_tokenizer(run: Run, corpus: Corpus) -> None:
 def _train_seed(run: Run, store: Store) -> None:
     if run.seed.exists():
         return
-    config, tokenizer = run.config, tokenizers.load(_tokenizer_directory(run))
+    config = run.config
+    tokenizer = tokenizers.load(_tokenizer_directory(run), config.start_token)
     shares = shares_of(config.seed, store.languages)
     training = Training(
         label="seed",
@@ -269,12 +270,19 @@ def _train_seed(run: Run, store: Store) -> None:
     shutil.rmtree(run.training("seed"), ignore_errors=True)
 
 
-def _check_seed(source: Path) -> ModelConfig:
-    model, tokenizer = check_checkpoint(source), tokenizers.load(source)
+def _check_seed(source: Path, start_token: StartToken) -> ModelConfig:
+    model, tokenizer = check_checkpoint(source), tokenizers.load(source, start_token)
     if tokenizer.rows() > model.vocabulary_size:
         raise UserError(
             f"the tokenizer of {source} has {tokenizer.rows()} ids, its embedding "
             f"{model.vocabulary_size} rows"
+        )
+    if tokenizer.ignored:
+        ids = ", ".join(map(str, tokenizer.ignored))
+        print(
+            f"{source}: its configuration names {ids} as bos or eos, which the tokenizer reads as "
+            "text; the tokenizer's own special tokens are used",
+            file=sys.stderr,
         )
     if model.causal and (unknown := sampling_of(source)[1]):
         print(

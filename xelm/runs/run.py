@@ -91,7 +91,17 @@ class Run:
         """The seed's, which every expert shares."""
         from xelm.data import tokenizer
 
-        return tokenizer.load(self.seed)
+        return tokenizer.load(self.seed, self.config.start_token)
+
+    @property
+    def context_length(self) -> int:
+        """The models' own length, in tokens: that of the seed's config.json or, of a seed that was
+        trained here, that of the rows in training. Later positions such a model has never seen."""
+        from xelm.models.checkpoint import read_config
+
+        if self.config.model is None:
+            return read_config(self.seed).max_length
+        return max(self.config.seed.sequence_length, self.config.experts.sequence_length)
 
     def store(self, name: str = "train") -> "Store":
         """The tokenised corpus of the RUN, or of a grown language."""
@@ -203,6 +213,10 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
     more = present - {"run.json", ".locks"}
     if "run.json" in present:
         run = open_run(directory, finished=False)
+        if "start_token" not in run.record["config"] and config.start_token == "tokenizer":
+            del wanted["config"][
+                "start_token"
+            ]  # a RUN made before this setting goes on as it began
         # What a corpus holds counts, not where it lies.
         differ = _differences(run.record, {**wanted, "corpus": run.record["corpus"]})
         if not differ:

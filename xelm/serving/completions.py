@@ -354,7 +354,7 @@ def check_model(name: str, offer: Offer) -> None:
 
 
 def _encoded(asked: CompletionRequest | ChatRequest, offer: Offer) -> list[list[int]]:
-    """Ids of each prompt, after the one that starts every text."""
+    """Ids of each prompt: of a text after the one that starts texts, and ids as they are."""
     tokenizer = offer.ensemble.tokenizer
     texts = [prompt for prompt in getattr(asked, "prompts", ()) if isinstance(prompt, str)]
     texts += [message.text for message in getattr(asked, "messages", ())]
@@ -369,10 +369,7 @@ def _encoded(asked: CompletionRequest | ChatRequest, offer: Offer) -> list[list[
         messages = [{"role": m.role, "content": m.text} for m in asked.messages]
         return [tokenizer.chat(messages)]
     return [
-        tokenizer.begin(prompt)
-        if isinstance(prompt, str)
-        else [*([tokenizer.start_id] if prompt[0] != tokenizer.start_id else []), *prompt]
-        for prompt in asked.prompts
+        tokenizer.begin(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
     ]
 
 

@@ -86,7 +86,7 @@ class Ticket:
     model: str
     """A name that is offered."""
     ids: Sequence[int]
-    """Of the prompt, with the id that starts every text."""
+    """Of the prompt, as they are read."""
     sampling: Sampling
     language: str | None = None
     """That it is told to be in."""

@@ -48,9 +48,10 @@ class Offer:
         return 2 * longest * self.ensemble.model.max_length
 
     def language_of(self, ids: Sequence[int]) -> str | None:
-        """The probable language of a text that begins with these ids, the first of which starts
-        every text; None of an empty one."""
-        heard = np.asarray(ids[1 : 1 + _HEARD], np.int64)
+        """The probable language of a text that begins with these ids; None of one that is empty but
+        for the token that starts texts."""
+        silent = self.ensemble.tokenizer.starts(ids)
+        heard = np.asarray(ids[silent : silent + _HEARD], np.int64)
         if not len(heard):
             return None
         states = states_along(self.detector, self.detector.start(None), heard)

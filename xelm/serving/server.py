@@ -244,7 +244,7 @@ def _is_loopback(host: str) -> bool:
 def _warm(offer: Offer) -> None:
     """Compiles what the first request would wait for."""
     engine = Engine(offer.ensemble)
-    ids = [offer.ensemble.tokenizer.start_id] * 2
+    ids = [offer.ensemble.tokenizer.prefix_id] * 2
     text = engine.add(ids, GREEDY, router=list(offer.routers.values())[1])
     for _ in range(2):
         engine.step()

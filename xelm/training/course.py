@@ -50,7 +50,8 @@ class Training:
 class Text:
     """How rows are made of documents."""
 
-    start_id: int
+    start_id: int | None
+    """None: a document's first token is not predicted."""
     end_id: int
     masking: Masking | None = None
     """Of an encoder."""

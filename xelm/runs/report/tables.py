@@ -146,6 +146,9 @@ def making(facts: Facts) -> list[tuple[str, str]]:
     if results:
         rows["evaluated on"] = results.get("corpus")
         rows["evaluated by xelm"] = results.get("xelm")
+        if "context_length" in results:
+            rows["tokens read at once"] = results["context_length"]
+            rows["tokens from one window to the next"] = results["stride"]
         rows["documents of each language"] = results.get("max_documents") or "all"
         rows["experts with weight at a token"] = results.get("top_m") or "all"
         rows["temperature of TF-IDF routing"] = results.get("temperature") or "default"

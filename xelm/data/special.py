@@ -1,0 +1,182 @@
+"""Special tokens within text: those of a chat's template, never those that a message spells.
+
+A chat is rendered to a string and then becomes ids. So that "</s>" in a message stays four
+characters, the messages are marked before the template sees them: behind each character with which
+the name of a special token might begin stands `ESCAPE`, so that no such name is found there. The
+marks go before the text becomes ids. They are noncharacters of Unicode, which no text may have.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from clustering.errors import UserError
+from xelm.data.text import normalised
+
+RENDERED = "\ufdd0"
+"""Begins a rendered chat, in which the names of special tokens are the tokens themselves."""
+ESCAPE = "\ufdd1"
+"""Stands within a name that is to stay text."""
+_STAND_IN = "\ufdd2"
+_NONCHARACTERS = re.compile(f"[{RENDERED}{ESCAPE}{_STAND_IN}]")
+_FIRST_STAND_IN = 0xF0000
+"""Of Unicode's private plane; with `_STAND_IN` before it, the name of an ordinary token."""
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, and text in which some of them stand for themselves."""
+
+    def __init__(self, hub: Any):
+        self._hub = hub
+        added = hub.added_tokens_decoder.items()
+        self.ids: dict[str, int] = {token.content: id for id, token in added if token.special}
+        """Name -> id."""
+        named = zip(hub.all_special_tokens, hub.all_special_ids)
+        self.ids |= {name: id for name, id in named if name and name not in self.ids}
+        self._numbers = {name: number for number, name in enumerate(self.ids)}
+        self._names = _any_of(self.ids)
+        self._beginnings = _any_of({name[0] for name in self.ids})
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A chat by the checkpoint's own template, for `encode`. add_generation_prompt: the other
+        side is to continue; otherwise the last message is. options: values that the template knows
+        beside the messages. UserError for messages that the template refuses."""
+        given = self._checked({"messages": list(messages), "options": dict(options or {})})
+        known = inspect.signature(self._hub.apply_chat_template).parameters
+        if taken := [name for name in given["options"] if name in known]:
+            raise UserError(f"a chat template has no option {taken[0]!r}")
+
+        def made(marked: Mapping[str, Any]) -> str:
+            try:
+                return self._hub.apply_chat_template(
+                    marked["messages"],
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=not add_generation_prompt,
+                    **marked["options"],
+                )
+            except (
+                Exception
+            ) as error:  # a template is a program of its own; it raises what it likes
+                raise UserError(f"the chat template refuses these messages: {error}") from None
+
+        plain, rendered = made(given), ""
+        # Some templates look into messages, as for "</think>". They find nothing where every "<" is
+        # marked, but do where whole names of special tokens alone are.
+        for pattern in (self._beginnings, self._names):
+            rendered = made(_mapped(given, functools.partial(_marked, pattern)))
+            if rendered.replace(ESCAPE, "") == plain:
+                break
+        return RENDERED + (rendered if self._spells(rendered) else rendered.replace(ESCAPE, ""))
+
+    def escape(self, text: str) -> str:
+        """A text that is to stand within a rendered chat, as part of what was said."""
+        return _marked(self._beginnings, self._checked(text))
+
+    def encode(self, rendered: str) -> list[int]:
+        """Subword ids of a rendered chat, with no other special tokens than the template has: those
+        of `apply_chat_template`, if no message spells a special token."""
+        rendered = rendered.removeprefix(RENDERED)
+        if self._spells(rendered):
+            return self._among_text(self._names, rendered)
+        backend = self._hub.backend_tokenizer
+        return ids_of(backend, [rendered.replace(ESCAPE, "")], special=True)[0]
+
+    def encode_with(self, name: str, text: str) -> list[int]:
+        """Subword ids of a text in which one special token stands for itself."""
+        return self._among_text(_any_of([name]), self._checked(text))
+
+    def _spells(self, rendered: str) -> bool:
+        """Whether there are more names of special tokens without the marks than with them."""
+        if ESCAPE not in rendered:
+            return False
+        found = self._names.findall(rendered)
+        return found != self._names.findall(rendered.replace(ESCAPE, ""))
+
+    def _among_text(self, names: re.Pattern[str], text: str) -> list[int]:
+        """Ids of a text in which what `names` finds is special and nothing else is."""
+        numbers = self._numbers
+        text = names.sub(lambda found: _stand_in(numbers[found[0]]), text).replace(ESCAPE, "")
+        backend, ids = self._with_stand_ins
+        return [ids.get(id, id) for id in ids_of(backend, [text])[0]]
+
+    @functools.cached_property
+    def _with_stand_ins(self) -> tuple[Any, Mapping[int, int]]:
+        """The tokenizer with an ordinary token beside each special one, which cuts a text as that
+        does; and ids of the former -> of the latter. Special ones are not looked for in it."""
+        import tokenizers
+
+        copy = tokenizers.Tokenizer.from_str(self._hub.backend_tokenizer.to_str())
+        like = {token.content: token for token in self._hub.added_tokens_decoder.values()}
+        ids: dict[int, int] = {}
+        for name, number in self._numbers.items():
+            form = like.get(name, tokenizers.AddedToken(name))
+            token = tokenizers.AddedToken(
+                _stand_in(number),
+                lstrip=form.lstrip,
+                rstrip=form.rstrip,
+                single_word=form.single_word,
+                normalized=False,
+                special=False,
+            )
+            copy.add_tokens([token])
+            ids[copy.token_to_id(token.content)] = self.ids[name]
+        return copy, ids
+
+    def _checked(self, value: Any) -> Any:
+        """Messages with texts in Unicode's composed form."""
+
+        def check(text: str) -> str:
+            if found := _NONCHARACTERS.search(text):
+                raise UserError(
+                    f"a text has no noncharacters of Unicode; got U+{ord(found[0]):04X} at "
+                    f"character {found.start() + 1}"
+                )
+            return normalised(text)
+
+        return _mapped(value, check)
+
+
+def ids_of(backend: Any, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """Subword ids of each text by a tokenizer of the tokenizers library, with nothing before or
+    behind it. special: names of special tokens are those tokens, not characters. (What transformers
+    make of a text besides costs a third of the time.)"""
+    # Transformers change these settings at their own calls.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = not special
+    found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in found]
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    """With every text in it changed, but for the names of entries."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _mapped(entry, change) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mapped(entry, change) for entry in value]
+    return value
+
+
+def _marked(pattern: re.Pattern[str], text: str) -> str:
+    return pattern.sub(lambda found: found[0][0] + ESCAPE + found[0][1:], text)
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    """Finds any of these, the longest first, unless it is marked."""
+    ordered = sorted(names, key=lambda name: -len(name))
+    return re.compile(f"(?:{'|'.join(map(re.escape, ordered))})(?!{ESCAPE})" if ordered else "(?!)")
+
+
+def _stand_in(number: int) -> str:
+    return _STAND_IN + chr(_FIRST_STAND_IN + number)
