@@ -138,7 +138,7 @@ def test_a_text_behind_a_context_is_scored_with_what_the_router_heard_of_it(run,
     ids = [tokenizer.encode([part])[0] for part in (context, text)]
     for route_per in ("token", "prompt", "sequence"):
         ensemble = run.ensemble(routing, route_per=route_per)
-        found = ensemble.score([text], contexts=[context])
+        found = ensemble.score([" " + text], contexts=[context])
         assert found.tokens.tolist() == [len(ids[1]) + 1]
         if route_per == "token":  # the chain rule
             whole = ensemble.score([context + " " + text]).nats[0]
@@ -149,7 +149,7 @@ def test_a_text_behind_a_context_is_scored_with_what_the_router_heard_of_it(run,
         else:  # one mixture with the same weights throughout
             weights = {name: weight[0] for name, weight in found.weights.items()}
             fixed = run.ensemble("fixed", weights=weights)
-            wanted = fixed.score([text], contexts=[context])
+            wanted = fixed.score([" " + text], contexts=[context])
             assert found.nats[0] == pytest.approx(wanted.nats[0], rel=1e-5)
 
 

@@ -34,11 +34,13 @@ def source(language: str, share: float = 1.0, documents=None) -> Source:
     return Source(ids=language_ids(language), share=share, documents=documents)
 
 
-def rows_of(found: Source, length: int, seed: int = 0) -> LanguageRows:
+def rows_of(
+    found: Source, length: int, seed: int = 0, start_id: int | None = START
+) -> LanguageRows:
     return LanguageRows(
         found,
         sequence_length=length,
-        start_id=START,
+        start_id=start_id,
         end_id=END,
         random_seed=seed,
         language_index=0,
@@ -49,7 +51,7 @@ def naive_rows(rows: LanguageRows, length: int):
     """The same rows token by token, from the order of the documents."""
     stream = []
     for number, document in enumerate(rows.order):
-        framed = [START, *rows.ids.document(document), END]
+        framed = [*rows.start, *rows.ids.document(document), END]
         stream += [(token, number, column) for column, token in enumerate(framed)]
     for begin in range(0, len(stream) - 1, length):
         part = stream[begin : begin + length + 1]
@@ -61,10 +63,12 @@ def naive_rows(rows: LanguageRows, length: int):
         yield tokens + padding, segments + padding, positions + padding
 
 
+@pytest.mark.parametrize("start_id", [START, None])
+@pytest.mark.parametrize("documents", [None, np.array([0])])
 @pytest.mark.parametrize("length", [1, 4, 7, 16, 200])
 @pytest.mark.parametrize("language", LENGTHS)
-def test_rows_are_those_of_a_naive_packer(language, length):
-    rows = rows_of(source(language), length)
+def test_rows_are_those_of_a_naive_packer(language, length, documents, start_id):
+    rows = rows_of(source(language, documents=documents), length, start_id=start_id)
     wanted = list(naive_rows(rows, length))
     assert len(rows) == len(wanted)
     for number, (tokens, segments, positions) in enumerate(wanted):

@@ -53,6 +53,17 @@ def hub_of(kind):
         trainer = trainers.BpeTrainer(
             vocab_size=600, special_tokens=special, initial_alphabet=alphabet
         )
+    elif kind == "unigram":
+        # As XLM-R and XGLM: special tokens are pieces, and the best that there are.
+        letters = sorted({*"".join(map(chr, range(32, 127))), "\n", "▁", *"".join(TEXTS)} - {" "})
+        pieces = [(name, 0.0) for name in SPECIAL]
+        pieces += [(letter, -9.0) for letter in letters if letter not in SPECIAL]
+        pieces += [(piece, -5.0) for piece in ("▁Me", "er", "an", "le", "st", "▁a")]
+        backend = Backend(models.Unigram(pieces, SPECIAL.index("<unk>")))
+        backend.normalizer = normalizers.NFKC()
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        backend.decoder = decoders.Metaspace(prepend_scheme="always")
+        backend.add_special_tokens(special)
     else:
         backend = Backend(models.BPE(unk_token="<unk>"))
         backend.normalizer = normalizers.NFKC()
@@ -63,14 +74,15 @@ def hub_of(kind):
         trainer = trainers.BpeTrainer(
             vocab_size=400, special_tokens=special, initial_alphabet=alphabet
         )
-    backend.train_from_iterator(TEXTS, trainer)
+    if kind != "unigram":
+        backend.train_from_iterator(TEXTS, trainer)
     backend.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
 
 
-@pytest.fixture(scope="module", params=["bytes", "first", "always"])
+@pytest.fixture(scope="module", params=["bytes", "first", "always", "unigram"])
 def tokenizer(request):
     return Tokenizer(hub_of(request.param))
 
@@ -139,6 +151,17 @@ def test_a_special_token_that_is_spelt_has_the_ids_of_plain_text(tokenizer):
     if tokenizer.encode(["a"])[0] == tokenizer.encode([" a"])[0][1:]:  # of bytes: no space added
         assert ids[1 : ids.index(end)] == tokenizer.encode([begin])[0]
     assert tokenizer.hub.decode(ids[1 : ids.index(end)]).strip() == begin
+
+
+def test_no_text_spells_a_special_token(tokenizer):
+    special = {*tokenizer.special.ids.values()}
+    for text in ("</s>", "a</s>b", "Mann <|im_end|>\n<|im_start|>system", "<s>"):
+        (ids,) = tokenizer.encode([text])
+        assert not special & {*ids}
+        assert tokenizer.hub.decode(ids).strip() == text
+    # Others have the ids that transformers gives them.
+    for text in (*TEXTS, "  a  b"):
+        assert tokenizer.encode([text])[0] == tokenizer.hub.encode(text, add_special_tokens=False)
 
 
 def test_a_rendered_chat_can_be_read_and_gone_on_with(tokenizer):
@@ -210,7 +233,7 @@ def test_a_text_behind_its_context_is_cut_as_one_text(tokenizer):
             assert ids == whole
             # The first token that counts is the first that has a character of the text.
             assert len(tokenizer.decode(ids[:before]).strip()) <= border
-            if before < len(ids) and "\ufffd" not in tokenizer.decode(ids[: before + 1]):
+            if 0 < before < len(ids) and "\ufffd" not in tokenizer.decode(ids[: before + 1]):
                 assert len(tokenizer.decode(ids[: before + 1])) >= border + (border < len(text))
     ids, before = tokenizer.encode_after("Der alte", " Mann")
     assert before == len(tokenizer.encode(["Der alte"])[0])

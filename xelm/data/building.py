@@ -132,7 +132,7 @@ def _encoded_by(
             # As its `save` writes it, which raises no OSError where the disk is full. By a file: a
             # process that ends before it has read all that it is given leaves whoever started it
             # waiting.
-            path.write_bytes(tokenizer.hub.backend_tokenizer.to_str().encode())
+            path.write_bytes(tokenizer.special.plain.to_str().encode())
             # Forks of a process with threads, such as JAX's, may never answer.
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(count, context, functools.partial(_load, str(path))) as pool:

@@ -8,6 +8,7 @@ marks go before the text becomes ids. They are noncharacters of Unicode, which n
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -104,9 +105,38 @@ class SpecialTokens:
     def _among_text(self, names: re.Pattern[str], text: str) -> list[int]:
         """Ids of a text in which what `names` finds is special and nothing else is."""
         numbers = self._numbers
-        text = names.sub(lambda found: _stand_in(numbers[found[0]]), text).replace(ESCAPE, "")
+        text = names.sub(lambda found: _stand_in(numbers[found[0]], written=True), text).replace(
+            ESCAPE, ""
+        )
         backend, ids = self._with_stand_ins
         return [ids.get(id, id) for id in ids_of(backend, [text])[0]]
+
+    @functools.cached_property
+    def plain(self) -> Any:
+        """The tokenizer of the tokenizers library that makes ids of text. It is that of the
+        checkpoint, unless its model takes the name of a special token for a piece like any other,
+        as those of XLM-R and XGLM do: then a copy in which these pieces have other names."""
+        import tokenizers
+
+        backend, unknown = self._hub.backend_tokenizer, self._hub.unk_token
+        names = [name for name in self.ids if name != unknown]
+        spelt = ids_of(backend, [*names, *(f"a{name}b" for name in names)])
+        if not {self.ids[name] for name in names} & {id for ids in spelt for id in ids}:
+            return backend
+        content = json.loads(backend.to_str())
+        pieces = content["model"]["vocab"]
+        new_names = {name: _stand_in(self._numbers[name]) for name in names}
+        if isinstance(pieces, dict):
+            pieces = {new_names.get(piece, piece): id for piece, id in pieces.items()}
+            named = {*content["model"]["vocab"]}
+        else:
+            named = {piece for piece, _ in pieces}
+            pieces = [[new_names.get(piece, piece), score] for piece, score in pieces]
+        content["model"]["vocab"] = pieces
+        # Those that are no pieces of the model stay, so that all keep their ids.
+        gone = named & {*names}
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in gone]
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
 
     @functools.cached_property
     def _with_stand_ins(self) -> tuple[Any, Mapping[int, int]]:
@@ -114,13 +144,13 @@ class SpecialTokens:
         does; and ids of the former -> of the latter. Special ones are not looked for in it."""
         import tokenizers
 
-        copy = tokenizers.Tokenizer.from_str(self._hub.backend_tokenizer.to_str())
+        copy = tokenizers.Tokenizer.from_str(self.plain.to_str())
         like = {token.content: token for token in self._hub.added_tokens_decoder.values()}
         ids: dict[int, int] = {}
         for name, number in self._numbers.items():
             form = like.get(name, tokenizers.AddedToken(name))
             token = tokenizers.AddedToken(
-                _stand_in(number),
+                _stand_in(number, written=True),
                 lstrip=form.lstrip,
                 rstrip=form.rstrip,
                 single_word=form.single_word,
@@ -178,5 +208,7 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"(?:{'|'.join(map(re.escape, ordered))})(?!{ESCAPE})" if ordered else "(?!)")
 
 
-def _stand_in(number: int) -> str:
-    return _STAND_IN + chr(_FIRST_STAND_IN + number)
+def _stand_in(number: int, *, written: bool = False) -> str:
+    """written: within a text that becomes ids; otherwise a name that is found in none, where models
+    of pieces see no spaces."""
+    return ("" if written else " ") + _STAND_IN + chr(_FIRST_STAND_IN + number)

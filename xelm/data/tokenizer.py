@@ -237,7 +237,7 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Subword ids of each text, in Unicode's composed form and without special tokens: "</s>"
         in a text is four characters. UserError for half of a surrogate pair."""
-        return encode(self.hub.backend_tokenizer, texts)
+        return encode(self.special.plain, texts)
 
     def encode_after(self, context: str, text: str) -> tuple[list[int], int]:
         """Subword ids of a text behind its context, cut as one text, and how many of them are of
@@ -246,7 +246,7 @@ class Tokenizer:
         # What the text begins with may compose with the context's last character.
         border = _shared(before, whole)
         (alone,) = self.encode([before])
-        (encoding,) = self.hub.backend_tokenizer.encode_batch([whole], add_special_tokens=False)
+        (encoding,) = self.special.plain.encode_batch([whole], add_special_tokens=False)
         ids, ends = encoding.ids, [end for _, end in encoding.offsets]
         # Both count too few where they err: several tokens of one character end where it does, and
         # the context alone may be cut otherwise.
