@@ -158,7 +158,9 @@ class SpecialTokens:
                 special=False,
             )
             copy.add_tokens([token])
-            ids[copy.token_to_id(token.content)] = self.ids[name]
+            id = copy.token_to_id(token.content)
+            assert id is not None
+            ids[id] = self.ids[name]
         return copy, ids
 
     def _checked(self, value: Any) -> Any:
