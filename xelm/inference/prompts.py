@@ -80,7 +80,7 @@ def _weighed(
     ids = reader.texts[number]
     if len(ids) < 2:
         return np.zeros((0, len(ensemble.names))), ""
-    silent = 1  # the first id starts texts, and says nothing
+    silent = ensemble.tokenizer.starts(ids)  # 1 where the first id starts texts: it says nothing
     states = states_along(router, router.start(language), ids[silent:])
     positions = np.arange(1, len(ids)) - silent
     scores = np.zeros((router.experts, len(ids) - silent))
