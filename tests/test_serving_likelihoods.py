@@ -33,7 +33,7 @@ def texts(tiny):
 def test_a_prompt_alone_is_scored_as_by_the_ensemble(client, ensemble, tiny):
     prompts = [ensemble.tokenizer.encode([text])[0] for text in texts(tiny)]
     start = ensemble.tokenizer.start_id
-    wanted = ensemble.likelihoods([[]] * 4, prompts)
+    wanted = ensemble.likelihoods([[start]] * 4, prompts)
     asked = {"model": "xelm", "max_tokens": 0, "echo": True, "logprobs": 3}
     by_text = client.completions.create(prompt=texts(tiny), **asked)
     by_ids = client.completions.create(prompt=[[start, *ids] for ids in prompts], **asked)
@@ -60,10 +60,11 @@ def test_a_prompt_alone_is_scored_as_by_the_ensemble(client, ensemble, tiny):
 def test_every_router_weighs_a_prompt_as_the_ensemble_does(chatty, tiny, routing):
     ensemble = open_run(chatty).ensemble(routing)
     prompts = [ensemble.tokenizer.encode([text])[0] for text in texts(tiny)]
+    start = ensemble.tokenizer.start_id
     body = {"model": "xelm", "max_tokens": 0, "echo": True, "logprobs": 0, "prompt": texts(tiny)}
     with served(chatty, routing) as found:
         for language in (None, "es"):
-            wanted = ensemble.likelihoods([[]] * 4, prompts, [language] * 4)
+            wanted = ensemble.likelihoods([[start]] * 4, prompts, [language] * 4)
             choices = found.post(body | {"language": language}).json()["choices"]
             nats = [-sum(choice["logprobs"]["token_logprobs"]) for choice in choices]
             np.testing.assert_allclose(nats, wanted.nats, rtol=1e-5)
