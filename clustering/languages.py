@@ -85,9 +85,14 @@ def without(
     languages: Iterable[str], excluded: Iterable[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Canonical tags of the languages that are not excluded, and of those that are; UserError as
-    `canonical_all`, and if none is left."""
-    left_out = canonical_all(excluded)
-    tags = tuple(tag for tag in canonical_all(languages) if tag not in left_out)
+    `canonical_all`, for an excluded language that is not among the others, and if none is left."""
+    left_out, given = canonical_all(excluded), canonical_all(languages)
+    strangers = [tag for tag in left_out if tag not in given]
+    if strangers:
+        raise UserError(
+            f"{', '.join(strangers[:5])} cannot be excluded: the languages are {', '.join(given)}"
+        )
+    tags = tuple(tag for tag in given if tag not in left_out)
     if left_out and not tags:
         raise UserError(f"every language is excluded: {', '.join(left_out)}")
     return tags, left_out

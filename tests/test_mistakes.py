@@ -105,7 +105,7 @@ MISTAKES = [
     # Making a RUN
     ("init new --corpus missing", "corpus missing does not exist"),
     ("init new --corpus empty", "empty holds no corpus file"),
-    ("init new --corpus corpus --seed seeded/seed --set model.width=8", "has its own shape"),
+    ("init new --corpus corpus --seed seeded/seed --set model.width=8", "is taken as it is"),
     ("init new --corpus odd", "unknown language code 'klingonish'"),
     ("init new --corpus hf://owner/texts", "name the languages to take from hf://owner/texts "),
     ("init new --corpus corpus --languages de,tr", "corpus has no file of tr"),

@@ -3,12 +3,16 @@
 Imports no JAX, so that the command line stays quick.
 """
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import json
 import math
+import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -243,6 +247,34 @@ class RunConfig:
             batch_size=self.dense_batch_size,
             mesh_expert=1,
         )
+
+
+def explained(config: Any, indent: str = "") -> Iterator[str]:
+    """Lines of YAML with every value of a configuration below what it means."""
+    import yaml  # by which 1e-06 is text, and 1.0e-06 a number
+
+    notes = _notes(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        yield from (f"{indent}# {line}" for line in textwrap.wrap(notes[field.name], 92))
+        if dataclasses.is_dataclass(value):
+            yield f"{indent}{field.name}:"
+            yield from explained(value, f"{indent}  ")
+        else:
+            text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n")
+            yield f"{indent}{field.name}: {text.strip()}"
+
+
+def _notes(kind: type) -> dict[str, str]:
+    """Field -> the string below it, which Python does not keep."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, note in itertools.pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant)
+            found[field.target.id] = " ".join(str(note.value.value).split())
+    return found
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from xelm.data.special import RENDERED
 from xelm.inference.decoding import padded
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
-from xelm.process import prepare
 from xelm.runs.run import open_run
 
 TOKENS_AT_ONCE = 16_384
@@ -221,7 +220,6 @@ def _options(request: Instance) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`xelm-lm-eval`: the harness's own command line, about a RUN."""
-    prepare()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and not given[0].startswith("-") and "=" in given[0]:
         given = ["--model", "xelm", "--model_args", *given]

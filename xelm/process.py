@@ -17,6 +17,11 @@ def prepare() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Nothing goes out that nobody asked for: who loads which data set is counted by a host even for
+    # files on this disk, and what runs on a Ray cluster is reported.
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Orbax logs what fails in its threads, with tracebacks, before it is raised and told in a line.
     absl.logging.set_verbosity(absl.logging.FATAL)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xelm" / "compiled"

@@ -1,7 +1,7 @@
 """The verbs of the command line. A verb loads what it needs, calls one function, and writes:
 results to stdout, progress to stderr."""
 
-from xelm.commands import asking, clusters, keeping, serving, training
+from xelm.commands import asking, clusters, config, keeping, serving, training
 
 # In the order of the help.
 VERBS = {
@@ -9,6 +9,7 @@ VERBS = {
     "cluster": clusters.CLUSTER,
     "nearest": clusters.NEAREST,
     "features": clusters.FEATURES,
+    "config": config.CONFIG,
     "init": training.INIT,
     "branch": training.BRANCH,
     "train": training.TRAIN,

@@ -6,7 +6,15 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from xelm.commands.options import Verb, add_corpus, add_json, names, print_json, required_corpus
+from xelm.commands.options import (
+    Verb,
+    add_corpus,
+    add_json,
+    add_run,
+    names,
+    print_json,
+    required_corpus,
+)
 from xelm.commands.routing import (
     ROUTINGS,
     add_kept,
@@ -27,23 +35,34 @@ CALIBRATION_TOKENS = 1000
 
 
 def _evaluate_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
+    add_run(verb)
     add_corpus(verb, "text to measure on, as for xelm init", required=True)
     verb.add_argument(
         "--routing",
         type=names,
         default=EVALUATED,
         metavar="A,B",
-        help=f"of {', '.join(ROUTINGS[:-1])} (default: {', '.join(EVALUATED)}); language alone is "
-        "the quickest",
+        help=f"routings to measure, of {', '.join(ROUTINGS[:-1])} (default: "
+        f"{', '.join(EVALUATED)}); language alone is the quickest",
     )
-    verb.add_argument("--max-documents", type=int, metavar="N", help="of each language")
+    verb.add_argument(
+        "--languages",
+        type=names,
+        metavar="A,B,C",
+        help="languages of the corpus to measure on (default: all)",
+    )
+    verb.add_argument(
+        "--max-documents",
+        type=int,
+        metavar="N",
+        help="documents of each language to score at most (default: all)",
+    )
     verb.add_argument(
         "--calibration-tokens",
         type=int,
         default=CALIBRATION_TOKENS,
         metavar="N",
-        help="of each language, on which calibration is measured (default: %(default)s)",
+        help="tokens of each language on which calibration is measured (default: %(default)s)",
     )
     verb.add_argument(
         "--context-length",
@@ -75,8 +94,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         required_corpus(options),
         routings=options.routing,
         top_m=options.top_m,
-        least_weight=options.least_weight,
+        **({} if options.least_weight is None else {"least_weight": options.least_weight}),
         temperature=options.router_temperature,
+        languages=options.languages,
         max_documents=options.max_documents,
         calibration_tokens=options.calibration_tokens,
         context_length=options.context_length,
@@ -94,23 +114,45 @@ EVALUATE = Verb("perplexity and bits per byte by language", _evaluate_options, _
 
 def _generate_options(verb: argparse.ArgumentParser) -> None:
     default = "what the seed asks for"
-    verb.add_argument("run", metavar="RUN")
-    verb.add_argument("prompt")
+    add_run(verb)
+    verb.add_argument("prompt", help="text to continue")
     add_routing(verb, "prompt")
     verb.add_argument("--chat", action="store_true", help="the prompt is a turn of a chat")
-    verb.add_argument("--max-new-tokens", type=int, metavar="N", help=f"(default: {default})")
+    verb.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"tokens to generate at most (default: {default})",
+    )
     verb.add_argument(
         "--temperature",
         type=float,
         metavar="X",
-        help=f"0 takes the most probable token (default: {default})",
+        help=f"sampling temperature; 0 takes the most probable token (default: {default})",
     )
-    verb.add_argument("--top-k", type=int, metavar="K", help=f"(default: {default})")
-    verb.add_argument("--top-p", type=float, metavar="P", help=f"(default: {default})")
+    verb.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help=f"sample from the K most probable tokens (default: {default})",
+    )
+    verb.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most probable tokens that make up this probability (default: "
+        f"{default})",
+    )
     verb.add_argument(
         "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
-    verb.add_argument("--random-seed", type=int, default=0, metavar="N")
+    verb.add_argument(
+        "--random-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed of sampling (default: %(default)s)",
+    )
     add_route_per(verb)
     add_router(verb)
     add_json(verb)
@@ -158,10 +200,12 @@ GENERATE = Verb("continue a prompt with the ensemble", _generate_options, _gener
 
 
 def _fill_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
-    verb.add_argument("text", help="with the mask of the seed's tokenizer, such as [MASK]")
+    add_run(verb)
+    verb.add_argument("text", help="text with the mask of the seed's tokenizer, such as [MASK]")
     add_routing(verb, "text")
-    verb.add_argument("--count", type=int, default=5, metavar="N", help="guesses for each mask")
+    verb.add_argument(
+        "--count", type=int, default=5, metavar="N", help="guesses shown for each mask"
+    )
     add_router(verb)
     add_json(verb)
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 from clustering.engines import ENGINES, Engine
 from clustering.errors import UserError
-from xelm.commands.options import Verb, add_corpus, add_json, corpus_of, names, print_json
+from experts.expert import check_name
+from xelm.commands.options import (
+    Verb,
+    add_corpus,
+    add_json,
+    add_run,
+    corpus_of,
+    names,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from clustering.clustering import Clustering
@@ -65,7 +74,10 @@ def _cluster_options(verb: argparse.ArgumentParser) -> None:
     _source_options(verb)
     verb.add_argument("--groups", metavar="FILE", help="YAML of clusters by hand: a: [en, de]")
     verb.add_argument(
-        "--random-seed", type=int, metavar="N", help="of random and tfidf (default: 0)"
+        "--random-seed",
+        type=int,
+        metavar="N",
+        help="random seed of the methods random and tfidf (default: 0)",
     )
     verb.add_argument(
         "--engine",
@@ -86,6 +98,9 @@ def _cluster(options: argparse.Namespace) -> None:
     _check_options(options)
     makers = {"tfidf": _by_tfidf, "random": _at_random, "by-hand": _by_hand}
     clustering = makers.get(options.method, _by_measure)(options, _sources(options))
+    # An expert of each cluster bears its name.
+    for name in clustering.clusters:
+        check_name(name)
     # The record comes last: without it a command that was killed can be run again.
     _draw(clustering, Path(options.out))
     clustering.save(options.out)
@@ -328,7 +343,7 @@ def _draw(clustering: "Clustering", directory: Path) -> None:
 
 
 def _nearest_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("language", metavar="LANGUAGE")
+    verb.add_argument("language", metavar="LANGUAGE", help="language whose relatives are listed")
     verb.add_argument(
         "--languages",
         type=names,
@@ -365,23 +380,32 @@ NEAREST = Verb("list the nearest relatives of a language", _nearest_options, _ne
 
 
 def _features_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
+    add_run(verb)
     add_corpus(verb, "text to read (default: the RUN's); parallel for alignment")
-    verb.add_argument("--languages", type=names, metavar="A,B,C", help="(default: all of it)")
+    verb.add_argument(
+        "--languages", type=names, metavar="A,B,C", help="languages to read (default: all)"
+    )
     verb.add_argument(
         "--of",
         choices=("states", "updates"),
         default="states",
-        help="its states as it reads (default), or how a few steps of training on each language "
-        "move it",
+        help="what is written: states of the seed as it reads (default), or how a few steps of "
+        "training on each language move it",
     )
     verb.add_argument(
-        "--documents", type=int, metavar="N", help="of each, to read for states (default: 100)"
+        "--documents",
+        type=int,
+        metavar="N",
+        help="documents of each language, to read for states (default: 100)",
     )
     verb.add_argument(
-        "--steps", type=int, metavar="N", help="of training on each, for updates (default: 10)"
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps of training on each language, for updates (default: 10)",
     )
-    verb.add_argument("--out", metavar="FILE", required=True, help=".npz to write")
+    verb.add_argument("--out", metavar="FILE", required=True, help="file to write, .npz")
+    add_json(verb)
 
 
 def _features(options: argparse.Namespace) -> None:
@@ -406,7 +430,10 @@ def _features(options: argparse.Namespace) -> None:
         languages, documents, layers, width = found.values.shape
         shape = f"{languages} languages, {documents} documents of each, {layers} layers of {width}"
     found.save(options.out)
-    print(f"{shape}: {options.out}")
+    if options.json:
+        print_json({"out": options.out, "shape": shape, "languages": list(found.languages)})
+    else:
+        print(f"{shape}: {options.out}")
 
 
 def _given(**options: int | None) -> dict[str, int]:
@@ -422,24 +449,32 @@ def _source_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--features",
         metavar="SETS",
-        help="of URIEL, for typology, as in syntax_knn+phonology_knn (default: syntax_average; "
-        "syntax_knn for mixture)",
+        help="feature sets of URIEL, for typology, as in syntax_knn+phonology_knn (default: "
+        "syntax_average; syntax_knn for mixture)",
     )
     verb.add_argument(
-        "--only", type=names, metavar="A,B", default=(), help="features of these names alone"
+        "--only",
+        type=names,
+        metavar="A,B",
+        default=(),
+        help="names of features to use, for typology and table (default: all)",
     )
     verb.add_argument("--table", metavar="FILE", help="CSV of features by language, for table")
     verb.add_argument(
         "--tagged", metavar="DIR", help="folder of <language>.conllu[.gz|.zst], for names"
     )
-    verb.add_argument("--states", metavar="FILE", help="of xelm features, for states and alignment")
-    verb.add_argument("--updates", metavar="FILE", help="of xelm features --of updates")
+    verb.add_argument(
+        "--states", metavar="FILE", help="file that xelm features wrote, for states and alignment"
+    )
+    verb.add_argument(
+        "--updates", metavar="FILE", help="file that xelm features --of updates wrote, for updates"
+    )
     verb.add_argument(
         "--layer",
         type=int,
         metavar="N",
-        help="of the model (default: the middle one for states and alignment, the last three for "
-        "updates)",
+        help="layer of the model (default: the middle one for states and alignment, the last "
+        "three for updates)",
     )
 
 

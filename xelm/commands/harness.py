@@ -2,9 +2,12 @@
 
 import sys
 
+from xelm.process import prepare
+
 
 def main() -> int:
     """As `xelm.harness.main`; 2 with a line where there is no harness."""
+    prepare()  # before the harness imports what reads its settings once
     try:
         from xelm import harness
     except ModuleNotFoundError as error:

@@ -4,25 +4,30 @@ import argparse
 from contextlib import suppress
 
 from clustering.errors import UserError
-from xelm.commands.options import Verb, add_json, print_json
+from xelm.commands.options import Verb, add_json, add_run, print_json
 
 
 def _report_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
+    add_run(verb)
+    add_json(verb)
 
 
 def _report(options: argparse.Namespace) -> None:
     from xelm.runs.report import report
     from xelm.runs.run import open_run
 
-    print(report(open_run(options.run)))
+    page = report(open_run(options.run))
+    if options.json:
+        print_json({"report": str(page)})
+    else:
+        print(page)
 
 
 REPORT = Verb("write one self-contained HTML page about a RUN", _report_options, _report)
 
 
 def _status_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
+    add_run(verb)
     verb.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     verb.add_argument(
         "--unfinished",
@@ -66,7 +71,7 @@ STATUS = Verb("how far each expert's training is", _status_options, _status)
 
 
 def _verify_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
+    add_run(verb)
     add_json(verb)
 
 
@@ -89,9 +94,15 @@ VERIFY = Verb("check every file that inference reads", _verify_options, _verify)
 
 
 def _rollback_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
-    verb.add_argument("name", metavar="NAME")
-    verb.add_argument("--version", type=int, metavar="N", help="default: the one before")
+    add_run(verb)
+    verb.add_argument("name", metavar="NAME", help="expert to put back")
+    verb.add_argument(
+        "--version",
+        type=int,
+        metavar="N",
+        help="version to publish again (default: the one in use before)",
+    )
+    add_json(verb)
 
 
 def _rollback(options: argparse.Namespace) -> None:
@@ -101,14 +112,18 @@ def _rollback(options: argparse.Namespace) -> None:
 
     run = open_run(options.run)
     registry = update(run.directory, lambda r: rollback(r, options.name, options.version))
-    print(f"published: {registry.expert(options.name).reference}")
+    published = registry.expert(options.name).reference
+    if options.json:
+        print_json({"published": published})
+    else:
+        print(f"published: {published}")
 
 
 ROLLBACK = Verb("publish an earlier version of an expert again", _rollback_options, _rollback)
 
 
 def _discard_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
+    add_run(verb)
     verb.add_argument("name", metavar="NAME", help="an expert in training, or dense")
     add_json(verb)
 
@@ -130,9 +145,17 @@ DISCARD = Verb("give up an unfinished training", _discard_options, _discard)
 
 
 def _merge_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
-    verb.add_argument("names", nargs="*", metavar="NAME", help="default: all published experts")
-    verb.add_argument("--out", required=True, metavar="DIR")
+    add_run(verb)
+    verb.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="experts to average (default: all published ones)",
+    )
+    verb.add_argument(
+        "--out", required=True, metavar="DIR", help="directory for the averaged checkpoint"
+    )
+    add_json(verb)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -144,7 +167,11 @@ def _merge(options: argparse.Namespace) -> None:
     experts = [registry.expert(name) for name in options.names] or registry.published()
     if not experts:
         raise UserError(f"{options.run} has no published expert yet; train some first")
-    print(average([expert.directory(run.directory) for expert in experts], out=options.out))
+    out = average([expert.directory(run.directory) for expert in experts], out=options.out)
+    if options.json:
+        print_json({"out": str(out), "experts": [expert.reference for expert in experts]})
+    else:
+        print(out)
 
 
 MERGE = Verb("average the weights of experts into one checkpoint", _merge_options, _merge)

@@ -71,6 +71,11 @@ def required_corpus(options: argparse.Namespace) -> "Corpus":
     return corpus
 
 
+def add_run(verb: argparse.ArgumentParser) -> None:
+    """The RUN that a verb is about."""
+    verb.add_argument("run", metavar="RUN", help="directory that xelm init or quickstart made")
+
+
 def add_json(verb: argparse.ArgumentParser) -> None:
     """The option `--json`."""
     verb.add_argument("--json", action="store_true", help="print JSON")

@@ -23,8 +23,8 @@ def add_routing(verb: argparse.ArgumentParser, text: str) -> None:
     verb.add_argument(
         "--language",
         metavar="XX",
-        help=f"of the {text}: if an expert serves it, that expert alone is asked, whatever the "
-        "routing (but for fixed weights)",
+        help=f"language of the {text}: if an expert serves it, that expert alone is asked, "
+        "whatever the routing (but for fixed weights)",
     )
 
 
@@ -59,46 +59,54 @@ def add_router(verb: argparse.ArgumentParser) -> None:
         "--distance-power",
         type=float,
         metavar="P",
-        help="of TF-IDF routing (default: 2; the authors' code has 4)",
+        help="exponent of distances in TF-IDF routing (default: 2; the authors' code has 4)",
     )
     verb.add_argument(
         "--memory",
         type=float,
         metavar="X",
-        help="of the posterior: a token counts by this to the power of how far it lies back",
+        help="memory of posterior routing: a token counts by this to the power of how far it lies "
+        "back (default: 1, which forgets nothing)",
     )
     verb.add_argument(
-        "--weights", type=_weights, metavar="A=X,B=Y", help="of experts, for fixed routing"
+        "--weights",
+        type=_weights,
+        metavar="A=X,B=Y",
+        help="weights of experts by name, for fixed routing",
     )
     verb.add_argument(
         "--abstain",
         type=float,
         metavar="X",
-        help="leave it to others where no expert's weight reaches this",
+        help="largest weight of an expert below which --abstain-to decides instead",
     )
     verb.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of parameters and products (default: float32)",
+        help="number format of parameters and matrix products (default: float32)",
     )
     verb.add_argument(
         "--abstain-to",
         choices=("posterior", "seed", "dense"),
         default="posterior",
-        help="to whom (default: posterior)",
+        help="what decides where --abstain says so (default: %(default)s)",
     )
 
 
 def add_kept(verb: argparse.ArgumentParser) -> None:
     """Which experts are asked."""
-    verb.add_argument("--top-m", type=int, metavar="M", help="experts asked at each token")
+    verb.add_argument(
+        "--top-m",
+        type=int,
+        metavar="M",
+        help="most experts that are asked at each token (default: all that have weight)",
+    )
     verb.add_argument(
         "--least-weight",
         type=float,
-        default=0.001,
         metavar="X",
-        help="experts with less are not asked (default: %(default)s)",
+        help="weight below which an expert is not asked (default: 0.001)",
     )
 
 
@@ -108,7 +116,7 @@ def add_temperature(verb: argparse.ArgumentParser) -> None:
         "--router-temperature",
         type=float,
         metavar="X",
-        help="of TF-IDF routing; small trusts the nearest expert alone",
+        help="temperature of TF-IDF routing; small trusts the nearest expert alone (default: .1)",
     )
 
 
@@ -128,9 +136,12 @@ def _weights(text: str) -> dict[str, float]:
 
 def router_options(options: argparse.Namespace) -> dict[str, Any]:
     """Of `add_router`, as `Run.ensemble` and `routers.Routing` name them."""
+    kept = {} if options.least_weight is None else {"least_weight": options.least_weight}
+    if kept and options.routing == "fixed":
+        raise UserError("--least-weight is of no use to fixed weights: whoever has one is asked")
     return {
+        **kept,
         "top_m": options.top_m,
-        "least_weight": options.least_weight,
         "temperature": options.router_temperature,
         "distance_power": options.distance_power,
         "memory": options.memory,

@@ -2,21 +2,23 @@
 
 import argparse
 
-from xelm.commands.options import Verb
+from xelm.commands.options import Verb, add_run
 from xelm.commands.routing import ROUTING, ROUTINGS, add_route_per, add_router, router_options
 
 
 def _serve_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
-    verb.add_argument("--host", default="127.0.0.1", help="to listen on (default: %(default)s)")
+    add_run(verb)
     verb.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="0 takes a free one (default: 8000)"
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port to listen on; 0 takes a free one"
     )
     verb.add_argument(
         "--api-key-file",
         metavar="FILE",
-        help="holds the key that requests must have (default: the variable XELM_API_KEY, if it is "
-        "set)",
+        help="file with the key that requests must have (default: the variable XELM_API_KEY, if "
+        "it is set)",
     )
     verb.add_argument(
         "--cors-origin",
@@ -31,31 +33,34 @@ def _serve_options(verb: argparse.ArgumentParser) -> None:
         type=int,
         default=1024,
         metavar="N",
-        help="that each text of a request may have drawn (default: %(default)s)",
+        help="tokens that may be generated for each text of a request (default: %(default)s)",
     )
     verb.add_argument(
         "--max-seconds",
         type=float,
         default=300.0,
         metavar="X",
-        help="after which a continuation ends (default: %(default)s)",
+        help="seconds after which a generation ends (default: %(default)s)",
     )
     verb.add_argument(
         "--max-texts",
         type=int,
         default=32,
         metavar="N",
-        help="that are continued at once (default: %(default)s)",
+        help="texts that are generated at once (default: %(default)s)",
     )
     verb.add_argument(
         "--max-waiting",
         type=int,
         default=128,
         metavar="N",
-        help="others that may wait; beyond, requests are refused (default: %(default)s)",
+        help="further texts that may wait; beyond, requests are refused (default: %(default)s)",
     )
     verb.add_argument(
-        "--routing", choices=ROUTINGS, default=ROUTING, help="who speaks (default: %(default)s)"
+        "--routing",
+        choices=ROUTINGS,
+        default=ROUTING,
+        help="how the experts are weighed (default: %(default)s)",
     )
     add_route_per(verb)
     add_router(verb)

@@ -1,23 +1,31 @@
 """Everything that makes models: a RUN, its experts, the dense baseline."""
 
 import argparse
+import dataclasses
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clustering.errors import UserError
 from xelm.commands.options import (
     Verb,
     add_corpus,
+    add_json,
+    add_run,
     add_settings,
     add_workers,
     corpus_of,
     names,
+    print_json,
     required_corpus,
 )
 from xelm.presets import PRESETS
 
 if TYPE_CHECKING:
+    from experts.expert import Expert
     from xelm.runs.run import Run
+
+# Settings that a seed from elsewhere makes no use of.
+_OF_FRESH_SEEDS = ("model", "seed.", "tokenizer_exponent")
 
 
 def _quickstart_options(verb: argparse.ArgumentParser) -> None:
@@ -27,6 +35,7 @@ def _quickstart_options(verb: argparse.ArgumentParser) -> None:
         default="xelm-quickstart",
         help="directory to make (default: %(default)s)",
     )
+    add_json(verb)
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -34,6 +43,9 @@ def _quickstart(options: argparse.Namespace) -> None:
     from xelm.quickstart import NEW_LANGUAGES, quickstart
 
     run, results, page = quickstart(options.out)
+    if options.json:
+        print_json({"run": str(run.directory), "report": str(page), "results": results.record})
+        return
     print(tables.results(results, ("language", "learned", "tfidf"), run.languages))
     print(f"\nReport: {page}\n\nNext:")
     print(f'  xelm generate {run.directory} "Der alte Mann" --routing language --language de')
@@ -49,7 +61,7 @@ QUICKSTART = Verb(
 
 
 def _init_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("run", metavar="RUN", help="directory to make, or to go on with")
     add_corpus(
         verb,
         "folder or file of text, such as <language>.jsonl or <language>/*.parquet; or "
@@ -75,6 +87,7 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
         help="train on exact copies of documents too (default: they are left out)",
     )
     add_workers(verb)
+    add_json(verb)
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -84,9 +97,11 @@ def _init(options: argparse.Namespace) -> None:
     from xelm.runs.init import init
     from xelm.runs.texts import texts_of
 
-    shapes = [s for s in options.settings if s.startswith("model") and options.seed]
-    if shapes:
-        raise UserError(f"{shapes[0]} is of a model that is made here; --seed has its own shape")
+    unused = [s for s in options.settings if options.seed and s.startswith(_OF_FRESH_SEEDS)]
+    if unused:
+        raise UserError(
+            f"{unused[0]} is of a seed that is trained here; that of --seed is taken as it is"
+        )
     preset = options.preset or ("hub" if options.seed else "tiny")
     config = override(PRESETS[preset](), options.settings)
     run = init(
@@ -99,6 +114,9 @@ def _init(options: argparse.Namespace) -> None:
         workers=options.workers,
         keep_duplicates=options.keep_duplicates,
     )
+    if options.json:
+        print_json({"run": str(run.directory), "languages": run.store().record["languages"]})
+        return
     print(tables.texts(list(texts_of(run.store()).values())))
     print(f"\nRUN: {run.directory}")
 
@@ -107,8 +125,11 @@ INIT = Verb("make a RUN: tokenizer, tokenised corpus and seed", _init_options, _
 
 
 def _branch_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
-    verb.add_argument("--clusters", required=True, metavar="DIR")
+    add_run(verb)
+    verb.add_argument(
+        "--clusters", required=True, metavar="DIR", help="clusters that xelm cluster saved"
+    )
+    add_json(verb)
 
 
 def _branch(options: argparse.Namespace) -> None:
@@ -117,6 +138,9 @@ def _branch(options: argparse.Namespace) -> None:
     from xelm.runs.training import branch
 
     registry = branch(open_run(options.run), Clustering.load(options.clusters))
+    if options.json:
+        print_json([_told(expert) for expert in registry.experts])
+        return
     for expert in registry.experts:
         print(f"{expert.name:20}{expert.status:12}{' '.join(expert.languages)}")
 
@@ -125,7 +149,7 @@ BRANCH = Verb("record one expert for each cluster", _branch_options, _branch)
 
 
 def _train_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
+    add_run(verb)
     add_settings(verb, "run otherwise this time, as in experts.mesh_fsdp=4; may be repeated")
     verb.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
     verb.add_argument("--all", action="store_true", help="train every expert not trained yet")
@@ -157,6 +181,7 @@ def _train_options(verb: argparse.ArgumentParser) -> None:
         metavar="N",
         help="accelerators for each expert, with --engine ray (default: 1)",
     )
+    add_json(verb)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -205,7 +230,11 @@ def _train(options: argparse.Namespace) -> None:
             dense_apart(run)
         failures = _placed(run, names, options)
     if not options.hosts or is_first():
-        print(tables.status(progress(run)))
+        found = progress(run)
+        if options.json:
+            print_json([dataclasses.asdict(each) for each in found])
+        else:
+            print(tables.status(found))
     if failures:
         raise UserError("; ".join(dict.fromkeys(failures.values())))
 
@@ -229,9 +258,11 @@ TRAIN = Verb("train experts, or the dense baseline; resumes by itself", _train_o
 
 
 def _grow_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN")
+    add_run(verb)
     add_settings(verb, "run otherwise this time, as in grow.mesh_fsdp=4; may be repeated")
-    verb.add_argument("--language", required=True, metavar="XX")
+    verb.add_argument(
+        "--language", required=True, metavar="XX", help="language that the new expert learns"
+    )
     add_corpus(verb, "has text in the language (default: the RUN's corpus)")
     verb.add_argument(
         "--parent",
@@ -246,6 +277,7 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
         help="what the nearest language is nearest by, as in xelm nearest (default: mixture)",
     )
     add_workers(verb)
+    add_json(verb)
 
 
 def _grow(options: argparse.Namespace) -> None:
@@ -267,9 +299,18 @@ def _grow(options: argparse.Namespace) -> None:
     )
     (tag,) = expert.languages
     print(tables.texts([Text.of(run.store(tag), tag)]))
+    if options.json:
+        print_json(_told(expert))
+        return
     print(
         f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
     )
+
+
+def _told(expert: "Expert") -> dict[str, Any]:
+    """What --json says of an expert."""
+    record = expert.to_json()
+    return {key: value for key, value in record.items() if key != "sha256"}
 
 
 GROW = Verb("add an expert for a new language; touch nothing else", _grow_options, _grow)

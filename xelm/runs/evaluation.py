@@ -16,6 +16,7 @@ import numpy as np
 
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
+from clustering.languages import canonical_all
 from experts.expert import SEED, Expert, parse_reference
 from experts.lock import locked
 from experts.registry import Registry
@@ -60,6 +61,7 @@ def evaluate(
     top_m: int | None = None,
     least_weight: float = 0.001,
     temperature: float | None = None,
+    languages: Sequence[str] | None = None,
     max_documents: int | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     context_length: int | None = None,
@@ -71,6 +73,7 @@ def evaluate(
     options under another name. Where routing by language is the only one, each expert is scored on
     the languages it serves alone, at the cost of one model.
 
+    languages: of the corpus, to measure on; None takes all.
     max_documents: of each language, the first in the corpus; None takes all.
     calibration_tokens: of each language, the first, whose whole distributions are looked at.
     context_length: tokens that a model reads at once; None is the models' own length
@@ -102,7 +105,8 @@ def evaluate(
             )
     corpus = Corpus.of(corpus)
     name = EVALUATION + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
-    store = tokenise(run, corpus, name, training=False)
+    tags = None if languages is None else canonical_all(languages)
+    store = tokenise(run, corpus, name, languages=tags, training=False)
     texts = _compared(run, store, max_documents)
     systems = {"seed": run.seed}
     if run.dense.exists():

@@ -1,0 +1,57 @@
+"""Configurations are listed and shown."""
+
+import argparse
+from pathlib import Path
+
+from xelm.commands.options import Verb, add_json, add_settings, print_json
+from xelm.presets import PRESETS
+
+
+def _config_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "name",
+        nargs="?",
+        metavar="PRESET|RUN",
+        help="preset, or directory of a RUN, whose complete configuration is shown (default: the "
+        "presets are listed)",
+    )
+    add_settings(verb, "show it with this setting changed, as in experts.tokens=3e6")
+    add_json(verb)
+
+
+def _config(options: argparse.Namespace) -> None:
+    from clustering.errors import UserError
+    from xelm.config import explained, override, to_json
+    from xelm.runs.run import open_run
+
+    if options.name is None:
+        if options.settings:
+            raise UserError("--set changes a configuration; name a preset or a RUN")
+        summaries = {name: _summary(name) for name in PRESETS}
+        if options.json:
+            print_json(summaries)
+        else:
+            print("\n".join(f"{name:12}{summary}" for name, summary in summaries.items()))
+        return
+    if options.name in PRESETS:
+        config = PRESETS[options.name]()
+    elif Path(options.name).is_dir():
+        config = open_run(options.name, finished=False).config
+    else:
+        raise UserError(
+            f"{options.name} is neither a preset ({', '.join(PRESETS)}) nor the directory of a RUN"
+        )
+    config = override(config, options.settings)
+    if options.json:
+        print_json(to_json(config))
+    else:
+        print("\n".join(explained(config)))
+
+
+CONFIG = Verb("list presets, or show a complete configuration", _config_options, _config)
+
+
+def _summary(preset: str) -> str:
+    """The first sentence of what a preset says of itself."""
+    text = " ".join((PRESETS[preset].__doc__ or "").replace("`", "").split())
+    return text.partition(". ")[0].removesuffix(".")
