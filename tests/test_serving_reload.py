@@ -1,6 +1,7 @@
 """What is published, rolled back or broken while a server runs."""
 
 import os
+import re
 import shutil
 
 import httpx
@@ -89,6 +90,34 @@ def test_a_broken_expert_is_refused_until_it_is_whole(chatty, tmp_path, xelm, ca
         assert found.post(asked).status_code == 200
         text = httpx.get(f"{found.url}/metrics").text
         assert 'xelm_reloads_total{result="refused"} 2.0' in text
+
+
+def test_that_a_change_is_being_prepared_is_told_and_nobody_waits(chatty, tmp_path, xelm, capfd):
+    directory = tmp_path / "RUN"
+    shutil.copytree(chatty, directory)
+    with served(directory) as found:
+        opener, seen = found.watch._opener, []
+
+        def told():
+            metric = re.search(
+                r"^xelm_preparing (.*)$", httpx.get(f"{found.url}/metrics").text, re.M
+            )
+            return httpx.get(f"{found.url}/healthz").json()["preparing"], float(metric[1])
+
+        def open_slowly(**given):
+            body = {"model": "xelm", "prompt": PROMPT, "max_tokens": 2}
+            seen.append((*told(), found.post(body).status_code))
+            return opener(**given)
+
+        found.watch._opener = open_slowly
+        assert xelm("grow", directory, "--language", "pt").code == 0
+        found.watch.look()
+        assert seen == [(True, 1.0, 200)] and told() == (False, 0.0)
+        said = capfd.readouterr().err.splitlines()
+        assert "the registry has changed: preparing what it has" in said
+        assert re.fullmatch(
+            r"now serving de-fr@v1, en-es@v1, pt@v1; prepared in \d+\.\d s", said[-1]
+        )
 
 
 def test_a_new_version_and_rolling_it_back_are_picked_up(chatty, tmp_path, xelm):

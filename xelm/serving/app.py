@@ -120,7 +120,8 @@ class _Interface:
 
     async def health(self, request: Request) -> Response:
         alive = self.desk.alive
-        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+        body = {"status": "ok" if alive else "failed", "preparing": self.desk.preparing}
+        return JSONResponse(body, 200 if alive else 503)
 
     async def told(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=prometheus.CONTENT_TYPE)

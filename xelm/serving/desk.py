@@ -153,6 +153,8 @@ class Desk:
         self._scoring: list[Ticket] = []
         self._events: list[tuple[Ticket, Event]] = []
         self._closing = False
+        self.preparing = False
+        """Whether another offer is being prepared: files are checked, routers fitted."""
         self.count: Callable[[str, int], object] = lambda kind, tokens: None
         """Told how many tokens of a kind, "prompt" or "completion", were read or drawn."""
         self._thread = threading.Thread(target=self._run, name="desk", daemon=True)

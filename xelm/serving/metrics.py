@@ -67,6 +67,12 @@ class Metrics:
             ["result"],
             registry=registry,
         )
+        preparing = Gauge(
+            "xelm_preparing",
+            "1 while a changed registry is prepared: files checked, routers fitted.",
+            registry=registry,
+        )
+        preparing.set_function(lambda: float(desk.preparing))
         texts = Gauge(
             "xelm_texts", "Texts that are continued or wait.", ["state"], registry=registry
         )

@@ -63,6 +63,7 @@ def serve(
         local = _is_loopback(host)
         hosts = (*LOOPBACK, host) if local and key is None else None
         opener = partial(open_offer, run, routing, route_per=route_per, dtype=dtype)
+        print(f"preparing {run.directory}", file=sys.stderr, flush=True)
         app, desk, watch = assemble(
             opener, run.directory / FILE_NAME, limits, key=key, hosts=hosts, origins=origins
         )
@@ -185,8 +186,12 @@ class Watch(threading.Thread):
         state = _state(self._registry)
         if state == self._seen and time.monotonic() < self._again:
             return
+        before, began = self._desk.offer, time.monotonic()
+        if state != self._seen:
+            # No request waits for it, but it may take a while: routers are fitted to new experts.
+            print("the registry has changed: preparing what it has", file=sys.stderr, flush=True)
         self._seen, self._again = state, math.inf
-        before = self._desk.offer
+        self._desk.preparing = True
         try:
             offer = self._opener(before=before)
         except Exception as error:
@@ -199,12 +204,16 @@ class Watch(threading.Thread):
                 self._metrics.reloaded("refused")
             self._refusal = what
             return
+        finally:
+            self._desk.preparing = False
         self._refusal, self._wait = "", LOOK_SECONDS
         if offer.versions == before.versions:
             return
         self._desk.exchange(offer)
         self._metrics.reloaded("taken up")
-        print(f"now serving {', '.join(offer.versions.values())}", file=sys.stderr, flush=True)
+        seconds = time.monotonic() - began
+        what = ", ".join(offer.versions.values())
+        print(f"now serving {what}; prepared in {seconds:.1f} s", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Looks no more."""
