@@ -1,10 +1,14 @@
 """What the server makes of HTTP itself: faults in JSON, content types, hosts, origins, fields."""
 
+import shutil
+
 import httpx
 import pytest
 from serving import served
+from shared import documents_of
 
 from clustering.errors import UserError
+from xelm import open_run
 from xelm.serving import completions
 from xelm.serving.origins import LOOPBACK, check_origins
 from xelm.serving.requests import IGNORED, ChatRequest, CompletionRequest
@@ -209,3 +213,47 @@ def test_an_answer_may_be_sent_back_as_a_message(server):
     answer = server.post(named, "/v1/chat/completions")
     assert answer.status_code == 400
     assert error_of(answer)["message"] == "messages.0.name is not done here; leave it out"
+
+
+def test_a_router_hears_what_the_user_says_and_no_system_prompt(server, chatty, tiny):
+    english, german = (documents_of(tiny.held_out, tag)[0] for tag in ("en", "de"))
+    said = {"role": "user", "content": german[:15]}
+    system = {"role": "system", "content": english[:30]}
+    short = {"max_tokens": 1, "temperature": 0, "model": "xelm"}
+
+    def asked(*messages):
+        answer = server.post(short | {"messages": messages}, "/v1/chat/completions").json()
+        return answer["choices"][0]["xelm"]
+
+    alone, behind = asked(said), asked(system, said)
+    assert behind["language"] == alone["language"] == "de"
+    assert behind["weights"] == alone["weights"] and alone["weights"]["de-fr"] > 0.9
+    assert asked(system)["language"] == "en"  # where the user says nothing
+    ensemble = open_run(chatty).ensemble("detected")
+    ours = ensemble.generate([system, said], max_new_tokens=1, temperature=0)
+    assert ours.weights["de-fr"] == pytest.approx(behind["weights"]["de-fr"], abs=1e-3)
+
+
+def test_values_for_a_chat_template_are_given_to_it_or_refused(chatty, tmp_path):
+    directory = tmp_path / "RUN"
+    shutil.copytree(chatty, directory)
+    (directory / "seed" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+        "{% if enable_thinking is defined and enable_thinking is false %}a b c d{% endif %}"
+        "{{ reasoning_effort }}"
+    )
+    with served(directory) as found:
+
+        def post(**more):
+            return found.post(CHAT | more, "/v1/chat/completions")
+
+        plain = post().json()["usage"]["prompt_tokens"]
+        off = post(chat_template_kwargs={"enable_thinking": False}).json()["usage"]
+        assert off["prompt_tokens"] > plain
+        assert post(reasoning_effort="low").json()["usage"]["prompt_tokens"] > plain
+        for more, name in (
+            ({"chat_template_kwargs": {"made_up": 1}}, "made_up"),
+            ({"chat_template_kwargs": {"tokenize": False}}, "tokenize"),
+        ):
+            error = error_of(post(**more))
+            assert error["param"] == "chat_template_kwargs" and name in error["message"]

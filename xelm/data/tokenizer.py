@@ -300,6 +300,12 @@ class Tokenizer:
         messages, such as enable_thinking."""
         return self.special.encode(self.render(messages, options=options))
 
+    def user_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int] | None:
+        """Subword ids of what the user says in a chat, without template, system prompt and answers;
+        None if the user says nothing."""
+        said = "\n".join(m["content"] for m in messages if m["role"] == "user" and m["content"])
+        return self.encode([said])[0] if said else None
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

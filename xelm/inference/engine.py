@@ -44,11 +44,12 @@ class Text:
     router: Router
     """Who speaks when."""
     state: Float[np.ndarray, " Z"]
-    """The router's, after the first `heard` ids."""
-    silent: int
-    """1 where the first id starts texts, which says nothing; else 0."""
-    heard: int
-    """Ids that the router has heard, those that say nothing among them."""
+    """The router's, after what it has heard."""
+    audible: list[int]
+    """What the router hears: the ids of the text but the one that starts it, or what it was given
+    to hear of the prompt, and then the tokens that were drawn."""
+    heard: int = 0
+    """How many of those it has heard."""
     evidence: Float[np.ndarray, " E"] | None = None
     """What each expert thinks of what it has read; None: not asked for yet."""
     decided: Float[np.ndarray, " E"] | None = None
@@ -106,12 +107,17 @@ class Engine:
         number: int = 0,
         router: Router | None = None,
         alternatives: int | None = None,
+        audible: Sequence[int] | None = None,
     ) -> Text:
         """A text to be continued, from the next step on. router: None is the ensemble's.
-        alternatives: as `Text` has them."""
+        alternatives: as `Text` has them. audible: what the router hears of the prompt, such as what
+        the user says in a chat; None: all of it. (Evidence, for routers that ask the experts, is of
+        all of it in any case.)"""
         router = router or self._ensemble.router
         taken = {text.row for text in self.texts}
         row = next(row for row in range(len(taken) + 1) if row not in taken)
+        if audible is None:
+            audible = ids[self._ensemble.tokenizer.starts(ids) :]
         self.reserve(row + 1, 0)
         text = Text(
             ids=list(ids),
@@ -121,8 +127,9 @@ class Engine:
             row=row,
             router=router,
             state=router.start(language),
-            silent=(silent := self._ensemble.tokenizer.starts(ids)),
-            heard=silent,
+            audible=list(
+                ids[self._ensemble.tokenizer.starts(ids) :] if audible is None else audible
+            ),
         )
         self.texts.append(text)
         return text
@@ -174,6 +181,7 @@ class Engine:
     def append(self, text: Text, token: int) -> None:
         """Adds this token to a text."""
         text.ids.append(token)
+        text.audible.append(token)
         text.drawn += 1
 
     def following(self) -> tuple[Float[Array, "B V"], Float[np.ndarray, "texts E"]]:
@@ -235,9 +243,9 @@ class Engine:
 
     def _hear(self, text: Text) -> None:
         """Brings the router's state of a text up to its end."""
-        if text.heard < len(text.ids):
-            ids = np.asarray(text.ids)
-            before, new = ids[text.silent : text.heard], ids[text.heard :]
+        if text.heard < len(text.audible):
+            ids = np.asarray(text.audible)
+            before, new = ids[: text.heard], ids[text.heard :]
             text.state = text.state + text.router.terms(before, new).sum(axis=0)
             text.heard = len(ids)
 

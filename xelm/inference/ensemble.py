@@ -286,7 +286,9 @@ class Ensemble:
         given = {name: value for name, value in given.items() if value is not None}
         ids = [self._ids(prompt)]
         sampling = replace(self._fitting(ids), **given)
-        (generation,) = generate(self, ids, sampling, [language], lambda _, piece: stream(piece))
+        (generation,) = generate(
+            self, ids, sampling, [language], lambda _, piece: stream(piece), self._audible([prompt])
+        )
         return generation
 
     def fill(self, text: str, *, count: int = 5, language: str | None = None) -> Filling:
@@ -306,7 +308,12 @@ class Ensemble:
         known. stream: told the number of a prompt and the next piece of its continuation."""
         ids = [self._ids(prompt) for prompt in prompts]
         languages = _as_many("languages", languages, prompts)
-        return generate(self, ids, sampling or self._fitting(ids), languages, stream)
+        sampling = sampling or self._fitting(ids)
+        return generate(self, ids, sampling, languages, stream, self._audible(prompts))
+
+    def _audible(self, prompts: Sequence[Prompt]) -> list[list[int] | None]:
+        """What the router hears of each prompt: of a chat, what the user says."""
+        return [None if isinstance(p, str) else self.tokenizer.user_ids(p) for p in prompts]
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

@@ -49,9 +49,10 @@ def generate(
     sampling: Sampling,
     languages: Sequence[str | None],
     stream: Stream = lambda number, piece: None,
+    audible: Sequence[Sequence[int] | None] | None = None,
 ) -> list[Generation]:
     """Continues each text of ids until an end token, a stop string or `max_new_tokens`. A prompt
-    that leaves no room for so many is refused."""
+    that leaves no room for so many is refused. audible: of each prompt, as `Engine.add` has it."""
     for ids in prompts:
         check_prompt(ensemble, ids, sampling.max_new_tokens)
     replies = [Reply(ensemble.tokenizer, ids, sampling.stop) for ids in prompts]
@@ -64,7 +65,11 @@ def generate(
         engine.reserve(len(numbers), longest + sampling.max_new_tokens)
         for number in numbers:
             texts[number] = engine.add(
-                prompts[number], sampling, language=languages[number], number=number
+                prompts[number],
+                sampling,
+                language=languages[number],
+                number=number,
+                audible=None if audible is None else audible[number],
             )
         _continue(engine, ensemble.tokenizer.end_ids, sampling, replies, weights, drawn, stream)
     for number, reply in enumerate(replies):

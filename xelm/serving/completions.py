@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ class Completions:
         offer = self.desk.offer
         try:
             async with self.encoding:
-                prompts = await run_in_threadpool(_encoded, asked, offer)
+                prompts, audible = await run_in_threadpool(_encoded, asked, offer)
             for ids in prompts:
                 most = 1 if asked.most_tokens is None else asked.most_tokens
                 check_prompt(offer.ensemble, ids, most)
@@ -134,7 +135,10 @@ class Completions:
                     "max_tokens",
                 )
             language, count = _told(asked.language), asked.n or 1
-            languages = [language or offer.language_of(ids) for ids in prompts]
+            languages = [
+                language or offer.language_of(ids if said is None else said)
+                for ids, said in zip(prompts, audible)
+            ]
             under_way = _Asked(
                 answer=Answer(
                     asked.model,
@@ -150,7 +154,7 @@ class Completions:
                 prompt_tokens=sum(map(len, prompts)),
                 began=began,
             )
-            under_way.tickets += self._tickets(asked, prompts, sampling, under_way)
+            under_way.tickets += self._tickets(asked, prompts, audible, sampling, under_way)
             places = self.limits.texts + self.limits.waiting
             if len(under_way.tickets) > places:
                 raise Refused(
@@ -171,6 +175,7 @@ class Completions:
         self,
         asked: CompletionRequest | ChatRequest,
         prompts: Sequence[Sequence[int]],
+        audible: Sequence[Sequence[int] | None],
         sampling: Sampling,
         under_way: _Asked,
     ) -> list[Ticket]:
@@ -180,6 +185,7 @@ class Completions:
             return Ticket(
                 model=asked.model,
                 ids=prompts[place // count],
+                audible=audible[place // count],
                 sampling=sampling,
                 language=asked.language if asked.model == ENSEMBLE else None,
                 number=place,
@@ -353,8 +359,11 @@ def check_model(name: str, offer: Offer) -> None:
         raise Refused(404, message, "model", "model_not_found")
 
 
-def _encoded(asked: CompletionRequest | ChatRequest, offer: Offer) -> list[list[int]]:
-    """Ids of each prompt: of a text after the one that starts texts, and ids as they are."""
+def _encoded(
+    asked: CompletionRequest | ChatRequest, offer: Offer
+) -> tuple[list[list[int]], list[list[int] | None]]:
+    """Ids of each prompt: of a text after the one that starts texts, and ids as they are. And what
+    the router hears of each: in a chat what the user says; None: all of it."""
     tokenizer = offer.ensemble.tokenizer
     texts = [prompt for prompt in getattr(asked, "prompts", ()) if isinstance(prompt, str)]
     texts += [message.text for message in getattr(asked, "messages", ())]
@@ -367,10 +376,21 @@ def _encoded(asked: CompletionRequest | ChatRequest, offer: Offer) -> list[list[
         if not tokenizer.hub.chat_template:
             raise UserError("the seed has no chat template; use /v1/completions")
         messages = [{"role": m.role, "content": m.text} for m in asked.messages]
-        return [tokenizer.chat(messages)]
-    return [
+        ids = tokenizer.chat(messages, _options(asked, tokenizer.hub.chat_template))
+        return [ids], [tokenizer.user_ids(messages)]
+    prompts = [
         tokenizer.begin(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
     ]
+    return prompts, [None] * len(prompts)
+
+
+def _options(asked: ChatRequest, template: str) -> dict[str, Any]:
+    """Values for a chat template. Raises Refused for one that it does not use."""
+    for name, (param, _) in asked.template_options.items():
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            message = f"{param}: the seed's chat template does not use {name!r:.80}; leave it out"
+            raise Refused(400, message, param)
+    return {name: value for name, (_, value) in asked.template_options.items()}
 
 
 def _echoes(

@@ -90,6 +90,8 @@ class Ticket:
     sampling: Sampling
     language: str | None = None
     """That it is told to be in."""
+    audible: Sequence[int] | None = None
+    """What the router hears of the prompt; None: all of it."""
     number: int = 0
     """Among the continuations of its request, which differ by it."""
     alternatives: int | None = None
@@ -316,6 +318,7 @@ class Desk:
                 number=ticket.number,
                 router=router,
                 alternatives=ticket.alternatives,
+                audible=ticket.audible,
             )
         except UserError as error:
             self._events.append((ticket, Failed(400, str(error))))

@@ -209,6 +209,8 @@ class ChatRequest(_Request):
         list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     ]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
     modalities: Annotated[Any, _only(["text"])] = None
@@ -227,6 +229,15 @@ class ChatRequest(_Request):
     @property
     def alternatives(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def template_options(self) -> dict[str, tuple[str, Any]]:
+        """Values for the chat template: name -> the field of the request, and the value."""
+        given = self.chat_template_kwargs or {}
+        found = {name: ("chat_template_kwargs", value) for name, value in given.items()}
+        if self.reasoning_effort is not None:
+            found["reasoning_effort"] = ("reasoning_effort", self.reasoning_effort)
+        return found
 
     @field_validator("top_logprobs")
     @classmethod
