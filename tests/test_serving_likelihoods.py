@@ -115,6 +115,9 @@ def test_a_stream_has_the_log_probabilities_of_the_whole(client, tiny):
         parts = [getattr(piece.logprobs, name) for piece in pieces if piece.logprobs]
         assert list(itertools.chain(*parts)) == getattr(whole.logprobs, name)
     assert whole.logprobs.text_offset == sorted(whole.logprobs.text_offset)
+    for offset, name in zip(whole.logprobs.text_offset, whole.logprobs.tokens):
+        if not name.startswith("<"):
+            assert whole.text[offset:].startswith(name.lstrip(" ") if offset == 0 else name)
 
 
 def test_an_echo_without_log_probabilities_is_the_prompt(client, tiny):

@@ -26,6 +26,8 @@ class TokenNames:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        self.special = frozenset(tokenizer.hub.all_special_ids)
+        """Tokens that have names and are nothing in a text."""
         self._known: dict[int, tuple[str, list[int] | None]] = {}
 
     def __call__(self, token: int) -> tuple[str, list[int] | None]:
@@ -73,7 +75,7 @@ class Answer:
             body: dict[str, Any] = {"text": one.text}
             if self._chat:
                 body = {"message": {"role": "assistant", "content": one.text}}
-            logprobs = self._logprobs(index, one.likelihoods)
+            logprobs = self._logprobs(index, one.likelihoods, one.text)
             choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": end.reason}
             choices.append({**choice, "xelm": xelm})
         usage = usage_of(prompt, sum(end.tokens for end in ends))
@@ -96,14 +98,17 @@ class Answer:
             said = {"delta": {"role": "assistant", "content": ""} if first else {}}
             if text:
                 said["delta"]["content"] = text
-        logprobs = self._logprobs(index, likelihoods) if likelihoods else None
+        logprobs = self._logprobs(index, likelihoods, text) if likelihoods else None
         choice = {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
         if about is not None:
             choice["xelm"] = about
         return self._body(self._part_kind, choices=[choice])
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLikelihood]) -> dict[str, Any] | None:
-        """Log probabilities of a choice's next tokens; None where they are not wanted."""
+    def _logprobs(
+        self, index: int, tokens: Sequence[TokenLikelihood], text: str
+    ) -> dict[str, Any] | None:
+        """Log probabilities of a choice's next tokens, which are those of this text; None where
+        they are not wanted."""
         if not self._wanted:
             return None
         if self._chat:
@@ -111,10 +116,13 @@ class Answer:
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
         offsets = []
         for token in tokens:
-            name, text = self._names(token.token)[0], self._names.tokenizer.decode([token.token])
-            offsets.append(self._lengths[index])
-            # Special tokens have names, and are nothing in the text.
-            self._lengths[index] += len(name) if text else 0
+            name = self._names(token.token)[0]
+            if index not in self._lengths and name.startswith(" ") and not text.startswith(" "):
+                self._lengths[
+                    index
+                ] = -1  # the space before a first word is no part of a text
+            offsets.append(max(0, self._lengths[index]))
+            self._lengths[index] += 0 if token.token in self._names.special else len(name)
             own = _finite(token.log_probability)
             top = {name: own}
             for other, value in token.top:
