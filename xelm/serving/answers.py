@@ -118,9 +118,7 @@ class Answer:
         for token in tokens:
             name = self._names(token.token)[0]
             if index not in self._lengths and name.startswith(" ") and not text.startswith(" "):
-                self._lengths[
-                    index
-                ] = -1  # the space before a first word is no part of a text
+                self._lengths[index] = -1  # the space before a first word is no part of a text
             offsets.append(max(0, self._lengths[index]))
             self._lengths[index] += 0 if token.token in self._names.special else len(name)
             own = _finite(token.log_probability)
