@@ -21,7 +21,7 @@ from clustering import kmeans
 from clustering.distances import Distances
 from clustering.errors import UserError
 from clustering.files import equal
-from clustering.languages import canonical, english_name
+from clustering.languages import english_name, find
 from clustering.tree import Merge
 from clustering.vectoriser import Vectoriser
 
@@ -99,9 +99,9 @@ class Clustering:
 
         Takes any code of the language; raises UserError if no cluster has it.
         """
-        tag = canonical(language)
+        tag = find(language, [*self.languages, *self.unassigned])
         names = [name for name, members in self.clusters.items() if tag in members]
-        if not names:
+        if tag is None or not names:
             why = "is unassigned" if tag in self.unassigned else "is not among the languages"
             known = ", ".join(self.languages)
             raise UserError(f"{language} {why} of this clustering; those with a cluster: {known}")

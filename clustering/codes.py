@@ -10,6 +10,9 @@ from functools import cache
 from langcodes import data_dicts
 from langcodes.registry_parser import parse_registry
 
+VERSION = 2
+"""Of what codes become what tags: raise it with a change, so that stored text is tagged again."""
+
 ALIASES: Mapping[str, str] = {
     # Wikipedia's subdomains, with the tags that MediaWiki writes into its pages.
     "bat-smg": "sgs",

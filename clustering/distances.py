@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from clustering.errors import UserError
 from clustering.files import equal
-from clustering.languages import canonical, canonical_all
+from clustering.languages import canonical_all, find
 
 _ROOM = 12
 """Languages up to which values are shown."""
@@ -143,8 +143,8 @@ class Distances:
         return self.of(tags), tuple(tag for tag in self.languages if tag not in tags)
 
     def _at(self, language: str) -> int:
-        tag = canonical(language)
-        if tag not in self.languages:
+        tag = find(language, self.languages)
+        if tag is None:
             known = ", ".join(self.languages)
             raise UserError(f"{language} is not among the languages of this measure: {known}")
         return self.languages.index(tag)

@@ -28,14 +28,22 @@ def canonical(code: str) -> str:
     Refused are codes of families (`sla`), of no one language (`und`), and codes that Wikipedia and
     ISO 639-3 give to different languages (`als`).
     """
-    written = code.strip().replace("_", "-").lower()
+    written = _written(code)
     known = codes.ALIASES.get(written, written)
     _check_is_language(code, known)
-    if not langcodes.tag_is_valid(known):
+    language = (
+        _without_extlang(langcodes.Language.get(known)) if langcodes.tag_is_valid(known) else None
+    )
+    if language is None:
         raise UserError(f"unknown language code {code!r}{_suggestions(code)}")
-    tag = _minimised(_in_macrolanguage(langcodes.Language.get(known)))
+    tag = _minimised(_in_macrolanguage(language))
     # Written with its script, since without it the code would mean either language.
     return f"{tag}-{_usual_script(tag)}" if tag in codes.AMBIGUOUS else tag
+
+
+def is_old_code(code: str) -> bool:
+    """Whether this is a code that Wikipedia or OSCAR writes outside BCP 47, as `simple`."""
+    return _written(code) in codes.ALIASES
 
 
 def canonical_all(languages: Iterable[str]) -> tuple[str, ...]:
@@ -128,6 +136,10 @@ def iso639_3(tag: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(code for code in found if len(code) == 3 and code not in older))
 
 
+def _written(code: str) -> str:
+    return code.strip().replace("_", "-").lower()
+
+
 def _check_is_language(code: str, known: str) -> None:
     """UserError for a code of a family, of no one language, or of two."""
     if known in codes.AMBIGUOUS:
@@ -148,10 +160,23 @@ def _check_is_language(code: str, known: str) -> None:
         )
 
 
+def _without_extlang(language: langcodes.Language) -> langcodes.Language | None:
+    """The same with the code of an extended language subtag alone (RFC 5646, section 4.5: `ar-arz`
+    is `arz`); None if that is no language of the first."""
+    if not language.extlangs:
+        return language
+    member = language.extlangs[0]
+    if data_dicts.MACROLANGUAGES.get(member) != language.language:
+        return None
+    return _remade(language, member, language.script, language.territory)
+
+
 def _in_macrolanguage(language: langcodes.Language) -> langcodes.Language:
     """The same with the macrolanguage for its usual member."""
     wide = codes.usual_members().get(language.language or "und")
-    return language if wide is None else language.update_dict({"language": wide})
+    if wide is None:
+        return language
+    return _remade(language, wide, language.script, language.territory)
 
 
 def _minimised(language: langcodes.Language) -> str:
@@ -170,16 +195,21 @@ def _minimised(language: langcodes.Language) -> str:
     likely = data_dicts.LIKELY_SUBTAGS
     if likely.get(f"{code}-{script}", likely.get(code, "")).endswith(f"-{region}"):
         region = None
-    kept = langcodes.Language.make(
+    return _remade(language, code, script, region).to_tag()
+
+
+def _remade(
+    language: langcodes.Language, code: str, script: str | None, region: str | None
+) -> langcodes.Language:
+    """With these subtags, and no extended language."""
+    return langcodes.Language.make(
         language=code,
-        extlangs=language.extlangs,
         script=script,
         territory=region,
         variants=language.variants,
         extensions=language.extensions,
         private=language.private,
     )
-    return kept.to_tag()
 
 
 @cache

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from clustering.errors import UserError
-from clustering.languages import canonical
+from clustering.languages import canonical, find
 from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
 
@@ -56,7 +56,7 @@ def choose_parent(
     """
     served = {language for expert in registry.published() for language in expert.languages}
     known = [(language, far) for language, far in ranked if math.isfinite(far)]
-    relatives = [(language, far) for language, far in known if canonical(language) in served]
+    relatives = [(language, far) for language, far in known if find(language, served)]
     if not relatives:
         raise UserError(
             "no published expert serves a known relative; name a parent. "
@@ -78,7 +78,7 @@ def _is_in_training(registry: Registry, language: str, parent: str, name: str) -
 
 def _check_unserved(registry: Registry, language: str) -> None:
     for expert in registry.experts:
-        if language in expert.languages and expert.status != "retired":
+        if find(language, expert.languages) and expert.status != "retired":
             raise UserError(
                 f"{language!r} is served already, by {expert.reference} ({expert.status})"
             )

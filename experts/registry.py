@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
-from clustering.languages import canonical
+from clustering.languages import lookup
 from experts.expert import (
     SEED,
     Expert,
@@ -154,15 +154,16 @@ class Registry:
     def for_language(self, language: str) -> Expert:
         """The published expert that serves a language, the latest round winning; else UserError.
 
-        Takes any code of the language that `clustering.languages.canonical` knows.
+        Takes any code of the language; where nobody serves it, one that `languages.lookup` falls
+        back to, so that an expert of `en` is found for `en-GB`.
         """
-        tag = canonical(language)
-        serving = [expert for expert in self.published() if tag in expert.languages]
-        if not serving:
-            served = sorted({tag for expert in self.published() for tag in expert.languages})
+        served = sorted({tag for expert in self.published() for tag in expert.languages})
+        tag = lookup(language, served)
+        if tag is None:
             raise UserError(
                 f"no published expert serves {language!r}; served: {', '.join(served) or 'none'}"
             )
+        serving = [expert for expert in self.published() if tag in expert.languages]
         return max(serving, key=lambda e: e.round)
 
     def round_after(self, parent: str, name: str) -> int:

@@ -47,6 +47,9 @@ from clustering.errors import UserError
         ("pa-PK", "pa-Arab"),
         ("sr-ME", "sr-Latn-ME"),
         ("nrm_Latn", "nrm-Latn"),
+        ("ar-arz", "arz"),
+        ("ar-arb", "ar"),
+        ("zh-nan-TW", "nan-TW"),
         # Languages in their own right keep their code, though a macrolanguage covers them.
         ("yue", "yue"),
         ("arz", "arz"),
@@ -72,7 +75,7 @@ def test_an_unknown_code_is_named_with_what_was_probably_meant(given, suggestion
     assert suggestion in str(raised.value)
 
 
-@pytest.mark.parametrize("given", ["", " ", "e", "en/../..", "1", "toolongtag"])
+@pytest.mark.parametrize("given", ["", " ", "e", "en/../..", "1", "toolongtag", "sw-old"])
 def test_what_is_no_code_at_all_is_refused(given):
     with pytest.raises(UserError, match="unknown language code"):
         languages.canonical(given)

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path, PurePath
 
 from clustering.errors import UserError
-from clustering.languages import canonical
+from clustering.languages import canonical, is_old_code
 from xelm.data.formats import COMPRESSIONS, LINES, TABLES, format_of, stem
 from xelm.data.sources import Source
 
@@ -233,7 +233,7 @@ def language_in(name: str) -> str | None:
     nothing, as in `notes` or `de-en`."""
     for code in (name, code_in(name)):
         # Other names are none by their form alone, which saves the search for what is alike.
-        if re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", code):
+        if is_old_code(code) or re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", code):
             if code.lower() in _NO_LANGUAGE:
                 return None
             try:
@@ -248,6 +248,8 @@ def code_in(name: str) -> str:
     """What is left of a name without the words that say nothing of the language: `als` of
     `20231101.als` or `als_meta_part_1`; the name itself if nothing is."""
     words = [word for word in _words(name) if not re.fullmatch(r"\d+[kKmMbB]?", word)]
+    if is_old_code(whole := "-".join(words)):  # such as `map-bms`
+        return whole
     return "-".join(word for word in words if word.lower() not in _ORDINARY) or name
 
 

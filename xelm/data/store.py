@@ -26,6 +26,7 @@ from jaxtyping import Int, Integer
 
 from clustering.errors import UserError
 from clustering.files import read_json, replace, write_json
+from clustering.languages import find
 from xelm.data.overlap import HASH_WORDS, SIGNATURE_SIZE, Fingerprints, method
 
 FORMAT = 2
@@ -99,6 +100,17 @@ class Store:
             )
             for tag, ids in self.languages.items()
         }
+
+    def tags(self, languages: Iterable[str] | None = None) -> list[str]:
+        """How languages are called here, by any of their codes; None takes all. UserError for those
+        without text."""
+        if languages is None:
+            return list(self.languages)
+        found = {language: find(language, self.languages) for language in languages}
+        missing = [language for language, tag in found.items() if tag is None]
+        if missing:
+            raise UserError(f"{self.directory} has no text in {', '.join(missing)}")
+        return [tag for tag in found.values() if tag is not None]
 
     def parts(self, languages: Iterable[str]) -> list["StorePart"]:
         """All documents in these languages, in order."""

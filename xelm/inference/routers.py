@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from clustering.errors import UserError
 from clustering.identify import Identifier
-from clustering.languages import canonical
+from clustering.languages import lookup
 from clustering.vectoriser import Vectoriser
 from xelm.inference.routing import Router, among, normalised
 
@@ -103,7 +103,7 @@ class ByLanguage:
     experts: int
     """E."""
     serving: Mapping[str, int]
-    """Canonical tag of a language -> expert."""
+    """Tag of a language -> expert; `languages.lookup` finds it for the language that is given."""
     otherwise: Router | None = None
     """The other router, of E models; None: a text must have a language that is served."""
 
@@ -114,7 +114,8 @@ class ByLanguage:
     def start(self, language):
         """UserError if the language is unknown, and where there is no other router, if it is not
         given or not served."""
-        expert = None if language is None else self.serving.get(canonical(language))
+        tag = None if language is None else lookup(language, self.serving)
+        expert = None if tag is None else self.serving[tag]
         if self.otherwise is not None:
             first = 0.0 if expert is None else expert + 1.0
             return np.concatenate([[first], self.otherwise.start(None)])

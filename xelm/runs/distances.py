@@ -19,7 +19,7 @@ from clustering import genealogy, geography, internal, lexical, table, typology
 from clustering.distances import Distances, combine
 from clustering.errors import UserError
 from clustering.files import sha256
-from clustering.languages import canonical_all
+from clustering.languages import canonical_all, find
 from xelm.data import corpus as corpora
 from xelm.data import tagged
 from xelm.data.corpus import AnyCorpus, Corpus, Faults
@@ -216,8 +216,11 @@ def _subwords_of(
     counts: dict[str, lexical.Counts] = {}
     made_from: dict[str, str] = {}
     for name, store in run.stores(tags).items():
-        for tag in set(tags) & set(store.languages):
-            ids = store.languages[tag]
+        for tag in tags:
+            own = find(tag, store.languages)
+            if own is None:
+                continue
+            ids = store.languages[own]
             number = min(len(ids), sources.documents)
             counts[tag] = lexical.subwords(map(ids.document, range(number)))
         made_from["corpus" if name == "train" else name] = store.record["corpus_sha256"]
@@ -259,7 +262,8 @@ def _updates(languages: Sequence[str], sources: Sources) -> Distances:
 def _losses(languages: Sequence[str], sources: Sources) -> Distances:
     run, tags = _given(sources.run, "losses", "--run"), canonical_all(languages)
     experts = {e.languages[0]: e.name for e in run.registry().published() if len(e.languages) == 1}
-    alone = [tag for tag in tags if tag in experts]
+    own = {tag: found for tag in tags if (found := find(tag, experts)) is not None}
+    alone = list(own.values())
     if not alone:
         raise UserError(
             f"losses are between experts of one language each; {run.directory} has none of "

@@ -16,7 +16,7 @@ import numpy as np
 
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
-from clustering.languages import canonical_all
+from clustering.languages import canonical_all, find, lookup
 from experts.expert import SEED, Expert, parse_reference
 from experts.lock import locked
 from experts.registry import Registry
@@ -107,18 +107,22 @@ def evaluate(
     name = EVALUATION + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
     tags = None if languages is None else canonical_all(languages)
     store = tokenise(run, corpus, name, languages=tags, training=False)
-    texts = _compared(run, store, max_documents)
+    called = _called(run, experts, store)
+    ids_of = {called[tag]: ids for tag, ids in store.languages.items()}
+    texts = {called[tag]: text for tag, text in _compared(run, store, max_documents).items()}
     systems = {"seed": run.seed}
     if run.dense.exists():
         systems["dense"] = run.dense
     systems |= {expert.name: expert.directory(run.directory) for expert in experts}
-    served = serving(run.registry(), experts)
-    if not served:  # by clusters of documents
+    serves = serving(run.registry(), experts)
+    if not serves:  # by clusters of documents
         chosen = [routing for routing in chosen if routing.name != "detected"]
-    asked = {system: list(store.languages) for system in systems}
+    found = {tag: lookup(tag, serves) for tag in texts}
+    served = {tag: serves[other] for tag, other in found.items() if other is not None}
+    asked = {system: list(texts) for system in systems}
     if set(routings) == {"language"}:
         for index, expert in enumerate(experts):
-            asked[expert.name] = [tag for tag in store.languages if served.get(tag) == index]
+            asked[expert.name] = [tag for tag in texts if served.get(tag) == index]
     evaluation = _Evaluation(
         run=run,
         model=model,
@@ -131,13 +135,13 @@ def evaluate(
         kept=(top_m, least_weight),
         documents={
             tag: [ids.document(n) for n in range(min(len(ids), max_documents or len(ids)))]
-            for tag, ids in store.languages.items()
+            for tag, ids in ids_of.items()
         },
         asked=asked,
         calibration_tokens=calibration_tokens,
     )
     tokens = evaluation.tokens()
-    sizes = {tag: ids.bytes[: len(tokens[tag])] for tag, ids in store.languages.items()}
+    sizes = {tag: ids.bytes[: len(tokens[tag])] for tag, ids in ids_of.items()}
     unspelled = [tag for tag, text in texts.items() if text.unspelled]
     expected = replace(_expectations(run, experts), unspelled=unspelled)
     results = replace(judged(evaluation.measured(), tokens, sizes, expected), texts=texts)
@@ -156,6 +160,13 @@ def evaluate(
         "start_token": run.config.start_token,
     }
     return _saved(run, str(corpus), options, results)
+
+
+def _called(run: Run, experts: Sequence[Expert], store: Store) -> dict[str, str]:
+    """Language of the text -> what the RUN calls it: one of an earlier version may have `ko-Hang`
+    for `ko`."""
+    known = [*run.languages, *(tag for expert in experts for tag in expert.languages)]
+    return {tag: find(tag, known) or tag for tag in store.languages}
 
 
 def _compared(run: Run, store: Store, max_documents: int | None) -> dict[str, Text]:
@@ -235,7 +246,7 @@ class _Evaluation:
     experts: Sequence[str]
     """Of the ensemble."""
     served: Mapping[str, int]
-    """Language -> the expert that serves it."""
+    """Language of the text -> the expert that serves it, or a language it falls back to."""
     routers: Mapping[str, Router]
     """By routing."""
     kept: tuple[int | None, float]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from clustering import tfidf
+from clustering import codes, tfidf
 from clustering.clustering import Clustering
 from clustering.errors import UserError
 from clustering.files import flush, sha256, write_arrays
@@ -137,10 +137,11 @@ def _tokenise(
         "corpus": corpus.to_json(),
         "corpus_sha256": corpora.fingerprint(corpus, languages),
         "tokenizer_sha256": sha256(tokenizer_files / "tokenizer.json"),
+        "language_codes": codes.VERSION,
     }
     if (directory / "store.json").exists():
         store = run.store(name)
-        same = all(store.record[key] == facts[key] for key in list(facts)[1:])
+        same = all(store.record.get(key) == facts[key] for key in list(facts)[1:])
         # What experts were trained on stays; text to compare with it is read again.
         same &= training or store.fingerprints() is not None
         if same and (languages is None or set(store.languages) == set(languages)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from clustering.distances import Relative
 from clustering.errors import UserError
-from clustering.languages import canonical, canonical_all, english_name
+from clustering.languages import canonical, canonical_all, english_name, find
 from experts.expert import Expert
 from experts.grow import choose_parent
 from xelm.data.corpus import AnyCorpus
@@ -68,8 +68,8 @@ def relatives(
     tokens, experts = ({}, {}) if sources.run is None else _served(sources.run)
     if others is None:
         listed = canonical_all(languages_of("+".join(measures), sources))
-        of_run = sources.run is not None and listed == tuple(sources.run.languages)
-        others = [*listed, *(other for other in experts if of_run and other not in listed)]
+        of_run = sources.run is not None and listed == canonical_all(sources.run.languages)
+        others = [*listed, *(other for other in experts if of_run and not find(other, listed))]
     known = [other for other in canonical_all(others) if other != tag]
     if not known:
         raise UserError(f"no language to compare {tag} with")
@@ -83,8 +83,8 @@ def relatives(
         Relatives(
             language=other,
             by_measure={measure: near[other] for measure, near in found.items()},
-            tokens=tokens.get(other),
-            expert=experts.get(other),
+            tokens=tokens.get(find(other, tokens) or other),
+            expert=experts.get(find(other, experts) or other),
         )
         for other in found[measures[0]]
     ]
@@ -115,7 +115,7 @@ def nearest_expert(
     """
     tag, registry = canonical(language), run.registry()
     served = list(dict.fromkeys(tag for e in registry.published() for tag in e.languages))
-    if tag in served:
+    if find(tag, served):
         raise UserError(f"{tag!r} is served already, by {registry.for_language(tag).reference}")
     try:
         found = relatives(tag, [by], Sources(run=run, corpus=corpus), served)

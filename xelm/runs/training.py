@@ -230,11 +230,8 @@ def documents_of(
 ) -> Documents:
     """Those of the RUN's corpus in these languages, or in all."""
     store = run.store()
-    tags = list(store.languages) if languages is None else canonical_all(languages)
-    missing = [tag for tag in tags if tag not in store.languages]
-    if missing:
-        raise UserError(f"{run.directory} has no text in {', '.join(missing)}")
-    return Documents(store.parts(tags), engine=engine)
+    wanted = None if languages is None else canonical_all(languages)
+    return Documents(store.parts(store.tags(wanted)), engine=engine)
 
 
 def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:

@@ -45,9 +45,7 @@ def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10
         raise UserError(f"steps must be at least 1; got {steps}")
     store = run.store()
     tags = canonical_all(store.languages if languages is None else languages)
-    missing = [tag for tag in tags if tag not in store.languages]
-    if missing:
-        raise UserError(f"{run.directory} has no text in {', '.join(missing)}")
+    own = store.tags(tags)
     dense = run.config.dense
     budget = steps * dense.tokens_per_step
     # Decay would move the weights the same way for every language.
@@ -59,7 +57,7 @@ def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10
     with locked(run.directory, "updates"):
         for other in set(work.parent.glob("updates-*")) - {work}:  # of calls that were given up
             shutil.rmtree(other)
-        moved = [_moved(run, store.languages[tag], config, work / tag) for tag in tags]
+        moved = [_moved(run, store.languages[tag], config, work / tag) for tag in own]
         shutil.rmtree(work)
     inner = []
     for layer in zip(*moved):

@@ -12,6 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from clustering.languages import lookup
 from xelm.inference.holding import Holding
 from xelm.serving.desk import Desk, Ended
 
@@ -100,7 +101,7 @@ class Metrics:
             return
         # Whatever requests say of their language: as many labels as languages here, and one.
         known = self._desk.offer.detector.identifier.languages
-        language = language if language in known else "other"
+        language = (language and lookup(language, known)) or "other"
         for model, weight in end.weights.items():
             self._weights.labels(language, model).inc(weight * end.tokens)
         self._entropy.observe(entropy(end.weights))
