@@ -214,12 +214,12 @@ def test_a_language_whose_only_file_is_empty_is_named_with_it(tmp_path, name):
 
 def test_an_empty_file_beside_others_of_its_language_is_a_fault_of_it(tmp_path):
     contents = {"de.jsonl": lines(MANN), "de_1.jsonl": b"", "de_2.jsonl.gz": gzip.compress(b"")}
-    write(tmp_path, contents)
+    write(tmp_path, contents | {"de_3.parquet": b"", "de_4.arrow": b"", "de_5.txt.xz": b""})
     faults = Faults()
     assert languages_of(tmp_path) == ["de"]
     assert [document.text for document in read(tmp_path, faults, ["de"])] == ["Der alte Mann"]
     assert faults.to_json() == {
-        "an empty file": {"count": 2, "first": ["de_1.jsonl", "de_2.jsonl.gz"]}
+        "an empty file": {"count": 5, "first": ["de_1.jsonl", "de_2.jsonl.gz", "de_3.parquet"]}
     }
 
 
