@@ -9,8 +9,8 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[^\W_][\w.-]*")
 _LANGUAGES_IN_NAME = 4
+_LETTERS_IN_NAME = 24
 _LITTLE = 0.5
 """Share of the features below which a language is named: what is not known moves it away."""
 
@@ -46,7 +47,8 @@ class Clustering:
     """Name -> languages. Each language is in exactly one cluster; in clusters of documents, in each
     where it has documents, the commonest first."""
     unassigned: tuple[str, ...] = ()
-    """Languages that belong to no cluster, on purpose."""
+    """Languages that belong to no cluster: left out on purpose, or because too little is known of
+    them."""
     languages: tuple[str, ...]
     """All languages of the clusters, in the given order; the rows of `distances`."""
     distances: Distances | None = None
@@ -119,6 +121,23 @@ class Clustering:
             raise ValueError("clusters of documents wanted; these are of languages: use cluster_of")
         return kmeans.assign(vectors, self.centres)
 
+    def renamed(self, names: Mapping[str, str]) -> "Clustering":
+        """The same with other names for some clusters, old -> new; UserError for a cluster that is
+        not there, and for names that clusters cannot bear."""
+        unknown = [name for name in names if name not in self.clusters]
+        if unknown:
+            raise UserError(
+                f"no cluster {', '.join(unknown[:5])}; there are {', '.join(self.clusters)}"
+            )
+        new = [names.get(name, name) for name in self.clusters]
+        _check_names(new)
+        documents = self.documents
+        return replace(
+            self,
+            clusters=dict(zip(new, self.clusters.values())),
+            documents=None if documents is None else dict(zip(new, documents.values())),
+        )
+
     def plot_tree(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the tree on `ax`, or on a new figure, and return the axes."""
         from clustering import figures
@@ -176,23 +195,23 @@ class Clustering:
 def name_clusters(groups: Iterable[Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """Name groups by their languages in the given order, as in `en-es`.
 
-    Of more than four, three and a count: `en-fr-es-plus5`. Names are good names of folders, and
-    differ in more than case.
+    Of more than four, or where that is longer than 24 letters, the first and a count: `en-plus7`.
+    Names are good names of folders, and differ in more than case.
     """
     named: dict[str, tuple[str, ...]] = {}
     taken: dict[str, int] = {}
     for members in groups:
-        shown = list(members)
-        if len(shown) > _LANGUAGES_IN_NAME:
-            shown = [*shown[: _LANGUAGES_IN_NAME - 1], f"plus{len(shown) - _LANGUAGES_IN_NAME + 1}"]
-        name = "-".join(shown)
+        name = "-".join(members)
+        too_long = len(members) > _LANGUAGES_IN_NAME or len(name) > _LETTERS_IN_NAME
+        if too_long and len(members) > 1:
+            name = f"{members[0]}-plus{len(members) - 1}"
         # pt-BR alone and pt with br would meet in one folder on some machines.
         times = taken[name.casefold()] = taken.get(name.casefold(), 0) + 1
         named[name if times == 1 else f"{name}_{times}"] = tuple(members)
     return named
 
 
-def _check_names(clusters: dict[str, tuple[str, ...]]) -> None:
+def _check_names(clusters: Collection[str]) -> None:
     if not clusters:
         raise UserError("a clustering wants at least one cluster; got none")
     # Names become folders: nothing may climb out of one or hide in it.
@@ -208,14 +227,13 @@ def _check_names(clusters: dict[str, tuple[str, ...]]) -> None:
 
 def _check_languages(clustering: Clustering) -> None:
     members = [language for group in clustering.clusters.values() for language in group]
-    faults = []
+    faults = [f"{name} is empty" for name, group in clustering.clusters.items() if not group]
     if clustering.documents is None:
         faults += [
             f"{tag} is in several clusters"
             for tag in dict.fromkeys(members)
             if members.count(tag) > 1
         ]
-        faults += [f"{name} is empty" for name, group in clustering.clusters.items() if not group]
     elif {
         name: tuple(counts) for name, counts in clustering.documents.items()
     } != clustering.clusters:

@@ -35,7 +35,7 @@ class Fit:
     labels: Integer[np.ndarray, " rows"]
     """Balanced cluster of each fitted row."""
     rows: Integer[np.ndarray, " rows"]
-    """Indices of the vectors that were fitted on."""
+    """Indices of the vectors that were fitted on: of equal ones the first."""
     inertia: float
     """Mean squared distance of a fitted row to its centre."""
     iterations: int
@@ -61,17 +61,19 @@ def fit(
 ) -> Fit:
     """k centres of the vectors, each cluster holding at most ceil(rows / k) of them while fitting.
 
-    Zero rows (documents of unseen terms alone) are left out. The same arguments give the same
-    result. Raises UserError for fewer distinct rows than k.
+    Zero rows (documents of unseen terms alone) are left out, and equal rows count once: they have
+    the same nearest centre, so balance cannot divide them, and centres fitted to halves of them
+    would lie on one point. The same arguments give the same result. Raises UserError for fewer
+    different rows than k.
     """
     rng = np.random.default_rng(random_seed)
-    rows = np.flatnonzero(np.any(vectors, axis=1))
+    rows = _different(vectors)
     points = vectors[rows].astype(np.float64)
     if not np.isfinite(points).all():
         raise ValueError("vectors must be finite; got NaN or infinity")
     if not 1 <= k <= len(points):
         raise UserError(
-            f"k must be between 1 and {len(points)} documents that are not empty; got {k}"
+            f"k must be between 1 and {len(points)} different documents that are not empty; got {k}"
         )
     centres, prices = _annealed(points, k, rng)
     capacity = -(-len(points) // k)
@@ -256,6 +258,14 @@ def _annealed(
         prices, shares = _prices(costs, prices, temperature * spread, tolerance=0.02)
         centres = (shares @ points) / shares.sum(axis=1, keepdims=True)
     return centres, prices
+
+
+def _different(vectors: Float[np.ndarray, "documents D"]) -> Integer[np.ndarray, " rows"]:
+    """Indices of the rows that are not zero, of equal ones the first."""
+    first: dict[bytes, int] = {}
+    for row in np.flatnonzero(np.any(vectors, axis=1)).tolist():
+        first.setdefault(vectors[row].tobytes(), row)
+    return np.array(list(first.values()), int)
 
 
 def _distinct(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:

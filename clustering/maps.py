@@ -3,6 +3,7 @@
 Each draws on `ax`, or on a new figure, and returns the axes; none saves or shows.
 """
 
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -25,8 +26,13 @@ _LEAST = 40.0
 """Degrees that a map shows at least, from west to east and from south to north."""
 _ROOM_FOR_NAMES = 40
 """Languages up to which names are written out; beyond, codes."""
-# Where a label may stand beside its point: right, left, above, below, then the corners; in points.
-_PLACES = ((6, 0), (-6, 0), (0, 6), (0, -6), (5, 5), (-5, 5), (5, -5), (-5, -5))
+_LARGEST = 2.5
+"""Times the usual width and height, at most, of a figure of very many languages."""
+# Where a label may stand: right of its point, left, above, below, then the corners; the first
+# distance is beside the point, and from the others a line leads to it. In points.
+_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
+_DISTANCES = (6, 14, 24, 36, 50)
+_LINE = {"arrowstyle": "-", "color": ABOVE, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
 _SIDES = {1: "left", 0: "center", -1: "right"}
 _HEIGHTS = {1: "bottom", 0: "center", -1: "top"}
 
@@ -45,7 +51,8 @@ def world_map(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
     west, east = _range(points[:, 0], -180.0, 180.0)
     south, north = _range(points[:, 1], -90.0, 90.0)
     height = 8.5 * (north - south) / (east - west)
-    ax = axes(ax, (11.0, 1.0 + max(height, 3.0)))
+    size = _scale(len(tags))
+    ax = axes(ax, (2.5 + 8.5 * size, 1.0 + max(height, 3.0) * size))
     for line in _coastlines():
         ax.plot(*line.T, color=ABOVE, linewidth=0.5, zorder=0.5)
     ax.set_xlim(west, east)
@@ -66,7 +73,8 @@ def plane(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
             f"distances between languages wanted; method {clustering.method!r} has none"
         )
     points, shown = scaled(measured.values)
-    ax = axes(ax, (9.0, 6.5))
+    size = _scale(len(measured.languages))
+    ax = axes(ax, (2.5 + 6.5 * size, 6.5 * size))
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(0.12)
     hidden = _draw_points(ax, clustering, measured.languages, points)
@@ -110,9 +118,16 @@ def _draw_points(
     label."""
     colours = cluster_colours(tuple(clustering.clusters))
     of_tag: Mapping[str, str] = {tag: colours[clustering.cluster_of(tag)] for tag in tags}
-    ax.scatter(*points.T, s=40, c=[of_tag[tag] for tag in tags], edgecolor="white", zorder=3)
-    legend(ax, colours)
     full = len(tags) <= _ROOM_FOR_NAMES
+    ax.scatter(
+        *points.T,
+        s=40 if full else 16,
+        c=[of_tag[tag] for tag in tags],
+        edgecolor="white",
+        linewidth=1.5 if full else 0.5,
+        zorder=3,
+    )
+    legend(ax, colours)
     shown = _write_labels(ax, [english_name(tag) if full else tag for tag in tags], points)
     return [tag for tag, there in zip(tags, shown) if not there]
 
@@ -120,7 +135,8 @@ def _draw_points(
 def _write_notes(ax: "Axes", notes: Mapping[str, Sequence[str]]) -> None:
     """What a figure does not show, a line each."""
     lines = [f"{what}: {', '.join(tags)}" for what, tags in notes.items() if tags]
-    wrapped = [part for line in lines for part in textwrap.wrap(line, 110)]
+    letters = round(110 * ax.figure.get_figure(root=True).get_figwidth() / 11)
+    wrapped = [part for line in lines for part in textwrap.wrap(line, letters)]
     if wrapped:
         ax.set_title("\n".join(wrapped), fontsize="small", loc="left")
 
@@ -128,38 +144,48 @@ def _write_notes(ax: "Axes", notes: Mapping[str, Sequence[str]]) -> None:
 def _write_labels(
     ax: "Axes", labels: Sequence[str], points: Float[np.ndarray, "languages 2"]
 ) -> list[bool]:
-    """Beside each point, where there is room; returns for which there is."""
+    """Beside each point, or a little way off at the end of a line, where there is room; returns for
+    which there is."""
     from matplotlib.transforms import Bbox
 
-    # Settles where the points will lie.
-    ax.figure.get_figure(root=True).draw_without_rendering()
+    figure = ax.figure.get_figure(root=True)
+    figure.draw_without_rendering()  # settles where the points will lie
     spots = ax.transData.transform(points)
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in spots]
-    frame = ax.get_window_extent()
+    frame, pixels = ax.get_window_extent(), figure.dpi / 72
+    font = "small" if len(labels) <= _ROOM_FOR_NAMES else "x-small"
     shown = []
-    for label, point in zip(labels, points):
-        shown.append(False)
-        for right, up in _PLACES:
-            text = ax.annotate(
-                label,
-                point,
-                xytext=(right, up),
-                textcoords="offset points",
-                ha=_SIDES[int(np.sign(right))],
-                va=_HEIGHTS[int(np.sign(up))],
-                fontsize="small",
-            )
-            box = text.get_window_extent()
-            if (
-                frame.contains(*box.min)
-                and frame.contains(*box.max)
-                and not box.count_overlaps(taken)
-            ):
-                taken.append(box)
-                shown[-1] = True
+    for label, point, spot in zip(labels, points, spots):
+        text = ax.annotate(label, point, fontsize=font)
+        size = np.array(text.get_window_extent().size)
+        text.remove()
+        for distance, direction in itertools.product(_DISTANCES, _DIRECTIONS):
+            offset, side = distance * np.array(direction), np.sign(direction)
+            box = Bbox.from_bounds(*(spot + pixels * offset - size * (1 - side) / 2), *size)
+            inside = frame.contains(*box.min) and frame.contains(*box.max)
+            if inside and not box.count_overlaps(taken):
                 break
-            text.remove()
+        else:
+            shown.append(False)
+            continue
+        taken.append(box)
+        shown.append(True)
+        ax.annotate(
+            label,
+            point,
+            xytext=(float(offset[0]), float(offset[1])),
+            textcoords="offset points",
+            ha=_SIDES[int(side[0])],
+            va=_HEIGHTS[int(side[1])],
+            fontsize=font,
+            arrowprops=None if distance == _DISTANCES[0] else _LINE,
+        )
     return shown
+
+
+def _scale(languages: int) -> float:
+    """How much larger than usual a figure is, so that each of the languages has as much room."""
+    return min(max(languages / _ROOM_FOR_NAMES, 1.0) ** 0.5, _LARGEST)
 
 
 def _range(values: np.ndarray, least: float, most: float) -> tuple[float, float]:

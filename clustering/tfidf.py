@@ -86,13 +86,17 @@ def cluster(
     The centres are made of `sample`, by default `SAMPLE_SIZE` of the documents; then all are read
     and the languages of each cluster counted by nearest-centre assignment, by which documents reach
     experts. So memory does not grow with their number, and the engine of `documents` does the
-    reading. `made_from` names the inputs, such as corpus files and tokenizer, with their hashes.
+    reading. There are fewer than k where a centre is nearest to no document; `parameters` has the
+    k that was wanted. `made_from` names the inputs, such as corpus files and tokenizer, with their
+    hashes.
     """
     drawn = documents.sample(SAMPLE_SIZE, random_seed) if sample is None else sample
     fitted = kmeans.fit(vectoriser.transform(drawn), k, random_seed)
-    names = tuple(f"c{index}" for index in range(k))
     counts = _total(documents.map(partial(_count, vectoriser, fitted.centres)))
-    held = {name: _in_cluster(counts, index) for index, name in enumerate(names)}
+    filled = np.flatnonzero(sum(counts.values(), np.zeros(len(fitted.centres), np.int64)))
+    held = {
+        f"c{number}": _in_cluster(counts, index) for number, index in enumerate(filled.tolist())
+    }
     return Clustering(
         method="tfidf",
         parameters={
@@ -108,7 +112,7 @@ def cluster(
         languages=tuple(counts),
         documents=held,
         vectoriser=vectoriser,
-        centres=fitted.centres,
+        centres=fitted.centres[filled],
         made_from=made_from or {},
     )
 

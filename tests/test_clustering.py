@@ -190,8 +190,51 @@ def test_a_language_of_documents_belongs_where_most_of_its_documents_are():
 
 def test_names_say_what_is_inside_and_are_good_folders():
     assert name_clusters([("en", "es")]) == {"en-es": ("en", "es")}
-    assert list(name_clusters([("a", "b", "c", "d"), tuple("efghi")])) == ["a-b-c-d", "e-f-g-plus2"]
+    assert list(name_clusters([("a", "b", "c", "d"), tuple("efghi")])) == ["a-b-c-d", "e-plus4"]
     assert list(name_clusters([("pt-BR",), ("pt", "br")])) == ["pt-BR", "pt-br_2"]
+    many = ("ace-Arab", "ace", "bug", *"abcdefghi")
+    assert list(name_clusters([many, ("az-Arab", "bjn-Arab", "kas-Deva")])) == [
+        "ace-Arab-plus11",
+        "az-Arab-plus2",
+    ]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_renamed_clusters_are_the_same_ones(name):
+    clustering = EXAMPLES[name]()
+    first = next(iter(clustering.clusters))
+    renamed = clustering.renamed({first: "elsewhere"})
+    assert list(renamed.clusters.values()) == list(clustering.clusters.values())
+    assert next(iter(renamed.clusters)) == "elsewhere" and renamed.shares == (
+        clustering.shares
+        and {{first: "elsewhere"}.get(n, n): s for n, s in clustering.shares.items()}
+    )
+    assert renamed.renamed({"elsewhere": first}) == clustering
+    with pytest.raises(UserError, match=f"no cluster nowhere; there are {first}"):
+        clustering.renamed({"nowhere": "x"})
+    with pytest.raises(UserError, match="names want letters"):
+        clustering.renamed({first: "../x"})
+    with pytest.raises(UserError, match="differ in more than case"):
+        clustering.renamed({first: list(clustering.clusters)[1].upper()})
+
+
+def test_clusters_are_renamed_from_the_command_line(xelm, tmp_path):
+    xelm("cluster", "-k", 2, "--languages", "en,de,ja,ko", "--out", tmp_path / "out")
+    before = Clustering.load(tmp_path / "out")
+    old = before.cluster_of("ja")
+    done = xelm("rename", tmp_path / "out", f"{old}=far-east")
+    assert done.code == 0 and "far-east" in done.out, done.err
+    assert Clustering.load(tmp_path / "out") == before.renamed({old: "far-east"})
+    for names, said in (
+        (["far-east=größe"], "'größe' cannot name an expert"),
+        (["far-east=Dense"], "means another system of a RUN"),
+        (["far-east"], "OLD=NEW wanted, as in en-plus7=germanic; got far-east"),
+        (["far-east=a", "far-east=b"], "a cluster is renamed twice"),
+        (["near=a"], "no cluster near; there are"),
+    ):
+        refused = xelm("rename", tmp_path / "out", *names)
+        assert (refused.code, refused.out) == (2, "") and said in refused.err
+    assert Clustering.load(tmp_path / "out") == before.renamed({old: "far-east"})
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])

@@ -6,7 +6,9 @@ matplotlib.use("Agg")
 import numpy as np
 import pytest
 from matplotlib import colors, pyplot
+from matplotlib.text import Text
 from sklearn.manifold import ClassicalMDS
+from test_language_codes import FLORES_200
 
 from clustering import control, figures, geography, grouping, maps, tfidf, typology
 from clustering.documents import Documents
@@ -133,10 +135,26 @@ def test_the_map_tells_whom_it_lacks():
 def test_labels_do_not_cover_each_other():
     ax = control.by_hand({"a": _MANY}).plot_map()
     ax.figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in ax.texts]
+    assert_apart(ax)
+    assert len(ax.texts) >= 0.8 * len(_MANY)
+
+
+def assert_apart(ax):
+    """No label covers another; lines to labels may cross."""
+    boxes = [Text.get_window_extent(text) for text in ax.texts]
     for at, box in enumerate(boxes):
         assert box.count_overlaps(boxes[:at]) == 0
-    assert len(boxes) >= 0.8 * len(_MANY)
+
+
+def test_a_map_of_two_hundred_languages_is_large_enough_to_name_each():
+    clustering = control.random_clusters(FLORES_200, 12, 0)
+    ax = clustering.plot_map()
+    ax.figure.draw_without_rendering()
+    assert {text.get_text() for text in ax.texts} == set(clustering.languages)
+    assert ax.get_title(loc="left") == ""
+    assert_apart(ax)
+    few = control.by_hand({"a": ["en", "mi", "fj", "sm"]}).plot_map()
+    assert ax.figure.get_figwidth() > 1.8 * few.figure.get_figwidth()
 
 
 def test_the_plane_keeps_distances_that_a_plane_can_have():

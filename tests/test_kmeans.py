@@ -142,7 +142,17 @@ def test_empty_documents_are_left_out_and_too_few_distinct_ones_refused():
     points = np.zeros((6, 3), np.float32)
     points[1], points[4] = [1, 0, 0], [0, 1, 0]
     assert kmeans.fit(points, 2, random_seed=0).rows.tolist() == [1, 4]
-    with pytest.raises(UserError, match="between 1 and 2 documents that are not empty; got 3"):
+    with pytest.raises(UserError, match="between 1 and 2 different documents that are not empty"):
         kmeans.fit(points, 3, random_seed=0)
-    with pytest.raises(UserError, match="number of distinct documents, 1; got 2"):
+    with pytest.raises(UserError, match="between 1 and 1 different documents"):
         kmeans.fit(np.ones((5, 3), np.float32), 2, random_seed=0)
+
+
+def test_equal_documents_count_once():
+    few, _ = blobs(12, [0.5, 0.5], 0.5)
+    many = np.repeat(few, [300, 250] + [6] * 10, axis=0)
+    once, again = kmeans.fit(few, 8, random_seed=0), kmeans.fit(many, 8, random_seed=0)
+    np.testing.assert_array_equal(once.centres, again.centres)
+    assert again.rows.tolist() == [0, 300, *range(550, 610, 6)]
+    # Every cluster has documents, wherever they are nearest to its centre.
+    assert np.bincount(kmeans.assign(many, again.centres), minlength=8).all()

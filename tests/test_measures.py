@@ -1,6 +1,7 @@
 """Distances by name from whatever a user has, clusters of them, and relatives."""
 
 import gzip
+import json
 import shutil
 
 import numpy as np
@@ -333,3 +334,39 @@ def test_clusters_that_were_killed_while_drawn_can_be_made_again(xelm, tmp_path,
     assert not (tmp_path / "out" / "clusters.json").exists()
     assert xelm(*command).code == 0
     assert len(Clustering.load(tmp_path / "out").clusters) == 2
+
+
+def test_languages_without_data_are_unassigned_and_told(xelm, tmp_path):
+    command = ("cluster", "-k", 2, "--languages", "en,de,ja,ko,kok,szl")
+    found = xelm(*command, "--out", tmp_path / "out")
+    assert "typology knows too little of kok, szl, which stay unassigned" in found.err
+    assert "unassigned: Konkani, Silesian" in found.out
+    saved = Clustering.load(tmp_path / "out")
+    assert (saved.unassigned, saved.languages) == (("kok", "szl"), ("en", "de", "ja", "ko"))
+    assert (
+        saved.clusters
+        == Clustering.load(_cluster_into(xelm, tmp_path / "alone", "en,de,ja,ko")).clusters
+    )
+    whole = xelm(*command, "--method", "mixture", "--out", tmp_path / "whole")
+    assert (whole.code, whole.err) == (0, "")
+    assert Clustering.load(tmp_path / "whole").unassigned == ()
+
+
+def _cluster_into(xelm, directory, languages):
+    assert xelm("cluster", "-k", 2, "--languages", languages, "--out", directory).code == 0
+    return directory
+
+
+def test_equal_documents_make_no_empty_clusters(xelm, tmp_path):
+    texts = [f"{'abcdefghij'[i]} {'wxyz'[i % 4]} lorem" for i in range(10)]
+    lines = [{"text": text} for text in [texts[0]] * 150 + [texts[1]] * 120 + texts]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "sw.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ("cluster", "--method", "tfidf", "--corpus", tmp_path / "corpus", "--json", "-k")
+    found = xelm(*command, 8, "--out", tmp_path / "out").json()
+    assert len(found["clusters"]) == 8
+    saved = Clustering.load(tmp_path / "out").documents or {}
+    assert min(sum(counts.values()) for counts in saved.values()) > 0
+    refused = xelm(*command, 11, "--out", tmp_path / "more")
+    assert refused.code == 2 and "between 1 and 10 different documents" in refused.err
+    assert not (tmp_path / "more").exists()

@@ -37,7 +37,7 @@ MISTAKES = [
     ("cluster -k 2 --method tfidf --run run --languages de,tr --out new", "run has no text in tr"),
     ("cluster -k 2 --method tfidf --run run --exclude de --out new", "--exclude goes with"),
     ("cluster -k 2 --method random --languages en,de --rule single --out new", "--rule goes with"),
-    ("cluster -k 999 --method tfidf --run run --out new", "k must be between 1 and 240 documents"),
+    ("cluster -k 999 --method tfidf --run run --out new", "k must be between 1 and 240 different"),
     ("cluster -k 2 --corpus missing --out new", "corpus missing does not exist"),
     ("cluster -k 2 --corpus odd --out new", "unknown language code 'klingonish'"),
     ("cluster -k 2 --languages en,de --out clusters", "exists already; choose another folder"),
@@ -55,7 +55,7 @@ MISTAKES = [
     ("cluster --method by-hand --groups doubled.yaml --out new", "has several clusters a"),
     ("nearest en --languages de --table text.csv", "--table goes with table"),
     ("cluster -k auto --method random --languages en,de --out new", "needs a number of clusters"),
-    ("cluster -k 2 --method unknown --out new", "unknown method 'unknown'; there are typology,"),
+    ("cluster -k 2 --method unknown --out new", "unknown method 'unknown'; there are mixture,"),
     (
         "cluster -k 2 --method typology:much --languages en,de --out new",
         "a number wanted for the weight of typology; got 'much'",
@@ -238,7 +238,12 @@ MISTAKES = [
     ("grow run --language sw --corpus corpus", "corpus has no file of sw"),
     ("grow run --language sw --corpus missing", "corpus missing does not exist"),
     ("grow run --language sw --parent nobody --corpus corpus", "no expert 'nobody'"),
-    ("grow run --language tlh --corpus corpus", "URIEL has no .* features for tlh"),
+    ("grow run --language tlh --corpus corpus", "corpus has no file of tlh"),
+    (
+        "grow run --language tlh --corpus corpus --by typology",
+        "typology knows nothing of how near tlh is to any language served; name an expert",
+    ),
+    ("grow run --language sw --corpus corpus --by kinship", "unknown measure 'kinship'"),
     ("grow seeded --language pt", "has no published expert to grow from"),
     # Asking
     ("evaluate run --corpus missing", "corpus missing does not exist"),

@@ -102,5 +102,5 @@ def test_a_language_without_text_is_a_mistake(xelm, corpus, tmp_path):
     )
     assert outcome.code == 2 and "no usable document in sw" in outcome.err
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="k must be between 1 and 160"):
+    with pytest.raises(UserError, match="k must be between 1 and 151 different"):
         ngrams.cluster(Documents([texts()]), 161)

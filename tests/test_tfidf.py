@@ -1,5 +1,6 @@
 """TF-IDF vectors are scikit-learn's, prefixes exact, and clusters of documents follow language."""
 
+import dataclasses
 import tracemalloc
 
 import numpy as np
@@ -187,3 +188,24 @@ def test_memory_does_not_grow_with_the_documents():
 
     peak(1)  # what is loaded once
     assert peak(100) < 1.1 * peak(20)
+
+
+def test_a_cluster_without_documents_is_left_out(monkeypatch):
+    documents, languages = corpus()
+    fitted = tfidf.fit(documents, V, dimensions=8)
+    clusters = tfidf.cluster(together(documents, languages), fitted, 4)
+    fit = kmeans.fit
+
+    def with_a_far_centre(vectors, k, random_seed):
+        found = fit(vectors, k, random_seed)
+        return dataclasses.replace(found, centres=np.insert(found.centres, 1, 99.0, axis=0))
+
+    monkeypatch.setattr(kmeans, "fit", with_a_far_centre)
+    fewer = tfidf.cluster(together(documents, languages), fitted, 4)
+    assert fewer.documents == clusters.documents and list(fewer.clusters) == [
+        "c0",
+        "c1",
+        "c2",
+        "c3",
+    ]
+    np.testing.assert_array_equal(fewer.centres, clusters.centres)

@@ -7,6 +7,7 @@ from xelm.commands import asking, clusters, config, keeping, serving, training
 VERBS = {
     "quickstart": training.QUICKSTART,
     "cluster": clusters.CLUSTER,
+    "rename": clusters.RENAME,
     "nearest": clusters.NEAREST,
     "features": clusters.FEATURES,
     "config": config.CONFIG,

@@ -101,6 +101,13 @@ def _cluster(options: argparse.Namespace) -> None:
     # An expert of each cluster bears its name.
     for name in clustering.clusters:
         check_name(name)
+    wanted = clustering.parameters.get("k", 0)
+    if len(clustering.clusters) < wanted:
+        print(
+            f"{len(clustering.clusters)} clusters, not {wanted}: no document is nearest to the "
+            "centres of the others",
+            file=sys.stderr,
+        )
     # The record comes last: without it a command that was killed can be run again.
     _draw(clustering, Path(options.out))
     clustering.save(options.out)
@@ -340,6 +347,35 @@ def _draw(clustering: "Clustering", directory: Path) -> None:
         for ending in ("png", "svg"):
             figure.savefig(directory / f"{name}.{ending}", dpi=150, bbox_inches="tight")
         pyplot.close(figure)
+
+
+def _rename_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("clusters", metavar="DIR", help="what xelm cluster wrote")
+    verb.add_argument("names", metavar="OLD=NEW", nargs="+", help="a cluster and its new name")
+
+
+def _rename(options: argparse.Namespace) -> None:
+    from clustering.clustering import Clustering
+
+    if (Path(options.clusters) / "run.json").exists():
+        raise UserError(
+            f"{options.clusters} is a RUN, whose clusters have experts; rename clusters before "
+            "xelm branch"
+        )
+    pairs = [given.partition("=") for given in options.names]
+    for old, equals, new in pairs:
+        if not equals or not old:
+            raise UserError(f"OLD=NEW wanted, as in en-plus7=germanic; got {old}{equals}{new}")
+        check_name(new)
+    if len({old for old, _, _ in pairs}) < len(pairs):
+        raise UserError(f"a cluster is renamed twice: {', '.join(options.names)}")
+    clustering = Clustering.load(options.clusters).renamed({old: new for old, _, new in pairs})
+    clustering.save(options.clusters, overwrite=True)
+    _draw(clustering, Path(options.clusters))
+    print(clustering)
+
+
+RENAME = Verb("give clusters other names, before xelm branch", _rename_options, _rename)
 
 
 def _nearest_options(verb: argparse.ArgumentParser) -> None:

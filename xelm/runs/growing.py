@@ -46,14 +46,16 @@ def grow(
             (e for e in registry.training() if e.cluster is None and e.languages == (tag,)), None
         )
         if started is None:
-            origin, reason = parent, "named by hand"
+            origin, reason, told = parent, "named by hand", []
             if parent == "auto":
-                nearest, reason = nearest_expert(run, tag, by, corpus or run.record["corpus"])
-                origin = nearest.name
-                print(f"{tag} grows from {nearest.reference}, which {reason}", file=sys.stderr)
+                nearest = nearest_expert(run, tag, by, corpus or run.record["corpus"])
+                origin, reason = nearest.expert.name, nearest.reason
+                told = [*nearest.warnings, f"{tag} grows from {origin}, which {reason}"]
             grow_registry(registry, tag, origin)  # refuses what cannot be before it costs anything
             text = corpus or run.record["corpus"]
             store = tokenise(run, text, tag, languages=[tag], workers=workers)
+            for line in told:
+                print(line, file=sys.stderr)
             registry = update(run.directory, lambda r: grow_registry(r, tag, origin, reason=reason))
             started = registry.expert(tag)
         else:

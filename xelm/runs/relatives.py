@@ -2,10 +2,9 @@
 the expert that a new language is grown from, which is that of the nearest."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from clustering.distances import Relative
 from clustering.errors import UserError
@@ -103,15 +102,25 @@ def little_known(language: str, found: Sequence[Relatives], measure: str) -> str
     )
 
 
+class Parent(NamedTuple):
+    """The expert that a new language is grown from."""
+
+    expert: Expert
+    reason: str
+    """Why it is that one, as in `serves es, the nearest language by ...`."""
+    warnings: tuple[str, ...]
+    """Which served languages the measure knows nothing of, and whether little is known of the
+    nearest."""
+
+
 def nearest_expert(
     run: Run, language: str, by: str = DEFAULT, corpus: AnyCorpus | None = None
-) -> tuple[Expert, str]:
+) -> Parent:
     """The published expert that serves the nearest relative of a language by a measure, as
-    `relatives` ranks them, and why it is that one.
+    `relatives` ranks them.
 
-    corpus: may have text in the language, whose subwords are compared with those of the RUN's. The
-    languages of which the measure knows nothing are named on stderr, and so is what little is known
-    of the nearest. UserError if the language is served already, and if nothing is known of it.
+    corpus: may have text in the language, whose subwords are compared with those of the RUN's.
+    UserError if the language is served already, and if nothing is known of it.
     """
     tag, registry = canonical(language), run.registry()
     served = list(dict.fromkeys(tag for e in registry.published() for tag in e.languages))
@@ -125,19 +134,19 @@ def nearest_expert(
         expert, relative, distance = choose_parent(registry, ranked)
     except UserError as error:
         raise UserError(f"{error}; name an expert to grow from with --parent") from error
-    unknown = [other for other, far in ranked if math.isnan(far)]
-    if unknown:
-        print(
-            f"{by} knows nothing of how near {tag} is to {', '.join(unknown)}: not considered",
-            file=sys.stderr,
+    warnings = []
+    if unknown := [other for other, far in ranked if math.isnan(far)]:
+        warnings.append(
+            f"{by} knows nothing of how near {tag} is to {', '.join(unknown)}: not considered"
         )
     if warning := little_known(tag, found, by):
-        print(warning, file=sys.stderr)
+        warnings.append(warning)
     coverage = found[0].by_measure[by].coverage
-    return expert, (
+    reason = (
         f"serves {relative}, the nearest language by {by}, at distance {distance:.3f}, of which "
         f"{coverage:.0%} is known"
     )
+    return Parent(expert, reason, tuple(warnings))
 
 
 def _served(run: Run) -> tuple[dict[str, int], dict[str, str]]:
