@@ -298,7 +298,7 @@ MIXTURE: Mapping[str, float] = {
     "subwords": 0.2,
 }
 """Weights of what `mixture` is made of. Families decide where there is one; where there is none,
-grammar, neighbourhood and shared text do. `benchmarks/parents.py` has others that were tried."""
+grammar, neighbourhood and shared text do. `benchmarks/parents.py` compares other weights."""
 
 MEASURES: Mapping[str, Measure] = {
     "mixture": _mixture,
