@@ -31,7 +31,7 @@ def of_documents():
 
 
 EXAMPLES = {
-    "pairs": lambda: typology.cluster(LANGUAGES, 3, exclude=["nn"]),
+    "pairs": lambda: typology.cluster([*LANGUAGES, "nn"], 3, exclude=["nn"]),
     "average": lambda: typology.cluster(LANGUAGES, 3, rule="average"),
     "random": lambda: control.random_clusters(LANGUAGES, 3, random_seed=1),
     "by hand": lambda: control.by_hand({"română": ["ro"], "rest": ["sr-Latn", "pt-PT"]}, ["tr"]),
