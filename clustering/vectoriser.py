@@ -4,7 +4,7 @@ Knows the formula h = s / ||s||, s = sum_u idf(x_u) P[x_u] (DESIGN section 5), w
 is one running sum. Does not know how idf and P are found (`tfidf`) or what the ids stand for.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,7 @@ class Vectoriser:
 
         `documents` are integer arrays [tokens]. Raises ValueError for an id outside the vocabulary.
         """
-        blocks = [_unit(self._sums(chunk)) for chunk in _chunks(documents)]
+        blocks = [_unit(self.sums(chunk)) for chunk in _chunks(documents)]
         return np.concatenate([np.zeros((0, self.dimensions), np.float32), *blocks])
 
     def terms(self, ids: Integer[np.ndarray, " T"]) -> Float[np.ndarray, "T D"]:
@@ -64,8 +64,9 @@ class Vectoriser:
         check_ids(ids, self.vocabulary_size)
         return self.idf[ids, None].astype(np.float64) * self.projection[ids]
 
-    def _sums(self, documents: list[np.ndarray]) -> np.ndarray:
-        """s for each document, float64 [documents, D]."""
+    def sums(self, documents: Sequence[np.ndarray]) -> Float[np.ndarray, "documents D"]:
+        """s for each document of integer ids [tokens], float64. Raises ValueError for an id outside
+        the vocabulary."""
         from scipy import sparse
 
         ids = np.concatenate(documents)

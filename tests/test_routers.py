@@ -1,6 +1,7 @@
 """Routers of a RUN: what is fitted for them, kept, and fitted again when an expert joins."""
 
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from clustering.errors import UserError
 from xelm.inference.routers import uniform
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.routers import Routing, _some, identifier, make_router
+from xelm.runs.fitted import _beginnings, _some, identifier
+from xelm.runs.routers import Routing, make_router
 from xelm.runs.run import open_run
 
 TRAINED = ("de", "en", "es", "fr")
@@ -42,14 +44,15 @@ def test_held_out_texts_go_to_the_experts_of_their_languages(run, tiny, routing)
 
 
 def test_what_was_fitted_is_kept(run, monkeypatch):
-    first = run.ensemble("learned").router.otherwise
+    first = run.ensemble("learned").router.otherwise.router
     run.ensemble("detected")
     kept = sorted(path.name for path in (run.directory / "routers").iterdir())
-    assert [name.partition("-")[0] for name in kept] == ["languages", "learned"]
-    monkeypatch.setattr("xelm.runs.routers._some", None)  # nothing is read again
-    again = run.ensemble("learned").router.otherwise
+    assert [name.partition("-")[0] for name in kept] == ["languages", "learned", "novelty"]
+    monkeypatch.setattr("xelm.runs.fitted._some", None)  # nothing is read again
+    again = run.ensemble("learned").router.otherwise.router
     np.testing.assert_array_equal(again.weights, first.weights)
-    assert run.ensemble("detected").router.otherwise.identifier.languages == tuple(run.languages)
+    detected = run.ensemble("detected").router.otherwise.router
+    assert detected.identifier.languages == tuple(run.languages)
 
 
 def test_when_an_expert_joins_routers_know_its_language(xelm, copy, tmp_path):
@@ -66,7 +69,7 @@ def test_when_an_expert_joins_routers_know_its_language(xelm, copy, tmp_path):
         names, _ = decided(run.ensemble(routing), texts)
         assert np.mean([name == "pt" for name in names]) >= 0.9
     # Those of before are gone.
-    assert len(list((copy.directory / "routers").iterdir())) == 2
+    assert len(list((copy.directory / "routers").iterdir())) == 3
 
 
 def test_one_expert_alone_is_always_asked(run):
@@ -204,13 +207,48 @@ def test_a_run_that_cannot_be_written_to_is_asked_all_the_same(copy, capsys, mon
 
 def test_what_was_damaged_is_fitted_again(copy, capsys):
     run = open_run(copy.directory)
-    wanted = run.ensemble("learned").router.otherwise.weights
+    wanted = run.ensemble("learned").router.otherwise.router.weights
     (kept,) = (copy.directory / "routers").glob("learned-*.npz")
     kept.write_bytes(kept.read_bytes()[:-200])
-    found = run.ensemble("learned").router.otherwise.weights
+    found = run.ensemble("learned").router.otherwise.router.weights
     np.testing.assert_array_equal(found, wanted)
     assert "it is fitted again" in capsys.readouterr().err
-    np.testing.assert_array_equal(run.ensemble("learned").router.otherwise.weights, wanted)
+    np.testing.assert_array_equal(run.ensemble("learned").router.otherwise.router.weights, wanted)
+
+
+def test_text_in_a_language_that_nobody_serves_is_mixed_from_all_models(run, tmp_path):
+    """In letters of all the languages, which follow each other as in none: told by both routers
+    that look at the text, and it costs what a posterior over all models does."""
+    draw, letters = (
+        np.random.default_rng(0),
+        sorted("äçéñößabcdefghijklmnopqrstuvwxyz"),
+    )
+    text = " ".join("".join(draw.choice(letters, 5)) for _ in range(20))
+    for routing in ("learned", "detected"):
+        ensemble = run.ensemble(routing)
+        assert list(ensemble.names) == ["de-fr", "en-es", "seed", "dense"]
+        found = ensemble.score([text])
+        assert found.routing == ["mixture"], routing
+        assert min(weights[0] for weights in found.weights.values()) > 0.05
+        said = ensemble.generate(text[:20], max_new_tokens=3, temperature=0.0)
+        assert sum(said.weights.values()) == pytest.approx(1.0)
+
+
+def test_fitting_holds_no_sums_of_whole_documents(run):
+    """Of a document of many tokens a few beginnings are kept, and none is a view of more."""
+    vectoriser, size = run.vectoriser(), 200_000
+    document = np.resize(np.arange(50), size)
+    tracemalloc.start()
+    kept = [_beginnings(vectoriser, document, np.random.default_rng(n)) for n in range(3)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # All sums along it have so many bytes.
+    assert peak < 8 * size * vectoriser.dimensions / 4
+    assert sum(part.nbytes if part.base is None else part.base.nbytes for part in kept) < 10_000
+    # They are the sums of the beginnings.
+    lengths = [*np.random.default_rng(0).integers(1, size + 1, 2)]
+    whole = vectoriser.terms(document[: max(lengths)]).sum(axis=0)
+    np.testing.assert_allclose(kept[0][-1], whole, rtol=1e-9)
 
 
 def test_a_language_of_one_long_document_is_known_by_its_beginning():

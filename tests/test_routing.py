@@ -7,7 +7,16 @@ from clustering.errors import UserError
 from clustering.identify import BUCKETS, Identifier
 from clustering.vectoriser import Vectoriser
 from xelm.inference import routers
-from xelm.inference.routers import Abstaining, ByLanguage, Detected, Posterior, Tfidf, uniform
+from xelm.inference.routers import (
+    Abstaining,
+    ByLanguage,
+    Detected,
+    OrMixture,
+    Posterior,
+    Tfidf,
+    mixture_of,
+    uniform,
+)
 from xelm.inference.routing import (
     evidence_along,
     keep_largest,
@@ -327,3 +336,48 @@ def test_the_command_line_offers_every_router():
     assert tuple(routers.ROUTINGS) == asking.ROUTINGS
     assert tuple(evaluation.EVALUATED) == asking.EVALUATED
     assert evaluation.CALIBRATION_TOKENS == asking.CALIBRATION_TOKENS
+
+
+class Marked:
+    """In place of `Novelty`: a text is outside while its last ids are large."""
+
+    size = 1
+
+    def terms(self, before, pieces, ids):
+        return np.where(ids[:, None] >= 25, 1.0, -1.0)
+
+    def outside(self, sums):
+        return sums[:, 0] > 0
+
+
+OR_MIXTURE = OrMixture(
+    router=TFIDF,
+    novelty=Marked(),  # pyright: ignore[reportArgumentType]
+    pieces=PIECES,
+    mixture=mixture_of(EXPERTS + 1),
+)
+WITH_SEED = np.concatenate([SCORES, np.log(DRAW.uniform(0.01, 1, (1, TOKENS)))])
+
+
+def test_text_that_no_expert_is_for_is_mixed_and_other_text_is_not():
+    found = along(OR_MIXTURE, scores=WITH_SEED)
+    states = states_along(OR_MIXTURE, OR_MIXTURE.start(None), IDS)[:-1]
+    outside = OR_MIXTURE.asks(states)
+    assert 0 < outside.sum() < TOKENS
+    assert np.isneginf(found[~outside, EXPERTS]).all()
+    np.testing.assert_array_equal(found[~outside, :EXPERTS], along(TFIDF)[~outside])
+    evidence = evidence_along(OR_MIXTURE.mixture, WITH_SEED)[:-1]
+    wanted = np.exp(0.3 * evidence) / np.exp(0.3 * evidence).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.exp(found[outside]), wanted[outside], rtol=1e-9)
+    names = np.asarray(OR_MIXTURE.decided_by(states))
+    np.testing.assert_array_equal(names, np.where(outside, "mixture", "tfidf"))
+
+
+def test_a_text_that_grows_is_mixed_as_one_that_is_known():
+    whole = along(OR_MIXTURE, scores=WITH_SEED)
+    state, evidence = OR_MIXTURE.start(None), np.zeros(EXPERTS + 1)
+    for position in range(TOKENS):
+        found = OR_MIXTURE.log_weights(state[None], evidence[None])[0]
+        np.testing.assert_allclose(found, whole[position], atol=1e-9)
+        state = state + OR_MIXTURE.terms(IDS[:position], IDS[position : position + 1])[0]
+        evidence = OR_MIXTURE.memory * evidence + WITH_SEED[:, position]

@@ -284,7 +284,7 @@ def test_generating_is_decided_by_the_seed_and_the_weights_are_told(xelm, tiny):
     first, second = xelm(*command, "--json"), xelm(*command, "--json")
     other = xelm(*command, "--json", "--random-seed", 1)
     assert first.json() == second.json() != other.json()
-    assert set(first.json()["weights"]) == set(NAMES)
+    assert set(first.json()["weights"]) == {*NAMES, "seed", "dense"}
     assert sum(first.json()["weights"].values()) == pytest.approx(1.0)
     plain = xelm(*command)
     assert plain.out == prompt + first.json()["text"] + "\n"

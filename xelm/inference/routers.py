@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from clustering.errors import UserError
 from clustering.identify import Identifier
 from clustering.languages import lookup
+from clustering.novelty import Novelty
 from clustering.vectoriser import Vectoriser
 from xelm.inference.routing import Router, among, normalised
 
@@ -20,6 +21,8 @@ DEFAULT = "learned"
 """The routing of an ensemble unless another is asked for. The paper's is TF-IDF; one that is
 learned from the same vectors is right more often and asks fewer experts (docs/inference.md)."""
 
+MIXTURE = "mixture"
+"""What decides where no expert is for a text, in `decided_by`."""
 TEMPERATURE, DISTANCE_POWER = 0.1, 2.0
 """Of TF-IDF routing; the authors' code has .1 and 4."""
 
@@ -177,8 +180,7 @@ class Detected(_NeverAsks, _Named):
         return np.zeros(len(self.identifier.languages))
 
     def terms(self, before, ids):
-        # Enough for the characters that an n-gram reaches back, unless pieces are empty.
-        context = "".join(self.pieces[i] for i in before[-8:].tolist())
+        context = _context(self.pieces, before)
         return self.identifier.terms(context, [self.pieces[i] for i in ids.tolist()])
 
     def languages(self, states: Float[np.ndarray, "T Z"]) -> Float[np.ndarray, "T Z"]:
@@ -278,6 +280,8 @@ class Posterior(_Stateless, _Named):
     """Log prior, normalised."""
     memory: float = 1.0
     """Below 1 it forgets: a token counts by this to the power of how far it lies back."""
+    sharpness: float = 1.0
+    """What evidence is multiplied by; below 1 several models keep weight."""
 
     def __post_init__(self) -> None:
         if not 0 < self.memory <= 1:
@@ -291,7 +295,62 @@ class Posterior(_Stateless, _Named):
         return np.ones(len(states), bool)
 
     def log_weights(self, states, evidence):
-        return normalised(self.prior + evidence)
+        return normalised(self.prior + self.sharpness * evidence)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrMixture:
+    """Another router, on text in languages that experts serve; on all other text a mixture of all
+    models, those behind the experts too.
+
+    The state has the sums of `novelty` before those of the other router."""
+
+    router: Router
+    """Of E experts; one that asks for no evidence."""
+    novelty: Novelty
+    """Tells which text is in none of the languages that are served."""
+    pieces: list[str]
+    """The characters of each id, as the novelty was fitted on them."""
+    mixture: Posterior
+    """Of the E experts and the models behind them."""
+
+    @property
+    def experts(self):
+        return self.mixture.experts
+
+    @property
+    def memory(self):
+        return self.mixture.memory
+
+    def start(self, language):
+        return np.concatenate([np.zeros(self.novelty.size), self.router.start(None)])
+
+    def terms(self, before, ids):
+        context = _context(self.pieces, before)
+        found = self.novelty.terms(context, [self.pieces[i] for i in ids.tolist()], ids)
+        return np.concatenate([found, self.router.terms(before, ids)], axis=1)
+
+    def asks(self, states):
+        return self.novelty.outside(states[:, : self.novelty.size])
+
+    def log_weights(self, states, evidence):
+        outside, own = self.asks(states), states[:, self.novelty.size :]
+        found = np.empty((len(states), self.experts))
+        inside = self.router.log_weights(own[~outside], np.zeros((len(own[~outside]), 0)))
+        found[~outside] = among(inside, self.experts)
+        found[outside] = self.mixture.log_weights(own[outside], evidence[outside])
+        return found
+
+    def decided_by(self, states):
+        names = self.router.decided_by(states[:, self.novelty.size :])
+        return [MIXTURE if out else name for out, name in zip(self.asks(states), names)]
+
+
+def mixture_of(models: int) -> Posterior:
+    """The mixture of so many models for text that no expert is for. It forgets soon, and believes a
+    third of what it sees: sharper ones trust the best model too much, and equal weights know
+    nothing of which model is good (docs/inference.md)."""
+    return Posterior(prior=uniform(models).weights, memory=0.8, sharpness=0.3)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,6 +409,12 @@ class Abstaining:
             self.fallback_name if unsure else name
             for unsure, name in zip(self._own(states)[1], self.router.decided_by(states))
         ]
+
+
+def _context(pieces: list[str], before: Int[np.ndarray, " _"]) -> str:
+    """The end of the text before, enough for the characters that an n-gram reaches back unless
+    pieces are empty."""
+    return "".join(pieces[i] for i in before[-8:].tolist())
 
 
 def unit(vectors: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T D"]:

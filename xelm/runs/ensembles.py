@@ -1,7 +1,6 @@
 """The published experts of a RUN with a router over them."""
 
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from clustering.errors import UserError
@@ -10,7 +9,7 @@ from xelm.inference.ensemble import Ensemble
 from xelm.inference.holding import Holding
 from xelm.inference.sampling import sampling_of
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.routers import Routing, make_router
+from xelm.runs.routers import Routing, make_router, models_behind
 from xelm.runs.run import Run
 
 
@@ -21,13 +20,12 @@ def open_ensemble(
     route_per: Literal["token", "prompt", "sequence"] = "token",
     dtype: str = "float32",
 ) -> Ensemble:
-    """Every published expert, each loaded when it is first asked, and whom the router leaves it to
-    where it abstains. dtype: of parameters and products."""
+    """Every published expert and the models that the router weighs behind them, each loaded when it
+    is first asked. dtype: of parameters and products."""
     experts = published(run)
     check_top_m(routing.top_m, len(experts))
     systems = {expert.name: expert.directory(run.directory) for expert in experts}
-    if routing.abstain is not None and routing.abstain_to != "posterior":
-        systems[routing.abstain_to] = fallback(run, routing.abstain_to)
+    systems |= models_behind(run, routing)
     model = read_config(run.seed)
     return Ensemble(
         names=list(systems),
@@ -45,16 +43,6 @@ def open_ensemble(
         context_length=run.context_length,
         sampling=sampling_of(run.seed)[0],
     )
-
-
-def fallback(run: Run, name: str) -> Path:
-    """The checkpoint of the seed or of the dense baseline."""
-    if name == "dense" and not run.dense.exists():
-        raise UserError(
-            f"{run.directory} has no dense baseline to abstain to; train one (xelm train --dense) "
-            "or abstain to the seed"
-        )
-    return run.seed if name == "seed" else run.dense
 
 
 def published(run: Run) -> tuple[Expert, ...]:

@@ -274,6 +274,11 @@ class _Evaluation:
             "mask_id": self.tokenizer.mask_id,
         }
 
+    @property
+    def weighed(self) -> list[str]:
+        """Models in the order in which routers weigh them: the experts, then those behind them."""
+        return [*self.experts, *(name for name in self.systems if name not in self.experts)]
+
     def targets(self, tag: str) -> list[np.ndarray]:
         """What a model is asked to predict of each document of a language."""
         end = self.tokenizer.end_id
@@ -311,7 +316,7 @@ class _Evaluation:
             if tag in scores[system]:
                 nats = [-own.sum(dtype=np.float64) for own in scores[system][tag]]
                 found[system, None] = Measured(nats=np.asarray(nats))
-        by_expert = [scores[name].get(tag) for name in self.experts]
+        by_model = [scores[name].get(tag) for name in self.weighed]
         sizes = self._sample([len(target) - first for target in wanted])
         samples: dict[System, list[np.ndarray]] = {}
         for routing, router in self.routers.items():
@@ -323,7 +328,8 @@ class _Evaluation:
             for number, target in enumerate(wanted):
                 # Experts that were not asked have no weight.
                 silent = np.full(len(target), -np.inf, np.float32)
-                own = np.stack([silent if one is None else one[number] for one in by_expert])
+                some = by_model[: router.experts]
+                own = np.stack([silent if one is None else one[number] for one in some])
                 states = states_along(router, router.start(told), target)
                 at = np.arange(first, len(target))
                 log_weights = weights_along(router, states, own, at, *self.kept)
@@ -371,9 +377,9 @@ class _Evaluation:
         mixtures = np.full((len(samples), total, len(asked)), -np.inf, np.float32)
         for way, heads in enumerate(samples.values()):
             log_weights = np.concatenate(heads)
-            for place, name in enumerate(names):
-                if name in self.experts:
-                    mixtures[way, :, place] = log_weights[:, self.experts.index(name)]
+            for column, name in enumerate(self.weighed[: log_weights.shape[1]]):
+                if name in names:
+                    mixtures[way, :, names.index(name)] = log_weights[:, column]
         places = [slice(self.first, self.first + size) for size in sizes]
         guesses = guess_documents(
             self.model,

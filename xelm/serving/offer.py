@@ -17,8 +17,9 @@ from xelm.inference.routing import Router, states_along
 from xelm.inference.sampling import sampling_of
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.parameters import by_path
-from xelm.runs.ensembles import check_top_m, fallback, published
-from xelm.runs.routers import Routing, identifier, make_router, pieces
+from xelm.runs.ensembles import check_top_m, published
+from xelm.runs.fitted import identifier, pieces
+from xelm.runs.routers import Routing, make_router, models_behind
 from xelm.runs.run import Run
 
 ENSEMBLE = "xelm"
@@ -80,11 +81,9 @@ def open_offer(
         if before is not None and before.versions.get(expert.name) != expert.reference:
             _check(run, expert)
     paths = {expert.name: expert.directory(run.directory) for expert in experts}
-    # Where the router abstains to one of these, it is the first behind the experts.
-    others = ["seed", *(["dense"] if run.dense.exists() else [])]
-    if routing.abstain is not None and routing.abstain_to != "posterior":
-        paths[routing.abstain_to] = fallback(run, routing.abstain_to)
-    paths |= {name: fallback(run, name) for name in others}
+    # First of those behind the experts, the models that the router weighs.
+    paths |= models_behind(run, routing)
+    paths |= {"seed": run.seed} | ({"dense": run.dense} if run.dense.exists() else {})
     loaders = [partial(read_for_inference, path, model, dtype) for path in paths.values()]
     places = [str(path) for path in paths.values()]
     if before is None:

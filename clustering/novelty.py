@@ -1,0 +1,224 @@
+"""Texts -> whether they are in none of the languages that are known, by a few running sums.
+
+Knows two margins: by how much the likeliest language stands out from the mean of all, a character
+(n-grams of an `Identifier`) and a subword id (counts of single ids). A text in a language that
+nobody taught is a little like many and much like none. How large the margins are where a language
+is not known is learned by leaving each known language out in turn. Knows nothing of experts.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Integer
+
+from clustering.errors import UserError
+from clustering.files import read_arrays, write_arrays
+from clustering.identify import BUCKETS, Identifier
+
+FEWEST = 3
+"""Languages, of which one can be left out and the others still differ."""
+LOG_ODDS = (0.8, 3.0)
+"""From which on a text counts as unknown, by the margins themselves and by their share of what the
+likeliest language has. The second looks at one language alone and is less to be trusted: Arabic of
+another kind than the known one differs from it as Persian does. Chosen on the quickstart with 25
+languages that it does not know, where .4 to .8 and 2.5 to 4 hardly differ."""
+MOST_FALSE = 0.02
+"""The share of beginnings of held-out texts in known languages that may count as unknown, at most,
+even if the threshold must be higher for that."""
+_SMOOTHING = 0.5
+"""Added to the count of each id."""
+_SURE = 20.0
+"""Ids from which on margins are worth half of what they are worth in the end."""
+_LONG = 8
+"""Ids of the shortest beginnings whose margins are expected of a language."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Novelty:
+    """What tells texts in C known languages from all others.
+
+    A text's sums are, in this order: log-likelihoods of its characters by language (C), of its ids
+    by language (C), its number of characters, its number of ids."""
+
+    identifier: Identifier
+    """Of these languages and maybe more."""
+    columns: Int[np.ndarray, " C"]
+    """Of the identifier: the known languages."""
+    id_log_likelihoods: Float[np.ndarray, "buckets C"]
+    """float32; of an id, which is taken modulo the number of buckets."""
+    expected: Float[np.ndarray, "C 2"]
+    """Mean margins of held-out texts in each language, a character and an id."""
+    weights: Float[np.ndarray, "2 6"]
+    """Of the features, and a last number to be added, for log odds by margins and by shares."""
+
+    @property
+    def size(self) -> int:
+        """Numbers of a text's sums."""
+        return 2 * len(self.columns) + 2
+
+    def terms(
+        self, before: str, pieces: Sequence[str], ids: Integer[np.ndarray, " T"]
+    ) -> Float[np.ndarray, "T size"]:
+        """What each id adds to the sums, with its characters; `before` is the text before."""
+        return np.concatenate(
+            [
+                self.identifier.terms(before, pieces)[:, self.columns],
+                self.id_log_likelihoods[np.asarray(ids, np.int64) % len(self.id_log_likelihoods)],
+                np.asarray([[len(piece), 1] for piece in pieces], float).reshape(-1, 2),
+            ],
+            axis=1,
+        )
+
+    def outside(self, sums: Float[np.ndarray, "T size"]) -> Bool[np.ndarray, " T"]:
+        """Whether texts of these sums are in none of the known languages."""
+        margins, best = _margins(sums)
+        odds = [
+            _features(found, sums[:, -1]) @ weights[:-1] + weights[-1]
+            for found, weights in zip(_two(margins, best, self.expected), self.weights)
+        ]
+        return (sums[:, -1] > 0) & (np.max(odds, axis=0) > 0)
+
+    def save(self, path: Path) -> None:
+        """As an .npz file, atomically, without the identifier, which has a file of its own."""
+        arrays = {"columns": self.columns, "id_log_likelihoods": self.id_log_likelihoods}
+        write_arrays(path, {**arrays, "expected": self.expected, "weights": self.weights})
+
+    @classmethod
+    def load(cls, path: Path, identifier: Identifier) -> "Novelty":
+        """UserError if the file is missing or damaged."""
+        arrays = read_arrays(path)
+        try:
+            names = ("columns", "id_log_likelihoods", "expected", "weights")
+            return cls(identifier=identifier, **{name: arrays[name] for name in names})
+        except KeyError as error:
+            raise UserError(f"{path} is damaged: it lacks {error}") from error
+
+
+def fit(
+    identifier: Identifier,
+    known: Sequence[str],
+    pieces: list[str],
+    texts: Mapping[str, Iterable[Integer[np.ndarray, " _"]]],
+    held_out: Mapping[str, Iterable[Integer[np.ndarray, " _"]]],
+) -> Novelty:
+    """From ids of texts in each `known` language, and of others that were held out, also from the
+    identifier. Held-out texts in other languages of the identifier are examples of what is not
+    known. pieces: the characters of each id. ValueError for fewer than `FEWEST` languages."""
+    if len(known) < FEWEST:
+        raise ValueError(f"at least {FEWEST} languages wanted; got {', '.join(known)}")
+    columns = np.asarray([identifier.languages.index(tag) for tag in known])
+    counts = np.zeros((min(BUCKETS, len(pieces)), len(known)))
+    for column, tag in enumerate(known):
+        for ids in texts[tag]:
+            counts[:, column] += np.bincount(
+                np.asarray(ids, np.int64) % len(counts), minlength=len(counts)
+            )
+    smooth = counts + _SMOOTHING
+    found = Novelty(
+        identifier=identifier,
+        columns=columns,
+        id_log_likelihoods=np.log(smooth / smooth.sum(axis=0)).astype(np.float32),
+        expected=np.ones((len(known), 2)),
+        weights=np.zeros((2, 6)),
+    )
+    sums, languages = _beginnings(found, pieces, held_out)
+    own = np.asarray([known.index(tag) if tag in known else -1 for tag in languages])
+    inside, (margins, best) = own >= 0, _margins(sums)
+    expected = _expected(margins, own, sums[:, -1], len(known))
+    sets = [(margins[inside], best[inside], sums[inside, -1], 0)]
+    sets.append((margins[~inside], best[~inside], sums[~inside, -1], 1))
+    for column in range(len(known)):
+        rows = own == column
+        sets.append((*_margins(sums[rows], without=column), sums[rows, -1], 1))
+    margins, best, counts = (
+        np.concatenate(parts) for parts in zip(*(some[:3] for some in sets), strict=True)
+    )
+    labels = np.repeat([some[3] for some in sets], [len(some[2]) for some in sets])
+    weights = [
+        _fitted(_features(values, counts), labels, threshold)
+        for values, threshold in zip(_two(margins, best, expected), LOG_ODDS, strict=True)
+    ]
+    return Novelty(
+        identifier=identifier,
+        columns=columns,
+        id_log_likelihoods=found.id_log_likelihoods,
+        expected=expected,
+        weights=np.stack(weights),
+    )
+
+
+def _beginnings(
+    novelty: Novelty, pieces: list[str], texts: Mapping[str, Iterable[Integer[np.ndarray, " _"]]]
+) -> tuple[Float[np.ndarray, "N size"], list[str]]:
+    """Sums of beginnings of texts, of all lengths, most of them short; and their languages."""
+    draw, sums, languages = np.random.default_rng(0), [], []
+    for tag, some in texts.items():
+        for ids in some:
+            ids = np.asarray(ids)[:512]  # margins of longer texts change little
+            along = novelty.terms("", [pieces[i] for i in ids.tolist()], ids)
+            drawn = [*draw.integers(1, len(ids) + 1, 4), *draw.geometric(0.1, 2)]
+            lengths = np.unique(np.minimum(drawn, len(ids)))
+            sums.append(np.cumsum(along, axis=0)[lengths - 1])
+            languages += [tag] * len(lengths)
+    return np.concatenate(sums), languages
+
+
+def _margins(
+    sums: Float[np.ndarray, "N size"], without: int | None = None
+) -> tuple[Float[np.ndarray, "N 2"], Int[np.ndarray, "N 2"]]:
+    """By how much the likeliest language stands out from the mean of all, a character and an id;
+    and which one it is. without: a language that is left out."""
+    languages = sums.shape[1] // 2 - 1
+    kept = np.asarray([column for column in range(languages) if column != without])
+    margins, best = [], []
+    for place in range(2):
+        found = sums[:, place * languages + kept]
+        counts = np.maximum(sums[:, 2 * languages + place], 1.0)
+        margins.append((found.max(axis=1) - found.mean(axis=1)) / counts)
+        best.append(kept[found.argmax(axis=1)])
+    return np.stack(margins, axis=1), np.stack(best, axis=1)
+
+
+def _expected(
+    margins: Float[np.ndarray, "N 2"],
+    own: Int[np.ndarray, " N"],
+    counts: Float[np.ndarray, " N"],
+    languages: int,
+) -> Float[np.ndarray, "C 2"]:
+    """Mean margins of each language; those of all where it has no held-out text of any length."""
+    found = np.tile(margins[own >= 0].mean(axis=0), (languages, 1))
+    for column in range(languages):
+        rows = (own == column) & (counts >= _LONG)
+        if rows.any():
+            found[column] = margins[rows].mean(axis=0)
+    return np.maximum(found, 1e-3)
+
+
+def _two(margins, best, expected):
+    """The margins, and their shares of what the likeliest language has."""
+    return margins, margins / np.stack([expected[best[:, k], k] for k in range(2)], axis=1)
+
+
+def _features(
+    margins: Float[np.ndarray, "N 2"], counts: Float[np.ndarray, " N"]
+) -> Float[np.ndarray, "N 5"]:
+    """With how much they are to be trusted after so many ids."""
+    trust = (counts / (counts + _SURE))[:, None]
+    return np.concatenate([margins, margins * trust, trust], axis=1)
+
+
+def _fitted(
+    features: Float[np.ndarray, "N 5"], labels: Int[np.ndarray, " N"], threshold: float
+) -> Float[np.ndarray, " 6"]:
+    """Weights of a logistic regression whose sum is above 0 where a text counts as unknown."""
+    from sklearn.linear_model import LogisticRegression
+
+    scale = features.std(axis=0) + 1e-9
+    model = LogisticRegression(C=1.0, max_iter=1000, class_weight="balanced")
+    model.fit(features / scale, labels)
+    weights, bias = np.asarray(model.coef_)[0] / scale, np.asarray(model.intercept_)[0]
+    odds = features[labels == 0] @ weights + bias
+    threshold = max(threshold, float(np.quantile(odds, 1 - MOST_FALSE)))
+    return np.append(weights, bias - threshold)

@@ -1,0 +1,242 @@
+"""What is fitted for routers on the texts of a RUN, and kept in RUN/routers.
+
+Each file lies under a name that says what it was made from: when an expert joins, it is fitted
+again, and nothing else is. Knows no router.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from clustering import identify, novelty
+from clustering.errors import UserError
+from clustering.files import read_arrays, write_arrays
+from clustering.identify import Identifier
+from clustering.novelty import Novelty
+from clustering.vectoriser import Vectoriser
+from experts import manifest
+from experts.expert import Expert
+from xelm.data.rows import Source
+from xelm.data.store import LanguageIds
+from xelm.inference.routers import Learned
+from xelm.models.checkpoint import read_config
+from xelm.runs.run import Run
+from xelm.runs.training import cluster_sources
+
+FITTED_TOKENS = 300_000
+"""Of each language or expert that something is fitted on, at most: more change little."""
+_FORMAT = 1
+"""Of what is fitted; rises when the same facts give something else."""
+_HELD_OUT = 10
+"""One document in so many is kept from the fit, to calibrate it."""
+
+T = TypeVar("T")
+
+
+def pieces(run: Run) -> list[str]:
+    """The characters of each id, as the `identifier` was fitted on them."""
+    # A model may have rows of its embedding, and so give ids, that no text becomes.
+    ids = list(range(read_config(run.seed).vocabulary_size))
+    return [piece or "" for piece in run.tokenizer().hub.convert_ids_to_tokens(ids)]
+
+
+def identifier(run: Run) -> Identifier:
+    """What tells the languages of a RUN apart, those of grown experts too, by the pieces that its
+    tokenizer cuts text into."""
+    languages = _languages(run)
+
+    def make(path: Path) -> Identifier:
+        names = run.tokenizer().hub.convert_ids_to_tokens
+
+        def texts(ids: LanguageIds, held_out: bool) -> Iterator[str]:
+            for document in _some(ids, ids.order, held_out=held_out):
+                yield "".join(names(document.tolist()))
+
+        fitted = identify.fit({tag: texts(ids, False) for tag, ids in languages.items()})
+        # Calibrated where it is needed: at the beginnings of texts.
+        draw = np.random.default_rng(0)
+        fitted = fitted.calibrated(
+            {
+                tag: (text[: int(draw.geometric(0.05))] for text in texts(ids, True))
+                for tag, ids in languages.items()
+            }
+        )
+        _kept(path, fitted.save)
+        return fitted
+
+    return _fitted(run, "languages", _sizes(languages), Identifier.load, make)
+
+
+def _sizes(languages: Mapping[str, LanguageIds]) -> list[list[object]]:
+    """What tells the texts of languages from others, at no cost."""
+    return [[tag, len(ids), len(ids.ids)] for tag, ids in languages.items()]
+
+
+def novelty_of(run: Run, served: Iterable[str]) -> Novelty | None:
+    """What tells texts in languages that experts serve from all others; None where too few are
+    known to learn it. served: canonical tags; none of a RUN whose clusters are of documents, all
+    languages of which are known then."""
+    languages = _languages(run)
+    served = list(served)
+    known = [tag for tag in languages if tag in served] if served else list(languages)
+    if len(known) < novelty.FEWEST:
+        return None
+    found = identifier(run)
+
+    def make(path: Path) -> Novelty:
+        fitted = novelty.fit(
+            found,
+            known,
+            pieces(run),
+            {tag: _some(languages[tag], languages[tag].order, held_out=False) for tag in known},
+            {tag: _some(ids, ids.order, held_out=True) for tag, ids in languages.items()},
+        )
+        _kept(path, fitted.save)
+        return fitted
+
+    facts = [known, _sizes(languages)]
+    return _fitted(run, "novelty", facts, lambda path: Novelty.load(path, found), make)
+
+
+def learned(run: Run, experts: Sequence[Expert]) -> Learned:
+    """Logistic regression on TF-IDF vectors of beginnings of the experts' documents."""
+    vectoriser = run.vectoriser()
+
+    def make(path: Path) -> Mapping[str, np.ndarray]:
+        from sklearn.linear_model import LogisticRegression
+
+        draw, states, labels = np.random.default_rng(0), [], []
+        for label, expert in enumerate(experts):
+            for document in _documents_of(run, expert):
+                sums = _beginnings(vectoriser, document, draw)
+                states.append(sums)
+                labels += [label] * len(sums)
+        features = Learned.features(np.concatenate(states))
+        model = LogisticRegression(C=100.0, max_iter=300, class_weight="balanced")
+        # The products are small: threads that wait for each other, or for a model that is served
+        # at the same time, take up to forty times as long.
+        with threadpool_limits(1):
+            model.fit(features, labels)
+        weights, bias = np.asarray(model.coef_), np.asarray(model.intercept_)
+        if len(experts) == 2:  # one row for both
+            weights, bias = np.concatenate([-weights, weights]) / 2, np.append(-bias, bias) / 2
+        arrays = {"weights": weights.T.astype(np.float32), "bias": bias.astype(np.float32)}
+        _kept(path, lambda path: write_arrays(path, arrays))
+        return arrays
+
+    if len(experts) == 1:
+        arrays: Mapping[str, np.ndarray] = {
+            "weights": np.zeros((vectoriser.dimensions + 1, 1)),
+            "bias": np.zeros(1),
+        }
+    else:
+        facts = [[expert.reference, expert.sha256] for expert in experts]
+        arrays = _fitted(run, "learned", facts, _read_learned, make)
+    return Learned(vectoriser=vectoriser, weights=arrays["weights"], bias=arrays["bias"])
+
+
+def _beginnings(
+    vectoriser: Vectoriser, document: np.ndarray, draw: np.random.Generator
+) -> np.ndarray:
+    """Summed vectors of beginnings of a document, [few, D], of any length: short ones are what is
+    hard. Of the sums along the document none is kept, nor are all there at once."""
+    drawn = [*draw.integers(1, len(document) + 1, 2), draw.geometric(0.1)]
+    lengths = np.unique(np.minimum(drawn, len(document)))
+    parts = np.split(np.asarray(document), lengths)[:-1]
+    return np.cumsum(vectoriser.sums(parts), axis=0)
+
+
+def _read_learned(path: Path) -> Mapping[str, np.ndarray]:
+    arrays = read_arrays(path)
+    if not {"weights", "bias"} <= set(arrays):
+        raise UserError(f"{path} is damaged: it has {', '.join(arrays)}")
+    return arrays
+
+
+def _languages(run: Run) -> dict[str, LanguageIds]:
+    """All languages that the RUN has text of: its corpus and what experts were grown on."""
+    found = dict(run.store().languages)
+    for expert in run.registry().published():
+        for source in _sources(run, expert):
+            found.setdefault(source.ids.language, source.ids)
+    return found
+
+
+def _sources(run: Run, expert: Expert) -> list[Source]:
+    """The documents that are an expert's own."""
+    if expert.cluster is not None:
+        return cluster_sources(run, expert.cluster)
+    own = [run.store() if tag in run.languages else run.store(tag) for tag in expert.languages]
+    return [
+        Source(ids=store.languages[tag], share=1.0) for tag, store in zip(expert.languages, own)
+    ]
+
+
+def _documents_of(run: Run, expert: Expert) -> Iterable[np.ndarray]:
+    sources = _sources(run, expert)
+    for source in sources:
+        numbers = source.ids.order
+        if source.documents is not None:
+            numbers = numbers[np.isin(numbers, source.documents)]
+        yield from _some(source.ids, numbers, tokens=FITTED_TOKENS // len(sources))
+
+
+def _some(
+    ids: LanguageIds,
+    numbers: np.ndarray,
+    *,
+    tokens: int = FITTED_TOKENS,
+    held_out: bool | None = None,
+) -> Iterator[np.ndarray]:
+    """Documents that are not empty, in this order, of so many tokens at most; those held out, the
+    others, or (None) all."""
+    for place, number in enumerate(numbers):
+        if held_out not in (None, place % _HELD_OUT == _HELD_OUT - 1):
+            continue
+        document = ids.document(int(number))[:tokens]
+        tokens -= len(document)
+        if len(document):
+            yield document
+        if tokens <= 0:
+            return
+
+
+def _fitted(
+    run: Run,
+    name: str,
+    facts: object,
+    load: Callable[[Path], T],
+    make: Callable[[Path], T],
+) -> T:
+    """What is in RUN/routers, made from these facts; otherwise what `make` makes and keeps."""
+    origin = [_FORMAT, run.registry().seed_sha256, run.record.get("corpus_sha256"), facts]
+    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
+    path = run.directory / "routers" / f"{name}-{key}.npz"
+    if path.exists():
+        try:
+            if manifest.is_recorded(run.directory, f"routers/{path.name}"):
+                return load(path)
+            print(f"{path} was changed since it was fitted; it is fitted again", file=sys.stderr)
+        except UserError as error:
+            print(f"{error}; it is fitted again", file=sys.stderr)
+    print(f"fitting {path}, once for these experts", file=sys.stderr, flush=True)
+    return make(path)
+
+
+def _kept(path: Path, save: Callable[[Path], object]) -> None:
+    """Saves it in the place of those made from other facts, where that can be."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save(path)
+        for other in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.npz"):
+            if other != path:
+                other.unlink(missing_ok=True)  # who made another at the same time may be first
+        manifest.record(path.parent.parent, [f"routers/{path.name}"], again=True)
+    except (OSError, UserError) as error:
+        print(f"{path} cannot be kept ({error}); it is fitted each time", file=sys.stderr)
