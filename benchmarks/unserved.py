@@ -99,7 +99,7 @@ def _scores(run: Run, documents):
             documents,
             start_id=tokenizer.start_id,
             end_id=tokenizer.end_id,
-            context_length=model.max_length,
+            context_length=run.context_length,
             mask_id=tokenizer.mask_id,
         )
         for directory in systems.values()
