@@ -6,7 +6,7 @@ import time
 import pytest
 
 from experts.lock import holder, locked
-from xelm import tables
+from xelm.progress import duration
 from xelm.runs import training
 from xelm.runs.progress import progress
 from xelm.runs.run import open_run
@@ -124,7 +124,7 @@ def test_status_from_the_command_line(xelm, tiny, monkeypatch):
     ],
 )
 def test_durations(seconds, shown):
-    assert tables.duration(seconds) == shown
+    assert duration(seconds) == shown
 
 
 def test_after_a_rollback_the_version_in_use_is_shown_and_the_other_named(xelm, copy):

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, with rate and remaining time."""
+"""Progress bars on stderr, with rate and remaining time; durations for people."""
 
 import sys
 
@@ -21,3 +21,12 @@ def bar(total: int | None, label: str, unit: str, *, shown: bool = True) -> tqdm
         ascii=None if terminal else True,
         ncols=None if terminal else 100,
     )
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: 3d 4h, 5h 12m, 7m 30s, 12s."""
+    whole = round(max(seconds, 0))
+    for unit, smaller, size, rest in (("d", "h", 86_400, 3600), ("h", "m", 3600, 60)):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // rest}{smaller}"
+    return f"{whole // 60}m {whole % 60}s" if whole >= 60 else f"{whole}s"

@@ -9,12 +9,13 @@ import numpy as np
 
 from clustering.languages import english_name
 from xelm.inference.routers import DEFAULT
+from xelm.progress import duration
 
 if TYPE_CHECKING:
     from xelm.runs.progress import Progress
     from xelm.runs.relatives import Relatives
     from xelm.runs.results import Interval, Results, Summary
-    from xelm.runs.texts import Text
+    from xelm.runs.texts import LanguageText
 
 # Six columns within a hundred characters or little more.
 _WIDTH = 15
@@ -103,7 +104,7 @@ def _by_language(results: "Results", routings: Sequence[str], seed_languages: Se
     return "\n".join(lines)
 
 
-def texts(found: "Sequence[Text]") -> str:
+def texts(found: "Sequence[LanguageText]") -> str:
     """One line a language: its size, how the tokenizer spells it, exact copies and, where it was
     compared, the share that stands in the text that was trained on."""
     compared = any(text.compared is not None for text in found)
@@ -269,15 +270,6 @@ def status(found: "Sequence[Progress]") -> str:
     said = [each for each in found if each.state in ("failed", "done") and each.note]
     lines += [f"{each.name}: {each.note}" for each in said]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Two units at most: 3d 4h, 5h 12m, 7m 30s, 12s."""
-    whole = round(max(seconds, 0))
-    for unit, smaller, size, rest in (("d", "h", 86_400, 3600), ("h", "m", 3600, 60)):
-        if whole >= size:
-            return f"{whole // size}{unit} {whole % size // rest}{smaller}"
-    return f"{whole // 60}m {whole % 60}s" if whole >= 60 else f"{whole}s"
 
 
 def _pair(perplexity: float, bits_per_byte: float) -> str:

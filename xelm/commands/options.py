@@ -93,6 +93,15 @@ def add_settings(verb: argparse.ArgumentParser, summary: str) -> None:
     )
 
 
+def add_dry_run(verb: argparse.ArgumentParser) -> None:
+    """The option `--dry-run`, of what trains."""
+    verb.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell tokens, passes over each language, time and disk, and change nothing",
+    )
+
+
 def add_workers(verb: argparse.ArgumentParser) -> None:
     """The option `--workers`, of what tokenises."""
     verb.add_argument(

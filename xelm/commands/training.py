@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,7 @@ from xelm.commands.options import (
     Verb,
     add_corpus,
     add_json,
+    add_dry_run,
     add_run,
     add_settings,
     add_workers,
@@ -22,7 +25,10 @@ from xelm.presets import PRESETS
 
 if TYPE_CHECKING:
     from experts.expert import Expert
+    from xelm.config import RunConfig
+    from xelm.runs.budget import Plan
     from xelm.runs.run import Run
+    from xelm.runs.texts import LanguageText
 
 # Settings that a seed from elsewhere makes no use of.
 _OF_FRESH_SEEDS = ("model", "seed.", "tokenizer_exponent")
@@ -86,6 +92,7 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train on exact copies of documents too (default: they are left out)",
     )
+    add_dry_run(verb)
     add_workers(verb)
     add_json(verb)
 
@@ -104,6 +111,9 @@ def _init(options: argparse.Namespace) -> None:
         )
     preset = options.preset or ("hub" if options.seed else "tiny")
     config = override(PRESETS[preset](), options.settings)
+    if options.dry_run:
+        _plan_init(options, config)
+        return
     run = init(
         options.run,
         required_corpus(options),
@@ -119,6 +129,42 @@ def _init(options: argparse.Namespace) -> None:
         return
     print(tables.texts(list(texts_of(run.store()).values())))
     print(f"\nRUN: {run.directory}")
+
+
+def _plan_init(options: argparse.Namespace, config: "RunConfig") -> None:
+    from xelm.runs.init import plan_init
+
+    plans, texts = plan_init(
+        options.run,
+        required_corpus(options),
+        config,
+        seed=options.seed,
+        languages=options.languages,
+        workers=options.workers,
+        keep_duplicates=options.keep_duplicates,
+    )
+    _print_plans(options, plans, texts, f"Nothing was written to {options.run}")
+
+
+def _print_plans(
+    options: argparse.Namespace,
+    plans: "Sequence[Plan]",
+    texts: "Sequence[LanguageText]" = (),
+    last: str = "",
+) -> None:
+    """What a dry run tells: to stdout, with warnings on stderr."""
+    from xelm import tables
+    from xelm.runs import budget
+
+    for line in budget.warnings(plans):
+        print(line, file=sys.stderr)
+    if options.json:
+        trainings = [dataclasses.asdict(plan) for plan in plans]
+        print_json({"trainings": trainings, "texts": [text.to_json() for text in texts]})
+        return
+    parts = [tables.texts(texts)] if texts else []
+    parts += [budget.table(plans) if plans else "nothing is left to train"]
+    print("\n\n".join([*parts, last] if last else parts))
 
 
 INIT = Verb("make a RUN: tokenizer, tokenised corpus and seed", _init_options, _init)
@@ -156,6 +202,7 @@ def _train_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
     )
+    add_dry_run(verb)
     verb.add_argument(
         "--jobs",
         type=int,
@@ -187,9 +234,10 @@ def _train_options(verb: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.config import check_free
+    from xelm.runs.budget import check_disk
     from xelm.runs.progress import progress
     from xelm.runs.run import open_run
-    from xelm.runs.training import train_dense
+    from xelm.runs.training import plans_of, train_dense
     from xelm.training.hosts import ending_alone, is_first
 
     for option, least in (("jobs", 1), ("devices", 1)):
@@ -221,6 +269,12 @@ def _train(options: argparse.Namespace) -> None:
             raise UserError(
                 f"{name} is grown; go on with: xelm grow {options.run} --language {tag}"
             )
+    if options.dry_run:
+        together = max(options.jobs, run.config.experts.mesh_expert)
+        plans = plans_of(run, names, dense=options.dense)
+        _print_plans(options, plans)
+        check_disk(run.directory, plans, together=together)
+        return
     with ending_alone() if options.hosts else nullcontext():
         if options.dense and options.jobs == 1 and options.engine == "local":
             train_dense(run)
@@ -241,8 +295,14 @@ def _train(options: argparse.Namespace) -> None:
 
 def _placed(run: "Run", names: list[str], options: argparse.Namespace) -> dict[str, str]:
     """Trains experts where they are wanted; why some failed, by name."""
-    from xelm.runs.training import try_experts
+    from xelm.runs.budget import announce, check_disk
+    from xelm.runs.training import plans_of, try_experts
 
+    if options.engine == "ray" or options.jobs > 1:
+        # What runs apart tells its own log; this process holds no device that it could ask.
+        plans = plans_of(run, names, estimate=False)
+        announce(plans)
+        check_disk(run.directory, plans, together=options.jobs)
     if options.engine == "ray":
         from xelm.runs.placing import over_ray
 
@@ -276,6 +336,7 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
         metavar="MEASURE",
         help="what the nearest language is nearest by, as in xelm nearest (default: mixture)",
     )
+    add_dry_run(verb)
     add_workers(verb)
     add_json(verb)
 
@@ -283,12 +344,24 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
 def _grow(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.config import check_free
-    from xelm.runs.growing import grow
+    from xelm.runs.growing import grow, plan_growth
     from xelm.runs.run import open_run
-    from xelm.runs.texts import Text
+    from xelm.runs.texts import LanguageText
 
     check_free(options.settings, "grow")
     run = open_run(options.run, settings=options.settings)
+    if options.dry_run:
+        expert, plan, text = plan_growth(
+            run,
+            options.language,
+            corpus_of(options),
+            parent=options.parent,
+            by=options.by,
+            workers=options.workers,
+        )
+        last = f"{expert.reference} would start from {expert.parent}; nothing was changed"
+        _print_plans(options, [plan], [text], last)
+        return
     expert = grow(
         run,
         options.language,
@@ -298,7 +371,7 @@ def _grow(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     (tag,) = expert.languages
-    print(tables.texts([Text.of(run.store(tag), tag)]))
+    print(tables.texts([LanguageText.of(run.store(tag), tag)]), file=sys.stderr)
     if options.json:
         print_json(_told(expert))
         return

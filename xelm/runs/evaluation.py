@@ -45,7 +45,7 @@ from xelm.runs.judging import (
 from xelm.runs.results import RESULTS, Results
 from xelm.runs.routers import Routing, make_router, serving
 from xelm.runs.run import Run
-from xelm.runs.texts import EVALUATION, Text, compared, warnings
+from xelm.runs.texts import EVALUATION, LanguageText, compared, warnings
 
 EVALUATED: Sequence[str] = ("language", "detected", "tfidf", "learned", "posterior")
 """Routings, unless others are asked for."""
@@ -169,7 +169,7 @@ def _called(run: Run, experts: Sequence[Expert], store: Store) -> dict[str, str]
     return {tag: find(tag, known) or tag for tag in store.languages}
 
 
-def _compared(run: Run, store: Store, max_documents: int | None) -> dict[str, Text]:
+def _compared(run: Run, store: Store, max_documents: int | None) -> dict[str, LanguageText]:
     """What is known of the evaluated text, with what is wrong with it on stderr."""
     texts, lacking = compared(run, store, max_documents)
     lines = warnings(texts)

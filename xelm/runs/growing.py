@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from clustering.errors import UserError
 from clustering.languages import canonical
@@ -13,10 +15,19 @@ from experts.registry import Registry
 from xelm.data import corpus as corpora
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import Source
+from xelm.data.store import Store
+from xelm.runs.budget import Plan, announce, check_disk
 from xelm.runs.init import tokenise
 from xelm.runs.relatives import DEFAULT, nearest_expert
 from xelm.runs.run import Run
-from xelm.runs.training import Job, parent_directory, publish, train_checkpoints
+from xelm.runs.texts import LanguageText
+from xelm.runs.training import (
+    Job,
+    parent_directory,
+    plans_of_jobs,
+    publish,
+    train_checkpoints,
+)
 
 
 def grow(
@@ -42,9 +53,7 @@ def grow(
             raise UserError(
                 f"{run.directory} has no published expert to grow from; train some first"
             )
-        started = next(
-            (e for e in registry.training() if e.cluster is None and e.languages == (tag,)), None
-        )
+        started = _in_training(registry, tag)
         if started is None:
             origin, reason, told = parent, "named by hand", []
             if parent == "auto":
@@ -74,21 +83,68 @@ def grow(
                     f"{started.name}"
                 )
         facts = {} if started.reason is None else {"parent chosen": started.reason}
-        sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]
-        sources += _donors(run, registry, started)
-        # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
-        random_seed = run.config.grow.random_seed + started.round - 2
-        job = Job(
-            name=started.name,
-            parent=parent_directory(run, started),
-            target=started.directory(run.directory),
-            sources=sources,
-            config=replace(run.config.grow, random_seed=random_seed),
-        )
+        job = _job(run, registry, started, store)
+        plans = plans_of_jobs(run, [job])
+        announce(plans)
+        check_disk(run.directory, plans)
         for error in train_checkpoints(run, [job]).values():
             raise error
         publish(run, started, facts)
     return run.registry().expert(started.name)
+
+
+def plan_growth(
+    run: Run,
+    language: str,
+    corpus: AnyCorpus | None = None,
+    *,
+    parent: str = "auto",
+    by: str = DEFAULT,
+    workers: int = 1,
+) -> tuple[Expert, Plan, LanguageText]:
+    """What `grow` would make, what its training costs, and its text, which is tokenised in a
+    temporary folder; nothing in the RUN changes."""
+    tag, registry = canonical(language), run.registry()
+    with TemporaryDirectory() as folder:
+        expert = _in_training(registry, tag)
+        if expert is None:
+            origin = parent
+            if parent == "auto":
+                origin = nearest_expert(run, tag, by, corpus or run.record["corpus"])[0].name
+            registry = grow_registry(registry, tag, origin)
+            expert = registry.expert(tag)
+            elsewhere = replace(run, directory=Path(folder))
+            run.tokenizer().hub.save_pretrained(elsewhere.training("tokenizer"))
+            text = corpus or run.record["corpus"]
+            store = tokenise(elsewhere, text, tag, languages=[tag], workers=workers)
+        else:
+            store = run.store(tag)
+        (plan,) = plans_of_jobs(run, [_job(run, registry, expert, store)])
+        check_disk(run.directory, [plan])
+        return expert, plan, LanguageText.of(store, tag)
+
+
+def _in_training(registry: Registry, tag: str) -> Expert | None:
+    """The grown expert of a language whose training has begun."""
+    grown = (e for e in registry.training() if e.cluster is None and e.languages == (tag,))
+    return next(grown, None)
+
+
+def _job(run: Run, registry: Registry, expert: Expert, store: Store) -> Job:
+    """The training of a grown expert on its language, and on its parent's."""
+    (tag,) = expert.languages
+    sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]
+    sources += _donors(run, registry, expert)
+    # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
+    random_seed = run.config.grow.random_seed + expert.round - 2
+    return Job(
+        name=expert.name,
+        part="grow",
+        parent=parent_directory(run, expert),
+        target=expert.directory(run.directory),
+        sources=sources,
+        config=replace(run.config.grow, random_seed=random_seed),
+    )
 
 
 def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[Source]:

@@ -5,8 +5,10 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from clustering import codes, tfidf
 from clustering.clustering import Clustering
@@ -25,13 +27,18 @@ from xelm.data.corpus import AnyCorpus, Corpus, Faults, Reading
 from xelm.data.rows import Source
 from xelm.data.store import Store
 from xelm.inference.sampling import sampling_of
-from xelm.models.checkpoint import check_checkpoint, copy_checkpoint, write_checkpoint
+from xelm.models.checkpoint import (
+    check_checkpoint,
+    copy_checkpoint,
+    write_checkpoint,
+)
 from xelm.models.config import ModelConfig
 from xelm.models.families import hub_config
 from xelm.models.parameters import fresh_parameters
 from xelm.progress import bar
+from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
-from xelm.runs.texts import duplicate_notes, texts_of, warnings
+from xelm.runs.texts import LanguageText, duplicate_notes, texts_of, warnings
 from xelm.runs.training import branch, check_languages, shares_of
 from xelm.training.course import Text, Training
 from xelm.training.loop import train
@@ -64,36 +71,23 @@ def init(
     keep_duplicates: train on every document as often as it stands in the corpus; otherwise exact
     copies within a language are left out, here and when experts are grown.
     """
-    corpus = Corpus.of(corpus)
-    tags = _languages(corpus, languages)
-    corpus = corpus.pinned()
+    given = _given(corpus, config, seed, languages, keep_duplicates)
     if clusters is not None:
-        check_languages(tags, clusters)
-    if seed is None:
-        parts = {"seed": config.seed, "experts": config.experts, "grow": config.grow}
-        _check_lengths(parts, _model(config))
-    else:
-        parts = {"experts": config.experts, "grow": config.grow}
-        _check_lengths(parts, _check_seed(Path(seed), config.start_token))
-        config = replace(config, model=None)  # the seed has one
-    facts = {
-        "languages": list(tags),
-        "seed_from": None if seed is None else str(Path(seed).resolve()),
-        "corpus": corpus.to_json(),
-        "corpus_sha256": corpora.fingerprint(corpus, tags),
-        **({"keep_duplicates": True} if keep_duplicates else {}),
-    }
+        check_languages(given.languages, clusters)
     with _fresh_lock(directory):
-        run = create_run(directory, config, facts)
+        run = create_run(directory, given.config, given.facts)
         if run.record.get("keep_duplicates", False) != keep_duplicates:
             raise UserError(f"{directory} was begun with --keep-duplicates; use it again")
         if seed is None:
-            _train_tokenizer(run, corpus)
+            _train_tokenizer(run, given.corpus)
         else:
             _copy_seed(run, Path(seed))
             _link_from_sibling(run, Path(seed).parent)
-        store = tokenise(run, corpus, "train", languages=tags, workers=workers)
+        store = tokenise(run, given.corpus, "train", languages=given.languages, workers=workers)
+        plans = _plans(run, store, given.model)
+        announce(plans)
         if seed is None:
+            check_disk(run.directory, plans[:-1])
             _train_seed(run, store)
         _fit_vectoriser(run, store)
         manifest.record(run.directory, ["run.json", "vectoriser.npz"])
@@ -102,6 +96,87 @@ def init(
     if clusters is not None:
         branch(run, clusters)
     return run
+
+
+def plan_init(
+    directory: str | Path,
+    corpus: AnyCorpus,
+    config: RunConfig,
+    *,
+    seed: str | Path | None = None,
+    languages: Sequence[str] | None = None,
+    workers: int = 1,
+    keep_duplicates: bool = False,
+) -> tuple[list[Plan], list[LanguageText]]:
+    """What the trainings of a RUN would cost, and its text. The tokenizer is trained, and the
+    corpus tokenised, in a temporary folder; nothing else is written. Arguments as in `init`."""
+    given = _given(corpus, config, seed, languages, keep_duplicates)
+    with TemporaryDirectory() as folder:
+        run = create_run(Path(folder) / "RUN", given.config, given.facts)
+        if seed is None:
+            _train_tokenizer(run, given.corpus)
+        else:
+            tokenizers.load(seed).hub.save_pretrained(run.training("tokenizer"))
+        store = tokenise(run, given.corpus, "train", languages=given.languages, workers=workers)
+        plans = _plans(run, store, given.model)
+        check_disk(Path(directory), plans[:-1])
+        return plans, list(texts_of(store).values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Given:
+    """What a RUN is made of, checked."""
+
+    corpus: Corpus
+    languages: tuple[str, ...]
+    config: RunConfig
+    model: ModelConfig
+    facts: Mapping[str, Any]
+    """For run.json."""
+
+
+def _given(
+    corpus: AnyCorpus,
+    config: RunConfig,
+    seed: str | Path | None,
+    languages: Sequence[str] | None,
+    keep_duplicates: bool,
+) -> _Given:
+    corpus = Corpus.of(corpus)
+    tags = _languages(corpus, languages)
+    corpus = corpus.pinned()
+    if seed is None:
+        parts = {"seed": config.seed, "experts": config.experts, "grow": config.grow}
+        model = _model(config)
+    else:
+        parts = {"experts": config.experts, "grow": config.grow}
+        model = _check_seed(Path(seed), config.start_token)
+        config = replace(config, model=None)  # the seed has one
+    _check_lengths(parts, model)
+    facts = {
+        "languages": list(tags),
+        "seed_from": None if seed is None else str(Path(seed).resolve()),
+        "corpus": corpus.to_json(),
+        "corpus_sha256": corpora.fingerprint(corpus, tags),
+        **({"keep_duplicates": True} if keep_duplicates else {}),
+    }
+    return _Given(corpus=corpus, languages=tags, config=config, model=model, facts=facts)
+
+
+def _plans(run: Run, store: Store, model: ModelConfig) -> list[Plan]:
+    """The training of the seed, if it is yet to come, and last that of all experts together, whose
+    clusters are not known yet."""
+    parts = {"experts": run.config.experts}
+    if run.record["seed_from"] is None and not run.seed.exists():
+        parts = {"seed": run.config.seed, **parts}
+    return [
+        plan(run, name, name, _sources(part, store), part, model) for name, part in parts.items()
+    ]
+
+
+def _sources(config: TrainConfig, store: Store) -> list[Source]:
+    shares = shares_of(config, store.languages)
+    return [Source(ids=ids, share=shares[tag]) for tag, ids in store.languages.items()]
 
 
 def tokenise(
@@ -248,11 +323,10 @@ def _train_seed(run: Run, store: Store) -> None:
         return
     config = run.config
     tokenizer = tokenizers.load(_tokenizer_directory(run), config.start_token)
-    shares = shares_of(config.seed, store.languages)
     training = Training(
         label="seed",
         start=functools.partial(fresh_parameters, _model(config), config.seed.random_seed),
-        sources=[Source(ids=ids, share=shares[tag]) for tag, ids in store.languages.items()],
+        sources=_sources(config.seed, store),
         config=config.seed,
         directory=run.training("seed"),
         logs=run.logs(run.seed),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from clustering.errors import UserError
 from clustering.files import read_json
 from xelm.runs.run import Run
-from xelm.runs.texts import Text
+from xelm.runs.texts import LanguageText
 
 RESULTS = "results.json"
 _MOST_NATS = 700.0
@@ -190,7 +190,7 @@ class Results:
     """By system and language."""
     summaries: Sequence[Summary] = ()
     """By system; none of an evaluation by an earlier version."""
-    texts: Mapping[str, Text] = field(default_factory=dict)
+    texts: Mapping[str, LanguageText] = field(default_factory=dict)
     """By language; none of an evaluation by an earlier version."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """All of results.json; empty before it is written."""
@@ -206,7 +206,9 @@ def read_results(run: Run) -> Results:
         return Results(
             rows=[Row.from_json(row) for row in record["rows"]],
             summaries=[Summary.from_json(one) for one in record.get("summaries", ())],
-            texts={tag: Text.from_json(one) for tag, one in record.get("texts", {}).items()},
+            texts={
+                tag: LanguageText.from_json(one) for tag, one in record.get("texts", {}).items()
+            },
             record=record,
         )
     except (KeyError, TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ MOST_TRAINED = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Text:
+class LanguageText:
     """The text of one language. Counts are None where a store of an earlier version lacks them."""
 
     language: str
@@ -45,7 +45,7 @@ class Text:
     """Of those, how many have only a near copy there."""
 
     @classmethod
-    def of(cls, store: Store, language: str) -> "Text":
+    def of(cls, store: Store, language: str) -> "LanguageText":
         """What a store says."""
         counts = store.record["languages"][language]
         known = {field.name: counts[field.name] for field in fields(cls) if field.name in counts}
@@ -94,19 +94,19 @@ class Text:
         return asdict(self) | {name: getattr(self, name) for name in shares}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Text":
+    def from_json(cls, value: Mapping[str, Any]) -> "LanguageText":
         """From an entry of results.json."""
         return cls(**{field.name: value[field.name] for field in fields(cls)})
 
 
-def texts_of(store: Store) -> dict[str, Text]:
+def texts_of(store: Store) -> dict[str, LanguageText]:
     """What a store says of its languages."""
-    return {tag: Text.of(store, tag) for tag in store.languages}
+    return {tag: LanguageText.of(store, tag) for tag in store.languages}
 
 
 def compared(
     run: Run, store: Store, max_documents: int | None = None
-) -> tuple[dict[str, Text], list[str]]:
+) -> tuple[dict[str, LanguageText], list[str]]:
     """The text of an evaluation, by language, compared with all that the RUN was trained on: the
     seed's and the experts' text, and that of grown experts. And the training stores that could not
     be compared with, since an earlier version kept nothing to compare by."""
@@ -125,11 +125,11 @@ def compared(
     for tag, exact, near in zip(parts, np.split(whole.exact, ends), np.split(whole.near, ends)):
         record = found[tag].to_json()
         record |= {"compared": len(exact), "exact": int(exact.sum()), "near": int(near.sum())}
-        found[tag] = Text.from_json(record)
+        found[tag] = LanguageText.from_json(record)
     return found, []
 
 
-def warnings(texts: Mapping[str, Text]) -> list[str]:
+def warnings(texts: Mapping[str, LanguageText]) -> list[str]:
     """One line for each kind of text whose figures are marked."""
     lines = []
     unspelled = {tag: text.unknown_share for tag, text in texts.items() if text.unspelled}
@@ -148,7 +148,7 @@ def warnings(texts: Mapping[str, Text]) -> list[str]:
     return lines
 
 
-def duplicate_notes(texts: Mapping[str, Text], left_out: bool) -> list[str]:
+def duplicate_notes(texts: Mapping[str, LanguageText], left_out: bool) -> list[str]:
     """A line that tells how many documents are exact copies, if any are."""
     found = {tag: text.duplicates for tag, text in texts.items() if text.duplicates}
     if not found:

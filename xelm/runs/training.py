@@ -29,6 +29,7 @@ from xelm.data.rows import Source, sampling_shares
 from xelm.data.store import LanguageIds
 from xelm.models.checkpoint import load_parameters, read_config, write_checkpoint
 from xelm.models.config import ModelConfig
+from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.run import Run
 from xelm.training.course import Text, Training
 from xelm.training.hosts import SharedError, first_does, gathered, is_first, several, wait_for_all
@@ -86,6 +87,8 @@ class Job:
     """A checkpoint that is to be trained from another."""
 
     name: str
+    part: str
+    """Of the configuration: experts, dense or grow."""
     parent: Path
     target: Path
     sources: Sequence[Source]
@@ -104,9 +107,10 @@ def try_experts(
 ) -> dict[str, UserError]:
     """The same, but returns why experts failed, by name. wait_seconds: for somebody else who trains
     one of them."""
-    for name in names:
-        run.registry().expert(name)
+    plans = plans_of(run, names)
     together, failures = run.config.experts.mesh_expert, {}
+    first_does(functools.partial(announce, plans))
+    first_does(functools.partial(check_disk, run.directory, plans, together=together))
     for first in range(0, len(names), together):
         group = names[first : first + together]
         try:
@@ -114,6 +118,27 @@ def try_experts(
         except UserError as error:
             failures |= dict.fromkeys(group, error)
     return failures
+
+
+def plans_of(
+    run: Run, names: Sequence[str] = (), *, dense: bool = False, estimate: bool = True
+) -> list[Plan]:
+    """What the trainings of the dense baseline and of the named experts cost, but for those that
+    are done. estimate: as in `budget.plan`."""
+    experts = [run.registry().expert(name) for name in names]
+    jobs = [_dense_job(run)] if dense and not run.dense.exists() else []
+    jobs += [_job(run, expert) for expert in experts if expert.status == "training"]
+    return plans_of_jobs(run, jobs, estimate=estimate)
+
+
+def plans_of_jobs(run: Run, jobs: Sequence[Job], *, estimate: bool = True) -> list[Plan]:
+    """What jobs cost."""
+    model = read_config(run.seed) if jobs else None
+    return [
+        plan(run, job.name, job.part, job.sources, job.config, model, estimate=estimate)
+        for job in jobs
+        if model is not None
+    ]
 
 
 def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[str, UserError]:
@@ -156,6 +181,7 @@ def _job(run: Run, expert: Expert) -> Job:
     share = sum(source.share for source in sources)
     return Job(
         name=expert.name,
+        part="experts",
         parent=parent_directory(run, expert),
         target=expert.directory(run.directory),
         sources=sources,
@@ -165,18 +191,25 @@ def _job(run: Run, expert: Expert) -> Job:
 
 def train_dense(run: Run) -> None:
     """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
-    job = Job(
-        name="dense",
-        parent=run.seed,
-        target=run.dense,
-        sources=dense_sources(run),
-        config=run.config.dense,
-    )
+    job, plans = _dense_job(run), plans_of(run, dense=True)
+    first_does(functools.partial(announce, plans))
+    first_does(functools.partial(check_disk, run.directory, plans))
     with _held(run, "dense"):
         before = run.dense.exists()
         for error in train_checkpoints(run, [job]).values():
             raise error
         first_does(lambda: manifest.record(run.directory, ["dense"], again=not before))
+
+
+def _dense_job(run: Run) -> Job:
+    return Job(
+        name="dense",
+        part="dense",
+        parent=run.seed,
+        target=run.dense,
+        sources=dense_sources(run),
+        config=run.config.dense,
+    )
 
 
 def dense_sources(run: Run) -> list[Source]:

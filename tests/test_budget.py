@@ -1,0 +1,184 @@
+"""What a training costs is told before it starts, and by a dry run alone."""
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from shared import documents_of, snapshot
+from small_training import CONFIG, MODEL, SHARES, SOURCES, source
+
+from clustering.errors import UserError
+from xelm.data.rows import LanguageRows
+from xelm.presets import quickstart
+from xelm.runs import budget
+from xelm.runs.budget import Plan, check_disk, needed_bytes, passes, plan, table, warnings
+from xelm.runs.run import open_run
+from xelm.runs.training import plans_of
+from xelm.training.metrics import read_metrics
+
+PLAN = Plan(
+    name="sv",
+    part="grow",
+    tokens=250_000,
+    steps=488,
+    passes={"sv": 106.4, "de": 1.23},
+    seconds=None,
+    basis="unknown",
+    checkpoint_bytes=3_000_000,
+    model_bytes=1_000_000,
+)
+
+
+def few(folder, corpus, count):
+    """So many documents of one more language."""
+    texts = documents_of(corpus, "pt")[:count]
+    folder.mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "pt.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_passes_are_the_rows_that_are_read_over_the_rows_there_are():
+    found = passes(SOURCES, CONFIG)
+    for one in SOURCES:
+        rows = LanguageRows(
+            one,
+            sequence_length=CONFIG.sequence_length,
+            start_id=1,
+            end_id=2,
+            random_seed=0,
+            language_index=0,
+        )
+        tag = one.ids.language
+        # 20 steps of 8 rows, of which each language has its share.
+        assert found[tag] == pytest.approx(20 * 8 * SHARES[tag] / len(rows))
+
+
+def test_25_sentences_are_passed_over_more_than_a_hundred_times_by_the_quickstart():
+    # 25 documents of 64 tokens and the two that frame each: 13 rows of 128.
+    sources = [
+        replace(source("sw", documents=25, length=64), share=0.75),
+        replace(source("de", documents=2500, length=64), share=0.25),
+    ]
+    config = quickstart().grow
+    found = passes(sources, config)
+    assert config.steps * config.batch_size * 0.75 == 1464
+    assert found["sw"] == pytest.approx(1464 / 13) and found["de"] < 1
+    (line,) = warnings([replace(PLAN, passes=found)])
+    assert "sw 113." in line
+
+
+def test_more_than_four_passes_are_a_warning_with_language_and_number():
+    (line,) = warnings([PLAN])
+    assert line.startswith("sv: passes over the same text: sv 106. More than 4 teach little")
+    assert "grow.tokens" in line and "de" not in line.split(".")[0]
+    assert warnings([replace(PLAN, passes={"sv": 4.0, "de": 1.0})]) == []
+    assert "1.2 to 106" in table([PLAN])
+
+
+def test_a_grown_language_of_few_documents_is_told_by_its_passes_before_it_is_trained(
+    xelm, copy, tmp_path
+):
+    corpus = few(tmp_path / "few", copy.corpus, count=1)
+    before = snapshot(copy.directory)
+    arguments = ("grow", copy.directory, "--language", "pt", "--corpus", corpus)
+    told = xelm(*arguments, "--dry-run")
+    assert told.code == 0, told.err
+    assert snapshot(copy.directory) == before
+    assert "pt@v1 would start from en-es@v1; nothing was changed" in told.out
+    made = xelm(*arguments)
+    assert made.code == 0, made.err
+    ids = open_run(copy.directory).store("pt").languages["pt"]
+    rows = -(-(int(ids.stream_ends[-1]) - 1) // 32)
+    # grow.tokens=1024 in rows of 32, of which donor_share=.25 is of the parent's languages.
+    times = 1024 / 32 * 0.75 / rows
+    shown = f"{times:.0f}" if times >= 10 else f"{times:.1f}"
+    assert times > 4
+    for outcome in (told, made):
+        assert f"pt: passes over the same text: pt {shown}. More than 4" in outcome.err
+    (line,) = [line for line in told.out.splitlines() if line.startswith("pt  ") and "was" in line]
+    assert "as fast as" in line and "was here" in line and f"to {shown}" in line
+    assert made.err.index(line.split()[0]) < made.err.index("100%")
+
+
+def test_a_dry_run_of_init_tells_and_writes_nothing(xelm, tiny_corpus, tiny_settings, tmp_path):
+    arguments = ("--corpus", tiny_corpus, "--languages", "en,de", *tiny_settings())
+    outcome = xelm("init", tmp_path / "RUN", *arguments, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert list(tmp_path.iterdir()) == []
+    lines = {line.split()[0]: line for line in outcome.out.splitlines() if line}
+    assert lines["seed"].split()[1:3] == ["2,048", "16"]
+    assert lines["experts"].split()[1:3] == ["4,096", "32"]
+    assert "unknown until its first steps" in lines["seed"]
+    assert "0.0%" in lines["en"]
+
+
+def test_a_dry_run_of_train_tells_the_time_of_one_that_was_measured(xelm, initialised, tmp_path):
+    directory = tmp_path / "RUN"
+    shutil.copytree(initialised[0], directory)
+    before = snapshot(directory)
+    outcome = xelm("train", directory, "--dense", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert snapshot(directory) == before
+    run = open_run(directory)
+    (dense,) = plans_of(run, dense=True)
+    assert dense.basis == "as fast as seed was here" and "as fast as seed" in outcome.out
+    lines = read_metrics(run.seed / "metrics.jsonl")
+    tokens = [b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *lines], lines)]
+    seconds = sum(some / line["tokens_per_second"] for some, line in zip(tokens, lines))
+    # Twice as many steps in all as the seed has.
+    assert dense.seconds == pytest.approx(2 * seconds)
+
+
+def test_what_cannot_fit_on_the_disk_is_refused_before_it_starts(
+    xelm, initialised, tmp_path, monkeypatch
+):
+    directory = tmp_path / "RUN"
+    shutil.copytree(initialised[0], directory)
+    before = snapshot(directory)
+    (dense,) = plans_of(open_run(directory), dense=True)
+    usage = SimpleNamespace(free=dense.disk_bytes - 1)
+    monkeypatch.setattr(budget.shutil, "disk_usage", lambda path: usage)
+    outcome = xelm("train", directory, "--dense")
+    assert outcome.code == 2
+    assert "dense would write up to" in outcome.err and "make room" in outcome.err
+    assert snapshot(directory) == before
+    usage.free += 1
+    check_disk(directory, [dense])
+    # Nothing is there yet of a RUN that is to be made.
+    check_disk(tmp_path / "none" / "RUN", [dense])
+    usage.free = 0
+    with pytest.raises(UserError, match="has 0 B of disk left"):
+        check_disk(tmp_path / "none" / "RUN", [dense])
+
+
+def test_trainings_one_after_the_other_need_the_checkpoints_of_one(tmp_path):
+    two = [PLAN, replace(PLAN, name="da", checkpoint_bytes=5_000_000)]
+    assert needed_bytes(tmp_path, two) == 2_000_000 + 5_000_000
+    assert needed_bytes(tmp_path, two, together=2) == 2_000_000 + 8_000_000
+    # What is written already needs no room any more.
+    (tmp_path / "train" / "da").mkdir(parents=True)
+    (tmp_path / "train" / "da" / "state").write_bytes(b"0" * 4_000_000)
+    assert needed_bytes(tmp_path, two) == 2_000_000 + 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_a_parameter"),
+    [
+        ({}, 3 * (4 + 8)),  # 20 steps, saved after every 6: two are kept, and one is being written
+        ({"moments_dtype": "bfloat16"}, 3 * (4 + 4)),
+        ({"optimizer": "adafactor"}, 3 * (4 + 4)),
+        ({"optimizer": "adafactor", "beta1": 0.0}, 3 * 4),
+        ({"checkpoint_every": 20}, 4 + 8),
+        ({"keep_every": 12}, 4 * (4 + 8)),
+    ],
+)
+def test_checkpoints_are_of_masters_and_averages(initialised, changes, bytes_a_parameter):
+    run = open_run(initialised[0])
+    config = replace(CONFIG, **changes)
+    found = plan(run, "new", "grow", SOURCES, config, MODEL, estimate=False)
+    assert found.checkpoint_bytes == bytes_a_parameter * MODEL.parameter_count
+    assert found.model_bytes == 4 * MODEL.parameter_count
+    assert found.seconds is None and found.basis.startswith("unknown")

@@ -1,0 +1,269 @@
+"""What trainings cost, before they start: tokens, passes over each language, time and disk."""
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clustering.errors import UserError
+from xelm.config import TrainConfig
+from xelm.data.rows import Source
+from xelm.data.store import FRAME
+from xelm.models.config import ModelConfig
+from xelm.progress import duration
+from xelm.runs.run import Run
+from xelm.training.metrics import read_metrics
+
+MOST_PASSES = 4.0
+"""Over a language's text before a warning: up to four are about as good as new text, and more teach
+ever less (Muennighoff et al. 2023, arXiv 2305.16264)."""
+UTILISATION = 0.3
+"""Share of a device's peak that an estimate assumes where nothing was measured."""
+_LISTED = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One training that is to come, or to go on."""
+
+    name: str
+    part: str
+    """Of the configuration: seed, experts, dense or grow."""
+    tokens: int
+    """Positions of the rows of all steps."""
+    steps: int
+    passes: Mapping[str, float]
+    """Language -> how often its text is passed over."""
+    seconds: float | None
+    """That are left to do; None where no rate is known."""
+    basis: str
+    """Where the time comes from."""
+    checkpoint_bytes: int
+    """Of the checkpoints that are kept, and the one being written."""
+    model_bytes: int
+    """Of the weights that are published, at most."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """At the most at any time."""
+        return self.checkpoint_bytes + self.model_bytes
+
+
+def plan(
+    run: Run,
+    name: str,
+    part: str,
+    sources: Sequence[Source],
+    config: TrainConfig,
+    model: ModelConfig,
+    *,
+    estimate: bool = True,
+) -> Plan:
+    """The training of `name` on these sources; `part` says which of the configuration it is.
+    estimate: may ask which devices there are, where no rate was measured."""
+    seconds, basis = _time(run, name, config, model if estimate else None)
+    return Plan(
+        name=name,
+        part=part,
+        tokens=config.steps * config.tokens_per_step,
+        steps=config.steps,
+        passes=passes(sources, config),
+        seconds=seconds,
+        basis=basis,
+        checkpoint_bytes=_checkpoint_bytes(config, model),
+        model_bytes=4 * model.parameter_count,
+    )
+
+
+def passes(sources: Sequence[Source], config: TrainConfig) -> dict[str, float]:
+    """How often the text of each language is passed over in a training."""
+    total, found = sum(source.share for source in sources), {}
+    for source in sources:
+        rows = config.steps * config.batch_size * source.share / total
+        # As many as `LanguageRows` has, of which the last is filled up.
+        whole = max(1, -(-(_tokens(source) - 1) // config.sequence_length))
+        found[source.ids.language] = found.get(source.ids.language, 0.0) + rows / whole
+    return found
+
+
+def announce(plans: Sequence[Plan]) -> None:
+    """Tells on stderr what trainings cost, and warns of text that is passed over too often."""
+    for line in [table(plans), *warnings(plans)] if plans else ():
+        print(line, file=sys.stderr)
+
+
+def check_disk(directory: Path, plans: Sequence[Plan], *, together: int = 1) -> None:
+    """Raises UserError if what trainings write cannot fit on the disk that holds `directory`, a
+    RUN that may not exist yet. together: those that run at a time."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    needed, free = needed_bytes(directory, plans, together), shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(
+            f"{directory} has {size(free)} of disk left, and {_names(plans)} would write up to "
+            f"{size(needed)} (checkpoints and weights); make room, or lower keep_checkpoints"
+        )
+
+
+def needed_bytes(directory: Path, plans: Sequence[Plan], together: int = 1) -> int:
+    """Bytes that trainings write beyond what is there, of which so many run at a time: checkpoints
+    are deleted when a training is done, weights stay."""
+    left = [max(0, p.checkpoint_bytes - _size_of(directory / "train" / p.name)) for p in plans]
+    return sum(p.model_bytes for p in plans) + sum(sorted(left, reverse=True)[:together])
+
+
+def warnings(plans: Sequence[Plan]) -> list[str]:
+    """A line for each training that passes over a language more than `MOST_PASSES` times."""
+    lines = []
+    for each in plans:
+        often = {tag: times for tag, times in each.passes.items() if times > MOST_PASSES}
+        if not often:
+            continue
+        ordered = sorted(often.items(), key=lambda item: -item[1])
+        which = ", ".join(f"{tag} {_times(times)}" for tag, times in ordered[:_LISTED])
+        more = f" and {len(often) - _LISTED} more" if len(often) > _LISTED else ""
+        lines.append(
+            f"{each.name}: passes over the same text: {which}{more}. More than "
+            f"{MOST_PASSES:g} teach little and may do harm; give more text, or train on "
+            f"fewer tokens (--set {_setting(each.part)}.tokens=N, or .max_passes)"
+        )
+    return lines
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """One line a training."""
+    lines = [f"{'training':20}{'tokens':>16}{'steps':>10}{'passes':>16}{'disk':>10}  time"]
+    for each in plans:
+        times = sorted(each.passes.values())
+        shown = _times(times[0]) if times else "-"
+        if times and _times(times[-1]) != shown:
+            shown += f" to {_times(times[-1])}"
+        time = "" if each.seconds is None else f"{duration(each.seconds)}, "
+        lines.append(
+            f"{each.name:20}{each.tokens:>16,}{each.steps:>10,}{shown:>16}"
+            f"{size(each.disk_bytes):>10}  {time}{each.basis}"
+        )
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 950 B, 1.2 MB, 3 GB."""
+    for unit, letters in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {letters}"
+    return f"{count:.0f} B"
+
+
+def _times(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
+
+
+def _setting(part: str) -> str:
+    return "experts" if part == "dense" else part
+
+
+def _names(plans: Sequence[Plan]) -> str:
+    names = [each.name for each in plans]
+    more = len(names) - len(names[:_LISTED])
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more else "")
+
+
+def _tokens(source: Source) -> int:
+    """Tokens of one pass, special tokens counted."""
+    if source.documents is None:
+        return int(source.ids.stream_ends[-1])
+    return int((source.ids.lengths[source.documents] + FRAME).sum())
+
+
+def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
+    """Of all checkpoints at the worst moment: those kept, and the one being written."""
+    average = 2 if config.moments_dtype == "bfloat16" else 4
+    averages = 2 * average if config.optimizer == "adamw" else average * (config.beta1 > 0)
+    saved = -(-config.steps // config.checkpoint_every)
+    kept = min(saved, config.keep_checkpoints + 1)
+    if config.keep_every:
+        kept = min(saved, kept + config.steps // config.keep_every)
+    return kept * (4 + averages) * model.parameter_count
+
+
+def _time(
+    run: Run, name: str, config: TrainConfig, model: ModelConfig | None
+) -> tuple[float | None, str]:
+    """Seconds that are left of a training, and where the figure comes from."""
+    lines = read_metrics(run.training(name) / "metrics.jsonl")
+    left = config.steps - (lines[-1]["step"] if lines else 0)
+    found = _measured(run, name, config)
+    if found is not None:
+        rate, whose = found
+        return left * config.tokens_per_step / rate, f"as fast as {whose}"
+    estimate = model and _estimated_rate(config, model)
+    if estimate is not None:
+        rate, devices = estimate
+        return (
+            left * config.tokens_per_step / rate,
+            f"estimated: {UTILISATION:.0%} of the peak of {devices}",
+        )
+    return None, "unknown until its first steps (xelm status)"
+
+
+def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | None:
+    """Positions a second of the training itself so far or, where it has not begun, of one in the
+    RUN whose rows and batches are alike."""
+    rates = []
+    for other, folder, its in _trainings(run, name, config):
+        rate = _rate(folder / "metrics.jsonl", its)
+        if rate is None:
+            continue
+        if other == name or _shape(its) == _shape(config):
+            return rate, f"{other} was here" if other != name else "it was until now"
+        if (its.sequence_length, its.dtype) == (config.sequence_length, config.dtype):
+            rates.append((rate, f"{other} was here, in batches of {its.batch_size}"))
+    return rates[0] if rates else None
+
+
+def _trainings(run: Run, name: str, config: TrainConfig) -> Iterator[tuple[str, Path, TrainConfig]]:
+    """Name, folder of metrics.jsonl and settings of trainings of this model, the likest first."""
+    yield name, run.training(name), config
+    if (run.directory / "registry.json").exists():
+        for expert in reversed(run.registry().published()):
+            its = run.config.grow if expert.cluster is None else run.config.experts
+            yield expert.name, expert.directory(run.directory), its
+    yield "dense", run.dense, run.config.dense
+    yield "seed", run.seed, run.config.seed
+
+
+def _shape(config: TrainConfig) -> tuple:
+    """What the rate of a training depends on beside the model and the machine."""
+    rows = (config.sequence_length, config.batch_size, config.accumulation_steps)
+    mesh = (config.mesh_expert, config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    return *rows, config.dtype, config.rematerialise, *mesh
+
+
+def _rate(path: Path, config: TrainConfig) -> float | None:
+    """Positions a second over all lines of a metrics.jsonl; None where there are none."""
+    lines = read_metrics(path)
+    tokens = np.diff([0, *(line["tokens"] for line in lines)])
+    rates = np.asarray([line.get("tokens_per_second") or 0.0 for line in lines])
+    if not lines or rates.min() <= 0:
+        return None
+    return lines[-1]["step"] * config.tokens_per_step / float((tokens / rates).sum())
+
+
+def _estimated_rate(config: TrainConfig, model: ModelConfig) -> tuple[float, str] | None:
+    """Positions a second of accelerators whose peak is known, and which those are."""
+    import jax
+
+    from xelm.training.flops import of_a_token, peak
+
+    devices = jax.device_count()
+    most = peak(config.dtype, devices)
+    if most is None:
+        return None
+    rate = UTILISATION * most / of_a_token(model, config.sequence_length)
+    return rate, f"{devices} x {jax.devices()[0].device_kind}"
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
