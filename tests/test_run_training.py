@@ -28,7 +28,10 @@ def test_init_tells_what_it_read(tiny):
         size = sum(len(text.encode()) for text in texts)
         assert counts[language]["documents"] == 60 and counts[language]["bytes"] == size
         tokens = sum(map(len, run.tokenizer().encode(texts)))
-        assert f"{language:10}{60:>12,}{tokens:>14,}{size:>14,}\n" in tiny.outcomes["init"].out
+        (line,) = [
+            line for line in tiny.outcomes["init"].out.splitlines() if line.startswith(language)
+        ]
+        assert line.split()[2:5] == ["60", f"{tokens:,}", f"{size:,}"]
 
 
 def test_a_run_says_how_it_was_made(tiny):

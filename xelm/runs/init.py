@@ -381,10 +381,14 @@ def _link_from_sibling(run: Run, sibling: Path) -> None:
     if not (sibling / "run.json").exists() or (run.directory / "corpus" / "train").exists():
         return
     other = open_run(sibling, finished=False)
-    same = ("corpus_sha256", "languages")
+    same = ("corpus_sha256", "languages", "keep_duplicates")
     if any(other.record.get(key) != run.record[key] for key in same):
         return
     if other.config.vectoriser_dimensions != run.config.vectoriser_dimensions:
+        return
+    if not (other.directory / "corpus" / "train" / "store.json").exists():
+        return
+    if other.store().fingerprints() is None:  # of an earlier version, which dropped no copies
         return
     target = run.directory / "corpus" / "train"
     partial = target.with_name(".train.partial")

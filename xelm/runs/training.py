@@ -109,7 +109,6 @@ def try_experts(
     one of them."""
     plans = plans_of(run, names)
     together, failures = run.config.experts.mesh_expert, {}
-    first_does(functools.partial(announce, plans))
     first_does(functools.partial(check_disk, run.directory, plans, together=together))
     for first in range(0, len(names), together):
         group = names[first : first + together]
@@ -148,6 +147,8 @@ def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[st
         experts = [expert for expert in run.registry().training() if expert.name in names]
         try:
             jobs = [_job(run, expert) for expert in experts]
+            plans = plans_of_jobs(run, jobs)
+            first_does(functools.partial(announce, plans))
             failures = train_checkpoints(run, jobs)
             for expert, job in zip(experts, jobs):
                 if expert.name not in failures:
@@ -192,9 +193,9 @@ def _job(run: Run, expert: Expert) -> Job:
 def train_dense(run: Run) -> None:
     """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
     job, plans = _dense_job(run), plans_of(run, dense=True)
-    first_does(functools.partial(announce, plans))
     first_does(functools.partial(check_disk, run.directory, plans))
     with _held(run, "dense"):
+        first_does(functools.partial(announce, plans))
         before = run.dense.exists()
         for error in train_checkpoints(run, [job]).values():
             raise error
