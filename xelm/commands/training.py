@@ -11,8 +11,8 @@ from clustering.errors import UserError
 from xelm.commands.options import (
     Verb,
     add_corpus,
-    add_json,
     add_dry_run,
+    add_json,
     add_run,
     add_settings,
     add_workers,
