@@ -123,6 +123,8 @@ class SpecialTokens:
         if not any(_spelt(backend, name, self.ids[name]) for name in names):
             return backend
         content = json.loads(backend.to_str())
+        # What a model falls back on must keep its name, also where transformers know of none.
+        names = [name for name in names if name != content["model"].get("unk_token")]
         pieces = content["model"]["vocab"]
         new_names = {name: _stand_in(self._numbers[name]) for name in names}
         if isinstance(pieces, dict):

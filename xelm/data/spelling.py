@@ -38,7 +38,7 @@ class Spelling:
     """Counts what a tokenizer could not spell."""
 
     def __init__(self, tokenizer: Tokenizer):
-        backend = tokenizer.hub.backend_tokenizer
+        backend = tokenizer.special.plain
         self._backend = backend
         self._is_unknown = np.zeros(tokenizer.size, bool)
         self._is_unknown[_unknown_ids(tokenizer.hub)] = True
