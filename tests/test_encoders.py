@@ -150,8 +150,8 @@ def encoders(tmp_path_factory, xelm, tiny_corpus, tiny_settings, tiny):
     changes = tiny_settings(
         experts__tokens=16384, experts__learning_rate=5e-3, experts__checkpoint_every=1000
     )
-    # Without those of a model that is made here.
-    settings = [p for p in changes if p != "--set" and not p.startswith("model.")]
+    # Without those of a seed that is made here.
+    settings = [p for p in changes if p != "--set" and not p.startswith(("model.", "seed."))]
     options = ("--preset", "hub", "--languages", "en,de,es,fr", *with_set(settings))
     commands = (
         ("init", run, "--seed", seed, "--corpus", tiny_corpus, *options),

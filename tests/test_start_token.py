@@ -27,8 +27,9 @@ CHATML = (
 def init_of(directory, corpus, settings, seed):
     """The command that makes the RUN."""
     command = ["init", directory, "--corpus", corpus, "--languages", "de,fr,en,es", "--seed", seed]
-    names = [setting for setting in settings if "=" in setting and not setting.startswith("model")]
-    return [*command, *(part for name in names for part in ("--set", name))]
+    # Without those of a seed that is made here.
+    kept = [s for s in settings if s != "--set" and not s.startswith(("model.", "seed."))]
+    return [*command, *(part for setting in kept for part in ("--set", setting))]
 
 
 @pytest.fixture(scope="module")
