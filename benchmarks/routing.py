@@ -25,10 +25,11 @@ import numpy as np
 
 from clustering.languages import canonical
 from xelm import open_run
+from xelm.inference.routers import ByLanguage
 from xelm.inference.routing import mixture, states_along, weights_along
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.routers import Routing, make_router
+from xelm.runs.routers import Routing, make_router, models_behind
 from xelm.runs.run import Run
 
 WORDS = 30
@@ -155,8 +156,8 @@ def _route(run, routing, texts, ids, scores, names) -> None:
     experts = run.registry().published()
     router = make_router(run, experts, routing)
     columns = list(range(len(experts)))
-    if routing.abstain is not None and routing.abstain_to != "posterior":
-        columns.append(names.index(routing.abstain_to))
+    if router.experts > len(experts):
+        columns += [names.index(name) for name in models_behind(run, routing)]
     cells, asked = [], []
     for kind in KINDS:
         nats, unsure = [], []
@@ -169,7 +170,7 @@ def _route(run, routing, texts, ids, scores, names) -> None:
             )
             nats.append(-mixture(weights, own).sum())
             asks = router.asks(states[:-1])
-            active = np.where(asks, len(experts), np.isfinite(weights).sum(axis=1))
+            active = np.where(asks, router.experts, np.isfinite(weights).sum(axis=1))
             asked += active.tolist()
             if routing.abstain is not None:
                 unsure += (asks | (weights[:, -1] == 0) & (len(columns) > len(experts))).tolist()
@@ -189,7 +190,9 @@ def _print(label, asked, bits, shares=()) -> None:
 
 
 def _naive(run: Run, longest: int) -> None:
-    router = make_router(run, run.registry().published(), Routing(name="tfidf"))
+    told_or_tfidf = make_router(run, run.registry().published(), Routing(name="tfidf"))
+    assert isinstance(told_or_tfidf, ByLanguage) and told_or_tfidf.otherwise is not None
+    router = told_or_tfidf.otherwise
     vectoriser = run.vectoriser()
     draw = np.random.default_rng(0)
     print("\n| tokens | one cumulative sum, ms | each prefix anew, ms | times |\n|---|---|---|---|")

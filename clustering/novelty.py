@@ -19,7 +19,7 @@ from clustering.identify import BUCKETS, Identifier
 
 FEWEST = 3
 """Languages, of which one can be left out and the others still differ."""
-LOG_ODDS = (0.8, 3.0)
+LOG_ODDS = (0.6, 2.5)
 """From which on a text counts as unknown, by the margins themselves and by their share of what the
 likeliest language has. The second looks at one language alone and is less to be trusted: Arabic of
 another kind than the known one differs from it as Persian does. Chosen on the quickstart with 25

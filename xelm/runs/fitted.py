@@ -100,7 +100,7 @@ def novelty_of(run: Run, served: Iterable[str]) -> Novelty | None:
         _kept(path, fitted.save)
         return fitted
 
-    facts = [known, _sizes(languages)]
+    facts = [known, _sizes(languages), novelty.LOG_ODDS, novelty.MOST_FALSE]
     return _fitted(run, "novelty", facts, lambda path: Novelty.load(path, found), make)
 
 
