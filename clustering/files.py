@@ -141,8 +141,8 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Brings a folder and the files in it to disk, which comes before it gets its final name."""
-    for path in [*folder.iterdir(), folder]:
+    """Brings a folder and all that is in it to disk, which comes before it gets its final name."""
+    for path in [*folder.rglob("*"), folder]:
         _sync(path)
 
 

@@ -7,7 +7,7 @@ from experts.expert import SEED, Expert
 from experts.registry import Registry
 
 # https://huggingface.co/docs/hub/model-cards: keys of the front matter that only the user can know.
-FRONT_MATTER_FACTS = ("base_model", "license")
+FRONT_MATTER_FACTS = ("base_model", "license", "license_name", "license_link")
 
 
 def card(
@@ -17,12 +17,12 @@ def card(
     *,
     masked: bool = False,
 ) -> str:
-    """The text of CARD.md for a published expert of `registry`; `masked`: an encoder, which fills
+    """The text of README.md for a published expert of `registry`; `masked`: an encoder, which fills
     masks and continues no text.
 
-    `facts` are shown under their keys, in their order; 'base_model' (the Hub name of the seed) and
-    'license' go into the front matter, which leaves them out where they are not given, for the Hub
-    refuses made-up values.
+    `facts` are shown under their keys, in their order; 'base_model' (the Hub name of the seed),
+    'license', 'license_name' and 'license_link' go into the front matter, which leaves them out
+    where they are not given, for the Hub refuses made-up values.
     """
     sections = (
         _front_matter(expert, facts, "fill-mask" if masked else "text-generation"),

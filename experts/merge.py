@@ -1,13 +1,14 @@
 """Averaging the weights of checkpoints of one architecture into one checkpoint.
 
 Knows safetensors files as NumPy arrays, not what a model makes of them. Works tensor by tensor and
-holds only the result, so that the memory it takes does not depend on the number of checkpoints.
+holds one file of the result, so that the memory it takes depends neither on the number of
+checkpoints nor on their size.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ RECORD = "merge.json"
 
 # Configuration and tokenizer are text or SentencePiece; what can run code has other suffixes.
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+# Terms bind whoever passes an average on; their files often have no suffix.
+LICENCES = ("license", "licence", "notice", "copying", "use_policy")
+TEMPLATES = "additional_chat_templates"
+# Of one file of weights; more go into several, as the Hub likes them.
+SHARD_BYTES = 5 * 10**9
 
 # Keys of config.json that may differ between checkpoints that mean the same function.
 FREE_CONFIG_KEYS = frozenset(
@@ -62,9 +68,8 @@ def average(
     checkpoints = [_open(directory) for directory in directories]
     _check_tensors(directories, checkpoints)
     weighted = [(c, share) for c, share in zip(checkpoints, shares, strict=True) if share > 0]
-    tensors = {name: _mean(name, weighted) for name in checkpoints[0]}
-    write_json(out / RECORD, _record(directories, shares))
-    _write(tensors, directories[0], out)
+    record = _record(directories, shares)
+    _write(checkpoints[0], lambda name: _mean(name, weighted), record, directories[0], out)
     return out
 
 
@@ -189,24 +194,72 @@ def _record(directories: list[Path], shares: list[float]) -> dict[str, Any]:
     return {"format": 1, "sources": sources}
 
 
-def _write(tensors: dict[str, np.ndarray], like: Path, out: Path) -> None:
-    """Write the weights last and whole: a directory with model.safetensors in it is complete."""
-    partial = out / ".partial"
+def _write(
+    like: dict[str, Any],
+    mean: Callable[[str], np.ndarray],
+    record: dict[str, Any],
+    directory: Path,
+    out: Path,
+) -> None:
+    """Write the weights beside `out`, and move them there last and whole: a directory with
+    model.safetensors, or the index of several files, in it is complete. `like`, read from
+    `directory`, has the names and sizes of tensors."""
+    files = _files(like)
+    partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a crash
     try:
-        for file in like.iterdir():
-            if file.suffix in COPIED_SUFFIXES and file.name not in (INDEX, RECORD):
-                shutil.copyfile(file, out / file.name)
-        partial.mkdir()
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        # The library writes for its user alone, whatever the umask says.
-        shutil.copymode(out / "config.json", partial / WEIGHTS)
+        partial.mkdir(parents=True)
+        for file, names in files.items():
+            save_file({name: mean(name) for name in names}, partial / file, {"format": "pt"})
+            # The library writes for its user alone, whatever the umask says.
+            shutil.copymode(directory / "config.json", partial / file)
+        if len(files) > 1:
+            homes = {name: file for file, names in files.items() for name in names}
+            total = sum(_bytes(file.get_slice(name)) for name, file in like.items())
+            index = {"metadata": {"total_size": total}, "weight_map": homes}
+            write_json(partial / INDEX, index)
         flush(partial)
+        write_json(out / RECORD, record)
+        _copy_companions(directory, out)
         flush(out)
-        os.replace(partial / WEIGHTS, out / WEIGHTS)
+        for file in [*files, *([INDEX] if len(files) > 1 else [])]:
+            os.replace(partial / file, out / file)
         flush(out)  # so that the new name, too, survives a power cut
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{out / WEIGHTS} was not written: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_companions(directory: Path, out: Path) -> None:
+    for file in directory.iterdir():
+        terms = file.is_file() and file.name.lower().startswith(LICENCES)
+        if terms or (file.suffix in COPIED_SUFFIXES and file.name not in (INDEX, RECORD)):
+            shutil.copyfile(file, out / file.name)
+    for file in (directory / TEMPLATES).glob("*.jinja"):
+        (out / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, out / TEMPLATES / file.name)
+
+
+def _files(like: dict[str, Any]) -> dict[str, list[str]]:
+    """Name of each file of weights -> the tensors that it gets."""
+    parts: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, file in like.items():
+        size = _bytes(file.get_slice(name))
+        if parts[-1] and size > room:
+            parts.append([])
+            room = SHARD_BYTES
+        parts[-1].append(name)
+        room -= size
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    count = len(parts)
+    return {f"model-{n:05}-of-{count:05}.safetensors": p for n, p in enumerate(parts, 1)}
+
+
+def _bytes(tensor: Any) -> int:
+    dtype = tensor.get_dtype()
+    width = 1 if dtype == "BOOL" else int(dtype.lstrip("BFIU").partition("_")[0]) // 8
+    return math.prod(tensor.get_shape()) * width

@@ -5,6 +5,7 @@ tokenised corpus is not among them: what is fitted on it is.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from experts import manifest
 from experts.expert import Expert
 from experts.registry import FILE_NAME, Registry
 
-# The card states the hashes of the other files, and people improve its words later.
+# The card of experts of earlier versions; now it is README.md, which is hashed as all else.
 UNHASHED = ("CARD.md",)
 
 
@@ -50,7 +51,7 @@ def verify(run: Path | str) -> list[Fault]:
         registry = Registry.load(run)
     except UserError as error:
         return [Fault(kind="broken", file=FILE_NAME, detail=str(error))]
-    faults = _compare(run, registry.seed_path, registry.seed_sha256)
+    faults = verify_seed(run, registry)
     for expert in registry.experts:
         faults += verify_expert(run, expert)
     return faults + _strangers(run, registry) + _others(run) + _links(run, registry)
@@ -109,16 +110,35 @@ def _links(run: Path, registry: Registry) -> list[Fault]:
     ]
 
 
-def verify_expert(run: Path | str, expert: Expert) -> list[Fault]:
-    """Every fault in the files of one expert version; none for one that has no hashes."""
+def verify_expert(
+    run: Path | str, expert: Expert, digest: Callable[[Path], str] | None = None
+) -> list[Fault]:
+    """Every fault in the files of one expert version; none for one that has no hashes. digest:
+    gives a file's SHA-256, perhaps remembered; None reads it."""
     gone = not expert.directory(run).exists()
     if not expert.sha256 or (expert.status == "retired" and gone):
         return []
-    return _compare(Path(run), expert.path, expert.sha256)
+    return _compare(Path(run), expert.path, expert.sha256, digest)
+
+
+def verify_seed(
+    run: Path | str, registry: Registry, digest: Callable[[Path], str] | None = None
+) -> list[Fault]:
+    """Every fault in the files of a RUN's seed."""
+    return _compare(Path(run), registry.seed_path, registry.seed_sha256, digest)
+
+
+def verify_recorded(
+    run: Path | str, folder: str, digest: Callable[[Path], str] | None = None
+) -> list[Fault]:
+    """Every fault in the files of a folder that the manifest has the hashes of."""
+    wanted = {n: h for n, h in manifest.recorded(run).items() if n.startswith(f"{folder}/")}
+    faults = (_fault(Path(run) / name, name, hash, digest) for name, hash in wanted.items())
+    return [fault for fault in faults if fault is not None]
 
 
 def hash_directory(path: Path | str) -> dict[str, str]:
-    """File, relative to `path` ('a/b'), to hexadecimal SHA-256; sorted, CARD.md left out.
+    """File, relative to `path` ('a/b'), to hexadecimal SHA-256; sorted, but not CARD.md.
 
     A link to a file counts as the file. UserError if the directory or a part of it cannot be read,
     and for a link to a directory, since what lies behind it would escape the hashes.
@@ -147,25 +167,31 @@ def _refuse_unreadable(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-def _compare(run: Path, directory: str, wanted: dict[str, str]) -> list[Fault]:
+def _compare(
+    run: Path, directory: str, wanted: dict[str, str], digest: Callable[[Path], str] | None
+) -> list[Fault]:
     root = run / directory
     try:
         present = [file for file in _files(root) if file not in UNHASHED]
     except UserError as error:
         return [Fault(kind="broken", file=directory, detail=str(error))]
     files = sorted(wanted | dict.fromkeys(present, ""))
-    faults = (_fault(root / file, f"{directory}/{file}", wanted.get(file)) for file in files)
+    faults = (
+        _fault(root / file, f"{directory}/{file}", wanted.get(file), digest) for file in files
+    )
     return [fault for fault in faults if fault is not None]
 
 
-def _fault(path: Path, name: str, wanted: str | None) -> Fault | None:
+def _fault(
+    path: Path, name: str, wanted: str | None, digest: Callable[[Path], str] | None = None
+) -> Fault | None:
     """What is wrong with one file that should hash to `wanted`, None being no file at all."""
     if wanted is None:
         return Fault(kind="unknown", file=name, detail="no hash of it is recorded")
     if not path.is_file():
         return Fault(kind="missing", file=name, detail=f"wanted sha256 {wanted}")
     try:
-        came = sha256(path)
+        came = (digest or sha256)(path)
     except UserError as error:
         return Fault(kind="broken", file=name, detail=str(error))
     if came != wanted:

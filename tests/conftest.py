@@ -245,6 +245,8 @@ def place(tiny, initialised, tmp_path_factory):
         shutil.copytree(tiny.directory / "seed", folder / name)
         file = "config.json" if name == "no-object" else "model.safetensors.index.json"
         (folder / name / file).write_text(content)
+        if name != "no-object":  # one file of weights would come before an index
+            (folder / name / "model.safetensors").unlink()
     for name in ("run.json", "registry.json", "clusters.json"):
         newer = folder / f"newer-{name}"
         shutil.copytree(tiny.directory, newer)

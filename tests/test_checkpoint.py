@@ -449,6 +449,32 @@ def test_a_checkpoint_of_another_shape_is_not_the_likeness_of_a_model(llama, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("place", [(0, 0), (9, 6)])
+def test_a_value_that_is_no_number_is_found_wherever_it_is(
+    value, dtype, place, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(weights, "VALUES_CHECKED", 21)  # three rows, and one in the last part
+    most = float(jnp.finfo(dtype).max)
+    tensors = {
+        "a": np.full((10, 7), most, dtype),
+        "b": np.asarray(most, dtype),
+        "c": np.zeros((0, 3), dtype),
+        "d": np.arange(5),
+    }
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    assert weights.tensor_without_numbers(file) is None
+    tensors["a"][place] = value
+    save_file(tensors, file)
+    assert weights.tensor_without_numbers(file) == "a"
+    save_file({"b": np.asarray(value, dtype)}, file)
+    assert weights.tensor_without_numbers(file) == "b"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert weights.tensor_without_numbers(file) is None  # the hash tells
+
+
 def test_values_beyond_the_range_of_float16_are_not_written_as_such(llama, tmp_path):
     change(llama, lambda tensors: tensors["model.norm.weight"].__setitem__(3, 1e5))
     with pytest.raises(UserError, match=r"model\.norm\.weight has values beyond .* float16"):

@@ -191,7 +191,7 @@ def test_an_expert_of_an_encoder_is_an_ordinary_checkpoint(encoders):
     )
     name = open_run(encoders).registry().for_language("de").name
     assert ours.weights == {other: float(other == name) for other in ours.weights}
-    assert "AutoModelForMaskedLM.from_pretrained" in (expert / "CARD.md").read_text()
+    assert "AutoModelForMaskedLM.from_pretrained" in (expert / "README.md").read_text()
     again = AutoModelForMaskedLM.from_pretrained(expert)
     assert again.config.hidden_size == 24
 

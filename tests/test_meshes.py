@@ -184,9 +184,24 @@ def test_parameters_are_spread_as_the_mesh_says():
 
 
 @pytest.mark.parametrize(("batch_size", "data"), [(8, 8), (12, 6), (7, 7), (16, 8), (1, 1)])
-def test_a_small_batch_takes_as_many_devices_as_divide_it(batch_size, data):
+def test_a_small_batch_takes_as_many_devices_as_divide_it_and_says_so(batch_size, data, capsys):
     mesh = make_mesh(replace(CONFIG, mesh_data=0, batch_size=batch_size))
+    said = capsys.readouterr().err
+    if data == 8:
+        assert said == ""
+    else:
+        assert said == (
+            f"batch_size {batch_size} is spread over {data} of 8 devices, the others stand idle: "
+            "a batch_size that is a multiple of 8 uses 8\n"
+        )
     assert mesh.shape["data"] == data
+
+
+def test_devices_that_the_mesh_does_not_divide_are_told(capsys):
+    assert make_mesh(replace(CONFIG, mesh_data=0, mesh_fsdp=3, batch_size=12)).size == 6
+    assert "over 6 of 8 devices, the others stand idle: expert x fsdp x tensor = 3 does not" in (
+        capsys.readouterr().err
+    )
 
 
 def test_fewer_experts_get_more_devices_each():

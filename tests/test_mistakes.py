@@ -151,11 +151,14 @@ MISTAKES = [
     ),
     (
         "init new --corpus corpus --set model.max_length=128",
-        "seed.sequence_length must be at most the model's max_length, 128; got 256",
+        "seed.sequence_length and experts.sequence_length and grow.sequence_length must be at most "
+        "the model's max_length, 128; got 256 and 256 and 256 (add --set seed.sequence_length=128 "
+        "--set experts.sequence_length=128 --set grow.sequence_length=128)",
     ),
     (
         "init new --corpus corpus --seed run/seed --set experts.sequence_length=65",
-        "experts.sequence_length must be at most the model's max_length, 64; got 65",
+        "experts.sequence_length and grow.sequence_length must be at most the model's max_length, "
+        "64; got 65 and 1024 (add --set experts.sequence_length=64 --set grow.sequence_length=64)",
     ),
     ("init new --corpus corpus --clusters missing", "missing/clusters.json does not exist"),
     ("init new --corpus corpus --clusters clusters", "not in the RUN: es, fr"),

@@ -53,7 +53,7 @@ def test_side_by_side_they_are_what_they_are_in_turn(xelm, branched, tiny):
         folder = branched / "experts" / name / "v1"
         steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
         assert len(steps) > 3 and all(step % 2 == 0 for step in steps[1:-1])
-        assert said[1] in (folder / "CARD.md").read_text()
+        assert said[1] in (folder / "README.md").read_text()
     assert [line.split()[:2] for line in outcome.out.splitlines()[2:]] == [
         [f"{name}@v1", "done"] for name in NAMES
     ]

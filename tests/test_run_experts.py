@@ -40,7 +40,7 @@ def test_growing_leaves_every_other_file_as_it_was(grown, tiny):
         *(name for name in after if name.startswith(("experts/pt/v1/", "corpus/pt/"))),
     }
     assert before.keys() <= after.keys()
-    assert {"experts/pt/v1/model.safetensors", "experts/pt/v1/CARD.md"} <= after.keys()
+    assert {"experts/pt/v1/model.safetensors", "experts/pt/v1/README.md"} <= after.keys()
 
 
 def test_the_child_starts_from_the_nearest_relative_a_round_later(grown, tiny):
@@ -50,7 +50,7 @@ def test_the_child_starts_from_the_nearest_relative_a_round_later(grown, tiny):
     parent = registry.expert(child.parent.partition("@")[0])
     assert "es" in parent.languages  # of en, de, es and fr, the nearest to Portuguese
     assert grown[1].out == (f"pt@v1 from {parent.reference}, round 2, {child.tokens:,} tokens\n")
-    card = (grown[0] / child.path / "CARD.md").read_text()
+    card = (grown[0] / child.path / "README.md").read_text()
     assert "serves es, the nearest language" in card and "grow.keep_checkpoints=3" in card
     assert {e.reference: e for e in Registry.load(tiny.directory).experts} == {
         e.reference: e for e in registry.experts if e.name != "pt"
@@ -145,7 +145,8 @@ def test_an_interrupted_growing_goes_on_to_the_same_child(xelm, grown, copy):
         path = Path("experts/pt/v1") / name
         assert (copy.directory / path).read_bytes() == (grown[0] / path).read_bytes()
     assert (
-        "serves es, the nearest language" in (copy.directory / "experts/pt/v1/CARD.md").read_text()
+        "serves es, the nearest language"
+        in (copy.directory / "experts/pt/v1/README.md").read_text()
     )
 
 
@@ -164,7 +165,7 @@ def test_a_language_without_typology_grows_from_the_parent_that_is_named(xelm, c
     # Begun with that parent, it goes on without its name.
     done = xelm(*command)
     assert done.out.startswith("tlh@v1 from de-fr@v1, round 2"), done.err
-    card = (copy.directory / "experts/tlh/v1/CARD.md").read_text()
+    card = (copy.directory / "experts/tlh/v1/README.md").read_text()
     assert "named by hand" in card
 
 

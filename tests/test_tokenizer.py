@@ -264,6 +264,30 @@ def test_a_directory_without_a_tokenizer_is_a_users_mistake(tmp_path, family, na
     )
 
 
+def test_tekken_alone_is_refused_with_what_to_fetch(tmp_path):
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        tokenizers.load(tmp_path)
+    fetch = f"hf download OWNER/NAME --include 'tokenizer*' --local-dir {tmp_path}"
+    assert fetch in str(caught.value)
+
+
+def test_tokenizer_json_is_read_where_tekken_lies_beside_it(directory, tmp_path, monkeypatch):
+    """With mistral-common installed, transformers would read the other one, of which it makes no
+    tokenizer of the kind that is wanted here."""
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tekken.json").write_text("{}")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    made = transformers.AutoTokenizer.from_pretrained
+
+    def with_mistral_common(*arguments, mistral_format=None, **options):
+        assert mistral_format is False
+        return made(*arguments, mistral_format=mistral_format, **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", with_mistral_common)
+    assert tokenizers.load(tmp_path).encode(["sea"]) == tokenizers.load(directory).encode(["sea"])
+
+
 @pytest.mark.parametrize(
     ("family", "name", "reason"),
     [

@@ -200,6 +200,9 @@ class RunConfig:
     """Training of one grown expert."""
     donor_share: float = 0.25
     """Share of a grown expert's rows that are of its parent's languages."""
+    weights_dtype: Literal["seed", "float32", "bfloat16"] = "seed"
+    """Of the published weights of experts and dense baseline, which are rounded to it from the
+    float32 that training keeps; seed: that of the seed's weights."""
     vectoriser_dimensions: int = 100
     """Of the TF-IDF vectors that clusters of documents and TF-IDF routing use."""
 

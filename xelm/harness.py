@@ -41,7 +41,7 @@ class Harness(TemplateLM):
         language: str | None = None,
         top_m: int | None = None,
         route_per: str = "token",
-        dtype: str = "float32",
+        dtype: str = "auto",
         batch_size: int | str = 32,
         max_batch_size: int | None = None,
         device: str | None = None,

@@ -82,9 +82,10 @@ def add_router(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="number format of parameters and matrix products (default: float32)",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="number format of parameters and matrix products (default: auto, that of the experts' "
+        "weights; float32 on CPUs)",
     )
     verb.add_argument(
         "--abstain-to",

@@ -77,6 +77,11 @@ def _init_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
     verb.add_argument(
+        "--base-model",
+        metavar="OWNER/NAME",
+        help="the seed's name on the Hub, for the cards of its experts",
+    )
+    verb.add_argument(
         "--preset", choices=PRESETS, help="configuration (default: tiny, or hub with --seed)"
     )
     verb.add_argument(
@@ -123,6 +128,7 @@ def _init(options: argparse.Namespace) -> None:
         clusters=Clustering.load(options.clusters) if options.clusters else None,
         workers=options.workers,
         keep_duplicates=options.keep_duplicates,
+        base_model=options.base_model,
     )
     if options.json:
         print_json({"run": str(run.directory), "languages": run.store().record["languages"]})

@@ -128,10 +128,19 @@ def load(directory: str | Path, start_token: StartToken = "tokenizer") -> "Token
     import transformers
 
     if not any((Path(directory) / name).is_file() for name in PIECE_FILES):
-        raise UserError(f"{directory} has no tokenizer; wanted {' or '.join(PIECE_FILES)}")
+        tekken = (Path(directory) / "tekken.json").is_file()
+        fetch = f"hf download OWNER/NAME --include 'tokenizer*' --local-dir {directory}"
+        raise UserError(
+            f"{directory} has no tokenizer; wanted {' or '.join(PIECE_FILES)}"
+            + (f" (tekken.json is not read; fetch the other form of it: {fetch})" if tekken else "")
+        )
     try:
         hub = transformers.AutoTokenizer.from_pretrained(
-            str(directory), trust_remote_code=False, local_files_only=True
+            str(directory),
+            trust_remote_code=False,
+            local_files_only=True,
+            # Where mistral-common is installed, tekken.json would be read in its place.
+            mistral_format=False,
         )
     except Exception as error:  # the tokenizers library knows no other type
         reason = next(iter(str(error).splitlines()), type(error).__name__)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from clustering.errors import UserError
@@ -30,6 +30,10 @@ INDEX = f"{WEIGHTS}.index.json"
 ROWS_COMPARED = 4096
 # Of weights, as safetensors calls them.
 DTYPES = ("F32", "BF16", "F16", "F64")
+# Bits that are all set in NaN and infinity alone.
+_EXPONENTS = {"F64": 0x7FF << 52, "F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
+# Of a tensor, at once.
+VALUES_CHECKED = 2**24
 NARROW = {"BF16": "bfloat16", "F16": "float16"}
 # What a file begins with that git-lfs has not fetched.
 POINTER = b"version https://git-lfs"
@@ -113,11 +117,41 @@ def _way_out(directory: Path) -> str:
         f"M.from_pretrained('{directory}').save_pretrained('{directory}')"
     )
     return (
-        ". Its .bin files are pickles, which can run code and are not read. Fetch safetensors: hf "
-        f"download OWNER/NAME --include '*.safetensors' --local-dir {directory} (where the main "
+        " (its .bin files can run code and are not read). Fetch safetensors: hf download "
+        f"OWNER/NAME --include '*.safetensors' --local-dir {directory} (where the main "
         "branch has none, a pull request often has: --revision refs/pr/N). Or convert what you "
         f'trust, with torch: python -c "{convert}" (an encoder: AutoModelForMaskedLM)'
     )
+
+
+def tensor_without_numbers(path: Path) -> str | None:
+    """The first tensor of a safetensors file that holds NaN or infinity; None if none does, or if
+    the file cannot be opened, which whoever reads it is told. Reads a part of a tensor at a time.
+    """
+    try:
+        file = safe_open(path, framework="np")
+    except (SafetensorError, OSError):
+        return None
+    with file:
+        for name in file.keys():  # noqa: SIM118 (not a dictionary)
+            part = file.get_slice(name)
+            shape, dtype = part.get_shape(), part.get_dtype()
+            if dtype not in _EXPONENTS or not all(shape):
+                continue
+            if not shape:
+                parts = iter([file.get_tensor(name)])
+            else:
+                rows, last = max(1, VALUES_CHECKED // math.prod(shape[1:])), shape[0]
+                parts = (part[a : min(a + rows, last)] for a in range(0, last, rows))
+            if not all(_finite(values, _EXPONENTS[dtype]) for values in parts):
+                return name
+    return None
+
+
+def _finite(values: np.ndarray, exponent: int) -> bool:
+    # The bits of NaN and infinity; NumPy looks at those of bfloat16 one by one otherwise.
+    bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
+    return not ((bits & bits.dtype.type(exponent)) == exponent).any()
 
 
 def stored_tensors(

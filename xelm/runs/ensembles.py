@@ -1,6 +1,8 @@
 """The published experts of a RUN with a router over them."""
 
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from clustering.errors import UserError
@@ -8,7 +10,8 @@ from experts.expert import Expert
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.holding import Holding
 from xelm.inference.sampling import sampling_of
-from xelm.models.checkpoint import read_config, read_for_inference
+from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
+from xelm.runs.checking import check_models
 from xelm.runs.routers import Routing, make_router, models_behind
 from xelm.runs.run import Run
 
@@ -18,15 +21,16 @@ def open_ensemble(
     routing: Routing,
     *,
     route_per: Literal["token", "prompt", "sequence"] = "token",
-    dtype: str = "float32",
+    dtype: str = "auto",
 ) -> Ensemble:
     """Every published expert and the models that the router weighs behind them, each loaded when it
-    is first asked. dtype: of parameters and products."""
+    is first asked. dtype: of parameters and products; see `common_dtype`."""
     experts = published(run)
     check_top_m(routing.top_m, len(experts))
-    systems = {expert.name: expert.directory(run.directory) for expert in experts}
-    systems |= models_behind(run, routing)
-    model = read_config(run.seed)
+    others = models_behind(run, routing)
+    check_models(run, experts, others)
+    systems = {expert.name: expert.directory(run.directory) for expert in experts} | others
+    model, dtype = read_config(run.seed), common_dtype(systems.values(), dtype)
     return Ensemble(
         names=list(systems),
         model=model,
@@ -43,6 +47,13 @@ def open_ensemble(
         context_length=run.context_length,
         sampling=sampling_of(run.seed)[0],
     )
+
+
+def common_dtype(checkpoints: Iterable[Path], dtype: str) -> str:
+    """The dtype in which checkpoints are run side by side: `inference_dtype` of all of them, or
+    float32 where they differ."""
+    found = {inference_dtype(checkpoint, dtype) for checkpoint in checkpoints}
+    return found.pop() if len(found) == 1 else "float32"
 
 
 def published(run: Run) -> tuple[Expert, ...]:

@@ -32,6 +32,7 @@ from xelm.inference.scoring import check_windows, score_documents, targets, unpr
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
+from xelm.runs.checking import check_models
 from xelm.runs.ensembles import check_top_m
 from xelm.runs.init import tokenise
 from xelm.runs.judging import (
@@ -104,15 +105,16 @@ def evaluate(
                 "a router's temperature goes with routing tfidf, which is not asked for"
             )
     corpus = Corpus.of(corpus)
+    systems = {"seed": run.seed}
+    if run.dense.exists():
+        systems["dense"] = run.dense
+    check_models(run, experts, systems)
     name = EVALUATION + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
     tags = None if languages is None else canonical_all(languages)
     store = tokenise(run, corpus, name, languages=tags, training=False)
     called = _called(run, experts, store)
     ids_of = {called[tag]: ids for tag, ids in store.languages.items()}
     texts = {called[tag]: text for tag, text in _compared(run, store, max_documents).items()}
-    systems = {"seed": run.seed}
-    if run.dense.exists():
-        systems["dense"] = run.dense
     systems |= {expert.name: expert.directory(run.directory) for expert in experts}
     serves = serving(run.registry(), experts)
     if not serves:  # by clusters of documents

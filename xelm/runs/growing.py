@@ -23,6 +23,7 @@ from xelm.runs.run import Run
 from xelm.runs.texts import LanguageText
 from xelm.runs.training import (
     Job,
+    check_parents,
     parent_directory,
     plans_of_jobs,
     publish,
@@ -60,7 +61,9 @@ def grow(
                 nearest = nearest_expert(run, tag, by, corpus or run.record["corpus"])
                 origin, reason = nearest.expert.name, nearest.reason
                 told = [*nearest.warnings, f"{tag} grows from {origin}, which {reason}"]
-            grow_registry(registry, tag, origin)  # refuses what cannot be before it costs anything
+            # Refused before it costs anything.
+            child = grow_registry(registry, tag, origin).expert(tag)
+            check_parents(run, [parent_directory(run, child)])
             text = corpus or run.record["corpus"]
             store = tokenise(run, text, tag, languages=[tag], workers=workers)
             for line in told:

@@ -37,6 +37,7 @@ from xelm.models.families import hub_config
 from xelm.models.parameters import fresh_parameters
 from xelm.progress import bar
 from xelm.runs.budget import Plan, announce, check_disk, plan
+from xelm.runs.origin import base_model_of, licence_of
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
 from xelm.runs.texts import LanguageText, duplicate_notes, texts_of, warnings
 from xelm.runs.training import branch, check_languages, shares_of
@@ -59,6 +60,7 @@ def init(
     clusters: Clustering | None = None,
     workers: int = 1,
     keep_duplicates: bool = False,
+    base_model: str | None = None,
 ) -> Run:
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus, seed,
     TF-IDF vectoriser, registry, each written whole before the next begins.
@@ -66,12 +68,14 @@ def init(
     corpus: a folder, a file, a data set of the Hub, or what `Corpus.of` describes.
     seed: a Hugging Face checkpoint directory to copy; None trains a tokenizer and a seed on the
     corpus. languages: those of the corpus to use; None uses all. clusters: to branch on at once.
+    base_model: the seed's name on the Hub, OWNER/NAME, for the cards of its experts; None takes it
+    from the path of a seed in the cache of the Hub's library.
     workers: processes that tokenise more than a few thousand documents; 1 leaves it to this one.
     They read the program that calls this, which therefore begins under `if __name__ == "__main__"`.
     keep_duplicates: train on every document as often as it stands in the corpus; otherwise exact
     copies within a language are left out, here and when experts are grown.
     """
-    given = _given(corpus, config, seed, languages, keep_duplicates)
+    given = _given(corpus, config, seed, languages, keep_duplicates, base_model)
     if clusters is not None:
         check_languages(given.languages, clusters)
     with _fresh_lock(directory):
@@ -141,21 +145,25 @@ def _given(
     seed: str | Path | None,
     languages: Sequence[str] | None,
     keep_duplicates: bool,
+    base_model: str | None = None,
 ) -> _Given:
     corpus = Corpus.of(corpus)
     tags = _languages(corpus, languages)
     corpus = corpus.pinned()
+    parts = {"experts": config.experts, "grow": config.grow}
     if seed is None:
-        parts = {"seed": config.seed, "experts": config.experts, "grow": config.grow}
+        if base_model is not None:
+            raise UserError("--base-model names what --seed is on the Hub; there is no --seed")
         model = _model(config)
+        _refuse(_length_faults({"seed": config.seed, **parts}, model))
     else:
-        parts = {"experts": config.experts, "grow": config.grow}
-        model = _check_seed(Path(seed), config.start_token)
+        base_model = base_model_of(seed, base_model)
+        model = _check_seed(Path(seed), config.start_token, parts)
         config = replace(config, model=None)  # the seed has one
-    _check_lengths(parts, model)
     facts = {
         "languages": list(tags),
         "seed_from": None if seed is None else str(Path(seed).resolve()),
+        "base_model": base_model,
         "corpus": corpus.to_json(),
         "corpus_sha256": corpora.fingerprint(corpus, tags),
         **({"keep_duplicates": True} if keep_duplicates else {}),
@@ -261,13 +269,22 @@ def _model(config: RunConfig) -> ModelConfig:
     return config.model
 
 
-def _check_lengths(parts: Mapping[str, TrainConfig], model: ModelConfig) -> None:
-    for name, part in parts.items():
-        if part.sequence_length > model.max_length:
-            raise UserError(
-                f"{name}.sequence_length must be at most the model's max_length, "
-                f"{model.max_length}; got {part.sequence_length}"
-            )
+def _length_faults(parts: Mapping[str, TrainConfig], model: ModelConfig) -> list[str]:
+    """What is wrong with the lengths of rows in some trainings, with the settings that mend it."""
+    lengths = {f"{name}.sequence_length": part.sequence_length for name, part in parts.items()}
+    longer = {name: length for name, length in lengths.items() if length > model.max_length}
+    if not longer:
+        return []
+    mended = " ".join(f"--set {name}={model.max_length}" for name in longer)
+    return [
+        f"{' and '.join(longer)} must be at most the model's max_length, {model.max_length}; got "
+        f"{' and '.join(map(str, longer.values()))} (add {mended})"
+    ]
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise UserError("; ".join(faults))
 
 
 def _fresh_lock(directory: str | Path):
@@ -345,15 +362,28 @@ def _train_seed(run: Run, store: Store) -> None:
     shutil.rmtree(run.training("seed"), ignore_errors=True)
 
 
-def _check_seed(source: Path, start_token: StartToken) -> ModelConfig:
-    model, tokenizer = check_checkpoint(source), tokenizers.load(source, start_token)
-    if tokenizer.rows() > model.vocabulary_size:
-        raise UserError(
-            f"the tokenizer of {source} has {tokenizer.rows()} ids, its embedding "
-            f"{model.vocabulary_size} rows"
-        )
-    if tokenizer.ignored:
-        ids = ", ".join(map(str, tokenizer.ignored))
+def _check_seed(
+    source: Path, start_token: StartToken, parts: Mapping[str, TrainConfig]
+) -> ModelConfig:
+    """The shape of a seed; UserError with all that is wrong with it for these trainings."""
+    model = check_checkpoint(source)
+    faults, ignored = _length_faults(parts, model), ()
+    try:
+        tokenizer = tokenizers.load(source, start_token)
+        ignored = tokenizer.ignored
+        if tokenizer.rows() > model.vocabulary_size:
+            faults.append(
+                f"the tokenizer of {source} has {tokenizer.rows()} ids, its embedding "
+                f"{model.vocabulary_size} rows"
+            )
+        if not model.causal:
+            tokenizer.masking()
+    except UserError as error:
+        faults.append(str(error))
+    _refuse(faults)
+    licence_of(source)
+    if ignored:
+        ids = ", ".join(map(str, ignored))
         print(
             f"{source}: its configuration names {ids} as bos or eos, which the tokenizer reads as "
             "text; the tokenizer's own special tokens are used",
@@ -364,8 +394,6 @@ def _check_seed(source: Path, start_token: StartToken) -> ModelConfig:
             f"{source}/generation_config.json: no use is made of {', '.join(unknown)}",
             file=sys.stderr,
         )
-    if not model.causal:
-        tokenizer.masking()
     return model
 
 
@@ -382,7 +410,7 @@ def _link_from_sibling(run: Run, sibling: Path) -> None:
         return
     other = open_run(sibling, finished=False)
     same = ("corpus_sha256", "languages", "keep_duplicates")
-    if any(other.record.get(key) != run.record[key] for key in same):
+    if any(other.record.get(key) != run.record.get(key) for key in same):
         return
     if other.config.vectoriser_dimensions != run.config.vectoriser_dimensions:
         return

@@ -134,7 +134,7 @@ class Run:
         abstain: float | None = None,
         abstain_to: Literal["posterior", "seed", "dense"] = "posterior",
         route_per: Literal["token", "prompt", "sequence"] = "token",
-        dtype: str = "float32",
+        dtype: str = "auto",
     ) -> "Ensemble":
         """The published experts with a router; `routers.Routing`, `Ensemble` and `open_ensemble`
         say what each option does."""

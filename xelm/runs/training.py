@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,8 @@ from clustering.clustering import Clustering
 from clustering.documents import Documents
 from clustering.engines import Engine
 from clustering.errors import UserError
-from clustering.files import read_arrays, write_arrays
+from clustering.files import read_arrays, sha256, write_arrays
+from clustering.files import replace as replace_file
 from clustering.languages import canonical_all
 from clustering.vectoriser import Vectoriser
 from experts import manifest
@@ -27,12 +28,27 @@ from experts.verify import hash_directory
 from xelm.config import TrainConfig
 from xelm.data.rows import Source, sampling_shares
 from xelm.data.store import LanguageIds
-from xelm.models.checkpoint import load_parameters, read_config, write_checkpoint
+from xelm.models.checkpoint import (
+    README,
+    load_parameters,
+    read_config,
+    stored_dtype,
+    write_checkpoint,
+)
 from xelm.models.config import ModelConfig
 from xelm.runs.budget import Plan, announce, check_disk, plan
+from xelm.runs.checking import check_models
+from xelm.runs.origin import origin_facts
 from xelm.runs.run import Run
 from xelm.training.course import Text, Training
-from xelm.training.hosts import SharedError, first_does, gathered, is_first, several, wait_for_all
+from xelm.training.hosts import (
+    SharedError,
+    first_does,
+    first_writes,
+    is_first,
+    several,
+    wait_for_all,
+)
 from xelm.training.loop import train_together
 from xelm.training.metrics import read_metrics
 
@@ -278,6 +294,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
     jobs = [job for job in jobs if not job.target.exists()]
     if not jobs:
         return {}
+    first_does(functools.partial(check_parents, run, [job.parent for job in jobs]))
     model = read_config(jobs[0].parent)
     trainings = [
         Training(
@@ -295,18 +312,39 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
         if isinstance(found, UserError):
             failures[job.name] = found
             continue
-        parameters = gathered(found.parameters)
-        first_does(functools.partial(_write, run, job, model, parameters))
+        first_does(functools.partial(_write_centre, run, job))
+        first_writes(functools.partial(_write, run, job, model, found.parameters))
     return failures
 
 
-def _write(run: Run, job: Job, model: ModelConfig, parameters: Mapping[str, Any]) -> None:
-    work = run.training(job.name)
-    centre = work / CENTRE
-    write_arrays(centre, {"centre": _centre(run, job.sources)})
-    extra = [work / "metrics.jsonl", centre]
-    write_checkpoint(job.target, model, parameters, like=run.seed, extra=extra)
-    shutil.rmtree(work, ignore_errors=True)
+def check_parents(run: Run, parents: Iterable[Path]) -> None:
+    """Raises UserError unless these checkpoints, of experts or the seed, are what was published,
+    and hold numbers."""
+    parents = set(parents)
+    experts = [e for e in run.registry().experts if e.directory(run.directory) in parents]
+    check_models(run, experts, {SEED: run.seed} if run.seed in parents else None)
+
+
+def _write_centre(run: Run, job: Job) -> None:
+    write_arrays(run.training(job.name) / CENTRE, {"centre": _centre(run, job.sources)})
+
+
+def _write(
+    run: Run, job: Job, model: ModelConfig, parameters: Mapping[str, Any], writes: bool
+) -> None:
+    """Writes what was trained, rounded to the dtype of the seed's weights unless another is set."""
+    work, dtype = run.training(job.name), run.config.weights_dtype
+    write_checkpoint(
+        job.target,
+        model,
+        parameters,
+        like=run.seed,
+        extra=[work / "metrics.jsonl", work / CENTRE],
+        dtype=stored_dtype(run.seed) if dtype == "seed" else dtype,
+        writes=writes,
+    )
+    if writes:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def text_of(run: Run, model: ModelConfig) -> Text:
@@ -320,18 +358,21 @@ def text_of(run: Run, model: ModelConfig) -> Text:
 
 
 def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) -> None:
-    """Adds the card to a trained expert's files and publishes it under their hashes."""
+    """Adds the card to a trained expert's files and publishes it under their hashes, of which the
+    card states those of the other files and the registry its own as well."""
     directory = expert.directory(run.directory)
     tokens = read_metrics(directory / "metrics.jsonl")[-1]["tokens"]
-    text = directory / "CARD.md"
-    text.unlink(missing_ok=True)
+    text = directory / README
+    text.unlink(missing_ok=True)  # of a publication that was interrupted
     files = hash_directory(directory)
     described = replace(expert, sha256=files, tokens=tokens)
     masked = not read_config(run.seed).causal
     if run.settings:
         facts = {**facts, "set for its training": " ".join(run.settings)}
-    page = card(described, run.registry(), dict(facts), masked=masked)
-    text.write_text(page, encoding="utf-8")
+    facts = {**origin_facts(run), **facts}
+    page = card(described, run.registry(), facts, masked=masked)
+    replace_file(text, lambda file: file.write(page.encode()))
+    files[README] = sha256(text)
     update(
         run.directory,
         lambda registry: registry.publish(expert.name, expert.version, sha256=files, tokens=tokens),

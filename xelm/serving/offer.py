@@ -8,16 +8,14 @@ from typing import Literal
 import numpy as np
 
 from clustering.errors import UserError
-from experts.expert import Expert
-from experts.verify import verify_expert
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.holding import Holding
 from xelm.inference.routers import Detected, Fixed
 from xelm.inference.routing import Router, states_along
 from xelm.inference.sampling import sampling_of
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.models.parameters import by_path
-from xelm.runs.ensembles import check_top_m, published
+from xelm.runs.checking import check_models
+from xelm.runs.ensembles import check_top_m, common_dtype, published
 from xelm.runs.fitted import identifier, pieces
 from xelm.runs.routers import Routing, make_router, models_behind
 from xelm.runs.run import Run
@@ -65,25 +63,25 @@ def open_offer(
     routing: Routing,
     *,
     route_per: Literal["token", "prompt"] = "token",
-    dtype: str = "float32",
+    dtype: str = "auto",
     before: Offer | None = None,
 ) -> Offer:
     """What a RUN has to offer now. before: what was offered until now, with which it shares the
-    parameters that stay; experts that are new since are checked, and UserError says what is wrong
-    with them."""
+    parameters that stay. UserError if the files of a model are not those that were published, or
+    hold no numbers."""
     experts, model = published(run), read_config(run.seed)
     if not model.causal:
         raise UserError(
             f"{run.directory} has encoders, which continue no text; there is no serving"
         )
     check_top_m(routing.top_m, len(experts))
-    for expert in experts:
-        if before is not None and before.versions.get(expert.name) != expert.reference:
-            _check(run, expert)
     paths = {expert.name: expert.directory(run.directory) for expert in experts}
     # First of those behind the experts, the models that the router weighs.
-    paths |= models_behind(run, routing)
-    paths |= {"seed": run.seed} | ({"dense": run.dense} if run.dense.exists() else {})
+    others = models_behind(run, routing)
+    others |= {"seed": run.seed} | ({"dense": run.dense} if run.dense.exists() else {})
+    check_models(run, experts, others)
+    paths |= others
+    dtype = before.ensemble.dtype if before else common_dtype(paths.values(), dtype)
     loaders = [partial(read_for_inference, path, model, dtype) for path in paths.values()]
     places = [str(path) for path in paths.values()]
     if before is None:
@@ -117,22 +115,3 @@ def _alone(place: int, models: int) -> Fixed:
     weights = np.full(models, -np.inf)
     weights[place] = 0.0
     return Fixed(weights=weights)
-
-
-def _check(run: Run, expert: Expert) -> None:
-    """Raises UserError unless the files of an expert are those that were published, and hold a
-    model of the seed's shape whose parameters are numbers."""
-    faults = verify_expert(run.directory, expert)
-    if faults:
-        raise UserError(f"{expert.reference}: {faults[0]}")
-    found = read_for_inference(expert.directory(run.directory), read_config(run.seed))
-    for path, leaf in _leaves(found):
-        if not np.isfinite(np.asarray(leaf, np.float32)).all():
-            raise UserError(f"{expert.reference}: {path} holds values that are no numbers")
-
-
-def _leaves(parameters):
-    for number, block in enumerate(parameters["blocks"]):
-        yield from ((f"layer {number}, {path}", leaf) for path, leaf in by_path(block).items())
-    rest = {name: part for name, part in parameters.items() if name != "blocks"}
-    yield from by_path(rest).items()

@@ -44,7 +44,7 @@ def serve(
     routing: Routing,
     *,
     route_per: Literal["token", "prompt"] = "token",
-    dtype: str = "float32",
+    dtype: str = "auto",
     host: str = "127.0.0.1",
     port: int = 8000,
     key_file: str | Path | None = None,

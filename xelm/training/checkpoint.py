@@ -1,6 +1,8 @@
 """Checkpoints of unfinished trainings: the one place that knows Orbax."""
 
 import errno
+import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -12,11 +14,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from clustering.errors import UserError
-from clustering.files import read_json, sha256, write_json
+from xelm.training.fingerprint import fingerprints
 from xelm.training.hosts import is_first, wait_for_all
 
-_ITEMS = ("state", "facts")
-_SEAL = "sha256.json"
+_FINGERPRINTS = "fingerprints"
+_SEAL = "sha256"
 
 
 class Checkpoints:
@@ -27,52 +29,24 @@ class Checkpoints:
         """Keeps the `keep` newest, and those of every multiple of `keep_every` steps if it is not
         0."""
         self.directory = Path(directory).absolute()
-        self._saved = 0
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 keep_period=keep_every or None,
                 create=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Saves arrays and a JSON value; returns when the arrays may be changed again."""
         if step != self._manager.latest_step():
+            facts = _sealed({**facts, _FINGERPRINTS: fingerprints(state)})
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
             )
             with self._saving():
-                # Waits for the save before, so `_seal` does not meet the number of another.
-                self._manager.wait_until_finished()
-                self._saved = step
                 self._manager.save(step, args=args)
-
-    def _seal(self) -> None:
-        """Adds the hash of every file, before Orbax gives the checkpoint its name."""
-        if not is_first():
-            return
-        for folder in self.directory.glob(f"{self._saved}.orbax-checkpoint-tmp*"):
-            files = sorted(path for name in _ITEMS for path in (folder / name).rglob("*"))
-            sums = {p.relative_to(folder).as_posix(): sha256(p) for p in files if p.is_file()}
-            write_json(folder / _SEAL, {"format": 1, "sha256": sums})
-
-    def _check_seal(self, step: int) -> None:
-        """Raises ValueError for a file that is not as it was written."""
-        folder = self.directory / str(step)
-        if not (folder / _SEAL).exists():  # of an earlier version
-            return
-        try:
-            sums = read_json(folder / _SEAL)["sha256"]
-        except UserError as error:
-            raise ValueError(str(error)) from error
-        for name, wanted in sums.items():
-            if not (folder / name).is_file():
-                raise ValueError(f"{name} is missing")
-            if sha256(folder / name) != wanted:
-                raise ValueError(f"{name} is not as it was written")
 
     def newest(
         self, like: Callable[[dict[str, Any]], Any]
@@ -84,9 +58,10 @@ class Checkpoints:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                self._check_seal(step)
                 facts = self._restored(step, facts=ocp.args.JsonRestore())
+                _check_seal(facts)
                 state = self._restored(step, state=ocp.args.StandardRestore(like(facts)))
+                _check_state(facts, state)
             except Exception as error:
                 if not _of_the_file(error):
                     raise
@@ -140,6 +115,31 @@ class Checkpoints:
                 f"cannot save a checkpoint in {self.directory}: "
                 f"{str(error).splitlines()[0]}; the last complete one is kept"
             ) from error
+
+
+def _sealed(facts: dict[str, Any]) -> dict[str, Any]:
+    """The same with a hash of all of it."""
+    text = json.dumps(facts, sort_keys=True)
+    return {**facts, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _check_seal(facts: dict[str, Any]) -> None:
+    """Raises ValueError for facts that are not as they were written."""
+    without = {name: value for name, value in facts.items() if name != _SEAL}
+    # Checkpoints of an earlier version have none.
+    if _SEAL in facts and _sealed(without)[_SEAL] != facts[_SEAL]:
+        raise ValueError("facts are not as they were written")
+
+
+def _check_state(facts: dict[str, Any], state: Any) -> None:
+    """Raises ValueError for arrays that are not as they were on the devices when saved."""
+    wanted = facts.get(_FINGERPRINTS)
+    if wanted is None:  # of an earlier version
+        return
+    found = fingerprints(state)
+    changed = sorted(name for name in wanted if found.get(name) != wanted[name])
+    if changed:
+        raise ValueError(f"{', '.join(changed[:3])} not as written")
 
 
 def _of_the_file(error: Exception) -> bool:

@@ -101,8 +101,19 @@ def placed(arrays: Mapping[str, np.ndarray], sharding: Any) -> dict[str, jax.Arr
     }
 
 
-def gathered(tree: Any) -> Any:
-    """The tree with each array whole on this host, one array after the other."""
-    if not several():
-        return tree
-    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
+def first_writes(what: Callable[[bool], object]) -> None:
+    """Has every host take part in something of which the first alone writes the result: `what` gets
+    whether this host is the first. If the first cannot write, every host raises why."""
+    failed: list[UserError | OSError] = []
+    try:
+        what(is_first())
+    except (UserError, OSError) as error:
+        if not is_first():
+            raise
+        failed.append(error)
+
+    def tell() -> None:
+        for error in failed:
+            raise error
+
+    first_does(tell)

@@ -1,6 +1,7 @@
 """Which device holds what: one mesh, and one table from the names of dimensions to its axes."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,18 @@ def make_mesh(config: TrainConfig, experts: int = 1) -> Mesh:
     rows = config.batch_size // config.accumulation_steps
     if config.mesh_data == 0:
         # Not more ways than the rows allow: a small batch on a large machine still trains.
+        most = data
         data = max(d for d in range(1, data + 1) if rows % (d * config.mesh_fsdp) == 0 or d == 1)
+        if data * rest < count and jax.process_index() == 0:
+            wanted = config.accumulation_steps * most * config.mesh_fsdp
+            why = f"a batch_size that is a multiple of {wanted} uses {most * rest}"
+            if data == most:
+                why = f"expert x fsdp x tensor = {rest} does not divide {count}"
+            print(
+                f"batch_size {config.batch_size} is spread over {data * rest} of {count} devices, "
+                f"the others stand idle: {why}",
+                file=sys.stderr,
+            )
     if rows % (data * config.mesh_fsdp):
         raise UserError(
             f"batch_size / accumulation_steps must be a multiple of data x fsdp = "

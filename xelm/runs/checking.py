@@ -1,0 +1,118 @@
+"""Whether the models that a command is about to use are those that were published and hold numbers:
+told before any work, by every command that opens models.
+
+A file is read once for this and remembered by size and time of change in RUN/.locks/checked.json,
+so that later commands do not read it again; `xelm verify` reads all and remembers nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from clustering.errors import UserError
+from clustering.files import read_json, sha256, write_json
+from experts.expert import SEED, Expert
+from experts.verify import Fault, verify_expert, verify_recorded, verify_seed
+from xelm.models.checkpoint import check_checkpoint, read_config
+from xelm.models.weights import tensor_without_numbers
+from xelm.progress import bar
+from xelm.runs.run import Run
+
+# Beside the locks, which are nobody's data either.
+REMEMBERED = Path(".locks") / "checked.json"
+# Read without a bar.
+_QUIET_BYTES = 10**9
+
+
+def check_models(
+    run: Run, experts: Iterable[Expert], others: Mapping[str, Path] | None = None
+) -> None:
+    """Raises UserError, which names the model and its file or tensor, unless all of these hold
+    numbers and have the files that the registry has the hashes of. others: the seed or the dense
+    baseline, by name."""
+    memory, experts, others = _Memory(run.directory), list(experts), dict(others or {})
+    folders = {expert.reference: expert.directory(run.directory) for expert in experts} | others
+    memory.read(file for folder in folders.values() for file in sorted(folder.rglob("*")))
+    registry = run.registry()
+    by_reference = {expert.reference: expert for expert in experts}
+    shape = read_config(run.seed)
+    for name, folder in folders.items():
+        for file in sorted(folder.glob("*.safetensors")):
+            if (tensor := memory.without_numbers(file)) is not None:
+                raise UserError(
+                    f"{name}: {tensor} in {file} holds values that are no numbers; put back the "
+                    "file as it was published"
+                )
+        faults: list[Fault] = []
+        if name in by_reference:
+            faults = verify_expert(run.directory, by_reference[name], memory.sha256)
+        elif name == SEED:
+            # A file of somebody's own beside the seed, such as a chat template, changes no weight.
+            found = verify_seed(run.directory, registry, memory.sha256)
+            faults = [fault for fault in found if fault.kind != "unknown"]
+        else:
+            faults = verify_recorded(run.directory, folder.name, memory.sha256)
+        if faults:
+            raise UserError(f"{name}: {faults[0]}")
+        if check_checkpoint(folder) != shape:
+            raise UserError(f"{name}: {folder} is a model of another shape than the seed's")
+    memory.save()
+
+
+class _Memory:
+    """What was found out of files, while they have the size and time of change that they had."""
+
+    def __init__(self, directory: Path):
+        self._directory, self._path = directory, directory / REMEMBERED
+        self._files: dict[str, dict[str, Any]] = {}
+        with suppress(UserError, KeyError):  # it is made anew
+            self._files = dict(read_json(self._path)["files"]) if self._path.exists() else {}
+        self._before = dict(self._files)
+
+    def read(self, files: Iterable[Path]) -> None:
+        """Reads what is not remembered, several files at a time."""
+        new = [file for file in files if file.is_file() and not self._known(file)]
+        size = sum(file.stat().st_size for file in new)
+        with (
+            bar(size, "check", "B", shown=size > _QUIET_BYTES) as progress,
+            ThreadPoolExecutor() as pool,
+        ):
+            for file, entry in zip(new, pool.map(_looked_at, new)):
+                self._files[self._name(file)] = entry
+                progress.update(entry["size"])
+
+    def sha256(self, file: Path) -> str:
+        """The hash of a file that was read."""
+        return self._files[self._name(file)]["sha256"]
+
+    def without_numbers(self, file: Path) -> str | None:
+        """The tensor of a file that was read which holds NaN or infinity."""
+        return self._files[self._name(file)]["without_numbers"]
+
+    def save(self) -> None:
+        """Remembers it for later commands, where the RUN can be written to."""
+        if self._files != self._before:
+            there = {n: e for n, e in self._files.items() if (self._directory / n).is_file()}
+            with suppress(UserError, OSError):
+                write_json(self._path, {"format": 1, "files": there})
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self._directory).as_posix()
+
+    def _known(self, file: Path) -> bool:
+        entry = self._files.get(self._name(file), {})
+        return {key: entry.get(key) for key in ("size", "changed_ns")} == _stamp(file)
+
+
+def _stamp(file: Path) -> dict[str, int]:
+    found = file.stat()
+    return {"size": found.st_size, "changed_ns": found.st_mtime_ns}
+
+
+def _looked_at(file: Path) -> dict[str, Any]:
+    stamp, tensor = _stamp(file), None
+    if file.suffix == ".safetensors":
+        tensor = tensor_without_numbers(file)
+    return {**stamp, "sha256": sha256(file), "without_numbers": tensor}

@@ -1,0 +1,58 @@
+"""Where a RUN's seed comes from and under which terms: what the cards of its experts say of it."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import metadata_load
+
+from clustering.errors import UserError
+from xelm.models.checkpoint import README
+from xelm.models.companions import LICENCES
+from xelm.runs.run import Run
+
+# A snapshot in the cache of the Hub's library: .../models--OWNER--NAME/snapshots/REVISION
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def base_model_of(seed: str | Path, given: str | None) -> str | None:
+    """The name of a seed on the Hub, OWNER/NAME: the one that is given, or that of a directory in
+    the cache of the Hub's library. None where neither says it."""
+    if given is not None:
+        if not _NAME.fullmatch(given):
+            raise UserError(f"base_model is the seed's name on the Hub, OWNER/NAME; got {given!r}")
+        return given
+    found = _CACHED.search(Path(seed).absolute().as_posix())
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def origin_facts(run: Run) -> dict[str, str]:
+    """The seed's name on the Hub and its licence, as far as they are known: the front matter of the
+    seed's README.md says it, or else a file of terms lies beside the weights."""
+    facts = {}
+    if run.record.get("base_model"):
+        facts["base_model"] = run.record["base_model"]
+    facts |= licence_of(run.seed)
+    return facts
+
+
+def licence_of(seed: Path) -> dict[str, str]:
+    """A checkpoint's licence, as entries of the front matter of a card on the Hub; empty if nothing
+    beside the checkpoint tells it."""
+    metadata = {}
+    if (seed / README).is_file():
+        try:
+            metadata = metadata_load(seed / README) or {}
+        except Exception as error:  # YAML's errors have no common type with the Hub's
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{seed / README} has a front matter that is no YAML: {reason}"
+            ) from error
+    found = {key: str(metadata[key]) for key in _LICENCE_KEYS if metadata.get(key)}
+    if "license" not in found:
+        files = sorted(p.name for p in seed.iterdir() if p.name.lower().startswith(LICENCES[:2]))
+        # How the Hub writes terms that have no identifier there.
+        found = {"license": "other", "license_link": files[0]} if files else {}
+        found |= {"license_name": "that-of-the-seed"} if files else {}
+    return found
