@@ -14,6 +14,7 @@ import pytest
 
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
+from experts import manifest
 from experts.lock import holder, locked
 from xelm.runs import placing
 from xelm.runs.progress import progress
@@ -36,6 +37,7 @@ def configure(run: Path, **changes) -> None:
     record = read_json(run / "run.json")
     record["config"]["experts"] |= changes
     write_json(run / "run.json", record)
+    manifest.record(run, ["run.json"], again=True)
 
 
 def weights(run: Path) -> dict[str, bytes]:
