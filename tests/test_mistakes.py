@@ -34,7 +34,10 @@ MISTAKES = [
     ("cluster -k 2 --method states+table --out new", "the measure table needs --table"),
     ("cluster -k 2 --method losses --languages en,de --out new", "the measure losses needs --run"),
     ("cluster -k 2 --method tfidf --out new", "name a RUN with --run, or text with --corpus"),
-    ("cluster -k 2 --method tfidf --run run --languages de,tr --out new", "run has no text in tr"),
+    (
+        "cluster -k 2 --method tfidf --run run --languages de,tr --out new",
+        "run/corpus/train has no text in tr",
+    ),
     ("cluster -k 2 --method tfidf --run run --exclude de --out new", "--exclude goes with"),
     ("cluster -k 2 --method random --languages en,de --rule single --out new", "--rule goes with"),
     ("cluster -k 999 --method tfidf --run run --out new", "k must be between 1 and 240 different"),

@@ -381,3 +381,15 @@ def test_a_text_that_grows_is_mixed_as_one_that_is_known():
         np.testing.assert_allclose(found, whole[position], atol=1e-9)
         state = state + OR_MIXTURE.terms(IDS[:position], IDS[position : position + 1])[0]
         evidence = OR_MIXTURE.memory * evidence + WITH_SEED[:, position]
+
+
+def test_a_given_language_that_nobody_serves_is_mixed_from_the_first_token_on():
+    router = ByLanguage(experts=EXPERTS + 1, serving={"de": 0}, otherwise=OR_MIXTURE)
+    states = states_along(router, router.start("sv"), IDS)
+    assert router.asks(states).all()
+    assert set(router.decided_by(states)) == {"mixture"}
+    for language in (None, "de-AT"):
+        assert not router.asks(states_along(router, router.start(language), IDS)[:1]).any()
+    # Experts of clusters of documents serve no language, and may all the same know this one.
+    nobody = ByLanguage(experts=EXPERTS + 1, serving={}, otherwise=OR_MIXTURE)
+    np.testing.assert_array_equal(nobody.start("sv"), nobody.start(None))

@@ -121,7 +121,9 @@ class ByLanguage:
         expert = None if tag is None else self.serving[tag]
         if self.otherwise is not None:
             first = 0.0 if expert is None else expert + 1.0
-            return np.concatenate([[first], self.otherwise.start(None)])
+            # Of clusters of documents nobody is known to serve a language, or not to.
+            unserved = language if expert is None and self.serving else None
+            return np.concatenate([[first], self.otherwise.start(unserved)])
         if language is None:
             raise UserError("routing by language needs the language of the text; give --language")
         if expert is None:
@@ -303,7 +305,8 @@ class OrMixture:
     """Another router, on text in languages that experts serve; on all other text a mixture of all
     models, those behind the experts too.
 
-    The state has the sums of `novelty` before those of the other router."""
+    The state has one number that is not zero where it is given that nobody serves the language,
+    then the sums of `novelty`, then those of the other router."""
 
     router: Router
     """Of E experts; one that asks for no evidence."""
@@ -323,18 +326,26 @@ class OrMixture:
         return self.mixture.memory
 
     def start(self, language):
-        return np.concatenate([np.zeros(self.novelty.size), self.router.start(None)])
+        """language: one that no expert serves, so that the text need not show it; None: not
+        given."""
+        given = [float(language is not None)]
+        return np.concatenate([given, np.zeros(self.novelty.size), self.router.start(None)])
 
     def terms(self, before, ids):
         context = _context(self.pieces, before)
         found = self.novelty.terms(context, [self.pieces[i] for i in ids.tolist()], ids)
-        return np.concatenate([found, self.router.terms(before, ids)], axis=1)
+        nothing = np.zeros((len(ids), 1))
+        return np.concatenate([nothing, found, self.router.terms(before, ids)], axis=1)
+
+    def _own(self, states):
+        """The sums of the other router."""
+        return states[:, 1 + self.novelty.size :]
 
     def asks(self, states):
-        return self.novelty.outside(states[:, : self.novelty.size])
+        return (states[:, 0] != 0) | self.novelty.outside(states[:, 1 : 1 + self.novelty.size])
 
     def log_weights(self, states, evidence):
-        outside, own = self.asks(states), states[:, self.novelty.size :]
+        outside, own = self.asks(states), self._own(states)
         found = np.empty((len(states), self.experts))
         inside = self.router.log_weights(own[~outside], np.zeros((len(own[~outside]), 0)))
         found[~outside] = among(inside, self.experts)
@@ -342,7 +353,7 @@ class OrMixture:
         return found
 
     def decided_by(self, states):
-        names = self.router.decided_by(states[:, self.novelty.size :])
+        names = self.router.decided_by(self._own(states))
         return [MIXTURE if out else name for out, name in zip(self.asks(states), names)]
 
 
