@@ -11,7 +11,7 @@ from shared import LANGUAGES, documents_of
 from clustering import choice, distances, genealogy, lexical, table, typology
 from clustering.clustering import Clustering
 from clustering.errors import UserError
-from xelm.commands import clusters
+from xelm.commands.sources import MEASURES as OFFERED
 from xelm.data import tagged
 from xelm.runs.distances import MEASURES, Sources, measured
 from xelm.runs.run import open_run
@@ -119,7 +119,7 @@ def test_tagged_text_that_was_cut_short(tmp_path):
 
 
 def test_the_command_line_offers_every_measure():
-    assert tuple(MEASURES) == clusters.MEASURES
+    assert tuple(MEASURES) == OFFERED
 
 
 def test_clusters_by_measures_from_the_command_line(xelm, tiny, tmp_path):

@@ -1,15 +1,15 @@
 """The verbs of the command line. A verb loads what it needs, calls one function, and writes:
 results to stdout, progress to stderr."""
 
-from xelm.commands import asking, clusters, config, keeping, serving, training
+from xelm.commands import asking, clusters, config, keeping, relatives, serving, training
 
 # In the order of the help.
 VERBS = {
     "quickstart": training.QUICKSTART,
     "cluster": clusters.CLUSTER,
     "rename": clusters.RENAME,
-    "nearest": clusters.NEAREST,
-    "features": clusters.FEATURES,
+    "nearest": relatives.NEAREST,
+    "features": relatives.FEATURES,
     "config": config.CONFIG,
     "init": training.INIT,
     "branch": training.BRANCH,

@@ -1,8 +1,8 @@
-"""Clusters of languages or documents, nearest relatives, and what a seed makes of languages."""
+"""Clusters of languages or documents."""
 
 import argparse
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,12 @@ from clustering.errors import UserError
 from experts.expert import check_name
 from xelm.commands.options import (
     Verb,
-    add_corpus,
     add_json,
-    add_run,
     corpus_of,
     names,
     print_json,
 )
+from xelm.commands.sources import MEASURES, add_sources, check_sources, measures_named, sources_of
 
 if TYPE_CHECKING:
     from clustering.clustering import Clustering
@@ -25,16 +24,7 @@ if TYPE_CHECKING:
     from xelm.runs.distances import Sources
     from xelm.runs.run import Run
 
-MEASURES = (
-    *("mixture", "typology", "genealogy", "geography", "table"),
-    *("words", "characters", "subwords", "names"),
-    *("states", "alignment", "updates", "losses"),
-)
 RULES = ("pairs", "single", "average", "complete", "balanced")
-# What relatives are ranked by, and what else is shown of languages that only have a code.
-BY = "mixture,genealogy,typology,geography"
-# What --corpus is read for.
-_OF_TEXT = ("words", "characters", "subwords", "mixture", "tfidf")
 # Resamplings of features by which a number of clusters is judged.
 RESAMPLINGS = 100
 
@@ -71,7 +61,7 @@ def _cluster_options(verb: argparse.ArgumentParser) -> None:
         choices=("languages", "tokens"),
         help="what --rule balanced keeps even (default: languages); tokens are those of --run",
     )
-    _source_options(verb)
+    add_sources(verb)
     verb.add_argument("--groups", metavar="FILE", help="YAML of clusters by hand: a: [en, de]")
     verb.add_argument(
         "--random-seed",
@@ -97,7 +87,7 @@ def _cluster(options: argparse.Namespace) -> None:
         raise UserError(f"{options.out}/clusters.json exists already; choose another folder")
     _check_options(options)
     makers = {"tfidf": _by_tfidf, "random": _at_random, "by-hand": _by_hand}
-    clustering = makers.get(options.method, _by_measure)(options, _sources(options))
+    clustering = makers.get(options.method, _by_measure)(options, sources_of(options))
     # An expert of each cluster bears its name.
     for name in clustering.clusters:
         check_name(name)
@@ -253,7 +243,7 @@ def _sizes(
 
 def _check_options(options: argparse.Namespace) -> None:
     """What was given and would not be used is a mistake."""
-    methods = set(_methods(options.method))
+    methods = set(measures_named(options.method))
     unknown = methods - {*MEASURES, "tfidf", "random", "by-hand"}
     if unknown:
         raise UserError(
@@ -274,33 +264,11 @@ def _check_options(options: argparse.Namespace) -> None:
         if given and not methods & set(allowed):
             measured = "a measure" if allowed == MEASURES else " or ".join(allowed)
             raise UserError(f"{name} goes with --method {measured}")
-    _check_sources(options, methods)
+    check_sources(options, methods)
     if options.balance and options.rule != "balanced":
         raise UserError("--balance goes with --rule balanced")
     if options.method == "by-hand" and (options.k or options.languages):
         raise UserError("clusters by hand have the number and languages of --groups")
-
-
-def _check_sources(options: argparse.Namespace, methods: Collection[str]) -> None:
-    """The same of what measures are made of."""
-    wants = {
-        "--features": (options.features, ("typology", "mixture")),
-        "--only": (options.only, ("typology", "mixture", "table")),
-        "--table": (options.table, ("table",)),
-        "--tagged": (options.tagged, ("names",)),
-        "--states": (options.states, ("states", "alignment")),
-        "--updates": (options.updates, ("updates",)),
-        "--layer": (options.layer is not None, ("states", "alignment", "updates")),
-    }
-    if options.languages:  # else it says which languages there are
-        wants["--corpus"] = (options.corpus, _OF_TEXT)
-    for name, (given, allowed) in wants.items():
-        if given and not set(methods) & set(allowed):
-            raise UserError(f"{name} goes with {' or '.join(allowed)}")
-
-
-def _methods(spec: str) -> list[str]:
-    return [part.partition(":")[0].strip() for part in spec.split("+")]
 
 
 def _chosen(options: argparse.Namespace, run: "Run | None") -> Sequence[str] | None:
@@ -376,156 +344,3 @@ def _rename(options: argparse.Namespace) -> None:
 
 
 RENAME = Verb("give clusters other names, before xelm branch", _rename_options, _rename)
-
-
-def _nearest_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("language", metavar="LANGUAGE", help="language whose relatives are listed")
-    verb.add_argument(
-        "--languages",
-        type=names,
-        metavar="A,B,C",
-        help="languages to compare with (default: those of --table, --tagged, --corpus or --run)",
-    )
-    verb.add_argument(
-        "--by",
-        type=names,
-        default=names(BY),
-        metavar="A,B",
-        help=f"measures, of {', '.join(MEASURES)}; nearest by the first comes first "
-        f"(default: {BY})",
-    )
-    _source_options(verb)
-    add_json(verb)
-
-
-def _nearest(options: argparse.Namespace) -> None:
-    from xelm import tables
-    from xelm.runs.relatives import little_known, relatives
-
-    _check_sources(options, [name for spec in options.by for name in _methods(spec)])
-    found = relatives(options.language, options.by, _sources(options), options.languages)
-    if warning := little_known(options.language, found, options.by[0]):
-        print(warning, file=sys.stderr)
-    if options.json:
-        print_json([relative.to_json() for relative in found])
-    else:
-        print(tables.relatives(found, options.by))
-
-
-NEAREST = Verb("list the nearest relatives of a language", _nearest_options, _nearest)
-
-
-def _features_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    add_corpus(verb, "text to read (default: the RUN's); parallel for alignment")
-    verb.add_argument(
-        "--languages", type=names, metavar="A,B,C", help="languages to read (default: all)"
-    )
-    verb.add_argument(
-        "--of",
-        choices=("states", "updates"),
-        default="states",
-        help="what is written: states of the seed as it reads (default), or how a few steps of "
-        "training on each language move it",
-    )
-    verb.add_argument(
-        "--documents",
-        type=int,
-        metavar="N",
-        help="documents of each language, to read for states (default: 100)",
-    )
-    verb.add_argument(
-        "--steps",
-        type=int,
-        metavar="N",
-        help="steps of training on each language, for updates (default: 10)",
-    )
-    verb.add_argument("--out", metavar="FILE", required=True, help="file to write, .npz")
-    add_json(verb)
-
-
-def _features(options: argparse.Namespace) -> None:
-    from xelm.runs.features import features
-    from xelm.runs.run import open_run
-    from xelm.runs.updates import updates
-
-    if Path(options.out).exists():
-        raise UserError(f"{options.out} exists already; choose another file")
-    run = open_run(options.run)
-    if options.of == "updates":
-        if options.corpus or options.documents is not None:
-            raise UserError("--corpus and --documents go with --of states")
-        found = updates(run, options.languages, **_given(steps=options.steps))
-        shape = f"{len(found.languages)} languages, {len(found.inner)} layers"
-    else:
-        if options.steps is not None:
-            raise UserError("--steps goes with --of updates")
-        found = features(
-            run, corpus_of(options), options.languages, **_given(documents=options.documents)
-        )
-        languages, documents, layers, width = found.values.shape
-        shape = f"{languages} languages, {documents} documents of each, {layers} layers of {width}"
-    found.save(options.out)
-    if options.json:
-        print_json({"out": options.out, "shape": shape, "languages": list(found.languages)})
-    else:
-        print(f"{shape}: {options.out}")
-
-
-def _given(**options: int | None) -> dict[str, int]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-FEATURES = Verb("write what the seed makes of text, for clustering", _features_options, _features)
-
-
-def _source_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--run", metavar="RUN", help="RUN whose corpus, subwords or losses are used")
-    add_corpus(verb, "text whose words or characters are used")
-    verb.add_argument(
-        "--features",
-        metavar="SETS",
-        help="feature sets of URIEL, for typology, as in syntax_knn+phonology_knn (default: "
-        "syntax_average; syntax_knn for mixture)",
-    )
-    verb.add_argument(
-        "--only",
-        type=names,
-        metavar="A,B",
-        default=(),
-        help="names of features to use, for typology and table (default: all)",
-    )
-    verb.add_argument("--table", metavar="FILE", help="CSV of features by language, for table")
-    verb.add_argument(
-        "--tagged", metavar="DIR", help="folder of <language>.conllu[.gz|.zst], for names"
-    )
-    verb.add_argument(
-        "--states", metavar="FILE", help="file that xelm features wrote, for states and alignment"
-    )
-    verb.add_argument(
-        "--updates", metavar="FILE", help="file that xelm features --of updates wrote, for updates"
-    )
-    verb.add_argument(
-        "--layer",
-        type=int,
-        metavar="N",
-        help="layer of the model (default: the middle one for states and alignment, the last "
-        "three for updates)",
-    )
-
-
-def _sources(options: argparse.Namespace) -> "Sources":
-    from xelm.runs.distances import Sources
-    from xelm.runs.run import open_run
-
-    return Sources(
-        features=options.features,
-        only=options.only,
-        table=options.table,
-        corpus=corpus_of(options),
-        run=open_run(options.run) if options.run else None,
-        tagged=options.tagged,
-        states=options.states,
-        updates=options.updates,
-        layer=options.layer,
-    )

@@ -6,7 +6,7 @@ Each model scores every document once; all routings are computed from those scor
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,11 @@ import jax
 import numpy as np
 
 from clustering.errors import UserError
-from clustering.files import read_json, sha256, write_json
 from clustering.languages import canonical_all, find, lookup
 from experts.expert import SEED, Expert, parse_reference
-from experts.lock import locked
 from experts.registry import Registry
-from xelm import __version__
 from xelm.data.corpus import AnyCorpus, Corpus
-from xelm.data.store import Store
+from xelm.data.store import LanguageIds, Store
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.guessing import guess_documents
 from xelm.inference.holding import Holding
@@ -43,7 +40,7 @@ from xelm.runs.judging import (
     Weighed,
     judged,
 )
-from xelm.runs.results import RESULTS, Results
+from xelm.runs.results import Results, write_results
 from xelm.runs.routers import Routing, make_router, serving
 from xelm.runs.run import Run
 from xelm.runs.texts import EVALUATION, LanguageText, compared, warnings
@@ -81,67 +78,27 @@ def evaluate(
     (`Run.context_length`). stride: tokens from one window of a longer document to the next, as in
     `score_documents`; None is context_length.
     """
-    if "fixed" in routings:
-        raise UserError(
-            f"evaluate knows the routings {', '.join(EVALUATED)} and uniform; got fixed"
-        )
-    warmth = {"tfidf": temperature}
-    chosen = [
-        Routing(name=name, least_weight=least_weight, temperature=warmth.get(name))
-        for name in routings
-    ]
-    if max_documents is not None and max_documents < 1:
-        raise UserError(f"max_documents must be at least 1; got {max_documents}")
-    if calibration_tokens < 0:
-        raise UserError(f"calibration_tokens must be at least 0; got {calibration_tokens}")
-    model = read_config(run.seed)
-    context_length = run.context_length if context_length is None else context_length
-    check_windows(model, context_length, stride)
-    experts = run.registry().published()
-    if experts:
-        check_top_m(top_m, len(experts))
-        if temperature is not None and "tfidf" not in routings:
-            raise UserError(
-                "a router's temperature goes with routing tfidf, which is not asked for"
-            )
+    model, experts = read_config(run.seed), run.registry().published()
+    options = _Options(
+        routings=routings,
+        top_m=top_m,
+        least_weight=least_weight,
+        temperature=temperature,
+        max_documents=max_documents,
+        calibration_tokens=calibration_tokens,
+        context_length=run.context_length if context_length is None else context_length,
+        stride=stride,
+    )
+    options.check(model, len(experts))
+    check_models(run, experts, _general(run))
     corpus = Corpus.of(corpus)
-    systems = {"seed": run.seed}
-    if run.dense.exists():
-        systems["dense"] = run.dense
-    check_models(run, experts, systems)
     name = EVALUATION + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
     tags = None if languages is None else canonical_all(languages)
     store = tokenise(run, corpus, name, languages=tags, training=False)
     called = _called(run, experts, store)
     ids_of = {called[tag]: ids for tag, ids in store.languages.items()}
     texts = {called[tag]: text for tag, text in _compared(run, store, max_documents).items()}
-    systems |= {expert.name: expert.directory(run.directory) for expert in experts}
-    serves = serving(run.registry(), experts)
-    if not serves:  # by clusters of documents
-        chosen = [routing for routing in chosen if routing.name != "detected"]
-    found = {tag: lookup(tag, serves) for tag in texts}
-    served = {tag: serves[other] for tag, other in found.items() if other is not None}
-    asked = {system: list(texts) for system in systems}
-    if set(routings) == {"language"}:
-        for index, expert in enumerate(experts):
-            asked[expert.name] = [tag for tag in texts if served.get(tag) == index]
-    evaluation = _Evaluation(
-        run=run,
-        model=model,
-        tokenizer=run.tokenizer(),
-        windows=(context_length, stride or context_length),
-        systems=systems,
-        experts=[expert.name for expert in experts],
-        served=served,
-        routers={r.name: make_router(run, experts, r) for r in chosen} if experts else {},
-        kept=(top_m, least_weight),
-        documents={
-            tag: [ids.document(n) for n in range(min(len(ids), max_documents or len(ids)))]
-            for tag, ids in ids_of.items()
-        },
-        asked=asked,
-        calibration_tokens=calibration_tokens,
-    )
+    evaluation = _prepared(run, model, experts, ids_of, options)
     tokens = evaluation.tokens()
     sizes = {tag: ids.bytes[: len(tokens[tag])] for tag, ids in ids_of.items()}
     unspelled = [tag for tag, text in texts.items() if text.unspelled]
@@ -149,19 +106,104 @@ def evaluate(
     results = replace(judged(evaluation.measured(), tokens, sizes, expected), texts=texts)
     if not save:
         return results
-    options = {
+    made_of = {
         "corpus_sha256": store.record["corpus_sha256"],
-        "routings": list(routings),
-        "top_m": top_m,
-        "least_weight": least_weight,
-        "temperature": temperature,
-        "max_documents": max_documents,
-        "calibration_tokens": calibration_tokens,
-        "context_length": context_length,
-        "stride": stride or context_length,
+        **options.to_json(),
         "start_token": run.config.start_token,
     }
-    return _saved(run, str(corpus), options, results)
+    return write_results(run, str(corpus), made_of, results)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Options:
+    """How text is measured, by the names that `evaluate` has for it."""
+
+    routings: Sequence[str]
+    top_m: int | None
+    least_weight: float
+    temperature: float | None
+    max_documents: int | None
+    calibration_tokens: int
+    context_length: int
+    stride: int | None
+
+    def check(self, model: ModelConfig, experts: int) -> None:
+        """UserError for what cannot be, before any work."""
+        if "fixed" in self.routings:
+            raise UserError(
+                f"evaluate knows the routings {', '.join(EVALUATED)} and uniform; got fixed"
+            )
+        _ = self.routing  # made to be checked
+        if self.max_documents is not None and self.max_documents < 1:
+            raise UserError(f"max_documents must be at least 1; got {self.max_documents}")
+        if self.calibration_tokens < 0:
+            raise UserError(f"calibration_tokens must be at least 0; got {self.calibration_tokens}")
+        check_windows(model, self.context_length, self.stride)
+        if experts:
+            check_top_m(self.top_m, experts)
+            if self.temperature is not None and "tfidf" not in self.routings:
+                raise UserError(
+                    "a router's temperature goes with routing tfidf, which is not asked for"
+                )
+
+    @property
+    def routing(self) -> list[Routing]:
+        """The routers, in the order asked for."""
+        warmth = {"tfidf": self.temperature}
+        return [
+            Routing(name=name, least_weight=self.least_weight, temperature=warmth.get(name))
+            for name in self.routings
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """As results.json has them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        stride = self.stride or self.context_length
+        return {**values, "routings": list(self.routings), "stride": stride}
+
+
+def _general(run: Run) -> dict[str, Path]:
+    """The checkpoints that are for all languages."""
+    return {"seed": run.seed, **({"dense": run.dense} if run.dense.exists() else {})}
+
+
+def _prepared(
+    run: Run,
+    model: ModelConfig,
+    experts: Sequence[Expert],
+    texts: Mapping[str, LanguageIds],
+    options: _Options,
+) -> "_Evaluation":
+    """Which system is asked in which language, and the routers."""
+    systems = _general(run)
+    systems |= {expert.name: expert.directory(run.directory) for expert in experts}
+    serves, chosen = serving(run.registry(), experts), options.routing
+    if not serves:  # by clusters of documents
+        chosen = [routing for routing in chosen if routing.name != "detected"]
+    found = {tag: lookup(tag, serves) for tag in texts}
+    served = {tag: serves[other] for tag, other in found.items() if other is not None}
+    asked = {system: list(texts) for system in systems}
+    if set(options.routings) == {"language"}:
+        for index, expert in enumerate(experts):
+            asked[expert.name] = [tag for tag in texts if served.get(tag) == index]
+    most = options.max_documents
+    return _Evaluation(
+        run=run,
+        model=model,
+        tokenizer=run.tokenizer(),
+        windows=(options.context_length, options.stride or options.context_length),
+        systems=systems,
+        experts=[expert.name for expert in experts],
+        served=served,
+        routers={r.name: make_router(run, experts, r) for r in chosen} if experts else {},
+        kept=(options.top_m, options.least_weight),
+        documents={
+            tag: [ids.document(n) for n in range(min(len(ids), most or len(ids)))]
+            for tag, ids in texts.items()
+        },
+        asked=asked,
+        calibration_tokens=options.calibration_tokens,
+    )
 
 
 def _called(run: Run, experts: Sequence[Expert], store: Store) -> dict[str, str]:
@@ -194,35 +236,6 @@ def _expectations(run: Run, experts: Sequence[Expert]) -> Expectations:
     return Expectations(
         experts=[expert.name for expert in experts], languages=run.languages, trained=trained
     )
-
-
-def _saved(run: Run, corpus: str, options: Mapping[str, Any], results: Results) -> Results:
-    """With results.json, which is written; one of other text or other options is kept under another
-    name."""
-    path = run.results / RESULTS
-    record = {
-        "format": 1,
-        "xelm": __version__,
-        "corpus": corpus,
-        **options,
-        "rows": [
-            {**row.to_json(), "marks": results.texts[row.language].marks} for row in results.rows
-        ],
-        "summaries": [summary.to_json() for summary in results.summaries],
-        "texts": {tag: text.to_json() for tag, text in results.texts.items()},
-    }
-    with locked(run.directory, "evaluate", wait_seconds=60.0):
-        if path.exists():
-            try:
-                before = read_json(path)
-            except UserError:  # damaged, and none of our business
-                before = {}
-            if any(before.get(name) != value for name, value in options.items()):
-                kept = path.with_name(f"results-{sha256(path)[:8]}.json")
-                path.rename(kept)
-                print(f"results of other text or options are kept in {kept}", file=sys.stderr)
-        write_json(path, record)
-    return replace(results, record=record)
 
 
 def _trained(registry: Registry, expert: Expert) -> list[str]:

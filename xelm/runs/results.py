@@ -1,12 +1,15 @@
 """What was evaluated: results.json. Imports no JAX, so that its readers stay quick."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from clustering.errors import UserError
-from clustering.files import read_json
+from clustering.files import read_json, sha256, write_json
+from experts.lock import locked
+from xelm import __version__
 from xelm.runs.run import Run
 from xelm.runs.texts import LanguageText
 
@@ -220,3 +223,32 @@ def _interval(value: Any) -> Interval | None:
         return None
     low, high = value
     return float(low), float(high)
+
+
+def write_results(run: Run, corpus: str, options: Mapping[str, Any], results: Results) -> Results:
+    """The results of an evaluation with their record, which is written as results.json; one of
+    other text or other options that lies there is kept under another name."""
+    path = run.results / RESULTS
+    record = {
+        "format": 1,
+        "xelm": __version__,
+        "corpus": corpus,
+        **options,
+        "rows": [
+            {**row.to_json(), "marks": results.texts[row.language].marks} for row in results.rows
+        ],
+        "summaries": [summary.to_json() for summary in results.summaries],
+        "texts": {tag: text.to_json() for tag, text in results.texts.items()},
+    }
+    with locked(run.directory, "evaluate", wait_seconds=60.0):
+        if path.exists():
+            try:
+                before = read_json(path)
+            except UserError:  # damaged, and none of our business
+                before = {}
+            if any(before.get(name) != value for name, value in options.items()):
+                kept = path.with_name(f"results-{sha256(path)[:8]}.json")
+                path.rename(kept)
+                print(f"results of other text or options are kept in {kept}", file=sys.stderr)
+        write_json(path, record)
+    return replace(results, record=record)
