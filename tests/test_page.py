@@ -147,7 +147,7 @@ def test_the_page_says_what_the_server_says_of_the_language(tiny, tab):
         assert tab.run("document.getElementById('bars').innerText").split()[0] == "en-es"
         ask(tab, prompt, tokens="4", language="ja")
         assert shown_of(tab, "tongue") == "Japanese (ja), as you say"
-        wanted = "detected, since no expert serves the language that you say"
+        wanted = "mixture, since no expert serves the language that you say"
         assert shown_of(tab, "router") == wanted
 
 

@@ -221,6 +221,7 @@ def test_a_file_is_read_once_for_all_commands_until_it_changes(copy, monkeypatch
     from xelm.runs import checking
 
     read = []
+    (copy.directory / checking.REMEMBERED).unlink(missing_ok=True)  # by another test of this RUN
     looked_at = checking._looked_at
     monkeypatch.setattr(checking, "_looked_at", lambda f: read.append(f.name) or looked_at(f))
     open_run(copy.directory).ensemble("uniform")

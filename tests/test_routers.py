@@ -286,9 +286,10 @@ def test_a_language_that_is_told_is_routed_by(run, tiny, routing):
     """French text that is said to be English goes to the expert for English."""
     text, ensemble = documents_of(tiny.held_out, "fr")[0], run.ensemble(routing)
     found = ensemble.score([text, text, text], ["en", None, "sv"])
-    assert list(found.routing) == ["language", routing, routing]
+    mixed = routing == "learned"  # the default notices what nobody serves, and is told it here
+    assert list(found.routing) == ["language", routing, "mixture" if mixed else routing]
     assert found.weights["en-es"][0] == 1.0
-    assert found.nats[1] == found.nats[2]
+    assert (found.nats[1] == found.nats[2]) != mixed
     said = ensemble.generate(text[:20], max_new_tokens=2, language="eng_Latn")
     assert (said.routing, said.weights["en-es"]) == ("language", 1.0)
     assert ensemble.generate(text[:20], max_new_tokens=2).routing == routing

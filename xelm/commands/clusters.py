@@ -320,6 +320,7 @@ def _draw(clustering: "Clustering", directory: Path) -> None:
 def _rename_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("clusters", metavar="DIR", help="what xelm cluster wrote")
     verb.add_argument("names", metavar="OLD=NEW", nargs="+", help="a cluster and its new name")
+    add_json(verb)
 
 
 def _rename(options: argparse.Namespace) -> None:
@@ -340,7 +341,10 @@ def _rename(options: argparse.Namespace) -> None:
     clustering = Clustering.load(options.clusters).renamed({old: new for old, _, new in pairs})
     clustering.save(options.clusters, overwrite=True)
     _draw(clustering, Path(options.clusters))
-    print(clustering)
+    if options.json:
+        print_json({"clusters": clustering.clusters})
+    else:
+        print(clustering)
 
 
 RENAME = Verb("give clusters other names, before xelm branch", _rename_options, _rename)

@@ -21,6 +21,7 @@ from clustering.errors import UserError
 from experts.registry import FILE_NAME
 from xelm.inference.engine import GREEDY, Engine
 from xelm.process import open_files
+from xelm.runs.ensembles import check_top_m, published
 from xelm.runs.routers import Routing
 from xelm.runs.run import Run
 from xelm.serving.app import make_app
@@ -56,6 +57,7 @@ def serve(
     where there may be none. origins: web pages elsewhere that may send requests (CORS)."""
     limits, key = limits or Limits(), read_key(key_file)
     check_origins(origins, key=key is not None)
+    check_top_m(routing.top_m, len(published(run)))
     listening = _listening(host, port)
     with listening:
         # A page elsewhere may have a name of its own resolved to this machine: without a key only
