@@ -90,6 +90,7 @@ def test_the_documents_do_not_depend_on_the_container(tmp_path, name, content):
         (b"7\n", "no object"),
         (b'{"text": "a", "lang": 7}\n', 'no "lang"'),
         (b'{"text": "\\ud83d"}\n', "half of a surrogate pair"),
+        (b'{"text": "D\\u0000e\\u0000r"}\n', "the character U+0000"),
     ],
 )
 def test_an_unusable_record_is_counted_with_its_place_and_stops_nothing(tmp_path, content, reason):
@@ -97,6 +98,27 @@ def test_an_unusable_record_is_counted_with_its_place_and_stops_nothing(tmp_path
     documents, left_out = read_folder(tmp_path, {"de.jsonl": whole})
     assert [document.text for document in documents] == ["a", "b"]
     assert left_out == only(reason, 1, "de.jsonl:2")
+
+
+@pytest.mark.parametrize("name", ["de.txt", "de.txt.gz", "de.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_file_of_utf_16_is_one_fault_of_its_name(tmp_path, name, encoding):
+    content = "\ufeffDer alte Mann\n\nund das Meer\n".encode(encoding)
+    content = gz(content) if name.endswith(".gz") else content
+    documents, left_out = read_folder(tmp_path, {name: content})
+    assert (documents, left_out) == ([], only("UTF-16; wanted UTF-8", 1, name))
+
+
+@pytest.mark.parametrize("container", [parquet, lines])
+def test_text_with_nul_is_left_out_whatever_it_is_read_from(tmp_path, container):
+    name = "de.parquet" if container is parquet else "de.jsonl"
+    content = container({"text": "Der alte Mann"}, {"text": "D\0e\0r"})
+    documents, left_out = read_folder(tmp_path, {name: content})
+    assert [document.text for document in documents] == ["Der alte Mann"]
+    assert left_out == only("the character U+0000", 1, f"{name}:2")
+    unmarked = "eins\nzwei\n".encode("utf-16-le")  # without a byte order mark
+    documents, left_out = read_folder(tmp_path / "txt", {"de.txt": unmarked})
+    assert documents == [] and set(left_out) == {"the character U+0000"}
 
 
 def test_unknown_languages_are_one_reason_however_many_they_are(tmp_path):

@@ -319,6 +319,10 @@ TEXT = "Erste Zeile\nzweite Zeile\n\n\u3000\nDritte Zeile\r\n\r\n"
         (TEXT, "paragraph", ["Erste Zeile\nzweite Zeile", "Dritte Zeile"]),
         ("eins\nzwei\n", "paragraph", ["eins\nzwei"]),
         ("\ufeffeins\n\nzwei", "file", ["eins\n\nzwei"]),
+        ("eins\r\nzwei\r\n\r\ndrei", None, ["eins\nzwei", "drei"]),
+        ("eins\rzwei\r\rdrei", None, ["eins\nzwei", "drei"]),
+        ("eins\rzwei\r", None, ["eins", "zwei"]),
+        ("eins\r\nzwei\rdrei", "file", ["eins\nzwei\ndrei"]),
     ],
 )
 def test_text_files_are_read_by_paragraph_line_or_file(tmp_path, content, unit, documents):

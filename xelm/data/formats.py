@@ -32,6 +32,8 @@ LONGEST_LINE_BYTES = 64 * 2**20
 # Of a text file, so much is searched for a blank line, which ends a paragraph.
 _BEGINNING_BYTES = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Byte order marks of UTF-16, with which no UTF-8 begins.
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 Record = tuple[str, Any]
 """A place such as "sw.jsonl:7", and what stands there."""
@@ -95,9 +97,11 @@ def _json(path: Path, name: str, faults: Faults) -> Iterator[Record]:
 
 
 def _texts(path: Path, name: str, faults: Faults, unit: str) -> Iterator[Record]:
-    """The documents of a text file as records, each at the place of its first line."""
+    """The documents of a text file as records, each at the place of its first line. Line ends of
+    every kind become \\n."""
     place, size, gathered = "", 0, []
-    for here, line in _lines(path, name, faults):
+    lines = _lines(path, name, faults)
+    for here, line in ((here, line) for here, whole in lines for line in _line_ends(whole)):
         blank = _is_blank(line)
         if gathered and (unit == "line" or (unit == "paragraph" and blank)):
             yield from _text(gathered, size, place, faults)
@@ -110,6 +114,13 @@ def _texts(path: Path, name: str, faults: Faults, unit: str) -> Iterator[Record]
             gathered.append(line)
     if gathered:
         yield from _text(gathered, size, place, faults)
+
+
+def _line_ends(line: bytes) -> Iterator[bytes]:
+    """What was read up to \\n as lines that end in \\n alone: \\r\\n and \\r end lines as well."""
+    for part in line.splitlines(keepends=True):
+        stripped = part.rstrip(b"\r\n")
+        yield stripped if stripped == part else stripped + b"\n"
 
 
 def _text(lines: list[bytes], size: int, place: str, faults: Faults) -> Iterator[Record]:
@@ -132,10 +143,11 @@ def _unit_of(path: Path, compression: str) -> str:
     beginning, else lines."""
     with contextlib.suppress(EOFError, OSError, zlib.error, lzma.LZMAError), opened(path) as file:
         seen = 0
-        while (line := file.readline(_BEGINNING_BYTES)) and seen < _BEGINNING_BYTES:
-            if seen and _is_blank(line):
-                return "paragraph"
-            seen += len(line)
+        while (whole := file.readline(_BEGINNING_BYTES)) and seen < _BEGINNING_BYTES:
+            for line in _line_ends(whole):
+                if seen and _is_blank(line):
+                    return "paragraph"
+                seen += len(line)
     return "line"
 
 
@@ -147,6 +159,9 @@ def _lines(path: Path, name: str, faults: Faults) -> Iterator[tuple[str, bytes]]
             while line := file.readline(LONGEST_LINE_BYTES):
                 number += 1
                 place = f"{name}:{number}"
+                if number == 1 and line.startswith(_UTF_16):
+                    faults.add("UTF-16; wanted UTF-8", name)
+                    return
                 if len(line) == LONGEST_LINE_BYTES and not line.endswith(b"\n"):
                     faults.add("a line over 64 MiB", place)
                     _skip_line(file)

@@ -134,6 +134,9 @@ def _documents(
             faults.add("empty text", place)
         elif not _is_unicode(text):
             faults.add("half of a surrogate pair", place)
+        elif "\0" in text:
+            # No text has it: it is that of another encoding, or of bytes that are no text.
+            faults.add("the character U+0000", place)
         elif language is None and said is not None:
             faults.add("a language that the map leaves out", f"{place} {said!r}")
         elif not isinstance(language, str):
