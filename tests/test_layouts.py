@@ -162,6 +162,10 @@ def test_the_first_five_files_that_are_not_read_are_named(tmp_path):
         ("all", None),
         ("raw_0001", None),
         ("val", None),
+        *((word, None) for word in ("new", "ted", "ner", "los", "New")),
+        ("20231101.new", "new"),
+        ("new_Deva", "new"),
+        ("cat_Latn", "ca"),
         ("notes", None),
         ("data-00000-of-00001", None),
         ("000_00000", None),
@@ -246,6 +250,23 @@ def test_files_of_which_nothing_says_the_language_are_named_with_what_to_do(tmp_
     assert plan(tmp_path, ["de"]).passed_over == {
         "whose name is no language and whose records say none": ["notes.jsonl", "old/all.txt"]
     }
+
+
+@pytest.mark.parametrize("name", ["my", "cat", "new", "my/train"])
+def test_a_corpus_whose_name_happens_to_be_a_code_is_of_no_language_unless_a_map_says_so(
+    tmp_path, name
+):
+    corpus, word = write(tmp_path / name, {"part_0.txt": b"eins\n"}), name.partition("/")[0]
+    for path in (corpus, corpus / "part_0.txt"):
+        with pytest.raises(UserError, match=r"nothing says the language of part_0\.txt"):
+            languages_of(path)
+    assert texts(Corpus.of(corpus).with_defaults(languages={word: "de"})) == {"de": ["eins"]}
+
+
+def test_burmese_and_catalan_are_read_under_their_codes(tmp_path):
+    write(tmp_path, {"c/my.txt": b"eins\n", "c/cat/part_0.txt": b"zwei\n"})
+    assert texts(tmp_path / "c") == {"ca": ["zwei"], "my": ["eins"]}
+    assert texts(tmp_path / "c/my.txt") == {"my": ["eins"]}
 
 
 def test_a_map_gives_names_their_languages_and_leaves_out(tmp_path):

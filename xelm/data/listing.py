@@ -50,6 +50,12 @@ _ENGLISH = """all and art bad bag big bin bio bot box csv day dir doc dup end fu
 lab lib log low map max mix mod net old one par pkg pre pub raw rel res row run sci seg sep seq
 set src sub sum tab tag tar the tmp top tsv two txt var ver xml yml"""
 _NO_LANGUAGE = {*_ORDINARY, *_ENGLISH.split()}
+# Words that mean no language where they are a whole name, and do in a longer one, such as
+# `20231101.new`: codes of small languages.
+_WHOLE_NAMES = {"los", "ner", "new", "ted"}
+# Words that mean no language as the name of the whole corpus. As names of files and folders in it
+# they do: Burmese and Catalan are in many corpora under these codes.
+_CORPUS_NAMES = {"cat", "my"}
 # What `datasets` writes beside Arrow, which is no text.
 _RECORDS_OF_ARROW = {"dataset_info.json", "state.json", "dataset_dict.json"}
 
@@ -106,8 +112,7 @@ def list_files(source: Source) -> Listing:
             listing.pass_over(names[path], "which the map of languages leaves out")
             continue
         own = canonical(code) if code else language_in(stem(name.name))
-        around = [language_in(folder) for folder in _folders(name, root)]
-        language = own or next(filter(None, around), None)
+        language = own or next(_languages_around(name, root), None)
         by_folder = language is not None and own is None
         listing.files.append(
             Found(path=path.absolute(), name=names[path], language=language, by_folder=by_folder)
@@ -226,11 +231,23 @@ def _folders(name: PurePath, root: Path) -> list[str]:
     return [*reversed(name.parts[:-1]), root.name, *more]
 
 
+def _languages_around(name: PurePath, root: Path) -> Iterator[str]:
+    """Tags of the languages that folders around a file say, from the inside outwards."""
+    inside = len(name.parts) - 1
+    for number, folder in enumerate(_folders(name, root)):
+        if number >= inside and folder.lower() in _CORPUS_NAMES:
+            continue
+        if (language := language_in(folder)) is not None:
+            yield language
+
+
 @cache
 def language_in(name: str) -> str | None:
     """Canonical tag of the language that a name says: `sw` of `swh_Latn`, `c4-sw.tfrecord-00000`,
     `20231101.sw` or `sw_meta_part_1`; None where anything is left that is not known to say
     nothing, as in `notes` or `de-en`."""
+    if name.lower() in _WHOLE_NAMES:
+        return None
     for code in (name, code_in(name)):
         # Other names are none by their form alone, which saves the search for what is alike.
         if is_old_code(code) or re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", code):
