@@ -120,6 +120,18 @@ def test_pages_of_the_origins_given_may_ask_and_no_others(local, server):
     )
 
 
+@pytest.mark.parametrize("header", ["x-stainless-lang", "openai-organization", "authorization"])
+def test_pages_of_the_origins_given_may_send_any_header(local, header):
+    asked = {
+        "Origin": ORIGIN,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": f"content-type,{header}",
+    }
+    allowed = httpx.options(f"{local.url}/v1/completions", headers=asked)
+    assert allowed.status_code == 200
+    assert header in allowed.headers["access-control-allow-headers"]
+
+
 def test_an_origin_is_a_scheme_and_a_host():
     check_origins(["http://localhost:3000", "https://a.example"], key=False)
     check_origins(["*"], key=True)

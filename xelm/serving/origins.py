@@ -48,7 +48,9 @@ class CrossOrigin(CORSMiddleware):
             app,
             allow_origins=origins,
             allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Type"),
+            # Clients add headers of their own, as OpenAI's for JavaScript does. Origins are what is
+            # checked, and no cookies are used.
+            allow_headers=("*",),
             # Browsers ask apart before a public page may use a server on its own machine.
             allow_private_network=True,
         )
