@@ -1,9 +1,11 @@
 """What the server makes of HTTP itself: faults in JSON, content types, hosts, origins, fields."""
 
+import json
 import shutil
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from serving import served
 from shared import documents_of
 
@@ -11,7 +13,7 @@ from clustering.errors import UserError
 from xelm import open_run
 from xelm.serving import completions
 from xelm.serving.origins import LOOPBACK, check_origins
-from xelm.serving.requests import IGNORED, ChatRequest, CompletionRequest
+from xelm.serving.requests import IGNORED, ChatRequest, CompletionRequest, wrong
 
 BODY = {"model": "xelm", "prompt": "abc", "max_tokens": 1}
 ORIGIN = "https://page.example"
@@ -215,6 +217,63 @@ def test_what_is_asked_for_anyway_is_no_fault(server, more, message):
         assert answer.status_code == 200
     else:
         assert answer.status_code == 400 and error_of(answer)["message"] == message
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        *((CompletionRequest, "prompt", value) for value in ([True], [1.0], [[1, True]])),
+        *((CompletionRequest, "logprobs", value) for value in (True, 1.0, "1")),
+        *((CompletionRequest, "echo", value) for value in ("true", 1)),
+        *((CompletionRequest, "best_of", value) for value in (True, 1.0)),
+        *((ChatRequest, "logprobs", value) for value in ("true", 1)),
+        (ChatRequest, "top_logprobs", True),
+        (ChatRequest, "max_completion_tokens", True),
+        *(
+            (kind, field, value)
+            for kind in (CompletionRequest, ChatRequest)
+            for field, value in (
+                ("max_tokens", True),
+                ("max_tokens", "1"),
+                ("n", True),
+                ("top_k", True),
+                ("seed", True),
+                ("seed", 1.0),
+                ("stream", "true"),
+                ("stream", 1),
+                ("stream_options", {"include_usage": "true"}),
+                ("temperature", True),
+                ("temperature", "1"),
+                ("top_p", True),
+                ("repetition_penalty", True),
+                ("presence_penalty", False),
+                ("min_tokens", 0.0),
+                ("ignore_eos", 0),
+                ("ignore_eos", 0.0),
+            )
+        ),
+    ],
+)
+def test_a_value_of_another_json_type_is_refused(kind, field, value):
+    body = (BODY if kind is CompletionRequest else CHAT) | {field: value}
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate_json(json.dumps(body))
+    message, param = wrong(refused.value)
+    assert param == field and message.startswith(field) and "got" in message
+
+
+def test_a_float_may_be_an_integer():
+    floats = ("temperature", "top_p", "repetition_penalty", "presence_penalty", "min_p")
+    given = dict.fromkeys(floats[:3], 1) | dict.fromkeys(floats[3:], 0)
+    asked = CompletionRequest.model_validate_json(json.dumps(BODY | given))
+    assert [getattr(asked, name) for name in floats[:3]] == [1.0] * 3
+
+
+def test_a_type_that_is_wrong_is_answered_with_the_name_of_the_field(server):
+    for more in ({"logprobs": True}, {"max_tokens": True}, {"prompt": [True]}, {"echo": "true"}):
+        (name,) = more
+        answer = server.post(BODY | more)
+        assert answer.status_code == 400 and error_of(answer)["param"] == name
 
 
 def test_an_answer_may_be_sent_back_as_a_message(server):

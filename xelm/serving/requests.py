@@ -33,7 +33,7 @@ def _only(*neutral: Any) -> AfterValidator:
     """A field that is accepted where its value asks for what is done anyway."""
 
     def check(value: Any) -> Any:
-        if not any(value == one and type(value) in (type(one), float) for one in neutral):
+        if not any(value == one and type(value) is type(one) for one in neutral):
             raise ValueError(f"is not done here; leave it out or give {neutral[0]!r}")
         return value
 
@@ -49,9 +49,11 @@ _Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 
 
 class _Strict(BaseModel):
-    """Fields that are not known are refused; null is what clients send for fields not given."""
+    """Fields that are not known are refused, and so is a value of another JSON type than the
+    field's: true is no number. A float may be an integer. null is what clients send for fields not
+    given."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -87,12 +89,12 @@ class _Request(_Strict):
     stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     language: str | None = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    frequency_penalty: Annotated[Any, _only(0)] = None
+    presence_penalty: Annotated[Any, _only(0, 0.0)] = None
+    frequency_penalty: Annotated[Any, _only(0, 0.0)] = None
     logit_bias: Annotated[Any, _only({})] = None
     response_format: ResponseFormat | None = None
     min_tokens: Annotated[Any, _only(0)] = None
-    min_p: Annotated[Any, _only(0)] = None
+    min_p: Annotated[Any, _only(0, 0.0)] = None
     ignore_eos: Annotated[Any, _only(False)] = None
     user: Any = None
     metadata: Any = None
