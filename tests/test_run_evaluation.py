@@ -299,3 +299,27 @@ def test_tfidf_routing_sends_a_text_to_the_expert_of_its_language(tiny):
         for language in languages:
             scores = ensemble.score(documents_of(tiny.held_out, language))
             assert scores.weights[name].mean() > 0.6
+
+
+def test_a_file_of_many_languages_is_measured_on_those_asked_for_each_time(xelm, copy, tmp_path):
+    rows = [
+        json.dumps({"text": text, "language": tag})
+        for tag in ("de", "en")
+        for text in documents_of(copy.held_out, tag)
+    ]
+    (tmp_path / "one.jsonl").write_text("\n".join(rows))
+    command = ("evaluate", copy.directory, "--corpus", tmp_path / "one.jsonl")
+    command += ("--routing", "language")
+    results = copy.directory / "results"
+    for options, wanted, kept in (
+        (("--languages", "en"), ["en"], 0),
+        ((), ["de", "en"], 1),
+        (("--languages", "en,de"), ["de", "en"], 1),
+        (("--languages", "de"), ["de"], 2),
+    ):
+        outcome = xelm(*command, *options)
+        assert outcome.code == 0, outcome.err
+        record = json.loads((results / "results.json").read_text())
+        assert sorted({row["language"] for row in record["rows"]}) == wanted
+        assert record["languages"] == wanted
+        assert len(list(results.glob("results-*.json"))) == kept

@@ -1,11 +1,12 @@
 """`xelm init`: seeds and corpora as people have them."""
 
 import gzip
+import json
 import shutil
 from pathlib import Path
 
 import pytest
-from shared import SEED
+from shared import SEED, snapshot
 
 from clustering.files import write_json
 from xelm.runs.run import open_run
@@ -66,3 +67,27 @@ def test_a_corpus_counts_by_what_it_holds_from_wherever_it_is_asked(xelm, place,
     assert refused.code == 2
     assert "experts.tokens was 1000000000, now 7; donor_share was 0.25, now 0.5" in refused.err
     assert "languages was ['de', 'en'], now ['de']" in refused.err
+
+
+def test_text_that_experts_were_trained_on_is_never_made_again(xelm, place, tmp_path):
+    shutil.copytree(place / "run" / "seed", tmp_path / "run" / "seed")
+    seed = ["--seed", tmp_path / "run" / "seed", *SEED[2:]]
+    command = ("init", tmp_path / "new", "--corpus", place / "corpus", *seed)
+    assert xelm(*command).code == 0
+    folder = tmp_path / "new" / "corpus" / "train"
+    # As earlier versions made it.
+    record = json.loads((folder / "store.json").read_text())
+    for name in ("language_codes", "languages_wanted", "fingerprints"):
+        del record[name]
+    write_json(folder / "store.json", record)
+    before = snapshot(folder)
+    again = xelm(*command)
+    assert again.code == 0, again.err
+    assert snapshot(folder) == before
+    write_json(folder / "store.json", record | {"tokenizer_sha256": "of another"})
+    before = snapshot(folder)
+    refused = xelm(*command)
+    assert refused.code == 2
+    assert f"{folder} is the text that experts are trained on" in refused.err
+    assert "tokenizer_sha256 was of another, now " in refused.err
+    assert snapshot(folder) == before

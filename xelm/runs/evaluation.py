@@ -108,6 +108,7 @@ def evaluate(
         return results
     made_of = {
         "corpus_sha256": store.record["corpus_sha256"],
+        "languages": sorted(ids_of),
         **options.to_json(),
         "start_token": run.config.start_token,
     }

@@ -221,13 +221,17 @@ def _tokenise(
         "corpus_sha256": corpora.fingerprint(corpus, languages),
         "tokenizer_sha256": sha256(tokenizer_files / "tokenizer.json"),
         "language_codes": codes.VERSION,
+        # Files may hold more languages than were asked for.
+        "languages_wanted": None if languages is None else sorted(languages),
     }
     if (directory / "store.json").exists():
         store = run.store(name)
-        same = all(store.record.get(key) == facts[key] for key in list(facts)[1:])
-        # What experts were trained on stays; text to compare with it is read again.
-        same &= training or store.fingerprints() is not None
-        if same and (languages is None or set(store.languages) == set(languages)):
+        if name == "train" and (run.directory / "registry.json").exists():
+            _check_trained_on(store, facts)
+            return store
+        same = all(store.record.get(key, ...) == facts[key] for key in list(facts)[1:])
+        # What a seed was trained on stays; text to compare with it is read again.
+        if same and (training or store.fingerprints() is not None):
             return store
     faults = Faults()
     reading = Reading(corpora.plan(corpus, languages), faults)
@@ -252,6 +256,22 @@ def _tokenise(
     for line in [*duplicate_notes(texts, drop_duplicates), *(warnings(texts) if training else ())]:
         print(f"{corpus}: {line}", file=sys.stderr)
     return store
+
+
+def _check_trained_on(store: Store, facts: Mapping[str, Any]) -> None:
+    """Raises UserError unless a store, on whose documents and their numbers experts rest, holds
+    what is asked for, by whichever version of xelm it was made."""
+    before = {**store.record, "languages_wanted": sorted(store.languages)}
+    differ = [
+        f"{key} was {before.get(key)}, now {facts[key]}"
+        for key in ("corpus_sha256", "tokenizer_sha256", "languages_wanted")
+        if before.get(key) != facts[key]
+    ]
+    if differ:
+        raise UserError(
+            f"{store.directory} is the text that experts are trained on, and is not made again: "
+            f"{'; '.join(differ)}"
+        )
 
 
 def _languages(corpus: Corpus, wanted: Sequence[str] | None) -> tuple[str, ...]:
