@@ -1,5 +1,8 @@
 """Which documents stand twice: exact copies by a hash of the text, near copies by MinHash.
 
+Lines and indents are a part of verse, code and tables, so texts that differ in white space alone are
+near copies and no exact ones.
+
 A store keeps a hash and a signature of every document beside its ids, so that texts can be compared
 with what a model was trained on without being read again. Documents are compared whole: a sentence
 taken out of a long document is not found.
@@ -32,7 +35,7 @@ class Fingerprints(NamedTuple):
     """What documents are compared by."""
 
     hashes: UInt64[np.ndarray, "documents 2"]
-    """Of each text, white space made one: equal for exact copies."""
+    """Of each text as it is: equal for exact copies."""
     signatures: UInt32[np.ndarray, "documents 64"]
     """MinHash of each text's shingles, white space made one and case folded."""
 
@@ -40,7 +43,7 @@ class Fingerprints(NamedTuple):
 def method() -> dict[str, str | int]:
     """How fingerprints are made; those made otherwise cannot be compared."""
     return {
-        "hash": "blake2b-128",
+        "hash": "blake2b-128 of the text as it is",
         "signature": f"rensa RMinHash {_minhash().ALGORITHM_VERSION}",
         "values": SIGNATURE_SIZE,
         "shingle_characters": SHINGLE_CHARACTERS,
@@ -50,12 +53,11 @@ def method() -> dict[str, str | int]:
 def fingerprints(texts: Sequence[str]) -> Fingerprints:
     """Fingerprints of texts in Unicode NFC (Broder 1997, On the resemblance and containment of
     documents)."""
-    plain = [" ".join(text.split()) for text in texts]
     digests = [
-        hashlib.blake2b(text.encode(), digest_size=8 * HASH_WORDS).digest() for text in plain
+        hashlib.blake2b(text.encode(), digest_size=8 * HASH_WORDS).digest() for text in texts
     ]
     hashes = np.frombuffer(b"".join(digests), "<u8").reshape(len(texts), HASH_WORDS)
-    shingles, ends = _shingles([text.casefold() for text in plain])
+    shingles, ends = _shingles([" ".join(text.split()).casefold() for text in texts])
     offsets = np.concatenate([[0], ends]).astype(np.uint64)
     matrix = _minhash().digest_matrix_from_flat_token_hashes(shingles, offsets, SIGNATURE_SIZE, 1)
     return Fingerprints(hashes, np.asarray(matrix.to_rows(), "<u4").reshape(-1, SIGNATURE_SIZE))

@@ -40,7 +40,7 @@ class LanguageText:
     compared: int | None = None
     """Documents that were compared with the training text; None where none were, or could be."""
     exact: int | None = None
-    """Of those, how many stand there word by word."""
+    """Of those, how many stand there exactly as they are."""
     near: int | None = None
     """Of those, how many have only a near copy there."""
 
