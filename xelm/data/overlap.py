@@ -1,6 +1,6 @@
 """Which documents stand twice: exact copies by a hash of the text, near copies by MinHash.
 
-Lines and indents are a part of verse, code and tables, so texts that differ in white space alone are
+Lines and indents are a part of verse, code and tables: texts that differ in white space alone are
 near copies and no exact ones.
 
 A store keeps a hash and a signature of every document beside its ids, so that texts can be compared
