@@ -2,6 +2,7 @@
 
 import shutil
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from conftest import write_corpus
 from shared import documents_of, full
 
 from clustering.errors import UserError
-from xelm.inference.routers import uniform
+from clustering.identify import LONGEST
+from xelm.inference.routers import OrMixture, uniform
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.fitted import _beginnings, _some, identifier
@@ -70,6 +72,40 @@ def test_when_an_expert_joins_routers_know_its_language(xelm, copy, tmp_path):
         assert np.mean([name == "pt" for name in names]) >= 0.9
     # Those of before are gone.
     assert len(list((copy.directory / "routers").iterdir())) == 3
+
+
+def with_documents(ids, count, empty=0):
+    """The first documents of a language, and some that are empty."""
+    ends = np.append(ids.ends[:count], [ids.ends[count - 1]] * empty)
+    order = np.arange(count + empty)[::-1]
+    return replace(ids, ends=ends, bytes=ids.bytes[: len(order)], order=order)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+@pytest.mark.parametrize("routing", ["detected", "learned"])
+def test_a_run_with_few_documents_in_every_language_is_usable(
+    copy, monkeypatch, capsys, routing, count
+):
+    run = open_run(copy.directory)
+    few = {tag: with_documents(ids, count) for tag, ids in run.store().languages.items()}
+    monkeypatch.setattr("xelm.runs.fitted._languages", lambda run: few)
+    ensemble = run.ensemble(routing)
+    assert ensemble.generate("abc", max_new_tokens=2, temperature=0).weights
+    told = [line for line in capsys.readouterr().err.splitlines() if "two documents" in line]
+    if count == 1:  # nothing can be held out
+        assert not isinstance(ensemble.router.otherwise, OrMixture)
+        assert len(told) == 1 and told[0].startswith("0 of the languages that the experts of")
+    else:
+        assert isinstance(ensemble.router.otherwise, OrMixture) and not told
+        assert identifier(run).temperature != LONGEST  # calibrated
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9, 10, 25])
+def test_documents_are_held_out_of_few_and_of_many(run, count):
+    ids = with_documents(run.store().languages["de"], count, empty=1)
+    held, rest = (list(_some(ids, ids.order, held_out=out)) for out in (True, False))
+    assert len(held) == {1: 0, 25: 2}.get(count, 1)
+    assert len(held) + len(rest) == count and all(map(len, held + rest))
 
 
 def test_one_expert_alone_is_always_asked(run):
@@ -253,6 +289,8 @@ def test_fitting_holds_no_sums_of_whole_documents(run):
 
 def test_a_language_of_one_long_document_is_known_by_its_beginning():
     class Two:
+        lengths = np.asarray([25, 25])
+
         def document(self, number):
             return np.arange(50)[number * 25 : number * 25 + 25]
 

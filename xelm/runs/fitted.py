@@ -31,10 +31,10 @@ from xelm.runs.training import cluster_sources
 
 FITTED_TOKENS = 300_000
 """Of each language or expert that something is fitted on, at most: more change little."""
-_FORMAT = 1
+_FORMAT = 2
 """Of what is fitted; rises when the same facts give something else."""
 _HELD_OUT = 10
-"""One document in so many is kept from the fit, to calibrate it."""
+"""One document in so many is kept from the fit, to calibrate it; of fewer documents, one."""
 
 T = TypeVar("T")
 
@@ -80,12 +80,22 @@ def _sizes(languages: Mapping[str, LanguageIds]) -> list[list[object]]:
 
 def novelty_of(run: Run, served: Iterable[str]) -> Novelty | None:
     """What tells texts in languages that experts serve from all others; None where too few are
-    known to learn it. served: canonical tags; none of a RUN whose clusters are of documents, all
-    languages of which are known then."""
+    known to learn it, or too few of them have a document that can be held out, which stderr says.
+    served: canonical tags; none of a RUN whose clusters are of documents, all languages of which
+    are known then."""
     languages = _languages(run)
     served = list(served)
     known = [tag for tag in languages if tag in served] if served else list(languages)
     if len(known) < novelty.FEWEST:
+        return None
+    held_out = [tag for tag in known if np.count_nonzero(languages[tag].lengths) > 1]
+    if len(held_out) < novelty.FEWEST:
+        print(
+            f"{len(held_out)} of the languages that the experts of {run.directory} know have two "
+            f"documents or more; wanted {novelty.FEWEST} to learn what an unknown language looks "
+            "like: no text counts as one",
+            file=sys.stderr,
+        )
         return None
     found = identifier(run)
 
@@ -194,15 +204,17 @@ def _some(
     tokens: int = FITTED_TOKENS,
     held_out: bool | None = None,
 ) -> Iterator[np.ndarray]:
-    """Documents that are not empty, in this order, of so many tokens at most; those held out, the
-    others, or (None) all."""
+    """Documents that are not empty, in this order, of so many tokens at most; those held out (one
+    at least where there are two), the others, or (None) all."""
+    numbers = numbers[ids.lengths[numbers] > 0]
+    # A single document is not held out: there would be none left to fit on.
+    every = min(_HELD_OUT, max(2, len(numbers)))
     for place, number in enumerate(numbers):
-        if held_out not in (None, place % _HELD_OUT == _HELD_OUT - 1):
+        if held_out not in (None, place % every == every - 1):
             continue
         document = ids.document(int(number))[:tokens]
         tokens -= len(document)
-        if len(document):
-            yield document
+        yield document
         if tokens <= 0:
             return
 
