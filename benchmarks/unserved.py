@@ -6,7 +6,9 @@ TEXT is a folder of <language>.jsonl or .jsonl.gz files, which the RUN has not s
 language, bits per byte of whole documents: the seed, the dense baseline, the best single expert,
 equal weights of all experts, the posterior that forgets, `detected` and `learned` as users get
 them, and both without their mixture for text that is like none of the experts' (bare). Then the
-models that a token asks, and the share of tokens at which learned mixes all models.
+models that a token asks, and the share of tokens at which learned mixes all models. Last, for the
+languages that no expert serves, bits per token of the first 32 tokens of each document, where a
+router has little to go by.
 """
 
 import argparse
@@ -29,6 +31,11 @@ COLUMNS = (
     *("seed", "dense", "best expert", "uniform", "posterior"),
     *("detected, bare", "detected", "learned, bare", "learned"),
 )
+LEAST_WEIGHT = 0.001
+"""Below which an expert is not asked, as `Routing` has it."""
+FIRST = 32
+"""Tokens of the beginning of a document."""
+BEGINNINGS = ("seed", "dense", "detected", "learned")
 
 
 def main() -> None:
@@ -64,6 +71,9 @@ def main() -> None:
         if not wanted:
             lost = sum(row[COLUMNS.index("learned")] > min(row[:2]) for row in rows)
             print(f"\nlearned is worse than the seed or dense in {lost} of {len(rows)} not served")
+    unserved = [tag for tag in sorted(set(tags)) if lookup(tag, served) is None]
+    if unserved:
+        _print_beginnings(routers, names, tags, documents, scores, unserved)
 
 
 def _texts(run: Run, folder: Path, most: int):
@@ -120,7 +130,7 @@ def _row(routers, names, documents, scores, sizes, some, experts) -> list[float]
         for n in some:
             own, everywhere = scores[n][: router.experts], np.arange(len(documents[n]))
             states = states_along(router, router.start(None), documents[n])
-            weights = weights_along(router, states, own, everywhere, None, 0.001)
+            weights = weights_along(router, states, own, everywhere, None, LEAST_WEIGHT)
             nats -= mixture(weights, own).sum()
             asks = router.asks(states[:-1])
             count += np.where(asks, router.experts, np.isfinite(weights).sum(axis=1)).sum()
@@ -129,6 +139,35 @@ def _row(routers, names, documents, scores, sizes, some, experts) -> list[float]
         bits[name], asked[name] = nats / total, count / tokens
     shares = [asked["learned, bare"], asked["learned"], mixed / tokens]
     return [bits[name] for name in COLUMNS] + shares
+
+
+def _print_beginnings(routers, names, tags, documents, scores, unserved) -> None:
+    """Bits per token of the first tokens of each document, by language."""
+    print(f"\n| first {FIRST} tokens, bits per token | {' | '.join(BEGINNINGS)} |")
+    print("|---|" + "---|" * len(BEGINNINGS))
+    rows = []
+    for tag in unserved:
+        some = [n for n, other in enumerate(tags) if other == tag]
+        bits = dict.fromkeys(BEGINNINGS, 0.0)
+        for n in some:
+            for model in ("seed", "dense"):
+                found = scores[n][names.index(model)] if model in names else np.full(1, np.nan)
+                bits[model] -= found[:FIRST].sum()
+            for name in BEGINNINGS[2:]:
+                ids, own = documents[n][:FIRST], scores[n][: routers[name].experts, :FIRST]
+                states = states_along(routers[name], routers[name].start(None), ids)
+                weights = weights_along(
+                    routers[name], states, own, np.arange(len(ids)), None, LEAST_WEIGHT
+                )
+                bits[name] -= mixture(weights, own).sum()
+        total = np.log(2) * sum(len(documents[n][:FIRST]) for n in some)
+        rows.append([bits[name] / total for name in BEGINNINGS])
+        print(f"| {tag} | " + " | ".join(f"{value:.3f}" for value in rows[-1]) + " |", flush=True)
+    means = " | ".join(f"{value:.3f}" for value in np.mean(rows, axis=0))
+    print(f"| mean of {len(rows)} not served | {means} |")
+    for column, model in enumerate(BEGINNINGS[:2]):
+        worse = [tag for tag, row in zip(unserved, rows) if row[-1] > row[column]]
+        print(f"\nlearned is worse than {model} there in {len(worse)} ({', '.join(worse)})")
 
 
 def _print(label, row) -> None:
