@@ -196,6 +196,32 @@ def test_what_is_no_request_is_refused_in_json(server, sent, status, message):
     assert message in error["message"] and error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("where", ["header", "many headers", "path"])
+def test_a_long_head_that_comes_at_once_is_refused(server, where):
+    """In one piece, as it is given to the connection by the system."""
+    headers = {"header": {"x": "x" * 100_000}, "path": {}}.get(
+        where, {f"x-{n}": "x" * 1000 for n in range(90)}
+    )
+    path = f"/healthz?{'x' * 100_000}" if where == "path" else "/healthz"
+    lines = [f"GET {path} HTTP/1.1", "Host: localhost", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    protocol = server.http.config.http_protocol_class
+    whole, fed = "\r\n".join([*lines, "", ""]).encode(), protocol.data_received
+    kept = bytearray()
+
+    def at_once(self, data):
+        kept.extend(data)
+        if kept.endswith(b"\r\n\r\n"):
+            fed(self, bytes(kept))
+
+    with pytest.MonkeyPatch.context() as patch, connected(server) as connection:
+        patch.setattr(protocol, "data_received", at_once)
+        connection.sendall(whole)
+        head, _, body = rest_of(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431")
+    assert "the head of a request is too long" in json.loads(body)["error"]["message"]
+
+
 def test_every_connection_is_counted_out(server):
     group = server.http.config.http_protocol_class.group
     until(lambda: not group._all and not group._by_client)

@@ -32,6 +32,8 @@ def error_of(answer):
         ("GET", "/nothing", 404),
         ("GET", "/v1/models/none", 404),
         ("GET", "/v1/models/", 404),
+        ("POST", "/v1/completions/", 404),
+        ("GET", "/healthz/", 404),
         ("GET", "/v1/completions", 405),
         ("DELETE", "/v1/chat/completions", 405),
         ("POST", "/healthz", 405),

@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from xelm.serving import metrics as prometheus
 from xelm.serving.completions import Completions, check_model
-from xelm.serving.connections import HEALTH, RefusesCrowds
+from xelm.serving.connections import HEALTH, RefusesCrowds, RefusesLongHeads
 from xelm.serving.desk import Desk
 from xelm.serving.errors import Refused, of_routes, of_server
 from xelm.serving.limits import Limits
@@ -49,7 +49,7 @@ def make_app(
         app.state.loop = asyncio.get_running_loop()
         yield
 
-    middleware = [Middleware(RefusesCrowds)]
+    middleware = [Middleware(RefusesCrowds), Middleware(RefusesLongHeads)]
     if hosts:
         middleware.append(Middleware(KnownHosts, hosts=hosts))
     if origins:
@@ -59,7 +59,7 @@ def make_app(
     def answer(kind: type[CompletionRequest] | type[ChatRequest]):
         return locked(functools.partial(completions.answer, kind=kind))
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", interface.page),
             Route(HEALTH, interface.health),
@@ -73,6 +73,8 @@ def make_app(
         exception_handlers={HTTPException: of_routes, Exception: of_server},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # a path that is not there is answered in JSON
+    return app
 
 
 @dataclass(kw_only=True)

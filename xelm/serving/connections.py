@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from xelm.serving.errors import Refused, problem
-from xelm.serving.limits import BODY_SECONDS, HEAD_SECONDS, WRITE_SECONDS
+from xelm.serving.limits import BODY_SECONDS, HEAD_SECONDS, MOST_HEAD_BYTES, WRITE_SECONDS
 
 CROWDED = "crowded"
 """Key of a request's state: with what status and why it is refused, unless it asks for `HEALTH`."""
@@ -196,6 +196,24 @@ class RefusesCrowds:
         if why is not None and scope["path"] != HEALTH:
             await Refused(*why, code="too_many_connections").response()(scope, receive, send)
             return
+        await self._app(scope, receive, send)
+
+
+class RefusesLongHeads:
+    """Refuses requests whose head is too long. h11 looks at the length only while a part of the
+    head has yet to come: one that comes at once passes."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            line = len(scope["method"]) + len(scope["raw_path"]) + len(scope["query_string"])
+            size = line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+            if size > MOST_HEAD_BYTES:
+                what = f"the head of a request is too long: {size:,} bytes, of {MOST_HEAD_BYTES:,}"
+                await Refused(431, what).response()(scope, receive, send)
+                return
         await self._app(scope, receive, send)
 
 

@@ -6,6 +6,8 @@ from clustering.errors import UserError
 
 MOST_BYTES = 4 * 2**20
 """Bytes of a request's body, at most."""
+MOST_HEAD_BYTES = 2**16
+"""Bytes of the first line and the headers of a request, at most."""
 HEAD_SECONDS = 10.0
 """Seconds within which the first line and the headers of a request must arrive."""
 BODY_SECONDS = 30.0

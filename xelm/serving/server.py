@@ -27,7 +27,7 @@ from xelm.runs.run import Run
 from xelm.serving.app import make_app
 from xelm.serving.connections import limited
 from xelm.serving.desk import Desk
-from xelm.serving.limits import IDLE_SECONDS, Limits
+from xelm.serving.limits import IDLE_SECONDS, MOST_HEAD_BYTES, Limits
 from xelm.serving.metrics import Metrics
 from xelm.serving.offer import Offer, open_offer
 from xelm.serving.origins import LOOPBACK, check_origins
@@ -115,6 +115,7 @@ def http_server(app: Starlette, limits: Limits) -> uvicorn.Server:
             loop="asyncio",
             http=limited(most, limits.connections_per_client),
             ws="none",
+            h11_max_incomplete_event_size=MOST_HEAD_BYTES,
             log_config=None,
             log_level="error",
             access_log=False,
