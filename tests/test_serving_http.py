@@ -313,7 +313,10 @@ def test_values_for_a_chat_template_are_given_to_it_or_refused(chatty, tmp_path)
     (directory / "seed" / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m['content'] }} {% endfor %}"
         "{% if enable_thinking is defined and enable_thinking is false %}a b c d{% endif %}"
-        "{{ reasoning_effort }}"
+        "{{ reasoning_effort }}{{ bos_token }}{% if tools %}t{% endif %}"
+        "{% if not today is defined %}{% set today = 'e' %}{% endif %}{{ today }}"
+        "{% set mine = 'f' %}{% generation %}{{ mine }}{% endgeneration %}{# comment #}"
+        "{{ raise_exception('a b c d') if add_generation_prompt is not defined }}"
     )
     with served(directory) as found:
 
@@ -323,10 +326,20 @@ def test_values_for_a_chat_template_are_given_to_it_or_refused(chatty, tmp_path)
         plain = post().json()["usage"]["prompt_tokens"]
         off = post(chat_template_kwargs={"enable_thinking": False}).json()["usage"]
         assert off["prompt_tokens"] > plain
+        other = post(chat_template_kwargs={"today": "a b c d"}).json()["usage"]
+        assert other["prompt_tokens"] > plain
         assert post(reasoning_effort="low").json()["usage"]["prompt_tokens"] > plain
         for more, name in (
             ({"chat_template_kwargs": {"made_up": 1}}, "made_up"),
-            ({"chat_template_kwargs": {"tokenize": False}}, "tokenize"),
+            *(
+                ({"chat_template_kwargs": {"enable_thinking": False, name: 1}}, name)
+                for name in (
+                    *("tokenize", "loop", "m", "messages", "conversation", "content", "mine"),
+                    *("bos_token", "tools", "documents", "add_generation_prompt", "comment"),
+                    *("raise_exception", "defined", "for", ""),
+                )
+            ),
         ):
             error = error_of(post(**more))
-            assert error["param"] == "chat_template_kwargs" and name in error["message"]
+            assert error["param"] == "chat_template_kwargs"
+            assert f"the seed's chat template does not use {name!r}" in error["message"]

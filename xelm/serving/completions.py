@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from clustering.errors import UserError
 from clustering.languages import canonical
+from xelm.data.special import template_options
+from xelm.data.tokenizer import Tokenizer
 from xelm.inference.generation import check_prompt
 from xelm.inference.sampling import Sampling, TokenLikelihood
 from xelm.serving.answers import Answer, Choice, TokenNames
@@ -376,7 +377,7 @@ def _encoded(
         if not tokenizer.hub.chat_template:
             raise UserError("the seed has no chat template; use /v1/completions")
         messages = [{"role": m.role, "content": m.text} for m in asked.messages]
-        ids = tokenizer.chat(messages, _options(asked, tokenizer.hub.chat_template))
+        ids = tokenizer.chat(messages, _options(asked, tokenizer))
         return [ids], [tokenizer.user_ids(messages)]
     prompts = [
         tokenizer.begin(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
@@ -384,10 +385,11 @@ def _encoded(
     return prompts, [None] * len(prompts)
 
 
-def _options(asked: ChatRequest, template: str) -> dict[str, Any]:
+def _options(asked: ChatRequest, tokenizer: Tokenizer) -> dict[str, Any]:
     """Values for a chat template. Raises Refused for one that it does not use."""
+    used = template_options(tokenizer.hub) if asked.template_options else ()
     for name, (param, _) in asked.template_options.items():
-        if not re.search(rf"\b{re.escape(name)}\b", template):
+        if name not in used:
             message = f"{param}: the seed's chat template does not use {name!r:.80}; leave it out"
             raise Refused(400, message, param)
     return {name: value for name, (_, value) in asked.template_options.items()}
