@@ -76,7 +76,7 @@ def test_when_an_expert_joins_routers_know_its_language(xelm, copy, tmp_path):
 
 def with_documents(ids, count, empty=0):
     """The first documents of a language, and some that are empty."""
-    ends = np.append(ids.ends[:count], [ids.ends[count - 1]] * empty)
+    ends = ids.ends[[*range(count), *[count - 1] * empty]]
     order = np.arange(count + empty)[::-1]
     return replace(ids, ends=ends, bytes=ids.bytes[: len(order)], order=order)
 
