@@ -31,7 +31,13 @@ _JSON_TYPES = {
     "tokens": int,
     "status": str,
 }
-_OPTIONAL_JSON_TYPES = {"cluster": str, "documents": dict, "replaces": int, "reason": str}
+_OPTIONAL_JSON_TYPES = {
+    "cluster": str,
+    "documents": dict,
+    "replaces": int,
+    "reason": str,
+    "settings": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +72,9 @@ class Expert:
     """The version of the same name in use when it was published; None before, or if none was."""
     reason: str | None = None
     """Why a grown expert has its parent; None if it was branched, or nobody said."""
+    settings: dict[str, int | float] | None = None
+    """Settings with which the training of a grown expert began, where they are others than the
+    RUN's: name, such as `grow.tokens`, to value."""
     more: dict[str, Any] = field(default_factory=dict)
     """Keys beside ours in registry.json, kept as they came."""
 
@@ -122,6 +131,9 @@ class Expert:
         check_types(where, optional, {key: _OPTIONAL_JSON_TYPES[key] for key in optional})
         documents = optional.get("documents", {})
         check_types(f"{where}: documents", documents, dict.fromkeys(documents, int))
+        for name, number in optional.get("settings", {}).items():
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                raise UserError(f"{where}: settings: {name!r} should be a number; got {number!r}")
         ours = {key: value[key] for key in _JSON_TYPES} | {"languages": tuple(value["languages"])}
         more = {key: value[key] for key in value if key not in _JSON_TYPES | _OPTIONAL_JSON_TYPES}
         return cls(**ours, **optional, more=more)

@@ -5,7 +5,7 @@ from the parent's weights one round later, and no other expert changes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from clustering.errors import UserError
 from clustering.languages import canonical, find
@@ -20,10 +20,12 @@ def grow(
     name: str | None = None,
     *,
     reason: str | None = None,
+    settings: Mapping[str, int | float] | None = None,
 ) -> Registry:
     """With a child of `parent` in training for `language`; the other records stay the same objects.
 
     `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `reason` says why it is that.
+    `settings` are those of its training alone, as `Expert` has them.
     `name` is the language's tag if None. Growing the same child again while it is in training
     changes nothing. UserError if another expert serves the language, if the parent is not
     published, or if the name is taken.
@@ -41,6 +43,7 @@ def grow(
         round=registry.round_after(origin, name),
         languages=(language,),
         reason=reason,
+        settings=dict(settings) if settings else None,
     )
     return registry.add(child)
 

@@ -103,6 +103,69 @@ def test_a_grown_language_of_few_documents_is_told_by_its_passes_before_it_is_tr
     assert made.err.index(line.split()[0]) < made.err.index("100%")
 
 
+def test_the_advice_to_grow_on_fewer_tokens_can_be_followed(xelm, copy, tmp_path):
+    corpus = few(tmp_path / "few", copy.corpus, count=1)
+    arguments = ("grow", copy.directory, "--language", "pt", "--corpus", corpus)
+    told = xelm(*arguments, "--dry-run")
+    assert "begin on fewer tokens (xelm grow --set grow.tokens=N, or --set grow.max_passes=4)" in (
+        told.err
+    )
+    fewer = ("--set", "grow.tokens=256")
+    rows = {
+        line.split()[0]: line
+        for line in xelm(*arguments, *fewer, "--dry-run").out.splitlines()
+        if line
+    }
+    assert rows["pt"].split()[1:3] == ["256", "2"]
+    limited = xelm(*arguments, "--set", "grow.max_passes=4", "--dry-run", "--json").json()
+    (training,) = limited["trainings"]
+    assert training["steps"] < 8 and 2 < max(training["passes"].values()) <= 4
+    none = xelm(*arguments, "--set", "grow.max_passes=.01")
+    assert none.code == 2 and "raise grow.max_passes" in none.err
+    made = xelm(*arguments, "--set", "grow.max_passes=4")
+    assert made.code == 0, made.err
+    assert "passes over the same text" not in made.err
+    expert = open_run(copy.directory).registry().expert("pt")
+    (last,) = read_metrics(expert.directory(copy.directory) / "metrics.jsonl")[-1:]
+    assert last["step"] == training["steps"]
+    assert expert.settings == {"grow.max_passes": 4.0}
+    card = (expert.directory(copy.directory) / "README.md").read_text()
+    assert "grow.max_passes=4" in card
+
+
+def test_a_growth_goes_on_with_the_tokens_it_began_with(xelm, copy):
+    arguments = ("grow", copy.directory, "--language", "pt", "--corpus", copy.corpus)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr("xelm.runs.growing.train_checkpoints", interrupt)
+        assert xelm(*arguments, "--set", "grow.tokens=512").code == 130
+    for dry in ([], ["--dry-run"]):
+        for setting, value in (("grow.tokens=256", 256), ("grow.max_passes=2", 2.0)):
+            name = setting.partition("=")[0]
+            before = {"grow.tokens": 512, "grow.max_passes": 0.0}[name]
+            refused = xelm(*arguments, "--set", setting, *dry)
+            assert refused.code == 2
+            assert (
+                f"pt@v1 is in training already, with {name}={before}; got {value}. Go on without "
+                f"it, or give it up with: xelm discard {copy.directory} pt"
+            ) in refused.err
+    same = xelm(*arguments, "--set", "grow.tokens=512", "--dry-run", "--json").json()
+    assert same["trainings"][0]["tokens"] == 512
+    assert xelm(*arguments).code == 0
+    expert = open_run(copy.directory).registry().expert("pt")
+    (last,) = read_metrics(expert.directory(copy.directory) / "metrics.jsonl")[-1:]
+    assert last["step"] == 512 // 128 and expert.settings == {"grow.tokens": 512}
+
+
+def test_trainings_of_a_run_are_given_fewer_tokens_by_init():
+    for part, setting in (("seed", "seed"), ("experts", "experts"), ("dense", "experts")):
+        (line,) = warnings([replace(PLAN, part=part)])
+        assert line.endswith(f"make the RUN with fewer tokens (xelm init --set {setting}.tokens=N)")
+
+
 def test_a_dry_run_of_init_tells_and_writes_nothing(xelm, tiny_corpus, tiny_settings, tmp_path):
     arguments = ("--corpus", tiny_corpus, "--languages", "en,de", *tiny_settings())
     outcome = xelm("init", tmp_path / "RUN", *arguments, "--dry-run")

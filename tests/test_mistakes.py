@@ -250,6 +250,13 @@ MISTAKES = [
         "typology knows nothing of how near tlh is to any language served; name an expert",
     ),
     ("grow run --language sw --corpus corpus --by kinship", "unknown measure 'kinship'"),
+    *(
+        (
+            f"grow run --language sw --corpus corpus --parent en-es --by genealogy{dry}",
+            "--by genealogy chooses a parent, and --parent en-es names one",
+        )
+        for dry in ("", " --dry-run")
+    ),
     ("grow seeded --language pt", "has no published expert to grow from"),
     # Asking
     ("evaluate run --corpus missing", "corpus missing does not exist"),
@@ -354,7 +361,18 @@ def test_a_child_in_training_stays_on_its_corpus(xelm, place, tiny, monkeypatch,
     refused = xelm(*command, "--corpus", tmp_path / "other")
     assert refused.code == 2 and refused.err.count("\n") == 1
     assert f"pt@v1 is in training already, on {tiny.corpus.resolve()}; " in refused.err
-    for options in ([], ["--corpus", tiny.corpus]):
+    # A dry run tells of the training that has begun, or refuses as the training does.
+    dry = xelm(*command, "--corpus", tmp_path / "other", "--dry-run")
+    assert (dry.code, dry.out, dry.err) == (2, "", refused.err)
+    for options, said in (
+        (["--parent", "de-fr"], "pt@v1 is in training already, from en-es@v1; go on with"),
+        (["--by", "genealogy"], "the nearest language by mixture, at distance"),
+    ):
+        for more in ([], ["--dry-run"]):
+            refused = xelm(*command, *options, *more)
+            assert refused.code == 2 and said in refused.err
+    for options in ([], ["--corpus", tiny.corpus], ["--parent", "en-es"], ["--by", "mixture"]):
+        assert xelm(*command, *options, "--dry-run").code == 0
         assert xelm(*command, *options).code == 130
 
 

@@ -51,6 +51,7 @@ def test_registry_json_has_the_documented_form(tmp_path):
                 "status": "published",
                 "replaces": None,
                 "reason": None,
+                "settings": None,
             }
         ],
     }

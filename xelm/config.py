@@ -25,6 +25,9 @@ FREE = (
     *("keep_every", "log_every", "tensorboard", "wandb"),
 )
 """Settings of where and how a training runs, which may be others each time that it goes on."""
+OF_GROWTH = ("tokens", "max_passes")
+"""Settings that a growth may begin with in place of the RUN's, since its text may be much less or
+more than was thought of; it goes on with what it began with."""
 
 
 StartToken = Literal["tokenizer", "bos", "eos", "config"]
@@ -73,7 +76,7 @@ class TrainConfig:
     """A language is seen in proportion to (its tokens) ** this: 0 is uniform, 1 proportional."""
     max_passes: float = 0.0
     """Of a language's text at most: what it may not have, the others get (with sampling_exponent 0,
-    UniMax). 0 sets no limit."""
+    UniMax); a grown expert is trained on fewer tokens. 0 sets no limit."""
     mask_share: float = 0.15
     """Share of the tokens that an encoder has to guess (.15 in BERT, .3 in ModernBERT)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -317,13 +320,15 @@ def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
 
 
 def check_free(settings: Iterable[str], part: str) -> None:
-    """Raises UserError for a setting that is no `FREE` one of "experts" or "grow"."""
+    """Raises UserError for a setting that is no `FREE` one of "experts" or "grow", and of "grow"
+    none `OF_GROWTH` either."""
+    allowed = (*OF_GROWTH, *FREE) if part == "grow" else FREE
     for setting in settings:
         name = setting.partition("=")[0]
-        if name not in [f"{part}.{free}" for free in FREE]:
+        if name not in [f"{part}.{free}" for free in allowed]:
             raise UserError(
                 f"{name} is not to be changed once a RUN is made; here {part}.NAME=VALUE may be "
-                f"set for {', '.join(FREE)}"
+                f"set for {', '.join(allowed)}"
             )
 
 

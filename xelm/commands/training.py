@@ -325,7 +325,9 @@ TRAIN = Verb("train experts, or the dense baseline; resumes by itself", _train_o
 
 def _grow_options(verb: argparse.ArgumentParser) -> None:
     add_run(verb)
-    add_settings(verb, "run otherwise this time, as in grow.mesh_fsdp=4; may be repeated")
+    add_settings(
+        verb, "run otherwise this time, as in grow.mesh_fsdp=4, or grow.tokens=N; may be repeated"
+    )
     verb.add_argument(
         "--language", required=True, metavar="XX", help="language that the new expert learns"
     )
@@ -338,9 +340,9 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument(
         "--by",
-        default="mixture",
         metavar="MEASURE",
-        help="what the nearest language is nearest by, as in xelm nearest (default: mixture)",
+        help="what the nearest language is nearest by, as in xelm nearest (default: mixture); not "
+        "with --parent",
     )
     add_dry_run(verb)
     add_workers(verb)

@@ -126,8 +126,7 @@ def warnings(plans: Sequence[Plan]) -> list[str]:
         more = f" and {len(often) - _LISTED} more" if len(often) > _LISTED else ""
         lines.append(
             f"{each.name}: passes over the same text: {which}{more}. More than "
-            f"{MOST_PASSES:g} teach little and may do harm; give more text, or train on "
-            f"fewer tokens (--set {_setting(each.part)}.tokens=N, or .max_passes)"
+            f"{MOST_PASSES:g} teach little and may do harm; give more text, or {_fewer(each.part)}"
         )
     return lines
 
@@ -160,8 +159,15 @@ def _times(number: float) -> str:
     return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
 
 
-def _setting(part: str) -> str:
-    return "experts" if part == "dense" else part
+def _fewer(part: str) -> str:
+    """How a training of this part of the configuration is given fewer tokens."""
+    if part == "grow":
+        return (
+            "begin on fewer tokens (xelm grow --set grow.tokens=N, or --set "
+            f"grow.max_passes={MOST_PASSES:g})"
+        )
+    part = "experts" if part == "dense" else part
+    return f"make the RUN with fewer tokens (xelm init --set {part}.tokens=N)"
 
 
 def _names(plans: Sequence[Plan]) -> str:

@@ -12,11 +12,12 @@ from experts.expert import SEED, Expert, parse_reference
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
 from experts.registry import Registry
+from xelm.config import OF_GROWTH, TrainConfig
 from xelm.data import corpus as corpora
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import Source
 from xelm.data.store import Store
-from xelm.runs.budget import Plan, announce, check_disk
+from xelm.runs.budget import Plan, announce, check_disk, passes
 from xelm.runs.init import tokenise
 from xelm.runs.relatives import DEFAULT, nearest_expert
 from xelm.runs.run import Run
@@ -37,54 +38,40 @@ def grow(
     corpus: AnyCorpus | None = None,
     *,
     parent: str = "auto",
-    by: str = DEFAULT,
+    by: str | None = None,
     workers: int = 1,
 ) -> Expert:
     """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or goes on with it.
 
     corpus: has documents of the language; None takes that of the RUN. parent: an expert's name, or
-    "auto" for the one that serves the nearest language by the measure `by`, as
-    `relatives.nearest_expert` finds it. A part of the rows, the configuration's `donor_share`, is
-    of the parent's languages. workers: as in `init`.
+    "auto" for the one that serves the nearest language by the measure `by` (None takes the
+    mixture), as `relatives.nearest_expert` finds it. A part of the rows, the configuration's
+    `donor_share`, is of the parent's languages. workers: as in `init`. The settings `grow.tokens`
+    and `grow.max_passes` of the RUN are recorded with a training that begins, which goes on with
+    them. UserError if a training that has begun was begun otherwise.
     """
     tag = canonical(language)
     with locked(run.directory, f"train-{tag}"):
-        registry = run.registry()
-        if not registry.published():
-            raise UserError(
-                f"{run.directory} has no published expert to grow from; train some first"
-            )
+        registry = _registry(run, parent, by)
         started = _in_training(registry, tag)
         if started is None:
-            origin, reason, told = parent, "named by hand", []
-            if parent == "auto":
-                nearest = nearest_expert(run, tag, by, corpus or run.record["corpus"])
-                origin, reason = nearest.expert.name, nearest.reason
-                told = [*nearest.warnings, f"{tag} grows from {origin}, which {reason}"]
+            origin, reason, told = _origin(run, tag, corpus, parent, by)
+            settings = _own_settings(run)
             # Refused before it costs anything.
             child = grow_registry(registry, tag, origin).expert(tag)
             check_parents(run, [parent_directory(run, child)])
             text = corpus or run.record["corpus"]
             store = tokenise(run, text, tag, languages=[tag], workers=workers)
+            _job(run, registry, child, store)  # so is what cannot be trained
             for line in told:
                 print(line, file=sys.stderr)
-            registry = update(run.directory, lambda r: grow_registry(r, tag, origin, reason=reason))
+            registry = update(
+                run.directory,
+                lambda r: grow_registry(r, tag, origin, reason=reason, settings=settings),
+            )
             started = registry.expert(tag)
         else:
-            store = run.store(tag)
-            if corpus and corpora.fingerprint(corpus, [tag]) != store.record["corpus_sha256"]:
-                raise UserError(
-                    f"{started.reference} is in training already, on "
-                    f"{Corpus.of(store.record['corpus'])}; {Corpus.of(corpus)} holds "
-                    "something else. Go on without --corpus, or give it up with: "
-                    f"xelm discard {run.directory} {started.name}"
-                )
-            if parent not in ("auto", started.parent, started.parent.partition("@")[0]):
-                raise UserError(
-                    f"{started.reference} is in training already, from {started.parent}; "
-                    f"go on with that parent, or give it up with: xelm discard {run.directory} "
-                    f"{started.name}"
-                )
+            run, store = _going_on(run, started, corpus, parent, by)
         facts = {} if started.reason is None else {"parent chosen": started.reason}
         job = _job(run, registry, started, store)
         plans = plans_of_jobs(run, [job])
@@ -102,18 +89,17 @@ def plan_growth(
     corpus: AnyCorpus | None = None,
     *,
     parent: str = "auto",
-    by: str = DEFAULT,
+    by: str | None = None,
     workers: int = 1,
 ) -> tuple[Expert, Plan, LanguageText]:
     """What `grow` would make, what its training costs, and its text, which is tokenised in a
-    temporary folder; nothing in the RUN changes."""
-    tag, registry = canonical(language), run.registry()
+    temporary folder; nothing in the RUN changes. UserError where `grow` raises it before it
+    trains."""
+    tag, registry = canonical(language), _registry(run, parent, by)
     with TemporaryDirectory() as folder:
         expert = _in_training(registry, tag)
         if expert is None:
-            origin = parent
-            if parent == "auto":
-                origin = nearest_expert(run, tag, by, corpus or run.record["corpus"])[0].name
+            origin, _, _ = _origin(run, tag, corpus, parent, by)
             registry = grow_registry(registry, tag, origin)
             expert = registry.expert(tag)
             elsewhere = replace(run, directory=Path(folder))
@@ -121,10 +107,76 @@ def plan_growth(
             text = corpus or run.record["corpus"]
             store = tokenise(elsewhere, text, tag, languages=[tag], workers=workers)
         else:
-            store = run.store(tag)
+            run, store = _going_on(run, expert, corpus, parent, by)
         (plan,) = plans_of_jobs(run, [_job(run, registry, expert, store)])
         check_disk(run.directory, [plan])
         return expert, plan, LanguageText.of(store, tag)
+
+
+def _registry(run: Run, parent: str, by: str | None) -> Registry:
+    """The registry of a RUN that can be grown; UserError where no growth can be as asked for."""
+    if by is not None and parent != "auto":
+        raise UserError(
+            f"--by {by} chooses a parent, and --parent {parent} names one; give one of them"
+        )
+    registry = run.registry()
+    if not registry.published():
+        raise UserError(f"{run.directory} has no published expert to grow from; train some first")
+    return registry
+
+
+def _origin(
+    run: Run, tag: str, corpus: AnyCorpus | None, parent: str, by: str | None
+) -> tuple[str, str, list[str]]:
+    """The parent of a growth that begins, why it is that, and what is to be printed of it."""
+    if parent != "auto":
+        return parent, "named by hand", []
+    nearest = nearest_expert(run, tag, by or DEFAULT, corpus or run.record["corpus"])
+    line = f"{tag} grows from {nearest.expert.name}, which {nearest.reason}"
+    return nearest.expert.name, nearest.reason, [*nearest.warnings, line]
+
+
+def _own_settings(run: Run) -> dict[str, int | float]:
+    """The settings of this growth alone: name, such as `grow.tokens`, to value."""
+    given = {setting.partition("=")[0] for setting in run.settings}
+    names = [name for name in OF_GROWTH if f"grow.{name}" in given]
+    return {f"grow.{name}": getattr(run.config.grow, name) for name in names}
+
+
+def _going_on(
+    run: Run, started: Expert, corpus: AnyCorpus | None, parent: str, by: str | None
+) -> tuple[Run, Store]:
+    """The RUN with the settings with which a growth began, and its text; UserError if it began
+    with another corpus, parent or setting than is asked for."""
+    (tag,) = started.languages
+    store = run.store(tag)
+    give_up = f"or give it up with: xelm discard {run.directory} {started.name}"
+    if corpus and corpora.fingerprint(corpus, [tag]) != store.record["corpus_sha256"]:
+        raise UserError(
+            f"{started.reference} is in training already, on "
+            f"{Corpus.of(store.record['corpus'])}; {Corpus.of(corpus)} holds "
+            f"something else. Go on without --corpus, {give_up}"
+        )
+    if parent not in ("auto", started.parent, started.parent.partition("@")[0]):
+        raise UserError(
+            f"{started.reference} is in training already, from {started.parent}; "
+            f"go on with that parent, {give_up}"
+        )
+    if by is not None and f"the nearest language by {by}," not in (started.reason or ""):
+        raise UserError(
+            f"{started.reference} is in training already, from {started.parent} "
+            f"({started.reason}); go on without --by, {give_up}"
+        )
+    began, of_run = started.settings or {}, replace(run, settings=()).config.grow
+    for name, value in _own_settings(run).items():
+        before = began.get(name, getattr(of_run, name.partition(".")[2]))
+        if value != before:
+            raise UserError(
+                f"{started.reference} is in training already, with {name}={before}; got {value}. "
+                f"Go on without it, {give_up}"
+            )
+    again = [f"{name}={value}" for name, value in began.items() if name not in _own_settings(run)]
+    return replace(run, settings=[*run.settings, *again]), store
 
 
 def _in_training(registry: Registry, tag: str) -> Expert | None:
@@ -140,14 +192,30 @@ def _job(run: Run, registry: Registry, expert: Expert, store: Store) -> Job:
     sources += _donors(run, registry, expert)
     # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
     random_seed = run.config.grow.random_seed + expert.round - 2
+    config = _within_passes(tag, sources, run.config.grow)
     return Job(
         name=expert.name,
         part="grow",
         parent=parent_directory(run, expert),
         target=expert.directory(run.directory),
         sources=sources,
-        config=replace(run.config.grow, random_seed=random_seed),
+        config=replace(config, random_seed=random_seed),
     )
+
+
+def _within_passes(tag: str, sources: Sequence[Source], config: TrainConfig) -> TrainConfig:
+    """The configuration with as many whole steps as pass over no language more often than
+    `max_passes`, if that is not 0."""
+    most = max(passes(sources, config).values()) / config.steps
+    steps = int(config.max_passes / most + 1e-9)
+    if not config.max_passes or steps >= config.steps:
+        return config
+    if not steps:
+        raise UserError(
+            f"{tag}: one step passes over its text or its parent's {most:.3g} times, and "
+            f"grow.max_passes is {config.max_passes:g}; give more text, or raise grow.max_passes"
+        )
+    return replace(config, tokens=steps * config.tokens_per_step)
 
 
 def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[Source]:

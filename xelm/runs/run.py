@@ -165,11 +165,11 @@ class Run:
         language: str,
         corpus: "AnyCorpus | None" = None,
         parent: str = "auto",
-        by: str = "mixture",
+        by: str | None = None,
     ) -> None:
         """Adds an expert for a new language from `corpus`, by default the RUN's; no other expert
         changes. parent: an expert's name, or "auto" for that of the nearest language by the measure
-        `by`."""
+        `by`, None being the mixture."""
         from xelm.runs.growing import grow
 
         grow(self, language, corpus, parent=parent, by=by)
