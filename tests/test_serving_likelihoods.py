@@ -130,6 +130,19 @@ def test_an_echo_without_log_probabilities_is_the_prompt(client, tiny):
     assert whole.text.startswith(texts(tiny)[0]) and len(whole.text) > len(plain.text)
 
 
+def test_where_nothing_is_routed_router_and_weights_are_null(server):
+    body = {"model": "xelm", "prompt": "abc de", "max_tokens": 0}
+    nothing = server.post(body).json()["choices"][0]["xelm"]
+    assert nothing["router"] is None and nothing["weights"] is None
+    streamed = server.post(body | {"stream": True}).text
+    assert '"router": null, "weights": null' in streamed
+    read = server.post(body | {"echo": True, "logprobs": 0}).json()["choices"][0]["xelm"]
+    assert read["router"] and sum(read["weights"].values()) == pytest.approx(1, abs=0.01)
+    start = server.desk.offer.ensemble.tokenizer.start_id
+    alone = body | {"prompt": [start], "echo": True, "logprobs": 0}
+    assert server.post(alone).json()["choices"][0]["xelm"]["router"] is None
+
+
 def test_chats_have_them_too(client, tiny):
     messages = [{"role": "user", "content": texts(tiny)[1]}]
     asked = {"model": "xelm", "messages": messages, "max_tokens": 6, "temperature": 0}

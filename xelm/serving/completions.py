@@ -64,10 +64,12 @@ class _Asked:
     ends: dict[int, Ended] = field(default_factory=dict)
 
     def about(self, place: int, event: Piece | Ended) -> dict[str, Any]:
-        """The `xelm` of a choice."""
+        """The `xelm` of a choice. Where nothing was routed, router and weights are null."""
         language = self.languages[place]
         source = None if language is None else "told" if self.told else "detected"
         found = {"language": language, "language_from": source}
+        if not event.router:
+            return {**found, "router": None, "weights": None}
         return {**found, "router": event.router, "weights": event.weights}
 
     def likelihoods(self, place: int, event: _Said) -> Sequence[TokenLikelihood]:
