@@ -228,4 +228,4 @@ def test_a_run_of_old_goes_on_with_the_bos_of_its_configuration(
     assert open_run(directory).config.start_token == "config"
     assert "start_token" not in json.loads((directory / "run.json").read_text())["config"]
     other = xelm(*command, "--set", "start_token=eos")
-    assert other.code == 2 and "start_token was None, now eos" in other.err
+    assert other.code == 2 and "start_token was config, now eos" in other.err

@@ -288,6 +288,19 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def with_defaults(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values of a configuration of that type, with the defaults of those fields that its
+    version did not have yet: a default means what was done before there was a choice."""
+    hints, found = typing.get_type_hints(kind), dict(value)
+    for field in dataclasses.fields(kind):
+        nested, item = _dataclass_of(hints[field.name]), found.get(field.name)
+        if nested and isinstance(item, Mapping):
+            found[field.name] = with_defaults(nested, item)
+        elif field.name not in found and field.default is not dataclasses.MISSING:
+            found[field.name] = json.loads(json.dumps(field.default, default=dataclasses.asdict))
+    return found
+
+
 def from_json(kind: type, value: Mapping[str, Any]) -> Any:
     """A configuration of that type from JSON values; unknown and missing fields are refused."""
     fields = {field.name: field for field in dataclasses.fields(kind)}

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from clustering.clustering import Clustering
@@ -12,7 +13,7 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, read_json, write_json
 from clustering.vectoriser import Vectoriser
 from experts.registry import Registry
-from xelm.config import FREE, RunConfig, from_json, override, to_json
+from xelm.config import FREE, RunConfig, from_json, override, to_json, with_defaults
 
 if TYPE_CHECKING:
     from xelm.data.corpus import AnyCorpus
@@ -201,9 +202,16 @@ def refuse_other_files(directory: str | Path) -> None:
         raise UserError(f"{directory} exists and is no RUN; give a new or empty directory")
 
 
-def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any]) -> Run:
+def create_run(
+    directory: str | Path,
+    config: RunConfig,
+    facts: Mapping[str, Any],
+    earlier: Mapping[str, Any] = MappingProxyType({}),
+) -> Run:
     """Makes the directory with its run.json, or opens it if that says the same but for the `FREE`
-    settings of the seed's training. Another configuration in its place is refused."""
+    settings of the seed's training. Another configuration in its place is refused. Settings that
+    the run.json of an earlier version lacks have their defaults; earlier: facts that it may lack.
+    """
     from xelm import __version__
 
     directory = Path(directory)
@@ -214,11 +222,11 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
     if "run.json" in present:
         run = open_run(directory, finished=False)
         if "start_token" not in run.record["config"] and config.start_token == "tokenizer":
-            del wanted["config"][
-                "start_token"
-            ]  # a RUN made before this setting goes on as it began
+            # A preset's, which asks for another than was used before this setting.
+            del wanted["config"]["start_token"]
+        before = {**earlier, **run.record, "config": with_defaults(RunConfig, run.record["config"])}
         # What a corpus holds counts, not where it lies.
-        differ = _differences(run.record, {**wanted, "corpus": run.record["corpus"]})
+        differ = _differences(before, {**wanted, "corpus": run.record["corpus"]})
         if not differ:
             # Where and how the seed's training runs may be another each time.
             return replace(run, record={**run.record, "config": wanted["config"]})
