@@ -11,10 +11,13 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from clustering.files import write_json
+from experts.grow import grow
+from experts.lock import update
 from xelm.data import tokenizer as tokenizers
 from xelm.data.overlap import copies, fingerprints, overlap
 from xelm.data.spelling import Counts, Spelling
 from xelm.runs.evaluation import evaluate
+from xelm.runs.init import tokenise
 from xelm.runs.report.facts import read
 from xelm.runs.report.verdict import compare, verdict
 from xelm.runs.run import open_run
@@ -218,6 +221,15 @@ def test_what_a_grown_expert_was_trained_on_counts_too(xelm, copy):
         open_run(copy.directory), copy.corpus, routings=["language"], max_documents=10, save=False
     )
     assert results.texts["pt"].exact == 10
+
+
+def test_text_of_a_growth_that_never_began_was_not_trained_on(xelm, copy):
+    run = open_run(copy.directory)
+    tokenise(run, copy.corpus, "pt", languages=["pt"])
+    evaluated = {"routings": ["language"], "max_documents": 10, "save": False}
+    assert evaluate(run, copy.corpus, **evaluated).texts["pt"].exact == 0
+    update(copy.directory, lambda registry: grow(registry, "pt", "en-es"))
+    assert evaluate(run, copy.corpus, **evaluated).texts["pt"].exact == 10
 
 
 def test_near_copies_are_found_and_other_text_is_not(tiny):

@@ -13,7 +13,7 @@ from xelm.data.store import Store
 from xelm.runs.run import Run
 
 EVALUATION = "evaluation-"
-"""How names of stores of evaluated text begin; the others hold text that is trained on."""
+"""How names of stores of evaluated text begin."""
 MOST_TRAINED = 0.01
 """Share of a language's documents in the training text from which on figures are marked."""
 
@@ -161,10 +161,11 @@ def duplicate_notes(texts: Mapping[str, LanguageText], left_out: bool) -> list[s
 
 
 def _training_stores(run: Run) -> Iterator[Store]:
-    """The RUN's corpus and those of grown experts."""
-    for path in sorted((run.directory / "corpus").glob("*/store.json")):
-        name = path.parent.name
-        if not name.startswith((EVALUATION, ".")):
+    """The RUN's corpus and those of the grown experts in its registry. A growth that was ended
+    before its training began has left text that nothing was trained on."""
+    grown = {tag for e in run.registry().experts if e.cluster is None for tag in e.languages}
+    for name in ("train", *sorted(grown)):
+        if (run.directory / "corpus" / name / "store.json").exists():
             yield run.store(name)
 
 
