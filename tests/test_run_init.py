@@ -134,7 +134,7 @@ def test_a_run_of_before_a_setting_is_gone_on_with(tmp_path):
         run = create_run(directory, config, facts)
         assert name != "start_token" or run.config.start_token == "config"
         assert replace(run.config, start_token="tokenizer") == config
-        with pytest.raises(UserError, match="donor_share was 0.25, now 0.5"):
+        with pytest.raises(UserError, match=r"donor_share was 0\.25, now 0\.5"):
             create_run(directory, replace(config, donor_share=0.5), facts)
 
 
