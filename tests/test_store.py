@@ -4,6 +4,9 @@ import errno
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -399,3 +402,36 @@ def test_the_documents_of_a_corpus_become_the_ids_of_its_tokenizer(tiny, tiny_co
         ]
         assert [found.document(n).tolist() for n in range(len(found))] == tokenizer.encode(texts)
         assert store.record["languages"][language]["bytes"] == sum(len(t.encode()) for t in texts)
+
+
+MANY_LANGUAGES = """
+import resource
+from test_store import Document, build
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+tags = [f"{a}{b}" for a in "abcdefghijklmn" for b in "opqrstuvwxyza"]
+store = build("store", [Document(f"{tag} {n}", tag) for n in range(2) for tag in tags])
+assert len(store.languages) == len(tags) > 180
+assert all(store.languages[tag].document(1).tolist() == [*map(ord, tag + " 1")] for tag in tags)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no such limit")
+def test_a_store_may_have_more_files_than_a_process_may_have_open(tmp_path):
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", MANY_LANGUAGES]
+    made = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert made.returncode == 0, made.stderr
+
+
+@pytest.mark.parametrize("waiting", [1, 100, 2**26])
+def test_what_waits_in_memory_comes_into_the_files_in_order(tmp_path, monkeypatch, waiting):
+    monkeypatch.setattr(building, "_WAITING_BYTES", waiting)
+    store = build(tmp_path / "store", MANY)
+    for tag, found in store.languages.items():
+        texts = [document.text for document in MANY if document.language == tag]
+        read = ["".join(map(chr, found.document(number))) for number in range(len(found))]
+        assert read == texts

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,8 @@ _BATCHES_HERE = 4
 # Between notes of how far it is.
 NOTE_SECONDS = 10.0
 _COPIED_BYTES = 2**24
+# Of all languages together, that wait to be appended to files.
+_WAITING_BYTES = 2**26
 
 Encode = Callable[[Iterator[list[str]]], Iterator[Sequence[Sequence[int]]]]
 """Batches of texts -> ids of each text, batch by batch."""
@@ -78,25 +79,24 @@ def build_store(
     encode = encode or (lambda batches: map(tokenizer.encode, batches))
     keep = facts is not None  # what is done by then, to be gone on with
     try:
-        with ExitStack() as stack:
-            done, files = _begun(partial, made_of if facts else None, dtype, stack)
-            progress(done)
-            kept_documents = itertools.islice(kept(documents, wanted, faults), done, None)
-            noted = time.monotonic()
-            for batch, encoded in _encoded(_batches(kept_documents), encode):
-                texts = [document.text for document in batch]
-                counts, (hashes, signatures) = spelling.count(texts, encoded), fingerprints(texts)
-                for number, (document, ids) in enumerate(zip(batch, encoded, strict=True)):
-                    size = len(document.text.encode())
-                    facts_of = counts[number], hashes[number], signatures[number]
-                    files.of(document.language).add(ids, size, *facts_of)
-                done += len(batch)
-                progress(len(batch))
-                if time.monotonic() > noted + NOTE_SECONDS:
-                    files.note(made_of, done)
-                    noted = time.monotonic()
-            keep = False
-            languages_found = files.finish(wanted, faults, drop_duplicates)
+        done, files = _begun(partial, made_of if facts else None, dtype)
+        progress(done)
+        kept_documents = itertools.islice(kept(documents, wanted, faults), done, None)
+        noted = time.monotonic()
+        for batch, encoded in _encoded(_batches(kept_documents), encode):
+            texts = [document.text for document in batch]
+            counts, (hashes, signatures) = spelling.count(texts, encoded), fingerprints(texts)
+            for number, (document, ids) in enumerate(zip(batch, encoded, strict=True)):
+                size = len(document.text.encode())
+                facts_of = counts[number], hashes[number], signatures[number]
+                files.add(document.language, ids, size, *facts_of)
+            done += len(batch)
+            progress(len(batch))
+            if time.monotonic() > noted + NOTE_SECONDS:
+                files.note(made_of, done)
+                noted = time.monotonic()
+        keep = False
+        languages_found = files.finish(wanted, faults, drop_duplicates)
         record = {"format": FORMAT, **(facts or {}), "dtype": dtype.str}
         record |= {"fingerprints": method(), "languages": languages_found}
         write_json(partial / "store.json", {**record, "left_out": faults.to_json()})
@@ -200,7 +200,7 @@ def _encoded(
 
 
 def _begun(
-    partial: Path, made_of: Mapping[str, Any] | None, dtype: np.dtype, stack: ExitStack
+    partial: Path, made_of: Mapping[str, Any] | None, dtype: np.dtype
 ) -> tuple[int, "_Files"]:
     """How many documents are done, and the files to go on with."""
     note = {}
@@ -214,33 +214,35 @@ def _begun(
     if note.get("made_of") != made_of or not note or not whole:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        return 0, _Files(partial, dtype, stack, {})
-    return note["documents"], _Files(partial, dtype, stack, note["languages"])
+        return 0, _Files(partial, dtype, {})
+    return note["documents"], _Files(partial, dtype, note["languages"])
 
 
 class _Files:
-    """Those of a store in the making."""
+    """Those of a store in the making. One is open at a time, for there may be more than a process
+    may have open."""
 
-    def __init__(
-        self, folder: Path, dtype: np.dtype, stack: ExitStack, sizes: Mapping[str, Sequence[int]]
-    ):
+    def __init__(self, folder: Path, dtype: np.dtype, sizes: Mapping[str, Sequence[int]]):
         """sizes: language -> tokens and documents that are there already."""
-        self.folder, self.dtype, self.stack = folder, dtype, stack
-        self.languages = {tag: self._open(tag, *counts) for tag, counts in sizes.items()}
+        self.folder, self.dtype, self.waiting = folder, dtype, 0
+        self.languages = {
+            tag: _Writer(folder, tag, dtype, *counts) for tag, counts in sizes.items()
+        }
 
-    def _open(self, language: str, tokens: int = 0, documents: int = 0) -> "_Writer":
-        writer = _Writer(self.folder, language, self.dtype, tokens, documents)
-        self.stack.callback(writer.close)
-        return writer
-
-    def of(self, language: str) -> "_Writer":
+    def add(self, language: str, *parts: Any) -> None:
+        """A document's, as in `_Writer.add`."""
         if language not in self.languages:
-            self.languages[language] = self._open(language)
-        return self.languages[language]
+            self.languages[language] = _Writer(self.folder, language, self.dtype, 0, 0)
+        self.waiting += self.languages[language].add(*parts)
+        if self.waiting > _WAITING_BYTES:
+            for writer in self.languages.values():
+                writer.append()
+            self.waiting = 0
 
     def note(self, made_of: Mapping[str, Any], documents: int) -> None:
         """Writes down how far it is."""
         sizes = {tag: writer.flushed() for tag, writer in self.languages.items()}
+        self.waiting = 0
         note = {"format": 1, "made_of": made_of, "documents": documents, "languages": sizes}
         write_json(self.folder / "building.json", note)
 
@@ -279,9 +281,10 @@ class _Writer:
         self.folder, self.language, self.dtype = folder, language, dtype
         self.tokens, self.documents = tokens, documents
         self.paths = paths_of(folder, language)
-        self.files = [path.open("ab") for path in self.paths]
-        for file, size in zip(self.files, sizes_of(tokens, documents, dtype)):
-            file.truncate(size)
+        self.waiting = [bytearray() for _ in self.paths]
+        for path, size in zip(self.paths, sizes_of(tokens, documents, dtype)):
+            with path.open("ab") as file:
+                file.truncate(size)
 
     def add(
         self,
@@ -290,22 +293,34 @@ class _Writer:
         counts: np.ndarray,
         fingerprint: np.ndarray,
         signature: np.ndarray,
-    ) -> None:
+    ) -> int:
+        """Takes a document, which waits in memory; returns its bytes."""
         parts = (np.asarray(ids, self.dtype), np.int64(len(ids)), np.int64(size))
-        for file, part in zip(self.files, (*parts, counts, fingerprint, signature)):
-            file.write(part.tobytes())
+        contents = [part.tobytes() for part in (*parts, counts, fingerprint, signature)]
+        for waiting, content in zip(self.waiting, contents):
+            waiting += content
         self.tokens += len(ids)
         self.documents += 1
+        return sum(map(len, contents))
+
+    def append(self, on_disk: bool = False) -> None:
+        """Appends what waits to the files; on_disk: returns once all of them is on disk."""
+        for path, waiting in zip(self.paths, self.waiting):
+            if waiting or on_disk:
+                with path.open("ab") as file:
+                    file.write(waiting)
+                    if on_disk:
+                        file.flush()
+                        os.fsync(file.fileno())
+                waiting.clear()
 
     def flushed(self) -> tuple[int, int]:
         """Tokens and documents, once they are on disk."""
-        for file in self.files:
-            file.flush()
-            os.fsync(file.fileno())
+        self.append(on_disk=True)
         return self.tokens, self.documents
 
     def finish(self, drop_duplicates: bool) -> dict[str, int]:
-        self.close()
+        self.append()
         names = dict(zip(_KINDS, self.paths))
         again = copies(np.fromfile(names["hashes"], "<u8").reshape(-1, HASH_WORDS))
         if drop_duplicates and again.any():
@@ -328,10 +343,6 @@ class _Writer:
             **Counts(*counts.sum(axis=0, dtype=np.int64).tolist())._asdict(),
             "duplicates": int(again.sum()),
         }
-
-    def close(self) -> None:
-        for file in self.files:
-            file.close()
 
 
 def _keep(path: Path, sizes: np.ndarray, wanted: np.ndarray) -> None:
