@@ -1,13 +1,15 @@
 """`xelm discard`: what is in training can be given up, and nothing else."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
 from clustering.errors import UserError
 from experts.expert import Expert
-from experts.lock import locked
+from experts.lock import locked, update
 from experts.registry import Registry
+from experts.verify import hash_directory
 from xelm.runs.run import open_run
 from xelm.training.metrics import MetricsLog
 
@@ -104,6 +106,52 @@ def test_what_another_process_trains_is_left_alone(xelm, growing_wrongly):
     assert outcome.code == 2 and "is in use (train-pt) by process" in outcome.err
     assert (run / "train/pt/checkpoints").exists()
     assert [e.name for e in open_run(run).registry().training()] == ["pt"]
+
+
+def test_what_is_published_before_the_lock_is_free_is_left_alone(
+    xelm, growing_wrongly, monkeypatch
+):
+    """The trainer publishes between the command's start and the moment that it has the lock."""
+    run, _ = growing_wrongly
+    weights = run / "experts/pt/v1/model.safetensors"
+
+    @contextmanager
+    def published_meanwhile(*arguments, **options):
+        weights.parent.mkdir(parents=True)
+        weights.write_text("weights")
+        sha256 = hash_directory(weights.parent)
+        update(run, lambda registry: registry.publish("pt", 1, sha256=sha256, tokens=1))
+        with locked(*arguments, **options):
+            yield
+
+    monkeypatch.setattr("xelm.runs.discard.locked", published_meanwhile)
+    outcome = xelm("discard", run, "pt")
+    assert outcome.code == 2
+    assert "expert 'pt' is not in training; it has v1 (published)" in outcome.err
+    assert weights.read_text() == "weights" and (run / "corpus/pt/store.json").exists()
+
+
+def test_the_text_of_a_growth_that_never_reached_the_registry_is_deleted(xelm, copy, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    run = copy.directory
+    with monkeypatch.context() as patch:
+        patch.setattr("xelm.runs.growing.update", interrupt)
+        grow = ("grow", run, "--language", "pt", "--corpus", copy.corpus, "--parent", "en-es")
+        assert xelm(*grow).code == 130
+    assert (run / "corpus/pt/store.json").exists()
+    (run / "corpus/.pt.partial").mkdir()
+    outcome = xelm("discard", run, "pt")
+    assert (outcome.code, outcome.out) == (
+        0,
+        f"discarded: {run / 'corpus/pt'}, the text of a growth that had not begun to train\n",
+    )
+    assert {path.name for path in (run / "corpus").iterdir()} == {"train"}
+    (run / "corpus/evaluation-a").mkdir()
+    for name in ("pt", "train", "evaluation-a", "de", ".", ".."):
+        assert xelm("discard", run, name).code == 2
+    assert (run / "corpus/train/store.json").exists() and (run / "corpus/evaluation-a").exists()
 
 
 def test_only_the_unfinished_version_leaves_the_registry():

@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import suppress
+from pathlib import Path
 
 from clustering.errors import UserError
 from xelm.commands.options import Verb, add_json, add_run, print_json
@@ -124,7 +125,11 @@ ROLLBACK = Verb("publish an earlier version of an expert again", _rollback_optio
 
 def _discard_options(verb: argparse.ArgumentParser) -> None:
     add_run(verb)
-    verb.add_argument("name", metavar="NAME", help="an expert in training, or dense")
+    verb.add_argument(
+        "name",
+        metavar="NAME",
+        help="an expert in training, dense, or a language whose growth stopped before",
+    )
     add_json(verb)
 
 
@@ -134,7 +139,10 @@ def _discard(options: argparse.Namespace) -> None:
 
     removed = discard(open_run(options.run), options.name)
     if options.json:
-        print_json({"name": options.name, "removed": removed and removed.reference})
+        shown = str(removed) if isinstance(removed, Path) else removed and removed.reference
+        print_json({"name": options.name, "removed": shown})
+    elif isinstance(removed, Path):
+        print(f"discarded: {removed}, the text of a growth that had not begun to train")
     elif removed is not None:
         print(f"discarded: {removed.reference}, its checkpoints and its record")
     else:
