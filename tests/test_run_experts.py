@@ -107,6 +107,22 @@ def test_nearest_and_growing_are_of_one_mind_also_after_growing(xelm, grown):
     assert served["tokens"] == run.store("pt").record["languages"]["pt"]["tokens"]
 
 
+def test_nearest_and_growing_are_of_one_mind_with_the_same_corpus(xelm, copy, tmp_path):
+    # It looks like Spanish, and so its parent is by subwords.
+    shutil.copy(copy.corpus / "es.jsonl", tmp_path / "sv.jsonl")
+    for by in ("mixture", "subwords", "genealogy"):
+        options = ("--corpus", tmp_path / "sv.jsonl", "--by", by)
+        listed = xelm("nearest", "sv", "--run", copy.directory, *options, "--json").json()
+        assert {row["language"] for row in listed} == set(LANGUAGES)
+        told = xelm("grow", copy.directory, "--language", "sv", *options, "--dry-run").out
+        assert f"sv@v1 would start from {listed[0]['expert']}; nothing was changed" in told
+    # Without --corpus, both take the text in the RUN's corpus that the RUN was not made of.
+    listed = xelm("nearest", "pt", "--run", copy.directory, "--by", "subwords", "--json").json()
+    parent = nearest_expert(open_run(copy.directory), "pt", "subwords", copy.corpus)
+    assert listed[0]["expert"] == parent.expert.reference
+    assert listed[0]["subwords"]["coverage"] == 1
+
+
 def test_a_served_language_without_data_does_not_stop_the_next(copy):
     update(copy.directory, lambda r: grow(r, "kok", "de-fr", reason="named by hand"))
     done = {"sha256": {"model.safetensors": "a" * 64}, "tokens": 1}

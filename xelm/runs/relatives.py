@@ -3,7 +3,8 @@ the expert that a new language is grown from, which is that of the nearest."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from clustering.distances import Relative
@@ -11,7 +12,7 @@ from clustering.errors import UserError
 from clustering.languages import canonical, canonical_all, english_name, find
 from experts.expert import Expert
 from experts.grow import choose_parent
-from xelm.data.corpus import AnyCorpus
+from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.runs.distances import Sources, languages_of, measured
 from xelm.runs.run import Run
 
@@ -59,16 +60,17 @@ def relatives(
     others: Sequence[str] | None = None,
 ) -> list[Relatives]:
     """The other languages, nearest first by the first of the measures, and last those of which it
-    knows nothing. others: None takes those of the sources, of a RUN with the languages that its
-    experts were grown for. UserError as `distances.measured`."""
+    knows nothing. others: None takes those of a table, tagged text or states where the measures are
+    made of these; of a RUN the languages that its experts serve, or its own before any is
+    published; and else those of the corpus. UserError as `distances.measured`."""
     tag = canonical(language)
     if not measures:
         raise UserError("name a measure at least")
     tokens, experts = ({}, {}) if sources.run is None else _served(sources.run)
+    if sources.run is not None and sources.corpus is None:
+        sources = replace(sources, corpus=_corpus_there(sources.run))
     if others is None:
-        listed = canonical_all(languages_of("+".join(measures), sources))
-        of_run = sources.run is not None and listed == canonical_all(sources.run.languages)
-        others = [*listed, *(other for other in experts if of_run and not find(other, listed))]
+        others = _others(measures, sources, list(experts))
     known = [other for other in canonical_all(others) if other != tag]
     if not known:
         raise UserError(f"no language to compare {tag} with")
@@ -147,6 +149,24 @@ def nearest_expert(
         f"{coverage:.0%} is known"
     )
     return Parent(expert, reason, tuple(warnings))
+
+
+def _others(measures: Sequence[str], sources: Sources, served: Sequence[str]) -> Sequence[str]:
+    """The languages to compare with where none are named. A corpus beside a RUN only has text."""
+    run = sources.run
+    if run is None:
+        return languages_of("+".join(measures), sources)
+    listed = languages_of("+".join(measures), replace(sources, corpus=None))
+    of_run = canonical_all(listed) == canonical_all(run.languages)
+    return served if of_run and served else listed
+
+
+def _corpus_there(run: Run) -> Corpus | None:
+    """The corpus that a RUN was made of, which may have text in further languages; None where it
+    is not on this machine any more."""
+    corpus = Corpus.of(run.record["corpus"])
+    there = all(Path(source.path).exists() for source in corpus.sources)
+    return corpus if there else None
 
 
 def _served(run: Run) -> tuple[dict[str, int], dict[str, str]]:
