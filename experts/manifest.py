@@ -3,15 +3,19 @@ fitted routers, the dense baseline.
 
 The registry has those of the seed and of every expert. What else is read when the ensemble is asked
 is written by other commands at other times; each records what it wrote here, and `verify` compares.
+So is what the registry says of an expert when it is published, which never changes.
 Knows files and hashes; does not know what is in the files.
 """
 
-from collections.abc import Iterable
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
-from experts.expert import check_strings, check_types, hash_faults
+from experts.expert import Expert, check_strings, check_types, hash_faults
 from experts.lock import locked
 
 FILE_NAME = "hashes.json"
@@ -25,16 +29,54 @@ FOLDERS = ("dense", "routers")
 def recorded(run: Path | str) -> dict[str, str]:
     """File, relative to the RUN, to hexadecimal SHA-256; empty before anything is recorded.
     UserError if the record is damaged."""
+    return _read(run)["files"]
+
+
+def recorded_experts(run: Path | str) -> dict[str, str]:
+    """Reference of each published version to the `digest` of its record; versions that were
+    published before such digests were kept are missing. UserError if the record is damaged."""
+    return _read(run)["experts"]
+
+
+def digest(expert: Expert) -> str:
+    """SHA-256 of what the registry says of a version and what never changes once it is published:
+    all but its status and the version that it replaced."""
+    facts = expert.to_json()
+    kept = {
+        key: value
+        for key, value in facts.items()
+        if key not in ("status", "replaces", *expert.more) and value is not None
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def record_expert(run: Path | str, expert: Expert) -> None:
+    """Keeps the `digest` of a version that is about to be published."""
+    run = Path(run)
+    with locked(run, "hashes", wait_seconds=30.0):
+        known = _read(run)
+        _write(run, known["files"], {**known["experts"], expert.reference: digest(expert)})
+
+
+def _read(run: Path | str) -> dict[str, dict[str, str]]:
     path = Path(run) / FILE_NAME
-    if not path.exists():
-        return {}
-    value = read_json(path, newest_format=FORMAT)
+    value = read_json(path, newest_format=FORMAT) if path.exists() else {"files": {}}
     check_types(str(path), value, {"files": dict})
-    check_strings(str(path), value["files"])
-    faults = list(hash_faults(value["files"]))
-    if faults:
-        raise UserError(f"{path}: {'; '.join(faults[:5])}")
-    return value["files"]
+    found = {"files": value["files"], "experts": value.get("experts", {})}
+    check_types(str(path), found, {"experts": dict})
+    for hashes in found.values():
+        check_strings(str(path), hashes)
+        faults = list(hash_faults(hashes))
+        if faults:
+            raise UserError(f"{path}: {'; '.join(faults[:5])}")
+    return found
+
+
+def _write(run: Path, files: Mapping[str, str], experts: Mapping[str, str]) -> None:
+    value: dict[str, Any] = {"format": FORMAT, "files": dict(sorted(files.items()))}
+    if experts:
+        value["experts"] = dict(sorted(experts.items()))
+    write_json(run / FILE_NAME, value)
 
 
 def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> None:
@@ -56,7 +98,7 @@ def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> Non
                 if file.is_file() and (again or key not in known):
                     found[key] = sha256(file)
         if found != known:
-            write_json(run / FILE_NAME, {"format": FORMAT, "files": dict(sorted(found.items()))})
+            _write(run, found, recorded_experts(run))
 
 
 def is_recorded(run: Path | str, name: str) -> bool:

@@ -38,7 +38,8 @@ class Fault:
 
 def verify(run: Path | str) -> list[Fault]:
     """Every fault in the files of a RUN that inference reads; empty if all is well: seed and
-    experts by the registry, the others by `manifest`, and whatever lies beside them.
+    experts by the registry, its records of them and the others by `manifest`, and whatever lies
+    beside them.
 
     Published versions are read whole; retired ones too where their directory is still there, since
     they can be rolled back to. Versions in training have no hashes yet. UserError if there is no
@@ -54,7 +55,26 @@ def verify(run: Path | str) -> list[Fault]:
     faults = verify_seed(run, registry)
     for expert in registry.experts:
         faults += verify_expert(run, expert)
+    faults += _records(run, registry)
     return faults + _strangers(run, registry) + _others(run) + _links(run, registry)
+
+
+def _records(run: Path, registry: Registry) -> list[Fault]:
+    """Published versions of which the registry says something else than when they were published,
+    such as whom they serve; nothing of versions of which no digest was kept."""
+    try:
+        wanted = manifest.recorded_experts(run)
+    except UserError:
+        return []  # `_others` tells it
+    return [
+        Fault(
+            kind="changed",
+            file=FILE_NAME,
+            detail=f"the record of {expert.reference} is not that under which it was published",
+        )
+        for expert in registry.experts
+        if expert.sha256 and wanted.get(expert.reference) not in (None, manifest.digest(expert))
+    ]
 
 
 def _strangers(run: Path, registry: Registry) -> list[Fault]:

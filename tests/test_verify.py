@@ -9,7 +9,9 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, sha256, write_arrays
 from experts import manifest
 from experts.expert import Expert
+from experts.lock import update
 from experts.registry import Registry
+from experts.rollback import rollback
 from experts.verify import hash_directory, verify
 from xelm.runs.run import open_run
 
@@ -226,6 +228,52 @@ def test_a_run_as_the_commands_leave_it_is_sound_and_whatever_is_changed_is_name
         ["changed", f"routers/{router.name}"],
         ["changed", "vectoriser.npz"],
     ]
+
+
+@pytest.mark.parametrize("key", ["languages", "cluster", "parent", "tokens"])
+def test_a_record_of_a_published_expert_that_was_changed_is_named(xelm, copy, key):
+    run = copy.directory
+    value = json.loads((run / "registry.json").read_text())
+    one, other = value["experts"]
+    if key in ("languages", "cluster"):
+        one[key], other[key] = other[key], one[key]
+    elif key == "parent":
+        one["parent"], one["round"] = other["name"] + "@v1", 2
+    else:
+        one["tokens"] += 1
+    (run / "registry.json").write_text(json.dumps(value))
+    named = [one, other] if key in ("languages", "cluster") else [one]
+    assert [str(fault) for fault in verify(run)] == [
+        f"changed: registry.json: the record of {expert['name']}@v1 is not that under which it was "
+        "published"
+        for expert in named
+    ]
+
+
+def test_rolling_back_and_keys_of_others_do_not_change_what_was_published(run):
+    for version in (1, 2):
+        expert = Registry.load(run).expert("a", version)
+        manifest.record_expert(run, expert)
+    update(run, lambda registry: rollback(registry, "a"))
+    assert verify(run) == []
+    value = json.loads((run / "registry.json").read_text())
+    value["experts"][0]["note"] = "of somebody's own"
+    (run / "registry.json").write_text(json.dumps(value))
+    assert verify(run) == []
+    value["experts"][0]["languages"] = ["fr"]
+    (run / "registry.json").write_text(json.dumps(value))
+    assert _found(run) == [("changed", "registry.json")]
+
+
+def test_a_record_without_a_digest_of_an_earlier_version_is_no_fault(xelm, copy):
+    hashes = copy.directory / "hashes.json"
+    value = json.loads(hashes.read_text())
+    assert set(value["experts"]) == {"de-fr@v1", "en-es@v1"}
+    manifest.record(copy.directory, ["run.json"], again=True)  # which keeps them
+    assert json.loads(hashes.read_text()) == value
+    del value["experts"]
+    hashes.write_text(json.dumps(value))
+    assert verify(copy.directory) == []
 
 
 def test_a_router_that_was_changed_is_fitted_again(xelm, copy):

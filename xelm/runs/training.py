@@ -373,6 +373,8 @@ def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) ->
     page = card(described, run.registry(), facts, masked=masked)
     replace_file(text, lambda file: file.write(page.encode()))
     files[README] = sha256(text)
+    # First, so that nothing is published without: `verify` compares the record with it.
+    manifest.record_expert(run.directory, replace(described, sha256=files))
     update(
         run.directory,
         lambda registry: registry.publish(expert.name, expert.version, sha256=files, tokens=tokens),
