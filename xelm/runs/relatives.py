@@ -129,7 +129,7 @@ def nearest_expert(
     if find(tag, served):
         raise UserError(f"{tag!r} is served already, by {registry.for_language(tag).reference}")
     try:
-        found = relatives(tag, [by], Sources(run=run, corpus=corpus), served)
+        found = relatives(tag, [by], Sources(run=run, corpus=corpus))
         ranked = [(each.language, each.by_measure[by].distance) for each in found]
         if all(math.isnan(far) for _, far in ranked):
             raise UserError(f"{by} knows nothing of how near {tag} is to any language served")
@@ -172,7 +172,10 @@ def _corpus_there(run: Run) -> Corpus | None:
 def _served(run: Run) -> tuple[dict[str, int], dict[str, str]]:
     """Tokens of each language of a RUN, and its expert."""
     registry = run.registry()
-    served = dict.fromkeys(tag for e in registry.published() for tag in e.languages)
+    tags = {tag for e in registry.published() for tag in e.languages}
+    # Of equally near languages the first comes first, to whoever asks.
+    grown = [tag for e in registry.published() for tag in e.languages if tag not in run.languages]
+    served = dict.fromkeys([*(tag for tag in run.languages if tag in tags), *grown])
     experts = {tag: registry.for_language(tag).reference for tag in served}
     tokens = {
         tag: counts["tokens"]
