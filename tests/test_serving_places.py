@@ -16,7 +16,7 @@ from xelm import open_run
 from xelm.inference.sampling import Sampling
 from xelm.runs.routers import Routing
 from xelm.serving import desk as desk_module
-from xelm.serving.desk import Busy, Closed, Ended, Failed, Piece, Ticket
+from xelm.serving.desk import Busy, Closed, Ended, Failed, Piece, Read, Ticket
 from xelm.serving.limits import Limits
 from xelm.serving.offer import open_offer
 
@@ -196,6 +196,31 @@ def ticket(desk, events, **changes):
     given = {"model": "xelm", "ids": ids, "sampling": Sampling(max_new_tokens=4, temperature=0.0)}
     given |= {"tell": events.append, "until": time.monotonic() + 60}
     return Ticket(**{**given, **changes})
+
+
+def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
+    opener = partial(open_offer, open_run(chatty), Routing(name="detected"))
+    desk = desk_module.Desk(opener(), most_texts=2, most_waiting=0, post=lambda call: call())
+    score, begun, go_on = desk_module.likelihoods_of_tokens, threading.Event(), threading.Event()
+
+    def held(*given):
+        begun.set()
+        assert go_on.wait(60)
+        return score(*given)
+
+    monkeypatch.setattr(desk_module, "likelihoods_of_tokens", held)
+    scored = {"alternatives": 1, "scores_prompt": True, "draws": False}
+    events = []
+    desk.submit([ticket(desk, events, **scored) for _ in range(2)])
+    desk.start()
+    assert begun.wait(60)
+    assert desk.running == 2
+    with pytest.raises(Busy):
+        desk.submit([ticket(desk, [])])
+    go_on.set()
+    until(lambda: len(events) == 4 and desk.running == 0)
+    assert [type(event) for event in events] == [Read, Ended] * 2
+    desk.close()
 
 
 def test_a_desk_tells_everything_in_order(chatty):

@@ -127,7 +127,7 @@ class _Table:
     engine: Engine
     tickets: dict[Text, Ticket] = field(default_factory=dict)
     to_score: deque[Ticket] = field(default_factory=deque)
-    """Those whose prompts are scored before they are continued."""
+    """Those whose prompts are scored before they are continued; each until it is."""
 
     @property
     def busy(self) -> int:
@@ -152,7 +152,6 @@ class Desk:
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._tables = [_Table(offer, Engine(offer.ensemble))]
-        self._scoring: list[Ticket] = []
         self._events: list[tuple[Ticket, Event]] = []
         self._closing = False
         self.preparing = False
@@ -280,10 +279,11 @@ class Desk:
         """Scores some of the prompts that are to be scored, and begins to continue their texts.
         Not all at once: other texts wait for their next token meanwhile."""
         part, tokens, offer = [], 0, table.offer
-        while table.to_score and (not part or tokens + len(table.to_score[0].ids) <= TOKENS_SCORED):
-            part.append(table.to_score.popleft())
-            tokens += len(part[-1].ids)
-        self._scoring = part
+        for ticket in table.to_score:
+            tokens += len(ticket.ids)
+            if part and tokens > TOKENS_SCORED:
+                break
+            part.append(ticket)
         found = likelihoods_of_tokens(
             offer.ensemble,
             [ticket.ids for ticket in part],
@@ -298,7 +298,7 @@ class Desk:
             weights = {name: round(weight, 4) for name, weight in text.weights.items()}
             weights = {name: weight for name, weight in weights.items() if weight}
             self._begin(table, ticket, Ended("length", 0, weights, text.router))
-        self._scoring = []
+            table.to_score.popleft()
 
     def _begin(self, table: _Table, ticket: Ticket, read: Ended | None = None) -> None:
         """Has the engine continue a text. read: its end, if no token is to be drawn."""
@@ -382,14 +382,12 @@ class Desk:
         with self._changed:
             lost = list(dict.fromkeys([*self._everyone(), *self._waiting]))
             self._waiting.clear()
-            self._scoring = []
             self._tables = [_Table(self.offer, Engine(self.offer.ensemble))]
         self._events += [(ticket, failed) for ticket in lost]
 
     def _everyone(self) -> list[Ticket]:
         """Whose texts are in work."""
-        found = [t for table in self._tables for t in [*table.tickets.values(), *table.to_score]]
-        return [*found, *self._scoring]
+        return [t for table in self._tables for t in [*table.tickets.values(), *table.to_score]]
 
     def _tell(self) -> None:
         """Passes on what happened."""
