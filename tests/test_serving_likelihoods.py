@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import threading
 from types import SimpleNamespace
 
 import lm_eval
@@ -14,6 +15,7 @@ from shared import LANGUAGES, documents_of
 
 from xelm import open_run
 from xelm.harness import Harness
+from xelm.serving import completions
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,31 @@ def test_where_nothing_is_routed_router_and_weights_are_null(server):
     start = server.desk.offer.ensemble.tokenizer.start_id
     alone = body | {"prompt": [start], "echo": True, "logprobs": 0}
     assert server.post(alone).json()["choices"][0]["xelm"]["router"] is None
+
+
+def test_log_probabilities_of_a_request_are_limited(server, monkeypatch):
+    monkeypatch.setattr(completions, "MOST_LOG_PROBABILITIES", 2 * 4 * 3)
+    body = {"model": "xelm", "prompt": [[5, 6, 7, 8]] * 2, "echo": True, "max_tokens": 0}
+    assert server.post(body | {"logprobs": 2}).status_code == 200
+    for more in ({"logprobs": 3}, {"logprobs": 2, "max_tokens": 1}, {"logprobs": 2, "n": 2}):
+        answer = server.post(body | more)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"
+        assert "a request may ask for 24 log probabilities" in answer.json()["error"]["message"]
+    assert server.post(body | {"max_tokens": 30}).status_code == 200  # none are wanted
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_bodies_with_log_probabilities_are_not_built_in_the_event_loop(server, monkeypatch, stream):
+    threads, build = set(), completions.Answer._logprobs
+
+    def noted(*given):
+        threads.add(threading.current_thread().name)
+        return build(*given)
+
+    monkeypatch.setattr(completions.Answer, "_logprobs", noted)
+    body = {"model": "xelm", "prompt": "abc de", "echo": True, "max_tokens": 0, "logprobs": 1}
+    assert server.post(body | {"stream": stream}).status_code == 200
+    assert threads and all(name.startswith("AnyIO worker") for name in threads)
 
 
 def test_chats_have_them_too(client, tiny):

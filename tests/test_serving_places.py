@@ -223,6 +223,33 @@ def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
     desk.close()
 
 
+def test_prompts_are_scored_in_smaller_parts_while_others_are_continued(chatty, monkeypatch):
+    opener = partial(open_offer, open_run(chatty), Routing(name="detected"))
+    desk = desk_module.Desk(opener(), most_texts=9, most_waiting=0, post=lambda call: call())
+    score, parts, now = desk_module.likelihoods_of_tokens, [], time.monotonic()
+    ids = desk.offer.ensemble.tokenizer.begin(PROMPT)
+
+    def noted(ensemble, texts, *given):
+        parts.append(len(texts))
+        if len(parts) == 1:  # between two parts whoever has left or is late is looked at
+            left.cancelled, late.until = True, now - 1
+        return score(ensemble, texts, *given)
+
+    monkeypatch.setattr(desk_module, "likelihoods_of_tokens", noted)
+    monkeypatch.setattr(desk_module, "TOKENS_SCORED_BESIDE", 2 * len(ids))
+    scored = {"alternatives": 1, "scores_prompt": True, "draws": False}
+    one, two, left, late, last = (ticket(desk, [], **scored) for _ in range(5))
+    gone = []
+    late.tell = gone.append
+    last.tell = (ends := []).append
+    desk.submit([ticket(desk, [], sampling=Sampling(max_new_tokens=50)), one, two, left, late])
+    desk.submit([last])
+    desk.start()
+    until(lambda: any(isinstance(event, Ended) for event in ends), seconds=30)
+    desk.close()
+    assert parts == [2, 1] and gone == [Failed(503, desk_module.LATE)]
+
+
 def test_a_desk_tells_everything_in_order(chatty):
     opener = partial(open_offer, open_run(chatty), Routing(name="detected"))
     desk = desk_module.Desk(opener(), most_texts=2, most_waiting=1, post=lambda call: call())

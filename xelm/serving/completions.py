@@ -1,6 +1,7 @@
 """Answers to completions and chats: from the body of a request to the events of its texts."""
 
 import asyncio
+import functools
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -22,7 +23,7 @@ from xelm.inference.sampling import Sampling, TokenLikelihood
 from xelm.serving.answers import Answer, Choice, TokenNames
 from xelm.serving.desk import Busy, Closed, Desk, Ended, Event, Failed, Piece, Read, Ticket
 from xelm.serving.errors import Refused, problem
-from xelm.serving.limits import BODY_SECONDS, MOST_BYTES, Limits
+from xelm.serving.limits import BODY_SECONDS, MOST_BYTES, MOST_LOG_PROBABILITIES, Limits
 from xelm.serving.metrics import Metrics
 from xelm.serving.offer import ENSEMBLE, Offer
 from xelm.serving.requests import ChatRequest, CompletionRequest, wrong
@@ -165,6 +166,7 @@ class Completions:
                     f"a request may have {places} texts here, prompts times n; got "
                     f"{len(under_way.tickets)}",
                 )
+            _check_log_probabilities(under_way.tickets)
             self.desk.submit(under_way.tickets)
         except UserError as error:
             raise Refused(400, str(error)) from None
@@ -264,7 +266,13 @@ class Completions:
             return Response(status_code=GONE)
         ends = [under_way.ends[place] for place in range(len(choices))]
         about = [under_way.about(place, end) for place, end in enumerate(ends)]
-        return JSONResponse(under_way.answer.whole(choices, ends, about, under_way.prompt_tokens))
+
+        def response() -> Response:
+            tokens = under_way.prompt_tokens
+            return JSONResponse(under_way.answer.whole(choices, ends, about, tokens))
+
+        # Bodies may be long: other requests are answered meanwhile.
+        return await run_in_threadpool(response)
 
     async def _stream(
         self,
@@ -285,15 +293,18 @@ class Completions:
                 place, event = found
                 text = event.text if isinstance(event, Piece) else ""
                 text = under_way.echoes[place].text if isinstance(event, Read) else text
-                yield _event(
-                    answer.part(
-                        place,
-                        text,
-                        None if isinstance(event, Read) else under_way.about(place, event),
-                        likelihoods=under_way.likelihoods(place, event),
-                        reason=event.reason if isinstance(event, Ended) else None,
-                    )
+                made = functools.partial(
+                    answer.part,
+                    place,
+                    text,
+                    None if isinstance(event, Read) else under_way.about(place, event),
+                    likelihoods=under_way.likelihoods(place, event),
+                    reason=event.reason if isinstance(event, Ended) else None,
                 )
+                if isinstance(event, Read):  # of all tokens of a prompt, which takes a while
+                    yield await run_in_threadpool(lambda made: _event(made()), made)
+                else:
+                    yield _event(made())
                 if len(under_way.ends) == len(under_way.tickets):
                     break
                 found = await self._next(under_way)
@@ -352,6 +363,22 @@ def _check_type(given: str) -> None:
     if message.get_content_type() != "application/json" or charset not in ("utf-8", "utf8"):
         raise Refused(
             415, f"requests are application/json, in UTF-8; got Content-Type {given!r:.80}"
+        )
+
+
+def _check_log_probabilities(tickets: Sequence[Ticket]) -> None:
+    """Raises Refused for texts of a request of which more log probabilities are wanted than may."""
+    wanted = 0
+    for ticket in tickets:
+        if ticket.alternatives is not None:
+            scored = len(ticket.ids) if ticket.scores_prompt else 0
+            wanted += (scored + ticket.new_tokens) * (ticket.alternatives + 1)
+    if wanted > MOST_LOG_PROBABILITIES:
+        raise Refused(
+            400,
+            f"a request may ask for {MOST_LOG_PROBABILITIES:,} log probabilities: tokens times "
+            f"alternatives and one; got {wanted:,}",
+            "logprobs",
         )
 
 

@@ -20,7 +20,11 @@ from xelm.inference.sampling import Sampling, TokenLikelihood
 from xelm.serving.offer import Offer
 
 TOKENS_SCORED = 4096
-"""Tokens of prompts that are scored between two steps, at most, or one prompt."""
+"""Tokens of prompts that are scored at a time, at most, or one prompt."""
+TOKENS_SCORED_BESIDE = 512
+"""The same while texts are continued, which wait for their next token meanwhile."""
+LATE = "its time was up while it waited"
+"""Why a text fails of which nothing was said in its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,18 +251,23 @@ class Desk:
                 if self._closing:
                     return False
                 self._changed.wait()
+            now = time.monotonic()
             for table in self._tables:
                 for text, ticket in list(table.tickets.items()):
                     if ticket.cancelled:
                         self._leave(table, text)
-                table.to_score = deque(t for t in table.to_score if not t.cancelled)
+                late = [t for t in table.to_score if t.until < now and not t.cancelled]
+                self._events += [(ticket, Failed(503, LATE)) for ticket in late]
+                table.to_score = deque(
+                    t for t in table.to_score if t.until >= now and not t.cancelled
+                )
             self._retire()
-            now, kept = time.monotonic(), deque()
+            kept = deque()
             for ticket in self._waiting:
                 if ticket.cancelled:
                     continue
                 if ticket.until < now:
-                    self._events.append((ticket, Failed(503, "its time was up while it waited")))
+                    self._events.append((ticket, Failed(503, LATE)))
                 elif self.running < self._most_texts:
                     self._seat(ticket)
                 else:
@@ -279,9 +288,11 @@ class Desk:
         """Scores some of the prompts that are to be scored, and begins to continue their texts.
         Not all at once: other texts wait for their next token meanwhile."""
         part, tokens, offer = [], 0, table.offer
+        beside = any(table.tickets for table in self._tables)
+        most = TOKENS_SCORED_BESIDE if beside else TOKENS_SCORED
         for ticket in table.to_score:
             tokens += len(ticket.ids)
-            if part and tokens > TOKENS_SCORED:
+            if part and tokens > most:
                 break
             part.append(ticket)
         found = likelihoods_of_tokens(

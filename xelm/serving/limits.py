@@ -8,6 +8,9 @@ MOST_BYTES = 4 * 2**20
 """Bytes of a request's body, at most."""
 MOST_HEAD_BYTES = 2**16
 """Bytes of the first line and the headers of a request, at most."""
+MOST_LOG_PROBABILITIES = 2**17
+"""Log probabilities that one request may ask for: tokens that are scored, each with itself and its
+alternatives."""
 HEAD_SECONDS = 10.0
 """Seconds within which the first line and the headers of a request must arrive."""
 BODY_SECONDS = 30.0
