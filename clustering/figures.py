@@ -41,6 +41,8 @@ _ROOM_FOR_NUMBERS = 20
 """Languages up to which a heat map shows figures and level labels."""
 _INCHES_PER_LETTER = 0.08
 """Width of a letter of the default font, rounded up."""
+_ROWS_PER_INCH = 4.0
+"""Of a legend, whose lines have a height of a quarter of an inch."""
 _NARROWEST = 0.04
 """Share of a bar in which a language code of three letters can still be read."""
 
@@ -263,16 +265,20 @@ def _pieces(shares: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def legend(ax: "Axes", colours: dict[str, str]) -> None:
-    """The clusters and their colours, to the right of the axes."""
+    """The clusters and their colours, to the right of the axes, in as many columns as make it no
+    higher than the figure."""
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=colour, label=name) for name, colour in colours.items()]
+    rows = max(8, int(ax.figure.get_figure(root=True).get_figheight() * _ROWS_PER_INCH))
     ax.legend(
         handles=handles,
         title="cluster",
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),
         frameon=False,
+        ncols=-(-len(handles) // rows),
+        fontsize=None if len(handles) <= rows else "small",
     )
 
 

@@ -10,10 +10,10 @@ from matplotlib.text import Text
 from sklearn.manifold import ClassicalMDS
 from test_language_codes import FLORES_200
 
-from clustering import control, figures, geography, grouping, maps, tfidf, typology
+from clustering import control, figures, geography, grouping, maps, tfidf, typology, uriel
 from clustering.documents import Documents
 from clustering.errors import UserError
-from clustering.languages import english_name
+from clustering.languages import canonical, english_name
 
 LANGUAGES = ["en", "fr", "es", "de", "el", "bg", "ru", "tr"]
 
@@ -155,6 +155,19 @@ def test_a_map_of_two_hundred_languages_is_large_enough_to_name_each():
     assert_apart(ax)
     few = control.by_hand({"a": ["en", "mi", "fj", "sm"]}).plot_map()
     assert ax.figure.get_figwidth() > 1.8 * few.figure.get_figwidth()
+
+
+def test_a_legend_of_many_clusters_leaves_the_map_its_room():
+    """Forty names below each other would make the map a thumbnail beside them."""
+    tags = [tag for tag in map(canonical, FLORES_200) if tag in uriel.known([tag], "geo")]
+    clusters = {f"c{n}": tags[n::40] for n in range(40)}
+    ax = control.by_hand(clusters).plot_map()
+    figure = ax.figure.get_figure(root=True)
+    figure.draw_without_rendering()
+    legend = ax.get_legend()
+    assert legend is not None and len(legend.get_texts()) == 40
+    assert legend.get_window_extent().height <= figure.bbox.height
+    assert ax.get_window_extent().width > 0.6 * figure.bbox.width
 
 
 def test_the_plane_keeps_distances_that_a_plane_can_have():
