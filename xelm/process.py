@@ -11,7 +11,7 @@ from pathlib import Path
 
 def prepare() -> None:
     """What a program may set and a library may not: quiet helpers, a cache of compiled code, how
-    memory is held."""
+    memory is held, how many files may be open."""
     import absl.logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -28,6 +28,7 @@ def prepare() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     keep_freed_memory()
+    open_files()  # a corpus of two hundred languages is some thousand files
 
 
 def cores() -> int:
