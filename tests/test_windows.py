@@ -1,6 +1,7 @@
 """Long documents are scored in windows, as by transformers with the same, and it is said how."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,14 +140,13 @@ def test_windows_that_no_model_can_read_are_refused(xelm, tiny, options, said):
     assert refused.code == 2 and said in refused.err
 
 
-def test_a_context_is_read_as_far_back_as_the_model_can_read(tiny):
-    """Beyond the rows of training, too, and not cut where a window would end."""
+def test_a_context_within_the_rows_of_training_is_read_as_a_whole(tiny):
     run = open_run(tiny.directory)
     ensemble = run.ensemble("fixed", weights={"de-fr": 1.0})
     reference = AutoModelForCausalLM.from_pretrained(tiny.directory / "experts/de-fr/v1")
-    text = " ".join(documents_of(tiny.held_out, "de")[0].split()[:12])
+    text = documents_of(tiny.held_out, "de")[0]
+    text = next(t for n in range(len(text), 0, -1) if within(run, t := text[:n]))
     (ids,) = run.tokenizer().encode([text])
-    assert 32 < len(ids) < 64  # more than a row of training, and no more than can be read
     with torch.no_grad():
         logits = reference(torch.tensor([[1, *ids]])).logits[0].log_softmax(-1)
     alone = logits[torch.arange(len(ids) + 1), torch.tensor([*ids, 2])]
@@ -155,16 +155,36 @@ def test_a_context_is_read_as_far_back_as_the_model_can_read(tiny):
         _, before = run.tokenizer().encode_after(text[:border], text[border:])
         assert found.tokens[0] == len(ids) + 1 - before
         assert found.nats[0] == pytest.approx(-float(alone[before:].sum()), rel=1e-4)
-    assert before > 32
+    assert before > 24
 
 
-def test_a_context_longer_than_the_model_can_read_leaves_half_of_that(tiny):
+def within(run, text):
+    """Whether a text, with its start, is no longer than a row of training."""
+    return len(run.tokenizer().encode([text])[0]) < run.context_length
+
+
+def test_a_text_has_the_same_score_alone_and_behind_an_empty_context(tiny):
+    """No position is read that training had not, with a context or without."""
+    run = open_run(tiny.directory)
+    ensemble = run.ensemble("posterior")
+    whole = documents_of(tiny.held_out, "de")[0]
+    short = next(t for n in range(len(whole), 0, -1) if within(run, t := whole[:n]))
+    long = " ".join(whole.split()[:12])
+    assert 32 == run.context_length < len(run.tokenizer().encode([long])[0]) < 64
+    (nats,) = ensemble.score([short]).nats
+    assert ensemble.score([short], contexts=[""]).nats[0] == pytest.approx(nats, rel=1e-5)
+    # Beyond, in the same windows: each half of one behind the one before.
+    (nats,) = replace(ensemble, stride=16).score([long]).nats
+    assert ensemble.score([long], contexts=[""]).nats[0] == pytest.approx(nats, rel=1e-5)
+
+
+def test_a_context_longer_than_a_row_of_training_leaves_half_of_that(tiny):
     ensemble = open_run(tiny.directory).ensemble("fixed", weights={"de-fr": 1.0})
     texts = documents_of(tiny.held_out, "de")
     context, text = " ".join(texts[:4]), " " + texts[4][:20]
     ids, before = ensemble.tokenizer.encode_after(context, text)
     reference = AutoModelForCausalLM.from_pretrained(tiny.directory / "experts/de-fr/v1")
-    longest = ensemble.model.max_length
+    longest = open_run(tiny.directory).context_length
     framed = [1, *ids, 2]
     assert before > 2 * longest
     nats = 0.0

@@ -84,8 +84,9 @@ class Harness(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that a model reads, the one that starts texts included."""
-        return self.ensemble.model.max_length
+        """Tokens that a model reads at once where likelihoods are asked for, the one that starts
+        texts included; a continuation may go on to the model's own length."""
+        return self.ensemble.window
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
@@ -141,13 +142,13 @@ class Harness(TemplateLM):
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """Both, and of a context that is too long, the end: the last token of all is predicted, and
-        not read."""
-        room = self.max_length + 1 - len(continuation)
-        if room < 1:
+        not read. A continuation that is too long alone is read in windows, after one token."""
+        longest = self.ensemble.model.max_length
+        if len(continuation) > longest:
             raise UserError(
-                f"a continuation has {len(continuation)} tokens, and the models read "
-                f"{self.max_length}"
+                f"a continuation has {len(continuation)} tokens, and the models read {longest}"
             )
+        room = max(1, self.max_length + 1 - len(continuation))
         return context[-room:], continuation
 
     def loglikelihood_rolling(
@@ -195,7 +196,8 @@ class Harness(TemplateLM):
         until = asked.get("until") or []
         until = [until] if isinstance(until, str) else until
         most = int(asked.get("max_gen_toks", self._max_gen_toks))
-        most = min(most, self.max_length - 1)
+        longest = self.ensemble.model.max_length
+        most = min(most, longest - 1)
         sampled = bool(asked.get("do_sample", float(asked.get("temperature") or 0) > 0))
         sampling = replace(
             self.ensemble.sampling,
@@ -206,7 +208,7 @@ class Harness(TemplateLM):
             repetition_penalty=1.0,
             stop=tuple(stop for stop in until if stop),
         )
-        room = self.max_length - most
+        room = longest - most
         prompts = [self.tok_encode(text)[-room:] or [self.prefix_token_id] for text in texts]
         languages = [self._language] * len(prompts)
         return [one.text for one in generate(self.ensemble, prompts, sampling, languages)]

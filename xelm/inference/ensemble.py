@@ -75,8 +75,8 @@ class Ensemble:
     a text that is scored, by all of it (one that is generated is known no further than its
     prompt)."""
     context_length: int | None = None
-    """Tokens that are read at once where a text is scored without a context; None is the model's
-    own length."""
+    """Tokens that are read at once where a text is scored; None is the model's own length. (A text
+    that is generated may go on to the model's own length.)"""
     stride: int | None = None
     """From one window of a longer text to the next, as in `score_documents`."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -88,7 +88,13 @@ class Ensemble:
             raise UserError(
                 f"route_per must be one of {', '.join(ROUTE_PER)}; got {self.route_per!r}"
             )
-        check_windows(self.model, self.context_length or self.model.max_length, self.stride)
+        check_windows(self.model, self.window, self.stride)
+
+    @property
+    def window(self) -> int:
+        """Tokens that are read at once where a text is scored: `context_length`, or the model's own
+        length."""
+        return self.context_length or self.model.max_length
 
     def score(
         self,
@@ -99,8 +105,8 @@ class Ensemble:
         """Nats of each text, with the weights that the router gave. languages: of each text, where
         it is known: if an expert serves it, that expert alone is asked. contexts: what each text
         goes on from, as it stands: both are cut into tokens as one text, of which those with any
-        character of the text are counted, and read as far back as the models can read; texts alone
-        are read as `evaluate` reads them."""
+        character of the text are counted, each after at least half of `window` where there is as
+        much; texts alone are read as `evaluate` reads them."""
         languages = _as_many("languages", languages, texts)
         if contexts is None:
             encoded = [(ids, 0) for ids in self.tokenizer.encode(texts)]
@@ -120,7 +126,7 @@ class Ensemble:
             states_along(self.router, self.router.start(language), target)
             for language, target in zip(languages, wanted)
         ]
-        reading = self._reading if contexts is None else self._reading | self._far
+        reading = self._reading if contexts is None else self._reading | self._overlapping
         reading |= {"start_id": self.tokenizer.start_id}
         log_weights, scores, asked, routing = self._weighed(ids, states, positions, reading)
         active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
@@ -159,7 +165,7 @@ class Ensemble:
         states = [
             self._states_of_prompt(language, document) for language, document in zip(languages, ids)
         ]
-        reading = self._reading | self._far | {"start_id": None}
+        reading = self._reading | self._overlapping | {"start_id": None}
         log_weights, *_ = self._weighed(ids, states, positions, reading)
         found = guess_documents(
             self.model,
@@ -218,17 +224,17 @@ class Ensemble:
         """How documents are read, but for their start."""
         return {
             "end_id": self.tokenizer.end_id,
-            "context_length": self.context_length or self.model.max_length,
+            "context_length": self.window,
             "stride": self.stride,
             "mask_id": self.tokenizer.mask_id,
             "dtype": self.dtype,
         }
 
     @property
-    def _far(self) -> dict[str, int]:
-        """Windows as long as the models can read, each token from half of that at least."""
-        longest = self.model.max_length
-        return {"context_length": longest, "stride": -(-longest // 2)}
+    def _overlapping(self) -> dict[str, int]:
+        """Windows of which each token is read after half at least."""
+        half = -(-self.window // 2)
+        return {"stride": min(half, self.stride or half)}
 
     def _positions(self, context: int, document: int, target: int) -> np.ndarray:
         """Of which states the weights are made, for each token after the context."""
