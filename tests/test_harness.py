@@ -117,13 +117,50 @@ def test_ensembles_are_asked_as_they_score(tiny, texts, routing, route_per):
         assert log_probability == pytest.approx(by_steps(ensemble, context, continuation), rel=1e-4)
 
 
-def by_steps(ensemble, context, continuation):
+@pytest.mark.parametrize("routing", ["detected", "posterior"])
+def test_a_chat_is_routed_by_what_the_user_says(copy, routing, capsys):
+    """As `Ensemble.generate` has it for the same messages: a template in one language does not
+    decide for a user who writes another."""
+    english = documents_of(copy.held_out, "en")[0].split()[:5]
+    template = " ".join(english) + " {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    (copy.directory / "seed" / "chat_template.jinja").write_text(template)
+    model = Harness(str(copy.directory), routing=routing)
+    messages = [
+        {"role": "user", "content": " ".join(documents_of(copy.held_out, "de")[0].split()[:2])}
+    ]
+    rendered = model.apply_chat_template(messages)
+    ensemble = open_run(copy.directory).ensemble(routing)
+    options = {"max_gen_toks": 8, "do_sample": False, "until": []}
+    (found,) = model.generate_until([asked(rendered, options)], disable_tqdm=True)
+    wanted = ensemble.generate(messages, max_new_tokens=8, temperature=0)
+    assert found == wanted.text
+    # Likelihoods go by the same weights.
+    context, heard = ensemble.tokenizer.chat(messages), ensemble.tokenizer.user_ids(messages)
+    pair = model._encode_pair(rendered, "abc")
+    assert pair[0] == context[: len(pair[0])] and len(context) + len(pair[1]) < 32
+    request = ((rendered, "abc"), *pair)
+    ((value, _),) = model._loglikelihood_tokens([request], disable_tqdm=True)
+    assert value == pytest.approx(by_steps(ensemble, *pair, audible=heard), rel=1e-4)
+    assert not capsys.readouterr().err.count("was not rendered")
+    if routing == "detected":
+        whole = by_steps(ensemble, *pair)
+        assert value != pytest.approx(whole, rel=1e-3)
+        # Of a chat that was not rendered here no user is known, and that is said once.
+        for _ in range(2):
+            ((other, _),) = Harness._loglikelihood_tokens(
+                model, [((rendered + "x", "abc"), *pair)], disable_tqdm=True
+            )
+        assert other == pytest.approx(whole, rel=1e-4)
+        assert capsys.readouterr().err.count("was not rendered") == 1
+
+
+def by_steps(ensemble, context, continuation, audible=None):
     """One token after the other, from the distributions that generating draws from."""
     from xelm.inference.engine import Engine
     from xelm.inference.sampling import Sampling
 
     engine = Engine(ensemble)
-    text = engine.add(context, Sampling(max_new_tokens=1))
+    text = engine.add(context, Sampling(max_new_tokens=1), audible=audible)
     total = 0.0
     for token in continuation:
         distribution, _ = engine.following()

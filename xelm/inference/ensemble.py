@@ -149,21 +149,26 @@ class Ensemble:
         contexts: Sequence[Sequence[int]],
         continuations: Sequence[Sequence[int]],
         languages: Sequence[str | None] | None = None,
+        audible: Sequence[Sequence[int] | None] | None = None,
     ) -> Likelihoods:
         """Of continuations that do not end, by their ids and those of what each goes on from, of
-        which there is at least one. Both are read as they are. For decoders."""
+        which there is at least one. Both are read as they are. audible: ids by which the router
+        knows each context, such as what the user says in a chat, as in `Engine.add`; None: the
+        context. For decoders."""
         if not self.model.causal:
             raise UserError("these experts are encoders, which continue no text")
         _as_many("continuations", continuations, contexts)
         if not all(map(len, contexts)):
             raise UserError("a continuation needs at least one id before it, such as the start")
         languages = _as_many("languages", languages, contexts)
+        audible = _as_many("audible", audible, contexts)
         ids = [np.asarray([*c, *x], np.int64) for c, x in zip(contexts, continuations)]
         for document in ids:
             check_ids(document, self.model)
         positions = [self._positions(len(c), len(i), len(i)) for c, i in zip(contexts, ids)]
         states = [
-            self._states_of_prompt(language, document) for language, document in zip(languages, ids)
+            self._states_of_prompt(language, document, len(context), heard)
+            for language, document, context, heard in zip(languages, ids, contexts, audible)
         ]
         reading = self._reading | self._overlapping | {"start_id": None}
         log_weights, *_ = self._weighed(ids, states, positions, reading)
@@ -184,10 +189,19 @@ class Ensemble:
             greedy=np.asarray([bool(found.correct[0, p].all()) for p in parts]),
         )
 
-    def _states_of_prompt(self, language: str | None, ids: np.ndarray) -> np.ndarray:
-        """The router's states along a text of ids; the start of texts tells it nothing."""
-        start, skipped = self.router.start(language), self.tokenizer.starts(ids)
-        along = states_along(self.router, start, ids[skipped:])
+    def _states_of_prompt(
+        self, language: str | None, ids: np.ndarray, context: int, audible: Sequence[int] | None
+    ) -> np.ndarray:
+        """The router's states along a text of ids; the start of texts tells it nothing. audible: in
+        place of the first `context` ids, within which the states are the first one then."""
+        start = self.router.start(language)
+        if audible is None:
+            skipped = self.tokenizer.starts(ids)
+            along = states_along(self.router, start, ids[skipped:])
+        else:
+            skipped = context
+            heard = np.asarray([*audible, *ids[context:]], np.int64)
+            along = states_along(self.router, start, heard)[len(audible) :]
         return np.concatenate([np.repeat(start[None], skipped, axis=0), along])
 
     def _weighed(
