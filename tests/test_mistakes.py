@@ -301,14 +301,17 @@ def test_a_mistake_is_one_line_and_changes_nothing(xelm, place, monkeypatch, com
 
 UNUSABLE = [
     (b'{"body": "a"}\n', '1 with no "text" (first: de.jsonl:1)'),
-    ('{"text": "a"}\n'.encode("utf-16"), "bytes that are not UTF-8 (first: de.jsonl:1"),
+    ('{"text": "a"}\n'.encode("utf-16"), "1 with UTF-16; wanted UTF-8 (first: de.jsonl)"),
+    ('{"text": "ä"}\n'.encode("latin-1"), "bytes that are not UTF-8 (first: de.jsonl:1"),
     (b'{"text": "a", "lang": "klingonish"}\n', "unknown language (first: de.jsonl:1 'klingonish')"),
     (b'{"text": "a", "lang": "sw"}\n', "language sw, which was not asked for (first: record 1)"),
 ]
 
 
 @pytest.mark.parametrize("options", [[], SEED], ids=["fresh", "seed"])
-@pytest.mark.parametrize(("content", "reason"), UNUSABLE, ids=["key", "UTF-16", "unknown", "other"])
+@pytest.mark.parametrize(
+    ("content", "reason"), UNUSABLE, ids=["key", "UTF-16", "Latin-1", "unknown", "other"]
+)
 def test_a_corpus_without_usable_documents_says_what_was_left_out(
     xelm, place, monkeypatch, tmp_path, options, content, reason
 ):

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from clustering.errors import UserError
 from clustering.languages import canonical
-from xelm.data.special import template_options
+from xelm.data.templates import template_options
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.generation import check_prompt
 from xelm.inference.sampling import Sampling, TokenLikelihood
