@@ -29,7 +29,7 @@ from xelm.models.checkpoint import (
 )
 from xelm.models.families import family
 from xelm.models.parameters import by_path, parameters_of, shapes
-from xelm.models.weights import Weights, write_weights
+from xelm.models.weights import Weights, stored_tensors, write_weights
 from xelm.training.sharding import parameter_shardings
 
 INDEX = "model.safetensors.index.json"
@@ -177,7 +177,9 @@ def test_loading_takes_less_than_a_third_more_memory_than_the_model(fsdp, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     shape = read_config(tmp_path)
     ones = {path: np.ones(leaf.shape, np.float32) for path, leaf in by_path(shapes(shape)).items()}
-    write_weights(tmp_path, family("llama"), shape, ones)
+    kind = family("llama")
+    tensors = stored_tensors(kind, shape, ones, "float32")
+    write_weights(tmp_path, kind, shape, ones, "float32", tensors)
     out = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path), str(fsdp)],
         capture_output=True,

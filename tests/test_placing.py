@@ -172,7 +172,7 @@ def wait_for(condition, seconds=120):
 @pytest.fixture
 def long(branched, xelm, tmp_path):
     """A RUN whose experts take some seconds, and their weights, trained in turn."""
-    configure(branched, tokens=160_000, checkpoint_every=20)
+    configure(branched, tokens=320_000, checkpoint_every=20)
     shutil.copytree(branched, tmp_path / "whole")
     outcome = xelm("train", tmp_path / "whole", "--all")
     assert outcome.code == 0, outcome.err
