@@ -14,8 +14,11 @@ from serving import served
 from shared import LANGUAGES, documents_of
 
 from xelm import open_run
+from xelm.data.tokenizer import Tokenizer
 from xelm.harness import Harness
-from xelm.serving import completions
+from xelm.serving import completions, desk, preparation
+from xelm.serving.offer import Offer
+from xelm.serving.requests import ChatRequest, CompletionRequest
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_where_nothing_is_routed_router_and_weights_are_null(server):
 
 
 def test_log_probabilities_of_a_request_are_limited(server, monkeypatch):
-    monkeypatch.setattr(completions, "MOST_LOG_PROBABILITIES", 2 * 4 * 3)
+    monkeypatch.setattr(preparation, "MOST_LOG_PROBABILITIES", 2 * 4 * 3)
     body = {"model": "xelm", "prompt": [[5, 6, 7, 8]] * 2, "echo": True, "max_tokens": 0}
     assert server.post(body | {"logprobs": 2}).status_code == 200
     for more in ({"logprobs": 3}, {"logprobs": 2, "max_tokens": 1}, {"logprobs": 2, "n": 2}):
@@ -168,6 +171,44 @@ def test_bodies_with_log_probabilities_are_not_built_in_the_event_loop(server, m
     body = {"model": "xelm", "prompt": "abc de", "echo": True, "max_tokens": 0, "logprobs": 1}
     assert server.post(body | {"stream": stream}).status_code == 200
     assert threads and all(name.startswith("AnyIO worker") for name in threads)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_nothing_that_grows_with_a_request_runs_in_the_event_loop(server, monkeypatch, stream):
+    """Parsing, tokenising, looking at every id, detecting the language, and building the echo."""
+    ran: dict[str, set[str]] = {}
+
+    def watch(owner, name):
+        original = getattr(owner, name)
+
+        def noted(*given, **options):
+            ran.setdefault(name, set()).add(threading.current_thread().name)
+            return original(*given, **options)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for name in ("encode", "begin", "decode", "chat", "user_ids"):
+        watch(Tokenizer, name)
+    watch(CompletionRequest, "model_validate_json")
+    watch(ChatRequest, "model_validate_json")
+    watch(Offer, "language_of")
+    watch(preparation, "canonical")
+    watch(preparation, "wrong")
+    for module in (preparation, desk):
+        watch(module, "check_prompt")
+    text = "abc de " * 4
+    body = {"model": "xelm", "echo": True, "max_tokens": 0, "stream": stream, "language": "de"}
+    assert server.post(body | {"prompt": text}).status_code == 200
+    body |= {"language": None, "prompt": [server.desk.offer.ensemble.tokenizer.start_id, 5, 6]}
+    assert server.post(body | {"logprobs": 0}).status_code == 200
+    chat = {"model": "xelm", "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    assert server.post(chat | {"stream": stream}, "/v1/chat/completions").status_code == 200
+    assert server.post({"model": "xelm", "prompt": text, "max_tokens": "1"}).status_code == 400
+    named = {"encode", "begin", "decode", "chat", "user_ids", "model_validate_json"}
+    named |= {"language_of", "canonical", "wrong", "check_prompt"}
+    assert named <= set(ran)
+    for name, threads in ran.items():
+        assert all(thread.startswith(("AnyIO worker", "desk")) for thread in threads), name
 
 
 def test_chats_have_them_too(client, tiny):

@@ -4,29 +4,25 @@ import asyncio
 import functools
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from email.message import Message
 from typing import Any
 
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from clustering.errors import UserError
-from clustering.languages import canonical
-from xelm.data.templates import template_options
-from xelm.data.tokenizer import Tokenizer
-from xelm.inference.generation import check_prompt
 from xelm.inference.sampling import Sampling, TokenLikelihood
 from xelm.serving.answers import Answer, Choice, TokenNames
 from xelm.serving.desk import Busy, Closed, Desk, Ended, Event, Failed, Piece, Read, Ticket
 from xelm.serving.errors import Refused, problem
-from xelm.serving.limits import BODY_SECONDS, MOST_BYTES, MOST_LOG_PROBABILITIES, Limits
+from xelm.serving.limits import BODY_SECONDS, MOST_BYTES, Limits
 from xelm.serving.metrics import Metrics
 from xelm.serving.offer import ENSEMBLE, Offer
-from xelm.serving.requests import ChatRequest, CompletionRequest, wrong
+from xelm.serving.preparation import PreparedText, parsed, prepare
+from xelm.serving.requests import ChatRequest, CompletionRequest
 
 GONE = 499
 """The status of a request whose client has left, as nginx has it; only metrics see it."""
@@ -36,15 +32,6 @@ _Said = Read | Piece | Ended
 """Events that an answer is made of."""
 
 
-@dataclass(frozen=True)
-class _Echo:
-    """What of its prompt an answer repeats."""
-
-    text: str = ""
-    first: int = 0
-    """Tokens of the prompt before those that are repeated: the one that starts every text."""
-
-
 @dataclass(kw_only=True)
 class _Asked:
     """A request under way."""
@@ -52,12 +39,10 @@ class _Asked:
     answer: Answer
     model: str
     tickets: list[Ticket]
-    languages: list[str | None]
-    """The language of each ticket's text."""
+    texts: list[PreparedText]
+    """The prompt of each ticket."""
     told: bool
     """Whether the request says the language; otherwise it is detected."""
-    echoes: list["_Echo"]
-    """What each ticket's answer begins with."""
     prompt_tokens: int
     began: float
     events: "asyncio.Queue[tuple[int, Event] | None]" = field(default_factory=asyncio.Queue)
@@ -66,7 +51,7 @@ class _Asked:
 
     def about(self, place: int, event: Piece | Ended) -> dict[str, Any]:
         """The `xelm` of a choice. Where nothing was routed, router and weights are null."""
-        language = self.languages[place]
+        language = self.texts[place].language
         source = None if language is None else "told" if self.told else "detected"
         found = {"language": language, "language_from": source}
         if not event.router:
@@ -75,7 +60,7 @@ class _Asked:
 
     def likelihoods(self, place: int, event: _Said) -> Sequence[TokenLikelihood]:
         """Those of an event's tokens that are in the answer."""
-        first = self.echoes[place].first if isinstance(event, Read) else 0
+        first = self.texts[place].start if isinstance(event, Read) else 0
         return event.likelihoods[first:]
 
 
@@ -95,10 +80,7 @@ class Completions:
     ) -> Response:
         began, model = time.monotonic(), "unknown"
         try:
-            try:
-                asked = await run_in_threadpool(kind.model_validate_json, await _body(request))
-            except ValidationError as error:
-                raise Refused(400, *wrong(error)) from None
+            asked = await run_in_threadpool(parsed, kind, await _body(request))
             check_model(asked.model, self.desk.offer)
             model = asked.model
             under_way = await self._submitted(asked, began)
@@ -122,27 +104,7 @@ class Completions:
         offer = self.desk.offer
         try:
             async with self.encoding:
-                prompts, audible = await run_in_threadpool(_encoded, asked, offer)
-            for ids in prompts:
-                most = 1 if asked.most_tokens is None else asked.most_tokens
-                check_prompt(offer.ensemble, ids, most)
-            sampling = asked.sampling(
-                offer.ensemble.sampling,
-                offer.ensemble.model.max_length - max(map(len, prompts)),
-                self.limits.tokens,
-            )
-            if sampling.max_new_tokens > self.limits.tokens:
-                raise Refused(
-                    400,
-                    f"max_tokens must be at most {self.limits.tokens} here; got "
-                    f"{sampling.max_new_tokens}",
-                    "max_tokens",
-                )
-            language, count = _told(asked.language), asked.n or 1
-            languages = [
-                language or offer.language_of(ids if said is None else said)
-                for ids, said in zip(prompts, audible)
-            ]
+                prepared = await run_in_threadpool(prepare, asked, offer, self.limits)
             under_way = _Asked(
                 answer=Answer(
                     asked.model,
@@ -152,22 +114,14 @@ class Completions:
                 ),
                 model=asked.model,
                 tickets=[],
-                languages=[language for language in languages for _ in range(count)],
-                told=language is not None,
-                echoes=[echo for echo in _echoes(asked, prompts, offer) for _ in range(count)],
-                prompt_tokens=sum(map(len, prompts)),
+                texts=[text for text in prepared.texts for _ in range(asked.n or 1)],
+                told=prepared.language is not None,
+                prompt_tokens=sum(len(text.ids) for text in prepared.texts),
                 began=began,
             )
-            under_way.tickets += self._tickets(asked, prompts, audible, sampling, under_way)
-            places = self.limits.texts + self.limits.waiting
-            if len(under_way.tickets) > places:
-                raise Refused(
-                    400,
-                    f"a request may have {places} texts here, prompts times n; got "
-                    f"{len(under_way.tickets)}",
-                )
-            _check_log_probabilities(under_way.tickets)
-            self.desk.submit(under_way.tickets)
+            under_way.tickets += self._tickets(asked, prepared.sampling, under_way)
+            # Every id is looked at once more, by the models that are served by now.
+            await run_in_threadpool(self.desk.submit, under_way.tickets)
         except UserError as error:
             raise Refused(400, str(error)) from None
         except Closed:
@@ -179,29 +133,25 @@ class Completions:
     def _tickets(
         self,
         asked: CompletionRequest | ChatRequest,
-        prompts: Sequence[Sequence[int]],
-        audible: Sequence[Sequence[int] | None],
         sampling: Sampling,
         under_way: _Asked,
     ) -> list[Ticket]:
-        count = asked.n or 1
-
-        def ticket(place: int) -> Ticket:
+        def ticket(place: int, text: PreparedText) -> Ticket:
             return Ticket(
                 model=asked.model,
-                ids=prompts[place // count],
-                audible=audible[place // count],
+                ids=text.ids,
+                audible=text.audible,
                 sampling=sampling,
                 language=asked.language if asked.model == ENSEMBLE else None,
                 number=place,
                 alternatives=asked.alternatives,
-                scores_prompt=asked.echoes and asked.alternatives is not None,
+                scores_prompt=asked.scores_prompt,
                 draws=asked.most_tokens != 0,
                 tell=lambda event: under_way.events.put_nowait((place, event)),
                 until=under_way.began + self.limits.seconds,
             )
 
-        return [ticket(place) for place in range(len(prompts) * count)]
+        return [ticket(place, text) for place, text in enumerate(under_way.texts)]
 
     async def _answered(
         self, request: Request, asked: CompletionRequest | ChatRequest, under_way: _Asked
@@ -243,7 +193,7 @@ class Completions:
         if isinstance(event, Ended):
             under_way.ends[place] = event
             if under_way.model == ENSEMBLE:
-                self.metrics.routed(under_way.languages[place], event)
+                self.metrics.routed(under_way.texts[place].language, event)
             if len(under_way.ends) == len(under_way.tickets):
                 self.metrics.ended(time.monotonic() - under_way.began)
         return place, event
@@ -251,7 +201,7 @@ class Completions:
     async def _whole(
         self, under_way: _Asked, first: tuple[int, _Said], gone: "asyncio.Task[None]"
     ) -> Response:
-        choices = [Choice(text=echo.text) for echo in under_way.echoes]
+        choices = [Choice(text=text.echo) for text in under_way.texts]
         found: tuple[int, _Said] | None = first
         while found is not None:
             place, event = found
@@ -285,26 +235,26 @@ class Completions:
         try:
             for place in range(len(under_way.tickets) if chat else 0):
                 yield _event(answer.part(place, "", None, first=True))
-            for place, echo in enumerate(under_way.echoes):
-                if echo.text and not under_way.tickets[place].scores_prompt:
-                    yield _event(answer.part(place, echo.text, None))
+            for place, prompt in enumerate(under_way.texts):
+                if prompt.echo and not under_way.tickets[place].scores_prompt:
+                    made = functools.partial(answer.part, place, prompt.echo, None)
+                    yield await run_in_threadpool(_made, made)
             found: tuple[int, _Said] | None = first
             while found is not None:
                 place, event = found
                 text = event.text if isinstance(event, Piece) else ""
-                text = under_way.echoes[place].text if isinstance(event, Read) else text
+                text = under_way.texts[place].echo if isinstance(event, Read) else text
+                likelihoods = under_way.likelihoods(place, event)
                 made = functools.partial(
                     answer.part,
                     place,
                     text,
                     None if isinstance(event, Read) else under_way.about(place, event),
-                    likelihoods=under_way.likelihoods(place, event),
+                    likelihoods=likelihoods,
                     reason=event.reason if isinstance(event, Ended) else None,
                 )
-                if isinstance(event, Read):  # of all tokens of a prompt, which takes a while
-                    yield await run_in_threadpool(lambda made: _event(made()), made)
-                else:
-                    yield _event(made())
+                # Naming many tokens, such as all of a prompt, takes a while.
+                yield await run_in_threadpool(_made, made) if likelihoods else _made(made)
                 if len(under_way.ends) == len(under_way.tickets):
                     break
                 found = await self._next(under_way)
@@ -347,14 +297,6 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _told(language: str | None) -> str | None:
-    """The language that a request names, as a canonical tag. Raises Refused for what is none."""
-    try:
-        return None if language is None else canonical(language)
-    except UserError as error:
-        raise Refused(400, str(error), "language") from None
-
-
 def _check_type(given: str) -> None:
     """Raises Refused unless a Content-Type is that of JSON in UTF-8, in any case."""
     message = Message()
@@ -366,77 +308,17 @@ def _check_type(given: str) -> None:
         )
 
 
-def _check_log_probabilities(tickets: Sequence[Ticket]) -> None:
-    """Raises Refused for texts of a request of which more log probabilities are wanted than may."""
-    wanted = 0
-    for ticket in tickets:
-        if ticket.alternatives is not None:
-            scored = len(ticket.ids) if ticket.scores_prompt else 0
-            wanted += (scored + ticket.new_tokens) * (ticket.alternatives + 1)
-    if wanted > MOST_LOG_PROBABILITIES:
-        raise Refused(
-            400,
-            f"a request may ask for {MOST_LOG_PROBABILITIES:,} log probabilities: tokens times "
-            f"alternatives and one; got {wanted:,}",
-            "logprobs",
-        )
-
-
 def check_model(name: str, offer: Offer) -> None:
     """Raises Refused for a model that is not served."""
     if name not in offer.routers:
-        message = f"there is no model {name!r:.80}; there are: {', '.join(offer.routers)}"
+        message = f"there is no model {name[:80]!r}; there are: {', '.join(offer.routers)}"
         raise Refused(404, message, "model", "model_not_found")
-
-
-def _encoded(
-    asked: CompletionRequest | ChatRequest, offer: Offer
-) -> tuple[list[list[int]], list[list[int] | None]]:
-    """Ids of each prompt: of a text after the one that starts texts, and ids as they are. And what
-    the router hears of each: in a chat what the user says; None: all of it."""
-    tokenizer = offer.ensemble.tokenizer
-    texts = [prompt for prompt in getattr(asked, "prompts", ()) if isinstance(prompt, str)]
-    texts += [message.text for message in getattr(asked, "messages", ())]
-    if max(map(len, texts), default=0) > offer.most_characters:
-        raise UserError(
-            f"a prompt of {max(map(len, texts)):,} characters is longer than these models of "
-            f"{offer.ensemble.model.max_length} tokens can read"
-        )
-    if isinstance(asked, ChatRequest):
-        if not tokenizer.hub.chat_template:
-            raise UserError("the seed has no chat template; use /v1/completions")
-        messages = [{"role": m.role, "content": m.text} for m in asked.messages]
-        ids = tokenizer.chat(messages, _options(asked, tokenizer))
-        return [ids], [tokenizer.user_ids(messages)]
-    prompts = [
-        tokenizer.begin(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
-    ]
-    return prompts, [None] * len(prompts)
-
-
-def _options(asked: ChatRequest, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Values for a chat template. Raises Refused for one that it does not use."""
-    used = template_options(tokenizer.hub) if asked.template_options else ()
-    for name, (param, _) in asked.template_options.items():
-        if name not in used:
-            message = f"{param}: the seed's chat template does not use {name!r:.80}; leave it out"
-            raise Refused(400, message, param)
-    return {name: value for name, (_, value) in asked.template_options.items()}
-
-
-def _echoes(
-    asked: CompletionRequest | ChatRequest, prompts: Sequence[Sequence[int]], offer: Offer
-) -> list[_Echo]:
-    """What the answer repeats of each prompt: all that was given, and nothing put before it."""
-    if not isinstance(asked, CompletionRequest) or not asked.echo:
-        return [_Echo()] * len(prompts)
-    tokenizer, found = offer.ensemble.tokenizer, []
-    for prompt, ids in zip(asked.prompts, prompts):
-        given = tokenizer.encode([prompt])[0] if isinstance(prompt, str) else prompt
-        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-        found.append(_Echo(text, len(ids) - len(given)))
-    return found
 
 
 def _event(body: Any) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def _made(body: Callable[[], Any]) -> str:
+    """The event with a body that is built by this call."""
+    return _event(body())

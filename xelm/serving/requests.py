@@ -120,6 +120,11 @@ class _Request(_Strict):
         return False
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether the log probabilities of the prompt's tokens are wanted."""
+        return self.echoes and self.alternatives is not None
+
+    @property
     def usage_wanted(self) -> bool:
         """Whether a stream ends with counts of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
