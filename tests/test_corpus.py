@@ -392,7 +392,7 @@ def test_files_come_sorted_and_others_are_passed_over(tmp_path):
     found = plan(tmp_path)
     assert [part.name for part in found.parts] == ["de.parquet", "en.jsonl", "sw.jsonl.zst"]
     assert [part.language for part in found.parts] == ["de", "en", "sw"]
-    assert found.passed_over == {"of no format that is known": ["README.md", "fr.csv"]}
+    assert found.passed_over == {"of an unknown format": ["README.md", "fr.csv"]}
 
 
 def test_what_is_no_corpus_is_refused_by_name(tmp_path):

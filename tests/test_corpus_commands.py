@@ -42,7 +42,7 @@ def test_a_run_records_how_its_corpus_is_read_and_reads_it_so_again(xelm, descri
     told = [" ".join(line.split()) for line in outcome.err.splitlines()]
     assert "text/lang-de/part.json.gz de 2 0".removeprefix("text/") in told
     assert "lang-sw/part.json.gz sw 2 0" in told
-    assert "1 file of no format that is known not read: README.md" in told
+    assert "1 file of an unknown format was skipped: README.md" in told
     options = {"text_field": "body", "languages": {"lang-de": "de", "lang-sw": "swh"}}
     source = {"path": str(described / "text"), **options}
     assert open_run("new").record["corpus"] == {"sources": [source]}

@@ -1,4 +1,4 @@
-"""Corpora as people have them: what is read as which language and field, and what is not read."""
+"""Corpora as people have them: what is read as which language and field, and what is skipped."""
 
 import bz2
 import gzip
@@ -7,6 +7,7 @@ import lzma
 import os
 from itertools import groupby
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -15,6 +16,7 @@ from clustering.errors import UserError
 from xelm.data import formats
 from xelm.data.corpus import Corpus, Faults, Reading, fingerprint, languages_of, plan, read
 from xelm.data.listing import language_in
+from xelm.data.texts import Texts
 
 
 def lines(*records) -> bytes:
@@ -123,9 +125,9 @@ def test_what_was_read_as_what_is_one_table(tmp_path):
         "data/deu_Latn/train/000_00000.parquet de 1 0",
         "data/swh_Latn/train/000_00000.parquet and 1 more sw 2 1",
         "sw.jsonl sw 1 1",
-        "1 file whose name is hidden not read: .cache; "
-        "1 file of no format that is known not read: README.md; "
-        "2 files of a split that is not for training not read: "
+        "1 file with a name that begins with a dot was skipped: .cache; "
+        "1 file of an unknown format was skipped: README.md; "
+        "2 files of a test or validation split were skipped: "
         "data/swh_Latn/test/000_00000.parquet, data/swh_Latn_removed/train/000_00000.parquet",
     ]
 
@@ -133,9 +135,8 @@ def test_what_was_read_as_what_is_one_table(tmp_path):
 def test_the_first_five_files_that_are_not_read_are_named(tmp_path):
     write(tmp_path, {"de.jsonl": lines(MANN)} | {f"{n}.csv": b"" for n in range(7)})
     reading = Reading(plan(tmp_path), Faults())
-    assert (
-        "7 files of no format that is known not read: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 2"
-        in (reading.table())
+    assert "7 files of an unknown format were skipped: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 2" in (
+        reading.table()
     )
 
 
@@ -233,7 +234,9 @@ def test_hidden_files_are_passed_over_and_told(tmp_path):
         tmp_path, {"fr.jsonl": lines({"text": "Le vieil"}), "._fr.jsonl": fork, ".DS_Store": fork}
     )
     assert texts(tmp_path, languages_of(tmp_path)) == {"fr": ["Le vieil"]}
-    assert plan(tmp_path).passed_over == {"whose name is hidden": [".DS_Store", "._fr.jsonl"]}
+    assert plan(tmp_path).passed_over == {
+        "with a name that begins with a dot": [".DS_Store", "._fr.jsonl"]
+    }
 
 
 def test_files_of_which_nothing_says_the_language_are_named_with_what_to_do(tmp_path):
@@ -248,7 +251,7 @@ def test_files_of_which_nothing_says_the_language_are_named_with_what_to_do(tmp_
     )
     assert texts(tmp_path, ["de"]) == {"de": ["Der alte Mann"]}
     assert plan(tmp_path, ["de"]).passed_over == {
-        "whose name is no language and whose records say none": ["notes.jsonl", "old/all.txt"]
+        "of an unknown language": ["notes.jsonl", "old/all.txt"]
     }
 
 
@@ -296,7 +299,7 @@ def test_a_map_gives_names_their_languages_and_leaves_out(tmp_path):
     reason = "a language that the map leaves out"
     assert faults.to_json() == {reason: {"count": 1, "first": ["all.jsonl:2 '??'"]}}
     assert plan(corpus).passed_over == {
-        "which the map of languages leaves out": ["notes.jsonl", "old/sw.jsonl"]
+        "that the language map leaves out": ["notes.jsonl", "old/sw.jsonl"]
     }
 
 
@@ -314,6 +317,54 @@ def test_records_of_any_types_are_read_one_by_one(tmp_path):
     faults = Faults()
     assert [document.text for document in read(tmp_path, faults)] == ["a", "b", "c"]
     assert faults.to_json() == {'no "text"': {"count": 1, "first": ["sw.jsonl:3"]}}
+
+
+def test_files_of_other_languages_are_counted_by_language(tmp_path):
+    names = ["de.jsonl", "fr.jsonl", "fr_1.jsonl", "fr_2.jsonl", "sw.jsonl"]
+    write(tmp_path, {name: lines(MANN) for name in names})
+    reading = Reading(plan(tmp_path, ["de"]), Faults())
+    assert len(list(reading.documents())) == 1
+    assert reading.table().splitlines()[-1] == (
+        "4 files in other languages were skipped: fr (3), sw (1)"
+    )
+
+
+@pytest.mark.parametrize("measure", ["words", "characters"])
+def test_one_reading_of_a_file_serves_all_its_languages(tmp_path, monkeypatch, measure):
+    from xelm.runs.distances import Sources, measured
+
+    tags, number = ["de", "fr", "sw", "tr"], 30
+    by_language = {
+        tag: [{"text": f"{tag} gleich {n % (place + 2)}a"} for n in range(number)]
+        for place, tag in enumerate(tags)
+    }
+    mixed = [
+        {**by_language[tag][n], "language": tag} for n in range(number) for tag in reversed(tags)
+    ]
+    write(tmp_path / "one", {"all.jsonl": lines(*mixed, {"text": 7})})
+    write(tmp_path / "each", {f"{tag}.jsonl": lines(*by_language[tag]) for tag in tags})
+    read_lines = []
+
+    def counted(texts, faults, whole=Texts.documents):
+        read_lines.append(0)
+        for document in whole(texts, faults):
+            read_lines[-1] += 1
+            yield document
+
+    monkeypatch.setattr(Texts, "documents", counted)
+    monkeypatch.setattr("xelm.runs.distances._HELD_CHARACTERS", 100)  # several pieces a language
+    one = measured(measure, tags, Sources(corpus=tmp_path / "one"))
+    assert read_lines == [4 * number]
+    each = measured(measure, tags, Sources(corpus=tmp_path / "each"))
+    assert read_lines[1:] == [number] * 4
+    np.testing.assert_array_equal(one.values, each.values)
+    assert one.parameters["units"] == each.parameters["units"]
+    assert len({*one.values[np.triu_indices(4, 1)].round(6)}) > 2
+    # No further than the languages need.
+    few = measured(measure, tags, Sources(corpus=tmp_path / "one", documents=5))
+    assert read_lines[5:] == [4 * 5]
+    few_each = measured(measure, tags, Sources(corpus=tmp_path / "each", documents=5))
+    np.testing.assert_array_equal(few.values, few_each.values)
 
 
 def test_what_is_unusable_of_a_file_of_many_languages_is_counted_once(tmp_path):
@@ -433,7 +484,7 @@ def test_links_are_followed_and_circles_end(tmp_path):
     (tmp_path / "c" / "again").symlink_to(tmp_path / "c")
     (tmp_path / "c" / "fr.jsonl").symlink_to(tmp_path / "nothing")
     assert texts(tmp_path / "c") == BOTH
-    reason = "that is no file, or a link to nothing,"
+    reason = "without content (a broken link or a special file)"
     assert plan(tmp_path / "c").passed_over == {reason: ["fr.jsonl"]}
 
 

@@ -322,6 +322,29 @@ def test_the_mixture_counts_shared_subwords_where_there_is_text(tiny, tmp_path):
     assert read.parameters["combined"][-1]["measure"] == "subwords"
 
 
+def test_subwords_of_one_file_of_several_languages_are_those_of_a_file_each(tiny, tmp_path):
+    run, tags = open_run(tiny.directory), ["sv", "da", *LANGUAGES]
+    lines = {"sv": documents_of(tiny.corpus, "es"), "da": documents_of(tiny.corpus, "de")}
+    for name in ("one", "each"):
+        (tmp_path / name).mkdir()
+    mixed = [
+        json.dumps({"text": text, "language": tag})
+        for tag, found in lines.items()
+        for text in found
+    ]
+    (tmp_path / "one" / "all.jsonl").write_text("\n".join(mixed))
+    for tag, found in lines.items():
+        each = [json.dumps({"text": text}) for text in found]
+        (tmp_path / "each" / f"{tag}.jsonl").write_text("\n".join(each))
+    one, each = (
+        measured("subwords", tags, Sources(run=run, corpus=tmp_path / name))
+        for name in ("one", "each")
+    )
+    np.testing.assert_array_equal(one.values, each.values)
+    assert one.between("sv", "es") < 0.05 and one.between("da", "de") < 0.05
+    assert set(one.made_from) == {"corpus", "further corpus"}
+
+
 def test_clusters_that_were_killed_while_drawn_can_be_made_again(xelm, tmp_path, monkeypatch):
     command = ("cluster", "-k", 2, "--languages", "en,de,fr,ja", "--out", tmp_path / "out")
 

@@ -304,7 +304,7 @@ UNUSABLE = [
     ('{"text": "a"}\n'.encode("utf-16"), "1 with UTF-16; wanted UTF-8 (first: de.jsonl)"),
     ('{"text": "ä"}\n'.encode("latin-1"), "bytes that are not UTF-8 (first: de.jsonl:1"),
     (b'{"text": "a", "lang": "klingonish"}\n', "unknown language (first: de.jsonl:1 'klingonish')"),
-    (b'{"text": "a", "lang": "sw"}\n', "language sw, which was not asked for (first: record 1)"),
+    (b'{"text": "a", "lang": "sw"}\n', "language sw, which was not requested (first: record 1)"),
 ]
 
 

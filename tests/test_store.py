@@ -112,7 +112,7 @@ def test_only_the_languages_asked_for_are_kept_in_their_order_and_others_counted
     assert list(store.languages) == ["el"]
     assert store.record["left_out"] == {
         "empty text": {"count": 1, "first": ["de.jsonl:7"]},
-        "language de, which was not asked for": {
+        "language de, which was not requested": {
             "count": 3,
             "first": ["record 1", "record 2", "record 3"],
         },
@@ -198,7 +198,7 @@ def test_a_build_that_was_killed_goes_on_and_ends_with_the_same(tmp_path, small_
     build(*(tmp_path / "store", MANY), faults=faults, progress=heard.append, **options)
     assert content(tmp_path / "store") == content(tmp_path / "whole")
     assert heard[0] == 7 * sum(batch - 1 for batch in batches) and sum(heard) == 120
-    assert faults.counts == {"language nl, which was not asked for": 1}
+    assert faults.counts == {"language nl, which was not requested": 1}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

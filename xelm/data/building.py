@@ -372,7 +372,7 @@ def kept(
             if wanted is None or document.language in wanted:
                 yield document
             else:
-                reason = f"language {document.language}, which was not asked for"
+                reason = f"language {document.language}, which was not requested"
                 faults.add(reason, f"record {number}")
     except OSError as error:
         # Of reading, which the caller must not take for one of writing.

@@ -16,7 +16,15 @@ from clustering.languages import canonical
 from xelm.data.faults import Faults
 from xelm.data.formats import stem
 from xelm.data.hub import SCHEME, Address
-from xelm.data.listing import code_in, describe, is_other_split, language_in, list_files
+from xelm.data.listing import (
+    OTHER_LANGUAGE,
+    UNKNOWN_LANGUAGE,
+    code_in,
+    describe,
+    is_other_split,
+    language_in,
+    list_files,
+)
 from xelm.data.sources import AnyCorpus, Corpus, Source
 from xelm.data.texts import Document, Survey, Texts, no_documents, tag_of
 
@@ -28,7 +36,7 @@ class Plan:
     parts: list[Texts] = field(default_factory=list)
     """Files and data sets, each of which can be read by itself."""
     passed_over: dict[str, list[str]] = field(default_factory=dict)
-    """Why files are not read -> their names."""
+    """Why files are skipped -> their names, or their languages where that is why."""
     nameless: list[str] = field(default_factory=list)
     """Files of which neither names nor records say the language."""
     corpus: str = ""
@@ -41,29 +49,50 @@ class Plan:
             raise _no_language(self.corpus, self.nameless)
         _refuse_empty(self.parts)
 
-    _told: set[Path | str] = field(default_factory=set)
+    def parts_of(self, languages: Sequence[str]) -> list[Texts]:
+        """The parts that may have text in one of these languages."""
+        return [
+            texts
+            for texts in self.parts
+            if texts.name not in self.nameless and (not texts.named or texts.language in languages)
+        ]
 
-    def documents_in(self, language: str, faults: Faults) -> Iterator[Document]:
-        """Every usable document in one language. What is unusable of a file with several languages
-        is counted in `faults` the first time that it is read alone."""
-        for texts in self.parts:
-            if texts.name in self.nameless or (texts.named and texts.language != language):
-                continue
-            again = not texts.named and texts.where in self._told
-            self._told.add(texts.where)
-            for document in texts.documents(Faults() if again else faults):
-                if document.language == language:
-                    yield document
+    def first_documents(
+        self, languages: Sequence[str], count: int, faults: Faults
+    ) -> Iterator[Document]:
+        """The first `count` usable documents in each of these languages, in the order of the parts.
+
+        Each part is read once for all languages together, and no further than they need. Unusable
+        records on the way are counted in `faults`.
+        """
+        missing = dict.fromkeys(languages, count)
+        for texts in self.parts_of(languages):
+            here = [texts.language] if texts.named else languages
+            wanted = {tag for tag in here if tag and missing[tag]}
+            documents = texts.documents(faults)
+            while wanted and (document := next(documents, None)):
+                tag = document.language
+                if tag not in wanted:
+                    continue
+                missing[tag] -= 1
+                if not missing[tag]:
+                    wanted.remove(tag)
+                yield document
+
+    def fingerprint(self, languages: Sequence[str]) -> str:
+        """The same as `fingerprint` of the corpus for these languages, without planning again."""
+        parts = self.parts_of(languages)
+        return fingerprint_of(parts, [part.digest() for part in parts])
 
     def add(self, texts: Texts) -> None:
         """Adds a part, unless it is of a language that is not wanted."""
         if texts.named and texts.wanted is not None and texts.language not in texts.wanted:
-            self.pass_over(texts.name, "of a language that was not asked for")
+            self.pass_over(texts.language or texts.name, OTHER_LANGUAGE)
         else:
             self.parts.append(texts)
 
     def pass_over(self, name: str, reason: str) -> None:
-        """Notes a file that is not read."""
+        """Records a file that is skipped."""
         self.passed_over.setdefault(reason, []).append(name)
 
 
@@ -112,7 +141,7 @@ def _plan_files(found: Plan, source: Source, languages: Sequence[str] | None) ->
         elif unnamed.first_language() is not None:
             found.add(unnamed)
         elif languages is not None:
-            found.pass_over(file.name, "whose name is no language and whose records say none")
+            found.pass_over(file.name, UNKNOWN_LANGUAGE)
         else:
             found.nameless.append(file.name)
             found.add(replace(unnamed, language=stem(file.path.name)))
@@ -284,13 +313,13 @@ class Reading:
                 yield document
 
     def table(self) -> str:
-        """What was read as what, and what was not read, for people."""
+        """The number of documents by file and language, and what was skipped, for people."""
         return reading_table(self.plan, self.counts, self.left_out)
 
 
 def reading_table(plan: Plan, counts: Sequence[Mapping[str, int]], left_out: Sequence[int]) -> str:
     """A row for each language of each file or group of files: where, language, documents, records
-    left out; then what was passed over. counts, left_out: of each part of the plan."""
+    left out; then the files that were skipped. counts, left_out: of each part of the plan."""
     groups: dict[tuple[str, str | None], list[int]] = {}
     for number, part in enumerate(plan.parts[: len(counts)]):
         folder, _, name = part.name.rpartition("/")

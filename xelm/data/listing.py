@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -56,6 +57,14 @@ _WHOLE_NAMES = {"los", "ner", "new", "ted"}
 # Words that mean no language as the name of the whole corpus. As names of files and folders in it
 # they do: Burmese and Catalan are in many corpora under these codes.
 _CORPUS_NAMES = {"cat", "my"}
+# Why files are skipped; each completes "3 files ... were skipped".
+HIDDEN = "with a name that begins with a dot"
+UNKNOWN_FORMAT = "of an unknown format"
+NO_FILE = "without content (a broken link or a special file)"
+OTHER_SPLIT = "of a test or validation split"
+LEFT_OUT = "that the language map leaves out"
+OTHER_LANGUAGE = "in other languages"
+UNKNOWN_LANGUAGE = "of an unknown language"
 # What `datasets` writes beside Arrow, which is no text.
 _RECORDS_OF_ARROW = {"dataset_info.json", "state.json", "dataset_dict.json"}
 
@@ -81,10 +90,10 @@ class Listing:
     files: list[Found] = field(default_factory=list)
     """Sorted by their paths."""
     passed_over: dict[str, list[str]] = field(default_factory=dict)
-    """Why files are not read -> their names."""
+    """Why files are skipped -> their names."""
 
     def pass_over(self, name: str, reason: str) -> None:
-        """Notes a file that is not read."""
+        """Records a file that is skipped."""
         self.passed_over.setdefault(reason, []).append(name)
 
 
@@ -109,7 +118,7 @@ def list_files(source: Source) -> Listing:
         name = PurePath(names[path])
         mapped, code = _mapped(name, root, source)
         if mapped and code is None:
-            listing.pass_over(names[path], "which the map of languages leaves out")
+            listing.pass_over(names[path], LEFT_OUT)
             continue
         own = canonical(code) if code else language_in(stem(name.name))
         language = own or next(_languages_around(name, root), None)
@@ -127,12 +136,17 @@ def list_files(source: Source) -> Listing:
 
 
 def describe(passed_over: Mapping[str, list[str]]) -> str:
-    """A clause for each reason that files are not read, with the first five names."""
+    """A clause for each reason that files are skipped, with the first five names; of other
+    languages, with the number of files in each."""
     parts = []
     for reason, names in passed_over.items():
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        shown = names
+        if reason == OTHER_LANGUAGE:
+            shown = [f"{tag} ({count})" for tag, count in Counter(names).most_common()]
+        more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
         files = "1 file" if len(names) == 1 else f"{len(names)} files"
-        parts.append(f"{files} {reason} not read: {', '.join(names[:5])}{more}")
+        were = "was" if len(names) == 1 else "were"
+        parts.append(f"{files} {reason} {were} skipped: {', '.join(shown[:5])}{more}")
     return "; ".join(parts)
 
 
@@ -156,7 +170,7 @@ def _walk(folder: Path, root: Path, listing: Listing) -> list[Path]:
         for name in sorted([*names, *folders]):
             if name.startswith("."):
                 hidden = (Path(here) / name).relative_to(root).as_posix()
-                listing.pass_over(hidden, "whose name is hidden")
+                listing.pass_over(hidden, HIDDEN)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(here) / name for name in names if not name.startswith(".")]
         _check_parts(Path(here), names)
@@ -183,10 +197,10 @@ def _is_text(path: Path, name: str, listing: Listing) -> bool:
     if path.name in _RECORDS_OF_ARROW and any(path.parent.rglob("*.arrow")):
         return False
     if format_of(path.name) is None:
-        listing.pass_over(name, "of no format that is known")
+        listing.pass_over(name, UNKNOWN_FORMAT)
         return False
     if not path.is_file():
-        listing.pass_over(name, "that is no file, or a link to nothing,")
+        listing.pass_over(name, NO_FILE)
         return False
     return True
 
@@ -198,7 +212,7 @@ def _training_part(
     others = {path for path in paths if is_other_split(names[path])}
     for path in paths:
         if path in others and len(others) < len(paths):
-            listing.pass_over(names[path], "of a split that is not for training")
+            listing.pass_over(names[path], OTHER_SPLIT)
         else:
             yield path
 

@@ -5,13 +5,13 @@ Knows which measure needs which of them, and that several measures are weighed t
 measured is in `clustering`.
 """
 
-import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,8 @@ from clustering.files import sha256
 from clustering.languages import canonical_all, find
 from xelm.data import corpus as corpora
 from xelm.data import tagged
-from xelm.data.corpus import AnyCorpus, Corpus, Faults
+from xelm.data.corpus import AnyCorpus, Corpus, Faults, Plan
+from xelm.data.texts import Document
 from xelm.runs.results import RESULTS, read_results
 from xelm.runs.run import Run
 
@@ -30,6 +31,8 @@ Item = TypeVar("Item")
 
 _MOST_DOCUMENTS = 1000
 """Of each language, of which `mixture` counts the subwords: growing any language measures it."""
+_HELD_CHARACTERS = 2**22
+"""Text that is read before it is counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,21 +170,18 @@ def _table(languages: Sequence[str], sources: Sources) -> Distances:
 
 
 def _text(
-    measure: str, count: Callable[[Iterator[str]], Mapping[str, int]]
+    measure: str, count: Callable[[list[str]], Mapping[str, int]]
 ) -> Callable[[Sequence[str], Sources], Distances]:
     def distances(languages: Sequence[str], sources: Sources) -> Distances:
         corpus = sources.corpus or (sources.run and sources.run.record["corpus"])
         corpus = Corpus.of(_given(corpus, measure, "--corpus or --run")).pinned()
-        tags, faults = canonical_all(languages), Faults()
-        counts = {}
-        for tag, texts in _texts(corpus, tags, faults):
-            if found := count(itertools.islice(texts, sources.documents)):
-                counts[tag] = found
+        tags, faults, plan = canonical_all(languages), Faults(), corpora.plan(corpus)
+        counts = _counted(plan, tags, sources.documents, count, faults)
         if not counts:
             raise corpora.no_documents(tags, faults)
         if faults:
             print(f"{corpus}: {faults}", file=sys.stderr)
-        made_from = {"corpus": corpora.fingerprint(corpus, list(counts))}
+        made_from = {"corpus": plan.fingerprint(list(counts))}
         found = lexical.text_distances(counts, measure, made_from)
         facts = {"most_documents": sources.documents, "records_left_out": faults.to_json()}
         return replace(found, parameters=found.parameters | facts).spread(tags)
@@ -189,14 +189,33 @@ def _text(
     return distances
 
 
-def _texts(
-    corpus: AnyCorpus, languages: Sequence[str], faults: Faults
-) -> Iterator[tuple[str, Iterator[str]]]:
-    """Each of the canonical tags that a corpus may have text of, and its texts."""
-    plan = corpora.plan(corpus)
-    for tag in languages:
-        if any(not part.named or part.language == tag for part in plan.parts):
-            yield tag, (document.text for document in plan.documents_in(tag, faults))
+def _counted(
+    plan: Plan,
+    languages: Sequence[str],
+    documents: int,
+    count: Callable[[list[str]], Mapping[Any, int]],
+    faults: Faults,
+) -> dict[str, lexical.Counts]:
+    """What `count` finds in the first `documents` texts of each language, summed in one reading of
+    the corpus; languages in which nothing is found are left out."""
+    counts: dict[str, Counter] = {tag: Counter() for tag in languages}
+    for tag, texts in _pieces(plan.first_documents(languages, documents, faults)):
+        counts[tag].update(count(texts))
+    return {tag: found for tag, found in counts.items() if found}
+
+
+def _pieces(documents: Iterable[Document]) -> Iterator[tuple[str, list[str]]]:
+    """Language and texts of documents that come in any order, each language's in its own order,
+    while no more than `_HELD_CHARACTERS` and one document are in memory."""
+    held: dict[str, list[str]] = {}
+    characters = 0
+    for document in documents:
+        held.setdefault(document.language, []).append(document.text)
+        characters += len(document.text)
+        if characters >= _HELD_CHARACTERS:
+            yield from held.items()
+            held, characters = {}, 0
+    yield from held.items()
 
 
 def _subwords(languages: Sequence[str], sources: Sources) -> Distances:
@@ -226,11 +245,17 @@ def _subwords_of(
         made_from["corpus" if name == "train" else name] = store.record["corpus_sha256"]
     missing = [tag for tag in tags if tag not in counts]
     if sources.corpus and missing:
-        faults, tokenizer = Faults(), run.tokenizer()
-        for tag, texts in _texts(sources.corpus, missing, faults):
-            read = list(itertools.islice(texts, sources.documents))
-            counts[tag] = lexical.subwords(map(np.asarray, tokenizer.encode(read)))
-            made_from[f"corpus, {tag}"] = corpora.fingerprint(sources.corpus, [tag])
+        plan, tokenizer = corpora.plan(sources.corpus), run.tokenizer()
+        more = _counted(
+            plan,
+            missing,
+            sources.documents,
+            lambda texts: lexical.subwords(map(np.asarray, tokenizer.encode(texts))),
+            Faults(),
+        )
+        if more:
+            made_from["further corpus"] = plan.fingerprint(list(more))
+        counts |= more
     found = {tag: counts[tag] for tag in tags if counts.get(tag)}
     return found, made_from
 

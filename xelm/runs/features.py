@@ -1,6 +1,5 @@
 """`xelm features`: what a seed makes of text in several languages, as arrays for `clustering`."""
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,13 +39,16 @@ def features(
     corpus = corpus.pinned()
     tokenizer, faults = run.tokenizer(), Faults()
     plan = corpora.plan(corpus, tags)
-    ids: dict[str, list[np.ndarray]] = {}
-    for tag in tags:
-        texts = (document.text for document in plan.documents_in(tag, faults))
-        encoded = tokenizer.encode(list(itertools.islice(texts, documents)))
-        ids[tag] = [
-            np.array([*tokenizer.start_ids, *one, tokenizer.end_id], np.int32) for one in encoded
+    texts: dict[str, list[str]] = {tag: [] for tag in tags}
+    for document in plan.first_documents(tags, documents, faults):
+        texts[document.language].append(document.text)
+    ids = {
+        tag: [
+            np.array([*tokenizer.start_ids, *one, tokenizer.end_id], np.int32)
+            for one in tokenizer.encode(found)
         ]
+        for tag, found in texts.items()
+    }
     if not all(ids.values()):
         raise corpora.no_documents([tag for tag, found in ids.items() if not found], faults)
     if faults:  # after which documents of one number would not mean the same
@@ -62,7 +64,7 @@ def features(
             model, parameters, chosen, sequence_length=length, progress=shown.update
         )
     made_from = {f"seed/{name}": found for name, found in hash_directory(run.seed).items()}
-    made_from["corpus"] = corpora.fingerprint(corpus, tags)
+    made_from["corpus"] = plan.fingerprint(tags)
     return States(
         languages=tags,
         values=states.reshape(len(tags), count, *states.shape[1:]),
