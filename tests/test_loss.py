@@ -8,9 +8,9 @@ import optax
 import pytest
 import scipy.special
 
-from xelm.models.transformer import Head
-from xelm.training import loss
-from xelm.training.loss import cross_entropy, target_log_probabilities
+from xelm.models import head as output_head
+from xelm.models.head import Head, target_log_probabilities
+from xelm.training.loss import cross_entropy
 
 WIDTH = 12
 
@@ -53,7 +53,7 @@ SHAPES = [(1, 50), (64, 50), (333, 97)]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_IN_A_CHUNK", 64)
+    monkeypatch.setattr(output_head, "LOGITS_IN_A_CHUNK", 64)
 
 
 @pytest.mark.parametrize(("positions", "vocabulary"), SHAPES)
@@ -101,7 +101,7 @@ def test_the_size_of_chunks_does_not_matter(monkeypatch):
     arguments = inputs(333, 97)
     values = []
     for logits_in_a_chunk in (64, 100 * 97, 2**22):
-        monkeypatch.setattr(loss, "LOGITS_IN_A_CHUNK", logits_in_a_chunk)
+        monkeypatch.setattr(output_head, "LOGITS_IN_A_CHUNK", logits_in_a_chunk)
         values.append(with_gradients(cross_entropy)(*arguments))
     for value in values[1:]:
         jax.tree.map(

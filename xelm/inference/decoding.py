@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from xelm.models.config import ModelConfig
+from xelm.models.head import target_log_probabilities
 from xelm.models.parameters import bind_layers, graph
 from xelm.models.transformer import Cache, empty_cache
-from xelm.training.loss import target_log_probabilities
 
 PIECES = (16, 64, 256)
 """Tokens of a text that are read at once, if not one alone: fewer than the first take as long, and

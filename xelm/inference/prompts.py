@@ -18,8 +18,8 @@ from xelm.inference.decoding import PIECES, padded
 from xelm.inference.routing import Router, among, states_along, weights_along
 from xelm.inference.sampling import TokenLikelihood, likeliest
 from xelm.models.config import ModelConfig
+from xelm.models.head import target_log_probabilities
 from xelm.models.parameters import bind_layers, graph
-from xelm.training.loss import target_log_probabilities
 
 if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble

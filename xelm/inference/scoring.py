@@ -16,8 +16,8 @@ from jaxtyping import Float, Integer
 
 from clustering.errors import UserError
 from xelm.models.config import ModelConfig
+from xelm.models.head import target_log_probabilities
 from xelm.models.parameters import bind_layers, graph
-from xelm.training.loss import target_log_probabilities
 
 ROWS_A_BATCH, ROW_TOKENS = 16, 512
 """Rows that are read at once, and tokens of each. Rows for longer windows are fewer."""

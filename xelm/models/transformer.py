@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from xelm.models.attention import KEPT, Bias, attend
 from xelm.models.config import ModelConfig
+from xelm.models.head import Head
 from xelm.models.positions import (
     alibi_slopes,
     columns,
@@ -65,40 +66,6 @@ def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -
         tuple(jnp.zeros(shape, dtype) for _ in range(config.layer_count)) for _ in range(2)
     )
     return Cache(keys, values, jnp.zeros(batch, jnp.int32))
-
-
-Product = Callable[[Array, Array, DTypeLike | None], Array]
-"""(x [M, I], matrix [O, I], dtype) -> x @ matrix.T [M, O], in that dtype"""
-
-
-def all_rows(x: Float[Array, "M I"], matrix: Float[Array, "O I"], dtype=None) -> Array:
-    """The product as XLA makes it."""
-    return jnp.einsum("MI,OI->MO", x, matrix, preferred_element_type=dtype)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Head:
-    """What turns states into logits. A tree of arrays: gradients of it have the same shape."""
-
-    matrix: Any
-    """Float [V, D]."""
-    bias: Any = None
-    """Float [V], or None."""
-    cap: float | None = field(default=None, metadata={"static": True})
-    """As `ModelConfig.logit_cap`."""
-
-    def logits(
-        self, states: Float[Array, "*B D"], product: Product = all_rows
-    ) -> Float[Array, "*B V"]:
-        """float32 scores over the vocabulary."""
-        matrix = self.matrix.astype(states.dtype)
-        scores = product(states.reshape(-1, states.shape[-1]), matrix, jnp.float32)
-        if self.bias is not None:
-            scores = scores + self.bias.astype(jnp.float32)[None]
-        if self.cap is not None:
-            scores = self.cap * jnp.tanh(scores / self.cap)
-        return scores.reshape(*states.shape[:-1], -1)
 
 
 class Linear(nnx.Module):

@@ -11,11 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from xelm.models.transformer import Head
-
-# Logits of one chunk, in values: 2^22 float32 are 16 MiB, which stays near the caches of a CPU and
-# is large enough for the matrix units of an accelerator.
-LOGITS_IN_A_CHUNK = 2**22
+from xelm.models.head import Head, in_chunks
 
 _POSITIONS, _VOCABULARY = ("data",), ("fsdp", "tensor")
 """Mesh axes over which each is spread."""
@@ -42,22 +38,6 @@ def cross_entropy(
     flat = states.reshape(-1, states.shape[-1])
     constant = jax.lax.stop_gradient(weights.reshape(-1))
     return _summed(spread, flat, head, targets.reshape(-1), constant)
-
-
-def target_log_probabilities(
-    states: Float[Array, "*B D"], head: Head, targets: Int[Array, "*B"]
-) -> Float[Array, "*B"]:
-    """log p(target) at each position, in nats, chunk by chunk."""
-
-    def chunk(inputs):
-        part, wanted = inputs
-        logits = head.logits(part)
-        chosen = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    flat = states.reshape(-1, states.shape[-1])
-    scores = jax.lax.map(chunk, _chunks(head.matrix.shape[0], flat, targets.reshape(-1)))
-    return scores.reshape(-1)[: flat.shape[0]].reshape(targets.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -113,7 +93,7 @@ def _in_chunks(states, head, targets, weights, first=0, size=None, across=()):
         return sums, (loss, state_gradient)
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
-    chunks = _chunks(head.matrix.shape[0], states, targets, weights)
+    chunks = in_chunks(head.matrix.shape[0], states, targets, weights)
     head_gradient, (losses, state_gradients) = jax.lax.scan(chunk, zero, chunks)
     state_gradient = state_gradients.reshape(-1, states.shape[1])[: states.shape[0]]
     return losses.sum(), (state_gradient, head_gradient)
@@ -160,14 +140,3 @@ def _backward(spread, gradients, cotangent):
 
 
 _summed.defvjp(_forward, _backward)
-
-
-def _chunks(vocabulary_size, *arrays):
-    """Each [M, ...] as [chunks, M / chunks, ...], zeros at the end: they carry no weight."""
-    positions = arrays[0].shape[0]
-    size = min(positions, max(64, LOGITS_IN_A_CHUNK // vocabulary_size))
-    padding = -positions % size
-    return tuple(
-        jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:])
-        for a in arrays
-    )

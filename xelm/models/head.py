@@ -1,0 +1,78 @@
+"""The output head: scores over the vocabulary, and log-probabilities of given tokens.
+
+Multilingual vocabularies are huge (XGLM: 256,008), so logits exist only for a chunk of positions at
+a time: [B, T, V] in float32 would dwarf the model. Dimension letters: see `xelm.models.config`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+LOGITS_IN_A_CHUNK = 2**22
+"""Number of logits computed at once: 2^22 float32 are 16 MiB, which stays near the caches of a CPU
+and is large enough for the matrix units of an accelerator."""
+
+Product = Callable[[Array, Array, DTypeLike | None], Array]
+"""(x [M, I], matrix [O, I], dtype) -> x @ matrix.T [M, O], in that dtype"""
+
+
+def plain_product(x: Float[Array, "M I"], matrix: Float[Array, "O I"], dtype=None) -> Array:
+    """The product x @ matrix.T [M, O], as XLA computes it."""
+    return jnp.einsum("MI,OI->MO", x, matrix, preferred_element_type=dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Head:
+    """The output head, a tree of arrays: gradients by it have the same shape."""
+
+    matrix: Any
+    """Float [V, D]."""
+    bias: Any = None
+    """Float [V], or None."""
+    cap: float | None = field(default=None, metadata={"static": True})
+    """As `ModelConfig.logit_cap`."""
+
+    def logits(
+        self, states: Float[Array, "*B D"], product: Product = plain_product
+    ) -> Float[Array, "*B V"]:
+        """Scores over the vocabulary, float32."""
+        matrix = self.matrix.astype(states.dtype)
+        scores = product(states.reshape(-1, states.shape[-1]), matrix, jnp.float32)
+        if self.bias is not None:
+            scores = scores + self.bias.astype(jnp.float32)[None]
+        if self.cap is not None:
+            scores = self.cap * jnp.tanh(scores / self.cap)
+        return scores.reshape(*states.shape[:-1], -1)
+
+
+def target_log_probabilities(
+    states: Float[Array, "*B D"], head: Head, targets: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """Log-probability of each target given the state at its position, in nats."""
+
+    def chunk(inputs):
+        part, wanted = inputs
+        logits = head.logits(part)
+        chosen = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    flat = states.reshape(-1, states.shape[-1])
+    scores = jax.lax.map(chunk, in_chunks(head.matrix.shape[0], flat, targets.reshape(-1)))
+    return scores.reshape(-1)[: flat.shape[0]].reshape(targets.shape)
+
+
+def in_chunks(vocabulary_size: int, *arrays: Array) -> tuple[Array, ...]:
+    """Each [M, ...] as [chunks, M / chunks, ...], with zeros at the end to fill the last chunk."""
+    positions = arrays[0].shape[0]
+    size = min(positions, max(64, LOGITS_IN_A_CHUNK // vocabulary_size))
+    padding = -positions % size
+    return tuple(
+        jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:])
+        for a in arrays
+    )
