@@ -12,7 +12,7 @@ from clustering.errors import UserError
 from xelm.inference.decoding import PIECES, ROWS, Reader, _next_of
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
-from xelm.inference.holding import Holding
+from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.routers import Abstaining, ByLanguage, Posterior, Tfidf, uniform
 from xelm.inference.routing import mixture, states_along, weights_along
 from xelm.inference.sampling import Sampling
@@ -277,7 +277,7 @@ def test_experts_that_do_not_all_fit_are_brought_once_a_step(ensemble, experts):
 
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(experts[0]))
     loaders = [functools.partial(load, number) for number in range(EXPERTS)]
-    held = Holding(loaders, device_bytes=(EXPERTS - 1) * size, host_bytes=0)
+    held = ParameterCache(loaders, device_bytes=(EXPERTS - 1) * size, host_bytes=0)
     few = replace(ensemble, parameters=held)
     said = few.generate(PROMPT, max_new_tokens=9, temperature=0.0)
     assert said.ids == ensemble.generate(PROMPT, max_new_tokens=9, temperature=0.0).ids

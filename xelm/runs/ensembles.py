@@ -8,7 +8,7 @@ from typing import Literal
 from clustering.errors import UserError
 from experts.expert import Expert
 from xelm.inference.ensemble import Ensemble
-from xelm.inference.holding import Holding
+from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.sampling import sampling_of
 from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
 from xelm.runs.checking import check_models
@@ -34,7 +34,7 @@ def open_ensemble(
     return Ensemble(
         names=list(systems),
         model=model,
-        parameters=Holding(
+        parameters=ParameterCache(
             [partial(read_for_inference, path, model, dtype) for path in systems.values()]
         ),
         dtype=dtype,

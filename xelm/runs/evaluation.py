@@ -22,7 +22,7 @@ from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import LanguageIds, Store
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.guessing import guess_documents
-from xelm.inference.holding import Holding
+from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.reliability import Reliability, chosen
 from xelm.inference.routing import Router, mixture, states_along, weights_along
 from xelm.inference.scoring import check_windows, score_documents, targets, unpredicted
@@ -310,13 +310,13 @@ class _Evaluation:
     def measured(self) -> dict[str, dict[System, Measured]]:
         """By language: every model, then the ensemble under every routing."""
         scores = self._scores()
-        holding = Holding(
+        cache = ParameterCache(
             [partial(read_for_inference, path, self.model) for path in self.systems.values()]
         )
         found = {}
         with bar(len(self.documents), "routing", "language") as progress:
             for tag in self.documents:
-                found[tag] = self._of_language(tag, scores, holding)
+                found[tag] = self._of_language(tag, scores, cache)
                 progress.update(1)
         return found
 
@@ -324,7 +324,7 @@ class _Evaluation:
         self,
         tag: str,
         scores: Mapping[str, Mapping[str, Sequence[np.ndarray]]],
-        holding: Holding,
+        cache: ParameterCache,
     ) -> dict[System, Measured]:
         wanted, first = self.targets(tag), self.first
         found: dict[System, Measured] = {}
@@ -358,7 +358,7 @@ class _Evaluation:
             found[system] = Measured(nats=np.asarray(nats), weighed=weighed)
             samples[system] = heads
         if sizes:
-            self._guess(tag, found, wanted, sizes, samples, holding)
+            self._guess(tag, found, wanted, sizes, samples, cache)
         return found
 
     def _expert_for(self, tag: str, found: Mapping[System, Measured]) -> int:
@@ -384,7 +384,7 @@ class _Evaluation:
         wanted: Sequence[np.ndarray],
         sizes: Sequence[int],
         samples: Mapping[System, Sequence[np.ndarray]],
-        holding: Holding,
+        cache: ParameterCache,
     ) -> None:
         """Adds to what was found how the first so many tokens of documents are predicted."""
         asked = [n for n, system in enumerate(self.systems) if (system, None) in found]
@@ -399,7 +399,7 @@ class _Evaluation:
         places = [slice(self.first, self.first + size) for size in sizes]
         guesses = guess_documents(
             self.model,
-            [partial(holding.__getitem__, n) for n in asked],
+            [partial(cache.__getitem__, n) for n in asked],
             [ids[: place.stop] for ids, place in zip(self.documents[tag], places)],
             [target[place] for target, place in zip(wanted, places)],
             mixtures,

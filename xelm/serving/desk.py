@@ -348,9 +348,9 @@ class Desk:
         for table in former:
             self._tables.remove(table)
         if former and len(self._tables) == 1:
-            only = getattr(self.offer.ensemble.parameters, "only", None)
-            if only is not None:
-                only()
+            evict = getattr(self.offer.ensemble.parameters, "evict_others", None)
+            if evict is not None:
+                evict()
 
     def _step(self, table: _Table) -> None:
         steps = table.engine.step()

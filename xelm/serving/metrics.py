@@ -13,7 +13,7 @@ from prometheus_client import (
 )
 
 from clustering.languages import lookup
-from xelm.inference.holding import Holding
+from xelm.inference.parameter_cache import ParameterCache
 from xelm.serving.desk import Desk, Ended
 
 disable_created_metrics()  # a second series for each, of when it began
@@ -80,8 +80,8 @@ class Metrics:
         texts.labels("running").set_function(lambda: desk.running)
         texts.labels("waiting").set_function(lambda: desk.waiting)
         held = Gauge("xelm_models_held", "Models in memory.", ["place"], registry=registry)
-        held.labels("device").set_function(lambda: len(_holding(desk).on_device))
-        held.labels("host").set_function(lambda: len(_holding(desk).on_host))
+        held.labels("device").set_function(lambda: len(_parameter_cache(desk).on_device))
+        held.labels("host").set_function(lambda: len(_parameter_cache(desk).on_host))
 
     def request(self, model: str, status: int) -> None:
         """A request was answered."""
@@ -120,7 +120,7 @@ def entropy(weights: Mapping[str, float]) -> float:
     return sum(-w * math.log2(w) for w in weights.values() if w > 0)
 
 
-def _holding(desk: Desk) -> Holding:
+def _parameter_cache(desk: Desk) -> ParameterCache:
     held = desk.offer.ensemble.parameters
-    assert isinstance(held, Holding)
+    assert isinstance(held, ParameterCache)
     return held

@@ -9,7 +9,7 @@ import numpy as np
 
 from clustering.errors import UserError
 from xelm.inference.ensemble import Ensemble
-from xelm.inference.holding import Holding
+from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.routers import Detected, Fixed
 from xelm.inference.routing import Router, states_along
 from xelm.inference.sampling import sampling_of
@@ -85,15 +85,15 @@ def open_offer(
     loaders = [partial(read_for_inference, path, model, dtype) for path in paths.values()]
     places = [str(path) for path in paths.values()]
     if before is None:
-        holding = Holding(loaders, names=places)
+        cache = ParameterCache(loaders, names=places)
     else:
-        assert isinstance(before.ensemble.parameters, Holding)
-        holding = before.ensemble.parameters.sharing(loaders, places)
+        assert isinstance(before.ensemble.parameters, ParameterCache)
+        cache = before.ensemble.parameters.with_experts(loaders, places)
     names = list(paths)
     ensemble = Ensemble(
         names=names,
         model=model,
-        parameters=holding,
+        parameters=cache,
         dtype=dtype,
         router=make_router(run, experts, routing),
         tokenizer=run.tokenizer(),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xelm.inference.holding import Holding
+from xelm.inference.parameter_cache import ParameterCache
 
 COUNT, BYTES = 4, 400
 
@@ -14,12 +14,12 @@ def loaded():
     return []
 
 
-def holding(loaded, **room):
+def cache(loaded, **room):
     def load(number):
         loaded.append(number)
         return {"weight": np.full(BYTES // 4, number, np.float32)}
 
-    return Holding([lambda n=n: load(n) for n in range(COUNT)], **room)
+    return ParameterCache([lambda n=n: load(n) for n in range(COUNT)], **room)
 
 
 def value(parameters):
@@ -27,7 +27,7 @@ def value(parameters):
 
 
 def test_nothing_is_read_before_it_is_asked_for_and_then_once(loaded):
-    held = holding(loaded)
+    held = cache(loaded)
     assert len(held) == COUNT and loaded == []
     assert [value(held[2]), value(held[2]), value(held[-1])] == [2, 2, 3]
     assert loaded == [2, 3]
@@ -36,7 +36,7 @@ def test_nothing_is_read_before_it_is_asked_for_and_then_once(loaded):
 
 
 def test_the_one_asked_longest_ago_leaves_for_the_host_and_then_for_the_disk(loaded):
-    held = holding(loaded, device_bytes=2 * BYTES, host_bytes=BYTES)
+    held = cache(loaded, device_bytes=2 * BYTES, host_bytes=BYTES)
     assert [value(held[n]) for n in (0, 1, 0, 2)] == [0, 1, 0, 2]
     assert (held.on_device, held.on_host) == ((0, 2), (1,))
     assert value(held[3]) == 3
@@ -48,13 +48,13 @@ def test_the_one_asked_longest_ago_leaves_for_the_host_and_then_for_the_disk(loa
 
 
 def test_an_expert_larger_than_all_room_is_there_alone(loaded):
-    held = holding(loaded, device_bytes=BYTES - 1, host_bytes=BYTES - 1)
+    held = cache(loaded, device_bytes=BYTES - 1, host_bytes=BYTES - 1)
     assert [value(held[n]) for n in (0, 1, 0)] == [0, 1, 0]
     assert (held.on_device, held.on_host, loaded) == ((0,), (), [0, 1, 0])
 
 
 def test_one_that_cannot_be_read_leaves_the_others_where_they_are(loaded):
-    held = holding(loaded, device_bytes=2 * BYTES)
+    held = cache(loaded, device_bytes=2 * BYTES)
     held._loaders[3] = lambda: 1 / 0
     assert [value(held[n]) for n in (0, 1)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
@@ -63,16 +63,16 @@ def test_one_that_cannot_be_read_leaves_the_others_where_they_are(loaded):
 
 
 def test_what_others_share_is_read_once_and_leaves_when_they_do(loaded):
-    held = holding(loaded, device_bytes=3 * BYTES)
+    held = cache(loaded, device_bytes=3 * BYTES)
     assert [value(held[n]) for n in (0, 1)] == [0, 1]
 
     def load(name):
         loaded.append(name)
         return {"weight": np.full(BYTES // 4, 7, np.float32)}
 
-    other = held.sharing([lambda: load(1), lambda: load("new")], [1, "new"])
+    other = held.with_experts([lambda: load(1), lambda: load("new")], [1, "new"])
     assert [value(other[n]) for n in (0, 1)] == [1, 7]
     assert loaded == [0, 1, "new"] and held.on_device == other.on_device == (0, 1, "new")
-    other.only()
+    other.evict_others()
     assert held.on_device == (1, "new")
     assert value(held[0]) == 0 and loaded == [0, 1, "new", 0]

@@ -1,4 +1,4 @@
-"""Which experts lie on the device: those asked last, as many as there is room for."""
+"""Cache of experts' parameters: those used last lie on the device, within a memory budget."""
 
 import contextlib
 import copy
@@ -11,10 +11,12 @@ from typing import Any
 import jax
 
 
-class Holding(Sequence):
-    """The parameters of experts, each brought to the device when it is asked for. Where there is no
-    more room the one that was asked longest ago leaves, for the host's memory, and from there to
-    where it came from."""
+class ParameterCache(Sequence):
+    """Parameters of models, each loaded on the device when it is indexed.
+
+    Where the device's budget is used up, the least recently used model is moved to the host's
+    memory, and from there it is dropped, to be loaded again when it is needed.
+    """
 
     def __init__(
         self,
@@ -24,25 +26,27 @@ class Holding(Sequence):
         device_bytes: float | None = None,
         host_bytes: float | None = None,
     ):
-        """loaders: each gives the parameters of an expert, on the host. names: of what each loads;
-        None numbers them. device_bytes, host_bytes: of parameters, at most, beside the one expert
-        that must lie there; None: `room`."""
-        device_room, host_room = room()
+        """loaders: functions that return the parameters of one model each, on the host. names: one
+        for each loader; None numbers them. device_bytes, host_bytes: bytes of parameters at most
+        (the model in use lies on the device in any case); None: those of `memory_budget`."""
+        device_budget, host_budget = memory_budget()
         self._names = list(range(len(loaders)) if names is None else names)
         self._loaders = list(loaders)
         self._device: OrderedDict[Hashable, Any] = OrderedDict()
         self._host: OrderedDict[Hashable, Any] = OrderedDict()
-        self._device_bytes = device_room if device_bytes is None else device_bytes
-        self._host_bytes = host_room if host_bytes is None else host_bytes
+        self._device_bytes = device_budget if device_bytes is None else device_bytes
+        self._host_bytes = host_budget if host_bytes is None else host_bytes
 
-    def sharing(self, loaders: Sequence[Callable[[], Any]], names: Sequence[Hashable]) -> "Holding":
-        """Another, of other experts, in the same room: what has the same name is there once."""
+    def with_experts(
+        self, loaders: Sequence[Callable[[], Any]], names: Sequence[Hashable]
+    ) -> "ParameterCache":
+        """A cache of other models within the same memory: models of one name are loaded once."""
         other = copy.copy(self)
         other._names, other._loaders = list(names), list(loaders)
         return other
 
-    def only(self) -> None:
-        """Has everything leave that others brought here by `sharing`."""
+    def evict_others(self) -> None:
+        """Drops what only other caches of the same memory (`with_experts`) use."""
         for place in (self._device, self._host):
             for name in [name for name in place if name not in self._names]:
                 del place[name]
@@ -56,36 +60,36 @@ class Holding(Sequence):
         if name not in self._device:
             found = self._host.pop(name, None)
             found = self._loaders[index]() if found is None else found
-            self._leave(_size(found))
+            self._evict(_size(found))
             self._device[name] = jax.device_put(found)
         self._device.move_to_end(name)
         return self._device[name]
 
     @property
     def on_device(self) -> tuple[Hashable, ...]:
-        """Names of those that lie there, the one asked last at the end."""
+        """Names of the models on the device, the most recently used last."""
         return tuple(self._device)
 
     @property
     def on_host(self) -> tuple[Hashable, ...]:
-        """Names of those that lie in the host's memory and not on the device."""
+        """Names of the models in the host's memory and not on the device."""
         return tuple(self._host)
 
-    def _leave(self, wanted: int) -> None:
-        """Makes room on the device."""
+    def _evict(self, wanted: int) -> None:
+        """Frees so many bytes of the device's budget."""
         while self._device and wanted + sum(map(_size, self._device.values())) > self._device_bytes:
-            name, left = self._device.popitem(last=False)
-            if _size(left) > self._host_bytes:
+            name, evicted = self._device.popitem(last=False)
+            if _size(evicted) > self._host_bytes:
                 continue
-            while sum(map(_size, self._host.values())) + _size(left) > self._host_bytes:
+            while sum(map(_size, self._host.values())) + _size(evicted) > self._host_bytes:
                 self._host.popitem(last=False)
-            self._host[name] = jax.device_get(left)
+            self._host[name] = jax.device_get(evicted)
 
 
-def room() -> tuple[float, float]:
+def memory_budget() -> tuple[float, float]:
     """Bytes of parameters that may lie on the device and on the host: four fifths of the memory of
-    an accelerator, the rest being for what is computed, and half of the host's, which on CPUs is
-    the device's."""
+    an accelerator, since computing needs the rest, and half of the host's, which on CPUs is the
+    device's."""
     host = _memory() / 2
     device = jax.local_devices()[0]
     if device.platform == "cpu":
@@ -95,7 +99,7 @@ def room() -> tuple[float, float]:
 
 
 def _memory() -> float:
-    """Bytes of the host, or of the container that this runs in."""
+    """Bytes of the host's memory, or of the container's."""
     found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
