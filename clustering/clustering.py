@@ -1,15 +1,14 @@
-"""The `Clustering`: who belongs together, as a value and on disk.
+"""The `Clustering`: which languages or documents belong together, as a value and on disk.
 
-Crosses the border to `experts` and `xelm`. Knows which language is in which cluster, how that came
-about, and for clusters of documents the vectoriser and centres that place a new document. Does not
-know experts, models or corpora.
+The package `experts` and `xelm` take it as their argument. It knows which language is in which
+cluster, how the clusters were made, and, for clusters of documents, the vectoriser and the centres
+that place a new document. On disk it is clusters.json and clusters.npz. It does not know experts,
+models or corpora.
 """
 
 import json
 import os
-import re
-import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,46 +16,52 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Integer
 
-from clustering import kmeans
+from clustering import figures, files, kmeans, maps
 from clustering.distances import Distances
 from clustering.errors import UserError
-from clustering.files import equal
 from clustering.languages import english_name, find
+from clustering.names import check_cluster_names
 from clustering.tree import Merge
 from clustering.vectoriser import Vectoriser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_NAME = re.compile(r"[^\W_][\w.-]*")
-_LANGUAGES_IN_NAME = 4
-_LETTERS_IN_NAME = 24
-_LITTLE = 0.5
-"""Share of the features below which a language is named: what is not known moves it away."""
+FORMAT = 1
+"""Number of the format of clusters.json; rises when a key changes its meaning."""
+JSON_NAME = "clusters.json"
+ARRAYS_NAME = "clusters.npz"
+_FEW_FEATURES = 0.5
+"""Share of known features below which a table names a language: the gaps make it distant."""
+_MOST_NAMES = 6
+"""Number of clusters or languages that a line names before it counts the others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
 class Clustering:
-    """Clusters of languages, or of documents; immutable, and equal after saving and loading."""
+    """Clusters of languages or of documents; immutable, and equal after saving and loading.
+
+    `str` gives a table, and the `plot_` methods give figures. UserError for clusters that lose or
+    double a language, ValueError for arrays that do not fit.
+    """
 
     method: str
-    """How it was made: typology, tfidf, random, by-hand."""
+    """How the clusters were made, such as typology, tfidf, random or by-hand."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """The arguments of the method and what it reports, as JSON values."""
     clusters: dict[str, tuple[str, ...]]
-    """Name -> languages. Each language is in exactly one cluster; in clusters of documents, in each
-    where it has documents, the commonest first."""
+    """Name -> languages. Each language is in exactly one cluster; in clusters of documents, it is
+    in each that has documents in it, and the most frequent comes first."""
     unassigned: tuple[str, ...] = ()
-    """Languages that belong to no cluster: left out on purpose, or because too little is known of
-    them."""
+    """Languages in no cluster: left out on purpose, or because too little is known about them."""
     languages: tuple[str, ...]
     """All languages of the clusters, in the given order; the rows of `distances`."""
     distances: Distances | None = None
-    """Between the languages, in their order; None where the method has none."""
+    """Distances between the languages, in their order; None where the method has none."""
     merges: tuple[Merge, ...] | None = None
     """The tree, from single languages to one group; None where the method has none."""
     documents: dict[str, dict[str, int]] | None = None
-    """Cluster -> language -> documents, for clusters of documents; else None."""
+    """Cluster -> language -> number of documents; None for clusters of languages."""
     vectoriser: Vectoriser | None = None
     """What turns a document into a vector; None for clusters of languages."""
     centres: Float[np.ndarray, "C D"] | None = None
@@ -65,7 +70,7 @@ class Clustering:
     """Name of an input -> its SHA-256 or version."""
 
     def __post_init__(self) -> None:
-        _check_names(self.clusters)
+        check_cluster_names(self.clusters)
         _check_languages(self)
         _check_arrays(self)
         if json.loads(json.dumps(self.parameters)) != self.parameters:
@@ -74,11 +79,14 @@ class Clustering:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Clustering):
             return NotImplemented
-        return all(equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(files.equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     __hash__ = None  # type: ignore[assignment]  # arrays do not hash
 
     def __repr__(self) -> str:
+        return f"<Clustering by {self.method}: {_counts(self)}: {_listed(list(self.clusters))}>"
+
+    def __str__(self) -> str:
         return _table(self)
 
     @property
@@ -88,13 +96,21 @@ class Clustering:
 
     @property
     def shares(self) -> dict[str, dict[str, float]] | None:
-        """Cluster -> language -> share of the cluster's documents, 0..1; None as `documents`."""
-        if self.documents is None:
-            return None
-        return {
-            name: {language: count / sum(counts.values()) for language, count in counts.items()}
-            for name, counts in self.documents.items()
-        }
+        """Cluster -> language -> share of the cluster's documents, 0..1; None for clusters of
+        languages."""
+        return None if self.documents is None else figures.shares_of(self.documents)
+
+    @property
+    def cluster_by_language(self) -> dict[str, str]:
+        """Language -> its cluster, in the order of `languages`; in clusters of documents, the one
+        with most of its documents, and of equals the first."""
+        found: dict[str, str] = {}
+        for name, members in self.clusters.items():
+            for tag in members:
+                counts = self.documents
+                if tag not in found or (counts and counts[name][tag] > counts[found[tag]][tag]):
+                    found[tag] = name
+        return {tag: found[tag] for tag in self.languages}
 
     def cluster_of(self, language: str) -> str:
         """The cluster of a language; in clusters of documents, the one with most of its documents.
@@ -102,13 +118,11 @@ class Clustering:
         Takes any code of the language; raises UserError if no cluster has it.
         """
         tag = find(language, [*self.languages, *self.unassigned])
-        names = [name for name, members in self.clusters.items() if tag in members]
-        if tag is None or not names:
+        if tag is None or tag not in self.languages:
             why = "is unassigned" if tag in self.unassigned else "is not among the languages"
             known = ", ".join(self.languages)
             raise UserError(f"{language} {why} of this clustering; those with a cluster: {known}")
-        counts = self.documents
-        return names[0] if counts is None else max(names, key=lambda name: counts[name][tag])
+        return self.cluster_by_language[tag]
 
     def assign(
         self, vectors: Float[np.ndarray, "documents D"]
@@ -118,19 +132,19 @@ class Clustering:
         Raises ValueError for clusters of languages, which have no centres.
         """
         if self.centres is None:
-            raise ValueError("clusters of documents wanted; these are of languages: use cluster_of")
+            raise ValueError("these are clusters of languages without centres: use cluster_of")
         return kmeans.assign(vectors, self.centres)
 
     def renamed(self, names: Mapping[str, str]) -> "Clustering":
-        """The same with other names for some clusters, old -> new; UserError for a cluster that is
-        not there, and for names that clusters cannot bear."""
+        """The same clustering with other names for some clusters, old -> new; UserError for an
+        unknown cluster, and for new names that a cluster cannot have."""
         unknown = [name for name in names if name not in self.clusters]
         if unknown:
             raise UserError(
                 f"no cluster {', '.join(unknown[:5])}; there are {', '.join(self.clusters)}"
             )
         new = [names.get(name, name) for name in self.clusters]
-        _check_names(new)
+        check_cluster_names(new)
         documents = self.documents
         return replace(
             self,
@@ -139,90 +153,170 @@ class Clustering:
         )
 
     def plot_tree(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the tree on `ax`, or on a new figure, and return the axes."""
-        from clustering import figures
-
-        return figures.dendrogram(self, ax)
+        """Draws the tree on `ax` or on a new figure, and returns the axes; UserError if there is
+        none."""
+        merges = self._wanted(self.merges, "a tree of joins")
+        return figures.dendrogram(
+            self.cluster_by_language, merges, tuple(self.clusters), self.method, ax
+        )
 
     def plot_distances(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the distances on `ax`, or on a new figure, and return the axes."""
-        from clustering import figures
-
-        return figures.distance_heatmap(self, ax)
+        """Draws the distances on `ax` or on a new figure, and returns the axes; UserError without
+        distances."""
+        distances = self._wanted(self.distances, "distances between languages")
+        return figures.distance_heatmap(distances, self.clusters, self.merges, ax)
 
     def plot_composition(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw what clusters of documents hold on `ax`, or on a new figure, and return the axes."""
-        from clustering import figures
-
-        return figures.cluster_composition(self, ax)
+        """Draws the languages of each cluster of documents on `ax` or on a new figure, and returns
+        the axes; UserError for clusters of languages."""
+        return figures.cluster_composition(
+            self._wanted(self.documents, "clusters of documents"), ax
+        )
 
     def plot_sizes(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the sizes of the clusters on `ax`, or on a new figure, and return the axes."""
-        from clustering import figures
-
-        return figures.cluster_sizes(self, ax)
+        """Draws the size of each cluster on `ax` or on a new figure, and returns the axes: its
+        documents, its tokens where these were balanced, or else its languages."""
+        tokens = self.parameters.get("sizes")
+        if self.documents is not None:
+            sizes = {name: sum(counts.values()) for name, counts in self.documents.items()}
+            return figures.cluster_sizes(sizes, "documents", ax)
+        sizes = {
+            name: sum(tokens[tag] for tag in members) if tokens else len(members)
+            for name, members in self.clusters.items()
+        }
+        return figures.cluster_sizes(sizes, "tokens" if tokens else "languages", ax)
 
     def plot_map(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw where the languages are spoken on `ax`, or on a new figure, and return the axes."""
-        from clustering import maps
-
-        return maps.world_map(self, ax)
+        """Draws where the languages are spoken on `ax` or on a new figure, and returns the axes;
+        UserError if URIEL has a place for none of them."""
+        return maps.world_map(self.cluster_by_language, tuple(self.clusters), ax)
 
     def plot_plane(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the languages near where they are near on `ax`, or on a new figure, and return the
-        axes."""
-        from clustering import maps
+        """Draws the languages as points of a plane, near languages near each other, on `ax` or on
+        a new figure, and returns the axes; UserError without distances."""
+        distances = self._wanted(self.distances, "distances between languages")
+        return maps.plane(distances, self.cluster_by_language, tuple(self.clusters), ax)
 
-        return maps.plane(self, ax)
+    def _wanted(self, part: Any, what: str) -> Any:
+        """The part, or UserError where the method does not make it."""
+        if part is None:
+            raise UserError(f"the figure needs {what}; method {self.method!r} has none")
+        return part
+
+    def to_json(self, arrays_sha256: str | None = None) -> dict[str, Any]:
+        """The content of clusters.json; `arrays_sha256` is the hash of clusters.npz beside it,
+        which has `arrays`, or None without that file."""
+
+        def where(name: str) -> dict[str, Any] | None:
+            return {"file": ARRAYS_NAME, "array": name} if name in arrays else None
+
+        distances, arrays = self.distances, self.arrays()
+        merges, sha256 = self.merges, arrays_sha256
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "parameters": self.parameters,
+            "clusters": self.clusters,
+            "unassigned": self.unassigned,
+            "languages": self.languages,
+            "distances": None
+            if distances is None
+            else {
+                "file": ARRAYS_NAME,
+                "array": "distances",
+                "coverage": "coverage",
+                "measure": distances.measure,
+                "parameters": distances.parameters,
+                "made_from": distances.made_from,
+            },
+            "merges": None if merges is None else [merge._asdict() for merge in merges],
+            "documents": self.documents,
+            "shares": self.shares,
+            "centres": where("centres"),
+            "idf": where("idf"),
+            "projection": where("projection"),
+            "arrays": None if sha256 is None else {"file": ARRAYS_NAME, "sha256": sha256},
+            "made_from": self.made_from,
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The content of clusters.npz; empty where the clustering has no arrays."""
+        found = {"centres": self.centres}
+        if self.distances is not None:
+            found |= {"distances": self.distances.values, "coverage": self.distances.coverage}
+        if self.vectoriser is not None:
+            found |= {"idf": self.vectoriser.idf, "projection": self.vectoriser.projection}
+        return {name: array for name, array in found.items() if array is not None}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> "Clustering":
+        """The clustering of a clusters.json and the arrays beside it; KeyError, TypeError or
+        ValueError where they are damaged, UserError where they contradict each other."""
+        merges, facts = value.get("merges"), value.get("distances")
+        return cls(
+            method=value["method"],
+            parameters=value["parameters"],
+            clusters={name: tuple(members) for name, members in value["clusters"].items()},
+            unassigned=tuple(value["unassigned"]),
+            languages=tuple(value["languages"]),
+            distances=None
+            if facts is None
+            else Distances(
+                measure=facts["measure"],
+                languages=tuple(value["languages"]),
+                values=arrays["distances"],
+                coverage=arrays["coverage"],
+                parameters=facts["parameters"],
+                made_from=facts["made_from"],
+            ),
+            merges=None
+            if merges is None
+            else tuple(
+                Merge(tuple(m["members_a"]), tuple(m["members_b"]), m["distance"]) for m in merges
+            ),
+            documents=value.get("documents"),
+            vectoriser=Vectoriser(idf=arrays["idf"], projection=arrays["projection"])
+            if "idf" in arrays
+            else None,
+            centres=arrays.get("centres"),
+            made_from=value.get("made_from", {}),
+        )
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write clusters.json, and clusters.npz if there are arrays.
+        """Writes clusters.json, and clusters.npz if there are arrays.
 
-        Raises UserError if the directory holds a clustering already and not `overwrite`.
+        The JSON is written last and has the hash of the arrays, so that a crash in between leaves
+        no clustering, or one that is refused, and never a mixture. Raises UserError if the
+        directory has a clusters.json already, unless `overwrite`.
         """
-        from clustering import storage
-
-        storage.save(self, Path(directory), overwrite=overwrite)
+        json_path, arrays_path = Path(directory) / JSON_NAME, Path(directory) / ARRAYS_NAME
+        if json_path.exists() and not overwrite:
+            raise UserError(f"{json_path} exists already; choose another folder, or overwrite it")
+        arrays = self.arrays()
+        if arrays:
+            files.write_arrays(arrays_path, arrays)
+        files.write_json(json_path, self.to_json(files.sha256(arrays_path) if arrays else None))
+        if not arrays:  # then the file is that of the clustering that was overwritten
+            arrays_path.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Clustering":
-        """The clustering saved in a directory; UserError if missing, damaged or too new."""
-        from clustering import storage
-
-        return storage.load(Path(directory))
-
-
-def name_clusters(groups: Iterable[Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Name groups by their languages in the given order, as in `en-es`.
-
-    Of more than four, or where that is longer than 24 letters, the first and a count: `en-plus7`.
-    Names are good names of folders, and differ in more than case.
-    """
-    named: dict[str, tuple[str, ...]] = {}
-    taken: dict[str, int] = {}
-    for members in groups:
-        name = "-".join(members)
-        too_long = len(members) > _LANGUAGES_IN_NAME or len(name) > _LETTERS_IN_NAME
-        if too_long and len(members) > 1:
-            name = f"{members[0]}-plus{len(members) - 1}"
-        # pt-BR alone and pt with br would meet in one folder on some machines.
-        times = taken[name.casefold()] = taken.get(name.casefold(), 0) + 1
-        named[name if times == 1 else f"{name}_{times}"] = tuple(members)
-    return named
-
-
-def _check_names(clusters: Collection[str]) -> None:
-    if not clusters:
-        raise UserError("a clustering wants at least one cluster; got none")
-    # Names become folders: nothing may climb out of one or hide in it.
-    bad = [name for name in clusters if not _NAME.fullmatch(name)]
-    if bad:
-        raise UserError(
-            "cluster names want letters, digits, '_', '.' and '-', a letter or digit first; "
-            f"got {bad[:5]}"
-        )
-    if len({unicodedata.normalize("NFC", name).casefold() for name in clusters}) < len(clusters):
-        raise UserError(f"cluster names must differ in more than case; got {', '.join(clusters)}")
+        """The clustering saved in a directory; UserError if missing, damaged, of a newer format, or
+        with the arrays of another clustering."""
+        json_path, arrays_path = Path(directory) / JSON_NAME, Path(directory) / ARRAYS_NAME
+        value = files.read_json(json_path, newest_format=FORMAT)
+        arrays: dict[str, np.ndarray] = {}
+        if value.get("arrays"):
+            if files.sha256(arrays_path) != value["arrays"].get("sha256"):
+                raise UserError(
+                    f"{arrays_path} is not the file that {JSON_NAME} beside it was written with; "
+                    "cluster again"
+                )
+            arrays = files.read_arrays(arrays_path)
+        try:
+            return cls.from_json(value, arrays)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{json_path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _check_languages(clustering: Clustering) -> None:
@@ -254,7 +348,8 @@ def _check_languages(clustering: Clustering) -> None:
     ]
     if faults:
         raise UserError(
-            f"every language in exactly one cluster or in unassigned; but {'; '.join(faults[:5])}"
+            "every language must be in exactly one cluster or unassigned; but "
+            f"{'; '.join(faults[:5])}"
         )
 
 
@@ -276,33 +371,35 @@ def _check_arrays(clustering: Clustering) -> None:
         raise ValueError(f"centres must be {list(wanted)}; got {list(clustering.centres.shape)}")
 
 
-def _table(clustering: Clustering) -> str:
+def _counts(clustering: Clustering) -> str:
     kind = "documents" if clustering.of_documents else "languages"
-    shares = clustering.shares
-    counts = f"{len(clustering.languages)} languages, {len(clustering.clusters)} clusters of {kind}"
-    lines = [f"{clustering.method}: {counts}"]
+    return f"{len(clustering.languages)} languages, {len(clustering.clusters)} clusters of {kind}"
+
+
+def _listed(words: list[str]) -> str:
+    more = f", {len(words) - _MOST_NAMES} more" if len(words) > _MOST_NAMES else ""
+    return f"{', '.join(words[:_MOST_NAMES])}{more}"
+
+
+def _table(clustering: Clustering) -> str:
+    """A line for each cluster with its languages, and lines for languages without one."""
+    lines = [f"{clustering.method}: {_counts(clustering)}"]
     width = max(len(name) for name in clustering.clusters)
+    shares = clustering.shares
     for name, members in clustering.clusters.items():
         if shares is None or clustering.documents is None:
             text = ", ".join(english_name(tag) for tag in members)
         else:
-            held = [f"{tag} {share:.0%}" for tag, share in shares[name].items()]
-            more = f", {len(held) - 6} more" if len(held) > 6 else ""
-            text = (
-                f"{sum(clustering.documents[name].values())} documents: {', '.join(held[:6])}{more}"
+            text = f"{sum(clustering.documents[name].values())} documents: " + _listed(
+                [f"{tag} {share:.0%}" for tag, share in shares[name].items()]
             )
         lines.append(f"  {name:<{width}}  {text}")
     if clustering.distances is not None:
-        known = np.diagonal(clustering.distances.coverage)
-        little = [
-            f"{tag} ({share:.0%})"
-            for tag, share in zip(clustering.languages, known)
-            if share < _LITTLE
-        ]
+        known = zip(clustering.languages, np.diagonal(clustering.distances.coverage))
+        little = [f"{tag} ({share:.0%})" for tag, share in known if share < _FEW_FEATURES]
         if little:
-            lines.append(f"  of few features is a value known: {', '.join(little)}")
+            lines.append(f"  less than half of the features known: {', '.join(little)}")
     if clustering.unassigned:
-        lines.append(
-            f"  unassigned: {', '.join(english_name(tag) for tag in clustering.unassigned)}"
-        )
+        names = ", ".join(english_name(tag) for tag in clustering.unassigned)
+        lines.append(f"  unassigned: {names}")
     return "\n".join(lines)

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from clustering import files
-from clustering.clustering import Clustering, name_clusters
+from clustering.clustering import Clustering
 from clustering.errors import UserError
 from clustering.languages import canonical_all
+from clustering.names import name_clusters
 
 
 def random_clusters(languages: Sequence[str], k: int, random_seed: int) -> Clustering:

@@ -1,19 +1,19 @@
-"""Pictures of a `Clustering`: its tree, its distances, and what clusters of documents hold.
+"""Figures of clusters: the tree, the distances, the sizes, and the languages of documents.
 
-Each draws on `ax`, or on a new figure, and returns the axes; none saves or shows. Knows the one
-palette that every figure of xelm shares. Numbers are computed elsewhere.
+`Clustering` has a method for each. They take plain values, draw on `ax` or on a new figure, and
+return the axes; none saves or shows. The palette is that of every figure of xelm. Numbers are
+computed elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clustering import tree as trees
-from clustering.clustering import Clustering
 from clustering.distances import Distances
-from clustering.errors import UserError
 from clustering.languages import english_name
+from clustering.tree import Merge
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,23 +57,26 @@ def cluster_colours(names: Sequence[str]) -> dict[str, str]:
     return {name: every[index % len(every)] for index, name in enumerate(names)}
 
 
-def dendrogram(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
+def dendrogram(
+    home: Mapping[str, str],
+    merges: Sequence[Merge],
+    names: Sequence[str],
+    method: str,
+    ax: "Axes | None" = None,
+) -> "Axes":
     """The tree from languages to one group, each cluster in its colour, joins above it in grey.
 
-    A join is drawn a little farther out than those below it, even if its languages are closer:
-    balance forces some distant pairs together early.
+    `home` maps each language to its cluster, `names` are all clusters. A join is drawn a little
+    farther out than those below it, even if its languages are closer: balance forces some distant
+    pairs together early.
     """
-    if clustering.merges is None:
-        raise UserError(
-            f"a tree wants clusters joined from pairs; method {clustering.method!r} has none"
-        )
-    languages = clustering.languages
+    languages, colours = list(home), cluster_colours(names)
     line, size = (0.27, None) if len(languages) <= _CROWDED else (0.13, 6.5)
     ax = axes(ax, (7.0, 1.2 + line * len(languages)), size)
-    colours = cluster_colours(tuple(clustering.clusters))
-    leaf_colours = [colours[clustering.cluster_of(language)] for language in languages]
-    gap = _GAP * max((merge.distance for merge in clustering.merges), default=0.0)
-    tree = trees.linkage_matrix(languages, clustering.merges, gap=gap)
+    leaf_colours = [colours[name] for name in home.values()]
+    measured = [merge.distance for merge in merges]
+    gap = _GAP * max(measured, default=0.0)
+    tree = trees.linkage_matrix(languages, merges, gap=gap)
     order = _draw_tree(ax, tree, leaf_colours, len(colours))
     heights = np.arange(len(languages))
     ax.scatter(
@@ -89,44 +92,39 @@ def dendrogram(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
     ax.set_xlim(left=0)
     ax.tick_params(axis="y", length=0, pad=8)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.set_xlabel(f"distance of what is joined: {clustering.method}")
-    measured = [merge.distance for merge in clustering.merges]
+    ax.set_xlabel(f"distance of what is joined: {method}")
     if len(tree) and np.any(tree[:, 2] > np.add(measured, 2 * gap)):
         ax.set_xlabel(f"{ax.get_xlabel()}\n(no join is drawn nearer than those below it)")
     legend(ax, colours)
     return ax
 
 
-def distance_heatmap(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
-    """Distances between all languages, in the order of the tree from above (of the clusters, if
-    there is none), each cluster framed in its colour."""
-    if clustering.distances is None:
-        raise UserError(
-            f"distances between languages wanted; method {clustering.method!r} has none"
-        )
+def distance_heatmap(
+    distances: Distances,
+    clusters: Mapping[str, Sequence[str]],
+    merges: Sequence[Merge] | None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Distances between all languages, each cluster framed in its colour; in the order of the tree
+    from above, or without `merges` in that of the clusters."""
     from matplotlib.patches import Rectangle
 
-    ordered = _in_tree_order(clustering)
-    values = clustering.distances.of(ordered).values
+    ordered = _in_tree_order(distances.languages, clusters, merges)
+    values = distances.of(ordered).values
     labels = [_label(language) for language in ordered]
     cell, size = (0.36, None) if len(ordered) <= _CROWDED else (0.1, 5.5)
     side = cell * len(ordered)
-    words = _INCHES_PER_LETTER * (max(map(len, labels)) + max(map(len, clustering.clusters)))
+    words = _INCHES_PER_LETTER * (max(map(len, labels)) + max(map(len, clusters)))
     ax = axes(ax, (side + words + 1.2, side + 1.4), size)
-    # Greys: the colours are for the clusters.
+    # Greys, since colours stand for clusters.
     image = ax.imshow(values, cmap="Greys", vmin=0.0)
     ax.figure.colorbar(
-        image,
-        ax=ax,
-        location="bottom",
-        label=distance_label(clustering.distances),
-        fraction=0.035,
-        pad=0.02,
+        image, ax=ax, location="bottom", label=distance_label(distances), fraction=0.035, pad=0.02
     )
     if len(ordered) <= _ROOM_FOR_NUMBERS:
         _write_numbers(ax, values)
-    colours = cluster_colours(tuple(clustering.clusters))
-    for name, members in clustering.clusters.items():
+    colours = cluster_colours(tuple(clusters))
+    for name, members in clusters.items():
         start, count = min(map(ordered.index, members)) - 0.5, len(members)
         frame = Rectangle(
             (start, start), count, count, fill=False, edgecolor=colours[name], linewidth=3
@@ -142,17 +140,15 @@ def distance_heatmap(clustering: Clustering, ax: "Axes | None" = None) -> "Axes"
     return ax
 
 
-def cluster_composition(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
-    """Shares of languages in each cluster of documents: a bar in its colour, widest share first.
+def cluster_composition(
+    documents: Mapping[str, Mapping[str, int]], ax: "Axes | None" = None
+) -> "Axes":
+    """Shares of the languages in each cluster of documents: a bar in its colour, the widest first.
 
-    Languages too few for a label in the bar are summed at its end, and named by their number.
+    `documents` maps cluster and language to a number of documents. Languages too rare for a label
+    in the bar are summed at its end, with their number as label.
     """
-    shares, documents = clustering.shares, clustering.documents
-    if shares is None or documents is None:
-        raise UserError(
-            f"clusters of documents wanted; method {clustering.method!r} made clusters of languages"
-        )
-    names = tuple(clustering.clusters)
+    shares, names = shares_of(documents), tuple(documents)
     ax = axes(ax, (8.0, 1.2 + 0.42 * len(names)))
     colours = cluster_colours(names)
     for row, name in enumerate(names):
@@ -170,49 +166,44 @@ def cluster_composition(clustering: Clustering, ax: "Axes | None" = None) -> "Ax
             ink = "black" if _brightness(colours[name]) > 0.5 else "white"
             ax.text(start + share / 2, row, text, ha="center", va="center", color=ink, fontsize=8)
             start += share
-    counts = [sum(documents[name].values()) for name in names]
-    ax.set_yticks(
-        range(len(names)),
-        [f"{name}  ({count:,})" for name, count in zip(names, counts, strict=True)],
-    )
-    ax.invert_yaxis()
+    _set_bars(ax, [f"{name}  ({sum(documents[name].values()):,})" for name in names])
     ax.set_xlim(0, 1)
     ax.set_xticks(np.linspace(0, 1, 6), [f"{tick:.0%}" for tick in np.linspace(0, 1, 6)])
     ax.set_xlabel("share of the cluster's documents")
     ax.set_ylabel("cluster (documents)")
-    ax.tick_params(axis="y", length=0)
-    ax.spines[["top", "right", "left"]].set_visible(False)
     return ax
 
 
-def cluster_sizes(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
-    """A bar for each cluster: its documents, its tokens where these were kept in balance, or else
-    its languages; the mean as a line."""
-    sizes = clustering.parameters.get("sizes")
-    if clustering.documents is not None:
-        what = "documents"
-        held = [sum(counts.values()) for counts in clustering.documents.values()]
-    elif sizes:
-        what = "tokens"
-        held = [sum(sizes[tag] for tag in members) for members in clustering.clusters.values()]
-    else:
-        what = "languages"
-        held = [len(members) for members in clustering.clusters.values()]
+def cluster_sizes(sizes: Mapping[str, int], unit: str, ax: "Axes | None" = None) -> "Axes":
+    """A bar for each cluster's size, counted in `unit`; the mean as a line."""
     from matplotlib.ticker import MaxNLocator
 
-    names = tuple(clustering.clusters)
-    ax = axes(ax, (7.0, 1.2 + 0.3 * len(names)))
-    bars = ax.barh(range(len(names)), held, color=list(cluster_colours(names).values()))
-    ax.bar_label(bars, [f"{size:,}" for size in held], padding=3, fontsize="small")
-    ax.axvline(float(np.mean(held)), color=ABOVE, linestyle="--", linewidth=1, zorder=0)
-    ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
+    ax = axes(ax, (7.0, 1.2 + 0.3 * len(sizes)))
+    colours = list(cluster_colours(tuple(sizes)).values())
+    bars = ax.barh(range(len(sizes)), list(sizes.values()), color=colours)
+    ax.bar_label(bars, [f"{size:,}" for size in sizes.values()], padding=3, fontsize="small")
+    mean = float(np.mean(list(sizes.values())))
+    ax.axvline(mean, color=ABOVE, linestyle="--", linewidth=1, zorder=0)
+    _set_bars(ax, list(sizes))
     ax.margins(x=0.1)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel(f"{what} of the cluster; dashed: the mean")
+    ax.set_xlabel(f"{unit} of the cluster; dashed: the mean")
+    return ax
+
+
+def shares_of(documents: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
+    """Cluster -> language -> share of the cluster's documents, 0..1, from their numbers."""
+    return {
+        name: {language: count / sum(counts.values()) for language, count in counts.items()}
+        for name, counts in documents.items()
+    }
+
+
+def _set_bars(ax: "Axes", labels: Sequence[str]) -> None:
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    return ax
 
 
 def _draw_tree(ax: "Axes", tree: np.ndarray, leaf_colours: list[str], clusters: int) -> list[int]:
@@ -239,13 +230,17 @@ def _draw_tree(ax: "Axes", tree: np.ndarray, leaf_colours: list[str], clusters: 
     return [int(leaf) for leaf in drawn["leaves"]]
 
 
-def _in_tree_order(clustering: Clustering) -> list[str]:
-    if not clustering.merges:
-        return [language for members in clustering.clusters.values() for language in members]
+def _in_tree_order(
+    languages: Sequence[str],
+    clusters: Mapping[str, Sequence[str]],
+    merges: Sequence[Merge] | None,
+) -> list[str]:
+    if not merges:
+        return [language for members in clusters.values() for language in members]
     from scipy.cluster import hierarchy
 
-    tree = trees.linkage_matrix(clustering.languages, clustering.merges)
-    return [clustering.languages[leaf] for leaf in hierarchy.leaves_list(tree)[::-1]]
+    tree = trees.linkage_matrix(languages, merges)
+    return [languages[int(leaf)] for leaf in hierarchy.leaves_list(tree)[::-1]]
 
 
 def _write_numbers(ax: "Axes", values: np.ndarray) -> None:

@@ -10,9 +10,10 @@ from functools import partial
 import numpy as np
 
 from clustering import agglomerative, capacity, pairing
-from clustering.clustering import Clustering, name_clusters
+from clustering.clustering import Clustering
 from clustering.distances import Distances
 from clustering.errors import UserError
+from clustering.names import name_clusters
 from clustering.tree import Grouping
 
 Rule = Callable[..., Grouping]

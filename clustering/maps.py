@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from clustering import geography, uriel
-from clustering.clustering import Clustering
+from clustering.distances import Distances
 from clustering.errors import UserError
 from clustering.figures import ABOVE, axes, cluster_colours, distance_label, legend
 from clustering.languages import english_name
@@ -37,13 +37,14 @@ _SIDES = {1: "left", 0: "center", -1: "right"}
 _HEIGHTS = {1: "bottom", 0: "center", -1: "top"}
 
 
-def world_map(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
+def world_map(home: Mapping[str, str], names: Sequence[str], ax: "Axes | None" = None) -> "Axes":
     """Where the languages of each cluster are spoken, one point each, as URIEL has them.
 
-    Of the languages that URIEL does not place, the title tells. Coastlines are drawn if the package
-    basemap is there, which brings them along. UserError if no language has a place.
+    `home` maps each language to its cluster, `names` are all clusters. The title lists the
+    languages that URIEL does not place. Coastlines are drawn if the package basemap is installed,
+    which has them. UserError if no language has a place.
     """
-    tags = uriel.known(clustering.languages, "geo")
+    tags = uriel.known(list(home), "geo")
     if not tags:
         raise UserError("URIEL has no place for any of these languages")
     north_east = geography.coordinates(tags)
@@ -59,30 +60,31 @@ def world_map(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
     ax.set_ylim(south, north)
     ax.set_aspect("equal")
     _write_degrees(ax)
-    notes = {"not on the map": [tag for tag in clustering.languages if tag not in tags]}
-    notes["without a label"] = _draw_points(ax, clustering, tags, points)
+    notes = {"not on the map": [tag for tag in home if tag not in tags]}
+    notes["without a label"] = _draw_points(ax, {tag: home[tag] for tag in tags}, names, points)
     _write_notes(ax, notes)
     return ax
 
 
-def plane(clustering: Clustering, ax: "Axes | None" = None) -> "Axes":
-    """The languages in a plane, near where they are near (classical scaling, Torgerson 1952)."""
-    measured = clustering.distances
-    if measured is None:
-        raise UserError(
-            f"distances between languages wanted; method {clustering.method!r} has none"
-        )
-    points, shown = scaled(measured.values)
-    size = _scale(len(measured.languages))
+def plane(
+    distances: Distances,
+    home: Mapping[str, str],
+    names: Sequence[str],
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """The languages as points of a plane whose distances are nearest to those given (classical
+    scaling, Torgerson 1952); `home` and `names` as in `world_map`."""
+    points, shown = scaled(distances.values)
+    size = _scale(len(distances.languages))
     ax = axes(ax, (2.5 + 6.5 * size, 6.5 * size))
     ax.set_aspect("equal", adjustable="datalim")
     ax.margins(0.12)
-    hidden = _draw_points(ax, clustering, measured.languages, points)
+    hidden = _draw_points(ax, home, names, points)
     _write_notes(ax, {"without a label": hidden})
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_color(ABOVE)
-    ax.set_xlabel(f"{distance_label(measured)}; {shown:.0%} of it fits in the plane")
+    ax.set_xlabel(f"{distance_label(distances)}; {shown:.0%} of it fits in the plane")
     return ax
 
 
@@ -110,19 +112,18 @@ def scaled(
 
 def _draw_points(
     ax: "Axes",
-    clustering: Clustering,
-    tags: Sequence[str],
+    home: Mapping[str, str],
+    names: Sequence[str],
     points: Float[np.ndarray, "languages 2"],
 ) -> list[str]:
-    """Draws the points in the colours of their clusters; returns the tags without room for a
-    label."""
-    colours = cluster_colours(tuple(clustering.clusters))
-    of_tag: Mapping[str, str] = {tag: colours[clustering.cluster_of(tag)] for tag in tags}
+    """Draws the points in the colours of their clusters; returns the languages for whose label
+    there is no place."""
+    colours, tags = cluster_colours(names), list(home)
     full = len(tags) <= _ROOM_FOR_NAMES
     ax.scatter(
         *points.T,
         s=40 if full else 16,
-        c=[of_tag[tag] for tag in tags],
+        c=[colours[name] for name in home.values()],
         edgecolor="white",
         linewidth=1.5 if full else 0.5,
         zorder=3,

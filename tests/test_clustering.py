@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from clustering import control, files, tfidf, typology
-from clustering.clustering import Clustering, name_clusters
+from clustering.clustering import Clustering
 from clustering.documents import Documents
 from clustering.errors import UserError
+from clustering.names import name_clusters
 
 LANGUAGES = ["en", "fr", "es", "de", "el", "bg", "ru", "tr"]
 
@@ -114,7 +115,7 @@ def test_files_of_two_clusterings_are_not_mixed(tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"format": 2}, "is of format 2"),
-        ({"clusters": {"../../home": ["en"]}, "languages": ["en"]}, "cluster names want"),
+        ({"clusters": {"../../home": ["en"]}, "languages": ["en"]}, "cluster names must"),
         ({"clusters": {"a": ["en"], "b": ["en"]}, "languages": ["en"]}, "en is in several"),
         ({"clusters": None}, "damaged"),
         ({"merges": [{}]}, "damaged"),
@@ -139,8 +140,8 @@ def test_a_damaged_file_is_refused(change, message, tmp_path):
         ({"clusters": {"a": ("en", "es"), "b": ()}}, "b is empty"),
         ({"unassigned": ("es",)}, "es is both unassigned and in a cluster"),
         ({"clusters": {"a": ("en",), "A": ("es",)}}, "differ in more than case"),
-        ({"clusters": {".a": ("en", "es")}}, "a letter or digit first"),
-        ({"clusters": {"a/b": ("en", "es")}}, "cluster names want"),
+        ({"clusters": {".a": ("en", "es")}}, "begin with a letter or digit"),
+        ({"clusters": {"a/b": ("en", "es")}}, "cluster names must"),
     ],
 )
 def test_no_language_is_lost_or_doubled(fields, message):
@@ -212,7 +213,7 @@ def test_renamed_clusters_are_the_same_ones(name):
     assert renamed.renamed({"elsewhere": first}) == clustering
     with pytest.raises(UserError, match=f"no cluster nowhere; there are {first}"):
         clustering.renamed({"nowhere": "x"})
-    with pytest.raises(UserError, match="names want letters"):
+    with pytest.raises(UserError, match="names must consist of letters"):
         clustering.renamed({first: "../x"})
     with pytest.raises(UserError, match="differ in more than case"):
         clustering.renamed({first: list(clustering.clusters)[1].upper()})
@@ -272,7 +273,7 @@ def test_importing_loads_nothing_heavy():
     code = """
 import sys, clustering
 assert "numpy" not in sys.modules
-from clustering import typology, tfidf, control, storage, figures
+from clustering import typology, tfidf, control, figures, maps
 heavy = {"jax", "flax", "torch", "scipy", "sklearn", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
 typology.cluster(["en", "es", "de", "el"], 2)

@@ -227,10 +227,10 @@ def test_distances_of_a_few_are_shown_and_of_many_named():
 
 def test_clusters_name_languages_of_which_little_is_known():
     shown = str(typology.cluster(["kk", "tr", "uz", "ru", "en"], 2))
-    assert "of few features is a value known: kk (" in shown
+    assert "less than half of the features known: kk (" in shown
     # What fills the gaps is predicted, not known.
     filled = str(typology.cluster(["kk", "tr", "uz"], 2, features="syntax_knn"))
-    assert "of few features is a value known: kk (" in filled
+    assert "less than half of the features known: kk (" in filled
 
 
 def test_features_drawn_anew_pass_over_draws_that_say_nothing(monkeypatch):

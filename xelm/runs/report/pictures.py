@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clustering import figures as clustering_figures
 from clustering import geography, maps, uriel
 from clustering.clustering import Clustering
 from clustering.distances import Distances
@@ -88,7 +87,7 @@ def _tree(clusters: Clustering) -> Picture:
         caption="Languages joined farther left are more alike; grey joins lie above the clusters.",
         columns=("members_a", "members_b", "distance"),
         rows=[(" ".join(m.members_a), " ".join(m.members_b), m.distance) for m in merges],
-        draw=partial(clustering_figures.dendrogram, clusters),
+        draw=clusters.plot_tree,
         size=(5.0 + _INCHES_PER_LETTER * words, 1.2 + line * count),
         font_size=font_size,
     )
@@ -108,7 +107,7 @@ def _distances(clusters: Clustering) -> Picture:
         caption="Dark is far. Each cluster is framed in its colour.",
         columns=("language_a", "language_b", "distance"),
         rows=rows,
-        draw=partial(clustering_figures.distance_heatmap, clusters),
+        draw=clusters.plot_distances,
         size=(side + 3.6, side + 1.4),
         font_size=9.5 if len(tags) <= _CROWDED else 8,
     )
@@ -130,7 +129,7 @@ def _map(clusters: Clustering) -> Picture | Missing:
             (tag, clusters.cluster_of(tag), round(float(north), 2), round(float(east), 2))
             for tag, (north, east) in zip(tags, places)
         ],
-        draw=partial(maps.world_map, clusters),
+        draw=clusters.plot_map,
         size=(9.0, 4.5),
     )
 
@@ -146,7 +145,7 @@ def _plane(clusters: Clustering, distances: Distances) -> Picture:
         "behind it.",
         columns=("language", "x", "y"),
         rows=[(t, float(x), float(y)) for t, (x, y) in zip(distances.languages, points)],
-        draw=partial(maps.plane, clusters),
+        draw=clusters.plot_plane,
         size=(8.0, 5.5),
     )
 
@@ -165,7 +164,7 @@ def _composition(clusters: Clustering) -> Picture:
             for name, part in shares.items()
             for tag, share in part.items()
         ],
-        draw=partial(clustering_figures.cluster_composition, clusters),
+        draw=clusters.plot_composition,
         size=(8.0, 1.2 + 0.42 * len(documents)),
     )
 
