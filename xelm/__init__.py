@@ -7,8 +7,9 @@ Importing this package imports nothing heavy; the names are loaded when first us
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["load_model", "open_run", "save_model"]
+from xelm.version import __version__
+
+__all__ = ["__version__", "load_model", "open_run", "save_model"]
 
 if TYPE_CHECKING:
     from xelm.models.checkpoint import load_model, save_model

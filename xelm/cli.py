@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from clustering.errors import UserError
-from xelm import __version__
 from xelm.commands import VERBS
 from xelm.process import prepare
 from xelm.training.preemption import Preempted
+from xelm.version import __version__
 
 _EXTRAS = {
     "tensorboardX": ("tensorboard", "tensorboard=true"),

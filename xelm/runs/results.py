@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
 from experts.lock import locked
-from xelm import __version__
 from xelm.runs.run import Run
 from xelm.runs.texts import LanguageText
+from xelm.version import __version__
 
 RESULTS = "results.json"
 _MOST_NATS = 700.0

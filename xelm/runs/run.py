@@ -212,7 +212,7 @@ def create_run(
     settings of the seed's training. Another configuration in its place is refused. Settings that
     the run.json of an earlier version lacks have their defaults; earlier: facts that it may lack.
     """
-    from xelm import __version__
+    from xelm.version import __version__
 
     directory = Path(directory)
     refuse_other_files(directory)
