@@ -18,7 +18,7 @@ from xelm.inference.routing import mixture, states_along, weights_along
 from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.models.parameters import bind_layers, for_inference, fresh_parameters, graph
+from xelm.models.parameters import bind, for_inference, fresh_parameters, inference_graph
 from xelm.runs.run import open_run
 
 EXPERTS, LENGTH = 3, 32
@@ -125,8 +125,8 @@ def forward_of(model):
 
     @jax.jit
     def forward(parameters, tokens):
-        network, layers = bind_layers(graph(model, turned=True), parameters)
-        return network.logits(network.hidden(tokens, layers=layers))
+        network = bind(inference_graph(model), parameters)
+        return network.logits(network.hidden(tokens))
 
     return forward
 

@@ -11,6 +11,7 @@ from flax import nnx
 from hub_models import CONFIGS, DECODERS, FAMILIES, auto_model, by_speed, random_tokens, saved
 from safetensors.numpy import load_file
 
+from xelm.models.cache import empty_cache
 from xelm.models.checkpoint import (
     load_model,
     load_parameters,
@@ -19,8 +20,7 @@ from xelm.models.checkpoint import (
     save_model,
     write_checkpoint,
 )
-from xelm.models.parameters import bind, bind_layers, for_inference, graph, parameters_of
-from xelm.models.transformer import empty_cache
+from xelm.models.parameters import bind, for_inference, graph, inference_graph, parameters_of
 from xelm.training.loss import cross_entropy
 
 # Compiled whole: operation by operation takes several times as long.
@@ -28,14 +28,13 @@ logits_of = nnx.jit(lambda model, *inputs: model(*inputs))
 hidden_of = nnx.jit(lambda model, tokens, **options: model.hidden(tokens, **options))
 means_of = nnx.jit(lambda model, tokens, valid: model.means(tokens, valid=valid))
 extended = nnx.jit(lambda model, *inputs: model.extend(*inputs))
-network_logits = nnx.jit(lambda net, ids, layers: net.logits(net.hidden(ids, layers=layers)))
 # Longer than every local window and than the lengths that rotary positions are stretched from.
 LENGTH = 40
 
 
 def as_for_inference(model):
-    """The model in the layout of inference, and its layers."""
-    return bind_layers(graph(model.config, turned=True), for_inference(parameters_of(model)))
+    """The model in the layout of inference."""
+    return bind(inference_graph(model.config), for_inference(parameters_of(model)))
 
 
 @pytest.fixture(params=CONFIGS, scope="module")
@@ -146,7 +145,7 @@ def test_cached_states_equal_uncached(decoder_pair):
     """Of two texts that are read in pieces of unequal length, the last of which has no room for
     what stands behind the second text."""
     model = load_model(decoder_pair.directory)
-    network, layers = as_for_inference(model)
+    network = as_for_inference(model)
     texts = random_tokens((2, 20))
     cache, begun = empty_cache(model.config, 2, 20, jnp.float32), np.zeros(2, int)
     whole = np.asarray(hidden_of(model, jnp.asarray(texts)))
@@ -154,7 +153,7 @@ def test_cached_states_equal_uncached(decoder_pair):
         tokens = random_tokens((2, 5), seed=7)  # what is not of the text is anything
         for row, count in enumerate(counts):
             tokens[row, :count] = texts[row, begun[row] : begun[row] + count]
-        states, cache = extended(network, jnp.asarray(tokens), jnp.asarray(counts), cache, layers)
+        states, cache = extended(network, jnp.asarray(tokens), jnp.asarray(counts), cache)
         for row, count in enumerate(counts):
             wanted = whole[row, begun[row] : begun[row] + count]
             np.testing.assert_allclose(states[row, :count], wanted, atol=2e-5)
@@ -171,9 +170,9 @@ def test_the_layout_of_inference_changes_nothing(family_pair, shape):
     apart = read_for_inference(family_pair.directory, read_config(family_pair.directory))
     jax.tree.map(np.testing.assert_array_equal, for_inference(stacked), apart)
     model = load_model(family_pair.directory)
-    network, layers = as_for_inference(model)
+    network = as_for_inference(model)
     tokens = jnp.asarray(random_tokens(shape))
-    found = network_logits(network, tokens, layers)
+    found = logits_of(network, tokens)
     np.testing.assert_allclose(found, logits_of(model, tokens), atol=1e-4)
 
 

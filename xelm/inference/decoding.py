@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from xelm.models.cache import Cache, empty_cache
 from xelm.models.config import ModelConfig
 from xelm.models.head import target_log_probabilities
-from xelm.models.parameters import bind_layers, graph
-from xelm.models.transformer import Cache, empty_cache
+from xelm.models.parameters import bind, inference_graph
 
 PIECES = (16, 64, 256)
 """Tokens of a text that are read at once, if not one alone: fewer than the first take as long, and
@@ -163,12 +163,12 @@ def _next_of(count: int, sizes: Sequence[int]) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _extender(model: ModelConfig, compute_dtype: str):
-    shape = graph(model, compute_dtype, turned=True)
+    shape = inference_graph(model, compute_dtype)
 
     @functools.partial(jax.jit, donate_argnums=(3, 4), static_argnames="scored")
     def extend(parameters, tokens, counts, cache, logits, rows, *, scored):
-        network, layers = bind_layers(shape, parameters)
-        hidden, longer = network.extend(tokens, counts, cache, layers, rows)
+        network = bind(shape, parameters)
+        hidden, longer = network.extend(tokens, counts, cache, rows)
         last = jnp.maximum(counts - 1, 0)[:, None, None]
         ends = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
         before = logits if rows is None else logits.at[rows].get(mode="clip")

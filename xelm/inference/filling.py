@@ -13,7 +13,7 @@ from clustering.errors import UserError
 from xelm.inference.routing import among, states_along, weights_along
 from xelm.inference.scoring import check_ids, score_documents
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import bind_layers, graph
+from xelm.models.parameters import bind, inference_graph
 
 if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble
@@ -113,13 +113,13 @@ def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> tup
 
 @functools.lru_cache(maxsize=8)
 def _filler(model: ModelConfig, dtype: str):
-    shape = graph(model, dtype, turned=True)
+    shape = inference_graph(model, dtype)
 
     @jax.jit
     def guess(parameters, tokens, valid, places):
-        network, layers = bind_layers(shape, parameters)
+        network = bind(shape, parameters)
         valid = jnp.asarray(valid)
-        hidden = network.hidden(jnp.asarray(tokens), valid=valid, layers=layers)[0, places]
+        hidden = network.hidden(jnp.asarray(tokens), valid=valid)[0, places]
         return jax.nn.log_softmax(network.logits(hidden))
 
     return guess

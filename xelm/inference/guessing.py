@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from xelm.inference.scoring import states_of_documents
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import bind_layers, graph
+from xelm.models.parameters import bind, inference_graph
 
 TOKENS_AT_ONCE, VALUES_AT_ONCE = 512, 2**27
 """Of which probabilities are held, and how many of those: 512 MiB."""
@@ -88,13 +88,11 @@ def guess_documents(
 
 @functools.lru_cache(maxsize=8)
 def _probabilities(model: ModelConfig, dtype: str):
-    shape = graph(model, dtype, turned=True)
+    shape = inference_graph(model, dtype)
 
     @jax.jit
     def probabilities(parameters, states, came):
-        network, _ = bind_layers(shape, parameters)
-        # For the head alone: the states have passed what comes before it.
-        _, head = network.output(jnp.zeros((1, model.width), dtype))
+        head = bind(shape, parameters).output_head()
         found = jax.nn.log_softmax(head.logits(states.astype(dtype)), axis=-1)
         return jnp.exp(found), jnp.take_along_axis(found, came[:, None], axis=-1)[:, 0]
 

@@ -19,7 +19,7 @@ from xelm.inference.routing import Router, among, states_along, weights_along
 from xelm.inference.sampling import TokenLikelihood, likeliest
 from xelm.models.config import ModelConfig
 from xelm.models.head import target_log_probabilities
-from xelm.models.parameters import bind_layers, graph
+from xelm.models.parameters import bind, inference_graph
 
 if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble
@@ -175,17 +175,15 @@ class _Reader:
 @functools.lru_cache(maxsize=8)
 def _programs(model: ModelConfig, dtype: str) -> tuple[Any, Any, Any]:
     """Compiled: states of texts; a mixture with one more model; log probabilities of tokens."""
-    shape = graph(model, dtype, turned=True)
+    shape = inference_graph(model, dtype)
 
     def head_of(parameters):
-        # The states have passed what comes before the head already.
-        network, _ = bind_layers(shape, parameters)
-        return network.output(jnp.zeros((1, model.width), dtype))[1]
+        return bind(shape, parameters).output_head()
 
     @jax.jit
     def read(parameters, tokens):
-        network, layers = bind_layers(shape, parameters)
-        hidden = network.hidden(tokens, layers=layers)
+        network = bind(shape, parameters)
+        hidden = network.hidden(tokens)
         return network.output(hidden)[0].astype(jnp.float32)
 
     @functools.partial(jax.jit, donate_argnums=3)

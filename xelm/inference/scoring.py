@@ -17,7 +17,7 @@ from jaxtyping import Float, Integer
 from clustering.errors import UserError
 from xelm.models.config import ModelConfig
 from xelm.models.head import target_log_probabilities
-from xelm.models.parameters import bind_layers, graph
+from xelm.models.parameters import bind, inference_graph
 
 ROWS_A_BATCH, ROW_TOKENS = 16, 512
 """Rows that are read at once, and tokens of each. Rows for longer windows are fewer."""
@@ -200,16 +200,15 @@ def _windows(lengths: Sequence[int], longest: int, step: int) -> list[_Window]:
 
 @functools.lru_cache(maxsize=8)
 def _scorer(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
-    shape = graph(model, dtype, turned=True)
+    shape = inference_graph(model, dtype)
 
     @jax.jit
     def score(parameters, tokens, segments, positions, asked, _):
-        network, layers = bind_layers(shape, parameters)
+        network = bind(shape, parameters)
         hidden = network.hidden(
             tokens[:, :-1],
             positions=positions[:, :-1],
             segments=segments[:, :-1],
-            layers=layers,
         )
         states, head = network.output(hidden)
         return measure(states, head, tokens[:, 1:])
@@ -220,16 +219,16 @@ def _scorer(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
 @functools.lru_cache(maxsize=8)
 def _guesser(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
     """As `_scorer`, of a model that sees both sides."""
-    shape = graph(model, dtype, turned=True)
+    shape = inference_graph(model, dtype)
 
     @jax.jit
     def score(parameters, tokens, segments, positions, asked, mask_id):
-        network, layers = bind_layers(shape, parameters)
+        network = bind(shape, parameters)
 
         def guess(phase):
             hidden_now = asked & (jnp.arange(tokens.shape[1]) % APART == phase)[None]
             given = jnp.where(hidden_now, mask_id, tokens)
-            hidden = network.hidden(given, positions=positions, segments=segments, layers=layers)
+            hidden = network.hidden(given, positions=positions, segments=segments)
             # Every APART-th column alone passes the head.
             states, head = network.output(hidden.reshape(-1, APART, model.width)[:, phase])
             return measure(states, head, tokens.reshape(-1, APART)[:, phase])

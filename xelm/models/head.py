@@ -10,8 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from xelm.models.config import ModelConfig
+from xelm.models.layers import ACTIVATIONS, Linear, Norm
 
 LOGITS_IN_A_CHUNK = 2**22
 """Number of logits computed at once: 2^22 float32 are 16 MiB, which stays near the caches of a CPU
@@ -26,6 +30,28 @@ def plain_product(x: Float[Array, "M I"], matrix: Float[Array, "O I"], dtype=Non
     return jnp.einsum("MI,OI->MO", x, matrix, preferred_element_type=dtype)
 
 
+class HeadTransform(nnx.Module):
+    """The dense layer and norm that states of an encoder pass before its output head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.dense = Linear(
+            None,
+            config.width,
+            config.width,
+            bias=config.head_transform_bias,
+            scale=0.02,
+            # Only one of the two can be spread over a mesh axis.
+            axes=("width", "transformed"),
+            rngs=rngs,
+            dtype=dtype,
+        )
+        self.norm = Norm(config, None, dtype)
+        self.activate = ACTIVATIONS[config.activation]
+
+    def __call__(self, h: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        return self.norm(self.activate(self.dense(h)))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Head:
@@ -38,6 +64,7 @@ class Head:
     cap: float | None = field(default=None, metadata={"static": True})
     """As `ModelConfig.logit_cap`."""
 
+    @jax.named_scope("head")
     def logits(
         self, states: Float[Array, "*B D"], product: Product = plain_product
     ) -> Float[Array, "*B V"]:

@@ -11,22 +11,42 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xelm.models.config import ModelConfig
-from xelm.models.transformer import Linear, Transformer
+from xelm.models.layers import Linear
+from xelm.models.transformer import Lookup, Transformer, rows_of
 
 
 def graph(
-    config: ModelConfig, compute_dtype: str = "float32", *, turned: bool = False
+    config: ModelConfig,
+    compute_dtype: str = "float32",
+    *,
+    lookup: Lookup = rows_of,
+    rematerialise: bool = False,
 ) -> nnx.GraphDef:
-    """The model without parameters; allocates nothing. turned: of parameters `for_inference`."""
+    """The model without parameters; allocates nothing.
+
+    lookup: looks up rows of the tables of tokens and positions, which may be spread over devices.
+    rematerialise: the backward pass computes all of a layer but attention again, to save memory.
+    """
+    model = _abstract(config, compute_dtype)
+    model.lookup, model.rematerialise = lookup, rematerialise
+    return nnx.split(model)[0]
+
+
+def inference_graph(config: ModelConfig, compute_dtype: str = "float32") -> nnx.GraphDef:
+    """The model without parameters, for parameters in the layout of `for_inference`."""
     model = _abstract(config, compute_dtype)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
-            module.turned = turned
+            module.outputs_first = True
+    model.blocks = nnx.List([nnx.clone(model.blocks) for _ in range(config.layer_count)])
     return nnx.split(model)[0]
 
 
 def bind(network: nnx.GraphDef, parameters: Mapping[str, Any]) -> Transformer:
-    """The model with these parameters."""
+    """The model of a graph with these parameters, in the layout that the graph is for."""
+    blocks = parameters["blocks"]
+    if isinstance(blocks, tuple):
+        parameters = {**parameters, "blocks": dict(enumerate(blocks))}
     return nnx.merge(network, nnx.State(cast(Any, jax.tree.map(nnx.Param, parameters))))
 
 
@@ -54,15 +74,6 @@ def stacked(path: str) -> bool:
 def is_weight(path: str) -> bool:
     """Whether a parameter is the matrix of a dense layer."""
     return path.endswith("/weight")
-
-
-def bind_layers(
-    network: nnx.GraphDef, parameters: Mapping[str, Any]
-) -> tuple[Transformer, tuple[Any, ...]]:
-    """As `bind`, of parameters `for_inference`: the model, and the layers that its methods want to
-    be given."""
-    layers = parameters["blocks"]
-    return bind(network, {**parameters, "blocks": layers[0]}), layers
 
 
 def shapes(config: ModelConfig) -> dict[str, Any]:

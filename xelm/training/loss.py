@@ -17,6 +17,7 @@ _POSITIONS, _VOCABULARY = ("data",), ("fsdp", "tensor")
 """Mesh axes over which each is spread."""
 
 
+@jax.named_scope("loss")
 def cross_entropy(
     states: Float[Array, "*B D"],
     head: Head,

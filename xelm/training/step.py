@@ -122,20 +122,20 @@ class Step:
         )[0]
 
     def _loss(self, parameters, part, total):
-        network = bind(graph(self.model, self.config.dtype), parameters)
+        shape = graph(
+            self.model,
+            self.config.dtype,
+            lookup=spread_lookup,
+            rematerialise=self.config.rematerialise,
+        )
+        network = bind(shape, parameters)
         if self.model.causal:
             read = {name: part[name][:, :-1] for name in ("tokens", "positions", "segments")}
             targets = part["tokens"][:, 1:]
         else:
             read = {**part, "tokens": part["inputs"]}
             targets = jnp.take_along_axis(part["tokens"], part["places"], axis=1)
-        hidden = network.hidden(
-            read["tokens"],
-            positions=read["positions"],
-            segments=read["segments"],
-            remat=self.config.rematerialise,
-            lookup=spread_lookup,
-        )
+        hidden = network.hidden(read["tokens"], read["positions"], read["segments"])
         if not self.model.causal:  # few are asked for, and vocabularies are large
             hidden = states_at(hidden, part["places"])
         states, head = network.output(hidden)

@@ -1,0 +1,94 @@
+"""What every layer of a forward pass needs besides its input: masks, positions, rows of a cache."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from xelm.models.attention import Bias
+from xelm.models.cache import Cache
+from xelm.models.config import ModelConfig
+from xelm.models.positions import alibi_slopes, columns, rope_angles, valid_positions
+
+
+@dataclass(frozen=True)
+class View:
+    """What tokens see in one kind of layer, global or local, and their rotary angles."""
+
+    mask: Bool[Array, "B T S"]
+    rope: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]] | None
+    """Cosines and sines; None if the model has no rotary positions."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is the same for all layers of one forward pass."""
+
+    positions: Int[Array, "B T"]
+    global_view: View
+    local_view: View | None
+    """None if no layer is local."""
+    bias: Bias | None
+    """Linear biases of scores (ALiBi); None if the model has none."""
+    rows: Int[Array, " B"] | None = None
+    """Rows of the cache in which the sequences lie; None if they are all of it, in order."""
+
+    def view(self, local: Bool[Array, ""]) -> View:
+        """The view of a layer."""
+        if self.local_view is None:
+            return self.global_view
+        pick = jax.tree.map(
+            lambda a, b: jnp.where(local, a, b),
+            (self.local_view.mask, self.local_view.rope),
+            (self.global_view.mask, self.global_view.rope),
+        )
+        return View(*pick)
+
+
+def of_sequences(
+    config: ModelConfig,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | None,
+    segments: Int[Array, "B T"] | None,
+    valid: Bool[Array, "B T"] | None,
+) -> Context:
+    """The context of sequences that are read as a whole; arguments as in `Transformer.hidden`."""
+    mask = jnp.ones((*tokens.shape, tokens.shape[1]), bool)
+    if config.causal:
+        mask = jnp.tril(mask)
+    if valid is not None:
+        mask = mask & valid[:, None, :]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    if positions is None and valid is not None and config.positions_skip_padding:
+        positions = valid_positions(valid)
+    positions = columns(tokens) if positions is None else positions
+    return _context(config, mask, positions, positions)
+
+
+def of_cached(
+    config: ModelConfig, tokens: Int[Array, "B T"], cache: Cache, rows: Int[Array, " B"] | None
+) -> Context:
+    """The context of tokens that follow those in `rows` of a cache; None: in all of it."""
+    lengths = cache.length if rows is None else cache.length.at[rows].get(mode="clip")
+    positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+    slots = jnp.arange(cache.keys[0].shape[2])
+    mask = slots[None, None] <= positions[..., None]
+    every_slot = jnp.broadcast_to(slots[None], mask[:, 0].shape)
+    return _context(config, mask, positions, every_slot, rows)
+
+
+def _context(config, mask, positions, key_positions, rows=None):
+    rope, bias, local = None, None, None
+    if config.positions == "rope":
+        rope = rope_angles(positions, config.rope, config.head_size)
+    if config.positions == "alibi":
+        bias = Bias(jnp.asarray(alibi_slopes(config.head_count)), key_positions)
+    if config.local_window is not None:
+        local_rope = rope
+        if config.local_rope is not None:
+            local_rope = rope_angles(positions, config.local_rope, config.head_size)
+        distance = jnp.abs(positions[:, :, None] - key_positions[:, None, :])
+        local = View(mask & (distance < config.local_window), local_rope)
+    return Context(positions, View(mask, rope), local, bias, rows)

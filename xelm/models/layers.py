@@ -1,0 +1,102 @@
+"""Layers of the transformer: dense layers and norms, each with its parameters.
+
+Parameters are stacked over the layers of the transformer on a leading axis, except where a layer
+count of None says that there is a single one.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from xelm.models.config import ModelConfig
+from xelm.models.products import by_rows_of
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Linear(nnx.Module):
+    """Dense layer: x @ weight + bias. `axes` name the weight's dimensions for sharding.
+
+    It works on [B*T, D]: with a [B, T, D] operand, XLA on CPUs computes the weight gradient on a
+    transposed copy and misses its fast kernels.
+    """
+
+    outputs_first: bool = False
+    """Whether the weight is [outputs, inputs], as in the layout of inference."""
+
+    def __init__(
+        self,
+        layers: int | None,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        scale: float,
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
+        stack, stacked = _stack(layers)
+        weight = scale * jax.random.normal(rngs.params(), (*stack, inputs, outputs), jnp.float32)
+        self.weight = nnx.Param(weight.astype(dtype), axes=(*stacked, *axes))
+        zeros = jnp.zeros((*stack, outputs), dtype) if bias else None
+        self.bias = None if zeros is None else nnx.Param(zeros, axes=(*stacked, axes[1]))
+
+    def __call__(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
+        weight = self.weight[...].astype(x.dtype)
+        y = by_rows_of(x, weight) if self.outputs_first else x @ weight
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last dimension, computed in float32."""
+
+    def __init__(self, config: ModelConfig, layers: int | None, dtype: DTypeLike):
+        stack, stacked = _stack(layers)
+        shape, axes = (*stack, config.width), (*stacked, "width")
+        self.scale = nnx.Param(jnp.full(shape, 1 - config.norm_offset, dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if config.norm_bias else None
+        self.centred = config.norm == "layer"
+        self.offset, self.epsilon = config.norm_offset, config.norm_epsilon
+
+    @jax.named_scope("norm")
+    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        h = x.astype(jnp.float32)
+        if self.centred:
+            h = h - h.mean(axis=-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=-1, keepdims=True) + self.epsilon)
+        h = h * (self.offset + self.scale[...].astype(jnp.float32))[None]
+        if self.bias is not None:
+            h = h + self.bias[...].astype(jnp.float32)[None]
+        return h.astype(x.dtype)
+
+
+class HeadNorm(nnx.Module):
+    """RMSNorm of every head of queries or keys (Dehghani et al. 2023, arXiv 2302.05442)."""
+
+    def __init__(self, config: ModelConfig, layers: int, dtype: DTypeLike):
+        shape = (layers, config.head_size)
+        scale = jnp.full(shape, 1 - config.norm_offset, dtype)
+        self.scale = nnx.Param(scale, axes=("layers", "head"))
+        self.offset, self.epsilon = config.norm_offset, config.norm_epsilon
+
+    @jax.named_scope("norm")
+    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=-1, keepdims=True) + self.epsilon)
+        scale = self.offset + self.scale[...].astype(jnp.float32)
+        return (h * scale[None, None, None]).astype(x.dtype)
+
+
+def _stack(layers: int | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Leading dimensions of a parameter, and their names."""
+    return ((), ()) if layers is None else ((layers,), ("layers",))
