@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 
@@ -27,9 +28,16 @@ from xelm.models.checkpoint import (
     save_model,
     write_checkpoint,
 )
+from xelm.models.config import ModelConfig
 from xelm.models.families import family
-from xelm.models.parameters import by_path, parameters_of, shapes
-from xelm.models.weights import Weights, stored_tensors, write_weights
+from xelm.models.parameters import by_path, parameters_of, shapes, stacked
+from xelm.models.weights import (
+    GATHERED_BYTES,
+    Weights,
+    gathered_rows,
+    stored_tensors,
+    write_weights,
+)
 from xelm.training.sharding import parameter_shardings
 
 INDEX = "model.safetensors.index.json"
@@ -113,6 +121,58 @@ def test_every_shard_holds_its_part_and_is_read_once(name, tmp_path, monkeypatch
     assert len(reads["embedding"]) == len(reads["blocks/up/weight"]) == 4
     assert_equal_trees(spread, load_parameters(directory, config))
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, spread, shardings))
+
+
+@pytest.mark.parametrize("name", ["llama-grouped", "gpt2", "xlm-roberta"])
+def test_what_several_hosts_hold_is_gathered_layer_by_layer_and_never_beyond_the_bound(
+    name, tmp_path, monkeypatch
+):
+    even = copy.deepcopy(CONFIGS[name])
+    even.vocab_size = 96
+    directory = saved(even, tmp_path / "hub").directory
+    config, kind = read_config(directory), family(even.model_type)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    spread = by_path(load_parameters(directory, config, parameter_shardings(config, mesh)))
+    whole = by_path(load_parameters(directory, config))
+    wanted = dict(stored_tensors(kind, config, whole, "float32"))
+    largest = max(array.nbytes for array in wanted.values())
+    gathered = []
+
+    def gather(part, *, tiled):
+        gathered.append(part.shape)
+        return np.asarray(part)
+
+    monkeypatch.setattr(weights, "_on_other_hosts", lambda array: True)
+    monkeypatch.setattr(weights.multihost_utils, "process_allgather", gather)
+    for bound in (largest, 2048):
+        monkeypatch.setattr(weights, "GATHERED_BYTES", bound)
+        gathered.clear()
+        found = dict(stored_tensors(kind, config, spread, "float32"))
+        assert_equal_trees(found, wanted)
+        assert 4 * max(map(np.prod, gathered)) <= bound
+        assert 4 * sum(map(np.prod, gathered)) == sum(array.nbytes for array in found.values())
+    # Of one parameter several parts, and of what is stacked a layer at a time.
+    assert len(gathered) > len(wanted)
+    deepest = max(len(array.shape) for array in spread.values())
+    assert deepest == 3 > max(map(len, gathered))
+
+
+def test_no_part_of_a_model_of_22_billion_parameters_is_gathered_beyond_the_bound():
+    config = ModelConfig(
+        **{"vocabulary_size": 128_000, "width": 6144, "feedforward_width": 16_384},
+        **{"layer_count": 54, "head_count": 48, "key_head_count": 8, "head_size": 128},
+        max_length=32_768,
+    )
+    leaves = by_path(shapes(config))
+    assert sum(leaf.size for leaf in leaves.values()) > 2e10
+    assert max(4 * leaf.size for leaf in leaves.values()) > 80 * GATHERED_BYTES
+    for path, leaf in leaves.items():
+        shape = leaf.shape[1:] if stacked(path) else leaf.shape
+        parts = list(gathered_rows(shape, 4 * math.prod(shape)))
+        rows = [row for part in parts for row in range(part.start, part.stop)]
+        assert rows == list(range(shape[0])), path
+        row = 4 * math.prod(shape[1:])
+        assert max(part.stop - part.start for part in parts) * row <= GATHERED_BYTES, path
 
 
 def count_reads(monkeypatch):

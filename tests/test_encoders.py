@@ -1,6 +1,7 @@
 """Encoders: what is hidden from them, what they are asked, and an X-ELM branched from one."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,6 +219,17 @@ def test_a_piece_reads_as_it_does_within_a_text(encoders):
     inner = next(word for word in words if word.startswith("##") and word[2:] in words)
     assert tokenizer.piece(words[inner]) == inner[2:]
     assert tokenizer.piece(words[inner[2:]]) == f" {inner[2:]}"
+
+
+def test_a_text_is_filled_as_far_as_texts_are_scored(encoders):
+    """Of a seed that was trained here, as far as its rows in training go."""
+    ensemble = replace(open_run(encoders).ensemble("uniform"), context_length=12)
+    mask = ensemble.tokenizer.hub.mask_token
+    word = ensemble.tokenizer.piece(20).strip()
+    text = " ".join([word] * 9 + [mask])
+    assert len(ensemble.fill(text).masks) == 1
+    with pytest.raises(UserError, match=r"has 11 tokens; .* reads 12 at once, has room for 10"):
+        ensemble.fill(f"{word} {text}")
 
 
 def test_masks_are_filled_on_the_command_line(encoders, xelm):

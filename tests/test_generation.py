@@ -260,6 +260,25 @@ def test_the_checkpoints_wish_for_more_tokens_than_there_is_room_for_is_cut(tiny
         wish.generate("abcd", max_new_tokens=2048)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_a_text_grows_beyond_the_rows_of_training_unless_positions_are_learned(name, tmp_path):
+    """Rotary angles exist for any position; rows of a table are as training left them."""
+    ensemble = alone(saved(CONFIGS[name], tmp_path / "hub").directory, context_length=16)
+    learned = ensemble.model.positions == "learned"
+    assert learned == (name == "gpt2") and ensemble.model.max_length > 20
+    assert ensemble.longest == (16 if learned else ensemble.model.max_length)
+    prompt, sampling = random_tokens((10,)).tolist(), Sampling(max_new_tokens=6, temperature=0.0)
+    (within,) = generate(ensemble, [prompt], sampling, [None])
+    assert len(within.ids) <= 6
+    longer = replace(sampling, max_new_tokens=7)
+    if learned:
+        with pytest.raises(UserError, match="this model of 16 room for 6 new ones"):
+            generate(ensemble, [prompt], longer, [None])
+    else:
+        (beyond,) = generate(ensemble, [prompt], longer, [None])
+        assert beyond.ids[:6] == within.ids
+
+
 def words(directory, config, *, special=(), before=()):
     """A tokenizer of words that lies beside a config.json; bos is w1, and eos w2."""
     fast = Tokenizer(models.WordLevel({f"w{n}": n for n in range(9)} | {"sea": 9, "old": 10}))

@@ -2,18 +2,20 @@
 
 import contextlib
 import json
+import re
 import resource
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 from serving import served, until
 
 from xelm.process import open_files
-from xelm.serving import completions, connections
+from xelm.serving import completions, connections, limits, requests
 from xelm.serving.limits import Limits
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -231,3 +233,31 @@ def test_files_may_be_open_up_to_what_the_system_allows():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
     assert open_files() == resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= soft
+
+
+def test_the_table_of_limits_is_that_of_the_code():
+    page = (Path(__file__).parent.parent / "docs/serving.md").read_text(encoding="utf-8")
+    table = page.split("### Limits")[1].split("Requests under way")[0]
+    rows = {row.split("|")[1].strip(): row for row in table.splitlines() if row.startswith("|")}
+    usual = Limits()
+    for name, *values in (
+        ("first line and headers of a request", limits.MOST_HEAD_BYTES),
+        ("body of a request", limits.MOST_BYTES),
+        ("connection between two requests", limits.IDLE_SECONDS),
+        ("client that does not read its answer", limits.WRITE_SECONDS),
+        ("connections of one client address", usual.connections_per_client),
+        ("connections of all clients", usual.connections),
+        ("further connections, answered at `/healthz` alone", connections._HEALTH_CHECKS),
+        ("texts continued at once", usual.texts),
+        ("texts that wait", usual.waiting),
+        ("texts of a request, prompts times `n`", usual.texts + usual.waiting),
+        ("tokens drawn for a text", usual.tokens),
+        ("time of a text, waiting included", usual.seconds),
+        ("ids of a prompt, messages of a chat", requests.MOST_IDS, requests.MOST_MESSAGES),
+        ("alternatives of a token", requests.MOST_ALTERNATIVES),
+        ("log probabilities of a request", limits.MOST_LOG_PROBABILITIES),
+    ):
+        for value in values:
+            assert re.search(rf"(?<![\d,]){value:,.0f}(?![\d,]*\d)", rows[name]), (name, value)
+    for seconds in (limits.HEAD_SECONDS, limits.BODY_SECONDS):
+        assert f"{seconds:.0f} seconds to arrive" in table

@@ -16,6 +16,7 @@ from shared import LANGUAGES, documents_of
 from xelm import open_run
 from xelm.data.tokenizer import Tokenizer
 from xelm.harness import Harness
+from xelm.inference import prompts
 from xelm.serving import completions, desk, preparation
 from xelm.serving.offer import Offer
 from xelm.serving.requests import ChatRequest, CompletionRequest
@@ -33,6 +34,18 @@ def ensemble(chatty):
 
 def texts(tiny):
     return [documents_of(tiny.held_out, tag)[0][:30] for tag in LANGUAGES]
+
+
+def long_text(tiny, ensemble):
+    """A text that the models can read, longer than their rows in training."""
+    whole = " ".join(documents_of(tiny.held_out, "de"))[:200]
+    found = next(t for n in range(len(whole), 0, -1) if len(ids_of(ensemble, t := whole[:n])) < 60)
+    assert 50 < len(ids_of(ensemble, found)) < ensemble.model.max_length == 2 * ensemble.window
+    return found
+
+
+def ids_of(ensemble, text):
+    return ensemble.tokenizer.encode([text])[0]
 
 
 def test_a_prompt_alone_is_scored_as_by_the_ensemble(client, ensemble, tiny):
@@ -64,9 +77,10 @@ def test_a_prompt_alone_is_scored_as_by_the_ensemble(client, ensemble, tiny):
 @pytest.mark.parametrize("routing", ["learned", "posterior", "uniform"])
 def test_every_router_weighs_a_prompt_as_the_ensemble_does(chatty, tiny, routing):
     ensemble = open_run(chatty).ensemble(routing)
-    prompts = [ensemble.tokenizer.encode([text])[0] for text in texts(tiny)]
+    given = [*texts(tiny)[:3], long_text(tiny, ensemble)]
+    prompts = [ensemble.tokenizer.encode([text])[0] for text in given]
     start = ensemble.tokenizer.start_id
-    body = {"model": "xelm", "max_tokens": 0, "echo": True, "logprobs": 0, "prompt": texts(tiny)}
+    body = {"model": "xelm", "max_tokens": 0, "echo": True, "logprobs": 0, "prompt": given}
     with served(chatty, routing) as found:
         for language in (None, "es"):
             wanted = ensemble.likelihoods([[start]] * 4, prompts, [language] * 4)
@@ -275,7 +289,8 @@ def over_http(server, directory, **options):
         model="xelm",
         tokenizer=str(directory / "seed"),
         tokenizer_backend="huggingface",
-        max_length=64,
+        # It keeps a token free, and its last one is predicted and not read.
+        max_length=Harness(str(directory), "detected").max_length + 2,
         max_retries=1,
         **options,
     )
@@ -288,11 +303,57 @@ def test_the_harness_finds_the_same_likelihoods_over_http(chatty, server, tiny, 
     ensemble = Harness(str(chatty), "detected")
     likeliest = ensemble.generate_until([SimpleNamespace(args=("ab", {"max_gen_toks": 3}))])
     requests.append(SimpleNamespace(args=("ab", likeliest[0])))
+    # Longer than the rows in training.
+    requests.append(SimpleNamespace(args=(" ".join(documents), documents[0][:12])))
     wanted = ensemble.loglikelihood(requests, disable_tqdm=True)
     found = over_http(server, chatty, **options).loglikelihood(requests, disable_tqdm=True)
     np.testing.assert_allclose([a for a, _ in found], [a for a, _ in wanted], rtol=1e-4)
     assert [bool(b) for _, b in found] == [b for _, b in wanted]
     assert {bool(b) for _, b in found} == {True, False}
+
+
+def test_the_harness_reads_whole_texts_over_http_in_the_same_windows(chatty, server, tiny):
+    wholes = [" ".join(documents_of(tiny.held_out, tag)[:3]) for tag in LANGUAGES]
+    requests = [SimpleNamespace(args=(whole,)) for whole in wholes]
+    ensemble = Harness(str(chatty), "detected")
+    assert min(len(ensemble.tok_encode(r.args[0])) for r in requests) > 2 * ensemble.max_length
+    wanted = ensemble.loglikelihood_rolling(requests, disable_tqdm=True)
+    # With `add_bos_token` it would put the token before a text that has it already.
+    over = over_http(server, chatty, add_bos_token=False)
+    found = over.loglikelihood_rolling(requests, disable_tqdm=True)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alternatives", [0, 3])
+def test_a_long_prompt_is_scored_in_pieces_with_equal_values(
+    ensemble, tiny, monkeypatch, alternatives
+):
+    """What is as wide as the vocabulary has the rows of a piece, however long the prompt is."""
+    ids = [ensemble.tokenizer.start_id, *ids_of(ensemble, long_text(tiny, ensemble))]
+    sizes, likeliest = [], prompts.likeliest
+
+    def noted(mixture, *given):
+        sizes.append(mixture.shape)
+        return likeliest(mixture, *given)
+
+    monkeypatch.setattr(prompts, "likeliest", noted)
+
+    def scored():
+        given = [ids], [ensemble.router], [None], alternatives
+        return prompts.likelihoods_of_tokens(ensemble, *given)[0].tokens[1:]
+
+    whole = scored()
+    assert sizes == [(64, ensemble.model.vocabulary_size)]
+    monkeypatch.setattr(prompts, "PIECES", (16,))
+    sizes.clear()
+    pieces = scored()
+    assert sizes == [(16, ensemble.model.vocabulary_size)] * 4
+    assert [(t.token, [n for n, _ in t.top]) for t in pieces] == [
+        (t.token, [n for n, _ in t.top]) for t in whole
+    ]
+    np.testing.assert_allclose(
+        [t.log_probability for t in pieces], [t.log_probability for t in whole], rtol=1e-6
+    )
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_rows_are_no_longer_than_what_they_hold_needs(monkeypatch):
     """One long document among short ones does not make the rows of all long."""
     monkeypatch.setattr(scoring, "ROW_TOKENS", 64)
     lengths = [20] * 31 + [600]
-    windows = scoring._windows(lengths, longest=1025, step=1024)
+    windows = scoring.windows(lengths, longest=1025, step=1024)
     packed = scoring._pack(windows, longest=1025, unit=1)
     assert [size for size, _ in packed] == [65, 1025]
     short, long = (rows for _, rows in packed)

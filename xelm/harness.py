@@ -90,7 +90,7 @@ class Harness(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens that a model reads at once where likelihoods are asked for, the one that starts
-        texts included; a continuation may go on to the model's own length."""
+        texts included; a continuation may go on to `Ensemble.longest`."""
         return self.ensemble.window
 
     def tok_encode(
@@ -224,7 +224,7 @@ class Harness(TemplateLM):
         until = asked.get("until") or []
         until = [until] if isinstance(until, str) else until
         most = int(asked.get("max_gen_toks", self._max_gen_toks))
-        longest = self.ensemble.model.max_length
+        longest = self.ensemble.longest
         most = min(most, longest - 1)
         sampled = bool(asked.get("do_sample", float(asked.get("temperature") or 0) > 0))
         sampling = replace(

@@ -76,7 +76,7 @@ class Ensemble:
     prompt)."""
     context_length: int | None = None
     """Tokens that are read at once where a text is scored; None is the model's own length. (A text
-    that is generated may go on to the model's own length.)"""
+    that is generated may go on to `longest`.)"""
     stride: int | None = None
     """From one window of a longer text to the next, as in `score_documents`."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -95,6 +95,20 @@ class Ensemble:
         """Tokens that are read at once where a text is scored: `context_length`, or the model's own
         length."""
         return self.context_length or self.model.max_length
+
+    @property
+    def overlapping_stride(self) -> int:
+        """Tokens from one window to the next where each token is read after at least half a window:
+        behind contexts, and where the tokens of a prompt are scored."""
+        half = -(-self.window // 2)
+        return min(half, self.stride or half)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a text may have, those that are generated included: the model's own length.
+        Learned positions beyond `window` are rows of a table that no training has changed: a model
+        with those ends there."""
+        return self.window if self.model.positions == "learned" else self.model.max_length
 
     def score(
         self,
@@ -126,8 +140,9 @@ class Ensemble:
             states_along(self.router, self.router.start(language), target)
             for language, target in zip(languages, wanted)
         ]
-        reading = self._reading if contexts is None else self._reading | self._overlapping
-        reading |= {"start_id": self.tokenizer.start_id}
+        reading = self._reading | {"start_id": self.tokenizer.start_id}
+        if contexts is not None:
+            reading |= {"stride": self.overlapping_stride}
         log_weights, scores, asked, routing = self._weighed(ids, states, positions, reading)
         active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
         missing = [np.setdiff1d(a, b) for a, b in zip(active, asked)]
@@ -170,7 +185,7 @@ class Ensemble:
             self._states_of_prompt(language, document, len(context), heard)
             for language, document, context, heard in zip(languages, ids, contexts, audible)
         ]
-        reading = self._reading | self._overlapping | {"start_id": None}
+        reading = self._reading | {"stride": self.overlapping_stride, "start_id": None}
         log_weights, *_ = self._weighed(ids, states, positions, reading)
         found = guess_documents(
             self.model,
@@ -243,12 +258,6 @@ class Ensemble:
             "mask_id": self.tokenizer.mask_id,
             "dtype": self.dtype,
         }
-
-    @property
-    def _overlapping(self) -> dict[str, int]:
-        """Windows of which each token is read after half at least."""
-        half = -(-self.window // 2)
-        return {"stride": min(half, self.stride or half)}
 
     def _positions(self, context: int, document: int, target: int) -> np.ndarray:
         """Of which states the weights are made, for each token after the context."""

@@ -55,14 +55,15 @@ def fill(ensemble: "Ensemble", text: str, count: int, language: str | None) -> F
         raise UserError(f"the text has no {tokenizer.hub.mask_token} to be filled")
     check_ids(ids, model)
     framed = np.concatenate([tokenizer.start_ids, ids, [tokenizer.end_id]]).astype(np.int64)
-    if len(framed) > model.max_length:
+    longest, more = ensemble.window, len(framed) - len(ids)
+    if len(framed) > longest:
         raise UserError(
-            f"the text has {len(ids)} tokens; this model of {model.max_length} has room for "
-            f"{model.max_length - 2}"
+            f"the text has {len(ids)} tokens; this model, which reads {longest} at once, has room "
+            f"for {longest - more}"
         )
     log_weights, routing = _weights(ensemble, ids[ids != tokenizer.mask_id], language)
     # Padded to a power of two: few compiled shapes.
-    size = min(1 << int(len(framed) - 1).bit_length(), model.max_length)
+    size = min(1 << int(len(framed) - 1).bit_length(), longest)
     tokens = np.zeros((1, size), np.int32)
     tokens[0, : len(framed)] = framed
     valid = np.arange(size)[None] < len(framed)
@@ -99,7 +100,7 @@ def _weights(ensemble: "Ensemble", ids: np.ndarray, language: str | None) -> tup
                     [ids],
                     start_id=ensemble.tokenizer.start_id,
                     end_id=ensemble.tokenizer.end_id,
-                    context_length=ensemble.model.max_length,
+                    context_length=ensemble.window,
                     mask_id=ensemble.tokenizer.mask_id,
                     dtype=ensemble.dtype,
                 )[0]

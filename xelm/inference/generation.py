@@ -196,7 +196,7 @@ def _whole_characters(tokenizer: Tokenizer, ids: list[int]) -> list[int] | None:
 
 def room(ensemble: "Ensemble", prompts: Sequence[Sequence[int]]) -> int:
     """Tokens by which all of these texts can grow."""
-    return ensemble.model.max_length - max(map(len, prompts), default=0)
+    return ensemble.longest - max(map(len, prompts), default=0)
 
 
 def check_prompt(ensemble: "Ensemble", ids: Sequence[int], new: int) -> None:
@@ -204,7 +204,7 @@ def check_prompt(ensemble: "Ensemble", ids: Sequence[int], new: int) -> None:
     if not ensemble.model.causal:
         raise UserError("these experts are encoders, which continue no text; use fill")
     check_ids(np.asarray(ids), ensemble.model)
-    limit = ensemble.model.max_length
+    limit = ensemble.longest
     if len(ids) + new > limit:
         # The token that starts texts is ours, not the user's.
         given = len(ids) - ensemble.tokenizer.starts(ids)

@@ -1,7 +1,10 @@
 """How probable each token of given texts is to an ensemble, and which tokens were likelier.
 
-For texts that are read whole, as the engine reads those that grow: the same experts, weighed by the
-same router, at each token.
+The experts are weighed by the router at each token, as the engine weighs them where texts grow.
+Texts are read in the windows of `Ensemble.likelihoods`, so that no model reads positions that its
+training had not. What is as wide as the vocabulary exists for a few hundred tokens at a time; of a
+whole text there are the states before the output head, D numbers a token and model: less than a
+cache has.
 """
 
 import functools
@@ -17,6 +20,7 @@ from jaxtyping import Float, Int
 from xelm.inference.decoding import PIECES, padded
 from xelm.inference.routing import Router, among, states_along, weights_along
 from xelm.inference.sampling import TokenLikelihood, likeliest
+from xelm.inference.scoring import Window, windows
 from xelm.models.config import ModelConfig
 from xelm.models.head import target_log_probabilities
 from xelm.models.parameters import bind, inference_graph
@@ -153,22 +157,24 @@ class _Reader:
     def _read(self, expert: int) -> list[Float[np.ndarray, "P D"]]:
         model = self._ensemble.model
         read, _, _ = _programs(model, self._ensemble.dtype)
-        found: list[np.ndarray] = [np.zeros((0, model.width), np.float32)] * len(self.texts)
-        groups: dict[int, list[int]] = {}
-        for number, text in enumerate(self.texts):
-            if len(text) > 1:
-                size = min(padded(max(len(text) - 1, _SHORTEST)), model.max_length)
-                groups.setdefault(size, []).append(number)
-        for size, numbers in groups.items():
-            rows = next((rows for rows in _ROWS if rows >= len(numbers)), _ROWS[-1])
-            for first in range(0, len(numbers), rows):
-                part = numbers[first : first + rows]
+        counts = [max(0, len(text) - 1) for text in self.texts]
+        found = [np.zeros((count, model.width), np.float32) for count in counts]
+        groups: dict[int, list[Window]] = {}
+        lengths, longest = [len(text) for text in self.texts], self._ensemble.window
+        for window in windows(lengths, longest + 1, self._ensemble.overlapping_stride):
+            size = min(padded(max(window.size - 1, _SHORTEST)), longest)
+            groups.setdefault(size, []).append(window)
+        for size, group in groups.items():
+            rows = next((rows for rows in _ROWS if rows >= len(group)), _ROWS[-1])
+            for first in range(0, len(group), rows):
+                part = group[first : first + rows]
                 tokens = np.zeros((rows, size), np.int32)
-                for row, number in enumerate(part):
-                    tokens[row, : len(self.texts[number]) - 1] = self.texts[number][:-1]
+                for row, one in enumerate(part):
+                    tokens[row, : one.size - 1] = self.texts[one.document][one.begin : one.end - 1]
                 states = np.asarray(read(self._ensemble.parameters[expert], tokens))
-                for row, number in enumerate(part):
-                    found[number] = states[row, : len(self.texts[number]) - 1]
+                for row, one in enumerate(part):
+                    new = states[row, one.known - 1 - one.begin : one.end - 1 - one.begin]
+                    found[one.document][one.known - 1 : one.end - 1] = new
         return found
 
 

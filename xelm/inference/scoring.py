@@ -140,7 +140,7 @@ def _measured(
     score = (_scorer if model.causal else _guesser)(model, dtype, measure)
     # An encoder's windows begin at a multiple of APART, where hidden tokens lie alike.
     unit = 1 if model.causal else APART
-    for size, rows in _pack(_windows(lengths, longest, step), longest, unit):
+    for size, rows in _pack(windows(lengths, longest, step), longest, unit):
         count = max(1, min(ROWS_A_BATCH, ROWS_A_BATCH * ROW_TOKENS // size))
         for first in range(0, len(rows), count):
             part = rows[first : first + count]
@@ -172,7 +172,7 @@ def _measured(
 
 
 @dataclass(frozen=True, slots=True)
-class _Window:
+class Window:
     """Tokens `begin` to `end` of a document, of which those from `known` on are predicted."""
 
     document: int
@@ -186,16 +186,18 @@ class _Window:
         return self.end - self.begin
 
 
-def _windows(lengths: Sequence[int], longest: int, step: int) -> list[_Window]:
-    """Windows in which each token but the first of each document is predicted once."""
-    windows = []
+def windows(lengths: Sequence[int], longest: int, step: int) -> list[Window]:
+    """Windows in which each token but the first of each document is predicted once. lengths: of the
+    documents. longest: tokens of a window, of which a decoder does not read the last. step: from
+    the beginning of one window to that of the next."""
+    found = []
     for document, length in enumerate(lengths):
         begin, known = 0, 1
         while known < length:
             end = min(begin + longest, length)
-            windows.append(_Window(document, begin, end, known))
+            found.append(Window(document, begin, end, known))
             begin, known = begin + step, end
-    return windows
+    return found
 
 
 @functools.lru_cache(maxsize=8)
@@ -240,12 +242,12 @@ def _guesser(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
 
 
 def _pack(
-    windows: Sequence[_Window], longest: int, unit: int
-) -> list[tuple[int, list[list[tuple[_Window, int]]]]]:
+    windows: Sequence[Window], longest: int, unit: int
+) -> list[tuple[int, list[list[tuple[Window, int]]]]]:
     """Rows of windows, each with its column, by the columns of a row: few sizes, none twice as long
     as its windows unless these share it."""
     sizes = _sizes(max((window.size for window in windows), default=0), longest, unit)
-    by_size: dict[int, list[_Window]] = {}
+    by_size: dict[int, list[Window]] = {}
     for window in windows:
         by_size.setdefault(next(s for s in sizes if s >= window.size), []).append(window)
     return [(size, _rows(some, size, unit)) for size, some in sorted(by_size.items())]
@@ -266,10 +268,10 @@ def _sizes(needed: int, longest: int, unit: int) -> list[int]:
     return [-(-size // unit) * unit if unit > 1 else size for size in sizes]
 
 
-def _rows(windows: Sequence[_Window], size: int, unit: int) -> list[list[tuple[_Window, int]]]:
+def _rows(windows: Sequence[Window], size: int, unit: int) -> list[list[tuple[Window, int]]]:
     """Windows in rows of `size` columns, longest first into the row with least room, at multiples
     of `unit`."""
-    rows: list[list[tuple[_Window, int]]] = []
+    rows: list[list[tuple[Window, int]]] = []
     open_rows: dict[int, list[int]] = {}  # free columns -> rows
     for window in sorted(windows, key=lambda window: -window.size):
         length = -(-window.size // unit) * unit

@@ -168,11 +168,22 @@ def stored_tensors(
 
 def _on_host(array: Any, dtype: str) -> np.ndarray:
     """The whole of an array, in `dtype` if that takes fewer bytes on the way."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+    if not _on_other_hosts(array):
         return np.asarray(array)
-    rows = max(1, GATHERED_BYTES * len(array) // array.nbytes)
-    parts = (array[a : a + rows].astype(dtype) for a in range(0, len(array), rows))
+    parts = (array[rows].astype(dtype) for rows in gathered_rows(array.shape, array.nbytes))
     return np.concatenate([multihost_utils.process_allgather(part, tiled=True) for part in parts])
+
+
+def _on_other_hosts(array: Any) -> bool:
+    """Whether parts of an array lie on devices of other hosts."""
+    return isinstance(array, jax.Array) and not array.is_fully_addressable
+
+
+def gathered_rows(shape: Sequence[int], size: int) -> Iterator[slice]:
+    """Rows of an array of `size` bytes that are brought to every device at once, part after part:
+    no more than `GATHERED_BYTES`, or a single row."""
+    rows = max(1, GATHERED_BYTES * shape[0] // size)
+    return (slice(a, min(a + rows, shape[0])) for a in range(0, shape[0], rows))
 
 
 def _narrowed(name: str, array: np.ndarray, dtype: str) -> np.ndarray:

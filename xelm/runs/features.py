@@ -16,7 +16,8 @@ from xelm.progress import bar
 from xelm.runs.run import Run
 
 SEQUENCE_LENGTH = 256
-"""Tokens of a document that are read."""
+"""Tokens of a document that are read, at most; of a seed that was trained here, no more than its
+rows in training."""
 
 
 def features(
@@ -56,7 +57,7 @@ def features(
     count = min(map(len, ids.values()))
     model = read_config(run.seed)
     parameters = load_parameters(run.seed, model)
-    length = min(SEQUENCE_LENGTH, model.max_length)
+    length = min(SEQUENCE_LENGTH, run.context_length)
     chosen = [one for found in ids.values() for one in found[:count]]
     total = sum(min(len(one), length) for one in chosen)
     with bar(total, "features", "tok") as shown:

@@ -44,7 +44,7 @@ class Offer:
         """Of a text that the models may be able to read: nobody need cut others into ids. Twice
         over, since some characters become nothing."""
         longest = max(map(len, self.detector.pieces), default=1)
-        return 2 * longest * self.ensemble.model.max_length
+        return 2 * longest * self.ensemble.longest
 
     def language_of(self, ids: Sequence[int]) -> str | None:
         """The probable language of a text that begins with these ids; None of one that is empty but
@@ -100,6 +100,7 @@ def open_offer(
         top_m=routing.top_m,
         least_weight=0.0 if routing.name == "fixed" else routing.least_weight,
         route_per=route_per,
+        context_length=run.context_length,
         sampling=sampling_of(run.seed)[0],
     )
     return Offer(

@@ -15,7 +15,7 @@ from clustering.errors import UserError
 from clustering.languages import canonical
 from xelm.data.templates import template_options
 from xelm.data.tokenizer import Tokenizer
-from xelm.inference.generation import check_prompt
+from xelm.inference.generation import check_prompt, room
 from xelm.inference.sampling import Sampling
 from xelm.serving.errors import Refused
 from xelm.serving.limits import MOST_LOG_PROBABILITIES, Limits
@@ -72,7 +72,7 @@ def prepare(
         check_prompt(offer.ensemble, ids, 1 if asked.most_tokens is None else asked.most_tokens)
     sampling = asked.sampling(
         offer.ensemble.sampling,
-        offer.ensemble.model.max_length - max(map(len, prompts)),
+        room(offer.ensemble, prompts),
         limits.tokens,
     )
     if sampling.max_new_tokens > limits.tokens:
@@ -106,7 +106,7 @@ def _encoded(
     if max(map(len, texts), default=0) > offer.most_characters:
         raise UserError(
             f"a prompt of {max(map(len, texts)):,} characters is longer than these models of "
-            f"{offer.ensemble.model.max_length} tokens can read"
+            f"{offer.ensemble.longest} tokens can read"
         )
     if isinstance(asked, ChatRequest):
         if not tokenizer.hub.chat_template:
