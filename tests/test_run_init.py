@@ -9,7 +9,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from shared import SEED, snapshot
 
 from clustering.errors import UserError
@@ -36,6 +38,20 @@ def test_a_seed_with_a_sentencepiece_model_alone_gets_a_tokenizer_json(
     texts = ["Der alte Mann", "  und das Meer 🐟"]
     copied, given = (tokenizers.load(tmp_path / name) for name in ("new/seed", "seed"))
     assert copied.encode(texts) == given.encode(texts)
+
+
+def test_a_seed_that_holds_no_numbers_is_refused_before_any_work(xelm, place, tmp_path):
+    seed = shutil.copytree(place / "run/seed", tmp_path / "seed")
+    tensors = load_file(seed / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 2] = np.nan
+    save_file(tensors, seed / "model.safetensors", metadata={"format": "pt"})
+    options = ("--corpus", place / "corpus", "--seed", seed, *SEED[2:])
+    outcome = xelm("init", tmp_path / "new", *options)
+    said = f"xelm: {name} in {seed}/model.safetensors holds values that are no numbers\n"
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", said)
+    assert not (tmp_path / "new" / "run.json").exists()
 
 
 def test_weights_are_readable_by_others_as_the_umask_says(tiny):

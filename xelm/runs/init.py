@@ -35,6 +35,7 @@ from xelm.models.checkpoint import (
 from xelm.models.config import ModelConfig
 from xelm.models.families import hub_config
 from xelm.models.parameters import fresh_parameters
+from xelm.models.weights import tensor_without_numbers, weight_files
 from xelm.progress import bar
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.origin import base_model_of, licence_of
@@ -401,6 +402,11 @@ def _check_seed(
             tokenizer.masking()
     except UserError as error:
         faults.append(str(error))
+    faults += [
+        f"{tensor} in {file} holds values that are no numbers"
+        for file in (source / name for name in weight_files(source))
+        if (tensor := tensor_without_numbers(file)) is not None
+    ]
     _refuse(faults)
     licence_of(source)
     if ignored:
