@@ -12,10 +12,13 @@ from small_training import CONFIG, MODEL, SHARES, SOURCES, source
 from clustering.errors import UserError
 from xelm.data.rows import LanguageRows
 from xelm.presets import quickstart
+from xelm.progress import duration
 from xelm.runs import budget
 from xelm.runs.budget import Plan, check_disk, needed_bytes, passes, plan, table, warnings
 from xelm.runs.run import open_run
 from xelm.runs.training import plans_of
+from xelm.training import rate
+from xelm.training.flops import of_a_token
 from xelm.training.metrics import read_metrics
 
 PLAN = Plan(
@@ -174,8 +177,41 @@ def test_a_dry_run_of_init_tells_and_writes_nothing(xelm, tiny_corpus, tiny_sett
     lines = {line.split()[0]: line for line in outcome.out.splitlines() if line}
     assert lines["seed"].split()[1:3] == ["2,048", "16"]
     assert lines["experts"].split()[1:3] == ["4,096", "32"]
-    assert "unknown until its first steps" in lines["seed"]
+    assert "estimated from one layer's forward and backward pass" in lines["seed"]
+    assert "  about " in lines["seed"] and "  about " in lines["experts"]
     assert "0.0%" in lines["en"]
+
+
+def test_a_first_training_takes_as_long_as_its_positions_at_the_estimated_rate(
+    initialised, monkeypatch
+):
+    run, config = open_run(initialised[0]), CONFIG
+    monkeypatch.setattr(rate, "estimated_rate", lambda model, config: 40.0)
+    monkeypatch.setattr(budget, "_measured", lambda *_: None)
+    found = plan(run, "new", "grow", SOURCES, config, MODEL)
+    assert found.seconds == config.steps * config.tokens_per_step / 40
+    assert found.estimated
+    assert found.basis == "estimated from one layer's forward and backward pass, measured here"
+    assert f"  about {duration(found.seconds)}, estimated" in table([found])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_estimated_rate_is_that_of_operations_in_one_layer(causal):
+    model = replace(MODEL, layer_count=6, causal=causal)
+    clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])  # passes of 2, 1 and 4 seconds
+    found = rate.estimated_rate(model, CONFIG, lambda: next(clock))
+    one = of_a_token(replace(model, layer_count=1), CONFIG.sequence_length)
+    whole = of_a_token(model, CONFIG.sequence_length)
+    assert whole > 2 * one
+    assert found == pytest.approx(CONFIG.batch_size * CONFIG.sequence_length * one / 2 / whole)
+
+
+def test_large_layers_are_measured_on_few_and_short_rows():
+    large = replace(MODEL, width=4096, feedforward_width=11008, head_count=32, head_size=128)
+    config = replace(CONFIG, sequence_length=512, batch_size=8)
+    rows, length = rate._size(replace(large, layer_count=1), config)
+    assert rows == 1 and length < 512
+    assert rate._size(MODEL, CONFIG) == (CONFIG.batch_size, CONFIG.sequence_length)
 
 
 def test_a_dry_run_of_train_tells_the_time_of_one_that_was_measured(xelm, initialised, tmp_path):

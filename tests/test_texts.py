@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,6 +210,12 @@ def test_evaluating_on_the_training_text_is_told_and_marked(xelm, copy):
     facts = read(open_run(copy.directory))
     said = verdict(facts, compare(facts))
     assert said[0].startswith("These figures are not of held-out text")
+    assert said[1].startswith("On text that was trained on, the ensemble is ")
+    text = facts.texts["de"]
+    partly = replace(facts, texts=facts.texts | {"de": replace(text, exact=0, near=0)})
+    assert verdict(partly, compare(partly))[1].startswith(
+        "On text that was trained on in 3 of 4 languages, the ensemble is "
+    )
     assert xelm("report", copy.directory).code == 0
     page = (copy.directory / "results" / "report.html").read_text()
     assert "These figures are not of held-out text" in page and "100.0%!" in page

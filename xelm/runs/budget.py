@@ -39,6 +39,8 @@ class Plan:
     """Language -> how often its text is passed over."""
     seconds: float | None
     """That are left to do; None where no rate is known."""
+    estimated: bool = False
+    """Whether the seconds do not come from steps of a training in the RUN."""
     basis: str
     """Where the time comes from."""
     checkpoint_bytes: int
@@ -63,8 +65,9 @@ def plan(
     estimate: bool = True,
 ) -> Plan:
     """The training of `name` on these sources; `part` says which of the configuration it is.
-    estimate: may ask which devices there are, where no rate was measured."""
-    seconds, basis = _time(run, name, config, model if estimate else None)
+    estimate: may use the devices of this machine to estimate the time where no training in the RUN
+    tells it."""
+    seconds, basis, estimated = _time(run, name, config, model if estimate else None)
     return Plan(
         name=name,
         part=part,
@@ -72,6 +75,7 @@ def plan(
         steps=config.steps,
         passes=passes(sources, config),
         seconds=seconds,
+        estimated=estimated,
         basis=basis,
         checkpoint_bytes=_checkpoint_bytes(config, model),
         model_bytes=4 * model.parameter_count,
@@ -139,7 +143,8 @@ def table(plans: Sequence[Plan]) -> str:
         shown = _times(times[0]) if times else "-"
         if times and _times(times[-1]) != shown:
             shown += f" to {_times(times[-1])}"
-        time = "" if each.seconds is None else f"{duration(each.seconds)}, "
+        about = "about " if each.estimated else ""
+        time = "" if each.seconds is None else f"{about}{duration(each.seconds)}, "
         lines.append(
             f"{each.name:20}{each.tokens:>16,}{each.steps:>10,}{shown:>16}"
             f"{size(each.disk_bytes):>10}  {time}{each.basis}"
@@ -196,22 +201,19 @@ def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
 
 def _time(
     run: Run, name: str, config: TrainConfig, model: ModelConfig | None
-) -> tuple[float | None, str]:
-    """Seconds that are left of a training, and where the figure comes from."""
+) -> tuple[float | None, str, bool]:
+    """Seconds that are left of a training, where the figure comes from, and whether it is an
+    estimate."""
     lines = read_metrics(run.training(name) / "metrics.jsonl")
     left = config.steps - (lines[-1]["step"] if lines else 0)
     found = _measured(run, name, config)
     if found is not None:
         rate, whose = found
-        return left * config.tokens_per_step / rate, f"as fast as {whose}"
-    estimate = model and _estimated_rate(config, model)
-    if estimate is not None:
-        rate, devices = estimate
-        return (
-            left * config.tokens_per_step / rate,
-            f"estimated: {UTILISATION:.0%} of the peak of {devices}",
-        )
-    return None, "unknown until its first steps (xelm status)"
+        return left * config.tokens_per_step / rate, f"as fast as {whose}", False
+    if model is None:
+        return None, "unknown until its first steps (xelm status)", False
+    rate, basis = _estimated_rate(config, model)
+    return left * config.tokens_per_step / rate, f"estimated from {basis}", True
 
 
 def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | None:
@@ -257,18 +259,22 @@ def _rate(path: Path, config: TrainConfig) -> float | None:
     return lines[-1]["step"] * config.tokens_per_step / float((tokens / rates).sum())
 
 
-def _estimated_rate(config: TrainConfig, model: ModelConfig) -> tuple[float, str] | None:
-    """Positions a second of accelerators whose peak is known, and which those are."""
+def _estimated_rate(config: TrainConfig, model: ModelConfig) -> tuple[float, str]:
+    """Positions a second of the devices of this machine, and what the estimate is made from: their
+    peak where it is known, else the speed of one layer."""
     import jax
 
     from xelm.training.flops import of_a_token, peak
+    from xelm.training.rate import estimated_rate
 
-    devices = jax.device_count()
+    # Several devices of the platform `cpu` share the same cores.
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     most = peak(config.dtype, devices)
     if most is None:
-        return None
+        rate = estimated_rate(model, config)
+        return devices * rate, "one layer's forward and backward pass, measured here"
     rate = UTILISATION * most / of_a_token(model, config.sequence_length)
-    return rate, f"{devices} x {jax.devices()[0].device_kind}"
+    return rate, f"{UTILISATION:.0%} of the peak of {devices} x {jax.devices()[0].device_kind}"
 
 
 def _size_of(folder: Path) -> int:

@@ -89,7 +89,7 @@ def verdict(facts: Facts, comparison: Comparison | None) -> list[str]:
         ]
     return [
         *_doubts(facts),
-        _headline(comparison),
+        _headline(comparison, facts.marked("!")),
         *_numbers(comparison, facts.ensembles),
         *_compute(facts, comparison),
         *_outside(facts, comparison),
@@ -122,17 +122,27 @@ def _mean(scores: Mapping[str, Score], languages: Sequence[str]) -> Score:
     return Score(*np.mean([scores[tag] for tag in languages], axis=0))
 
 
-def _headline(comparison: Comparison) -> str:
+def _headline(comparison: Comparison, trained: Sequence[str]) -> str:
+    """Whether the ensemble is better; `trained` are the languages whose text was trained on, which
+    the sentence itself says, since it may be quoted alone."""
+    known = [tag for tag in comparison.languages if tag in trained]
+    if not known:
+        subject = "The ensemble"
+    elif len(known) == len(comparison.languages):
+        subject = "On text that was trained on, the ensemble"
+    else:
+        part = f"in {len(known)} of {plural(len(comparison.languages), 'language')}"
+        subject = f"On text that was trained on {part}, the ensemble"
     count, change, other = len(comparison.ratios), comparison.change, _SPOKEN[comparison.baseline]
     better = sum(ratio < 1 for ratio in comparison.ratios)
     share = f"{'only ' if 2 * better < count else ''}{better}" if better else "none"
     wins = f"it is better in {share} of {plural(count, 'language')}"
     if signed(change) == "0.0":
-        return f"The ensemble is as good as {other}: their mean perplexities are equal, and {wins}."
+        return f"{subject} is as good as {other}: their mean perplexities are equal, and {wins}."
     size, word = ("better", "lower") if change < 0 else ("worse", "higher")
     agree = "and" if (2 * better > count) == (change < 0) else "but"
     return (
-        f"The ensemble is {size} than {other}: its mean perplexity is {abs(change):.1f} % {word}, "
+        f"{subject} is {size} than {other}: its mean perplexity is {abs(change):.1f} % {word}, "
         f"{agree} {wins}."
     )
 

@@ -1,0 +1,110 @@
+"""Speed of a training that has not begun, estimated from one layer of its model on this machine."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xelm.config import TrainConfig
+from xelm.models.config import ModelConfig
+from xelm.models.parameters import bind, graph, shapes
+from xelm.training.flops import of_a_token
+from xelm.training.loss import cross_entropy
+from xelm.training.masters import halved
+
+_MOST_OPERATIONS = 2e10
+"""Of one measurement: a few tenths of a second on two CPU cores."""
+_MOST_VOCABULARY = 2**15
+"""Rows of the embedding and output matrices that are measured, to save memory."""
+_SHORTEST = 16
+"""Positions of a row below which it is not cut."""
+_REPEATS = 3
+
+
+def estimated_rate(
+    model: ModelConfig, config: TrainConfig, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Positions a second that one device of this machine is estimated to train, from the time of
+    the forward and backward pass of one layer with embedding, output and loss.
+
+    The layer has the model's own shapes and the configuration's dtype, rows and batch; large ones
+    are measured on fewer rows, shorter rows and a smaller vocabulary. The rate of floating-point
+    operations (`of_a_token`) is taken for that of the whole model. The optimiser, reading and
+    saving are not counted. On a busy machine with two cores the estimate for the quickstart's seed
+    was .9 times (.8 to 1.1) the rate of its own steps; products of the same matrices alone would
+    have said 3.9 times (`benchmarks/rate.py`).
+
+    clock: seconds, read before and after each pass.
+    """
+    return measured_layer(model, _alike(config), clock)
+
+
+def _alike(config: TrainConfig) -> TrainConfig:
+    """The settings that a pass depends on, with the others at their defaults."""
+    return TrainConfig(
+        tokens=1,
+        sequence_length=config.sequence_length,
+        batch_size=max(1, config.batch_size // config.accumulation_steps),
+        dtype=config.dtype,
+        rematerialise=config.rematerialise,
+        mask_share=config.mask_share,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def measured_layer(model: ModelConfig, config: TrainConfig, clock: Callable[[], float]) -> float:
+    """The same, measured once a process for settings that a pass depends on."""
+    one = replace(
+        model,
+        layer_count=1,
+        local_layers=tuple(layer for layer in model.local_layers if layer == 0),
+        vocabulary_size=min(model.vocabulary_size, _MOST_VOCABULARY),
+    )
+    rows, length = _size(one, config)
+    dtype = config.dtype
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes(one))
+    parameters, _ = halved(zeros, dtype)
+    tokens = jnp.zeros((rows, length), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    predicted = length if one.causal else max(1, round(length * config.mask_share))
+
+    def loss(parameters):
+        network = bind(graph(one, dtype), parameters)
+        hidden = network.hidden(
+            tokens,
+            positions=positions,
+            segments=jnp.ones_like(tokens),
+            remat=config.rematerialise,
+        )
+        states, head = network.output(hidden[:, :predicted])
+        targets = tokens[:, :predicted]
+        return cross_entropy(states, head, targets, jnp.ones(targets.shape))
+
+    step = jax.jit(jax.value_and_grad(loss))
+    jax.block_until_ready(step(parameters))  # compiles
+    seconds = []
+    for _ in range(_REPEATS):
+        began = clock()
+        jax.block_until_ready(step(parameters))
+        seconds.append(clock() - began)
+    operations = rows * length * of_a_token(one, length)
+    per_second = operations / max(statistics.median(seconds), np.finfo(float).tiny)
+    return per_second / of_a_token(model, config.sequence_length)
+
+
+def _size(model: ModelConfig, config: TrainConfig) -> tuple[int, int]:
+    """Rows and their length that are measured of a batch."""
+    rows, length = config.batch_size, config.sequence_length
+    while rows * length * of_a_token(model, length) > _MOST_OPERATIONS:
+        if rows > 1:
+            rows //= 2
+        elif length > _SHORTEST:
+            length //= 2
+        else:
+            break
+    return rows, length
