@@ -39,6 +39,18 @@ def formula(query, key, value, mask, scale, cap, bias):
     return jnp.stack(found, axis=2)
 
 
+def both_ways(function, inputs, cotangent):
+    """What a function finds and what it passes back, compiled whole: operation by operation takes
+    several times as long."""
+
+    @jax.jit
+    def run(inputs, cotangent):
+        found, way_back = jax.vjp(function, *inputs)
+        return found, way_back(cotangent)
+
+    return run(inputs, cotangent)
+
+
 BIAS = Bias(jnp.asarray([0.06, 0.03, 0.02, 0.01]), jnp.tile(jnp.arange(T, dtype=jnp.int32), (B, 1)))
 
 
@@ -60,15 +72,8 @@ def test_results_and_gradients_are_those_of_the_formula(heads, keys, cap, bias, 
     def theirs(*inputs):
         return formula(*inputs, mask, **options)
 
-    def both_ways(function):
-        @jax.jit
-        def run(inputs, cotangent):
-            found, way_back = jax.vjp(function, *inputs)
-            return found, way_back(cotangent)
-
-        return run(inputs, cotangent)
-
-    (found, gradients), (wanted, others) = both_ways(ours), both_ways(theirs)
+    found, gradients = both_ways(ours, inputs, cotangent)
+    wanted, others = both_ways(theirs, inputs, cotangent)
     seeing = np.asarray(mask.any(axis=-1))
     np.testing.assert_allclose(found[seeing], wanted[seeing], atol=2e-6)
     for one, other in zip(gradients, others):
@@ -80,12 +85,15 @@ def test_half_precision_keeps_sums_exact():
     *inputs, cotangent = drawn(4, 2, jnp.bfloat16)
     exact = [array.astype(jnp.float32) for array in inputs]
     mask = masks()[True]
-    found, way_back = jax.vjp(lambda *x: attend(*x, mask, scale=0.4, causal=True), *inputs)
-    wanted, other_way = jax.vjp(lambda *x: formula(*x, mask, 0.4, None, None), *exact)
-    assert found.dtype == jnp.bfloat16
     cotangent = cotangent * mask.any(axis=-1)[:, :, None, None].astype(jnp.bfloat16)
-    pairs = zip(way_back(cotangent), other_way(cotangent.astype(jnp.float32)))
-    for one, other in [(found[:, 10:], wanted[:, 10:]), *pairs]:
+    found, gradients = both_ways(
+        lambda *x: attend(*x, mask, scale=0.4, causal=True), inputs, cotangent
+    )
+    wanted, others = both_ways(
+        lambda *x: formula(*x, mask, 0.4, None, None), exact, cotangent.astype(jnp.float32)
+    )
+    assert found.dtype == jnp.bfloat16
+    for one, other in [(found[:, 10:], wanted[:, 10:]), *zip(gradients, others)]:
         error = np.abs(np.asarray(one, np.float32) - np.asarray(other))
         # Eight bits of mantissa; some of the results are sums of many.
         assert error.mean() < 0.004 * np.abs(np.asarray(other)).mean() + 1e-4

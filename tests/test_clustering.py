@@ -219,7 +219,7 @@ def test_renamed_clusters_are_the_same_ones(name):
         clustering.renamed({first: list(clustering.clusters)[1].upper()})
 
 
-def test_clusters_are_renamed_from_the_command_line(xelm, tmp_path):
+def test_clusters_are_renamed_from_the_command_line(xelm, tmp_path, undrawn):
     xelm("cluster", "-k", 2, "--languages", "en,de,ja,ko", "--out", tmp_path / "out")
     before = Clustering.load(tmp_path / "out")
     old = before.cluster_of("ja")

@@ -34,7 +34,9 @@ OPTIONS = ("text", "--text-field", "body", "--language-map", "map.yaml")
 
 
 @pytest.mark.parametrize("corpus", [("corpus.yaml",), OPTIONS], ids=["description", "options"])
-def test_a_run_records_how_its_corpus_is_read_and_reads_it_so_again(xelm, described, corpus):
+def test_a_run_records_how_its_corpus_is_read_and_reads_it_so_again(
+    xelm, described, corpus, undrawn
+):
     outcome = xelm("init", "new", "--corpus", *corpus, *SEED)
     assert outcome.code == 0, outcome.err
     counts = open_run("new").store().record["languages"]

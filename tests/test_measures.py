@@ -151,7 +151,7 @@ def test_clusters_by_hand_are_those_of_the_file(xelm, tmp_path):
     assert list(Clustering.load(tmp_path / "out").made_from) == ["groups.yaml"]
 
 
-def test_tokens_of_a_run_in_balance(xelm, tiny, tmp_path):
+def test_tokens_of_a_run_in_balance(xelm, tiny, tmp_path, undrawn):
     found = xelm(
         *("cluster", "-k", 2, "--rule", "balanced", "--balance", "tokens"),
         *("--run", tiny.directory, "--out", tmp_path / "out"),
@@ -168,7 +168,7 @@ def test_tokens_of_a_run_in_balance(xelm, tiny, tmp_path):
 # How many clusters
 
 
-def test_the_number_of_clusters_is_that_of_the_groups_there_are(tmp_path, xelm):
+def test_the_number_of_clusters_is_that_of_the_groups_there_are(tmp_path, xelm, undrawn):
     rows = [
         f"{tag},{x},{x + (i % 3)},{-x}"
         for i, (tag, x) in enumerate(
@@ -345,7 +345,9 @@ def test_subwords_of_one_file_of_several_languages_are_those_of_a_file_each(tiny
     assert set(one.made_from) == {"corpus", "further corpus"}
 
 
-def test_clusters_that_were_killed_while_drawn_can_be_made_again(xelm, tmp_path, monkeypatch):
+def test_clusters_that_were_killed_while_drawn_can_be_made_again(
+    xelm, tmp_path, monkeypatch, undrawn
+):
     command = ("cluster", "-k", 2, "--languages", "en,de,fr,ja", "--out", tmp_path / "out")
 
     def killed(*_):
@@ -359,7 +361,7 @@ def test_clusters_that_were_killed_while_drawn_can_be_made_again(xelm, tmp_path,
     assert len(Clustering.load(tmp_path / "out").clusters) == 2
 
 
-def test_languages_without_data_are_unassigned_and_told(xelm, tmp_path):
+def test_languages_without_data_are_unassigned_and_told(xelm, tmp_path, undrawn):
     command = ("cluster", "-k", 2, "--languages", "en,de,ja,ko,kok,szl")
     found = xelm(*command, "--out", tmp_path / "out")
     assert "typology knows too little of kok, szl, which stay unassigned" in found.err
@@ -380,7 +382,7 @@ def _cluster_into(xelm, directory, languages):
     return directory
 
 
-def test_equal_documents_make_no_empty_clusters(xelm, tmp_path):
+def test_equal_documents_make_no_empty_clusters(xelm, tmp_path, undrawn):
     texts = [f"{'abcdefghij'[i]} {'wxyz'[i % 4]} lorem" for i in range(10)]
     lines = [{"text": text} for text in [texts[0]] * 150 + [texts[1]] * 120 + texts]
     (tmp_path / "corpus").mkdir()

@@ -75,7 +75,7 @@ def corpus(tmp_path):
     return tmp_path
 
 
-def test_documents_of_a_corpus_are_clustered_without_a_run(xelm, corpus, tmp_path):
+def test_documents_of_a_corpus_are_clustered_without_a_run(xelm, corpus, tmp_path, undrawn):
     outcome = xelm(
         *("cluster", "--method", "tfidf", "--corpus", corpus, "-k", 3),
         *("--languages", "en,zho,hin", "--out", tmp_path / "out"),

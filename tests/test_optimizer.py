@@ -1,5 +1,6 @@
 """Learning rates by hand; decay where it belongs; clipping; AdamW and Adafactor as published."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -53,11 +54,13 @@ def test_the_rate_rises_to_the_peak_and_never_again(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("warmup_share", [0.0, 0.5, 1.0])
-def test_very_short_trainings_have_rates_between_none_and_the_peak(name, steps, warmup_share):
-    rates = schedule(config(schedule=name, tokens=steps * 32, warmup_share=warmup_share))
-    assert len(rates) == steps and np.all((rates > 0) & (rates <= 0.5 + 1e-6))
+def test_very_short_trainings_have_rates_between_none_and_the_peak(name):
+    wrong = []
+    for steps, warmup_share in itertools.product((1, 2, 3), (0.0, 0.5, 1.0)):
+        rates = schedule(config(schedule=name, tokens=steps * 32, warmup_share=warmup_share))
+        if len(rates) != steps or not np.all((rates > 0) & (rates <= 0.5 + 1e-6)):
+            wrong.append((steps, warmup_share, rates))
+    assert wrong == []
 
 
 def test_without_warm_up_the_first_step_has_the_peak():

@@ -186,7 +186,7 @@ def test_a_language_without_typology_grows_from_the_parent_that_is_named(xelm, c
     assert "named by hand" in card
 
 
-def test_a_cluster_in_training_is_not_taken_for_a_child(xelm, initialised, tiny, tmp_path):
+def test_a_cluster_in_training_is_not_taken_for_a_child(xelm, initialised, tiny, tmp_path, undrawn):
     """A cluster of one language bears its name, as a grown expert would."""
     shutil.copytree(initialised[0], tmp_path / "RUN")
     xelm("cluster", "-k", 4, "--languages", ",".join(LANGUAGES), "--out", tmp_path / "clusters")

@@ -60,7 +60,7 @@ def test_weights_are_readable_by_others_as_the_umask_says(tiny):
         assert len(modes) == 1
 
 
-def test_several_files_of_a_language_are_one_language(xelm, place, monkeypatch, tmp_path):
+def test_several_files_of_a_language_are_one_language(xelm, place, monkeypatch, tmp_path, undrawn):
     monkeypatch.chdir(tmp_path)
     Path("corpus").mkdir()
     lines = (place / "corpus" / "de.jsonl").read_bytes().splitlines(keepends=True)

@@ -199,7 +199,9 @@ def test_shares_of_clusters_are_parts_of_one_whole(tiny, tmp_path, exponent):
     assert found == {s.ids.language: s.share for s in training.dense_sources(run)}
 
 
-def test_clusters_that_leave_out_what_dense_was_trained_on_are_refused(xelm, initialised, tmp_path):
+def test_clusters_that_leave_out_what_dense_was_trained_on_are_refused(
+    xelm, initialised, tmp_path, undrawn
+):
     shutil.copytree(initialised[0], tmp_path / "RUN")
     languages = ("--languages", ",".join(LANGUAGES), "--exclude", "fr")
     xelm("cluster", "-k", 1, *languages, "--out", tmp_path / "clusters")
