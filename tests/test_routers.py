@@ -11,7 +11,9 @@ from shared import documents_of, full
 
 from clustering.errors import UserError
 from clustering.identify import LONGEST
+from xelm.inference.generation import generate
 from xelm.inference.routers import OrMixture, uniform
+from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.fitted import _beginnings, _some, identifier
@@ -331,6 +333,39 @@ def test_a_language_that_is_told_is_routed_by(run, tiny, routing):
     said = ensemble.generate(text[:20], max_new_tokens=2, language="eng_Latn")
     assert (said.routing, said.weights["en-es"]) == ("language", 1.0)
     assert ensemble.generate(text[:20], max_new_tokens=2).routing == routing
+
+
+@pytest.mark.parametrize("memory", [1.0, 0.9])
+def test_a_template_and_a_system_prompt_do_not_move_the_posterior(copy, memory):
+    """English ones, around what a German user says: the evidence is that of the user's tokens."""
+    english, german = (documents_of(copy.held_out, tag)[0].split() for tag in ("en", "de"))
+    template = " ".join(english[:4]) + " {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    template += " ".join(english[4:8])
+    (copy.directory / "seed" / "chat_template.jinja").write_text(template)
+    ensemble = open_run(copy.directory).ensemble("posterior", memory=memory)
+    messages = [
+        {"role": "system", "content": " ".join(english[8:12])},
+        {"role": "user", "content": " ".join(german[:4])},
+    ]
+    ids, mask = ensemble.tokenizer.chat_with_user_mask(messages)
+    assert mask is not None and 0 < sum(mask) < len(ids) / 2
+    said = ensemble.generate(messages, max_new_tokens=1, temperature=0.0)
+    (whole,) = generate(ensemble, [ids], Sampling(max_new_tokens=1, temperature=0.0), [None])
+    assert said.weights["de-fr"] > 0.5 and whole.weights["en-es"] > 0.5
+    evidence = []
+    for parameters in (ensemble.parameters[number] for number in range(2)):
+        (scores,) = score_documents(
+            ensemble.model,
+            parameters,
+            [np.asarray(ids)],
+            start_id=None,
+            end_id=2,
+            context_length=ensemble.model.max_length,
+        )
+        counted = scores[:-1][np.asarray(mask)]
+        evidence.append(counted @ memory ** np.arange(len(counted) - 1, -1, -1))
+    wanted = np.exp(evidence - np.max(evidence))
+    assert said.weights["de-fr"] == pytest.approx(wanted[0] / wanted.sum(), abs=1e-4)
 
 
 def test_the_router_that_abstains_says_to_whom(run):

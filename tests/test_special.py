@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from clustering.errors import UserError
-from xelm.data.special import ESCAPE, RENDERED
+from xelm.data.special import ESCAPE, RENDERED, USER_BEGINS, USER_ENDS
 from xelm.data.text import composed_and_decomposed, normalised
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.generation import Reply
@@ -167,14 +167,31 @@ def test_no_text_spells_a_special_token(tokenizer):
 def test_a_rendered_chat_can_be_read_and_gone_on_with(tokenizer):
     tokenizer.hub.chat_template = TEMPLATES["chatml"]
     rendered = tokenizer.render(chat("a < b"))
-    assert rendered == RENDERED + "<|im_start|>user\na < b<|im_end|>\n<|im_start|>assistant\n"
-    theirs = tokenizer.hub(rendered[1:] + "Meer < 3", add_special_tokens=False)["input_ids"]
-    assert tokenizer.special.encode(rendered + tokenizer.special.escape("Meer < 3")) == theirs
-    ids = tokenizer.special.encode(rendered + tokenizer.special.escape("Meer</s>"))
+    said = f"{USER_BEGINS}a < b{USER_ENDS}"
+    plain = "<|im_start|>user\na < b<|im_end|>\n<|im_start|>assistant\n"
+    assert rendered == RENDERED + plain.replace("a < b", said)
+    theirs = tokenizer.hub(plain + "Meer < 3", add_special_tokens=False)["input_ids"]
+    ids, _ = tokenizer.special.encode(rendered + tokenizer.special.escape("Meer < 3"))
+    assert ids == theirs
+    ids, _ = tokenizer.special.encode(rendered + tokenizer.special.escape("Meer</s>"))
     assert tokenizer.end_id not in ids
     assert tokenizer.hub.decode(ids).endswith("Meer</s>")
     on = tokenizer.render(chat("Mann", "Meer und"), add_generation_prompt=False)
-    assert on == RENDERED + "<|im_start|>user\nMann<|im_end|>\n<|im_start|>assistant\nMeer und"
+    said = f"{USER_BEGINS}Mann{USER_ENDS}"
+    assert on == f"{RENDERED}<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\nMeer und"
+
+
+def test_the_users_text_is_known_among_the_ids_of_a_chat(tokenizer, template):
+    """Neither the template, nor a system prompt that has the same words, nor answers."""
+    messages = [{"role": "system", "content": "old sea Mann"}, *chat("Mann", "Meer", " Meer < s> ")]
+    ids, mask = tokenizer.chat_with_user_mask(messages)
+    assert mask is not None and len(mask) == len(ids) == len(tokenizer.chat(messages))
+    said = [id for id, users in zip(ids, mask) if users]
+    text = tokenizer.hub.decode(said).replace(" ", "")
+    # A token may have characters of what stands before the user's text, too.
+    assert ("Mann" in text) and text.endswith("Meer<s>") and "old" not in text
+    assert text.count("Mann") == text.count("Meer") == 1
+    assert tokenizer.chat_with_user_mask(messages[:1])[1] is None
 
 
 def test_what_a_template_cannot_take_is_a_users_mistake(tokenizer):

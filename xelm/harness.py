@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import lm_eval.__main__
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -28,8 +27,6 @@ from xelm.runs.run import open_run
 
 TOKENS_AT_ONCE = 16_384
 """Of the requests that are read together."""
-MOST_CHATS = 1_000_000
-"""Whose users' text is remembered; the oldest are forgotten first."""
 
 
 @register_model("xelm")
@@ -70,8 +67,6 @@ class Harness(TemplateLM):
         # One model alone is asked in every language.
         self._language = language if model is None else None
         self._max_gen_toks = max_gen_toks
-        self._said: dict[str, np.ndarray | None] = {}  # rendered chat -> ids of the user's text
-        self._warned = False
         self._batch = int(batch_size) if str(batch_size).isdecimal() else 32
 
     @property
@@ -100,38 +95,27 @@ class Harness(TemplateLM):
         template has all the special tokens that there are to be."""
         tokenizer = self.ensemble.tokenizer
         if string.startswith(RENDERED):
-            return tokenizer.special.encode(string)
+            return tokenizer.special.encode(string)[0]
         (ids,) = tokenizer.encode([string])
         return ids if add_special_tokens is False else [*tokenizer.start_ids, *ids]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A chat as a string that `tok_encode` knows from other texts by its first character. What
-        the user says in it is remembered, since the router goes by that alone."""
-        tokenizer = self.ensemble.tokenizer
-        rendered = tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt)
-        ids = tokenizer.user_ids(chat_history)
-        self._said[rendered] = None if ids is None else np.asarray(ids, np.int32)
-        if len(self._said) > MOST_CHATS:
-            del self._said[next(iter(self._said))]
-        return rendered
+        """A chat as a string that `tok_encode` knows from other texts by its first character, in
+        which what the user says is marked, since the router goes by that alone."""
+        return self.ensemble.tokenizer.render(
+            chat_history, add_generation_prompt=add_generation_prompt
+        )
 
-    def _audible(self, context: str) -> list[int] | None:
-        """What the router goes by in a context: of a chat, what the user says; None: all of it."""
-        if not context.startswith(RENDERED):
+    def _user_mask(self, string: str | None, count: int) -> list[bool] | None:
+        """By which of the last `count` ids of a context's string the router goes: of a chat, those
+        of the user's text; None: by all."""
+        if string is None or not string.startswith(RENDERED):
             return None
-        if context not in self._said:
-            if not self._warned:
-                self._warned = True
-                print(
-                    "a chat was not rendered in this run (of cached requests?): the router goes by "
-                    "its template too, which may choose other experts than for the user's text",
-                    file=sys.stderr,
-                )
-            return None
-        ids = self._said[context]
-        return None if ids is None else ids.tolist()
+        mask = self.ensemble.tokenizer.special.encode(string)[1]
+        # Of a user whose text was cut off nothing is left to go by, but for the whole context.
+        return mask[-count:] if mask and any(mask[-count:]) else None
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context.startswith(RENDERED):
@@ -145,7 +129,11 @@ class Harness(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
-        audible = [strings and self._audible(strings[0]) for strings, _, _ in requests]
+        masks = [
+            # Spaces at the context's end went to the continuation.
+            self._user_mask(strings and strings[0].rstrip(), len(context))
+            for (strings, _, _), (context, _) in zip(requests, pairs)
+        ]
         found: list[tuple[float, bool] | None] = [None] * len(pairs)
         # Longest first, so that what does not fit is known at once, and lengths differ little.
         order = sorted(range(len(pairs)), key=lambda n: -sum(map(len, pairs[n])))
@@ -158,7 +146,7 @@ class Harness(TemplateLM):
                     [pairs[number][0] for number in part],
                     [pairs[number][1] for number in part],
                     [self._language] * len(part),
-                    [audible[number] for number in part],
+                    [masks[number] for number in part],
                 )
                 for number, nats, greedy in zip(part, likelihoods.nats, likelihoods.greedy):
                     found[number] = (-float(nats), bool(greedy))
@@ -239,8 +227,8 @@ class Harness(TemplateLM):
         room = longest - most
         prompts = [self.tok_encode(text)[-room:] or [self.prefix_token_id] for text in texts]
         languages = [self._language] * len(prompts)
-        audible = [self._audible(text) for text in texts]
-        found = generate(self.ensemble, prompts, sampling, languages, audible=audible)
+        masks = [self._user_mask(text, len(ids)) for text, ids in zip(texts, prompts)]
+        found = generate(self.ensemble, prompts, sampling, languages, user_masks=masks)
         return [one.text for one in found]
 
 

@@ -3,11 +3,13 @@
 A chat is rendered to a string and then becomes ids. So that "</s>" in a message stays four
 characters, the messages are marked before the template sees them: behind each character with which
 the name of a special token might begin stands `ESCAPE`, so that no such name is found there. The
-marks go before the text becomes ids. They are noncharacters of Unicode, which no text may have.
+marks go before the text becomes ids. They are noncharacters of Unicode, which no text may have. Two
+more of them stand around what the user says, so that its place in the rendered chat is known.
 """
 
 import functools
 import inspect
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +23,10 @@ RENDERED = "\ufdd0"
 ESCAPE = "\ufdd1"
 """Stands within a name that is to stay text."""
 _STAND_IN = "\ufdd2"
-_NONCHARACTERS = re.compile(f"[{RENDERED}{ESCAPE}{_STAND_IN}]")
+USER_BEGINS, USER_ENDS = "\ufdd3", "\ufdd4"
+"""Stand in a rendered chat around the text of each of the user's messages."""
+_NONCHARACTERS = re.compile(f"[{RENDERED}{ESCAPE}{_STAND_IN}{USER_BEGINS}{USER_ENDS}]")
+_USER_MARKS = re.compile(f"[{USER_BEGINS}{USER_ENDS}]")
 _FIRST_STAND_IN = 0xF0000
 """Of Unicode's private plane; with `_STAND_IN` before it, the name of an ordinary token."""
 
@@ -70,11 +75,14 @@ class SpecialTokens:
                 raise UserError(f"the chat template refuses these messages: {error}") from None
 
         plain, rendered = made(given), ""
+        with_user = given | {"messages": [_with_user_marks(m) for m in given["messages"]]}
         # Some templates look into messages, as for "</think>". They find nothing where every "<" is
-        # marked, but do where whole names of special tokens alone are.
-        for pattern in (self._beginnings, self._names):
-            rendered = made(_mapped(given, functools.partial(_marked, pattern)))
-            if rendered.replace(ESCAPE, "") == plain:
+        # marked, but do where whole names of special tokens alone are; and some look at where the
+        # user's text begins, which is not marked then.
+        patterns = (self._beginnings, self._names)
+        for messages, pattern in itertools.product((with_user, given), patterns):
+            rendered = made(_mapped(messages, functools.partial(_marked, pattern)))
+            if _USER_MARKS.sub("", rendered).replace(ESCAPE, "") == plain:
                 break
         return RENDERED + (rendered if self._spells(rendered) else rendered.replace(ESCAPE, ""))
 
@@ -82,34 +90,47 @@ class SpecialTokens:
         """A text that is to stand within a rendered chat, as part of what was said."""
         return _marked(self._beginnings, self._checked(text))
 
-    def encode(self, rendered: str) -> list[int]:
+    def encode(self, rendered: str) -> tuple[list[int], list[bool] | None]:
         """Subword ids of a rendered chat, with no other special tokens than the template has: those
-        of `apply_chat_template`, if no message spells a special token."""
+        of `apply_chat_template`, if no message spells a special token. And for each id whether any
+        of its characters is of the user's text; None where no such text is marked."""
         rendered = rendered.removeprefix(RENDERED)
-        if self._spells(rendered):
-            return self._among_text(self._names, rendered)
-        backend = self._hub.backend_tokenizer
-        return ids_of(backend, [rendered.replace(ESCAPE, "")], special=True)[0]
+        if spells := self._spells(rendered):
+            backend, special_ids = self._with_stand_ins
+            text = self._with_names(self._names, rendered)
+        else:
+            backend, special_ids = self._hub.backend_tokenizer, {}
+            text = rendered.replace(ESCAPE, "")
+        text, spans = _without_user_marks(text)
+        (encoding,) = _encodings(backend, [text], special=not spells, fast=False)
+        ids = [special_ids.get(id, id) for id in encoding.ids]
+        if not spans:
+            return ids, None
+        mask = [
+            any(begin < last and first < end for first, last in spans)
+            for begin, end in encoding.offsets
+        ]
+        return ids, mask
 
     def encode_with(self, name: str, text: str) -> list[int]:
         """Subword ids of a text in which one special token stands for itself."""
-        return self._among_text(_any_of([name]), self._checked(text))
+        text = self._with_names(_any_of([name]), self._checked(text))
+        backend, ids = self._with_stand_ins
+        return [ids.get(id, id) for id in ids_of(backend, [text])[0]]
 
     def _spells(self, rendered: str) -> bool:
         """Whether there are more names of special tokens without the marks than with them."""
         if ESCAPE not in rendered:
             return False
+        rendered = _USER_MARKS.sub("", rendered)
         found = self._names.findall(rendered)
         return found != self._names.findall(rendered.replace(ESCAPE, ""))
 
-    def _among_text(self, names: re.Pattern[str], text: str) -> list[int]:
-        """Ids of a text in which what `names` finds is special and nothing else is."""
+    def _with_names(self, names: re.Pattern[str], text: str) -> str:
+        """A text with stand-ins where `names` finds special tokens, and without escapes."""
         numbers = self._numbers
-        text = names.sub(lambda found: _stand_in(numbers[found[0]], written=True), text).replace(
-            ESCAPE, ""
-        )
-        backend, ids = self._with_stand_ins
-        return [ids.get(id, id) for id in ids_of(backend, [text])[0]]
+        text = names.sub(lambda found: _stand_in(numbers[found[0]], written=True), text)
+        return text.replace(ESCAPE, "")
 
     @functools.cached_property
     def plain(self) -> Any:
@@ -182,12 +203,19 @@ def ids_of(backend: Any, texts: Sequence[str], *, special: bool = False) -> list
     """Subword ids of each text by a tokenizer of the tokenizers library, with nothing before or
     behind it. special: names of special tokens are those tokens, not characters. (What transformers
     make of a text besides costs a third of the time.)"""
+    return [encoding.ids for encoding in _encodings(backend, texts, special=special)]
+
+
+def _encodings(
+    backend: Any, texts: Sequence[str], *, special: bool, fast: bool = True
+) -> list[Any]:
+    """What the tokenizers library makes of texts; `fast` is without places of characters."""
     # Transformers change these settings at their own calls.
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = not special
-    found = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in found]
+    encode = backend.encode_batch_fast if fast else backend.encode_batch
+    return encode(list(texts), add_special_tokens=False)
 
 
 def _spelt(backend: Any, name: str, id: int) -> bool:
@@ -211,6 +239,30 @@ def _mapped(value: Any, change: Any) -> Any:
 
 def _marked(pattern: re.Pattern[str], text: str) -> str:
     return pattern.sub(lambda found: found[0][0] + ESCAPE + found[0][1:], text)
+
+
+def _with_user_marks(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message with marks around its text if the user says it. Spaces at either end stay outside,
+    so that a template can strip them."""
+    text = message.get("content")
+    if message.get("role") != "user" or not isinstance(text, str) or not text.strip():
+        return message
+    first = len(text) - len(text.lstrip())
+    last = len(text.rstrip())
+    marked = f"{text[:first]}{USER_BEGINS}{text[first:last]}{USER_ENDS}{text[last:]}"
+    return {**message, "content": marked}
+
+
+def _without_user_marks(rendered: str) -> tuple[str, list[tuple[int, int]]]:
+    """A rendered chat without the marks of the user's text, and the characters between them."""
+    spans, first = [], 0
+    for number, found in enumerate(_USER_MARKS.finditer(rendered)):
+        place = found.start() - number  # so many marks are gone before it
+        if found[0] == USER_BEGINS:
+            first = place
+        else:
+            spans.append((first, place))
+    return _USER_MARKS.sub("", rendered), spans
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:

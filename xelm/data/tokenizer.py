@@ -307,13 +307,15 @@ class Tokenizer:
         """Subword ids of a chat that the other side is to continue, by the checkpoint's own
         template, whose special tokens are the only ones. options: values that it knows beside the
         messages, such as enable_thinking."""
-        return self.special.encode(self.render(messages, options=options))
+        return self.chat_with_user_mask(messages, options)[0]
 
-    def user_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int] | None:
-        """Subword ids of what the user says in a chat, without template, system prompt and answers;
-        None if the user says nothing."""
-        said = "\n".join(m["content"] for m in messages if m["role"] == "user" and m["content"])
-        return self.encode([said])[0] if said else None
+    def chat_with_user_mask(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], list[bool] | None]:
+        """Subword ids of a chat as `chat` has them, and for each whether it has characters of the
+        user's text, as opposed to template, system prompt and answers; None if the user says
+        nothing, or if the template changes what the user says."""
+        return self.special.encode(self.render(messages, options=options))
 
     def render(
         self,

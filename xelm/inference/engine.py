@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from clustering.errors import UserError
+from xelm.data.tokenizer import Tokenizer
 from xelm.inference.decoding import Reader, capacity, padded
 from xelm.inference.routing import Router, among, keep_largest
 from xelm.inference.sampling import Sampling, TokenLikelihood, choose, likeliest, penalised
@@ -44,14 +46,17 @@ class Text:
     router: Router
     """Who speaks when."""
     state: Float[np.ndarray, " Z"]
-    """The router's, after what it has heard."""
-    audible: list[int]
-    """What the router hears: the ids of the text but the one that starts it, or what it was given
-    to hear of the prompt, and then the tokens that were drawn."""
-    heard: int = 0
-    """How many of those it has heard."""
+    """The router's, after the first `seen` ids."""
+    counts: list[bool]
+    """For each id, whether the router goes by it: by all of the text but the token that starts it,
+    or by the user's part of a chat's prompt, and by the tokens that were drawn."""
+    routed_ids: list[int] = field(default_factory=list)
+    """The ids by which `state` was made."""
+    seen: int = 0
+    """How many ids of the text the router has looked at, whether it goes by them or not."""
     evidence: Float[np.ndarray, " E"] | None = None
-    """What each expert thinks of what it has read; None: not asked for yet."""
+    """What each expert thinks of the ids that count of what it has read; None: not asked for
+    yet."""
     decided: Float[np.ndarray, " E"] | None = None
     """Log weights, once they do not change any more."""
     decisions: Counter[str] = field(default_factory=Counter)
@@ -107,17 +112,14 @@ class Engine:
         number: int = 0,
         router: Router | None = None,
         alternatives: int | None = None,
-        audible: Sequence[int] | None = None,
+        user_mask: Sequence[bool] | None = None,
     ) -> Text:
         """A text to be continued, from the next step on. router: None is the ensemble's.
-        alternatives: as `Text` has them. audible: what the router hears of the prompt, such as what
-        the user says in a chat; None: all of it. (Evidence, for routers that ask the experts, is of
-        all of it in any case.)"""
+        alternatives: as `Text` has them. user_mask: for each id, whether the router goes by it, as
+        by what the user says in a chat; so does the evidence of the experts. None: all count."""
         router = router or self._ensemble.router
         taken = {text.row for text in self.texts}
         row = next(row for row in range(len(taken) + 1) if row not in taken)
-        if audible is None:
-            audible = ids[self._ensemble.tokenizer.starts(ids) :]
         self.reserve(row + 1, 0)
         text = Text(
             ids=list(ids),
@@ -127,9 +129,7 @@ class Engine:
             row=row,
             router=router,
             state=router.start(language),
-            audible=list(
-                ids[self._ensemble.tokenizer.starts(ids) :] if audible is None else audible
-            ),
+            counts=counting(self._ensemble.tokenizer, ids, user_mask).tolist(),
         )
         self.texts.append(text)
         return text
@@ -181,7 +181,7 @@ class Engine:
     def append(self, text: Text, token: int) -> None:
         """Adds this token to a text."""
         text.ids.append(token)
-        text.audible.append(token)
+        text.counts.append(True)
         text.drawn += 1
 
     def following(self) -> tuple[Float[Array, "B V"], Float[np.ndarray, "texts E"]]:
@@ -243,11 +243,13 @@ class Engine:
 
     def _hear(self, text: Text) -> None:
         """Brings the router's state of a text up to its end."""
-        if text.heard < len(text.audible):
-            ids = np.asarray(text.audible)
-            before, new = ids[: text.heard], ids[text.heard :]
-            text.state = text.state + text.router.terms(before, new).sum(axis=0)
-            text.heard = len(ids)
+        new = [id for id, counts in zip(text.ids[text.seen :], text.counts[text.seen :]) if counts]
+        text.seen = len(text.ids)
+        if new:
+            before = np.asarray(text.routed_ids, np.int64)
+            terms = text.router.terms(before, np.asarray(new, np.int64))
+            text.state = text.state + terms.sum(axis=0)
+            text.routed_ids += new
 
     def _ask(self, texts: Sequence[Text]) -> None:
         """Has every expert say what it thinks of these texts, which share a router."""
@@ -283,7 +285,9 @@ class Engine:
         for text in texts:
             if text.evidence is not None:
                 scores = found[text.rows[expert]]
-                scores = scores if begun[text.row] else scores[1:]  # the first follows nothing
+                first = max(1, begun[text.row])  # the very first follows nothing
+                counts = np.asarray(text.counts[first:], bool)
+                scores = scores[-len(counts) :][counts] if len(counts) else scores[:0]
                 memory = text.router.memory
                 powers = memory ** np.arange(len(scores) - 1, -1, -1)
                 kept = memory ** len(scores) * text.evidence[expert]
@@ -301,6 +305,18 @@ class Engine:
             ids[text.row, : len(text.ids)] = text.ids
             penalties[text.row] = text.sampling.repetition_penalty
         return ids, penalties
+
+
+def counting(
+    tokenizer: Tokenizer, ids: Sequence[int], user_mask: Sequence[bool] | None
+) -> Bool[np.ndarray, " T"]:
+    """By which ids of a prompt a router goes: those in `user_mask` or, where that is None, all but
+    the token that starts texts. UserError if the mask is not of as many."""
+    if user_mask is None:
+        return np.arange(len(ids)) >= tokenizer.starts(ids)
+    if len(user_mask) != len(ids):
+        raise UserError(f"a mask of {len(user_mask)} for {len(ids)} ids; as many are wanted")
+    return np.asarray(user_mask, bool)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
+from xelm.inference.engine import counting
 from xelm.inference.filling import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate, room
 from xelm.inference.guessing import guess_documents
@@ -164,29 +165,32 @@ class Ensemble:
         contexts: Sequence[Sequence[int]],
         continuations: Sequence[Sequence[int]],
         languages: Sequence[str | None] | None = None,
-        audible: Sequence[Sequence[int] | None] | None = None,
+        user_masks: Sequence[Sequence[bool] | None] | None = None,
     ) -> Likelihoods:
         """Of continuations that do not end, by their ids and those of what each goes on from, of
-        which there is at least one. Both are read as they are. audible: ids by which the router
-        knows each context, such as what the user says in a chat, as in `Engine.add`; None: the
-        context. For decoders."""
+        which there is at least one. Both are read as they are. user_masks: by which ids of each
+        context the router goes, as in `Engine.add`; None: by all. For decoders."""
         if not self.model.causal:
             raise UserError("these experts are encoders, which continue no text")
         _as_many("continuations", continuations, contexts)
         if not all(map(len, contexts)):
             raise UserError("a continuation needs at least one id before it, such as the start")
         languages = _as_many("languages", languages, contexts)
-        audible = _as_many("audible", audible, contexts)
+        user_masks = _as_many("user_masks", user_masks, contexts)
         ids = [np.asarray([*c, *x], np.int64) for c, x in zip(contexts, continuations)]
         for document in ids:
             check_ids(document, self.model)
         positions = [self._positions(len(c), len(i), len(i)) for c, i in zip(contexts, ids)]
+        masks = [
+            np.concatenate([counting(self.tokenizer, c, mask), np.ones(len(x), bool)])
+            for c, x, mask in zip(contexts, continuations, user_masks)
+        ]
         states = [
-            self._states_of_prompt(language, document, len(context), heard)
-            for language, document, context, heard in zip(languages, ids, contexts, audible)
+            states_along(self.router, self.router.start(language), document, mask)
+            for language, document, mask in zip(languages, ids, masks)
         ]
         reading = self._reading | {"stride": self.overlapping_stride, "start_id": None}
-        log_weights, *_ = self._weighed(ids, states, positions, reading)
+        log_weights, *_ = self._weighed(ids, states, positions, reading, masks)
         found = guess_documents(
             self.model,
             [partial(self.parameters.__getitem__, number) for number in range(len(self.names))],
@@ -204,31 +208,18 @@ class Ensemble:
             greedy=np.asarray([bool(found.correct[0, p].all()) for p in parts]),
         )
 
-    def _states_of_prompt(
-        self, language: str | None, ids: np.ndarray, context: int, audible: Sequence[int] | None
-    ) -> np.ndarray:
-        """The router's states along a text of ids; the start of texts tells it nothing. audible: in
-        place of the first `context` ids, within which the states are the first one then."""
-        start = self.router.start(language)
-        if audible is None:
-            skipped = self.tokenizer.starts(ids)
-            along = states_along(self.router, start, ids[skipped:])
-        else:
-            skipped = context
-            heard = np.asarray([*audible, *ids[context:]], np.int64)
-            along = states_along(self.router, start, heard)[len(audible) :]
-        return np.concatenate([np.repeat(start[None], skipped, axis=0), along])
-
     def _weighed(
         self,
         ids: Sequence[np.ndarray],
         states: Sequence[np.ndarray],
         positions: Sequence[np.ndarray],
         reading: Mapping[str, Any],
+        masks: Sequence[np.ndarray] | None = None,
     ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], list[str]]:
         """Log weights of the models at each document's positions, with the router's states along
         it; the models' scores of it, so far as the router asked for them; whom it asked; and which
-        router decided most of the positions."""
+        router decided most of the positions. masks: tokens of each document that count as evidence,
+        as in `states_along`; None: all."""
         scores = [np.zeros((len(self.names), len(i) + self.model.causal)) for i in ids]
         everyone = np.arange(self.router.experts)
         asked = [
@@ -239,10 +230,14 @@ class Ensemble:
         kept = (self.top_m, self.least_weight)
         log_weights = [
             among(
-                weights_along(self.router, state, found[everyone, : len(state) - 1], at, *kept),
+                weights_along(
+                    self.router, state, found[everyone, : len(state) - 1], at, *kept, mask
+                ),
                 len(self.names),
             )
-            for state, found, at in zip(states, scores, positions)
+            for state, found, at, mask in zip(
+                states, scores, positions, masks or [None] * len(states)
+            )
         ]
         names = [self.router.decided_by(state[at]) for state, at in zip(states, positions)]
         routing = [Counter(some).most_common(1)[0][0] if some else "" for some in names]
@@ -313,10 +308,10 @@ class Ensemble:
             "random_seed": random_seed,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        ids = [self._ids(prompt)]
-        sampling = replace(self._fitting(ids), **given)
+        ids, mask = self._encoded(prompt)
+        sampling = replace(self._fitting([ids]), **given)
         (generation,) = generate(
-            self, ids, sampling, [language], lambda _, piece: stream(piece), self._audible([prompt])
+            self, [ids], sampling, [language], lambda _, piece: stream(piece), [mask]
         )
         return generation
 
@@ -335,19 +330,17 @@ class Ensemble:
     ) -> list[Generation]:
         """Continues several texts or chats side by side. languages: of each, where they are
         known. stream: told the number of a prompt and the next piece of its continuation."""
-        ids = [self._ids(prompt) for prompt in prompts]
+        encoded = [self._encoded(prompt) for prompt in prompts]
+        ids = [ids for ids, _ in encoded]
         languages = _as_many("languages", languages, prompts)
         sampling = sampling or self._fitting(ids)
-        return generate(self, ids, sampling, languages, stream, self._audible(prompts))
+        return generate(self, ids, sampling, languages, stream, [mask for _, mask in encoded])
 
-    def _audible(self, prompts: Sequence[Prompt]) -> list[list[int] | None]:
-        """What the router hears of each prompt: of a chat, what the user says."""
-        return [None if isinstance(p, str) else self.tokenizer.user_ids(p) for p in prompts]
-
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _encoded(self, prompt: Prompt) -> tuple[list[int], list[bool] | None]:
+        """The ids of a prompt and, of a chat, the mask of what the user says."""
         if isinstance(prompt, str):
-            return self.tokenizer.begin(prompt)
-        return self.tokenizer.chat(prompt)
+            return self.tokenizer.begin(prompt), None
+        return self.tokenizer.chat_with_user_mask(prompt)
 
     def _fitting(self, prompts: Sequence[Sequence[int]]) -> Sampling:
         """`sampling`, with no more new tokens than there is room for, and at least one."""

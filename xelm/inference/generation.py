@@ -49,10 +49,11 @@ def generate(
     sampling: Sampling,
     languages: Sequence[str | None],
     stream: Stream = lambda number, piece: None,
-    audible: Sequence[Sequence[int] | None] | None = None,
+    user_masks: Sequence[Sequence[bool] | None] | None = None,
 ) -> list[Generation]:
     """Continues each text of ids until an end token, a stop string or `max_new_tokens`. A prompt
-    that leaves no room for so many is refused. audible: of each prompt, as `Engine.add` has it."""
+    that leaves no room for so many is refused. user_masks: one for each prompt, as `Engine.add` has
+    it."""
     for ids in prompts:
         check_prompt(ensemble, ids, sampling.max_new_tokens)
     replies = [Reply(ensemble.tokenizer, ids, sampling.stop) for ids in prompts]
@@ -69,7 +70,7 @@ def generate(
                 sampling,
                 language=languages[number],
                 number=number,
-                audible=None if audible is None else audible[number],
+                user_mask=None if user_masks is None else user_masks[number],
             )
         _continue(engine, ensemble.tokenizer.end_ids, sampling, replies, weights, drawn, stream)
     for number, reply in enumerate(replies):

@@ -52,15 +52,27 @@ class Router(Protocol):
 
 
 def states_along(
-    router: Router, start: Float[np.ndarray, " Z"], ids: Int[np.ndarray, " T"]
+    router: Router,
+    start: Float[np.ndarray, " Z"],
+    ids: Int[np.ndarray, " T"],
+    mask: Bool[np.ndarray, " T"] | None = None,
 ) -> Float[np.ndarray, "T1 Z"]:
-    """The state before each token of a text and, as the last row, after all of them."""
+    """The state before each token of a text and, as the last row, after all of them. mask: False
+    for tokens that do not count, as those of a chat's template; None: all count."""
+    if mask is not None:
+        return states_along(router, start, ids[mask])[_counted(mask)]
     return np.cumsum(np.concatenate([start[None], router.terms(ids[:0], ids)]), axis=0)
 
 
-def evidence_along(router: Router, scores: Float[np.ndarray, "E T"]) -> Float[np.ndarray, "T1 E"]:
+def evidence_along(
+    router: Router,
+    scores: Float[np.ndarray, "E T"],
+    mask: Bool[np.ndarray, " T"] | None = None,
+) -> Float[np.ndarray, "T1 E"]:
     """The evidence before each token of a text and after all of them; `scores` are the log
-    probabilities of its tokens by the experts."""
+    probabilities of its tokens by the experts. mask: as in `states_along`."""
+    if mask is not None:
+        return evidence_along(router, scores[:, mask])[_counted(mask)]
     sums = np.concatenate([np.zeros((1, len(scores))), scores.T.astype(float)])
     if router.memory == 1:
         return np.cumsum(sums, axis=0)
@@ -76,15 +88,22 @@ def weights_along(
     positions: Int[np.ndarray, " P"],
     top_m: int | None = None,
     least: float = 0.0,
+    mask: Bool[np.ndarray, " T"] | None = None,
 ) -> Float[np.ndarray, "P E"]:
     """Log weights before each of these tokens of a text, as `keep_largest` leaves them, with the
-    states along it and, where they are asked for, the experts' scores of it."""
+    states along it and, where they are asked for, the experts' scores of it, of which those in
+    `mask` count, as in `states_along`."""
     rows = states[positions]
     evidence, asks = np.zeros((len(positions), len(scores))), router.asks(rows)
     if asks.any():
-        evidence = evidence_along(router, scores)[positions]
+        evidence = evidence_along(router, scores, mask)[positions]
     # Where all are asked for their evidence, leaving some out spares nothing.
     return keep_largest(router.log_weights(rows, evidence), top_m, np.where(asks, 0.0, least))
+
+
+def _counted(mask: Bool[np.ndarray, " T"]) -> Int[np.ndarray, " T1"]:
+    """How many tokens count before each one and, as the last number, in all."""
+    return np.concatenate([[0], np.cumsum(mask)])
 
 
 def keep_largest(

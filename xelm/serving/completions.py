@@ -140,7 +140,7 @@ class Completions:
             return Ticket(
                 model=asked.model,
                 ids=text.ids,
-                audible=text.audible,
+                user_mask=text.user_mask,
                 sampling=sampling,
                 language=asked.language if asked.model == ENSEMBLE else None,
                 number=place,

@@ -94,8 +94,8 @@ class Ticket:
     sampling: Sampling
     language: str | None = None
     """That it is told to be in."""
-    audible: Sequence[int] | None = None
-    """What the router hears of the prompt; None: all of it."""
+    user_mask: Sequence[bool] | None = None
+    """For each id, whether the router goes by it; None: by all."""
     number: int = 0
     """Among the continuations of its request, which differ by it."""
     alternatives: int | None = None
@@ -329,7 +329,7 @@ class Desk:
                 number=ticket.number,
                 router=router,
                 alternatives=ticket.alternatives,
-                audible=ticket.audible,
+                user_mask=ticket.user_mask,
             )
         except UserError as error:
             self._events.append((ticket, Failed(400, str(error))))

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from clustering.errors import UserError
+from xelm.inference.engine import counting
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.routers import Detected, Fixed
@@ -46,11 +47,13 @@ class Offer:
         longest = max(map(len, self.detector.pieces), default=1)
         return 2 * longest * self.ensemble.longest
 
-    def language_of(self, ids: Sequence[int]) -> str | None:
-        """The probable language of a text that begins with these ids; None of one that is empty but
-        for the token that starts texts."""
-        silent = self.ensemble.tokenizer.starts(ids)
-        heard = np.asarray(ids[silent : silent + _HEARD], np.int64)
+    def language_of(
+        self, ids: Sequence[int], user_mask: Sequence[bool] | None = None
+    ) -> str | None:
+        """The probable language of a text that begins with these ids, by those in `user_mask`, as
+        `Engine.add` has it; None of one that is empty but for the token that starts texts."""
+        counts = counting(self.ensemble.tokenizer, ids, user_mask)
+        heard = np.asarray(ids, np.int64)[counts][:_HEARD]
         if not len(heard):
             return None
         states = states_along(self.detector, self.detector.start(None), heard)

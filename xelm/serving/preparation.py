@@ -29,8 +29,8 @@ class PreparedText:
 
     ids: Sequence[int]
     """Of the prompt, as the models read it."""
-    audible: Sequence[int] | None
-    """What the router reads of it, as in `Ticket`."""
+    user_mask: Sequence[bool] | None
+    """By which ids the router goes, as in `Ticket`."""
     language: str | None
     """The language that the request tells, or the detected one; None where there is no text."""
     echo: str = ""
@@ -66,7 +66,7 @@ def prepare(
 ) -> PreparedRequest:
     """A request in the ids of these models. Raises UserError or Refused for one that cannot be
     answered by them, or that asks for more than the limits allow."""
-    prompts, audible = _encoded(asked, offer)
+    prompts, masks = _encoded(asked, offer)
     _check_places(len(prompts) * (asked.n or 1), limits)
     for ids in prompts:
         check_prompt(offer.ensemble, ids, 1 if asked.most_tokens is None else asked.most_tokens)
@@ -86,20 +86,20 @@ def prepare(
     texts = [
         PreparedText(
             ids=ids,
-            audible=heard,
-            language=language or offer.language_of(ids if heard is None else heard),
+            user_mask=mask,
+            language=language or offer.language_of(ids, mask),
             **_echo(asked, place, ids, offer.ensemble.tokenizer),
         )
-        for place, (ids, heard) in enumerate(zip(prompts, audible))
+        for place, (ids, mask) in enumerate(zip(prompts, masks))
     ]
     return PreparedRequest(texts=texts, sampling=sampling, language=language)
 
 
 def _encoded(
     asked: CompletionRequest | ChatRequest, offer: Offer
-) -> tuple[list[list[int]], list[list[int] | None]]:
-    """Ids of each prompt: of a text after the one that starts texts, and ids as they are. And what
-    the router reads of each: in a chat what the user says; None: all of it."""
+) -> tuple[list[list[int]], list[list[bool] | None]]:
+    """Ids of each prompt: of a text after the one that starts texts, and ids as they are. And the
+    mask of the ids by which the router goes: in a chat what the user says; None: all."""
     tokenizer = offer.ensemble.tokenizer
     texts = [prompt for prompt in getattr(asked, "prompts", ()) if isinstance(prompt, str)]
     texts += [message.text for message in getattr(asked, "messages", ())]
@@ -112,8 +112,8 @@ def _encoded(
         if not tokenizer.hub.chat_template:
             raise UserError("the seed has no chat template; use /v1/completions")
         messages = [{"role": m.role, "content": m.text} for m in asked.messages]
-        ids = tokenizer.chat(messages, _options(asked, tokenizer))
-        return [ids], [tokenizer.user_ids(messages)]
+        ids, mask = tokenizer.chat_with_user_mask(messages, _options(asked, tokenizer))
+        return [ids], [mask]
     prompts = [
         tokenizer.begin(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts
     ]
