@@ -9,7 +9,12 @@ words of each in turn; and beginnings in languages that no expert serves. For ea
 abstaining below some thresholds: bits per byte, and the share of tokens at which it abstained.
 Costs: models that are asked at a token. The best expert of each text is what no router knew.
 
-Then the cost of routing itself: weights of all positions of a text from one cumulative sum, beside
+Then what a step of a batch costs under the default router: of eight texts in one language, whose
+experts are known since the language is told, and of eight in as many languages; and what it costs
+where one of them is replaced by a text in a language that no expert serves, for which all models
+are asked. Median of steps, which take turns; times over the batch without that text.
+
+Last, the cost of routing itself: weights of all positions of a text from one cumulative sum, beside
 the naive way, in which the vector of each prefix is made anew (as in the authors' code).
 """
 
@@ -25,8 +30,11 @@ import numpy as np
 
 from clustering.languages import canonical
 from xelm import open_run
+from xelm.inference.engine import Engine
+from xelm.inference.ensemble import Ensemble
 from xelm.inference.routers import ByLanguage
 from xelm.inference.routing import mixture, states_along, weights_along
+from xelm.inference.sampling import Sampling
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.routers import Routing, make_router, models_behind
@@ -57,6 +65,7 @@ def main() -> None:
     _print("best expert", 1, [_bits(texts[k], found) for k, found in zip(KINDS, best)])
     for routing in _routings(names):
         _route(run, routing, texts, ids, scores, names)
+    _batches(run, texts)
     _naive(run, options.naive)
 
 
@@ -187,6 +196,44 @@ def _route(run, routing, texts, ids, scores, names) -> None:
 def _print(label, asked, bits, shares=()) -> None:
     cells = (f"{value:.3f}{share}" for value, share in zip_longest(bits, shares, fillvalue=""))
     print(f"| {label} | {asked:.1f} | {' | '.join(cells)} |", flush=True)
+
+
+def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 48) -> None:
+    ensemble = run.ensemble()
+    served = sorted({tag for expert in run.registry().published() for tag in expert.languages})
+    count = len(texts["served"]) // len(served)
+    one = [(served[1], text) for text in texts["served"][count : 2 * count]]
+    several = [(tag, texts["served"][n * count]) for n, tag in enumerate(served)]
+    print("\n| batch | models a step | ms a step | times |\n|---|---|---|---|")
+    for label, some in (("one language", one), ("several languages", several)):
+        batch = (some * rows)[:rows]
+        stranger = [*batch[:-1], (None, texts["not served"][-1])]
+        engines = [_engine(ensemble, given, steps) for given in (batch, stranger)]
+        times: list[list[float]] = [[], []]
+        asked: list[list[int]] = [[], []]
+        for number in range(steps):
+            for place, engine in enumerate(engines):
+                begun = time.perf_counter()
+                found = engine.step()
+                if number:  # the first reads the prompts
+                    times[place].append(time.perf_counter() - begun)
+                    weights = np.stack([step.weights for step in found])
+                    asked[place].append(int((weights > 0).any(axis=0).sum()))
+        ratio = np.median(np.divide(times[1], times[0]))
+        for place, name in enumerate((label, f"{label}, one text not served")):
+            cells = f"{np.mean(asked[place]):.1f} | {1e3 * np.median(times[place]):.1f}"
+            print(f"| {name} | {cells} | {ratio if place else 1:.1f} |", flush=True)
+
+
+def _engine(ensemble: Ensemble, batch: list[tuple[str | None, str]], steps: int) -> Engine:
+    """Texts that are to be continued, greedily, in languages that are told or not."""
+    engine = Engine(ensemble)
+    engine.reserve(len(batch), ensemble.model.max_length)
+    for number, (language, text) in enumerate(batch):
+        ids = ensemble.tokenizer.begin(text)[: ensemble.model.max_length - steps]
+        sampling = Sampling(max_new_tokens=steps, temperature=0.0)
+        engine.add(ids, sampling, language=language, number=number)
+    return engine
 
 
 def _naive(run: Run, longest: int) -> None:

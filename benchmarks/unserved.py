@@ -1,6 +1,6 @@
 """What routers are worth in languages that no expert serves, and in those that experts do.
 
-    python benchmarks/unserved.py RUN TEXT [--tokens 20000]
+    python benchmarks/unserved.py RUN TEXT [--tokens 20000] [--cross-validate]
 
 TEXT is a folder of <language>.jsonl or .jsonl.gz files, which the RUN has not seen. For each
 language, bits per byte of whole documents: the seed, the dense baseline, the best single expert,
@@ -9,21 +9,30 @@ them, and both without their mixture for text that is like none of the experts' 
 models that a token asks, and the share of tokens at which learned mixes all models. Last, for the
 languages that no expert serves, bits per token of the first 32 tokens of each document, where a
 router has little to go by.
+
+With --cross-validate, instead: how the shares of served text that may count as unknown
+(`clustering.novelty`) would be chosen on half of the languages that no expert serves and half of
+the documents of the others, and what is chosen is worth on the other halves; both ways, beside what
+is shipped. Chosen is what loses to the seed or dense in the fewest unserved languages, whole
+documents and beginnings, and of those what asks the fewest models on served text.
 """
 
 import argparse
 import gzip
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from clustering import novelty
 from clustering.languages import canonical, lookup
 from xelm import open_run
 from xelm.inference.routers import MIXTURE
-from xelm.inference.routing import mixture, states_along, weights_along
+from xelm.inference.routing import evidence_along, mixture, states_along, weights_along
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.checkpoint import read_config, read_for_inference
+from xelm.runs.fitted import held_out_beginnings
 from xelm.runs.routers import Routing, make_router, serving
 from xelm.runs.run import Run
 
@@ -43,6 +52,7 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("text", metavar="TEXT")
     parser.add_argument("--tokens", type=int, default=20_000, help="of each language")
+    parser.add_argument("--cross-validate", action="store_true", help="choose on halves")
     options = parser.parse_args()
     run = open_run(options.run)
     experts = run.registry().published()
@@ -55,8 +65,14 @@ def main() -> None:
     for name in ("detected", "learned"):
         if (mixing := getattr(routers[name], "otherwise", None)) is not None:
             routers[f"{name}, bare"] = getattr(mixing, "router", mixing)
-    tags, documents, sizes = _texts(run, Path(options.text), options.tokens)
-    names, scores = _scores(run, documents)
+    texts = documents_in(run, Path(options.text), options.tokens)
+    tags = [tag for tag, some in texts.items() for _ in some]
+    flat = [text for some in texts.values() for text in some]
+    sizes = [len(text.encode()) for text in flat]
+    ids = [np.asarray(some, np.int64) for some in run.tokenizer().encode(flat)]
+    names, documents, scores = scores_of(run, ids)
+    if options.cross_validate:
+        return _cross_validate(run, routers["learned"], names, tags, documents, scores, sizes)
     print(f"| language | {' | '.join(COLUMNS)} | asked, bare | asked | mixed |")
     print("|---|" + "---|" * (len(COLUMNS) + 3))
     for kind, wanted in (("served", True), ("not served", False)):
@@ -76,27 +92,26 @@ def main() -> None:
         _print_beginnings(routers, names, tags, documents, scores, unserved)
 
 
-def _texts(run: Run, folder: Path, most: int):
-    """Language, ids and bytes of each document, up to so many tokens of each language."""
-    tokenizer, tags, documents, sizes = run.tokenizer(), [], [], []
+def documents_in(run: Run, folder: Path, most: int) -> dict[str, list[str]]:
+    """Documents of each language in a folder, as many as have so many tokens."""
+    tokenizer, found = run.tokenizer(), {}
     for path in sorted(folder.glob("*.jsonl*")):
         opener, left = gzip.open if path.suffix == ".gz" else open, most
+        texts = found.setdefault(canonical(path.name.split(".")[0]), [])
         with opener(path, "rt", encoding="utf-8") as file:
             for line in file:
-                text = json.loads(line)["text"]
-                ids = np.asarray(tokenizer.encode([text])[0], np.int64)
-                tags.append(canonical(path.name.split(".")[0]))
-                documents.append(ids)
-                sizes.append(len(text.encode()))
-                left -= len(ids)
+                texts.append(json.loads(line)["text"])
+                left -= len(tokenizer.encode(texts[-1:])[0])
                 if left <= 0:
                     break
-    return tags, documents, sizes
+    return found
 
 
-def _scores(run: Run, documents):
-    """Names of the models, experts first, and log probabilities of each document's tokens, [models,
-    tokens]."""
+def scores_of(
+    run: Run, documents: list[np.ndarray]
+) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
+    """Names of the models, experts first, then the seed and the dense baseline, if there is one;
+    the tokens of each document with its end; and their log probabilities, [models, tokens]."""
     tokenizer, model = run.tokenizer(), read_config(run.seed)
     systems = {e.name: e.directory(run.directory) for e in run.registry().published()}
     systems["seed"] = run.seed
@@ -115,8 +130,7 @@ def _scores(run: Run, documents):
         for directory in systems.values()
     ]
     wanted = [targets(model, ids, tokenizer.end_id) for ids in documents]
-    documents[:] = wanted
-    return list(systems), [np.stack(rows).astype(float) for rows in zip(*found)]
+    return list(systems), wanted, [np.stack(rows).astype(float) for rows in zip(*found)]
 
 
 def _row(routers, names, documents, scores, sizes, some, experts) -> list[float]:
@@ -168,6 +182,102 @@ def _print_beginnings(routers, names, tags, documents, scores, unserved) -> None
     for column, model in enumerate(BEGINNINGS[:2]):
         worse = [tag for tag, row in zip(unserved, rows) if row[-1] > row[column]]
         print(f"\nlearned is worse than {model} there in {len(worse)} ({', '.join(worse)})")
+
+
+class Candidate(NamedTuple):
+    """Settings of the novelty, and what they do to each document."""
+
+    short: int
+    most_false: tuple[float, float]
+    outside: list[np.ndarray]
+    """Whether each token is mixed."""
+
+
+class Measured(NamedTuple):
+    """What a candidate is worth on some documents."""
+
+    lost: int
+    """Unserved languages in which it is worse than the seed or dense, whole or at the beginning."""
+    asked: float
+    """Models a token of served text."""
+    served: float
+    unserved: float
+    first: float
+    """Bits a byte of both, as means of languages, and a token of unserved beginnings."""
+
+
+def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
+    inner, mixing = router.otherwise.router, router.otherwise
+    served = serving(run.registry(), run.registry().published())
+    alone, mixed, asked, sums = [], [], [], []
+    for ids, found in zip(documents, scores):
+        places, own = np.arange(len(ids)), found[: inner.experts]
+        states = states_along(inner, inner.start(None), ids)
+        weights = weights_along(inner, states, own, places, None, LEAST_WEIGHT)
+        alone.append(mixture(weights, own))
+        asked.append(np.isfinite(weights).sum(axis=1))
+        evidence = evidence_along(mixing.mixture, found)[:-1]
+        nothing = np.zeros((len(ids), 0))
+        mixed.append(mixture(mixing.mixture.log_weights(nothing, evidence), found))
+        states = states_along(mixing, mixing.start(None), ids)[:-1]
+        sums.append(states[:, 1 : 1 + mixing.novelty.size])
+
+    known = held_out_beginnings(run, mixing.novelty)
+
+    def candidate(short: int, most_false: tuple[float, float]) -> Candidate:
+        found = mixing.novelty.with_thresholds(known, short, most_false)
+        return Candidate(short, most_false, [found.outside(some) for some in sums])
+
+    def measured(found: Candidate, numbers: list[int]) -> Measured:
+        bits: dict[str, list[list[float]]] = {"served": [], "unserved": []}
+        lost, count, tokens = 0, 0, 0
+        for tag in sorted({tags[n] for n in numbers}):
+            some = [n for n in numbers if tags[n] == tag]
+            nats = [-np.where(found.outside[n], mixed[n], alone[n]) for n in some]
+            size = np.log(2) * sum(sizes[n] for n in some)
+            first = np.log(2) * sum(len(documents[n][:FIRST]) for n in some)
+            own = [sum(x.sum() for x in nats) / size, sum(x[:FIRST].sum() for x in nats) / first]
+            is_served = lookup(tag, served) is not None
+            bits["served" if is_served else "unserved"].append(own)
+            if is_served:
+                count += sum(np.where(found.outside[n], len(names), asked[n]).sum() for n in some)
+                tokens += sum(len(documents[n]) for n in some)
+            else:
+                rest = [[-scores[n][m] for n in some] for m in range(inner.experts, len(names))]
+                lost += any(
+                    sum(x.sum() for x in other) / size < own[0]
+                    or sum(x[:FIRST].sum() for x in other) / first < own[1]
+                    for other in rest
+                )
+        means = [np.mean(bits[kind], axis=0) for kind in ("served", "unserved")]
+        return Measured(lost, count / tokens, means[0][0], means[1][0], means[1][1])
+
+    grid = [candidate(0, (share, share)) for share in (0.005, 0.01, 0.02, 0.05, 0.1)]
+    for short in (16, 32, 64):
+        for first in (0.1, 0.2, 0.3, 0.4, 0.6):
+            grid += [candidate(short, (first, share)) for share in (0.005, 0.01, 0.02, 0.05)]
+    shipped = candidate(novelty.SHORT, novelty.MOST_FALSE)
+    unserved = [tag for tag in sorted(set(tags)) if lookup(tag, served) is None]
+    halves: list[list[int]] = [[], []]
+    for number, tag in enumerate(tags):
+        halves[(unserved.index(tag) if tag in unserved else number) % 2].append(number)
+    print("| chosen on | short | shares | measured on | lost | asked | served | unserved | first |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for one, other in ((0, 1), (1, 0)):
+        best = min(grid, key=lambda found: measured(found, halves[one])[:2])
+        for label, found in ((f"half {one + 1}", best), ("shipped", shipped)):
+            for place in (one, other):
+                _print_measured(label, found, f"half {place + 1}", measured(found, halves[place]))
+
+
+def _print_measured(label: str, found: Candidate, half: str, values: Measured) -> None:
+    shares = ", ".join(f"{share:.1%}" for share in found.most_false)
+    bits = " | ".join(f"{value:.3f}" for value in values[2:])
+    print(
+        f"| {label} | {found.short} | {shares} | {half} | {values.lost} | {values.asked:.2f} | "
+        f"{bits} |",
+        flush=True,
+    )
 
 
 def _print(label, row) -> None:

@@ -7,7 +7,7 @@ is not known is learned by leaving each known language out in turn. Knows nothin
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,13 @@ from clustering.identify import BUCKETS, Identifier
 
 FEWEST = 3
 """Languages, of which one can be left out and the others still differ."""
-LOG_ODDS = (0.6, 2.5)
-"""From which on a text counts as unknown, by the margins themselves and by their share of what the
-likeliest language has. The second looks at one language alone and is less to be trusted: Arabic of
-another kind than the known one differs from it as Persian does. Chosen on the quickstart with 25
-languages that it does not know, where .4 to .8 and 2.5 to 4 hardly differ."""
-MOST_FALSE = 0.02
-"""The share of beginnings of held-out texts in known languages that may count as unknown, at most,
-even if the threshold must be higher for that."""
+SHORT = 32
+"""Ids of a text of which little is known yet."""
+MOST_FALSE = (0.2, 0.005)
+"""The share of beginnings of held-out texts in known languages that may count as unknown by either
+margin: of those shorter than `SHORT` ids, and of the others. That fixes the thresholds, so that no
+text in an unknown language is needed for them. The more the first is, the sooner an unknown
+language is noticed; a known one that is mistaken so early costs little (docs/inference.md)."""
 _SMOOTHING = 0.5
 """Added to the count of each id."""
 _SURE = 20.0
@@ -52,6 +51,11 @@ class Novelty:
     """Mean margins of held-out texts in each language, a character and an id."""
     weights: Float[np.ndarray, "2 6"]
     """Of the features, and a last number to be added, for log odds by margins and by shares."""
+    thresholds: Float[np.ndarray, "2 2"]
+    """Log odds above which a text counts as unknown, by margins and by shares (rows), of texts
+    shorter than `short` ids and of others (columns)."""
+    short: int = SHORT
+    """Ids from which on the second column holds."""
 
     @property
     def size(self) -> int:
@@ -78,20 +82,39 @@ class Novelty:
             _features(found, sums[:, -1]) @ weights[:-1] + weights[-1]
             for found, weights in zip(_two(margins, best, self.expected), self.weights)
         ]
-        return (sums[:, -1] > 0) & (np.max(odds, axis=0) > 0)
+        thresholds = self.thresholds[:, (sums[:, -1] >= self.short).astype(int)]
+        return (sums[:, -1] > 0) & (np.asarray(odds) > thresholds).any(axis=0)
+
+    def with_thresholds(
+        self, sums: Float[np.ndarray, "N size"], short: int, most_false: tuple[float, float]
+    ) -> "Novelty":
+        """The same with thresholds such that of texts in known languages with these sums, those
+        shorter than `short` ids and the others, these shares count as unknown by either margin."""
+        margins, best = _margins(sums)
+        is_short = sums[:, -1] < short
+        found = np.zeros((2, 2))
+        for row, values in enumerate(_two(margins, best, self.expected)):
+            odds = _features(values, sums[:, -1]) @ self.weights[row, :-1] + self.weights[row, -1]
+            for column, rows in enumerate((is_short, ~is_short)):
+                some = odds[rows] if rows.any() else odds  # where all are short, or none is
+                found[row, column] = np.quantile(some, 1 - most_false[column])
+        return replace(self, thresholds=found, short=short)
 
     def save(self, path: Path) -> None:
         """As an .npz file, atomically, without the identifier, which has a file of its own."""
         arrays = {"columns": self.columns, "id_log_likelihoods": self.id_log_likelihoods}
-        write_arrays(path, {**arrays, "expected": self.expected, "weights": self.weights})
+        arrays |= {"expected": self.expected, "weights": self.weights}
+        arrays |= {"thresholds": self.thresholds, "short": np.asarray(self.short)}
+        write_arrays(path, arrays)
 
     @classmethod
     def load(cls, path: Path, identifier: Identifier) -> "Novelty":
         """UserError if the file is missing or damaged."""
         arrays = read_arrays(path)
         try:
-            names = ("columns", "id_log_likelihoods", "expected", "weights")
-            return cls(identifier=identifier, **{name: arrays[name] for name in names})
+            names = ("columns", "id_log_likelihoods", "expected", "weights", "thresholds")
+            found = {name: arrays[name] for name in names}
+            return cls(identifier=identifier, short=int(arrays["short"]), **found)
         except KeyError as error:
             raise UserError(f"{path} is damaged: it lacks {error}") from error
 
@@ -122,10 +145,11 @@ def fit(
         id_log_likelihoods=np.log(smooth / smooth.sum(axis=0)).astype(np.float32),
         expected=np.ones((len(known), 2)),
         weights=np.zeros((2, 6)),
+        thresholds=np.zeros((2, 2)),
     )
-    sums, languages = _beginnings(found, pieces, held_out)
+    sums, languages = beginnings(found, pieces, held_out)
     own = np.asarray([known.index(tag) if tag in known else -1 for tag in languages])
-    inside, (margins, best) = own >= 0, _margins(sums)
+    inside, known_sums, (margins, best) = own >= 0, sums[own >= 0], _margins(sums)
     expected = _expected(margins, own, sums[:, -1], len(known))
     sets = [(margins[inside], best[inside], sums[inside, -1], 0)]
     sets.append((margins[~inside], best[~inside], sums[~inside, -1], 1))
@@ -136,20 +160,13 @@ def fit(
         np.concatenate(parts) for parts in zip(*(some[:3] for some in sets), strict=True)
     )
     labels = np.repeat([some[3] for some in sets], [len(some[2]) for some in sets])
-    weights = [
-        _fitted(_features(values, counts), labels, threshold)
-        for values, threshold in zip(_two(margins, best, expected), LOG_ODDS, strict=True)
-    ]
-    return Novelty(
-        identifier=identifier,
-        columns=columns,
-        id_log_likelihoods=found.id_log_likelihoods,
-        expected=expected,
-        weights=np.stack(weights),
-    )
+    features = [_features(values, counts) for values in _two(margins, best, expected)]
+    weights = np.stack([_fitted(some, labels) for some in features])
+    found = replace(found, expected=expected, weights=weights)
+    return found.with_thresholds(known_sums, SHORT, MOST_FALSE)
 
 
-def _beginnings(
+def beginnings(
     novelty: Novelty, pieces: list[str], texts: Mapping[str, Iterable[Integer[np.ndarray, " _"]]]
 ) -> tuple[Float[np.ndarray, "N size"], list[str]]:
     """Sums of beginnings of texts, of all lengths, most of them short; and their languages."""
@@ -210,15 +227,13 @@ def _features(
 
 
 def _fitted(
-    features: Float[np.ndarray, "N 5"], labels: Int[np.ndarray, " N"], threshold: float
+    features: Float[np.ndarray, "N 5"], labels: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, " 6"]:
-    """Weights of a logistic regression whose sum is above 0 where a text counts as unknown."""
+    """Weights of a logistic regression on whether a text is unknown."""
     from sklearn.linear_model import LogisticRegression
 
     scale = features.std(axis=0) + 1e-9
     model = LogisticRegression(C=1.0, max_iter=1000, class_weight="balanced")
     model.fit(features / scale, labels)
     weights, bias = np.asarray(model.coef_)[0] / scale, np.asarray(model.intercept_)[0]
-    odds = features[labels == 0] @ weights + bias
-    threshold = max(threshold, float(np.quantile(odds, 1 - MOST_FALSE)))
-    return np.append(weights, bias - threshold)
+    return np.append(weights, bias)

@@ -55,7 +55,25 @@ def test_a_language_that_nobody_knows_is_noticed_and_known_ones_are_not_mistaken
     found = fitted(identifier, list(LETTERS))
     assert np.mean([outside(found, ids)[30] for ids in texts(OTHER, 50, 2)]) >= 0.9
     for letters in LETTERS.values():
-        assert np.mean([outside(found, ids).mean() for ids in texts(letters, 20, 3)]) <= 0.05
+        known = [outside(found, ids)[novelty.SHORT :].mean() for ids in texts(letters, 20, 3)]
+        assert np.mean(known) <= 0.05
+
+
+def test_so_many_known_texts_count_as_unknown_as_the_shares_say(identifier):
+    """The thresholds are made of held-out texts in known languages alone."""
+    found = fitted(identifier, list(LETTERS))
+    held_out = {tag: texts(letters, 20, 1) for tag, letters in LETTERS.items()}
+    sums, _ = novelty.beginnings(found, PIECES, held_out)
+    is_short = sums[:, -1] < 10
+    for shares in ((0.5, 0.1), (0.3, 0.0)):
+        mixed = found.with_thresholds(sums, 10, shares).outside(sums)
+        # By either of two margins: at least by one, at most by both.
+        for rows, share in ((is_short, shares[0]), (~is_short, shares[1])):
+            assert share - 0.02 <= mixed[rows].mean() <= 2 * share
+    # The shipped shares: a short text counts as unknown much sooner than a longer one.
+    short = sums[:, -1] < novelty.SHORT
+    mixed = found.outside(sums)
+    assert mixed[short].mean() > 0.1 and mixed[~short].mean() <= 2 * novelty.MOST_FALSE[1]
 
 
 def test_a_language_that_is_taught_is_known_from_then_on(identifier):
@@ -88,6 +106,8 @@ def test_what_was_fitted_is_the_same_each_time_and_after_loading(identifier, tmp
     for other in (again, loaded):
         np.testing.assert_array_equal(other.weights, found.weights)
         np.testing.assert_array_equal(other.expected, found.expected)
+        np.testing.assert_array_equal(other.thresholds, found.thresholds)
+        assert other.short == found.short == novelty.SHORT
     (tmp_path / "novelty.npz").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"novelty\.npz"):
         novelty.Novelty.load(tmp_path / "novelty.npz", identifier)

@@ -110,8 +110,17 @@ def novelty_of(run: Run, served: Iterable[str]) -> Novelty | None:
         _kept(path, fitted.save)
         return fitted
 
-    facts = [known, _sizes(languages), novelty.LOG_ODDS, novelty.MOST_FALSE]
+    facts = [known, _sizes(languages), novelty.SHORT, novelty.MOST_FALSE]
     return _fitted(run, "novelty", facts, lambda path: Novelty.load(path, found), make)
+
+
+def held_out_beginnings(run: Run, found: Novelty) -> np.ndarray:
+    """Sums of beginnings of held-out texts in the languages that `found` knows, from which its
+    thresholds are made, [N, size]."""
+    known = [found.identifier.languages[column] for column in found.columns]
+    languages = _languages(run)
+    texts = {t: _some(languages[t], languages[t].order, held_out=True) for t in known}
+    return novelty.beginnings(found, pieces(run), texts)[0]
 
 
 def learned(run: Run, experts: Sequence[Expert]) -> Learned:
