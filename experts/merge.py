@@ -17,20 +17,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from clustering import hub_files
 from clustering.errors import UserError
 from clustering.files import flush, read_object, sha256, write_json
+from clustering.hub_files import INDEX, LICENCES, TEMPLATES, WEIGHTS, weight_files
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 RECORD = "merge.json"
 
 # Configuration and tokenizer are text or SentencePiece; what can run code has other suffixes.
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-# Terms bind whoever passes an average on; their files often have no suffix.
-LICENCES = ("license", "licence", "notice", "copying", "use_policy")
-TEMPLATES = "additional_chat_templates"
-# Of one file of weights; more go into several, as the Hub likes them.
-SHARD_BYTES = 5 * 10**9
 
 # Keys of config.json that may differ between checkpoints that mean the same function.
 FREE_CONFIG_KEYS = frozenset(
@@ -91,25 +86,13 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
 def _open(directory: Path) -> dict[str, Any]:
     """Tensor name -> the open file that has it, one for all or a shard."""
     files = {}
-    for path in _weight_files(directory):
+    for path in (directory / name for name in weight_files(directory)):
         try:
             file = safe_open(path, framework="np")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read as safetensors: {error}") from error
         files |= dict.fromkeys(file.keys(), file)
     return files
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
-    if not (directory / INDEX).is_file():
-        raise UserError(f"{directory} has no {WEIGHTS}")
-    weight_map = read_object(directory / INDEX).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise UserError(f"{directory / INDEX} names no files, or files elsewhere")
-    return [directory / name for name in sorted(set(names))]
 
 
 def _check_configs(directories: list[Path]) -> None:
@@ -187,7 +170,7 @@ def _record(directories: list[Path], shares: list[float]) -> dict[str, Any]:
         {
             "path": str(directory),
             "weight": share,
-            "sha256": {file.name: sha256(file) for file in _weight_files(directory)},
+            "sha256": {name: sha256(directory / name) for name in weight_files(directory)},
         }
         for directory, share in zip(directories, shares, strict=True)
     ]
@@ -204,7 +187,8 @@ def _write(
     """Write the weights beside `out`, and move them there last and whole: a directory with
     model.safetensors, or the index of several files, in it is complete. `like`, read from
     `directory`, has the names and sizes of tensors."""
-    files = _files(like)
+    sizes = {name: _bytes(file.get_slice(name)) for name, file in like.items()}
+    files = hub_files.split_weights(sizes)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a crash
     try:
@@ -214,10 +198,7 @@ def _write(
             # The library writes for its user alone, whatever the umask says.
             shutil.copymode(directory / "config.json", partial / file)
         if len(files) > 1:
-            homes = {name: file for file, names in files.items() for name in names}
-            total = sum(_bytes(file.get_slice(name)) for name, file in like.items())
-            index = {"metadata": {"total_size": total}, "weight_map": homes}
-            write_json(partial / INDEX, index)
+            hub_files.write_index(partial, files, sum(sizes.values()))
         flush(partial)
         write_json(out / RECORD, record)
         _copy_companions(directory, out)
@@ -240,23 +221,6 @@ def _copy_companions(directory: Path, out: Path) -> None:
     for file in (directory / TEMPLATES).glob("*.jinja"):
         (out / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(file, out / TEMPLATES / file.name)
-
-
-def _files(like: dict[str, Any]) -> dict[str, list[str]]:
-    """Name of each file of weights -> the tensors that it gets."""
-    parts: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for name, file in like.items():
-        size = _bytes(file.get_slice(name))
-        if parts[-1] and size > room:
-            parts.append([])
-            room = SHARD_BYTES
-        parts[-1].append(name)
-        room -= size
-    if len(parts) == 1:
-        return {WEIGHTS: parts[0]}
-    count = len(parts)
-    return {f"model-{n:05}-of-{count:05}.safetensors": p for n, p in enumerate(parts, 1)}
 
 
 def _bytes(tensor: Any) -> int:

@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, BertModel, LlamaModel
 
+from clustering import hub_files
 from clustering.errors import UserError
 from xelm.models import weights
 from xelm.models.checkpoint import (
@@ -74,7 +75,7 @@ def test_weights_in_several_files_are_those_in_one(tmp_path):
 
 
 def test_large_models_are_written_in_files_that_transformers_loads(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(hub_files, "SHARD_BYTES", 20_000)
     model = load_model(llama)
     save_model(model, tmp_path / "out", like=llama)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from clustering.errors import UserError
 from clustering.files import flush, read_object, write_json
+from clustering.hub_files import INDEX, WEIGHTS, weight_files
 from xelm.models.companions import companions, copy_companions
 from xelm.models.config import ModelConfig
 from xelm.models.families import (
@@ -30,7 +31,7 @@ from xelm.models.families.family import Family
 from xelm.models.layout import Range
 from xelm.models.parameters import bind, by_path, graph, parameters_of, shapes, stacked
 from xelm.models.transformer import Origin, Transformer
-from xelm.models.weights import INDEX, WEIGHTS, Weights, stored_tensors, weight_files, write_weights
+from xelm.models.weights import Weights, stored_tensors, write_weights
 
 README = "README.md"
 

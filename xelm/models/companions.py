@@ -4,6 +4,8 @@ and licence. None of them is run or interpreted here."""
 import shutil
 from pathlib import Path
 
+from clustering.hub_files import LICENCES, TEMPLATES
+
 # What makes a Hub checkpoint usable besides its weights, and travels with every expert.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -19,10 +21,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-TEMPLATES = "additional_chat_templates"
-"""The folder in which transformers keeps the templates beside the usual one, NAME.jinja."""
-# Beginnings of the names of files whose terms bind whoever passes the weights on.
-LICENCES = ("license", "licence", "notice", "copying", "use_policy")
 
 
 def companions(directory: str | Path) -> list[str]:

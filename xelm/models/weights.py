@@ -18,14 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from clustering.errors import UserError
-from clustering.files import read_object, write_json
+from clustering.hub_files import INDEX, split_weights, weight_files, write_index
 from xelm.models.config import ModelConfig
 from xelm.models.families.family import Family, Tensor
 from xelm.models.layout import Range, join, stored_shape, take
 from xelm.models.parameters import by_path, is_weight, shapes, stacked
 
-WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 # Of two large tables, at once.
 ROWS_COMPARED = 4096
 # Of weights, as safetensors calls them.
@@ -39,8 +37,6 @@ NARROW = {"BF16": "bfloat16", "F16": "float16"}
 POINTER = b"version https://git-lfs"
 # Of a parameter that is brought from several hosts, at once: every device holds this much of it.
 GATHERED_BYTES = 2**28
-# Of one file of weights; more go into several, as the Hub likes them.
-SHARD_BYTES = 5 * 10**9
 
 
 class Weights:
@@ -88,40 +84,6 @@ class Weights:
             return np.full([b - a for a, b in ranges], 1 - self._config.norm_offset)
         size = self._config.head_size
         return take(self._stored[name], tensor, path, self._layers, ranges, size)
-
-
-def weight_files(directory: str | Path) -> list[str]:
-    """Names of the files that hold a checkpoint's weights: one, or those of an index."""
-    directory = Path(directory)
-    if (directory / WEIGHTS).is_file():  # before an index, as in transformers
-        return [WEIGHTS]
-    if (directory / INDEX).is_file():
-        shards = read_object(directory / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-            raise UserError(
-                f'{directory / INDEX} wants a "weight_map" of tensors to files; got {shards!r:.40}'
-            )
-        names = sorted(set(shards.values()))
-        if any(Path(name).name != name for name in names):
-            raise UserError(f"{directory / INDEX} names files elsewhere: {', '.join(names[:5])}")
-        return names
-    raise UserError(f"{directory} has no weights: {WEIGHTS} is missing{_way_out(directory)}")
-
-
-def _way_out(directory: Path) -> str:
-    """What to do where there are pickles alone."""
-    if not directory.is_dir() or not list(directory.glob("*.bin")):
-        return ""
-    convert = (
-        "from transformers import AutoModelForCausalLM as M; "
-        f"M.from_pretrained('{directory}').save_pretrained('{directory}')"
-    )
-    return (
-        " (its .bin files can run code and are not read). Fetch safetensors: hf download "
-        f"OWNER/NAME --include '*.safetensors' --local-dir {directory} (where the main "
-        "branch has none, a pull request often has: --revision refs/pr/N). Or convert what you "
-        f'trust, with torch: python -c "{convert}" (an encoder: AutoModelForMaskedLM)'
-    )
 
 
 def tensor_without_numbers(path: Path) -> str | None:
@@ -205,29 +167,16 @@ def write_weights(
     """Writes `stored_tensors` of these parameters into one file, or several with an index where
     there is more than `SHARD_BYTES`, beside the config.json that is there; the host holds the
     tensors of one file at once."""
-    sizes, width = _layer_shapes({p: v.shape for p, v in flat.items()}), np.dtype(dtype).itemsize
-    files: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for name, _, tensor in _named(_held(kind, flat), config):
-        size = math.prod(stored_shape(tensor, sizes)) * width
-        if files[-1] and size > room:
-            files.append([])
-            room = SHARD_BYTES
-        files[-1].append(name)
-        room -= size
-    names = [WEIGHTS]
+    layers, width = _layer_shapes({p: v.shape for p, v in flat.items()}), np.dtype(dtype).itemsize
+    sizes = {
+        name: math.prod(stored_shape(tensor, layers)) * width
+        for name, _, tensor in _named(_held(kind, flat), config)
+    }
+    files = split_weights(sizes)
     if len(files) > 1:
-        names = [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
-        total = sum(math.prod(value.shape) for value in flat.values()) * width
-        homes = {name: file for file, part in zip(names, files) for name in part}
-        write_json(
-            directory / INDEX,
-            {"metadata": {"total_size": total}, "weight_map": homes},
-        )
-    for file, part in zip(names, files):
-        save_file(
-            dict(itertools.islice(tensors, len(part))), directory / file, metadata={"format": "pt"}
-        )
+        write_index(directory, files, sum(sizes.values()))
+    for file, names in files.items():
+        save_file(dict(itertools.islice(tensors, len(names))), directory / file, {"format": "pt"})
         # The library writes for its user alone, whatever the umask says.
         shutil.copymode(directory / "config.json", directory / file)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from huggingface_hub import metadata_load
 
 from clustering.errors import UserError
+from clustering.hub_files import LICENCES
 from xelm.models.checkpoint import README
-from xelm.models.companions import LICENCES
 from xelm.runs.run import Run
 
 # A snapshot in the cache of the Hub's library: .../models--OWNER--NAME/snapshots/REVISION

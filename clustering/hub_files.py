@@ -1,0 +1,77 @@
+"""Which files a Hugging Face checkpoint directory consists of: weights, their index, terms of use.
+
+Opens no weights. Terms are files such as LICENSE, which bind everybody who passes the weights on.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from clustering.errors import UserError
+from clustering.files import read_object, write_json
+
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+"""Says which of several files has which tensor."""
+SHARD_BYTES = 5 * 10**9
+"""Largest size of one file of weights, as on the Hub; more weights go into several files."""
+TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps chat templates beside the usual one, NAME.jinja."""
+LICENCES = ("license", "licence", "notice", "copying", "use_policy")
+"""Beginnings of the names of files with terms, in small letters; the first two are licences."""
+
+
+def weight_files(directory: Path | str) -> list[str]:
+    """Names of the files that hold a checkpoint's weights: one, or those that its index names."""
+    directory = Path(directory)
+    if (directory / WEIGHTS).is_file():  # before an index, as in transformers
+        return [WEIGHTS]
+    index = directory / INDEX
+    if not index.is_file():
+        raise UserError(f"{directory} has no weights: {WEIGHTS} is missing{_advice(directory)}")
+    found = read_object(index).get("weight_map")
+    names = list(found.values()) if isinstance(found, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{index} wants a "weight_map" of tensors to files; got {found!r:.40}')
+    names = sorted(set(names))
+    if any(Path(name).name != name for name in names):
+        raise UserError(f"{index} names files elsewhere: {', '.join(names[:5])}")
+    return names
+
+
+def split_weights(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """File name -> names of the tensors in it, for tensors of these sizes in bytes, in order."""
+    parts: list[list[str]] = [[]]
+    left = SHARD_BYTES
+    for name, size in sizes.items():
+        if parts[-1] and size > left:
+            parts.append([])
+            left = SHARD_BYTES
+        parts[-1].append(name)
+        left -= size
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    count = len(parts)
+    return {f"model-{n:05}-of-{count:05}.safetensors": part for n, part in enumerate(parts, 1)}
+
+
+def write_index(directory: Path, files: Mapping[str, Iterable[str]], total_bytes: int) -> None:
+    """Writes the index of several files of weights, as `split_weights` gives them."""
+    homes = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": homes}
+    write_json(directory / INDEX, index)
+
+
+def _advice(directory: Path) -> str:
+    """What to do about a checkpoint that has pickles only; empty for others."""
+    if not directory.is_dir() or not list(directory.glob("*.bin")):
+        return ""
+    convert = (
+        "from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained('{directory}').save_pretrained('{directory}')"
+    )
+    return (
+        " (its .bin files can run code and are not read). Fetch safetensors: hf download "
+        f"OWNER/NAME --include '*.safetensors' --local-dir {directory} (where the main "
+        "branch has none, a pull request often has: --revision refs/pr/N). Or convert what you "
+        f'trust, with torch: python -c "{convert}" (an encoder: AutoModelForMaskedLM)'
+    )
