@@ -25,6 +25,9 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
     )
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Of torch, scikit-learn and NumPy: on arrays as small as these, threads cost more than they do, and
+# those of several workers wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Workers of -n, and commands that tests start, share what is compiled. They inherit the folder from
 # the process that made it, which removes it.
