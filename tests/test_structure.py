@@ -78,7 +78,6 @@ BEGIN_WITH_OF = {
     "xelm.data",
     "xelm.harness",
     "xelm.inference",
-    "xelm.models",
     "xelm.runs",
     "xelm.serving",
     "xelm.training",

@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 
 def bar(total: int | None, label: str, unit: str, *, shown: bool = True) -> tqdm:
-    """A bar on a terminal; a line now and then where stderr is a file or a pipe."""
+    """A progress bar on a terminal; a line now and then where stderr is a file or a pipe."""
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -24,7 +24,7 @@ def bar(total: int | None, label: str, unit: str, *, shown: bool = True) -> tqdm
 
 
 def duration(seconds: float) -> str:
-    """Two units at most: 3d 4h, 5h 12m, 7m 30s, 12s."""
+    """A duration in two units at most: 3d 4h, 5h 12m, 7m 30s, 12s."""
     whole = round(max(seconds, 0))
     for unit, smaller, size, rest in (("d", "h", 86_400, 3600), ("h", "m", 3600, 60)):
         if whole >= size:

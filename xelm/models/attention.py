@@ -1,6 +1,6 @@
 """Scaled dot-product attention with grouped keys, as functions on arrays.
 
-Scores exist for one block of queries at a time, and are made again on the way back (as in
+Scores exist for one block of queries at a time, and the backward pass computes them again (as in
 FlashAttention: Dao et al. 2022, arXiv 2205.14135): a layer keeps its queries, keys, values and
 result, and nothing that grows with the square of the length.
 """
@@ -14,17 +14,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 _BLOCKS = 8
-"""Of queries: with so many, a causal layer saves 44% of the scores."""
+"""Number of blocks of queries, of lengths between the two below; 8 save a causal layer 44% of the
+scores."""
 _LEAST_BLOCK, _LARGEST_BLOCK = 64, 512
-"""Queries; smaller products miss the fast kernels, larger ones need much memory."""
-
+"""Queries in a block; smaller products miss the fast kernels, larger ones need much memory."""
 
 KEPT = "attended"
-"""Name of what is kept for the way back by who computes layers again (`jax.checkpoint`)."""
+"""Name of the results that a policy of `jax.checkpoint` can keep for the backward pass."""
 
 
 class Bias(NamedTuple):
-    """Linear biases: scores of keys further back are lower, by a slope for each head."""
+    """Linear biases (ALiBi): each head has a slope by which scores fall with distance."""
 
     slopes: Float[Array, " N"]
     key_positions: Int[Array, "B S"]
@@ -41,13 +41,15 @@ def attend(
     bias: Bias | None = None,
     causal: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Weighted means of values, by softmax of scale * query . key in float32. Keys and values have
-    heads before positions: batched products of contiguous matrices are the ones that XLA hands to
-    its fast kernels on CPUs, and a cache that lies so is read as it is.
+    """Weighted means of values, by softmax of scale * query . key, computed in float32.
 
-    cap: a score s becomes cap * tanh(s / cap) (Gemma Team 2024, arXiv 2408.00118, section 2).
-    causal: says that the mask lets nobody see later positions, so that those need no scores. A
-    query that may see nothing gets a mean of some, and gives no gradient; nor does `bias`.
+    Keys and values have heads before positions: XLA hands batched products of contiguous matrices
+    to its fast kernels on CPUs, and a cache in this layout is read as it is.
+
+    mask: whether a query attends to a key. A query that attends to none gets a mean of some values
+    and gives no gradient; nor does `bias`. cap: a score s becomes cap * tanh(s / cap) (Gemma Team
+    2024, arXiv 2408.00118, section 2). causal: whether the mask excludes all later positions, for
+    which no scores are then computed.
     """
     batch, length, heads, size = query.shape
     groups = heads // key.shape[1]
@@ -55,7 +57,7 @@ def attend(
     query = query.transpose(0, 2, 3, 1, 4)
     shift = None
     if bias is not None:
-        # Absolute positions of keys do: softmax does not mind what is the same for all of them.
+        # Absolute positions will do: softmax is the same when all scores of a query shift alike.
         slopes = bias.slopes.reshape(1, key.shape[1], groups, 1, 1)
         shift = slopes * bias.key_positions[:, None, None, None].astype(jnp.float32)
     mixed: Any = _mixed(_Form(cap, causal), query, key, value, mask, shift)
@@ -67,7 +69,7 @@ class _Form(NamedTuple):
     causal: bool
 
     def spans(self, length: int, keys: int) -> list[tuple[slice, slice]]:
-        """Blocks of queries, each with the keys that it may see."""
+        """Blocks of queries, each with the keys that it may attend to."""
         block = min(max(_LEAST_BLOCK, -(-length // _BLOCKS)), _LARGEST_BLOCK)
         return [
             (
@@ -78,7 +80,8 @@ class _Form(NamedTuple):
         ]
 
     def scores(self, query: Any, key: Any, shift: Any) -> tuple[Any, Any]:
-        """Of a block, float32 [B K G T S], whatever may be seen; and tanh(s / cap) if capped."""
+        """Scores of a block before the mask, float32 [B K G T S]; and tanh(s / cap), None without
+        a cap."""
         scores = jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32)
         bent = None
         if self.cap is not None:
@@ -143,8 +146,8 @@ def _backward(form, kept, cotangent):
         key_gradient = _added(key_gradient, key_part, seen, key.shape[2])
         value_gradient = _added(value_gradient, value_part, seen, key.shape[2])
     query_gradient = jnp.concatenate(query_gradients, axis=3).astype(query.dtype)
-    # Of one block alone, XLA would make the exchange within the product, which its products of
-    # bfloat16 cannot do on CPUs.
+    # If there is only one block, XLA would fuse the transposition into the product, which its
+    # products of bfloat16 cannot do on CPUs.
     key_gradient, value_gradient = jax.lax.optimization_barrier((key_gradient, value_gradient))
     key_gradient = key_gradient.mT.astype(key.dtype)
     value_gradient = value_gradient.mT.astype(value.dtype)
@@ -152,9 +155,9 @@ def _backward(form, kept, cotangent):
 
 
 def _added(sums, part, seen, length):
-    """Gradients of all keys with those of some; None: there are no others yet."""
+    """Gradients by all keys, with those by some keys added. sums: None at first."""
     if sums is None:
-        # On a mesh they lie where these do. Zeros would lie everywhere, and so would all sums.
+        # On a mesh, padding lies where the part does; zeros would be replicated, and so all sums.
         return jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, length - seen.stop)))
     return sums.at[..., seen].add(part)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the Hub in and out: directories of config.json, weights and tokenizer files."""
+"""Reading and writing checkpoints of the Hub: directories of config.json, weights and tokenizer."""
 
 import json
 import math
@@ -37,8 +37,8 @@ README = "README.md"
 
 
 def load_model(directory: str | Path, dtype: str = "auto") -> Transformer:
-    """The model of a checkpoint directory, parameters and products in `dtype`; "auto" is that of
-    `inference_dtype`. It remembers the checkpoint, for `save_model`."""
+    """The model of a checkpoint directory, with parameters and products in `dtype` ("auto": see
+    `inference_dtype`). It remembers the checkpoint for `save_model`."""
     config, dtype = read_config(directory), inference_dtype(directory, dtype)
     model = bind(graph(config, dtype), load_parameters(directory, config, dtype=dtype))
     model.origin = Origin(
@@ -57,11 +57,13 @@ def save_model(
     *,
     dtype: str | None = None,
 ) -> None:
-    """Writes a checkpoint that transformers loads, with the config.json, the tokenizer files and
-    the dtype of weights of the checkpoint that the model was loaded from, or of `like`, another of
-    the same shape. A model that was loaded from none gets a config.json that is made afresh, which
-    goes for shapes of Llama and XGLM, no tokenizer, and weights as they are. dtype: of the weights
-    instead."""
+    """Writes a checkpoint that transformers loads.
+
+    config.json, tokenizer files and the dtype of the weights are those of the checkpoint that the
+    model was loaded from, or of the checkpoint `like`, which must have the same shape. A model that
+    was not loaded gets a new config.json, which is possible for shapes of Llama and XGLM, and no
+    tokenizer. dtype: dtype of the weights instead.
+    """
     origin, parameters = model.origin, parameters_of(model)
     if like is not None or origin is None:
         dtype = dtype or (None if like is None else stored_dtype(like))
@@ -84,7 +86,7 @@ def save_model(
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The shape of the model that transformers makes of a checkpoint directory."""
+    """The shape of the model that transformers would load from a checkpoint directory."""
     source = read_hub_config(directory)
     if "quantization_config" in source:
         raise UserError(f"{directory}: quantised weights are not read; take the original ones")
@@ -101,7 +103,7 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def read_hub_config(directory: str | Path) -> dict[str, Any]:
-    """config.json as it is."""
+    """The contents of a checkpoint's config.json."""
     path = Path(directory) / "config.json"
     if not Path(directory).is_dir():
         raise UserError(
@@ -114,15 +116,15 @@ def read_hub_config(directory: str | Path) -> dict[str, Any]:
 
 
 def inference_dtype(directory: str | Path, dtype: str = "auto") -> str:
-    """The dtype in which a checkpoint is run: the one that is asked for, or for "auto" the one that
-    its weights are stored in, and float32 on CPUs, which compute little else fast."""
+    """The dtype in which a checkpoint is run. "auto" is the dtype of its stored weights; on CPUs,
+    which compute in few other dtypes fast, it is float32."""
     if dtype != "auto":
         return dtype
     return "float32" if jax.default_backend() == "cpu" else stored_dtype(directory)
 
 
 def stored_dtype(directory: str | Path) -> str:
-    """The dtype of a checkpoint's weights; float32 where they have several, or float64."""
+    """The dtype of a checkpoint's weights; float32 if they have several, or float64."""
     return Weights(directory, _kind(directory), read_config(directory)).dtype
 
 
@@ -140,10 +142,9 @@ def _kind(directory: str | Path) -> Family:
 def load_parameters(
     directory: str | Path, config: ModelConfig, shardings: Any = None, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """The weights of a checkpoint on devices, in `dtype`. Each shard is read from the files once
-    and placed before the next one is read, so that the host holds no more than one. shardings: of
-    each parameter; None puts all on the first device. Missing, unknown and misshapen tensors are
-    gathered and refused at once."""
+    """The weights of a checkpoint on devices, in `dtype`. Each shard is read once and placed before
+    the next one is read, so that the host holds one at a time. shardings: one for each parameter;
+    None puts all on the first device. UserError lists missing, unknown and misshapen tensors."""
     if shardings is None:
         single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: single, shapes(config))
@@ -161,7 +162,7 @@ def load_parameters(
             jax.block_until_ready(arrays)  # until then the host's copy is kept
         return jax.make_array_from_single_device_arrays(shape, placed[path], arrays)
 
-    # The largest first: a host that is also the device has most room then.
+    # The largest first: a host that is also the device has most free memory then.
     wanted = {path: leaf.shape for path, leaf in by_path(shapes(config)).items()}
     order = sorted(wanted.items(), key=lambda item: -math.prod(item[1]))
     return unflatten_dict({path: place(path, shape) for path, shape in order}, sep="/")
@@ -170,17 +171,17 @@ def load_parameters(
 def read_for_inference(
     directory: str | Path, config: ModelConfig, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """The weights of a checkpoint on the host, in `dtype` and the layout `for_inference`. Refuses
-    what `load_parameters` refuses."""
+    """The weights of a checkpoint on the host, in `dtype` and the layout `for_inference`. Raises
+    what `load_parameters` raises."""
     weights, kind = Weights(directory, _kind(directory), config), np.dtype(dtype)
     whole: dict[str, Any] = {}
     layers: list[dict[str, Any]] = [{} for _ in range(config.layer_count)]
     for path in by_path(shapes(config)):
         if not stacked(path):
-            whole[path] = weights.turned(path, None, kind)
+            whole[path] = weights.for_inference(path, None, kind)
             continue
         for number, layer in enumerate(layers):
-            layer[path.removeprefix("blocks/")] = weights.turned(path, number, kind)
+            layer[path.removeprefix("blocks/")] = weights.for_inference(path, number, kind)
     blocks = tuple(unflatten_dict(layer, sep="/") for layer in layers)
     return {**unflatten_dict(whole, sep="/"), "blocks": blocks}
 
@@ -199,14 +200,15 @@ def write_checkpoint(
     dtype: str | None = None,
     writes: bool = True,
 ) -> None:
-    """Writes `directory` whole or not at all: it appears by a rename once every byte is on disk.
+    """Writes a checkpoint completely or not at all: `directory` appears by a rename once every byte
+    is on disk.
 
     `like`, another checkpoint, gives config.json (with model_type and special ids) and the files
-    that go with it. Without it these files come from the directory `tokenizer`, and config.json is
-    `source`, or is made for `model_type` (None: one that can say it) with `special_ids`
-    ("bos_token_id" and so on). Files in `extra` are copied in beside them. dtype: of the weights;
-    None leaves it. writes: False on hosts that only take part in bringing the parameters, which are
-    spread over several, to the one that writes.
+    that travel with weights. Without it these files come from the directory `tokenizer`, and
+    config.json is `source`, or is made for `model_type` (None: the first that can express the
+    shape) with `special_ids` ("bos_token_id" and so on). Files in `extra` are copied too. dtype:
+    dtype of the weights; None leaves them as they are. writes: False on hosts that only take part
+    in gathering parameters, which are spread over several hosts, for the one that writes.
     """
     if like is not None:
         source, tokenizer = read_hub_config(like), like
@@ -223,7 +225,7 @@ def write_checkpoint(
     tensors = stored_tensors(kind, config, flat, dtype)
     try:
         if writes:
-            with _whole_or_nothing(Path(directory)) as partial:
+            with _all_or_nothing(Path(directory)) as partial:
                 write_json(partial / "config.json", source)
                 if tokenizer is not None:
                     copy_companions(tokenizer, partial)
@@ -232,13 +234,13 @@ def write_checkpoint(
                     shutil.copyfile(path, partial / path.name)
     finally:
         if jax.process_count() > 1:
-            # The other hosts wait for this one at each tensor, whatever befell it.
+            # The other hosts wait for this one at each tensor, even if it has failed.
             for _ in tensors:
                 pass
 
 
 def check_checkpoint(directory: str | Path) -> ModelConfig:
-    """The shape of a checkpoint whose weights are there and match its config.json."""
+    """The shape of a checkpoint; UserError unless its weights exist and match its config.json."""
     config = read_config(directory)
     Weights(directory, _kind(directory), config)
     return config
@@ -247,14 +249,14 @@ def check_checkpoint(directory: str | Path) -> ModelConfig:
 def copy_checkpoint(
     source: str | Path, directory: str | Path, save_tokenizer: Callable[[Path], object]
 ) -> None:
-    """Copies what a checkpoint consists of, byte for byte, whole or not at all. Weights that do
-    not match its config.json are refused; other files of `source` stay behind. save_tokenizer:
-    writes tokenizer.json into a folder, for a checkpoint that has none."""
+    """Copies the files of a checkpoint byte for byte, all of them or none. UserError if its weights
+    do not match its config.json; other files of `source` are not copied. save_tokenizer: writes
+    tokenizer.json into a folder, for a checkpoint that has none."""
     check_checkpoint(source)
-    with _whole_or_nothing(Path(directory)) as partial:
+    with _all_or_nothing(Path(directory)) as partial:
         for name in weight_files(source):
             shutil.copyfile(Path(source) / name, partial / name)
-        # The seed's own card tells its licence, which the cards of its experts repeat.
+        # The seed's README states its licence, which the cards of its experts repeat.
         others = ("config.json", README, *(() if (partial / WEIGHTS).exists() else (INDEX,)))
         for name in others:
             if (Path(source) / name).is_file():
@@ -265,8 +267,8 @@ def copy_checkpoint(
 
 
 @contextmanager
-def _whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` by a rename once all of it is on disk."""
+def _all_or_nothing(target: Path) -> Iterator[Path]:
+    """Yields a folder to write into; it becomes `target` by a rename once all of it is on disk."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

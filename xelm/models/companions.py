@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clustering.hub_files import LICENCES, TEMPLATES
 
-# What makes a Hub checkpoint usable besides its weights, and travels with every expert.
+# Files that a checkpoint needs besides config.json and weights; every expert gets copies of them.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -1,5 +1,4 @@
-"""What a transformer looks like, as plain values. Imports no JAX, so that the command line stays
-quick.
+"""The shape of a transformer as plain values. Imports no JAX, so that the command line starts fast.
 
 The letters used for array dimensions everywhere in xelm:
 B batch, T tokens, S key positions, D width, F feed-forward, N heads, K key heads, H head size,
@@ -15,7 +14,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rope:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864) and how they are stretched."""
+    """Settings of rotary positions (Su et al. 2021, arXiv 2104.09864) and of their scaling."""
 
     theta: float = 10_000.0
     """Base of the rotary frequencies."""
@@ -25,16 +24,17 @@ class Rope:
     factor: float = 1.0
     """Low frequencies are divided by this (all of them, if linear)."""
     original_length: int = 0
-    """Longest sequence, in tokens, before the stretching; llama3 and yarn."""
+    """Longest sequence before the scaling, in tokens; read by llama3 and yarn."""
     slowest: float = 1.0
     """Frequencies with fewer turns than this over the original length are divided by the whole
     factor: low_freq_factor of llama3, beta_slow of yarn."""
     fastest: float = 4.0
-    """Those with more turns are left alone: high_freq_factor of llama3, beta_fast of yarn."""
+    """Frequencies with more turns than this are not divided: high_freq_factor of llama3, beta_fast
+    of yarn."""
     truncate: bool = True
-    """yarn: the dimensions of those two are rounded outwards to whole ones."""
+    """Whether the dimensions of `slowest` and `fastest` are rounded outwards; read by yarn."""
     amplitude: float = 1.0
-    """Cosines and sines are multiplied by this; yarn."""
+    """Factor of cosines and sines; read by yarn."""
 
     def __post_init__(self) -> None:
         if self.theta <= 0 or self.factor <= 0:
@@ -52,8 +52,8 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """The shape of one transformer, decoder or encoder. What each family on the Hub uses of this is
-    in docs/models.md."""
+    """The shape of one transformer, decoder or encoder. docs/models.md says which families of the
+    Hub use which setting."""
 
     vocabulary_size: int
     """V, rows of the embedding."""
@@ -73,10 +73,10 @@ class ModelConfig:
     """Longest sequence, in tokens, the checkpoint declares."""
 
     causal: bool = True
-    """Tokens see earlier ones alone (decoders), or all of them (encoders)."""
+    """Whether tokens attend to earlier ones only (decoders), or to all (encoders)."""
 
     norm: Literal["rms", "layer"] = "rms"
-    """RMSNorm (no mean is taken off) or LayerNorm."""
+    """RMSNorm (no mean is subtracted) or LayerNorm."""
     norm_bias: bool = False
     """Norms add a bias."""
     norm_offset: float = 0.0
@@ -84,8 +84,8 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     """Added to the variance inside the norm."""
     norm_placement: Literal["before", "after", "around"] = "before"
-    """before: of what a sub-layer reads. after: of the sum with its result (BERT). around: of what
-    it reads and, by another norm, of its result before the sum (Gemma)."""
+    """Where norms stand. before: a sub-layer's input passes one. after: the sum with its result
+    does (BERT). around: its input does and, by another norm, its result before the sum (Gemma)."""
     first_norm: bool = True
     """The first attention has a norm before it (not in ModernBERT, whose embeddings have one)."""
     embedding_norm: bool = False
@@ -119,9 +119,9 @@ class ModelConfig:
     """Rotary, or linear biases (Press et al. 2022, arXiv 2108.12409), inside attention; learned or
     fixed vectors added to the embedding."""
     rope: Rope = field(default_factory=Rope)
-    """Of all layers, or of the global ones where the local ones have their own."""
+    """Rotary positions of all layers, or of the global ones if `local_rope` is given."""
     local_rope: Rope | None = None
-    """Of the local layers."""
+    """Rotary positions of the local layers; None if they are those of all layers."""
     position_offset: int = 0
     """Added to learned and sinusoidal positions before look-up (2 in fairseq's models)."""
     positions_skip_padding: bool = False
@@ -136,7 +136,7 @@ class ModelConfig:
     head_transform: bool = False
     """States pass norm(act(dense(x))) on their way to the output head (encoders)."""
     head_transform_bias: bool = False
-    """That dense layer carries a bias."""
+    """The dense layer of `head_transform` carries a bias."""
     head_bias: bool = False
     """The output head carries a bias."""
     logit_cap: float | None = None

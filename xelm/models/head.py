@@ -62,7 +62,7 @@ class Head:
     bias: Any = None
     """Float [V], or None."""
     cap: float | None = field(default=None, metadata={"static": True})
-    """As `ModelConfig.logit_cap`."""
+    """Cap of the logits, as `ModelConfig.logit_cap`."""
 
     @jax.named_scope("head")
     def logits(

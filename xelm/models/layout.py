@@ -1,4 +1,4 @@
-"""How our parameters lie in the tensors of a checkpoint, on plain arrays.
+"""The layout of our parameters in the tensors of a checkpoint, on plain arrays.
 
 Ours have weights as [inputs, outputs]; most checkpoints have [outputs, inputs], and some put
 several weights into one tensor.
@@ -12,11 +12,11 @@ import numpy as np
 from xelm.models.families.family import Tensor
 
 Range = tuple[int, int]
-"""First index and the one after the last."""
+"""First index and the index after the last."""
 
 
 def stored_shape(tensor: Tensor, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
-    """Shape in the checkpoint of a tensor that holds parameters of these shapes, by path."""
+    """Shape of a tensor in the checkpoint, given the shapes of its parameters by path."""
     parts = [shapes[path] for path in tensor.paths]
     outputs = sum(shape[-1] for shape in parts)
     if not _is_weight(tensor):
@@ -32,8 +32,8 @@ def take(
     ranges: Sequence[Range],
     head_size: int,
 ) -> np.ndarray:
-    """The part `ranges` of our parameter `path`, reading no more of `stored` (an array, or a lazy
-    slice of one) than that takes."""
+    """The part `ranges` of our parameter `path`. No more of `stored` (an array, or a lazy slice of
+    one) is read than that takes."""
     place = tensor.paths.index(path)
     begin, end = ranges[-1]
     if tensor.by_head:
@@ -49,7 +49,7 @@ def take(
 
 
 def join(tensor: Tensor, arrays: Sequence[np.ndarray], head_size: int) -> np.ndarray:
-    """The tensor of a checkpoint that holds these parameters, contiguous."""
+    """The tensor of a checkpoint made of these parameters, contiguous."""
     if tensor.by_head:
         heads = [a.reshape(*a.shape[:-1], -1, 1, head_size) for a in arrays]
         joined = np.concatenate(heads, axis=-2)

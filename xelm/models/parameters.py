@@ -1,5 +1,5 @@
 """Parameters apart from their model: a nested dictionary of arrays, stacked over layers, with dense
-weights as [inputs, outputs]."""
+weights as [inputs, outputs]; and the layout of inference."""
 
 import operator
 from collections.abc import Mapping
@@ -56,9 +56,9 @@ def parameters_of(model: Transformer) -> dict[str, Any]:
 
 
 def for_inference(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The same in the layout of inference. "blocks" is a tuple of the parameters of each layer: of
-    stacked ones, a layer's would be copied each time it is computed. Weights are [outputs, inputs],
-    as most checkpoints have them: so they are read faster for a few tokens (`products`)."""
+    """Parameters in the layout of inference. "blocks" is a tuple with the parameters of each layer,
+    since those of a stacked layer would be copied each time it is computed. Weights are [outputs,
+    inputs], as in most checkpoints, which is read faster for a few tokens (`products`)."""
     flat = by_path(parameters)
     turned = unflatten_dict({p: a.mT if is_weight(p) else a for p, a in flat.items()}, sep="/")
     blocks, take = turned["blocks"], operator.itemgetter
@@ -67,22 +67,22 @@ def for_inference(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stacked(path: str) -> bool:
-    """Whether a parameter has one part for each layer."""
+    """Whether the parameter at a path is stacked over layers."""
     return path.startswith("blocks/")
 
 
 def is_weight(path: str) -> bool:
-    """Whether a parameter is the matrix of a dense layer."""
+    """Whether the parameter at a path is the matrix of a dense layer."""
     return path.endswith("/weight")
 
 
 def shapes(config: ModelConfig) -> dict[str, Any]:
-    """The nested dictionary of parameters as shapes; allocates nothing."""
+    """Shapes of the parameters as a nested dictionary; allocates nothing."""
     return parameters_of(_abstract(config, "float32"))
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
-    """The nested dictionary of parameters with the names of each one's dimensions."""
+    """Names of the dimensions of each parameter, as a nested dictionary."""
     state = nnx.state(_abstract(config, "float32"), nnx.Param)
     named = jax.tree.map(
         lambda p: p.get_metadata()["axes"], state, is_leaf=lambda x: isinstance(x, nnx.Variable)
@@ -93,8 +93,8 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
 def fresh_parameters(
     config: ModelConfig, random_seed: int, shardings: Any = None
 ) -> dict[str, Any]:
-    """Random parameters of a model that is trained from nothing, float32, on the devices that
-    `shardings` (of each parameter) say, by default the first."""
+    """Random parameters of a new model, float32. shardings: one for each parameter; None puts all
+    of them on the first device."""
     make = jax.jit(
         lambda key: parameters_of(Transformer(config, nnx.Rngs(key))), out_shardings=shardings
     )
@@ -102,7 +102,7 @@ def fresh_parameters(
 
 
 def matrices(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether each parameter is a matrix, or one for each layer, and no scale or bias."""
+    """Whether each parameter is a matrix (stacked over layers or not), and no scale or bias."""
     # Stacked over layers, a norm's scale has two dimensions: tell by the name, not by the rank.
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not path[-1].key.endswith(("scale", "bias")), parameters
@@ -110,7 +110,7 @@ def matrices(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Path, with slashes -> leaf."""
+    """Leaves of a tree of parameters by their path, with slashes."""
     return cast(dict[str, Any], flatten_dict(tree, sep="/"))
 
 

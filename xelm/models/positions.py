@@ -1,4 +1,4 @@
-"""Where a token stands, as arrays: rotary angles, linear biases, sinusoids."""
+"""Positions of tokens as arrays: rotary angles, linear biases, sinusoids."""
 
 import math
 
@@ -10,7 +10,7 @@ from xelm.models.config import Rope
 
 
 def rope_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H2"]:
-    """Radians that each pair of a head turns from one position to the next, float32."""
+    """Radians by which each pair of a head turns from one position to the next, float32."""
     exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     frequencies = np.float32(1) / np.float32(rope.theta) ** exponents
     if rope.scaling == "none":
@@ -18,7 +18,7 @@ def rope_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H2"]:
     slow = frequencies / np.float32(rope.factor)
     if rope.scaling == "linear":
         return slow
-    # Between the slowest and the fastest, the two are blended: share 1 is left alone.
+    # Between the slowest and the fastest, the two are blended: with share 1 nothing is divided.
     if rope.scaling == "llama3":
         turns = rope.original_length * frequencies / (2 * math.pi)
         share = (turns - rope.slowest) / (rope.fastest - rope.slowest)
@@ -34,7 +34,7 @@ def rope_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H2"]:
 
 
 def _dimension(rope: Rope, head_size: int, turns: float) -> float:
-    """The pair that turns so often over the original length (Peng et al. 2023, eq. 17)."""
+    """The pair of a head with so many turns over the original length; Peng et al. 2023, eq. 17."""
     wavelength = rope.original_length / (turns * 2 * math.pi)
     return head_size * math.log(wavelength) / (2 * math.log(rope.theta))
 
@@ -52,7 +52,8 @@ def rope_angles(
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
 ) -> Float[Array, "B T N H"]:
-    """Turns the halves of each head by the position's angle (the layout of Llama on the Hub)."""
+    """Queries or keys with the halves of each head turned by their position's angle (the layout of
+    Llama on the Hub)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -60,9 +61,9 @@ def rotate(
 
 
 def alibi_slopes(head_count: int) -> Float[np.ndarray, " N"]:
-    """How much less a head heeds a token one position further away (Press et al. 2022, section 3):
-    a geometric series; for a number of heads that is no power of two, every second one of the next
-    longer series is added, as in the authors' code."""
+    """Slopes of linear biases, one a head: a geometric series (Press et al. 2022, section 3).
+    If the number of heads is no power of two, every second slope of the next longer series is
+    added, as in the authors' code."""
     whole = 2 ** int(math.log2(head_count))
     slopes = 2.0 ** (-8 / whole * np.arange(1, whole + 1))
     between = 2.0 ** (-4 / whole * np.arange(1, 2 * (head_count - whole) + 1, 2))
@@ -70,8 +71,8 @@ def alibi_slopes(head_count: int) -> Float[np.ndarray, " N"]:
 
 
 def sinusoidal(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
-    """Fixed positions as in tensor2tensor and XGLM: sines, then cosines, of width / 2 frequencies
-    that fall geometrically from 1 to 1/10000; an odd width ends in a zero."""
+    """Fixed position vectors as in tensor2tensor and XGLM: sines, then cosines, of width / 2
+    frequencies that fall geometrically from 1 to 1/10000; an odd width ends in a zero."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10_000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
@@ -81,10 +82,10 @@ def sinusoidal(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"
 
 
 def valid_positions(valid: Array) -> Int[Array, "B T"]:
-    """Number of `valid` columns before each one; 0 where there is none."""
+    """Number of `valid` columns before each column; 0 where there is none."""
     return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
 
 
 def columns(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """0, 1, 2, ... in every row."""
+    """Column numbers 0, 1, 2, ... in every row."""
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -1,4 +1,4 @@
-"""Products of a few rows with a large matrix, which take as long as the matrix takes to be read."""
+"""Products of a few rows with a large matrix, whose time is that of reading the matrix."""
 
 import functools
 
@@ -8,15 +8,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 FEW = 64
-"""Rows."""
+"""Number of rows up to which the matrix stands on the left."""
 
 
 def by_rows_of(
     x: Float[Array, "M I"], matrix: Float[Array, "O I"], dtype: DTypeLike | None = None
 ) -> Float[Array, "M O"]:
-    """x @ matrix.T, in `dtype`. Between 2 and 64 rows, XLA's product for CPUs keeps what stands on
-    its left where it is and packs what stands on its right: with the matrix on the left it reads it
-    up to twice as fast (benchmarks/few_rows.py), and the barriers keep it there."""
+    """The product x @ matrix.T, in `dtype`.
+
+    XLA's product for CPUs packs its right operand and reads the left one in place. For 2 to 64 rows
+    the matrix therefore stands on the left, where it is read up to twice as fast
+    (benchmarks/few_rows.py); the barriers keep XLA from exchanging the two."""
     plain = functools.partial(jnp.einsum, "MI,OI->MO", preferred_element_type=dtype)
     if not 1 < len(x) <= FEW:
         return plain(x, matrix)

@@ -24,24 +24,24 @@ from xelm.models.families.family import Family, Tensor
 from xelm.models.layout import Range, join, stored_shape, take
 from xelm.models.parameters import by_path, is_weight, shapes, stacked
 
-# Of two large tables, at once.
 ROWS_COMPARED = 4096
-# Of weights, as safetensors calls them.
+"""Rows of two large tables that are compared at once."""
 DTYPES = ("F32", "BF16", "F16", "F64")
-# Bits that are all set in NaN and infinity alone.
+"""Dtypes of weights that are read, as safetensors calls them."""
+# Bits that are all set only in NaN and infinity.
 _EXPONENTS = {"F64": 0x7FF << 52, "F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}
-# Of a tensor, at once.
 VALUES_CHECKED = 2**24
+"""Values of a tensor that are checked at once."""
 NARROW = {"BF16": "bfloat16", "F16": "float16"}
-# What a file begins with that git-lfs has not fetched.
 POINTER = b"version https://git-lfs"
-# Of a parameter that is brought from several hosts, at once: every device holds this much of it.
+"""Beginning of a file that git-lfs has not fetched."""
 GATHERED_BYTES = 2**28
+"""Bytes of a parameter that are gathered from several hosts at once; each device holds as many."""
 
 
 class Weights:
-    """The weights of a checkpoint directory, opened and found to match the shape it declares.
-    Missing, unknown and misshapen tensors are gathered and refused at once."""
+    """The weights of a checkpoint directory, opened and checked against the shape it declares.
+    Missing, unknown and misshapen tensors are listed in one UserError."""
 
     def __init__(self, directory: str | Path, kind: Family, config: ModelConfig):
         wanted = {path: leaf.shape for path, leaf in by_path(shapes(config)).items()}
@@ -53,7 +53,7 @@ class Weights:
 
     @property
     def dtype(self) -> str:
-        """NumPy's name of the dtype of the weights; float32 where they have several, or float64."""
+        """Name of the weights' dtype in NumPy; float32 if they have several, or float64."""
         found = {
             self._stored[name].get_dtype()
             for name, _, _ in _named(self._rows, self._config)
@@ -62,7 +62,7 @@ class Weights:
         return NARROW.get(found.pop(), "float32") if len(found) == 1 else "float32"
 
     def part(self, path: str, ranges: Sequence[Range], dtype: np.dtype) -> np.ndarray:
-        """A part of a parameter: from where to where of each dimension. Reads no more than that."""
+        """The part of a parameter in these ranges, one a dimension. Reads no more than that."""
         if not stacked(path):
             return np.ascontiguousarray(self._take(path, None, ranges), dtype)
         (first, last), rest = ranges[0], ranges[1:]
@@ -71,8 +71,8 @@ class Weights:
             target[layer - first] = self._take(path, layer, rest)
         return target
 
-    def turned(self, path: str, layer: int | None, dtype: np.dtype) -> np.ndarray:
-        """A parameter, of one layer where they are stacked, in the layout of inference."""
+    def for_inference(self, path: str, layer: int | None, dtype: np.dtype) -> np.ndarray:
+        """A parameter in the layout of inference; of one layer if it is stacked."""
         found = self._take(path, layer, [(0, size) for size in self._layers[path]])
         return np.ascontiguousarray(found.T if is_weight(path) else found, dtype)
 
@@ -87,9 +87,8 @@ class Weights:
 
 
 def tensor_without_numbers(path: Path) -> str | None:
-    """The first tensor of a safetensors file that holds NaN or infinity; None if none does, or if
-    the file cannot be opened, which whoever reads it is told. Reads a part of a tensor at a time.
-    """
+    """The first tensor of a safetensors file with NaN or infinity in it; None if there is none, or
+    if the file cannot be opened (loading it then says why). Reads a part of a tensor at a time."""
     try:
         file = safe_open(path, framework="np")
     except (SafetensorError, OSError):
@@ -111,7 +110,7 @@ def tensor_without_numbers(path: Path) -> str | None:
 
 
 def _finite(values: np.ndarray, exponent: int) -> bool:
-    # The bits of NaN and infinity; NumPy looks at those of bfloat16 one by one otherwise.
+    # By their bits: NumPy tests values of bfloat16 one by one.
     bits = np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
     return not ((bits & bits.dtype.type(exponent)) == exponent).any()
 
@@ -120,8 +119,8 @@ def stored_tensors(
     kind: Family, config: ModelConfig, flat: Mapping[str, Any], dtype: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Name and values of each tensor of a checkpoint with these parameters, one after the other, in
-    `dtype`. Parameters that are spread over several hosts are brought to each of them, one layer at
-    a time: all of the hosts have to take all tensors."""
+    `dtype`. Parameters that are spread over several hosts are gathered on each host, one layer at a
+    time, so every host must take all tensors."""
     for name, layer, tensor in _named(_held(kind, flat), config):
         parts = [flat[path] if layer is None else flat[path][layer] for path in tensor.paths]
         arrays = [_narrowed(name, _on_host(part, dtype), dtype) for part in parts]
@@ -129,7 +128,7 @@ def stored_tensors(
 
 
 def _on_host(array: Any, dtype: str) -> np.ndarray:
-    """The whole of an array, in `dtype` if that takes fewer bytes on the way."""
+    """A complete array on this host; gathered in `dtype` if it is spread over several hosts."""
     if not _on_other_hosts(array):
         return np.asarray(array)
     parts = (array[rows].astype(dtype) for rows in gathered_rows(array.shape, array.nbytes))
@@ -149,7 +148,7 @@ def gathered_rows(shape: Sequence[int], size: int) -> Iterator[slice]:
 
 
 def _narrowed(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is beyond the range is looked for below
+    with np.errstate(over="ignore"):  # checked below
         found = array.astype(dtype, copy=False)
     if dtype == "float16" and (np.isinf(found) & np.isfinite(array)).any():
         raise UserError(f"{name} has values beyond the range of float16; write it as float32")
@@ -164,9 +163,8 @@ def write_weights(
     dtype: str,
     tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
-    """Writes `stored_tensors` of these parameters into one file, or several with an index where
-    there is more than `SHARD_BYTES`, beside the config.json that is there; the host holds the
-    tensors of one file at once."""
+    """Writes `stored_tensors` of these parameters beside an existing config.json: into one file, or
+    several with an index (`split_weights`). The host holds the tensors of one file at once."""
     layers, width = _layer_shapes({p: v.shape for p, v in flat.items()}), np.dtype(dtype).itemsize
     sizes = {
         name: math.prod(stored_shape(tensor, layers)) * width
@@ -188,7 +186,8 @@ def _compare(
     config: ModelConfig,
     stored: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The tensors of the family's table that hold these parameters, all of which are stored."""
+    """Rows of the family's table for these parameters; UserError unless the stored tensors are
+    those of the rows."""
     held = _held(kind, wanted)
     layers = _layer_shapes(wanted)
     expected = {name: tensor for name, _, tensor in _named(held, config)}
@@ -237,7 +236,7 @@ def _compare(
 
 
 def _open(directory: str | Path) -> dict[str, Any]:
-    """Tensor name -> lazy slice of it, over one file or several."""
+    """Lazy slices of tensors by name, from one file or several."""
     readers = {}
     for name in weight_files(directory):
         path = Path(directory) / name
@@ -257,13 +256,13 @@ def _open(directory: str | Path) -> dict[str, Any]:
 
 
 def _renamed(kind: Family, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The same by the names of the family's table."""
+    """Stored tensors by the names of the family's table."""
     prefixed = any(name.startswith(kind.prefix) for name in stored)
     return {kind.name(name, prefixed): value for name, value in stored.items()}
 
 
 def _held(kind: Family, paths: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The rows of the family's table that hold these parameters, all of which have one."""
+    """Rows of the family's table for these parameters, each of which has one."""
     held = {name: t for name, t in kind.tensors.items() if all(path in paths for path in t.paths)}
     homeless = set(paths) - {path for tensor in held.values() for path in tensor.paths}
     if homeless:
@@ -289,7 +288,7 @@ def _name_of(held: Mapping[str, Tensor], path: str) -> str:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Of two lazy tables, a part at a time."""
+    """Whether two lazy tables are equal, compared a part at a time."""
     if one.get_shape() != other.get_shape():
         return False
     rows = one.get_shape()[0]
@@ -298,5 +297,5 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _layer_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of parameters, stacked ones without their layers."""
+    """Shapes of parameters by path; of stacked ones, the shape of one layer."""
     return {path: shape[1:] if stacked(path) else shape for path, shape in shapes.items()}

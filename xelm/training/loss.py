@@ -1,7 +1,4 @@
-"""Cross-entropy for very large vocabularies: logits exist only for a chunk of positions at a time.
-
-Multilingual vocabularies are huge (XGLM: 256,008), and [B, T, V] in float32 would dwarf the model.
-"""
+"""Cross-entropy for very large vocabularies, computed for a chunk of positions at a time."""
 
 import functools
 from dataclasses import replace
@@ -14,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from xelm.models.head import Head, in_chunks
 
 _POSITIONS, _VOCABULARY = ("data",), ("fsdp", "tensor")
-"""Mesh axes over which each is spread."""
+"""Mesh axes over which positions and the vocabulary are spread."""
 
 
 @jax.named_scope("loss")
@@ -26,15 +23,15 @@ def cross_entropy(
     *,
     spread: bool = False,
 ) -> Float[Array, ""]:
-    """Sum over positions of weight * -log p(target), in nats. Never holds [*B, V].
+    """Sum over positions of weight * -log p(target), in nats. [*B, V] never exists in memory.
 
-    The gradient is computed chunk by chunk together with the loss, so the logits are made once
-    and not again for the backward pass. Differentiable in `states` and `head`; `weights` (0 or 1,
-    say) are constants.
+    The gradient is computed chunk by chunk together with the loss, so that the backward pass need
+    not compute the logits again. Differentiable in `states` and `head`; `weights` (0 or 1, say) are
+    constants.
 
-    spread: over the mesh that is set: positions over its axis `data`, the vocabulary over `fsdp`
-    and `tensor` (as in Megatron-LM: Shoeybi et al. 2019, arXiv 1909.08053, section 3). The first
-    dimension of `states` is one that data x fsdp divides.
+    spread: whether to compute over the mesh that is set: positions over its axis `data`, the
+    vocabulary over `fsdp` and `tensor` (as in Megatron-LM: Shoeybi et al. 2019, arXiv 1909.08053,
+    section 3). data x fsdp must divide the first dimension of `states`.
     """
     flat = states.reshape(-1, states.shape[-1])
     constant = jax.lax.stop_gradient(weights.reshape(-1))
@@ -48,21 +45,21 @@ def _summed(spread, states, head, targets, weights):
 
 def _forward(spread, states, head, targets, weights):
     if not spread:
-        loss, gradients = _in_chunks(states, head, targets, weights)
+        loss, gradients = _loss_of_part(states, head, targets, weights)
     else:
-        loss, gradients = _over_devices(states, head, targets, weights)
+        loss, gradients = _loss_over_mesh(states, head, targets, weights)
     state_gradient, head_gradient = gradients
     like = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), head_gradient, head)
-    # Both at once, or XLA would keep the head's in float32 for as long as the way back takes.
+    # Both at once, or XLA would keep the head's in float32 during the whole backward pass.
     return loss, jax.lax.optimization_barrier((state_gradient.astype(states.dtype), like))
 
 
-def _in_chunks(states, head, targets, weights, first=0, size=None, across=()):
+def _loss_of_part(states, head, targets, weights, first=0, size=None, across=()):
     """The loss, and its gradients by states and head.
 
-    Of a part of the vocabulary: entries from `first` on, those at `size` and above being no tokens;
-    the other parts lie on other devices `across` these mesh axes. The gradient by states is then
-    that of this part alone.
+    `head` may be a part of the vocabulary: entries from `first` on, of which those at `size` and
+    above are no tokens. The other parts lie on other devices `across` these mesh axes, and the
+    gradient by states is that of this part only.
     """
     entries = first + jnp.arange(head.matrix.shape[0])
 
@@ -74,7 +71,7 @@ def _in_chunks(states, head, targets, weights, first=0, size=None, across=()):
             logits = jnp.where((entries < size)[None], logits, jnp.finfo(jnp.float32).min)
         top = jax.lax.pmax(logits.max(axis=-1, keepdims=True), across)
         scaled = jnp.exp(logits - top)
-        # Not gathered: at what is spread over several axes, XLA's partitioner fails.
+        # Not by a gather: XLA's partitioner fails at arrays that are spread over several axes.
         hot = wanted[:, None] == entries[None]
         chosen = jnp.where(hot, logits, 0.0).sum(axis=-1, keepdims=True)
         total, chosen = jax.lax.psum((scaled.sum(axis=-1, keepdims=True), chosen), across)
@@ -100,22 +97,22 @@ def _in_chunks(states, head, targets, weights, first=0, size=None, across=()):
     return losses.sum(), (state_gradient, head_gradient)
 
 
-def _over_devices(states, head, targets, weights):
+def _loss_over_mesh(states, head, targets, weights):
     mesh = jax.sharding.get_abstract_mesh()
     size = head.matrix.shape[0]
     ways = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    # Vocabularies divide by nothing: entries that are no tokens fill the last part.
+    # Vocabularies have any size: entries that are no tokens fill the last part.
     padded = jax.tree.map(
         lambda x: jnp.pad(x, [(0, -size % ways)] + [(0, 0)] * (x.ndim - 1)),
         replace(head, matrix=head.matrix.astype(states.dtype)),
     )
 
     def part(states, head, targets, weights):
-        # The vocabulary is cut over `fsdp`, so each device sees the positions of all of these.
+        # The vocabulary is split over `fsdp`, so each device needs the positions of all of these.
         every = [jax.lax.all_gather(x, "fsdp", tiled=True) for x in (states, targets, weights)]
         first = jax.lax.axis_index(_VOCABULARY) * head.matrix.shape[0]
         states, targets, weights = every
-        loss, (state_gradient, head_gradient) = _in_chunks(
+        loss, (state_gradient, head_gradient) = _loss_of_part(
             states, head, targets, weights, first, size, _VOCABULARY
         )
         state_gradient = jax.lax.psum(state_gradient, "tensor")

@@ -37,16 +37,16 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family(model_type: Any) -> Family:
-    """The family of a checkpoint; an unknown one is the user's mistake."""
+    """The family with this `model_type`; UserError if it is not known."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type {model_type!r} is not known; known: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
 def read_auto_config(directory: str | Path) -> Any:
-    """The configuration that transformers' Auto classes make of a checkpoint directory, of a family
-    that is known here. Defaults, nulls, older names and the choice of the family itself mean here
-    what they mean there. Code that lies in the directory is never run."""
+    """The configuration that transformers' Auto classes make of a checkpoint directory. Its family
+    must be known here. Defaults, nulls, older names and the choice of the family thus have the same
+    meaning as there. Code in the directory is never run."""
     from transformers import AutoConfig
 
     directory = Path(directory)
@@ -59,36 +59,36 @@ def read_auto_config(directory: str | Path) -> Any:
         found = AutoConfig.from_pretrained(
             str(directory), trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # of transformers' checks, which know no common type
+    except Exception as error:  # transformers' checks have no common type
         raise UserError(" ".join(str(error.__cause__ or error).split())) from error
     family(found.model_type)
     return found
 
 
 def shape_of(hub: Any) -> ModelConfig:
-    """The shape that a configuration of transformers declares."""
+    """The shape that a configuration of transformers stands for."""
     try:
         return family(hub.model_type).read(hub)
     except UserError:
         raise
-    except Exception as error:  # of settings that go together in no model
+    except Exception as error:  # settings that contradict each other
         raise UserError(" ".join(str(error).split())) from error
 
 
 def model_config(source: Mapping[str, Any]) -> ModelConfig:
-    """The shape that the contents of a config.json declare."""
+    """The shape that the contents of a config.json stand for."""
     return shape_of(auto_config(source))
 
 
 def auto_config(source: Mapping[str, Any]) -> Any:
-    """`read_auto_config` of the contents of a config.json."""
+    """The configuration that transformers makes of the contents of a config.json."""
     with TemporaryDirectory() as folder:
         write_json(Path(folder) / "config.json", dict(source))
         return read_auto_config(folder)
 
 
 def writable_as(config: ModelConfig) -> str:
-    """The first model_type whose config.json, made afresh, says all of a shape."""
+    """The first model_type whose config.json can express a shape; UserError if there is none."""
     for model_type, kind in FAMILIES.items():
         if kind.write is not None:
             try:
@@ -103,8 +103,8 @@ def writable_as(config: ModelConfig) -> str:
 
 
 def hub_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
-    """config.json of a model that is made here; settings that would not come back from a checkpoint
-    of this family are refused."""
+    """Contents of config.json for a new model; UserError if a setting would not be read back from a
+    checkpoint of this family."""
     kind = family(model_type)
     if kind.write is None:
         written_ones = ", ".join(name for name, known in FAMILIES.items() if known.write)
@@ -120,7 +120,7 @@ def hub_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def differences(config: ModelConfig, wanted: ModelConfig) -> list[str]:
-    """Each setting of a shape that is not as in another, with both values."""
+    """The settings in which a shape differs from another, each with both values."""
     other = asdict(wanted)
     return [
         f"model.{name}={value} (wanted {other[name]})"

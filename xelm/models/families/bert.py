@@ -84,7 +84,7 @@ def _tensors(body: str, dense: str, head_norm: str, head: str) -> dict[str, Tens
     }
 
 
-# Of other tasks: the first token's state, the next sentence; and a buffer of old checkpoints.
+# For other tasks: the first token's state, the next sentence; and a buffer of old checkpoints.
 _IGNORED = (".pooler.", "cls.seq_relationship.", ".embeddings.position_ids")
 # Devlin et al. 2019, arXiv 1810.04805.
 BERT = Family(

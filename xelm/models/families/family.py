@@ -1,4 +1,4 @@
-"""What a family of checkpoints is: what its config.json means to us, and a table from tensor names
+"""Definition of a family of checkpoints: how its config.json is read, and a table from tensor names
 to our parameters. Imports no JAX."""
 
 import math
@@ -9,7 +9,6 @@ from typing import Any
 from clustering.errors import UserError
 from xelm.models.config import Activation, ModelConfig, Rope
 
-# Their names on the Hub.
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
@@ -18,47 +17,49 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+"""Our names of activations by their names on the Hub."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tensor:
-    """One tensor of a checkpoint, which holds one of our parameters or several side by side."""
+    """One tensor of a checkpoint, which holds one of our parameters or several."""
 
     paths: tuple[str, ...]
-    """Our parameters, slashes between the parts of each path."""
+    """Paths of our parameters, with slashes between their parts."""
     inputs_first: bool = False
-    """Weights are stored as [inputs, outputs], as ours are; usually it is the other way round."""
+    """Whether weights are stored as [inputs, outputs], like ours, and not the other way round."""
     by_head: bool = False
-    """Several parameters lie head by head (query, key and value of the first, then of the second),
-    rather than one after the other."""
+    """Whether several parameters are stored head by head (query, key and value of the first head,
+    then of the second), and not one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """One `model_type` of the Hub."""
+    """All checkpoints of one `model_type` of the Hub."""
 
     read: Callable[[Any], ModelConfig]
-    """transformers' configuration, made from config.json -> ModelConfig; refuses what it would get
-    wrong."""
+    """Turns the configuration that transformers makes of config.json into a ModelConfig; refuses
+    settings that are not supported."""
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
-    """ModelConfig -> config.json, for families that fresh seeds are made of."""
+    """Turns a ModelConfig into the contents of config.json; None if no new seeds are made in this
+    family."""
     tensors: Mapping[str, Tensor]
-    """Tensor name -> what it holds; `{}` stands for the layer number."""
+    """Tensors by name; `{}` stands for the layer number."""
     prefix: str = ""
     """Start of most tensor names, left out in checkpoints that were saved without a head."""
     ignored: tuple[str, ...] = ()
-    """Parts of tensor names that some checkpoints carry and a language model does not use."""
+    """Parts of the names of tensors that some checkpoints have and a language model never uses."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Tensor that some checkpoints carry -> the one that it must be the same as. A tied head need
-    not be named here."""
+    """Tensors that some checkpoints have twice: name -> name of the tensor that it must equal. A
+    tied head need not be named here."""
     with_head: str = ""
     """An encoder's checkpoint on the Hub that has its masked-language-model head."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Ends of tensor names in old checkpoints -> ends in the table."""
+    """Ends of tensor names in old checkpoints, with the ends that the table has instead."""
 
     def name(self, stored: str, prefixed: bool) -> str:
-        """The name in the table of a tensor in a checkpoint; `prefixed`: whether its names have the
-        family's prefix."""
+        """The name that the table has for a tensor of a checkpoint. prefixed: whether names in the
+        checkpoint have the family's prefix."""
         for old, new in self.renamed.items():
             if stored.endswith(old):
                 stored = stored.removesuffix(old) + new
@@ -66,7 +67,7 @@ class Family:
 
 
 def linear(name: str, *paths: str, bias: bool = True, **layout: bool) -> dict[str, Tensor]:
-    """A dense layer, or several in one."""
+    """Rows of the table for a dense layer, or for several that are stored as one."""
     ends = ("weight", "bias") if bias else ("weight",)
     return {
         f"{name}.{end}": Tensor(paths=tuple(f"{path}/{end}" for path in paths), **layout)
@@ -75,7 +76,7 @@ def linear(name: str, *paths: str, bias: bool = True, **layout: bool) -> dict[st
 
 
 def norm(name: str, path: str) -> dict[str, Tensor]:
-    """A norm's scale and bias."""
+    """Rows of the table for a norm's scale and bias."""
     return {
         f"{name}.weight": Tensor(paths=(f"{path}/scale",)),
         f"{name}.bias": Tensor(paths=(f"{path}/bias",)),
@@ -83,11 +84,10 @@ def norm(name: str, path: str) -> dict[str, Tensor]:
 
 
 def table(name: str, path: str) -> dict[str, Tensor]:
-    """An embedding, or a bias that stands alone."""
+    """Row of the table for an embedding, or for a bias without a weight."""
     return {name: Tensor(paths=(path,))}
 
 
-# Of the families from before Llama, decoders and encoders.
 BIASED: Mapping[str, Any] = {
     "norm": "layer",
     "norm_bias": True,
@@ -96,6 +96,7 @@ BIASED: Mapping[str, Any] = {
     "output_bias": True,
     "feedforward_bias": True,
 }
+"""Settings of the families from before Llama, decoders and encoders."""
 
 
 def shape(hub: Any) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def shape(hub: Any) -> dict[str, Any]:
 
 
 def want(name: str, value: Any, known: Sequence[Any]) -> Any:
-    """`value`, which must be one of those known."""
+    """Returns `value`; UserError unless it is one of those known."""
     if value not in known:
         wanted = " or ".join(map(str, known))
         raise UserError(f"{name} must be {wanted} for this model; config.json has {value}")
@@ -121,12 +122,12 @@ def want(name: str, value: Any, known: Sequence[Any]) -> Any:
 
 
 def activation(name: str, value: str) -> Activation:
-    """Our name of an activation."""
+    """Our name of an activation; UserError if it is not known."""
     return ACTIVATIONS[want(name, value, list(ACTIVATIONS))]
 
 
 def rope(found: Mapping[str, Any]) -> Rope:
-    """Rotary settings, of all layers or of one kind of them."""
+    """Settings of rotary positions, of all layers or of one kind of them."""
     kind = want("rope_type", found["rope_type"], ["default", "linear", "llama3", "yarn"])
     want("partial_rotary_factor", found.get("partial_rotary_factor", 1.0), [1.0])
     theta = found["rope_theta"]
@@ -149,7 +150,8 @@ def rope(found: Mapping[str, Any]) -> Rope:
 
 
 def _yarn_amplitude(found: Mapping[str, Any], factor: float) -> float:
-    """Peng et al. 2023, eq. 22, and the quotient of two such that DeepSeek asks for."""
+    """Factor of cosines and sines (Peng et al. 2023, eq. 22), or the quotient of two such factors
+    in configurations of DeepSeek."""
     if found.get("attention_factor") is not None:
         return float(found["attention_factor"])
 
@@ -161,7 +163,7 @@ def _yarn_amplitude(found: Mapping[str, Any], factor: float) -> float:
 
 
 def local(window: int | None, kinds: Sequence[str]) -> dict[str, Any]:
-    """Settings of a model in which the layers of some kinds see a window alone."""
+    """Settings of a model whose layers of kind "sliding_attention" see only a window."""
     for kind in kinds:
         want("layer_types", kind, ["full_attention", "sliding_attention"])
     layers = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")

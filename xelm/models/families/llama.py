@@ -8,7 +8,7 @@ from xelm.models.families.family import Family, activation, linear, local, norm,
 
 
 def llama_like(hub: Any, **settings: Any) -> ModelConfig:
-    """The shape of Llama, with what else a family has."""
+    """The shape of Llama with the settings of another family on top."""
     found = shape(hub) | {
         "feedforward_width": hub.intermediate_size,
         "key_head_count": hub.num_key_value_heads,
