@@ -74,13 +74,8 @@ def measured_layer(model: ModelConfig, config: TrainConfig, clock: Callable[[], 
     predicted = length if one.causal else max(1, round(length * config.mask_share))
 
     def loss(parameters):
-        network = bind(graph(one, dtype), parameters)
-        hidden = network.hidden(
-            tokens,
-            positions=positions,
-            segments=jnp.ones_like(tokens),
-            remat=config.rematerialise,
-        )
+        network = bind(graph(one, dtype, rematerialise=config.rematerialise), parameters)
+        hidden = network.hidden(tokens, positions, segments=jnp.ones_like(tokens))
         states, head = network.output(hidden[:, :predicted])
         targets = tokens[:, :predicted]
         return cross_entropy(states, head, targets, jnp.ones(targets.shape))
