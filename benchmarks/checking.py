@@ -18,7 +18,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 from clustering.files import sha256
-from xelm.config import TrainConfig
+from xelm.config import RuntimeConfig, TrainConfig
 from xelm.models.checkpoint import read_for_inference, write_checkpoint
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import fresh_parameters
@@ -38,7 +38,7 @@ def main() -> None:
         **{"layer_count": 16, "head_count": 8, "key_head_count": 8, "head_size": width // 8},
         max_length=1024,
     )
-    mesh = make_mesh(TrainConfig(tokens=1, mesh_data=1))
+    mesh = make_mesh(TrainConfig(tokens=1, runtime=RuntimeConfig(mesh_data=1)))
     parameters = fresh_parameters(model, 0, parameter_shardings(model, mesh))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"

@@ -28,7 +28,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from xelm.config import TrainConfig
+from xelm.config import RuntimeConfig, TrainConfig, vary
 from xelm.data.masking import most_hidden
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
@@ -36,12 +36,12 @@ from xelm.training.program import program
 from xelm.training.sharding import AXES
 
 LENGTH = 2048
-SMALL = {"dtype": "bfloat16", "moments_dtype": "bfloat16"}
+SMALL = {"runtime.dtype": "bfloat16", "runtime.moments_dtype": "bfloat16"}
 SETTINGS = {
     "float32": {},
-    "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16": {"runtime.dtype": "bfloat16"},
     "averages too": SMALL,
-    "adafactor": {**SMALL, "optimizer": "adafactor"},
+    "adafactor": {**SMALL, "optimizer.name": "adafactor"},
 }
 """Name -> settings of `TrainConfig`, each taking less than the one before."""
 # As in the config.json of each.
@@ -125,15 +125,15 @@ def _step_size(model: ModelConfig, devices: list, settings: dict) -> str:
         tokens=length,
         sequence_length=length,
         batch_size=count,
-        rematerialise=True,
-        **settings,
+        runtime=RuntimeConfig(rematerialise=True),
     )
+    config = vary(config, settings)
     mesh = Mesh(np.asarray(devices).reshape(1, 1, count, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     functions = program(model, config, mesh)
     columns = length + 1 if model.causal else length
     arrays = dict.fromkeys(("tokens", "segments", "positions"), (columns, jnp.int32))
     if not model.causal:
-        hidden = most_hidden(length, config.mask_share)
+        hidden = most_hidden(length, config.data.mask_share)
         arrays |= {"inputs": (columns, jnp.int32)}
         arrays |= {"places": (hidden, jnp.int32), "chosen": (hidden, bool)}
     batch = {

@@ -11,9 +11,9 @@ import functools
 import itertools
 import statistics
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
+from xelm.config import vary
 from xelm.models.parameters import fresh_parameters
 from xelm.process import prepare
 from xelm.runs.run import Run, open_run
@@ -24,11 +24,14 @@ from xelm.training.metrics import read_metrics
 
 SETTINGS = {
     "adamw": {},
-    "adamw, averages in bfloat16": {"moments_dtype": "bfloat16"},
-    "adamw, all in bfloat16": {"dtype": "bfloat16", "moments_dtype": "bfloat16"},
-    "adafactor": {"optimizer": "adafactor"},
-    "adafactor, average in bfloat16": {"optimizer": "adafactor", "moments_dtype": "bfloat16"},
-    "adafactor without an average": {"optimizer": "adafactor", "beta1": 0.0},
+    "adamw, averages in bfloat16": {"runtime.moments_dtype": "bfloat16"},
+    "adamw, all in bfloat16": {"runtime.dtype": "bfloat16", "runtime.moments_dtype": "bfloat16"},
+    "adafactor": {"optimizer.name": "adafactor"},
+    "adafactor, average in bfloat16": {
+        "optimizer.name": "adafactor",
+        "runtime.moments_dtype": "bfloat16",
+    },
+    "adafactor without an average": {"optimizer.name": "adafactor", "optimizer.beta1": 0.0},
 }
 
 
@@ -45,7 +48,7 @@ def main() -> None:
     print("|---|" + "---|" * len(options.rates))
     found: dict[str, list[str]] = {}
     for name, rate in itertools.product(options.settings, options.rates):
-        loss = _loss(run, int(options.tokens), SETTINGS[name] | {"learning_rate": rate})
+        loss = _loss(run, int(options.tokens), SETTINGS[name] | {"optimizer.learning_rate": rate})
         found.setdefault(name, []).append(f"{loss:.3f}")
         if len(found[name]) == len(options.rates):
             print(f"| {name} | {' | '.join(found[name])} |", flush=True)
@@ -53,7 +56,7 @@ def main() -> None:
 
 def _loss(run: Run, tokens: int, changes: dict) -> float:
     model = run.config.model
-    config = replace(run.config.seed, tokens=tokens, log_every=1, **changes)
+    config = vary(run.config.seed, {"tokens": tokens, "runtime.log_every": 1, **changes})
     with tempfile.TemporaryDirectory() as folder:
         training = Training(
             label="model",

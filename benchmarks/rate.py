@@ -11,13 +11,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xelm.config import TrainConfig
+from xelm.config import TrainConfig, vary
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import fresh_parameters
 from xelm.presets import quickstart
@@ -38,7 +37,7 @@ def main() -> None:
     print("| | tokens/s | one layer over it | products over it |\n|---|---|---|---|")
     for name, part in (("seed", config.seed), ("experts", config.experts)):
         real, layer, products = [], [], []
-        step = _step(config.model, replace(part, mesh_data=1))
+        step = _step(config.model, vary(part, {"runtime.mesh_data": 1}))
         for _ in range(rounds):
             real.append(part.tokens_per_step / _seconds(step, 20))
             measured_layer.cache_clear()

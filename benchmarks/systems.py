@@ -9,7 +9,7 @@ from pathlib import Path
 from clustering import control, tfidf, typology
 from clustering.clustering import Clustering
 from clustering.control import by_hand
-from xelm.config import RunConfig
+from xelm.config import RunConfig, vary
 from xelm.data.corpus import Faults, fingerprint, read
 from xelm.runs import training
 from xelm.runs.evaluation import evaluate
@@ -63,7 +63,9 @@ def train_system(
     if system == "dense":
         config = replace(config, dense_learning_rate=rate, dense_batch_size=batch)
     else:
-        experts, grow = (replace(p, learning_rate=rate, batch_size=batch) for p in (experts, grow))
+        experts, grow = (
+            vary(p, {"optimizer.learning_rate": rate, "batch_size": batch}) for p in (experts, grow)
+        )
     run = init(
         base.directory.parent / name,
         base.record["corpus"],

@@ -176,15 +176,13 @@ def _batch(rows: int, length: int, vocabulary: int) -> Any:
 
 
 def _config(options: argparse.Namespace, length: int) -> Any:
-    from xelm.config import TrainConfig
+    from xelm.config import RuntimeConfig, TrainConfig
 
     return TrainConfig(
         tokens=options.tokens * 1000,
         sequence_length=length,
         batch_size=options.tokens // length,
-        learning_rate=1e-3,
-        dtype=options.dtype,
-        mesh_data=1,
+        runtime=RuntimeConfig(dtype=options.dtype, mesh_data=1),
     )
 
 
@@ -248,11 +246,11 @@ def _torch(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callabl
     vectors = [p for p in network.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [
-            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": matrices, "weight_decay": config.optimizer.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ],
         lr=1e-3,
-        betas=(config.beta1, config.beta2),
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
         eps=1e-8,
         fused=True,
     )
@@ -272,7 +270,7 @@ def _torch(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callabl
     def step() -> Any:
         loss = loss_of(tokens, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), config.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()

@@ -72,7 +72,7 @@ class Expert:
     """The version of the same name in use when it was published; None before, or if none was."""
     reason: str | None = None
     """Why a grown expert has its parent; None if it was branched, or nobody said."""
-    settings: dict[str, int | float] | None = None
+    settings: dict[str, int | float | None] | None = None
     """Settings with which the training of a grown expert began, where they are others than the
     RUN's: name, such as `grow.tokens`, to value."""
     more: dict[str, Any] = field(default_factory=dict)
@@ -132,8 +132,10 @@ class Expert:
         documents = optional.get("documents", {})
         check_types(f"{where}: documents", documents, dict.fromkeys(documents, int))
         for name, number in optional.get("settings", {}).items():
-            if not isinstance(number, int | float) or isinstance(number, bool):
-                raise UserError(f"{where}: settings: {name!r} should be a number; got {number!r}")
+            if not isinstance(number, int | float | None) or isinstance(number, bool):
+                raise UserError(
+                    f"{where}: settings: {name!r} should be a number or null; got {number!r}"
+                )
         ours = {key: value[key] for key in _JSON_TYPES} | {"languages": tuple(value["languages"])}
         more = {key: value[key] for key in value if key not in _JSON_TYPES | _OPTIONAL_JSON_TYPES}
         return cls(**ours, **optional, more=more)

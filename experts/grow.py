@@ -20,7 +20,7 @@ def grow(
     name: str | None = None,
     *,
     reason: str | None = None,
-    settings: Mapping[str, int | float] | None = None,
+    settings: Mapping[str, int | float | None] | None = None,
 ) -> Registry:
     """With a child of `parent` in training for `language`; the other records stay the same objects.
 

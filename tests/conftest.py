@@ -78,9 +78,9 @@ for part, tokens in {"seed": 2048, "experts": 4096, "grow": 1024}.items():
         f"{part}.tokens": tokens,
         f"{part}.sequence_length": 32,
         f"{part}.batch_size": 4,
-        f"{part}.mesh_data": 1,
-        f"{part}.checkpoint_every": 4,
-        f"{part}.log_every": 1,
+        f"{part}.runtime.mesh_data": 1,
+        f"{part}.runtime.checkpoint_every": 4,
+        f"{part}.runtime.log_every": 1,
     }
 
 
@@ -275,7 +275,7 @@ def place(tiny, initialised, tmp_path_factory):
     shutil.copytree(tiny.directory, folder / "growing")
     update(folder / "growing", lambda registry: grow(registry, "pt", "en-es"))
     (folder / "half").mkdir()
-    (folder / "half" / "run.json").write_text('{"format": 1}')
+    (folder / "half" / "run.json").write_text('{"format": 2}')
     return folder
 
 

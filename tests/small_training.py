@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from xelm.config import TrainConfig
+from xelm.config import OptimizerConfig, RuntimeConfig, TrainConfig
 from xelm.data.rows import Source
 from xelm.data.store import LanguageIds, shuffled
 from xelm.models.config import ModelConfig
@@ -24,10 +24,8 @@ CONFIG = TrainConfig(
     tokens=20 * 128,
     sequence_length=16,
     batch_size=8,
-    learning_rate=3e-3,
-    checkpoint_every=6,
-    log_every=1,
-    mesh_data=1,
+    optimizer=OptimizerConfig(learning_rate=3e-3),
+    runtime=RuntimeConfig(checkpoint_every=6, log_every=1, mesh_data=1),
 )
 # Losses, on one CPU device; any change of these is a change of what is learned.
 GOLDEN = [

@@ -195,7 +195,7 @@ import jax, jax.numpy as jnp
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.models.parameters import shapes
 from xelm.training.sharding import make_mesh, parameter_shardings
-from xelm.config import TrainConfig
+from xelm.config import RuntimeConfig, TrainConfig
 
 def anonymous():
     status = Path("/proc/self/status").read_text()
@@ -203,7 +203,7 @@ def anonymous():
 
 directory, fsdp = sys.argv[1], int(sys.argv[2])
 config = read_config(directory)
-mesh = make_mesh(TrainConfig(tokens=1, mesh_data=1, mesh_fsdp=fsdp))
+mesh = make_mesh(TrainConfig(tokens=1, runtime=RuntimeConfig(mesh_data=1, mesh_fsdp=fsdp)))
 shardings = parameter_shardings(config, mesh)
 jnp.zeros(4).block_until_ready()
 peak, before, done = 0, anonymous(), False

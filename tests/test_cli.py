@@ -68,16 +68,16 @@ def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
     [
         (
             ModuleNotFoundError("No module named 'tensorboardX'", name="tensorboardX"),
-            "tensorboard=true needs tensorboardX; pip install 'xelm[tensorboard]'",
+            "runtime.tensorboard=true needs tensorboardX; pip install 'xelm[tensorboard]'",
         ),
         (
             ModuleNotFoundError("No module named 'wandb'", name="wandb"),
-            "wandb=true needs wandb; pip install 'xelm[wandb]'",
+            "runtime.wandb=true needs wandb; pip install 'xelm[wandb]'",
         ),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes."),
             "the memory of the device is used up; trainings need less with --set: a higher "
-            "accumulation_steps or rematerialise=true",
+            "runtime.accumulation_steps or runtime.rematerialise=true",
         ),
     ],
     ids=["tensorboard", "wandb", "memory"],
@@ -118,10 +118,12 @@ def test_settings_change_what_they_name_and_nothing_else(preset):
     from xelm.config import from_json, override, to_json
 
     config = PRESETS[preset]()
-    changed = override(config, ["experts.tokens=3e6", "grow.dtype=bfloat16", "donor_share=0.5"])
+    changed = override(
+        config, ["experts.tokens=3e6", "grow.runtime.dtype=bfloat16", "donor_share=0.5"]
+    )
     wanted = to_json(config)
     wanted["experts"]["tokens"] = 3_000_000
-    wanted["grow"]["dtype"] = "bfloat16"
+    wanted["grow"]["runtime"]["dtype"] = "bfloat16"
     wanted["donor_share"] = 0.5
     assert to_json(changed) == wanted
     assert from_json(type(config), json.loads(json.dumps(wanted))) == changed
@@ -130,12 +132,12 @@ def test_settings_change_what_they_name_and_nothing_else(preset):
 def test_settings_that_need_each_other_come_in_any_order():
     from xelm.config import override
 
-    settings = ["model.head_count=3", "model.key_head_count=3", "seed.tensorboard=true"]
+    settings = ["model.head_count=3", "model.key_head_count=3", "seed.runtime.tensorboard=true"]
     for order in (settings, settings[::-1]):
         config = override(PRESETS["tiny"](), order)
         assert config.model is not None
         assert (config.model.head_count, config.model.key_head_count) == (3, 3)
-        assert config.seed.tensorboard is True
+        assert config.seed.runtime.tensorboard is True
 
 
 @pytest.mark.parametrize(

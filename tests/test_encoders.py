@@ -149,7 +149,9 @@ def encoders(tmp_path_factory, xelm, tiny_corpus, tiny_settings, tiny):
         path.rename(seed / path.name)
     run = folder / "RUN"
     changes = tiny_settings(
-        experts__tokens=8192, experts__learning_rate=1e-2, experts__checkpoint_every=1000
+        experts__tokens=8192,
+        experts__optimizer__learning_rate=1e-2,
+        experts__runtime__checkpoint_every=1000,
     )
     # Without those of a seed that is made here.
     settings = [p for p in changes if p != "--set" and not p.startswith(("model.", "seed."))]

@@ -1,7 +1,5 @@
 """Steps that would do harm are left out, and trainings that are no use are given up."""
 
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from small_training import (
 )
 
 from clustering.errors import UserError
+from xelm.config import vary
 from xelm.data.rows import ORIGIN, batches
 from xelm.training import guard, loop
 from xelm.training.account import DivergedError
@@ -26,7 +25,10 @@ from xelm.training.sharding import make_mesh
 
 
 def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_path):
-    config = replace(CONFIG, learning_rate=1e30, clip_norm=1e30, log_every=1000)
+    config = vary(
+        CONFIG,
+        {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 1e30, "runtime.log_every": 1000},
+    )
     said = r"test has diverged: its parameters are no numbers after step 6; a peak rate of 1e\+30"
     with pytest.raises(DivergedError, match=said):
         trained(config)
@@ -105,7 +107,10 @@ def test_steps_that_are_skipped_are_counted_and_the_training_goes_on(trained, mo
 @pytest.mark.parametrize("log_every", [1, 10])
 def test_after_too_many_in_a_row_a_training_ends(trained, monkeypatch, tmp_path, log_every):
     skip(monkeypatch, set(range(8, 12)))  # over before anybody looks, if that is seldom
-    config = replace(CONFIG, skip_limit=4, log_every=log_every, checkpoint_every=7)
+    config = vary(
+        CONFIG,
+        {"runtime.skip_limit": 4, "runtime.log_every": log_every, "runtime.checkpoint_every": 7},
+    )
     seen = 11 if log_every == 1 else 14
     said = f"diverged: 4 steps in a row were skipped; at step {seen} it has loss 3.*reads rows "
     with pytest.raises(DivergedError, match=said) as caught:

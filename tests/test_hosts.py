@@ -17,7 +17,7 @@ from experts.lock import locked
 from xelm.runs.run import open_run
 
 __all__ = ["branched"]
-CUT = {"mesh_data": 2, "mesh_fsdp": 2}
+CUT = {"runtime.mesh_data": 2, "runtime.mesh_fsdp": 2}
 
 
 def start(run, number: int, port: int, *, devices: int = 2) -> subprocess.Popen:
@@ -61,7 +61,7 @@ def assert_alike(run, other):
 
 @pytest.mark.slow
 def test_two_hosts_train_what_one_trains(xelm, branched, tiny):
-    configure(branched, **CUT)
+    configure(branched, CUT)
     first, second = ended(started(branched))
     assert first[0] == second[0] == 0, (first[2], second[2])
     assert "de-fr@v1" in first[1] and "de-fr" not in second[1]  # the first alone tells of it
@@ -74,9 +74,9 @@ def test_two_hosts_train_what_one_trains(xelm, branched, tiny):
 
 @pytest.mark.slow
 def test_hosts_that_are_asked_to_end_save_the_same_step_and_others_go_on(xelm, branched, tmp_path):
-    configure(branched, tokens=40_000, checkpoint_every=1000, **CUT)
+    configure(branched, {"tokens": 40_000, "runtime.checkpoint_every": 1000, **CUT})
     shutil.copytree(branched, tmp_path / "whole")
-    configure(tmp_path / "whole", mesh_data=1, mesh_fsdp=1)
+    configure(tmp_path / "whole", {"runtime.mesh_data": 1, "runtime.mesh_fsdp": 1})
     assert xelm("train", tmp_path / "whole", "de-fr").code == 0
     processes = started(branched)
     wait_for(lambda: steps_of(branched, "de-fr") > 30)
@@ -89,7 +89,7 @@ def test_hosts_that_are_asked_to_end_save_the_same_step_and_others_go_on(xelm, b
     (checkpoint,) = (branched / "train/de-fr/checkpoints").iterdir()
     assert int(checkpoint.name) >= 30 and (checkpoint / "facts").exists()
     # On one device, what four held.
-    configure(branched, mesh_data=1, mesh_fsdp=1)
+    configure(branched, {"runtime.mesh_data": 1, "runtime.mesh_fsdp": 1})
     outcome = xelm("train", branched, "de-fr")
     assert outcome.code == 0, outcome.err
     assert f"de-fr: going on after step {checkpoint.name}" in outcome.err
@@ -98,7 +98,7 @@ def test_hosts_that_are_asked_to_end_save_the_same_step_and_others_go_on(xelm, b
 
 @pytest.mark.slow
 def test_what_the_first_host_may_not_do_all_are_told(branched):
-    configure(branched, **CUT)
+    configure(branched, CUT)
     with locked(branched, "train-de-fr"):
         found = ended(started(branched))
     for code, _, said in found:
@@ -107,7 +107,7 @@ def test_what_the_first_host_may_not_do_all_are_told(branched):
 
 @pytest.mark.slow
 def test_a_mesh_that_leaves_out_a_host_is_refused_by_all(branched):
-    configure(branched, mesh_data=2)
+    configure(branched, {"runtime.mesh_data": 2})
     for code, _, said in ended(started(branched)):
         assert code == 2
         assert "by all 2 hosts together; a mesh of expert 1 x data 2" in said

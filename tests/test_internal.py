@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from shared import LANGUAGES, documents_of
 from clustering import files, internal
 from clustering.errors import UserError
 from clustering.internal import States, Updates
+from xelm.config import vary
 from xelm.data.rows import Source
 from xelm.inference.states import document_states
 from xelm.models.checkpoint import load_parameters, read_config
@@ -183,7 +183,7 @@ def test_updates_of_a_run_are_what_training_changed(tiny, tmp_path):
     model = read_config(run.seed)
     before = load_parameters(run.seed, model)["blocks"]
     dense, moved = run.config.dense, {}
-    config = replace(dense, tokens=2 * dense.tokens_per_step, weight_decay=0.0)
+    config = vary(dense, {"tokens": 2 * dense.tokens_per_step, "optimizer.weight_decay": 0.0})
     for tag in ("en", "fr"):
         training = Training(
             label=tag,

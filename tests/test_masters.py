@@ -19,14 +19,15 @@ from small_training import (
 )
 
 from clustering.errors import UserError
+from xelm.config import vary
 from xelm.training.masters import halved, whole
 from xelm.training.program import program, state_of
 from xelm.training.sharding import make_mesh, spread_lookup
 
 WIDE = replace(MODEL, width=128, head_size=64, feedforward_width=256, vocabulary_size=512)
-HALF = {"dtype": "bfloat16"}
-SMALL = {**HALF, "moments_dtype": "bfloat16"}
-FACTORED = {"optimizer": "adafactor"}
+HALF = {"runtime.dtype": "bfloat16"}
+SMALL = {**HALF, "runtime.moments_dtype": "bfloat16"}
+FACTORED = {"optimizer.name": "adafactor"}
 
 
 # Masters
@@ -77,14 +78,17 @@ def test_vectors_are_not_halved_and_nothing_is_for_float32(parameters):
 
 
 def test_half_precision_stays_close_to_full(trained):
-    _, metrics = trained(replace(CONFIG, **HALF))
+    _, metrics = trained(vary(CONFIG, HALF))
     assert losses(metrics) != pytest.approx(GOLDEN, abs=1e-6)
     np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=5e-3)
 
 
 def test_masters_move_by_less_than_bfloat16_can_hold(trained, parameters):
     # By some 1e-6, of weights of some .02 whose bfloat16 are 1e-4 apart.
-    config = replace(CONFIG, tokens=3 * 128, learning_rate=3e-7, weight_decay=0.0, **HALF)
+    config = vary(
+        CONFIG,
+        {"tokens": 3 * 128, "optimizer.learning_rate": 3e-7, "optimizer.weight_decay": 0.0, **HALF},
+    )
     result, _ = trained(config)
     before, after = (
         np.asarray(tree["blocks"]["up"]["weight"]) for tree in (parameters, result.parameters)
@@ -97,7 +101,7 @@ def test_masters_move_by_less_than_bfloat16_can_hold(trained, parameters):
 
 @pytest.mark.slow
 def test_moments_in_bfloat16_stay_close(trained):
-    _, metrics = trained(replace(CONFIG, moments_dtype="bfloat16"))
+    _, metrics = trained(vary(CONFIG, {"runtime.moments_dtype": "bfloat16"}))
     assert losses(metrics) != pytest.approx(GOLDEN, abs=1e-6)
     np.testing.assert_allclose(losses(metrics), GOLDEN, rtol=1e-3)
 
@@ -117,8 +121,11 @@ def test_gradients_of_a_table_are_summed_in_float32():
 
 @pytest.mark.slow
 def test_adafactor_learns_at_the_rates_of_adamw(trained):
-    config = replace(CONFIG, tokens=150 * 128, learning_rate=2e-2, checkpoint_every=1000)
-    _, metrics = trained(replace(config, **FACTORED, moments_dtype="bfloat16"))
+    config = vary(
+        CONFIG,
+        {"tokens": 150 * 128, "optimizer.learning_rate": 2e-2, "runtime.checkpoint_every": 1000},
+    )
+    _, metrics = trained(vary(config, {**FACTORED, "runtime.moments_dtype": "bfloat16"}))
     assert metrics[-1]["loss"] < 0.7
 
 
@@ -129,11 +136,11 @@ def test_adafactor_learns_at_the_rates_of_adamw(trained):
         (HALF, 4 + 8),
         (SMALL, 4 + 4),
         ({**SMALL, **FACTORED}, 4 + 2),
-        ({**HALF, **FACTORED, "beta1": 0.0}, 4),
+        ({**HALF, **FACTORED, "optimizer.beta1": 0.0}, 4),
     ],
 )
 def test_state_takes_the_bytes_that_it_should(changes, bytes_each):
-    config = replace(CONFIG, **changes)
+    config = vary(CONFIG, changes)
     state = state_of(WIDE, config, make_mesh(config))
     taken = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert taken / WIDE.parameter_count == pytest.approx(bytes_each, rel=0.05)
@@ -151,9 +158,9 @@ def test_a_training_goes_on_in_other_dtypes(trained, capsys):
         for step in stops:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
                 interrupt_at(patch, step)
-                trained(replace(CONFIG, **SMALL), folder)
+                trained(vary(CONFIG, SMALL), folder)
     (once, metrics), (twice, other) = (
-        trained(replace(CONFIG, **SMALL), folder) for folder in ("once", "twice")
+        trained(vary(CONFIG, SMALL), folder) for folder in ("once", "twice")
     )
     said = capsys.readouterr().err
     changed = ", dtype bfloat16 (was float32), moments_dtype bfloat16 (was float32)\n"
@@ -171,14 +178,16 @@ def test_a_training_goes_on_in_other_parts_and_with_less_kept(trained, capsys):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
         interrupt_at(patch, 8)
         trained()
-    _, metrics = trained(replace(CONFIG, accumulation_steps=2, rematerialise=True))
+    _, metrics = trained(
+        vary(CONFIG, {"runtime.accumulation_steps": 2, "runtime.rematerialise": True})
+    )
     assert "going on after step 6\n" in capsys.readouterr().err
     np.testing.assert_allclose(losses(metrics), GOLDEN, atol=1e-4)
 
 
 def test_masters_are_the_same_in_other_dtypes(parameters):
     mesh = make_mesh(CONFIG)
-    full, half = (program(MODEL, replace(CONFIG, **changes), mesh) for changes in ({}, SMALL))
+    full, half = (program(MODEL, vary(CONFIG, changes), mesh) for changes in ({}, SMALL))
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda array: array.sharding, full.alone[0].parameters)
         state = full.create[0](jax.device_put(parameters, placed))
@@ -197,5 +206,5 @@ def test_another_optimiser_is_not_gone_on_with(trained):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
         interrupt_at(patch, 8)
         trained()
-    with pytest.raises(UserError, match="optimizer was adamw, now adafactor"):
-        trained(replace(CONFIG, **FACTORED))
+    with pytest.raises(UserError, match=r"optimizer\.name was adamw, now adafactor"):
+        trained(vary(CONFIG, FACTORED))

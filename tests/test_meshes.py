@@ -23,6 +23,7 @@ from small_training import (
 )
 
 from clustering.errors import UserError
+from xelm.config import vary
 from xelm.data.masking import most_hidden
 from xelm.models.parameters import fresh_parameters
 from xelm.training.account import DivergedError
@@ -48,7 +49,7 @@ def slow_but(quick, every):
 
 
 def configured(mesh, config=CONFIG):
-    return replace(config, **{f"mesh_{axis}": size for axis, size in zip(AXES, mesh)})
+    return vary(config, {f"runtime.mesh_{axis}": size for axis, size in zip(AXES, mesh)})
 
 
 def batch_of(
@@ -67,7 +68,7 @@ def batch_of(
         "positions": np.where(places < cut, places, places - cut).astype(np.int32),
     }
     if not model.causal:
-        hidden = most_hidden(columns, CONFIG.mask_share)
+        hidden = most_hidden(columns, CONFIG.data.mask_share)
         batch["inputs"] = np.where(draw.random(shape) < 0.2, 3, tokens).astype(np.int32)
         batch["places"] = draw.permuted(places, axis=1)[:, :hidden]
         batch["chosen"] = draw.random((shape[0], hidden)) < 0.9
@@ -124,7 +125,7 @@ def masters_of(functions, state, number):
 def assert_as_alone(mesh, model, config=CONFIG):
     found, parameters = losses_on(mesh, model, config=config)
     for number in range(mesh[0]):
-        wanted, others = alone(model, number, replace(config, accumulation_steps=1))
+        wanted, others = alone(model, number, vary(config, {"runtime.accumulation_steps": 1}))
         np.testing.assert_allclose(found[:, number], wanted, atol=2e-5)
         # Of signs of tiny gradients Adam makes whole steps, so few entries may be further apart.
         far = jax.tree.map(lambda a, b: np.abs(a - b) > 1e-4, parameters[number], others)
@@ -158,19 +159,19 @@ def test_any_vocabulary_is_spread(changes):
 @pytest.mark.slow
 def test_parts_of_a_batch_are_accumulated_on_a_mesh():
     mesh = (1, 2, 2, 2)
-    assert_as_alone(mesh, MODEL, replace(CONFIG, accumulation_steps=2))
+    assert_as_alone(mesh, MODEL, vary(CONFIG, {"runtime.accumulation_steps": 2}))
 
 
 @pytest.mark.slow
 def test_adafactor_knows_rows_and_columns_that_are_spread():
     wide = replace(MODEL, width=128, feedforward_width=256)
-    assert_as_alone((2, 1, 2, 2), wide, replace(CONFIG, optimizer="adafactor"))
+    assert_as_alone((2, 1, 2, 2), wide, vary(CONFIG, {"optimizer.name": "adafactor"}))
 
 
 @pytest.mark.slow
 def test_half_precision_is_spread():
     """Sums of bfloat16 in another order: its steps are 2^-8 of what is added."""
-    config = replace(CONFIG, dtype="bfloat16", moments_dtype="bfloat16")
+    config = vary(CONFIG, {"runtime.dtype": "bfloat16", "runtime.moments_dtype": "bfloat16"})
     found, _ = losses_on((2, 1, 2, 2), MODEL, config=config)
     for number in range(2):
         np.testing.assert_allclose(found[:, number], alone(MODEL, number, config)[0], rtol=2e-3)
@@ -185,7 +186,7 @@ def test_parameters_are_spread_as_the_mesh_says():
 
 @pytest.mark.parametrize(("batch_size", "data"), [(8, 8), (12, 6), (7, 7), (16, 8), (1, 1)])
 def test_a_small_batch_takes_as_many_devices_as_divide_it_and_says_so(batch_size, data, capsys):
-    mesh = make_mesh(replace(CONFIG, mesh_data=0, batch_size=batch_size))
+    mesh = make_mesh(vary(CONFIG, {"runtime.mesh_data": None, "batch_size": batch_size}))
     said = capsys.readouterr().err
     if data == 8:
         assert said == ""
@@ -198,33 +199,46 @@ def test_a_small_batch_takes_as_many_devices_as_divide_it_and_says_so(batch_size
 
 
 def test_devices_that_the_mesh_does_not_divide_are_told(capsys):
-    assert make_mesh(replace(CONFIG, mesh_data=0, mesh_fsdp=3, batch_size=12)).size == 6
+    assert (
+        make_mesh(
+            vary(CONFIG, {"runtime.mesh_data": None, "runtime.mesh_fsdp": 3, "batch_size": 12})
+        ).size
+        == 6
+    )
     assert "over 6 of 8 devices, the others stand idle: expert x fsdp x tensor = 3 does not" in (
         capsys.readouterr().err
     )
 
 
 def test_fewer_experts_get_more_devices_each():
-    config = replace(CONFIG, mesh_data=0)
+    config = vary(CONFIG, {"runtime.mesh_data": None})
     assert [make_mesh(config, experts).shape["data"] for experts in (1, 2, 4, 8)] == [8, 4, 2, 1]
 
 
 @pytest.mark.parametrize(
     ("changes", "experts", "fault"),
     [
-        ({"mesh_data": 16}, 1, "expert 1 x data 16 x fsdp 1 x tensor 1 needs 16 devices; there"),
-        ({"mesh_data": 0}, 16, "expert 16 x data 0 x fsdp 1 x tensor 1 needs 16 devices; there"),
-        ({"mesh_data": 3}, 1, "must be a multiple of data x fsdp = 3; got 8"),
-        ({"mesh_data": 4, "accumulation_steps": 4}, 1, "data x fsdp = 4; got 2"),
+        (
+            {"runtime.mesh_data": 16},
+            1,
+            "expert 1 x data 16 x fsdp 1 x tensor 1 needs 16 devices; there",
+        ),
+        (
+            {"runtime.mesh_data": None},
+            16,
+            "expert 16 x data 1 x fsdp 1 x tensor 1 needs 16 devices; there",
+        ),
+        ({"runtime.mesh_data": 3}, 1, "must be a multiple of data x fsdp = 3; got 8"),
+        ({"runtime.mesh_data": 4, "runtime.accumulation_steps": 4}, 1, "data x fsdp = 4; got 2"),
     ],
 )
 def test_a_mesh_that_cannot_be_made_is_a_users_mistake(changes, experts, fault):
     with pytest.raises(UserError, match=fault):
-        make_mesh(replace(CONFIG, **changes), experts)
+        make_mesh(vary(CONFIG, changes), experts)
 
 
 def test_a_model_that_the_mesh_does_not_divide_is_a_users_mistake():
-    mesh = make_mesh(replace(CONFIG, mesh_tensor=7))
+    mesh = make_mesh(vary(CONFIG, {"runtime.mesh_tensor": 7}))
     with pytest.raises(UserError, match=r"must be a multiple of mesh axis tensor = 7; got \d+"):
         parameter_shardings(MODEL, mesh)
 
@@ -326,7 +340,7 @@ def test_what_passes_between_experts_would_be_seen(out):
 
 
 def training(tmp_path, label: str, number: int, **changes) -> Training:
-    config = replace(CONFIG, **changes)
+    config = vary(CONFIG, changes)
     return Training(
         label=label,
         start=lambda shardings: jax.device_put(
@@ -380,7 +394,7 @@ def test_experts_that_were_interrupted_apart_go_on_together(apart, tmp_path, mon
 
 @pytest.mark.slow
 def test_experts_go_on_together_of_which_one_was_saved_in_another_dtype(tmp_path, monkeypatch):
-    changes = {"dtype": "bfloat16", "moments_dtype": "bfloat16"}
+    changes = {"runtime.dtype": "bfloat16", "runtime.moments_dtype": "bfloat16"}
     for place in ("apart", "together"):
         with monkeypatch.context() as patch:
             interrupt_at(patch, 8)
@@ -412,7 +426,7 @@ def test_one_that_fails_leaves_the_others_alone(apart, tmp_path):
 
 def test_trainings_of_one_program_have_the_same_settings(tmp_path):
     first, second = both(tmp_path)
-    second = replace(second, config=replace(second.config, learning_rate=1.0))
+    second = replace(second, config=vary(second.config, {"optimizer.learning_rate": 1.0}))
     with pytest.raises(ValueError, match="the same settings but for tokens"):
         train_together([first, second], MODEL, TEXT)
 

@@ -1,7 +1,6 @@
 """What is written beside metrics.jsonl: TensorBoard's events, and a run of Weights & Biases."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import wandb
@@ -9,6 +8,7 @@ from small_training import CONFIG, Interrupt, interrupt_at
 from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
+from xelm.config import vary
 from xelm.training.metrics import MetricsLog
 
 LINE = {"step": 3, "loss": None, "grad_norm": 0.5, "language_tokens": {"de": 7, "el": 5}}
@@ -81,7 +81,7 @@ def test_a_run_of_weights_and_biases_has_the_lines_and_is_gone_on_with(
     trained, tmp_path, offline, monkeypatch
 ):
     monkeypatch.setenv("WANDB_PROJECT", "uralic")
-    config = replace(CONFIG, wandb=True)
+    config = vary(CONFIG, {"runtime.wandb": True})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
         interrupt_at(patch, 9)
         trained(config)
@@ -90,7 +90,8 @@ def test_a_run_of_weights_and_biases_has_the_lines_and_is_gone_on_with(
     assert first.run_id == second.run_id and len(first.run_id) == 16
     assert (first.project, first.display_name) == ("uralic", "test")
     settings = {each.key: json.loads(each.value_json) for each in first.config.update}
-    assert (settings["learning_rate"], settings["optimizer"]) == (0.003, "adamw")
+    optimizer = settings["optimizer"]
+    assert (optimizer["learning_rate"], optimizer["name"]) == (0.003, "adamw")
     assert [line["step"] for line in before] == list(range(1, 9))
     assert [line["step"] for line in after] == list(range(7, 21))
     for line, other in zip(after, metrics[6:]):
@@ -108,6 +109,6 @@ def test_a_training_goes_on_without_weights_and_biases(
         raise ConnectionResetError("Connection\nlost")
 
     monkeypatch.setattr(wandb if broken == "init" else wandb.Run, broken, fail)
-    _, metrics = trained(replace(CONFIG, wandb=True, tokens=3 * 128))
+    _, metrics = trained(vary(CONFIG, {"runtime.wandb": True, "tokens": 3 * 128}))
     assert [line["step"] for line in metrics] == [1, 2, 3]
     assert capsys.readouterr().err.count("Weights & Biases: Connection lost; going on without") == 1

@@ -115,14 +115,26 @@ MISTAKES = [
     ("init new --corpus corpus --languages ''", "--languages names no language"),
     ("init new --corpus corpus --languages ,", "--languages names no language"),
     ("init new --corpus corpus --set experts.tokens", "a setting is NAME=VALUE"),
-    ("init new --corpus corpus --set experts.token=3", "there is no 'token'; there are tokens,"),
-    ("init new --corpus corpus --set nothing=3", "there is no 'nothing'; there are model,"),
+    (
+        "init new --corpus corpus --set experts.token=3",
+        "there is no setting 'experts.token'; the nearest is experts.tokens",
+    ),
+    *(
+        (f"init new --corpus corpus --set {name}=3", f"setting {name!r}; the nearest is {nearest}")
+        for name, nearest in (
+            ("nothing", "model.tie_embeddings"),
+            ("experts.learning_rate", "experts.optimizer.learning_rate"),
+            ("seed.optimizer", "seed.optimizer.name"),
+            ("grow.optimizer.dtype", "grow.runtime.dtype"),
+            ("seed.optimizer.schedule.x", "seed.optimizer.schedule"),
+        )
+    ),
     ("init new --corpus corpus --set experts.tokens=many", "'experts.tokens=many': wanted int"),
     ("init new --corpus corpus --set experts.tokens=1.5", "'experts.tokens=1.5': wanted int"),
     ("init new --corpus corpus --set experts.tokens=-1", "tokens must be at least 1; got -1"),
-    ("init new --corpus corpus --set seed.dtype=float64", "wanted float32 or bfloat16"),
-    ("init new --corpus corpus --set seed.rematerialise=1", "wanted true or false"),
-    ("init new --corpus corpus --set seed.schedule.x=1", "schedule has no parts here"),
+    ("init new --corpus corpus --set seed.runtime.dtype=float64", "wanted float32 or bfloat16"),
+    ("init new --corpus corpus --set seed.runtime.rematerialise=1", "wanted true or false"),
+    ("init new --corpus corpus --set seed.tokens=null", "'seed.tokens=null': wanted int"),
     ("init new --corpus corpus --set model.head_size=31", "head_size must be even"),
     ("init new --corpus corpus --set donor_share=1", "donor_share must be in 0..1, below 1"),
     ("init new --corpus corpus --preset hub", "give a seed checkpoint with --seed"),
@@ -203,7 +215,7 @@ MISTAKES = [
         for run, message in (
             ("missing", "missing"),
             ("empty", "empty is no RUN"),
-            ("newer-run.json", "run.json is of format 99, this xelm reads up to 1; upgrade xelm"),
+            ("newer-run.json", "run.json is of format 99, this xelm reads up to 2; upgrade xelm"),
             ("half", "half/run.json lacks"),
         )
     ],
@@ -480,4 +492,13 @@ def test_a_run_of_a_version_with_other_fields_is_named(xelm, place, tmp_path):
     (tmp_path / "old" / "run.json").write_text(json.dumps(record | {"xelm": "0.0.1"}))
     outcome = xelm("train", tmp_path / "old", "--dense")
     assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert "old/run.json, made by xelm 0.0.1: ModelConfig has no field rope_theta" in outcome.err
+    assert "old/run.json, made by xelm 0.0.1: model has no field rope_theta" in outcome.err
+
+
+def test_a_run_of_an_earlier_format_is_refused(xelm, place, tmp_path):
+    shutil.copytree(place / "seeded", tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "run.json").read_text())
+    (tmp_path / "old" / "run.json").write_text(json.dumps(record | {"format": 1, "xelm": "0.0.1"}))
+    outcome = xelm("train", tmp_path / "old", "--dense")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "run.json is of format 1, of xelm 0.0.1, and this xelm reads format 2" in outcome.err

@@ -9,23 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from xelm.config import TrainConfig
+from xelm.config import TrainConfig, vary
 from xelm.presets import tiny
 from xelm.training.optimizer import _share_kept, clipped, optimizer, schedule
 
 
 def config(**changes) -> TrainConfig:
     """100 steps, of which 10 warm up, to a tenth of the peak."""
-    values = {
-        "tokens": 100 * 32,
-        "sequence_length": 8,
-        "batch_size": 4,
-        "learning_rate": 0.5,
-        "warmup_share": 0.1,
-        "final_rate_share": 0.1,
-        "decay_share": 0.2,
-    }
-    return TrainConfig(**values | changes)
+    rates = {"learning_rate": 0.5, "warmup_share": 0.1, "final_rate_share": 0.1, "decay_share": 0.2}
+    values = {f"optimizer.{name}": value for name, value in rates.items()}
+    plain = TrainConfig(tokens=100 * 32, sequence_length=8, batch_size=4)
+    for name, value in changes.items():
+        parts = [part for part in ("optimizer", "runtime") if hasattr(getattr(plain, part), name)]
+        values[".".join([*parts, name])] = value
+    return vary(plain, values)
 
 
 # Step -> rate. The decay begins with step 10, after the warm-up, and ends with the last, step 99.
@@ -147,7 +144,7 @@ def adafactor(gradients, parameters, steps: int, beta1: float, decay: float):
 def test_adafactor_is_that_of_the_paper(beta1):
     draw = np.random.default_rng(0)
     weight = draw.normal(size=(3, 128, 192)).astype(np.float32)
-    moving = optimizer(config(optimizer="adafactor", beta1=beta1, weight_decay=0.1))
+    moving = optimizer(config(name="adafactor", beta1=beta1, weight_decay=0.1))
     parameters = {"weight": jnp.asarray(weight), "scale": jnp.ones(128)}
     # Of unequal size, so that clipping matters for some.
     sizes = np.array(
@@ -170,13 +167,13 @@ def test_adafactor_is_that_of_the_paper(beta1):
     ("field", "value", "fault"),
     [
         ("tokens", 0, "tokens must be at least 1; got 0"),
-        ("batch_size", 3, "multiple of accumulation_steps; got 3 and 2"),
+        ("batch_size", 3, "multiple of runtime.accumulation_steps; got 3 and 2"),
         ("warmup_share", 1.5, "warmup_share must be between 0 and 1; got 1.5"),
         ("learning_rate", 0.0, "learning_rate must be above 0; got 0.0"),
         ("clip_norm", float("nan"), "clip_norm must be above 0; got nan"),
         ("weight_decay", -0.1, "weight_decay must be at least 0; got -0.1"),
         ("beta2", 1.0, "beta2 must be at least 0 and below 1; got 1.0"),
-        ("mesh_data", -1, "mesh_data must be at least 0; got -1"),
+        ("mesh_data", -1, "mesh_data must be at least 1; got -1"),
         ("random_seed", -1, "random_seed must be at least 0; got -1"),
     ],
 )
@@ -189,7 +186,7 @@ def test_a_configuration_that_cannot_be_trained_is_refused_when_made(field, valu
 def test_averages_that_bfloat16_would_round_away_are_refused():
     with pytest.raises(ValueError, match=r"beta2 must be at most \.95 for .*; got 0\.98"):
         config(moments_dtype="bfloat16", beta2=0.98)
-    config(moments_dtype="bfloat16", beta2=0.98, optimizer="adafactor")  # which has none
+    config(moments_dtype="bfloat16", beta2=0.98, name="adafactor")  # which has none
 
 
 def test_squares_of_adafactor_are_never_older_than_a_thousand_steps():
@@ -213,12 +210,12 @@ def test_experts_may_not_see_the_rows_of_the_seed_in_its_order():
 
 def test_dense_has_the_training_of_the_experts_with_a_rate_and_a_batch_of_its_own():
     made = replace(tiny(), dense_learning_rate=0.25, dense_batch_size=6)
-    assert made.dense == replace(made.experts, learning_rate=0.25, batch_size=6)
+    assert made.dense == vary(made.experts, {"optimizer.learning_rate": 0.25, "batch_size": 6})
     assert made.dense.tokens == made.experts.tokens == 8_000_000
     with pytest.raises(ValueError, match=r"dense: batch_size must be at least 1; got 0"):
         replace(tiny(), dense_batch_size=0)
 
 
 def test_all_faults_are_named_at_once():
-    with pytest.raises(ValueError, match=r"batch_size must .*; learning_rate must"):
+    with pytest.raises(ValueError, match=r"batch_size must .*; optimizer.learning_rate must"):
         config(batch_size=0, learning_rate=-1.0)

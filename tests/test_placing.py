@@ -16,6 +16,7 @@ from clustering.errors import UserError
 from clustering.files import read_json, write_json
 from experts import manifest
 from experts.lock import holder, locked
+from xelm.config import to_json, vary
 from xelm.runs import placing
 from xelm.runs.progress import progress
 from xelm.runs.run import open_run
@@ -32,10 +33,10 @@ def branched(xelm, initialised, tiny, tmp_path):
     return tmp_path / "RUN"
 
 
-def configure(run: Path, **changes) -> None:
+def configure(run: Path, changes) -> None:
     """Other settings of the experts in run.json."""
-    record = read_json(run / "run.json")
-    record["config"]["experts"] |= changes
+    record = read_json(run / "run.json", newest_format=2)
+    record["config"]["experts"] = to_json(vary(open_run(run).config.experts, changes))
     write_json(run / "run.json", record)
     manifest.record(run, ["run.json"], again=True)
 
@@ -47,7 +48,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_side_by_side_they_are_what_they_are_in_turn(xelm, branched, tiny):
-    said = ("--set", "experts.log_every=2")
+    said = ("--set", "experts.runtime.log_every=2")
     outcome = xelm("train", branched, "--all", "--jobs", 2, *said)
     assert outcome.code == 0, outcome.err
     assert weights(branched) == {name: weights(tiny.directory)[name] for name in NAMES}
@@ -66,7 +67,7 @@ def test_side_by_side_they_are_what_they_are_in_turn(xelm, branched, tiny):
 
 
 def test_in_one_program_they_are_what_they_are_in_turn(xelm, branched, tiny):
-    outcome = xelm("train", branched, "--all", "--set", "experts.mesh_expert=2")
+    outcome = xelm("train", branched, "--all", "--set", "experts.runtime.mesh_expert=2")
     assert outcome.code == 0, outcome.err
     assert weights(branched) == {name: weights(tiny.directory)[name] for name in NAMES}
 
@@ -80,25 +81,31 @@ def test_one_that_fails_leaves_the_one_beside_it_alone(xelm, branched):
 
 
 def test_processes_are_told_the_settings_of_this_time(branched):
-    run = open_run(branched, settings=["experts.log_every=3", "experts.wandb=true"])
+    run = open_run(branched, settings=["experts.runtime.log_every=3", "experts.runtime.wandb=true"])
     told = placing._command(run)
     assert told[told.index(str(branched)) + 1 :] == [
-        *("--set", "experts.log_every=3"),
-        *("--set", "experts.wandb=true"),
+        *("--set", "experts.runtime.log_every=3"),
+        *("--set", "experts.runtime.wandb=true"),
     ]
 
 
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("experts.tokens=1", "experts.tokens is not to be changed once a RUN is made; here "),
-        ("grow.dtype=bfloat16", "grow.dtype is not to be changed once a RUN is made; here exp"),
+        ("experts.tokens=1", "experts.tokens cannot change once a RUN is made; here "),
+        (
+            "grow.runtime.dtype=bfloat16",
+            "grow.runtime.dtype cannot change once a RUN is made; here exp",
+        ),
         (
             "dtype=bfloat16",
-            "dtype is not to be changed once a RUN is made; here experts.NAME=VALUE",
+            "dtype cannot change once a RUN is made; here experts.runtime.NAME",
         ),
-        ("experts.dtype=float16", "wanted float32 or bfloat16"),
-        ("experts.accumulation_steps=7", "batch_size must be a multiple of accumulation_steps"),
+        ("experts.runtime.dtype=float16", "wanted float32 or bfloat16"),
+        (
+            "experts.runtime.accumulation_steps=7",
+            "batch_size must be a multiple of runtime.accumulation_steps",
+        ),
     ],
 )
 def test_settings_of_what_is_learned_stay(xelm, branched, setting, said):
@@ -172,7 +179,7 @@ def wait_for(condition, seconds=120):
 @pytest.fixture
 def long(branched, xelm, tmp_path):
     """A RUN whose experts take some seconds, and their weights, trained in turn."""
-    configure(branched, tokens=320_000, checkpoint_every=20)
+    configure(branched, {"tokens": 320_000, "runtime.checkpoint_every": 20})
     shutil.copytree(branched, tmp_path / "whole")
     outcome = xelm("train", tmp_path / "whole", "--all")
     assert outcome.code == 0, outcome.err

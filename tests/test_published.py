@@ -73,7 +73,7 @@ def test_published_weights_have_the_dtype_of_the_seeds(half, tiny):
 
 
 def test_another_dtype_of_published_weights_is_set(half, xelm, tmp_path, tiny):
-    settings = ("experts.tokens=128", "experts.sequence_length=32", "experts.mesh_data=1")
+    settings = ("experts.tokens=128", "experts.sequence_length=32", "experts.runtime.mesh_data=1")
     options = (*with_set(settings), "--set", "experts.batch_size=4", "--languages", "en,de,es,fr")
     lengths = ("--set", "grow.sequence_length=32", "--set", "vectoriser_dimensions=12")
     made = xelm(

@@ -27,7 +27,7 @@ def grown(xelm, tiny, tmp_path_factory):
     """The tiny RUN with Portuguese, and what `grow` said."""
     directory = tmp_path_factory.mktemp("grown") / "RUN"
     shutil.copytree(tiny.directory, directory)
-    settings = ("--set", "grow.keep_checkpoints=3")
+    settings = ("--set", "grow.runtime.keep_checkpoints=3")
     outcome = xelm("grow", directory, "--language", "por", "--corpus", tiny.corpus, *settings)
     assert outcome.code == 0, outcome.err
     return directory, outcome
@@ -52,7 +52,7 @@ def test_the_child_starts_from_the_nearest_relative_a_round_later(grown, tiny):
     assert "es" in parent.languages  # of en, de, es and fr, the nearest to Portuguese
     assert grown[1].out == (f"pt@v1 from {parent.reference}, round 2, {child.tokens:,} tokens\n")
     card = (grown[0] / child.path / "README.md").read_text()
-    assert "serves es, the nearest language" in card and "grow.keep_checkpoints=3" in card
+    assert "serves es, the nearest language" in card and "grow.runtime.keep_checkpoints=3" in card
     assert {e.reference: e for e in Registry.load(tiny.directory).experts} == {
         e.reference: e for e in registry.experts if e.name != "pt"
     }

@@ -1,12 +1,8 @@
 """`xelm init`: seeds and corpora as people have them."""
 
-import dataclasses
-import functools
 import gzip
 import json
-import operator
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from shared import SEED, snapshot
 
-from clustering.errors import UserError
 from clustering.files import write_json
-from xelm.config import RunConfig, TrainConfig, to_json
-from xelm.presets import PRESETS
-from xelm.runs.run import create_run, open_run
+from xelm.runs.run import open_run
 
 
 def test_a_seed_with_a_sentencepiece_model_alone_gets_a_tokenizer_json(
@@ -114,52 +107,3 @@ def test_text_that_experts_were_trained_on_is_never_made_again(xelm, place, tmp_
     assert f"{folder} is the text that experts are trained on" in refused.err
     assert "tokenizer_sha256 was of another, now " in refused.err
     assert snapshot(folder) == before
-
-
-def with_fields(kind, config):
-    """Paths of all fields of a configuration that have a default."""
-    for field in dataclasses.fields(kind):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from ((field.name, *path) for path in with_fields(type(value), value))
-        if field.default is not dataclasses.MISSING:
-            yield (field.name,)
-
-
-def test_a_run_of_before_a_setting_is_gone_on_with(tmp_path):
-    parts = {
-        name: TrainConfig(tokens=1000, random_seed=number)
-        for number, name in enumerate(("seed", "experts", "grow"))
-    }
-    rates = {"dense_learning_rate": 1e-3, "dense_batch_size": 32}
-    model = PRESETS["quickstart"]().model
-    # With the start token of presets, which was not that of before.
-    config = RunConfig(model=model, start_token="tokenizer", **rates, **parts)
-    paths = list(with_fields(RunConfig, config))
-    assert {("weights_dtype",), ("experts", "optimizer"), ("model", "causal")} < set(paths)
-    facts = {"languages": ["de"], "corpus": "somewhere", "base_model": None}
-    for number, path in enumerate(paths):
-        if path[-1] == "random_seed" and path[0] != "seed":
-            continue
-        record = json.loads(json.dumps({"format": 1, "config": to_json(config), **facts}))
-        *parents, name = path
-        functools.reduce(operator.getitem, parents, record["config"]).pop(name)
-        directory = tmp_path / str(number)
-        (directory / "seed").mkdir(parents=True)
-        write_json(directory / "run.json", record)
-        run = create_run(directory, config, facts)
-        assert name != "start_token" or run.config.start_token == "config"
-        assert replace(run.config, start_token="tokenizer") == config
-        with pytest.raises(UserError, match=r"donor_share was 0\.25, now 0\.5"):
-            create_run(directory, replace(config, donor_share=0.5), facts)
-
-
-def test_a_run_of_before_names_on_the_hub_is_gone_on_with(tmp_path):
-    config = PRESETS["quickstart"]()
-    facts = {"languages": ["de"], "corpus": "somewhere"}
-    (tmp_path / "seed").mkdir()
-    write_json(tmp_path / "run.json", {"format": 1, "config": to_json(config), **facts})
-    earlier = {"base_model": "owner/name"}
-    create_run(tmp_path, config, {**facts, "base_model": "owner/name"}, earlier)
-    with pytest.raises(UserError, match="base_model was owner/name, now owner/other"):
-        create_run(tmp_path, config, {**facts, "base_model": "owner/other"}, earlier)

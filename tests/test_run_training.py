@@ -36,7 +36,7 @@ def test_init_tells_what_it_read(tiny):
 
 def test_a_run_says_how_it_was_made(tiny):
     record = json.loads((tiny.directory / "run.json").read_text())
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert record["corpus"] == str(tiny.corpus)
     assert record["config"]["experts"]["tokens"] == 4096
     assert open_run(tiny.directory).config.model.vocabulary_size == 384
@@ -74,7 +74,7 @@ def test_an_interrupted_init_goes_on_to_the_same_run(
         assert xelm(*command).code == 130
     assert not (tmp_path / "RUN" / "registry.json").exists()
     # Where and how the seed's training runs may be another.
-    done = xelm(*command, "--set", "seed.keep_checkpoints=3")
+    done = xelm(*command, "--set", "seed.runtime.keep_checkpoints=3")
     assert done.code == 0, done.err
     wanted, found = snapshot(initialised[0]), snapshot(tmp_path / "RUN")
     # These hold the command line, the speed of the training, and their hashes.
@@ -185,7 +185,7 @@ def test_dense_and_experts_are_trained_with_rates_of_their_own(tiny):
 def test_shares_of_clusters_are_parts_of_one_whole(tiny, tmp_path, exponent):
     shutil.copytree(tiny.directory, tmp_path / "RUN")
     record = json.loads((tmp_path / "RUN" / "run.json").read_text())
-    record["config"]["experts"]["sampling_exponent"] = exponent
+    record["config"]["experts"]["data"]["sampling_exponent"] = exponent
     (tmp_path / "RUN" / "run.json").write_text(json.dumps(record))
     run = open_run(tmp_path / "RUN")
     tokens = {tag: len(ids.ids) for tag, ids in run.store().languages.items()}

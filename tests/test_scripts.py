@@ -83,8 +83,8 @@ def test_a_slurm_job_that_was_asked_to_end_is_queued_again(run, tasks, code, end
 
 
 def test_trainings_of_a_cluster_are_told_the_settings(run):
-    settings = {"XELM_SETTINGS": "experts.mesh_fsdp=4 experts.dtype=bfloat16"}
-    told = "--set experts.mesh_fsdp=4 --set experts.dtype=bfloat16"
+    settings = {"XELM_SETTINGS": "experts.runtime.mesh_fsdp=4 experts.runtime.dtype=bfloat16"}
+    told = "--set experts.runtime.mesh_fsdp=4 --set experts.runtime.dtype=bfloat16"
     _, calls = run("slurm.sh", environment=JOB | settings, srun="")
     assert calls == [f"srun xelm train /runs/my family en-es {told}"]
     words = ("--dry-run", "/runs/family", "uralic", "europe-west4-b")

@@ -208,24 +208,21 @@ def test_a_server_reads_ids_as_they_are(bare, ours):
         assert answer.status_code == 400
 
 
-def test_a_run_of_old_goes_on_with_the_bos_of_its_configuration(
+def test_a_run_can_start_texts_with_the_bos_of_its_configuration(
     bare, tiny, tiny_settings, xelm, tmp_path
 ):
     directory = tmp_path / "RUN"
     shutil.copytree(bare, directory)
     record = json.loads((directory / "run.json").read_text())
-    del record["config"]["start_token"]
+    record["config"]["start_token"] = "config"
     (directory / "run.json").write_text(json.dumps(record))
     run = open_run(directory)
-    assert run.config.start_token == "config"
     assert run.tokenizer().start_id == 1  # of config.json
     outcome = xelm("generate", directory, "Welt", "--max-new-tokens", 2, "--json")
     assert outcome.code == 0
-    # The same init goes on with it, and does not change what it means; another is refused.
+    # The same init goes on with it; another is refused.
     command = init_of(directory, tiny.corpus, tiny_settings(), record["seed_from"])
-    again = xelm(*command)
+    again = xelm(*command, "--set", "start_token=config")
     assert again.code == 0, again.err
-    assert open_run(directory).config.start_token == "config"
-    assert "start_token" not in json.loads((directory / "run.json").read_text())["config"]
     other = xelm(*command, "--set", "start_token=eos")
     assert other.code == 2 and "start_token was config, now eos" in other.err

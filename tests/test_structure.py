@@ -15,12 +15,22 @@ import pytest
 import clustering
 import experts
 import xelm
-from xelm.config import RunConfig, TrainConfig
-from xelm.models.config import ModelConfig
+from xelm.config import (
+    Budget,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
+from xelm.models.config import ModelConfig, Rope
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("clustering", "experts", "xelm")
-CONFIGS = (TrainConfig, RunConfig, ModelConfig)
+CONFIGS = (
+    *(Budget, TrainConfig, OptimizerConfig, DataConfig, RuntimeConfig, RunConfig),
+    *(ModelConfig, Rope),
+)
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "transformers", "matplotlib", "torch", "sklearn"}
 # From the ground up: a module imports modules of its own group or of groups above it in this list.
 LAYERS = (
@@ -74,7 +84,6 @@ BEGIN_WITH_OF = {
     "clustering",
     "experts",
     "xelm.commands",
-    "xelm.config",
     "xelm.data",
     "xelm.harness",
     "xelm.inference",
@@ -284,14 +293,14 @@ def test_every_field_of_a_configuration_is_read_by_some_code(config):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 def test_every_field_of_a_configuration_is_explained(config):
     path = Path(sys.modules[config.__module__].__file__ or "")
-    body = next(
-        node.body
-        for node in ast.walk(tree(path))
-        if isinstance(node, ast.ClassDef) and node.name == config.__name__
-    )
+    # With what it inherits, as the fields are ordered.
+    names = [base.__name__ for base in reversed(config.__mro__) if dataclasses.is_dataclass(base)]
+    classes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
+    bodies = {node.name: node.body for node in classes}
     explained = [
         field.target.id
-        for field, text in itertools.pairwise(body)
+        for name in names
+        for field, text in itertools.pairwise(bodies[name])
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
         and isinstance(text, ast.Expr)

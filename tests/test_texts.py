@@ -66,9 +66,13 @@ def unspellable(xelm, tiny, tmp_path_factory):
     texts = [text for tag in ("de", "en") for text in documents_of(tiny.corpus, tag)]
     latin_only(texts).save_pretrained(folder / "seed")
     seed = ["--seed", folder / "seed", *SEED[2:]]
-    for part in ("experts.tokens=2048", "experts.batch_size=4", "experts.accumulation_steps=1"):
+    for part in (
+        "experts.tokens=2048",
+        "experts.batch_size=4",
+        "experts.runtime.accumulation_steps=1",
+    ):
         seed += ["--set", part]
-    seed += ["--set", "experts.mesh_data=1", "--set", "dense_batch_size=4"]
+    seed += ["--set", "experts.runtime.mesh_data=1", "--set", "dense_batch_size=4"]
     made = xelm("init", folder / "RUN", "--corpus", folder / "train", *seed)
     assert made.code == 0, made.err
     (folder / "families.yaml").write_text("hy: [hy]\nlatin: [de, en]\n")

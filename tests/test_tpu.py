@@ -13,13 +13,14 @@ from jax.sharding import AxisType, Mesh
 from small_training import CONFIG, MODEL
 from test_meshes import AXES, ENCODER, batch_of, collectives, crossing
 
+from xelm.config import vary
 from xelm.training.program import program
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
 
 LENGTH = 1024
-SMALL = {"dtype": "bfloat16", "moments_dtype": "bfloat16"}
+SMALL = {"runtime.dtype": "bfloat16", "runtime.moments_dtype": "bfloat16"}
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def step_on(monkeypatch):
         chips = np.asarray(chips[: np.prod(mesh)]).reshape(mesh)
         devices = Mesh(chips, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         rows = mesh[1] * mesh[2]
-        config = replace(CONFIG, batch_size=rows, sequence_length=length, **changes)
+        config = vary(CONFIG, {"batch_size": rows, "sequence_length": length, **changes})
         functions = program(model, config, devices)
         batch = {
             name: jax.ShapeDtypeStruct(
@@ -70,7 +71,12 @@ def test_each_chip_attends_for_its_own_rows(step_on, data):
 def test_less_is_kept_and_needed_in_bfloat16(step_on):
     model = replace(MODEL, width=256, feedforward_width=1024, vocabulary_size=4096, layer_count=4)
     kept, needed = [], []
-    for changes in ({}, {"dtype": "bfloat16"}, SMALL, {**SMALL, "optimizer": "adafactor"}):
+    for changes in (
+        {},
+        {"runtime.dtype": "bfloat16"},
+        SMALL,
+        {**SMALL, "optimizer.name": "adafactor"},
+    ):
         used = step_on((1, 1, 1, 1), model, **changes).memory_analysis()
         kept.append(used.argument_size_in_bytes / model.parameter_count)
         needed.append(used.peak_memory_in_bytes / model.parameter_count)

@@ -14,6 +14,7 @@ from small_training import (
     source,
 )
 
+from xelm.config import vary
 from xelm.training.program import program
 from xelm.training.sharding import make_mesh
 
@@ -33,7 +34,9 @@ def test_training_changes_what_it_returns_and_not_what_it_was_given(trained, par
 
 def test_gradients_are_clipped_and_their_norm_before_that_is_told(trained, parameters):
     # Far below Adam's epsilon, so that next to nothing is left to move by.
-    config = replace(CONFIG, tokens=3 * 128, clip_norm=1e-14, weight_decay=0.0)
+    config = vary(
+        CONFIG, {"tokens": 3 * 128, "optimizer.clip_norm": 1e-14, "optimizer.weight_decay": 0.0}
+    )
     result, metrics = trained(config)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), result.parameters, parameters
@@ -44,7 +47,10 @@ def test_gradients_are_clipped_and_their_norm_before_that_is_told(trained, param
 def test_what_can_be_learned_is_learned(trained):
     # The next token follows from the last two but for the first of each document: nothing else to
     # know. ln 48 = 3.87 at first.
-    config = replace(CONFIG, tokens=150 * 128, learning_rate=2e-2, checkpoint_every=1000)
+    config = vary(
+        CONFIG,
+        {"tokens": 150 * 128, "optimizer.learning_rate": 2e-2, "runtime.checkpoint_every": 1000},
+    )
     _, metrics = trained(config)
     assert metrics[-1]["loss"] < 0.7
 
@@ -54,7 +60,7 @@ def test_accumulated_parts_make_the_update_of_the_whole_batch(trained):
     sources = [source(language, documents=5) for language in SHARES]
     config = replace(CONFIG, tokens=6 * 128)
     whole, metrics = trained(config, "whole", sources)
-    parts, other = trained(replace(config, accumulation_steps=4), "parts", sources)
+    parts, other = trained(vary(config, {"runtime.accumulation_steps": 4}), "parts", sources)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.parameters, parts.parameters
     )
@@ -63,24 +69,34 @@ def test_accumulated_parts_make_the_update_of_the_whole_batch(trained):
 
 
 def test_trainings_of_one_shape_share_one_compiled_step(trained):
-    ours = replace(CONFIG, clip_norm=0.75)  # of no other test
+    ours = vary(CONFIG, {"optimizer.clip_norm": 0.75})  # of no other test
     for changes in (
         {"tokens": 3 * 128},
-        {"tokens": 5 * 128, "learning_rate": 1e-2, "schedule": "wsd", "random_seed": 3},
-        {"tokens": 2 * 128, "log_every": 2, "checkpoint_every": 1, "sampling_exponent": 1.0},
+        {
+            "tokens": 5 * 128,
+            "optimizer.learning_rate": 1e-2,
+            "optimizer.schedule": "wsd",
+            "random_seed": 3,
+        },
+        {
+            "tokens": 2 * 128,
+            "runtime.log_every": 2,
+            "runtime.checkpoint_every": 1,
+            "data.sampling_exponent": 1.0,
+        },
     ):
-        trained(replace(ours, **changes), folder=str(changes["tokens"]))
+        trained(vary(ours, changes), folder=str(changes["tokens"]))
     compiled = program(MODEL, ours, make_mesh(ours))
     assert (compiled.step._cache_size(), compiled.create[0]._cache_size()) == (1, 1)
 
 
 def test_rematerialisation_changes_no_loss(trained):
-    _, metrics = trained(replace(CONFIG, rematerialise=True))
+    _, metrics = trained(vary(CONFIG, {"runtime.rematerialise": True}))
     np.testing.assert_allclose(losses(metrics), GOLDEN, atol=1e-5)
 
 
 def test_languages_are_seen_in_their_shares_and_counted(trained):
-    result, metrics = trained(replace(CONFIG, tokens=100 * 128, checkpoint_every=1000))
+    result, metrics = trained(vary(CONFIG, {"tokens": 100 * 128, "runtime.checkpoint_every": 1000}))
     assert result.tokens == sum(result.language_tokens.values()) == metrics[-1]["tokens"]
     assert metrics[-1]["language_tokens"] == result.language_tokens
     # Documents are of one length, so shares of rows are shares of tokens.

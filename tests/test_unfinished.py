@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -27,6 +26,7 @@ from small_training import (
 )
 
 from clustering.errors import UserError
+from xelm.config import vary
 from xelm.training import checkpoint, course, preemption
 from xelm.training.metrics import MetricsLog
 from xelm.training.preemption import Preempted
@@ -73,7 +73,7 @@ def test_a_finished_training_run_again_gives_the_same_at_once(trained, monkeypat
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"learning_rate": 1e-3}, r"learning_rate was 0\.003, now 0\.001"),
+        ({"optimizer.learning_rate": 1e-3}, r"learning_rate was 0\.003, now 0\.001"),
         ({"random_seed": 1, "batch_size": 16}, "was 8, now 16; random_seed was 0, now 1"),
     ],
 )
@@ -83,11 +83,11 @@ def test_other_settings_in_a_half_done_folder_are_refused(trained, tmp_path, cha
         trained()
     before = (tmp_path / "training" / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=fault) as caught:
-        trained(replace(CONFIG, **changes))
+        trained(vary(CONFIG, changes))
     assert str(tmp_path / "training") in str(caught.value)
     assert (tmp_path / "training" / "metrics.jsonl").read_bytes() == before
     # How often it is saved and logged may change.
-    trained(replace(CONFIG, checkpoint_every=2, log_every=3))
+    trained(vary(CONFIG, {"runtime.checkpoint_every": 2, "runtime.log_every": 3}))
 
 
 def test_other_languages_in_a_half_done_folder_are_refused(trained):
@@ -320,7 +320,10 @@ def test_a_training_of_another_version_is_refused(trained, tmp_path, monkeypatch
 
 
 def test_as_many_checkpoints_are_kept_as_asked_for(trained, tmp_path):
-    config = replace(CONFIG, checkpoint_every=2, keep_checkpoints=3, keep_every=8)
+    config = vary(
+        CONFIG,
+        {"runtime.checkpoint_every": 2, "runtime.keep_checkpoints": 3, "runtime.keep_every": 8},
+    )
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
         interrupt_at(patch, 19)
         trained(config)

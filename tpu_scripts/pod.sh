@@ -7,7 +7,7 @@
 #
 # RUN is a path that every worker of the slice sees. XELM_SETUP is run on each worker first: mount
 # the disk there, and install (by default: pip install "xelm[tpu]").
-# XELM_SETTINGS="experts.mesh_fsdp=16 experts.dtype=bfloat16" sets that for this training.
+# XELM_SETTINGS="experts.runtime.mesh_fsdp=16 experts.runtime.dtype=bfloat16" sets that for this training.
 #
 # Nothing is deleted unless --delete is given, which deletes the slices that this command made once
 # the expert is trained; without it they go on costing money, and the command that ends that is shown.

@@ -7,7 +7,7 @@
 #
 # A job that reaches its time limit, or whose machine is wanted back, saves two minutes before, ends
 # with code 75 and is queued again. With several tasks a job, these train its expert together.
-# XELM_SETTINGS="experts.mesh_fsdp=4 experts.dtype=bfloat16" sets that for these trainings.
+# XELM_SETTINGS="experts.runtime.mesh_fsdp=4 experts.runtime.dtype=bfloat16" sets that for these trainings.
 set -euo pipefail
 
 run_or_print() {

@@ -14,8 +14,8 @@ from xelm.training.preemption import Preempted
 from xelm.version import __version__
 
 _EXTRAS = {
-    "tensorboardX": ("tensorboard", "tensorboard=true"),
-    "wandb": ("wandb", "wandb=true"),
+    "tensorboardX": ("tensorboard", "runtime.tensorboard=true"),
+    "wandb": ("wandb", "runtime.wandb=true"),
     **dict.fromkeys(
         ("starlette", "uvicorn", "pydantic", "prometheus_client"), ("serve", "xelm serve")
     ),
@@ -103,7 +103,7 @@ def _mistake(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return (
             "the memory of the device is used up; trainings need less with --set: a higher "
-            "accumulation_steps or rematerialise=true"
+            "runtime.accumulation_steps or runtime.rematerialise=true"
         )
     return None
 

@@ -1,10 +1,11 @@
-"""How a language model is trained and an X-ELM made, as plain values, checked when made.
+"""Settings of a RUN and of its trainings: immutable values, checked when they are made.
 
-Imports no JAX, so that the command line stays quick.
+Imports no JAX, so that the command line starts quickly.
 """
 
 import ast
 import dataclasses
+import difflib
 import inspect
 import itertools
 import json
@@ -12,42 +13,26 @@ import math
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from clustering.errors import UserError
 from xelm.models.config import ModelConfig
 
-FREE = (
-    *("mesh_expert", "mesh_data", "mesh_fsdp", "mesh_tensor", "dtype", "moments_dtype"),
-    *("accumulation_steps", "rematerialise", "skip_limit", "checkpoint_every", "keep_checkpoints"),
-    *("keep_every", "log_every", "tensorboard", "wandb"),
-)
-"""Settings of where and how a training runs, which may be others each time that it goes on."""
-OF_GROWTH = ("tokens", "max_passes")
-"""Settings that a growth may begin with in place of the RUN's, since its text may be much less or
-more than was thought of; it goes on with what it began with."""
-
-
 StartToken = Literal["tokenizer", "bos", "eos", "config"]
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """One training: budget, batches, optimiser, schedule, precision and checkpoints."""
+class OptimizerConfig:
+    """How gradients move the parameters."""
 
-    tokens: int
-    """Budget, in positions of the rows of all steps, to the nearest step; the first token of each
-    document and the padding of last rows count although they are not predicted."""
-    sequence_length: int = 512
-    """T, tokens a row; documents are packed into rows and do not attend to each other."""
-    batch_size: int = 32
-    """Rows an optimiser step sees, over all accumulation steps."""
-    accumulation_steps: int = 1
-    """The batch is worked off in this many equal parts; the update is the same."""
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """adamw, or adafactor, which keeps squared gradients by row and column of each matrix of at
+    least 128 x 128 and so needs almost no memory for them. Both suit the same learning rates."""
     learning_rate: float = 1e-3
-    """Peak rate."""
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """Decay after warm-up. wsd (warmup-stable-decay) is flat, then linear to the final rate."""
     warmup_share: float = 0.05
@@ -57,157 +42,213 @@ class TrainConfig:
     final_rate_share: float = 0.1
     """Rate at the last step, as a share of the peak."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; vectors (norms, biases) are not decayed."""
-    optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """adafactor keeps squared gradients by row and column of each matrix (of 128 of both or more),
-    next to nothing, instead of each; for rates such as those of adamw."""
-    moments_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the optimiser's averages between steps: two of each parameter, of adafactor one."""
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
     beta1: float = 0.9
-    """Decay of the gradient average; of adafactor, that of updates, and none is kept if it is 0."""
+    """Decay of the running average of gradients (adamw) or of updates (adafactor). adafactor keeps
+    no such average if this is 0."""
     beta2: float = 0.95
-    """adamw's decay of the squared-gradient average; .95 as usual for language models."""
+    """Decay of adamw's running average of squared gradients; .95 is usual for language models."""
     clip_norm: float = 1.0
     """Gradients are scaled down to at most this global norm."""
-    skip_limit: int = 10
-    """Steps in a row after which a training is given up. A step is skipped, and counted, if its
-    loss or gradient is no number, or its loss far above those before it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """How languages are mixed, and which tokens an encoder predicts."""
+
     sampling_exponent: float = 0.3
-    """A language is seen in proportion to (its tokens) ** this: 0 is uniform, 1 proportional."""
-    max_passes: float = 0.0
-    """Of a language's text at most: what it may not have, the others get (with sampling_exponent 0,
-    UniMax); a grown expert is trained on fewer tokens. 0 sets no limit."""
+    """A language is sampled in proportion to (its tokens) ** this: 0 is uniform, 1 proportional."""
     mask_share: float = 0.15
-    """Share of the tokens that an encoder has to guess (.15 in BERT, .3 in ModernBERT)."""
+    """Share of the tokens that an encoder predicts (.15 in BERT, .3 in ModernBERT)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeConfig:
+    """Where and how a training runs. These settings may change whenever it is resumed."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products and, with bfloat16, of the matrices that a step reads and the gradients
-    that it finds, also where these are summed over devices; their masters, norms, softmax,
+    """Precision of matrix products and, with bfloat16, of the matrices that a step reads and of
+    their gradients, also where these are summed over devices. Master weights, norms, softmax,
     losses and sums over accumulated parts stay float32."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the optimiser's averages between steps: two values for each parameter with
+    adamw, one with adafactor."""
+    accumulation_steps: int = 1
+    """Number of equal parts in which a batch is computed; the update is the same."""
     rematerialise: bool = False
-    """Of each layer keep its input and what attention gave, and compute all else again on the way
-    back, instead of only what is cheap: half the memory for activations, a fifth more time."""
-    random_seed: int = 0
-    """Orders rows, and initialises a fresh model. A training that goes on from another on the same
-    text needs another, or it sees the same rows in the same order."""
+    """Whether the backward pass recomputes all of a layer but its input and the result of its
+    attention, instead of only what is cheap: half the memory for activations, a fifth more time."""
+    skip_limit: int = 10
+    """Number of consecutive skipped steps after which a training is given up. A step is skipped,
+    and counted, if its loss or gradient is not finite, or its loss far above those before it."""
     checkpoint_every: int = 200
     """Steps between checkpoints of the unfinished training."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
-    keep_every: int = 0
-    """Steps between further ones that are kept until the training is done; 0 keeps none."""
+    """Number of newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Steps between further checkpoints that are kept until the training is done; null keeps
+    none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     mesh_expert: int = 1
-    """Experts that are trained at a time in one program, each on devices of its own."""
-    mesh_data: int = 0
-    """Devices over which rows are spread; 0 takes all that the other mesh axes leave."""
+    """Experts that are trained at a time in one program, each on its own devices."""
+    mesh_data: int | None = None
+    """Devices over which rows are spread; null takes all that the other mesh axes leave."""
     mesh_fsdp: int = 1
     """Devices over which rows and each parameter are spread."""
     mesh_tensor: int = 1
     """Devices over which heads, feed-forward and vocabulary are spread."""
     tensorboard: bool = False
-    """Also write TensorBoard events, in RUN/logs (needs xelm[tensorboard])."""
+    """Whether to write TensorBoard events too, in RUN/logs (needs xelm[tensorboard])."""
     wandb: bool = False
-    """Also keep a run of Weights & Biases, in project WANDB_PROJECT or xelm (needs xelm[wandb])."""
+    """Whether to log to Weights & Biases too, in project WANDB_PROJECT or xelm (needs
+    xelm[wandb])."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """How much text a training reads. A growth may begin with another budget than its RUN's, since
+    its text may be much less or more than was planned for; it is resumed with the same."""
+
+    tokens: int
+    """Token budget, in positions of the rows of all steps, rounded to whole steps. The first token
+    of each document and the padding of last rows count, although they are not predicted."""
+    max_passes: float | None = None
+    """Most passes over the text of a language; null sets no limit. What a language may not have,
+    the others get (with data.sampling_exponent 0, UniMax); a grown expert is trained on fewer
+    tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(Budget):
+    """Settings of one training."""
+
+    sequence_length: int = 512
+    """T, tokens in a row; documents are packed into rows and do not attend to each other."""
+    batch_size: int = 32
+    """Rows in an optimiser step, over all accumulation steps."""
+    random_seed: int = 0
+    """Seed of the order of rows, and of a fresh model's parameters. A training that continues
+    another on the same text needs another seed, or it sees the same rows in the same order."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimiser and learning-rate schedule."""
+    data: DataConfig = DataConfig()
+    """Mixture of languages, and masking."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Precision, devices, checkpoints and logs, which may change when the training is resumed."""
 
     def __post_init__(self) -> None:
-        faults = []
-        for name in (
-            "tokens",
-            "sequence_length",
-            "batch_size",
-            "accumulation_steps",
-            "skip_limit",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-            "mesh_expert",
-            "mesh_fsdp",
-            "mesh_tensor",
-        ):
-            if getattr(self, name) < 1:
-                faults.append(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("warmup_share", "decay_share", "final_rate_share", "sampling_exponent"):
-            if not 0 <= getattr(self, name) <= 1:
-                faults.append(f"{name} must be between 0 and 1; got {getattr(self, name)}")
-        if not 0 <= self.max_passes < math.inf:
-            faults.append(f"max_passes must be at least 0; got {self.max_passes}")
-        if not 0 < self.mask_share < 1:
-            faults.append(f"mask_share must be between 0 and 1; got {self.mask_share}")
-        for name in ("learning_rate", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                faults.append(f"{name} must be above 0; got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                faults.append(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
-        # What changes by less than 1/256 is rounded to what it was: longer averages would stick.
-        averages = {"beta1": self.beta1}
-        if self.optimizer == "adamw":
-            averages["beta2"] = self.beta2
-        for name, value in averages.items() if self.moments_dtype == "bfloat16" else ():
-            if value > 0.95:
-                faults.append(f"{name} must be at most .95 for averages in bfloat16; got {value}")
-        for name in ("weight_decay", "keep_every", "mesh_data", "random_seed"):
-            if not 0 <= getattr(self, name) < 2**31:
-                faults.append(f"{name} must be at least 0; got {getattr(self, name)}")
-        if self.accumulation_steps > 0 and self.batch_size % self.accumulation_steps:
+        faults = [
+            *_faults(self, ("tokens", "sequence_length", "batch_size"), *_POSITIVE),
+            *_faults(self, ("max_passes",), lambda x: x is None or 0 < x < math.inf, "above 0"),
+            *_faults(self, ("random_seed",), *_NOT_NEGATIVE),
+            *_optimizer_faults(self.optimizer),
+            *_faults(self.data, ("sampling_exponent",), *_SHARE, "data."),
+            *_faults(self.data, ("mask_share",), lambda x: 0 < x < 1, "between 0 and 1", "data."),
+            *_runtime_faults(self.runtime),
+        ]
+        parts, every = self.runtime.accumulation_steps, self.runtime.checkpoint_every
+        if parts > 0 and self.batch_size % parts:
             faults.append(
-                f"batch_size must be a multiple of accumulation_steps; got {self.batch_size} and "
-                f"{self.accumulation_steps}"
+                "batch_size must be a multiple of runtime.accumulation_steps; got "
+                f"{self.batch_size} and {parts}"
             )
-        if self.checkpoint_every > 0 and self.keep_every % self.checkpoint_every:
+        if every > 0 and (self.runtime.keep_every or 0) % every:
             faults.append(
-                f"keep_every must be a multiple of checkpoint_every; got {self.keep_every} and "
-                f"{self.checkpoint_every}"
+                "runtime.keep_every must be a multiple of runtime.checkpoint_every; got "
+                f"{self.runtime.keep_every} and {every}"
             )
+        if self.runtime.moments_dtype == "bfloat16":
+            # Changes below 1/256 are rounded away: longer averages would never move.
+            names = ("beta1", "beta2") if self.optimizer.name == "adamw" else ("beta1",)
+            wanted = "at most .95 for averages in bfloat16"
+            faults += _faults(self.optimizer, names, lambda x: x <= 0.95, wanted, "optimizer.")
         if faults:
             raise ValueError("; ".join(faults[:5]))
 
     @property
     def tokens_per_step(self) -> int:
-        """Positions an optimiser step sees (padding and first tokens of documents included)."""
+        """Positions in an optimiser step (padding and first tokens of documents included)."""
         return self.batch_size * self.sequence_length
 
     @property
     def steps(self) -> int:
-        """Optimiser steps that fill the budget, at least one."""
+        """Number of optimiser steps that fill the budget, at least one."""
         return max(1, round(self.tokens / self.tokens_per_step))
+
+
+_POSITIVE = (lambda x: x >= 1), "at least 1"
+_POSITIVE_OR_NONE = (lambda x: x is None or x >= 1), "at least 1"
+_NOT_NEGATIVE = (lambda x: 0 <= x < 2**31), "at least 0"
+_SHARE = (lambda x: 0 <= x <= 1), "between 0 and 1"
+
+
+def _faults(
+    config: Any, names: Iterable[str], allowed: Callable[[Any], bool], wanted: str, part: str = ""
+) -> list[str]:
+    """Messages for the fields whose value is not allowed."""
+    values = {name: getattr(config, name) for name in names}
+    return [
+        f"{part}{name} must be {wanted}; got {value}"
+        for name, value in values.items()
+        if not allowed(value)
+    ]
+
+
+def _optimizer_faults(config: OptimizerConfig) -> list[str]:
+    rates, averages = ("learning_rate", "clip_norm"), ("beta1", "beta2")
+    shares = ("warmup_share", "decay_share", "final_rate_share")
+    part = "optimizer."
+    return [
+        *_faults(config, rates, lambda x: 0 < x < math.inf, "above 0", part),
+        *_faults(config, shares, *_SHARE, part),
+        *_faults(config, averages, lambda x: 0 <= x < 1, "at least 0 and below 1", part),
+        *_faults(config, ("weight_decay",), *_NOT_NEGATIVE, part),
+    ]
+
+
+def _runtime_faults(config: RuntimeConfig) -> list[str]:
+    steps = ("accumulation_steps", "skip_limit", "checkpoint_every", "keep_checkpoints")
+    counts = (*steps, "log_every", "mesh_expert", "mesh_fsdp", "mesh_tensor")
+    return [
+        *_faults(config, counts, *_POSITIVE, "runtime."),
+        *_faults(config, ("keep_every", "mesh_data"), *_POSITIVE_OR_NONE, "runtime."),
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """One X-ELM: its seed, its experts and what is grown later."""
+    """Settings of one X-ELM: its seed, its experts and what is grown later."""
 
     model: ModelConfig | None
-    """Shape of a fresh seed; None where the seed is a Hugging Face checkpoint."""
+    """Shape of a fresh seed; null where the seed is a Hugging Face checkpoint."""
     model_type: Literal["llama", "xglm"] = "llama"
     """Family that a fresh seed is written as."""
     tokenizer_exponent: float = 0.3
     """A language's share of the tokenizer's training text is its bytes ** this."""
-    start_token: StartToken = "config"
-    """What stands before every text, in training and after: "tokenizer" is what the seed's
-    tokenizer itself puts there, which may be nothing; "bos" and "eos" are its special tokens of
-    these names; "config" is what the tokenizer puts there or else the bos of config.json, which
-    RUNs have that were made before this setting."""
+    start_token: StartToken = "tokenizer"
+    """Token before every text, in training and after: "tokenizer" is what the seed's tokenizer
+    itself puts there, which may be nothing; "bos" and "eos" are its special tokens of these names;
+    "config" is what the tokenizer puts there or else the bos of config.json."""
     seed: TrainConfig
     """Training of a fresh seed; not used where the seed is given."""
     experts: TrainConfig
     """Training of all experts together: `tokens` is the total, of which each expert gets the share
     of its languages."""
     dense_learning_rate: float
-    """Peak rate of the dense baseline, which is otherwise trained as the experts are."""
+    """Peak learning rate of the dense baseline, which is otherwise trained as the experts are."""
     dense_batch_size: int
-    """Rows a step of the dense baseline. It has the tokens of all experts for one model, so it
-    bears larger batches than they do; with theirs it would be no fair baseline."""
+    """Rows in a step of the dense baseline. It has the tokens of all experts for one model, so it
+    needs larger batches than they do to be a fair baseline."""
     grow: TrainConfig
     """Training of one grown expert."""
     donor_share: float = 0.25
-    """Share of a grown expert's rows that are of its parent's languages."""
+    """Share of a grown expert's rows that are in its parent's languages."""
     weights_dtype: Literal["seed", "float32", "bfloat16"] = "seed"
-    """Of the published weights of experts and dense baseline, which are rounded to it from the
-    float32 that training keeps; seed: that of the seed's weights."""
+    """Precision of the published weights of experts and dense baseline, which are rounded to it
+    from the float32 of training; seed: that of the seed's weights."""
     vectoriser_dimensions: int = 100
-    """Of the TF-IDF vectors that clusters of documents and TF-IDF routing use."""
+    """Dimensions of the TF-IDF vectors that clusters of documents and TF-IDF routing use."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.donor_share < 1:
@@ -228,16 +269,12 @@ class RunConfig:
                     f"{self.grow.random_seed} and {other}"
                 )
         for name, one in {"seed": self.seed, "grow": self.grow}.items():
-            if one.mesh_expert != 1:
-                raise ValueError(f"{name} is one model; its mesh_expert must be 1")
-        if self.vectoriser_dimensions < 1:
-            raise ValueError(
-                f"vectoriser_dimensions must be at least 1; got {self.vectoriser_dimensions}"
-            )
-        if not 0 <= self.tokenizer_exponent <= 1:
-            raise ValueError(
-                f"tokenizer_exponent must be between 0 and 1; got {self.tokenizer_exponent}"
-            )
+            if one.runtime.mesh_expert != 1:
+                raise ValueError(f"{name} is one model; {name}.runtime.mesh_expert must be 1")
+        faults = _faults(self, ("vectoriser_dimensions",), *_POSITIVE)
+        faults += _faults(self, ("tokenizer_exponent",), *_SHARE)
+        if faults:
+            raise ValueError("; ".join(faults))
         try:
             _ = self.dense  # made to be checked
         except ValueError as error:
@@ -245,18 +282,14 @@ class RunConfig:
 
     @property
     def dense(self) -> TrainConfig:
-        """Training of the dense baseline: the tokens of all experts together, seen in the same
-        shares, with a rate and a batch of its own."""
-        return dataclasses.replace(
-            self.experts,
-            learning_rate=self.dense_learning_rate,
-            batch_size=self.dense_batch_size,
-            mesh_expert=1,
-        )
+        """Training of the dense baseline: the tokens of all experts together, sampled in the same
+        shares, with a learning rate and a batch size of its own."""
+        changes = {"batch_size": self.dense_batch_size, "runtime.mesh_expert": 1}
+        return vary(self.experts, changes | {"optimizer.learning_rate": self.dense_learning_rate})
 
 
 def explained(config: Any, indent: str = "") -> Iterator[str]:
-    """Lines of YAML with every value of a configuration below what it means."""
+    """Lines of YAML: every value of a configuration, below a comment that explains it."""
     import yaml  # by which 1e-06 is text, and 1.0e-06 a number
 
     notes = _notes(type(config))
@@ -272,14 +305,15 @@ def explained(config: Any, indent: str = "") -> Iterator[str]:
 
 
 def _notes(kind: type) -> dict[str, str]:
-    """Field -> the string below it, which Python does not keep."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-    assert isinstance(body, ast.ClassDef)
+    """Explanation of each field: the string below it in the source, which Python does not keep."""
     found = {}
-    for field, note in itertools.pairwise(body.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            assert isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant)
-            found[field.target.id] = " ".join(str(note.value.value).split())
+    for one in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, note in itertools.pairwise(body.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                assert isinstance(note, ast.Expr) and isinstance(note.value, ast.Constant)
+                found[field.target.id] = " ".join(str(note.value.value).split())
     return found
 
 
@@ -288,77 +322,109 @@ def to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def with_defaults(kind: type, value: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON values of a configuration of that type, with the defaults of those fields that its
-    version did not have yet: a default means what was done before there was a choice."""
-    hints, found = typing.get_type_hints(kind), dict(value)
-    for field in dataclasses.fields(kind):
-        nested, item = _dataclass_of(hints[field.name]), found.get(field.name)
-        if nested and isinstance(item, Mapping):
-            found[field.name] = with_defaults(nested, item)
-        elif field.name not in found and field.default is not dataclasses.MISSING:
-            found[field.name] = json.loads(json.dumps(field.default, default=dataclasses.asdict))
-    return found
-
-
-def from_json(kind: type, value: Mapping[str, Any]) -> Any:
-    """A configuration of that type from JSON values; unknown and missing fields are refused."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    unknown = [name for name in value if name not in fields]
+def from_json(kind: type[Config], value: Mapping[str, Any], path: str = "") -> Config:
+    """Makes a configuration of type `kind` from JSON values. Raises UserError for unknown, missing
+    and wrong fields; path: where the values stand in a larger configuration."""
+    hints, arguments = typing.get_type_hints(kind), {}
+    unknown = [name for name in value if name not in hints]
     if unknown:
-        raise UserError(f"{kind.__name__} has no field {', '.join(unknown[:5])}")
-    arguments = {}
+        raise UserError(f"{path or kind.__name__} has no field {', '.join(unknown[:5])}")
     for name, item in value.items():
         nested = _dataclass_of(hints[name])
         if nested and item is not None:
-            item = from_json(nested, item)
+            item = from_json(nested, item, f"{path}.{name}" if path else name)
         arguments[name] = tuple(item) if isinstance(item, list) else item
     try:
         return kind(**arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{kind.__name__}: {error}") from error
+        raise UserError(f"{path or kind.__name__}: {error}") from error
 
 
-def override(config: RunConfig, settings: Iterable[str]) -> RunConfig:
-    """The configuration with settings such as "experts.tokens=3e6" or "seed.dtype=bfloat16", in
-    any order: it is checked once all are made."""
-    values = to_json(config)
+def vary(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns the configuration with other values at some paths, such as {"experts.tokens": 7}. As
+    `dataclasses.replace`, but of nested fields; it is checked once all are made."""
+    parts: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        parts.setdefault(name, {})[rest] = value
+    values = {}
+    for name, inner in parts.items():
+        try:
+            values[name] = inner[""] if "" in inner else vary(getattr(config, name), inner)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return replace(config, **values)  # type: ignore[type-var]
+
+
+def override(config: Config, settings: Iterable[str]) -> Config:
+    """Returns the configuration with settings such as "experts.tokens=3e6" or
+    "seed.runtime.dtype=bfloat16". Their order does not matter: the result is checked once all are
+    made. Raises UserError for an unknown name, with the nearest that exists."""
+    known, changes = dict(_paths(config)), {}
     for setting in settings:
         path, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"a setting is NAME=VALUE, such as experts.tokens=3e6; got {setting!r}")
-        _set(values, RunConfig, path.split("."), text, setting)
-    return from_json(RunConfig, values)
+        if path not in known:
+            raise UserError(f"{setting!r}: there is no setting {path!r}; {_nearest(path, known)}")
+        changes[path] = _parsed(known[path], text, setting)
+    try:
+        return vary(config, changes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def check_free(settings: Iterable[str], part: str) -> None:
-    """Raises UserError for a setting that is no `FREE` one of "experts" or "grow", and of "grow"
-    none `OF_GROWTH` either."""
-    allowed = (*OF_GROWTH, *FREE) if part == "grow" else FREE
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names each value of `new` that is not as in `old`, as in "seed.tokens was 3, now 7"."""
+    for name, value in new.items():
+        before, path = old.get(name), f"{prefix}{name}"
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            yield from differences(before, value, f"{path}.")
+        elif before != value:
+            yield f"{path} was {before!s:.80}, now {value!s:.80}"
+
+
+def check_resumable(settings: Iterable[str], part: str) -> None:
+    """Raises UserError for a setting that cannot change once a RUN is made: all but those of
+    `RuntimeConfig` in the part "experts" or "grow" and, in "grow", of `Budget`."""
+    allowed = {f"{part}.runtime.{field.name}" for field in dataclasses.fields(RuntimeConfig)}
+    budget = [f"grow.{field.name}" for field in dataclasses.fields(Budget)] * (part == "grow")
     for setting in settings:
         name = setting.partition("=")[0]
-        if name not in [f"{part}.{free}" for free in allowed]:
+        if name not in {*allowed, *budget}:
+            others = "".join(f", and {one}" for one in budget)
             raise UserError(
-                f"{name} is not to be changed once a RUN is made; here {part}.NAME=VALUE may be "
-                f"set for {', '.join(allowed)}"
+                f"{name} cannot change once a RUN is made; here {part}.runtime.NAME may be set"
+                f"{others} ({_nearest(name, allowed)})"
             )
 
 
-def _set(values: dict[str, Any], kind: type, path: list[str], text: str, setting: str) -> None:
-    name, *rest = path
-    hints = typing.get_type_hints(kind)
-    if name not in hints:
-        raise UserError(f"{setting!r}: there is no {name!r}; there are {', '.join(hints)}")
-    if not rest:
-        values[name] = _parsed(hints[name], text, setting)
-    elif isinstance(values[name], dict):
-        _set(values[name], _dataclass_of(hints[name]), rest, text, setting)
-    else:
-        raise UserError(f"{setting!r}: {name} has no parts here")
+def _paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and type of each setting that can be changed, such as "experts.optimizer.beta1"."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint
+
+
+def _nearest(path: str, known: Iterable[str]) -> str:
+    """Names the setting that an unknown one most likely means: last parts count as much as all."""
+
+    def likeness(other: str) -> float:
+        pairs = ((path, other), (path.rpartition(".")[2], other.rpartition(".")[2]))
+        return sum(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    return f"the nearest is {max(known, key=likeness)}"
 
 
 def _parsed(hint: Any, text: str, setting: str) -> Any:
+    """The value of a setting, of the type that its field has."""
+    if isinstance(hint, types.UnionType):
+        hint, *_ = (option for option in typing.get_args(hint) if option is not types.NoneType)
+        if text == "null":
+            return None
     if typing.get_origin(hint) is Literal:
         known = typing.get_args(hint)
         if text not in known:
@@ -378,5 +444,6 @@ def _parsed(hint: Any, text: str, setting: str) -> Any:
 
 
 def _dataclass_of(hint: Any) -> Any:
+    """The dataclass in a type, which may also allow None; None where there is no dataclass."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((option for option in options if dataclasses.is_dataclass(option)), None)

@@ -3,25 +3,24 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from xelm.config import RunConfig, TrainConfig
+from xelm.config import DataConfig, OptimizerConfig, RunConfig, RuntimeConfig, TrainConfig
 from xelm.models.config import ModelConfig
 
 
 def quickstart() -> RunConfig:
     """`xelm quickstart`: the embedded sample corpus on a CPU, within five minutes on two cores.
-    Each language is passed over equally often, since the smallest are soon known by heart."""
+    Each language is passed over equally often, since a model soon knows the smallest by heart."""
     seed = TrainConfig(
         tokens=1_000_000,
         sequence_length=128,
         batch_size=16,
-        learning_rate=3e-3,
-        sampling_exponent=1.0,
-        checkpoint_every=200,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        data=DataConfig(sampling_exponent=1.0),
     )
     # The best of those tried for experts and for dense: docs/log.md, 2026-11-21.
-    experts = replace(seed, batch_size=4, learning_rate=8e-3, random_seed=1)
+    rate = OptimizerConfig(learning_rate=8e-3)
+    experts = replace(seed, batch_size=4, optimizer=rate, random_seed=1)
     return RunConfig(
-        start_token="tokenizer",
         model=_llama(vocabulary_size=4096, width=64, layers=2, head_size=32, max_length=512),
         seed=seed,
         experts=experts,
@@ -34,43 +33,44 @@ def quickstart() -> RunConfig:
 def tiny() -> RunConfig:
     """About 2 M parameters for corpora of some 10 MB: `xelm init RUN --preset tiny --corpus DIR`,
     an hour on two CPU cores."""
-    train = TrainConfig(
+    seed = TrainConfig(
         tokens=16_000_000,
         sequence_length=256,
         batch_size=16,
-        learning_rate=3e-3,
-        sampling_exponent=0.0,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        data=DataConfig(sampling_exponent=0.0),
     )
+    rate = OptimizerConfig(learning_rate=5e-4)
+    experts = replace(seed, tokens=8_000_000, batch_size=4, optimizer=rate, random_seed=1)
     return RunConfig(
-        start_token="tokenizer",
         model=_llama(vocabulary_size=8192, width=128, layers=5, head_size=32, max_length=1024),
-        seed=train,
-        experts=replace(train, tokens=8_000_000, batch_size=4, learning_rate=5e-4, random_seed=1),
+        seed=seed,
+        experts=experts,
         dense_learning_rate=5e-4,
         dense_batch_size=64,
-        grow=replace(train, tokens=1_000_000, batch_size=4, learning_rate=5e-4, random_seed=2),
+        grow=replace(experts, tokens=1_000_000, random_seed=2),
     )
 
 
 def small() -> RunConfig:
     """About 58 M parameters for corpora of some GB on one GPU:
     `xelm init RUN --preset small --corpus DIR`."""
-    train = TrainConfig(
+    seed = TrainConfig(
         tokens=2_000_000_000,
         sequence_length=1024,
         batch_size=64,
-        learning_rate=1e-3,
-        dtype="bfloat16",
-        checkpoint_every=500,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        runtime=RuntimeConfig(dtype="bfloat16", checkpoint_every=500),
     )
+    rate = OptimizerConfig(learning_rate=5e-4)
+    experts = replace(seed, tokens=1_000_000_000, optimizer=rate, random_seed=1)
     return RunConfig(
-        start_token="tokenizer",
         model=_llama(vocabulary_size=64_000, width=512, layers=8, head_size=64, max_length=2048),
-        seed=train,
-        experts=replace(train, tokens=1_000_000_000, learning_rate=5e-4, random_seed=1),
+        seed=seed,
+        experts=experts,
         dense_learning_rate=5e-4,
         dense_batch_size=64,
-        grow=replace(train, tokens=100_000_000, learning_rate=5e-4, random_seed=2),
+        grow=replace(experts, tokens=100_000_000, random_seed=2),
     )
 
 
@@ -82,14 +82,12 @@ def hub() -> RunConfig:
         tokens=1_000_000_000,
         sequence_length=1024,
         batch_size=32,
-        accumulation_steps=4,
-        learning_rate=1e-4,
-        dtype="bfloat16",
-        rematerialise=True,
-        checkpoint_every=500,
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        runtime=RuntimeConfig(
+            dtype="bfloat16", accumulation_steps=4, rematerialise=True, checkpoint_every=500
+        ),
     )
     return RunConfig(
-        start_token="tokenizer",
         model=None,
         seed=train,
         experts=train,

@@ -202,7 +202,7 @@ BRANCH = Verb("record one expert for each cluster", _branch_options, _branch)
 
 def _train_options(verb: argparse.ArgumentParser) -> None:
     add_run(verb)
-    add_settings(verb, "run otherwise this time, as in experts.mesh_fsdp=4; may be repeated")
+    add_settings(verb, "run otherwise this time: experts.runtime.mesh_fsdp=4; may be repeated")
     verb.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
     verb.add_argument("--all", action="store_true", help="train every expert not trained yet")
     verb.add_argument(
@@ -239,7 +239,7 @@ def _train_options(verb: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from xelm import tables
-    from xelm.config import check_free
+    from xelm.config import check_resumable
     from xelm.runs.budget import check_disk
     from xelm.runs.progress import progress
     from xelm.runs.run import open_run
@@ -260,7 +260,7 @@ def _train(options: argparse.Namespace) -> None:
         from xelm.training.hosts import join
 
         join()
-    check_free(options.settings, "experts")
+    check_resumable(options.settings, "experts")
     run = open_run(options.run, settings=options.settings)
     names = list(dict.fromkeys(options.names))
     if options.all:
@@ -276,7 +276,7 @@ def _train(options: argparse.Namespace) -> None:
                 f"{name} is grown; go on with: xelm grow {options.run} --language {tag}"
             )
     if options.dry_run:
-        together = max(options.jobs, run.config.experts.mesh_expert)
+        together = max(options.jobs, run.config.experts.runtime.mesh_expert)
         plans = plans_of(run, names, dense=options.dense)
         _print_plans(options, plans)
         check_disk(run.directory, plans, together=together)
@@ -326,7 +326,8 @@ TRAIN = Verb("train experts, or the dense baseline; resumes by itself", _train_o
 def _grow_options(verb: argparse.ArgumentParser) -> None:
     add_run(verb)
     add_settings(
-        verb, "run otherwise this time, as in grow.mesh_fsdp=4, or grow.tokens=N; may be repeated"
+        verb,
+        "run otherwise this time: grow.runtime.mesh_fsdp=4, or grow.tokens=N; may be repeated",
     )
     verb.add_argument(
         "--language", required=True, metavar="XX", help="language that the new expert learns"
@@ -351,12 +352,12 @@ def _grow_options(verb: argparse.ArgumentParser) -> None:
 
 def _grow(options: argparse.Namespace) -> None:
     from xelm import tables
-    from xelm.config import check_free
+    from xelm.config import check_resumable
     from xelm.runs.growing import grow, plan_growth
     from xelm.runs.run import open_run
     from xelm.runs.texts import LanguageText
 
-    check_free(options.settings, "grow")
+    check_resumable(options.settings, "grow")
     run = open_run(options.run, settings=options.settings)
     if options.dry_run:
         expert, plan, text = plan_growth(

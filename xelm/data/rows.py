@@ -203,15 +203,15 @@ def _rounded(dividend: int, divisor: int) -> int:
 
 
 def sampling_shares(
-    tokens: Mapping[str, int], exponent: float, *, budget: int = 0, max_passes: float = 0.0
+    tokens: Mapping[str, int], exponent: float, *, budget: int = 0, max_passes: float | None = None
 ) -> dict[str, float]:
     """Share of each language in a training of `budget` tokens: in proportion to its tokens **
     exponent (Conneau et al. 2020, section 3.1; 0 is uniform, 1 proportional), but so that none is
-    passed over more than `max_passes` times, if that is not 0: what one may not have, the others
-    get in the same proportion. With exponent 0 this is UniMax (Chung et al. 2023, arXiv 2304.09151,
-    algorithm 1). UserError if all together have not enough text."""
+    passed over more than `max_passes` times, if there is such a limit: what one may not have, the
+    others get in the same proportion. With exponent 0 this is UniMax (Chung et al. 2023, arXiv
+    2304.09151, algorithm 1). UserError if all together have not enough text."""
     most = dict.fromkeys(tokens, math.inf)
-    if max_passes:
+    if max_passes is not None:
         most = {language: max_passes * count / budget for language, count in tokens.items()}
         if sum(most.values()) < 1 - 1e-9:
             raise UserError(

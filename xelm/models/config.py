@@ -23,7 +23,7 @@ class Rope:
     yarn: Peng et al. 2023, arXiv 2309.00071."""
     factor: float = 1.0
     """Low frequencies are divided by this (all of them, if linear)."""
-    original_length: int = 0
+    original_length: int | None = None
     """Longest sequence before the scaling, in tokens; read by llama3 and yarn."""
     slowest: float = 1.0
     """Frequencies with fewer turns than this over the original length are divided by the whole
@@ -42,7 +42,7 @@ class Rope:
                 f"theta and factor must be above 0; got {self.theta} and {self.factor}"
             )
         if self.scaling in ("llama3", "yarn"):
-            if self.original_length < 1:
+            if self.original_length is None or self.original_length < 1:
                 raise ValueError(f"rope scaling {self.scaling} needs original_length")
             if self.slowest >= self.fastest:
                 raise ValueError(

@@ -20,6 +20,7 @@ def rope_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H2"]:
         return slow
     # Between the slowest and the fastest, the two are blended: with share 1 nothing is divided.
     if rope.scaling == "llama3":
+        assert rope.original_length is not None  # Rope checks it
         turns = rope.original_length * frequencies / (2 * math.pi)
         share = (turns - rope.slowest) / (rope.fastest - rope.slowest)
     else:
@@ -35,6 +36,7 @@ def rope_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H2"]:
 
 def _dimension(rope: Rope, head_size: int, turns: float) -> float:
     """The pair of a head with so many turns over the original length; Peng et al. 2023, eq. 17."""
+    assert rope.original_length is not None  # Rope checks it
     wavelength = rope.original_length / (turns * 2 * math.pi)
     return head_size * math.log(wavelength) / (2 * math.log(rope.theta))
 

@@ -107,7 +107,8 @@ def check_disk(directory: Path, plans: Sequence[Plan], *, together: int = 1) -> 
     if needed > free:
         raise UserError(
             f"{directory} has {size(free)} of disk left, and {_names(plans)} would write up to "
-            f"{size(needed)} (checkpoints and weights); make room, or lower keep_checkpoints"
+            f"{size(needed)} (checkpoints and weights); make room, or lower "
+            "runtime.keep_checkpoints"
         )
 
 
@@ -190,12 +191,13 @@ def _tokens(source: Source) -> int:
 
 def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
     """Of all checkpoints at the worst moment: those kept, and the one being written."""
-    average = 2 if config.moments_dtype == "bfloat16" else 4
-    averages = 2 * average if config.optimizer == "adamw" else average * (config.beta1 > 0)
-    saved = -(-config.steps // config.checkpoint_every)
-    kept = min(saved, config.keep_checkpoints + 1)
-    if config.keep_every:
-        kept = min(saved, kept + config.steps // config.keep_every)
+    optimizer, runtime = config.optimizer, config.runtime
+    average = 2 if runtime.moments_dtype == "bfloat16" else 4
+    averages = 2 * average if optimizer.name == "adamw" else average * (optimizer.beta1 > 0)
+    saved = -(-config.steps // runtime.checkpoint_every)
+    kept = min(saved, runtime.keep_checkpoints + 1)
+    if runtime.keep_every is not None:
+        kept = min(saved, kept + config.steps // runtime.keep_every)
     return kept * (4 + averages) * model.parameter_count
 
 
@@ -226,7 +228,8 @@ def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | N
             continue
         if other == name or _shape(its) == _shape(config):
             return rate, f"{other} was here" if other != name else "it was until now"
-        if (its.sequence_length, its.dtype) == (config.sequence_length, config.dtype):
+        same_length = its.sequence_length == config.sequence_length
+        if same_length and its.runtime.dtype == config.runtime.dtype:
             rates.append((rate, f"{other} was here, in batches of {its.batch_size}"))
     return rates[0] if rates else None
 
@@ -244,9 +247,10 @@ def _trainings(run: Run, name: str, config: TrainConfig) -> Iterator[tuple[str, 
 
 def _shape(config: TrainConfig) -> tuple:
     """What the rate of a training depends on beside the model and the machine."""
-    rows = (config.sequence_length, config.batch_size, config.accumulation_steps)
-    mesh = (config.mesh_expert, config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
-    return *rows, config.dtype, config.rematerialise, *mesh
+    rows = (config.sequence_length, config.batch_size, config.runtime.accumulation_steps)
+    where = config.runtime
+    mesh = (where.mesh_expert, where.mesh_data, where.mesh_fsdp, where.mesh_tensor)
+    return *rows, where.dtype, where.rematerialise, *mesh
 
 
 def _rate(path: Path, config: TrainConfig) -> float | None:
@@ -269,7 +273,7 @@ def _estimated_rate(config: TrainConfig, model: ModelConfig) -> tuple[float, str
 
     # Several devices of the platform `cpu` share the same cores.
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
-    most = peak(config.dtype, devices)
+    most = peak(config.runtime.dtype, devices)
     if most is None:
         rate = estimated_rate(model, config)
         return devices * rate, "one layer's forward and backward pass, measured here"

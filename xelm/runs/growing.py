@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +12,7 @@ from experts.expert import SEED, Expert, parse_reference
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
 from experts.registry import Registry
-from xelm.config import OF_GROWTH, TrainConfig
+from xelm.config import Budget, TrainConfig
 from xelm.data import corpus as corpora
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import Source
@@ -136,11 +136,11 @@ def _origin(
     return nearest.expert.name, nearest.reason, [*nearest.warnings, line]
 
 
-def _own_settings(run: Run) -> dict[str, int | float]:
+def _own_settings(run: Run) -> dict[str, int | float | None]:
     """The settings of this growth alone: name, such as `grow.tokens`, to value."""
     given = {setting.partition("=")[0] for setting in run.settings}
-    names = [name for name in OF_GROWTH if f"grow.{name}" in given]
-    return {f"grow.{name}": getattr(run.config.grow, name) for name in names}
+    budget = {f"grow.{field.name}": field.name for field in fields(Budget)}
+    return {name: getattr(run.config.grow, budget[name]) for name in budget if name in given}
 
 
 def _going_on(
@@ -175,7 +175,11 @@ def _going_on(
                 f"{started.reference} is in training already, with {name}={before}; got {value}. "
                 f"Go on without it, {give_up}"
             )
-    again = [f"{name}={value}" for name, value in began.items() if name not in _own_settings(run)]
+    again = [
+        f"{name}={'null' if value is None else value}"
+        for name, value in began.items()
+        if name not in _own_settings(run)
+    ]
     return replace(run, settings=[*run.settings, *again]), store
 
 
@@ -205,10 +209,12 @@ def _job(run: Run, registry: Registry, expert: Expert, store: Store) -> Job:
 
 def _within_passes(tag: str, sources: Sequence[Source], config: TrainConfig) -> TrainConfig:
     """The configuration with as many whole steps as pass over no language more often than
-    `max_passes`, if that is not 0."""
+    `max_passes`, if there is such a limit."""
+    if config.max_passes is None:
+        return config
     most = max(passes(sources, config).values()) / config.steps
     steps = int(config.max_passes / most + 1e-9)
-    if not config.max_passes or steps >= config.steps:
+    if steps >= config.steps:
         return config
     if not steps:
         raise UserError(

@@ -80,8 +80,7 @@ def init(
     if clusters is not None:
         check_languages(given.languages, clusters)
     with _fresh_lock(directory):
-        cached = None if seed is None else base_model_of(seed, None)
-        run = create_run(directory, given.config, given.facts, {"base_model": cached})
+        run = create_run(directory, given.config, given.facts)
         if run.record.get("keep_duplicates", False) != keep_duplicates:
             raise UserError(f"{directory} was begun with --keep-duplicates; use it again")
         if seed is None:

@@ -1,7 +1,8 @@
 """Where experts are trained, if not in turn here: side by side in processes, or over Ray.
 
-Each expert (or each `experts.mesh_expert` of them, which share a program) is a job of its own that
-starts, ends and fails apart from the others. Every way returns why experts failed, by name.
+Each expert (or each `experts.runtime.mesh_expert` of them, which share a program) is a job of its
+own that starts, ends and fails apart from the others. Every way returns why experts failed, by
+name.
 """
 
 import os
@@ -120,7 +121,7 @@ def over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
 
 
 def _groups(run: Run, names: Sequence[str]) -> list[list[str]]:
-    size = run.config.experts.mesh_expert
+    size = run.config.experts.runtime.mesh_expert
     left = {expert.name for expert in run.registry().training()}
     names = [name for name in names if name in left]
     return [list(names[first : first + size]) for first in range(0, len(names), size)]

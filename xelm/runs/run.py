@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from clustering.clustering import Clustering
@@ -13,13 +12,16 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, read_json, write_json
 from clustering.vectoriser import Vectoriser
 from experts.registry import Registry
-from xelm.config import FREE, RunConfig, from_json, override, to_json, with_defaults
+from xelm.config import RunConfig, differences, from_json, override, to_json
 
 if TYPE_CHECKING:
     from xelm.data.corpus import AnyCorpus
     from xelm.data.store import Store
     from xelm.data.tokenizer import Tokenizer
     from xelm.inference.ensemble import Ensemble
+
+FORMAT = 2
+"""Format of run.json; 1 had flat settings of trainings."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +33,7 @@ class Run:
     record: Mapping[str, Any]
     """run.json."""
     settings: Sequence[str] = ()
-    """Such as "experts.dtype=bfloat16", for now in place of what run.json says."""
+    """Such as "experts.runtime.dtype=bfloat16", for now in place of what run.json says."""
 
     @property
     def config(self) -> RunConfig:
@@ -41,7 +43,7 @@ class Run:
         except UserError as error:
             made = f"made by xelm {self.record.get('xelm')}"
             raise UserError(f"{self.directory / 'run.json'}, {made}: {error}") from error
-        return override(config, self.settings)
+        return override(config, self.settings) if self.settings else config
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -181,7 +183,12 @@ def open_run(directory: str | Path, *, finished: bool = True, settings: Sequence
     path = Path(directory) / "run.json"
     if not path.exists():
         raise UserError(f"{directory} is no RUN: it has no run.json; make one with xelm init")
-    record = read_json(path)
+    record = read_json(path, newest_format=FORMAT)
+    if record["format"] < FORMAT:
+        raise UserError(
+            f"{path} is of format {record['format']}, of xelm {record.get('xelm')}, and this xelm "
+            f"reads format {FORMAT}; use that version, or make the RUN again with xelm init"
+        )
     missing = [key for key in ("config", "languages", "corpus") if key not in record]
     if missing:
         raise UserError(f"{path} lacks {', '.join(map(repr, missing))}")
@@ -202,16 +209,9 @@ def refuse_other_files(directory: str | Path) -> None:
         raise UserError(f"{directory} exists and is no RUN; give a new or empty directory")
 
 
-def create_run(
-    directory: str | Path,
-    config: RunConfig,
-    facts: Mapping[str, Any],
-    earlier: Mapping[str, Any] = MappingProxyType({}),
-) -> Run:
-    """Makes the directory with its run.json, or opens it if that says the same but for the `FREE`
-    settings of the seed's training. Another configuration in its place is refused. Settings that
-    the run.json of an earlier version lacks have their defaults; earlier: facts that it may lack.
-    """
+def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any]) -> Run:
+    """Makes the directory with its run.json, or opens it if that says the same but for the runtime
+    settings of the seed's training. Another configuration in its place is refused."""
     from xelm.version import __version__
 
     directory = Path(directory)
@@ -221,14 +221,12 @@ def create_run(
     more = present - {"run.json", ".locks"}
     if "run.json" in present:
         run = open_run(directory, finished=False)
-        if "start_token" not in run.record["config"] and config.start_token == "tokenizer":
-            # A preset's, which asks for another than was used before this setting.
-            del wanted["config"]["start_token"]
-        before = {**earlier, **run.record, "config": with_defaults(RunConfig, run.record["config"])}
-        # What a corpus holds counts, not where it lies.
-        differ = _differences(before, {**wanted, "corpus": run.record["corpus"]})
+        # What a corpus contains counts, not where it lies; the seed's training may be resumed
+        # elsewhere and otherwise.
+        found = differences(run.record, {**wanted, "corpus": run.record["corpus"]})
+        named = [each.removeprefix("config.") for each in found]
+        differ = [each for each in named if not each.startswith("seed.runtime.")]
         if not differ:
-            # Where and how the seed's training runs may be another each time.
             return replace(run, record={**run.record, "config": wanted["config"]})
         # With nothing beside it, it is of a beginning that failed at once, and is begun anew.
         if more:
@@ -239,21 +237,6 @@ def create_run(
             )
     directory.mkdir(parents=True, exist_ok=True)
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    record = {"format": 1, "xelm": __version__, "command": command, **wanted}
+    record = {"format": FORMAT, "xelm": __version__, "command": command, **wanted}
     write_json(directory / "run.json", record)
     return open_run(directory, finished=False)
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Each value that is not as in `old`, with its name as in a setting, but for what may differ
-    each time that a seed's training goes on."""
-    found = []
-    for name, value in new.items():
-        before, path = old.get(name), f"{prefix}{name}"
-        if prefix == "seed." and name in FREE:
-            continue
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            found += _differences(before, value, "" if path == "config" else f"{path}.")
-        elif before != value:
-            found.append(f"{path} was {before!s:.80}, now {value!s:.80}")
-    return found

@@ -112,8 +112,8 @@ class Job:
 
 
 def train_experts(run: Run, names: Sequence[str]) -> None:
-    """Trains and publishes the named experts, `experts.mesh_expert` of them at a time in one
-    program; published ones are left alone. Raises the first fault once all were tried."""
+    """Trains and publishes the named experts, `experts.runtime.mesh_expert` of them at a time in
+    one program; published ones are left alone. Raises the first fault once all were tried."""
     for error in try_experts(run, names).values():
         raise error
 
@@ -124,7 +124,7 @@ def try_experts(
     """The same, but returns why experts failed, by name. wait_seconds: for somebody else who trains
     one of them."""
     plans = plans_of(run, names)
-    together, failures = run.config.experts.mesh_expert, {}
+    together, failures = run.config.experts.runtime.mesh_expert, {}
     first_does(functools.partial(check_disk, run.directory, plans, together=together))
     for first in range(0, len(names), together):
         group = names[first : first + together]
@@ -249,7 +249,7 @@ def shares_of(config: TrainConfig, languages: Mapping[str, LanguageIds]) -> dict
     """Of each language in a training, as its settings say."""
     return sampling_shares(
         {tag: len(ids.ids) for tag, ids in languages.items()},
-        config.sampling_exponent,
+        config.data.sampling_exponent,
         budget=config.tokens,
         max_passes=config.max_passes,
     )

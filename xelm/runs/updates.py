@@ -5,7 +5,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from clustering.internal import Updates
 from clustering.languages import canonical_all
 from experts.lock import locked
 from experts.verify import hash_directory
-from xelm.config import TrainConfig, to_json
+from xelm.config import TrainConfig, to_json, vary
 from xelm.data.rows import Source
 from xelm.data.store import LanguageIds
 from xelm.models.checkpoint import load_parameters, read_config
@@ -49,7 +48,8 @@ def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10
     dense = run.config.dense
     budget = steps * dense.tokens_per_step
     # Decay would move the weights the same way for every language.
-    config = replace(dense, tokens=budget, checkpoint_every=steps, weight_decay=0.0)
+    changes = {"optimizer.weight_decay": 0.0, "runtime.checkpoint_every": steps}
+    config = vary(dense, {"tokens": budget, **changes})
     seed = {f"seed/{name}": found for name, found in hash_directory(run.seed).items()}
     made_from = {**seed, "corpus": str(store.record["corpus_sha256"])}
     facts = json.dumps([to_json(config), made_from], sort_keys=True)

@@ -44,7 +44,7 @@ class Account:
         self._clock, self._step, self._tokens = time.perf_counter(), first, sum(seen.values())
         self._preparing = 0.0
         self._flops = of_a_token(model, config.sequence_length) * config.tokens_per_step
-        self._peak = peak(config.dtype, devices)
+        self._peak = peak(config.runtime.dtype, devices)
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -65,7 +65,7 @@ class Account:
 
     def due(self, step: int) -> bool:
         """Whether a step is reported whatever else happens. Reports wait for the device."""
-        return step == 1 or step % self._config.log_every == 0
+        return step == 1 or step % self._config.runtime.log_every == 0
 
     def report(
         self, step: int, metrics: Metrics, rate: float, batch: Mapping[str, np.ndarray]
@@ -79,12 +79,12 @@ class Account:
                 f"{self._label} has {found} before anything was learned: look at what it starts "
                 "from"
             )
-        if metrics.most_in_a_row >= self._config.skip_limit:
+        if metrics.most_in_a_row >= self._config.runtime.skip_limit:
             raise self.diverged(
                 f"{metrics.most_in_a_row} steps in a row were skipped; at step {step} it has "
                 f"{found}, and reads rows {self._origin(batch)}"
             )
-        if step % self._config.log_every and step != self._config.steps:
+        if step % self._config.runtime.log_every and step != self._config.steps:
             return
         now, total = time.perf_counter(), sum(self.seen.values())
         line = {
@@ -117,7 +117,7 @@ class Account:
         """The mistake of settings, or text, that do not suit the model."""
         return DivergedError(
             f"the training of {self._label} has diverged: {why}; a peak rate of "
-            f"{self._config.learning_rate:g} may be too much for it"
+            f"{self._config.optimizer.learning_rate:g} may be too much for it"
         )
 
     def _origin(self, batch: Mapping[str, np.ndarray]) -> str:

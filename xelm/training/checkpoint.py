@@ -25,15 +25,14 @@ class Checkpoints:
     """The checkpoints of one training under one folder: written in the background, each complete
     or absent."""
 
-    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0):
-        """Keeps the `keep` newest, and those of every multiple of `keep_every` steps if it is not
-        0."""
+    def __init__(self, directory: str | Path, keep: int = 2, keep_every: int | None = None):
+        """Keeps the `keep` newest, and those of every multiple of `keep_every` steps if given."""
         self.directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
-                keep_period=keep_every or None,
+                keep_period=keep_every,
                 create=True,
             ),
         )

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.config import FREE, TrainConfig, to_json
+from xelm.config import TrainConfig, differences, to_json, vary
 from xelm.data.masking import Masking, hide
 from xelm.data.rows import ORIGIN, Source, batches
 from xelm.models.config import ModelConfig
@@ -23,9 +23,9 @@ from xelm.training.optimizer import schedule
 from xelm.training.program import Program, state_of
 from xelm.training.step import Metrics, State
 
-STATE = 4
+STATE = 5
 """What a checkpoint holds, and the rows that go on from it; 1 had no guard, 2 no masters in halves,
-3 rows of documents in an order drawn by the seed."""
+3 rows of documents in an order drawn by the seed, 4 flat settings."""
 DTYPES = ("dtype", "moments_dtype")
 
 
@@ -72,7 +72,7 @@ class Course:
     ):
         """step: those done before. facts: that are saved beside the state. devices: that it runs
         on."""
-        config = training.config
+        config, runtime = training.config, training.config.runtime
         self.label, self.step = training.label, step
         self.failed: UserError | None = None
         """Why it was given up."""
@@ -97,8 +97,10 @@ class Course:
                 path,
                 last_step=step,
                 logs=training.logs,
-                tensorboard=config.tensorboard,
-                wandb={"name": self.label, "config": to_json(config)} if config.wandb else None,
+                tensorboard=runtime.tensorboard,
+                wandb={"name": self.label, "config": to_json(config)}
+                if config.runtime.wandb
+                else None,
             )
         seen = facts["language_tokens"]
         self._account = Account(log, config, model, self.label, step, seen, devices)
@@ -117,13 +119,16 @@ class Course:
             batch, config = self._batch, self._config
             if self._text.masking is not None:
                 masking = self._text.masking
-                batch = hide(batch, masking, config.mask_share, config.random_seed, self.step)
+                batch = hide(batch, masking, config.data.mask_share, config.random_seed, self.step)
             arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
             return arrays, self._rates[self.step - 1]
 
     def saves(self) -> bool:
         """Whether the current step is one after which the state is saved."""
-        return self.step % self._config.checkpoint_every == 0 or self.step == self._config.steps
+        return (
+            self.step % self._config.runtime.checkpoint_every == 0
+            or self.step == self._config.steps
+        )
 
     def reports(self) -> bool:
         """Whether it is one that is looked at. Looking waits for the device."""
@@ -177,23 +182,23 @@ def begun(
 
     def saved(found: dict[str, Any]) -> State:
         _same_training(facts, found, training.directory)
-        dtypes = {name: found["config"][name] for name in DTYPES}
-        return state_of(model, replace(config, **dtypes), mesh)
+        dtypes = {f"runtime.{name}": found["config"]["runtime"][name] for name in DTYPES}
+        return state_of(model, vary(config, dtypes), mesh)
 
     with jax.set_mesh(mesh), ExitStack() as stack:
         folder = training.directory / "checkpoints"
-        checkpoints = Checkpoints(folder, config.keep_checkpoints, config.keep_every)
+        checkpoints = Checkpoints(
+            folder, config.runtime.keep_checkpoints, config.runtime.keep_every
+        )
         stack.callback(checkpoints.close)
         found = checkpoints.newest(saved)
         if found:
             step, state, before = found
             facts["language_tokens"] = before["language_tokens"]
-            others = {name: before["config"][name] for name in DTYPES}
-            others = {name: was for name, was in others.items() if facts["config"][name] != was}
+            now, others = facts["config"]["runtime"], before["config"]["runtime"]
+            others = {name: others[name] for name in DTYPES if now[name] != others[name]}
             if is_first():
-                said = [
-                    f", {name} {facts['config'][name]} (was {was})" for name, was in others.items()
-                ]
+                said = [f", {name} {now[name]} (was {was})" for name, was in others.items()]
                 print(
                     f"{training.label}: going on after step {step}{''.join(said)}", file=sys.stderr
                 )
@@ -214,10 +219,10 @@ def _same_training(wanted: dict[str, Any], found: dict[str, Any], directory: Pat
             "that, or delete the folder to start over"
         )
     differ = [
-        f"{name} was {found[part].get(name)}, now {value}"
+        each
         for part in ("config", "model")
-        for name, value in wanted[part].items()
-        if name not in FREE and found[part].get(name) != value
+        for each in differences(found[part], wanted[part])
+        if not each.startswith("runtime.")
     ]
     if set(wanted["language_tokens"]) != set(found["language_tokens"]):
         differ.append("the languages differ")

@@ -16,16 +16,17 @@ def schedule(config: TrainConfig) -> Float[np.ndarray, " steps"]:
     """Learning rate of each step: linear warm-up, then the configured decay, which reaches the
     final rate at the last step. All at once, before the first step: asked for one by one they would
     wait on the device for the steps before them."""
-    steps, peak = config.steps, config.learning_rate
-    final = peak * config.final_rate_share
-    warmup = round(config.warmup_share * steps)
+    steps, rates = config.steps, config.optimizer
+    peak = rates.learning_rate
+    final = peak * rates.final_rate_share
+    warmup = round(rates.warmup_share * steps)
     rest = max(1, steps - warmup - 1)
-    if config.schedule == "cosine":
-        decay = optax.cosine_decay_schedule(peak, rest, alpha=config.final_rate_share)
-    elif config.schedule == "linear":
+    if rates.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, rest, alpha=rates.final_rate_share)
+    elif rates.schedule == "linear":
         decay = optax.linear_schedule(peak, final, rest)
     else:
-        falling = min(rest, max(1, round(config.decay_share * steps)))
+        falling = min(rest, max(1, round(rates.decay_share * steps)))
         decay = optax.join_schedules(
             [optax.constant_schedule(peak), optax.linear_schedule(peak, final, falling)],
             [rest - falling],
@@ -54,15 +55,16 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     and by column of each matrix, decay by 1 - t^-.8, but by .999 at most. Updates of each matrix
     are clipped to a root mean square of 1, and averaged by beta1; without beta1, they are not.
     """
-    if config.optimizer == "adamw":
-        moving = [optax.scale_by_adam(b1=config.beta1, b2=config.beta2)]
+    settings = config.optimizer
+    if settings.name == "adamw":
+        moving = [optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2)]
     else:
-        moving = [optax.ema(config.beta1, debias=False)] if config.beta1 else []
-    moving = [_kept_as(config.moments_dtype, average) for average in moving]
-    if config.optimizer == "adafactor":
+        moving = [optax.ema(settings.beta1, debias=False)] if settings.beta1 else []
+    moving = [_kept_as(config.runtime.moments_dtype, average) for average in moving]
+    if settings.name == "adafactor":
         factored = optax.scale_by_factored_rms(decay_rate_fn=_share_kept)
         moving = [factored, optax.stateless(_clipped_each), *moving]
-    decay = optax.add_decayed_weights(config.weight_decay, mask=matrices)
+    decay = optax.add_decayed_weights(settings.weight_decay, mask=matrices)
     return optax.chain(*moving, decay, optax.scale(-1.0))
 
 

@@ -26,13 +26,12 @@ from xelm.training.sharding import (
 )
 from xelm.training.step import State, Step, norm
 
-_APART = (
-    *("tokens", "sequence_length", "learning_rate", "schedule", "warmup_share", "decay_share"),
-    *("final_rate_share", "skip_limit", "sampling_exponent", "max_passes", "mask_share"),
-    *("random_seed", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every"),
+_RATES = ("learning_rate", "schedule", "warmup_share", "decay_share", "final_rate_share")
+_LOGISTICS = (
+    *("skip_limit", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every"),
     *("mesh_expert", "mesh_data", "mesh_fsdp", "mesh_tensor", "tensorboard", "wandb"),
 )
-"""Settings that no compiled function depends on."""
+"""Settings of OptimizerConfig and RuntimeConfig that no compiled function depends on."""
 
 
 class Program(NamedTuple):
@@ -69,9 +68,18 @@ class Program(NamedTuple):
 def program(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Program:
     """The program of a training. Trainings that differ in budget, rate, schedule, random seed or
     logging alone share one: it compiles once a process."""
-    usual = TrainConfig(tokens=1)
-    apart = {name: getattr(usual, name) for name in _APART}
-    return _program(model, replace(config, **apart), mesh)
+    same = TrainConfig(
+        tokens=1,
+        batch_size=config.batch_size,
+        optimizer=_with_defaults(config.optimizer, _RATES),
+        runtime=_with_defaults(config.runtime, _LOGISTICS),
+    )
+    return _program(model, same, mesh)
+
+
+def _with_defaults(config: Any, names: Sequence[str]) -> Any:
+    usual = type(config)()
+    return replace(config, **{name: getattr(usual, name) for name in names})
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xelm.config import TrainConfig
+from xelm.config import DataConfig, RuntimeConfig, TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph, shapes
 from xelm.training.flops import of_a_token
@@ -49,10 +49,11 @@ def _alike(config: TrainConfig) -> TrainConfig:
     return TrainConfig(
         tokens=1,
         sequence_length=config.sequence_length,
-        batch_size=max(1, config.batch_size // config.accumulation_steps),
-        dtype=config.dtype,
-        rematerialise=config.rematerialise,
-        mask_share=config.mask_share,
+        batch_size=max(1, config.batch_size // config.runtime.accumulation_steps),
+        data=DataConfig(mask_share=config.data.mask_share),
+        runtime=RuntimeConfig(
+            dtype=config.runtime.dtype, rematerialise=config.runtime.rematerialise
+        ),
     )
 
 
@@ -66,16 +67,17 @@ def measured_layer(model: ModelConfig, config: TrainConfig, clock: Callable[[], 
         vocabulary_size=min(model.vocabulary_size, _MOST_VOCABULARY),
     )
     rows, length = _size(one, config)
-    dtype = config.dtype
+    dtype = config.runtime.dtype
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes(one))
     parameters, _ = halved(zeros, dtype)
     tokens = jnp.zeros((rows, length), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
-    predicted = length if one.causal else max(1, round(length * config.mask_share))
+    predicted = length if one.causal else max(1, round(length * config.data.mask_share))
 
     def loss(parameters):
-        network = bind(graph(one, dtype, rematerialise=config.rematerialise), parameters)
-        hidden = network.hidden(tokens, positions, segments=jnp.ones_like(tokens))
+        shape = graph(one, dtype, rematerialise=config.runtime.rematerialise)
+        network = bind(shape, parameters)
+        hidden = network.hidden(tokens, positions, jnp.ones_like(tokens))
         states, head = network.output(hidden[:, :predicted])
         targets = tokens[:, :predicted]
         return cross_entropy(states, head, targets, jnp.ones(targets.shape))

@@ -38,23 +38,23 @@ BATCH = ("data", "fsdp")
 
 def make_mesh(config: TrainConfig, experts: int = 1) -> Mesh:
     """The mesh on which so many experts train in one program, 1 x 1 x 1 x 1 on a laptop; mesh_data
-    0 takes all remaining devices."""
-    count = jax.device_count()
-    rest = experts * config.mesh_fsdp * config.mesh_tensor
-    data = config.mesh_data or count // rest
+    None takes all remaining devices."""
+    count, where = jax.device_count(), config.runtime
+    rest = experts * where.mesh_fsdp * where.mesh_tensor
+    data = count // rest if where.mesh_data is None else where.mesh_data
     if data * rest > count or data < 1:
         raise UserError(
-            f"a mesh of expert {experts} x data {config.mesh_data} x fsdp {config.mesh_fsdp} x "
-            f"tensor {config.mesh_tensor} needs {max(1, config.mesh_data) * rest} devices; "
+            f"a mesh of expert {experts} x data {max(1, data)} x fsdp {where.mesh_fsdp} x "
+            f"tensor {where.mesh_tensor} needs {max(1, data) * rest} devices; "
             f"there are {count}"
         )
-    rows = config.batch_size // config.accumulation_steps
-    if config.mesh_data == 0:
+    rows = config.batch_size // where.accumulation_steps
+    if where.mesh_data is None:
         # Not more ways than the rows allow: a small batch on a large machine still trains.
         most = data
-        data = max(d for d in range(1, data + 1) if rows % (d * config.mesh_fsdp) == 0 or d == 1)
+        data = max(d for d in range(1, data + 1) if rows % (d * where.mesh_fsdp) == 0 or d == 1)
         if data * rest < count and jax.process_index() == 0:
-            wanted = config.accumulation_steps * most * config.mesh_fsdp
+            wanted = where.accumulation_steps * most * where.mesh_fsdp
             why = f"a batch_size that is a multiple of {wanted} uses {most * rest}"
             if data == most:
                 why = f"expert x fsdp x tensor = {rest} does not divide {count}"
@@ -63,12 +63,12 @@ def make_mesh(config: TrainConfig, experts: int = 1) -> Mesh:
                 f"the others stand idle: {why}",
                 file=sys.stderr,
             )
-    if rows % (data * config.mesh_fsdp):
+    if rows % (data * where.mesh_fsdp):
         raise UserError(
             f"batch_size / accumulation_steps must be a multiple of data x fsdp = "
-            f"{data * config.mesh_fsdp}; got {rows}"
+            f"{data * where.mesh_fsdp}; got {rows}"
         )
-    shape = (experts, data, config.mesh_fsdp, config.mesh_tensor)
+    shape = (experts, data, where.mesh_fsdp, where.mesh_tensor)
     devices = np.asarray(jax.devices()[: data * rest]).reshape(shape)
     for part in devices:
         hosts = {device.process_index for device in part.flat}

@@ -64,7 +64,7 @@ class Step:
 
     def begin(self, masters: Mapping[str, Any]) -> State:
         """The state before the first step, of float32 parameters."""
-        parameters, rests = halved(masters, self.config.dtype)
+        parameters, rests = halved(masters, self.config.runtime.dtype)
         step = jnp.zeros((), jnp.int32)
         return State(parameters, rests, self.optimizer.init(masters), step, guards.fresh())
 
@@ -73,7 +73,7 @@ class Step:
         masters = whole(state.parameters, state.rests)
         like = jax.eval_shape(self.optimizer.init, masters)
         moments = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state.optimizer, like)
-        parameters, rests = halved(masters, self.config.dtype)
+        parameters, rests = halved(masters, self.config.runtime.dtype)
         return state._replace(parameters=parameters, rests=rests, optimizer=moments)
 
     def __call__(
@@ -86,11 +86,11 @@ class Step:
 
         def move(parameters, rests, moments):
             masters = whole(parameters, rests)
-            scaled = clipped(gradients, size, self.config.clip_norm)
+            scaled = clipped(gradients, size, self.config.optimizer.clip_norm)
             updates, moments = self.optimizer.update(scaled, moments, masters)
             updates = jax.tree.map(lambda u: u * rate, updates)
             masters = jax.tree.map(jnp.add, masters, updates)
-            return *halved(masters, self.config.dtype), moments
+            return *halved(masters, self.config.runtime.dtype), moments
 
         # A choice between whole states, element by element, would hold both.
         parameters, rests, moments = jax.lax.cond(
@@ -102,7 +102,7 @@ class Step:
 
     def _gradients(self, parameters, batch):
         """Loss and gradients, in parts if so configured, summed in float32."""
-        count = self.config.accumulation_steps
+        count = self.config.runtime.accumulation_steps
         # Of all parts: those with fewer targets weigh less, as in the whole batch. Batches of first
         # tokens alone have no target.
         total = jnp.maximum(self._weights(batch).sum(), 1).astype(jnp.float32)
@@ -124,9 +124,9 @@ class Step:
     def _loss(self, parameters, part, total):
         shape = graph(
             self.model,
-            self.config.dtype,
+            self.config.runtime.dtype,
             lookup=spread_lookup,
-            rematerialise=self.config.rematerialise,
+            rematerialise=self.config.runtime.rematerialise,
         )
         network = bind(shape, parameters)
         if self.model.causal:
