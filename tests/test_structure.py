@@ -92,7 +92,6 @@ BEGIN_WITH_OF = {
     "xelm.training",
 }
 WIDE_PAGES = {
-    "adding-a-model.md",
     "architecture.md",
     "clustering.md",
     "corpora.md",
@@ -100,7 +99,6 @@ WIDE_PAGES = {
     "inference.md",
     "languages.md",
     "log.md",
-    "models.md",
     "results.md",
     "serving.md",
     "training.md",
