@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 def test_names_may_come_after_a_flag(xelm, place, monkeypatch):
     monkeypatch.chdir(place)
     asked = []
-    monkeypatch.setitem(cli.VERBS, "train", cli.VERBS["train"]._replace(run=asked.append))
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.COMMANDS["train"]._replace(run=asked.append))
     assert xelm("train", "run", "de-fr", "--dense", "en-es").code == 0
     assert asked[0].names == ["de-fr", "en-es"] and asked[0].dense
     assert xelm("train", "run", "--dense", "--unknown").code == 2
@@ -29,12 +29,12 @@ def test_help_names_every_command(xelm, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     outcome = xelm("--help")
     assert outcome.code == 0
-    for verb in (
+    for command in (
         "quickstart", "cluster", "init", "branch", "train", "grow", "evaluate", "generate",
         "report", "verify", "rollback", "merge",
     ):  # fmt: skip
-        assert f"\n    {verb}" in outcome.out
-        assert xelm(verb, "--help").out.startswith(f"usage: xelm {verb} ")
+        assert f"\n    {command}" in outcome.out
+        assert xelm(command, "--help").out.startswith(f"usage: xelm {command} ")
 
 
 def test_the_version_is_shown(xelm):
@@ -47,7 +47,7 @@ def test_an_interrupted_command_says_how_to_go_on(xelm, monkeypatch):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "verify", cli.VERBS["verify"]._replace(run=interrupt))
+    monkeypatch.setitem(cli.COMMANDS, "verify", cli.COMMANDS["verify"]._replace(run=interrupt))
     outcome = xelm("verify", "RUN")
     assert outcome.code == 130
     assert outcome.err == "xelm: interrupted; run the same command again to go on\n"
@@ -57,7 +57,7 @@ def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
     def fail(options):
         raise PermissionError(13, "Permission denied", "/RUN/registry.json")
 
-    monkeypatch.setitem(cli.VERBS, "verify", cli.VERBS["verify"]._replace(run=fail))
+    monkeypatch.setitem(cli.COMMANDS, "verify", cli.COMMANDS["verify"]._replace(run=fail))
     outcome = xelm("verify", "RUN")
     assert outcome.code == 2
     assert outcome.err == "xelm: /RUN/registry.json: Permission denied\n"
@@ -86,7 +86,7 @@ def test_what_a_machine_lacks_is_one_line(xelm, monkeypatch, error, message):
     def fail(options):
         raise error
 
-    monkeypatch.setitem(cli.VERBS, "train", cli.VERBS["train"]._replace(run=fail))
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.COMMANDS["train"]._replace(run=fail))
     outcome = xelm("train", "RUN")
     assert (outcome.code, outcome.out, outcome.err) == (2, "", f"xelm: {message}\n")
 
@@ -95,7 +95,7 @@ def test_an_error_of_ours_is_not_hidden(xelm, monkeypatch):
     def fail(options):
         raise ModuleNotFoundError("No module named 'xelm.nothing'", name="xelm.nothing")
 
-    monkeypatch.setitem(cli.VERBS, "train", cli.VERBS["train"]._replace(run=fail))
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.COMMANDS["train"]._replace(run=fail))
     with pytest.raises(ModuleNotFoundError):
         xelm("train", "RUN")
 

@@ -10,29 +10,29 @@ import pytest
 import yaml
 
 from xelm.cli import parser
-from xelm.commands import VERBS
+from xelm.commands import COMMANDS
 from xelm.config import RunConfig, from_json, to_json
 from xelm.presets import PRESETS
 
 
-def actions(verb):
+def actions(command):
     """Its options and arguments."""
     subparsers = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return [a for a in subparsers.choices[verb]._actions if a.dest != "help"]
+    return [a for a in subparsers.choices[command]._actions if a.dest != "help"]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_option_says_what_it_is(verb):
-    for action in actions(verb):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_is(command):
+    for action in actions(command):
         text = action.help or ""
         assert len(text.split()) > 2 or action.dest == "json", (action.dest, text)
         first = text.split()[0]
         assert first not in ("of", "that", "with", "to", "holds", "after", "(default:"), text
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "serve"])
-def test_every_command_that_ends_prints_json_if_asked(verb):
-    assert "json" in [action.dest for action in actions(verb)]
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "serve"])
+def test_every_command_that_ends_prints_json_if_asked(command):
+    assert "json" in [action.dest for action in actions(command)]
 
 
 def test_presets_are_listed(xelm):

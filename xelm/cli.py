@@ -1,4 +1,4 @@
-"""The command line: parses, runs a verb of `commands`, and tells a user's mistake in one line."""
+"""The command line: parses arguments, runs a command, and reports a user's mistake in one line."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from clustering.errors import UserError
-from xelm.commands import VERBS
+from xelm.commands import COMMANDS
 from xelm.process import prepare
 from xelm.training.preemption import Preempted
 from xelm.version import __version__
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parsed(sys.argv[1:] if arguments is None else arguments)
         prepare()
-        options.run_verb(options)
+        options.run_command(options)
     except KeyboardInterrupt:
         print("xelm: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -80,12 +80,12 @@ def parser() -> argparse.ArgumentParser:
         "expert for each cluster, grow new ones, ask them together.",
     )
     top.add_argument("--version", action="version", version=f"xelm {__version__}")
-    verbs = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, verb in VERBS.items():
-        description = f"{verb.summary[0].upper()}{verb.summary[1:]}."
-        options = verbs.add_parser(name, help=verb.summary, description=description)
-        verb.add_options(options)
-        options.set_defaults(run_verb=verb.run)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        description = f"{command.summary[0].upper()}{command.summary[1:]}."
+        options = commands.add_parser(name, help=command.summary, description=description)
+        command.add_options(options)
+        options.set_defaults(run_command=command.run)
     return top
 
 

@@ -1,28 +1,41 @@
-"""The verbs of the command line. A verb loads what it needs, calls one function, and writes:
-results to stdout, progress to stderr."""
+"""Commands of the command line.
 
-from xelm.commands import asking, clusters, config, keeping, relatives, serving, training
+A command loads what it needs, calls one function of the library, and prints: results to stdout,
+progress to stderr.
+"""
+
+from xelm.commands import (
+    clusters,
+    config,
+    evaluation,
+    features,
+    inference,
+    maintenance,
+    nearest,
+    serving,
+    training,
+)
 
 # In the order of the help.
-VERBS = {
+COMMANDS = {
     "quickstart": training.QUICKSTART,
     "cluster": clusters.CLUSTER,
     "rename": clusters.RENAME,
-    "nearest": relatives.NEAREST,
-    "features": relatives.FEATURES,
+    "nearest": nearest.NEAREST,
+    "features": features.FEATURES,
     "config": config.CONFIG,
     "init": training.INIT,
     "branch": training.BRANCH,
     "train": training.TRAIN,
     "grow": training.GROW,
-    "evaluate": asking.EVALUATE,
-    "generate": asking.GENERATE,
-    "fill": asking.FILL,
+    "evaluate": evaluation.EVALUATE,
+    "generate": inference.GENERATE,
+    "fill": inference.FILL,
     "serve": serving.SERVE,
-    "status": keeping.STATUS,
-    "report": keeping.REPORT,
-    "verify": keeping.VERIFY,
-    "rollback": keeping.ROLLBACK,
-    "discard": keeping.DISCARD,
-    "merge": keeping.MERGE,
+    "status": maintenance.STATUS,
+    "report": maintenance.REPORT,
+    "verify": maintenance.VERIFY,
+    "rollback": maintenance.ROLLBACK,
+    "discard": maintenance.DISCARD,
+    "merge": maintenance.MERGE,
 }

@@ -10,7 +10,7 @@ from clustering.engines import ENGINES, Engine
 from clustering.errors import UserError
 from experts.expert import check_name
 from xelm.commands.options import (
-    Verb,
+    Command,
     add_json,
     corpus_of,
     names,
@@ -29,8 +29,8 @@ RULES = ("pairs", "single", "average", "complete", "balanced")
 RESAMPLINGS = 100
 
 
-def _cluster_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
+def _cluster_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--method",
         default="typology",
         metavar="METHOD",
@@ -40,44 +40,44 @@ def _cluster_options(verb: argparse.ArgumentParser) -> None:
         "documents by tfidf, over subwords of --run or characters of --corpus; or random, or "
         "by-hand",
     )
-    verb.add_argument("-k", type=_number, metavar="K", help="number of clusters, or auto")
-    verb.add_argument(
+    parser.add_argument("-k", type=_number, metavar="K", help="number of clusters, or auto")
+    parser.add_argument(
         "--languages",
         type=names,
         metavar="A,B,C",
         help="languages to cluster (default: those of --table, --tagged, --corpus or --run)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--exclude", type=names, metavar="A,B", default=(), help="languages to leave in no cluster"
     )
-    verb.add_argument(
+    parser.add_argument(
         "--rule",
         choices=RULES,
         help="how languages join: pairs (default) and balanced make clusters of even size; single, "
         "average and complete linkage of any size",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--balance",
         choices=("languages", "tokens"),
         help="what --rule balanced keeps even (default: languages); tokens are those of --run",
     )
-    add_sources(verb)
-    verb.add_argument("--groups", metavar="FILE", help="YAML of clusters by hand: a: [en, de]")
-    verb.add_argument(
+    add_sources(parser)
+    parser.add_argument("--groups", metavar="FILE", help="YAML of clusters by hand: a: [en, de]")
+    parser.add_argument(
         "--random-seed",
         type=int,
         metavar="N",
         help="random seed of the methods random and tfidf (default: 0)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--engine",
         choices=ENGINES,
         help="what reads the documents of tfidf: local (default), or ray, on a cluster",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--out", metavar="DIR", required=True, help="directory for clusters.json and figures"
     )
-    add_json(verb)
+    add_json(parser)
 
 
 def _cluster(options: argparse.Namespace) -> None:
@@ -112,7 +112,7 @@ def _cluster(options: argparse.Namespace) -> None:
         print(f"\nSaved in {options.out}")
 
 
-CLUSTER = Verb("cluster languages or documents", _cluster_options, _cluster)
+CLUSTER = Command("cluster languages or documents", _cluster_options, _cluster)
 
 
 def _by_tfidf(options: argparse.Namespace, sources: "Sources") -> "Clustering":
@@ -317,10 +317,10 @@ def _draw(clustering: "Clustering", directory: Path) -> None:
         pyplot.close(figure)
 
 
-def _rename_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("clusters", metavar="DIR", help="what xelm cluster wrote")
-    verb.add_argument("names", metavar="OLD=NEW", nargs="+", help="a cluster and its new name")
-    add_json(verb)
+def _rename_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("clusters", metavar="DIR", help="what xelm cluster wrote")
+    parser.add_argument("names", metavar="OLD=NEW", nargs="+", help="a cluster and its new name")
+    add_json(parser)
 
 
 def _rename(options: argparse.Namespace) -> None:
@@ -347,4 +347,4 @@ def _rename(options: argparse.Namespace) -> None:
         print(clustering)
 
 
-RENAME = Verb("give clusters other names, before xelm branch", _rename_options, _rename)
+RENAME = Command("give clusters other names, before xelm branch", _rename_options, _rename)

@@ -3,20 +3,20 @@
 import argparse
 from pathlib import Path
 
-from xelm.commands.options import Verb, add_json, add_settings, print_json
+from xelm.commands.options import Command, add_json, add_settings, print_json
 from xelm.presets import PRESETS
 
 
-def _config_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "name",
         nargs="?",
         metavar="PRESET|RUN",
         help="preset, or directory of a RUN, whose complete configuration is shown (default: the "
         "presets are listed)",
     )
-    add_settings(verb, "show it with this setting changed, as in experts.tokens=3e6")
-    add_json(verb)
+    add_settings(parser, "show it with this setting changed, as in experts.tokens=3e6")
+    add_json(parser)
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -48,7 +48,7 @@ def _config(options: argparse.Namespace) -> None:
         print("\n".join(explained(config)))
 
 
-CONFIG = Verb("list presets, or show a complete configuration", _config_options, _config)
+CONFIG = Command("list presets, or show a complete configuration", _config_options, _config)
 
 
 def _summary(preset: str) -> str:

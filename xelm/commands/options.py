@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _MOST_WORKERS = 32
 
 
-class Verb(NamedTuple):
+class Command(NamedTuple):
     """What the help says of a verb, what adds its options to a parser, and what runs it."""
 
     summary: str
@@ -23,20 +23,20 @@ class Verb(NamedTuple):
     run: Callable[[argparse.Namespace], None]
 
 
-def add_corpus(verb: argparse.ArgumentParser, summary: str, *, required: bool = False) -> None:
+def add_corpus(parser: argparse.ArgumentParser, summary: str, *, required: bool = False) -> None:
     """The options `--corpus`, `--text-field`, `--language-field` and `--language-map`."""
-    verb.add_argument("--corpus", metavar="CORPUS", required=required, help=summary)
-    verb.add_argument(
+    parser.add_argument("--corpus", metavar="CORPUS", required=required, help=summary)
+    parser.add_argument(
         "--text-field",
         metavar="NAME",
         help="field of the records that holds the text (default: text, or else content)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--language-field",
         metavar="NAME",
         help="field that holds the language (default: lang, or language where no name says it)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--language-map",
         metavar="FILE",
         help="YAML of languages by names of files, folders or values of that field, as in als: gsw",
@@ -71,19 +71,19 @@ def required_corpus(options: argparse.Namespace) -> "Corpus":
     return corpus
 
 
-def add_run(verb: argparse.ArgumentParser) -> None:
+def add_run(parser: argparse.ArgumentParser) -> None:
     """The RUN that a verb is about."""
-    verb.add_argument("run", metavar="RUN", help="directory that xelm init or quickstart made")
+    parser.add_argument("run", metavar="RUN", help="directory that xelm init or quickstart made")
 
 
-def add_json(verb: argparse.ArgumentParser) -> None:
+def add_json(parser: argparse.ArgumentParser) -> None:
     """The option `--json`."""
-    verb.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def add_settings(verb: argparse.ArgumentParser, summary: str) -> None:
+def add_settings(parser: argparse.ArgumentParser, summary: str) -> None:
     """The option `--set`."""
-    verb.add_argument(
+    parser.add_argument(
         "--set",
         dest="settings",
         action="append",
@@ -93,18 +93,18 @@ def add_settings(verb: argparse.ArgumentParser, summary: str) -> None:
     )
 
 
-def add_dry_run(verb: argparse.ArgumentParser) -> None:
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """The option `--dry-run`, of what trains."""
-    verb.add_argument(
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="tell tokens, passes over each language, time and disk, and change nothing",
     )
 
 
-def add_workers(verb: argparse.ArgumentParser) -> None:
+def add_workers(parser: argparse.ArgumentParser) -> None:
     """The option `--workers`, of what tokenises."""
-    verb.add_argument(
+    parser.add_argument(
         "--workers",
         type=_count,
         default=min(cores(), _MOST_WORKERS),

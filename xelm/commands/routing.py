@@ -12,15 +12,15 @@ ROUTING = "learned"
 """Unless another is asked for; `routers.Routing` says why."""
 
 
-def add_routing(verb: argparse.ArgumentParser, text: str) -> None:
+def add_routing(parser: argparse.ArgumentParser, text: str) -> None:
     """The options `--routing` and `--language`, of a text."""
-    verb.add_argument(
+    parser.add_argument(
         "--routing",
         choices=ROUTINGS,
         default=ROUTING,
         help="how the experts are weighed (default: %(default)s)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--language",
         metavar="XX",
         help=f"language of the {text}: if an expert serves it, that expert alone is asked, "
@@ -34,16 +34,16 @@ def check_language(options: argparse.Namespace) -> None:
         raise UserError("--language has no effect on fixed weights; leave one of the two out")
 
 
-def tell_routing(language: str | None, routing: str) -> None:
+def report_routing(language: str | None, routing: str) -> None:
     """Says on stderr that no expert serves a language that was given, and which router decided
     instead."""
     if language is not None and routing != "language":
         print(f"no expert serves {language}: routed by {routing} instead", file=sys.stderr)
 
 
-def add_route_per(verb: argparse.ArgumentParser) -> None:
+def add_route_per(parser: argparse.ArgumentParser) -> None:
     """When the router decides, of what generates."""
-    verb.add_argument(
+    parser.add_argument(
         "--route-per",
         choices=("token", "prompt"),
         default="token",
@@ -51,43 +51,43 @@ def add_route_per(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def add_router(verb: argparse.ArgumentParser) -> None:
+def add_router(parser: argparse.ArgumentParser) -> None:
     """The options of routers, and the dtype."""
-    add_kept(verb)
-    add_temperature(verb)
-    verb.add_argument(
+    add_kept(parser)
+    add_temperature(parser)
+    parser.add_argument(
         "--distance-power",
         type=float,
         metavar="P",
         help="exponent of distances in TF-IDF routing (default: 2; the authors' code has 4)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--memory",
         type=float,
         metavar="X",
         help="memory of posterior routing: a token counts by this to the power of how far it lies "
         "back (default: 1, which forgets nothing)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--weights",
         type=_weights,
         metavar="A=X,B=Y",
         help="weights of experts by name, for fixed routing",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--abstain",
         type=float,
         metavar="X",
         help="largest weight of an expert below which --abstain-to decides instead",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="number format of parameters and matrix products (default: auto, that of the experts' "
         "weights; float32 on CPUs)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--abstain-to",
         choices=("posterior", "seed", "dense"),
         default="posterior",
@@ -95,15 +95,15 @@ def add_router(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def add_kept(verb: argparse.ArgumentParser) -> None:
+def add_kept(parser: argparse.ArgumentParser) -> None:
     """Which experts are asked."""
-    verb.add_argument(
+    parser.add_argument(
         "--top-m",
         type=int,
         metavar="M",
         help="most experts that are asked at each token (default: all that have weight)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--least-weight",
         type=float,
         metavar="X",
@@ -111,9 +111,9 @@ def add_kept(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def add_temperature(verb: argparse.ArgumentParser) -> None:
+def add_temperature(parser: argparse.ArgumentParser) -> None:
     """Of TF-IDF routing."""
-    verb.add_argument(
+    parser.add_argument(
         "--router-temperature",
         type=float,
         metavar="X",

@@ -2,25 +2,25 @@
 
 import argparse
 
-from xelm.commands.options import Verb, add_run
+from xelm.commands.options import Command, add_run
 from xelm.commands.routing import ROUTING, ROUTINGS, add_route_per, add_router, router_options
 
 
-def _serve_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    verb.add_argument(
+def _serve_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
-    verb.add_argument(
+    parser.add_argument(
         "--port", type=int, default=8000, metavar="N", help="port to listen on; 0 takes a free one"
     )
-    verb.add_argument(
+    parser.add_argument(
         "--api-key-file",
         metavar="FILE",
         help="file with the key that requests must have (default: the variable XELM_API_KEY, if "
         "it is set)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--cors-origin",
         action="append",
         default=[],
@@ -28,42 +28,42 @@ def _serve_options(verb: argparse.ArgumentParser) -> None:
         help="web pages that may send requests, such as https://example.org; may be given several "
         "times (default: none but the server's own page)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--max-tokens",
         type=int,
         default=1024,
         metavar="N",
         help="tokens that may be generated for each text of a request (default: %(default)s)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--max-seconds",
         type=float,
         default=300.0,
         metavar="X",
         help="seconds after which a generation ends (default: %(default)s)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--max-texts",
         type=int,
         default=32,
         metavar="N",
         help="texts that are generated at once (default: %(default)s)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--max-waiting",
         type=int,
         default=128,
         metavar="N",
         help="further texts that may wait; beyond, requests are refused (default: %(default)s)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--routing",
         choices=ROUTINGS,
         default=ROUTING,
         help="how the experts are weighed (default: %(default)s)",
     )
-    add_route_per(verb)
-    add_router(verb)
+    add_route_per(parser)
+    add_router(parser)
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -93,4 +93,4 @@ def _serve(options: argparse.Namespace) -> None:
     )
 
 
-SERVE = Verb("answer over HTTP, with the interfaces of OpenAI", _serve_options, _serve)
+SERVE = Command("answer over HTTP, with the interfaces of OpenAI", _serve_options, _serve)

@@ -19,34 +19,36 @@ MEASURES = (
 _OF_TEXT = ("words", "characters", "subwords", "mixture", "tfidf")
 
 
-def add_sources(verb: argparse.ArgumentParser) -> None:
+def add_sources(parser: argparse.ArgumentParser) -> None:
     """The options that say what measures are made of."""
-    verb.add_argument("--run", metavar="RUN", help="RUN whose corpus, subwords or losses are used")
-    add_corpus(verb, "text whose words or characters are used")
-    verb.add_argument(
+    parser.add_argument(
+        "--run", metavar="RUN", help="RUN that supplies the corpus, subwords or losses"
+    )
+    add_corpus(parser, "text whose words or characters are used")
+    parser.add_argument(
         "--features",
         metavar="SETS",
         help="feature sets of URIEL, for typology, as in syntax_knn+phonology_knn (default: "
         "syntax_average; syntax_knn for mixture)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--only",
         type=names,
         metavar="A,B",
         default=(),
         help="names of features to use, for typology and table (default: all)",
     )
-    verb.add_argument("--table", metavar="FILE", help="CSV of features by language, for table")
-    verb.add_argument(
+    parser.add_argument("--table", metavar="FILE", help="CSV of features by language, for table")
+    parser.add_argument(
         "--tagged", metavar="DIR", help="folder of <language>.conllu[.gz|.zst], for names"
     )
-    verb.add_argument(
+    parser.add_argument(
         "--states", metavar="FILE", help="file that xelm features wrote, for states and alignment"
     )
-    verb.add_argument(
+    parser.add_argument(
         "--updates", metavar="FILE", help="file that xelm features --of updates wrote, for updates"
     )
-    verb.add_argument(
+    parser.add_argument(
         "--layer",
         type=int,
         metavar="N",

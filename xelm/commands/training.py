@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clustering.errors import UserError
 from xelm.commands.options import (
-    Verb,
+    Command,
     add_corpus,
     add_dry_run,
     add_json,
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 _OF_FRESH_SEEDS = ("model", "seed.", "tokenizer_exponent")
 
 
-def _quickstart_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
+def _quickstart_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--out",
         metavar="RUN",
         default="xelm-quickstart",
         help="directory to make (default: %(default)s)",
     )
-    add_json(verb)
+    add_json(parser)
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -59,47 +59,47 @@ def _quickstart(options: argparse.Namespace) -> None:
     print("  xelm init MY_RUN --corpus MY_CORPUS --preset tiny")
 
 
-QUICKSTART = Verb(
+QUICKSTART = Command(
     "the whole path on the embedded sample corpus, on a CPU, in minutes",
     _quickstart_options,
     _quickstart,
 )
 
 
-def _init_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("run", metavar="RUN", help="directory to make, or to go on with")
+def _init_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="directory to make, or to go on with")
     add_corpus(
-        verb,
+        parser,
         "folder or file of text, such as <language>.jsonl or <language>/*.parquet; or "
         "hf://owner/dataset[@revision][/config][:split]; or a .yaml file that describes several "
         "(docs/corpora.md)",
         required=True,
     )
-    verb.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
-    verb.add_argument(
+    parser.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
+    parser.add_argument(
         "--base-model",
         metavar="OWNER/NAME",
         help="the seed's name on the Hub, for the cards of its experts",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--preset", choices=PRESETS, help="configuration (default: tiny, or hub with --seed)"
     )
-    verb.add_argument(
+    parser.add_argument(
         "--languages",
         type=names,
         metavar="A,B,C",
         help="languages of the corpus to use (default: all)",
     )
-    add_settings(verb, "change the configuration, as in experts.tokens=3e6; may be repeated")
-    verb.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
-    verb.add_argument(
+    add_settings(parser, "change the configuration, as in experts.tokens=3e6; may be repeated")
+    parser.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
+    parser.add_argument(
         "--keep-duplicates",
         action="store_true",
         help="train on exact copies of documents too (default: they are left out)",
     )
-    add_dry_run(verb)
-    add_workers(verb)
-    add_json(verb)
+    add_dry_run(parser)
+    add_workers(parser)
+    add_json(parser)
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -173,15 +173,15 @@ def _print_plans(
     print("\n\n".join([*parts, last] if last else parts))
 
 
-INIT = Verb("make a RUN: tokenizer, tokenised corpus and seed", _init_options, _init)
+INIT = Command("make a RUN: tokenizer, tokenised corpus and seed", _init_options, _init)
 
 
-def _branch_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    verb.add_argument(
+def _branch_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
         "--clusters", required=True, metavar="DIR", help="clusters that xelm cluster saved"
     )
-    add_json(verb)
+    add_json(parser)
 
 
 def _branch(options: argparse.Namespace) -> None:
@@ -197,44 +197,44 @@ def _branch(options: argparse.Namespace) -> None:
         print(f"{expert.name:20}{expert.status:12}{' '.join(expert.languages)}")
 
 
-BRANCH = Verb("record one expert for each cluster", _branch_options, _branch)
+BRANCH = Command("record one expert for each cluster", _branch_options, _branch)
 
 
-def _train_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    add_settings(verb, "run otherwise this time: experts.runtime.mesh_fsdp=4; may be repeated")
-    verb.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
-    verb.add_argument("--all", action="store_true", help="train every expert not trained yet")
-    verb.add_argument(
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_settings(parser, "run otherwise this time: experts.runtime.mesh_fsdp=4; may be repeated")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
+    parser.add_argument("--all", action="store_true", help="train every expert not trained yet")
+    parser.add_argument(
         "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
     )
-    add_dry_run(verb)
-    verb.add_argument(
+    add_dry_run(parser)
+    parser.add_argument(
         "--jobs",
         type=int,
         default=1,
         metavar="N",
         help="experts side by side on this machine, each with its part of the GPUs (default: 1)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--engine",
         choices=("local", "ray"),
         default="local",
         help="ray: over the machines of the Ray cluster at RAY_ADDRESS, which all see RUN",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--hosts",
         action="store_true",
         help="this process is one of several that train together: on a TPU pod or in a Slurm step, "
         "or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--devices",
         type=int,
         metavar="N",
         help="accelerators for each expert, with --engine ray (default: 1)",
     )
-    add_json(verb)
+    add_json(parser)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -320,34 +320,34 @@ def _placed(run: "Run", names: list[str], options: argparse.Namespace) -> dict[s
     return {name: str(error) for name, error in try_experts(run, names).items()}
 
 
-TRAIN = Verb("train experts, or the dense baseline; resumes by itself", _train_options, _train)
+TRAIN = Command("train experts, or the dense baseline; resumes by itself", _train_options, _train)
 
 
-def _grow_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
+def _grow_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
     add_settings(
-        verb,
+        parser,
         "run otherwise this time: grow.runtime.mesh_fsdp=4, or grow.tokens=N; may be repeated",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--language", required=True, metavar="XX", help="language that the new expert learns"
     )
-    add_corpus(verb, "has text in the language (default: the RUN's corpus)")
-    verb.add_argument(
+    add_corpus(parser, "has text in the language (default: the RUN's corpus)")
+    parser.add_argument(
         "--parent",
         default="auto",
         metavar="NAME",
         help="expert to start from (default: that of the nearest language)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--by",
         metavar="MEASURE",
         help="what the nearest language is nearest by, as in xelm nearest (default: mixture); not "
         "with --parent",
     )
-    add_dry_run(verb)
-    add_workers(verb)
-    add_json(verb)
+    add_dry_run(parser)
+    add_workers(parser)
+    add_json(parser)
 
 
 def _grow(options: argparse.Namespace) -> None:
@@ -395,4 +395,4 @@ def _told(expert: "Expert") -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "sha256"}
 
 
-GROW = Verb("add an expert for a new language; touch nothing else", _grow_options, _grow)
+GROW = Command("add an expert for a new language; touch nothing else", _grow_options, _grow)

@@ -5,12 +5,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from clustering.errors import UserError
-from xelm.commands.options import Verb, add_json, add_run, print_json
+from xelm.commands.options import Command, add_json, add_run, print_json
 
 
-def _report_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    add_json(verb)
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_json(parser)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -24,18 +24,20 @@ def _report(options: argparse.Namespace) -> None:
         print(page)
 
 
-REPORT = Verb("write one self-contained HTML page about a RUN", _report_options, _report)
+REPORT = Command("write one self-contained HTML page about a RUN", _report_options, _report)
 
 
-def _status_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    verb.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
-    verb.add_argument(
+def _status_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
+        "--watch", action="store_true", help="refresh every two seconds until Ctrl-C"
+    )
+    parser.add_argument(
         "--unfinished",
         action="store_true",
         help="only the names of experts of clusters that are not trained yet, a line each",
     )
-    add_json(verb)
+    add_json(parser)
 
 
 def _status(options: argparse.Namespace) -> None:
@@ -68,12 +70,12 @@ def _status(options: argparse.Namespace) -> None:
             time.sleep(2)
 
 
-STATUS = Verb("how far each expert's training is", _status_options, _status)
+STATUS = Command("how far each expert's training is", _status_options, _status)
 
 
-def _verify_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    add_json(verb)
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_json(parser)
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -91,19 +93,19 @@ def _verify(options: argparse.Namespace) -> None:
         print(f"{options.run}: every file that inference reads is as it was written")
 
 
-VERIFY = Verb("check every file that inference reads", _verify_options, _verify)
+VERIFY = Command("check every file that inference reads", _verify_options, _verify)
 
 
-def _rollback_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    verb.add_argument("name", metavar="NAME", help="expert to put back")
-    verb.add_argument(
+def _rollback_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument("name", metavar="NAME", help="expert to put back")
+    parser.add_argument(
         "--version",
         type=int,
         metavar="N",
         help="version to publish again (default: the one in use before)",
     )
-    add_json(verb)
+    add_json(parser)
 
 
 def _rollback(options: argparse.Namespace) -> None:
@@ -120,17 +122,17 @@ def _rollback(options: argparse.Namespace) -> None:
         print(f"published: {published}")
 
 
-ROLLBACK = Verb("publish an earlier version of an expert again", _rollback_options, _rollback)
+ROLLBACK = Command("publish an earlier version of an expert again", _rollback_options, _rollback)
 
 
-def _discard_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    verb.add_argument(
+def _discard_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
         "name",
         metavar="NAME",
         help="an expert in training, dense, or a language whose growth stopped before",
     )
-    add_json(verb)
+    add_json(parser)
 
 
 def _discard(options: argparse.Namespace) -> None:
@@ -149,21 +151,21 @@ def _discard(options: argparse.Namespace) -> None:
         print(f"discarded: the checkpoints of {options.name}; its training begins anew")
 
 
-DISCARD = Verb("give up an unfinished training", _discard_options, _discard)
+DISCARD = Command("give up an unfinished training", _discard_options, _discard)
 
 
-def _merge_options(verb: argparse.ArgumentParser) -> None:
-    add_run(verb)
-    verb.add_argument(
+def _merge_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    parser.add_argument(
         "names",
         nargs="*",
         metavar="NAME",
         help="experts to average (default: all published ones)",
     )
-    verb.add_argument(
+    parser.add_argument(
         "--out", required=True, metavar="DIR", help="directory for the averaged checkpoint"
     )
-    add_json(verb)
+    add_json(parser)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -184,4 +186,4 @@ def _merge(options: argparse.Namespace) -> None:
         print(out)
 
 
-MERGE = Verb("average the weights of experts into one checkpoint", _merge_options, _merge)
+MERGE = Command("average the weights of experts into one checkpoint", _merge_options, _merge)

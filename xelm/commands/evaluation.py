@@ -1,0 +1,95 @@
+"""The command that measures the models and the ensemble on held-out text."""
+
+import argparse
+
+from xelm.commands.options import (
+    Command,
+    add_corpus,
+    add_json,
+    add_run,
+    names,
+    print_json,
+    required_corpus,
+)
+from xelm.commands.routing import ROUTINGS, add_kept, add_temperature
+
+EVALUATED = ("language", "detected", "tfidf", "learned", "posterior")
+CALIBRATION_TOKENS = 1000
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_corpus(parser, "text to measure on, as for xelm init", required=True)
+    parser.add_argument(
+        "--routing",
+        type=names,
+        default=EVALUATED,
+        metavar="A,B",
+        help=f"routings to measure, of {', '.join(ROUTINGS[:-1])} (default: "
+        f"{', '.join(EVALUATED)}); language alone is the quickest",
+    )
+    parser.add_argument(
+        "--languages",
+        type=names,
+        metavar="A,B,C",
+        help="languages of the corpus to measure on (default: all)",
+    )
+    parser.add_argument(
+        "--max-documents",
+        type=int,
+        metavar="N",
+        help="documents of each language to score at most (default: all)",
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=CALIBRATION_TOKENS,
+        metavar="N",
+        help="tokens of each language on which calibration is measured (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--context-length",
+        type=int,
+        metavar="N",
+        help="tokens that a model reads at once (default: the models' own length)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="tokens from one window of a longer document to the next (default: the context "
+        "length); fewer give every token more context and take longer",
+    )
+    add_kept(parser)
+    add_temperature(parser)
+    add_json(parser)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from xelm import tables
+    from xelm.runs.evaluation import evaluate
+    from xelm.runs.results import RESULTS
+    from xelm.runs.run import open_run
+
+    run = open_run(options.run)
+    results = evaluate(
+        run,
+        required_corpus(options),
+        routings=options.routing,
+        top_m=options.top_m,
+        **({} if options.least_weight is None else {"least_weight": options.least_weight}),
+        temperature=options.router_temperature,
+        languages=options.languages,
+        max_documents=options.max_documents,
+        calibration_tokens=options.calibration_tokens,
+        context_length=options.context_length,
+        stride=options.stride,
+    )
+    if options.json:
+        print_json(results.record)
+    else:
+        print(tables.results(results, options.routing, run.languages))
+        print(f"\nSaved in {run.results / RESULTS}")
+
+
+EVALUATE = Command("perplexity and bits per byte by language", _evaluate_options, _evaluate)

@@ -1,0 +1,47 @@
+"""The command that lists the nearest relatives of a language."""
+
+import argparse
+import sys
+
+from xelm.commands.options import Command, add_json, names, print_json
+from xelm.commands.sources import MEASURES, add_sources, check_sources, measures_named, sources_of
+
+# What relatives are ranked by, and what else is shown of languages that only have a code.
+BY = "mixture,genealogy,typology,geography"
+
+
+def _nearest_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("language", metavar="LANGUAGE", help="language whose relatives are listed")
+    parser.add_argument(
+        "--languages",
+        type=names,
+        metavar="A,B,C",
+        help="languages to compare with (default: those of --table, --tagged, --corpus or --run)",
+    )
+    parser.add_argument(
+        "--by",
+        type=names,
+        default=names(BY),
+        metavar="A,B",
+        help=f"measures, of {', '.join(MEASURES)}; nearest by the first comes first "
+        f"(default: {BY})",
+    )
+    add_sources(parser)
+    add_json(parser)
+
+
+def _nearest(options: argparse.Namespace) -> None:
+    from xelm import tables
+    from xelm.runs.relatives import little_known, relatives
+
+    check_sources(options, [name for spec in options.by for name in measures_named(spec)])
+    found = relatives(options.language, options.by, sources_of(options), options.languages)
+    if warning := little_known(options.language, found, options.by[0]):
+        print(warning, file=sys.stderr)
+    if options.json:
+        print_json([relative.to_json() for relative in found])
+    else:
+        print(tables.relatives(found, options.by))
+
+
+NEAREST = Command("list the nearest relatives of a language", _nearest_options, _nearest)
