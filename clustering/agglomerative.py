@@ -1,4 +1,4 @@
-"""Distances between languages -> groups of any size, joined closest first and cut at k."""
+"""Agglomerative clustering: the closest groups of languages join until k are left."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ def join(
     *,
     linkage: str,
 ) -> Grouping:
-    """k groups by SciPy's hierarchical clustering with a linkage that takes any distances: single,
-    average or complete."""
+    """k groups of any size by SciPy's hierarchical clustering, with a linkage that takes any
+    distances: single, average or complete."""
     from scipy.cluster import hierarchy
     from scipy.spatial.distance import squareform
 
@@ -24,7 +24,7 @@ def join(
     nodes: list[tuple[int, ...]] = [(index,) for index in range(count)]
     merges: list[Merge] = []
     groups = set(nodes)
-    # A single language has no pair for SciPy to look at.
+    # SciPy refuses a single language, which has no pair.
     rows = hierarchy.linkage(squareform(distances, checks=False), linkage) if count > 1 else []
     for a, b, distance, _ in rows:
         sides = nodes[int(a)], nodes[int(b)]
@@ -41,12 +41,14 @@ def join_within(
     distances: Float[np.ndarray, "languages languages"],
     groups: Sequence[Sequence[int]],
 ) -> Grouping:
-    """The given groups, of positions, with a tree that has each as a branch: languages join within
-    groups first, then groups, each time the two of the least mean distance."""
+    """The given groups (positions of languages) with a tree that has each group as a branch.
+
+    Languages join within groups first, then groups join; each time the two of the least mean
+    distance."""
     label = np.empty(len(languages), int)
     for number, group in enumerate(groups):
         label[list(group)] = number
-    # Every pair across groups is as much farther, and so is every mean over such pairs.
+    # The same is added to every pair across groups, and so to every mean over such pairs.
     farther = 2.0 * float(distances.max(initial=0.0)) + 1.0
     spread = distances + farther * (label[:, None] != label)
     found = join(languages, spread, len(groups), linkage="average")

@@ -1,7 +1,7 @@
-"""Distances between languages -> groups of near languages within bounds of size.
+"""Balanced clustering of languages: groups of near languages whose sizes stay within bounds.
 
-Knows k-medoids with capacities, whose assignment step SciPy solves exactly, and swaps and moves
-afterwards. Sizes are numbers of languages, or anything a user wants in balance, as tokens.
+The method is k-medoids with capacities, whose assignment step SciPy solves exactly, followed by
+swaps and moves. A size is a number of languages, or of anything else, such as tokens.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from clustering.errors import UserError
 from clustering.tree import Grouping
 
 SLACK = 1.25
-"""How much larger than the mean a group may be, where sizes are not numbers of languages."""
+"""Largest size of a group over the mean, where sizes are not numbers of languages."""
 _ROUNDS = 50
-"""Of assigning and of choosing medoids anew; a handful is the rule."""
+"""Number of rounds of assignment and new medoids, at most; a handful is usual."""
 _SECONDS = 20.0
-"""For one assignment by tokens, whose optimum may be hard to prove; by numbers it never is."""
+"""Time limit in seconds of one assignment by tokens, whose optimum can be hard to prove."""
 
 
 class Bounds(NamedTuple):
-    """What the sizes of the members of a group may sum up to."""
+    """Least and largest sum of the sizes of a group's members."""
 
     least: float
     most: float
@@ -37,11 +37,11 @@ def balanced(
     k: int,
     sizes: Float[np.ndarray, " languages"] | None = None,
 ) -> Grouping:
-    """k groups of near languages that are even in number, or, with `sizes`, at most `SLACK` times
-    the mean (or as large as the largest language, if that is more).
+    """k groups of near languages, with equal numbers of languages (within one), or with `sizes` at
+    most `SLACK` times the mean size (or the largest language's size, if that is more).
 
-    From medoids (Kaufman and Rousseeuw 1990) chosen in turn, languages are assigned at the least
-    total distance that the bounds allow and medoids chosen anew, until nothing changes. Then
+    Medoids are chosen in turn (Kaufman and Rousseeuw 1990). Then languages are assigned at the
+    least total distance within the bounds, and medoids chosen again, until nothing changes. Last,
     languages are swapped or moved while that lowers the sum over languages of the mean distance to
     the others of their group. UserError if no groups of such sizes are found.
     """
@@ -54,20 +54,13 @@ def balanced(
 
 
 def even(count: int, k: int) -> Bounds:
-    """Numbers of languages within one of each other; k is at most `count`."""
+    """Bounds for equal numbers of languages, within one of each other; k is at most `count`."""
     return Bounds(count // k, -(-count // k))
 
 
 def at_most(sizes: np.ndarray, k: int) -> Bounds:
-    """`SLACK` times the mean size, or the largest language."""
+    """Bounds of at most `SLACK` times the mean size, or the largest language's size."""
     return Bounds(0.0, max(SLACK * float(sizes.sum()) / k, float(sizes.max())))
-
-
-def mean_within(distances: np.ndarray, labels: np.ndarray) -> float:
-    """Mean over languages of the mean distance to the others of their group; 0 for one alone."""
-    sums, counts = _sums(distances, labels), np.bincount(labels)
-    own = sums[np.arange(len(labels)), labels] / np.maximum(counts[labels] - 1, 1)
-    return float(own.mean())
 
 
 def _medoids(
@@ -89,7 +82,7 @@ def _medoids(
 
 
 def _first_medoids(distances: np.ndarray, k: int) -> list[int]:
-    """Each the language that lowers the total distance to the nearest medoid most."""
+    """Positions of k medoids, each chosen to lower the total distance to the nearest one most."""
     chosen = [int(distances.sum(axis=0).argmin())]
     nearest = distances[chosen[0]]
     while len(chosen) < k:
@@ -105,7 +98,7 @@ def assign(
     weights: Float[np.ndarray, " languages"],
     bounds: Bounds,
 ) -> Integer[np.ndarray, " languages"]:
-    """A group for each language at the least total cost that keeps the bounds; none is empty."""
+    """The group of each language, at the least total cost within the bounds; none is empty."""
     if bounds.least:
         return _assign_evenly(costs, int(bounds.least))
     from scipy import optimize, sparse
@@ -113,7 +106,7 @@ def assign(
     count, k = costs.shape
     once = sparse.kron(sparse.eye_array(count), np.ones((1, k)))
     members = sparse.kron(np.ones((1, count)), sparse.eye_array(k))
-    held = sparse.kron(weights[None, :], sparse.eye_array(k))
+    totals = sparse.kron(weights[None, :], sparse.eye_array(k))
     result = optimize.milp(
         costs.ravel(),
         integrality=np.ones(count * k),
@@ -121,21 +114,23 @@ def assign(
         constraints=[
             optimize.LinearConstraint(once, 1, 1),
             optimize.LinearConstraint(members, 1, np.inf),
-            optimize.LinearConstraint(held, 0, bounds.most),
+            optimize.LinearConstraint(totals, 0, bounds.most),
         ],
         options={"time_limit": _SECONDS},
     )
     if result.x is None:
         raise UserError(
             f"{count} languages do not go into {k} clusters of at most {bounds.most:,.0f} each; "
-            "ask for fewer clusters"
+            "choose fewer clusters"
         )
     return result.x.reshape(count, k).argmax(axis=1)
 
 
 def _assign_evenly(costs: np.ndarray, least: int) -> np.ndarray:
-    """As many places in each group as it must have, and one more, of which some stay free: these go
-    to rows of no cost that may have no other."""
+    """The group of each language where each group has `least` members or one more.
+
+    SciPy assigns languages to places: `least` in each group that must be taken, and one that may
+    stay free. Rows of no cost stand for free places, and may take no other."""
     from scipy.optimize import linear_sum_assignment
 
     count, k = costs.shape
@@ -151,8 +146,8 @@ def _assign_evenly(costs: np.ndarray, least: int) -> np.ndarray:
 def improved(
     distances: np.ndarray, labels: np.ndarray, weights: np.ndarray, bounds: Bounds
 ) -> Integer[np.ndarray, " languages"]:
-    """Labels after swaps of two languages and moves of one that the bounds allow and that lower the
-    sum over languages of the mean distance within groups, until there is none."""
+    """Labels after swapping two languages or moving one, while the bounds allow it and it lowers
+    the sum over languages of the mean distance within groups."""
     labels = labels.copy()
     while True:
         swaps, moves = (
@@ -169,7 +164,7 @@ def improved(
             for here, there in ((a, b), (b, a)):
                 i = int(groups[here][moves[groups[here], there].argmin()])
                 found.append((float(moves[i, there]), (a, b), {i: there}))
-        # What happens in two groups changes nothing for the others, so many are done at once.
+        # A change in two groups leaves the gains in all others valid, so many are made at once.
         changed: set[int] = set()
         for change, pair, moved in sorted(found, key=itemgetter(0)):
             if change < -1e-12 and changed.isdisjoint(pair):
@@ -183,29 +178,29 @@ def improved(
 def _swaps(
     distances: np.ndarray, labels: np.ndarray, weights: np.ndarray, bounds: Bounds
 ) -> Float[np.ndarray, "languages languages"]:
-    """What it would change to swap two languages of different groups; inf where bounds forbid."""
+    """Change of the cost by swapping two languages of different groups; inf where not allowed."""
     sums, counts = _sums(distances, labels), np.bincount(labels)
-    # Of the sum over the pairs in the group of i, were j there in its place.
+    # Change of the sum over pairs in the group of i if j were in its place.
     change = sums[:, labels].T - sums[np.arange(len(labels)), labels][:, None] - distances
     change *= 2.0 / np.maximum(counts[labels] - 1, 1)[:, None]
-    held = np.bincount(labels, weights)[labels]
-    allowed = _within((held - weights)[:, None] + weights, bounds)
+    totals = np.bincount(labels, weights)[labels]
+    allowed = _within((totals - weights)[:, None] + weights, bounds)
     return np.where(allowed & allowed.T, change + change.T, np.inf)
 
 
 def _moves(
     distances: np.ndarray, labels: np.ndarray, weights: np.ndarray, bounds: Bounds
 ) -> Float[np.ndarray, "languages groups"]:
-    """What it would change to move a language to another group; inf where bounds forbid."""
+    """Change of the cost by moving a language to another group; inf where not allowed."""
     sums, counts = _sums(distances, labels), np.bincount(labels)
     own = sums[np.arange(len(labels)), labels]
     pairs = np.bincount(labels, own) / 2
     cost = _cost(pairs, counts)
     left = _cost(pairs[labels] - own, counts[labels] - 1) - cost[labels]
     joined = _cost(pairs + sums, counts + 1) - cost
-    held = np.bincount(labels, weights)
-    may_leave = _within(held[labels] - weights, bounds) & (counts[labels] > 1)
-    allowed = may_leave[:, None] & _within(held + weights[:, None], bounds)
+    totals = np.bincount(labels, weights)
+    may_leave = _within(totals[labels] - weights, bounds) & (counts[labels] > 1)
+    allowed = may_leave[:, None] & _within(totals + weights[:, None], bounds)
     return np.where(allowed, left[:, None] + joined, np.inf)
 
 
@@ -215,10 +210,10 @@ def _cost(pairs: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _sums(distances: np.ndarray, labels: np.ndarray) -> Float[np.ndarray, "languages groups"]:
-    """Of the distances of each language to the members of each group."""
+    """Sum of the distances from each language to the members of each group."""
     return distances @ (labels[:, None] == np.arange(labels.max() + 1))
 
 
 def _within(sizes: np.ndarray, bounds: Bounds) -> Bool[np.ndarray, "..."]:
-    room = 1e-9 * max(abs(bounds.most), 1.0)
-    return (sizes >= bounds.least - room) & (sizes <= bounds.most + room)
+    rounding = 1e-9 * max(abs(bounds.most), 1.0)
+    return (sizes >= bounds.least - rounding) & (sizes <= bounds.most + rounding)

@@ -1,7 +1,7 @@
-"""How many clusters: what speaks for each number, and the one that most does.
+"""The number of clusters: a score for each k, and the best one.
 
-Knows silhouettes (Rousseeuw 1987), gaps between joins, balance of sizes and stability under
-resampling. Does not know measures: distances, and distances resampled, are given.
+The score has silhouettes (Rousseeuw 1987) and stability under resampling; gaps between joins and
+balance of sizes are shown beside it. Distances, and those of resampled features, are arguments.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,25 +16,25 @@ from clustering.errors import UserError
 
 
 class Choice(NamedTuple):
-    """What speaks for a number of clusters."""
+    """Scores of one number of clusters."""
 
     k: int
     silhouette: float
-    """Mean over languages of how much nearer the own cluster is than the next, -1..1; 0 for one
-    alone in its cluster."""
+    """Mean over languages of how much nearer the own cluster is than the next one, -1..1; a
+    language alone in its cluster counts 0."""
     gap: float
-    """How much farther apart the next two clusters to join are than the last two that did."""
+    """Distance of the next join less that of the last join that was made."""
     balance: float
     """Size of the largest cluster over the mean; 1 is even."""
     stability: float | None
     """Mean adjusted Rand index (Hubert and Arabie 1985) of the clusters and those of resampled
-    features, at most 1; None where nothing was resampled."""
-    doubt: float
-    """Standard error of the stability."""
+    features, at most 1; None without resampled features."""
+    standard_error: float
+    """Standard error of the stability; 0 without resampled features."""
 
     @property
     def score(self) -> float:
-        """Silhouette and stability, in equal parts."""
+        """Sum of silhouette and stability."""
         return self.silhouette + (self.stability or 0.0)
 
 
@@ -45,17 +45,17 @@ def choices(
     sizes: Mapping[str, int] | None = None,
     resampled: Iterable[Distances] = (),
 ) -> list[Choice]:
-    """Of every k from 2 to half the languages: beyond, most would be alone.
+    """The scores of every k from 2 to half the languages; beyond, most would be alone.
 
-    sizes: as in `grouping.cluster` for the rule `balanced`, and what balance is of; None counts
-    languages. resampled: distances of the same languages with features drawn anew. UserError for
-    fewer than four languages, and if nothing tells them apart.
+    sizes: as in `grouping.cluster` for the rule `balanced`, and the unit of the balance; None
+    counts languages. resampled: distances of the same languages by resampled features. UserError
+    for fewer than four languages, and if all distances are 0.
     """
     languages = distances.languages
     if len(languages) < 4:
         raise UserError(f"k can be chosen for four languages or more; got {len(languages)}")
     if not distances.values.any():
-        raise UserError(f"{distances.measure} does not tell these languages apart: no k is better")
+        raise UserError(f"all distances are 0 by {distances.measure}: no k is better than another")
     again = list(resampled)
     found = []
     for k in range(2, len(languages) // 2 + 1):
@@ -80,16 +80,17 @@ def choices(
 
 
 def best(found: Sequence[Choice]) -> Choice:
-    """The highest score; of equals the fewest clusters."""
+    """The k of the highest score; of equal scores, the smallest k."""
     return max(found, key=lambda choice: (choice.score, -choice.k))
 
 
 def reason(found: Sequence[Choice]) -> str:
-    """Why the best is that, in a line."""
+    """One line that says why the best k was chosen."""
     chosen = best(found)
     terms = f"silhouette {chosen.silhouette:.2f}"
     if chosen.stability is not None:
-        terms += f" + stability {chosen.stability:.2f} ± {chosen.doubt:.2f} = {chosen.score:.2f}"
+        error = chosen.standard_error
+        terms += f" + stability {chosen.stability:.2f} ± {error:.2f} = {chosen.score:.2f}"
     others = sorted((c for c in found if c is not chosen), key=lambda c: -c.score)[:2]
     after = f" (then {', '.join(f'k={c.k}: {c.score:.2f}' for c in others)})" if others else ""
     return (
@@ -127,15 +128,15 @@ def _balance(
     labels: np.ndarray, languages: Sequence[str], sizes: Mapping[str, int] | None
 ) -> float:
     weights = None if sizes is None else np.array([sizes[tag] for tag in languages], float)
-    held = np.bincount(labels, weights)
-    return float(held.max() / held.mean())
+    totals = np.bincount(labels, weights)
+    return float(totals.max() / totals.mean())
 
 
 def _stability(labels: np.ndarray, others: Sequence[np.ndarray]) -> dict[str, Any]:
     if not others:
-        return {"stability": None, "doubt": 0.0}
+        return {"stability": None, "standard_error": 0.0}
     from sklearn.metrics import adjusted_rand_score
 
     found = [float(adjusted_rand_score(labels, other)) for other in others]
-    doubt = float(np.std(found) / np.sqrt(len(found)))
-    return {"stability": float(np.mean(found)), "doubt": doubt}
+    error = float(np.std(found) / np.sqrt(len(found)))
+    return {"stability": float(np.mean(found)), "standard_error": error}

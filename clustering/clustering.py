@@ -8,7 +8,7 @@ models or corpora.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Integer
 
-from clustering import figures, files, kmeans, maps
+from clustering import figures, files, maps
 from clustering.distances import Distances
 from clustering.errors import UserError
 from clustering.languages import english_name, find
@@ -84,7 +84,7 @@ class Clustering:
     __hash__ = None  # type: ignore[assignment]  # arrays do not hash
 
     def __repr__(self) -> str:
-        return f"<Clustering by {self.method}: {_counts(self)}: {_listed(list(self.clusters))}>"
+        return f"<Clustering {self.method}: {_counts(self)}: {_listed(list(self.clusters))}>"
 
     def __str__(self) -> str:
         return _table(self)
@@ -124,16 +124,14 @@ class Clustering:
             raise UserError(f"{language} {why} of this clustering; those with a cluster: {known}")
         return self.cluster_by_language[tag]
 
-    def assign(
-        self, vectors: Float[np.ndarray, "documents D"]
-    ) -> Integer[np.ndarray, " documents"]:
-        """Index into `clusters` of the centre nearest to each vector.
+    def assign(self, documents: Iterable[np.ndarray]) -> Integer[np.ndarray, " documents"]:
+        """Index into `clusters` of each document, given by its terms, integers [tokens]; int32.
 
-        Raises ValueError for clusters of languages, which have no centres.
+        Documents are read a batch at a time. Raises ValueError for clusters of languages.
         """
-        if self.centres is None:
-            raise ValueError("these are clusters of languages without centres: use cluster_of")
-        return kmeans.assign(vectors, self.centres)
+        if self.vectoriser is None or self.centres is None:
+            raise ValueError("these are clusters of languages: use cluster_of")
+        return np.fromiter(self.vectoriser.nearest(documents, self.centres), np.int32)
 
     def renamed(self, names: Mapping[str, str]) -> "Clustering":
         """The same clustering with other names for some clusters, old -> new; UserError for an

@@ -1,8 +1,5 @@
-"""Tables behind `languages`: codes that Wikipedia and OSCAR write outside BCP 47, codes with two
-meanings, codes of families, scripts within scripts.
-
-Knows facts about codes. Does not turn one code into another; that is `languages`.
-"""
+"""Tables of language codes, which `languages` applies: codes that Wikipedia and OSCAR write outside
+BCP 47, codes with two meanings, codes of families, and scripts that are parts of others."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -11,7 +8,7 @@ from langcodes import data_dicts
 from langcodes.registry_parser import parse_registry
 
 VERSION = 2
-"""Of what codes become what tags: raise it with a change, so that stored text is tagged again."""
+"""Version of the rules from codes to tags; raised with a change, so that text is tagged again."""
 
 ALIASES: Mapping[str, str] = {
     # Wikipedia's subdomains, with the tags that MediaWiki writes into its pages.
@@ -33,7 +30,7 @@ ALIASES: Mapping[str, str] = {
     # OSCAR's spelling of Wikipedia's eml.
     "x-eml": "egl",
 }
-"""Whole codes, in lower case with hyphens -> what they stand for."""
+"""Full code, in lower case with hyphens -> the code that replaces it."""
 
 AMBIGUOUS: Mapping[str, tuple[str, str]] = {
     "als": (
@@ -45,7 +42,7 @@ AMBIGUOUS: Mapping[str, tuple[str, str]] = {
         "nrm-Latn (Narom, which ISO 639-3 calls nrm)",
     ),
 }
-"""Codes that mean one language in Wikipedia and another in ISO 639-3 -> both, to be written so."""
+"""Code that is one language in Wikipedia and another in ISO 639-3 -> what to write for each."""
 
 NO_LANGUAGE: Mapping[str, str] = {
     "und": "an undetermined language",
@@ -54,7 +51,7 @@ NO_LANGUAGE: Mapping[str, str] = {
     "mis": "a language without a code",
     "zxx": "no linguistic content",
 }
-"""Codes that BCP 47 and CLDR have for what is no one language -> what they stand for."""
+"""Code of BCP 47 or CLDR that names no single language -> what it stands for."""
 
 FAMILY_MEMBERS: Mapping[str, tuple[str, ...]] = {
     "afa": ("ar", "ha", "am"),
@@ -98,10 +95,10 @@ FAMILY_MEMBERS: Mapping[str, tuple[str, ...]] = {
     "zls": ("bg", "sr", "sl"),
     "zlw": ("pl", "cs", "sk"),
 }
-"""Codes of families -> some of their languages, to suggest."""
+"""Code of a family -> some of its languages, which an error message suggests."""
 
 _READ_AS_LANGUAGES = ("nah",)
-"""ISO 639-5 counts Nahuatl as a family; Wikipedia and OSCAR have text under its code alone."""
+"""Codes of families that count as languages: Wikipedia and OSCAR have Nahuatl under this code."""
 
 USUAL_SCRIPTS: Mapping[str, str] = {
     "anp": "Deva",
@@ -114,8 +111,8 @@ USUAL_SCRIPTS: Mapping[str, str] = {
     "uzs": "Arab",
     "xal": "Cyrl",
 }
-"""Languages that langcodes' likely subtags do not know, which are written neither in Latin nor as
-their macrolanguage is."""
+"""Language -> its script, where langcodes' likely subtags lack it and it is neither Latin nor that
+of the macrolanguage."""
 
 SCRIPTS_WITHIN: Mapping[str, tuple[str, ...]] = {
     "Arab": ("Aran",),
@@ -127,11 +124,11 @@ SCRIPTS_WITHIN: Mapping[str, tuple[str, ...]] = {
     "Latn": ("Latf", "Latg"),
     "Syrc": ("Syre", "Syrj", "Syrn"),
 }
-"""A language's usual script -> other codes (ISO 15924) that text in it is given: a part of it, a
-style of it or, as Hani of Hans and Hant, a wider term for it."""
+"""A language's usual script -> codes (ISO 15924) that count as the same: a part of it, a style of
+it, or a wider term for it, as Hani for Hans and Hant."""
 
 UNDETERMINED_SCRIPTS = ("Zinh", "Zyyy", "Zzzz")
-"""ISO 15924 for scripts that are not determined."""
+"""Codes of ISO 15924 for undetermined scripts."""
 
 
 @cache

@@ -1,8 +1,5 @@
-"""Clusters that no measurement made: the random control of an experiment, and groups that a user
-names.
-
-Knows language tags only.
-"""
+"""Clusters without a measurement: random ones, as the control of an experiment, and ones by
+hand."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,12 +16,12 @@ from clustering.names import name_clusters
 
 
 def random_clusters(languages: Sequence[str], k: int, random_seed: int) -> Clustering:
-    """k random clusters whose sizes differ by at most one; decided by the random seed."""
+    """k random clusters whose sizes differ by at most one; the random seed decides them."""
     tags = canonical_all(languages)
     if not 1 <= k <= len(tags):
         raise UserError(f"k must be between 1 and {len(tags)} languages; got {k}")
     if random_seed < 0:
-        raise UserError(f"a random seed of 0 or more wanted; got {random_seed}")
+        raise UserError(f"the random seed must be 0 or more; got {random_seed}")
     order = np.random.default_rng(random_seed).permutation(len(tags))
     parts = sorted(sorted(part.tolist()) for part in np.array_split(order, k))
     return Clustering(
@@ -36,24 +33,26 @@ def random_clusters(languages: Sequence[str], k: int, random_seed: int) -> Clust
 
 
 def read_groups(path: str | os.PathLike[str]) -> Clustering:
-    """Clusters that a YAML file names, `slavic: [bg, ru]` a line; those under `unassigned` are in
-    none. UserError for a file of another shape, and as `by_hand`."""
+    """Clusters from a YAML file with lines such as `slavic: [bg, ru]`; languages under `unassigned`
+    are in no cluster. UserError for a file of another shape, and as `by_hand`."""
     import yaml
 
     text = files.read_text(path)
     try:
-        # Every scalar as it is written: to other loaders Norwegian (no) is a denial.
+        # As strings: other loaders read Norwegian (no) as the truth value false.
         value = yaml.load(text, Loader=yaml.BaseLoader)
         tree = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict) or not all(_is_list(members) for members in value.values()):
-        raise UserError(f"{path} wants lines such as 'slavic: [bg, ru]', a name and its languages")
-    # Of equal names YAML keeps the last.
+        raise UserError(
+            f"{path} must have lines such as 'slavic: [bg, ru]', a name and its languages"
+        )
+    # YAML keeps the last of equal names.
     names = [name.value for name, _ in tree.value]
     twice = [name for name in value if names.count(name) > 1]
     if twice:
-        raise UserError(f"{path} has several clusters {', '.join(twice[:5])}")
+        raise UserError(f"{path} names a cluster twice: {', '.join(twice[:5])}")
     unassigned = value.pop("unassigned", ())
     try:
         found = by_hand(value, unassigned)

@@ -1,8 +1,7 @@
-"""How far languages are from each other: `Distances`, of which relatives and clusters are made.
+"""Distances between languages by some measure, and weighted means of several measures.
 
-Knows what every measure has in common: values and coverage by pair, where they come from, how
-several are weighed together. Does not know any measure; each has a module of its own (`typology`,
-`genealogy`, `geography`, `lexical`, `internal`).
+Every measure (`typology`, `genealogy`, `geography`, `table`, `lexical`, `internal`) returns
+`Distances`: values and coverage by pair, and where they come from.
 """
 
 from collections.abc import Sequence
@@ -16,16 +15,16 @@ from clustering.errors import UserError
 from clustering.files import equal
 from clustering.languages import canonical_all, find
 
-_ROOM = 12
-"""Languages up to which values are shown."""
+_MOST_SHOWN = 12
+"""Number of languages up to which `repr` shows the values."""
 
 
 class Relative(NamedTuple):
-    """A language as another sees it."""
+    """Another language, with its distance."""
 
     language: str
     distance: float
-    """As in `Distances.values`; NaN where the measure knows nothing of the pair."""
+    """As in `Distances.values`; NaN if it is unknown."""
     coverage: float
     """As in `Distances.coverage`."""
 
@@ -35,15 +34,15 @@ class Distances:
     """Distances between languages by one measure; immutable."""
 
     measure: str
-    """For people and figures: `typology`, `geography`, `.7 typology + .3 genealogy`."""
+    """Name of the measure, as figures show it: `typology`, `.7 typology + .3 genealogy`."""
     languages: tuple[str, ...]
     """Canonical tags; rows and columns of the arrays."""
     values: Float[np.ndarray, "languages languages"]
-    """Symmetric, 0 on the diagonal, never negative; 1 is as far as can be, or as any of these are,
-    whichever the measure says. NaN for a pair of which nothing is known."""
+    """Distances: symmetric, 0 on the diagonal, never negative, NaN if unknown. Each measure says
+    what 1 is: the largest possible distance, or the largest of these."""
     coverage: Float[np.ndarray, "languages languages"]
-    """Share of what could be compared that is known of both, 0..1; on the diagonal, of each one. 0
-    where nothing is known, and where a value rests on predictions alone."""
+    """Share of the features, or whatever is compared, that is known for both languages, 0..1; on
+    the diagonal, for each. It is 0 where a distance is unknown or comes from predictions alone."""
     parameters: dict[str, Any] = field(default_factory=dict)
     """The arguments of the measure and what it reports, as JSON values."""
     made_from: dict[str, str] = field(default_factory=dict)
@@ -75,10 +74,9 @@ class Distances:
     __hash__ = None  # type: ignore[assignment]  # arrays do not hash
 
     def __repr__(self) -> str:
-        """The measure and, up to twelve languages, the values."""
         count = len(self.languages)
         title = f"{self.measure}: distances of {count} languages"
-        if count > _ROOM:
+        if count > _MOST_SHOWN:
             return title
         width = max(map(len, self.languages)) + 1
         rows = [
@@ -89,18 +87,18 @@ class Distances:
         return "\n".join([title, head, *rows])
 
     def between(self, one: str, other: str) -> float:
-        """The distance of two languages, by any of their codes."""
+        """The distance between two languages, given by any of their codes."""
         return float(self.values[self._at(one), self._at(other)])
 
     def of(self, languages: Sequence[str]) -> "Distances":
-        """The same of these languages alone, in this order; UserError for one that is not there."""
+        """The distances of these languages alone, in this order; UserError for an unknown one."""
         for language in languages:
             self._at(language)
         return self.spread(languages)
 
     def spread(self, languages: Sequence[str]) -> "Distances":
-        """The same among these languages, in this order; nothing is known of those that are not
-        among `self.languages`."""
+        """The distances of these languages, in this order; unknown where a language is not among
+        `self.languages`."""
         tags = canonical_all(languages)
         known = [place for place, tag in enumerate(tags) if tag in self.languages]
         index = [self.languages.index(tags[place]) for place in known]
@@ -112,8 +110,8 @@ class Distances:
         return replace(self, languages=tags, values=values, coverage=coverage)
 
     def relatives(self, language: str) -> list[Relative]:
-        """The other languages, nearest first; of equals, the one given first. Those at an unknown
-        distance come last."""
+        """The other languages, nearest first, and of equals in the order of `self.languages`; those
+        at an unknown distance come last."""
         row = self._at(language)
         order = np.argsort(self.values[row], kind="stable")
         return [
@@ -123,17 +121,18 @@ class Distances:
         ]
 
     def complete(self) -> "Distances":
-        """These distances, if every pair is known; else UserError with the pairs and languages of
-        which nothing is."""
+        """These distances, if all are known; else UserError with the pairs and languages that are
+        not."""
         unknown = np.isnan(self.values)
         if unknown.any():
             raise UserError(f"{self.measure} knows nothing of {self._named(unknown)}")
         return self
 
     def without_gaps(self) -> tuple["Distances", tuple[str, ...]]:
-        """The distances of languages among which every pair is known, and the languages left out:
-        one after another, each time the one with most unknown pairs, of equals the one of which
-        less is known."""
+        """The distances of languages among which every pair is known, and the languages left out.
+
+        Languages are left out one after another: each time the one with most unknown pairs, and of
+        equals the one with the lower coverage."""
         unknown = np.isnan(self.values)
         own = np.diagonal(self.coverage) / 2
         kept = np.ones(len(self.languages), bool)
@@ -150,8 +149,8 @@ class Distances:
         return self.languages.index(tag)
 
     def _named(self, pairs: np.ndarray) -> str:
-        """The first five of what is true in a symmetric [languages, languages]; a language of which
-        nothing at all is known by its name alone."""
+        """Names of the first five pairs that are true in a symmetric [languages, languages]; a
+        language without any coverage stands for all of its pairs."""
         alone = np.flatnonzero(np.diagonal(self.coverage) == 0)
         rows, columns = np.nonzero(np.triu(pairs, k=1))
         named = [self.languages[i] for i in alone]
@@ -165,12 +164,12 @@ class Distances:
 
 
 def combine(parts: Sequence[tuple[Distances, float]]) -> Distances:
-    """A weighted mean of several measures of the same languages.
+    """The weighted mean of several measures of the same languages.
 
-    Each measure is first divided by its largest distance, so that a weight says how much of the
-    whole it can decide; 1 is as far as any pair by all measures. A pair that a measure does not
-    know counts there as `_typical`, so that a gap makes languages neither near nor distant; a pair
-    that none knows stays unknown. Coverage is the weighted mean, of which gaps have no share.
+    Each measure is first divided by its largest distance, so that weights compare like with like;
+    1 is the largest distance by all measures. Where a measure has no distance, `_typical` stands
+    for it, so that a gap makes languages neither near nor distant; a pair unknown to all measures
+    stays unknown. Coverage is the weighted mean, in which gaps count 0.
     """
     weights = [weight for _, weight in parts]
     if not weights or min(weights) < 0 or not sum(weights):
@@ -212,14 +211,15 @@ def _largest(distances: Distances) -> float:
 
 
 def _any_known(values: np.ndarray) -> bool:
-    """Whether any two different languages have a distance."""
+    """Whether any two different languages have a known distance."""
     return bool(np.triu(~np.isnan(values), k=1).any()) or len(values) == 1
 
 
 def _typical(values: Float[np.ndarray, "languages languages"]) -> np.ndarray:
-    """The distances with gaps filled: with the mean distance of the languages of a pair from all
-    others, the farther of the two. Where nothing is known of one of them, the mean of all pairs
-    stands for it. A language far from all is likely to be as far from one that nobody described.
+    """The distances with gaps filled by the larger of the pair's mean distances from all others.
+
+    A language without any distance has the mean of all pairs. The reason: a language far from all
+    others is likely to be far from an undescribed one too.
     """
     others = np.where(np.eye(len(values), dtype=bool), np.nan, values)
     known = ~np.isnan(others)

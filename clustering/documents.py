@@ -1,6 +1,6 @@
-"""Documents in parts, and a sample of them that is the same wherever the parts are read.
+"""Documents in parts, and a random sample of them that does not depend on where parts are read.
 
-Does not know how functions reach the parts (`engines`), or what is computed (`tfidf`).
+How functions reach the parts is `engines`; what is computed is `tfidf`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -16,43 +16,47 @@ from clustering.engines import Engine
 from clustering.errors import UserError
 
 Part = Iterable[tuple[Any, str]]
-"""Content and language of each document, as often as it is read. A part that goes to another
-machine is pickled: it should say where its documents lie, not hold them."""
+"""Content and language of each document; a part can be iterated more than once. A part that goes to
+another machine is pickled, so it should have the location of its documents, not their content."""
 Terms = Callable[[Iterable[Any]], Iterable[np.ndarray]]
-"""Contents of documents -> an integer array [tokens] of each."""
+"""Function from contents of documents to an integer array [tokens] of each."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The documents of all parts, in the order of the parts."""
+    """All documents of several parts, in the order of the parts."""
 
     parts: Sequence[Part]
     terms: Terms = iter
-    """What is computed with; contents that are integer arrays are taken as they are."""
+    """Turns contents into terms; the default takes contents that are integer arrays already."""
     engine: Engine = map
-    """How functions reach the parts: `map`, here and in turn, or `engines.over_ray`."""
+    """How functions reach the parts: `map`, in this process and in order, or `over_ray`."""
     sizes: Sequence[int] | None = None
-    """Documents of each part where that is known; else they are counted when that is needed."""
+    """Number of documents of each part; None counts them when they are needed."""
 
     def __post_init__(self) -> None:
-        count = len(self.parts)  # which an iterator of them has not
+        count = len(self.parts)  # refuses an iterator of parts
         if self.sizes is not None and len(self.sizes) != count:
-            raise ValueError(f"got {count} parts, and sizes of {len(self.sizes)}")
+            raise ValueError(
+                f"there must be a size for each of {count} parts; got {len(self.sizes)}"
+            )
         if any(iter(part) is part for part in self.parts):
-            raise ValueError("documents are read several times; got an iterator, which ends once")
+            raise ValueError("each part must be readable several times; got an iterator")
 
     def map(
         self, function: Callable[[Iterator[tuple[np.ndarray, str]]], Result]
     ) -> Iterable[Result]:
-        """The function of the terms and languages of each part, in order."""
+        """Results of a function of the terms and languages of each part, in order."""
         return self.engine(partial(_read, function, self.terms), self.parts)
 
     def sample(self, size: int, random_seed: int = 0) -> list[Integer[np.ndarray, " tokens"]]:
-        """Terms of `size` documents drawn without replacement, of all if there are fewer, in order
-        and without those that are empty. Decided by the numbers of the documents, so that engine
-        and division into parts do not matter."""
+        """Terms of `size` documents drawn without replacement, in order, without empty ones; of all
+        documents if there are fewer.
+
+        The draw depends on the numbers of the documents alone, so the engine and the division into
+        parts do not matter."""
         ends = np.cumsum([0, *self._sizes()])
         if ends[-1] <= size:
             drawn = np.arange(ends[-1])
@@ -61,11 +65,11 @@ class Documents:
             drawn = np.sort(rng.choice(ends[-1], size, replace=False))
         bounds = np.searchsorted(drawn, ends)
         numbers = [drawn[a:b] - start for a, b, start in zip(bounds, bounds[1:], ends)]
-        asked = [number for number, wanted in enumerate(numbers) if len(wanted)]
+        needed = [part for part, drawn in enumerate(numbers) if len(drawn)]
         taken = self.engine(
             partial(_take, self.terms),
-            [self.parts[number] for number in asked],
-            [numbers[number] for number in asked],
+            [self.parts[part] for part in needed],
+            [numbers[part] for part in needed],
         )
         return [ids for part in taken for ids in part if len(ids)]
 
@@ -88,10 +92,10 @@ def _count(part: Part) -> int:
 
 
 def _take(terms: Terms, part: Part, numbers: np.ndarray) -> list[np.ndarray]:
-    """Terms of the documents of these numbers, ascending."""
+    """Terms of the documents with these numbers, which ascend."""
     found = list(terms(_contents(part, numbers)))
     if len(found) < len(numbers):
-        raise UserError(f"{part} has fewer documents than were counted before: it has changed")
+        raise UserError(f"{part} has changed: it has fewer documents than were counted before")
     return found
 
 

@@ -1,6 +1,6 @@
-"""How a function reaches parts of documents: here and in turn, or on the machines of a Ray cluster.
+"""Engines: they apply a function to parts of documents, in this process or on a Ray cluster.
 
-An engine is called as `map` is, and gives the results in order.
+An engine is called like `map`, and returns the results in order.
 """
 
 import logging
@@ -15,23 +15,23 @@ from typing import Any, TypeVar
 from clustering.errors import UserError
 
 Engine = Callable[..., Iterable[Any]]
-"""(function, *sequences) -> results in order."""
+"""Function of (function, *sequences) that returns the results in order."""
 
 Result = TypeVar("Result")
 
 _RETRIES = 3
-"""Of a part whose process or machine is lost; Ray Data would go on for ever."""
-_PATIENCE = 10.0
-"""Seconds that a cluster has to answer; Ray would wait for ever."""
+"""Number of retries of a part whose process or machine is lost; Ray Data would retry for ever."""
+_TIMEOUT_SECONDS = 10.0
+"""Seconds to wait for an answer of a cluster; Ray would wait for ever."""
 
 
 def over_ray(function: Callable[..., Result], *sequences: Sequence[Any]) -> list[Result]:
-    """`map` by Ray Data, a task for each part: on the cluster whose address RAY_ADDRESS says, else
-    on all cores here.
+    """`map` by Ray Data, a task for each part: on the cluster at the address RAY_ADDRESS, else on
+    all cores of this machine.
 
-    A task whose machine is lost is run again on another. Every machine needs this package, and
-    finds the parts where they lie here. The first fault ends it: raises a UserError or OSError of
-    `function` as it is, RuntimeError with the traceback of any other, and UserError for Ray's own.
+    A task whose machine is lost is run again on another. Every machine needs this package, and the
+    parts under the same paths. The first error ends all: a UserError or OSError of `function` is
+    raised as it is, any other as a RuntimeError with its traceback, Ray's own as a UserError.
     """
     connect()
     import ray
@@ -60,8 +60,9 @@ ENGINES: dict[str, Engine] = {"local": map, "ray": over_ray}
 
 
 def connect() -> None:
-    """To the Ray cluster whose address RAY_ADDRESS says, else to one on this machine alone, unless
-    this process is connected. UserError where Ray is not installed, or no cluster answers."""
+    """Connects to the Ray cluster at the address RAY_ADDRESS, else starts one on this machine;
+    nothing happens if this process is connected already. UserError if Ray is not installed, or no
+    cluster answers."""
     try:
         import ray
         import ray.data
@@ -73,10 +74,10 @@ def connect() -> None:
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon:
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+            socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT_SECONDS).close()
         except (OSError, ValueError) as error:
             raise UserError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error}") from None
-    # "local", or what an earlier cluster left on this machine would be taken for one.
+    # Without "local" Ray would join what an earlier cluster left on this machine.
     ray.init(address or "local", log_to_driver=False, logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
@@ -84,20 +85,20 @@ def connect() -> None:
 def _run(
     function: Callable[..., Any], arguments: Sequence[Any], row: dict[str, Any]
 ) -> dict[str, Any]:
-    """On a machine of the cluster: the result of one part, or its fault, beside its number."""
+    """The number of one part and its result, or its error; runs on a machine of the cluster."""
     import ray
 
     try:
         result = function(*ray.get(arguments[row["id"]]))
     except (UserError, OSError) as error:
         result = error
-    except Exception:  # which may not outlive the way back, and its traceback never does
+    except Exception:  # it may not survive pickling, and its traceback never does
         result = RuntimeError(traceback.format_exc())
     return {"id": row["id"], "result": _Value(result)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """Keeps Ray Data from making columns of what is inside."""
+    """Wrapper of a result, which Ray Data would otherwise turn into columns."""
 
     value: Any

@@ -1,4 +1,4 @@
-"""Tables of features by language -> distances. Knows missing values, not where tables come from."""
+"""Distances between the rows of a table of features by language, in which values may be missing."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -9,14 +9,14 @@ from jaxtyping import Bool, Float, Integer
 from clustering.errors import UserError
 
 Table = Float[np.ndarray, "languages features"]
-"""Values; NaN where nothing is known."""
+"""Values of features; NaN if unknown."""
 Distance = Float[np.ndarray, "languages languages"]
-"""0 from a language to itself; NaN where nothing is known of a pair."""
+"""Distances; 0 from a language to itself, NaN if unknown."""
 
 
 def chosen(names: Sequence[str], only: Sequence[str], where: str) -> list[int]:
-    """Places of the features `only` among `names`, those that `where` has; of all if none are
-    chosen. UserError for one that is not there."""
+    """Positions of the features `only` in `names`; of all features if `only` is empty. UserError
+    for one that is not there; `where` names the table in the message."""
     if not only:
         return list(range(len(names)))
     unknown = [name for name in only if name not in names]
@@ -28,8 +28,8 @@ def chosen(names: Sequence[str], only: Sequence[str], where: str) -> list[int]:
 
 
 def varying(values: Table) -> Bool[np.ndarray, " features"]:
-    """Columns that are not all 0, all 1 or all missing: what lang2vec calls minimal. Constant
-    fractions stay, as there."""
+    """Whether each column is other than all 0, all 1 or all missing, which lang2vec calls minimal;
+    constant fractions stay, as there."""
     constant = (values == 0).all(axis=0) | (values == 1).all(axis=0) | np.isnan(values).all(axis=0)
     return ~constant
 
@@ -37,8 +37,8 @@ def varying(values: Table) -> Bool[np.ndarray, " features"]:
 def compared(
     values: Table, names: Sequence[str], only: Sequence[str], where: str, resample: int | None
 ) -> Integer[np.ndarray, " compared"]:
-    """The places of the columns that languages are compared by: those of the names `only`, as in
-    `chosen`, that vary; with `resample` as many, drawn with replacement by that random seed
+    """Positions of the columns to compare languages by: those that vary, and are in `only` if it is
+    not empty. With `resample`, as many columns drawn with replacement by that random seed
     (bootstrap)."""
     places = np.array(chosen(names, only, where), int)
     places = places[varying(values[:, places])]
@@ -48,8 +48,8 @@ def compared(
 
 
 def coverage(known: Bool[np.ndarray, "languages features"]) -> Distance:
-    """Share of the features known of both languages; of one, on the diagonal. 1 without features:
-    there is nothing to know."""
+    """Share of the features known for both languages, and on the diagonal for one; 1 where the
+    table has no features."""
     count = known.shape[1]
     present = known.astype(np.float64)
     return (present @ present.T) / count if count else np.ones((len(known),) * 2)
@@ -58,9 +58,9 @@ def coverage(known: Bool[np.ndarray, "languages features"]) -> Distance:
 def cosine(values: Table) -> Distance:
     """d(i, j) = 1 - sum_{f in both} x_if x_jf / sqrt(sum_{f in i} x_if^2 * sum_{f in j} x_jf^2).
 
-    As in the code of X-ELM's authors: a feature that one of the two lacks counts in the other's
-    length. NaN where none is known of both, and where a language has no feature but zeros; 0
-    without features, as nothing tells the languages apart."""
+    As in the code of X-ELM's authors, a feature that one of the two lacks counts in the other's
+    length. NaN where no feature is known for both, and where a language has only zeros; 0 where
+    the table has no features."""
     if not values.shape[1]:
         return np.zeros((len(values),) * 2)
     present = (~np.isnan(values)).astype(np.float64)
@@ -72,9 +72,10 @@ def cosine(values: Table) -> Distance:
 
 
 def gower(values: Table) -> Distance:
-    """Mean difference over the features known of both, each scaled to 0..1 over the given languages
-    (Gower 1971): for numbers of any kind, where zeros say something too. Features with one value
-    for all do not count. NaN where none is known of both; 0 without features."""
+    """Mean difference over the features known for both, each scaled to 0..1 over the given
+    languages (Gower 1971). It suits numbers of any kind, and zeros count like other values.
+    Features with one value for all are left out. NaN where no feature is known for both; 0 without
+    features."""
     missing = np.isnan(values)
     low = np.where(missing, np.inf, values).min(axis=0, initial=np.inf)
     span = np.where(missing, -np.inf, values).max(axis=0, initial=-np.inf) - low
@@ -84,7 +85,7 @@ def gower(values: Table) -> Distance:
     present = ~np.isnan(scaled)
     filled = np.nan_to_num(scaled)
     result = np.empty((len(values),) * 2)
-    for row, (mine, known) in enumerate(zip(filled, present)):  # no [languages]^2 x features
+    for row, (mine, known) in enumerate(zip(filled, present)):  # row by row, to save memory
         both = present & known
         with np.errstate(invalid="ignore"):
             result[row] = (np.abs(filled - mine) * both).sum(axis=1) / both.sum(axis=1)
@@ -98,7 +99,7 @@ METRICS: Mapping[str, Callable[[Table], Distance]] = {
 
 
 def _tidied(values: np.ndarray) -> np.ndarray:
-    """Against rounding: exactly symmetric, never below zero."""
+    """The distances made exactly symmetric and never negative, against rounding errors."""
     result = np.maximum((values + values.T) / 2, 0.0)
     np.fill_diagonal(result, 0.0)
     return result

@@ -32,25 +32,25 @@ _PALETTE = (
     "#999933",
 )
 ABOVE = "#888888"
-"""Joins above the clusters, and whatever belongs to none."""
+"""Colour of joins above the clusters, and of anything in no cluster."""
 _GAP = 0.02
 """Least distance between a join and those below it in a tree, as a share of the farthest join."""
 _CROWDED = 60
-"""Languages from which on a figure is drawn smaller."""
+"""Number of languages above which a figure is drawn smaller."""
 _ROOM_FOR_NUMBERS = 20
-"""Languages up to which a heat map shows figures and level labels."""
+"""Number of languages up to which a heat map shows numbers and horizontal labels."""
 _INCHES_PER_LETTER = 0.08
 """Width of a letter of the default font, rounded up."""
 _ROWS_PER_INCH = 4.0
-"""Of a legend, whose lines have a height of a quarter of an inch."""
+"""Number of lines of a legend in an inch of height."""
 _NARROWEST = 0.04
-"""Share of a bar in which a language code of three letters can still be read."""
+"""Share of a bar that is wide enough for a language code of three letters."""
 
 
 def cluster_colours(names: Sequence[str]) -> dict[str, str]:
     """Cluster -> colour, `#rrggbb`, by position.
 
-    Beyond nine clusters the colours return darker, then lighter: names must tell as well.
+    After nine clusters the colours return darker, then lighter, so a figure needs names as well.
     """
     rounds = (_PALETTE, _mix(_PALETTE, "#000000", 0.4), _mix(_PALETTE, "#ffffff", 0.5))
     every = [colour for palette in rounds for colour in palette]
@@ -260,8 +260,8 @@ def _pieces(shares: dict[str, float]) -> list[tuple[str, float]]:
 
 
 def legend(ax: "Axes", colours: dict[str, str]) -> None:
-    """The clusters and their colours, to the right of the axes, in as many columns as make it no
-    higher than the figure."""
+    """Draws a legend of the clusters to the right of the axes, with enough columns to be no higher
+    than the figure."""
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=colour, label=name) for name, colour in colours.items()]
@@ -278,7 +278,7 @@ def legend(ax: "Axes", colours: dict[str, str]) -> None:
 
 
 def axes(ax: "Axes | None", size: tuple[float, float], font_size: float | None = None) -> "Axes":
-    """The given axes, or those of a new figure of so many inches, with ticks of that font size."""
+    """The given axes, or those of a new figure of this size in inches and font size of ticks."""
     if ax is not None:
         return ax
     from matplotlib import pyplot
@@ -290,7 +290,7 @@ def axes(ax: "Axes | None", size: tuple[float, float], font_size: float | None =
 
 
 def distance_label(distances: Distances) -> str:
-    """What the distances are, for an axis."""
+    """Label of an axis of distances."""
     return f"distance: {distances.measure}"
 
 

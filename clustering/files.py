@@ -1,8 +1,6 @@
-"""How the types that cross package borders reach the disk: JSON and `.npz`, written whole or not at
-all.
+"""Files of JSON and arrays (`.npz`): atomic writing, checked reading, format numbers and hashes.
 
-Knows atomic replacement, format numbers and hashes. Does not know what is inside the files. Nothing
-is ever pickled: loading somebody's file must not run their code.
+Nothing is ever pickled: loading somebody's file must not run their code.
 """
 
 import errno
@@ -29,40 +27,40 @@ _REASONS = {
     errno.EEXIST: "a file stands where a folder is wanted",
     errno.EISDIR: "a folder stands where a file is wanted",
 }
-"""What a user can mend; any other failure to write is raised as it is."""
+"""Causes of a failure to write that a user can remove; any other is raised as it is."""
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON, atomically; ValueError for NaN and infinity."""
+    """Writes `value` as indented UTF-8 JSON, atomically; ValueError for NaN and infinity."""
     text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
     replace(Path(path), lambda file: file.write(text.encode()))
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named arrays as one uncompressed `.npz`, atomically; equal arrays give equal bytes.
+    """Writes named arrays as one uncompressed `.npz`, atomically; equal arrays give equal bytes.
 
     Raises ValueError for an array of Python objects, which could only be pickled.
     """
     objects = [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]
     if objects:
         raise ValueError(
-            f"arrays of numbers or strings wanted; got Python objects in {', '.join(objects[:5])}"
+            f"arrays must be of numbers or strings; got Python objects in {', '.join(objects[:5])}"
         )
     named: dict[str, Any] = dict(arrays)
     replace(Path(path), lambda file: np.savez(file, allow_pickle=False, **named))
 
 
 def read_json(path: str | os.PathLike[str], newest_format: int = 1) -> dict[str, Any]:
-    """The JSON object in a file that carries a `format` number.
+    """The JSON object of a file with a `format` number.
 
-    Raises UserError if the file is missing or damaged, or newer than `newest_format`, the highest
-    that the caller reads.
+    Raises UserError if the file is missing or damaged, or if its number is above `newest_format`,
+    the highest that the caller reads.
     """
     value = read_object(path)
     number = value.get("format")
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise UserError(
-            f'{path} wants a JSON object with a "format" number of 1 or more; got {number!r}'
+            f'{path} must be a JSON object with a "format" number of 1 or more; got {number!r}'
         )
     if number > newest_format:
         raise UserError(
@@ -72,7 +70,7 @@ def read_json(path: str | os.PathLike[str], newest_format: int = 1) -> dict[str,
 
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file; UserError if it is missing, damaged or holds something else."""
+    """The JSON object of a file; UserError if it is missing, damaged or something else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -80,13 +78,13 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:  # covers bytes that are not UTF-8
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path} wants a JSON object; got {value!r:.40}")
+        raise UserError(f"{path} must be a JSON object; got {value!r:.40}")
     return value
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file, without the byte order mark of some editors; UserError if it is
-    missing or something else."""
+    """The text of a UTF-8 file, without a byte order mark; UserError if it is missing or not
+    UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -96,9 +94,9 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz`; UserError if it is missing, damaged, or holds pickled objects."""
+    """The arrays of an `.npz`; UserError if it is missing, damaged, or has pickled objects."""
     try:
-        # Opened here, since NumPy leaves open what it finds to be no archive.
+        # Opened here, since NumPy does not close a file that is no archive.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except OSError as error:
@@ -117,10 +115,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace a file by what `write` writes into the binary file that it is given: whole, on disk,
-    or not at all. UserError if the disk is full or may not be written to."""
-    # The temporary file lies in the same folder, since os.replace is atomic only within one file
-    # system.
+    """Replaces a file by what `write` writes into a binary file: complete and on disk, or not at
+    all. UserError if the disk is full or may not be written to."""
+    # In the same folder, since os.replace is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +138,7 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Brings a folder and all that is in it to disk, which comes before it gets its final name."""
+    """Syncs a folder and everything in it to disk, as is due before it gets its final name."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
 
@@ -166,8 +163,8 @@ def _cannot_read(path: str | os.PathLike[str], error: OSError) -> UserError:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Of the fields of such types: arrays by type and every value, dictionaries in order, since the
-    order of clusters is that of their centres."""
+    """Whether two fields of a saved value are equal: arrays by type and value, dictionaries also by
+    order, since clusters are in the order of their centres."""
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, dict) and isinstance(other, dict):

@@ -1,4 +1,4 @@
-"""Family trees of languages, by URIEL's `fam` (Glottolog's families as lang2vec carries them)."""
+"""Distances by family tree, from URIEL's set `fam` (Glottolog's families as lang2vec has them)."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from clustering.languages import canonical_all
 
 
 def distances(languages: Sequence[str]) -> Distances:
-    """1 - 2 c / (a + b) for languages with a and b ancestors, c of them in common.
+    """Distances 1 - 2 c / (a + b) between languages with a and b ancestors, of which c are common.
 
-    So it is 0 for languages with the same ancestors, and 1 for languages of different families. A
-    language without ancestors in URIEL is an isolate, unclassified, or not described; which of
-    these the data do not tell, so its distances are unknown.
+    They are 0 for languages with the same ancestors, and 1 for languages of different families. A
+    language without ancestors in URIEL is an isolate, unclassified, or not described; the data do
+    not distinguish these, so its distances are unknown.
     """
     tags = canonical_all(languages)
     ancestors = np.nan_to_num(uriel.features(tags, "fam")[0])
@@ -38,7 +38,7 @@ def distances(languages: Sequence[str]) -> Distances:
 
 
 def lineage(language: str) -> list[str]:
-    """Names of the groups that a language belongs to, from family down; empty for isolates and
-    for languages that URIEL does not place."""
+    """Names of the groups that a language belongs to, from the family down; empty for isolates and
+    for languages without a family in URIEL."""
     values, names = uriel.features(canonical_all([language]), "fam")
     return [names[i].removeprefix("F_").replace("_", " ") for i in np.flatnonzero(values[0] > 0)]

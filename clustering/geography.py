@@ -1,4 +1,4 @@
-"""Where languages are spoken, by URIEL's `geo`: one point for each, as Glottolog has it."""
+"""Distances by place, from URIEL's set `geo`: one point for each language, as in Glottolog."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,12 @@ from clustering import uriel
 from clustering.distances import Distances
 from clustering.languages import canonical_all
 
-FARTHEST = 20_015.0
-"""Kilometres between opposite points of a sphere of the Earth's mean radius, 6,371 km."""
-
 
 def distances(languages: Sequence[str]) -> Distances:
-    """Great-circle distances, as a share of the farthest that two points can be apart (20,015 km).
+    """Great-circle distances, as a share of the largest on the Earth (20,015 km, half its girth).
 
-    One point is little for a language spoken on several continents. Distances of languages that
-    URIEL does not place are unknown.
+    A language spoken on several continents has one point too. Distances of languages without a
+    place in URIEL are unknown.
     """
     tags = canonical_all(languages)
     points = _unit_vectors(tags)
@@ -44,8 +41,9 @@ def coordinates(languages: Sequence[str]) -> Float[np.ndarray, "languages 2"]:
 
 
 def _unit_vectors(tags: Sequence[str]) -> Float[np.ndarray, "languages 3"]:
-    """Points on the unit sphere. URIEL has no coordinates but distances to 299 fixed points, whose
-    names say where they are: the cosine of a distance is the product of two unit vectors."""
+    """Points on the unit sphere, from distances to 299 fixed points, which URIEL has instead of
+    coordinates: the cosine of a distance is the product of two unit vectors. The names of the
+    features have the coordinates of the fixed points."""
     shares, names = uriel.features(tags, "geo")
     places = np.array([name.split("_")[1:] for name in names], float)
     latitude, longitude = np.radians(places).T
@@ -60,5 +58,5 @@ def _unit_vectors(tags: Sequence[str]) -> Float[np.ndarray, "languages 3"]:
     cosines = np.nan_to_num(np.cos(np.pi * shares))
     points = np.linalg.lstsq(fixed, cosines.T, rcond=None)[0].T
     lengths = np.linalg.norm(points, axis=1, keepdims=True)
-    # Codes that are no language (`mul`) are as far from everywhere, which is no point on a sphere.
+    # Codes of no language (`mul`) are equally far from all points, so no point on a sphere fits.
     return np.where(lengths > 0.5, points / np.maximum(lengths, 0.5), np.nan)

@@ -1,7 +1,6 @@
-"""Distances between languages -> clusters of languages, by a rule.
+"""Clusters of languages from distances, by one of several rules.
 
-Knows which rules there are and what a `Clustering` keeps of them; how each works is `pairing` and
-`agglomerative` and `capacity`.
+The rules are in `pairing`, `agglomerative` and `capacity`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +16,17 @@ from clustering.names import name_clusters
 from clustering.tree import Grouping
 
 Rule = Callable[..., Grouping]
-"""(languages, distances [languages, languages], k) -> what was found."""
+"""Function of (languages, distances [languages, languages], k) that returns a `Grouping`."""
 
 RULES: Mapping[str, Rule] = {
     # Rounds of closest pairs, sizes within one of each other, at the price of some distant pairs
     # (X-ELM, Blevins et al. 2024, section 3.1).
     "pairs": pairing.pairs,
-    # Sizes as they fall: the two groups join whose closest, mean or farthest languages are nearest.
+    # Groups of any size: the two groups join whose closest, mean or farthest languages are nearest.
     "single": partial(agglomerative.join, linkage="single"),
     "average": partial(agglomerative.join, linkage="average"),
     "complete": partial(agglomerative.join, linkage="complete"),
-    # Groups around languages in their middle, even in number or in what `sizes` counts.
+    # Groups around a central language, balanced in number of languages or in `sizes`.
     "balanced": capacity.balanced,
 }
 
@@ -40,12 +39,12 @@ def cluster(
     sizes: Mapping[str, int] | None = None,
     unassigned: Sequence[str] = (),
 ) -> Clustering:
-    """k clusters of near languages, with a tree. sizes: of each language, such as tokens, which the
-    rule `balanced` keeps in balance instead of numbers of languages. unassigned: languages left out
-    on purpose. Raises UserError if k is not in 1..languages, for an unknown rule, and for sizes
-    with another rule, missing or not above zero, and for pairs of which nothing is known (see
-    `Distances.without_gaps`).
-    """
+    """k clusters of near languages, with a tree, by one of `RULES`.
+
+    sizes: a number for each language, such as its tokens, which the rule `balanced` balances
+    instead of numbers of languages. unassigned: languages left out on purpose. Raises UserError if
+    k is not in 1..languages, for an unknown rule, for sizes with another rule, missing or not above
+    zero, and for unknown distances (see `Distances.without_gaps`)."""
     if rule not in RULES:
         raise UserError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
     languages = distances.languages
@@ -73,5 +72,5 @@ def _checked(sizes: Mapping[str, int], languages: Sequence[str], rule: str) -> n
         raise UserError(f"sizes go with the rule balanced; got {rule}")
     bad = [tag for tag in languages if not sizes.get(tag, 0) > 0]
     if bad:
-        raise UserError(f"a size above zero wanted for {', '.join(bad[:5])}")
+        raise UserError(f"sizes must be above zero for {', '.join(bad[:5])}")
     return np.array([sizes[tag] for tag in languages], float)

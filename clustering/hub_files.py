@@ -1,7 +1,7 @@
-"""Which files a Hugging Face checkpoint directory consists of: weights, their index, terms of use.
+"""The files of a Hugging Face checkpoint directory: weights, their index, chat templates, licences.
 
-Opens no weights. Terms are files such as LICENSE, which bind everybody who passes the weights on.
-"""
+Weights are not opened here. Licences and other terms apply to everybody who distributes the
+weights."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,17 +11,18 @@ from clustering.files import read_object, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-"""Says which of several files has which tensor."""
+"""Name of the file that maps tensors to files, where there are several files of weights."""
 SHARD_BYTES = 5 * 10**9
 """Largest size of one file of weights, as on the Hub; more weights go into several files."""
 TEMPLATES = "additional_chat_templates"
-"""The folder in which transformers keeps chat templates beside the usual one, NAME.jinja."""
+"""Folder in which transformers has further chat templates, NAME.jinja."""
 LICENCES = ("license", "licence", "notice", "copying", "use_policy")
-"""Beginnings of the names of files with terms, in small letters; the first two are licences."""
+"""Beginnings of names of files with terms of use, in lower case; the first two are licences."""
 
 
 def weight_files(directory: Path | str) -> list[str]:
-    """Names of the files that hold a checkpoint's weights: one, or those that its index names."""
+    """Names of a checkpoint's files of weights: one, or those in its index; UserError without
+    any."""
     directory = Path(directory)
     if (directory / WEIGHTS).is_file():  # before an index, as in transformers
         return [WEIGHTS]
@@ -62,7 +63,7 @@ def write_index(directory: Path, files: Mapping[str, Iterable[str]], total_bytes
 
 
 def _advice(directory: Path) -> str:
-    """What to do about a checkpoint that has pickles only; empty for others."""
+    """Advice for a checkpoint that has pickles only; empty for others."""
     if not directory.is_dir() or not list(directory.glob("*.bin")):
         return ""
     convert = (

@@ -1,9 +1,9 @@
-"""Texts -> the languages they are probably in, by the n-grams of their characters.
+"""Language identification: the probable languages of a text, by its character n-grams.
 
-Knows naive Bayes over hashed n-grams (Lui and Baldwin 2012, langid.py, has it over bytes), so that
-what a text says of its language is a sum over its characters, and a text that grows costs no more
-than what is new of it. A new language is a new column; the others stay as they are. Knows nothing
-of experts. `ngrams` is for clusters of documents: its terms are in no order.
+The method is naive Bayes over hashed n-grams (Lui and Baldwin 2012, langid.py, has it over bytes).
+A text's log likelihoods are sums over its characters, so a text that grows costs only its new part.
+A new language is a new column; the others stay as they are. (`ngrams` is for clusters of documents:
+its terms are in no order.)
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +17,13 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, write_arrays
 
 LONGEST = 4
-"""Characters of the longest n-gram."""
+"""Length in characters of the longest n-gram."""
 BUCKETS = 1 << 16
-"""N-grams that fall into one bucket are one term."""
+"""Number of buckets; n-grams in one bucket count as one."""
 _SMOOTHING = 0.5
-"""Added to the count of each bucket."""
+"""Number added to the count of each bucket."""
 _FEW = 32
-"""Characters."""
+"""Number of characters up to which n-grams are hashed one by one."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 """2^64 by the golden ratio: its multiples spread over all high bits (Knuth, The Art of Computer
 Programming, volume 3, section 6.4)."""
@@ -31,22 +31,22 @@ Programming, volume 3, section 6.4)."""
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Identifier:
-    """What n-grams say of L languages."""
+    """A language identifier for L languages, by character n-grams."""
 
     languages: tuple[str, ...]
     """Canonical tags."""
     log_likelihoods: Float[np.ndarray, "buckets L"]
-    """float32; of an n-gram in a bucket, in each language."""
+    """Log likelihood of an n-gram in a bucket, by language; float32."""
     temperature: float = 1.0
-    """Sums are divided by this before they become probabilities: neighbouring n-grams share
-    characters, and count as several witnesses of the same thing."""
+    """Divisor of the sums before they become probabilities: neighbouring n-grams share characters,
+    and so are not independent evidence."""
 
     def terms(self, before: str, pieces: Sequence[str]) -> Float[np.ndarray, "pieces L"]:
-        """What each piece of a text adds to the log likelihoods of the languages, by the n-grams
-        that end in it; `before` is the text before the first, of which the last characters are
-        looked at."""
+        """Log likelihoods of the languages that each piece of a text adds, by the n-grams that end
+        in it; `before` is the text before the first piece, whose last characters count as
+        context."""
         context = before[-(LONGEST - 1) :]
-        if len(pieces) == 1 and len(pieces[0]) <= _FEW:  # as texts grow, for each token
+        if len(pieces) == 1 and len(pieces[0]) <= _FEW:  # as for each token of a text that grows
             buckets = _buckets_of_few(context, pieces[0])
             return self.log_likelihoods[buckets].sum(axis=0, dtype=float)[None]
         buckets, ends = _buckets(context + "".join(pieces))
@@ -57,14 +57,14 @@ class Identifier:
         return np.diff(sums[np.searchsorted(ends, borders, side="right")], axis=0)
 
     def log_probabilities(self, text: str) -> Float[np.ndarray, " L"]:
-        """Of the languages, all alike beforehand."""
+        """Log probabilities of the languages for a text, under a uniform prior."""
         sums = self.terms("", [text])[0] / self.temperature
         top = sums.max()
         return sums - top - np.log(np.exp(sums - top).sum())
 
     def calibrated(self, texts: Mapping[str, Iterable[str]]) -> "Identifier":
-        """With the temperature under which texts of known languages, not those that it was fitted
-        on, are most probable."""
+        """The identifier with the temperature under which these texts are most probable; they
+        should not be those that it was fitted on."""
         labels, sums = [], []
         for tag, some in texts.items():
             for text in some:
@@ -74,12 +74,12 @@ class Identifier:
             return self
         best = min(
             np.geomspace(0.5, 64, 43),
-            key=lambda temperature: _surprise(np.asarray(sums) / temperature, np.asarray(labels)),
+            key=lambda divisor: _cross_entropy(np.asarray(sums) / divisor, np.asarray(labels)),
         )
         return replace(self, temperature=float(best))
 
     def save(self, path: Path) -> None:
-        """As an .npz file, atomically."""
+        """Writes an .npz file, atomically."""
         arrays = {
             "languages": np.asarray(self.languages),
             "log_likelihoods": self.log_likelihoods,
@@ -89,7 +89,7 @@ class Identifier:
 
     @classmethod
     def load(cls, path: Path) -> "Identifier":
-        """UserError if the file is missing or damaged."""
+        """The identifier of a file that `save` wrote; UserError if it is missing or damaged."""
         arrays = read_arrays(path)
         try:
             return cls(
@@ -102,15 +102,17 @@ class Identifier:
 
 
 def fit(texts: Mapping[str, Iterable[str]]) -> Identifier:
-    """From texts of each language; UserError for a language without any. Not calibrated: n-grams of
-    so many lengths are taken for as many witnesses of one thing."""
+    """An identifier fitted on texts of each language; UserError for a language without text.
+
+    It is not calibrated: its temperature is the number of n-gram lengths, as if those of one length
+    were independent."""
     columns = []
     for tag, some in texts.items():
         counts = np.zeros(BUCKETS)
         for text in some:
             counts += np.bincount(_buckets(text)[0], minlength=BUCKETS)
         if not counts.any():
-            raise UserError(f"there is no text in {tag!r} to know it by")
+            raise UserError(f"there is no text in {tag!r} to identify it by")
         smooth = counts + _SMOOTHING
         columns.append(np.log(smooth / smooth.sum()))
     return Identifier(
@@ -120,16 +122,15 @@ def fit(texts: Mapping[str, Iterable[str]]) -> Identifier:
     )
 
 
-def _surprise(sums: Float[np.ndarray, "N L"], labels: Int[np.ndarray, " N"]) -> float:
-    """Mean of -log p of the languages that texts are in."""
+def _cross_entropy(sums: Float[np.ndarray, "N L"], labels: Int[np.ndarray, " N"]) -> float:
+    """Mean over texts of -log p of their language, in nats."""
     top = sums.max(axis=1, keepdims=True)
     totals = top[:, 0] + np.log(np.exp(sums - top).sum(axis=1))
     return float((totals - sums[np.arange(len(labels)), labels]).mean())
 
 
 def _buckets_of_few(context: str, piece: str) -> list[int]:
-    """As `_buckets`, of the n-grams that end in a piece: for so few, arrays take ten times as
-    long."""
+    """Buckets of the n-grams that end in a short piece; `_buckets` would take ten times as long."""
     found: list[int] = []
     before: list[int] = []  # hashes of what ends one character earlier, by length
     for place, code in enumerate(map(ord, context + piece)):
@@ -144,12 +145,12 @@ def _buckets_of_few(context: str, piece: str) -> list[int]:
 
 
 def _buckets(text: str) -> tuple[Int[np.ndarray, " ngrams"], Int[np.ndarray, " ngrams"]]:
-    """Buckets of the n-grams of 1 to `LONGEST` characters, by where they end, ascending; and the
-    number of characters up to each one's end."""
+    """Buckets of the n-grams of 1 to `LONGEST` characters in the order of their ends, and the
+    number of characters up to each end."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
     hashes, ends, rolling = [], [], np.zeros(len(codes), np.uint64)
     for length in range(1, LONGEST + 1):
-        # Of the n-gram that ends one character earlier and is one shorter, and this character.
+        # From the hash of the n-gram one shorter that ends one character earlier.
         rolling = np.concatenate([np.zeros(1, np.uint64), rolling[:-1]])[: len(codes)]
         rolling = (rolling + codes + np.uint64(length)) * _MULTIPLIER
         hashes.append((rolling[length - 1 :] >> np.uint64(48)).astype(np.int64))

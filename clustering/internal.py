@@ -1,7 +1,7 @@
-"""How near languages are to each other inside a model: by its states, by how it moves in training,
-and by what an expert of one loses on another.
+"""Distances between languages inside a model: by its hidden states, by its updates in training, and
+by the losses of experts.
 
-Knows the files and the distances. Does not know models: `xelm features` writes the files.
+`xelm features` writes the files that are read here; nothing here runs a model.
 """
 
 import os
@@ -20,46 +20,46 @@ from clustering.languages import canonical_all
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class States:
-    """Of documents in several languages, layer by layer."""
+    """Hidden states of documents in several languages, layer by layer."""
 
     languages: tuple[str, ...]
     """Canonical tags."""
     values: Float[np.ndarray, "languages documents layers D"]
-    """Mean over the tokens of each document. Documents of one number mean the same, if the text is
-    parallel."""
+    """Mean hidden state over the tokens of each document. In parallel text, documents with the same
+    number are translations of each other."""
     made_from: dict[str, str]
     """Name of an input -> its SHA-256."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one .npz."""
+        """Writes one .npz file, atomically."""
         _save(path, "states", self.languages, self.values, self.made_from)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "States":
-        """From what `save` wrote; UserError for something else."""
+        """The value of a file that `save` wrote; UserError for something else."""
         tags, values, made_from = _load(path, "states", "languages documents layers D")
         return cls(languages=tags, values=values, made_from=made_from)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Updates:
-    """How a few steps of training on each language alone move a model (Li et al. 2025, Group then
-    Scale, arXiv 2506.12388)."""
+    """Updates of a model by a few steps of training on each language alone (Li et al. 2025, Group
+    then Scale, arXiv 2506.12388)."""
 
     languages: tuple[str, ...]
     """Canonical tags."""
     inner: Float[np.ndarray, "layers languages languages"]
-    """Inner products of the languages' updates, new weights less old, of each layer."""
+    """Inner products of the languages' updates (new weights less old) in each layer."""
     made_from: dict[str, str]
     """Name of an input -> its SHA-256."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one .npz."""
+        """Writes one .npz file, atomically."""
         _save(path, "updates", self.languages, self.inner, self.made_from)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Updates":
-        """From what `save` wrote; UserError for something else."""
+        """The value of a file that `save` wrote; UserError for something else."""
         tags, inner, made_from = _load(path, "updates", "layers languages languages")
         return cls(languages=tags, inner=inner, made_from=made_from)
 
@@ -67,12 +67,12 @@ class Updates:
 def cosine(
     path: str | os.PathLike[str], languages: Sequence[str] | None = None, layer: int | None = None
 ) -> Distances:
-    """(1 - cos) / 2 of the languages' mean states, 0..1, once the mean over all languages is taken
-    away: what they have in common says nothing about who is near whom, and hides it.
+    """Distances (1 - cos) / 2, 0..1, of the languages' mean states less the mean of all languages.
 
-    layer: 1 to the number of layers; None takes the middle one, where states are least bound to
-    words. Languages that the file does not have are at an unknown distance. UserError for a layer
-    that it does not have, and if it has none of the languages.
+    What the states have in common would hide the differences. layer: 1 to the number of layers;
+    None takes the middle one, where states depend least on single words. Languages that are not in
+    the file are at an unknown distance. UserError for a layer that is not there, and if none of the
+    languages is.
     """
     states = States.load(path)
     tags, number, values = _of_layer(states, path, languages, layer)
@@ -86,15 +86,17 @@ def cosine(
 def alignment(
     path: str | os.PathLike[str], languages: Sequence[str] | None = None, layer: int | None = None
 ) -> Distances:
-    """1 - linear CKA (Kornblith et al. 2019, arXiv 1905.00414) of the states of parallel documents,
-    0..1: 0 where two languages lay out the same meanings alike, however turned or scaled. Arguments
-    and errors as in `cosine`; UserError for fewer than three documents."""
+    """Distances 1 - linear CKA (Kornblith et al. 2019, arXiv 1905.00414), 0..1, of the states of
+    parallel documents.
+
+    They are 0 where the states of two languages differ by rotation and scale alone. Arguments and
+    errors as in `cosine`; UserError for fewer than three documents."""
     states = States.load(path)
     tags, number, values = _of_layer(states, path, languages, layer)
     if values.shape[1] < 3:
-        raise UserError(f"{path} has {values.shape[1]} documents of each language; 3 are wanted")
+        raise UserError(f"{path} must have 3 documents of each language; got {values.shape[1]}")
     centred = values - values.mean(axis=1, keepdims=True, dtype=np.float64)
-    # By documents x documents, which are fewer than D in large models.
+    # In [documents, documents], which is smaller than [D, D] in large models.
     inner = centred @ centred.swapaxes(1, 2)
     flat = inner.reshape(len(inner), -1)
     facts = {"layer": number, "documents": states.values.shape[1]}
@@ -107,9 +109,9 @@ def alignment(
 def updates(
     path: str | os.PathLike[str], languages: Sequence[str] | None = None, layer: int | None = None
 ) -> Distances:
-    """(1 - cos) / 2 of the languages' updates, 0..1: half of Group then Scale's 1 - cos.
+    """Distances (1 - cos) / 2, 0..1, of the languages' updates of the feed-forward weights.
 
-    Of the feed-forward weights. layer: 1 to the number of layers; None takes the last three, as in
+    Group then Scale has 1 - cos. layer: 1 to the number of layers; None takes the last three, as in
     that paper's code. Languages and errors as in `cosine`.
     """
     found = Updates.load(path)
@@ -128,15 +130,15 @@ def losses(
     nats: Float[np.ndarray, "languages languages"],
     made_from: Mapping[str, str],
 ) -> Distances:
-    """Share of the loss that the own expert of a language spares it beside the other's, 0..1, mean
-    of both directions; 0 where the other's is no worse.
+    """Share of the loss that a language's own expert saves compared with the other language's,
+    0..1, mean of both directions; 0 where the other expert is no worse.
 
-    nats: of the expert of the row's language on text of the column's; NaN where that is not known.
+    nats: loss of the expert of the row's language on text of the column's; NaN if unknown.
     """
     tags = canonical_all(languages)
     with np.errstate(divide="ignore", invalid="ignore"):
-        spared = np.maximum(1.0 - np.diagonal(nats) / nats, 0.0)
-    return _measured("losses", tags, spared, {}, None, made_from)
+        saved = np.maximum(1.0 - np.diagonal(nats) / nats, 0.0)
+    return _measured("losses", tags, saved, {}, None, made_from)
 
 
 def _of_layer(
@@ -145,7 +147,7 @@ def _of_layer(
     languages: Sequence[str] | None,
     layer: int | None,
 ) -> tuple[tuple[str, ...], int, np.ndarray]:
-    """Tags, number of the layer, and values [languages, documents, D]."""
+    """Tags, number of the layer, and states [languages, documents, D]."""
     tags, index = _chosen(states.languages, path, languages)
     layers = states.values.shape[2]
     number = -(-layers // 2) if layer is None else _layer(layer, layers, path)
@@ -155,7 +157,7 @@ def _of_layer(
 def _chosen(
     known: tuple[str, ...], path: str | os.PathLike[str], languages: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[int]]:
-    """Those of the languages that are known, and where they stand; UserError if none is."""
+    """Those of the languages that are known, and their positions; UserError if there are none."""
     wanted = known if languages is None else canonical_all(languages)
     tags = tuple(tag for tag in wanted if tag in known)
     if not tags:
@@ -165,12 +167,12 @@ def _chosen(
 
 def _layer(number: int, count: int, path: str | os.PathLike[str]) -> int:
     if not 1 <= number <= count:
-        raise UserError(f"layer must be between 1 and {count}, as {path} has them; got {number}")
+        raise UserError(f"layer must be between 1 and {count}, the layers of {path}; got {number}")
     return number
 
 
 def _cosines(inner: np.ndarray) -> np.ndarray:
-    """From inner products; NaN of what has no length."""
+    """Cosines from inner products; NaN for a vector of zeros."""
     lengths = np.sqrt(np.diagonal(inner))
     with np.errstate(invalid="ignore"):
         return inner / np.outer(lengths, lengths)
@@ -212,7 +214,7 @@ def _save(
 def _load(
     path: str | os.PathLike[str], name: str, dimensions: str
 ) -> tuple[tuple[str, ...], np.ndarray, dict[str, str]]:
-    """Tags, values and inputs of a file with an array of this name and these dimensions."""
+    """Tags, values and `made_from` of a file with an array of this name and these dimensions."""
     arrays, axes = files.read_arrays(path), dimensions.split()
     tags, values = arrays.get("languages"), arrays.get(name)
     if (
@@ -222,8 +224,8 @@ def _load(
         or any(n != len(tags) for n, axis in zip(values.shape, axes) if axis == "languages")
     ):
         raise UserError(
-            f"{path} wants arrays 'languages' and {name!r} [{', '.join(axes)}], as xelm features "
-            "writes them"
+            f"{path} must have arrays 'languages' and {name!r} [{', '.join(axes)}], as those of "
+            "xelm features"
         )
     named = (arrays.get(part, np.array([], str)).tolist() for part in ("made_from", "hashes"))
     return canonical_all(tags.tolist()), values, dict(zip(*named))

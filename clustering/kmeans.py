@@ -1,8 +1,8 @@
 """Balanced k-means on vectors, in NumPy.
 
-Knows how to find centres under a bound on cluster size (cluster-branch-train-merge, Gururangan et
-al. 2023, arXiv 2303.14177, section 2.1). Balance holds only while fitting: afterwards `assign`
-takes the nearest centre.
+Centres are fitted under a bound on the size of clusters (cluster-branch-train-merge, Gururangan et
+al. 2023, arXiv 2303.14177, section 2.1). The bound is for fitting alone: afterwards `assign` takes
+the nearest centre.
 """
 
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from jaxtyping import Float, Integer
 from clustering.errors import UserError
 
 _ROWS_PER_CHUNK = 1 << 16
-"""Rows whose distances are held at once by `assign`."""
+"""Number of rows whose distances `assign` computes at a time."""
 _TEMPERATURES = tuple(np.geomspace(0.25, 0.02, 16))
-"""Of the annealing, in mean squared distances of a vector to the mean of all. Warmer, clusters fall
-into one; see docs/log.md for others that were tried."""
+"""Temperatures of the annealing, in mean squared distances of a vector to the mean of all. At
+higher ones all clusters become one; docs/log.md has others that were tried."""
 _ANNEALED_ROWS = 1 << 14
-"""Rows that the annealing sees at most: where centres lie roughly, a sample tells."""
+"""Number of rows that the annealing uses at most: a sample suffices for rough centres."""
 _SHARPNESS = 0.004
-"""Temperature at which prices are found for an assignment, in medians of what the worst place costs
-a row more than the best. About a hundredth of the rows is then left to move along paths, if none
-are equal; colder prices take longer to find."""
+"""Temperature of the prices for an assignment, in medians over rows of the largest cost less the
+least. About a hundredth of the rows is then left to move along paths, if none are equal; prices at
+lower temperatures take longer to find."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,20 +35,20 @@ class Fit:
     labels: Integer[np.ndarray, " rows"]
     """Balanced cluster of each fitted row."""
     rows: Integer[np.ndarray, " rows"]
-    """Indices of the vectors that were fitted on: of equal ones the first."""
+    """Indices of the vectors that were fitted on; of equal vectors the first."""
     inertia: float
     """Mean squared distance of a fitted row to its centre."""
     iterations: int
-    """Assignments made, including the last, which changed nothing unless the bound was met."""
+    """Number of assignments, including the last, which changed nothing unless the limit was met."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Fitted rows in each cluster."""
+        """Number of fitted rows in each cluster."""
         return tuple(np.bincount(self.labels, minlength=len(self.centres)).tolist())
 
     @property
     def balance(self) -> float:
-        """Largest cluster over the mean size; 1 is even."""
+        """Size of the largest cluster over the mean size; 1 is even."""
         return max(self.sizes) * len(self.centres) / len(self.labels)
 
 
@@ -59,12 +59,12 @@ def fit(
     *,
     iterations: int = 50,
 ) -> Fit:
-    """k centres of the vectors, each cluster holding at most ceil(rows / k) of them while fitting.
+    """k centres of the vectors, with at most ceil(rows / k) rows in each cluster while fitting.
 
     Zero rows (documents of unseen terms alone) are left out, and equal rows count once: they have
-    the same nearest centre, so balance cannot divide them, and centres fitted to halves of them
-    would lie on one point. The same arguments give the same result. Raises UserError for fewer
-    different rows than k.
+    the same nearest centre, so they cannot be divided, and centres fitted to halves of them would
+    coincide. The same arguments give the same result. Raises UserError for fewer different rows
+    than k.
     """
     rng = np.random.default_rng(random_seed)
     rows = _different(vectors)
@@ -82,8 +82,8 @@ def fit(
     while done < iterations:
         done += 1
         previous = labels
-        # Centres that move little leave prices nearly right.
-        labels, prices = _place(_squared_distances(centres, points), capacity, prices)
+        # The last prices are a good start, since centres move little.
+        labels, prices = assign_balanced(_squared_distances(centres, points), capacity, prices)
         centres = _means(points, labels, centres)
         if np.array_equal(labels, previous):
             break
@@ -100,7 +100,7 @@ def fit(
 def assign(
     vectors: Float[np.ndarray, "documents D"], centres: Float[np.ndarray, "C D"]
 ) -> Integer[np.ndarray, " documents"]:
-    """The nearest centre of each vector, with no bound on sizes; ties go to the first."""
+    """Index of the nearest centre of each vector, without a bound on sizes; the first of equals."""
     parts = [
         _squared_distances(centres, vectors[start : start + _ROWS_PER_CHUNK]).argmin(axis=0)
         for start in range(0, len(vectors), _ROWS_PER_CHUNK)
@@ -109,35 +109,29 @@ def assign(
 
 
 def assign_balanced(
-    costs: Float[np.ndarray, "rows C"], capacity: int
-) -> Integer[np.ndarray, " rows"]:
-    """Clusters of the rows at the least total cost, at most `capacity` rows in each.
+    costs: Float[np.ndarray, "C rows"], capacity: int, prices: Float[np.ndarray, " C"]
+) -> tuple[Integer[np.ndarray, " rows"], Float[np.ndarray, " C"]]:
+    """Clusters of the rows at the least total cost, at most `capacity` rows in each, and the prices
+    of the clusters, which are searched from `prices`.
 
     Exact to rounding of the largest cost. Prices of the clusters that make every row choose in
     balance are the dual of this transport problem; smoothed, it is a convex function of C numbers,
     minimised by L-BFGS (Cuturi 2013, arXiv 1306.0895, has the smoothing). What is left unbalanced
     moves along shortest paths between clusters, which keeps the assignment optimal at every step
-    (Ahuja, Magnanti and Orlin 1993, section 9.7). Raises ValueError if the clusters cannot hold all
-    rows, and for costs that are not finite.
+    (Ahuja, Magnanti and Orlin 1993, section 9.7). Raises ValueError if there are more rows than
+    places, and for costs that are not finite.
     """
-    return _place(np.ascontiguousarray(costs.T), capacity, np.zeros(costs.shape[1]))[0]
-
-
-def _place(
-    costs: Float[np.ndarray, "C rows"], capacity: int, prices: Float[np.ndarray, " C"]
-) -> tuple[Integer[np.ndarray, " rows"], Float[np.ndarray, " C"]]:
-    """Labels and prices, searched from the prices given."""
     clusters, rows = costs.shape
     spare = clusters * capacity - rows
     if spare < 0:
-        raise ValueError(f"{clusters} clusters of at most {capacity} cannot hold {rows} rows")
+        raise ValueError(f"{clusters} clusters of at most {capacity} rows cannot have {rows} rows")
     if not np.isfinite(costs).all():
         raise ValueError("costs must be finite; got NaN or infinity")
-    # What a row costs wherever it is decides nothing, and would drown what does in rounding.
+    # A row's least cost does not affect the choice, and would only add rounding errors.
     costs = costs - costs.min(axis=0)
-    # Rows that are happy anywhere fill the last places, so that every cluster is full.
+    # Rows without costs fill the last places, so that every cluster is full.
     filled = np.concatenate([costs, np.zeros((clusters, spare))], axis=1)
-    # Half of the rows, and not their mean, say how far apart places are: some may be outliers.
+    # The median, since the mean would depend on outliers.
     scale = float(np.median(costs.max(axis=0))) or float(costs.max())
     prices, _ = _prices(filled, prices, _SHARPNESS * scale)
     labels = (filled + prices[:, None]).argmin(axis=0)
@@ -151,12 +145,13 @@ def _prices(
     temperature: float,
     tolerance: float = 0.002,
 ) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, "C rows"]]:
-    """Prices at which the rows' shares in the clusters, by softmax of -(cost + price) over the
-    temperature, are as large in every cluster to within `tolerance` of that; and these shares."""
+    """Prices at which the rows' shares in the clusters, the softmax of -(cost + price) over the
+    temperature, sum to the same in every cluster within a relative `tolerance`; and these
+    shares."""
     from scipy.optimize import minimize
 
     clusters, rows = costs.shape
-    if temperature <= 0:  # one cluster, or rows that are all the same
+    if temperature <= 0:  # one cluster, or equal rows
         return prices, np.full(costs.shape, 1 / clusters)
     scaled = (costs / -temperature).astype(np.float32)
     shares = np.empty_like(scaled)
@@ -188,16 +183,18 @@ def _move_along_paths(
     prices: Float[np.ndarray, " C"],
     capacity: int,
 ) -> None:
-    """Moves rows from clusters above `capacity` to those below, at the least cost, and changes
-    `labels` and `prices` to match: every row is where cost and price are least, before and after.
-    Rows of one cost, as equal documents have, move together."""
+    """Moves rows from clusters above `capacity` to those below, at the least cost, by changing
+    `labels` and `prices` in place.
+
+    Before and after, every row is in the cluster where cost plus price is least. Rows of equal
+    costs, such as equal documents, move together."""
     sizes = np.bincount(labels, minlength=len(costs))
     if (sizes <= capacity).all():
         return
     lengths = np.stack([_lengths(costs, labels, cluster) for cluster in range(len(costs))])
     rounding = 1e-12 * float(np.median(costs.max(axis=0)))
     while (sizes > capacity).any():
-        # Never negative but for rounding, as no row has a better place at these prices.
+        # Negative by rounding alone, since no row has a better cluster at these prices.
         reduced = np.maximum(lengths + prices - prices[:, None], 0.0)
         path, distances = _shortest_path(reduced, sizes > capacity, sizes < capacity)
         prices -= np.minimum(distances, distances[path[-1]])
@@ -217,7 +214,7 @@ def _move_along_paths(
 
 
 def _lengths(costs: np.ndarray, labels: np.ndarray, cluster: int) -> Float[np.ndarray, " C"]:
-    """What it costs at least to move a row of a cluster to each other; infinite without rows."""
+    """Least cost of moving a row of a cluster to each other cluster; inf without rows."""
     members = np.flatnonzero(labels == cluster)
     return (costs[:, members] - costs[cluster, members]).min(axis=1, initial=np.inf)
 
@@ -225,8 +222,8 @@ def _lengths(costs: np.ndarray, labels: np.ndarray, cluster: int) -> Float[np.nd
 def _shortest_path(
     lengths: Float[np.ndarray, "C C"], starts: np.ndarray, ends: np.ndarray
 ) -> tuple[list[int], Float[np.ndarray, " C"]]:
-    """From any of the starts to the nearest of the ends, by Dijkstra, and the distances of all
-    clusters from the starts; those beyond that end are no less than its own."""
+    """The shortest path from any start to any end, by Dijkstra, and the distances of all clusters
+    from the starts; those beyond that end are at least its own."""
     distances, before = np.where(starts, 0.0, np.inf), np.full(len(lengths), -1)
     undone = np.ones(len(lengths), bool)
     while True:
@@ -246,8 +243,9 @@ def _shortest_path(
 def _annealed(
     points: np.ndarray, k: int, rng: np.random.Generator
 ) -> tuple[Float[np.ndarray, "C D"], Float[np.ndarray, " C"]]:
-    """Centres and prices to start from: clusters of equal mass that begin blurred, over a falling
-    temperature (deterministic annealing; Rose 1998, doi 10.1109/5.726788), from random rows."""
+    """Initial centres and prices, by deterministic annealing from random rows (Rose 1998, doi
+    10.1109/5.726788): clusters of equal mass whose shares of rows sharpen as the temperature
+    falls."""
     centres = _distinct(points, k, rng)
     prices = np.zeros(k)
     if len(points) > _ANNEALED_ROWS:
@@ -261,7 +259,7 @@ def _annealed(
 
 
 def _different(vectors: Float[np.ndarray, "documents D"]) -> Integer[np.ndarray, " rows"]:
-    """Indices of the rows that are not zero, of equal ones the first."""
+    """Indices of the rows that are not zero; of equal rows the first."""
     first: dict[bytes, int] = {}
     for row in np.flatnonzero(np.any(vectors, axis=1)).tolist():
         first.setdefault(vectors[row].tobytes(), row)
@@ -269,7 +267,7 @@ def _different(vectors: Float[np.ndarray, "documents D"]) -> Integer[np.ndarray,
 
 
 def _distinct(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:
-    """k random rows that differ; UserError if there are not so many."""
+    """k random different rows; UserError if there are fewer."""
     chosen: list[int] = []
     unlike = np.ones(len(points), bool)
     least = 1e-12 * float(np.einsum("ND,ND->N", points, points).mean())
@@ -285,8 +283,8 @@ def _distinct(points: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarra
 
 
 def _squared_distances(centres: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """[C, rows], so that what is best for each row is found along memory; float64 for float64
-    points. Never below zero."""
+    """Squared distances [C, rows], never negative; float64 for float64 points. The layout makes the
+    minimum for each row fast."""
     found = centres @ points.T
     found *= -2
     found += np.einsum("CD,CD->C", centres, centres)[:, None]
@@ -295,7 +293,7 @@ def _squared_distances(centres: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _means(points: np.ndarray, labels: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Mean of each cluster's points; a cluster that no point needs keeps its centre."""
+    """Mean of each cluster's points; a cluster without points keeps its centre."""
     means = [
         points[labels == index].mean(axis=0) if np.any(labels == index) else centre
         for index, centre in enumerate(centres)

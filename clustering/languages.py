@@ -1,9 +1,8 @@
-"""Language codes as users write them -> one canonical BCP 47 tag, ISO 639-3 codes, an English name.
+"""Language codes: the canonical BCP 47 tag of any code, ISO 639-3 codes, English names, look-ups.
 
-Knows the aliases and likely subtags of BCP 47 and CLDR through the `langcodes` library, and codes
-of Wikipedia and OSCAR through `codes`: `iw` is `he`, `swh` is `sw`, `cmn_Hani` and `zh-CN` are
-`zh`, `kor_Hang` is `ko`. Keeps a region or script that is not the usual one (`pt-PT`, `sr-Latn`).
-Does not know which language has which data; that is `uriel`.
+The aliases and likely subtags of BCP 47 and CLDR come from the `langcodes` library, and codes of
+Wikipedia and OSCAR from `codes`: `iw` is `he`, `swh` is `sw`, `cmn_Hani` and `zh-CN` are `zh`,
+`kor_Hang` is `ko`. A region or script that is not the usual one stays (`pt-PT`, `sr-Latn`).
 """
 
 import difflib
@@ -23,10 +22,10 @@ def canonical(code: str) -> str:
 
     The script and the region that CLDR's likely subtags would add are left out (`en_Latn-US` ->
     `en`); others are written, the script always (`zh-TW` -> `zh-Hant`, `zh-HK` -> `zh-Hant-HK`). An
-    individual language that CLDR holds for the standard form of its macrolanguage becomes the
-    latter (`swh` -> `sw`, `nb` -> `no`); others keep their own code (`yue`, `arz`, `nn`, `tw`).
-    Refused are codes of families (`sla`), of no one language (`und`), and codes that Wikipedia and
-    ISO 639-3 give to different languages (`als`).
+    individual language that is the standard form of its macrolanguage in CLDR becomes the latter
+    (`swh` -> `sw`, `nb` -> `no`); others keep their own code (`yue`, `arz`, `nn`, `tw`). Codes of
+    families (`sla`), of no single language (`und`), and codes that Wikipedia and ISO 639-3 give to
+    different languages (`als`) are refused.
     """
     written = _written(code)
     known = codes.ALIASES.get(written, written)
@@ -42,14 +41,14 @@ def canonical(code: str) -> str:
 
 
 def is_old_code(code: str) -> bool:
-    """Whether this is a code that Wikipedia or OSCAR writes outside BCP 47, as `simple`."""
+    """Whether a code is one that Wikipedia or OSCAR writes outside BCP 47, such as `simple`."""
     return _written(code) in codes.ALIASES
 
 
 def canonical_all(languages: Iterable[str]) -> tuple[str, ...]:
     """Canonical tags in the given order; UserError for unknown codes and repeated languages."""
     if isinstance(languages, str):
-        raise TypeError(f"a sequence of language codes wanted; got the string {languages!r}")
+        raise TypeError(f"languages must be a sequence of codes; got the string {languages!r}")
     given: dict[str, list[str]] = {}
     for code in languages:
         given.setdefault(canonical(code), []).append(code)
@@ -57,26 +56,26 @@ def canonical_all(languages: Iterable[str]) -> tuple[str, ...]:
         f"{tag} (as {', '.join(written)})" for tag, written in given.items() if len(written) > 1
     ]
     if twice:
-        raise UserError(f"each language once; given more than once: {'; '.join(twice[:5])}")
+        raise UserError(f"languages are given more than once: {'; '.join(twice[:5])}")
     return tuple(given)
 
 
 def find(language: str, available: Iterable[str]) -> str | None:
-    """The available code of the same language, as it stands there; None if there is none.
+    """The available code of the same language, as it is written there; None if there is none.
 
-    Codes there may be in any spelling, as those that earlier versions wrote into RUNs: `ko` finds
-    `ko-Hang`. UserError for an unknown `language`, unless it stands there letter by letter.
+    Available codes may have any spelling, such as those that earlier versions wrote into RUNs: `ko`
+    finds `ko-Hang`. UserError for an unknown `language`, unless it is available letter by letter.
     """
     some = list(available)
     return language if language in some else _find_tag(canonical(language), some)
 
 
 def lookup(language: str, available: Iterable[str]) -> str | None:
-    """The available code that serves a language best, as it stands there; None if there is none.
+    """The available code that fits a language best, as it is written there; None if there is none.
 
-    As `find`, or else what RFC 4647's lookup finds (section 3.4): the last subtag is taken away
-    until a code fits, so `en-GB` finds `en`. Unlike there a script is never taken away, as CLDR's
-    parent locales have it: `zh-HK` finds `zh-Hant`, and neither finds `zh`.
+    It is that of `find`, or else of RFC 4647's lookup (section 3.4): the last subtag is removed
+    until a code fits, so `en-GB` finds `en`. Unlike there, and as in CLDR's parent locales, a
+    script is never removed: `zh-HK` finds `zh-Hant`, and neither finds `zh`.
     """
     some = list(available)
     found = find(language, some)
@@ -92,13 +91,15 @@ def lookup(language: str, available: Iterable[str]) -> str | None:
 def without(
     languages: Iterable[str], excluded: Iterable[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Canonical tags of the languages that are not excluded, and of those that are; UserError as
-    `canonical_all`, for an excluded language that is not among the others, and if none is left."""
+    """Canonical tags of the languages that are not excluded, and of those that are.
+
+    UserError as `canonical_all`, for an excluded language that is not among `languages`, and if
+    none is left."""
     left_out, given = canonical_all(excluded), canonical_all(languages)
-    strangers = [tag for tag in left_out if tag not in given]
-    if strangers:
+    unknown = [tag for tag in left_out if tag not in given]
+    if unknown:
         raise UserError(
-            f"{', '.join(strangers[:5])} cannot be excluded: the languages are {', '.join(given)}"
+            f"{', '.join(unknown[:5])} cannot be excluded: the languages are {', '.join(given)}"
         )
     tags = tuple(tag for tag in given if tag not in left_out)
     if left_out and not tags:
@@ -108,10 +109,10 @@ def without(
 
 @cache
 def english_name(tag: str) -> str:
-    """The name for people, as in 'Swahili' or 'Portuguese (Portugal)'."""
+    """English name of a language, such as 'Swahili' or 'Portuguese (Portugal)'."""
     language = langcodes.Language.get(tag)
     name = language.display_name("en")
-    # Names know languages, scripts and regions.
+    # Names cover languages, scripts and regions alone.
     return f"{name} [{tag}]" if language.variants or language.private else name
 
 
@@ -119,8 +120,8 @@ def english_name(tag: str) -> str:
 def iso639_3(tag: str) -> tuple[str, ...]:
     """Three-letter codes of the language of a canonical tag, its own first: `az` -> aze, azj.
 
-    Script is ignored, as typological data has none, and region but where it is another name of a
-    language (`fa-AF` -> prs, fas, pes). Empty for tags without such a code (`x-private`).
+    Scripts are ignored, since typological data have none, and so are regions, unless the tag names
+    a language (`fa-AF` -> prs, fas, pes). Empty for tags without such a code (`x-private`).
     """
     language = langcodes.Language.get(tag).language or "und"
     replaced = data_dicts.LANGUAGE_REPLACEMENTS
@@ -141,7 +142,7 @@ def _written(code: str) -> str:
 
 
 def _check_is_language(code: str, known: str) -> None:
-    """UserError for a code of a family, of no one language, or of two."""
+    """Raises UserError for a code of a family, of no single language, or of two."""
     if known in codes.AMBIGUOUS:
         one, other = codes.AMBIGUOUS[known]
         raise UserError(f"language code {code!r} has two meanings; write {one} or {other}")
@@ -150,19 +151,19 @@ def _check_is_language(code: str, known: str) -> None:
     first = known.partition("-")[0]
     if first in codes.NO_LANGUAGE:
         raise UserError(
-            f"language code {code!r} stands for {codes.NO_LANGUAGE[first]}; a language is wanted"
+            f"language code {code!r} stands for {codes.NO_LANGUAGE[first]}; name a language"
         )
     if len(first) == 3 and first in codes.families():
         members = ", ".join(f"{m} ({english_name(m)})" for m in codes.FAMILY_MEMBERS.get(first, ()))
         raise UserError(
-            f"language code {code!r} is of a family, {codes.families()[first]}; name one of its "
-            f"languages{f', such as {members}' if members else ''}"
+            f"language code {code!r} is that of a family, {codes.families()[first]}; name one of "
+            f"its languages{f', such as {members}' if members else ''}"
         )
 
 
 def _without_extlang(language: langcodes.Language) -> langcodes.Language | None:
-    """The same with the code of an extended language subtag alone (RFC 5646, section 4.5: `ar-arz`
-    is `arz`); None if that is no language of the first."""
+    """The language with its extended language subtag as its code (RFC 5646, section 4.5: `ar-arz`
+    is `arz`); None if that is no member of the macrolanguage before it."""
     if not language.extlangs:
         return language
     member = language.extlangs[0]
@@ -172,7 +173,7 @@ def _without_extlang(language: langcodes.Language) -> langcodes.Language | None:
 
 
 def _in_macrolanguage(language: langcodes.Language) -> langcodes.Language:
-    """The same with the macrolanguage for its usual member."""
+    """The language, or its macrolanguage if it is the usual member of that."""
     wide = codes.usual_members().get(language.language or "und")
     if wide is None:
         return language
@@ -180,7 +181,7 @@ def _in_macrolanguage(language: langcodes.Language) -> langcodes.Language:
 
 
 def _minimised(language: langcodes.Language) -> str:
-    """The tag without the script and region that are usual."""
+    """The tag of a language without its usual script and region."""
     code, script, region = language.language, language.script, language.territory
     if code is None or code.startswith("x-"):
         return language.to_tag()
@@ -201,7 +202,7 @@ def _minimised(language: langcodes.Language) -> str:
 def _remade(
     language: langcodes.Language, code: str, script: str | None, region: str | None
 ) -> langcodes.Language:
-    """With these subtags, and no extended language."""
+    """The language with these subtags, and without an extended language subtag."""
     return langcodes.Language.make(
         language=code,
         script=script,
@@ -214,8 +215,8 @@ def _remade(
 
 @cache
 def _usual_script(language: str) -> str:
-    """The script that CLDR's likely subtags give to a language: of one that they do not know, that
-    of its macrolanguage, or else Latn."""
+    """Script of a language by CLDR's likely subtags; if these lack it, the script of its
+    macrolanguage, or else Latn."""
     if language in codes.USUAL_SCRIPTS:
         return codes.USUAL_SCRIPTS[language]
     wide = data_dicts.MACROLANGUAGES.get(language)
@@ -232,7 +233,8 @@ def _find_tag(tag: str, available: Sequence[str]) -> str | None:
 
 @cache
 def _tag_or_itself(code: str) -> str:
-    """The canonical tag, or a code itself that names no language, as earlier versions took some."""
+    """The canonical tag of a code, or the code itself if it is unknown: earlier versions took
+    some."""
     try:
         return canonical(code)
     except UserError:
@@ -244,7 +246,7 @@ def _wider(tag: str) -> Iterator[str]:
     parts = tag.split("-")
     while len(parts) > 1 and not _is_script(parts[-1]):
         parts = parts[:-1]
-        if len(parts[-1]) == 1:  # what introduces an extension means nothing alone
+        if len(parts[-1]) == 1:  # a subtag that introduces an extension, without it
             parts = parts[:-1]
         if parts:
             yield "-".join(parts)
@@ -256,8 +258,8 @@ def _is_script(subtag: str) -> bool:
 
 @cache
 def kindred_iso639_3(tag: str) -> tuple[str, ...]:
-    """Three-letter codes that can stand for a language where its own say nothing: its
-    macrolanguage's (nn -> nor), or those of the members of a macrolanguage."""
+    """Three-letter codes to use where a language's own have no data: its macrolanguage's (nn ->
+    nor), or those of a macrolanguage's members."""
     language = langcodes.Language.get(tag).language or "und"
     above = data_dicts.MACROLANGUAGES.get(language)
     own = {language, *iso639_3(tag)}

@@ -1,8 +1,8 @@
-"""What languages have in common on the page: words, subwords, character n-grams, names.
+"""Distances by common words, subwords, character n-grams or names in text.
 
-Knows how text is counted and what a distance makes of the counts. Does not know files, tokenizers
-or taggers: texts, ids and names arrive one after another. Languages in different scripts have next
-to nothing in common by any of these, whatever they share in grammar.
+Text is counted, and distances are made of the counts. Texts, ids and names are arguments: no files,
+tokenizers or taggers are read here. Languages in different scripts have next to nothing in common
+by any of these, however similar their grammar.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ Counts = Mapping[Any, int]
 """Unit (a word, an id, an n-gram, a name) -> how often it occurs."""
 
 LONGEST_GRAM = 3
-"""Characters of the longest n-gram that `characters` counts."""
+"""Length in characters of the longest n-gram that `characters` counts."""
 
 # Unicode's default word boundaries (UAX 29) need no spaces: Han characters are words of their own.
 _BOUNDARY = regex.compile(r"(?V1)\b", regex.WORD)
@@ -30,7 +30,8 @@ _LETTER = regex.compile(r"\p{L}")
 
 
 def words(texts: Iterable[str]) -> Counter[str]:
-    """Case-folded words with at least one letter, by the word boundaries of Unicode (UAX 29)."""
+    """Counts of case-folded words with at least one letter, by Unicode's word boundaries (UAX
+    29)."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(word for word in _BOUNDARY.split(text.casefold()) if _LETTER.search(word))
@@ -38,8 +39,8 @@ def words(texts: Iterable[str]) -> Counter[str]:
 
 
 def characters(texts: Iterable[str], longest: int = LONGEST_GRAM) -> Counter[str]:
-    """N-grams of 1 to `longest` characters within words, an underscore standing at either end of a
-    word (as in the profiles of Cavnar and Trenkle 1994)."""
+    """Counts of n-grams of 1 to `longest` characters within words, with an underscore at either end
+    of a word (as in the profiles of Cavnar and Trenkle 1994)."""
     counts: Counter[str] = Counter()
     for word, times in words(texts).items():
         padded = f"_{word}_"
@@ -52,7 +53,7 @@ def characters(texts: Iterable[str], longest: int = LONGEST_GRAM) -> Counter[str
 
 
 def subwords(documents: Iterable[np.ndarray]) -> Counter[int]:
-    """Subword ids of documents, integer arrays [tokens], of one tokenizer for all languages."""
+    """Counts of subword ids in documents, integer arrays [tokens], of one tokenizer."""
     counts: Counter[int] = Counter()
     for ids in documents:
         distinct, times = np.unique(ids, return_counts=True)
@@ -61,25 +62,29 @@ def subwords(documents: Iterable[np.ndarray]) -> Counter[int]:
 
 
 def names(found: Iterable[str]) -> Counter[str]:
-    """Case-folded names of people, places and things, as a tagger found them."""
+    """Counts of case-folded names of people, places and things, as a tagger found them."""
     return Counter(name.casefold() for name in found)
 
 
 def text_distances(
     counts: Mapping[str, Counts], measure: str, made_from: dict[str, str] | None = None
 ) -> Distances:
-    """1 - sum_u min(p_i(u), p_j(u)): the share of running text that two languages do not have in
-    common, where p_i(u) is the share of unit u in the text of i. 0 for equal shares, 1 for none in
-    common. For words, subwords and characters. UserError for a language without any unit."""
+    """Distances 1 - sum_u min(p_i(u), p_j(u)), where p_i(u) is the share of unit u in the text of
+    i.
+
+    This is the share of running text not in common: 0 for equal shares, 1 for no common unit. It
+    suits words, subwords and characters. UserError for a language without any unit."""
     return _distances(counts, measure, made_from, of_types=False)
 
 
 def type_distances(
     counts: Mapping[str, Counts], measure: str, made_from: dict[str, str] | None = None
 ) -> Distances:
-    """1 - |U_i & U_j| / |U_i | U_j|, however often a unit occurs. For names: Pires et al. 2019,
-    arXiv 1906.01502, section 4.1, measure the overlap of entities so. It falls as texts grow, so
-    they should be of like size. UserError for a language without any unit."""
+    """Distances 1 - |U_i & U_j| / |U_i | U_j| between sets of units, however often these occur.
+
+    It suits names: Pires et al. 2019, arXiv 1906.01502, section 4.1, measure the overlap of
+    entities like this. It falls as texts grow, so they should be of similar size. UserError for a
+    language without any unit."""
     return _distances(counts, measure, made_from, of_types=True)
 
 
@@ -125,7 +130,7 @@ def _distances(
 def _common(
     indices: np.ndarray, shares: np.ndarray, ends: np.ndarray, units: int
 ) -> Float[np.ndarray, "languages languages"]:
-    """sum_u min(s_i(u), s_j(u)) of rows given as in a CSR matrix, none of them empty."""
+    """Sums over u of min(s_i(u), s_j(u)) between the rows of a CSR matrix, none of them empty."""
     common = np.empty((len(ends) - 1,) * 2)
     for row in range(len(common)):
         mine = slice(ends[row], ends[row + 1])

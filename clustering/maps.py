@@ -1,4 +1,4 @@
-"""Languages as points: on the map of the world, and in the plane where their distances fit best.
+"""Figures of languages as points: on the map of the world, and in the plane by their distances.
 
 Each draws on `ax`, or on a new figure, and returns the axes; none saves or shows.
 """
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARGIN = 8.0
-"""Degrees that a map shows around the outermost languages."""
+"""Margin of a map around the outermost languages, in degrees."""
 _LEAST = 40.0
-"""Degrees that a map shows at least, from west to east and from south to north."""
+"""Least width and height of a map, in degrees."""
 _ROOM_FOR_NAMES = 40
-"""Languages up to which names are written out; beyond, codes."""
+"""Number of languages up to which labels are names; above it they are codes."""
 _LARGEST = 2.5
-"""Times the usual width and height, at most, of a figure of very many languages."""
-# Where a label may stand: right of its point, left, above, below, then the corners; the first
-# distance is beside the point, and from the others a line leads to it. In points.
+"""Largest factor by which a figure of many languages is wider and higher than usual."""
+# Positions of a label, tried in turn: right of its point, left, above, below, then the corners. At
+# the first distance (in points) it is next to its point; at the others a line connects them.
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
 _DISTANCES = (6, 14, 24, 36, 50)
 _LINE = {"arrowstyle": "-", "color": ABOVE, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
@@ -91,8 +91,10 @@ def plane(
 def scaled(
     distances: Float[np.ndarray, "languages languages"],
 ) -> tuple[Float[np.ndarray, "languages 2"], float]:
-    """Points in the plane whose distances are as given as nearly as they can be, and the share of
-    the spread that they show: the two largest eigenvalues of the centred squares over all that are
+    """Points in the plane whose distances are nearest to those given, and the share of the spread
+    that they show, 0..1.
+
+    The share is the two largest eigenvalues of the centred squares over the sum of all that are
     above zero."""
     count = len(distances)
     centred = distances**2 - (distances**2).mean(axis=0)
@@ -103,7 +105,8 @@ def scaled(
     kept = min(2, count)
     points = np.zeros((count, 2))
     points[:, :kept] = vectors[:, :kept] * np.sqrt(values[:kept])
-    # A vector is as good as its negative; the machine decides which. So the largest points up.
+    # The sign of an eigenvector is arbitrary and depends on the machine: the largest entry is made
+    # positive.
     largest = np.abs(points).argmax(axis=0)
     points *= np.where(points[largest, [0, 1]] < 0, -1.0, 1.0)
     total = float(values.sum())
@@ -134,7 +137,7 @@ def _draw_points(
 
 
 def _write_notes(ax: "Axes", notes: Mapping[str, Sequence[str]]) -> None:
-    """What a figure does not show, a line each."""
+    """Writes above the figure what it does not show, a line for each kind of note."""
     lines = [f"{what}: {', '.join(tags)}" for what, tags in notes.items() if tags]
     letters = round(110 * ax.figure.get_figure(root=True).get_figwidth() / 11)
     wrapped = [part for line in lines for part in textwrap.wrap(line, letters)]
@@ -145,12 +148,12 @@ def _write_notes(ax: "Axes", notes: Mapping[str, Sequence[str]]) -> None:
 def _write_labels(
     ax: "Axes", labels: Sequence[str], points: Float[np.ndarray, "languages 2"]
 ) -> list[bool]:
-    """Beside each point, or a little way off at the end of a line, where there is room; returns for
-    which there is."""
+    """Writes each label next to its point, or a little farther off at the end of a line, where no
+    other label is; returns for each whether there was space."""
     from matplotlib.transforms import Bbox
 
     figure = ax.figure.get_figure(root=True)
-    figure.draw_without_rendering()  # settles where the points will lie
+    figure.draw_without_rendering()  # fixes the positions of the points
     spots = ax.transData.transform(points)
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in spots]
     frame, pixels = ax.get_window_extent(), figure.dpi / 72
@@ -185,12 +188,12 @@ def _write_labels(
 
 
 def _scale(languages: int) -> float:
-    """How much larger than usual a figure is, so that each of the languages has as much room."""
+    """Factor by which a figure is larger than usual, so that its labels have space."""
     return min(max(languages / _ROOM_FOR_NAMES, 1.0) ** 0.5, _LARGEST)
 
 
 def _range(values: np.ndarray, least: float, most: float) -> tuple[float, float]:
-    """From the smallest value to the largest with a margin, not too narrow and within bounds."""
+    """Range of an axis: all values with a margin, at least `_LEAST` wide, within the bounds."""
     low, high = float(values.min()) - _MARGIN, float(values.max()) + _MARGIN
     widen = max(_LEAST - (high - low), 0.0) / 2
     return max(low - widen, least), min(high + widen, most)

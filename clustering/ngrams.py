@@ -1,7 +1,7 @@
-"""Texts -> ids of their character n-grams, and clusters of texts where there is no tokenizer.
+"""Clusters of documents by character n-grams, which need no tokenizer.
 
-Knows how n-grams become ids that `tfidf` takes for terms: hashed, so that no vocabulary is kept and
-any script will do. Experts are trained on clusters over a seed's subwords, not on these.
+N-grams are hashed into ids, the terms of `tfidf`, so that there is no vocabulary and any script
+works. Experts are trained on clusters over a seed's subwords instead.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,15 +17,15 @@ from clustering.clustering import Clustering
 from clustering.documents import Documents
 
 LONGEST = 3
-"""Characters of the longest n-gram."""
+"""Length in characters of the longest n-gram."""
 BUCKETS = 1 << 16
-"""Ids; n-grams that fall into one bucket are one term."""
+"""Number of ids; n-grams in one bucket count as one term."""
 _TEXTS_AT_ONCE = 256
 
 
 def ids(texts: Iterable[str]) -> Iterator[Integer[np.ndarray, " ngrams"]]:
-    """Ids of the n-grams of 1 to `LONGEST` characters of each text, in no order, of lower case; as
-    scikit-learn's HashingVectorizer has them, within words with a space at either end."""
+    """Ids of the n-grams of each text, in no order: 1 to `LONGEST` characters in lower case, within
+    words with a space at either end, as in scikit-learn's HashingVectorizer."""
     from scipy import sparse
     from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -38,7 +38,7 @@ def ids(texts: Iterable[str]) -> Iterator[Integer[np.ndarray, " ngrams"]]:
         counts = sparse.csr_array(hashing.transform(batch))
         terms = np.repeat(counts.indices.astype(np.int32), counts.data.astype(np.int64))
         ends = np.cumsum(counts.sum(axis=1).astype(np.int64))
-        # Copies, so that who keeps one text's does not keep those of all that were read with it.
+        # Copies: a view of one text's ids would keep those of the batch in memory.
         yield from (part.copy() for part in np.split(terms, ends[:-1]))
 
 
@@ -51,12 +51,12 @@ def cluster(
     sample_size: int = 20_000,
     made_from: dict[str, str] | None = None,
 ) -> Clustering:
-    """k clusters of documents that are texts, by TF-IDF over character n-grams, as `tfidf.fit` and
-    `tfidf.cluster` make them of ids.
+    """k clusters of documents that are texts, by TF-IDF over character n-grams; see
+    `tfidf.cluster`.
 
-    To place another text: `clustering.assign(clustering.vectoriser.transform(ids([text])))`. At
-    most `sample_size` documents are held at once, at some twelve bytes a character. Errors as
-    there.
+    `clustering.assign(ids([text]))` finds the cluster of another text. At most `sample_size`
+    documents are in memory at once, at some twelve bytes a character. Errors as in `tfidf.fit` and
+    `tfidf.cluster`.
     """
     documents = replace(texts, terms=ids)
     sample = documents.sample(sample_size, random_seed)

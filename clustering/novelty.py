@@ -1,9 +1,9 @@
-"""Texts -> whether they are in none of the languages that are known, by a few running sums.
+"""Novelty detection: whether a text is in none of the known languages, by a few running sums.
 
-Knows two margins: by how much the likeliest language stands out from the mean of all, a character
-(n-grams of an `Identifier`) and a subword id (counts of single ids). A text in a language that
-nobody taught is a little like many and much like none. How large the margins are where a language
-is not known is learned by leaving each known language out in turn. Knows nothing of experts.
+There are two margins of the likeliest language over the mean of all: per character, by the n-grams
+of an `Identifier`, and per subword id, by counts of single ids. A text in an unknown language is a
+little like many known ones and much like none. The margins of unknown languages are learned by
+leaving each known language out in turn.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,54 +18,55 @@ from clustering.files import read_arrays, write_arrays
 from clustering.identify import BUCKETS, Identifier
 
 FEWEST = 3
-"""Languages, of which one can be left out and the others still differ."""
+"""Least number of known languages: with one left out, the others must still differ."""
 SHORT = 32
-"""Ids of a text of which little is known yet."""
+"""Number of ids below which a text counts as short."""
 MOST_FALSE = (0.2, 0.005)
-"""The share of beginnings of held-out texts in known languages that may count as unknown by either
-margin: of those shorter than `SHORT` ids, and of the others. That fixes the thresholds, so that no
-text in an unknown language is needed for them. The more the first is, the sooner an unknown
-language is noticed; a known one that is mistaken so early costs little (docs/inference.md)."""
+"""Largest shares of beginnings of held-out texts in known languages that may count as unknown by
+either margin: of those shorter than `SHORT` ids, and of the others. The shares fix the thresholds,
+so that no text in an unknown language is needed. With a larger first share an unknown language is
+noticed sooner; early mistakes on known languages cost little (docs/inference.md)."""
 _SMOOTHING = 0.5
-"""Added to the count of each id."""
-_SURE = 20.0
-"""Ids from which on margins are worth half of what they are worth in the end."""
+"""Number added to the count of each id."""
+_HALF_TRUST = 20.0
+"""Number of ids after which margins have half of their final weight."""
 _LONG = 8
-"""Ids of the shortest beginnings whose margins are expected of a language."""
+"""Number of ids from which on a beginning counts for the expected margins of its language."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Novelty:
-    """What tells texts in C known languages from all others.
+    """Detector of texts in none of C known languages.
 
-    A text's sums are, in this order: log-likelihoods of its characters by language (C), of its ids
-    by language (C), its number of characters, its number of ids."""
+    A text's sums are, in this order: log likelihoods of its characters by language (C), those of
+    its ids by language (C), its number of characters, its number of ids."""
 
     identifier: Identifier
-    """Of these languages and maybe more."""
+    """Identifier of the known languages, and perhaps of others."""
     columns: Int[np.ndarray, " C"]
-    """Of the identifier: the known languages."""
+    """Positions of the known languages in the identifier."""
     id_log_likelihoods: Float[np.ndarray, "buckets C"]
-    """float32; of an id, which is taken modulo the number of buckets."""
+    """Log likelihood of an id, modulo the number of buckets, by language; float32."""
     expected: Float[np.ndarray, "C 2"]
-    """Mean margins of held-out texts in each language, a character and an id."""
+    """Mean margins of held-out texts in each language, per character and per id."""
     weights: Float[np.ndarray, "2 6"]
-    """Of the features, and a last number to be added, for log odds by margins and by shares."""
+    """Weights of five features and a bias, for log odds by margins and by shares."""
     thresholds: Float[np.ndarray, "2 2"]
-    """Log odds above which a text counts as unknown, by margins and by shares (rows), of texts
-    shorter than `short` ids and of others (columns)."""
+    """Log odds above which a text counts as unknown: by margins and by shares (rows), for texts
+    shorter than `short` ids and for others (columns)."""
     short: int = SHORT
-    """Ids from which on the second column holds."""
+    """Number of ids from which on the second column of `thresholds` applies."""
 
     @property
     def size(self) -> int:
-        """Numbers of a text's sums."""
+        """Number of a text's sums."""
         return 2 * len(self.columns) + 2
 
     def terms(
         self, before: str, pieces: Sequence[str], ids: Integer[np.ndarray, " T"]
     ) -> Float[np.ndarray, "T size"]:
-        """What each id adds to the sums, with its characters; `before` is the text before."""
+        """Terms that each id and its characters add to the sums; `before` is the text before
+        them."""
         return np.concatenate(
             [
                 self.identifier.terms(before, pieces)[:, self.columns],
@@ -76,7 +77,7 @@ class Novelty:
         )
 
     def outside(self, sums: Float[np.ndarray, "T size"]) -> Bool[np.ndarray, " T"]:
-        """Whether texts of these sums are in none of the known languages."""
+        """Whether each text, given by its sums, is in none of the known languages."""
         margins, best = _margins(sums)
         odds = [
             _features(found, sums[:, -1]) @ weights[:-1] + weights[-1]
@@ -88,8 +89,9 @@ class Novelty:
     def with_thresholds(
         self, sums: Float[np.ndarray, "N size"], short: int, most_false: tuple[float, float]
     ) -> "Novelty":
-        """The same with thresholds such that of texts in known languages with these sums, those
-        shorter than `short` ids and the others, these shares count as unknown by either margin."""
+        """The detector with thresholds under which the shares `most_false` of texts in known
+        languages with these sums, shorter than `short` ids and others, count as unknown by either
+        margin."""
         margins, best = _margins(sums)
         is_short = sums[:, -1] < short
         found = np.zeros((2, 2))
@@ -101,7 +103,7 @@ class Novelty:
         return replace(self, thresholds=found, short=short)
 
     def save(self, path: Path) -> None:
-        """As an .npz file, atomically, without the identifier, which has a file of its own."""
+        """Writes an .npz file, atomically, without the identifier, which has its own file."""
         arrays = {"columns": self.columns, "id_log_likelihoods": self.id_log_likelihoods}
         arrays |= {"expected": self.expected, "weights": self.weights}
         arrays |= {"thresholds": self.thresholds, "short": np.asarray(self.short)}
@@ -109,7 +111,7 @@ class Novelty:
 
     @classmethod
     def load(cls, path: Path, identifier: Identifier) -> "Novelty":
-        """UserError if the file is missing or damaged."""
+        """The detector of a file that `save` wrote; UserError if it is missing or damaged."""
         arrays = read_arrays(path)
         try:
             names = ("columns", "id_log_likelihoods", "expected", "weights", "thresholds")
@@ -126,11 +128,13 @@ def fit(
     texts: Mapping[str, Iterable[Integer[np.ndarray, " _"]]],
     held_out: Mapping[str, Iterable[Integer[np.ndarray, " _"]]],
 ) -> Novelty:
-    """From ids of texts in each `known` language, and of others that were held out, also from the
-    identifier. Held-out texts in other languages of the identifier are examples of what is not
-    known. pieces: the characters of each id. ValueError for fewer than `FEWEST` languages."""
+    """A detector fitted on texts in each `known` language, as subword ids.
+
+    held_out: other texts, which the identifier was not fitted on either; those in its other
+    languages are examples of unknown ones. pieces: the characters of each id. ValueError for fewer
+    than `FEWEST` languages."""
     if len(known) < FEWEST:
-        raise ValueError(f"at least {FEWEST} languages wanted; got {', '.join(known)}")
+        raise ValueError(f"there must be at least {FEWEST} languages; got {', '.join(known)}")
     columns = np.asarray([identifier.languages.index(tag) for tag in known])
     counts = np.zeros((min(BUCKETS, len(pieces)), len(known)))
     for column, tag in enumerate(known):
@@ -169,7 +173,7 @@ def fit(
 def beginnings(
     novelty: Novelty, pieces: list[str], texts: Mapping[str, Iterable[Integer[np.ndarray, " _"]]]
 ) -> tuple[Float[np.ndarray, "N size"], list[str]]:
-    """Sums of beginnings of texts, of all lengths, most of them short; and their languages."""
+    """Sums of beginnings of texts, most of them short, and their languages."""
     draw, sums, languages = np.random.default_rng(0), [], []
     for tag, some in texts.items():
         for ids in some:
@@ -185,8 +189,8 @@ def beginnings(
 def _margins(
     sums: Float[np.ndarray, "N size"], without: int | None = None
 ) -> tuple[Float[np.ndarray, "N 2"], Int[np.ndarray, "N 2"]]:
-    """By how much the likeliest language stands out from the mean of all, a character and an id;
-    and which one it is. without: a language that is left out."""
+    """Margins of the likeliest language over the mean of all, per character and per id, and its
+    position; `without` leaves a language out."""
     languages = sums.shape[1] // 2 - 1
     kept = np.asarray([column for column in range(languages) if column != without])
     margins, best = [], []
@@ -204,7 +208,7 @@ def _expected(
     counts: Float[np.ndarray, " N"],
     languages: int,
 ) -> Float[np.ndarray, "C 2"]:
-    """Mean margins of each language; those of all where it has no held-out text of any length."""
+    """Mean margins of each language; those of all languages if it has no long held-out text."""
     found = np.tile(margins[own >= 0].mean(axis=0), (languages, 1))
     for column in range(languages):
         rows = (own == column) & (counts >= _LONG)
@@ -214,22 +218,22 @@ def _expected(
 
 
 def _two(margins, best, expected):
-    """The margins, and their shares of what the likeliest language has."""
+    """The margins, and their shares of the likeliest language's expected margins."""
     return margins, margins / np.stack([expected[best[:, k], k] for k in range(2)], axis=1)
 
 
 def _features(
     margins: Float[np.ndarray, "N 2"], counts: Float[np.ndarray, " N"]
 ) -> Float[np.ndarray, "N 5"]:
-    """With how much they are to be trusted after so many ids."""
-    trust = (counts / (counts + _SURE))[:, None]
+    """Margins, margins weighted by trust, and trust, which grows with the number of ids."""
+    trust = (counts / (counts + _HALF_TRUST))[:, None]
     return np.concatenate([margins, margins * trust, trust], axis=1)
 
 
 def _fitted(
     features: Float[np.ndarray, "N 5"], labels: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, " 6"]:
-    """Weights of a logistic regression on whether a text is unknown."""
+    """Weights and bias of a logistic regression on whether a text is in an unknown language."""
     from sklearn.linear_model import LogisticRegression
 
     scale = features.std(axis=0) + 1e-9

@@ -1,6 +1,6 @@
-"""Distances between languages -> groups of even sizes, by rounds of closest pairs (single linkage).
+"""Clustering of languages into groups of equal sizes, by rounds of closest pairs (single linkage).
 
-This is the clustering of X-ELM's authors. Does not know where distances come from.
+This is the clustering of X-ELM's authors, for any number of languages.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ def pairs(
 
     For n = k * 2^r languages this is the authors' algorithm (X-ELM section 3.1,
     `lang_clustering.py`): r rounds, each pairing every group with another, closest free pair first.
-    Theirs loses a language when a round is odd and misses k when n/k is no power of two. Here a
-    first, partial round joins only as many closest pairs as leave k * 2^r groups, so no later round
-    is odd; and in a round with two sizes, q and q+1, two groups of the rarer size are never paired,
-    which keeps sizes within one.
+    Theirs loses a language when a round is odd, and misses k when n/k is no power of two. Here a
+    first, partial round joins only as many closest pairs as leave k * 2^r groups, so that no later
+    round is odd. In a round with two sizes, q and q+1, two groups of the rarer size are never
+    paired, which keeps sizes within one.
     """
     groups: list[Group] = [(i,) for i in range(len(languages))]
     joins: list[Join] = []
@@ -87,7 +87,7 @@ def _join(
 def _named(
     languages: Sequence[str], groups: list[Group], joins: list[Join], linkage: np.ndarray
 ) -> Grouping:
-    """The groups by name, with the joins that made them and, closest first, those above them."""
+    """The groups as languages, with the joins that made them and, closest first, those above."""
     above, every = groups, list(joins)
     while len(above) > 1:
         above, linkage, joined = _join(above, linkage, [_closest(linkage)])

@@ -1,7 +1,7 @@
-"""Any table of numbers about languages -> distances between them.
+"""Distances by a table of numbers about languages, from a CSV file.
 
-Knows CSV files: a header with the names of features, then a line for each language, its code first.
-What a distance makes of missing values is `features`.
+The file has a header with the names of features, then a line for each language, its code first. How
+missing values count is in `features`.
 """
 
 import csv
@@ -18,19 +18,20 @@ from clustering.errors import UserError
 from clustering.languages import canonical_all
 
 MISSING = ("", "?", "-", "na", "n/a", "nan", "none")
-"""What stands for a value that is not known, in any case."""
+"""Words, in any case, for an unknown value."""
 
 
 def read(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], features.Table, tuple[str, ...]]:
-    """Canonical tags, values [languages, features] with NaN for missing ones, names of features.
+    """Canonical tags, values [languages, features] with NaN if unknown, and names of features.
 
-    Commas, semicolons or tabs divide the columns, whichever the header has most of. UserError for
-    text where a number belongs, uneven lines, unknown or repeated languages, repeated features.
+    Columns are separated by commas, semicolons or tabs, whichever the header has most of. UserError
+    for text in place of a number, lines of different lengths, unknown or repeated languages, and
+    repeated features.
     """
     header, lines = _lines(path)
     names = tuple(name.strip() for name in header[1:])
     if not names or not all(names) or all(map(_is_number, names)):
-        raise UserError(f"{path} wants a header with the names of features; got {header}")
+        raise UserError(f"{path} must have a header with the names of features; got {header}")
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
         raise UserError(f"{path} has several columns {', '.join(twice[:5])}")
@@ -38,7 +39,7 @@ def read(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], features.Table,
     for number, line in lines:
         if len(line) != len(header):
             raise UserError(
-                f"{path}:{number}: {len(header)} columns wanted, as in the header; got {len(line)}"
+                f"{path}:{number}: the header has {len(header)} columns; got {len(line)}"
             )
         rows.append(
             [_number(text, f"{path}:{number}, {name}") for name, text in zip(names, line[1:])]
@@ -60,13 +61,13 @@ def distances(
     metric: str = "gower",
     resample: int | None = None,
 ) -> Distances:
-    """Distances of the languages of a table, or of some of them, by one of `features.METRICS`.
+    """Distances between the languages of a table, or some of them, by one of `features.METRICS`.
 
     `only`: these features alone. `resample`: as in `typology.distances`. Features that do not vary
-    among the languages are dropped, so a distance depends on who else is given. Coverage is the
-    share of the features that are known. Languages without a line, and pairs that share no feature,
-    are at an unknown distance. UserError as `read`, for a feature that the table does not have, and
-    if it has none of the languages.
+    among the languages are dropped, so a distance depends on the other languages. Coverage is the
+    share of known features. Languages without a line, and pairs without a common feature, are at an
+    unknown distance. UserError as `read`, for a feature that is not in the table, and if none of
+    the languages is.
     """
     tags, values, names = read(path)
     wanted = tags if languages is None else canonical_all(languages)
@@ -119,5 +120,5 @@ def _number(text: str, place: str) -> float:
     except ValueError:
         value = math.inf
     if not math.isfinite(value):
-        raise UserError(f"{place}: a number wanted, or nothing where it is not known; got {text!r}")
+        raise UserError(f"{place}: must be a number, or empty if unknown; got {text!r}")
     return value

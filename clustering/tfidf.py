@@ -1,13 +1,13 @@
-"""Documents -> clusters of documents with like words, by TF-IDF of subword ids.
+"""Clusters of documents with similar words: TF-IDF of subword ids, truncated SVD, balanced k-means.
 
-Truncated SVD and balanced k-means follow. Knows how the vectors and clusters are fitted (X-ELM
-section 3.1, after Gururangan et al. 2023). Terms are the model's own subword ids: the authors' word
-tokens and stop lists break Devanagari, Chinese, Japanese and Thai. Applying a fit is `vectoriser`.
+The method is that of X-ELM (section 3.1, after Gururangan et al. 2023), except that terms are the
+model's own subword ids: the authors' word tokens and stop lists break Devanagari, Chinese, Japanese
+and Thai. `vectoriser` applies a fit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import tee
 
 import numpy as np
 
@@ -19,11 +19,10 @@ from clustering.languages import canonical
 from clustering.vectoriser import Vectoriser, check_ids
 
 SAMPLE_SIZE = 100_000
-"""Documents that centres are made of, at most: more do not move them."""
+"""Number of documents to fit centres on, at most: more do not move the centres."""
 _POWER_ITERATIONS = 5
-"""Of the randomised SVD, as in scikit-learn's TruncatedSVD, which the authors use."""
-_BATCH_DOCUMENTS = 4096
-"""Held at once while languages are counted."""
+"""Power iterations of the randomised SVD, as in scikit-learn's TruncatedSVD, which the authors
+use."""
 
 
 def fit(
@@ -32,12 +31,12 @@ def fit(
     dimensions: int = 100,
     random_seed: int = 0,
 ) -> Vectoriser:
-    """TF-IDF weights and SVD projection of documents, integer arrays [tokens].
+    """TF-IDF weights and SVD projection, fitted on documents, integer arrays [tokens].
 
     idf(v) = ln((1 + n) / (1 + n_v)) + 1; rows of TF-IDF are scaled to unit length for the SVD, as
-    in scikit-learn. All documents are held at once: of very many, give `Documents.sample`. There
-    are fewer than `dimensions` where the documents span fewer. The same documents in the same order
-    give the same result. Raises UserError if all are empty.
+    in scikit-learn. All documents are in memory at once, so pass `Documents.sample` of very many.
+    The dimensions are fewer than `dimensions` where the documents span fewer. The same documents in
+    the same order give the same result. Raises UserError if all are empty.
     """
     kept = [ids for ids in map(np.asarray, documents) if len(ids)]
     if not kept:
@@ -65,7 +64,7 @@ def fit(
         n_iter=_POWER_ITERATIONS,  # pyright: ignore[reportArgumentType]  # int, or the word "auto"
         random_state=random_seed,
     )
-    # Directions beyond the rank are noise of the machine.
+    # Directions beyond the rank are rounding noise.
     components = components[singular > 1e-5 * singular[0]]
     projection = np.ascontiguousarray(components.T, dtype=np.float32)
     projection[frequency == 0] = 0.0
@@ -83,18 +82,16 @@ def cluster(
 ) -> Clustering:
     """k clusters `c0`.. of documents, by balanced k-means on their vectors.
 
-    The centres are made of `sample`, by default `SAMPLE_SIZE` of the documents; then all are read
-    and the languages of each cluster counted by nearest-centre assignment, by which documents reach
-    experts. So memory does not grow with their number, and the engine of `documents` does the
-    reading. There are fewer than k where a centre is nearest to no document; `parameters` has the
-    k that was wanted. `made_from` names the inputs, such as corpus files and tokenizer, with their
-    hashes.
-    """
+    The centres are fitted on `sample`, by default `SAMPLE_SIZE` of the documents. Then the engine
+    of `documents` reads all of them, and the languages in each cluster are counted by nearest
+    centre, as documents are later given to experts; memory does not grow with their number. There
+    are fewer clusters than k, which `parameters` has, where a centre is nearest to no document.
+    `made_from` names the inputs, such as corpus files and tokenizer, with their hashes."""
     drawn = documents.sample(SAMPLE_SIZE, random_seed) if sample is None else sample
     fitted = kmeans.fit(vectoriser.transform(drawn), k, random_seed)
     counts = _total(documents.map(partial(_count, vectoriser, fitted.centres)))
     filled = np.flatnonzero(sum(counts.values(), np.zeros(len(fitted.centres), np.int64)))
-    held = {
+    by_cluster = {
         f"c{number}": _in_cluster(counts, index) for number, index in enumerate(filled.tolist())
     }
     return Clustering(
@@ -108,9 +105,9 @@ def cluster(
             "inertia": fitted.inertia,
             "iterations": fitted.iterations,
         },
-        clusters={name: tuple(languages) for name, languages in held.items()},
+        clusters={name: tuple(languages) for name, languages in by_cluster.items()},
         languages=tuple(counts),
-        documents=held,
+        documents=by_cluster,
         vectoriser=vectoriser,
         centres=fitted.centres[filled],
         made_from=made_from or {},
@@ -118,22 +115,22 @@ def cluster(
 
 
 Counts = dict[str, np.ndarray]
-"""Language -> documents by cluster, languages in the order in which they came."""
+"""Language, in order of appearance -> number of documents in each cluster."""
 
 
 def _count(
     vectoriser: Vectoriser, centres: np.ndarray, documents: Iterator[tuple[np.ndarray, str]]
 ) -> Counts:
     counts: Counts = {}
-    while batch := list(islice(documents, _BATCH_DOCUMENTS)):
-        labels = kmeans.assign(vectoriser.transform(ids for ids, _ in batch), centres)
-        for label, (_, code) in zip(labels.tolist(), batch):
-            counts.setdefault(code, np.zeros(len(centres), np.int64))[label] += 1
+    contents, languages = tee(documents)
+    labels = vectoriser.nearest((ids for ids, _ in contents), centres)
+    for label, (_, code) in zip(labels, languages):
+        counts.setdefault(code, np.zeros(len(centres), np.int64))[label] += 1
     return counts
 
 
 def _total(parts: Iterable[Counts]) -> Counts:
-    """Of all parts, codes of the same language as one."""
+    """The sum of the counts of all parts, with codes of the same language as one."""
     total: Counts = {}
     for counts in parts:
         for code, row in counts.items():
@@ -143,6 +140,6 @@ def _total(parts: Iterable[Counts]) -> Counts:
 
 
 def _in_cluster(counts: Counts, index: int) -> dict[str, int]:
-    """Language -> documents in one cluster, the commonest first."""
-    held = [(tag, int(row[index])) for tag, row in counts.items() if row[index]]
-    return dict(sorted(held, key=lambda item: -item[1]))
+    """Language -> number of documents in one cluster, the most frequent first."""
+    found = [(tag, int(row[index])) for tag, row in counts.items() if row[index]]
+    return dict(sorted(found, key=lambda item: -item[1]))

@@ -1,4 +1,4 @@
-"""The tree that joins make of languages, and what a rule leaves: groups and tree. Knows no rule."""
+"""The tree of languages that joins make, and the result of a rule: groups and a tree."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,30 +11,30 @@ class Merge(NamedTuple):
     """One join of the tree."""
 
     members_a: tuple[str, ...]
-    """Languages of the one side, in the given order."""
+    """Languages of one side, in the given order."""
     members_b: tuple[str, ...]
     """Languages of the other side."""
     distance: float
-    """Of the two sides, as the rule measures it."""
+    """Distance between the two sides, as the rule measures it."""
 
 
 class Grouping(NamedTuple):
-    """What a rule found."""
+    """Groups of languages, with the tree over them."""
 
     groups: list[tuple[str, ...]]
     """Exactly k groups; members and groups in the order in which the languages were given."""
     merges: list[Merge]
-    """All n-1 joins up to one group, of which the first n-k made `groups`."""
+    """All n-1 joins up to one group; the first n-k made `groups`."""
 
 
 def linkage_matrix(
     languages: Sequence[str], merges: Sequence[Merge], gap: float = 0.0
 ) -> Float[np.ndarray, "joins 4"]:
-    """The tree as SciPy's dendrogram wants it: rows of (node, node, height, members).
+    """The tree in SciPy's format: rows of (node, node, height, number of members).
 
-    A forced pair may be farther apart than a later join above it. A height is therefore at least
-    `gap` above those of the joins below, so the tree draws without crossings; `Merge.distance`
-    keeps the measured value.
+    A forced pair may be farther apart than a later join above it. Each height is therefore at least
+    `gap` above those of the joins below it, so that lines do not cross; `Merge.distance` has the
+    measured value.
     """
     nodes: dict[tuple[str, ...], int] = {
         (language,): number for number, language in enumerate(languages)

@@ -1,8 +1,8 @@
-"""Languages -> how similar their grammar and sounds are, by URIEL features, and clusters of them.
+"""Distances by grammar and sounds, from URIEL features, and clusters of languages by them.
 
-Knows the distance of X-ELM (Blevins et al. 2024, section 3.1; the authors' `lang_clustering.py`).
-How groups form is `grouping`; where features come from is `uriel`; what a distance makes of missing
-values is `features`.
+The distance is that of X-ELM (Blevins et al. 2024, section 3.1; the authors' `lang_clustering.py`).
+The features come from `uriel`, the rules of clustering are in `grouping`, and missing values are
+handled by `features`.
 """
 
 from collections.abc import Sequence
@@ -26,17 +26,17 @@ def distances(
 ) -> Distances:
     """Cosine-like distances in 0..1 over the features that vary among the given languages.
 
-    As in the authors' code (`features.cosine`). Features that are 0, 1 or missing for all given
-    languages are dropped (`minimal=True` of lang2vec), so a distance depends on who else is given.
-    `features` names sets of URIEL (`uriel.FEATURE_SETS`), joined by `+`; `only` keeps those of the
-    given names. `resample` draws as many of them with replacement by that random seed, which shows
-    how much hangs on single ones. Coverage is the share of the features that were observed in both:
-    the sets `_knn` have no gaps, but what filled them is a prediction. A language of which a set
-    knows nothing, and a pair that shares no feature, are at an unknown distance. Raises UserError
-    for unknown or repeated languages.
+    They are as in the authors' code (`features.cosine`). Features that are 0, 1 or missing for all
+    given languages are dropped (`minimal=True` of lang2vec), so a distance depends on the other
+    languages. `features`: sets of URIEL (`uriel.FEATURE_SETS`), joined by `+`. `only`: these
+    features alone. `resample`: draws as many features with replacement by that random seed, which
+    shows how much the distances depend on single ones. Coverage is the share of features observed
+    for both: the sets `_knn` have no gaps, but their gaps are filled by predictions. A language
+    without data in a set, and a pair without a common feature, are at an unknown distance. Raises
+    UserError for unknown or repeated languages.
     """
     tags = canonical_all(languages)
-    described = uriel.known(tags, features)  # the others have no part in which features vary
+    described = uriel.known(tags, features)  # the others do not decide which features vary
     values, names = uriel.features(described, features)
     places = tables.compared(values, names, only, features, resample)
     values, observed = values[:, places], uriel.observed(described, features)

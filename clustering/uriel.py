@@ -1,8 +1,8 @@
 """URIEL feature vectors of languages, read from the data files of the installed `lang2vec` package.
 
-Knows the files and the named feature sets of lang2vec 1.1 (Littell et al., EACL 2017,
-aclanthology.org/E17-2002). Does not import lang2vec, whose import fails with setuptools >= 82, and
-does not copy its data, which is CC-BY-SA-4.0.
+The files and the names of feature sets are those of lang2vec 1.1 (Littell et al., EACL 2017,
+aclanthology.org/E17-2002). The package is not imported, since that fails with setuptools >= 82, and
+its data are not copied, since they are under CC-BY-SA-4.0.
 """
 
 import functools
@@ -18,7 +18,7 @@ from clustering.errors import UserError
 from clustering.languages import iso639_3, kindred_iso639_3
 
 # Name -> (data file, source within it, prefix of its features), as in lang2vec's FEATURE_SETS_DICT.
-# Left out: `id`, which holds nothing about relatives, and `learned`, which is a pickle.
+# Without `id`, which has no information on relatives, and `learned`, which is a pickle.
 FEATURE_SETS = {
     "syntax_wals": ("features.npz", "WALS", "S_"),
     "phonology_wals": ("features.npz", "WALS", "P_"),
@@ -41,17 +41,17 @@ FEATURE_SETS = {
     "fam": ("family_features.npz", "FAM", ""),
     "geo": ("geocoord_features.npz", "GEOCOORDS", ""),
 }
-# Sets whose gaps were filled by nearest neighbours -> those that tell what was observed.
+# Set whose gaps were filled by nearest neighbours -> the set of what was observed.
 _OBSERVED_IN = {f"{name}_knn": f"{name}_average" for name in ("syntax", "phonology", "inventory")}
 
 
 def features(
     languages: Sequence[str], set_name: str = "syntax_average"
 ) -> tuple[Float[np.ndarray, "languages features"], tuple[str, ...]]:
-    """Feature values in 0..1 with NaN for missing ones, and the names of the features.
+    """Feature values in 0..1, NaN if unknown, and the names of the features.
 
-    `languages` are canonical tags; several sets are joined by `+`. A language of which a set knows
-    nothing has NaN for all of that set's features. Raises UserError for an unknown set.
+    `languages` are canonical tags; several sets are joined by `+`. A language without data in a set
+    has NaN for all of its features. Raises UserError for an unknown set.
     """
     codes = codes_with_data(languages, set_name)
     blocks = [_values(part, languages, codes) for part in _parts(set_name)]
@@ -60,14 +60,14 @@ def features(
 
 
 def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") -> dict[str, str]:
-    """Tag -> the ISO 639-3 code whose features stand for it, for the languages that have any.
+    """Tag -> the ISO 639-3 code whose features are used for it, for the languages that have any.
 
-    URIEL often has a macrolanguage and its members as separate languages of which one is described
+    URIEL often has a macrolanguage and its members as separate languages, of which one is described
     and the other is not: `zho` has one ancestor and `cmn` four, `aze` has 55 features and `azj`
-    none. So the code of which most was observed is taken, of a language's own code and its usual
-    member (`languages.iso639_3`); where nothing was observed of these, of its macrolanguage or
-    members (`languages.kindred_iso639_3`); and where values of these are predictions alone, of
-    those. Of equal codes the first. Raises UserError for an unknown set.
+    none. So the code with most observations is taken: among a language's own code and its usual
+    member (`languages.iso639_3`); if these have none, among its macrolanguage or members
+    (`languages.kindred_iso639_3`); if none has observations, the one with most predictions, in the
+    same order. Of equal codes the first is taken. Raises UserError for an unknown set.
     """
     parts = _parts(set_name)
     found: dict[str, str] = {}
@@ -81,7 +81,7 @@ def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") 
 
 
 def known(languages: Sequence[str], set_name: str) -> tuple[str, ...]:
-    """Those of the canonical tags of which a set knows something."""
+    """Those of the canonical tags for which a set has data."""
     found = codes_with_data(languages, set_name)
     return tuple(tag for tag in languages if tag in found)
 
@@ -89,8 +89,8 @@ def known(languages: Sequence[str], set_name: str) -> tuple[str, ...]:
 def observed(
     languages: Sequence[str], set_name: str
 ) -> Bool[np.ndarray, "languages features"] | None:
-    """Which values of `features` were observed and not predicted, for sets of gaps that were filled
-    (`_knn`); None for sets that hold observations alone."""
+    """Which values of `features` were observed, for sets whose gaps were filled by predictions
+    (`_knn`); None for sets of observations alone."""
     parts = _parts(set_name)
     if not any(part in _OBSERVED_IN for part in parts):
         return None
@@ -122,7 +122,7 @@ def _parts(set_name: str) -> list[str]:
 def _values(
     part: str, languages: Sequence[str], codes: Mapping[str, str]
 ) -> Float[np.ndarray, "languages features"]:
-    """What a set holds of the codes; NaN where it has nothing."""
+    """Values of a set for the codes of the languages; NaN if unknown."""
     values, places, names = _read(part)
     block = np.full((len(languages), len(names)), -1.0)
     for row, language in enumerate(languages):
@@ -132,7 +132,7 @@ def _values(
 
 
 def _size(part: str, code: str) -> int:
-    """How much a set holds of a code: ancestors of `fam`, values of the others; 0 for nothing."""
+    """Number of values of a set for a code (of ancestors in `fam`); 0 without data."""
     return _sizes(part).get(code, 0)
 
 
@@ -160,11 +160,11 @@ def _read(part: str) -> tuple[np.ndarray, dict[str, int], list[str]]:
     names = [str(name).replace(" ", "_") for name in data["feats"][columns]]
     places = {code: row for row, code in enumerate(data["langs"].tolist())}
     values = data["data"][:, columns, layer]
-    whole = values.astype(np.int8)  # families are 0 or 1, and a quarter of the memory so
-    return (whole if (whole == values).all() else values), places, names
+    small = values.astype(np.int8)  # families are 0 or 1, and take a quarter of the memory
+    return (small if (small == values).all() else values), places, names
 
 
-# Sets of one file stand beside each other; families alone are 113 MB.
+# One file at a time, since families alone are 113 MB; the sets of a file are used together.
 @functools.lru_cache(maxsize=1)
 def _unpacked(file_name: str) -> dict[str, np.ndarray]:
     return files.read_arrays(_data_file(file_name))

@@ -1,6 +1,66 @@
-"""What an expert is and where it came from: registry, branch, grow, merge, verify, roll back.
+"""The experts of a RUN on disk: which there are, where each came from, and whether files changed.
 
-The package knows the files of a RUN, their hashes, and the provenance of every expert version;
-averages read and write safetensors arrays as NumPy. It deliberately opens no model: it imports
-neither JAX nor transformers, and what a checkpoint computes is the business of `xelm`.
+    from experts.registry import Registry
+
+    registry = Registry.load("RUN")
+    for expert in registry.published():
+        print(expert.reference, expert.languages, expert.parent, expert.tokens)
+
+The record:
+    registry    Registry: load, published, expert, for_language, versions, ...
+    expert      Expert, one version of one expert
+
+Changes of a registry, which return a new one:
+    branch      one expert for each cluster
+    grow        an expert for a new language, from a parent
+    rollback    publish an earlier version again
+
+Files:
+    lock        locks of a RUN; update changes its registry
+    manifest    hashes of the other files of a RUN
+    verify      compare all files with their hashes
+    merge       average checkpoints
+    card        the model card of an expert
+
+Models are not run here: neither JAX nor transformers is imported.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from experts import (
+        branch,
+        card,
+        expert,
+        grow,
+        lock,
+        manifest,
+        merge,
+        registry,
+        rollback,
+        verify,
+    )
+
+__all__ = [
+    "branch",
+    "card",
+    "expert",
+    "grow",
+    "lock",
+    "manifest",
+    "merge",
+    "registry",
+    "rollback",
+    "verify",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return import_module(f"experts.{name}")
+    raise AttributeError(f"module 'experts' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Branching: one expert for each cluster, all from the seed (X-ELM, https://arxiv.org/abs/2401.10440)."""
+"""Branching: one expert for each cluster, all from the seed (X-ELM, arXiv 2401.10440)."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from experts.registry import Registry
 
 
 def branch(registry: Registry, clustering: Clustering) -> Registry:
-    """With one record in training for each cluster; the same clusters again change nothing.
+    """The registry with one expert in training for each cluster; the same clusters change nothing.
 
-    Of clusters of documents, an expert serves the languages that its cluster has most documents of,
-    so that every language is served once. UserError if experts of other clusters are there already.
+    In clusters of documents, a language is served by the expert whose cluster has most of its
+    documents. UserError if the registry has experts of other clusters.
     """
     wanted = _experts(clustering)
     existing = [expert for expert in registry.experts if expert.cluster is not None]
@@ -20,7 +20,7 @@ def branch(registry: Registry, clustering: Clustering) -> Registry:
         return registry.add(*wanted)
     if {_identity(expert) for expert in existing} != {_identity(expert) for expert in wanted}:
         raise UserError(
-            f"this RUN was branched on other clusters: {_describe(existing)}; asked for: "
+            f"this RUN was branched on other clusters: {_describe(existing)}; got "
             f"{_describe(wanted)}. Make a new RUN for other clusters"
         )
     return registry
@@ -40,7 +40,7 @@ def _experts(clustering: Clustering) -> list[Expert]:
 
 
 def _identity(expert: Expert) -> tuple[object, ...]:
-    """What makes a cluster this one; the order of its languages does not."""
+    """Name, languages and documents of a cluster, without their order."""
     documents = None if expert.documents is None else frozenset(expert.documents.items())
     return expert.name, frozenset(expert.languages), documents
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from experts.expert import SEED, Expert
 from experts.registry import Registry
 
-# https://huggingface.co/docs/hub/model-cards: keys of the front matter that only the user can know.
+# Keys of the front matter that only the user knows (https://huggingface.co/docs/hub/model-cards).
 FRONT_MATTER_FACTS = ("base_model", "license", "license_name", "license_link")
 
 
@@ -17,12 +17,11 @@ def card(
     *,
     masked: bool = False,
 ) -> str:
-    """The text of README.md for a published expert of `registry`; `masked`: an encoder, which fills
-    masks and continues no text.
+    """The text of README.md for a published expert of `registry`.
 
-    `facts` are shown under their keys, in their order; 'base_model' (the Hub name of the seed),
-    'license', 'license_name' and 'license_link' go into the front matter, which leaves them out
-    where they are not given, for the Hub refuses made-up values.
+    `facts` are shown under their keys, in their order. 'base_model' (the Hub name of the seed),
+    'license', 'license_name' and 'license_link' go into the front matter instead, if they are
+    given: the Hub refuses made-up values. `masked`: the expert is an encoder, which fills masks.
     """
     sections = (
         _front_matter(expert, facts, "fill-mask" if masked else "text-generation"),
@@ -60,7 +59,7 @@ def _front_matter(expert: Expert, facts: Mapping[str, str | int | float], task: 
 
 
 def _languages(expert: Expert) -> tuple[str, ...]:
-    """What it was trained on: in a cluster of documents, more languages than it is first for."""
+    """Languages that the expert was trained on; in a cluster of documents, more than it serves."""
     return tuple(expert.documents or expert.languages)
 
 

@@ -1,4 +1,4 @@
-"""One version of one expert, as a record: its name, where it came from, what its files hash to."""
+"""The record of one version of one expert: its name, its parent, its languages, its hashes."""
 
 import re
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ SEED = "seed"
 
 Status = Literal["training", "published", "retired"]
 
-# Names of other systems in results.json, so no expert may bear them.
+# Names of other systems in results.json, which no expert may have.
 RESERVED_NAMES = (SEED, "dense", "ensemble")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _REFERENCE = re.compile(rf"({_NAME.pattern})@v([1-9][0-9]*)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-# Keys of a record in registry.json: always there, and those that may be absent or null.
+# Keys of a record in registry.json: required ones, and those that may be absent or null.
 _JSON_TYPES = {
     "name": str,
     "version": int,
@@ -42,41 +42,41 @@ _OPTIONAL_JSON_TYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expert:
-    """One version of one expert. UserError if a field cannot be."""
+    """One version of one expert; UserError for an impossible field."""
 
     name: str
-    """A safe folder name, unique in the RUN together with `version`."""
+    """Safe folder name; together with `version` it is unique in the RUN."""
     version: int = 1
-    """Counts from 1."""
+    """Number of the version, from 1."""
     parent: str = SEED
-    """Whose weights it started from: 'seed', or 'NAME@vN'."""
+    """Model whose weights it started from: 'seed', or 'NAME@vN'."""
     round: int = 1
-    """1 if it started from the seed, else one more than its parent's; a new version of itself stays
-    in its round."""
+    """Round: 1 if it started from the seed, else one more than its parent's; a new version of the
+    same expert stays in its round."""
     languages: tuple[str, ...] = ()
-    """BCP 47 tags of the languages it serves. Of clusters of documents, each serves the languages
-    that it has most documents of, which may be none."""
+    """BCP 47 tags of the languages it serves. In clusters of documents, a language is served by the
+    expert with most of its documents, so that an expert may serve none."""
     cluster: str | None = None
-    """Name of the cluster it was branched for; None if it was grown."""
+    """Name of the cluster it was branched for; None for a grown expert."""
     documents: dict[str, int] | None = None
-    """Language -> documents in its cluster, for a cluster of documents; else None."""
+    """Language -> number of documents in its cluster; None for clusters of languages."""
     path: str = ""
-    """Its directory relative to the RUN; empty stands for experts/NAME/vN."""
+    """Directory relative to the RUN; empty for experts/NAME/vN."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """File, relative to `path`, to hexadecimal SHA-256. Empty until it is published."""
+    """File, relative to `path` -> hexadecimal SHA-256; empty until it is published."""
     tokens: int = 0
-    """Tokens that this version was trained on, its parent's not counted."""
+    """Number of tokens that this version was trained on, without its parent's."""
     status: Status = "training"
-    """'training' is unfinished; 'retired' is superseded, rolled back or given up."""
+    """Status: 'training' is unfinished; 'retired' is superseded, rolled back or given up."""
     replaces: int | None = None
-    """The version of the same name in use when it was published; None before, or if none was."""
+    """Version of the same name that it replaced when it was published; None if there was none."""
     reason: str | None = None
-    """Why a grown expert has its parent; None if it was branched, or nobody said."""
+    """Why a grown expert has its parent; None for a branched expert, or if not given."""
     settings: dict[str, int | float | None] | None = None
-    """Settings with which the training of a grown expert began, where they are others than the
-    RUN's: name, such as `grow.tokens`, to value."""
+    """Settings of a grown expert's training that differ from the RUN's: name, such as `grow.tokens`
+    -> value."""
     more: dict[str, Any] = field(default_factory=dict)
-    """Keys beside ours in registry.json, kept as they came."""
+    """Further keys of its record in registry.json, kept as they are."""
 
     def __post_init__(self):
         check_name(self.name)
@@ -88,7 +88,7 @@ class Expert:
 
     def _faults(self) -> Iterator[str]:
         if self.version < 1 or self.round < 1 or self.tokens < 0:
-            yield f"version {self.version}, round {self.round} and {self.tokens} tokens cannot be"
+            yield f"version {self.version}, round {self.round}, {self.tokens} tokens are impossible"
         if self.replaces is not None and not 0 < self.replaces < self.version:
             yield f"it cannot replace version {self.replaces}"
         if self.parent != SEED and not _REFERENCE.fullmatch(self.parent):
@@ -109,11 +109,11 @@ class Expert:
 
     @property
     def reference(self) -> str:
-        """'NAME@vN', as `parent` of its children has it."""
+        """Name and version, 'NAME@vN', as in `parent` of its children."""
         return f"{self.name}@v{self.version}"
 
     def directory(self, run: Path | str) -> Path:
-        """Where its checkpoint lies or will lie."""
+        """Directory of its checkpoint, which may not be there yet."""
         return Path(run) / self.path
 
     def to_json(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Expert:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
-        """The expert of a record; `where` names it in the UserError that a broken record raises."""
+        """The expert of a record; UserError for a broken one, which `where` names."""
         check_types(where, value, _JSON_TYPES)
         check_strings(where, value["sha256"])
         check_strings(where, dict(enumerate(value["languages"])))
@@ -142,18 +142,18 @@ class Expert:
 
 
 def check_name(name: str) -> None:
-    """Raise UserError unless `name` is a safe folder name that no other system of a RUN bears."""
+    """Raises UserError unless `name` is a safe folder name and not that of another system."""
     if not _NAME.fullmatch(name):
         raise UserError(
             f"{name!r} cannot name an expert: use up to 100 letters a-z or A-Z, digits, "
             "'-', '_' and '.', with no '-' or '.' in front"
         )
     if name.lower() in RESERVED_NAMES:
-        raise UserError(f"{name!r} cannot name an expert: it means another system of a RUN")
+        raise UserError(f"{name!r} cannot name an expert: it names another system of a RUN")
 
 
 def parse_reference(reference: str) -> tuple[str, int]:
-    """The name and version that 'NAME@vN' stands for."""
+    """Name and version from 'NAME@vN'; UserError for anything else."""
     match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise UserError(f"{reference!r} names no version of an expert; it should look like NAME@v1")
@@ -161,12 +161,12 @@ def parse_reference(reference: str) -> tuple[str, int]:
 
 
 def stays_inside(path: str) -> bool:
-    """Whether `path` is a plain relative path ('a/b') that cannot leave its base."""
+    """Whether `path` is a plain relative path ('a/b') that cannot leave its base directory."""
     return not set(path) & set("\\:\0") and not set(path.split("/")) & {"", ".", ".."}
 
 
 def hash_faults(sha256: dict[str, str]) -> Iterator[str]:
-    """What is wrong with a table of files and their hashes."""
+    """Faults of a table of files and their hashes, one line each."""
     for file, digest in sha256.items():
         if not stays_inside(file):
             yield f"the file {file!r} leaves its directory"
@@ -175,7 +175,7 @@ def hash_faults(sha256: dict[str, str]) -> Iterator[str]:
 
 
 def check_types(where: str, value: Any, types: dict[str, type]) -> None:
-    """Raise UserError unless `value`, read at `where`, is an object with these keys and types."""
+    """Raises UserError unless `value`, read at `where`, is an object with these keys and types."""
     if not isinstance(value, dict):
         raise UserError(f"{where} should be an object; got {value!r}")
     for key, kind in types.items():
@@ -187,7 +187,7 @@ def check_types(where: str, value: Any, types: dict[str, type]) -> None:
 
 
 def check_strings(where: str, value: dict[Any, Any]) -> None:
-    """Raise UserError unless every value of `value`, read at `where`, is a string."""
+    """Raises UserError unless every value of `value`, read at `where`, is a string."""
     for key, text in value.items():
         if not isinstance(text, str):
             raise UserError(f"{where}: {key!r} should be str; got {text!r}")

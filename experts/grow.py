@@ -22,13 +22,12 @@ def grow(
     reason: str | None = None,
     settings: Mapping[str, int | float | None] | None = None,
 ) -> Registry:
-    """With a child of `parent` in training for `language`; the other records stay the same objects.
+    """The registry with a child of `parent` in training for `language`; other records stay as is.
 
-    `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `reason` says why it is that.
-    `settings` are those of its training alone, as `Expert` has them.
-    `name` is the language's tag if None. Growing the same child again while it is in training
-    changes nothing. UserError if another expert serves the language, if the parent is not
-    published, or if the name is taken.
+    `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `reason` and `settings` are
+    those of `Expert`. `name` is the language's tag if None. Growing the same child again while it
+    is in training changes nothing. UserError if another expert serves the language, if the parent
+    is not published, or if the name is taken.
     """
     language = canonical(language)
     name = language if name is None else name
@@ -53,9 +52,9 @@ def choose_parent(
 ) -> tuple[Expert, str, float]:
     """The published expert that serves the nearest relative, that relative, and its distance.
 
-    `ranked` holds (language, distance), in any order; of equal distances the first wins. Languages
-    that no published expert serves, or whose distance is not finite, are passed over; UserError if
-    none is left.
+    `ranked` has pairs of language and distance, in any order; of equal distances the first wins.
+    Languages that no published expert serves, or whose distance is not finite, do not count;
+    UserError if none is left.
     """
     served = {language for expert in registry.published() for language in expert.languages}
     known = [(language, far) for language, far in ranked if math.isfinite(far)]
@@ -99,7 +98,7 @@ def _published_parent(registry: Registry, parent: str) -> str:
 
 
 def _free_version(registry: Registry, language: str, name: str) -> int:
-    """1 for a new name, or the next version of an expert of this very language that was retired."""
+    """Version 1 for a new name, else the version after the retired ones for this same language."""
     versions = [expert for expert in registry.experts if expert.name == name]
     if any(expert.languages != (language,) for expert in versions):
         raise UserError(

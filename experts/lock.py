@@ -1,7 +1,8 @@
-"""Locks: one command at a time writes one thing in a RUN, and others write other things.
+"""Locks, so that no two commands write the same part of a RUN at once.
 
-The locks belong to the operating system and vanish with their process, however it ends. They hold
-between machines where the file system passes flock on (NFS does, most object-store mounts do not).
+The locks are the operating system's: they are released when their process ends, in whatever way.
+They work across machines if the file system supports flock (NFS does, most object-store mounts do
+not).
 """
 
 import os
@@ -24,9 +25,10 @@ FOLDER = ".locks"
 
 @contextmanager
 def locked(run: Path | str, name: str = "registry", *, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a lock of a RUN: 'registry' to change registry.json, 'train-NAME' to train NAME.
+    """Context in which a lock of a RUN is acquired: 'registry' to change registry.json,
+    'train-NAME' to train NAME.
 
-    UserError, which says who holds it since when, if it is not free within `wait_seconds`.
+    UserError if it is not free within `wait_seconds`; it names the process that has the lock.
     """
     if not stays_inside(name) or "/" in name:
         raise UserError(f"{name!r} cannot name a lock")
@@ -34,34 +36,34 @@ def locked(run: Path | str, name: str = "registry", *, wait_seconds: float = 0.0
         raise UserError(f"there is no RUN at {run}")
     folder = Path(run) / FOLDER
     lock = FileLock(folder / f"{name}.lock")
-    holder = folder / f"{name}.txt"
+    note = folder / f"{name}.txt"
     try:
         folder.mkdir(exist_ok=True)
         lock.acquire(timeout=wait_seconds)
     except Timeout:
-        raise UserError(_refusal(run, name, holder)) from None
+        raise UserError(_refusal(run, name, note)) from None
     except OSError as error:
         raise UserError(f"{run} cannot be locked for writing: {error.strerror}") from error
     try:
-        # The lock holds without the note, which is for the next who asks.
+        # The lock works without this note, which names its owner in error messages.
         with suppress(OSError):
-            holder.write_text(_this_process(), encoding="utf-8")
+            note.write_text(_this_process(), encoding="utf-8")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
         lock.release()
 
 
-def holder(run: Path | str, name: str) -> str | None:
-    """Who holds a lock of a RUN now, or None."""
+def owner(run: Path | str, name: str) -> str | None:
+    """Description of the process that has a lock of a RUN now, or None."""
     note = Path(run) / FOLDER / f"{name}.txt"
     try:
-        who = note.read_text(encoding="utf-8")
-        # Notes of processes that were killed stay behind: the lock itself knows.
+        process = note.read_text(encoding="utf-8")
+        # The note of a process that was killed stays behind, so try the lock itself.
         with FileLock(note.with_suffix(".lock"), timeout=0):
             return None
     except Timeout:
-        return " ".join(who.split())
+        return " ".join(process.split())
     except OSError:
         return None
 
@@ -69,10 +71,10 @@ def holder(run: Path | str, name: str) -> str | None:
 def update(
     run: Path | str, change: Callable[[Registry], Registry], *, wait_seconds: float = 30.0
 ) -> Registry:
-    """The registry of a RUN after `change`, saved; no other process can change it in between.
+    """The registry of a RUN after `change`, saved, while no other process can change it.
 
-    A change that changes nothing leaves the file alone. UserError if the registry is not free
-    within `wait_seconds`.
+    If nothing changes, the file is not written. UserError if the lock is not free within
+    `wait_seconds`.
     """
     with locked(run, wait_seconds=wait_seconds):
         before = Registry.load(run)
@@ -88,10 +90,12 @@ def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})"
 
 
-def _refusal(run: Path | str, name: str, holder: Path) -> str:
+def _refusal(run: Path | str, name: str, note: Path) -> str:
     try:
-        who = holder.read_text(encoding="utf-8")
+        process = note.read_text(encoding="utf-8")
     except OSError:
-        who = ""  # it has just taken the lock, or just let go
-    who = " ".join(who.split()) or "another process"
-    return f"{run} is in use ({name}) by {who}; wait until it ends, or end it, then run this again"
+        process = ""  # it acquired or released the lock at this moment
+    process = " ".join(process.split()) or "another process"
+    return (
+        f"{run} is in use ({name}) by {process}; wait until it ends, or end it, then run this again"
+    )

@@ -1,10 +1,9 @@
-"""Hashes of what a RUN holds beside its seed and its experts: configuration, clusters, vectoriser,
-fitted routers, the dense baseline.
+"""Hashes of a RUN's other files that inference reads: configuration, clusters, vectoriser, fitted
+routers, and the dense baseline.
 
-The registry has those of the seed and of every expert. What else is read when the ensemble is asked
-is written by other commands at other times; each records what it wrote here, and `verify` compares.
-So is what the registry says of an expert when it is published, which never changes.
-Knows files and hashes; does not know what is in the files.
+The registry has the hashes of the seed and of every expert. Other files are written by several
+commands at different times; each records what it wrote here, and `verify` compares. The record of
+an expert in the registry is hashed here too when it is published, since it never changes after.
 """
 
 import hashlib
@@ -21,26 +20,26 @@ from experts.lock import locked
 FILE_NAME = "hashes.json"
 FORMAT = 1
 FILES = ("run.json", "clusters.json", "clusters.npz", "vectoriser.npz", "assignments.npz")
-"""Of the RUN's own folder."""
+"""Files of the RUN's own folder that are recorded."""
 FOLDERS = ("dense", "routers")
-"""Whose files are recorded; those of routers may be deleted, since they are fitted again."""
+"""Folders whose files are recorded; those of routers may be deleted, and are then fitted again."""
 
 
 def recorded(run: Path | str) -> dict[str, str]:
-    """File, relative to the RUN, to hexadecimal SHA-256; empty before anything is recorded.
-    UserError if the record is damaged."""
+    """File, relative to the RUN -> hexadecimal SHA-256; empty before anything is recorded.
+    UserError if the manifest is damaged."""
     return _read(run)["files"]
 
 
 def recorded_experts(run: Path | str) -> dict[str, str]:
-    """Reference of each published version to the `digest` of its record; versions that were
-    published before such digests were kept are missing. UserError if the record is damaged."""
+    """Reference of each published version -> the `digest` of its record; early versions of xelm did
+    not write them. UserError if the manifest is damaged."""
     return _read(run)["experts"]
 
 
 def digest(expert: Expert) -> str:
-    """SHA-256 of what the registry says of a version and what never changes once it is published:
-    all but its status and the version that it replaced."""
+    """SHA-256 of the part of an expert's record that never changes once it is published: all but
+    its status and the version that it replaced."""
     facts = expert.to_json()
     kept = {
         key: value
@@ -51,7 +50,7 @@ def digest(expert: Expert) -> str:
 
 
 def record_expert(run: Path | str, expert: Expert) -> None:
-    """Keeps the `digest` of a version that is about to be published."""
+    """Records the `digest` of a version that is about to be published."""
     run = Path(run)
     with locked(run, "hashes", wait_seconds=30.0):
         known = _read(run)
@@ -80,11 +79,11 @@ def _write(run: Path, files: Mapping[str, str], experts: Mapping[str, str]) -> N
 
 
 def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> None:
-    """Hashes files and folders of a RUN, named relative to it, as they are now; names that are not
-    there are passed over, and records of files that are gone are dropped.
+    """Records hashes of files and folders of a RUN, named relative to it, as they are now.
 
-    again: they were just written anew. Otherwise what is recorded already is left alone, so that a
-    command which finds its work done does not vouch for a file that somebody changed since.
+    Names that do not exist are ignored, and records of deleted files are dropped. again: the files
+    were just rewritten. Otherwise recorded hashes stay, so that a command which finds its work done
+    does not accept a file that was changed since.
     """
     run = Path(run)
     with locked(run, "hashes", wait_seconds=30.0):
@@ -102,7 +101,7 @@ def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> Non
 
 
 def is_recorded(run: Path | str, name: str) -> bool:
-    """Whether a file of a RUN, named relative to it, is the one that was recorded; of one that
-    never was, nothing is known, and the answer is yes."""
+    """Whether a file of a RUN, named relative to it, has its recorded hash; yes if there is
+    none."""
     wanted = recorded(run).get(name)
     return wanted is None or sha256(Path(run) / name) == wanted

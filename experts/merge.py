@@ -1,8 +1,7 @@
-"""Averaging the weights of checkpoints of one architecture into one checkpoint.
+"""Merging: the average of the weights of checkpoints of one architecture.
 
-Knows safetensors files as NumPy arrays, not what a model makes of them. Works tensor by tensor and
-holds one file of the result, so that the memory it takes depends neither on the number of
-checkpoints nor on their size.
+Safetensors files are read as NumPy arrays, tensor by tensor, and one file of the result is in
+memory at a time, so that the memory depends neither on the number of checkpoints nor on their size.
 """
 
 import math
@@ -12,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - tells NumPy of bfloat16, which safetensors asks for by name
+import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, where safetensors looks it up
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -24,7 +23,7 @@ from clustering.hub_files import INDEX, LICENCES, TEMPLATES, WEIGHTS, weight_fil
 
 RECORD = "merge.json"
 
-# Configuration and tokenizer are text or SentencePiece; what can run code has other suffixes.
+# Configuration and tokenizer are text or SentencePiece; files that can run code end otherwise.
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 # Keys of config.json that may differ between checkpoints that mean the same function.
@@ -32,20 +31,20 @@ FREE_CONFIG_KEYS = frozenset(
     ["_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"]
 )
 
-# As safetensors spells them; other floats it does not read into NumPy.
+# Names of dtypes in safetensors; it does not read other floats into NumPy.
 FLOATS = ("F64", "F32", "F16", "BF16")
-WHOLE_NUMBERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
 def average(
     paths: Sequence[Path | str], *, out: Path | str, weights: Sequence[float] | None = None
 ) -> Path:
-    """Write the weighted average of Hugging Face checkpoints into `out`, and return `out`.
+    """Writes the weighted average of Hugging Face checkpoints into `out`, and returns `out`.
 
     `paths` are directories, with one safetensors file or a sharded set; `weights` are not negative
-    and are scaled to sum 1, None standing for equal ones. Floating tensors are averaged in float64
-    and rounded once to their stored dtype; where all checkpoints agree in a value, its bits are
-    kept. Other tensors must agree. config.json and the tokenizer are those of the first checkpoint;
+    and are scaled to sum 1, and None means equal ones. Floating tensors are averaged in float64 and
+    rounded once to their stored dtype; a value that is equal in all checkpoints keeps its bits.
+    Other tensors must be equal. config.json and the tokenizer are those of the first checkpoint;
     merge.json names the sources, their hashes and weights.
 
     UserError if `out` has weights already, or if tensors, shapes, dtypes, or configurations differ.
@@ -55,8 +54,8 @@ def average(
     out = Path(out)
     for there in (out / WEIGHTS, out / INDEX):
         if there.exists():
-            raise UserError(f"{there} is there already; nothing is overwritten")
-    # With merge.json and no weights, it is of a merge that was interrupted.
+            raise UserError(f"{there} exists already; nothing is overwritten")
+    # A merge.json without weights is left by an interrupted merge.
     if out.exists() and any(out.iterdir()) and not (out / RECORD).exists():
         raise UserError(f"{out} has other files in it; nothing is overwritten")
     _check_configs(directories)
@@ -84,7 +83,7 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _open(directory: Path) -> dict[str, Any]:
-    """Tensor name -> the open file that has it, one for all or a shard."""
+    """Tensor name -> the open file that has it: the only one, or a shard."""
     files = {}
     for path in (directory / name for name in weight_files(directory)):
         try:
@@ -96,7 +95,7 @@ def _open(directory: Path) -> dict[str, Any]:
 
 
 def _check_configs(directories: list[Path]) -> None:
-    """Raise UserError where configurations differ: equal shapes can mean different functions."""
+    """Raises UserError if configurations differ: equal shapes can mean different functions."""
     first, *others = [read_object(directory / "config.json") for directory in directories]
     faults = [
         f"{key} is {first[key]!r} in {directories[0]} and {other[key]!r} in {directory}"
@@ -133,15 +132,15 @@ def _raise_first_five(what: str, faults: list[str]) -> None:
 
 
 def _mean(name: str, weighted: list[tuple[dict[str, Any], float]]) -> np.ndarray:
-    """The average of a tensor; a value that all share keeps its bits, NaN or -0."""
+    """The average of a tensor; a value that is equal in all keeps its bits, even NaN or -0."""
     like = weighted[0][0][name]
     dtype = like.get_slice(name).get_dtype()
-    if dtype not in FLOATS + WHOLE_NUMBERS:
+    if dtype not in FLOATS + INTEGERS:
         raise UserError(f"{name} has the dtype {dtype}, which cannot be averaged")
     first = like.get_tensor(name)
     agree = np.ones(first.shape, dtype=bool)
     total = np.zeros(first.shape, dtype=np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is looked for below
+    with np.errstate(invalid="ignore", over="ignore"):  # non-finite values are checked below
         for checkpoint, share in weighted:
             part = checkpoint[name].get_tensor(name)
             agree &= _bits(part) == _bits(first)
@@ -151,12 +150,12 @@ def _mean(name: str, weighted: list[tuple[dict[str, Any], float]]) -> np.ndarray
             return first
         if dtype not in FLOATS:
             raise UserError(
-                f"{name} holds whole numbers that differ between checkpoints, which have no average"
+                f"{name} has integers that differ between checkpoints and cannot be averaged"
             )
         mean = np.where(agree, first, total.astype(first.dtype))
     if not np.isfinite(mean[~agree]).all():
         raise UserError(
-            f"{name} has values that are not finite in some checkpoints, so it has no average"
+            f"{name} has values that are not finite in some checkpoints and cannot be averaged"
         )
     return mean
 
@@ -184,9 +183,9 @@ def _write(
     directory: Path,
     out: Path,
 ) -> None:
-    """Write the weights beside `out`, and move them there last and whole: a directory with
-    model.safetensors, or the index of several files, in it is complete. `like`, read from
-    `directory`, has the names and sizes of tensors."""
+    """Writes the weights next to `out` and moves them there last, so that a directory with
+    model.safetensors, or the index of several files, is complete. `like`, read from `directory`,
+    has the names and sizes of tensors."""
     sizes = {name: _bytes(file.get_slice(name)) for name, file in like.items()}
     files = hub_files.split_weights(sizes)
     partial = out.with_name(f".{out.name}.partial")
@@ -195,7 +194,7 @@ def _write(
         partial.mkdir(parents=True)
         for file, names in files.items():
             save_file({name: mean(name) for name in names}, partial / file, {"format": "pt"})
-            # The library writes for its user alone, whatever the umask says.
+            # The library makes files that only their owner can read, whatever the umask.
             shutil.copymode(directory / "config.json", partial / file)
         if len(files) > 1:
             hub_files.write_index(partial, files, sum(sizes.values()))
@@ -205,7 +204,7 @@ def _write(
         flush(out)
         for file in [*files, *([INDEX] if len(files) > 1 else [])]:
             os.replace(partial / file, out / file)
-        flush(out)  # so that the new name, too, survives a power cut
+        flush(out)  # so that the new names survive a power cut
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{out / WEIGHTS} was not written: {reason}") from error

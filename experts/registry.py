@@ -1,8 +1,8 @@
-"""The experts of a RUN, and the changes that can happen to them.
+"""The `Registry`: the experts of a RUN, and how they may change.
 
-Everything here is pure, except `Registry.load` and `Registry.save`: a change returns a new Registry
-and leaves every record it does not name as it was. Nothing here looks at a checkpoint (`verify`
-does) or locks the RUN (`lock.update` does).
+A change returns a new Registry and leaves all other records as they were; only `load` and `save`
+touch the disk. Checkpoints are not read here (`verify` reads them), and the RUN is not locked
+(`lock.update` locks it).
 """
 
 from collections import Counter
@@ -28,25 +28,31 @@ FORMAT = 1
 FILE_NAME = "registry.json"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Registry:
-    """Every expert version of a RUN, and their seed. UserError if they do not fit together."""
+    """The seed and all versions of all experts of a RUN; UserError if they contradict each
+    other."""
 
     seed_path: str = SEED
     """Directory of the seed checkpoint, relative to the RUN."""
     seed_sha256: dict[str, str]
-    """File, relative to `seed_path`, to hexadecimal SHA-256."""
+    """File, relative to `seed_path` -> hexadecimal SHA-256."""
     experts: tuple[Expert, ...] = ()
-    """In the order in which they were added."""
+    """Versions of experts, in the order in which they were added."""
     seed_more: dict[str, Any] = field(default_factory=dict)
-    """Keys beside ours under "seed" in registry.json, kept as they came."""
+    """Further keys under "seed" in registry.json, kept as they are."""
     more: dict[str, Any] = field(default_factory=dict)
-    """Keys beside ours in registry.json, kept as they came."""
+    """Further keys of registry.json, kept as they are."""
 
     def __post_init__(self):
         faults = list(self._faults())
         if faults:
             raise UserError(f"registry: {'; '.join(faults[:5])}")
+
+    def __repr__(self) -> str:
+        statuses = Counter(expert.status for expert in self.experts)
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+        return f"<Registry of {len(self.experts)} expert versions{': ' if counts else ''}{counts}>"
 
     def _faults(self) -> Iterator[str]:
         if not stays_inside(self.seed_path):
@@ -54,11 +60,11 @@ class Registry:
         yield from hash_faults(self.seed_sha256)
         for reference, count in Counter(expert.reference for expert in self.experts).items():
             if count > 1:
-                yield f"{reference} is there {count} times"
+                yield f"{reference} is listed {count} times"
         for path, count in Counter(expert.path for expert in self.experts).items():
             if count > 1:
                 yield f"{count} versions share the path {path!r}"
-        # On a file system that ignores case they would share a folder.
+        # Such names would share a folder on a file system that ignores case.
         names = {expert.name for expert in self.experts}
         for name, count in Counter(name.lower() for name in names).items():
             if count > 1:
@@ -70,7 +76,7 @@ class Registry:
         for expert in self.experts:
             parent = known.get(expert.parent)
             if parent is None and expert.parent != SEED:
-                yield f"{expert.reference} has the parent {expert.parent}, which is not there"
+                yield f"{expert.reference} has the unknown parent {expert.parent}"
                 continue
             if parent and parent.name == expert.name and parent.version >= expert.version:
                 yield f"{expert.reference} cannot descend from {parent.reference}"
@@ -85,7 +91,7 @@ class Registry:
 
     @classmethod
     def load(cls, run: Path | str) -> Self:
-        """The registry of a RUN; UserError if it is missing, broken, or newer than this program."""
+        """The registry of a RUN; UserError if it is missing, damaged, or of a newer format."""
         path = Path(run) / FILE_NAME
         value = read_json(path, newest_format=FORMAT)
         try:
@@ -111,7 +117,7 @@ class Registry:
         )
 
     def save(self, run: Path | str) -> None:
-        """Replace registry.json atomically: a crash leaves the old or the new one, whole."""
+        """Replaces registry.json atomically: a crash leaves the complete old or new file."""
         write_json(Path(run) / FILE_NAME, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
@@ -152,10 +158,10 @@ class Registry:
         raise UserError(f"expert {name!r} has no version {version}; it has {known}")
 
     def for_language(self, language: str) -> Expert:
-        """The published expert that serves a language, the latest round winning; else UserError.
+        """The published expert that serves a language, of several that of the latest round.
 
-        Takes any code of the language; where nobody serves it, one that `languages.lookup` falls
-        back to, so that an expert of `en` is found for `en-GB`.
+        Takes any code of the language. If no expert serves it, `languages.lookup` finds a wider
+        one, such as `en` for `en-GB`; UserError if there is none.
         """
         served = sorted({tag for expert in self.published() for tag in expert.languages})
         tag = lookup(language, served)
@@ -171,14 +177,13 @@ class Registry:
         return _round_after(None if parent == SEED else self.expert(*parse_reference(parent)), name)
 
     def add(self, *experts: Expert) -> Self:
-        """With these records behind the others."""
+        """The registry with these records after the others."""
         return replace(self, experts=self.experts + experts)
 
     def start(self, name: str, *, parent: str | None = None) -> Self:
-        """With the next version of a known expert in training, for the same languages and cluster.
+        """The registry with the next version of an expert in training, for the same languages.
 
-        `parent` is 'NAME@vN' to go on from there, or 'seed'; None starts where the newest version
-        started.
+        `parent` is 'NAME@vN' or 'seed'; None takes the parent of the newest version.
         """
         versions = self.versions(name)
         for expert in versions:
@@ -201,10 +206,10 @@ class Registry:
         )
 
     def publish(self, name: str, version: int, *, sha256: Mapping[str, str], tokens: int) -> Self:
-        """With that version published, and the one published before it under the same name retired.
+        """The registry with a version published, and the one of that name published before retired.
 
-        Publishing the same bytes again changes nothing; anything else about a version that is not
-        in training is refused with UserError, since a published version never changes.
+        Publishing the same hashes again changes nothing. UserError for any other version that is
+        not in training, since a published version never changes.
         """
         expert = self.expert(name, version)
         finished = replace(expert, sha256=dict(sha256), tokens=tokens, status="published")
@@ -219,7 +224,7 @@ class Registry:
         return self._retire_published(name)._with(replace(finished, replaces=replaces))
 
     def republish(self, name: str, version: int) -> Self:
-        """With a version that was published before published again, and the present one retired."""
+        """The registry with a retired version published again, and the present one retired."""
         expert = self.expert(name, version)
         if expert.status != "retired" or not expert.sha256:
             raise UserError(
@@ -229,8 +234,9 @@ class Registry:
         return self._retire_published(name)._with(replace(expert, status="published"))
 
     def discard(self, name: str) -> Self:
-        """Without the version of that name whose training is unfinished; UserError if there is
-        none. No other record can refer to it, since only what has weights has children."""
+        """The registry without the version of that name in training; UserError if there is none.
+
+        No other record can refer to it, since only published versions have children."""
         unfinished = [e for e in self.versions(name) if e.status == "training"]
         if not unfinished:
             known = ", ".join(f"v{e.version} ({e.status})" for e in self.versions(name))
@@ -238,7 +244,7 @@ class Registry:
         return replace(self, experts=tuple(e for e in self.experts if e not in unfinished))
 
     def retire(self, name: str, version: int) -> Self:
-        """With that version out of use. Its record, its hashes and its files stay."""
+        """The registry with a version retired. Its record, its hashes and its files stay."""
         return self._with(replace(self.expert(name, version), status="retired"))
 
     def _retire_published(self, name: str) -> Self:
@@ -249,7 +255,7 @@ class Registry:
         return registry
 
     def _with(self, expert: Expert) -> Self:
-        """With the record of that name and version replaced; the others stay the same objects."""
+        """The registry with the record of that name and version replaced."""
         experts = (expert if old.reference == expert.reference else old for old in self.experts)
         return replace(self, experts=tuple(experts))
 
@@ -259,7 +265,7 @@ def _in_order(experts: Iterable[Expert]) -> tuple[Expert, ...]:
 
 
 def _round_after(parent: Expert | None, name: str) -> int:
-    """The round of `name` after `parent`, None being the seed; itself anew stays in its round."""
+    """Round of `name` after `parent`, None being the seed; a new version stays in its round."""
     if parent is None:
         return 1
     return parent.round + (parent.name != name)

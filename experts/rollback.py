@@ -1,15 +1,15 @@
-"""Rolling back: an earlier version of an expert is published again."""
+"""Rolling back: publishing an earlier version of an expert again."""
 
 from clustering.errors import UserError
 from experts.registry import Registry
 
 
 def rollback(registry: Registry, name: str, version: int | None = None) -> Registry:
-    """With `version` of an expert published again and the one published now retired.
+    """The registry with `version` of an expert published again, and the present one retired.
 
-    None takes the version that was in use before the present one was published, which is not always
-    the next lower one: that may have been rolled back for good reasons. Nothing is deleted, so the
-    newer version can come back the same way. UserError where there is no such version.
+    None takes the version that the present one replaced, which is not always the next lower one:
+    that may have been rolled back itself. Nothing is deleted, so the newer version can come back in
+    the same way. UserError if there is no such version.
     """
     if version is not None:
         return registry.republish(name, version)

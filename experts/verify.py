@@ -1,7 +1,7 @@
 """Verifying: whether the files of a RUN that inference reads are those that commands wrote.
 
-Knows files and hashes. Whether a checkpoint computes anything sensible, it cannot say. The
-tokenised corpus is not among them: what is fitted on it is.
+Files are compared with their hashes; checkpoints are not run. The tokenised corpus is not checked,
+but what is fitted on it is.
 """
 
 import os
@@ -16,34 +16,33 @@ from experts import manifest
 from experts.expert import Expert
 from experts.registry import FILE_NAME, Registry
 
-# The card of experts of earlier versions; now it is README.md, which is hashed as all else.
+# Card of experts in early versions of xelm; README.md, which replaced it, is hashed.
 UNHASHED = ("CARD.md",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
-    """One thing in a RUN that is not as its registry says."""
+    """One difference between a RUN's files and their recorded hashes."""
 
     kind: Literal["missing", "changed", "unknown", "link", "broken"]
-    """'unknown' is a file of which no hash is recorded; 'link' leads out of the RUN; 'broken' is
-    what cannot be checked."""
+    """Kind of fault: 'unknown' is a file without a recorded hash; 'link' leads out of the RUN;
+    'broken' cannot be checked."""
     file: str
-    """Relative to the RUN."""
+    """Path relative to the RUN."""
     detail: str
-    """What was wanted and what came."""
+    """Explanation: what was expected and what was found."""
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.file}: {self.detail}"
 
 
 def verify(run: Path | str) -> list[Fault]:
-    """Every fault in the files of a RUN that inference reads; empty if all is well: seed and
-    experts by the registry, its records of them and the others by `manifest`, and whatever lies
-    beside them.
+    """Every fault in the files of a RUN that inference reads; empty if all is well.
 
-    Published versions are read whole; retired ones too where their directory is still there, since
-    they can be rolled back to. Versions in training have no hashes yet. UserError if there is no
-    registry.
+    The registry has the hashes of seed and experts, and `manifest` those of its records and of the
+    other files. Published versions are checked completely, and retired ones too if their directory
+    is still there, since they can be rolled back to. Versions in training have no hashes yet.
+    UserError if there is no registry.
     """
     run = Path(run)
     if not (run / FILE_NAME).is_file():
@@ -56,32 +55,32 @@ def verify(run: Path | str) -> list[Fault]:
     for expert in registry.experts:
         faults += verify_expert(run, expert)
     faults += _records(run, registry)
-    return faults + _strangers(run, registry) + _others(run) + _links(run, registry)
+    return faults + _unknown(run, registry) + _others(run) + _links(run, registry)
 
 
 def _records(run: Path, registry: Registry) -> list[Fault]:
-    """Published versions of which the registry says something else than when they were published,
-    such as whom they serve; nothing of versions of which no digest was kept."""
+    """Faults of published versions whose record in the registry, such as their languages, changed
+    since they were published; versions without a recorded digest have none."""
     try:
         wanted = manifest.recorded_experts(run)
     except UserError:
-        return []  # `_others` tells it
+        return []  # `_others` reports it
     return [
         Fault(
             kind="changed",
             file=FILE_NAME,
-            detail=f"the record of {expert.reference} is not that under which it was published",
+            detail=f"the record of {expert.reference} changed after it was published",
         )
         for expert in registry.experts
         if expert.sha256 and wanted.get(expert.reference) not in (None, manifest.digest(expert))
     ]
 
 
-def _strangers(run: Path, registry: Registry) -> list[Fault]:
-    """Folders among the experts that are none of the registry's."""
+def _unknown(run: Path, registry: Registry) -> list[Fault]:
+    """Faults of files and folders in experts/ that belong to no version in the registry."""
     known = {Path(expert.path) for expert in registry.experts}
     unfinished = [Path(e.path) for e in registry.experts if e.status == "training"]
-    # What a version is written into before it gets its name.
+    # A version is written into such a folder before it is renamed.
     known |= {path.with_name(f".{path.name}.partial") for path in unfinished}
     parents = {parent for path in known for parent in path.parents}
     found, folders = [], [Path("experts")] if (run / "experts").is_dir() else []
@@ -97,7 +96,7 @@ def _strangers(run: Path, registry: Registry) -> list[Fault]:
 
 
 def _others(run: Path) -> list[Fault]:
-    """What the manifest speaks of, and what lies there without being recorded."""
+    """Faults of the files in the manifest, and of files beside them that are not recorded."""
     try:
         wanted = manifest.recorded(run)
         inside = [
@@ -106,7 +105,7 @@ def _others(run: Path) -> list[Fault]:
     except UserError as error:
         return [Fault(kind="broken", file=manifest.FILE_NAME, detail=str(error))]
     present = [file for file in [*manifest.FILES, *inside] if (run / file).exists()]
-    # A router that was deleted is fitted again.
+    # A deleted router is fitted again.
     kept = [file for file in wanted if not file.startswith("routers/")]
     names = sorted({*kept, *present})
     faults = (_fault(run / name, name, wanted.get(name)) for name in names)
@@ -114,7 +113,7 @@ def _others(run: Path) -> list[Fault]:
 
 
 def _links(run: Path, registry: Registry) -> list[Fault]:
-    """Links that lead out of the RUN: what lies behind them may change, or go, without it."""
+    """Faults of links that lead out of the RUN: their targets may change or vanish without it."""
     root, found = run.resolve(), []
     covered = [registry.seed_path, "experts", *manifest.FOLDERS, *manifest.FILES, FILE_NAME]
     for name in dict.fromkeys(covered):
@@ -133,8 +132,8 @@ def _links(run: Path, registry: Registry) -> list[Fault]:
 def verify_expert(
     run: Path | str, expert: Expert, digest: Callable[[Path], str] | None = None
 ) -> list[Fault]:
-    """Every fault in the files of one expert version; none for one that has no hashes. digest:
-    gives a file's SHA-256, perhaps remembered; None reads it."""
+    """Every fault in the files of one expert version; none for one without hashes. digest: returns
+    a file's SHA-256, perhaps from a cache; None reads the file."""
     gone = not expert.directory(run).exists()
     if not expert.sha256 or (expert.status == "retired" and gone):
         return []
@@ -144,24 +143,24 @@ def verify_expert(
 def verify_seed(
     run: Path | str, registry: Registry, digest: Callable[[Path], str] | None = None
 ) -> list[Fault]:
-    """Every fault in the files of a RUN's seed."""
+    """Every fault in the files of a RUN's seed; `digest` as in `verify_expert`."""
     return _compare(Path(run), registry.seed_path, registry.seed_sha256, digest)
 
 
 def verify_recorded(
     run: Path | str, folder: str, digest: Callable[[Path], str] | None = None
 ) -> list[Fault]:
-    """Every fault in the files of a folder that the manifest has the hashes of."""
+    """Every fault in a folder's files in the manifest; `digest` as in `verify_expert`."""
     wanted = {n: h for n, h in manifest.recorded(run).items() if n.startswith(f"{folder}/")}
     faults = (_fault(Path(run) / name, name, hash, digest) for name, hash in wanted.items())
     return [fault for fault in faults if fault is not None]
 
 
 def hash_directory(path: Path | str) -> dict[str, str]:
-    """File, relative to `path` ('a/b'), to hexadecimal SHA-256; sorted, but not CARD.md.
+    """File, relative to `path` ('a/b') -> hexadecimal SHA-256; sorted, without CARD.md.
 
     A link to a file counts as the file. UserError if the directory or a part of it cannot be read,
-    and for a link to a directory, since what lies behind it would escape the hashes.
+    and for a link to a directory, whose files would have no hashes.
     """
     root = Path(path)
     if not root.is_dir():
@@ -170,7 +169,7 @@ def hash_directory(path: Path | str) -> dict[str, str]:
 
 
 def _files(root: Path) -> list[str]:
-    """Paths relative to `root` of every file in it; none if it is not there."""
+    """Paths of all files in `root`, relative to it; none if it does not exist."""
     found = []
     for folder, folders, files in os.walk(root, onerror=_refuse_unreadable):
         for name in folders:
@@ -182,7 +181,7 @@ def _files(root: Path) -> list[str]:
 
 
 def _refuse_unreadable(error: OSError) -> None:
-    # Without this os.walk passes over a directory that it cannot list.
+    # Without this os.walk skips a directory that it cannot list.
     if not isinstance(error, FileNotFoundError):
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
@@ -205,7 +204,7 @@ def _compare(
 def _fault(
     path: Path, name: str, wanted: str | None, digest: Callable[[Path], str] | None = None
 ) -> Fault | None:
-    """What is wrong with one file that should hash to `wanted`, None being no file at all."""
+    """The fault of one file, if its SHA-256 is not `wanted`; None is a file without a record."""
     if wanted is None:
         return Fault(kind="unknown", file=name, detail="no hash of it is recorded")
     if not path.is_file():

@@ -1,14 +1,18 @@
 """A Clustering is checked when made, equal after saving, and readable."""
 
 import dataclasses
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+import clustering
+import experts
 from clustering import control, files, tfidf, typology
 from clustering.clustering import Clustering
 from clustering.documents import Documents
@@ -228,7 +232,7 @@ def test_clusters_are_renamed_from_the_command_line(xelm, tmp_path, undrawn):
     assert Clustering.load(tmp_path / "out") == before.renamed({old: "far-east"})
     for names, said in (
         (["far-east=größe"], "'größe' cannot name an expert"),
-        (["far-east=Dense"], "means another system of a RUN"),
+        (["far-east=Dense"], "names another system of a RUN"),
         (["far-east"], "OLD=NEW wanted, as in en-plus7=germanic; got far-east"),
         (["far-east=a", "far-east=b"], "a cluster is renamed twice"),
         (["near=a"], "no cluster near; there are"),
@@ -267,6 +271,27 @@ def test_a_clustering_prints_as_a_table():
     assert lines[0] == "tfidf: 2 languages, 3 clusters of documents"
     assert sorted(lines[1:])[0].startswith("  c0  20 documents: ")
     assert sum("sw 100%" in line for line in lines) == 1
+
+
+def test_the_repr_of_a_clustering_is_one_line():
+    assert repr(EXAMPLES["by hand"]()) == (
+        "<Clustering by-hand: 3 languages, 2 clusters of languages: română, rest>"
+    )
+    assert repr(EXAMPLES["documents"]()) == (
+        "<Clustering tfidf: 2 languages, 3 clusters of documents: c0, c1, c2>"
+    )
+    assert repr(control.random_clusters(LANGUAGES, 8, 0)) == (
+        "<Clustering random: 8 languages, 8 clusters of languages: en, fr, es, de, el, bg, 2 more>"
+    )
+
+
+def test_help_shows_the_interface():
+    for package in (clustering, experts):
+        assert package.__doc__ is not None
+        assert dir(package) == package.__all__ == sorted(package.__all__)
+        for name in package.__all__:
+            assert importlib.import_module(f"{package.__name__}.{name}").__doc__
+            assert re.search(rf"^    .*\b{name}\b", package.__doc__, re.MULTILINE), name
 
 
 def test_importing_loads_nothing_heavy():

@@ -91,7 +91,7 @@ def test_what_can_be_read_only_once_is_refused():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="got 2 parts, and sizes of 1"):
+    with pytest.raises(ValueError, match="a size for each of 2 parts; got 1"):
         Documents([numbered(3), numbered(4)], sizes=[7])
     with pytest.raises(UserError, match="fewer documents than were counted before"):
         Documents([numbered(3)], sizes=[4]).sample(10)

@@ -91,7 +91,7 @@ def test_a_file_is_readable_by_others_as_the_umask_says(tmp_path):
     [
         ('{"format": 2}', "is of format 2, this xelm reads up to 1; upgrade xelm"),
         ('{"format": 1', "is not JSON"),
-        ("[1]", r"wants a JSON object; got \[1\]"),
+        ("[1]", r"must be a JSON object; got \[1\]"),
         ('{"format": true}', 'a "format" number'),
         ('{"clusters": {}}', 'a "format" number'),
     ],

@@ -120,5 +120,5 @@ def test_it_comes_back_from_a_file(fitted, tmp_path):
 
 
 def test_a_language_without_text_is_a_users_mistake():
-    with pytest.raises(UserError, match="there is no text in 'sw' to know it by"):
+    with pytest.raises(UserError, match="there is no text in 'sw' to identify it by"):
         identify.fit({"en": ["abc"], "sw": [""]})

@@ -86,12 +86,12 @@ def test_what_is_wrong_with_states_is_said(tmp_path, random_states):
     for layer in (0, 5):
         with pytest.raises(UserError, match=f"layer must be between 1 and 4, .*; got {layer}"):
             internal.alignment(random_states, layer=layer)
-    with pytest.raises(UserError, match="has 2 documents of each language; 3 are wanted"):
+    with pytest.raises(UserError, match="must have 3 documents of each language; got 2"):
         internal.alignment(saved(tmp_path, np.ones((3, 2, 1, 4))))
     with pytest.raises(UserError, match=r"states knows nothing of en-de, en-fr, de-fr$"):
         internal.cosine(saved(tmp_path, np.ones((3, 3, 1, 4)))).complete()
     files.write_arrays(tmp_path / "other.npz", {"a": np.ones(3)})
-    with pytest.raises(UserError, match=r"other.npz wants arrays 'languages' and 'states'"):
+    with pytest.raises(UserError, match=r"other.npz must have arrays 'languages' and 'states'"):
         internal.cosine(tmp_path / "other.npz")
 
 
@@ -173,7 +173,7 @@ def test_updates_are_compared_by_their_angle_over_the_last_three_layers(tmp_path
     assert alone.between("en", "fr") == pytest.approx((1 - cos) / 2)
     with pytest.raises(UserError, match=r"layer must be between 1 and 5, .*; got 6"):
         internal.updates(path, layer=6)
-    with pytest.raises(UserError, match=r"wants arrays 'languages' and 'states'"):
+    with pytest.raises(UserError, match=r"must have arrays 'languages' and 'states'"):
         internal.cosine(path)
 
 

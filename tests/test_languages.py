@@ -83,7 +83,7 @@ def test_what_is_no_code_at_all_is_refused(given):
 
 @pytest.mark.parametrize("given", ["und", "mul", "mis", "zxx", "root", "und_Latn"])
 def test_a_code_of_no_one_language_is_refused(given):
-    with pytest.raises(UserError, match=f"'{given}' stands for .*; a language is wanted"):
+    with pytest.raises(UserError, match=f"'{given}' stands for .*; name a language"):
         languages.canonical(given)
 
 
@@ -99,7 +99,7 @@ def test_a_code_of_no_one_language_is_refused(given):
 def test_a_code_of_a_family_is_refused_with_languages_of_it(given, line):
     with pytest.raises(UserError) as raised:
         languages.canonical(given)
-    assert f"language code {given!r} is of a family, {line}" in str(raised.value)
+    assert f"language code {given!r} is that of a family, {line}" in str(raised.value)
 
 
 def test_members_named_for_families_are_languages():

@@ -211,7 +211,7 @@ def test_what_speaks_for_a_number_of_clusters():
     assert two.silhouette == pytest.approx((2 * 0.9 + 3 * 0.8) / 5)
     assert two.gap == pytest.approx(8.0)
     assert two.balance == pytest.approx(3 / 2.5)
-    assert (two.stability, two.doubt) == (1.0, 0.0)
+    assert (two.stability, two.standard_error) == (1.0, 0.0)
     worse = two._replace(k=3, silhouette=0.8)
     assert choice.best([worse, two]) is two and choice.best([two._replace(k=4), two]) is two
     assert choice.choices(measure, rule="average")[0].stability is None

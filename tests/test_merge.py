@@ -259,7 +259,7 @@ def test_other_configurations_are_refused_but_another_writer_is_not(tmp_path):
 
 def test_whole_numbers_that_differ_have_no_average(tmp_path):
     paths = [_save(tmp_path / name, {"ids": np.array([i])}) for i, name in enumerate("ab")]
-    with pytest.raises(UserError, match="ids holds whole numbers that differ"):
+    with pytest.raises(UserError, match="ids has integers that differ"):
         average(paths, out=tmp_path / "out")
 
 

@@ -60,8 +60,7 @@ def test_languages_of_every_script_fall_apart():
         [(language, 40)] for language in SENTENCES
     )
     assert found.parameters["terms"] == "characters" and found.parameters["longest"] == 3
-    vectors = found.vectoriser.transform(ngrams.ids(["they waited for the boy", "孩子在水边"]))
-    labels = found.assign(vectors)
+    labels = found.assign(ngrams.ids(["they waited for the boy", "孩子在水边"]))
     names = [list(found.clusters)[label] for label in labels]
     assert names == [found.cluster_of("en"), found.cluster_of("zh")]
 

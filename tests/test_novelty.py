@@ -114,5 +114,5 @@ def test_what_was_fitted_is_the_same_each_time_and_after_loading(identifier, tmp
 
 
 def test_too_few_languages_are_refused(identifier):
-    with pytest.raises(ValueError, match="at least 3 languages wanted; got a, b"):
+    with pytest.raises(ValueError, match="at least 3 languages; got a, b"):
         fitted(identifier, ["a", "b"])

@@ -15,7 +15,7 @@ import pytest
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
 from experts import manifest
-from experts.lock import holder, locked
+from experts.lock import locked, owner
 from xelm.config import to_json, vary
 from xelm.runs import placing
 from xelm.runs.progress import progress
@@ -187,7 +187,7 @@ def long(branched, xelm, tmp_path):
 
 
 def process_of(run: Path, name: str) -> int:
-    who = wait_for(lambda: holder(run, f"train-{name}"))
+    who = wait_for(lambda: owner(run, f"train-{name}"))
     return int(re.search(r"process (\d+)", who).group(1))
 
 

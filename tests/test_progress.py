@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from experts.lock import holder, locked
+from experts.lock import locked, owner
 from xelm.progress import duration
 from xelm.runs import training
 from xelm.runs.progress import progress
@@ -64,7 +64,7 @@ def test_a_training_that_was_interrupted(run):
 
 def test_while_somebody_trains_it(run):
     interrupted(run, "de-fr", 6)
-    assert holder(run.directory, "train-de-fr") is None
+    assert owner(run.directory, "train-de-fr") is None
     with locked(run.directory, "train-de-fr"):
         found = of(run, "de-fr")
     assert found.state == "training" and found.note.startswith("process ")

@@ -57,6 +57,14 @@ def test_registry_json_has_the_documented_form(tmp_path):
     }
 
 
+def test_the_repr_of_a_registry_is_one_line():
+    old = _expert("en", status="retired")
+    assert repr(_registry(old, _expert("en", version=2), _expert("fr"))) == (
+        "<Registry of 3 expert versions: 2 published, 1 retired>"
+    )
+    assert repr(_registry()) == "<Registry of 0 expert versions>"
+
+
 def test_a_saved_registry_loads_equal(tmp_path):
     registry = _registry(
         _expert("a", replaces=None),
@@ -187,10 +195,10 @@ def test_an_impossible_expert_is_refused(fields, message):
 def test_experts_that_do_not_fit_together_are_refused():
     a = _expert("a")
     for experts, message in [
-        ((a, a), "a@v1 is there 2 times"),
+        ((a, a), "a@v1 is listed 2 times"),
         ((a, _expert("A")), "only in case"),
         ((a, _expert("b", path=a.path)), "share the path"),
-        ((_child("b", a),), "the parent a@v1, which is not there"),
+        ((_child("b", a),), "has the unknown parent a@v1"),
         ((a, replace(_child("b", a), round=3)), "b@v1 from a@v1 is of round 2; got 3"),
         (
             (_expert("a", status="training", sha256={}), _child("b", a)),

@@ -220,7 +220,7 @@ def test_wishes_that_are_not_honoured_are_named(tmp_path):
     with pytest.raises(UserError, match=r"generation_config.json: .* temperature at least 0"):
         write(tmp_path, temperature=-1)
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"generation_config.json wants a JSON object; got \[\]"):
+    with pytest.raises(UserError, match=r"generation_config.json must be a JSON object; got \[\]"):
         sampling_of(tmp_path)
 
 

@@ -81,8 +81,6 @@ IN_CIRCLES = {
     "xelm.runs",
 }
 BEGIN_WITH_OF = {
-    "clustering",
-    "experts",
     "xelm.commands",
     "xelm.data",
     "xelm.harness",

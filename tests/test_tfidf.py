@@ -144,7 +144,7 @@ def test_a_new_document_goes_to_the_nearest_centre():
     new, new_languages = corpus(40, seed=5)
     names = list(clusters.clusters)
     vectors = clusters.vectoriser.transform(new)
-    labels = clusters.assign(vectors)
+    labels = clusters.assign(new)
     right = [clusters.cluster_of(language) for language in new_languages]
     assert np.mean([names[label] == name for label, name in zip(labels, right, strict=True)]) > 0.8
     nearest = ((vectors[:, None] - clusters.centres[None]) ** 2).sum(axis=2).argmin(axis=1)

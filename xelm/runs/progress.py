@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from experts.lock import holder
+from experts.lock import owner
 from xelm.runs.run import Run
 from xelm.training.metrics import read_metrics
 
@@ -72,7 +72,7 @@ def _progress(run: Run, name: str, version: int | None, done: Path | None) -> Pr
     last: Mapping[str, Any] = lines[-1] if lines else {}
     steps, step = last.get("steps"), last.get("step", 0)
     rate, tokens = last.get("tokens_per_second"), last.get("tokens", 0)
-    who = None if done else holder(run.directory, f"train-{name}")
+    who = None if done else owner(run.directory, f"train-{name}")
     why = "" if done or who else _text(run.failure(name))
     left = None
     if who and steps and rate and step:

@@ -17,7 +17,6 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, sha256, write_arrays
 from clustering.files import replace as replace_file
 from clustering.languages import canonical_all
-from clustering.vectoriser import Vectoriser
 from experts import manifest
 from experts.branch import branch as branch_registry
 from experts.card import card
@@ -406,18 +405,8 @@ def _assign_documents(run: Run, clustering: Clustering) -> None:
     path = run.directory / "assignments.npz"
     if path.exists():
         return
-    vectoriser, stores = run.vectoriser(), run.store().languages
-    write_arrays(path, {tag: _labels(clustering, vectoriser, ids) for tag, ids in stores.items()})
-
-
-def _labels(clustering: Clustering, vectoriser: Vectoriser, ids: LanguageIds) -> np.ndarray:
-    """The cluster of each document of a language, int32; vectors of a part at a time."""
-    parts = [
-        clustering.assign(vectoriser.transform(_documents(ids, first, first + 10_000)))
-        for first in range(0, len(ids), 10_000)
-    ]
-    return np.concatenate(parts).astype(np.int32)
-
-
-def _documents(ids: LanguageIds, first: int = 0, last: int | None = None) -> Iterator[np.ndarray]:
-    return (ids.document(number) for number in range(len(ids))[first:last])
+    documents = {
+        tag: (ids.document(number) for number in range(len(ids)))
+        for tag, ids in run.store().languages.items()
+    }
+    write_arrays(path, {tag: clustering.assign(found) for tag, found in documents.items()})
