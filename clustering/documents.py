@@ -43,7 +43,7 @@ class Documents:
                 f"there must be a size for each of {count} parts; got {len(self.sizes)}"
             )
         if any(iter(part) is part for part in self.parts):
-            raise ValueError("each part must be readable several times; got an iterator")
+            raise ValueError("each part is read several times; got an iterator")
 
     def map(
         self, function: Callable[[Iterator[tuple[np.ndarray, str]]], Result]
