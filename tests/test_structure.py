@@ -91,11 +91,9 @@ BEGIN_WITH_OF = {
 }
 WIDE_PAGES = {
     "architecture.md",
-    "clustering.md",
     "corpora.md",
     "evaluation.md",
     "inference.md",
-    "languages.md",
     "log.md",
     "results.md",
     "serving.md",
