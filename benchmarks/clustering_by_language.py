@@ -24,7 +24,7 @@ from systems import LANGUAGES
 
 from clustering import kmeans, ngrams, tfidf
 from clustering.languages import english_name
-from xelm.data import corpus, tokenizer
+from xelm.data import reading, tokenizer, tokenizer_training, unusable
 
 VOCABULARY = 16_384
 WORDS = r"(?u)\b\w\w+\b"
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _texts(data: str, tag: str, count: int) -> list[str]:
-    found = [d.text for d in islice(corpus.read(data, corpus.Faults(), [tag]), count)]
+    found = [d.text for d in islice(reading.read(data, unusable.UnusableRecords(), [tag]), count)]
     if len(found) < count:
         raise SystemExit(f"{data} has {len(found)} documents in {tag}; {count} are wanted")
     return found
@@ -81,7 +81,7 @@ def _words(texts: Sequence[str], random_seed: int) -> np.ndarray:
 
 def _subwords(texts: dict[str, list[str]], flat: Sequence[str]) -> Callable[[int], np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.train(texts, VOCABULARY, Path(folder) / "tokenizer")
+        tokenizer_training.train(texts, VOCABULARY, Path(folder) / "tokenizer")
         loaded = tokenizer.load(Path(folder) / "tokenizer")
         ids = [np.array(found, np.int32) for found in loaded.encode(list(flat))]
     return lambda random_seed: _vectors(ids, VOCABULARY, random_seed)

@@ -33,7 +33,7 @@ from clustering import kmeans, tfidf
 from clustering.documents import Documents
 from clustering.files import read_arrays
 from clustering.vectoriser import Vectoriser
-from xelm.data import corpus, tokenizer
+from xelm.data import contents, reading, tokenizer, tokenizer_training, unusable
 
 DIMENSIONS = 100
 VOCABULARY = 8192
@@ -73,13 +73,13 @@ def main() -> None:
 
 def _prepare(data: Path, folder: Path, documents: int, k: int) -> None:
     """Ids of documents, as many of each language, in random order; and vectors of them."""
-    tags = corpus.languages_of(data)
+    tags = contents.languages_of(data)
     each = -(-documents // len(tags))
     texts = {
-        tag: [d.text for d in islice(corpus.read(data, corpus.Faults(), [tag]), each)]
+        tag: [d.text for d in islice(reading.read(data, unusable.UnusableRecords(), [tag]), each)]
         for tag in tags
     }
-    tokenizer.train(texts, VOCABULARY, folder / "tokenizer")
+    tokenizer_training.train(texts, VOCABULARY, folder / "tokenizer")
     loaded = tokenizer.load(folder / "tokenizer")
     found = [np.array(ids, np.uint16) for tag in tags for ids in loaded.encode(texts[tag])]
     order = np.random.default_rng(0).permutation(len(found))[: len(found) // k * k]

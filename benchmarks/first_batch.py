@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from clustering.files import write_json
-from xelm.data.rows import Source, batches
+from xelm.data.rows import LanguageShare, batches
 from xelm.data.store import FORMAT, open_store, shuffled
 
 
@@ -52,7 +52,7 @@ def _make(folder: Path, documents: int) -> float:
 
 def _first(folder: str) -> float:
     began = time.perf_counter()
-    source = Source(ids=open_store(folder).languages["de"], share=1.0)
+    source = LanguageShare(ids=open_store(folder).languages["de"], share=1.0)
     next(
         batches(
             [source],

@@ -29,7 +29,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from xelm.config import RuntimeConfig, TrainConfig, vary
-from xelm.data.masking import most_hidden
+from xelm.data.masking import masked_per_row
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
 from xelm.training.program import program
@@ -133,7 +133,7 @@ def _step_size(model: ModelConfig, devices: list, settings: dict) -> str:
     columns = length + 1 if model.causal else length
     arrays = dict.fromkeys(("tokens", "segments", "positions"), (columns, jnp.int32))
     if not model.causal:
-        hidden = most_hidden(length, config.data.mask_share)
+        hidden = masked_per_row(length, config.data.mask_share)
         arrays |= {"inputs": (columns, jnp.int32)}
         arrays |= {"places": (hidden, jnp.int32), "chosen": (hidden, bool)}
     batch = {

@@ -46,7 +46,7 @@ from workers import workers
 from clustering import typology
 from clustering.files import write_json
 from xelm.config import RunConfig, override
-from xelm.data.corpus import fingerprint
+from xelm.data.contents import fingerprint
 from xelm.presets import tiny
 from xelm.process import prepare
 from xelm.runs import growing

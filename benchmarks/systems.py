@@ -10,7 +10,9 @@ from clustering import control, tfidf, typology
 from clustering.clustering import Clustering
 from clustering.control import by_hand
 from xelm.config import RunConfig, vary
-from xelm.data.corpus import Faults, fingerprint, read
+from xelm.data.contents import fingerprint
+from xelm.data.reading import read
+from xelm.data.unusable import UnusableRecords
 from xelm.runs import training
 from xelm.runs.evaluation import evaluate
 from xelm.runs.init import init
@@ -35,7 +37,7 @@ def halves(data: Path, out: Path, most: int) -> dict[str, Path]:
     language at most `most` for the tables, and half as many for tuning."""
     folders = {name: out / "valid" / name for name in ("tune", "test", "test-new")}
     for tag in (*LANGUAGES, *NEW_LANGUAGES):
-        documents = list(read(data / "corpus_valid" / f"{tag}.jsonl.gz", Faults()))
+        documents = list(read(data / "corpus_valid" / f"{tag}.jsonl.gz", UnusableRecords()))
         parts = {"tune": documents[::2][: -(-most // 2)], "test": documents[1::2][:most]}
         if tag in NEW_LANGUAGES:
             parts = {"test-new": parts["test"]}

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from xelm.data import corpus
-from xelm.data.building import BATCH_DOCUMENTS, build_store, in_processes
-from xelm.data.corpus import Document, Faults
+from xelm.data import reading
+from xelm.data.parts import Document
+from xelm.data.tokenise import BATCH_DOCUMENTS, build_store, in_processes
+from xelm.data.unusable import UnusableRecords
 from xelm.process import prepare
 from xelm.runs.run import open_run
 
@@ -37,7 +38,7 @@ def main() -> None:
 
     datasets.disable_progress_bars()
     run = open_run(options.run)
-    every = list(corpus.read(options.corpus, Faults()))
+    every = list(reading.read(options.corpus, UnusableRecords()))
     # Evenly over all languages.
     documents = every[:: max(1, len(every) // options.documents)]
     megabytes = sum(len(document.text.encode()) for document in documents) / 1e6
@@ -76,7 +77,9 @@ def _ours(run, documents: Sequence[Document], workers: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = run.tokenizer()
         encode = in_processes(tokenizer, workers) if workers else None
-        store = build_store(Path(folder) / "store", documents, tokenizer, Faults(), encode=encode)
+        store = build_store(
+            Path(folder) / "store", documents, tokenizer, UnusableRecords(), encode=encode
+        )
         return sum(len(ids.ids) for ids in store.languages.values())
 
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from xelm.config import OptimizerConfig, RuntimeConfig, TrainConfig
-from xelm.data.rows import Source
-from xelm.data.store import LanguageIds, shuffled
+from xelm.data.rows import LanguageShare
+from xelm.data.store import TokenizedLanguage, shuffled
 from xelm.models.config import ModelConfig
 from xelm.training.course import Text
 from xelm.training.metrics import MetricsLog
@@ -54,7 +54,7 @@ TEXT = Text(start_id=1, end_id=2)
 SHARES = {"de": 0.5, "el": 0.3, "sw": 0.2}
 
 
-def source(language: str, documents: int = 40, length: int = 23) -> Source:
+def source(language: str, documents: int = 40, length: int = 23) -> LanguageShare:
     """Chains in which each token decides the next: 5 x + c modulo 40, c by language."""
     step = 3 + 2 * list(SHARES).index(language)
     draw = np.random.default_rng(step)
@@ -65,7 +65,7 @@ def source(language: str, documents: int = 40, length: int = 23) -> Source:
             chain.append((5 * chain[-1] + step) % 40)
         found += chain
     order, stream_ends = shuffled(language, np.full(documents, length))
-    ids = LanguageIds(
+    ids = TokenizedLanguage(
         language=language,
         ids=np.asarray(found, np.uint16) + 4,
         order=order,
@@ -73,7 +73,7 @@ def source(language: str, documents: int = 40, length: int = 23) -> Source:
         ends=np.arange(1, documents + 1) * length,
         bytes=np.full(documents, length),
     )
-    return Source(ids=ids, share=SHARES[language])
+    return LanguageShare(ids=ids, share=SHARES[language])
 
 
 SOURCES = [source(language) for language in SHARES]

@@ -10,8 +10,11 @@ import pyarrow.parquet
 import pytest
 
 from clustering.errors import UserError
-from xelm.data import formats
-from xelm.data.corpus import Document, Faults, fingerprint, plan, read
+from xelm.data import records
+from xelm.data.contents import contents_of, fingerprint
+from xelm.data.parts import Document
+from xelm.data.reading import read
+from xelm.data.unusable import UnusableRecords
 
 TEXTS = ["Der alte Mann", "und das Meer", "ſtraße 🐟 море 海"]
 
@@ -42,7 +45,7 @@ def read_folder(folder, contents: dict[str, bytes], languages=None):
     folder.mkdir(exist_ok=True)
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    faults = Faults()
+    faults = UnusableRecords()
     return list(read(folder, faults, languages)), faults.to_json()
 
 
@@ -173,7 +176,7 @@ def test_counts_are_exact_and_the_first_three_places_are_named(tmp_path):
 
 
 def test_the_report_names_counts_reasons_and_places():
-    faults = Faults()
+    faults = UnusableRecords()
     assert not faults
     for line in range(4):
         faults.add("broken JSON", f"de.jsonl:{line}")
@@ -249,7 +252,7 @@ def test_a_stream_that_breaks_is_one_line_with_its_place(monkeypatch, hub_answer
         raise ConnectionError("the other side\nhas gone")
 
     monkeypatch.setattr(datasets, "load_dataset", stream)
-    documents = read("hf://owner/texts/de", Faults())
+    documents = read("hf://owner/texts/de", UnusableRecords())
     assert next(documents) == Document("a", "de")
     with pytest.raises(UserError) as caught:
         next(documents)
@@ -277,7 +280,7 @@ def test_an_address_on_the_hub_names_data_set_config_and_split(
         return [{"text": "a", "lang": "sw"}, {"text": "b"}]
 
     monkeypatch.setattr(datasets, "load_dataset", stream)
-    faults = Faults()
+    faults = UnusableRecords()
     config = [Document("b", "de")] if "/de" in name else []
     assert list(read(name, faults)) == [Document("a", "sw"), *config]
     assert faults.to_json() == (
@@ -309,9 +312,11 @@ def hub_copy(tmp_path, monkeypatch, hub_answers):
 def test_a_split_that_is_not_there_is_one_line_with_those_that_are(hub_copy):
     for split in ("train", "validation"):
         (hub_copy / f"{split}.jsonl").write_bytes(lines({"text": split, "lang": "de"}))
-    assert list(read("hf://owner/texts:validation", Faults())) == [Document("validation", "de")]
+    assert list(read("hf://owner/texts:validation", UnusableRecords())) == [
+        Document("validation", "de")
+    ]
     with pytest.raises(UserError) as caught:
-        list(read("hf://owner/texts:test", Faults()))
+        list(read("hf://owner/texts:test", UnusableRecords()))
     assert str(caught.value) == (
         f"cannot open hf://owner/texts@{COMMIT}:test: Bad split: test. "
         "Available splits: ['train', 'validation']"
@@ -324,13 +329,13 @@ def test_a_fault_of_the_disk_is_not_taken_for_one_of_the_file(tmp_path, monkeypa
     def fail(path):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(formats, "opened", fail)
+    monkeypatch.setattr(records, "opened", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        list(read(tmp_path, Faults()))
+        list(read(tmp_path, UnusableRecords()))
 
 
 def test_a_line_that_is_too_long_is_skipped_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LONGEST_LINE_BYTES", 50)
+    monkeypatch.setattr(records, "LONGEST_LINE_BYTES", 50)
     content = lines({"text": "a"}, {"text": "x" * 130}, {"text": "b"}, {"text": "y" * 50})
     documents, left_out = read_folder(tmp_path, {"de.jsonl": content})
     assert [document.text for document in documents] == ["a", "b"]
@@ -361,7 +366,7 @@ def test_the_record_knows_its_language_better_than_the_file_name(tmp_path):
 def test_a_single_file_holds_any_languages_but_must_name_them(tmp_path):
     path = tmp_path / "de.jsonl"
     path.write_bytes(lines({"text": "a", "lang": "en"}, {"text": "b"}))
-    faults = Faults()
+    faults = UnusableRecords()
     assert list(read(path, faults)) == [Document("a", "en")]
     assert faults.to_json() == only('no "lang"', 1, "de.jsonl:2")
 
@@ -373,7 +378,7 @@ def test_files_of_other_languages_are_not_opened(tmp_path):
     _, left_out = read_folder(tmp_path, contents, languages=["en"])
     assert len(left_out) == 1
     with pytest.raises(UserError, match="has no file of sw, tr"):
-        list(read(tmp_path, Faults(), ["sw", "tr"]))
+        list(read(tmp_path, UnusableRecords(), ["sw", "tr"]))
 
 
 def test_a_file_of_another_name_among_them_matters_only_when_all_are_asked_for(tmp_path):
@@ -389,7 +394,7 @@ def test_files_come_sorted_and_others_are_passed_over(tmp_path):
     for name in ("sw.jsonl.zst", "de.parquet", "README.md", "en.jsonl", "fr.csv"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "tr.jsonl").mkdir()
-    found = plan(tmp_path)
+    found = contents_of(tmp_path)
     assert [part.name for part in found.parts] == ["de.parquet", "en.jsonl", "sw.jsonl.zst"]
     assert [part.language for part in found.parts] == ["de", "en", "sw"]
     assert found.passed_over == {"of an unknown format": ["README.md", "fr.csv"]}
@@ -397,12 +402,12 @@ def test_files_come_sorted_and_others_are_passed_over(tmp_path):
 
 def test_what_is_no_corpus_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"corpus .*nothing does not exist"):
-        plan(tmp_path / "nothing")
+        contents_of(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"holds no corpus file; wanted <language>\.jsonl or"):
-        plan(tmp_path)
+        contents_of(tmp_path)
     (tmp_path / "de.csv").write_text("a")
     with pytest.raises(UserError, match=r"de\.csv is no corpus file; wanted \.jsonl,"):
-        plan(tmp_path / "de.csv")
+        contents_of(tmp_path / "de.csv")
     for name in (
         "hf://dataset",
         "hf://a/b/c/d",
@@ -410,7 +415,7 @@ def test_what_is_no_corpus_is_refused_by_name(tmp_path):
         "hf://owner/dataset/:train",
     ):
         with pytest.raises(UserError) as caught:
-            list(read(name, Faults()))
+            list(read(name, UnusableRecords()))
         wanted = f"a Hub corpus is hf://owner/dataset[@revision][/config][:split]; got {name}"
         assert str(caught.value) == wanted
 

@@ -18,8 +18,8 @@ from clustering.clustering import Clustering
 from clustering.documents import Documents
 from clustering.engines import over_ray
 from clustering.errors import UserError
-from xelm.data import corpus
-from xelm.data.corpus import Faults
+from xelm.data import contents, parts, reading
+from xelm.data.unusable import UnusableRecords
 from xelm.runs.run import open_run
 from xelm.runs.training import documents_of
 
@@ -132,9 +132,9 @@ def test_parts_of_a_run_are_its_documents_and_say_where_they_lie(tiny, monkeypat
 
 
 def test_parts_of_a_corpus_are_its_files(tiny_corpus):
-    faults = Faults()
-    every = [(d.text, d.language) for d in corpus.read(tiny_corpus, faults)]
-    parts = corpus.parts(tiny_corpus)
+    faults = UnusableRecords()
+    every = [(d.text, d.language) for d in reading.read(tiny_corpus, faults)]
+    parts = contents.contents_of(tiny_corpus).parts
     assert [text for part in copy.deepcopy(parts) for text in part] == every
     plain = PLAIN | {bool, dict}
     assert {type(value) for part in parts for value in asdict(part).values()} <= plain
@@ -152,12 +152,12 @@ def test_surveys_of_files_add_up(tmp_path):
             {"text": ""},
         ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    faults, whole = Faults(), Faults()
-    surveys = [corpus.Survey.of(part) for part in corpus.parts(tmp_path)]
+    faults, whole = UnusableRecords(), UnusableRecords()
+    surveys = [parts.Survey.of(part) for part in contents.contents_of(tmp_path).parts]
     for survey in surveys:
         faults.include(survey.faults)
     assert [survey.documents for survey in surveys] == [{"de": 1}, {"en": 1}, {"en": 1}]
-    list(corpus.read(tmp_path, whole))
+    list(reading.read(tmp_path, whole))
     assert (faults.counts, faults.places) == (whole.counts, whole.places)
     assert faults.counts["empty text"] == 6 and len(faults.places["empty text"]) == 3
 
@@ -167,10 +167,12 @@ def test_a_file_has_the_format_of_its_name_wherever_it_lies(tmp_path):
     (tmp_path / "blob").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "sw.jsonl.gz").symlink_to("../blob")
-    (part,) = corpus.parts(tmp_path / "corpus")
+    (part,) = contents.contents_of(tmp_path / "corpus").parts
     assert list(part) == [("one", "sw"), ("two", "sw")]
-    survey = corpus.Survey.of(part)
-    assert corpus.fingerprint_of([part], [survey.digest]) == corpus.fingerprint(tmp_path / "corpus")
+    survey = parts.Survey.of(part)
+    assert contents.fingerprint_of([part], [survey.digest]) == contents.fingerprint(
+        tmp_path / "corpus"
+    )
 
 
 def test_a_cluster_that_does_not_answer_is_a_users_mistake(xelm, tiny, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast, pipeline
 
 from clustering.errors import UserError
-from xelm.data.masking import Masking, hide
+from xelm.data.masking import Masking, mask_tokens
 from xelm.inference.scoring import APART, score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.run import open_run
@@ -35,7 +35,7 @@ def batch(rows=64, length=100):
 
 def test_so_many_tokens_are_hidden_and_mostly_behind_the_mask():
     given = batch()
-    found = hide(given, MASKING, 0.15, random_seed=0, step=1)
+    found = mask_tokens(given, MASKING, 0.15, random_seed=0, step=1)
     tokens, inputs = found["tokens"], found["inputs"]
     assert tokens.shape == inputs.shape == (64, 100)
     assert found["places"].shape == found["chosen"].shape == (64, 15)
@@ -61,7 +61,7 @@ def test_so_many_tokens_are_hidden_and_mostly_behind_the_mask():
 
 def test_what_is_hidden_depends_on_seed_and_step_alone():
     def inputs(seed, step):
-        return hide(batch(), MASKING, 0.3, seed, step)["inputs"]
+        return mask_tokens(batch(), MASKING, 0.3, seed, step)["inputs"]
 
     np.testing.assert_array_equal(inputs(0, 1), inputs(0, 1))
     assert (inputs(0, 1) != inputs(0, 2)).any() and (inputs(0, 1) != inputs(1, 1)).any()

@@ -13,7 +13,7 @@ from clustering import files, internal
 from clustering.errors import UserError
 from clustering.internal import States, Updates
 from xelm.config import vary
-from xelm.data.rows import Source
+from xelm.data.rows import LanguageShare
 from xelm.inference.states import document_states
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.models.parameters import bind, graph
@@ -188,7 +188,7 @@ def test_updates_of_a_run_are_what_training_changed(tiny, tmp_path):
         training = Training(
             label=tag,
             start=lambda shardings: load_parameters(run.seed, model, shardings),
-            sources=[Source(ids=run.store().languages[tag], share=1.0)],
+            sources=[LanguageShare(ids=run.store().languages[tag], share=1.0)],
             config=config,
             directory=tmp_path / tag,
         )

@@ -12,8 +12,8 @@ from clustering.distances import Distances
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
 from xelm import open_run
-from xelm.data import corpus, tagged
-from xelm.data.corpus import Faults
+from xelm.data import conllu, reading
+from xelm.data.unusable import UnusableRecords
 from xelm.runs.evaluation import evaluate
 
 FLORES = {"en": "eng_Latn", "de": "deu_Latn", "es": "spa_Latn", "fr": "fra_Latn"}
@@ -102,18 +102,18 @@ def test_a_request_in_another_script_finds_nobody(tiny):
 def test_a_corpus_is_asked_for_by_any_code(tmp_path):
     (tmp_path / "kor_Hang.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     (tmp_path / "zho_Hant.jsonl").write_text('{"text": "b"}\n', encoding="utf-8")
-    found = list(corpus.read(tmp_path, Faults(), ["ko"]))
+    found = list(reading.read(tmp_path, UnusableRecords(), ["ko"]))
     assert [(d.text, d.language) for d in found] == [("a", "ko")]
     with pytest.raises(UserError, match=r"has no file of zh$"):
-        list(corpus.read(tmp_path, Faults(), ["zh"]))
+        list(reading.read(tmp_path, UnusableRecords(), ["zh"]))
 
 
 def test_records_are_of_the_language_that_their_code_means(tmp_path):
     codes = {"kor_Hang": "ko", "ko-KR": "ko", "bat-smg": "sgs", "zh_TW": "zh-Hant", "simple": None}
     lines = [json.dumps({"text": code, "lang": code}) for code in [*codes, "und", "als", "sla"]]
     (tmp_path / "all.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    faults = Faults()
-    found = {d.text: d.language for d in corpus.read(tmp_path / "all.jsonl", faults)}
+    faults = UnusableRecords()
+    found = {d.text: d.language for d in reading.read(tmp_path / "all.jsonl", faults)}
     assert found == {**codes, "simple": "en-simple"}
     assert faults.counts == {"an unknown language": 3}
 
@@ -121,7 +121,7 @@ def test_records_are_of_the_language_that_their_code_means(tmp_path):
 def test_tagged_text_of_one_language_under_two_codes_is_all_of_it(tmp_path):
     for name in ("ko", "kor_Hang"):
         (tmp_path / f"{name}.conllu").write_text("")
-    found = {tag: [path.stem for path in paths] for tag, paths in tagged.files(tmp_path).items()}
+    found = {tag: [path.stem for path in paths] for tag, paths in conllu.files(tmp_path).items()}
     assert found == {"ko": ["ko", "kor_Hang"]}
 
 

@@ -13,10 +13,13 @@ import pyarrow.parquet
 import pytest
 
 from clustering.errors import UserError
-from xelm.data import formats
-from xelm.data.corpus import Corpus, Faults, Reading, fingerprint, languages_of, plan, read
-from xelm.data.listing import language_in
-from xelm.data.texts import Texts
+from xelm.data import records
+from xelm.data.contents import contents_of, fingerprint, languages_of
+from xelm.data.corpus import Corpus
+from xelm.data.parts import Part
+from xelm.data.path_names import language_in
+from xelm.data.reading import Reading, read
+from xelm.data.unusable import UnusableRecords
 
 
 def lines(*records) -> bytes:
@@ -47,7 +50,7 @@ def write(folder, contents: dict[str, bytes]):
 
 def texts(corpus, languages=None) -> dict[str, list[str]]:
     """Language -> texts, all of which are usable."""
-    faults = Faults()
+    faults = UnusableRecords()
     documents = sorted(read(corpus, faults, languages), key=lambda document: document.language)
     assert faults.to_json() == {}
     grouped = groupby(documents, key=lambda document: document.language)
@@ -117,7 +120,7 @@ def test_what_was_read_as_what_is_one_table(tmp_path):
             ".cache/fr.jsonl": lines(MANN),
         },
     )
-    reading = Reading(plan(tmp_path, ["de", "sw"]), Faults())
+    reading = Reading(contents_of(tmp_path, ["de", "sw"]), UnusableRecords())
     assert len(list(reading.documents())) == 5
     rows = [" ".join(row.split()) for row in reading.table().splitlines()]
     assert rows == [
@@ -134,7 +137,7 @@ def test_what_was_read_as_what_is_one_table(tmp_path):
 
 def test_the_first_five_files_that_are_not_read_are_named(tmp_path):
     write(tmp_path, {"de.jsonl": lines(MANN)} | {f"{n}.csv": b"" for n in range(7)})
-    reading = Reading(plan(tmp_path), Faults())
+    reading = Reading(contents_of(tmp_path), UnusableRecords())
     assert "7 files of an unknown format were skipped: 0.csv, 1.csv, 2.csv, 3.csv, 4.csv and 2" in (
         reading.table()
     )
@@ -183,7 +186,7 @@ def test_the_more_exact_of_name_and_record_counts(tmp_path):
     write(
         tmp_path, {"srp_Latn/train/0.jsonl": lines(*records), "srp_Cyrl/0.jsonl": lines(*records)}
     )
-    tags = [document.language for document in read(tmp_path / "srp_Latn", Faults())]
+    tags = [document.language for document in read(tmp_path / "srp_Latn", UnusableRecords())]
     assert tags == ["sr-Latn"] * 3
 
 
@@ -198,7 +201,7 @@ def test_a_folder_whose_name_happens_to_be_a_code_gives_way_to_its_records(tmp_p
 def test_files_of_one_language_under_two_names_are_read_together_and_told(tmp_path):
     write(tmp_path, {"deu.jsonl": lines(MANN), "de_2.jsonl": lines({"text": "und das Meer"})})
     assert languages_of(tmp_path) == ["de"]
-    reading = Reading(plan(tmp_path, ["de"]), Faults())
+    reading = Reading(contents_of(tmp_path, ["de"]), UnusableRecords())
     assert [d.text for d in reading.documents()] == ["und das Meer", "Der alte Mann"]
     rows = [row.split()[:2] for row in reading.table().splitlines()[1:]]
     assert rows == [["de_2.jsonl", "de"], ["deu.jsonl", "de"]]
@@ -210,7 +213,7 @@ def test_files_of_one_language_under_two_names_are_read_together_and_told(tmp_pa
 def test_a_language_whose_only_file_is_empty_is_named_with_it(tmp_path, name):
     write(tmp_path, {"de.jsonl": lines(MANN), name: b""})
     wanted = f"the corpus has no text in fr: {name} has 0 bytes"
-    for ask in (languages_of, lambda corpus: plan(corpus, ["de", "fr"])):
+    for ask in (languages_of, lambda corpus: contents_of(corpus, ["de", "fr"])):
         with pytest.raises(UserError) as caught:
             ask(tmp_path)
         assert str(caught.value) == wanted
@@ -220,7 +223,7 @@ def test_a_language_whose_only_file_is_empty_is_named_with_it(tmp_path, name):
 def test_an_empty_file_beside_others_of_its_language_is_a_fault_of_it(tmp_path):
     contents = {"de.jsonl": lines(MANN), "de_1.jsonl": b"", "de_2.jsonl.gz": gzip.compress(b"")}
     write(tmp_path, contents | {"de_3.parquet": b"", "de_4.arrow": b"", "de_5.txt.xz": b""})
-    faults = Faults()
+    faults = UnusableRecords()
     assert languages_of(tmp_path) == ["de"]
     assert [document.text for document in read(tmp_path, faults, ["de"])] == ["Der alte Mann"]
     assert faults.to_json() == {
@@ -234,7 +237,7 @@ def test_hidden_files_are_passed_over_and_told(tmp_path):
         tmp_path, {"fr.jsonl": lines({"text": "Le vieil"}), "._fr.jsonl": fork, ".DS_Store": fork}
     )
     assert texts(tmp_path, languages_of(tmp_path)) == {"fr": ["Le vieil"]}
-    assert plan(tmp_path).passed_over == {
+    assert contents_of(tmp_path).passed_over == {
         "with a name that begins with a dot": [".DS_Store", "._fr.jsonl"]
     }
 
@@ -250,7 +253,7 @@ def test_files_of_which_nothing_says_the_language_are_named_with_what_to_do(tmp_
         "--language-field, or choose with --languages"
     )
     assert texts(tmp_path, ["de"]) == {"de": ["Der alte Mann"]}
-    assert plan(tmp_path, ["de"]).passed_over == {
+    assert contents_of(tmp_path, ["de"]).passed_over == {
         "of an unknown language": ["notes.jsonl", "old/all.txt"]
     }
 
@@ -293,12 +296,12 @@ def test_a_map_gives_names_their_languages_and_leaves_out(tmp_path):
     }
     corpus = Corpus.of(tmp_path / "c").with_defaults(languages=languages)
     assert languages_of(corpus) == ["sw", "gsw", "de"]
-    faults = Faults()
+    faults = UnusableRecords()
     found = [(document.language, document.text) for document in read(corpus, faults)]
     assert found == [("sw", "x"), ("gsw", "Der alte Mann"), ("de", "zwei")]
     reason = "a language that the map leaves out"
     assert faults.to_json() == {reason: {"count": 1, "first": ["all.jsonl:2 '??'"]}}
-    assert plan(corpus).passed_over == {
+    assert contents_of(corpus).passed_over == {
         "that the language map leaves out": ["notes.jsonl", "old/sw.jsonl"]
     }
 
@@ -314,7 +317,7 @@ def test_records_of_any_types_are_read_one_by_one(tmp_path):
     """A reader that makes a table of them stops at the second."""
     records = [{"text": "a", "id": "0", "meta": {"u": [1]}}, {"text": "b", "id": 7, "meta": "x"}]
     write(tmp_path, {"sw.jsonl": lines(*records, {"text": 7}, {"text": "c", "meta": [None]})})
-    faults = Faults()
+    faults = UnusableRecords()
     assert [document.text for document in read(tmp_path, faults)] == ["a", "b", "c"]
     assert faults.to_json() == {'no "text"': {"count": 1, "first": ["sw.jsonl:3"]}}
 
@@ -322,7 +325,7 @@ def test_records_of_any_types_are_read_one_by_one(tmp_path):
 def test_files_of_other_languages_are_counted_by_language(tmp_path):
     names = ["de.jsonl", "fr.jsonl", "fr_1.jsonl", "fr_2.jsonl", "sw.jsonl"]
     write(tmp_path, {name: lines(MANN) for name in names})
-    reading = Reading(plan(tmp_path, ["de"]), Faults())
+    reading = Reading(contents_of(tmp_path, ["de"]), UnusableRecords())
     assert len(list(reading.documents())) == 1
     assert reading.table().splitlines()[-1] == (
         "4 files in other languages were skipped: fr (3), sw (1)"
@@ -345,13 +348,13 @@ def test_one_reading_of_a_file_serves_all_its_languages(tmp_path, monkeypatch, m
     write(tmp_path / "each", {f"{tag}.jsonl": lines(*by_language[tag]) for tag in tags})
     read_lines = []
 
-    def counted(texts, faults, whole=Texts.documents):
+    def counted(texts, faults, whole=Part.documents):
         read_lines.append(0)
         for document in whole(texts, faults):
             read_lines[-1] += 1
             yield document
 
-    monkeypatch.setattr(Texts, "documents", counted)
+    monkeypatch.setattr(Part, "documents", counted)
     monkeypatch.setattr("xelm.runs.distances._HELD_CHARACTERS", 100)  # several pieces a language
     one = measured(measure, tags, Sources(corpus=tmp_path / "one"))
     assert read_lines == [4 * number]
@@ -403,10 +406,10 @@ def test_text_files_are_read_by_paragraph_line_or_file(tmp_path, content, unit, 
 
 
 def test_what_is_broken_in_a_text_file_has_the_place_of_its_paragraph(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "LONGEST_LINE_BYTES", 50)
+    monkeypatch.setattr(records, "LONGEST_LINE_BYTES", 50)
     paragraphs = [b"eins", b"caf\xe9", b"lang\n" * 20, b"x" * 70, b"zwei"]
     write(tmp_path, {"de.txt": b"\n\n".join(paragraphs)})
-    faults = Faults()
+    faults = UnusableRecords()
     assert [document.text for document in read(tmp_path, faults)] == ["eins", "zwei"]
     assert faults.to_json() == {
         "bytes that are not UTF-8": {"count": 1, "first": ["de.txt:3"]},
@@ -417,7 +420,7 @@ def test_what_is_broken_in_a_text_file_has_the_place_of_its_paragraph(tmp_path, 
 
 def test_a_json_array_over_lines_is_one_fault(tmp_path):
     write(tmp_path, {"de.json": json.dumps([MANN, MANN], indent=1).encode()})
-    faults = Faults()
+    faults = UnusableRecords()
     assert list(read(tmp_path, faults)) == []
     reason = "a JSON array over several lines; wanted one record a line"
     assert faults.to_json() == {reason: {"count": 1, "first": ["de.json:1"]}}
@@ -431,10 +434,10 @@ def test_a_data_set_saved_by_datasets_is_read_as_it_lies(tmp_path):
     made.save_to_disk(str(tmp_path / "disk"), num_shards=2)
     both = {"de": ["Der alte Mann"] * 2, "sw": ["Habari"] * 2}
     assert texts(tmp_path / "disk", languages_of(tmp_path / "disk")) == both
-    assert plan(tmp_path / "disk").passed_over == {}
+    assert contents_of(tmp_path / "disk").passed_over == {}
     (tmp_path / "disk" / "data-00001-of-00002.arrow").unlink()
     with pytest.raises(UserError, match=r"state\.json names data-00001-of-00002\.arrow, which is"):
-        plan(tmp_path / "disk")
+        contents_of(tmp_path / "disk")
 
 
 def test_a_data_set_with_splits_gives_that_for_training(tmp_path):
@@ -450,7 +453,7 @@ def test_a_data_set_with_splits_gives_that_for_training(tmp_path):
 def test_damaged_arrow_gives_what_it_holds_and_says_so(tmp_path):
     whole = arrow(*[{"text": f"text {number}"} for number in range(100)])
     write(tmp_path, {"sw.arrow": whole[: len(whole) // 2], "de.jsonl": lines(MANN)})
-    faults = Faults()
+    faults = UnusableRecords()
     found = [d.text for d in read(tmp_path, faults) if d.language == "sw"]
     assert 10 < len(found) < 90 and found == [f"text {number}" for number in range(len(found))]
     (reason,) = faults.counts
@@ -463,7 +466,7 @@ def test_other_compressions_cut_short_say_so(tmp_path, pack):
     name = f"de.jsonl.{'xz' if pack is lzma.compress else 'bz2'}"
     many = lines(*({"text": os.urandom(16).hex()} for _ in range(100_000)))
     write(tmp_path, {name: pack(many)[: len(pack(many)) // 2]})
-    faults = Faults()
+    faults = UnusableRecords()
     count = len(list(read(tmp_path, faults)))
     (reason,) = faults.counts
     assert reason.startswith("a damaged file (") and 0 < count < 100_000
@@ -475,7 +478,7 @@ def test_a_pattern_chooses_folders(tmp_path):
     assert texts(tmp_path / "data" / "*" / "test") == {"sw": ["of the test"]}
     assert texts(f"{tmp_path}/data/deu*") == {"de": ["Der alte Mann"]}
     with pytest.raises(UserError, match=r"corpus .*/nothing\* does not exist"):
-        plan(f"{tmp_path}/nothing*")
+        contents_of(f"{tmp_path}/nothing*")
 
 
 def test_links_are_followed_and_circles_end(tmp_path):
@@ -485,7 +488,7 @@ def test_links_are_followed_and_circles_end(tmp_path):
     (tmp_path / "c" / "fr.jsonl").symlink_to(tmp_path / "nothing")
     assert texts(tmp_path / "c") == BOTH
     reason = "without content (a broken link or a special file)"
-    assert plan(tmp_path / "c").passed_over == {reason: ["fr.jsonl"]}
+    assert contents_of(tmp_path / "c").passed_over == {reason: ["fr.jsonl"]}
 
 
 DESCRIPTION = """
@@ -611,7 +614,7 @@ def test_configurations_of_a_data_set_are_languages(fineweb):
     with pytest.raises(UserError, match="name the languages to take from hf://owner/web with"):
         languages_of("hf://owner/web")
     with pytest.raises(UserError, match="hf://owner/web has no file of fr"):
-        plan("hf://owner/web", ["sw", "fr"])
+        contents_of("hf://owner/web", ["sw", "fr"])
 
 
 def test_a_data_set_is_recorded_with_its_commit_and_stays_at_it(fineweb):
@@ -630,7 +633,7 @@ def test_a_folder_of_the_name_of_a_data_set_is_not_taken_for_it(tmp_path, monkey
     with pytest.raises(
         UserError, match="there is a folder owner/web here; give --corpus owner/web"
     ):
-        list(read("hf://owner/web", Faults()))
+        list(read("hf://owner/web", UnusableRecords()))
 
 
 def test_configurations_that_name_no_language_have_to_be_chosen(fineweb, monkeypatch):
@@ -639,4 +642,4 @@ def test_configurations_that_name_no_language_have_to_be_chosen(fineweb, monkeyp
     names = ["sample-10BT", "sample-100BT"]
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision: names)
     with pytest.raises(UserError, match=r"name one of sample-10BT, sample-100BT, as in hf://owner"):
-        plan("hf://owner/web")
+        contents_of("hf://owner/web")

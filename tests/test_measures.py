@@ -12,7 +12,7 @@ from clustering import choice, distances, genealogy, lexical, table, typology
 from clustering.clustering import Clustering
 from clustering.errors import UserError
 from xelm.commands.sources import MEASURES as OFFERED
-from xelm.data import tagged
+from xelm.data import conllu
 from xelm.runs.distances import MEASURES, Sources, measured
 from xelm.runs.run import open_run
 
@@ -76,8 +76,8 @@ def test_subwords_of_a_run(tiny):
 
 
 def test_names_of_tagged_text(tagged_text):
-    files = tagged.files(tagged_text)
-    assert [list(tagged.proper_nouns(files[tag])) for tag in ("de", "en")] == [
+    files = conllu.files(tagged_text)
+    assert [list(conllu.proper_nouns(files[tag])) for tag in ("de", "en")] == [
         ["New York", "Anna", "Anna"],
         ["Old York", "Anna", "Anna"],
     ]
@@ -90,13 +90,13 @@ def test_names_of_tagged_text(tagged_text):
 def test_every_file_of_tagged_text_in_a_language_is_read(tagged_text):
     (tagged_text / "de.CONLLU").write_text(CONLLU.replace("New", "Neu"))
     (tagged_text / "._de.conllu").write_bytes(b"\0\5")
-    files = tagged.files(tagged_text)
+    files = conllu.files(tagged_text)
     assert [path.name for path in files["de"]] == ["de.CONLLU", "deu.conllu"]
-    names = list(tagged.proper_nouns(files["de"]))
+    names = list(conllu.proper_nouns(files["de"]))
     assert names == ["Neu York", "Anna", "Anna", "New York", "Anna", "Anna"]
     (tagged_text / "notes.conllu").write_text(CONLLU)
     with pytest.raises(UserError, match=r"notes\.conllu: unknown language code 'notes'"):
-        tagged.files(tagged_text)
+        conllu.files(tagged_text)
 
 
 @pytest.mark.parametrize(

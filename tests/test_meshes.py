@@ -24,7 +24,7 @@ from small_training import (
 
 from clustering.errors import UserError
 from xelm.config import vary
-from xelm.data.masking import most_hidden
+from xelm.data.masking import masked_per_row
 from xelm.models.parameters import fresh_parameters
 from xelm.training.account import DivergedError
 from xelm.training.course import Training
@@ -68,7 +68,7 @@ def batch_of(
         "positions": np.where(places < cut, places, places - cut).astype(np.int32),
     }
     if not model.causal:
-        hidden = most_hidden(columns, CONFIG.data.mask_share)
+        hidden = masked_per_row(columns, CONFIG.data.mask_share)
         batch["inputs"] = np.where(draw.random(shape) < 0.2, 3, tokens).astype(np.int32)
         batch["places"] = draw.permuted(places, axis=1)[:, :hidden]
         batch["chosen"] = draw.random((shape[0], hidden)) < 0.9

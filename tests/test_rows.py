@@ -7,20 +7,20 @@ import pytest
 
 from clustering.errors import UserError
 from xelm.data import rows as row_module
-from xelm.data.rows import LanguageRows, Source, batches, sampling_shares
-from xelm.data.store import LanguageIds, shuffled
+from xelm.data.rows import LanguageRows, LanguageShare, batches, sampling_shares
+from xelm.data.store import TokenizedLanguage, shuffled
 from xelm.training.step import target_weights
 
 START, END = 1, 2
 LENGTHS = {"de": [5, 1, 17, 3, 0, 40, 2, 2, 9], "el": [12, 4, 4, 30], "sw": [1]}
 
 
-def language_ids(language: str) -> LanguageIds:
+def language_ids(language: str) -> TokenizedLanguage:
     """Every token of every language is another number, so that each can be told apart."""
     lengths = LENGTHS[language]
     base = 10 + 1000 * list(LENGTHS).index(language)
     order, stream_ends = shuffled(language, np.asarray(lengths))
-    return LanguageIds(
+    return TokenizedLanguage(
         language=language,
         ids=np.arange(base, base + sum(lengths), dtype=np.uint16),
         ends=np.cumsum(lengths),
@@ -30,12 +30,12 @@ def language_ids(language: str) -> LanguageIds:
     )
 
 
-def source(language: str, share: float = 1.0, documents=None) -> Source:
-    return Source(ids=language_ids(language), share=share, documents=documents)
+def source(language: str, share: float = 1.0, documents=None) -> LanguageShare:
+    return LanguageShare(ids=language_ids(language), share=share, documents=documents)
 
 
 def rows_of(
-    found: Source, length: int, seed: int = 0, start_id: int | None = START
+    found: LanguageShare, length: int, seed: int = 0, start_id: int | None = START
 ) -> LanguageRows:
     return LanguageRows(
         found,

@@ -14,7 +14,7 @@ from shared import LANGUAGES, NAMES, documents_of, snapshot
 from clustering.clustering import Clustering
 from experts.registry import Registry
 from xelm import open_run
-from xelm.data import building
+from xelm.data import tokenise
 from xelm.runs import init, training
 from xelm.training.metrics import MetricsLog, read_metrics
 
@@ -63,7 +63,7 @@ def test_an_interrupted_init_goes_on_to_the_same_run(
 
     with pytest.MonkeyPatch.context() as patch:
         if stage == "tokenise":
-            patch.setattr(building._Writer, "finish", interrupt)
+            patch.setattr(tokenise._Writer, "finish", interrupt)
         elif stage == "vectors":
             patch.setattr("clustering.tfidf.fit", interrupt)
         else:

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from clustering.errors import UserError
-from xelm.data.special import ESCAPE, RENDERED, USER_BEGINS, USER_ENDS
-from xelm.data.text import composed_and_decomposed, normalised
+from xelm.data.special_tokens import ESCAPE, RENDERED, USER_BEGINS, USER_ENDS
 from xelm.data.tokenizer import Tokenizer
+from xelm.data.unicode import composed_and_decomposed, normalised
 from xelm.inference.generation import Reply
 
 TEXTS = [

@@ -13,10 +13,11 @@ import pytest
 
 from clustering.errors import UserError
 from clustering.files import write_json
-from xelm.data import building, corpus
-from xelm.data.building import BATCH_DOCUMENTS, build_store
-from xelm.data.corpus import Document, Faults
+from xelm.data import reading, tokenise
+from xelm.data.parts import Document
 from xelm.data.store import open_store, shuffled
+from xelm.data.tokenise import BATCH_DOCUMENTS, build_store
+from xelm.data.unusable import UnusableRecords
 from xelm.runs.run import open_run
 
 
@@ -42,7 +43,7 @@ DOCUMENTS = [Document(text, language) for language, found in TEXTS.items() for t
 
 
 def build(directory, documents=DOCUMENTS, tokenizer=None, **options):
-    faults = options.pop("faults", Faults())
+    faults = options.pop("faults", UnusableRecords())
     tokenizer, options = tokenizer or Characters(), {"spelling": Plain(), **options}
     return build_store(directory, iter(documents), tokenizer, faults, **options)
 
@@ -106,7 +107,7 @@ def test_opening_again_gives_the_same(tmp_path):
 
 
 def test_only_the_languages_asked_for_are_kept_in_their_order_and_others_counted(tmp_path):
-    faults = Faults()
+    faults = UnusableRecords()
     faults.add("empty text", "de.jsonl:7")
     store = build(tmp_path / "store", languages=["el"], faults=faults)
     assert list(store.languages) == ["el"]
@@ -178,8 +179,8 @@ def content(directory):
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(building, "BATCH_DOCUMENTS", 7)
-    monkeypatch.setattr(building, "NOTE_SECONDS", -1.0)  # after every batch
+    monkeypatch.setattr(tokenise, "BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(tokenise, "NOTE_SECONDS", -1.0)  # after every batch
 
 
 @pytest.mark.parametrize("batches", [[1], [4], [17], [3, 5, 2]])
@@ -194,7 +195,7 @@ def test_a_build_that_was_killed_goes_on_and_ends_with_the_same(tmp_path, small_
         for path in (tmp_path / ".store.partial").glob("el.*"):
             with path.open("ab") as file:
                 file.write(b"12345")
-    heard, faults = [], Faults()
+    heard, faults = [], UnusableRecords()
     build(*(tmp_path / "store", MANY), faults=faults, progress=heard.append, **options)
     assert content(tmp_path / "store") == content(tmp_path / "whole")
     assert heard[0] == 7 * sum(batch - 1 for batch in batches) and sum(heard) == 120
@@ -247,27 +248,27 @@ def test_a_build_of_something_else_is_not_gone_on_with(tmp_path, small_batches, 
 
 
 def test_processes_make_what_one_makes(tiny, tiny_corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "BATCH_DOCUMENTS", 20)
+    monkeypatch.setattr(tokenise, "BATCH_DOCUMENTS", 20)
     tokenizer, made = open_run(tiny.directory).tokenizer(), []
     here = []  # of the texts
     encode = tokenizer.encode
     for name in ("one", "two"):
-        texts = corpus.read(tiny_corpus, Faults())
+        texts = reading.read(tiny_corpus, UnusableRecords())
         monkeypatch.setattr(tokenizer, "encode", lambda batch: here.extend(batch) or encode(batch))
-        in_two = building.in_processes(tokenizer, 2) if name == "two" else None
-        build_store(tmp_path / name, texts, tokenizer, Faults(), encode=in_two)
+        in_two = tokenise.in_processes(tokenizer, 2) if name == "two" else None
+        build_store(tmp_path / name, texts, tokenizer, UnusableRecords(), encode=in_two)
         made.append((content(tmp_path / name), len(here)))
         here.clear()
     (one, all_of_them), (two, first_of_them) = made
     assert one == two
-    assert first_of_them == 20 * building._BATCHES_HERE < all_of_them
+    assert first_of_them == 20 * tokenise._BATCHES_HERE < all_of_them
 
 
 def test_few_documents_start_no_process(tiny, monkeypatch):
-    monkeypatch.setattr(building, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(tokenise, "ProcessPoolExecutor", None)
     tokenizer = open_run(tiny.directory).tokenizer()
     batches = [["Meer"], ["Salz", "Haus"]]
-    encode = building.in_processes(tokenizer, 2)
+    encode = tokenise.in_processes(tokenizer, 2)
     assert list(encode(iter(batches))) == [tokenizer.encode(batch) for batch in batches]
 
 
@@ -282,9 +283,9 @@ def test_a_process_that_is_killed_ends_the_build_and_not_the_machine(tiny, tmp_p
                 first.kill()
             yield Document("Meer", "de")
 
-    encode = building.in_processes(run.tokenizer(), 2)
+    encode = tokenise.in_processes(run.tokenizer(), 2)
     with pytest.raises(UserError, match="a process that tokenises was killed"):
-        build_store(tmp_path / "s", documents(), run.tokenizer(), Faults(), encode=encode)
+        build_store(tmp_path / "s", documents(), run.tokenizer(), UnusableRecords(), encode=encode)
     assert multiprocessing.active_children() == [] and list(tmp_path.iterdir()) == []
 
 
@@ -350,7 +351,7 @@ def test_a_store_of_the_format_without_orders_gets_them(tmp_path):
 
 
 def test_long_documents_go_in_smaller_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(building, "_BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(tokenise, "_BATCH_CHARACTERS", 10)
     lengths = [4, 4, 4, 30, 1, 1]
     documents = [Document("a" * length, "de") for length in lengths]
     heard = []
@@ -429,7 +430,7 @@ def test_a_store_may_have_more_files_than_a_process_may_have_open(tmp_path):
 
 @pytest.mark.parametrize("waiting", [1, 100, 2**26])
 def test_what_waits_in_memory_comes_into_the_files_in_order(tmp_path, monkeypatch, waiting):
-    monkeypatch.setattr(building, "_WAITING_BYTES", waiting)
+    monkeypatch.setattr(tokenise, "_WAITING_BYTES", waiting)
     store = build(tmp_path / "store", MANY)
     for tag, found in store.languages.items():
         texts = [document.text for document in MANY if document.language == tag]

@@ -15,8 +15,8 @@ from clustering.files import write_json
 from experts.grow import grow
 from experts.lock import update
 from xelm.data import tokenizer as tokenizers
-from xelm.data.overlap import copies, fingerprints, overlap
-from xelm.data.spelling import Counts, Spelling
+from xelm.data.coverage import Coverage, CoverageCounts
+from xelm.data.duplicates import copies, fingerprints, overlap
 from xelm.runs.evaluation import evaluate
 from xelm.runs.init import tokenise
 from xelm.runs.report.facts import read
@@ -147,9 +147,9 @@ def test_unknown_characters_are_counted_whatever_the_vocabulary_makes_of_them(
     hub = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
     tokenizer = tokenizers.Tokenizer(hub)
     texts = ["salt", "and բար ծով sea աղտ մեղ"]
-    (plain, mixed) = Spelling(tokenizer).count(texts, tokenizer.encode(texts))
-    assert Counts(*plain.tolist()) == Counts(4, 4, 0, 0)
-    assert Counts(*mixed.tolist()) == Counts(23, 18, *wanted)
+    (plain, mixed) = Coverage(tokenizer).count(texts, tokenizer.encode(texts))
+    assert CoverageCounts(*plain.tolist()) == CoverageCounts(4, 4, 0, 0)
+    assert CoverageCounts(*mixed.tolist()) == CoverageCounts(23, 18, *wanted)
 
 
 def test_parts_of_characters_are_counted_in_bytes_of_both_kinds(tiny):
@@ -164,7 +164,7 @@ def test_parts_of_characters_are_counted_in_bytes_of_both_kinds(tiny):
     )
     texts = ["sea \n", "ծ"]
     for tokenizer in (byte_level, open_run(tiny.directory).tokenizer()):
-        found = Spelling(tokenizer).count(texts, tokenizer.encode(texts))
+        found = Coverage(tokenizer).count(texts, tokenizer.encode(texts))
         assert found[:, 2].tolist() == [0, 0]
         assert found[:, 3].tolist() == [0, 2]  # two bytes of UTF-8; a line's end is a character
 
@@ -270,7 +270,7 @@ def test_a_store_of_an_earlier_version_is_opened_and_what_it_lacks_is_unknown(xe
     record = json.loads((folder / "store.json").read_text())
     del record["fingerprints"]
     for counts in record["languages"].values():
-        for name in (*Counts._fields, "duplicates"):
+        for name in (*CoverageCounts._fields, "duplicates"):
             del counts[name]
     write_json(folder / "store.json", record)
     for path in (*folder.glob("*.hashes"), *folder.glob("*.signatures")):

@@ -15,7 +15,8 @@ import transformers
 
 from clustering.errors import UserError
 from xelm.data import tokenizer as tokenizers
-from xelm.data.tokenizer import BOS, EOS, PAD, UNK
+from xelm.data import tokenizer_training
+from xelm.data.tokenizer_training import BOS, EOS, PAD, UNK
 
 SENTENCES = {
     "de": "Der alte Mann lebte am Meer und fuhr jeden Tag hinaus, um Fische zu fangen.",
@@ -54,7 +55,7 @@ def texts(seed: int = 0, documents: int = 30) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    tokenizers.train(texts(), 640, path)
+    tokenizer_training.train(texts(), 640, path)
     return path
 
 
@@ -111,7 +112,7 @@ def test_transformers_loads_it_and_puts_the_start_token_first(directory, tokeniz
 
 
 def test_the_same_texts_give_the_same_files(directory, tmp_path):
-    tokenizers.train(texts(), 640, tmp_path)
+    tokenizer_training.train(texts(), 640, tmp_path)
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
 
@@ -123,7 +124,7 @@ def test_a_language_is_heard_in_proportion_to_its_bytes_to_the_exponent(exponent
     sizes = {tag: sum(len(text.encode()) for text in found) for tag, found in corpus.items()}
     corpus["de"] = corpus["de"][::every]  # of a large language only a sample is at hand
     heard = {"de": 0, "el": 0}
-    for line in tokenizers._sample(corpus, sizes, exponent, random_seed=0):
+    for line in tokenizer_training._sample(corpus, sizes, exponent, random_seed=0):
         heard["el" if "α" in line else "de"] += len(line.encode())
     weights = {tag: size**exponent for tag, size in sizes.items()}
     for tag, weight in weights.items():
@@ -137,19 +138,21 @@ def test_a_smaller_exponent_gives_a_small_language_longer_pieces(tmp_path):
     corpus = {"de": texts(documents=2000)["de"], "el": texts(documents=8)["el"]}
     length = {}
     for exponent in (0.0, 1.0):
-        tokenizers.train(corpus, 335, tmp_path / str(exponent), exponent=exponent)
+        tokenizer_training.train(corpus, 335, tmp_path / str(exponent), exponent=exponent)
         trained = tokenizers.load(tmp_path / str(exponent))
         length[exponent] = len(trained.encode([SENTENCES["el"]])[0])
     assert length[0.0] < length[1.0]
 
 
 def test_a_large_corpus_is_sampled_and_a_long_document_is_cut(monkeypatch):
-    monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 30_000)
+    monkeypatch.setattr(tokenizer_training, "TRAINING_BYTES", 30_000)
     documents = [f"{number:05}" * 1000 for number in range(100)]
-    sample = list(tokenizers._sample({"de": documents}, {"de": 500_000}, 0.3, random_seed=0))
+    sample = list(
+        tokenizer_training._sample({"de": documents}, {"de": 500_000}, 0.3, random_seed=0)
+    )
     assert sum(map(len, sample)) == 30_000
-    assert max(map(len, sample)) == tokenizers.LONGEST_SENTENCE
-    starts = [line for line in sample if len(line) == tokenizers.LONGEST_SENTENCE]
+    assert max(map(len, sample)) == tokenizer_training.LONGEST_SENTENCE
+    starts = [line for line in sample if len(line) == tokenizer_training.LONGEST_SENTENCE]
     assert len(starts) == len(set(starts)) == 6  # that many documents, none twice
 
 
@@ -158,7 +161,7 @@ def test_a_large_corpus_is_sampled_and_a_long_document_is_cut(monkeypatch):
 )
 def test_a_sample_is_evenly_spaced_and_knows_the_size_of_all(most_bytes, every):
     documents = [f"{number:03}" for number in range(1000)]
-    sample = tokenizers.EvenSample(most_bytes)
+    sample = tokenizer_training.EvenSample(most_bytes)
     for document in documents:
         sample.add(document)
     assert sample.documents == documents[::every]
@@ -174,8 +177,8 @@ def test_the_tokenizer_of_a_run_hears_all_of_a_corpus_and_its_true_sizes(
         heard.update(texts=texts, sizes=sizes)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokenizers, "train", train)
-    monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 3000)
+    monkeypatch.setattr(tokenizer_training, "train", train)
+    monkeypatch.setattr(tokenizer_training, "TRAINING_BYTES", 3000)
     command = ["--corpus", tiny_corpus, "--languages", "de,fr", *tiny_settings()]
     assert xelm("init", tmp_path / "RUN", *command).code == 130
     for language in ("de", "fr"):
@@ -193,7 +196,7 @@ def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
     try:
         with pytest.raises(OSError) as caught:
-            tokenizers.train(texts(), 640, tmp_path)
+            tokenizer_training.train(texts(), 640, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert caught.value.errno == errno.EFBIG
@@ -206,7 +209,7 @@ def test_a_full_disk_leaves_no_half_tokenizer(
         directory.mkdir(parents=True)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tokenizers, "train", full)
+    monkeypatch.setattr(tokenizer_training, "train", full)
     command = ["--corpus", tiny_corpus, "--languages", "de,fr", *tiny_settings()]
     outcome = xelm("init", tmp_path / "RUN", *command)
     assert outcome.code == 2
@@ -240,7 +243,7 @@ def test_a_tokenizer_gets_its_name_when_its_bytes_are_on_disk(
 @pytest.mark.parametrize(("size", "reason"), [(100_000, "Vocabulary size"), (100, "100 pieces")])
 def test_a_vocabulary_that_does_not_fit_the_corpus_is_a_users_mistake(tmp_path, size, reason):
     with pytest.raises(UserError, match=f"cannot train a tokenizer of {size} pieces") as caught:
-        tokenizers.train(texts(), size, tmp_path / "out")
+        tokenizer_training.train(texts(), size, tmp_path / "out")
     assert reason in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from clustering.errors import UserError
-from xelm.data.special import RENDERED
+from xelm.data.special_tokens import RENDERED
 from xelm.inference.decoding import padded
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate

@@ -137,29 +137,29 @@ def _by_ngrams(options: argparse.Namespace) -> "Clustering":
     from clustering import ngrams
     from clustering.documents import Documents
     from clustering.languages import canonical_all
-    from xelm.data import corpus
+    from xelm.data import contents, parts, reading, unusable
 
     text = corpus_of(options)
     if text is None:
         raise UserError("tfidf clusters documents; name a RUN with --run, or text with --corpus")
     k, engine = _fixed(options), _engine(options)
     tags = canonical_all(options.languages) if options.languages else None
-    plan, faults = corpus.plan(text.pinned(), tags), corpus.Faults()
+    plan, faults = contents.contents_of(text.pinned(), tags), unusable.UnusableRecords()
     plan.check()
-    surveys = list(engine(corpus.Survey.of, plan.parts))
+    surveys = list(engine(parts.Survey.of, plan.parts))
     for survey in surveys:
         faults.include(survey.faults)
     silent = [tag for tag in tags or () if not any(tag in s.documents for s in surveys)]
     if silent:
-        raise corpus.no_documents(silent, faults)
+        raise parts.no_documents(silent, faults)
     counts = [survey.documents for survey in surveys]
     left_out = [survey.faults.total() for survey in surveys]
-    print(corpus.reading_table(plan, counts, left_out), file=sys.stderr)
+    print(reading.reading_table(plan, counts, left_out), file=sys.stderr)
     if faults:
         print(f"{text}: {faults}", file=sys.stderr)
     sizes = [sum(count.values()) for count in counts]
     texts = Documents(plan.parts, engine=engine, sizes=sizes)
-    made_from = {"corpus": corpus.fingerprint_of(plan.parts, [s.digest for s in surveys])}
+    made_from = {"corpus": contents.fingerprint_of(plan.parts, [s.digest for s in surveys])}
     return ngrams.cluster(texts, k, options.random_seed or 0, made_from=made_from)
 
 
@@ -273,7 +273,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 def _chosen(options: argparse.Namespace, run: "Run | None") -> Sequence[str] | None:
     if options.languages is None and (corpus := corpus_of(options)):
-        from xelm.data.corpus import languages_of
+        from xelm.data.contents import languages_of
 
         return languages_of(corpus)
     return options.languages or (run.languages if run else None)

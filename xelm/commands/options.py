@@ -56,7 +56,7 @@ def corpus_of(options: argparse.Namespace) -> "Corpus | None":
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')} goes with --corpus")
         return None
-    from xelm.data.sources import Corpus, read_languages
+    from xelm.data.corpus import Corpus, read_languages
 
     if options.language_map:
         given["languages"] = read_languages(options.language_map)

@@ -1,346 +1,191 @@
-"""What a corpus is: its parts, their languages, its fingerprint, and what a reading found.
+"""How a user describes a corpus: a path, or a YAML file of several with their fields and languages.
 
-How a corpus is described is in `sources`, which files it has in `listing`, how a part is read in
-`texts` and `formats`.
+A description is a value that run.json records, so that whoever opens a RUN later reads the same
+text in the same way. Does not open any of the text.
 """
 
-import hashlib
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from clustering.errors import UserError
 from clustering.languages import canonical
-from xelm.data.faults import Faults
-from xelm.data.formats import stem
 from xelm.data.hub import SCHEME, Address
-from xelm.data.listing import (
-    OTHER_LANGUAGE,
-    UNKNOWN_LANGUAGE,
-    code_in,
-    describe,
-    is_other_split,
-    language_in,
-    list_files,
-)
-from xelm.data.sources import AnyCorpus, Corpus, Source
-from xelm.data.texts import Document, Survey, Texts, no_documents, tag_of
+from xelm.data.records import UNITS
+
+YAML = (".yaml", ".yml")
 
 
-@dataclass(slots=True)
-class Plan:
-    """What is read of a corpus, and what is not."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One place where text of a corpus lies, and how its records are read."""
 
-    parts: list[Texts] = field(default_factory=list)
-    """Files and data sets, each of which can be read by itself."""
-    passed_over: dict[str, list[str]] = field(default_factory=dict)
-    """Why files are skipped -> their names, or their languages where that is why."""
-    nameless: list[str] = field(default_factory=list)
-    """Files of which neither names nor records say the language."""
-    corpus: str = ""
-    """For people."""
+    path: str
+    """A folder, a file, a pattern such as `data/*/train`, or an address on the Hub,
+    `hf://owner/dataset[@revision][/config][:split]`."""
+    language: str | None = None
+    """Of all text there, whatever names and records say; None leaves it to them."""
+    text_field: str | None = None
+    """Name of the field that holds the text; None is `text`, or `content` where there is none."""
+    language_field: str | None = None
+    """Name of the field that holds the language; None is `lang`, or, in files whose names are no
+    language, `language`."""
+    languages: Mapping[str, str | None] = field(default_factory=dict)
+    """Names of files, folders, configurations, patterns of paths, or values of the language field
+    -> language code; None leaves them out."""
+    unit: str | None = None
+    """What a document of a plain text file is: paragraph, line or file. None takes paragraphs, or
+    lines where the file has no blank line."""
 
-    def check(self) -> None:
-        """Raises UserError for files of which nothing says the language, and for languages all of
-        whose files have no bytes."""
-        if self.nameless:
-            raise _no_language(self.corpus, self.nameless)
-        _refuse_empty(self.parts)
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name != "languages" and not isinstance(value, str | None):
+                raise UserError(f"{one.name} of a corpus must be a text; got {value!r}")
+        if not self.path:
+            raise UserError("a source of a corpus needs a path")
+        if self.unit not in (None, *UNITS):
+            raise UserError(f"unit must be one of {', '.join(UNITS)}; got {self.unit}")
+        for code in [self.language, *self.languages.values()]:
+            if code is not None:
+                canonical(code)
+        if self.path.startswith(SCHEME):
+            Address.of(self.path)
 
-    def parts_of(self, languages: Sequence[str]) -> list[Texts]:
-        """The parts that may have text in one of these languages."""
-        return [
-            texts
-            for texts in self.parts
-            if texts.name not in self.nameless and (not texts.named or texts.language in languages)
-        ]
+    def options(self) -> dict[str, Any]:
+        """What is given beside the path, without what is left to names and records."""
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "path"}
+        return {name: value for name, value in given.items() if value}
 
-    def first_documents(
-        self, languages: Sequence[str], count: int, faults: Faults
-    ) -> Iterator[Document]:
-        """The first `count` usable documents in each of these languages, in the order of the parts.
+    def text_fields(self) -> tuple[str, ...]:
+        """Fields that may hold the text, the first that a record has."""
+        return (self.text_field,) if self.text_field else ("text", "content")
 
-        Each part is read once for all languages together, and no further than they need. Unusable
-        records on the way are counted in `faults`.
-        """
-        missing = dict.fromkeys(languages, count)
-        for texts in self.parts_of(languages):
-            here = [texts.language] if texts.named else languages
-            wanted = {tag for tag in here if tag and missing[tag]}
-            documents = texts.documents(faults)
-            while wanted and (document := next(documents, None)):
-                tag = document.language
-                if tag not in wanted:
-                    continue
-                missing[tag] -= 1
-                if not missing[tag]:
-                    wanted.remove(tag)
-                yield document
-
-    def fingerprint(self, languages: Sequence[str]) -> str:
-        """The same as `fingerprint` of the corpus for these languages, without planning again."""
-        parts = self.parts_of(languages)
-        return fingerprint_of(parts, [part.digest() for part in parts])
-
-    def add(self, texts: Texts) -> None:
-        """Adds a part, unless it is of a language that is not wanted."""
-        if texts.named and texts.wanted is not None and texts.language not in texts.wanted:
-            self.pass_over(texts.language or texts.name, OTHER_LANGUAGE)
-        else:
-            self.parts.append(texts)
-
-    def pass_over(self, name: str, reason: str) -> None:
-        """Records a file that is skipped."""
-        self.passed_over.setdefault(reason, []).append(name)
+    def language_fields(self, *, named: bool) -> tuple[str, ...]:
+        """Fields that may say a record's language, the first that has a value; `named` says that
+        the file's name is a language."""
+        if self.language_field:
+            return (self.language_field,)
+        return ("lang",) if named else ("lang", "language")
 
 
-def plan(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> Plan:
-    """What is read of a corpus for these languages, and which files are passed over and why.
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Text of one or several sources."""
 
-    Files whose names are other languages are not read; those whose names are none are read if their
-    records say the language. UserError for a corpus without files, or without one of the languages.
-    """
-    corpus = Corpus.of(corpus)
-    found = Plan(corpus=str(corpus))
-    for source in corpus.sources:
-        if source.path.startswith(SCHEME):
-            _plan_hub(found, source, languages)
-        else:
-            _plan_files(found, source, languages)
-    if languages is not None:
-        if all(texts.named for texts in found.parts):
-            tags = {texts.language for texts in found.parts}
-            missing = [language for language in languages if language not in tags]
-            if missing:
-                raise UserError(f"{corpus} has no file of {', '.join(missing)}")
-        _refuse_empty(found.parts)
-    return found
+    sources: tuple[Source, ...]
 
+    @staticmethod
+    def of(what: "AnyCorpus") -> "Corpus":
+        """The corpus that a path, a file of YAML, or the record of a RUN describes; UserError for a
+        description that is none."""
+        if isinstance(what, Corpus):
+            return what
+        if isinstance(what, Mapping):
+            return Corpus(tuple(_source(one, Path()) for one in what["sources"]))
+        if str(what).lower().endswith(YAML):
+            return _read(Path(what))
+        return Corpus((Source(path=str(what)),))
 
-def _plan_files(found: Plan, source: Source, languages: Sequence[str] | None) -> None:
-    listing = list_files(source)
-    for reason, names in listing.passed_over.items():
-        found.passed_over.setdefault(reason, []).extend(names)
-    alone = Path(source.path).is_file()
-    agreeing: dict[tuple[Path, str | None], bool] = {}
-    for file in listing.files:
-        texts = Texts(file.path, file.language, languages, file.name, source)
-        unnamed = replace(texts, language=None, named=False)
-        if source.language or (file.language and not alone and not file.by_folder):
-            found.add(texts)
-        elif file.language:
-            # A folder may be called anything, and a file that is given by itself may hold many
-            # languages: their records know better. One file speaks for those beside it.
-            group = (file.path.parent, file.language)
-            if group not in agreeing:
-                said = unnamed.first_language()
-                agreeing[group] = said is None or (not alone and _agree(said, file.language))
-            found.add(texts if agreeing[group] else unnamed)
-        elif unnamed.first_language() is not None:
-            found.add(unnamed)
-        elif languages is not None:
-            found.pass_over(file.name, UNKNOWN_LANGUAGE)
-        else:
-            found.nameless.append(file.name)
-            found.add(replace(unnamed, language=stem(file.path.name)))
-
-
-def _plan_hub(found: Plan, source: Source, languages: Sequence[str] | None) -> None:
-    address = Address.of(source.path).pinned()
-    configs = [address.config] if address.config else address.configs()
-    tags = {name: tag for name in configs if (tag := _language_of_config(source, name))}
-    training = [name for name in tags if not is_other_split(name)] or list(tags)
-    for name in training:
-        here = str(replace(address, config=name))
-        found.add(Texts(here, tags[name], languages, here, source))
-    if tags:
-        return
-    if len(configs) > 1 and "default" not in configs:
-        more = f" and {len(configs) - 5} more" if len(configs) > 5 else ""
-        raise UserError(
-            f"no configuration of {source.path} has the name of a language; name one of "
-            f"{', '.join(configs[:5])}{more}, as in {replace(address, config=configs[0])}"
+    def with_defaults(self, **options: Any) -> "Corpus":
+        """The same, with these options for the sources that do not say them themselves."""
+        given = {name: value for name, value in options.items() if value}
+        languages = given.get("languages", {})
+        return Corpus(
+            tuple(
+                replace(
+                    one, **(given | one.options() | {"languages": {**languages, **one.languages}})
+                )
+                for one in self.sources
+            )
         )
-    found.add(Texts(str(address), None, languages, str(address), source, named=False))
+
+    def pinned(self) -> "Corpus":
+        """The same with data sets of the Hub at the commits that they are at now."""
+        return Corpus(
+            tuple(
+                replace(one, path=str(Address.of(one.path).pinned()))
+                if one.path.startswith(SCHEME)
+                else one
+                for one in self.sources
+            )
+        )
+
+    def to_json(self) -> str | dict[str, Any]:
+        """For the record of a RUN, which is read from anywhere: the absolute path alone, or all
+        sources where there is more to say."""
+        found = [{"path": _absolute(one.path), **one.options()} for one in self.sources]
+        return found[0]["path"] if list(map(len, found)) == [1] else {"sources": found}
+
+    def __str__(self) -> str:
+        return ", ".join(one.path for one in self.sources)
 
 
-def _language_of_config(source: Source, name: str) -> str | None:
-    if source.language:
-        return canonical(source.language)
-    for key in (name, code_in(name)):
-        if key in source.languages:
-            code = source.languages[key]
-            return code and canonical(code)
-    return language_in(name)
+AnyCorpus = Corpus | str | Path | Mapping[str, Any]
+"""A corpus, or what `Corpus.of` makes one of."""
 
 
-def _agree(said: str, tag: str) -> bool:
-    """Whether two tags are of one language, of which one may say more, as `sr` and `sr-Latn`; and
-    whatever is no tag speaks against none."""
-    if tag_of(said) is None:
-        return True
-    return said == tag or said.startswith(f"{tag}-") or tag.startswith(f"{said}-")
+def _absolute(path: str) -> str:
+    return path if path.startswith(SCHEME) else os.path.abspath(path)
 
 
-def _refuse_empty(parts: Sequence[Texts]) -> None:
-    """Raises UserError for languages all of whose files have no bytes."""
-    empty: dict[str, bool] = {}
-    for texts in parts:
-        if texts.language and isinstance(texts.where, Path):
-            size = texts.where.stat().st_size
-            empty[texts.language] = empty.get(texts.language, True) and not size
-        elif texts.language:
-            empty[texts.language] = False
-    silent = [texts for texts in parts if empty.get(texts.language or "")]
-    if silent:
-        names = ", ".join(dict.fromkeys(texts.name for texts in silent[:5]))
-        tags = ", ".join(dict.fromkeys(texts.language or "" for texts in silent))
-        raise UserError(f"the corpus has no text in {tags}: {names} has 0 bytes")
+def read_languages(path: str | Path) -> dict[str, str | None]:
+    """The map of a YAML file with lines such as `als: gsw`; `notes: null` leaves out. UserError for
+    another file."""
+    return _languages(_yaml(Path(path)), path)
 
 
-def parts(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> list[Texts]:
-    """What a corpus consists of, each of which can be read by itself; as `plan`."""
-    return plan(corpus, languages).parts
-
-
-def languages_of(corpus: AnyCorpus) -> list[str]:
-    """Canonical tags of the languages of a corpus, each once: those that names say, in the order of
-    the files, and those of files whose records say it, which are read for that.
-
-    UserError for files of which neither says it, and for a data set of the Hub that would
-    have to be read whole.
-    """
-    corpus = Corpus.of(corpus)
-    for source in corpus.sources:
-        if source.path.startswith(SCHEME) and not _says_language(source):
-            raise UserError(f"name the languages to take from {source.path} with --languages")
-    found = plan(corpus)
-    found.check()
-    tags: list[str] = []
-    faults = Faults()
-    for texts in found.parts:
-        if texts.named and texts.language:
-            tags.append(texts.language)
-        else:
-            survey = Survey.of(texts)
-            tags += survey.documents
-            faults.include(survey.faults)
-    if not tags:
-        raise no_documents([], faults)
-    return list(dict.fromkeys(tags))
-
-
-def _says_language(source: Source) -> bool:
-    config = Address.of(source.path).config
-    return bool(source.language or (config and _language_of_config(source, config)))
-
-
-def _no_language(corpus: str, names: Sequence[str]) -> UserError:
-    """The mistake of files of which nothing says the language."""
-    folder, _, file = names[0].rpartition("/")
-    name = code_in(folder.rpartition("/")[2] or stem(file))
-    try:
-        canonical(name)
-        unknown = f"{name!r} is taken for a word, not for a language code"
-    except UserError as error:
-        unknown = str(error).partition("; did you mean")[0]
-    more = f" (and {len(names) - 1} more: {', '.join(names[1:5])})" if len(names) > 1 else ""
-    return UserError(
-        f"{unknown}: nothing says the language of {names[0]}{more} of {corpus}; say it in a YAML "
-        f"file, '{name}: CODE', or '{name}: null' to leave it out, with --language-map, name the "
-        "field of the records that says it with --language-field, or choose with --languages"
+def _languages(found: Any, path: str | Path) -> dict[str, str | None]:
+    whole = isinstance(found, Mapping) and all(
+        isinstance(name, str) and isinstance(code, str | None) for name, code in found.items()
     )
+    if not whole:
+        raise UserError(
+            f"{path} wants lines such as 'als: gsw' or 'notes: null'; names and codes that YAML "
+            f"takes for something else stand in quotes, as 'no'; got {found!r:.80}"
+        )
+    return dict(found)
 
 
-def fingerprint(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> str:
-    """SHA-256 over names and contents of the corpus files that `read` would read and over how they
-    are read, and over the addresses of Hub data sets with their commits."""
-    found = parts(corpus, languages)
-    return fingerprint_of(found, [part.digest() for part in found])
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def fingerprint_of(parts: Sequence[Texts], digests: Sequence[bytes]) -> str:
-    """The fingerprint of a corpus of these parts, with these digests."""
-    whole = hashlib.sha256()
-    for part, digest in zip(parts, digests):
-        if isinstance(part.where, Path):
-            whole.update(part.name.encode() + b"\0")
-        options = part.source.options()
-        if part.language and language_in(stem(part.name.rpartition("/")[2])) != part.language:
-            options["language"] = part.language  # by a folder, which may be that of the corpus
-        if options:
-            whole.update(json.dumps(options, sort_keys=True).encode() + b"\0")
-        whole.update(digest)
-    return whole.hexdigest()
+def _read(path: Path) -> Corpus:
+    found = _yaml(path)
+    if not isinstance(found, Mapping) or not found.get("sources"):
+        raise UserError(f"{path} describes no corpus; wanted 'sources:' with a list of paths")
+    defaults = {name: value for name, value in found.items() if name != "sources"}
+    sources = found["sources"]
+    if isinstance(sources, str | Mapping) or not isinstance(sources, Sequence):
+        raise UserError(f"sources of {path} must be a list; got {sources!r:.80}")
+    try:
+        shared = _source({"path": ".", **defaults}, Path()).options()
+        return Corpus(tuple(_source(one, path.parent) for one in sources)).with_defaults(**shared)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
-def read(
-    corpus: AnyCorpus, faults: Faults, languages: Sequence[str] | None = None
-) -> Iterator[Document]:
-    """Every usable document of the `parts`, in their order; unusable records are counted in
-    `faults`."""
-    yield from Reading(plan(corpus, languages), faults).documents()
-
-
-@dataclass(slots=True)
-class Reading:
-    """One reading of a corpus, which counts what it finds in each part."""
-
-    plan: Plan
-    faults: Faults
-    counts: list[Mapping[str, int]] = field(default_factory=list)
-    """Language -> usable documents, of each part that was read."""
-    left_out: list[int] = field(default_factory=list)
-    """Unusable records of each part that was read."""
-
-    def documents(self) -> Iterator[Document]:
-        """Every usable document, in the order of the parts."""
-        for part in self.plan.parts:
-            counts: dict[str, int] = {}
-            self.counts.append(counts)
-            self.left_out.append(0)
-            documents = part.documents(self.faults)
-            while True:
-                # Whoever takes the documents may count some of them as faults too.
-                before = self.faults.total()
-                document = next(documents, None)
-                self.left_out[-1] += self.faults.total() - before
-                if document is None:
-                    break
-                counts[document.language] = counts.get(document.language, 0) + 1
-                yield document
-
-    def table(self) -> str:
-        """The number of documents by file and language, and what was skipped, for people."""
-        return reading_table(self.plan, self.counts, self.left_out)
-
-
-def reading_table(plan: Plan, counts: Sequence[Mapping[str, int]], left_out: Sequence[int]) -> str:
-    """A row for each language of each file or group of files: where, language, documents, records
-    left out; then the files that were skipped. counts, left_out: of each part of the plan."""
-    groups: dict[tuple[str, str | None], list[int]] = {}
-    for number, part in enumerate(plan.parts[: len(counts)]):
-        folder, _, name = part.name.rpartition("/")
-        shards = f"{folder}/" if folder else re.sub(r"\d+", "", name)
-        groups.setdefault((shards, part.language if part.named else None), []).append(number)
-    rows = [("read from", "language", "documents", "left out")]
-    for numbers in groups.values():
-        wanted = plan.parts[numbers[0]].wanted
-        name = plan.parts[numbers[0]].name
-        name += f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
-        found: dict[str, int] = {}
-        for number in numbers:
-            for tag, count in counts[number].items():
-                found[tag] = found.get(tag, 0) + count
-        kept = {tag: count for tag, count in found.items() if wanted is None or tag in wanted}
-        lost = sum(left_out[number] for number in numbers)
-        lost += sum(found.values()) - sum(kept.values())
-        for tag, count in kept.items() or [("–", 0)]:
-            rows.append((name, tag, f"{count:,}", f"{lost:,}"))
-            name, lost = "", 0
-    width, tag_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    lines = [f"{a:{width}}  {b:{tag_width}}{c:>13}{d:>12}" for a, b, c, d in rows]
-    passed_over = describe(plan.passed_over)
-    return "\n".join([*lines, *([passed_over] if passed_over else [])])
+def _source(what: Any, folder: Path) -> Source:
+    """A source of a description, whose paths begin in `folder`."""
+    given = {"path": what} if isinstance(what, str) else what
+    known = [one.name for one in fields(Source)]
+    if not isinstance(given, Mapping) or "path" not in given:
+        raise UserError(f"a source is a path, or has one with {', '.join(known[1:])}; got {what!r}")
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise UserError(f"there is no {unknown[0]!r} of a source; there are {', '.join(known)}")
+    path = given["path"]
+    if isinstance(path, str) and not path.startswith(SCHEME):
+        path = os.path.join(folder, path)
+    languages = _languages(given.get("languages") or {}, "languages")
+    return Source(**{**given, "path": path, "languages": languages})

@@ -21,12 +21,12 @@ class Masking:
     """Ids of no special token, ascending: these alone are hidden or put in place of others."""
 
 
-def most_hidden(length: int, share: float) -> int:
+def masked_per_row(length: int, share: float) -> int:
     """Of the tokens of a row."""
     return max(1, round(length * share))
 
 
-def hide(
+def mask_tokens(
     batch: Mapping[str, np.ndarray],
     masking: Masking,
     share: float,
@@ -34,7 +34,7 @@ def hide(
     step: int,
 ) -> dict[str, np.ndarray]:
     """The batch with "inputs" (tokens, some of them hidden), "places" (columns of those to be
-    predicted, as many in each row: `most_hidden`) and "chosen" (bool: whether there is one at a
+    predicted, as many in each row: `masked_per_row`) and "chosen" (bool: whether there is one at a
     place; rows with padding have fewer). A pure function of its arguments: a resumed training hides
     the same tokens.
 
@@ -48,7 +48,7 @@ def hide(
     plain = (kept["segments"] > 0) & (masking.usual_ids[nearest] == tokens)
     # In random order, those that may be hidden first.
     order = np.argsort(np.where(plain, random.random(tokens.shape), 2.0), axis=1, kind="stable")
-    places = order[:, : most_hidden(length, share)]
+    places = order[:, : masked_per_row(length, share)]
     counts = np.ceil(plain.sum(axis=1) * share)
     chosen = np.arange(places.shape[1])[None] < counts[:, None]
     fate = random.random(places.shape)

@@ -17,17 +17,17 @@ import numpy as np
 from jaxtyping import Int
 
 from clustering.errors import UserError
-from xelm.data.store import FRAME, LanguageIds
+from xelm.data.store import FRAME, TokenizedLanguage
 
 ORIGIN = ("language", "row")
 """Where a row of a batch comes from: the index of its source, and its number there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class LanguageShare:
     """The documents of one language that a training may see."""
 
-    ids: LanguageIds
+    ids: TokenizedLanguage
     """All documents of the language."""
     share: float
     """Of the rows of the training; shares are relative to each other."""
@@ -40,7 +40,7 @@ class LanguageRows:
 
     def __init__(
         self,
-        source: Source,
+        source: LanguageShare,
         *,
         sequence_length: int,
         start_id: int | None,
@@ -106,7 +106,7 @@ class LanguageRows:
 
 
 def batches(
-    sources: list[Source],
+    sources: list[LanguageShare],
     *,
     steps: int,
     batch_size: int,

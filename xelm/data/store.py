@@ -27,7 +27,7 @@ from jaxtyping import Int, Integer
 from clustering.errors import UserError
 from clustering.files import read_json, replace, write_json
 from clustering.languages import find
-from xelm.data.overlap import HASH_WORDS, SIGNATURE_SIZE, Fingerprints, method
+from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, Fingerprints, fingerprint_method
 
 FORMAT = 2
 FRAME = 2
@@ -38,7 +38,7 @@ PART_DOCUMENTS = 50_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LanguageIds:
+class TokenizedLanguage:
     """The documents of one language as subword ids, memory-mapped."""
 
     language: str
@@ -83,7 +83,7 @@ class Store:
 
     directory: Path
     """Where it lies."""
-    languages: Mapping[str, LanguageIds]
+    languages: Mapping[str, TokenizedLanguage]
     """Documents by language, in the order they were asked for."""
     record: Mapping[str, Any]
     """store.json: counts and unusable records."""
@@ -91,7 +91,7 @@ class Store:
     def fingerprints(self) -> dict[str, Fingerprints] | None:
         """What documents are compared by, memory-mapped, by language; None in a store of a version
         that kept none, or made them otherwise."""
-        if self.record.get("fingerprints") != method():
+        if self.record.get("fingerprints") != fingerprint_method():
             return None
         return {
             tag: Fingerprints(
@@ -154,13 +154,13 @@ def open_store(directory: str | Path) -> Store:
     return Store(directory=directory, languages=languages, record=record)
 
 
-def _open_language(directory: Path, language: str, record: Mapping[str, Any]) -> LanguageIds:
+def _open_language(directory: Path, language: str, record: Mapping[str, Any]) -> TokenizedLanguage:
     dtype, counts = np.dtype(record["dtype"]), record["languages"][language]
     path = directory / f"{language}.ids"
     if path.stat().st_size != counts["tokens"] * dtype.itemsize:
         raise _mismatch(path)
     names = {"ends": "ends", "bytes": "bytes", "order": "order", "stream_ends": "stream"}
-    return LanguageIds(
+    return TokenizedLanguage(
         language=language,
         # An empty file cannot be mapped.
         ids=np.memmap(path, dtype, "r") if counts["tokens"] else np.empty(0, dtype),

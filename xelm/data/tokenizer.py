@@ -4,11 +4,7 @@ A trained tokenizer is written so that `transformers.AutoTokenizer` loads it and
 sentencepiece gives.
 """
 
-import io
-import itertools
-import json
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +15,9 @@ from clustering.errors import UserError
 from clustering.files import read_object
 from xelm.config import StartToken
 from xelm.data.masking import Masking
-from xelm.data.special import SpecialTokens, ids_of
-from xelm.data.text import normalised
+from xelm.data.special_tokens import SpecialTokens, ids_of
+from xelm.data.unicode import normalised
 
-PAD, BOS, EOS, UNK = 0, 1, 2, 3
-SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-# Of the names of special and byte pieces: with pieces of their own, a text that spells such a name
-# is never read as the piece itself.
-CONTROL_CHARACTERS = "<>/spadunkx0123456789ABCDEF"
-# Sentencepiece learns pieces from counts that converge long before this much text.
-TRAINING_BYTES = 40_000_000
 # One of them holds the pieces. Without any, transformers makes a tokenizer of the special tokens.
 PIECE_FILES = (
     "tokenizer.json",
@@ -39,87 +28,6 @@ PIECE_FILES = (
 )
 # Of one length: what makes nothing of a text, or unknown ids alone, cannot tell them apart.
 PROBES = ("sea", "old")
-# In characters, of which UTF-8 takes up to four bytes.
-LONGEST_SENTENCE = 4192
-
-
-def train(
-    texts: Mapping[str, Sequence[str]],
-    vocabulary_size: int,
-    directory: str | Path,
-    *,
-    sizes: Mapping[str, int] | None = None,
-    exponent: float = 0.3,
-    random_seed: int = 0,
-) -> None:
-    """Trains a unigram model with byte fallback and writes tokenizer files into `directory`.
-
-    texts: documents by language. sizes: UTF-8 bytes of each language, of which `texts` may hold a
-    sample; None counts those of `texts`. A language's share of the training text is its share of
-    the bytes to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1): small ones get
-    pieces too.
-    """
-    import sentencepiece
-
-    if sizes is None:
-        sizes = {tag: sum(len(t.encode()) for t in found) for tag, found in texts.items()}
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(list(_sample(texts, sizes, exponent, random_seed))),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocabulary_size,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            required_chars=CONTROL_CHARACTERS,
-            # Identity keeps the ids equal to those of the tokenizers library, which reads no
-            # compiled normaliser from us; text is NFC already.
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            max_sentence_length=LONGEST_SENTENCE * 4,
-            pad_id=PAD,
-            bos_id=BOS,
-            eos_id=EOS,
-            unk_id=UNK,
-            pad_piece="<pad>",
-            bos_piece="<s>",
-            eos_piece="</s>",
-            unk_piece="<unk>",
-            num_threads=2,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[-1].split("] ")[-1]
-        raise UserError(
-            f"cannot train a tokenizer of {vocabulary_size} pieces on this corpus: {reason}"
-        ) from error
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    _write(model.getvalue(), Path(directory))
-
-
-class EvenSample:
-    """Documents of one language, evenly spaced over all that were added, that fit a limit."""
-
-    def __init__(self, most_bytes: int):
-        self.most_bytes = most_bytes
-        self.documents: list[str] = []
-        self.bytes = 0
-        """UTF-8 bytes of all that were added, kept or not."""
-        self._kept_bytes, self._added, self._stride = 0, 0, 1
-
-    def add(self, text: str) -> None:
-        """Counts one more document, and keeps it if its turn has come."""
-        size = len(text.encode())
-        self.bytes += size
-        if self._added % self._stride == 0:
-            self.documents.append(text)
-            self._kept_bytes += size
-        self._added += 1
-        while self._kept_bytes > self.most_bytes and len(self.documents) > 1:
-            self.documents = self.documents[::2]
-            self._kept_bytes = sum(len(kept.encode()) for kept in self.documents)
-            self._stride *= 2
 
 
 def load(directory: str | Path, start_token: StartToken = "tokenizer") -> "Tokenizer":
@@ -373,73 +281,3 @@ def _before_texts(hub: Any) -> int | None:
             "one"
         )
     return whole[0] if before else None
-
-
-def _sample(
-    texts: Mapping[str, Sequence[str]],
-    sizes: Mapping[str, int],
-    exponent: float,
-    random_seed: int,
-) -> Iterator[str]:
-    weights = {language: size**exponent for language, size in sizes.items() if size}
-    total = min(TRAINING_BYTES, sum(sizes.values()))
-    order = random.Random(random_seed)
-    for language, weight in weights.items():
-        wanted = total * weight / sum(weights.values())
-        documents = list(texts[language])
-        order.shuffle(documents)
-        # A language that has less than its share, or of which less was kept, is heard again.
-        for document in itertools.cycle(documents):
-            if wanted <= 0:
-                break
-            for line in document.splitlines():
-                for start in range(0, len(line), LONGEST_SENTENCE):
-                    yield line[start : start + LONGEST_SENTENCE]
-            wanted -= len(document.encode())
-
-
-def _write(model: bytes, directory: Path) -> None:
-    """tokenizer.model, and the same model as tokenizer.json with its configuration."""
-    import sentencepiece
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    vocabulary = [(pieces.id_to_piece(i), _score(pieces, i)) for i in range(pieces.vocab_size())]
-    fast = tokenizers.Tokenizer(models.Unigram(vocabulary, UNK, byte_fallback=True))
-    # As sentencepiece: one more space in front, whatever the text begins with.
-    fast.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    fast.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    fast.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    fast.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
-    )
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast.add_special_tokens(
-        [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in special.values()]
-    )
-    # As `fast.save` writes it, which raises no OSError where the disk is full.
-    (directory / "tokenizer.json").write_bytes(fast.to_str(pretty=True).encode())
-    (directory / "tokenizer.model").write_bytes(model)
-    settings = {
-        **special,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 10**12,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _score(pieces: Any, number: int) -> float:
-    # The tokenizers library finds "<0x41>" and "</s>" in a text like any piece; never as the best.
-    plain = not (pieces.is_byte(number) or pieces.is_control(number) or pieces.is_unknown(number))
-    return pieces.get_score(number) if plain else -1e4

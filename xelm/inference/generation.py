@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.data.text import composed_and_decomposed
 from xelm.data.tokenizer import Tokenizer
+from xelm.data.unicode import composed_and_decomposed
 from xelm.inference.decoding import padded
 from xelm.inference.engine import Engine, Text
 from xelm.inference.sampling import Sampling

@@ -10,7 +10,7 @@ import numpy as np
 
 from clustering.errors import UserError
 from xelm.config import TrainConfig
-from xelm.data.rows import Source
+from xelm.data.rows import LanguageShare
 from xelm.data.store import FRAME
 from xelm.models.config import ModelConfig
 from xelm.progress import duration
@@ -58,7 +58,7 @@ def plan(
     run: Run,
     name: str,
     part: str,
-    sources: Sequence[Source],
+    sources: Sequence[LanguageShare],
     config: TrainConfig,
     model: ModelConfig,
     *,
@@ -82,7 +82,7 @@ def plan(
     )
 
 
-def passes(sources: Sequence[Source], config: TrainConfig) -> dict[str, float]:
+def passes(sources: Sequence[LanguageShare], config: TrainConfig) -> dict[str, float]:
     """How often the text of each language is passed over in a training."""
     total, found = sum(source.share for source in sources), {}
     for source in sources:
@@ -182,7 +182,7 @@ def _names(plans: Sequence[Plan]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more else "")
 
 
-def _tokens(source: Source) -> int:
+def _tokens(source: LanguageShare) -> int:
     """Tokens of one pass, special tokens counted."""
     if source.documents is None:
         return int(source.ids.stream_ends[-1])

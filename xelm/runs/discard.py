@@ -7,7 +7,7 @@ from clustering.errors import UserError
 from experts.expert import Expert
 from experts.lock import locked, update
 from experts.registry import Registry
-from xelm.data.texts import tag_of
+from xelm.data.parts import tag_of
 from xelm.runs.run import Run
 
 

@@ -20,10 +20,11 @@ from clustering.distances import Distances, combine
 from clustering.errors import UserError
 from clustering.files import sha256
 from clustering.languages import canonical_all, find
-from xelm.data import corpus as corpora
-from xelm.data import tagged
-from xelm.data.corpus import AnyCorpus, Corpus, Faults, Plan
-from xelm.data.texts import Document
+from xelm.data import conllu, contents, parts
+from xelm.data.contents import Contents
+from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.parts import Document
+from xelm.data.unusable import UnusableRecords
 from xelm.runs.results import RESULTS, read_results
 from xelm.runs.run import Run
 
@@ -131,14 +132,14 @@ def languages_of(spec: str, sources: Sources) -> Sequence[str]:
     if "table" in measures:
         return table.read(_given(sources.table, "table", "--table"))[0]
     if "names" in measures:
-        return list(tagged.files(_given(sources.tagged, "names", "--tagged")))
+        return list(conllu.files(_given(sources.tagged, "names", "--tagged")))
     for measure in ("states", "alignment"):
         if measure in measures:
             return internal.States.load(_given(sources.states, measure, "--states")).languages
     if "updates" in measures:
         return internal.Updates.load(_given(sources.updates, "updates", "--updates")).languages
     if sources.corpus:
-        return corpora.languages_of(sources.corpus)
+        return contents.languages_of(sources.corpus)
     if sources.run:
         return sources.run.languages
     raise UserError("name the languages with --languages, --corpus or --run")
@@ -175,10 +176,14 @@ def _text(
     def distances(languages: Sequence[str], sources: Sources) -> Distances:
         corpus = sources.corpus or (sources.run and sources.run.record["corpus"])
         corpus = Corpus.of(_given(corpus, measure, "--corpus or --run")).pinned()
-        tags, faults, plan = canonical_all(languages), Faults(), corpora.plan(corpus)
+        tags, faults, plan = (
+            canonical_all(languages),
+            UnusableRecords(),
+            contents.contents_of(corpus),
+        )
         counts = _counted(plan, tags, sources.documents, count, faults)
         if not counts:
-            raise corpora.no_documents(tags, faults)
+            raise parts.no_documents(tags, faults)
         if faults:
             print(f"{corpus}: {faults}", file=sys.stderr)
         made_from = {"corpus": plan.fingerprint(list(counts))}
@@ -190,11 +195,11 @@ def _text(
 
 
 def _counted(
-    plan: Plan,
+    plan: Contents,
     languages: Sequence[str],
     documents: int,
     count: Callable[[list[str]], Mapping[Any, int]],
-    faults: Faults,
+    faults: UnusableRecords,
 ) -> dict[str, lexical.Counts]:
     """What `count` finds in the first `documents` texts of each language, summed in one reading of
     the corpus; languages in which nothing is found are left out."""
@@ -245,13 +250,13 @@ def _subwords_of(
         made_from["corpus" if name == "train" else name] = store.record["corpus_sha256"]
     missing = [tag for tag in tags if tag not in counts]
     if sources.corpus and missing:
-        plan, tokenizer = corpora.plan(sources.corpus), run.tokenizer()
+        plan, tokenizer = contents.contents_of(sources.corpus), run.tokenizer()
         more = _counted(
             plan,
             missing,
             sources.documents,
             lambda texts: lexical.subwords(map(np.asarray, tokenizer.encode(texts))),
-            Faults(),
+            UnusableRecords(),
         )
         if more:
             made_from["further corpus"] = plan.fingerprint(list(more))
@@ -262,12 +267,12 @@ def _subwords_of(
 
 def _names(languages: Sequence[str], sources: Sources) -> Distances:
     folder = _given(sources.tagged, "names", "--tagged")
-    tags, found = canonical_all(languages), tagged.files(folder)
-    counts = {tag: lexical.names(tagged.proper_nouns(found[tag])) for tag in tags if tag in found}
+    tags, found = canonical_all(languages), conllu.files(folder)
+    counts = {tag: lexical.names(conllu.proper_nouns(found[tag])) for tag in tags if tag in found}
     counts = {tag: names for tag, names in counts.items() if names}
     if not counts:
         raise UserError(f"{folder} has no names in {', '.join(tags[:5])}")
-    made_from = tagged.made_from(path for tag in counts for path in found[tag])
+    made_from = conllu.made_from(path for tag in counts for path in found[tag])
     return lexical.type_distances(counts, "names", made_from).spread(tags)
 
 

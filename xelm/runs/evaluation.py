@@ -19,7 +19,7 @@ from clustering.languages import canonical_all, find, lookup
 from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
 from xelm.data.corpus import AnyCorpus, Corpus
-from xelm.data.store import LanguageIds, Store
+from xelm.data.store import Store, TokenizedLanguage
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.guessing import guess_documents
 from xelm.inference.parameter_cache import ParameterCache
@@ -172,7 +172,7 @@ def _prepared(
     run: Run,
     model: ModelConfig,
     experts: Sequence[Expert],
-    texts: Mapping[str, LanguageIds],
+    texts: Mapping[str, TokenizedLanguage],
     options: _Options,
 ) -> "_Evaluation":
     """Which system is asked in which language, and the routers."""

@@ -8,8 +8,9 @@ from clustering.errors import UserError
 from clustering.internal import States
 from clustering.languages import canonical_all
 from experts.verify import hash_directory
-from xelm.data import corpus as corpora
-from xelm.data.corpus import AnyCorpus, Corpus, Faults
+from xelm.data import contents, parts
+from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.unusable import UnusableRecords
 from xelm.inference.states import document_states
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.progress import bar
@@ -36,10 +37,10 @@ def features(
     if documents < 1:
         raise UserError(f"documents must be at least 1; got {documents}")
     corpus = Corpus.of(corpus or run.record["corpus"])
-    tags = canonical_all(corpora.languages_of(corpus) if languages is None else languages)
+    tags = canonical_all(contents.languages_of(corpus) if languages is None else languages)
     corpus = corpus.pinned()
-    tokenizer, faults = run.tokenizer(), Faults()
-    plan = corpora.plan(corpus, tags)
+    tokenizer, faults = run.tokenizer(), UnusableRecords()
+    plan = contents.contents_of(corpus, tags)
     texts: dict[str, list[str]] = {tag: [] for tag in tags}
     for document in plan.first_documents(tags, documents, faults):
         texts[document.language].append(document.text)
@@ -51,7 +52,7 @@ def features(
         for tag, found in texts.items()
     }
     if not all(ids.values()):
-        raise corpora.no_documents([tag for tag, found in ids.items() if not found], faults)
+        raise parts.no_documents([tag for tag, found in ids.items() if not found], faults)
     if faults:  # after which documents of one number would not mean the same
         raise UserError(f"every record of {corpus} has to be usable; {faults}")
     count = min(map(len, ids.values()))

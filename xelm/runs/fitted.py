@@ -22,8 +22,8 @@ from clustering.novelty import Novelty
 from clustering.vectoriser import Vectoriser
 from experts import manifest
 from experts.expert import Expert
-from xelm.data.rows import Source
-from xelm.data.store import LanguageIds
+from xelm.data.rows import LanguageShare
+from xelm.data.store import TokenizedLanguage
 from xelm.inference.routers import Learned
 from xelm.models.checkpoint import read_config
 from xelm.runs.run import Run
@@ -54,7 +54,7 @@ def identifier(run: Run) -> Identifier:
     def make(path: Path) -> Identifier:
         names = run.tokenizer().hub.convert_ids_to_tokens
 
-        def texts(ids: LanguageIds, held_out: bool) -> Iterator[str]:
+        def texts(ids: TokenizedLanguage, held_out: bool) -> Iterator[str]:
             for document in _some(ids, ids.order, held_out=held_out):
                 yield "".join(names(document.tolist()))
 
@@ -73,7 +73,7 @@ def identifier(run: Run) -> Identifier:
     return _fitted(run, "languages", _sizes(languages), Identifier.load, make)
 
 
-def _sizes(languages: Mapping[str, LanguageIds]) -> list[list[object]]:
+def _sizes(languages: Mapping[str, TokenizedLanguage]) -> list[list[object]]:
     """What tells the texts of languages from others, at no cost."""
     return [[tag, len(ids), len(ids.ids)] for tag, ids in languages.items()]
 
@@ -178,7 +178,7 @@ def _read_learned(path: Path) -> Mapping[str, np.ndarray]:
     return arrays
 
 
-def _languages(run: Run) -> dict[str, LanguageIds]:
+def _languages(run: Run) -> dict[str, TokenizedLanguage]:
     """All languages that the RUN has text of: its corpus and what experts were grown on."""
     found = dict(run.store().languages)
     for expert in run.registry().published():
@@ -187,13 +187,14 @@ def _languages(run: Run) -> dict[str, LanguageIds]:
     return found
 
 
-def _sources(run: Run, expert: Expert) -> list[Source]:
+def _sources(run: Run, expert: Expert) -> list[LanguageShare]:
     """The documents that are an expert's own."""
     if expert.cluster is not None:
         return cluster_sources(run, expert.cluster)
     own = [run.store() if tag in run.languages else run.store(tag) for tag in expert.languages]
     return [
-        Source(ids=store.languages[tag], share=1.0) for tag, store in zip(expert.languages, own)
+        LanguageShare(ids=store.languages[tag], share=1.0)
+        for tag, store in zip(expert.languages, own)
     ]
 
 
@@ -207,7 +208,7 @@ def _documents_of(run: Run, expert: Expert) -> Iterable[np.ndarray]:
 
 
 def _some(
-    ids: LanguageIds,
+    ids: TokenizedLanguage,
     numbers: np.ndarray,
     *,
     tokens: int = FITTED_TOKENS,

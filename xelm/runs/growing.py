@@ -13,9 +13,9 @@ from experts.grow import grow as grow_registry
 from experts.lock import locked, update
 from experts.registry import Registry
 from xelm.config import Budget, TrainConfig
-from xelm.data import corpus as corpora
+from xelm.data import contents
 from xelm.data.corpus import AnyCorpus, Corpus
-from xelm.data.rows import Source
+from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.runs.budget import Plan, announce, check_disk, passes
 from xelm.runs.init import tokenise
@@ -151,7 +151,7 @@ def _going_on(
     (tag,) = started.languages
     store = run.store(tag)
     give_up = f"or give it up with: xelm discard {run.directory} {started.name}"
-    if corpus and corpora.fingerprint(corpus, [tag]) != store.record["corpus_sha256"]:
+    if corpus and contents.fingerprint(corpus, [tag]) != store.record["corpus_sha256"]:
         raise UserError(
             f"{started.reference} is in training already, on "
             f"{Corpus.of(store.record['corpus'])}; {Corpus.of(corpus)} holds "
@@ -192,7 +192,7 @@ def _in_training(registry: Registry, tag: str) -> Expert | None:
 def _job(run: Run, registry: Registry, expert: Expert, store: Store) -> Job:
     """The training of a grown expert on its language, and on its parent's."""
     (tag,) = expert.languages
-    sources = [Source(ids=store.languages[tag], share=1 - run.config.donor_share)]
+    sources = [LanguageShare(ids=store.languages[tag], share=1 - run.config.donor_share)]
     sources += _donors(run, registry, expert)
     # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
     random_seed = run.config.grow.random_seed + expert.round - 2
@@ -207,7 +207,7 @@ def _job(run: Run, registry: Registry, expert: Expert, store: Store) -> Job:
     )
 
 
-def _within_passes(tag: str, sources: Sequence[Source], config: TrainConfig) -> TrainConfig:
+def _within_passes(tag: str, sources: Sequence[LanguageShare], config: TrainConfig) -> TrainConfig:
     """The configuration with as many whole steps as pass over no language more often than
     `max_passes`, if there is such a limit."""
     if config.max_passes is None:
@@ -224,7 +224,7 @@ def _within_passes(tag: str, sources: Sequence[Source], config: TrainConfig) -> 
     return replace(config, tokens=steps * config.tokens_per_step)
 
 
-def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[Source]:
+def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[LanguageShare]:
     """The parent's languages, in equal parts of the donors' share."""
     share = run.config.donor_share
     origin = None if expert.parent == SEED else registry.expert(*parse_reference(expert.parent))
@@ -234,4 +234,4 @@ def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[Source]:
     known = {
         tag: ids for store in run.stores(tags).values() for tag, ids in store.languages.items()
     }
-    return [Source(ids=known[tag], share=share / len(tags)) for tag in tags]
+    return [LanguageShare(ids=known[tag], share=share / len(tags)) for tag in tags]

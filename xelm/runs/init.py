@@ -20,12 +20,14 @@ from experts.lock import locked
 from experts.registry import Registry
 from experts.verify import hash_directory
 from xelm.config import RunConfig, StartToken, TrainConfig
-from xelm.data import corpus as corpora
+from xelm.data import contents, parts, reading, tokenizer_training
 from xelm.data import tokenizer as tokenizers
-from xelm.data.building import build_store, in_processes, kept
-from xelm.data.corpus import AnyCorpus, Corpus, Faults, Reading
-from xelm.data.rows import Source
+from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.reading import Reading
+from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
+from xelm.data.tokenise import build_store, in_processes, kept
+from xelm.data.unusable import UnusableRecords
 from xelm.inference.sampling import sampling_of
 from xelm.models.checkpoint import (
     check_checkpoint,
@@ -166,7 +168,7 @@ def _given(
         "seed_from": None if seed is None else str(Path(seed).resolve()),
         "base_model": base_model,
         "corpus": corpus.to_json(),
-        "corpus_sha256": corpora.fingerprint(corpus, tags),
+        "corpus_sha256": contents.fingerprint(corpus, tags),
         **({"keep_duplicates": True} if keep_duplicates else {}),
     }
     return _Given(corpus=corpus, languages=tags, config=config, model=model, facts=facts)
@@ -183,9 +185,9 @@ def _plans(run: Run, store: Store, model: ModelConfig) -> list[Plan]:
     ]
 
 
-def _sources(config: TrainConfig, store: Store) -> list[Source]:
+def _sources(config: TrainConfig, store: Store) -> list[LanguageShare]:
     shares = shares_of(config, store.languages)
-    return [Source(ids=ids, share=shares[tag]) for tag, ids in store.languages.items()]
+    return [LanguageShare(ids=ids, share=shares[tag]) for tag, ids in store.languages.items()]
 
 
 def tokenise(
@@ -219,7 +221,7 @@ def _tokenise(
     corpus = Corpus.of(corpus).pinned()
     facts = {
         "corpus": corpus.to_json(),
-        "corpus_sha256": corpora.fingerprint(corpus, languages),
+        "corpus_sha256": contents.fingerprint(corpus, languages),
         "tokenizer_sha256": sha256(tokenizer_files / "tokenizer.json"),
         "language_codes": codes.VERSION,
         # Files may hold more languages than were asked for.
@@ -234,8 +236,8 @@ def _tokenise(
         # What a seed was trained on stays; text to compare with it is read again.
         if same and (training or store.fingerprints() is not None):
             return store
-    faults = Faults()
-    reading = Reading(corpora.plan(corpus, languages), faults)
+    faults = UnusableRecords()
+    reading = Reading(contents.contents_of(corpus, languages), faults)
     reading.plan.check()
     tokenizer = tokenizers.load(tokenizer_files, run.config.start_token)
     with bar(None, f"tokenise {name}", "doc") as progress:
@@ -280,7 +282,7 @@ def _languages(corpus: Corpus, wanted: Sequence[str] | None) -> tuple[str, ...]:
         if not wanted:
             raise UserError("--languages names no language; wanted those of the corpus to use")
         return canonical_all(wanted)
-    return canonical_all(corpora.languages_of(corpus))
+    return canonical_all(contents.languages_of(corpus))
 
 
 def _model(config: RunConfig) -> ModelConfig:
@@ -326,21 +328,21 @@ def _train_tokenizer(run: Run, corpus: Corpus) -> None:
     target = run.training("tokenizer")
     if (target / "tokenizer.json").exists() or run.seed.exists():
         return
-    config, faults = run.config, Faults()
+    config, faults = run.config, UnusableRecords()
     vocabulary_size = _model(config).vocabulary_size
     # Documents beyond what a tokenizer learns from are not held in memory.
-    most_bytes = 2 * tokenizers.TRAINING_BYTES // len(run.languages)
-    samples = {language: tokenizers.EvenSample(most_bytes) for language in run.languages}
-    for document in kept(corpora.read(corpus, faults, run.languages), run.languages, faults):
+    most_bytes = 2 * tokenizer_training.TRAINING_BYTES // len(run.languages)
+    samples = {language: tokenizer_training.EvenSample(most_bytes) for language in run.languages}
+    for document in kept(reading.read(corpus, faults, run.languages), run.languages, faults):
         samples[document.language].add(document.text)
     missing = [language for language, sample in samples.items() if not sample.documents]
     if missing:
-        raise corpora.no_documents(missing, faults)
+        raise parts.no_documents(missing, faults)
     print(f"training a tokenizer of {vocabulary_size} pieces", file=sys.stderr)
     partial = target.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        tokenizers.train(
+        tokenizer_training.train(
             {language: sample.documents for language, sample in samples.items()},
             vocabulary_size,
             partial,
@@ -377,7 +379,7 @@ def _train_seed(run: Run, store: Store) -> None:
         trained.parameters,
         model_type=config.model_type,
         tokenizer=_tokenizer_directory(run),
-        special_ids=tokenizers.SPECIAL_IDS,
+        special_ids=tokenizer_training.SPECIAL_IDS,
         extra=[run.training("seed") / "metrics.jsonl"],
     )
     shutil.rmtree(run.training("seed"), ignore_errors=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from xelm.data.overlap import Fingerprints, overlap
-from xelm.data.spelling import MOST_UNKNOWN
+from xelm.data.coverage import MAX_UNKNOWN_SHARE
+from xelm.data.duplicates import Fingerprints, overlap
 from xelm.data.store import Store
 from xelm.runs.run import Run
 
@@ -76,7 +76,7 @@ class LanguageText:
     @property
     def unspelled(self) -> bool:
         """Whether so much is unknown that a likelihood says nothing."""
-        return (self.unknown_share or 0.0) > MOST_UNKNOWN
+        return (self.unknown_share or 0.0) > MAX_UNKNOWN_SHARE
 
     @property
     def trained(self) -> bool:

@@ -25,8 +25,8 @@ from experts.lock import locked, update
 from experts.registry import Registry
 from experts.verify import hash_directory
 from xelm.config import TrainConfig
-from xelm.data.rows import Source, sampling_shares
-from xelm.data.store import LanguageIds
+from xelm.data.rows import LanguageShare, sampling_shares
+from xelm.data.store import TokenizedLanguage
 from xelm.models.checkpoint import (
     README,
     load_parameters,
@@ -106,7 +106,7 @@ class Job:
     """Of the configuration: experts, dense or grow."""
     parent: Path
     target: Path
-    sources: Sequence[Source]
+    sources: Sequence[LanguageShare]
     config: TrainConfig
 
 
@@ -228,10 +228,10 @@ def _dense_job(run: Run) -> Job:
     )
 
 
-def dense_sources(run: Run) -> list[Source]:
+def dense_sources(run: Run) -> list[LanguageShare]:
     """All documents, languages in their shares."""
     store, shares = run.store(), language_shares(run)
-    return [Source(ids=store.languages[tag], share=share) for tag, share in shares.items()]
+    return [LanguageShare(ids=store.languages[tag], share=share) for tag, share in shares.items()]
 
 
 def language_shares(run: Run) -> dict[str, float]:
@@ -244,7 +244,7 @@ def language_shares(run: Run) -> dict[str, float]:
     return shares_of(run.config.experts, {tag: ids for tag, ids in stores if tag not in left_out})
 
 
-def shares_of(config: TrainConfig, languages: Mapping[str, LanguageIds]) -> dict[str, float]:
+def shares_of(config: TrainConfig, languages: Mapping[str, TokenizedLanguage]) -> dict[str, float]:
     """Of each language in a training, as its settings say."""
     return sampling_shares(
         {tag: len(ids.ids) for tag, ids in languages.items()},
@@ -254,13 +254,13 @@ def shares_of(config: TrainConfig, languages: Mapping[str, LanguageIds]) -> dict
     )
 
 
-def cluster_sources(run: Run, cluster: str) -> list[Source]:
+def cluster_sources(run: Run, cluster: str) -> list[LanguageShare]:
     """The documents of one cluster. Their shares are parts of `language_shares`, so they sum to
     the cluster's part of the whole budget."""
     clustering, store, shares = run.clusters(), run.store(), language_shares(run)
     if not clustering.of_documents:
         return [
-            Source(ids=store.languages[tag], share=shares[tag])
+            LanguageShare(ids=store.languages[tag], share=shares[tag])
             for tag in clustering.clusters[cluster]
         ]
     labels = read_arrays(run.directory / "assignments.npz")
@@ -270,7 +270,7 @@ def cluster_sources(run: Run, cluster: str) -> list[Source]:
         # A document counts by its tokens and the two that frame it, as in the packed rows.
         part = (ids.lengths[documents] + 2).sum() / (ids.lengths + 2).sum()
         if len(documents):
-            sources.append(Source(ids=ids, share=shares[tag] * part, documents=documents))
+            sources.append(LanguageShare(ids=ids, share=shares[tag] * part, documents=documents))
     return sources
 
 
@@ -387,7 +387,7 @@ def parent_directory(run: Run, expert: Expert) -> Path:
     return run.registry().expert(*parse_reference(expert.parent)).directory(run.directory)
 
 
-def _centre(run: Run, sources: Sequence[Source]) -> np.ndarray:
+def _centre(run: Run, sources: Sequence[LanguageShare]) -> np.ndarray:
     """Where an expert's documents lie on average, [D]: languages weigh as in its training."""
     vectoriser = run.vectoriser()
     total = sum(source.share for source in sources)

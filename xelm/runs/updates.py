@@ -18,8 +18,8 @@ from clustering.languages import canonical_all
 from experts.lock import locked
 from experts.verify import hash_directory
 from xelm.config import TrainConfig, to_json, vary
-from xelm.data.rows import Source
-from xelm.data.store import LanguageIds
+from xelm.data.rows import LanguageShare
+from xelm.data.store import TokenizedLanguage
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.run import Run
 from xelm.runs.training import text_of
@@ -67,7 +67,7 @@ def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10
 
 
 def _moved(
-    run: Run, ids: LanguageIds, config: TrainConfig, work: Path
+    run: Run, ids: TokenizedLanguage, config: TrainConfig, work: Path
 ) -> Float[np.ndarray, "layers drawn"]:
     """New weights less old, from the file in which an earlier call left them if there is one."""
     kept = work / "moved.npz"
@@ -77,7 +77,7 @@ def _moved(
     training = Training(
         label=ids.language,
         start=functools.partial(load_parameters, run.seed, model),
-        sources=[Source(ids=ids, share=1.0)],
+        sources=[LanguageShare(ids=ids, share=1.0)],
         config=config,
         directory=work,
     )

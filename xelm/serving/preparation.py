@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from clustering.errors import UserError
 from clustering.languages import canonical
-from xelm.data.templates import template_options
+from xelm.data.chat_template import template_options
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.generation import check_prompt, room
 from xelm.inference.sampling import Sampling

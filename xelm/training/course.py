@@ -12,8 +12,8 @@ import numpy as np
 
 from clustering.errors import UserError
 from xelm.config import TrainConfig, differences, to_json, vary
-from xelm.data.masking import Masking, hide
-from xelm.data.rows import ORIGIN, Source, batches
+from xelm.data.masking import Masking, mask_tokens
+from xelm.data.rows import ORIGIN, LanguageShare, batches
 from xelm.models.config import ModelConfig
 from xelm.training.account import Account
 from xelm.training.checkpoint import Checkpoints
@@ -38,7 +38,7 @@ class Training:
     start: Callable[[Any], Any]
     """shardings -> the parameters (nested dictionary, float32) that it begins with, each on the
     devices that its sharding says."""
-    sources: Sequence[Source]
+    sources: Sequence[LanguageShare]
     config: TrainConfig
     directory: Path
     """Of checkpoints and metrics.jsonl."""
@@ -119,7 +119,9 @@ class Course:
             batch, config = self._batch, self._config
             if self._text.masking is not None:
                 masking = self._text.masking
-                batch = hide(batch, masking, config.data.mask_share, config.random_seed, self.step)
+                batch = mask_tokens(
+                    batch, masking, config.data.mask_share, config.random_seed, self.step
+                )
             arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
             return arrays, self._rates[self.step - 1]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from clustering.clustering import Clustering
-from xelm.data.sources import Corpus
+from xelm.data.corpus import Corpus
 from xelm.runs.report.facts import DENSE, SEED, Facts, Group, System
 from xelm.runs.report.verdict import Comparison
 from xelm.runs.report.words import count, signed

@@ -7,7 +7,7 @@ from pathlib import Path
 from clustering import files as hashes
 from clustering.errors import UserError
 from clustering.languages import canonical
-from xelm.data.formats import opened
+from xelm.data.records import opened
 
 SUFFIXES = (".conllu", ".conllu.gz", ".conllu.zst")
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from clustering.errors import UserError
-from xelm.data.text import normalised
+from xelm.data.unicode import normalised
 
 RENDERED = "\ufdd0"
 """Begins a rendered chat, in which the names of special tokens are the tokens themselves."""

@@ -7,7 +7,7 @@ _PLACES = 3
 
 
 @dataclass(slots=True)
-class Faults:
+class UnusableRecords:
     """What a reading could not use: how many records by reason, and the first places of each."""
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -20,7 +20,7 @@ class Faults:
         if len(places) < _PLACES:
             places.append(place)
 
-    def include(self, other: "Faults") -> None:
+    def include(self, other: "UnusableRecords") -> None:
         """Counts those of another reading as well."""
         for reason, count in other.counts.items():
             self.counts[reason] = self.counts.get(reason, 0) + count

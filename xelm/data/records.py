@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from xelm.data import hub
-from xelm.data.faults import Faults
+from xelm.data.unusable import UnusableRecords
 
 LINES = (".jsonl", ".json", ".ndjson", ".txt")
 """Endings of formats that may be compressed."""
@@ -58,7 +58,12 @@ def stem(name: str) -> str:
 
 
 def records(
-    where: Path | str, name: str, faults: Faults, *, columns: Iterable[str], unit: str | None = None
+    where: Path | str,
+    name: str,
+    faults: UnusableRecords,
+    *,
+    columns: Iterable[str],
+    unit: str | None = None,
 ) -> Iterator[Record]:
     """Every record of a file, or of a data set of the Hub; what cannot be read is counted in
     `faults`.
@@ -81,7 +86,7 @@ def records(
         yield from _json(where, name, faults)
 
 
-def _json(path: Path, name: str, faults: Faults) -> Iterator[Record]:
+def _json(path: Path, name: str, faults: UnusableRecords) -> Iterator[Record]:
     for place, line in _lines(path, name, faults):
         if not line.strip():
             continue
@@ -96,7 +101,7 @@ def _json(path: Path, name: str, faults: Faults) -> Iterator[Record]:
             faults.add("broken JSON", place)
 
 
-def _texts(path: Path, name: str, faults: Faults, unit: str) -> Iterator[Record]:
+def _texts(path: Path, name: str, faults: UnusableRecords, unit: str) -> Iterator[Record]:
     """The documents of a text file as records, each at the place of its first line. Line ends of
     every kind become \\n."""
     place, size, gathered = "", 0, []
@@ -123,7 +128,7 @@ def _line_ends(line: bytes) -> Iterator[bytes]:
         yield stripped if stripped == part else stripped + b"\n"
 
 
-def _text(lines: list[bytes], size: int, place: str, faults: Faults) -> Iterator[Record]:
+def _text(lines: list[bytes], size: int, place: str, faults: UnusableRecords) -> Iterator[Record]:
     if size >= LONGEST_LINE_BYTES:
         faults.add("a document over 64 MiB", place)
         return
@@ -151,7 +156,7 @@ def _unit_of(path: Path, compression: str) -> str:
     return "line"
 
 
-def _lines(path: Path, name: str, faults: Faults) -> Iterator[tuple[str, bytes]]:
+def _lines(path: Path, name: str, faults: UnusableRecords) -> Iterator[tuple[str, bytes]]:
     """The lines of a file with their places, but for those that are too long."""
     number = 0
     try:
@@ -203,7 +208,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 def _table(
-    path: Path, name: str, faults: Faults, columns: list[str], ending: str
+    path: Path, name: str, faults: UnusableRecords, columns: list[str], ending: str
 ) -> Iterator[Record]:
     import pyarrow
 

@@ -15,13 +15,13 @@ from xelm.data.tokenizer import Tokenizer, encode
 
 # Letters of Cuneiform and Vai, which hardly a vocabulary holds.
 _RARE = ("\U00012000", "\ua500")
-MOST_UNKNOWN = 0.01
+MAX_UNKNOWN_SHARE = 0.01
 """Share of a language's characters that may be unknown: a model of more than that is not measured
 by its likelihood."""
 
 
-class Counts(NamedTuple):
-    """What was counted of one or more texts, in the order of the columns of `Spelling.count`."""
+class CoverageCounts(NamedTuple):
+    """What was counted of one or more texts, in the order of the columns of `Coverage.count`."""
 
     characters: int
     """All of them."""
@@ -34,8 +34,8 @@ class Counts(NamedTuple):
     byte-level vocabularies that are no whole characters."""
 
 
-class Spelling:
-    """Counts what a tokenizer could not spell."""
+class Coverage:
+    """CoverageCounts what a tokenizer could not spell."""
 
     def __init__(self, tokenizer: Tokenizer):
         backend = tokenizer.special.plain
@@ -50,10 +50,10 @@ class Spelling:
     def count(
         self, texts: Sequence[str], ids: Sequence[Sequence[int]]
     ) -> Int32[np.ndarray, "documents 4"]:
-        """`Counts` of each text, whose token ids are given."""
+        """`CoverageCounts` of each text, whose token ids are given."""
         flat = np.concatenate([np.asarray(tokens, np.int64) for tokens in ids])
         ends = np.cumsum([len(tokens) for tokens in ids])
-        found = np.zeros((len(texts), len(Counts._fields)), np.int32)
+        found = np.zeros((len(texts), len(CoverageCounts._fields)), np.int32)
         found[:, 0] = [len(text) for text in texts]
         found[:, 1] = [len("".join(text.split())) for text in texts]
         found[:, 3] = _sums(self._is_byte[flat], ends)

@@ -40,7 +40,7 @@ class Fingerprints(NamedTuple):
     """MinHash of each text's shingles, white space made one and case folded."""
 
 
-def method() -> dict[str, str | int]:
+def fingerprint_method() -> dict[str, str | int]:
     """How fingerprints are made; those made otherwise cannot be compared."""
     return {
         "hash": "blake2b-128 of the text as it is",

@@ -25,11 +25,18 @@ import numpy as np
 from clustering.errors import UserError
 from clustering.files import flush, read_json, write_json
 from xelm.data import tokenizer as tokenizers
-from xelm.data.corpus import Document, Faults, no_documents
-from xelm.data.overlap import HASH_WORDS, SIGNATURE_SIZE, copies, fingerprints, method
-from xelm.data.spelling import Counts, Spelling
+from xelm.data.coverage import Coverage, CoverageCounts
+from xelm.data.duplicates import (
+    HASH_WORDS,
+    SIGNATURE_SIZE,
+    copies,
+    fingerprint_method,
+    fingerprints,
+)
+from xelm.data.parts import Document, no_documents
 from xelm.data.store import FORMAT, Store, open_store, shuffled
 from xelm.data.tokenizer import Tokenizer
+from xelm.data.unusable import UnusableRecords
 
 # Documents tokenised at once, fewer if they are long: enough for the tokenizer's threads, little
 # enough for memory.
@@ -51,12 +58,12 @@ def build_store(
     directory: str | Path,
     documents: Iterable[Document],
     tokenizer: Tokenizer,
-    faults: Faults,
+    faults: UnusableRecords,
     *,
     languages: Iterable[str] | None = None,
     facts: Mapping[str, Any] | None = None,
     encode: Encode | None = None,
-    spelling: Spelling | None = None,
+    spelling: Coverage | None = None,
     drop_duplicates: bool = False,
     progress: Callable[[int], object] = lambda documents: None,
 ) -> Store:
@@ -74,8 +81,13 @@ def build_store(
     partial = target.with_name(f".{target.name}.partial")
     dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
     wanted = None if languages is None else list(languages)
-    made_of = {**(facts or {}), "dtype": dtype.str, "wanted": wanted, "fingerprints": method()}
-    spelling = spelling or Spelling(tokenizer)
+    made_of = {
+        **(facts or {}),
+        "dtype": dtype.str,
+        "wanted": wanted,
+        "fingerprints": fingerprint_method(),
+    }
+    spelling = spelling or Coverage(tokenizer)
     encode = encode or (lambda batches: map(tokenizer.encode, batches))
     keep = facts is not None  # what is done by then, to be gone on with
     try:
@@ -98,7 +110,7 @@ def build_store(
         keep = False
         languages_found = files.finish(wanted, faults, drop_duplicates)
         record = {"format": FORMAT, **(facts or {}), "dtype": dtype.str}
-        record |= {"fingerprints": method(), "languages": languages_found}
+        record |= {"fingerprints": fingerprint_method(), "languages": languages_found}
         write_json(partial / "store.json", {**record, "left_out": faults.to_json()})
         flush(partial)
         shutil.rmtree(target, ignore_errors=True)
@@ -247,7 +259,7 @@ class _Files:
         write_json(self.folder / "building.json", note)
 
     def finish(
-        self, wanted: Sequence[str] | None, faults: Faults, drop_duplicates: bool
+        self, wanted: Sequence[str] | None, faults: UnusableRecords, drop_duplicates: bool
     ) -> dict[str, dict[str, int]]:
         """Counts by language, once the files are as a store has them."""
         order = sorted(self.languages) if wanted is None else wanted
@@ -269,7 +281,7 @@ def paths_of(folder: Path, language: str) -> list[Path]:
 
 def sizes_of(tokens: int, documents: int, dtype: np.dtype) -> tuple[int, ...]:
     """Bytes of these files."""
-    rows = (8, 8, 4 * len(Counts._fields), 8 * HASH_WORDS, 4 * SIGNATURE_SIZE)
+    rows = (8, 8, 4 * len(CoverageCounts._fields), 8 * HASH_WORDS, 4 * SIGNATURE_SIZE)
     return tokens * dtype.itemsize, *(documents * row for row in rows)
 
 
@@ -333,14 +345,14 @@ class _Writer:
         arrays = {"ends": lengths.cumsum(), "bytes": sizes, "order": order, "stream": stream_ends}
         for name, array in arrays.items():
             np.save(self.folder / f"{self.language}.{name}.npy", array)
-        counts = np.fromfile(names["counts"], np.int32).reshape(-1, len(Counts._fields))
+        counts = np.fromfile(names["counts"], np.int32).reshape(-1, len(CoverageCounts._fields))
         for kind in ("lengths", "sizes", "counts"):
             names[kind].unlink()
         return {
             "documents": len(lengths),
             "tokens": int(lengths.sum()),
             "bytes": int(sizes.sum()),
-            **Counts(*counts.sum(axis=0, dtype=np.int64).tolist())._asdict(),
+            **CoverageCounts(*counts.sum(axis=0, dtype=np.int64).tolist())._asdict(),
             "duplicates": int(again.sum()),
         }
 
@@ -364,7 +376,7 @@ def _keep(path: Path, sizes: np.ndarray, wanted: np.ndarray) -> None:
 
 
 def kept(
-    documents: Iterable[Document], wanted: Sequence[str] | None, faults: Faults
+    documents: Iterable[Document], wanted: Sequence[str] | None, faults: UnusableRecords
 ) -> Iterator[Document]:
     """The documents in the `wanted` languages, or all if None; others are counted in `faults`."""
     try:

@@ -14,10 +14,10 @@ from typing import Any
 
 from clustering.errors import UserError
 from clustering.languages import canonical
-from xelm.data.faults import Faults
-from xelm.data.formats import format_of, records
-from xelm.data.sources import Source
-from xelm.data.text import normalised
+from xelm.data.corpus import Source
+from xelm.data.records import format_of, records
+from xelm.data.unicode import normalised
+from xelm.data.unusable import UnusableRecords
 
 # Records of a file whose name is no language in which a field that says it is looked for.
 _FIRST_RECORDS = 100
@@ -33,7 +33,7 @@ class Document:
     """Canonical BCP 47 tag of what the record, or else the file's name, says."""
 
 
-def no_documents(languages: Sequence[str], faults: Faults) -> UserError:
+def no_documents(languages: Sequence[str], faults: UnusableRecords) -> UserError:
     """The mistake of a corpus without usable documents in `languages`, and what was left out."""
     what = ", ".join(languages) or "any language"
     more = f"; {faults}" if faults else ""
@@ -43,7 +43,7 @@ def no_documents(languages: Sequence[str], faults: Faults) -> UserError:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
+class Part:
     """The texts of one corpus file or Hub data set, told by where they lie: to be read any number
     of times, on any machine that finds them there."""
 
@@ -60,11 +60,11 @@ class Texts:
     named: bool = True
     """Whether `language` is one, and the records' `language` need not be looked at."""
 
-    def documents(self, faults: Faults) -> Iterator[Document]:
+    def documents(self, faults: UnusableRecords) -> Iterator[Document]:
         """Every usable document in any language; unusable records are counted in `faults`."""
         return _documents(self, self._records(faults), faults)
 
-    def _records(self, faults: Faults) -> Iterator[tuple[str, Any]]:
+    def _records(self, faults: UnusableRecords) -> Iterator[tuple[str, Any]]:
         columns = [*self.text_fields(), *self.source.language_fields(named=self.named)]
         return records(self.where, self.name, faults, columns=columns, unit=self.source.unit)
 
@@ -75,8 +75,8 @@ class Texts:
 
     def first_language(self) -> str | None:
         """What the first record that says its language says, as a canonical tag if it is one; None
-        if none of the first hundred does. Faults are not counted."""
-        for _place, record in itertools.islice(self._records(Faults()), _FIRST_RECORDS):
+        if none of the first hundred does. UnusableRecords are not counted."""
+        for _place, record in itertools.islice(self._records(UnusableRecords()), _FIRST_RECORDS):
             said = _said(self, record)
             if isinstance(said, str):
                 code = self.source.languages.get(said, said)
@@ -92,7 +92,7 @@ class Texts:
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         """Text and language of every usable document in the languages wanted."""
-        for document in self.documents(Faults()):
+        for document in self.documents(UnusableRecords()):
             if self.wanted is None or document.language in self.wanted:
                 yield document.text, document.language
 
@@ -103,14 +103,14 @@ class Survey:
 
     documents: Mapping[str, int]
     """Language -> usable documents, of those wanted."""
-    faults: Faults
+    faults: UnusableRecords
     digest: bytes
 
     @staticmethod
-    def of(texts: Texts) -> "Survey":
+    def of(texts: Part) -> "Survey":
         """Reads it."""
         counts: dict[str, int] = {}
-        faults = Faults()
+        faults = UnusableRecords()
         for document in texts.documents(faults):
             if texts.wanted is None or document.language in texts.wanted:
                 counts[document.language] = counts.get(document.language, 0) + 1
@@ -118,7 +118,7 @@ class Survey:
 
 
 def _documents(
-    texts: Texts, records: Iterator[tuple[str, Any]], faults: Faults
+    texts: Part, records: Iterator[tuple[str, Any]], faults: UnusableRecords
 ) -> Iterator[Document]:
     text_fields = texts.text_fields()
     for place, record in records:
@@ -150,7 +150,7 @@ def _documents(
             yield Document(normalised(text.strip()), tag)
 
 
-def _said(texts: Texts, record: Any) -> Any:
+def _said(texts: Part, record: Any) -> Any:
     """The value of the field that says a record's language; None if there is none."""
     if texts.source.language or not isinstance(record, dict):
         return None
@@ -158,7 +158,7 @@ def _said(texts: Texts, record: Any) -> Any:
     return next((record[name] for name in fields if record.get(name)), None)
 
 
-def _mapped(texts: Texts, said: Any) -> Any:
+def _mapped(texts: Part, said: Any) -> Any:
     return texts.source.languages.get(said, said) if isinstance(said, str) else said
 
 
