@@ -233,7 +233,7 @@ def test_clusters_are_renamed_from_the_command_line(xelm, tmp_path, undrawn):
     for names, said in (
         (["far-east=größe"], "'größe' cannot name an expert"),
         (["far-east=Dense"], "names another system of a RUN"),
-        (["far-east"], "OLD=NEW wanted, as in en-plus7=germanic; got far-east"),
+        (["far-east"], "OLD=NEW wanted, such as en-plus7=germanic; got far-east"),
         (["far-east=a", "far-east=b"], "a cluster is renamed twice"),
         (["near=a"], "no cluster near; there are"),
     ):

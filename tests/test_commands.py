@@ -71,7 +71,7 @@ def test_a_setting_that_a_given_seed_makes_no_use_of_is_refused(xelm, tiny, tmp_
         *("init", tmp_path / "RUN", "--corpus", tiny.corpus, "--seed", tiny.directory / "seed"),
         *("--set", setting),
     )
-    assert outcome.code == 2 and f"{setting} is of a seed that is trained here" in outcome.err
+    assert outcome.code == 2 and f"{setting} has no effect on a given seed" in outcome.err
     assert not (tmp_path / "RUN").exists()
 
 

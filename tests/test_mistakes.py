@@ -51,7 +51,7 @@ MISTAKES = [
         "cluster -k auto --languages en,de,fr --out new",
         "k can be chosen for four languages or more",
     ),
-    ("cluster -k 2 --languages en,de --out ''", "--out names no folder"),
+    ("cluster -k 2 --languages en,de --out ''", "--out is empty; name a directory"),
     ("cluster -k 2 --languages en,de --random-seed 1 --out new", "goes with --method random or"),
     ("cluster -k 2 --method random --languages en,de --random-seed -1 --out new", "got -1"),
     ("cluster -k 2 --languages en,de --corpus corpus --out new", "--corpus goes with words or"),
@@ -73,7 +73,7 @@ MISTAKES = [
     ),
     (
         "cluster -k 2 --method typology+tfidf --languages en,de --out new",
-        "tfidf stands alone; got typology+tfidf",
+        "tfidf cannot be mixed with other methods; got typology+tfidf",
     ),
     ("cluster -k 2 --method table --languages en,de --out new", "table needs --table"),
     ("cluster -k 2 --method words --languages en,de --out new", "words needs --corpus or --run"),
@@ -89,14 +89,17 @@ MISTAKES = [
     ("cluster -k 2 --languages en,de --balance tokens --out new", "goes with --rule balanced"),
     (
         "cluster -k 2 --languages en,de --rule balanced --balance tokens --out new",
-        "those of a RUN; name it with --run",
+        "needs the tokens of a RUN; name it with --run",
     ),
     ("cluster --method by-hand --out new", "name it with --groups"),
     ("cluster --method by-hand --groups missing.yaml --out new", "missing.yaml does not exist"),
     ("cluster --method by-hand --groups text.csv --out new", "must have lines such as 'slavic:"),
     ("cluster --method by-hand --groups twice.yaml --out new", "more than once: en (as en, eng)"),
     ("cluster --method by-hand --groups broken.yaml --out new", "broken.yaml is not YAML: "),
-    ("cluster -k 2 --method by-hand --groups x.yaml --out new", "the number and languages of"),
+    (
+        "cluster -k 2 --method by-hand --groups x.yaml --out new",
+        "-k and --languages go with other methods",
+    ),
     ("cluster -k 2 --languages en,de --features nothing --out new", "unknown feature set"),
     ("cluster -k 2 --languages en,de --only S_NOTHING --out new", "has no feature S_NOTHING"),
     # Relatives
@@ -108,7 +111,7 @@ MISTAKES = [
     # Making a RUN
     ("init new --corpus missing", "corpus missing does not exist"),
     ("init new --corpus empty", "empty holds no corpus file"),
-    ("init new --corpus corpus --seed seeded/seed --set model.width=8", "is taken as it is"),
+    ("init new --corpus corpus --seed seeded/seed --set model.width=8", "is used as it is"),
     ("init new --corpus odd", "unknown language code 'klingonish'"),
     ("init new --corpus hf://owner/texts", "name the languages to take from hf://owner/texts "),
     ("init new --corpus corpus --languages de,tr", "corpus has no file of tr"),

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Trains one expert on a TPU pod slice of its own, as a queued resource; a spot slice that is taken
-# away is asked for again, and the training goes on from its newest checkpoint.
+# Trains one expert on a TPU pod slice of its own, as a queued resource. If a spot slice is preempted,
+# another is requested and the training resumes from its newest checkpoint.
 #
 #   tpu_scripts/pod.sh [--dry-run] [--on-demand] [--delete] RUN NAME ZONE [TYPE] [RUNTIME]
 #   tpu_scripts/pod.sh --dry-run /mnt/runs/family uralic europe-west4-b v5litepod-16
 #
-# RUN is a path that every worker of the slice sees. XELM_SETUP is run on each worker first: mount
-# the disk there, and install (by default: pip install "xelm[tpu]").
-# XELM_SETTINGS="experts.runtime.mesh_fsdp=16 experts.runtime.dtype=bfloat16" sets that for this training.
+# RUN is a path that every worker of the slice can read. XELM_SETUP is run on each worker first: mount
+# the disk there, and install (default: pip install "xelm[tpu]"). XELM_SETTINGS changes settings for
+# this training, such as "experts.runtime.mesh_fsdp=16 experts.runtime.dtype=bfloat16".
 #
-# Nothing is deleted unless --delete is given, which deletes the slices that this command made once
-# the expert is trained; without it they go on costing money, and the command that ends that is shown.
+# --delete deletes the slices that this command made, once the expert is trained. Without it they are
+# kept and cost money, and the commands that delete them are printed.
 set -euo pipefail
 
 dry_run='' spot=--spot delete='' trained=''
@@ -39,7 +39,7 @@ state() {
   gcloud compute tpus queued-resources describe "$1" --zone="$zone" --format='value(state.state)'
 }
 
-still_there() { # SLICE: whether it is, after as long as it may take to be said
+still_there() { # SLICE: whether it still exists; a preemption is reported some minutes late
   local look
   for look in 1 2 3 4 5; do
     [[ $(state "$1" || true) == ACTIVE ]] || return 1
@@ -51,11 +51,11 @@ on_all_workers() { # SLICE COMMAND
   run_or_print gcloud compute tpus tpu-vm ssh "$1" --zone="$zone" --worker=all --command="$2"
 }
 
-ask_for() { # SLICE: returns when it is there
-  local asked=(gcloud compute tpus queued-resources create "$1" --node-id="$1" --zone="$zone")
-  asked+=(--accelerator-type="$type" --runtime-version="$runtime")
-  [[ $spot ]] && asked+=("$spot")
-  run_or_print "${asked[@]}" || exit 1
+request() { # SLICE: returns when it is active
+  local command=(gcloud compute tpus queued-resources create "$1" --node-id="$1" --zone="$zone")
+  command+=(--accelerator-type="$type" --runtime-version="$runtime")
+  [[ $spot ]] && command+=("$spot")
+  run_or_print "${command[@]}" || exit 1
   made+=("$1")
   [[ $dry_run ]] && return
   local found unknown=0
@@ -68,7 +68,7 @@ ask_for() { # SLICE: returns when it is there
     esac
     sleep 30
   done
-  echo "nothing is known of $1; see what gcloud says above" >&2
+  echo "gcloud does not describe $1; see its messages above" >&2
   exit 1
 }
 
@@ -84,17 +84,17 @@ trap clean_up EXIT
 
 stamp=$(date +%m%d%H%M%S)
 for ((try = 1; try <= tries; try++)); do
-  # A slice that was taken away keeps its name until somebody deletes it.
+  # A preempted slice keeps its name until it is deleted.
   slice="xelm-${name//[^a-z0-9]/-}-$stamp-$try"
-  ask_for "$slice" || { echo "$name: $slice was taken away before it began" >&2; continue; }
+  request "$slice" || { echo "$name: $slice was preempted before the training began" >&2; continue; }
   on_all_workers "$slice" "$setup"
   failed=0
   while true; do
     code=0
     on_all_workers "$slice" "$train --hosts" || code=$?
     [[ $code == 0 ]] && trained=yes && exit 0
-    # 75 is of a training that saved and is to go on, 255 of a connection that broke: either may
-    # come some minutes before the slice is said to be gone.
+    # 75: the training saved a checkpoint and must be resumed; 255: the connection broke. Either may
+    # come some minutes before the slice is reported as preempted.
     ((++failed))
     if still_there "$slice"; then
       [[ $code == 75 || $code == 255 ]] && ((failed < 5)) && continue
@@ -102,6 +102,6 @@ for ((try = 1; try <= tries; try++)); do
     fi
     break
   done
-  echo "$name: slice $slice is gone; asking for another ($try of $tries)" >&2
+  echo "$name: slice $slice was preempted; requesting another ($try of $tries)" >&2
 done
 exit 1

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One Slurm job for each expert of a RUN that is not trained yet, as an array.
+# Submits a Slurm job for each expert of a RUN that is not trained yet, as an array.
 #
 #   tpu_scripts/slurm.sh [--dry-run] RUN [OPTIONS OF SBATCH...]
 #   tpu_scripts/slurm.sh RUN --gres=gpu:1 --time=24:00:00
 #   tpu_scripts/slurm.sh RUN --nodes=2 --ntasks-per-node=4 --gres=gpu:4      # eight GPUs an expert
 #
-# A job that reaches its time limit, or whose machine is wanted back, saves two minutes before, ends
-# with code 75 and is queued again. With several tasks a job, these train its expert together.
-# XELM_SETTINGS="experts.runtime.mesh_fsdp=4 experts.runtime.dtype=bfloat16" sets that for these trainings.
+# Two minutes before a job reaches its time limit or is preempted, it saves a checkpoint, ends with
+# code 75 and is queued again. The tasks of a job train its expert together. XELM_SETTINGS changes
+# settings, such as "experts.runtime.mesh_fsdp=4 experts.runtime.dtype=bfloat16".
 set -euo pipefail
 
 run_or_print() {
@@ -22,7 +22,7 @@ if [[ ${XELM_NAMES:-} ]]; then # the job itself
   [[ ${SLURM_NTASKS:-1} -gt 1 ]] && options+=(--hosts)
   code=0
   srun xelm train "$XELM_RUN" "$name" "${options[@]}" || code=$?
-  # 143: it was asked to end between trainings, with nothing to save.
+  # 143: it was terminated between trainings, with nothing to save.
   [[ $code == 75 || $code == 143 ]] && exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
   exit "$code"
 fi

@@ -1,4 +1,4 @@
-"""Clusters of languages or documents."""
+"""The commands that make clusters of languages or documents, and rename them."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from xelm.runs.run import Run
 
 RULES = ("pairs", "single", "average", "complete", "balanced")
-# Resamplings of features by which a number of clusters is judged.
+# Number of resamplings of the features by which a number of clusters is assessed.
 RESAMPLINGS = 100
 
 
@@ -34,13 +34,12 @@ def _cluster_options(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="typology",
         metavar="METHOD",
-        help="languages by a measure: %(default)s (default), "
-        f"{', '.join(name for name in MEASURES if name != 'typology')}, or several as in "
-        "typology:.7+genealogy:.3; "
-        "documents by tfidf, over subwords of --run or characters of --corpus; or random, or "
-        "by-hand",
+        help="how to cluster. Languages by a measure: %(default)s (default), "
+        f"{', '.join(name for name in MEASURES if name != 'typology')}, or a mixture such as "
+        "typology:.7+genealogy:.3. Documents: tfidf, over subwords of --run or characters of "
+        "--corpus. Or random, or by-hand",
     )
-    parser.add_argument("-k", type=_number, metavar="K", help="number of clusters, or auto")
+    parser.add_argument("-k", type=_number, metavar="K", help="number of clusters; auto chooses it")
     parser.add_argument(
         "--languages",
         type=names,
@@ -53,16 +52,20 @@ def _cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rule",
         choices=RULES,
-        help="how languages join: pairs (default) and balanced make clusters of even size; single, "
-        "average and complete linkage of any size",
+        help="how languages are grouped: pairs (default) and balanced make clusters of equal size; "
+        "single, average and complete linkage make clusters of any size",
     )
     parser.add_argument(
         "--balance",
         choices=("languages", "tokens"),
-        help="what --rule balanced keeps even (default: languages); tokens are those of --run",
+        help="what --rule balanced divides evenly (default: languages); tokens are those of --run",
     )
     add_sources(parser)
-    parser.add_argument("--groups", metavar="FILE", help="YAML of clusters by hand: a: [en, de]")
+    parser.add_argument(
+        "--groups",
+        metavar="FILE",
+        help="YAML file of clusters for by-hand, with lines such as a: [en, de]",
+    )
     parser.add_argument(
         "--random-seed",
         type=int,
@@ -72,33 +75,37 @@ def _cluster_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         choices=ENGINES,
-        help="what reads the documents of tfidf: local (default), or ray, on a cluster",
+        help="where the documents of tfidf are read: local, on this machine (default), or ray, on "
+        "a Ray cluster",
     )
     parser.add_argument(
-        "--out", metavar="DIR", required=True, help="directory for clusters.json and figures"
+        "--out",
+        metavar="DIR",
+        required=True,
+        help="directory to write clusters.json and figures to",
     )
     add_json(parser)
 
 
 def _cluster(options: argparse.Namespace) -> None:
     if not options.out:
-        raise UserError("--out names no folder")
+        raise UserError("--out is empty; name a directory")
     if (Path(options.out) / "clusters.json").exists():
         raise UserError(f"{options.out}/clusters.json exists already; choose another folder")
     _check_options(options)
     makers = {"tfidf": _by_tfidf, "random": _at_random, "by-hand": _by_hand}
     clustering = makers.get(options.method, _by_measure)(options, sources_of(options))
-    # An expert of each cluster bears its name.
+    # The expert of a cluster has its name.
     for name in clustering.clusters:
         check_name(name)
     wanted = clustering.parameters.get("k", 0)
     if len(clustering.clusters) < wanted:
         print(
-            f"{len(clustering.clusters)} clusters, not {wanted}: no document is nearest to the "
-            "centres of the others",
+            f"{len(clustering.clusters)} clusters instead of {wanted}: no document is nearest to "
+            "the other centres",
             file=sys.stderr,
         )
-    # The record comes last: without it a command that was killed can be run again.
+    # The record comes last, so that a command that was killed can be run again.
     _draw(clustering, Path(options.out))
     clustering.save(options.out)
     if options.json:
@@ -172,7 +179,7 @@ def _at_random(options: argparse.Namespace, sources: "Sources") -> "Clustering":
 
     languages = _chosen(options, sources.run)
     if languages is None:
-        raise UserError("name the languages with --languages, --corpus or --run")
+        raise UserError("random needs languages; name them with --languages, --corpus or --run")
     return control.random_clusters(languages, _fixed(options), options.random_seed or 0)
 
 
@@ -180,7 +187,7 @@ def _by_hand(options: argparse.Namespace, sources: "Sources") -> "Clustering":
     from clustering import control
 
     if options.groups is None:
-        raise UserError("by-hand needs the clusters in a YAML file; name it with --groups")
+        raise UserError("by-hand needs a YAML file of clusters; name it with --groups")
     return control.read_groups(options.groups)
 
 
@@ -213,15 +220,15 @@ def _by_measure(options: argparse.Namespace, sources: "Sources") -> "Clustering"
 def _known(
     options: argparse.Namespace, distances: "Distances"
 ) -> "tuple[Distances, tuple[str, ...]]":
-    """The distances of the languages that can be compared, and the others, which stderr names.
-    UserError if fewer than two can be."""
+    """Returns the distances of the languages that can be compared, and the other languages, which
+    are named on stderr. Raises UserError if fewer than two can be compared."""
     found, unknown = distances.without_gaps()
     if len(found.languages) < min(2, len(distances.languages)):
         distances.complete()
     if unknown:
         print(
-            f"{options.method} knows too little of {', '.join(unknown)}, which stay unassigned, in "
-            "no cluster; --method mixture has an answer for every language",
+            f"{options.method} knows too little of {', '.join(unknown)}, which are in no cluster; "
+            "--method mixture has distances for every language",
             file=sys.stderr,
         )
     return found, unknown
@@ -233,7 +240,7 @@ def _sizes(
     if options.balance != "tokens":
         return None
     if run is None:
-        raise UserError("the tokens of --balance tokens are those of a RUN; name it with --run")
+        raise UserError("--balance tokens needs the tokens of a RUN; name it with --run")
     counts = run.store().record["languages"]
     missing = [tag for tag in tags if tag not in counts]
     if missing:
@@ -242,7 +249,7 @@ def _sizes(
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    """What was given and would not be used is a mistake."""
+    """Raises UserError for options that the method does not use."""
     methods = set(measures_named(options.method))
     unknown = methods - {*MEASURES, "tfidf", "random", "by-hand"}
     if unknown:
@@ -252,7 +259,7 @@ def _check_options(options: argparse.Namespace) -> None:
         )
     alone = methods - set(MEASURES)
     if alone and len(methods) > 1:
-        raise UserError(f"{min(alone)} stands alone; got {options.method}")
+        raise UserError(f"{min(alone)} cannot be mixed with other methods; got {options.method}")
     wants = {
         "--exclude": (options.exclude, MEASURES),
         "--rule": (options.rule, MEASURES),
@@ -268,7 +275,9 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.balance and options.rule != "balanced":
         raise UserError("--balance goes with --rule balanced")
     if options.method == "by-hand" and (options.k or options.languages):
-        raise UserError("clusters by hand have the number and languages of --groups")
+        raise UserError(
+            "-k and --languages go with other methods; by-hand takes its clusters from --groups"
+        )
 
 
 def _chosen(options: argparse.Namespace, run: "Run | None") -> Sequence[str] | None:
@@ -281,7 +290,7 @@ def _chosen(options: argparse.Namespace, run: "Run | None") -> Sequence[str] | N
 
 def _fixed(options: argparse.Namespace) -> int:
     if not isinstance(options.k, int):
-        raise UserError(f"--method {options.method} needs a number of clusters, as in -k 8")
+        raise UserError(f"--method {options.method} needs a number of clusters, such as -k 8")
     return options.k
 
 
@@ -295,7 +304,7 @@ def _number(text: str) -> int | str:
 
 
 def _draw(clustering: "Clustering", directory: Path) -> None:
-    """Every figure that such clusters have, as PNG and as SVG."""
+    """Draws every figure that these clusters have, as PNG and as SVG."""
     from matplotlib import pyplot
 
     from clustering import uriel
@@ -318,8 +327,10 @@ def _draw(clustering: "Clustering", directory: Path) -> None:
 
 
 def _rename_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("clusters", metavar="DIR", help="what xelm cluster wrote")
-    parser.add_argument("names", metavar="OLD=NEW", nargs="+", help="a cluster and its new name")
+    parser.add_argument("clusters", metavar="DIR", help="directory that xelm cluster wrote")
+    parser.add_argument(
+        "names", metavar="OLD=NEW", nargs="+", help="name of a cluster and its new name"
+    )
     add_json(parser)
 
 
@@ -334,7 +345,7 @@ def _rename(options: argparse.Namespace) -> None:
     pairs = [given.partition("=") for given in options.names]
     for old, equals, new in pairs:
         if not equals or not old:
-            raise UserError(f"OLD=NEW wanted, as in en-plus7=germanic; got {old}{equals}{new}")
+            raise UserError(f"OLD=NEW wanted, such as en-plus7=germanic; got {old}{equals}{new}")
         check_name(new)
     if len({old for old, _, _ in pairs}) < len(pairs):
         raise UserError(f"a cluster is renamed twice: {', '.join(options.names)}")
@@ -347,4 +358,4 @@ def _rename(options: argparse.Namespace) -> None:
         print(clustering)
 
 
-RENAME = Command("give clusters other names, before xelm branch", _rename_options, _rename)
+RENAME = Command("rename clusters, before xelm branch", _rename_options, _rename)

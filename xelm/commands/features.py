@@ -17,7 +17,9 @@ from xelm.commands.options import (
 
 def _features_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    add_corpus(parser, "text to read (default: the RUN's); parallel for alignment")
+    add_corpus(
+        parser, "text to read (default: the RUN's corpus); for alignment it must be parallel"
+    )
     parser.add_argument(
         "--languages", type=names, metavar="A,B,C", help="languages to read (default: all)"
     )
@@ -25,22 +27,22 @@ def _features_options(parser: argparse.ArgumentParser) -> None:
         "--of",
         choices=("states", "updates"),
         default="states",
-        help="what is written: states of the seed as it reads (default), or how a few steps of "
-        "training on each language move it",
+        help="features to write: hidden states of the seed on the text (default), or updates of "
+        "its weights by a few steps of training on each language",
     )
     parser.add_argument(
         "--documents",
         type=int,
         metavar="N",
-        help="documents of each language, to read for states (default: 100)",
+        help="number of documents of each language that are read for states (default: 100)",
     )
     parser.add_argument(
         "--steps",
         type=int,
         metavar="N",
-        help="steps of training on each language, for updates (default: 10)",
+        help="number of training steps on each language for updates (default: 10)",
     )
-    parser.add_argument("--out", metavar="FILE", required=True, help="file to write, .npz")
+    parser.add_argument("--out", metavar="FILE", required=True, help="file to write (.npz)")
     add_json(parser)
 
 

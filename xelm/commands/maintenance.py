@@ -1,4 +1,4 @@
-"""A RUN is told of, checked, put back and merged."""
+"""The commands that inspect and maintain a RUN."""
 
 import argparse
 from contextlib import suppress
@@ -30,12 +30,12 @@ REPORT = Command("write one self-contained HTML page about a RUN", _report_optio
 def _status_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument(
-        "--watch", action="store_true", help="refresh every two seconds until Ctrl-C"
+        "--watch", action="store_true", help="print it again every two seconds, until Ctrl-C"
     )
     parser.add_argument(
         "--unfinished",
         action="store_true",
-        help="only the names of experts of clusters that are not trained yet, a line each",
+        help="print only the names of experts of clusters that are not trained yet, one a line",
     )
     add_json(parser)
 
@@ -70,7 +70,7 @@ def _status(options: argparse.Namespace) -> None:
             time.sleep(2)
 
 
-STATUS = Command("how far each expert's training is", _status_options, _status)
+STATUS = Command("show the progress of each training", _status_options, _status)
 
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +90,7 @@ def _verify(options: argparse.Namespace) -> None:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         raise UserError(f"{options.run} is damaged: {first}{more}")
     if not options.json:
-        print(f"{options.run}: every file that inference reads is as it was written")
+        print(f"{options.run}: every file that inference reads is unchanged")
 
 
 VERIFY = Command("check every file that inference reads", _verify_options, _verify)
@@ -98,12 +98,14 @@ VERIFY = Command("check every file that inference reads", _verify_options, _veri
 
 def _rollback_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    parser.add_argument("name", metavar="NAME", help="expert to put back")
+    parser.add_argument(
+        "name", metavar="NAME", help="expert whose earlier version is published again"
+    )
     parser.add_argument(
         "--version",
         type=int,
         metavar="N",
-        help="version to publish again (default: the one in use before)",
+        help="version to publish (default: the one before the version in use)",
     )
     add_json(parser)
 
@@ -130,7 +132,7 @@ def _discard_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="an expert in training, dense, or a language whose growth stopped before",
+        help="expert whose training is unfinished, dense, or a language whose expert was not begun",
     )
     add_json(parser)
 
@@ -144,14 +146,14 @@ def _discard(options: argparse.Namespace) -> None:
         shown = str(removed) if isinstance(removed, Path) else removed and removed.reference
         print_json({"name": options.name, "removed": shown})
     elif isinstance(removed, Path):
-        print(f"discarded: {removed}, the text of a growth that had not begun to train")
+        print(f"discarded: {removed}, the text of an expert whose training had not begun")
     elif removed is not None:
         print(f"discarded: {removed.reference}, its checkpoints and its record")
     else:
-        print(f"discarded: the checkpoints of {options.name}; its training begins anew")
+        print(f"discarded: the checkpoints of {options.name}; its training will start again")
 
 
-DISCARD = Command("give up an unfinished training", _discard_options, _discard)
+DISCARD = Command("discard an unfinished training", _discard_options, _discard)
 
 
 def _merge_options(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import sys
 from xelm.commands.options import Command, add_json, names, print_json
 from xelm.commands.sources import MEASURES, add_sources, check_sources, measures_named, sources_of
 
-# What relatives are ranked by, and what else is shown of languages that only have a code.
+# The measure that relatives are ranked by, and others that every language has data for.
 BY = "mixture,genealogy,typology,geography"
 
 
@@ -23,7 +23,7 @@ def _nearest_options(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=names(BY),
         metavar="A,B",
-        help=f"measures, of {', '.join(MEASURES)}; nearest by the first comes first "
+        help=f"measures to show, among {', '.join(MEASURES)}; the first decides the order "
         f"(default: {BY})",
     )
     add_sources(parser)

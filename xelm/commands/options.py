@@ -24,28 +24,30 @@ class Command(NamedTuple):
 
 
 def add_corpus(parser: argparse.ArgumentParser, summary: str, *, required: bool = False) -> None:
-    """The options `--corpus`, `--text-field`, `--language-field` and `--language-map`."""
+    """Adds the options `--corpus`, `--text-field`, `--language-field` and `--language-map`."""
     parser.add_argument("--corpus", metavar="CORPUS", required=required, help=summary)
     parser.add_argument(
         "--text-field",
         metavar="NAME",
-        help="field of the records that holds the text (default: text, or else content)",
+        help="field of a record that contains the text (default: text, or else content)",
     )
     parser.add_argument(
         "--language-field",
         metavar="NAME",
-        help="field that holds the language (default: lang, or language where no name says it)",
+        help="field of a record that contains its language (default: lang; or language, where no "
+        "file name states it)",
     )
     parser.add_argument(
         "--language-map",
         metavar="FILE",
-        help="YAML of languages by names of files, folders or values of that field, as in als: gsw",
+        help="YAML file that maps names of files or folders, or values of that field, to "
+        "languages, such as als: gsw",
     )
 
 
 def corpus_of(options: argparse.Namespace) -> "Corpus | None":
-    """The corpus of the options that `add_corpus` added; None if there is none. UserError for
-    another option without it."""
+    """Returns the corpus that the options of `add_corpus` name, or None. Raises UserError for
+    another of these options without --corpus."""
     given = {
         "text_field": options.text_field,
         "language_field": options.language_field,
@@ -64,25 +66,27 @@ def corpus_of(options: argparse.Namespace) -> "Corpus | None":
 
 
 def required_corpus(options: argparse.Namespace) -> "Corpus":
-    """The same; UserError where there is none."""
+    """Returns the corpus as `corpus_of` does; raises UserError where there is none."""
     corpus = corpus_of(options)
     if corpus is None:
-        raise UserError("--corpus names no corpus")
+        raise UserError("--corpus is empty; name a folder or file of text")
     return corpus
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The RUN that a verb is about."""
-    parser.add_argument("run", metavar="RUN", help="directory that xelm init or quickstart made")
+    """Adds the argument RUN."""
+    parser.add_argument(
+        "run", metavar="RUN", help="directory that xelm init or xelm quickstart made"
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """The option `--json`."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    """Adds the option `--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON to stdout")
 
 
 def add_settings(parser: argparse.ArgumentParser, summary: str) -> None:
-    """The option `--set`."""
+    """Adds the option `--set`."""
     parser.add_argument(
         "--set",
         dest="settings",
@@ -94,36 +98,37 @@ def add_settings(parser: argparse.ArgumentParser, summary: str) -> None:
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    """The option `--dry-run`, of what trains."""
+    """Adds the option `--dry-run` to a command that trains."""
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="tell tokens, passes over each language, time and disk, and change nothing",
+        help="print the tokens, the passes over each language, the time and the disk space that "
+        "this needs, and change nothing",
     )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    """The option `--workers`, of what tokenises."""
+    """Adds the option `--workers` to a command that tokenises."""
     parser.add_argument(
         "--workers",
         type=_count,
         default=min(cores(), _MOST_WORKERS),
         metavar="N",
-        help="processes that tokenise a large corpus (default: one for each core)",
+        help="number of processes that tokenise a large corpus (default: one for each core)",
     )
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted a whole number from 1; got {text!r}")
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 wanted; got {text!r}")
     return int(text)
 
 
 def names(text: str) -> tuple[str, ...]:
-    """What stands between commas; the type of an option."""
+    """Splits an argument at its commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def print_json(value: Any) -> None:
-    """What `--json` asks for, to stdout."""
+    """Prints a value as JSON on stdout."""
     print(json.dumps(value, ensure_ascii=False, indent=2))

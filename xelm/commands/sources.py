@@ -1,4 +1,5 @@
-"""What distances between languages are made of: options that several verbs share."""
+"""Options that name what distances between languages are computed from; cluster and nearest have
+them."""
 
 import argparse
 from collections.abc import Collection
@@ -15,20 +16,20 @@ MEASURES = (
     *("words", "characters", "subwords", "names"),
     *("states", "alignment", "updates", "losses"),
 )
-# What --corpus is read for.
+# Measures and methods that read --corpus.
 _OF_TEXT = ("words", "characters", "subwords", "mixture", "tfidf")
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
-    """The options that say what measures are made of."""
+    """Adds the options that name the data of measures."""
     parser.add_argument(
         "--run", metavar="RUN", help="RUN that supplies the corpus, subwords or losses"
     )
-    add_corpus(parser, "text whose words or characters are used")
+    add_corpus(parser, "text, for words, characters, subwords and mixture")
     parser.add_argument(
         "--features",
         metavar="SETS",
-        help="feature sets of URIEL, for typology, as in syntax_knn+phonology_knn (default: "
+        help="feature sets of URIEL for typology, such as syntax_knn+phonology_knn (default: "
         "syntax_average; syntax_knn for mixture)",
     )
     parser.add_argument(
@@ -58,7 +59,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 
 def sources_of(options: argparse.Namespace) -> "Sources":
-    """What the options of `add_sources` name."""
+    """Returns the data that the options of `add_sources` name."""
     from xelm.runs.distances import Sources
     from xelm.runs.run import open_run
 
@@ -76,7 +77,7 @@ def sources_of(options: argparse.Namespace) -> "Sources":
 
 
 def check_sources(options: argparse.Namespace, methods: Collection[str]) -> None:
-    """UserError for a source that none of these measures or methods is made of."""
+    """Raises UserError for an option of `add_sources` that none of these methods reads."""
     wants = {
         "--features": (options.features, ("typology", "mixture")),
         "--only": (options.only, ("typology", "mixture", "table")),
@@ -86,7 +87,7 @@ def check_sources(options: argparse.Namespace, methods: Collection[str]) -> None
         "--updates": (options.updates, ("updates",)),
         "--layer": (options.layer is not None, ("states", "alignment", "updates")),
     }
-    if options.languages:  # else it says which languages there are
+    if options.languages:  # without them, --corpus states which languages there are
         wants["--corpus"] = (options.corpus, _OF_TEXT)
     for name, (given, allowed) in wants.items():
         if given and not set(methods) & set(allowed):
@@ -94,5 +95,5 @@ def check_sources(options: argparse.Namespace, methods: Collection[str]) -> None
 
 
 def measures_named(spec: str) -> list[str]:
-    """Names of measures, or of one method, as in "typology:.7+genealogy:.3"."""
+    """Splits a mixture such as "typology:.7+genealogy:.3" into names of measures."""
     return [part.partition(":")[0].strip() for part in spec.split("+")]

@@ -1,4 +1,4 @@
-"""Everything that makes models: a RUN, its experts, the dense baseline."""
+"""The commands that make and train models: a RUN, its experts and the dense baseline."""
 
 import argparse
 import dataclasses
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from xelm.runs.run import Run
     from xelm.runs.texts import LanguageText
 
-# Settings that a seed from elsewhere makes no use of.
+# Settings that have no effect where the seed is a given checkpoint.
 _OF_FRESH_SEEDS = ("model", "seed.", "tokenizer_exponent")
 
 
@@ -60,29 +60,39 @@ def _quickstart(options: argparse.Namespace) -> None:
 
 
 QUICKSTART = Command(
-    "the whole path on the embedded sample corpus, on a CPU, in minutes",
+    "run every step on the embedded sample corpus, on a CPU, in minutes",
     _quickstart_options,
     _quickstart,
 )
 
 
 def _init_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="directory to make, or to go on with")
+    parser.add_argument(
+        "run", metavar="RUN", help="directory to make; one that was interrupted is resumed"
+    )
     add_corpus(
         parser,
-        "folder or file of text, such as <language>.jsonl or <language>/*.parquet; or "
-        "hf://owner/dataset[@revision][/config][:split]; or a .yaml file that describes several "
+        "text to train on: a folder or file, such as <language>.jsonl or <language>/*.parquet; "
+        "hf://owner/dataset[@revision][/config][:split]; or a .yaml file that lists several "
         "(docs/corpora.md)",
         required=True,
     )
-    parser.add_argument("--seed", metavar="HF_DIR", help="start from this Hugging Face checkpoint")
+    parser.add_argument(
+        "--seed",
+        metavar="HF_DIR",
+        help="directory of a Hugging Face checkpoint "
+        "to start from (default: a seed is trained on the corpus)",
+    )
     parser.add_argument(
         "--base-model",
         metavar="OWNER/NAME",
-        help="the seed's name on the Hub, for the cards of its experts",
+        help="name of the seed on the Hub, for the model cards of its experts",
     )
     parser.add_argument(
-        "--preset", choices=PRESETS, help="configuration (default: tiny, or hub with --seed)"
+        "--preset",
+        choices=PRESETS,
+        help="configuration to start from (default: tiny, or hub with --seed); xelm config shows "
+        "it",
     )
     parser.add_argument(
         "--languages",
@@ -90,12 +100,18 @@ def _init_options(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,C",
         help="languages of the corpus to use (default: all)",
     )
-    add_settings(parser, "change the configuration, as in experts.tokens=3e6; may be repeated")
-    parser.add_argument("--clusters", metavar="DIR", help="branch on these clusters at once")
+    add_settings(
+        parser, "change a setting of the configuration, such as experts.tokens=3e6; may be repeated"
+    )
+    parser.add_argument(
+        "--clusters",
+        metavar="DIR",
+        help="record one expert for each of these clusters at once, as xelm branch does",
+    )
     parser.add_argument(
         "--keep-duplicates",
         action="store_true",
-        help="train on exact copies of documents too (default: they are left out)",
+        help="keep exact copies of documents (default: one of each is kept)",
     )
     add_dry_run(parser)
     add_workers(parser)
@@ -112,7 +128,7 @@ def _init(options: argparse.Namespace) -> None:
     unused = [s for s in options.settings if options.seed and s.startswith(_OF_FRESH_SEEDS)]
     if unused:
         raise UserError(
-            f"{unused[0]} is of a seed that is trained here; that of --seed is taken as it is"
+            f"{unused[0]} has no effect on a given seed: the checkpoint of --seed is used as it is"
         )
     preset = options.preset or ("hub" if options.seed else "tiny")
     config = override(PRESETS[preset](), options.settings)
@@ -158,7 +174,7 @@ def _print_plans(
     texts: "Sequence[LanguageText]" = (),
     last: str = "",
 ) -> None:
-    """What a dry run tells: to stdout, with warnings on stderr."""
+    """Prints what a dry run found to stdout, and warnings to stderr."""
     from xelm import tables
     from xelm.runs import budget
 
@@ -169,17 +185,17 @@ def _print_plans(
         print_json({"trainings": trainings, "texts": [text.to_json() for text in texts]})
         return
     parts = [tables.texts(texts)] if texts else []
-    parts += [budget.table(plans) if plans else "nothing is left to train"]
+    parts += [budget.table(plans) if plans else "no training is left to do"]
     print("\n\n".join([*parts, last] if last else parts))
 
 
-INIT = Command("make a RUN: tokenizer, tokenised corpus and seed", _init_options, _init)
+INIT = Command("make a RUN: tokenizer, tokenised corpus and seed model", _init_options, _init)
 
 
 def _branch_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     parser.add_argument(
-        "--clusters", required=True, metavar="DIR", help="clusters that xelm cluster saved"
+        "--clusters", required=True, metavar="DIR", help="directory that xelm cluster wrote"
     )
     add_json(parser)
 
@@ -191,7 +207,7 @@ def _branch(options: argparse.Namespace) -> None:
 
     registry = branch(open_run(options.run), Clustering.load(options.clusters))
     if options.json:
-        print_json([_told(expert) for expert in registry.experts])
+        print_json([_facts(expert) for expert in registry.experts])
         return
     for expert in registry.experts:
         print(f"{expert.name:20}{expert.status:12}{' '.join(expert.languages)}")
@@ -202,9 +218,14 @@ BRANCH = Command("record one expert for each cluster", _branch_options, _branch)
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    add_settings(parser, "run otherwise this time: experts.runtime.mesh_fsdp=4; may be repeated")
+    add_settings(
+        parser,
+        "change a setting for this command, such as experts.runtime.mesh_fsdp=4; may be repeated",
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="experts to train")
-    parser.add_argument("--all", action="store_true", help="train every expert not trained yet")
+    parser.add_argument(
+        "--all", action="store_true", help="train every expert that is not trained yet"
+    )
     parser.add_argument(
         "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
     )
@@ -214,25 +235,27 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="experts side by side on this machine, each with its part of the GPUs (default: 1)",
+        help="number of experts that are trained at the same time on this machine, each on its "
+        "share of the GPUs (default: 1)",
     )
     parser.add_argument(
         "--engine",
         choices=("local", "ray"),
         default="local",
-        help="ray: over the machines of the Ray cluster at RAY_ADDRESS, which all see RUN",
+        help="where to train: on this machine (default), or on the machines of the Ray cluster at "
+        "RAY_ADDRESS, which must all have access to RUN",
     )
     parser.add_argument(
         "--hosts",
         action="store_true",
-        help="this process is one of several that train together: on a TPU pod or in a Slurm step, "
-        "or as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say",
+        help="join the other processes that train together: those of a TPU pod or a Slurm step, "
+        "or those that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe",
     )
     parser.add_argument(
         "--devices",
         type=int,
         metavar="N",
-        help="accelerators for each expert, with --engine ray (default: 1)",
+        help="number of accelerators for each expert, with --engine ray (default: 1)",
     )
     add_json(parser)
 
@@ -320,19 +343,24 @@ def _placed(run: "Run", names: list[str], options: argparse.Namespace) -> dict[s
     return {name: str(error) for name, error in try_experts(run, names).items()}
 
 
-TRAIN = Command("train experts, or the dense baseline; resumes by itself", _train_options, _train)
+TRAIN = Command(
+    "train experts or the dense baseline; resume where it was interrupted", _train_options, _train
+)
 
 
 def _grow_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_settings(
         parser,
-        "run otherwise this time: grow.runtime.mesh_fsdp=4, or grow.tokens=N; may be repeated",
+        "change a setting for this command, such as grow.tokens=3e6; may be repeated",
     )
     parser.add_argument(
-        "--language", required=True, metavar="XX", help="language that the new expert learns"
+        "--language",
+        required=True,
+        metavar="XX",
+        help="language of the new expert, as a code such as sv",
     )
-    add_corpus(parser, "has text in the language (default: the RUN's corpus)")
+    add_corpus(parser, "text that includes the language (default: the RUN's corpus)")
     parser.add_argument(
         "--parent",
         default="auto",
@@ -342,8 +370,8 @@ def _grow_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by",
         metavar="MEASURE",
-        help="what the nearest language is nearest by, as in xelm nearest (default: mixture); not "
-        "with --parent",
+        help="measure by which the nearest language is found, as in xelm nearest (default: "
+        "mixture); not with --parent",
     )
     add_dry_run(parser)
     add_workers(parser)
@@ -382,17 +410,17 @@ def _grow(options: argparse.Namespace) -> None:
     (tag,) = expert.languages
     print(tables.texts([LanguageText.of(run.store(tag), tag)]), file=sys.stderr)
     if options.json:
-        print_json(_told(expert))
+        print_json(_facts(expert))
         return
     print(
         f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
     )
 
 
-def _told(expert: "Expert") -> dict[str, Any]:
-    """What --json says of an expert."""
+def _facts(expert: "Expert") -> dict[str, Any]:
+    """Returns the record of an expert for --json, without its hashes."""
     record = expert.to_json()
     return {key: value for key, value in record.items() if key != "sha256"}
 
 
-GROW = Command("add an expert for a new language; touch nothing else", _grow_options, _grow)
+GROW = Command("add an expert for a new language; no other expert changes", _grow_options, _grow)
