@@ -10,7 +10,7 @@ from xelm.models.attention import attend
 from xelm.models.cache import LayerCache, store
 from xelm.models.config import ModelConfig
 from xelm.models.context import Context
-from xelm.models.layers import ACTIVATIONS, HeadNorm, Linear, Norm
+from xelm.models.layers import ACTIVATIONS, Linear, Norm
 from xelm.models.positions import rotate
 
 Result = tuple[Float[Array, "M D"], LayerCache | None]
@@ -39,8 +39,9 @@ class Block(nnx.Module):
         self.query = linear(width, heads, ("width", "heads"), config.query_bias)
         self.key = linear(width, keys, ("width", "keys"), config.query_bias)
         self.value = linear(width, keys, ("width", "keys"), config.query_bias)
-        self.query_norm = HeadNorm(config, layers, dtype) if config.head_norm else None
-        self.key_norm = HeadNorm(config, layers, dtype) if config.head_norm else None
+        normed = config.head_norm
+        self.query_norm = Norm(config, layers, dtype, of_heads=True) if normed else None
+        self.key_norm = Norm(config, layers, dtype, of_heads=True) if normed else None
         self.output = linear(heads, width, ("heads", "width"), config.output_bias, outer)
         self.feedforward_norm = Norm(config, layers, dtype)
         bias = config.feedforward_bias

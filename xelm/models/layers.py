@@ -58,43 +58,34 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the last dimension, computed in float32."""
+    """RMSNorm or LayerNorm over the last dimension, computed in float32.
 
-    def __init__(self, config: ModelConfig, layers: int | None, dtype: DTypeLike):
+    of_heads: RMSNorm of every head of queries or keys (Dehghani et al. 2023, arXiv 2302.05442).
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: int | None, dtype: DTypeLike, *, of_heads: bool = False
+    ):
+        size, axis = (config.head_size, "head") if of_heads else (config.width, "width")
         stack, stacked = _stack(layers)
-        shape, axes = (*stack, config.width), (*stacked, "width")
+        shape, axes = (*stack, size), (*stacked, axis)
         self.scale = nnx.Param(jnp.full(shape, 1 - config.norm_offset, dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if config.norm_bias else None
-        self.centred = config.norm == "layer"
+        biased = config.norm_bias and not of_heads
+        self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if biased else None
+        self.centred = config.norm == "layer" and not of_heads
         self.offset, self.epsilon = config.norm_offset, config.norm_epsilon
 
     @jax.named_scope("norm")
-    def __call__(self, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         h = x.astype(jnp.float32)
         if self.centred:
             h = h - h.mean(axis=-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=-1, keepdims=True) + self.epsilon)
-        h = h * (self.offset + self.scale[...].astype(jnp.float32))[None]
+        ones = (1,) * (x.ndim - 1)
+        h = h * (self.offset + self.scale[...].astype(jnp.float32)).reshape(*ones, -1)
         if self.bias is not None:
-            h = h + self.bias[...].astype(jnp.float32)[None]
+            h = h + self.bias[...].astype(jnp.float32).reshape(*ones, -1)
         return h.astype(x.dtype)
-
-
-class HeadNorm(nnx.Module):
-    """RMSNorm of every head of queries or keys (Dehghani et al. 2023, arXiv 2302.05442)."""
-
-    def __init__(self, config: ModelConfig, layers: int, dtype: DTypeLike):
-        shape = (layers, config.head_size)
-        scale = jnp.full(shape, 1 - config.norm_offset, dtype)
-        self.scale = nnx.Param(scale, axes=("layers", "head"))
-        self.offset, self.epsilon = config.norm_offset, config.norm_epsilon
-
-    @jax.named_scope("norm")
-    def __call__(self, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=-1, keepdims=True) + self.epsilon)
-        scale = self.offset + self.scale[...].astype(jnp.float32)
-        return (h * scale[None, None, None]).astype(x.dtype)
 
 
 def _stack(layers: int | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
