@@ -30,28 +30,10 @@ here, and JAX is not imported: texts are strings or arrays of subword ids.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from clustering import (
-        choice,
-        clustering,
-        control,
-        distances,
-        genealogy,
-        geography,
-        grouping,
-        identify,
-        internal,
-        languages,
-        lexical,
-        ngrams,
-        novelty,
-        table,
-        tfidf,
-        typology,
-    )
-
+# The names are submodules, loaded when first used.
+# pyright: reportUnsupportedDunderAll=false
 __all__ = [
     "choice",
     "clustering",

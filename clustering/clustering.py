@@ -318,32 +318,23 @@ class Clustering:
 
 
 def _check_languages(clustering: Clustering) -> None:
-    members = [language for group in clustering.clusters.values() for language in group]
-    faults = [f"{name} is empty" for name, group in clustering.clusters.items() if not group]
-    if clustering.documents is None:
-        faults += [
-            f"{tag} is in several clusters"
-            for tag in dict.fromkeys(members)
-            if members.count(tag) > 1
-        ]
-    elif {
-        name: tuple(counts) for name, counts in clustering.documents.items()
-    } != clustering.clusters:
-        faults.append("documents do not have the languages of the clusters")
-    faults += [
-        f"{tag} is listed twice"
-        for tag in clustering.languages
-        if clustering.languages.count(tag) > 1
-    ]
-    faults += [f"{tag} is in no cluster" for tag in clustering.languages if tag not in members]
-    faults += [
-        f"{tag} is not listed" for tag in dict.fromkeys(members) if tag not in clustering.languages
-    ]
-    faults += [
-        f"{tag} is both unassigned and in a cluster"
-        for tag in clustering.unassigned
-        if tag in members
-    ]
+    members = [tag for group in clustering.clusters.values() for tag in group]
+    listed, clusters, documents = clustering.languages, clustering.clusters, clustering.documents
+    several = [tag for tag in members if members.count(tag) > 1]
+    found = {
+        "is empty": [name for name, group in clusters.items() if not group],
+        "is in several clusters": several if documents is None else [],
+        "has documents in other languages": [
+            name
+            for name in clusters | (documents or {})
+            if documents is not None and tuple(documents.get(name, ())) != clusters.get(name)
+        ],
+        "is listed twice": [tag for tag in listed if listed.count(tag) > 1],
+        "is in no cluster": [tag for tag in listed if tag not in members],
+        "is not listed": [tag for tag in members if tag not in listed],
+        "is both unassigned and in a cluster": [t for t in clustering.unassigned if t in members],
+    }
+    faults = [f"{name} {fault}" for fault, names in found.items() for name in dict.fromkeys(names)]
     if faults:
         raise UserError(
             "every language must be in exactly one cluster or unassigned; but "

@@ -6,4 +6,4 @@ it is shown: the command line prints its message as one line and exits with code
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; names the thing, what was wanted and what came."""
+    """A mistake that the user can correct; names the thing, what it must be and what it is."""

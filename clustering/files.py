@@ -23,9 +23,9 @@ _REASONS = {
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
     errno.EROFS: "the file system is read-only",
-    errno.ENOTDIR: "a file stands where a folder is wanted",
-    errno.EEXIST: "a file stands where a folder is wanted",
-    errno.EISDIR: "a folder stands where a file is wanted",
+    errno.ENOTDIR: "a file is in the place of a folder",
+    errno.EEXIST: "a file is in the place of a folder",
+    errno.EISDIR: "a folder is in the place of the file",
 }
 """Causes of a failure to write that a user can remove; any other is raised as it is."""
 

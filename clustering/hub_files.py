@@ -32,7 +32,7 @@ def weight_files(directory: Path | str) -> list[str]:
     found = read_object(index).get("weight_map")
     names = list(found.values()) if isinstance(found, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{index} wants a "weight_map" of tensors to files; got {found!r:.40}')
+        raise UserError(f'{index} must have a "weight_map" of tensors to files; got {found!r:.40}')
     names = sorted(set(names))
     if any(Path(name).name != name for name in names):
         raise UserError(f"{index} names files elsewhere: {', '.join(names[:5])}")

@@ -26,22 +26,10 @@ Models are not run here: neither JAX nor transformers is imported.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from experts import (
-        branch,
-        card,
-        expert,
-        grow,
-        lock,
-        manifest,
-        merge,
-        registry,
-        rollback,
-        verify,
-    )
-
+# The names are submodules, loaded when first used.
+# pyright: reportUnsupportedDunderAll=false
 __all__ = [
     "branch",
     "card",

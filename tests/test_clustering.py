@@ -155,6 +155,14 @@ def test_no_language_is_lost_or_doubled(fields, message):
         Clustering(**(valid | fields))
 
 
+def test_clusters_of_documents_have_the_languages_of_their_documents():
+    clustering = EXAMPLES["documents"]()
+    counts = clustering.documents
+    for documents in (counts | {"c1": {"de": 1}}, {"c0": counts["c0"]}, counts | {"c9": {}}, {}):
+        with pytest.raises(UserError, match=r"c[0-9] has documents in other languages"):
+            dataclasses.replace(clustering, documents=documents)
+
+
 def test_arrays_must_fit():
     tree, documents = EXAMPLES["pairs"](), EXAMPLES["documents"]()
     with pytest.raises(ValueError, match="distances must be of the languages, in their order"):

@@ -61,9 +61,9 @@ def test_a_folder_is_on_disk_with_every_file_in_it(tmp_path, monkeypatch):
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "a").write_text("")
     for path in (tmp_path / "a" / "b.json", tmp_path / "a" / "b" / "c.json"):
-        with pytest.raises(UserError, match="a file stands where a folder is wanted"):
+        with pytest.raises(UserError, match="a file is in the place of a folder"):
             files.write_json(path, {"format": 1})
-    with pytest.raises(UserError, match="a folder stands where a file is wanted"):
+    with pytest.raises(UserError, match="a folder is in the place of the file"):
         files.write_json(tmp_path, {"format": 1})
 
 

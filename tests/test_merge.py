@@ -143,7 +143,7 @@ def test_a_shard_elsewhere_is_not_read(tmp_path):
     for weight_map in ({"f32": "../a/model.safetensors"}, {"f32": 1}, ["f32"], {}):
         index = json.dumps({"weight_map": weight_map})
         (tmp_path / "b/model.safetensors.index.json").write_text(index)
-        wanted = r'wants a "weight_map" of tensors to files|names files elsewhere'
+        wanted = r'must have a "weight_map" of tensors to files|names files elsewhere'
         with pytest.raises(UserError, match=wanted):
             average([tmp_path / "a", tmp_path / "b"], out=tmp_path / "out")
 

@@ -162,7 +162,10 @@ MISTAKES = [
         "init new --corpus corpus --seed no-index",
         "no-index/model.safetensors.index.json is not JSON",
     ),
-    ("init new --corpus corpus --seed no-map", 'model.safetensors.index.json wants a "weight_map"'),
+    (
+        "init new --corpus corpus --seed no-map",
+        'safetensors.index.json must have a "weight_map"',
+    ),
     (
         "init new --corpus corpus --set model_type=xglm",
         "xglm does not go with model.norm=rms (wanted layer)",
