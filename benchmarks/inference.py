@@ -213,7 +213,7 @@ class _Dealt:
     def terms(self, before, ids):
         return np.zeros((len(ids), self.experts))
 
-    def asks(self, states):
+    def needs_log_likelihoods(self, states):
         return np.zeros(len(states), bool)
 
     def log_weights(self, states, evidence):
@@ -226,7 +226,7 @@ class _Dealt:
 def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0) -> dict:
     from xelm.inference.ensemble import Ensemble
     from xelm.inference.generation import generate
-    from xelm.inference.sampling import Sampling
+    from xelm.inference.sampling import SamplingParams
 
     ensemble = Ensemble(
         names=[str(n) for n in range(len(experts))],
@@ -240,8 +240,10 @@ def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0)
     begun = time.perf_counter()
     found = generate(
         ensemble,
+        ensemble.router,
+        ensemble.limits,
         prompts,
-        Sampling(max_new_tokens=options.new, temperature=0.0),
+        SamplingParams(max_new_tokens=options.new, temperature=0.0),
         [str(first + n) for n in range(len(prompts))],
         lambda number, piece: told.append(time.perf_counter()) if not told else None,
     )

@@ -32,12 +32,13 @@ from clustering.languages import canonical
 from xelm import open_run
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
+from xelm.inference.route import Walk, mixture, states_along
 from xelm.inference.routers import ByLanguage
-from xelm.inference.routing import mixture, states_along, weights_along
-from xelm.inference.sampling import Sampling
+from xelm.inference.routing import Routing
+from xelm.inference.sampling import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.routers import Routing, make_router, models_behind
+from xelm.runs.routers import make_router, models_behind
 from xelm.runs.run import Run
 
 WORDS = 30
@@ -171,18 +172,13 @@ def _route(run, routing, texts, ids, scores, names) -> None:
     for kind in KINDS:
         nats, unsure = [], []
         for document, found in zip(ids[kind], scores[kind]):
-            states = states_along(router, router.start(None), document)
-            everywhere = np.arange(len(document))
             own = found[columns]
-            weights = weights_along(
-                router, states, own, everywhere, routing.top_m, routing.least_weight
-            )
+            weights, _, needed = Walk.along(router, None, document).decide(own, routing)
             nats.append(-mixture(weights, own).sum())
-            asks = router.asks(states[:-1])
-            active = np.where(asks, router.experts, np.isfinite(weights).sum(axis=1))
+            active = np.where(needed, router.experts, np.isfinite(weights).sum(axis=1))
             asked += active.tolist()
             if routing.abstain is not None:
-                unsure += (asks | (weights[:, -1] == 0) & (len(columns) > len(experts))).tolist()
+                unsure += (needed | (weights[:, -1] == 0) & (len(columns) > len(experts))).tolist()
         share = f" ({np.mean(unsure):.0%})" if unsure else ""
         cells.append((_bits(texts[kind], nats), share))
     label = routing.name + (f", top {routing.top_m}" if routing.top_m else "")
@@ -227,11 +223,11 @@ def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 
 
 def _engine(ensemble: Ensemble, batch: list[tuple[str | None, str]], steps: int) -> Engine:
     """Texts that are to be continued, greedily, in languages that are told or not."""
-    engine = Engine(ensemble)
+    engine = Engine(ensemble, ensemble.router, ensemble.limits)
     engine.reserve(len(batch), ensemble.model.max_length)
     for number, (language, text) in enumerate(batch):
         ids = ensemble.tokenizer.begin(text)[: ensemble.model.max_length - steps]
-        sampling = Sampling(max_new_tokens=steps, temperature=0.0)
+        sampling = SamplingParams(max_new_tokens=steps, temperature=0.0)
         engine.add(ids, sampling, language=language, number=number)
     return engine
 

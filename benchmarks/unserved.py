@@ -28,19 +28,20 @@ import numpy as np
 from clustering import novelty
 from clustering.languages import canonical, lookup
 from xelm import open_run
+from xelm.inference.route import Walk, log_likelihoods_along, mixture, states_along
 from xelm.inference.routers import MIXTURE
-from xelm.inference.routing import evidence_along, mixture, states_along, weights_along
+from xelm.inference.routing import Limits, Routing
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.fitted import held_out_beginnings
-from xelm.runs.routers import Routing, make_router, serving
+from xelm.runs.routers import make_router, serving
 from xelm.runs.run import Run
 
 COLUMNS = (
     *("seed", "dense", "best expert", "uniform", "posterior"),
     *("detected, bare", "detected", "learned, bare", "learned"),
 )
-LEAST_WEIGHT = 0.001
+LIMITS = Limits(least_weight=0.001)
 """Below which an expert is not asked, as `Routing` has it."""
 FIRST = 32
 """Tokens of the beginning of a document."""
@@ -142,14 +143,12 @@ def _row(routers, names, documents, scores, sizes, some, experts) -> list[float]
     for name, router in routers.items():
         nats, count = 0.0, 0
         for n in some:
-            own, everywhere = scores[n][: router.experts], np.arange(len(documents[n]))
-            states = states_along(router, router.start(None), documents[n])
-            weights = weights_along(router, states, own, everywhere, None, LEAST_WEIGHT)
+            own = scores[n][: router.experts]
+            weights, by, needed = Walk.along(router, None, documents[n]).decide(own, LIMITS)
             nats -= mixture(weights, own).sum()
-            asks = router.asks(states[:-1])
-            count += np.where(asks, router.experts, np.isfinite(weights).sum(axis=1)).sum()
+            count += np.where(needed, router.experts, np.isfinite(weights).sum(axis=1)).sum()
             if name == "learned":
-                mixed += router.decided_by(states[:-1]).count(MIXTURE)
+                mixed += by.count(MIXTURE)
         bits[name], asked[name] = nats / total, count / tokens
     shares = [asked["learned, bare"], asked["learned"], mixed / tokens]
     return [bits[name] for name in COLUMNS] + shares
@@ -169,11 +168,8 @@ def _print_beginnings(routers, names, tags, documents, scores, unserved) -> None
                 bits[model] -= found[:FIRST].sum()
             for name in BEGINNINGS[2:]:
                 ids, own = documents[n][:FIRST], scores[n][: routers[name].experts, :FIRST]
-                states = states_along(routers[name], routers[name].start(None), ids)
-                weights = weights_along(
-                    routers[name], states, own, np.arange(len(ids)), None, LEAST_WEIGHT
-                )
-                bits[name] -= mixture(weights, own).sum()
+                found = Walk.along(routers[name], None, ids).decide(own, LIMITS)
+                bits[name] -= mixture(found.log_weights, own).sum()
         total = np.log(2) * sum(len(documents[n][:FIRST]) for n in some)
         rows.append([bits[name] / total for name in BEGINNINGS])
         print(f"| {tag} | " + " | ".join(f"{value:.3f}" for value in rows[-1]) + " |", flush=True)
@@ -211,12 +207,11 @@ def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
     served = serving(run.registry(), run.registry().published())
     alone, mixed, asked, sums = [], [], [], []
     for ids, found in zip(documents, scores):
-        places, own = np.arange(len(ids)), found[: inner.experts]
-        states = states_along(inner, inner.start(None), ids)
-        weights = weights_along(inner, states, own, places, None, LEAST_WEIGHT)
+        own = found[: inner.experts]
+        weights = Walk.along(inner, None, ids).decide(own, LIMITS).log_weights
         alone.append(mixture(weights, own))
         asked.append(np.isfinite(weights).sum(axis=1))
-        evidence = evidence_along(mixing.mixture, found)[:-1]
+        evidence = log_likelihoods_along(mixing.mixture, found)[:-1]
         nothing = np.zeros((len(ids), 0))
         mixed.append(mixture(mixing.mixture.log_weights(nothing, evidence), found))
         states = states_along(mixing, mixing.start(None), ids)[:-1]

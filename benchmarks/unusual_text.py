@@ -14,13 +14,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from unserved import LEAST_WEIGHT, documents_in, scores_of
+from unserved import LIMITS, documents_in, scores_of
 
 from clustering.languages import lookup
 from xelm import open_run
+from xelm.inference.route import Walk, mixture
 from xelm.inference.routers import MIXTURE
-from xelm.inference.routing import mixture, states_along, weights_along
-from xelm.runs.routers import Routing, make_router, serving
+from xelm.inference.routing import Routing
+from xelm.runs.routers import make_router, serving
 from xelm.runs.run import Run
 
 COLUMNS = ("seed", "dense", "expert", "learned, bare", "learned")
@@ -73,11 +74,10 @@ def _row(run: Run, texts: list[tuple[int | None, str]]) -> str:
     for one in (router.router, router):
         nats = 0.0
         for document, found in zip(targets, scores):
-            states = states_along(one, one.start(None), document)
-            places, found = np.arange(len(document)), found[: one.experts]
-            weights = weights_along(one, states, found, places, None, LEAST_WEIGHT)
-            nats -= mixture(weights, found).sum()
-            mixed += one.decided_by(states[:-1]).count(MIXTURE)
+            own = found[: one.experts]
+            weights, by, _ = Walk.along(one, None, document).decide(own, LIMITS)
+            nats -= mixture(weights, own).sum()
+            mixed += by.count(MIXTURE)
         bits.append(nats / total)
     share = mixed / sum(map(len, targets))
     return " | ".join([*(f"{value:.3f}" for value in bits), f"{share:.0%}"])

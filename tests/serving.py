@@ -14,7 +14,7 @@ import openai
 import uvicorn
 
 from xelm import open_run
-from xelm.runs.routers import Routing
+from xelm.inference.routing import Routing
 from xelm.serving.desk import Desk
 from xelm.serving.limits import Limits
 from xelm.serving.offer import open_offer

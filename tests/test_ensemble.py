@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from clustering.errors import UserError
-from xelm.inference.decoding import PIECES, ROWS, Reader, _next_of
+from xelm.inference.decoder import PIECES, ROWS, Decoder, _next_of
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.route import Walk, mixture
 from xelm.inference.routers import Abstaining, ByLanguage, Posterior, Tfidf, uniform
-from xelm.inference.routing import mixture, states_along, weights_along
-from xelm.inference.sampling import Sampling
+from xelm.inference.routing import Limits
+from xelm.inference.sampling import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.parameters import bind, for_inference, fresh_parameters, inference_graph
@@ -71,7 +72,7 @@ BAYES = Posterior(prior=PRIOR)
 
 
 class Hesitant:
-    """Wants evidence at every third token alone; otherwise one expert speaks, each in turn."""
+    """Needs log-likelihoods at every third token; otherwise one expert has all weight, in turn."""
 
     memory, experts = 0.9, EXPERTS
 
@@ -81,22 +82,26 @@ class Hesitant:
     def terms(self, before, ids):
         return np.ones((len(ids), 1))
 
-    def asks(self, states):
+    def needs_log_likelihoods(self, states):
         return states[:, 0] % 3 == 0
 
-    def log_weights(self, states, evidence):
+    def log_weights(self, states, log_likelihoods):
         with np.errstate(divide="ignore"):
             alone = np.log(np.eye(EXPERTS)[states[:, 0].astype(int) % EXPERTS])
-        return np.where(self.asks(states)[:, None], BAYES.log_weights(states, evidence), alone)
+        return np.where(
+            self.needs_log_likelihoods(states)[:, None],
+            BAYES.log_weights(states, log_likelihoods),
+            alone,
+        )
 
     def decided_by(self, states):
-        return ["posterior" if asks else "alone" for asks in self.asks(states)]
+        return ["posterior" if asks else "alone" for asks in self.needs_log_likelihoods(states)]
 
 
 def along(router, language, ids, scores, top_m=None, least=0.0):
     """Log weights before every token of a text."""
-    states = states_along(router, router.start(language), ids)
-    return weights_along(router, states, scores, np.arange(len(ids)), top_m, least)
+    limits = Limits(top_m=top_m, least_weight=least)
+    return Walk.along(router, language, ids).decide(scores, limits).log_weights
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +223,10 @@ def test_one_expert_equals_the_plain_model(ensemble, documents, alone, routers):
 def test_equal_experts_are_one_of_them(ensemble, experts, documents, routers, routing, top_m):
     found = texts(ensemble, documents)
     equal = replace(
-        ensemble, parameters=[experts[1]] * EXPERTS, router=routers[routing], top_m=top_m
+        ensemble,
+        parameters=[experts[1]] * EXPERTS,
+        router=routers[routing],
+        limits=Limits(top_m=top_m),
     )
     one = replace(ensemble, names=["b"], parameters=experts[1:2], router=uniform(1))
     languages = ["en"] * len(found)
@@ -245,7 +253,7 @@ def test_hard_weights_are_that_expert(ensemble, experts, documents, routers):
 def test_the_score_is_the_explicit_sum(ensemble, documents, routers, routing, top_m):
     found = texts(ensemble, documents)
     ids = [np.asarray(x, np.int64) for x in ensemble.tokenizer.encode(found)]
-    scores = replace(ensemble, router=routers[routing], top_m=top_m).score(found)
+    scores = replace(ensemble, router=routers[routing], limits=Limits(top_m=top_m)).score(found)
     by_expert = [scored(ensemble.model, p, ids) for p in ensemble.parameters]
     for number, document in enumerate(ids):
         logs = np.stack([found[number] for found in by_expert]).astype(np.float64)
@@ -314,14 +322,14 @@ def test_texts_read_in_pieces_have_the_scores_of_the_whole(model, experts, docum
     of another; more rows and slots are made on the way."""
     texts = [np.concatenate([[1], ids]) for ids in (documents[4][:27], documents[3], documents[8])]
     wanted = scored(model, experts[0], [text[1:] for text in texts], length=128)
-    reader = Reader(model, lambda: experts[0])
-    rows = {0: reader.enter()}
-    gone = reader.enter()
+    reader = Decoder(model, lambda: experts[0])
+    rows = {0: reader.allocate()}
+    gone = reader.allocate()
     reader.read({gone: documents[7], rows[0]: texts[0][:1]})
-    reader.leave(gone)
-    rows[1] = reader.enter()
+    reader.free(gone)
+    rows[1] = reader.allocate()
     assert rows[1] == gone
-    rows[2] = reader.enter()
+    rows[2] = reader.allocate()
     cuts = {0: (1, 6, 7, 7, 28), 1: (0, 2, 3, 4, 8), 2: (0, 0, 60, 60, len(texts[2]))}
     found = {row: [] for row in rows.values()}
     for piece in range(4):
@@ -347,13 +355,13 @@ def test_many_texts_read_together_and_apart_are_what_they_are_alone(model, exper
     draw = np.random.default_rng(3)
     texts = [np.append(1, draw.integers(4, 90, draw.integers(5, 60))) for _ in range(20)]
     wanted = scored(model, experts[0], [text[1:] for text in texts], length=64)
-    reader, rows, found = Reader(model, lambda: experts[0]), {}, [[] for _ in texts]
+    reader, rows, found = Decoder(model, lambda: experts[0]), {}, [[] for _ in texts]
     waiting = list(range(len(texts)))
     while waiting or rows:
         while waiting and (len(rows) < 3 or draw.random() < 0.6):
-            rows[waiting.pop()] = reader.enter()
+            rows[waiting.pop()] = reader.allocate()
         part = [number for number in rows if draw.random() < draw.choice([0.1, 0.5, 1.0])]
-        begun = {number: int(reader.begun[rows[number]]) for number in part}
+        begun = {number: int(reader.lengths[rows[number]]) for number in part}
         most = draw.choice([1, 1, 8, 40])
         pieces = {
             rows[number]: texts[number][begun[number] : begun[number] + draw.integers(0, most + 1)]
@@ -362,10 +370,10 @@ def test_many_texts_read_together_and_apart_are_what_they_are_alone(model, exper
         for number, scores in zip(part, reader.read(pieces, scored=True).values()):
             found[number].append(scores)
         following = jax.nn.log_softmax(reader.logits)[:, 2]
-        for number in [n for n in rows if reader.begun[rows[n]] == len(texts[n])]:
+        for number in [n for n in rows if reader.lengths[rows[n]] == len(texts[n])]:
             scores = np.append(np.concatenate(found[number])[1:], following[rows[number]])
             np.testing.assert_allclose(scores, wanted[number], atol=1e-4)
-            reader.leave(rows.pop(number))
+            reader.free(rows.pop(number))
 
 
 @pytest.mark.parametrize(
@@ -392,8 +400,8 @@ def test_long_texts_are_read_in_chunks(model, experts, length):
     draw = np.random.default_rng(0)
     longer = replace(model, max_length=4 * LONGEST)
     texts = [np.append(1, draw.integers(4, 90, length - 1)), np.array([1, 5, 7])]
-    reader = Reader(longer, lambda: experts[0])
-    rows = [reader.enter(), reader.enter()]
+    reader = Decoder(longer, lambda: experts[0])
+    rows = [reader.allocate(), reader.allocate()]
     found = reader.read(dict(zip(rows, texts)), scored=True)
     wanted = scored(longer, experts[0], [text[1:] for text in texts], length=4 * LONGEST)
     for row, scores in zip(rows, wanted):
@@ -411,24 +419,24 @@ def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routin
     """For two prompts of unequal length side by side, and one that comes when they are under way
     and goes before they end."""
     router = routers[routing]
-    engine = Engine(replace(ensemble, router=router, top_m=top_m, least_weight=least))
+    engine = Engine(ensemble, router, Limits(top_m=top_m, least_weight=least))
     languages = ("en", "de", "en")
     prompts = [ensemble.tokenizer.begin(prompt) for prompt in (PROMPT, "hgf", "cd fe ab")]
     texts = [
-        engine.add(ids, Sampling(), language=language)
+        engine.add(ids, SamplingParams(), language=language)
         for ids, language in zip(prompts[:2], languages)
     ]
     given = {0: [], 1: [], 2: []}
     for step in range(12):
         if step == 4:
-            texts.append(engine.add(prompts[2], Sampling(), language=languages[2]))
+            texts.append(engine.add(prompts[2], SamplingParams(), language=languages[2]))
         if step == 9:
             engine.remove(texts[2])
-        distribution, weights = engine.following()
-        rows = [text.row for text in engine.texts]
+        distribution, weights = engine.next_log_probabilities()
+        rows = [text.row for text in engine.sequences]
         assert len(set(rows)) == len(rows)
         np.testing.assert_allclose(np.exp(distribution)[rows].sum(axis=1), 1.0, rtol=1e-5)
-        for text, spoken in zip(engine.texts, weights):
+        for text, spoken in zip(engine.sequences, weights):
             likely = np.asarray(distribution[text.row])
             given[texts.index(text)].append((likely.max(), spoken))
             engine.append(text, int(likely.argmax()))

@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from clustering.errors import UserError
 from xelm.data import tokenizer as tokenizers
 from xelm.inference.ensemble import Ensemble
-from xelm.inference.generation import Reply, generate
+from xelm.inference.generation import generate
 from xelm.inference.routers import uniform
-from xelm.inference.sampling import Sampling
+from xelm.inference.sampling import SamplingParams
+from xelm.inference.sequence import Detokenizer
 from xelm.models.checkpoint import load_model, read_config
 from xelm.models.parameters import for_inference, parameters_of
 from xelm.runs.run import open_run
@@ -59,6 +60,10 @@ def pair(request, tmp_path_factory):
     return saved(CONFIGS[request.param], tmp_path_factory.mktemp(request.param) / "hub")
 
 
+def continued(ensemble, *given):
+    return generate(ensemble, ensemble.router, ensemble.limits, *given)
+
+
 def prompts_of_unequal_length():
     return [random_tokens((length,), seed=length).tolist() for length in (17, 3, 10)]
 
@@ -66,8 +71,8 @@ def prompts_of_unequal_length():
 def test_greedy_continuations_equal_those_of_transformers_and_uncached_ones(pair):
     prompts = prompts_of_unequal_length()
     ensemble = alone(pair.directory)
-    sampling = Sampling(max_new_tokens=NEW, temperature=0.0)
-    found = generate(ensemble, prompts, sampling, [None] * 3)
+    sampling = SamplingParams(max_new_tokens=NEW, temperature=0.0)
+    found = continued(ensemble, prompts, sampling, [None] * 3)
 
     longest = max(map(len, prompts))
     tokens = np.zeros((3, longest), int)
@@ -106,39 +111,39 @@ def ensemble(tmp_path_factory):
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"temperature": 1.5, "top_k": 9}])
 def test_the_first_of_a_batch_is_what_it_is_alone(ensemble, settings):
-    sampling = Sampling(max_new_tokens=NEW, top_p=1.0, **settings)
+    sampling = SamplingParams(max_new_tokens=NEW, top_p=1.0, **settings)
     prompts = prompts_of_unequal_length()
-    together = generate(ensemble, prompts, sampling, [None] * 3)
-    (single,) = generate(ensemble, prompts[:1], sampling, [None])
+    together = continued(ensemble, prompts, sampling, [None] * 3)
+    (single,) = continued(ensemble, prompts[:1], sampling, [None])
     assert together[0].ids == single.ids
     # Alike in all but their number, they differ.
-    same = generate(ensemble, prompts[:1] * 2, sampling, [None] * 2)
+    same = continued(ensemble, prompts[:1] * 2, sampling, [None] * 2)
     assert (same[0].ids == same[1].ids) == (sampling.temperature == 0)
 
 
 def test_no_prompts_have_no_continuations(ensemble):
-    assert generate(ensemble, [], Sampling(), []) == []
+    assert continued(ensemble, [], SamplingParams(), []) == []
 
 
 def test_repetitions_are_penalised_as_in_transformers(tmp_path):
     pair = saved(CONFIGS["llama3"], tmp_path / "hub")
     prompt = random_tokens((9,)).tolist()
     options = {"max_new_tokens": NEW, "repetition_penalty": 1.7}
-    (found,) = generate(
-        alone(pair.directory), [prompt], Sampling(temperature=0.0, **options), [None]
+    (found,) = continued(
+        alone(pair.directory), [prompt], SamplingParams(temperature=0.0, **options), [None]
     )
     with torch.no_grad():
         said = pair.reference.generate(
             torch.tensor([prompt]), do_sample=False, eos_token_id=2, pad_token_id=0, **options
         )[0, len(prompt) :].tolist()
     assert list(found.ids) == said
-    plain = Sampling(temperature=0.0, max_new_tokens=NEW)
-    assert generate(alone(pair.directory), [prompt], plain, [None])[0].ids != found.ids
+    plain = SamplingParams(temperature=0.0, max_new_tokens=NEW)
+    assert continued(alone(pair.directory), [prompt], plain, [None])[0].ids != found.ids
 
 
 def test_tokens_without_an_embedding_are_refused(ensemble):
     with pytest.raises(UserError, match="has a special token, 97, for which this model of 97 ids"):
-        generate(ensemble, [[1, 5, 97]], Sampling(), [None])
+        continued(ensemble, [[1, 5, 97]], SamplingParams(), [None])
 
 
 def told(reply, ids):
@@ -152,17 +157,17 @@ def letters(text):
 def test_a_stop_string_ends_the_text_before_it_and_is_never_told():
     text = "".join(chr(0x100 + number) for number in (9, 5, 6, 5, 6, 7, 8))
     stop = text[3:6]  # after a false beginning
-    reply = Reply(Letters(), [1, 4], [stop, "zz"])
+    reply = Detokenizer(Letters(), [1, 4], [stop, "zz"])
     pieces = told(reply, letters(text[:6]))
-    assert reply.finished and reply.text == text[:3] == "".join(pieces)
+    assert reply.stopped and reply.text == text[:3] == "".join(pieces)
     # "5" alone may be the beginning of the stop string, and so is held back.
     assert pieces[:4] == [text[0], "", "", text[1:3]]
 
 
 def test_an_unfinished_beginning_of_a_stop_string_is_told_at_the_end():
-    reply = Reply(Letters(), [1], [chr(0x105) + chr(0x106)])
+    reply = Detokenizer(Letters(), [1], [chr(0x105) + chr(0x106)])
     assert told(reply, [9, 5]) == [chr(0x109), "", chr(0x105)]
-    assert not reply.finished and reply.text == chr(0x109) + chr(0x105)
+    assert not reply.stopped and reply.text == chr(0x109) + chr(0x105)
 
 
 @pytest.mark.parametrize("stop", ["b漢", "漢字", "字 ", " 漢", "b 漢字 c"])
@@ -172,14 +177,14 @@ def test_a_stop_string_of_characters_of_several_ids_ends_the_text(tiny, stop):
     text = "ab 漢字 cb漢 d"
     ids = tokenizer.encode([text])[0]
     for prompt in ("abcd", "漢"):
-        reply = Reply(tokenizer, tokenizer.begin(prompt), [stop])
+        reply = Detokenizer(tokenizer, tokenizer.begin(prompt), [stop])
         pieces = []
         for number in ids:
             pieces.append(reply.add(number))
-            if reply.finished:
+            if reply.stopped:
                 break
         wanted = f" {text}"[: f" {text}".index(stop)]
-        assert reply.finished and reply.text == "".join(pieces) == wanted
+        assert reply.stopped and reply.text == "".join(pieces) == wanted
 
 
 def test_a_character_of_several_ids_is_told_whole(tiny):
@@ -192,12 +197,12 @@ def test_a_character_of_several_ids_is_told_whole(tiny):
 
 
 def check_pieces(tokenizer, before, ids, text):
-    reply = Reply(tokenizer, before, [])
+    reply = Detokenizer(tokenizer, before, [])
     pieces = told(reply, ids)
     assert "".join(pieces) == reply.text == " " + text
     assert len(ids) > len(text) and not any("\ufffd" in piece for piece in pieces)
     # Cut within a character, it is left out.
-    cut = Reply(tokenizer, before, [])
+    cut = Detokenizer(tokenizer, before, [])
     half = ids[: ids.index(tokenizer.encode(["字"])[0][-1]) - 1]
     assert "".join(told(cut, half)) == cut.text == " ab 漢"
 
@@ -210,7 +215,7 @@ def test_a_long_continuation_is_decoded_in_short_pieces(tiny):
     ids = tokenizer.encode([text])[0]
     decoded, decode = [], tokenizer.decode
     spied = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or decode(ids))
-    reply = Reply(spied, tokenizer.begin("fgh"), ["de abc 漢字字字 de abc 漢 de abc 漢!"])
+    reply = Detokenizer(spied, tokenizer.begin("fgh"), ["de abc 漢字字字 de abc 漢 de abc 漢!"])
     pieces = told(reply, ids)
     assert "".join(pieces) == reply.text == " " + text
     assert len(ids) > 500 and max(decoded) < 100
@@ -218,7 +223,7 @@ def test_a_long_continuation_is_decoded_in_short_pieces(tiny):
 
 def test_pieces_of_a_stream_are_the_text(tiny):
     ensemble = open_run(tiny.directory).ensemble("uniform")
-    sampling = Sampling(max_new_tokens=10, temperature=1.5)
+    sampling = SamplingParams(max_new_tokens=10, temperature=1.5)
     pieces = {0: [], 1: []}
     found = ensemble.generate_batch(
         ["abcd", "efg hij"], sampling, stream=lambda number, piece: pieces[number].append(piece)
@@ -229,7 +234,7 @@ def test_pieces_of_a_stream_are_the_text(tiny):
 
 def test_the_checkpoints_own_settings_are_the_default(tiny):
     ensemble = open_run(tiny.directory).ensemble("uniform")
-    wish = replace(ensemble, sampling=Sampling(temperature=0.0, max_new_tokens=5))
+    wish = replace(ensemble, sampling=SamplingParams(temperature=0.0, max_new_tokens=5))
     assert wish.generate("abcd") == ensemble.generate("abcd", temperature=0, max_new_tokens=5)
 
 
@@ -243,7 +248,7 @@ def test_a_chat_is_put_into_the_checkpoints_template(tiny):
     ids = ensemble.tokenizer.chat(messages)
     assert ensemble.tokenizer.decode(ids).strip() == "<user> abcd <answer>"
     said = ensemble.generate(messages, temperature=0, max_new_tokens=4)
-    (same,) = generate(ensemble, [ids], Sampling(temperature=0, max_new_tokens=4), [None])
+    (same,) = continued(ensemble, [ids], SamplingParams(temperature=0, max_new_tokens=4), [None])
     assert said.ids == same.ids
     ensemble.tokenizer.hub.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match="refuses these messages: roles must alternate"):
@@ -252,7 +257,7 @@ def test_a_chat_is_put_into_the_checkpoints_template(tiny):
 
 def test_the_checkpoints_wish_for_more_tokens_than_there_is_room_for_is_cut(tiny):
     ensemble = open_run(tiny.directory).ensemble("uniform")
-    wish = replace(ensemble, sampling=Sampling(temperature=1.5, max_new_tokens=2048))
+    wish = replace(ensemble, sampling=SamplingParams(temperature=1.5, max_new_tokens=2048))
     said = wish.generate("abcd")
     room = ensemble.model.max_length - len(ensemble.tokenizer.begin("abcd"))
     assert 0 < len(said.ids) <= room
@@ -267,15 +272,18 @@ def test_a_text_grows_beyond_the_rows_of_training_unless_positions_are_learned(n
     learned = ensemble.model.positions == "learned"
     assert learned == (name == "gpt2") and ensemble.model.max_length > 20
     assert ensemble.longest == (16 if learned else ensemble.model.max_length)
-    prompt, sampling = random_tokens((10,)).tolist(), Sampling(max_new_tokens=6, temperature=0.0)
-    (within,) = generate(ensemble, [prompt], sampling, [None])
+    prompt, sampling = (
+        random_tokens((10,)).tolist(),
+        SamplingParams(max_new_tokens=6, temperature=0.0),
+    )
+    (within,) = continued(ensemble, [prompt], sampling, [None])
     assert len(within.ids) <= 6
     longer = replace(sampling, max_new_tokens=7)
     if learned:
         with pytest.raises(UserError, match="this model of 16 room for 6 new ones"):
-            generate(ensemble, [prompt], longer, [None])
+            continued(ensemble, [prompt], longer, [None])
     else:
-        (beyond,) = generate(ensemble, [prompt], longer, [None])
+        (beyond,) = continued(ensemble, [prompt], longer, [None])
         assert beyond.ids[:6] == within.ids
 
 

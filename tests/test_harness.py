@@ -17,7 +17,7 @@ from xelm import open_run
 from xelm.commands.harness import main as commands_main
 from xelm.commands.routing import ROUTING
 from xelm.harness import Harness, main
-from xelm.runs.routers import Routing
+from xelm.inference.routing import Routing
 from xelm.runs.run import Run
 
 
@@ -155,13 +155,13 @@ def test_a_chat_is_routed_by_what_the_user_says(copy, routing):
 def by_steps(ensemble, context, continuation, user_mask=None):
     """One token after the other, from the distributions that generating draws from."""
     from xelm.inference.engine import Engine
-    from xelm.inference.sampling import Sampling
+    from xelm.inference.sampling import SamplingParams
 
-    engine = Engine(ensemble)
-    text = engine.add(context, Sampling(max_new_tokens=1), user_mask=user_mask)
+    engine = Engine(ensemble, ensemble.router, ensemble.limits)
+    text = engine.add(context, SamplingParams(max_new_tokens=1), user_mask=user_mask)
     total = 0.0
     for token in continuation:
-        distribution, _ = engine.following()
+        distribution, _ = engine.next_log_probabilities()
         total += float(distribution[text.row, token])
         engine.append(text, token)
     return total

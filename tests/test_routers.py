@@ -13,11 +13,12 @@ from clustering.errors import UserError
 from clustering.identify import LONGEST
 from xelm.inference.generation import generate
 from xelm.inference.routers import OrMixture, uniform
-from xelm.inference.sampling import Sampling
+from xelm.inference.routing import Routing
+from xelm.inference.sampling import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.fitted import _beginnings, _some, identifier
-from xelm.runs.routers import Routing, make_router
+from xelm.runs.routers import make_router
 from xelm.runs.run import open_run
 
 TRAINED = ("de", "en", "es", "fr")
@@ -350,7 +351,8 @@ def test_a_template_and_a_system_prompt_do_not_move_the_posterior(copy, memory):
     ids, mask = ensemble.tokenizer.chat_with_user_mask(messages)
     assert mask is not None and 0 < sum(mask) < len(ids) / 2
     said = ensemble.generate(messages, max_new_tokens=1, temperature=0.0)
-    (whole,) = generate(ensemble, [ids], Sampling(max_new_tokens=1, temperature=0.0), [None])
+    sampling = SamplingParams(max_new_tokens=1, temperature=0.0)
+    (whole,) = generate(ensemble, ensemble.router, ensemble.limits, [ids], sampling, [None])
     assert said.weights["de-fr"] > 0.5 and whole.weights["en-es"] > 0.5
     evidence = []
     for parameters in (ensemble.parameters[number] for number in range(2)):

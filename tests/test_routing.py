@@ -6,7 +6,14 @@ import pytest
 from clustering.errors import UserError
 from clustering.identify import BUCKETS, Identifier
 from clustering.vectoriser import Vectoriser
-from xelm.inference import routers
+from xelm.inference import routing
+from xelm.inference.route import (
+    Walk,
+    keep_largest,
+    log_likelihoods_along,
+    mixture,
+    states_along,
+)
 from xelm.inference.routers import (
     Abstaining,
     ByLanguage,
@@ -16,13 +23,6 @@ from xelm.inference.routers import (
     Tfidf,
     mixture_of,
     uniform,
-)
-from xelm.inference.routing import (
-    evidence_along,
-    keep_largest,
-    mixture,
-    states_along,
-    weights_along,
 )
 
 EXPERTS, TOKENS, VOCABULARY, DIMENSIONS = 4, 30, 50, 6
@@ -68,8 +68,7 @@ ROUTERS = {
 
 def along(router, ids=IDS, scores=SCORES, language=None):
     """Log weights before every token of a text."""
-    states = states_along(router, router.start(language), ids)
-    return weights_along(router, states, scores, np.arange(len(ids)))
+    return Walk.along(router, language, ids).decide(scores).log_weights
 
 
 def at_language(name):
@@ -82,7 +81,7 @@ def test_weights_along_a_text_are_those_of_the_text_as_it_grows(name):
     whole = along(router, language=language)
     state, evidence = router.start(language), np.zeros(EXPERTS)
     for position in range(TOKENS):
-        asked = router.asks(state[None])[0]
+        asked = router.needs_log_likelihoods(state[None])[0]
         found = router.log_weights(state[None], evidence[None] * asked)[0]
         np.testing.assert_allclose(found, whole[position], atol=1e-9)
         new = IDS[position : position + 1]
@@ -180,7 +179,7 @@ def test_the_posterior_is_that_of_bayes():
     # neither, the third has probability .5 and .1.
     likelihoods = np.array([[0.4, 0.2, 0.5], [0.1, 0.2, 0.1]])
     router = Posterior(prior=np.log([0.25, 0.75]))
-    evidence = evidence_along(router, np.log(likelihoods))
+    evidence = log_likelihoods_along(router, np.log(likelihoods))
     weights = np.exp(router.log_weights(np.zeros((4, 0)), evidence))
     wanted = [[1 / 4, 3 / 4], [4 / 7, 3 / 7], [4 / 7, 3 / 7], [20 / 23, 3 / 23]]
     np.testing.assert_allclose(weights, wanted)
@@ -228,7 +227,7 @@ def test_what_is_detected_weighs_the_experts_by_their_languages():
 def test_a_language_that_is_served_is_routed_by_whatever_the_router(inner):
     router = ByLanguage(experts=EXPERTS, serving={"de": 2}, otherwise=ROUTERS[inner])
     states = states_along(router, router.start("deu"), IDS)[:-1]
-    assert not router.asks(states).any()
+    assert not router.needs_log_likelihoods(states).any()
     found = np.exp(router.log_weights(states, np.zeros((TOKENS, EXPERTS))))
     np.testing.assert_array_equal(found, np.tile([0.0, 0.0, 1.0, 0.0], (TOKENS, 1)))
     assert router.decided_by(states) == ["language"] * TOKENS
@@ -262,13 +261,13 @@ def test_a_router_that_is_not_sure_leaves_it_to_the_posterior():
     np.testing.assert_array_equal(found[sure], along(TFIDF)[sure])
     np.testing.assert_allclose(found[~sure], along(ROUTERS["posterior"])[~sure])
     states = states_along(TFIDF, TFIDF.start(None), IDS)[:-1]
-    np.testing.assert_array_equal(ROUTERS["abstaining"].asks(states), ~sure)
+    np.testing.assert_array_equal(ROUTERS["abstaining"].needs_log_likelihoods(states), ~sure)
 
 
 def test_a_router_that_is_not_sure_leaves_it_to_the_model_behind_the_experts():
     router = Abstaining(router=TFIDF, threshold=0.9, fallback=EXPERTS)
     states = states_along(TFIDF, TFIDF.start(None), IDS)[:-1]
-    assert not router.asks(states).any()
+    assert not router.needs_log_likelihoods(states).any()
     found = np.exp(router.log_weights(states, np.zeros((TOKENS, EXPERTS + 1))))
     alone = np.exp(along(TFIDF))
     sure = alone.max(axis=1) >= 0.9
@@ -333,7 +332,7 @@ def test_the_command_line_offers_every_router():
     from xelm.commands import asking
     from xelm.runs import evaluation
 
-    assert tuple(routers.ROUTINGS) == asking.ROUTINGS
+    assert tuple(routing.ROUTINGS) == asking.ROUTINGS
     assert tuple(evaluation.EVALUATED) == asking.EVALUATED
     assert evaluation.CALIBRATION_TOKENS == asking.CALIBRATION_TOKENS
 
@@ -362,11 +361,11 @@ WITH_SEED = np.concatenate([SCORES, np.log(DRAW.uniform(0.01, 1, (1, TOKENS)))])
 def test_text_that_no_expert_is_for_is_mixed_and_other_text_is_not():
     found = along(OR_MIXTURE, scores=WITH_SEED)
     states = states_along(OR_MIXTURE, OR_MIXTURE.start(None), IDS)[:-1]
-    outside = OR_MIXTURE.asks(states)
+    outside = OR_MIXTURE.needs_log_likelihoods(states)
     assert 0 < outside.sum() < TOKENS
     assert np.isneginf(found[~outside, EXPERTS]).all()
     np.testing.assert_array_equal(found[~outside, :EXPERTS], along(TFIDF)[~outside])
-    evidence = evidence_along(OR_MIXTURE.mixture, WITH_SEED)[:-1]
+    evidence = log_likelihoods_along(OR_MIXTURE.mixture, WITH_SEED)[:-1]
     wanted = np.exp(0.3 * evidence) / np.exp(0.3 * evidence).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(np.exp(found[outside]), wanted[outside], rtol=1e-9)
     names = np.asarray(OR_MIXTURE.decided_by(states))
@@ -386,10 +385,12 @@ def test_a_text_that_grows_is_mixed_as_one_that_is_known():
 def test_a_given_language_that_nobody_serves_is_mixed_from_the_first_token_on():
     router = ByLanguage(experts=EXPERTS + 1, serving={"de": 0}, otherwise=OR_MIXTURE)
     states = states_along(router, router.start("sv"), IDS)
-    assert router.asks(states).all()
+    assert router.needs_log_likelihoods(states).all()
     assert set(router.decided_by(states)) == {"mixture"}
     for language in (None, "de-AT"):
-        assert not router.asks(states_along(router, router.start(language), IDS)[:1]).any()
+        assert not router.needs_log_likelihoods(
+            states_along(router, router.start(language), IDS)[:1]
+        ).any()
     # Experts of clusters of documents serve no language, and may all the same know this one.
     nobody = ByLanguage(experts=EXPERTS + 1, serving={}, otherwise=OR_MIXTURE)
     np.testing.assert_array_equal(nobody.start("sv"), nobody.start(None))

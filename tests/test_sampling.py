@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from clustering.errors import UserError
-from xelm.inference.sampling import Sampling, _kept, choose, penalised, sampling_of
+from xelm.inference.sampling import SamplingParams, _kept, penalised, read_sampling_params, sample
 
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 
@@ -24,13 +24,13 @@ PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 def drawn(rows, sampling, step=0):
     """Each row of its own number."""
     count = len(rows)
-    return np.asarray(choose(rows, [sampling] * count, [step] * count, range(count)))
+    return np.asarray(sample(rows, [sampling] * count, [step] * count, range(count)))
 
 
 def frequencies(**settings):
     """Of 4,000 draws, each of its own row."""
     rows = jnp.log(jnp.tile(jnp.asarray(PROBABILITIES, jnp.float32), (4000, 1)))
-    found = drawn(rows, Sampling(**{"temperature": 1.0, "top_p": 1.0, **settings}))
+    found = drawn(rows, SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **settings}))
     return np.bincount(found, minlength=5) / 4000
 
 
@@ -64,7 +64,7 @@ def test_a_large_vocabulary_is_drawn_from_as_it_is_distributed():
         row = jnp.log(jnp.asarray(chances, jnp.float32))
     found = np.concatenate(
         [
-            drawn(jnp.tile(row, (4000, 1)), Sampling(temperature=1.0, top_p=1.0), step)
+            drawn(jnp.tile(row, (4000, 1)), SamplingParams(temperature=1.0, top_p=1.0), step)
             for step in range(5)
         ]
     )
@@ -79,7 +79,7 @@ def test_a_large_vocabulary_is_drawn_from_as_it_is_distributed():
 def test_what_is_no_number_is_drawn_from_the_vocabulary():
     rows = jnp.full((2, 300), jnp.nan)
     for temperature in (0.0, 1.0):
-        assert (drawn(rows, Sampling(temperature=temperature)) < 300).all()
+        assert (drawn(rows, SamplingParams(temperature=temperature)) < 300).all()
 
 
 def test_temperature_is_a_power():
@@ -92,7 +92,7 @@ def test_draws_differ_by_seed_and_step_and_not_otherwise():
     rows = jnp.zeros((1, 1000))
 
     def draw(seed, step):
-        return int(drawn(rows, Sampling(random_seed=seed), step)[0])
+        return int(drawn(rows, SamplingParams(random_seed=seed), step)[0])
 
     assert draw(0, 0) == draw(0, 0)
     assert len({draw(0, 0), draw(1, 0), draw(0, 1), draw(2**40, 0)}) == 4
@@ -103,16 +103,16 @@ def test_every_row_is_drawn_by_its_own_settings():
     logits = np.random.default_rng(0).normal(size=(4, 300)).astype(np.float32)
     logits = np.asarray(jax.nn.log_softmax(logits))
     settings = [
-        Sampling(temperature=0.0),
-        Sampling(temperature=2.0, top_p=1.0, random_seed=5),
-        Sampling(temperature=1.0, top_k=3),
-        Sampling(temperature=1.5, top_p=0.4, random_seed=9),
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=2.0, top_p=1.0, random_seed=5),
+        SamplingParams(temperature=1.0, top_k=3),
+        SamplingParams(temperature=1.5, top_p=0.4, random_seed=9),
     ]
     steps, numbers = [3, 1, 4, 1], [0, 2, 0, 7]
-    together = np.asarray(choose(jnp.asarray(logits), settings, steps, numbers))
+    together = np.asarray(sample(jnp.asarray(logits), settings, steps, numbers))
     assert together[0] == logits[0].argmax()
     for row in range(4):
-        (single,) = choose(
+        (single,) = sample(
             jnp.asarray(logits[row : row + 1]),
             settings[row : row + 1],
             steps[row : row + 1],
@@ -126,7 +126,7 @@ def test_the_coldest_draw_is_the_largest(temperature):
     rows = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (4, 500)))
     rows = rows.at[:, :3].set(-jnp.inf)
     for top_p in (1.0, 0.9):
-        sampling = Sampling(temperature=temperature, top_p=top_p)
+        sampling = SamplingParams(temperature=temperature, top_p=top_p)
         np.testing.assert_array_equal(drawn(rows, sampling), rows.argmax(axis=1))
 
 
@@ -139,7 +139,7 @@ def test_the_last_that_is_kept_is_kept_however_it_is_rounded(settings, count):
     for number in range(20):
         rows = 2 * jax.random.normal(jax.random.key(number), (count, 128))
         rows = jax.nn.log_softmax(rows)
-        sampling = Sampling(temperature=0.7 + 0.01 * number, **settings)
+        sampling = SamplingParams(temperature=0.7 + 0.01 * number, **settings)
         np.testing.assert_array_equal(drawn(rows, sampling), rows.argmax(axis=1))
 
 
@@ -175,7 +175,7 @@ def test_the_kept_tokens_are_those_of_transformers(settings):
     """Drawn often, each token as often as transformers' own chain of processors says."""
     logits = 2 * np.random.default_rng(0).normal(size=(1, 40)).astype(np.float32)
     seen = [3, 5, 8, 13]
-    sampling = Sampling(**settings)
+    sampling = SamplingParams(**settings)
     chain = LogitsProcessorList(
         [
             RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty),
@@ -196,23 +196,28 @@ def test_the_kept_tokens_are_those_of_transformers(settings):
 
 def write(folder, **settings):
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    return sampling_of(folder)
+    return read_sampling_params(folder)
 
 
 def test_a_checkpoint_without_wishes_is_sampled_by_our_defaults(tmp_path):
-    assert sampling_of(tmp_path) == (Sampling(), [])
-    assert write(tmp_path, eos_token_id=[2, 5], transformers_version="5.0") == (Sampling(), [])
+    assert read_sampling_params(tmp_path) == (SamplingParams(), [])
+    assert write(tmp_path, eos_token_id=[2, 5], transformers_version="5.0") == (
+        SamplingParams(),
+        [],
+    )
 
 
 def test_a_checkpoints_wishes_are_honoured(tmp_path):
     asked = {"do_sample": True, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1}
     found, ignored = write(tmp_path, **asked)
-    assert found == Sampling(temperature=0.6, top_k=20, top_p=1.0, repetition_penalty=1.1)
+    assert found == SamplingParams(temperature=0.6, top_k=20, top_p=1.0, repetition_penalty=1.1)
     assert ignored == []
     assert write(tmp_path, do_sample=False, temperature=0.6)[0].temperature == 0
     # Of transformers, where the file draws and says nothing of these.
-    assert write(tmp_path, do_sample=True)[0] == Sampling(temperature=1.0, top_k=50, top_p=1.0)
-    assert write(tmp_path, max_new_tokens=7, top_k=0)[0] == Sampling(max_new_tokens=7)
+    assert write(tmp_path, do_sample=True)[0] == SamplingParams(
+        temperature=1.0, top_k=50, top_p=1.0
+    )
+    assert write(tmp_path, max_new_tokens=7, top_k=0)[0] == SamplingParams(max_new_tokens=7)
 
 
 def test_wishes_that_are_not_honoured_are_named(tmp_path):
@@ -221,7 +226,7 @@ def test_wishes_that_are_not_honoured_are_named(tmp_path):
         write(tmp_path, temperature=-1)
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(UserError, match=r"generation_config.json must be a JSON object; got \[\]"):
-        sampling_of(tmp_path)
+        read_sampling_params(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -236,4 +241,4 @@ def test_wishes_that_are_not_honoured_are_named(tmp_path):
 )
 def test_values_that_mean_nothing_are_refused(settings, fault):
     with pytest.raises(UserError, match=fault):
-        Sampling(**settings)
+        SamplingParams(**settings)

@@ -12,7 +12,7 @@ from shared import LANGUAGES, NAMES, documents_of
 
 from clustering.errors import UserError
 from xelm import open_run
-from xelm.inference.sampling import Sampling
+from xelm.inference.sampling import SamplingParams
 from xelm.serving.origins import LOOPBACK
 from xelm.serving.requests import ChatRequest, CompletionRequest
 from xelm.serving.server import read_key
@@ -148,7 +148,7 @@ def test_what_is_not_said_is_as_the_seed_asks_and_differs_each_time(client, tiny
     }
     assert len(texts) > 1
     answer = client.completions.create(model="xelm", prompt=german(tiny), temperature=0)
-    assert answer.usage.completion_tokens <= Sampling().max_new_tokens
+    assert answer.usage.completion_tokens <= SamplingParams().max_new_tokens
 
 
 def test_stops_end_the_text(client, ensemble, tiny):

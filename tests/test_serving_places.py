@@ -13,8 +13,8 @@ from serving import served, until
 from shared import LANGUAGES, documents_of
 
 from xelm import open_run
-from xelm.inference.sampling import Sampling
-from xelm.runs.routers import Routing
+from xelm.inference.routing import Routing
+from xelm.inference.sampling import SamplingParams
 from xelm.serving import desk as desk_module
 from xelm.serving.desk import Busy, Closed, Ended, Failed, Piece, Read, Ticket
 from xelm.serving.limits import Limits
@@ -110,7 +110,7 @@ def test_time_is_limited(chatty, slow):
 
 
 @pytest.mark.parametrize(
-    ("where", "name"), [("Engine", "step"), ("Engine", "add"), ("Reply", "add")]
+    ("where", "name"), [("Engine", "step"), ("Engine", "add"), ("Detokenizer", "add")]
 )
 def test_what_fails_fails_what_is_under_way_and_nothing_later(
     server, monkeypatch, capfd, where, name
@@ -193,7 +193,11 @@ def test_texts_join_and_leave_without_a_trace(server, tiny):
 
 def ticket(desk, events, **changes):
     ids = desk.offer.ensemble.tokenizer.begin(PROMPT)
-    given = {"model": "xelm", "ids": ids, "sampling": Sampling(max_new_tokens=4, temperature=0.0)}
+    given = {
+        "model": "xelm",
+        "ids": ids,
+        "sampling": SamplingParams(max_new_tokens=4, temperature=0.0),
+    }
     given |= {"tell": events.append, "until": time.monotonic() + 60}
     return Ticket(**{**given, **changes})
 
@@ -201,14 +205,14 @@ def ticket(desk, events, **changes):
 def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
     opener = partial(open_offer, open_run(chatty), Routing(name="detected"))
     desk = desk_module.Desk(opener(), most_texts=2, most_waiting=0, post=lambda call: call())
-    score, begun, go_on = desk_module.likelihoods_of_tokens, threading.Event(), threading.Event()
+    score, begun, go_on = desk_module.score_prompts, threading.Event(), threading.Event()
 
     def held(*given):
         begun.set()
         assert go_on.wait(60)
         return score(*given)
 
-    monkeypatch.setattr(desk_module, "likelihoods_of_tokens", held)
+    monkeypatch.setattr(desk_module, "score_prompts", held)
     scored = {"alternatives": 1, "scores_prompt": True, "draws": False}
     events = []
     desk.submit([ticket(desk, events, **scored) for _ in range(2)])
@@ -226,23 +230,25 @@ def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
 def test_prompts_are_scored_in_smaller_parts_while_others_are_continued(chatty, monkeypatch):
     opener = partial(open_offer, open_run(chatty), Routing(name="detected"))
     desk = desk_module.Desk(opener(), most_texts=9, most_waiting=0, post=lambda call: call())
-    score, parts, now = desk_module.likelihoods_of_tokens, [], time.monotonic()
+    score, parts, now = desk_module.score_prompts, [], time.monotonic()
     ids = desk.offer.ensemble.tokenizer.begin(PROMPT)
 
-    def noted(ensemble, texts, *given):
+    def noted(ensemble, limits, texts, *given):
         parts.append(len(texts))
         if len(parts) == 1:  # between two parts whoever has left or is late is looked at
             left.cancelled, late.until = True, now - 1
-        return score(ensemble, texts, *given)
+        return score(ensemble, limits, texts, *given)
 
-    monkeypatch.setattr(desk_module, "likelihoods_of_tokens", noted)
+    monkeypatch.setattr(desk_module, "score_prompts", noted)
     monkeypatch.setattr(desk_module, "TOKENS_SCORED_BESIDE", 2 * len(ids))
     scored = {"alternatives": 1, "scores_prompt": True, "draws": False}
     one, two, left, late, last = (ticket(desk, [], **scored) for _ in range(5))
     gone = []
     late.tell = gone.append
     last.tell = (ends := []).append
-    desk.submit([ticket(desk, [], sampling=Sampling(max_new_tokens=50)), one, two, left, late])
+    desk.submit(
+        [ticket(desk, [], sampling=SamplingParams(max_new_tokens=50)), one, two, left, late]
+    )
     desk.submit([last])
     desk.start()
     until(lambda: any(isinstance(event, Ended) for event in ends), seconds=30)

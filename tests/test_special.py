@@ -11,7 +11,7 @@ from clustering.errors import UserError
 from xelm.data.special_tokens import ESCAPE, RENDERED, USER_BEGINS, USER_ENDS
 from xelm.data.tokenizer import Tokenizer
 from xelm.data.unicode import composed_and_decomposed, normalised
-from xelm.inference.generation import Reply
+from xelm.inference.sequence import Detokenizer
 
 TEXTS = [
     "Der alte Mann lebte am Meer, und fuhr < hinaus > in [die] Welt.",
@@ -234,11 +234,11 @@ def test_a_stop_string_is_found_composed_or_not():
 
     for said in (written, unicodedata.normalize("NFD", written)):
         for stop in composed_and_decomposed("lão"):
-            reply = Reply(Letters(), [ord("x")], (stop,))
+            reply = Detokenizer(Letters(), [ord("x")], (stop,))
             for letter in said:
-                if not reply.finished:
+                if not reply.stopped:
                     reply.add(ord(letter))
-            assert reply.finished
+            assert reply.stopped
             assert unicodedata.normalize("NFC", reply.text) == "một ông "
 
 

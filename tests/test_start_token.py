@@ -111,16 +111,16 @@ def test_of_an_empty_text_and_of_one_token_the_rest_is_predicted(ours):
 @pytest.mark.parametrize("routing", ["posterior", "learned", "detected"])
 def test_scores_are_those_of_generating_token_by_token(bare, tiny, routing):
     from xelm.inference.engine import Engine
-    from xelm.inference.sampling import Sampling
+    from xelm.inference.sampling import SamplingParams
 
     ensemble = open_run(bare).ensemble(routing)
     text = " ".join(documents_of(tiny.held_out, "fr")[0].split()[:6])
     (ids,) = ensemble.tokenizer.encode([text])
-    engine = Engine(ensemble)
-    growing = engine.add(ids[:1], Sampling(max_new_tokens=1))
+    engine = Engine(ensemble, ensemble.router, ensemble.limits)
+    growing = engine.add(ids[:1], SamplingParams(max_new_tokens=1))
     nats = 0.0
     for token in [*ids[1:], 2]:
-        distribution, _ = engine.following()
+        distribution, _ = engine.next_log_probabilities()
         nats -= float(distribution[growing.row, token])
         engine.append(growing, token)
     assert ensemble.score([text]).nats[0] == pytest.approx(nats, rel=1e-4)

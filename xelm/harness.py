@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from clustering.errors import UserError
 from xelm.data.special_tokens import RENDERED
-from xelm.inference.decoding import padded
+from xelm.inference.decoder import padded
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
 from xelm.runs.run import open_run
@@ -212,11 +212,12 @@ class Harness(TemplateLM):
         until = asked.get("until") or []
         until = [until] if isinstance(until, str) else until
         most = int(asked.get("max_gen_toks", self._max_gen_toks))
-        longest = self.ensemble.longest
+        ensemble = self.ensemble
+        longest = ensemble.longest
         most = min(most, longest - 1)
         sampled = bool(asked.get("do_sample", float(asked.get("temperature") or 0) > 0))
         sampling = replace(
-            self.ensemble.sampling,
+            ensemble.sampling,
             max_new_tokens=most,
             temperature=float(asked.get("temperature") or 1.0) if sampled else 0.0,
             top_p=float(asked.get("top_p") or 1.0),
@@ -228,7 +229,15 @@ class Harness(TemplateLM):
         prompts = [self.tok_encode(text)[-room:] or [self.prefix_token_id] for text in texts]
         languages = [self._language] * len(prompts)
         masks = [self._user_mask(text, len(ids)) for text, ids in zip(texts, prompts)]
-        found = generate(self.ensemble, prompts, sampling, languages, user_masks=masks)
+        found = generate(
+            ensemble,
+            ensemble.router,
+            ensemble.limits,
+            prompts,
+            sampling,
+            languages,
+            user_masks=masks,
+        )
         return [one.text for one in found]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clustering.languages import english_name
-from xelm.inference.routers import DEFAULT
+from xelm.inference.routing import DEFAULT
 from xelm.progress import duration
 
 if TYPE_CHECKING:

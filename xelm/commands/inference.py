@@ -72,7 +72,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from xelm.inference.sampling import Sampling
+    from xelm.inference.sampling import SamplingParams
 
     wishes = {
         "max_new_tokens": options.max_new_tokens,
@@ -83,7 +83,7 @@ def _generate(options: argparse.Namespace) -> None:
         "random_seed": options.random_seed,
     }
     wishes = {name: wish for name, wish in wishes.items() if wish is not None}
-    Sampling(**wishes)  # a mistake is told before a router is fitted
+    SamplingParams(**wishes)  # a mistake is told before a router is fitted
     ensemble = _ensemble(options, options.route_per)
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
 

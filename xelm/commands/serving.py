@@ -67,8 +67,8 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> None:
+    from xelm.inference.routing import Routing
     from xelm.process import return_freed_memory
-    from xelm.runs.routers import Routing
     from xelm.runs.run import open_run
     from xelm.serving.limits import Limits
     from xelm.serving.server import serve
@@ -77,8 +77,7 @@ def _serve(options: argparse.Namespace) -> None:
     chosen = {**router_options(options), "weights": options.weights or {}}
     serve(
         open_run(options.run),
-        Routing(name=options.routing, **chosen),
-        route_per=options.route_per,
+        Routing(name=options.routing, route_per=options.route_per, **chosen),
         dtype=options.dtype,
         host=options.host,
         port=options.port,

@@ -1,27 +1,23 @@
 """The ensemble: many experts, one distribution. p(x_t | x_<t) = sum_j w_j p_j(x_t | x_<t)."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clustering.errors import UserError
-from xelm.data.tokenizer import Tokenizer
-from xelm.inference.engine import counting
-from xelm.inference.filling import Filling, fill
-from xelm.inference.generation import Generation, Stream, generate, room
-from xelm.inference.guessing import guess_documents
-from xelm.inference.routing import Router, among, mixture, states_along, weights_along
-from xelm.inference.sampling import Sampling
-from xelm.inference.scoring import check_ids, check_windows, score_documents, targets, unpredicted
-from xelm.models.config import ModelConfig
-
-ROUTE_PER = ("token", "prompt", "sequence")
+from xelm.inference.fill import Filling, fill
+from xelm.inference.generation import Generation, Stream, generate
+from xelm.inference.pool import Pool
+from xelm.inference.predictions import predict_documents
+from xelm.inference.route import Decision, Router, Walk, mixture, routing_mask
+from xelm.inference.routing import Limits, Routing
+from xelm.inference.sampling import SamplingParams
+from xelm.inference.scoring import check_ids, score_documents, targets, unpredicted
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or the messages of a chat: {"role": "user", "content": "Habari?"}."""
@@ -29,87 +25,45 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """What the ensemble thinks of some texts."""
+    """How probable some texts are to an ensemble."""
 
     nats: Float[np.ndarray, " texts"]
     """-log p of each text and its end."""
     tokens: Int[np.ndarray, " texts"]
-    """Predicted tokens of each text, its end included."""
+    """Number of predicted tokens of each text, its end included."""
     weights: Mapping[str, Float[np.ndarray, " texts"]]
-    """Expert -> its mean routing weight over each text."""
+    """Model -> its mean routing weight over each text."""
     routing: Sequence[str]
     """The router that decided most tokens of each text, as in `Generation`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Likelihoods:
-    """What the ensemble thinks of some continuations."""
+    """How probable some continuations are to an ensemble."""
 
     nats: Float[np.ndarray, " texts"]
-    """-log p of each, its end not included."""
+    """-log p of each continuation, its end not included."""
     greedy: Bool[np.ndarray, " texts"]
-    """Whether each of its tokens is the likeliest one."""
+    """Whether each token of the continuation is the likeliest one."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ensemble:
-    """Experts of one shape, a router, and the tokenizer they share."""
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class Ensemble(Pool):
+    """A pool of experts with a router over them: scores, generates and fills text."""
 
-    names: Sequence[str]
-    """Of the models: the E experts that the router weighs, and maybe others behind them."""
-    model: ModelConfig
-    """Their shape."""
-    parameters: Sequence[Any]
-    """Of each expert, `for_inference`, asked for only when the expert is."""
     router: Router
-    """Who speaks when."""
-    tokenizer: Tokenizer
-    """Of the seed."""
-    dtype: str = "float32"
-    """Of products; parameters are of this, too."""
-    top_m: int | None = None
-    """Experts asked at each token; None asks all that the router gives weight."""
-    least_weight: float = 0.0
-    """Experts with less are not asked; 0 asks all that have any."""
-    route_per: Literal["token", "prompt", "sequence"] = "token"
-    """When the router decides: before every token; once, after the prompt (or context); or once for
-    a text that is scored, by all of it (one that is generated is known no further than its
-    prompt)."""
-    context_length: int | None = None
-    """Tokens that are read at once where a text is scored; None is the model's own length. (A text
-    that is generated may go on to `longest`.)"""
-    stride: int | None = None
-    """From one window of a longer text to the next, as in `score_documents`."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How continuations are drawn unless a call says otherwise; a seed's generation_config.json
-    says it here."""
+    """Weighs the experts."""
+    limits: Limits = field(default_factory=Limits)
+    """How many of the weighed experts are read, and how often the router decides; may be the whole
+    `Routing` that the router was made by."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """How continuations are drawn unless a call says otherwise: those of the seed's
+    generation_config.json."""
 
-    def __post_init__(self) -> None:
-        if self.route_per not in ROUTE_PER:
-            raise UserError(
-                f"route_per must be one of {', '.join(ROUTE_PER)}; got {self.route_per!r}"
-            )
-        check_windows(self.model, self.window, self.stride)
-
-    @property
-    def window(self) -> int:
-        """Tokens that are read at once where a text is scored: `context_length`, or the model's own
-        length."""
-        return self.context_length or self.model.max_length
-
-    @property
-    def overlapping_stride(self) -> int:
-        """Tokens from one window to the next where each token is read after at least half a window:
-        behind contexts, and where the tokens of a prompt are scored."""
-        half = -(-self.window // 2)
-        return min(half, self.stride or half)
-
-    @property
-    def longest(self) -> int:
-        """Tokens that a text may have, those that are generated included: the model's own length.
-        Learned positions beyond `window` are rows of a table that no training has changed: a model
-        with those ends there."""
-        return self.window if self.model.positions == "learned" else self.model.max_length
+    def __repr__(self) -> str:
+        limits, router = self.limits, type(self.router).__name__
+        routing = limits.name if isinstance(limits, Routing) else router
+        return f"Ensemble({', '.join(self.names)}; routing={routing!r}, dtype={self.dtype!r})"
 
     def score(
         self,
@@ -117,11 +71,14 @@ class Ensemble:
         languages: Sequence[str | None] | None = None,
         contexts: Sequence[str] | None = None,
     ) -> Scores:
-        """Nats of each text, with the weights that the router gave. languages: of each text, where
-        it is known: if an expert serves it, that expert alone is asked. contexts: what each text
-        goes on from, as it stands: both are cut into tokens as one text, of which those with any
-        character of the text are counted, each after at least half of `window` where there is as
-        much; texts alone are read as `evaluate` reads them."""
+        """-log p of each text in nats, with the routing weights.
+
+        languages: of each text, where it is known; if an expert serves it, that expert alone reads
+        the text. contexts: text that each text continues without a break. Both become tokens as one
+        text, of which those with any character of the text are counted, each predicted from at
+        least half of `window` where there is as much. Texts alone are read as `evaluate` reads
+        them.
+        """
         languages = _as_many("languages", languages, texts)
         if contexts is None:
             encoded = [(ids, 0) for ids in self.tokenizer.encode(texts)]
@@ -132,32 +89,28 @@ class Ensemble:
         # The first token is predicted only if one stands before it.
         first = unpredicted(self.tokenizer.start_id) if self.model.causal else 0
         before = [max(first, context) for _, context in encoded]
-        wanted = [targets(self.model, document, self.tokenizer.end_id) for document in ids]
-        positions = [
-            self._positions(context, len(document), len(target))
-            for context, document, target in zip(before, ids, wanted)
-        ]
-        states = [
-            states_along(self.router, self.router.start(language), target)
-            for language, target in zip(languages, wanted)
-        ]
+        walks = []
+        for context, document, language in zip(before, ids, languages):
+            target = targets(self.model, document, self.tokenizer.end_id)
+            at = self._positions(context, len(document), len(target))
+            walks.append(Walk.along(self.router, language, target, at))
         reading = self._reading | {"start_id": self.tokenizer.start_id}
         if contexts is not None:
             reading |= {"stride": self.overlapping_stride}
-        log_weights, scores, asked, routing = self._weighed(ids, states, positions, reading)
-        active = [np.flatnonzero(np.isfinite(w).any(axis=0)) for w in log_weights]
-        missing = [np.setdiff1d(a, b) for a, b in zip(active, asked)]
+        decisions, scores, read = self._decisions(ids, walks, reading)
+        weighed = [np.flatnonzero(np.isfinite(d.log_weights).any(axis=0)) for d in decisions]
+        missing = [np.setdiff1d(some, known) for some, known in zip(weighed, read)]
         self._score(ids, scores, missing, reading)
-        weights = [np.exp(found).sum(axis=0) / max(1, len(found)) for found in log_weights]
+        weights = [np.exp(d.log_weights).sum(axis=0) / max(1, len(d.routers)) for d in decisions]
         nats = [
-            -mixture(w, found[:, context:]).sum()
-            for w, found, context in zip(log_weights, scores, before)
+            -mixture(decision.log_weights, found[:, context:]).sum()
+            for decision, found, context in zip(decisions, scores, before)
         ]
         return Scores(
             nats=np.asarray(nats),
-            tokens=np.asarray([len(at) for at in positions]),
+            tokens=np.asarray([len(walk.positions) for walk in walks]),
             weights=dict(zip(self.names, np.asarray(weights).reshape(-1, len(self.names)).T)),
-            routing=routing,
+            routing=[decision.router for decision in decisions],
         )
 
     def likelihoods(
@@ -167,9 +120,11 @@ class Ensemble:
         languages: Sequence[str | None] | None = None,
         user_masks: Sequence[Sequence[bool] | None] | None = None,
     ) -> Likelihoods:
-        """Of continuations that do not end, by their ids and those of what each goes on from, of
-        which there is at least one. Both are read as they are. user_masks: by which ids of each
-        context the router goes, as in `Engine.add`; None: by all. For decoders."""
+        """-log p of continuations that do not end. For decoders.
+
+        contexts, continuations: ids, read as they are; each context has at least one. user_masks:
+        by which ids of each context the router goes, as in `Engine.add`; None: by all.
+        """
         if not self.model.causal:
             raise UserError("these experts are encoders, which continue no text")
         _as_many("continuations", continuations, contexts)
@@ -178,25 +133,22 @@ class Ensemble:
         languages = _as_many("languages", languages, contexts)
         user_masks = _as_many("user_masks", user_masks, contexts)
         ids = [np.asarray([*c, *x], np.int64) for c, x in zip(contexts, continuations)]
-        for document in ids:
+        walks = []
+        for context, document, language, user in zip(contexts, ids, languages, user_masks):
             check_ids(document, self.model)
-        positions = [self._positions(len(c), len(i), len(i)) for c, i in zip(contexts, ids)]
-        masks = [
-            np.concatenate([counting(self.tokenizer, c, mask), np.ones(len(x), bool)])
-            for c, x, mask in zip(contexts, continuations, user_masks)
-        ]
-        states = [
-            states_along(self.router, self.router.start(language), document, mask)
-            for language, document, mask in zip(languages, ids, masks)
-        ]
+            mask = np.ones(len(document), bool)
+            mask[: len(context)] = routing_mask(self.tokenizer, context, user)
+            at = self._positions(len(context), len(document), len(document))
+            walks.append(Walk.along(self.router, language, document, at, mask))
         reading = self._reading | {"stride": self.overlapping_stride, "start_id": None}
-        log_weights, *_ = self._weighed(ids, states, positions, reading, masks)
-        found = guess_documents(
+        decisions, *_ = self._decisions(ids, walks, reading)
+        nothing = np.zeros((0, len(self.names)))
+        found = predict_documents(
             self.model,
             [partial(self.parameters.__getitem__, number) for number in range(len(self.names))],
             ids,
             [document[len(context) :] for context, document in zip(contexts, ids)],
-            np.concatenate([np.zeros((0, len(self.names))), *log_weights])[None],
+            np.concatenate([nothing, *(decision.log_weights for decision in decisions)])[None],
             places=[slice(len(c), len(document)) for c, document in zip(contexts, ids)],
             alone=False,
             **reading,
@@ -208,44 +160,24 @@ class Ensemble:
             greedy=np.asarray([bool(found.correct[0, p].all()) for p in parts]),
         )
 
-    def _weighed(
-        self,
-        ids: Sequence[np.ndarray],
-        states: Sequence[np.ndarray],
-        positions: Sequence[np.ndarray],
-        reading: Mapping[str, Any],
-        masks: Sequence[np.ndarray] | None = None,
-    ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray], list[str]]:
-        """Log weights of the models at each document's positions, with the router's states along
-        it; the models' scores of it, so far as the router asked for them; whom it asked; and which
-        router decided most of the positions. masks: tokens of each document that count as evidence,
-        as in `states_along`; None: all."""
+    def _decisions(
+        self, ids: Sequence[np.ndarray], walks: Sequence[Walk], reading: Mapping[str, Any]
+    ) -> tuple[list[Decision], list[np.ndarray], list[np.ndarray]]:
+        """Weights of the models along each document; the models' scores of it, [M, n + 1], as far
+        as the router needed them; and the models that it needed."""
         scores = [np.zeros((len(self.names), len(i) + self.model.causal)) for i in ids]
-        everyone = np.arange(self.router.experts)
-        asked = [
-            everyone if self.router.asks(state[at]).any() else everyone[:0]
-            for state, at in zip(states, positions)
+        experts = np.arange(self.router.experts)
+        read = [experts if walk.needs_log_likelihoods else experts[:0] for walk in walks]
+        self._score(ids, scores, read, reading)
+        decisions = [
+            walk.decide(found[experts, : len(walk.states) - 1], self.limits, len(self.names))
+            for walk, found in zip(walks, scores)
         ]
-        self._score(ids, scores, asked, reading)
-        kept = (self.top_m, self.least_weight)
-        log_weights = [
-            among(
-                weights_along(
-                    self.router, state, found[everyone, : len(state) - 1], at, *kept, mask
-                ),
-                len(self.names),
-            )
-            for state, found, at, mask in zip(
-                states, scores, positions, masks or [None] * len(states)
-            )
-        ]
-        names = [self.router.decided_by(state[at]) for state, at in zip(states, positions)]
-        routing = [Counter(some).most_common(1)[0][0] if some else "" for some in names]
-        return log_weights, scores, asked, routing
+        return decisions, scores, read
 
     @property
     def _reading(self) -> dict[str, Any]:
-        """How documents are read, but for their start."""
+        """Options of `score_documents` but for the start of documents."""
         return {
             "end_id": self.tokenizer.end_id,
             "context_length": self.window,
@@ -255,31 +187,28 @@ class Ensemble:
         }
 
     def _positions(self, context: int, document: int, target: int) -> np.ndarray:
-        """Of which states the weights are made, for each token after the context."""
-        if self.route_per == "token":
+        """Index of the router's state that decides each token after the context."""
+        if self.limits.route_per == "token":
             return np.arange(context, target)
-        return np.full(target - context, context if self.route_per == "prompt" else document)
+        at = context if self.limits.route_per == "prompt" else document
+        return np.full(target - context, at)
 
     def _score(
         self,
         ids: Sequence[np.ndarray],
         scores: Sequence[np.ndarray],
-        active: Sequence[np.ndarray],
+        models: Sequence[np.ndarray],
         reading: Mapping[str, Any],
     ) -> None:
-        """Fills each document's rows of `scores`, [E, n + 1], for the experts active in it."""
-        for expert in range(len(self.names)):
-            chosen = [number for number, experts in enumerate(active) if expert in experts]
+        """Fills the rows of each document's `scores`, [M, n + 1], for these models of it."""
+        for model in range(len(self.names)):
+            chosen = [number for number, some in enumerate(models) if model in some]
             if not chosen:
                 continue
-            found = score_documents(
-                self.model,
-                self.parameters[expert],
-                [ids[number] for number in chosen],
-                **reading,
-            )
+            documents = [ids[number] for number in chosen]
+            found = score_documents(self.model, self.parameters[model], documents, **reading)
             for number, row in zip(chosen, found):
-                scores[number][expert] = row
+                scores[number][model] = row
 
     def generate(
         self,
@@ -295,9 +224,9 @@ class Ensemble:
         language: str | None = None,
         stream: Callable[[str], object] = lambda piece: None,
     ) -> Generation:
-        """Continues a text or a chat. None: as in `sampling`, whose fields say what each option
-        does. language: of the text; if an expert serves it, that expert alone is asked. stream:
-        told each piece of the continuation as it comes."""
+        """Continues a text or a chat. `SamplingParams` says what each option does; None is that of
+        `sampling`. language: of the text, if it is known; if an expert serves it, that expert alone
+        is read. stream: called with each piece of the continuation as it comes."""
         given = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -308,48 +237,56 @@ class Ensemble:
             "random_seed": random_seed,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        ids, mask = self._encoded(prompt)
-        sampling = replace(self._fitting([ids]), **given)
-        (generation,) = generate(
-            self, [ids], sampling, [language], lambda _, piece: stream(piece), [mask]
+        (generation,) = self._generate(
+            [prompt],
+            lambda sampling: replace(sampling, **given),
+            [language],
+            lambda _, piece: stream(piece),
         )
         return generation
-
-    def fill(self, text: str, *, count: int = 5, language: str | None = None) -> Filling:
-        """The most probable `count` tokens at each mask of a text; of encoders. The router hears
-        all that is not masked."""
-        return fill(self, text, count, language)
 
     def generate_batch(
         self,
         prompts: Sequence[Prompt],
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
         languages: Sequence[str | None] | None = None,
         stream: Stream = lambda number, piece: None,
     ) -> list[Generation]:
-        """Continues several texts or chats side by side. languages: of each, where they are
-        known. stream: told the number of a prompt and the next piece of its continuation."""
-        encoded = [self._encoded(prompt) for prompt in prompts]
-        ids = [ids for ids, _ in encoded]
+        """Continues several texts or chats in parallel. languages: of each, where it is known.
+        stream: called with the number of a prompt and the next piece of its continuation."""
         languages = _as_many("languages", languages, prompts)
-        sampling = sampling or self._fitting(ids)
-        return generate(self, ids, sampling, languages, stream, [mask for _, mask in encoded])
+        return self._generate(prompts, lambda default: sampling or default, languages, stream)
 
-    def _encoded(self, prompt: Prompt) -> tuple[list[int], list[bool] | None]:
-        """The ids of a prompt and, of a chat, the mask of what the user says."""
-        if isinstance(prompt, str):
-            return self.tokenizer.begin(prompt), None
-        return self.tokenizer.chat_with_user_mask(prompt)
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        choose: Callable[[SamplingParams], SamplingParams],
+        languages: Sequence[str | None],
+        stream: Stream,
+    ) -> list[Generation]:
+        """Continues prompts. choose: makes the parameters out of `sampling`, in which the number of
+        new tokens is one for which all prompts leave space, and at least one."""
+        encoded = [
+            (self.tokenizer.begin(prompt), None)
+            if isinstance(prompt, str)
+            else self.tokenizer.chat_with_user_mask(prompt)
+            for prompt in prompts
+        ]
+        ids, masks = [ids for ids, _ in encoded], [mask for _, mask in encoded]
+        most = max(1, self.longest - max(map(len, ids), default=0))
+        most = min(self.sampling.max_new_tokens, most)
+        sampling = choose(replace(self.sampling, max_new_tokens=most))
+        return generate(self, self.router, self.limits, ids, sampling, languages, stream, masks)
 
-    def _fitting(self, prompts: Sequence[Sequence[int]]) -> Sampling:
-        """`sampling`, with no more new tokens than there is room for, and at least one."""
-        most = max(1, room(self, prompts))
-        return replace(self.sampling, max_new_tokens=min(self.sampling.max_new_tokens, most))
+    def fill(self, text: str, *, count: int = 5, language: str | None = None) -> Filling:
+        """The `count` most probable tokens at each mask of a text. For encoders. The router goes by
+        all that is not masked."""
+        return fill(self, self.router, self.limits, text, count, language)
 
 
 def _as_many(name: str, given: Sequence[Any] | None, texts: Sequence[Any]) -> Sequence[Any]:
-    """One for each text; None: none is known."""
+    """As many values as texts; None stands for None for each of them."""
     if given is None:
         return [None] * len(texts)
     if len(given) != len(texts):

@@ -1,94 +1,210 @@
-"""Continuations of a batch of texts by an ensemble, token by token."""
+"""Generation: sequences that are continued in parallel until each ends, and their text."""
 
-from collections.abc import Callable, Container, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from clustering.errors import UserError
-from xelm.data.tokenizer import Tokenizer
-from xelm.data.unicode import composed_and_decomposed
-from xelm.inference.decoding import padded
-from xelm.inference.engine import Engine, Text
-from xelm.inference.sampling import Sampling
+from xelm.inference.decoder import padded
+from xelm.inference.engine import Engine, RunningSequence
+from xelm.inference.pool import Pool
+from xelm.inference.route import Router
+from xelm.inference.routing import Limits
+from xelm.inference.sampling import SamplingParams, TokenLikelihood
 from xelm.inference.scoring import check_ids
-
-if TYPE_CHECKING:
-    from xelm.inference.ensemble import Ensemble
+from xelm.inference.sequence import Detokenizer
 
 Stream = Callable[[int, str], object]
-"""Told the number of a prompt and the next piece of its continuation."""
+"""Called with the number of a prompt and the next piece of its continuation, which may be empty."""
 MOST_SLOTS = 2**16
-"""Tokens for which a cache has room, of a batch that is not parted by lengths."""
-# Enough for the tokenizer to see that what follows stands in the middle of a text.
-IDS_BEFORE = 8
-# Of a continuation: more than one character has; decoded again with each new id.
-IDS_PENDING = 16
+"""Largest number of tokens in a cache of sequences that are continued together whatever their
+lengths."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
-    """A continuation."""
+    """A finished continuation."""
 
     text: str
-    """Without the prompt."""
+    """Text without the prompt."""
     ids: Sequence[int]
-    """Its subword ids."""
+    """Subword ids of the text."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Expert -> its mean routing weight over the generated tokens."""
+    """Model -> its mean routing weight over the generated tokens."""
     routing: str = ""
-    """The router that decided most of these tokens: "language" where the text was said to be in a
-    language that an expert serves, otherwise one of `routers.ROUTINGS` or the model that it left
-    them to."""
+    """The router that decided most of these tokens: "language" where the language of the text was
+    given and an expert serves it, otherwise one of `routing.ROUTINGS`, "mixture", or the model that
+    a router abstained to."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Continuation:
+    """A sequence that is being generated, with its text."""
+
+    sequence: RunningSequence
+    """The sequence in the engine."""
+    detokenizer: Detokenizer
+    """Makes text of its new ids."""
+    deadline: float
+    """Time, by time.monotonic, after which it ends with its next token."""
+    weights: Float[np.ndarray, " M"]
+    """Weights of the models, summed over its new tokens."""
+    likelihoods: list[TokenLikelihood] = field(default_factory=list)
+    """How probable the new tokens are that were not taken yet, where that is wanted."""
+    finish_reason: Literal["stop", "length"] | None = None
+    """Why it ended: an end token or stop string, or the number of tokens or the time; None while it
+    is running."""
+
+    @property
+    def mean_weights(self) -> Float[np.ndarray, " M"]:
+        """Mean weights of the models over its new tokens, of which there is at least one."""
+        return self.weights / self.sequence.new_tokens
+
+    def take_likelihoods(self) -> list[TokenLikelihood]:
+        """How probable the new tokens are since the last call, where that is wanted."""
+        taken, self.likelihoods = self.likelihoods, []
+        return taken
+
+
+class Delta(NamedTuple):
+    """What a step adds to a continuation."""
+
+    continuation: Continuation
+    text: str
+    """Text that is final now; may be empty."""
+    weights: Float[np.ndarray, " M"]
+    """Weights of the models for the new token."""
+
+
+class Generator:
+    """Generates sequences in parallel, step by step; they are added and removed at any time."""
+
+    def __init__(self, pool: Pool, router: Router, limits: Limits):
+        """router: of sequences that are added without one of their own."""
+        self._pool, self._engine = pool, Engine(pool, router, limits)
+        self._running: dict[RunningSequence, Continuation] = {}
+
+    @property
+    def running(self) -> list[Continuation]:
+        """Continuations that have not ended."""
+        return list(self._running.values())
+
+    def reserve(self, sequences: int, tokens: int) -> None:
+        """Allocates memory at once, as `Engine.reserve`."""
+        self._engine.reserve(sequences, tokens)
+
+    def add(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        language: str | None = None,
+        number: int = 0,
+        router: Router | None = None,
+        alternatives: int | None = None,
+        user_mask: Sequence[bool] | None = None,
+        deadline: float = math.inf,
+    ) -> Continuation:
+        """Adds a prompt that `check_prompt` accepts. deadline: as in `Continuation`; the other
+        options: as in `Engine.add`."""
+        sequence = self._engine.add(
+            ids,
+            sampling,
+            language=language,
+            number=number,
+            router=router,
+            alternatives=alternatives,
+            user_mask=user_mask,
+        )
+        continuation = Continuation(
+            sequence=sequence,
+            detokenizer=Detokenizer(self._pool.tokenizer, ids, sampling.stop),
+            deadline=deadline,
+            weights=np.zeros(len(self._pool.names)),
+        )
+        self._running[sequence] = continuation
+        return continuation
+
+    def remove(self, continuation: Continuation) -> None:
+        """Gives up a continuation that is running."""
+        del self._running[continuation.sequence]
+        self._engine.remove(continuation.sequence)
+
+    def step(self) -> list[Delta]:
+        """Draws a token of every continuation; those that end with it are removed."""
+        steps, now = self._engine.step(), time.monotonic()
+        return [self._added(sequence, token, own, now) for sequence, token, own in steps]
+
+    def _added(
+        self, sequence: RunningSequence, token: int, weights: np.ndarray, now: float
+    ) -> Delta:
+        one = self._running[sequence]
+        one.weights += weights
+        if sequence.likelihood is not None:
+            one.likelihoods.append(sequence.likelihood)
+        ended = token in self._pool.tokenizer.end_ids
+        text = "" if ended else one.detokenizer.add(token)
+        if ended or one.detokenizer.stopped:
+            one.finish_reason = "stop"
+        elif sequence.new_tokens == sequence.sampling.max_new_tokens or now > one.deadline:
+            one.finish_reason = "length"
+        if one.finish_reason:
+            text += one.detokenizer.rest()
+            self.remove(one)
+        return Delta(one, text, weights)
 
 
 def generate(
-    ensemble: "Ensemble",
+    pool: Pool,
+    router: Router,
+    limits: Limits,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     languages: Sequence[str | None],
     stream: Stream = lambda number, piece: None,
     user_masks: Sequence[Sequence[bool] | None] | None = None,
 ) -> list[Generation]:
-    """Continues each text of ids until an end token, a stop string or `max_new_tokens`. A prompt
-    that leaves no room for so many is refused. user_masks: one for each prompt, as `Engine.add` has
-    it."""
+    """Continues each prompt of ids until an end token, a stop string or `max_new_tokens`. UserError
+    for a prompt that leaves no space for so many. languages, user_masks: one for each prompt, as in
+    `Engine.add`."""
     for ids in prompts:
-        check_prompt(ensemble, ids, sampling.max_new_tokens)
-    replies = [Reply(ensemble.tokenizer, ids, sampling.stop) for ids in prompts]
-    weights = np.zeros((len(prompts), len(ensemble.names)))
-    drawn = np.zeros(len(prompts), int)
-    texts: dict[int, Text] = {}
-    for numbers in _side_by_side([len(ids) + sampling.max_new_tokens for ids in prompts]):
-        engine = Engine(ensemble)
+        check_prompt(pool, ids, sampling.max_new_tokens)
+    found: dict[int, Continuation] = {}
+    for numbers in _grouped([len(ids) + sampling.max_new_tokens for ids in prompts]):
+        generator = Generator(pool, router, limits)
         longest = max(len(prompts[number]) for number in numbers)
-        engine.reserve(len(numbers), longest + sampling.max_new_tokens)
+        generator.reserve(len(numbers), longest + sampling.max_new_tokens)
         for number in numbers:
-            texts[number] = engine.add(
+            found[number] = generator.add(
                 prompts[number],
                 sampling,
                 language=languages[number],
                 number=number,
                 user_mask=None if user_masks is None else user_masks[number],
             )
-        _continue(engine, ensemble.tokenizer.end_ids, sampling, replies, weights, drawn, stream)
-    for number, reply in enumerate(replies):
-        stream(number, reply.rest())
+        while generator.running:
+            for continuation, piece, _ in generator.step():
+                stream(continuation.sequence.number, piece)
     return [
         Generation(
-            text=reply.text,
-            ids=reply.ids,
-            weights=dict(zip(ensemble.names, (mean / count).tolist())),
-            routing=texts[number].routing,
+            text=one.detokenizer.text,
+            ids=one.detokenizer.ids,
+            weights=dict(zip(pool.names, one.mean_weights.tolist())),
+            routing=one.sequence.routing,
         )
-        for number, (reply, mean, count) in enumerate(zip(replies, weights, drawn))
+        for one in (found[number] for number in range(len(prompts)))
     ]
 
 
-def _side_by_side(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of texts that are continued together: all, or where that would take much memory
-    because one is long, those of about one length (every text has as many places of a cache)."""
+def _grouped(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of the sequences that are continued together: all of them or, where one is so long
+    that this would take much memory, those of about one length (every row of a cache has as many
+    slots)."""
     slots = [padded(length) for length in lengths]
     if len(slots) * max(slots, default=0) <= MOST_SLOTS:
         return [list(range(len(slots)))] if slots else []
@@ -98,117 +214,15 @@ def _side_by_side(lengths: Sequence[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _continue(
-    engine: Engine,
-    end_ids: Container[int],
-    sampling: Sampling,
-    replies: Sequence["Reply"],
-    weights: np.ndarray,
-    drawn: np.ndarray,
-    stream: Stream,
-) -> None:
-    """Continues the texts of an engine to their ends, and counts and sums up by their numbers."""
-    while engine.texts:
-        for text, token, spoken in engine.step():
-            number, reply = text.number, replies[text.number]
-            weights[number] += spoken
-            drawn[number] += 1
-            if token in end_ids:
-                reply.finished = True
-            else:
-                stream(number, reply.add(token))
-            if reply.finished or text.drawn == sampling.max_new_tokens:
-                engine.remove(text)
-
-
-class Reply:
-    """The text of a continuation, which grows by ids and is told in pieces that are final."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
-        self.ids: list[int] = []
-        self.text = ""
-        """All of it so far, up to a stop string."""
-        self.finished = False
-        # A model may write a character composed or decomposed, whatever the stop string has.
-        self._stop = [form for text in stop for form in composed_and_decomposed(text)]
-        self._tokenizer = tokenizer
-        # Decoded behind others: a leading space would be lost alone.
-        self._before = _whole_characters(tokenizer, list(prompt)) or list(prompt)
-        self._skipped = len(tokenizer.decode(self._before))
-        self._settled, self._pending = "", []
-        self._told = ""
-
-    def add(self, token: int) -> str:
-        """One more id; returns what is certain by now and was not told before."""
-        self.ids.append(token)
-        self._pending.append(token)
-        text = (
-            self._settled + self._tokenizer.decode([*self._before, *self._pending])[self._skipped :]
-        )
-        # What was told stays, even if more bytes now make nonsense of those before them.
-        text = self._told + text[len(self._told) :]
-        # None begins in what was told.
-        ends = [place for s in self._stop if (place := text.find(s, len(self._told))) >= 0]
-        if ends:
-            self.finished = True
-            self.text = text[: min(ends)]
-            return self.rest()
-        self.text = text
-        # A character may lack bytes yet, and the end may be the beginning of a stop string.
-        whole = text.rstrip("\ufffd")
-        certain = len(whole)
-        for stop in self._stop:
-            for size in range(1, min(len(stop), len(whole) + 1)):
-                if whole.endswith(stop[:size]):
-                    certain = min(certain, len(whole) - size)
-        # Soon where nothing is held back; where a stop string may have begun, not for ever.
-        most = IDS_PENDING if certain == len(text) else 4 * IDS_PENDING
-        if len(self._pending) >= most and whole == text:
-            self._settle(text)
-        return self._tell(certain)
-
-    def rest(self) -> str:
-        """What was not told yet, at the end; a last character that lacks bytes is left out."""
-        certain = len(self.text.rstrip("\ufffd"))
-        self.text = self.text[: max(certain, len(self._told))]
-        return self._tell(len(self.text))
-
-    def _settle(self, text: str) -> None:
-        """Nothing that comes changes this text any more: that is decoded behind its last ids."""
-        before = _whole_characters(self._tokenizer, [*self._before, *self._pending])
-        if before is not None:
-            self._before, self._skipped = before, len(self._tokenizer.decode(before))
-            self._settled, self._pending = text, []
-
-    def _tell(self, end: int) -> str:
-        piece = self.text[len(self._told) : end]
-        self._told += piece
-        return piece
-
-
-def _whole_characters(tokenizer: Tokenizer, ids: list[int]) -> list[int] | None:
-    """The last of some ids, from the beginning of a character, which may have four bytes; None
-    where none is found."""
-    for size in range(IDS_BEFORE, IDS_BEFORE + 4):
-        if "\ufffd" not in tokenizer.decode(ids[-size:]):
-            return ids[-size:]
-    return None
-
-
-def room(ensemble: "Ensemble", prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens by which all of these texts can grow."""
-    return ensemble.longest - max(map(len, prompts), default=0)
-
-
-def check_prompt(ensemble: "Ensemble", ids: Sequence[int], new: int) -> None:
-    """Raises UserError for a prompt that cannot be continued by so many tokens."""
-    if not ensemble.model.causal:
+def check_prompt(pool: Pool, ids: Sequence[int], new: int) -> None:
+    """Raises UserError for a prompt that cannot be continued by `new` tokens."""
+    if not pool.model.causal:
         raise UserError("these experts are encoders, which continue no text; use fill")
-    check_ids(np.asarray(ids), ensemble.model)
-    limit = ensemble.longest
+    check_ids(np.asarray(ids), pool.model)
+    limit = pool.longest
     if len(ids) + new > limit:
         # The token that starts texts is ours, not the user's.
-        given = len(ids) - ensemble.tokenizer.starts(ids)
+        given = len(ids) - pool.tokenizer.starts(ids)
         raise UserError(
             f"the prompt has {given} tokens, which leaves this model of {limit} room for "
             f"{max(0, limit - len(ids))} new ones; got max_new_tokens={new}"

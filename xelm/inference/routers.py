@@ -1,6 +1,6 @@
 """The routers: what each one makes of a text, and how it weighs the experts by it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,28 +12,20 @@ from clustering.identify import Identifier
 from clustering.languages import lookup
 from clustering.novelty import Novelty
 from clustering.vectoriser import Vectoriser
-from xelm.inference.routing import Router, among, normalised
-
-ROUTINGS: Sequence[str] = (
-    *("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed"),
-)
-DEFAULT = "learned"
-"""The routing of an ensemble unless another is asked for. The paper's is TF-IDF; one that is
-learned from the same vectors is right more often and asks fewer experts (docs/inference.md)."""
+from xelm.inference.route import Router, among, normalised
+from xelm.inference.routing import DISTANCE_POWER, TEMPERATURE, check_tfidf
 
 MIXTURE = "mixture"
 """What decides where no expert is for a text, in `decided_by`."""
-TEMPERATURE, DISTANCE_POWER = 0.1, 2.0
-"""Of TF-IDF routing; the authors' code has .1 and 4."""
 
 
-class _NeverAsks:
-    """Knows the weights from the text alone."""
+class _ByTextAlone:
+    """Knows the weights without any expert reading the text."""
 
     __slots__ = ()
     memory = 1.0
 
-    def asks(self, states):
+    def needs_log_likelihoods(self, states):
         return np.zeros(len(states), bool)
 
 
@@ -75,7 +67,7 @@ class _SumsVectors:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fixed(_NeverAsks, _Stateless, _Named):
+class Fixed(_ByTextAlone, _Stateless, _Named):
     """The same weights everywhere."""
 
     weights: Float[np.ndarray, " E"]
@@ -87,7 +79,7 @@ class Fixed(_NeverAsks, _Stateless, _Named):
     def experts(self):
         return len(self.weights)
 
-    def log_weights(self, states, evidence):
+    def log_weights(self, states, log_likelihoods):
         return np.tile(self.weights, (len(states), 1))
 
 
@@ -139,19 +131,19 @@ class ByLanguage:
             return nothing
         return np.concatenate([nothing, self.otherwise.terms(before, ids)], axis=1)
 
-    def asks(self, states):
-        asks = states[:, 0] == 0
+    def needs_log_likelihoods(self, states):
+        needed = states[:, 0] == 0
         if self.otherwise is not None:
-            asks[asks] = self.otherwise.asks(states[asks, 1:])
-        return asks
+            needed[needed] = self.otherwise.needs_log_likelihoods(states[needed, 1:])
+        return needed
 
-    def log_weights(self, states, evidence):
+    def log_weights(self, states, log_likelihoods):
         told = np.flatnonzero(states[:, 0])
         found = np.full((len(states), self.experts), -np.inf)
         found[told, states[told, 0].astype(int) - 1] = 0.0
         if self.otherwise is not None and len(told) < len(states):
             rest = states[:, 0] == 0
-            found[rest] = self.otherwise.log_weights(states[rest, 1:], evidence[rest])
+            found[rest] = self.otherwise.log_weights(states[rest, 1:], log_likelihoods[rest])
         return found
 
     def decided_by(self, states):
@@ -164,7 +156,7 @@ class ByLanguage:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Detected(_NeverAsks, _Named):
+class Detected(_ByTextAlone, _Named):
     """The probability of each expert's languages, as they are seen in the text."""
 
     name: ClassVar[str] = "detected"
@@ -189,7 +181,7 @@ class Detected(_NeverAsks, _Named):
         """Log probabilities of the languages."""
         return normalised(states / self.identifier.temperature)
 
-    def log_weights(self, states, evidence):
+    def log_weights(self, states, log_likelihoods):
         probabilities = np.exp(self.languages(states))
         weights = np.zeros((len(states), self.experts))
         for column, tag in enumerate(self.identifier.languages):
@@ -202,7 +194,7 @@ class Detected(_NeverAsks, _Named):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tfidf(_NeverAsks, _SumsVectors, _Named):
+class Tfidf(_ByTextAlone, _SumsVectors, _Named):
     """w_j ~ exp(-||h(x_<t) - c_j||^distance_power / temperature) (X-ELM section 3.3, after
     Gururangan et al. 2023). The authors' code squares the squared distance: distance_power 4."""
 
@@ -223,7 +215,7 @@ class Tfidf(_NeverAsks, _SumsVectors, _Named):
     def experts(self):
         return len(self.centres)
 
-    def log_weights(self, states, evidence):
+    def log_weights(self, states, log_likelihoods):
         vectors = unit(states)
         squared = (
             np.square(vectors).sum(axis=1, keepdims=True)
@@ -236,17 +228,8 @@ class Tfidf(_NeverAsks, _SumsVectors, _Named):
         return normalised(-distance / self.temperature)
 
 
-def check_tfidf(temperature: float, distance_power: float) -> None:
-    """Raises UserError for values that mean nothing."""
-    if not temperature > 0 or not distance_power > 0:
-        raise UserError(
-            "TF-IDF routing wants a temperature and a distance power above 0; got "
-            f"{temperature} and {distance_power}"
-        )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Learned(_NeverAsks, _SumsVectors, _Named):
+class Learned(_ByTextAlone, _SumsVectors, _Named):
     """Logistic regression on the TF-IDF vector of the text so far and on how much it has."""
 
     name: ClassVar[str] = "learned"
@@ -269,7 +252,7 @@ class Learned(_NeverAsks, _SumsVectors, _Named):
         surety = norms / (norms + 5.0)
         return np.concatenate([unit(states) * surety, surety], axis=1)
 
-    def log_weights(self, states, evidence):
+    def log_weights(self, states, log_likelihoods):
         return normalised(self.features(states) @ self.weights + self.bias)
 
 
@@ -293,11 +276,11 @@ class Posterior(_Stateless, _Named):
     def experts(self):
         return len(self.prior)
 
-    def asks(self, states):
+    def needs_log_likelihoods(self, states):
         return np.ones(len(states), bool)
 
-    def log_weights(self, states, evidence):
-        return normalised(self.prior + self.sharpness * evidence)
+    def log_weights(self, states, log_likelihoods):
+        return normalised(self.prior + self.sharpness * log_likelihoods)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -341,20 +324,22 @@ class OrMixture:
         """The sums of the other router."""
         return states[:, 1 + self.novelty.size :]
 
-    def asks(self, states):
+    def needs_log_likelihoods(self, states):
         return (states[:, 0] != 0) | self.novelty.outside(states[:, 1 : 1 + self.novelty.size])
 
-    def log_weights(self, states, evidence):
-        outside, own = self.asks(states), self._own(states)
+    def log_weights(self, states, log_likelihoods):
+        outside, own = self.needs_log_likelihoods(states), self._own(states)
         found = np.empty((len(states), self.experts))
         inside = self.router.log_weights(own[~outside], np.zeros((len(own[~outside]), 0)))
         found[~outside] = among(inside, self.experts)
-        found[outside] = self.mixture.log_weights(own[outside], evidence[outside])
+        found[outside] = self.mixture.log_weights(own[outside], log_likelihoods[outside])
         return found
 
     def decided_by(self, states):
         names = self.router.decided_by(self._own(states))
-        return [MIXTURE if out else name for out, name in zip(self.asks(states), names)]
+        return [
+            MIXTURE if out else name for out, name in zip(self.needs_log_likelihoods(states), names)
+        ]
 
 
 def mixture_of(models: int) -> Posterior:
@@ -403,13 +388,13 @@ class Abstaining:
         found = self.router.log_weights(states, np.zeros((len(states), 0)))
         return found, np.exp(found.max(axis=1)) < self.threshold
 
-    def asks(self, states):
+    def needs_log_likelihoods(self, states):
         return self._own(states)[1] & (self.fallback is None)
 
-    def log_weights(self, states, evidence):
+    def log_weights(self, states, log_likelihoods):
         found, unsure = self._own(states)
         if self.fallback is None:
-            return np.where(unsure[:, None], normalised(self.prior + evidence), found)
+            return np.where(unsure[:, None], normalised(self.prior + log_likelihoods), found)
         found = among(found, self.experts)
         instead = np.full(found.shape[1], -np.inf)
         instead[self.fallback] = 0.0

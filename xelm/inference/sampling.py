@@ -1,4 +1,4 @@
-"""Which token comes next, given how probable each one is."""
+"""Sampling: which token comes next, given the log probability of each."""
 
 import functools
 import math
@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from clustering.errors import UserError
 from clustering.files import read_object
 
-# Of generation_config.json: what is honoured, and what says nothing about the text.
+# Settings of generation_config.json that are honoured, and those that do not concern the text.
 HONOURED = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
-SILENT = (
+IRRELEVANT = (
     *("transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id"),
     *("use_cache", "cache_implementation", "max_length", "output_attentions"),
     *("output_hidden_states", "output_scores", "return_dict_in_generate"),
@@ -25,28 +25,29 @@ SILENT = (
 
 
 _BLOCK = 256
-"""Columns: near the square root of a large vocabulary, so that both steps of a draw are short."""
+"""Columns of a block: near the square root of a large vocabulary, so that both steps of a draw are
+short."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How a continuation is drawn, and when it ends."""
+class SamplingParams:
+    """Parameters by which a continuation is drawn and ends."""
 
     max_new_tokens: int = 40
-    """Tokens after which it ends at the latest."""
+    """Largest number of tokens of the continuation."""
     temperature: float = 0.8
-    """Log probabilities are divided by this; 0 takes the most probable token each time."""
+    """Divisor of log probabilities; 0 takes the most probable token each time."""
     top_k: int | None = None
-    """Draws from so many tokens, the most probable ones; None from all."""
+    """Number of tokens, the most probable ones, that are drawn from; None: all."""
     top_p: float = 0.95
-    """Draws from the smallest set of tokens that has this probability."""
+    """Probability of the smallest set of tokens that are drawn from."""
     repetition_penalty: float = 1.0
-    """Logits of tokens in the text so far are divided by this if positive, multiplied if negative
-    (Keskar et al. 2019, arXiv 1909.05858, section 4.1)."""
+    """Divisor of positive logits, and factor of negative ones, of tokens in the text so far (Keskar
+    et al. 2019, arXiv 1909.05858, section 4.1)."""
     stop: tuple[str, ...] = ()
-    """Strings before which it ends."""
+    """Strings before which the continuation ends."""
     random_seed: int = 0
-    """Decides the draws."""
+    """Seed of the random draws."""
 
     def __post_init__(self) -> None:
         faults = [
@@ -74,8 +75,11 @@ class Sampling:
             raise UserError(f"generating wants {'; '.join(faults)}")
 
 
+GREEDY = SamplingParams(temperature=0.0)
+
+
 class TokenLikelihood(NamedTuple):
-    """How probable a token was where it came."""
+    """How probable a token was where it stands."""
 
     token: int
     """Its id."""
@@ -86,16 +90,16 @@ class TokenLikelihood(NamedTuple):
 
 
 _ALTERNATIVES = (1, 5, 20)
-"""How many of the likeliest tokens are looked for; few, since each is compiled apart."""
+"""Numbers of likeliest tokens that are searched for; few, as a program is compiled for each."""
 
 
 def likeliest(
     log_probabilities: Float[Array, "B V"], tokens: Int[np.ndarray, " B"], count: int
 ) -> list[TokenLikelihood]:
-    """Of each row this token and the `count` likeliest ones, at most 20."""
-    looked = next((size for size in _ALTERNATIVES if size >= count), _ALTERNATIVES[-1])
-    looked = min(looked, log_probabilities.shape[1])
-    own, values, ids = _best(log_probabilities, np.asarray(tokens, np.int32), looked)
+    """For each row, how probable this token is and which are the `count` likeliest, at most 20."""
+    searched = next((size for size in _ALTERNATIVES if size >= count), _ALTERNATIVES[-1])
+    searched = min(searched, log_probabilities.shape[1])
+    own, values, ids = _best(log_probabilities, np.asarray(tokens, np.int32), searched)
     own, values, ids = np.asarray(own), np.asarray(values)[:, :count], np.asarray(ids)[:, :count]
     return [
         TokenLikelihood(int(token), float(one), tuple(zip(some.tolist(), best.tolist())))
@@ -109,48 +113,48 @@ def _best(log_probabilities, tokens, count):
     return own, *jax.lax.top_k(log_probabilities, count)
 
 
-def sampling_of(directory: str | Path) -> tuple[Sampling, list[str]]:
-    """What a checkpoint's generation_config.json asks for, on top of our defaults, and its settings
-    that are not honoured."""
+def read_sampling_params(directory: str | Path) -> tuple[SamplingParams, list[str]]:
+    """Sampling parameters of a checkpoint's generation_config.json, on top of our defaults, and the
+    names of its settings that are not honoured."""
     path = Path(directory) / "generation_config.json"
     if not path.is_file():
-        return Sampling(), []
+        return SamplingParams(), []
     found = {name: value for name, value in read_object(path).items() if value is not None}
-    sampling = Sampling()
-    # Nothing said about how to draw is no wish to be greedy, in a base model's file.
-    wishes = {name: found[name] for name in HONOURED if name in found and name != "do_sample"}
+    sampling = SamplingParams()
+    # A base model's file that says nothing about drawing does not ask for greedy decoding.
+    given = {name: found[name] for name in HONOURED if name in found and name != "do_sample"}
     if found.get("do_sample") is False:
-        wishes["temperature"] = 0.0
+        given["temperature"] = 0.0
     elif found.get("do_sample"):
-        # As transformers has them where the file says nothing.
-        wishes = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, **wishes}
-    if wishes.get("top_k") == 0:
-        del wishes["top_k"]
+        # The defaults of transformers.
+        given = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, **given}
+    if given.get("top_k") == 0:
+        del given["top_k"]
     try:
-        sampling = replace(sampling, **wishes)
+        sampling = replace(sampling, **given)
     except (TypeError, UserError) as error:
         raise UserError(f"{path}: {error}") from None
-    return sampling, sorted(set(found) - set(HONOURED) - set(SILENT))
+    return sampling, sorted(set(found) - set(HONOURED) - set(IRRELEVANT))
 
 
 @jax.jit
 def penalised(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
-    """Logits, less for tokens seen before."""
+    """Logits, lowered for tokens seen before."""
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def choose(
+def sample(
     log_probabilities: Float[Array, "B V"],
-    samplings: Sequence[Sampling],
+    samplings: Sequence[SamplingParams],
     steps: Sequence[int],
     numbers: Sequence[int],
 ) -> Int[Array, " B"]:
-    """The next token of each row; log probabilities above 0 count as 0. A row's draws are its own:
-    they depend on its random seed, on how many tokens it drew before (`steps`), and on its number
-    among those of one request."""
+    """The next token of each row; log probabilities above 0 count as 0. A row's draw depends on
+    nothing but its own random seed, the number of tokens it drew before (`steps`), and its number
+    among the sequences of one request."""
     drawn = [sampling for sampling in samplings if sampling.temperature > 0]
     if not drawn:
         return _largest(log_probabilities)
@@ -164,21 +168,21 @@ def choose(
         np.asarray([s.temperature for s in samplings], np.float32),
         np.asarray([min(s.top_k or vocabulary, vocabulary) for s in samplings], np.int32),
         np.asarray([s.top_p for s in samplings], np.float32),
-        by_number=any(s.top_k is not None for s in drawn),
-        by_chance=any(s.top_p < 1 for s in drawn),
+        with_top_k=any(s.top_k is not None for s in drawn),
+        with_top_p=any(s.top_p < 1 for s in drawn),
     )
 
 
 @jax.jit
 def _largest(values):
-    """As argmax, which takes three times as long on CPUs."""
+    """argmax over each row, in a third of the time that jnp.argmax takes on CPUs."""
     columns = jnp.arange(values.shape[1])[None]
     top = values == values.max(axis=1, keepdims=True)
-    # Of rows that are no numbers, some.
+    # Rows of nan have some column, too.
     return jnp.where(top, columns, values.shape[1] - 1).min(axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("by_number", "by_chance"))
+@functools.partial(jax.jit, static_argnames=("with_top_k", "with_top_p"))
 def _draw(
     log_probabilities,
     seeds,
@@ -188,58 +192,58 @@ def _draw(
     top_k,
     top_p,
     *,
-    by_number,
-    by_chance,
+    with_top_k,
+    with_top_p,
 ):
-    def luck(seed, step, number):
+    def uniform(seed, step, number):
         begun = jax.random.fold_in(jax.random.wrap_key_data(seed), step)
         return jax.random.uniform(jax.random.fold_in(begun, number), (2,))
 
     greedy = temperature == 0
-    warmth = jnp.where(greedy, 1.0, temperature)[:, None]
+    divisor = jnp.where(greedy, 1.0, temperature)[:, None]
     # Less the largest before it is divided: a quotient of 1e10 is rounded by hundreds.
     highest = log_probabilities.max(axis=1, keepdims=True)
-    chances = jax.nn.softmax((log_probabilities - highest) / warmth)
-    if by_number or by_chance:
+    chances = jax.nn.softmax((log_probabilities - highest) / divisor)
+    if with_top_k or with_top_p:
         chances = _kept(
-            log_probabilities, chances, top_k if by_number else None, top_p if by_chance else None
+            log_probabilities, chances, top_k if with_top_k else None, top_p if with_top_p else None
         )
-    drawn = _drawn(chances, jax.vmap(luck)(seeds, steps, numbers))
+    drawn = _drawn(chances, jax.vmap(uniform)(seeds, steps, numbers))
     return jnp.where(greedy, _largest(log_probabilities), drawn)
 
 
-def _drawn(chances, luck):
-    """A column of each row by its share of the row: first a block of columns, then one of it. With
-    two random numbers a row instead of one for each column, which would take longer than all else;
-    and so that each may be as rare as one number can say."""
+def _drawn(chances, uniform):
+    """A column of each row, drawn by its share of the row: first a block of columns, then one of
+    it. Two random numbers a row suffice, where one for each column would take longer than all
+    else; and a column may be as rare as one number can express."""
     rows, count = chances.shape
     blocks = jnp.pad(chances, ((0, 0), (0, -count % _BLOCK))).reshape(rows, -1, _BLOCK)
-    block = _first_above(blocks.sum(axis=2), luck[:, 0])
+    block = _first_above(blocks.sum(axis=2), uniform[:, 0])
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _first_above(within, luck[:, 1])
+    return block * _BLOCK + _first_above(within, uniform[:, 1])
 
 
-def _first_above(shares, luck):
-    """Where the sum of the shares so far exceeds this part of all: of the columns that have a
-    share, the first, or, if a sum was rounded down, the last."""
+def _first_above(shares, fractions):
+    """The first column with a share at which the sum of the shares so far exceeds this fraction of
+    all; if a sum was rounded down, the last one with a share."""
     sums, columns = jnp.cumsum(shares, axis=1), jnp.arange(shares.shape[1])[None]
-    beyond = (sums > luck[:, None] * sums[:, -1:]) & (shares > 0)
+    beyond = (sums > fractions[:, None] * sums[:, -1:]) & (shares > 0)
     last = jnp.where(shares > 0, columns, 0).max(axis=1)
     return jnp.minimum(jnp.where(beyond, columns, shares.shape[1]).min(axis=1), last)
 
 
 def _kept(log_probabilities, chances, top_k, top_p):
-    """Chances of the tokens that may be drawn, and none of others: of so many (None: all), and of
-    those the likeliest that have `top_p` (None: all) of their chances, as transformers does; equals
-    of the last one too."""
-    # Of numbers that are not positive, less is more in bits: a threshold is found bit by bit, with
-    # a few sums over the vocabulary, where sorting it would take much longer. Those that are given
-    # are compared, not what is computed of them, which the compiler may compute twice, and round
-    # otherwise: the last one would fall below the threshold that it sets.
+    """Chances of the tokens that may be drawn, and 0 for others: the `top_k` likeliest (None: all),
+    and of those the likeliest that have `top_p` (None: all) of their chances, as in transformers.
+    Tokens equal to the last one are kept, too."""
+    # The bits of numbers up to 0, read as integers, rise as the numbers fall: a threshold is found
+    # bit by bit, with a few sums over the vocabulary, and sorting it would take much longer. The
+    # given numbers are compared, not results of them: the compiler may compute these twice and
+    # round them otherwise, so that the last one would fall below the threshold that it sets.
     ranks = jax.lax.bitcast_convert_type(jnp.abs(jnp.minimum(log_probabilities, 0.0)), jnp.int32)
 
     def least(enough):
-        """The smallest rank up to which there are enough of a row."""
+        """The smallest rank up to which `enough` of each row is kept."""
 
         def halve(_, bounds):
             low, high = bounds

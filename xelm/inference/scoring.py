@@ -1,4 +1,4 @@
-"""log p of every token of many documents under one model, in a few compiled batches.
+"""Log probability of every token of many documents under one model, in a few compiled batches.
 
 Documents are cut into windows of at most T read tokens, which overlap or not, and packed into rows,
 where they do not see each other.
@@ -22,24 +22,25 @@ from xelm.models.parameters import bind, inference_graph
 ROWS_A_BATCH, ROW_TOKENS = 16, 512
 """Rows that are read at once, and tokens of each. Rows for longer windows are fewer."""
 LEAST_ROW_TOKENS = 16
-# Tokens from one hidden one to the next, where an encoder is asked: about the share of hidden
-# tokens that encoders are trained with.
+"""Smallest number of tokens of a row."""
 APART = 8
+"""Distance in tokens from one masked token to the next, for encoders: about the share of masked
+tokens that they are trained with."""
 
 
 def targets(model: ModelConfig, ids: Integer[np.ndarray, " n"], end_id: int) -> np.ndarray:
-    """What a model is asked to predict of a document: its ids, and by a decoder its end."""
+    """The tokens of a document that are predicted: its ids and, by a decoder, its end."""
     return np.append(ids, end_id) if model.causal else np.asarray(ids)
 
 
 def unpredicted(start_id: int | None) -> int:
-    """How many of the first `targets` of a document are not predicted: where no token stands before
-    a text, its own first token is given. Its log probability is 0 in what is returned here."""
+    """Number of the first `targets` of a document that are not predicted: 1 where no token stands
+    before the text, so that its own first token is given. Scores have 0 for it."""
     return 1 if start_id is None else 0
 
 
 def check_ids(ids: Integer[np.ndarray, " _"], model: ModelConfig) -> None:
-    """Refuses ids without a row of the embedding: the special tokens of some tokenizers."""
+    """Raises UserError for ids without a row of the embedding, as some special tokens are."""
     if len(ids) and ids.max() >= model.vocabulary_size:
         raise UserError(
             f"the text has a special token, {ids.max()}, for which this model of "
@@ -75,14 +76,15 @@ def score_documents(
 ) -> list[Float[np.ndarray, " _"]]:
     """Log probabilities, in nats, of the `targets` of each document; parameters `for_inference`.
 
-    A decoder predicts each from those before. An encoder predicts each from all others, as in
-    pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), save that every `APART`-th token is
-    hidden at once: `APART` readings instead of one for each token.
+    A decoder predicts each token from those before. An encoder predicts each from all others, as in
+    pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), except that every `APART`-th token is
+    masked at once: `APART` forward passes instead of one for each token.
 
     context_length: tokens that the model reads at once. A longer document is read in windows of so
-    many, each `stride` tokens behind the one before; each token is predicted once, after the first
-    window from at least context_length - stride tokens. stride: None is context_length, windows
-    that share no more than a token. start_id: what is read before each document; None: nothing.
+    many, each `stride` tokens after the one before; each token is predicted once, after the first
+    window from at least context_length - stride tokens. stride: None is context_length, so that
+    windows share no more than a token. start_id: token before each document; None: none.
+    progress: called with numbers of tokens that were scored.
     """
     return _measured(
         target_log_probabilities,
@@ -105,8 +107,8 @@ def states_of_documents(
     documents: Sequence[Integer[np.ndarray, " _"]],
     **options: Any,
 ) -> list[Float[np.ndarray, "_ D"]]:
-    """What the output head reads where each of the `targets` is predicted; as `score_documents`,
-    with its options."""
+    """The states from which each of the `targets` is predicted, float32, as `score_documents` reads
+    them and with its options."""
     return _measured(_states, model, parameters, documents, **options)
 
 
@@ -128,7 +130,7 @@ def _measured(
     dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[np.ndarray]:
-    """What `measure` finds of (states, head, targets), by target of each document."""
+    """Results of `measure`, a function of (states, head, targets), for each document's targets."""
     start = [] if start_id is None else [start_id]
     framed = [np.concatenate([start, ids, [end_id]]).astype(np.int64) for ids in documents]
     value = () if measure is target_log_probabilities else (model.width,)
@@ -137,7 +139,7 @@ def _measured(
     # A decoder does not read the last token of a window; an encoder's first is context only.
     longest = context_length + model.causal
     step = min(stride or context_length, longest - 1)
-    score = (_scorer if model.causal else _guesser)(model, dtype, measure)
+    score = (_scorer if model.causal else _masked_scorer)(model, dtype, measure)
     # An encoder's windows begin at a multiple of APART, where hidden tokens lie alike.
     unit = 1 if model.causal else APART
     for size, rows in _pack(windows(lengths, longest, step), longest, unit):
@@ -146,7 +148,7 @@ def _measured(
             part = rows[first : first + count]
             shape = (count, size)
             tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-            asked = np.zeros(shape, bool)
+            predicted = np.zeros(shape, bool)
             for r, row in enumerate(part):
                 for s, (window, column) in enumerate(row, 1):
                     where = slice(column, column + window.size)
@@ -155,10 +157,9 @@ def _measured(
                     positions[r, where] = np.arange(window.size)
                     # Not what another window predicts, nor an encoder's end.
                     last = min(window.end, len(start) + len(scores[window.document]))
-                    asked[
-                        r, column + window.known - window.begin : column + last - window.begin
-                    ] = 1
-            found = np.asarray(score(parameters, tokens, segments, positions, asked, mask_id))
+                    at = column - window.begin
+                    predicted[r, at + window.known : at + last] = 1
+            found = np.asarray(score(parameters, tokens, segments, positions, predicted, mask_id))
             for r, row in enumerate(part):
                 for window, column in row:
                     own = scores[window.document]
@@ -173,7 +174,7 @@ def _measured(
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens `begin` to `end` of a document, of which those from `known` on are predicted."""
+    """Tokens `begin` to `end` of a document, of which those from `known` on are predicted here."""
 
     document: int
     begin: int
@@ -182,14 +183,14 @@ class Window:
 
     @property
     def size(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return self.end - self.begin
 
 
 def windows(lengths: Sequence[int], longest: int, step: int) -> list[Window]:
-    """Windows in which each token but the first of each document is predicted once. lengths: of the
-    documents. longest: tokens of a window, of which a decoder does not read the last. step: from
-    the beginning of one window to that of the next."""
+    """Windows in which each token but the first of each document is predicted once. lengths: tokens
+    of each document. longest: tokens of a window, of which a decoder does not read the last. step:
+    tokens from the beginning of one window to that of the next."""
     found = []
     for document, length in enumerate(lengths):
         begin, known = 0, 1
@@ -205,7 +206,7 @@ def _scorer(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
     shape = inference_graph(model, dtype)
 
     @jax.jit
-    def score(parameters, tokens, segments, positions, asked, _):
+    def score(parameters, tokens, segments, positions, predicted, _):
         network = bind(shape, parameters)
         hidden = network.hidden(
             tokens[:, :-1],
@@ -219,23 +220,23 @@ def _scorer(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
 
 
 @functools.lru_cache(maxsize=8)
-def _guesser(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
-    """As `_scorer`, of a model that sees both sides."""
+def _masked_scorer(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
+    """The same as `_scorer`, for encoders."""
     shape = inference_graph(model, dtype)
 
     @jax.jit
-    def score(parameters, tokens, segments, positions, asked, mask_id):
+    def score(parameters, tokens, segments, positions, predicted, mask_id):
         network = bind(shape, parameters)
 
-        def guess(phase):
-            hidden_now = asked & (jnp.arange(tokens.shape[1]) % APART == phase)[None]
-            given = jnp.where(hidden_now, mask_id, tokens)
+        def predict(phase):
+            masked = predicted & (jnp.arange(tokens.shape[1]) % APART == phase)[None]
+            given = jnp.where(masked, mask_id, tokens)
             hidden = network.hidden(given, positions=positions, segments=segments)
             # Every APART-th column alone passes the head.
             states, head = network.output(hidden.reshape(-1, APART, model.width)[:, phase])
             return measure(states, head, tokens.reshape(-1, APART)[:, phase])
 
-        found = jnp.moveaxis(jax.lax.map(guess, jnp.arange(APART)), 0, 1)
+        found = jnp.moveaxis(jax.lax.map(predict, jnp.arange(APART)), 0, 1)
         return found.reshape(*tokens.shape, *found.shape[2:])[:, 1:]
 
     return score
@@ -244,8 +245,8 @@ def _guesser(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
 def _pack(
     windows: Sequence[Window], longest: int, unit: int
 ) -> list[tuple[int, list[list[tuple[Window, int]]]]]:
-    """Rows of windows, each with its column, by the columns of a row: few sizes, none twice as long
-    as its windows unless these share it."""
+    """Rows of windows, each with its first column, grouped by the columns of a row. There are few
+    sizes, and none is twice as long as its windows unless several share it."""
     sizes = _sizes(max((window.size for window in windows), default=0), longest, unit)
     by_size: dict[int, list[Window]] = {}
     for window in windows:
@@ -254,9 +255,9 @@ def _pack(
 
 
 def _sizes(needed: int, longest: int, unit: int) -> list[int]:
-    """Columns of a row that windows may have, in powers of two of the tokens that are read: one
-    size for all short ones, and more for longer ones up to the longest of all."""
-    more = unit == 1  # a column that is not read
+    """Possible numbers of columns of a row: one for all short windows, and powers of two for longer
+    ones, up to the longest of all."""
+    more = unit == 1  # a column of targets that is not read
     read = LEAST_ROW_TOKENS
     while read < min(needed - more, ROW_TOKENS):
         read *= 2
@@ -269,8 +270,8 @@ def _sizes(needed: int, longest: int, unit: int) -> list[int]:
 
 
 def _rows(windows: Sequence[Window], size: int, unit: int) -> list[list[tuple[Window, int]]]:
-    """Windows in rows of `size` columns, longest first into the row with least room, at multiples
-    of `unit`."""
+    """Windows packed into rows of `size` columns, the longest first into the fullest row that has
+    space, at multiples of `unit`."""
     rows: list[list[tuple[Window, int]]] = []
     open_rows: dict[int, list[int]] = {}  # free columns -> rows
     for window in sorted(windows, key=lambda window: -window.size):

@@ -1,4 +1,4 @@
-"""What a model makes of whole documents, layer by layer: means of its states."""
+"""Mean states of a model over whole documents, layer by layer."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph
 
 ROWS_A_BATCH = 16
+"""Number of documents that are read at once."""
 
 
 def document_states(
@@ -23,8 +24,9 @@ def document_states(
     dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Float[np.ndarray, "documents layers D"]:
-    """Mean over the tokens of each document of the states after each layer, float32. Of longer
-    documents the first `sequence_length` tokens are read; none is empty."""
+    """Mean, over the tokens of each document, of the states after each layer, float32. The first
+    `sequence_length` tokens of longer documents are read; no document is empty. progress: called
+    with numbers of tokens that were read."""
     read = _reader(model, dtype)
     found = []
     for first in range(0, len(documents), ROWS_A_BATCH):

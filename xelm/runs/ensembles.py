@@ -1,18 +1,19 @@
 """The published experts of a RUN with a router over them."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from clustering.errors import UserError
 from experts.expert import Expert
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.parameter_cache import ParameterCache
-from xelm.inference.sampling import sampling_of
+from xelm.inference.routing import Routing
+from xelm.inference.sampling import read_sampling_params
 from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
 from xelm.runs.checking import check_models
-from xelm.runs.routers import Routing, make_router, models_behind
+from xelm.runs.routers import general_models, make_router, models_behind
 from xelm.runs.run import Run
 
 
@@ -20,38 +21,51 @@ def open_ensemble(
     run: Run,
     routing: Routing,
     *,
-    route_per: Literal["token", "prompt", "sequence"] = "token",
+    every_model: bool = False,
     dtype: str = "auto",
+    before: Ensemble | None = None,
 ) -> Ensemble:
-    """Every published expert and the models that the router weighs behind them, each loaded when it
-    is first asked. dtype: of parameters and products; see `common_dtype`."""
+    """The ensemble of every published expert and of the models that the router weighs behind them;
+    each is loaded when it is first read.
+
+    every_model: whether the seed and the dense baseline are among the models in any case. dtype: of
+    parameters and products; see `common_dtype`. before: an ensemble of the same RUN, whose dtype
+    and loaded parameters are used again. UserError if the files of a model are not those that were
+    published.
+    """
     experts = published(run)
     check_top_m(routing.top_m, len(experts))
     others = models_behind(run, routing)
+    if every_model:
+        others |= general_models(run)
     check_models(run, experts, others)
-    systems = {expert.name: expert.directory(run.directory) for expert in experts} | others
-    model, dtype = read_config(run.seed), common_dtype(systems.values(), dtype)
+    paths = {expert.name: expert.directory(run.directory) for expert in experts} | others
+    model = read_config(run.seed)
+    dtype = before.dtype if before else common_dtype(paths.values(), dtype)
+    loaders = [partial(read_for_inference, path, model, dtype) for path in paths.values()]
+    places = [str(path) for path in paths.values()]
+    if before is None:
+        cache = ParameterCache(loaders, names=places)
+    else:
+        assert isinstance(before.parameters, ParameterCache)
+        cache = before.parameters.with_experts(loaders, places)
     return Ensemble(
-        names=list(systems),
+        names=list(paths),
         model=model,
-        parameters=ParameterCache(
-            [partial(read_for_inference, path, model, dtype) for path in systems.values()]
-        ),
+        parameters=cache,
         dtype=dtype,
         router=make_router(run, experts, routing),
         tokenizer=run.tokenizer(),
-        top_m=routing.top_m,
-        # Whoever was given a weight by hand is asked.
-        least_weight=0.0 if routing.name == "fixed" else routing.least_weight,
-        route_per=route_per,
+        # Experts that were given a weight by hand are read, however small it is.
+        limits=replace(routing, least_weight=0.0) if routing.name == "fixed" else routing,
         context_length=run.context_length,
-        sampling=sampling_of(run.seed)[0],
+        sampling=read_sampling_params(run.seed)[0],
     )
 
 
 def common_dtype(checkpoints: Iterable[Path], dtype: str) -> str:
-    """The dtype in which checkpoints are run side by side: `inference_dtype` of all of them, or
-    float32 where they differ."""
+    """The dtype in which checkpoints are run together: `inference_dtype` of all of them, or float32
+    where they differ."""
     found = {inference_dtype(checkpoint, dtype) for checkpoint in checkpoints}
     return found.pop() if len(found) == 1 else "float32"
 
@@ -67,6 +81,6 @@ def published(run: Run) -> tuple[Expert, ...]:
 
 
 def check_top_m(top_m: int | None, experts: int) -> None:
-    """Raises UserError unless so many of the experts can be asked."""
+    """Raises UserError unless so many of the experts can be kept."""
     if top_m is not None and not 1 <= top_m <= experts:
         raise UserError(f"top_m must be between 1 and {experts} experts; got {top_m}")

@@ -21,10 +21,11 @@ from experts.registry import Registry
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import Store, TokenizedLanguage
 from xelm.data.tokenizer import Tokenizer
-from xelm.inference.guessing import guess_documents
 from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.predictions import predict_documents
 from xelm.inference.reliability import Reliability, chosen
-from xelm.inference.routing import Router, mixture, states_along, weights_along
+from xelm.inference.route import Router, Walk, mixture
+from xelm.inference.routing import Limits, Routing
 from xelm.inference.scoring import check_windows, score_documents, targets, unpredicted
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.config import ModelConfig
@@ -41,7 +42,7 @@ from xelm.runs.judging import (
     judged,
 )
 from xelm.runs.results import Results, write_results
-from xelm.runs.routers import Routing, make_router, serving
+from xelm.runs.routers import general_models, make_router, serving
 from xelm.runs.run import Run
 from xelm.runs.texts import EVALUATION, LanguageText, compared, warnings
 
@@ -90,7 +91,7 @@ def evaluate(
         stride=stride,
     )
     options.check(model, len(experts))
-    check_models(run, experts, _general(run))
+    check_models(run, experts, general_models(run))
     corpus = Corpus.of(corpus)
     name = EVALUATION + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
     tags = None if languages is None else canonical_all(languages)
@@ -163,11 +164,6 @@ class _Options:
         return {**values, "routings": list(self.routings), "stride": stride}
 
 
-def _general(run: Run) -> dict[str, Path]:
-    """The checkpoints that are for all languages."""
-    return {"seed": run.seed, **({"dense": run.dense} if run.dense.exists() else {})}
-
-
 def _prepared(
     run: Run,
     model: ModelConfig,
@@ -176,7 +172,7 @@ def _prepared(
     options: _Options,
 ) -> "_Evaluation":
     """Which system is asked in which language, and the routers."""
-    systems = _general(run)
+    systems = general_models(run)
     systems |= {expert.name: expert.directory(run.directory) for expert in experts}
     serves, chosen = serving(run.registry(), experts), options.routing
     if not serves:  # by clusters of documents
@@ -197,7 +193,7 @@ def _prepared(
         experts=[expert.name for expert in experts],
         served=served,
         routers={r.name: make_router(run, experts, r) for r in chosen} if experts else {},
-        kept=(options.top_m, options.least_weight),
+        limits=Limits(top_m=options.top_m, least_weight=options.least_weight),
         documents={
             tag: [ids.document(n) for n in range(min(len(ids), most or len(ids)))]
             for tag, ids in texts.items()
@@ -265,8 +261,8 @@ class _Evaluation:
     """Language of the text -> the expert that serves it, or a language it falls back to."""
     routers: Mapping[str, Router]
     """By routing."""
-    kept: tuple[int | None, float]
-    """Experts that are kept at each token, and the least weight of those."""
+    limits: Limits
+    """Which of the weighed experts are kept at each token."""
     documents: Mapping[str, Sequence[np.ndarray]]
     """Ids, by language."""
     asked: Mapping[str, Sequence[str]]
@@ -346,11 +342,10 @@ class _Evaluation:
                 silent = np.full(len(target), -np.inf, np.float32)
                 some = by_model[: router.experts]
                 own = np.stack([silent if one is None else one[number] for one in some])
-                states = states_along(router, router.start(told), target)
-                at = np.arange(first, len(target))
-                log_weights = weights_along(router, states, own, at, *self.kept)
+                walk = Walk.along(router, told, target, np.arange(first, len(target)))
+                log_weights, _, needed = walk.decide(own, self.limits)
                 nats.append(-mixture(log_weights, own[:, first:]).sum(dtype=np.float64))
-                part = _weighed(np.exp(log_weights), expert, router.asks(states[at]))
+                part = _weighed(np.exp(log_weights), expert, needed)
                 weighed = part if weighed is None else weighed + part
                 if number < len(sizes):
                     heads.append(log_weights[: sizes[number]])
@@ -397,7 +392,7 @@ class _Evaluation:
                 if name in names:
                     mixtures[way, :, names.index(name)] = log_weights[:, column]
         places = [slice(self.first, self.first + size) for size in sizes]
-        guesses = guess_documents(
+        guesses = predict_documents(
             self.model,
             [partial(cache.__getitem__, n) for n in asked],
             [ids[: place.stop] for ids, place in zip(self.documents[tag], places)],

@@ -28,7 +28,7 @@ from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.data.tokenise import build_store, in_processes, kept
 from xelm.data.unusable import UnusableRecords
-from xelm.inference.sampling import sampling_of
+from xelm.inference.sampling import read_sampling_params
 from xelm.models.checkpoint import (
     check_checkpoint,
     copy_checkpoint,
@@ -417,7 +417,7 @@ def _check_seed(
             "text; the tokenizer's own special tokens are used",
             file=sys.stderr,
         )
-    if model.causal and (unknown := sampling_of(source)[1]):
+    if model.causal and (unknown := read_sampling_params(source)[1]):
         print(
             f"{source}/generation_config.json: no use is made of {', '.join(unknown)}",
             file=sys.stderr,

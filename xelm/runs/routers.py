@@ -1,9 +1,7 @@
 """Routers over the published experts of a RUN: which there are, and what each is made of."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -11,11 +9,8 @@ from clustering.errors import UserError
 from clustering.files import read_arrays
 from experts.expert import Expert
 from experts.registry import Registry
+from xelm.inference.route import Router
 from xelm.inference.routers import (
-    DEFAULT,
-    DISTANCE_POWER,
-    ROUTINGS,
-    TEMPERATURE,
     Abstaining,
     ByLanguage,
     Detected,
@@ -23,11 +18,10 @@ from xelm.inference.routers import (
     OrMixture,
     Posterior,
     Tfidf,
-    check_tfidf,
     mixture_of,
     uniform,
 )
-from xelm.inference.routing import Router
+from xelm.inference.routing import Routing
 from xelm.runs.fitted import identifier, learned, novelty_of, pieces
 from xelm.runs.run import Run
 from xelm.runs.training import CENTRE
@@ -35,68 +29,6 @@ from xelm.runs.training import CENTRE
 OR_MIXTURE = ("learned", "detected")
 """Routings that know experts by their texts and mix all models where a text is like none of
 these."""
-ABSTAIN_TO = ("posterior", "seed", "dense")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Routing:
-    """Which router, and how. None: as the router has it."""
-
-    name: str = DEFAULT
-    """One of `ROUTINGS`."""
-    top_m: int | None = None
-    """Experts that are kept; None keeps all that have weight."""
-    least_weight: float = 0.001
-    """Experts with less are not asked: their part of the mixture is hardly more than that, and
-    costs as much as any other's."""
-    temperature: float | None = None
-    """Of TF-IDF."""
-    distance_power: float | None = None
-    """Of TF-IDF: 2, or 4 as in the authors' code."""
-    memory: float | None = None
-    """Of the posterior; below 1 it forgets."""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """Of experts, of fixed ones; those not named have none."""
-    abstain: float | None = None
-    """Largest weight below which the router leaves it to `abstain_to`."""
-    abstain_to: Literal["posterior", "seed", "dense"] = "posterior"
-    """Who speaks then."""
-
-    def __post_init__(self) -> None:
-        if self.name not in ROUTINGS:
-            raise UserError(f"routing must be one of {', '.join(ROUTINGS)}; got {self.name!r}")
-        for option, value, home in (
-            ("temperature", self.temperature, "tfidf"),
-            ("distance power", self.distance_power, "tfidf"),
-            ("memory", self.memory, "posterior"),
-            ("weights", self.weights or None, "fixed"),
-        ):
-            if value is not None and self.name != home:
-                raise UserError(f"a router's {option} goes with routing {home}; got {self.name}")
-        if not 0 <= self.least_weight < 1:
-            raise UserError(
-                f"the least weight must be at least 0 and below 1; got {self.least_weight}"
-            )
-        if self.name == "tfidf":
-            check_tfidf(*self.tfidf)
-        if self.name == "fixed" and not self.weights:
-            raise UserError("fixed routing wants weights of experts, such as --weights en=.7,de=.3")
-        if self.abstain is not None and not 0 <= self.abstain <= 1:
-            raise UserError(f"a threshold must be between 0 and 1; got {self.abstain}")
-        if self.abstain_to not in ABSTAIN_TO:
-            raise UserError(
-                f"abstaining goes to one of {', '.join(ABSTAIN_TO)}; got {self.abstain_to!r}"
-            )
-        if self.abstain is None and self.abstain_to != "posterior":
-            raise UserError(f"whoever leaves it to {self.abstain_to} needs abstain, a threshold")
-        if self.abstain is not None and self.name in ("posterior", "language"):
-            raise UserError(f"abstaining goes with other routings than {self.name}")
-
-    @property
-    def tfidf(self) -> tuple[float, float]:
-        """Temperature and distance power of TF-IDF."""
-        power = DISTANCE_POWER if self.distance_power is None else self.distance_power
-        return TEMPERATURE if self.temperature is None else self.temperature, power
 
 
 def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
@@ -140,8 +72,12 @@ def models_behind(run: Run, routing: Routing) -> dict[str, Path]:
                 "--dense) or abstain to the seed"
             )
         return {"seed": run.seed} if routing.abstain_to == "seed" else {"dense": run.dense}
-    if routing.name not in OR_MIXTURE:
-        return {}
+    return general_models(run) if routing.name in OR_MIXTURE else {}
+
+
+def general_models(run: Run) -> dict[str, Path]:
+    """Name and checkpoint of each model for all languages: the seed, and the dense baseline if it
+    was trained."""
     return {"seed": run.seed} | ({"dense": run.dense} if run.dense.exists() else {})
 
 

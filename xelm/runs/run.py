@@ -141,8 +141,8 @@ class Run:
     ) -> "Ensemble":
         """The published experts with a router; `routers.Routing`, `Ensemble` and `open_ensemble`
         say what each option does."""
+        from xelm.inference.routing import Routing
         from xelm.runs.ensembles import open_ensemble
-        from xelm.runs.routers import Routing
 
         chosen = Routing(
             name=routing,
@@ -154,8 +154,9 @@ class Run:
             weights=weights or {},
             abstain=abstain,
             abstain_to=abstain_to,
+            route_per=route_per,
         )
-        return open_ensemble(self, chosen, route_per=route_per, dtype=dtype)
+        return open_ensemble(self, chosen, dtype=dtype)
 
     def train(self, name: str) -> None:
         """Trains and publishes one branched expert."""

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from clustering.errors import UserError
-from xelm.inference.sampling import Sampling, TokenLikelihood
+from xelm.inference.sampling import SamplingParams, TokenLikelihood
 from xelm.serving.answers import Answer, Choice, TokenNames
 from xelm.serving.desk import Busy, Closed, Desk, Ended, Event, Failed, Piece, Read, Ticket
 from xelm.serving.errors import Refused, problem
@@ -133,7 +133,7 @@ class Completions:
     def _tickets(
         self,
         asked: CompletionRequest | ChatRequest,
-        sampling: Sampling,
+        sampling: SamplingParams,
         under_way: _Asked,
     ) -> list[Ticket]:
         def ticket(place: int, text: PreparedText) -> Ticket:

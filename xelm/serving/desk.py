@@ -13,10 +13,9 @@ from typing import Literal
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.inference.engine import Engine, Text
-from xelm.inference.generation import Reply, check_prompt
-from xelm.inference.prompts import likelihoods_of_tokens
-from xelm.inference.sampling import Sampling, TokenLikelihood
+from xelm.inference.generation import Continuation, Generator, check_prompt
+from xelm.inference.prompt_scoring import score_prompts
+from xelm.inference.sampling import SamplingParams, TokenLikelihood
 from xelm.serving.offer import Offer
 
 TOKENS_SCORED = 4096
@@ -91,7 +90,7 @@ class Ticket:
     """A name that is offered."""
     ids: Sequence[int]
     """Of the prompt, as they are read."""
-    sampling: Sampling
+    sampling: SamplingParams
     language: str | None = None
     """That it is told to be in."""
     user_mask: Sequence[bool] | None = None
@@ -110,12 +109,6 @@ class Ticket:
     until: float
     """When its time is up, by time.monotonic."""
     cancelled: bool = False
-    reply: Reply | None = None
-    """What was said; None while it waits."""
-    weights: np.ndarray | None = None
-    """Of the models, summed over tokens."""
-    untold: list[TokenLikelihood] = field(default_factory=list)
-    """Tokens drawn since the last piece."""
 
     @property
     def new_tokens(self) -> int:
@@ -128,8 +121,8 @@ class _Table:
     """Where texts are continued by one offer."""
 
     offer: Offer
-    engine: Engine
-    tickets: dict[Text, Ticket] = field(default_factory=dict)
+    generator: Generator
+    tickets: dict[Continuation, Ticket] = field(default_factory=dict)
     to_score: deque[Ticket] = field(default_factory=deque)
     """Those whose prompts are scored before they are continued; each until it is."""
 
@@ -137,6 +130,11 @@ class _Table:
     def busy(self) -> int:
         """Texts that are in work."""
         return len(self.tickets) + len(self.to_score)
+
+
+def _table(offer: Offer) -> _Table:
+    ensemble = offer.ensemble
+    return _Table(offer, Generator(ensemble, ensemble.router, ensemble.limits))
 
 
 class Desk:
@@ -155,7 +153,7 @@ class Desk:
         self._most_texts, self._most_waiting, self._post = most_texts, most_waiting, post
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._tables = [_Table(offer, Engine(offer.ensemble))]
+        self._tables = [_table(offer)]
         self._events: list[tuple[Ticket, Event]] = []
         self._closing = False
         self.preparing = False
@@ -216,7 +214,7 @@ class Desk:
     def exchange(self, offer: Offer) -> None:
         """From now on new texts are continued by this; those under way end as they began."""
         with self._changed:
-            self._tables.append(_Table(offer, Engine(offer.ensemble)))
+            self._tables.append(_table(offer))
             self._changed.notify()
 
     def close(self) -> None:
@@ -253,9 +251,10 @@ class Desk:
                 self._changed.wait()
             now = time.monotonic()
             for table in self._tables:
-                for text, ticket in list(table.tickets.items()):
+                for continuation, ticket in list(table.tickets.items()):
                     if ticket.cancelled:
-                        self._leave(table, text)
+                        del table.tickets[continuation]
+                        table.generator.remove(continuation)
                 late = [t for t in table.to_score if t.until < now and not t.cancelled]
                 self._events += [(ticket, Failed(503, LATE)) for ticket in late]
                 table.to_score = deque(
@@ -295,8 +294,9 @@ class Desk:
             if part and tokens > most:
                 break
             part.append(ticket)
-        found = likelihoods_of_tokens(
+        found = score_prompts(
             offer.ensemble,
+            offer.ensemble.limits,
             [ticket.ids for ticket in part],
             [offer.routers[ticket.model] for ticket in part],
             [ticket.language for ticket in part],
@@ -322,7 +322,7 @@ class Desk:
             self._events.append((ticket, gone))
             return
         try:
-            text = table.engine.add(
+            continuation = table.generator.add(
                 ticket.ids,
                 ticket.sampling,
                 language=ticket.language,
@@ -330,17 +330,12 @@ class Desk:
                 router=router,
                 alternatives=ticket.alternatives,
                 user_mask=ticket.user_mask,
+                deadline=ticket.until,
             )
         except UserError as error:
             self._events.append((ticket, Failed(400, str(error))))
             return
-        ticket.reply = Reply(table.offer.ensemble.tokenizer, ticket.ids, ticket.sampling.stop)
-        ticket.weights = np.zeros(len(table.offer.ensemble.names))
-        table.tickets[text] = ticket
-
-    def _leave(self, table: _Table, text: Text) -> None:
-        del table.tickets[text]
-        table.engine.remove(text)
+        table.tickets[continuation] = ticket
 
     def _retire(self) -> None:
         """Clears the tables of earlier offers once nobody sits there."""
@@ -353,36 +348,20 @@ class Desk:
                 evict()
 
     def _step(self, table: _Table) -> None:
-        steps = table.engine.step()
-        self.count("completion", len(steps))
-        names, end_ids = table.offer.ensemble.names, table.offer.ensemble.tokenizer.end_ids
-        now = time.monotonic()
-        for text, token, spoken in steps:
-            ticket = table.tickets[text]
-            reply = ticket.reply
-            assert reply is not None and ticket.weights is not None
-            ticket.weights += spoken
-            if text.likelihood is not None:
-                ticket.untold.append(text.likelihood)
-            if token in end_ids:
-                reply.finished = True
-                piece = ""
-            else:
-                piece = reply.add(token)
-            ended = reply.finished or text.drawn == text.sampling.max_new_tokens
-            ended = ended or now > ticket.until
-            if ended:
-                piece += reply.rest()
-            if piece:
-                told, ticket.untold = ticket.untold, []
-                more = Piece(piece, _weights(names, spoken), text.routing, told)
-                self._events.append((ticket, more))
-            if ended:
-                mean = _weights(names, ticket.weights / text.drawn)
-                reason = "stop" if reply.finished else "length"
-                end = Ended(reason, text.drawn, mean, text.routing, ticket.untold)
+        deltas = table.generator.step()
+        self.count("completion", len(deltas))
+        names = table.offer.ensemble.names
+        for one, text, weights in deltas:
+            ticket, routing = table.tickets[one], one.sequence.routing
+            if text:
+                piece = Piece(text, _weights(names, weights), routing, one.take_likelihoods())
+                self._events.append((ticket, piece))
+            if one.finish_reason:
+                mean, tokens = _weights(names, one.mean_weights), one.sequence.new_tokens
+                untold = one.take_likelihoods()
+                end = Ended(one.finish_reason, tokens, mean, routing, untold)
                 self._events.append((ticket, end))
-                self._leave(table, text)
+                del table.tickets[one]
 
     def _lose(self, error: Exception) -> None:
         """Fails all that is under way: nothing of what an error left behind can be relied on."""
@@ -393,7 +372,7 @@ class Desk:
         with self._changed:
             lost = list(dict.fromkeys([*self._everyone(), *self._waiting]))
             self._waiting.clear()
-            self._tables = [_Table(self.offer, Engine(self.offer.ensemble))]
+            self._tables = [_table(self.offer)]
         self._events += [(ticket, failed) for ticket in lost]
 
     def _everyone(self) -> list[Ticket]:

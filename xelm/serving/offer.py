@@ -2,23 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.inference.engine import counting
 from xelm.inference.ensemble import Ensemble
-from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.route import Router, routing_mask, states_along
 from xelm.inference.routers import Detected, Fixed
-from xelm.inference.routing import Router, states_along
-from xelm.inference.sampling import sampling_of
-from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.checking import check_models
-from xelm.runs.ensembles import check_top_m, common_dtype, published
+from xelm.inference.routing import Routing
+from xelm.models.checkpoint import read_config
+from xelm.runs.ensembles import open_ensemble, published
 from xelm.runs.fitted import identifier, pieces
-from xelm.runs.routers import Routing, make_router, models_behind
 from xelm.runs.run import Run
 
 ENSEMBLE = "xelm"
@@ -52,7 +46,7 @@ class Offer:
     ) -> str | None:
         """The probable language of a text that begins with these ids, by those in `user_mask`, as
         `Engine.add` has it; None of one that is empty but for the token that starts texts."""
-        counts = counting(self.ensemble.tokenizer, ids, user_mask)
+        counts = routing_mask(self.ensemble.tokenizer, ids, user_mask)
         heard = np.asarray(ids, np.int64)[counts][:_HEARD]
         if not len(heard):
             return None
@@ -62,54 +56,24 @@ class Offer:
 
 
 def open_offer(
-    run: Run,
-    routing: Routing,
-    *,
-    route_per: Literal["token", "prompt"] = "token",
-    dtype: str = "auto",
-    before: Offer | None = None,
+    run: Run, routing: Routing, *, dtype: str = "auto", before: Offer | None = None
 ) -> Offer:
     """What a RUN has to offer now. before: what was offered until now, with which it shares the
     parameters that stay. UserError if the files of a model are not those that were published, or
     hold no numbers."""
-    experts, model = published(run), read_config(run.seed)
-    if not model.causal:
+    experts = published(run)
+    if not read_config(run.seed).causal:
         raise UserError(
             f"{run.directory} has encoders, which continue no text; there is no serving"
         )
-    check_top_m(routing.top_m, len(experts))
-    paths = {expert.name: expert.directory(run.directory) for expert in experts}
-    # First of those behind the experts, the models that the router weighs.
-    others = models_behind(run, routing)
-    others |= {"seed": run.seed} | ({"dense": run.dense} if run.dense.exists() else {})
-    check_models(run, experts, others)
-    paths |= others
-    dtype = before.ensemble.dtype if before else common_dtype(paths.values(), dtype)
-    loaders = [partial(read_for_inference, path, model, dtype) for path in paths.values()]
-    places = [str(path) for path in paths.values()]
-    if before is None:
-        cache = ParameterCache(loaders, names=places)
-    else:
-        assert isinstance(before.ensemble.parameters, ParameterCache)
-        cache = before.ensemble.parameters.with_experts(loaders, places)
-    names = list(paths)
-    ensemble = Ensemble(
-        names=names,
-        model=model,
-        parameters=cache,
-        dtype=dtype,
-        router=make_router(run, experts, routing),
-        tokenizer=run.tokenizer(),
-        top_m=routing.top_m,
-        least_weight=0.0 if routing.name == "fixed" else routing.least_weight,
-        route_per=route_per,
-        context_length=run.context_length,
-        sampling=sampling_of(run.seed)[0],
+    ensemble = open_ensemble(
+        run, routing, every_model=True, dtype=dtype, before=before and before.ensemble
     )
+    names = ensemble.names
+    alone = {f"{ENSEMBLE}:{name}": _alone(n, len(names)) for n, name in enumerate(names)}
     return Offer(
         ensemble=ensemble,
-        routers={ENSEMBLE: ensemble.router}
-        | {f"{ENSEMBLE}:{name}": _alone(place, len(names)) for place, name in enumerate(names)},
+        routers={ENSEMBLE: ensemble.router} | alone,
         versions={expert.name: expert.reference for expert in experts},
         detector=Detected(experts=1, identifier=identifier(run), pieces=pieces(run), serving={}),
     )

@@ -15,8 +15,8 @@ from clustering.errors import UserError
 from clustering.languages import canonical
 from xelm.data.chat_template import template_options
 from xelm.data.tokenizer import Tokenizer
-from xelm.inference.generation import check_prompt, room
-from xelm.inference.sampling import Sampling
+from xelm.inference.generation import check_prompt
+from xelm.inference.sampling import SamplingParams
 from xelm.serving.errors import Refused
 from xelm.serving.limits import MOST_LOG_PROBABILITIES, Limits
 from xelm.serving.offer import Offer
@@ -45,7 +45,7 @@ class PreparedRequest:
 
     texts: Sequence[PreparedText]
     """One for each prompt, each of which is continued `n` times."""
-    sampling: Sampling
+    sampling: SamplingParams
     """How all of them are continued."""
     language: str | None
     """The language that the request tells, as a canonical tag."""
@@ -72,7 +72,7 @@ def prepare(
         check_prompt(offer.ensemble, ids, 1 if asked.most_tokens is None else asked.most_tokens)
     sampling = asked.sampling(
         offer.ensemble.sampling,
-        room(offer.ensemble, prompts),
+        offer.ensemble.longest - max(map(len, prompts)),
         limits.tokens,
     )
     if sampling.max_new_tokens > limits.tokens:
@@ -158,7 +158,9 @@ def _check_places(texts: int, limits: Limits) -> None:
 
 
 def _check_log_probabilities(
-    asked: CompletionRequest | ChatRequest, prompts: Sequence[Sequence[int]], sampling: Sampling
+    asked: CompletionRequest | ChatRequest,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
 ) -> None:
     """Raises Refused for a request of which more log probabilities are wanted than may be."""
     if asked.alternatives is None:

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from xelm.inference.sampling import Sampling
+from xelm.inference.sampling import SamplingParams
 
 MOST_STOPS, MOST_CHOICES, MOST_PROMPTS, MOST_ALTERNATIVES = 16, 16, 64, 20
 MOST_IDS, MOST_MESSAGES, LONGEST_STOP = 2**17, 4096, 256
@@ -129,7 +129,7 @@ class _Request(_Strict):
         """Whether a stream ends with counts of tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, base: Sampling, room: int, most: int) -> Sampling:
+    def sampling(self, base: SamplingParams, room: int, most: int) -> SamplingParams:
         """As the request asks, on top of `base`. room: tokens by which the longest of its texts can
         grow. most: that the server draws at most. UserError for values that mean nothing."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop

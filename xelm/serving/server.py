@@ -12,17 +12,17 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import uvicorn
 from starlette.applications import Starlette
 
 from clustering.errors import UserError
 from experts.registry import FILE_NAME
-from xelm.inference.engine import GREEDY, Engine
+from xelm.inference.engine import Engine
+from xelm.inference.routing import Routing
+from xelm.inference.sampling import GREEDY
 from xelm.process import open_files
 from xelm.runs.ensembles import check_top_m, published
-from xelm.runs.routers import Routing
 from xelm.runs.run import Run
 from xelm.serving.app import make_app
 from xelm.serving.connections import limited
@@ -44,7 +44,6 @@ def serve(
     run: Run,
     routing: Routing,
     *,
-    route_per: Literal["token", "prompt"] = "token",
     dtype: str = "auto",
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -64,7 +63,7 @@ def serve(
         # the names of loopback are answered.
         local = _is_loopback(host)
         hosts = (*LOOPBACK, host) if local and key is None else None
-        opener = partial(open_offer, run, routing, route_per=route_per, dtype=dtype)
+        opener = partial(open_offer, run, routing, dtype=dtype)
         print(f"preparing {run.directory}", file=sys.stderr, flush=True)
         app, desk, watch = assemble(
             opener, run.directory / FILE_NAME, limits, key=key, hosts=hosts, origins=origins
@@ -255,9 +254,8 @@ def _is_loopback(host: str) -> bool:
 
 def _warm(offer: Offer) -> None:
     """Compiles what the first request would wait for."""
-    engine = Engine(offer.ensemble)
-    ids = [offer.ensemble.tokenizer.prefix_id] * 2
-    text = engine.add(ids, GREEDY, router=list(offer.routers.values())[1])
+    router = list(offer.routers.values())[1]
+    engine = Engine(offer.ensemble, router, offer.ensemble.limits)
+    engine.add([offer.ensemble.tokenizer.prefix_id] * 2, GREEDY)
     for _ in range(2):
         engine.step()
-    engine.remove(text)

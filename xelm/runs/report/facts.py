@@ -9,7 +9,7 @@ from clustering.figures import cluster_colours
 from clustering.files import read_object
 from experts.expert import Expert
 from experts.registry import Registry
-from xelm.inference.routers import DEFAULT
+from xelm.inference.routing import DEFAULT
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
 from xelm.runs.results import Summary, read_results

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xelm.inference.routers import DEFAULT
+from xelm.inference.routing import DEFAULT
 from xelm.runs.report.facts import DENSE, SEED, Facts, Score, System
 from xelm.runs.report.words import language_name, listed, named, perplexity, plural, signed
 

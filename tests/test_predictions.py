@@ -7,8 +7,8 @@ import pytest
 import torch
 from hub_models import CONFIGS, random_tokens, saved
 
-from xelm.inference import guessing
-from xelm.inference.guessing import guess_documents
+from xelm.inference import predictions
+from xelm.inference.predictions import predict_documents
 from xelm.inference.scoring import APART, targets
 from xelm.models.checkpoint import read_config, read_for_inference
 
@@ -42,7 +42,7 @@ def test_guesses_are_those_of_the_distributions(name, tmp_path, monkeypatch):
             pair.reference.save_pretrained(pair.directory)
     model = read_config(pairs[0].directory)
     # Several chunks, the last one not full.
-    monkeypatch.setattr(guessing, "VALUES_AT_ONCE", 17 * 4 * model.vocabulary_size)
+    monkeypatch.setattr(predictions, "VALUES_AT_ONCE", 17 * 4 * model.vocabulary_size)
     documents = [random_tokens((length,), seed=length) for length in (21, 3, 0, 30)]
     wanted = [targets(model, ids, 2) for ids in documents]
     wanted[-1] = wanted[-1][:25]  # of a sample that ends within a document
@@ -52,7 +52,7 @@ def test_guesses_are_those_of_the_distributions(name, tmp_path, monkeypatch):
     with np.errstate(divide="ignore"):
         log_weights = np.log(weights)
     models = [partial(read_for_inference, pair.directory, model) for pair in pairs]
-    found = guess_documents(model, models, documents, wanted, log_weights, **OPTIONS)
+    found = predict_documents(model, models, documents, wanted, log_weights, **OPTIONS)
     alone = np.stack(
         [
             np.concatenate(
@@ -78,7 +78,7 @@ def test_guesses_are_those_of_the_distributions(name, tmp_path, monkeypatch):
     ends = [slice(max(0, len(w) - 2), len(w)) for w in wanted]
     offsets = np.cumsum([0, *map(len, wanted)])
     at = np.concatenate([np.arange(o, o + len(w))[e] for o, w, e in zip(offsets, wanted, ends)])
-    some = guess_documents(
+    some = predict_documents(
         model,
         [*models, lambda: 1 / 0],  # who has no weight is not even loaded
         documents,

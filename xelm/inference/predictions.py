@@ -1,5 +1,5 @@
-"""How well calibrated models and their mixtures are: their whole distributions, not only what they
-give to the token that came."""
+"""Predictions of models and of their mixtures: what their whole distributions say at each token,
+not only the probability of the token that came."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, inference_graph
 
 TOKENS_AT_ONCE, VALUES_AT_ONCE = 512, 2**27
-"""Of which probabilities are held, and how many of those: 512 MiB."""
+"""Largest numbers of tokens and of probabilities (512 MiB) that are held at once."""
 
 
-class Guesses(NamedTuple):
-    """Of N tokens by S systems."""
+class Predictions(NamedTuple):
+    """How S systems predict N tokens."""
 
     log_probability: Float[np.ndarray, "S N"]
-    """Of the token that came, in nats."""
+    """Log probability of the token that came, in nats."""
     confidence: Float[np.ndarray, "S N"]
     """Probability of the likeliest token."""
     correct: Float[np.ndarray, "S N"]
@@ -31,7 +31,7 @@ class Guesses(NamedTuple):
     """sum_v (p_v - [v came])^2, between 0 and 2 (Brier 1950)."""
 
 
-def guess_documents(
+def predict_documents(
     model: ModelConfig,
     models: Sequence[Callable[[], Any]],
     documents: Sequence[Int[np.ndarray, " _"]],
@@ -41,12 +41,13 @@ def guess_documents(
     places: Sequence[slice] | None = None,
     alone: bool = True,
     **options: Any,
-) -> Guesses:
-    """Of each of M models, if they are looked at `alone` too, then of R mixtures of them.
+) -> Predictions:
+    """Predictions of each of M models, if `alone`, and then of R mixtures of them.
 
-    models: each gives parameters `for_inference`. targets: N tokens, of each document those at its
-    place among all its `targets`. mixtures: log weights of the models at each of them. places: None
-    takes the first ones, as many as are given. options: of `score_documents`.
+    models: functions that return parameters `for_inference`. targets: N tokens in all, for each
+    document some of its `scoring.targets`. places: where those lie among all of the document's;
+    None: at the beginning. mixtures: log weights of the models at each token. options: those of
+    `score_documents`.
     """
     ways, size = len(mixtures), len(models) if alone else 0
     places = places or [slice(0, len(target)) for target in targets]
@@ -57,18 +58,18 @@ def guess_documents(
     states = np.zeros((len(models), len(wanted), model.width), np.float32)
     for index, parameters in enumerate(models):
         weighed = np.asarray(np.isfinite(mixtures[:, :, index]).any(axis=0))
-        asked = [n for n in range(len(targets)) if alone or weighed[ends[n] : ends[n + 1]].any()]
-        if not asked:
+        read = [n for n in range(len(targets)) if alone or weighed[ends[n] : ends[n + 1]].any()]
+        if not read:
             continue
-        some = [documents[number] for number in asked]
-        for number, found in zip(asked, states_of_documents(model, parameters(), some, **options)):
+        some = [documents[number] for number in read]
+        for number, found in zip(read, states_of_documents(model, parameters(), some, **options)):
             states[index, ends[number] : ends[number + 1]] = found[places[number]]
     found = np.zeros((4, size + ways, len(wanted)), np.float32)
     for first in range(0, len(wanted), step):
         part = slice(first, min(first + step, len(wanted)))
         padding, real = [(0, step - (part.stop - first))], part.stop - first
         came = np.pad(wanted[part], padding)
-        mixed = _nothing(ways, step, model.vocabulary_size)
+        mixed = _empty_mixtures(ways, step, model.vocabulary_size)
         for index, parameters in enumerate(models):
             weights = mixtures[:, part, index]
             if not alone and not np.isfinite(weights).any():
@@ -77,13 +78,13 @@ def guess_documents(
                 parameters(), np.pad(states[index, part], [*padding, (0, 0)]), came
             )
             if alone:
-                found[:, index, part] = np.asarray(_judged(own, log_own, came))[:, :real]
+                found[:, index, part] = np.asarray(_statistics(own, log_own, came))[:, :real]
             weights = np.pad(weights, [(0, 0), *padding], constant_values=-np.inf)
             mixed = _added(mixed, own, log_own, weights.astype(np.float32))
         for way in range(ways):
-            judged = np.asarray(_judged(mixed[0][way], mixed[1][way], came))
-            found[:, size + way, part] = judged[:, :real]
-    return Guesses(*found)
+            own = np.asarray(_statistics(mixed[0][way], mixed[1][way], came))
+            found[:, size + way, part] = own[:, :real]
+    return Predictions(*found)
 
 
 @functools.lru_cache(maxsize=8)
@@ -100,7 +101,7 @@ def _probabilities(model: ModelConfig, dtype: str):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _nothing(ways: int, tokens: int, vocabulary: int):
+def _empty_mixtures(ways: int, tokens: int, vocabulary: int):
     return jnp.zeros((ways, tokens, vocabulary)), jnp.full((ways, tokens), -jnp.inf)
 
 
@@ -112,7 +113,7 @@ def _added(mixed, probabilities, log_own, log_weights):
 
 
 @jax.jit
-def _judged(probabilities, log_own, wanted):
+def _statistics(probabilities, log_own, wanted):
     came = jnp.take_along_axis(probabilities, wanted[:, None], axis=-1)[:, 0]
     brier = jnp.square(probabilities).sum(axis=-1) - 2 * came + 1
     correct = (probabilities.argmax(axis=-1) == wanted).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""One model that reads texts which grow side by side, with a cache, and says what may follow."""
+"""One model that reads growing sequences, with a cache of keys and values."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,112 +15,115 @@ from xelm.models.head import target_log_probabilities
 from xelm.models.parameters import bind, inference_graph
 
 PIECES = (16, 64, 256)
-"""Tokens of a text that are read at once, if not one alone: fewer than the first take as long, and
-so many as the last fill the matrix units."""
+"""Numbers of tokens of a sequence that are read in one call, beside one. Fewer than the first take
+as long, and the last fills the matrix units."""
 ROWS = (1, 4, 16, 64)
-"""Texts of which pieces are read at once. Few, as all of this: a program is compiled for each shape
-that is met, and stays."""
-TOGETHER = 4096
-"""Tokens that are read at once, at most."""
+"""Numbers of sequences of which such pieces are read in one call. Few, as a program is compiled for
+each shape and stays."""
+TOKENS_A_CALL = 4096
+"""Largest number of tokens that are read in one call."""
 LEAST_SLOTS = 64
-"""Of a cache."""
+"""Smallest number of tokens of a row of the cache."""
 
 
-class Reader:
-    """Reads texts as they grow. Each has a row for as long as it is here. There are few shapes of
-    the cache and of what is read at once."""
+class Decoder:
+    """Reads sequences as they grow; each has a row of the cache from `allocate` until `free`.
+
+    There are few shapes of the cache and of what is read in one call."""
 
     def __init__(
         self, model: ModelConfig, parameters: Callable[[], Any], compute_dtype: str = "float32"
     ):
-        """parameters: asked for at each reading, `for_inference`."""
+        """parameters: called at each reading; returns parameters `for_inference`."""
         self._model, self._parameters, self._dtype = model, parameters, compute_dtype
         self._clear()
 
     def _clear(self) -> None:
         self.logits: Float[Array, "R V"] = jnp.zeros((0, self._model.vocabulary_size))
-        """Scores over the vocabulary after all that was read of each row's text."""
-        self.begun = np.zeros(0, np.int32)
-        """Tokens that were read of each row's text."""
+        """Logits of the token after all that was read of each row."""
+        self.lengths = np.zeros(0, np.int32)
+        """Number of tokens that were read of each row."""
         self._cache = empty_cache(self._model, 0, LEAST_SLOTS, self._dtype)
         self._free: list[int] = []
 
     def reserve(self, more: int, slots: int) -> None:
-        """Makes room for so many more texts, and for texts of so many tokens, at once instead of
-        step by step."""
+        """Allocates memory for so many more sequences and for rows of `slots` tokens, at once and
+        not step by step."""
         had, size = self._cache.keys[0].shape[0], self._cache.keys[0].shape[2]
         rows = max(had, capacity(had - len(self._free) + more))
         slots = max(size, min(padded(slots), max(self._model.max_length, slots)))
         if (rows, slots) == (had, size):
             return
         self._cache, self.logits = _larger(self._cache, self.logits, rows=rows, slots=slots)
-        self.begun = np.pad(self.begun, (0, rows - had))
+        self.lengths = np.pad(self.lengths, (0, rows - had))
         self._free += range(had, rows)
 
-    def enter(self) -> int:
-        """A row for a new text."""
+    def allocate(self) -> int:
+        """A free row, for a new sequence."""
         if not self._free:
             self.reserve(1, 0)
         row = min(self._free)
         self._free.remove(row)
-        self.begun[row] = 0
+        self.lengths[row] = 0
         return row
 
-    def leave(self, row: int) -> None:
-        """Gives the row of a text to others; the memory too, when it was the last."""
+    def free(self, row: int) -> None:
+        """Frees a row, and all memory when it was the last."""
         self._free.append(row)
-        if len(self._free) == len(self.begun):
+        if len(self._free) == len(self.lengths):
             self._clear()
 
     def read(
-        self, texts: Mapping[int, Int[np.ndarray, " _"]], *, scored: bool = False
+        self, unread: Mapping[int, Int[np.ndarray, " _"]], *, scored: bool = False
     ) -> dict[int, Float[np.ndarray, " _"]]:
-        """Reads more tokens of the texts in some rows. If `scored`, returns the log probability of
-        each (nan for the very first of a text); otherwise nothing."""
-        found: dict[int, list[np.ndarray]] = {row: [np.zeros(0)] for row in texts}
-        rest = {row: ids for row, ids in texts.items() if len(ids)}
-        self.reserve(0, max((int(self.begun[r]) + len(ids) for r, ids in rest.items()), default=0))
+        """Reads the next tokens of some rows, given by row. If `scored`, returns the log
+        probability of each (nan for the very first of a sequence); otherwise nothing."""
+        found: dict[int, list[np.ndarray]] = {row: [np.zeros(0)] for row in unread}
+        rest = {row: ids for row, ids in unread.items() if len(ids)}
+        self.reserve(
+            0, max((int(self.lengths[r]) + len(ids) for r, ids in rest.items()), default=0)
+        )
         while rest:
             pieces: dict[int, list[int]] = {}
             for row, ids in rest.items():
                 size = 1 if len(ids) == 1 else _next_of(len(ids), PIECES)
                 pieces.setdefault(size, []).append(row)
             for size, rows in pieces.items():
-                for some in self._at_once(rows, size):
+                for some in self._calls(rows, size):
                     part = {row: rest[row][:size] for row in some}
-                    for row, scores in zip(some, self._together(part, size, scored)):
+                    for row, scores in zip(some, self._read_once(part, size, scored)):
                         found[row].append(scores)
                 for row in rows:
                     rest[row] = rest[row][size:]
             rest = {row: ids for row, ids in rest.items() if len(ids)}
         return {row: np.concatenate(scores) for row, scores in found.items()} if scored else {}
 
-    def _at_once(self, rows: list[int], size: int) -> list[list[int]]:
-        """Rows of which so many tokens are read, by what is read at once."""
+    def _calls(self, rows: list[int], size: int) -> list[list[int]]:
+        """Rows of which `size` tokens are read, split by calls."""
         if size == 1:
             return [rows]  # takes as long as the parameters take to be read
         parts, first = [], 0
-        sizes = [count for count in ROWS if count * size <= TOGETHER]
+        sizes = [count for count in ROWS if count * size <= TOKENS_A_CALL]
         while first < len(rows):
             count = _next_of(len(rows) - first, sizes)
             parts.append(rows[first : first + count])
             first += count
         return parts
 
-    def _together(
-        self, texts: Mapping[int, np.ndarray], size: int, scored: bool
+    def _read_once(
+        self, unread: Mapping[int, np.ndarray], size: int, scored: bool
     ) -> list[np.ndarray]:
-        """Reads at most `size` tokens of each of these texts."""
-        had = len(self.begun)
+        """Reads at most `size` tokens of each of these rows, in one call."""
+        had = len(self.lengths)
         # Where many rows have a token, all are computed, where they lie.
-        everyone = size == 1 and 4 * len(texts) >= had
-        rows = list(range(had)) if everyone else list(texts)
-        columns = had if everyone else capacity(len(rows))
+        all_rows = size == 1 and 4 * len(unread) >= had
+        rows = list(range(had)) if all_rows else list(unread)
+        columns = had if all_rows else capacity(len(rows))
         tokens, counts = np.zeros((columns, size), np.int32), np.zeros(columns, np.int32)
         places = np.full(columns, had, np.int32)  # beyond the last: dropped
         places[: len(rows)] = rows
         for column, row in enumerate(rows):
-            ids = texts.get(row, ())
+            ids = unread.get(row, ())
             tokens[column, : len(ids)] = ids
             counts[column] = len(ids)
         extend = _extender(self._model, self._dtype)
@@ -129,33 +132,33 @@ class Reader:
             tokens,
             counts,
             # A copy: the device may read this very array, later.
-            self._cache._replace(length=self.begun.copy()),
+            self._cache._replace(length=self.lengths.copy()),
             self.logits,
-            None if everyone else places,
+            None if all_rows else places,
             scored=scored,
         )
         scores = np.asarray(found, np.float64) if scored else np.zeros((columns, 0))
         scores = [row[:count] for row, count in zip(scores, counts)]
         for column, row in enumerate(rows):
-            if scored and counts[column] and not self.begun[row]:
+            if scored and counts[column] and not self.lengths[row]:
                 scores[column][0] = np.nan  # follows nothing
-        self.begun[rows] += counts[: len(rows)]
-        return [scores[rows.index(row)] for row in texts]
+        self.lengths[rows] += counts[: len(rows)]
+        return [scores[rows.index(row)] for row in unread]
 
 
 def capacity(count: int) -> int:
-    """Rows of a cache for so many texts: in powers of two, but not two."""
+    """Number of rows of a cache for so many sequences: a power of two, but not two."""
     return padded(count) if count < 2 else max(4, padded(count))
 
 
 def padded(length: int) -> int:
-    """The power of two that so many things fill up to."""
+    """The smallest power of two that is not less; 0 for 0."""
     return 1 << (length - 1).bit_length() if length else 0
 
 
 def _next_of(count: int, sizes: Sequence[int]) -> int:
-    """How many of so many things are next: the smallest size that holds them all, if they fill
-    three quarters of it or there is none below."""
+    """The size that is used next for so many things: the smallest that takes them all, if they fill
+    three quarters of it or there is no smaller one; otherwise the next smaller one."""
     size = next((size for size in sizes if size >= count), sizes[-1])
     below = [smaller for smaller in sizes if smaller < size]
     return below[-1] if below and 4 * count < 3 * size else size

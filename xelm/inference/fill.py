@@ -1,0 +1,123 @@
+"""Filling masks: probable tokens behind the masks of a text, by an ensemble of encoders."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clustering.errors import UserError
+from xelm.inference.pool import Pool
+from xelm.inference.route import Decision, Router, Walk
+from xelm.inference.routing import Limits
+from xelm.inference.scoring import check_ids, score_documents
+from xelm.models.config import ModelConfig
+from xelm.models.parameters import bind, inference_graph
+
+
+class Guess(NamedTuple):
+    """A token that may stand behind a mask."""
+
+    text: str
+    """Text of the token; one that begins with a space begins a word."""
+    id: int
+    """Id in the vocabulary."""
+    probability: float
+    """Probability by the ensemble."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filling:
+    """Probable tokens behind the masks of a text."""
+
+    masks: Sequence[Sequence[Guess]]
+    """Guesses for each mask, the most probable first."""
+    weights: Mapping[str, float]
+    """Model -> its routing weight."""
+    routing: str
+    """The router that decided."""
+
+
+def fill(
+    pool: Pool, router: Router, limits: Limits, text: str, count: int, language: str | None
+) -> Filling:
+    """The `count` most probable tokens at each mask of a text, as `Ensemble.fill`."""
+    tokenizer, model = pool.tokenizer, pool.model
+    if count < 1:
+        raise UserError(f"count must be at least 1; got {count}")
+    if model.causal:
+        raise UserError("these experts are decoders, which fill no masks; use generate")
+    ids = np.asarray(tokenizer.encode_with_masks(text))
+    masks = np.flatnonzero(ids == tokenizer.mask_id)
+    if not len(masks):
+        raise UserError(f"the text has no {tokenizer.hub.mask_token} to be filled")
+    check_ids(ids, model)
+    framed = np.concatenate([tokenizer.start_ids, ids, [tokenizer.end_id]]).astype(np.int64)
+    more = len(framed) - len(ids)
+    if len(framed) > pool.window:
+        raise UserError(
+            f"the text has {len(ids)} tokens; this model, which reads {pool.window} at once, has "
+            f"room for {pool.window - more}"
+        )
+    found = _decision(pool, router, limits, ids[ids != tokenizer.mask_id], language)
+    (log_weights,) = found.log_weights
+    # Padded to a power of two: few compiled shapes.
+    size = min(1 << int(len(framed) - 1).bit_length(), pool.window)
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(framed)] = framed
+    valid = np.arange(size)[None] < len(framed)
+    places = np.resize(masks + 1, size)  # repeated, for the same reason
+    mixed = np.full((len(masks), model.vocabulary_size), -np.inf)
+    read = _compiled(model, pool.dtype)
+    for expert in np.flatnonzero(np.isfinite(log_weights)).tolist():
+        own = np.asarray(read(pool.parameters[expert], tokens, valid, places))[: len(masks)]
+        mixed = np.logaddexp(mixed, log_weights[expert] + own)
+    best = np.argsort(-mixed, axis=1, kind="stable")[:, :count]
+    return Filling(
+        masks=[
+            [Guess(tokenizer.piece(int(i)), int(i), float(np.exp(row[i]))) for i in chosen]
+            for row, chosen in zip(mixed, best)
+        ],
+        weights=dict(zip(pool.names, np.exp(log_weights).tolist())),
+        routing=found.router,
+    )
+
+
+def _decision(
+    pool: Pool, router: Router, limits: Limits, ids: np.ndarray, language: str | None
+) -> Decision:
+    """Weights of the models after all that can be read of a text."""
+    walk = Walk.along(router, language, ids, np.asarray([len(ids)]))
+    scores = None
+    if walk.needs_log_likelihoods:
+        reading = {
+            "start_id": pool.tokenizer.start_id,
+            "end_id": pool.tokenizer.end_id,
+            "mask_id": pool.tokenizer.mask_id,
+            "context_length": pool.window,
+            "dtype": pool.dtype,
+        }
+        scores = np.stack(
+            [
+                score_documents(pool.model, pool.parameters[expert], [ids], **reading)[0]
+                for expert in range(router.experts)
+            ]
+        )
+    return walk.decide(scores, limits, len(pool.names))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(model: ModelConfig, dtype: str):
+    shape = inference_graph(model, dtype)
+
+    @jax.jit
+    def read(parameters, tokens, valid, places):
+        network = bind(shape, parameters)
+        valid = jnp.asarray(valid)
+        hidden = network.hidden(jnp.asarray(tokens), valid=valid)[0, places]
+        return jax.nn.log_softmax(network.logits(hidden))
+
+    return read
