@@ -16,7 +16,7 @@ from shared import LANGUAGES, documents_of
 from xelm import open_run
 from xelm.data.tokenizer import Tokenizer
 from xelm.harness import Harness
-from xelm.inference import prompts
+from xelm.inference import prompt_scoring
 from xelm.serving import completions, desk, preparation
 from xelm.serving.offer import Offer
 from xelm.serving.requests import ChatRequest, CompletionRequest
@@ -330,21 +330,21 @@ def test_a_long_prompt_is_scored_in_pieces_with_equal_values(
 ):
     """What is as wide as the vocabulary has the rows of a piece, however long the prompt is."""
     ids = [ensemble.tokenizer.start_id, *ids_of(ensemble, long_text(tiny, ensemble))]
-    sizes, likeliest = [], prompts.likeliest
+    sizes, likeliest = [], prompt_scoring.likeliest
 
     def noted(mixture, *given):
         sizes.append(mixture.shape)
         return likeliest(mixture, *given)
 
-    monkeypatch.setattr(prompts, "likeliest", noted)
+    monkeypatch.setattr(prompt_scoring, "likeliest", noted)
 
     def scored():
         given = [ids], [ensemble.router], [None], alternatives
-        return prompts.likelihoods_of_tokens(ensemble, *given)[0].tokens[1:]
+        return prompt_scoring.score_prompts(ensemble, ensemble.limits, *given)[0].tokens[1:]
 
     whole = scored()
     assert sizes == [(64, ensemble.model.vocabulary_size)]
-    monkeypatch.setattr(prompts, "PIECES", (16,))
+    monkeypatch.setattr(prompt_scoring, "PIECES", (16,))
     sizes.clear()
     pieces = scored()
     assert sizes == [(16, ensemble.model.vocabulary_size)] * 4

@@ -77,14 +77,12 @@ TRAINER_MAY_IMPORT = (
 )
 # Where faults are left. A line goes with its last fault: the test fails if it stays longer.
 IN_CIRCLES = {
-    "xelm.inference",
     "xelm.runs",
 }
 BEGIN_WITH_OF = {
     "xelm.commands",
     "xelm.data",
     "xelm.harness",
-    "xelm.inference",
     "xelm.runs",
     "xelm.serving",
     "xelm.training",

@@ -1,4 +1,4 @@
-"""How sure somebody was, and how often rightly so. NumPy alone."""
+"""Reliability of choices: how confident each was, and how often it was right."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,30 +7,30 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 BINS = 15
-"""Of confidence, of equal width."""
+"""Number of bins of confidence, of equal width."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reliability:
-    """Choices by how sure of them somebody was; those of several texts add up.
+    """Choices by their confidence; those of several texts add up.
 
-    What is added up are the sums that the expected calibration error is made of (Guo et al. 2017,
-    arXiv 1706.04599, equation 3), so it is exact however texts are put together.
+    It holds the sums of which the expected calibration error is made (Guo et al. 2017, arXiv
+    1706.04599, equation 3), so that the error is exact however texts are put together.
     """
 
     counts: Float[np.ndarray, " BINS"]
-    """Choices in each bin of confidence."""
+    """Number of choices in each bin of confidence."""
     confidence: Float[np.ndarray, " BINS"]
-    """Their confidences, summed."""
+    """Sum of their confidences."""
     correct: Float[np.ndarray, " BINS"]
-    """How many of them were right."""
+    """Number of them that were right."""
 
     @classmethod
     def of(
         cls, confidence: Float[np.ndarray, " N"], correct: Float[np.ndarray, " N"]
     ) -> "Reliability":
-        """confidence: the probability of each choice. correct: 1 or 0, or a part of 1 of a choice
-        between equals."""
+        """Choices by their probabilities. correct: 1 or 0, or a fraction for a choice between
+        equals."""
         bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
         counts, sums, right = (
             np.bincount(bins, weights, BINS) for weights in (None, confidence, correct)
@@ -46,7 +46,7 @@ class Reliability:
 
     @property
     def total(self) -> int:
-        """Choices."""
+        """Number of choices."""
         return int(self.counts.sum())
 
     @property
@@ -63,7 +63,7 @@ class Reliability:
 def chosen(
     weights: Float[np.ndarray, "N E"], wanted: int
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """The largest weight of each row, and whether it is that of `wanted`; among equals a part."""
+    """The largest weight of each row, and 1 if it is that of `wanted`, else 0 (1/n of n equal)."""
     largest = weights.max(axis=1)
     equal: Bool[Any, "N E"] = weights == largest[:, None]
     return largest, equal[:, wanted] / equal.sum(axis=1)

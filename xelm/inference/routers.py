@@ -1,4 +1,4 @@
-"""The routers: what each one makes of a text, and how it weighs the experts by it."""
+"""The routers: the state that each keeps of a text, and how it weighs the experts by it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from xelm.inference.route import Router, among, normalised
 from xelm.inference.routing import DISTANCE_POWER, TEMPERATURE, check_tfidf
 
 MIXTURE = "mixture"
-"""What decides where no expert is for a text, in `decided_by`."""
+"""Name, in `decided_by`, of the mixture of all models that decides where no expert fits a text."""
 
 
 class _ByTextAlone:
-    """Knows the weights without any expert reading the text."""
+    """Router that weighs the experts before any of them reads the text."""
 
     __slots__ = ()
     memory = 1.0
@@ -30,7 +30,7 @@ class _ByTextAlone:
 
 
 class _Named:
-    """Decides every row itself, under the name of its routing."""
+    """Router that decides every row itself, under the name of its routing."""
 
     __slots__ = ()
     name: str
@@ -40,7 +40,7 @@ class _Named:
 
 
 class _Stateless:
-    """Hears nothing of the text itself."""
+    """Router whose state does not depend on the text."""
 
     __slots__ = ()
 
@@ -52,7 +52,7 @@ class _Stateless:
 
 
 class _SumsVectors:
-    """Sums up the TF-IDF vectors of ids."""
+    """Router whose state is the sum of the TF-IDF vectors of ids."""
 
     __slots__ = ()
     vectoriser: Vectoriser
@@ -61,7 +61,7 @@ class _SumsVectors:
         return np.zeros(self.vectoriser.dimensions)
 
     def terms(self, before, ids):
-        # Nothing of ids that no text becomes, for which a model may have rows all the same.
+        # Ids beyond the vocabulary, for which a model may have rows, add nothing.
         known = ids < self.vectoriser.vocabulary_size
         return self.vectoriser.terms(np.where(known, ids, 0)) * known[:, None]
 
@@ -73,7 +73,7 @@ class Fixed(_ByTextAlone, _Stateless, _Named):
     weights: Float[np.ndarray, " E"]
     """Log weights, normalised."""
     name: str = "fixed"
-    """Of the routing."""
+    """Name of the routing."""
 
     @property
     def experts(self):
@@ -90,30 +90,30 @@ def uniform(experts: int) -> Fixed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ByLanguage:
-    """All weight to the expert that serves the language that a text is said to be in. Where no
-    language is given, or no expert serves it, another router decides.
+    """Gives all weight to the expert that serves the language that is given for a text. Where none
+    is given, or no expert serves it, another router decides.
 
     The state has one number before that router's: the expert's index plus one, or zero."""
 
     experts: int
-    """E."""
+    """Number of experts, E."""
     serving: Mapping[str, int]
     """Tag of a language -> expert; `languages.lookup` finds it for the language that is given."""
     otherwise: Router | None = None
-    """The other router, of E models; None: a text must have a language that is served."""
+    """The other router, over E models; None: each text must have a language that is served."""
 
     @property
     def memory(self):
         return 1.0 if self.otherwise is None else self.otherwise.memory
 
     def start(self, language):
-        """UserError if the language is unknown, and where there is no other router, if it is not
-        given or not served."""
+        """The first state. UserError if the language is unknown or, where there is no other router,
+        not given or not served."""
         tag = None if language is None else lookup(language, self.serving)
         expert = None if tag is None else self.serving[tag]
         if self.otherwise is not None:
             first = 0.0 if expert is None else expert + 1.0
-            # Of clusters of documents nobody is known to serve a language, or not to.
+            # Experts of clusters of documents are not known to serve a language or not to.
             unserved = language if expert is None and self.serving else None
             return np.concatenate([[first], self.otherwise.start(unserved)])
         if language is None:
@@ -138,10 +138,10 @@ class ByLanguage:
         return needed
 
     def log_weights(self, states, log_likelihoods):
-        told = np.flatnonzero(states[:, 0])
+        given = np.flatnonzero(states[:, 0])
         found = np.full((len(states), self.experts), -np.inf)
-        found[told, states[told, 0].astype(int) - 1] = 0.0
-        if self.otherwise is not None and len(told) < len(states):
+        found[given, states[given, 0].astype(int) - 1] = 0.0
+        if self.otherwise is not None and len(given) < len(states):
             rest = states[:, 0] == 0
             found[rest] = self.otherwise.log_weights(states[rest, 1:], log_likelihoods[rest])
         return found
@@ -157,18 +157,18 @@ class ByLanguage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Detected(_ByTextAlone, _Named):
-    """The probability of each expert's languages, as they are seen in the text."""
+    """Weighs each expert by the probability of its languages, as they are detected in the text."""
 
     name: ClassVar[str] = "detected"
     experts: int
-    """E."""
+    """Number of experts, E."""
     identifier: Identifier
-    """Characters to languages."""
+    """Detects languages by characters."""
     pieces: list[str]
     """The characters of each id, as the identifier was fitted on them."""
     serving: Mapping[str, int]
-    """Canonical tag of a language -> expert; what is probably in other languages goes to none in
-    particular, and so to all alike."""
+    """Canonical tag of a language -> expert; the probability of other languages goes to all experts
+    alike."""
 
     def start(self, language):
         return np.zeros(len(self.identifier.languages))
@@ -200,11 +200,11 @@ class Tfidf(_ByTextAlone, _SumsVectors, _Named):
 
     name: ClassVar[str] = "tfidf"
     vectoriser: Vectoriser
-    """Ids to vectors."""
+    """Makes vectors of ids."""
     centres: Float[np.ndarray, "E D"]
-    """Where each expert's training documents lie."""
+    """Centre of each expert's training documents."""
     temperature: float = TEMPERATURE
-    """Small trusts the nearest centre alone; .1 in the authors' code."""
+    """Temperature of the weights, .1 in the authors' code; small ones trust the nearest centre."""
     distance_power: float = DISTANCE_POWER
     """Exponent of the distance."""
 
@@ -223,7 +223,7 @@ class Tfidf(_ByTextAlone, _SumsVectors, _Named):
             + np.square(self.centres).sum(axis=1)
         )
         distance = np.maximum(squared, 0.0) ** (self.distance_power / 2)
-        # Before the first known term nothing speaks for any expert, not even a centre near zero.
+        # Before the first known term all experts weigh alike, even one whose centre is near zero.
         distance = np.where(vectors.any(axis=1, keepdims=True), distance, 0.0)
         return normalised(-distance / self.temperature)
 
@@ -234,11 +234,11 @@ class Learned(_ByTextAlone, _SumsVectors, _Named):
 
     name: ClassVar[str] = "learned"
     vectoriser: Vectoriser
-    """Ids to vectors."""
+    """Makes vectors of ids."""
     weights: Float[np.ndarray, "D1 E"]
-    """Of `features`."""
+    """Weights of the `features`."""
     bias: Float[np.ndarray, " E"]
-    """Of experts."""
+    """Bias of each expert."""
 
     @property
     def experts(self):
@@ -258,15 +258,15 @@ class Learned(_ByTextAlone, _SumsVectors, _Named):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Posterior(_Stateless, _Named):
-    """w_j ~ prior_j * prod p_j(x_<t): Bayes' rule over the experts. Asks every expert."""
+    """Weights w_j ~ prior_j * prod p_j(x_<t): Bayes' rule over experts that all read the text."""
 
     name: ClassVar[str] = "posterior"
     prior: Float[np.ndarray, " E"]
     """Log prior, normalised."""
     memory: float = 1.0
-    """Below 1 it forgets: a token counts by this to the power of how far it lies back."""
+    """Decay of log-likelihoods: a token counts by this to the power of its distance; 1 is none."""
     sharpness: float = 1.0
-    """What evidence is multiplied by; below 1 several models keep weight."""
+    """Factor of log-likelihoods; below 1 several models keep weight."""
 
     def __post_init__(self) -> None:
         if not 0 < self.memory <= 1:
@@ -285,20 +285,20 @@ class Posterior(_Stateless, _Named):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrMixture:
-    """Another router, on text in languages that experts serve; on all other text a mixture of all
+    """Another router for text in languages that experts serve; for all other text a mixture of all
     models, those behind the experts too.
 
-    The state has one number that is not zero where it is given that nobody serves the language,
-    then the sums of `novelty`, then those of the other router."""
+    The state has one number that is not zero where a language is given that no expert serves, then
+    the sums of `novelty`, then those of the other router."""
 
     router: Router
-    """Of E experts; one that asks for no evidence."""
+    """The other router, over E experts; one that needs no log-likelihoods."""
     novelty: Novelty
-    """Tells which text is in none of the languages that are served."""
+    """Detects text in languages that no expert serves."""
     pieces: list[str]
     """The characters of each id, as the novelty was fitted on them."""
     mixture: Posterior
-    """Of the E experts and the models behind them."""
+    """Mixture of the E experts and the models behind them."""
 
     @property
     def experts(self):
@@ -309,8 +309,7 @@ class OrMixture:
         return self.mixture.memory
 
     def start(self, language):
-        """language: one that no expert serves, so that the text need not show it; None: not
-        given."""
+        """The first state. language: one that no expert serves; None: not given."""
         given = [float(language is not None)]
         return np.concatenate([given, np.zeros(self.novelty.size), self.router.start(None)])
 
@@ -343,27 +342,27 @@ class OrMixture:
 
 
 def mixture_of(models: int) -> Posterior:
-    """The mixture of so many models for text that no expert is for. It forgets soon, and believes a
-    third of what it sees: sharper ones trust the best model too much, and equal weights know
-    nothing of which model is good (docs/inference.md)."""
+    """Mixture of so many models for text that no expert fits. It forgets soon, and takes a third of
+    the log-likelihoods: sharper mixtures trust the best model too much, and equal weights ignore
+    which model is good (docs/inference.md)."""
     return Posterior(prior=uniform(models).weights, memory=0.8, sharpness=0.3)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Abstaining:
-    """Another router, where its largest weight reaches a threshold; elsewhere the posterior, or one
-    model that is for all languages."""
+    """Another router where its largest weight reaches a threshold; elsewhere the posterior, or one
+    model for all languages."""
 
     router: Router
-    """Of E experts."""
+    """The other router, over E experts."""
     threshold: float
-    """Largest weight from which on it decides."""
+    """Largest weight from which on the other router decides."""
     fallback: int | None = None
-    """Index of the model that speaks instead, behind the experts: E; None: the posterior."""
+    """Index of the model that decides instead, behind the experts: E; None: the posterior."""
     fallback_name: str = Posterior.name
     """Name of that model, or of the posterior."""
     prior: Float[np.ndarray, " E"] | None = None
-    """Of that, log and normalised."""
+    """Log prior of the posterior, normalised."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -384,7 +383,7 @@ class Abstaining:
         return self.router.terms(before, ids)
 
     def _own(self, states):
-        """What the router says, and where it is not sure."""
+        """Log weights of the other router, and where it abstains."""
         found = self.router.log_weights(states, np.zeros((len(states), 0)))
         return found, np.exp(found.max(axis=1)) < self.threshold
 
@@ -408,8 +407,7 @@ class Abstaining:
 
 
 def _context(pieces: list[str], before: Int[np.ndarray, " _"]) -> str:
-    """The end of the text before, enough for the characters that an n-gram reaches back unless
-    pieces are empty."""
+    """End of the text before: enough characters for an n-gram, unless pieces are empty."""
     return "".join(pieces[i] for i in before[-8:].tolist())
 
 
