@@ -47,9 +47,9 @@ from small_training import CONFIG, MODEL, SOURCES, TEXT
 from clustering.files import write_json
 from experts.grow import grow
 from experts.lock import update
+from xelm import open_run
 from xelm.cli import main
 from xelm.models.parameters import fresh_parameters
-from xelm.runs.run import open_run
 from xelm.training.course import Training
 from xelm.training.loop import train
 from xelm.training.metrics import read_metrics

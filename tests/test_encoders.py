@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast, pipeline
 
 from clustering.errors import UserError
+from xelm import open_run
 from xelm.data.masking import Masking, mask_tokens
 from xelm.inference.scoring import APART, score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.run import open_run
 
 MASKING = Masking(mask_id=3, usual_ids=np.arange(4, 50))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from clustering.errors import UserError
+from xelm import open_run
 from xelm.inference.decoder import PIECES, ROWS, Decoder, _next_of
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
@@ -20,7 +21,6 @@ from xelm.inference.sampling import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.parameters import bind, for_inference, fresh_parameters, inference_graph
-from xelm.runs.run import open_run
 
 EXPERTS, LENGTH = 3, 32
 PRIOR = np.log(np.array([0.2, 0.5, 0.3]))

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from clustering.errors import UserError
+from xelm import open_run
 from xelm.data import tokenizer as tokenizers
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
@@ -24,7 +25,6 @@ from xelm.inference.sampling import SamplingParams
 from xelm.inference.sequence import Detokenizer
 from xelm.models.checkpoint import load_model, read_config
 from xelm.models.parameters import for_inference, parameters_of
-from xelm.runs.run import open_run
 
 NEW = 12
 logits_of = nnx.jit(lambda model, tokens: model(tokens))

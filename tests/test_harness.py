@@ -13,12 +13,10 @@ from lm_eval.models.huggingface import HFLM
 from shared import LANGUAGES, NAMES, documents_of
 
 from clustering.errors import UserError
-from xelm import open_run
+from xelm import Run, open_run
 from xelm.commands.harness import main as commands_main
-from xelm.commands.routing import ROUTING
 from xelm.harness import Harness, main
-from xelm.inference.routing import Routing
-from xelm.runs.run import Run
+from xelm.inference.routing import DEFAULT, Routing
 
 
 def asked(*arguments):
@@ -225,7 +223,7 @@ def test_a_local_task_through_the_command_line(tiny, tmp_path, capsys, monkeypat
 
 def test_the_same_router_speaks_wherever_none_is_asked_for():
     asked = [inspect.signature(each).parameters["routing"] for each in (Run.ensemble, Harness)]
-    assert {ROUTING, Routing().name, *(each.default for each in asked)} == {"learned"}
+    assert {DEFAULT, Routing().name, *(each.default for each in asked)} == {"learned"}
 
 
 def test_mistakes_are_told(tiny, capsys, monkeypatch, tmp_path):

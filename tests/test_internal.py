@@ -124,9 +124,9 @@ def test_features_of_a_run_measure_its_languages(xelm, tiny, tmp_path):
     ids = tokenizer.encode(documents_of(tiny.corpus, "de")[:7])
     framed = [np.array([tokenizer.start_id, *one, tokenizer.end_id], np.int32) for one in ids]
     # No further than the rows in training.
-    assert run.context_length == 32 < max(map(len, framed))
+    assert run.context_length() == 32 < max(map(len, framed))
     wanted = document_states(
-        model, load_parameters(run.seed, model), framed, sequence_length=run.context_length
+        model, load_parameters(run.seed, model), framed, sequence_length=run.context_length()
     )
     np.testing.assert_allclose(states.values[LANGUAGES.index("de")], wanted, atol=1e-5)
     assert "corpus" in states.made_from and "seed/model.safetensors" in states.made_from

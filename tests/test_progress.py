@@ -6,10 +6,10 @@ import time
 import pytest
 
 from experts.lock import locked, owner
+from xelm import open_run
 from xelm.progress import duration
 from xelm.runs import training
 from xelm.runs.progress import progress
-from xelm.runs.run import open_run
 from xelm.training.metrics import MetricsLog
 
 

@@ -11,6 +11,7 @@ from shared import documents_of, full
 
 from clustering.errors import UserError
 from clustering.identify import LONGEST
+from xelm import open_run
 from xelm.inference.generation import generate
 from xelm.inference.routers import OrMixture, uniform
 from xelm.inference.routing import Routing
@@ -19,7 +20,6 @@ from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.fitted import _beginnings, _some, identifier
 from xelm.runs.routers import make_router
-from xelm.runs.run import open_run
 
 TRAINED = ("de", "en", "es", "fr")
 EXPERT_OF = {"en": "en-es", "es": "en-es", "de": "de-fr", "fr": "de-fr"}

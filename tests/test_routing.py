@@ -6,6 +6,8 @@ import pytest
 from clustering.errors import UserError
 from clustering.identify import BUCKETS, Identifier
 from clustering.vectoriser import Vectoriser
+from xelm import cli
+from xelm.evaluation.options import EVALUATED
 from xelm.inference import routing
 from xelm.inference.route import (
     Walk,
@@ -329,12 +331,16 @@ def test_a_mixture_is_the_sum_of_weighted_probabilities():
 
 
 def test_the_command_line_offers_every_router():
-    from xelm.commands import asking
-    from xelm.runs import evaluation
+    help_text = " ".join(subcommand("generate").format_help().split())
+    assert f"--routing {{{','.join(routing.ROUTINGS)}}}" in help_text
+    help_text = " ".join(subcommand("evaluate").format_help().split())
+    assert f"routings to measure, of {', '.join(routing.ROUTINGS[:-1])} (default" in help_text
+    assert f"(default: {', '.join(EVALUATED)})" in help_text
 
-    assert tuple(routing.ROUTINGS) == asking.ROUTINGS
-    assert tuple(evaluation.EVALUATED) == asking.EVALUATED
-    assert evaluation.CALIBRATION_TOKENS == asking.CALIBRATION_TOKENS
+
+def subcommand(name):
+    (commands,) = (action for action in cli.parser()._actions if action.choices)
+    return commands.choices[name]
 
 
 class Marked:

@@ -13,7 +13,7 @@ from experts.lock import update
 from experts.registry import Registry
 from experts.rollback import rollback
 from experts.verify import hash_directory, verify
-from xelm.runs.run import open_run
+from xelm import open_run
 
 
 @pytest.fixture

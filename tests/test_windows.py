@@ -160,7 +160,7 @@ def test_a_context_within_the_rows_of_training_is_read_as_a_whole(tiny):
 
 def within(run, text):
     """Whether a text, with its start, is no longer than a row of training."""
-    return len(run.tokenizer().encode([text])[0]) < run.context_length
+    return len(run.tokenizer().encode([text])[0]) < run.context_length()
 
 
 def test_a_text_has_the_same_score_alone_and_behind_an_empty_context(tiny):
@@ -170,7 +170,7 @@ def test_a_text_has_the_same_score_alone_and_behind_an_empty_context(tiny):
     whole = documents_of(tiny.held_out, "de")[0]
     short = next(t for n in range(len(whole), 0, -1) if within(run, t := whole[:n]))
     long = " ".join(whole.split()[:12])
-    assert 32 == run.context_length < len(run.tokenizer().encode([long])[0]) < 64
+    assert 32 == run.context_length() < len(run.tokenizer().encode([long])[0]) < 64
     (nats,) = ensemble.score([short]).nats
     assert ensemble.score([short], contexts=[""]).nats[0] == pytest.approx(nats, rel=1e-5)
     # Beyond, in the same windows: each half of one behind the one before.
@@ -184,7 +184,7 @@ def test_a_context_longer_than_a_row_of_training_leaves_half_of_that(tiny):
     context, text = " ".join(texts[:4]), " " + texts[4][:20]
     ids, before = ensemble.tokenizer.encode_after(context, text)
     reference = AutoModelForCausalLM.from_pretrained(tiny.directory / "experts/de-fr/v1")
-    longest = open_run(tiny.directory).context_length
+    longest = open_run(tiny.directory).context_length()
     framed = [1, *ids, 2]
     assert before > 2 * longest
     nats = 0.0

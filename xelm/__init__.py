@@ -1,28 +1,52 @@
-"""xelm: train, grow and ask cross-lingual expert language models (X-ELM).
+"""Train, grow and run cross-lingual expert language models (X-ELM).
 
-    from xelm import open_run, load_model, save_model
+    from xelm import open_run
 
-Importing this package imports nothing heavy; the names are loaded when first used.
+    run = open_run("RUN")                            # run.train(), run.grow(), run.evaluate(), ...
+    ensemble = run.ensemble(routing="learned", top_m=2)
+    print(ensemble.generate("Habari ya asubuhi", max_new_tokens=40).text)
+    scores = ensemble.score(["Habari ya asubuhi"])   # nats by text, weights by expert
+
+A RUN, one X-ELM on disk (the directory that most commands take):
+    init            make one from a corpus, with a configuration of xelm.presets
+    open_run        open one
+    quickstart      make a small one on the embedded sample corpus
+    Run             what these return: help(xelm.Run) lists what can be done with it
+
+One checkpoint of any supported family, as on the Hugging Face Hub:
+    load_model      a model to call: int [B, T] tokens -> float [B, T, V] logits
+    save_model      write it so that transformers loads it
+
+The packages `clustering` and `experts` have the clusters and the registry. Importing this package
+imports nothing heavy; the names are loaded when they are first used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from xelm.version import __version__
 
-__all__ = ["__version__", "load_model", "open_run", "save_model"]
-
 if TYPE_CHECKING:
+    from xelm.api import Run, init, open_run, quickstart
     from xelm.models.checkpoint import load_model, save_model
-    from xelm.runs.run import open_run
+
+__all__ = [
+    "Run",
+    "__version__",
+    "init",
+    "load_model",
+    "open_run",
+    "quickstart",
+    "save_model",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load_model", "save_model"):
-        from xelm.models import checkpoint
-
-        return getattr(checkpoint, name)
-    if name == "open_run":
-        from xelm.runs.run import open_run
-
-        return open_run
-    raise AttributeError(f"module 'xelm' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'xelm' has no attribute {name!r}")
+    home = "xelm.models.checkpoint" if name.endswith("_model") else "xelm.api"
+    return getattr(import_module(home), name)

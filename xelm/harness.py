@@ -23,6 +23,8 @@ from xelm.data.special_tokens import RENDERED
 from xelm.inference.decoder import padded
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
+from xelm.inference.routing import Routing
+from xelm.runs.ensembles import open_ensemble
 from xelm.runs.run import open_run
 
 TOKENS_AT_ONCE = 16_384
@@ -50,17 +52,17 @@ class Harness(TemplateLM):
     ):
         """run: a RUN. model: an expert alone, the seed or the dense baseline, instead of all by
         `routing`. language: of all texts, as `Ensemble.score` has it. router: other options of
-        `Run.ensemble`. batch_size: texts that are continued at once. JAX knows the device."""
+        `Routing`. batch_size: texts that are continued at once. JAX knows the device."""
         super().__init__()
-        opened = open_run(run)
         if model is None:
-            options = {**router, "top_m": top_m, "route_per": route_per}
-            self.ensemble: Ensemble = opened.ensemble(routing, dtype=dtype, **options)
+            options: dict[str, Any] = {"top_m": top_m, "route_per": route_per}
+            chosen = Routing(name=routing, **options, **router)
         elif model in ("seed", "dense"):
-            # Whoever never is sure leaves all to it.
-            self.ensemble = opened.ensemble("uniform", dtype=dtype, abstain=1.0, abstain_to=model)
+            # A router that is never sure enough leaves every text to that model.
+            chosen = Routing(name="uniform", abstain=1.0, abstain_to=model)
         else:
-            self.ensemble = opened.ensemble("fixed", dtype=dtype, weights={model: 1.0})
+            chosen = Routing(name="fixed", weights={model: 1.0})
+        self.ensemble: Ensemble = open_ensemble(open_run(run), chosen, dtype=dtype)
         if not self.ensemble.model.causal:
             raise UserError(f"{run} has encoders, which the harness cannot ask")
         self.tokenizer = self.ensemble.tokenizer.hub

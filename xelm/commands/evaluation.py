@@ -11,10 +11,9 @@ from xelm.commands.options import (
     print_json,
     required_corpus,
 )
-from xelm.commands.routing import ROUTINGS, add_kept, add_temperature
-
-EVALUATED = ("language", "detected", "tfidf", "learned", "posterior")
-CALIBRATION_TOKENS = 1000
+from xelm.commands.routing import add_kept, add_temperature
+from xelm.evaluation.options import CALIBRATION_TOKENS, EVALUATED
+from xelm.inference.routing import ROUTINGS
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:

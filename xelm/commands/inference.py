@@ -144,15 +144,14 @@ FILL = Command("guess the masked tokens of a text (encoders)", _fill_options, _f
 def _ensemble(
     options: argparse.Namespace, route_per: Literal["token", "prompt"] = "token"
 ) -> "Ensemble":
+    from xelm.inference.routing import Routing
+    from xelm.runs.ensembles import open_ensemble
     from xelm.runs.run import open_run
 
     check_language(options)
-    return open_run(options.run).ensemble(
-        options.routing,
-        **router_options(options),
-        route_per=route_per,
-        dtype=options.dtype,
-    )
+    given = {**router_options(options), "weights": options.weights or {}}
+    routing = Routing(name=options.routing, route_per=route_per, **given)
+    return open_ensemble(open_run(options.run), routing, dtype=options.dtype)
 
 
 def _print_weights(weights: Mapping[str, float], routing: str) -> None:

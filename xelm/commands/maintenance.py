@@ -171,18 +171,14 @@ def _merge_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from experts.merge import average
-    from xelm.runs.checking import check_models
+    from xelm.runs.merge import merge
     from xelm.runs.run import open_run
 
     run = open_run(options.run)
-    registry = run.registry()
-    experts = [registry.expert(name) for name in options.names] or registry.published()
-    if not experts:
-        raise UserError(f"{options.run} has no published expert yet; train some first")
-    check_models(run, experts)
-    out = average([expert.directory(run.directory) for expert in experts], out=options.out)
+    out = merge(run, options.out, options.names)
     if options.json:
+        registry = run.registry()
+        experts = [registry.expert(name) for name in options.names] or registry.published()
         print_json({"out": str(out), "experts": [expert.reference for expert in experts]})
     else:
         print(out)

@@ -6,10 +6,7 @@ from typing import Any
 
 from clustering.errors import UserError
 from xelm.commands.options import names
-
-ROUTINGS = ("language", "detected", "tfidf", "learned", "posterior", "uniform", "fixed")
-ROUTING = "learned"
-"""Unless another is asked for; `routers.Routing` says why."""
+from xelm.inference.routing import DEFAULT, ROUTINGS
 
 
 def add_routing(parser: argparse.ArgumentParser, text: str) -> None:
@@ -17,7 +14,7 @@ def add_routing(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "--routing",
         choices=ROUTINGS,
-        default=ROUTING,
+        default=DEFAULT,
         help="how the experts are weighed (default: %(default)s)",
     )
     parser.add_argument(

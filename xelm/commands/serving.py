@@ -3,7 +3,8 @@
 import argparse
 
 from xelm.commands.options import Command, add_run
-from xelm.commands.routing import ROUTING, ROUTINGS, add_route_per, add_router, router_options
+from xelm.commands.routing import add_route_per, add_router, router_options
+from xelm.inference.routing import DEFAULT, ROUTINGS
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +60,7 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--routing",
         choices=ROUTINGS,
-        default=ROUTING,
+        default=DEFAULT,
         help="how the experts are weighed (default: %(default)s)",
     )
     add_route_per(parser)

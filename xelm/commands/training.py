@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from experts.expert import Expert
     from xelm.config import RunConfig
     from xelm.runs.budget import Plan
-    from xelm.runs.run import Run
     from xelm.runs.texts import LanguageText
 
 # Settings that have no effect where the seed is a given checkpoint.
@@ -264,9 +263,10 @@ def _train(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.config import check_resumable
     from xelm.runs.budget import check_disk
+    from xelm.runs.placing import train
     from xelm.runs.progress import progress
     from xelm.runs.run import open_run
-    from xelm.runs.training import plans_of, train_dense
+    from xelm.runs.training import plans_of
     from xelm.training.hosts import ending_alone, is_first
 
     for option, least in (("jobs", 1), ("devices", 1)):
@@ -305,13 +305,14 @@ def _train(options: argparse.Namespace) -> None:
         check_disk(run.directory, plans, together=together)
         return
     with ending_alone() if options.hosts else nullcontext():
-        if options.dense and options.jobs == 1 and options.engine == "local":
-            train_dense(run)
-        elif options.dense:
-            from xelm.runs.placing import dense_apart
-
-            dense_apart(run)
-        failures = _placed(run, names, options)
+        failures = train(
+            run,
+            names,
+            dense=options.dense,
+            jobs=options.jobs,
+            engine=options.engine,
+            devices=options.devices or 1,
+        )
     if not options.hosts or is_first():
         found = progress(run)
         if options.json:
@@ -320,27 +321,6 @@ def _train(options: argparse.Namespace) -> None:
             print(tables.status(found))
     if failures:
         raise UserError("; ".join(dict.fromkeys(failures.values())))
-
-
-def _placed(run: "Run", names: list[str], options: argparse.Namespace) -> dict[str, str]:
-    """Trains experts where they are wanted; why some failed, by name."""
-    from xelm.runs.budget import announce, check_disk
-    from xelm.runs.training import plans_of, try_experts
-
-    if options.engine == "ray" or options.jobs > 1:
-        # What runs apart tells its own log; this process holds no device that it could ask.
-        plans = plans_of(run, names, estimate=False)
-        announce(plans)
-        check_disk(run.directory, plans, together=options.jobs)
-    if options.engine == "ray":
-        from xelm.runs.placing import over_ray
-
-        return over_ray(run, names, options.devices or 1)
-    if options.jobs > 1:
-        from xelm.runs.placing import side_by_side
-
-        return side_by_side(run, names, options.jobs)
-    return {name: str(error) for name, error in try_experts(run, names).items()}
 
 
 TRAIN = Command(

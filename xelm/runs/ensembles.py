@@ -58,7 +58,7 @@ def open_ensemble(
         tokenizer=run.tokenizer(),
         # Experts that were given a weight by hand are read, however small it is.
         limits=replace(routing, least_weight=0.0) if routing.name == "fixed" else routing,
-        context_length=run.context_length,
+        context_length=run.context_length(),
         sampling=read_sampling_params(run.seed)[0],
     )
 

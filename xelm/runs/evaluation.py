@@ -21,6 +21,7 @@ from experts.registry import Registry
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import Store, TokenizedLanguage
 from xelm.data.tokenizer import Tokenizer
+from xelm.evaluation.options import CALIBRATION_TOKENS, EVALUATED
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.predictions import predict_documents
 from xelm.inference.reliability import Reliability, chosen
@@ -45,11 +46,6 @@ from xelm.runs.results import Results, write_results
 from xelm.runs.routers import general_models, make_router, serving
 from xelm.runs.run import Run
 from xelm.runs.texts import EVALUATION, LanguageText, compared, warnings
-
-EVALUATED: Sequence[str] = ("language", "detected", "tfidf", "learned", "posterior")
-"""Routings, unless others are asked for."""
-CALIBRATION_TOKENS = 1000
-"""Of each language, unless others are asked for."""
 
 
 def evaluate(
@@ -87,7 +83,7 @@ def evaluate(
         temperature=temperature,
         max_documents=max_documents,
         calibration_tokens=calibration_tokens,
-        context_length=run.context_length if context_length is None else context_length,
+        context_length=run.context_length() if context_length is None else context_length,
         stride=stride,
     )
     options.check(model, len(experts))

@@ -58,7 +58,7 @@ def features(
     count = min(map(len, ids.values()))
     model = read_config(run.seed)
     parameters = load_parameters(run.seed, model)
-    length = min(SEQUENCE_LENGTH, run.context_length)
+    length = min(SEQUENCE_LENGTH, run.context_length())
     chosen = [one for found in ids.values() for one in found[:count]]
     total = sum(min(len(one), length) for one in chosen)
     with bar(total, "features", "tok") as shown:

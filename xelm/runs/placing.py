@@ -15,19 +15,48 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clustering.engines import connect
 from clustering.errors import UserError
+from xelm.runs.budget import announce, check_disk
 from xelm.runs.progress import progress
 from xelm.runs.run import Run, open_run
-from xelm.runs.training import try_experts
+from xelm.runs.training import plans_of, train_dense, try_experts
 from xelm.training.preemption import Preempted
 
 RETRIES = 3
 """Of a job that was killed, or asked to end, with no newer checkpoint than when it began."""
 _LOCK_SECONDS = 60.0
 """For the process of a lost machine to let go of its expert."""
+
+
+def train(
+    run: Run,
+    names: Sequence[str],
+    *,
+    dense: bool = False,
+    jobs: int = 1,
+    engine: Literal["local", "ray"] = "local",
+    devices: int = 1,
+) -> dict[str, str]:
+    """Trains the dense baseline if `dense`, then experts; returns why experts failed, by name.
+
+    jobs: number of processes on this machine that train at the same time; 1 trains in this process.
+    engine: "ray" trains over a Ray cluster, with so many `devices` for each expert.
+    """
+    apart = engine == "ray" or jobs > 1
+    if dense and apart:
+        dense_apart(run)
+    elif dense:
+        train_dense(run)
+    if not apart:
+        return {name: str(error) for name, error in try_experts(run, names).items()}
+    # Other processes log for themselves; this one must not open a device to estimate their time.
+    plans = plans_of(run, names, estimate=False)
+    announce(plans)
+    check_disk(run.directory, plans, together=jobs)
+    return over_ray(run, names, devices) if engine == "ray" else side_by_side(run, names, jobs)
 
 
 def dense_apart(run: Run) -> None:

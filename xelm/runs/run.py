@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from clustering.clustering import Clustering
 from clustering.errors import UserError
@@ -15,18 +15,18 @@ from experts.registry import Registry
 from xelm.config import RunConfig, differences, from_json, override, to_json
 
 if TYPE_CHECKING:
-    from xelm.data.corpus import AnyCorpus
     from xelm.data.store import Store
     from xelm.data.tokenizer import Tokenizer
-    from xelm.inference.ensemble import Ensemble
+
+_SHOWN_LANGUAGES = 8
 
 FORMAT = 2
 """Format of run.json; 1 had flat settings of trainings."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Run:
-    """One X-ELM. Everything is read from disk when asked for, so it is never stale."""
+    """One X-ELM: its paths as attributes, and methods that read what lies there now."""
 
     directory: Path
     """The RUN."""
@@ -34,6 +34,13 @@ class Run:
     """run.json."""
     settings: Sequence[str] = ()
     """Such as "experts.runtime.dtype=bfloat16", for now in place of what run.json says."""
+
+    def __repr__(self) -> str:
+        more = len(self.languages) - _SHOWN_LANGUAGES
+        shown = ", ".join(self.languages[:_SHOWN_LANGUAGES]) + (
+            f", {more} more" if more > 0 else ""
+        )
+        return f"<Run {self.directory}: {len(self.languages)} languages: {shown}>"
 
     @property
     def config(self) -> RunConfig:
@@ -96,7 +103,6 @@ class Run:
 
         return tokenizer.load(self.seed, self.config.start_token)
 
-    @property
     def context_length(self) -> int:
         """The models' own length, in tokens: that of the seed's config.json or, of a seed that was
         trained here, that of the rows in training. Later positions such a model has never seen."""
@@ -123,60 +129,6 @@ class Run:
         """TF-IDF over the seed's subword ids."""
         arrays = read_arrays(self.directory / "vectoriser.npz")
         return Vectoriser(idf=arrays["idf"], projection=arrays["projection"])
-
-    def ensemble(
-        self,
-        routing: str = "learned",
-        top_m: int | None = None,
-        *,
-        least_weight: float = 0.001,
-        temperature: float | None = None,
-        distance_power: float | None = None,
-        memory: float | None = None,
-        weights: Mapping[str, float] | None = None,
-        abstain: float | None = None,
-        abstain_to: Literal["posterior", "seed", "dense"] = "posterior",
-        route_per: Literal["token", "prompt", "sequence"] = "token",
-        dtype: str = "auto",
-    ) -> "Ensemble":
-        """The published experts with a router; `routers.Routing`, `Ensemble` and `open_ensemble`
-        say what each option does."""
-        from xelm.inference.routing import Routing
-        from xelm.runs.ensembles import open_ensemble
-
-        chosen = Routing(
-            name=routing,
-            top_m=top_m,
-            least_weight=least_weight,
-            temperature=temperature,
-            distance_power=distance_power,
-            memory=memory,
-            weights=weights or {},
-            abstain=abstain,
-            abstain_to=abstain_to,
-            route_per=route_per,
-        )
-        return open_ensemble(self, chosen, dtype=dtype)
-
-    def train(self, name: str) -> None:
-        """Trains and publishes one branched expert."""
-        from xelm.runs.training import train_experts
-
-        train_experts(self, [name])
-
-    def grow(
-        self,
-        language: str,
-        corpus: "AnyCorpus | None" = None,
-        parent: str = "auto",
-        by: str | None = None,
-    ) -> None:
-        """Adds an expert for a new language from `corpus`, by default the RUN's; no other expert
-        changes. parent: an expert's name, or "auto" for that of the nearest language by the measure
-        `by`, None being the mixture."""
-        from xelm.runs.growing import grow
-
-        grow(self, language, corpus, parent=parent, by=by)
 
 
 def open_run(directory: str | Path, *, finished: bool = True, settings: Sequence[str] = ()) -> Run:

@@ -1,0 +1,52 @@
+"""The library's interface: what a user calls on a RUN."""
+
+import pydoc
+from dataclasses import replace
+
+import pytest
+
+import xelm
+from clustering.errors import UserError
+from xelm import Run, open_run
+from xelm.commands import COMMANDS
+
+ON_NO_RUN = {"quickstart", "init", "cluster", "rename", "config"}
+BY_THE_ENSEMBLE = {"generate", "fill", "serve"}
+
+
+def test_every_command_on_a_run_is_a_method():
+    wanted = set(COMMANDS) - ON_NO_RUN - BY_THE_ENSEMBLE
+    assert wanted <= set(dir(Run))
+    assert callable(Run.ensemble)
+    assert callable(xelm.init)
+    assert callable(xelm.quickstart)
+
+
+def test_help_shows_what_can_be_done_with_a_run():
+    page = pydoc.render_doc(xelm, renderer=pydoc.plaintext)
+    assert "open_run(directory" in page
+    methods = pydoc.render_doc(Run, renderer=pydoc.plaintext)
+    for name in ("branch", "train", "grow", "evaluate", "ensemble", "report", "verify", "merge"):
+        assert f"\n |  {name}(self" in methods
+        assert getattr(Run, name).__doc__
+
+
+def test_the_repr_of_a_run_names_its_place_and_languages(tiny):
+    run = open_run(tiny.directory)
+    assert repr(run) == f"<Run {tiny.directory}: 4 languages: en, de, es, fr>"
+    many = replace(run, record={**run.record, "languages": [f"l{n:02}" for n in range(12)]})
+    assert repr(many).endswith(": 12 languages: l00, l01, l02, l03, l04, l05, l06, l07, 4 more>")
+
+
+def test_a_run_is_read_and_measured_by_its_methods(tiny):
+    run = open_run(tiny.directory)
+    assert run.verify() == []
+    assert {each.state for each in run.status()} == {"done"}
+    assert run.nearest("pt", ["typology"], ["es", "en"])[0].language == "es"
+    results = run.evaluate(tiny.held_out, routings=["language"], max_documents=1, languages=["de"])
+    assert {row.language for row in results.rows} == {"de"}
+
+
+def test_a_training_that_cannot_be_is_refused_by_name(tiny):
+    with pytest.raises(UserError, match="nobody"):
+        open_run(tiny.directory).train("nobody")

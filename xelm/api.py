@@ -1,0 +1,267 @@
+"""What users of the library call: a RUN with everything that can be done with it as methods.
+
+Each method does what the command of its name does; the modules of `xelm.runs` do the work. A method
+imports what it needs when it is called.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clustering.clustering import Clustering
+from clustering.errors import UserError
+from xelm.evaluation.options import CALIBRATION_TOKENS, EVALUATED
+from xelm.inference.routing import DEFAULT, AbstainTo, RoutePer, Routing
+from xelm.runs import run as runs
+
+if TYPE_CHECKING:
+    from clustering.internal import States, Updates
+    from experts.expert import Expert
+    from experts.registry import Registry
+    from experts.verify import Fault
+    from xelm.config import RunConfig
+    from xelm.data.corpus import AnyCorpus
+    from xelm.inference.ensemble import Ensemble
+    from xelm.runs.progress import Progress
+    from xelm.runs.relatives import Relatives
+    from xelm.runs.results import Results
+
+
+class Run(runs.Run):
+    """One X-ELM on disk: paths and readers as in `xelm.runs.run.Run`, and the commands."""
+
+    __slots__ = ()
+
+    def branch(self, clusters: "Clustering | str | Path") -> "Registry":
+        """Records one expert for each cluster, to be trained. clusters: a Clustering, or the
+        directory that `xelm cluster` saved it in."""
+        from xelm.runs.training import branch
+
+        loaded = clusters if isinstance(clusters, Clustering) else Clustering.load(clusters)
+        return branch(self, loaded)
+
+    def train(self, *names: str, dense: bool = False, jobs: int = 1) -> None:
+        """Trains and publishes experts, or goes on with trainings that were interrupted.
+
+        names: experts; without any, and without `dense`, every expert of a cluster that is not
+        trained yet. dense: train the dense baseline first, at the experts' total tokens. jobs:
+        number of processes that train at the same time. UserError names every training that failed.
+        """
+        from xelm.runs.placing import train
+
+        if not names and not dense:
+            names = tuple(e.name for e in self.registry().training() if e.cluster is not None)
+        failures = train(self, names, dense=dense, jobs=jobs)
+        if failures:
+            raise UserError("; ".join(dict.fromkeys(failures.values())))
+
+    def grow(
+        self,
+        language: str,
+        corpus: "AnyCorpus | None" = None,
+        *,
+        parent: str = "auto",
+        by: str | None = None,
+        workers: int = 1,
+    ) -> "Expert":
+        """Trains and publishes an expert for a new language; no other expert changes. Arguments as
+        in `xelm.runs.growing.grow`."""
+        from xelm.runs.growing import grow
+
+        return grow(self, language, corpus, parent=parent, by=by, workers=workers)
+
+    def evaluate(
+        self,
+        corpus: "AnyCorpus",
+        *,
+        routings: Sequence[str] = EVALUATED,
+        top_m: int | None = None,
+        least_weight: float = 0.001,
+        temperature: float | None = None,
+        languages: Sequence[str] | None = None,
+        max_documents: int | None = None,
+        calibration_tokens: int = CALIBRATION_TOKENS,
+        context_length: int | None = None,
+        stride: int | None = None,
+    ) -> "Results":
+        """Perplexity and bits per byte by language, of every model and of the ensemble under each
+        routing; written to RUN/results/results.json. Options as in
+        `xelm.runs.evaluation.evaluate`."""
+        from xelm.runs.evaluation import evaluate
+
+        return evaluate(
+            self,
+            corpus,
+            routings=routings,
+            top_m=top_m,
+            least_weight=least_weight,
+            temperature=temperature,
+            languages=languages,
+            max_documents=max_documents,
+            calibration_tokens=calibration_tokens,
+            context_length=context_length,
+            stride=stride,
+        )
+
+    def ensemble(
+        self,
+        routing: str = DEFAULT,
+        top_m: int | None = None,
+        *,
+        least_weight: float = 0.001,
+        temperature: float | None = None,
+        distance_power: float | None = None,
+        memory: float | None = None,
+        weights: Mapping[str, float] | None = None,
+        abstain: float | None = None,
+        abstain_to: AbstainTo = "posterior",
+        route_per: RoutePer = "token",
+        dtype: str = "auto",
+    ) -> "Ensemble":
+        """The published experts with a router, which score, continue and fill text.
+
+        The options are those of `xelm.inference.routing.Routing`. dtype: of parameters and
+        products; "auto" is that of the experts' weights on accelerators, float32 on CPUs.
+        """
+        from xelm.runs.ensembles import open_ensemble
+
+        chosen = Routing(
+            name=routing,
+            top_m=top_m,
+            least_weight=least_weight,
+            temperature=temperature,
+            distance_power=distance_power,
+            memory=memory,
+            weights=weights or {},
+            abstain=abstain,
+            abstain_to=abstain_to,
+            route_per=route_per,
+        )
+        return open_ensemble(self, chosen, dtype=dtype)
+
+    def report(self) -> Path:
+        """Writes one self-contained HTML page about the RUN, and its figures; returns its path."""
+        from xelm.runs.report import report
+
+        return report(self)
+
+    def status(self) -> "list[Progress]":
+        """How far each training is."""
+        from xelm.runs.progress import progress
+
+        return progress(self)
+
+    def nearest(
+        self,
+        language: str,
+        by: Sequence[str] = ("mixture",),
+        languages: Sequence[str] | None = None,
+    ) -> "list[Relatives]":
+        """Relatives of a language among those that the experts serve, nearest first by the first of
+        these measures. languages: others to compare with."""
+        from xelm.runs.distances import Sources
+        from xelm.runs.relatives import relatives
+
+        return relatives(language, by, Sources(run=self), languages)
+
+    def features(
+        self,
+        corpus: "AnyCorpus | None" = None,
+        languages: Sequence[str] | None = None,
+        *,
+        documents: int = 100,
+    ) -> "States":
+        """States of the seed as it reads the first documents of each language, for
+        `clustering.internal`. corpus: None takes the RUN's."""
+        from xelm.runs.features import features
+
+        return features(self, corpus, languages, documents=documents)
+
+    def updates(self, languages: Sequence[str] | None = None, *, steps: int = 10) -> "Updates":
+        """How a few steps of training on each language alone move the seed, for
+        `clustering.internal`."""
+        from xelm.runs.updates import updates
+
+        return updates(self, languages, steps=steps)
+
+    def verify(self) -> "list[Fault]":
+        """Every file that inference reads and that is not as it was written; empty if all are."""
+        from experts.verify import verify
+
+        return verify(self.directory)
+
+    def rollback(self, name: str, version: int | None = None) -> "Expert":
+        """Publishes an earlier version of an expert again; None takes the one in use before."""
+        from experts.lock import update
+        from experts.rollback import rollback
+
+        return update(self.directory, lambda r: rollback(r, name, version)).expert(name)
+
+    def discard(self, name: str) -> "Expert | Path | None":
+        """Gives up an unfinished training, of an expert or of "dense", and deletes its checkpoints.
+        Returns what `xelm.runs.discard.discard` says."""
+        from xelm.runs.discard import discard
+
+        return discard(self, name)
+
+    def merge(self, out: str | Path, names: Sequence[str] = ()) -> Path:
+        """Writes the average of the weights of experts, by default of all published ones, as one
+        Hugging Face checkpoint; returns `out`."""
+        from xelm.runs.merge import merge
+
+        return merge(self, out, names)
+
+
+def open_run(directory: str | Path, *, settings: Sequence[str] = ()) -> Run:
+    """The RUN in a directory; UserError if there is none, or an unfinished one.
+
+    settings: such as "experts.runtime.dtype=bfloat16", used in place of what run.json says, without
+    changing that.
+    """
+    return _with_methods(runs.open_run(directory, settings=settings))
+
+
+def init(
+    directory: str | Path,
+    corpus: "AnyCorpus",
+    config: "RunConfig",
+    *,
+    seed: str | Path | None = None,
+    languages: Sequence[str] | None = None,
+    clusters: Clustering | None = None,
+    workers: int = 1,
+    keep_duplicates: bool = False,
+    base_model: str | None = None,
+) -> Run:
+    """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus and seed.
+
+    config: as from a function of `xelm.presets`. The other arguments are those of
+    `xelm.runs.init.init`.
+    """
+    from xelm.runs.init import init as make
+
+    made = make(
+        directory,
+        corpus,
+        config,
+        seed=seed,
+        languages=languages,
+        clusters=clusters,
+        workers=workers,
+        keep_duplicates=keep_duplicates,
+        base_model=base_model,
+    )
+    return _with_methods(made)
+
+
+def quickstart(directory: str | Path = "xelm-quickstart") -> Run:
+    """The whole path on the embedded sample corpus, on a CPU, in minutes; the RUN has results and a
+    report."""
+    from xelm.quickstart import quickstart as make
+
+    run, _, _ = make(directory)
+    return _with_methods(run)
+
+
+def _with_methods(run: runs.Run) -> Run:
+    return Run(directory=run.directory, record=run.record, settings=run.settings)

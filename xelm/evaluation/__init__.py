@@ -1,0 +1,1 @@
+"""What is measured of models and their mixtures, and the summaries of it. Knows no RUN."""
