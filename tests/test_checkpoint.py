@@ -321,7 +321,7 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("llama-grouped", {"model_type": "t5"}, "'t5' is not known; known: llama, mistral"),
         ("llama-grouped", {"model_type": None}, "model_type None is not known"),
         ("llama-grouped", {"model_type": ["llama"]}, "is not known"),
-        ("llama-grouped", {"quantization_config": "gptq"}, "quantised weights are not read"),
+        ("llama-grouped", {"quantization_config": "gptq"}, "quantised weights are not supported"),
         ("ministral", {"head_dim": None}, "head_dim must be a number"),
         ("xlm-roberta", {"pad_token_id": None}, "pad_token_id must be a number"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be"),
@@ -397,7 +397,7 @@ def test_quantised_weights_are_refused(llama):
     config = json.loads((llama / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq"}
     (llama / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="quantised weights are not read"):
+    with pytest.raises(UserError, match="quantised weights are not supported"):
         read_config(llama)
 
 

@@ -362,7 +362,6 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
 
 _DIE_BEFORE_REPLACING = """
 import os, signal, sys
-from clustering import hub_files
 from experts import merge
 
 replace = os.replace

@@ -142,7 +142,7 @@ MISTAKES = [
     ("init new --corpus corpus --set donor_share=1", "donor_share must be in 0..1, below 1"),
     ("init new --corpus corpus --preset hub", "give a seed checkpoint with --seed"),
     ("init new --corpus corpus --seed missing", "there is no directory missing"),
-    ("init new --corpus corpus --seed empty", "empty is no model checkpoint"),
+    ("init new --corpus corpus --seed empty", "empty is not a model checkpoint"),
     ("init new --corpus corpus --seed bare", "has no weights: model.safetensors is missing"),
     ("init new --corpus corpus --seed pickled", "its .bin files can run code and are not read"),
     ("init new --corpus corpus --seed damaged", "damaged/model.safetensors is not readable"),

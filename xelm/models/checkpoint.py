@@ -89,7 +89,7 @@ def read_config(directory: str | Path) -> ModelConfig:
     """The shape of the model that transformers would load from a checkpoint directory."""
     source = read_hub_config(directory)
     if "quantization_config" in source:
-        raise UserError(f"{directory}: quantised weights are not read; take the original ones")
+        raise UserError(f"{directory}: quantised weights are not supported; use the original ones")
     if (Path(directory) / "adapter_config.json").is_file():
         raise UserError(
             f"{directory} has an adapter (adapter_config.json), which transformers would apply to "
@@ -111,7 +111,7 @@ def read_hub_config(directory: str | Path) -> dict[str, Any]:
             "hf download OWNER/NAME --local-dir DIR"
         )
     if not path.exists():
-        raise UserError(f"{directory} is no model checkpoint: it has no config.json")
+        raise UserError(f"{directory} is not a model checkpoint: it has no config.json")
     return read_object(path)
 
 

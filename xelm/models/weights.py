@@ -226,8 +226,8 @@ def _compare(
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         if headless:
             more += (
-                ". It was saved without the head that guesses masked tokens, which training needs; "
-                f"one that has it: hf download {kind.with_head} --local-dir DIR"
+                ". It was saved without the head that predicts masked tokens, needed for training. "
+                f"One that has it: hf download {kind.with_head} --local-dir DIR"
             )
         raise UserError(
             f"{directory} does not match its config.json: {'; '.join(faults[:5])}{more}"
