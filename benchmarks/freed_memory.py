@@ -50,16 +50,16 @@ def _measure(kept: bool, steps: int) -> None:
 
     from xelm.models.parameters import fresh_parameters
     from xelm.presets import tiny
-    from xelm.training.program import program
+    from xelm.training.compiled import compile_steps
     from xelm.training.sharding import make_mesh
 
     config, draw = tiny(), np.random.default_rng(0)
     shape = (config.experts.batch_size, config.experts.sequence_length + 1)
     mesh = make_mesh(config.experts)
     with jax.set_mesh(mesh):
-        functions = program(config.model, config.experts, mesh)
+        functions = compile_steps(config.model, config.experts, mesh)
         state = functions.create[0](fresh_parameters(config.model, 0))
-        state = functions.side_by_side([state])
+        state = functions.stack([state])
         for step in range(-5, steps):
             if step == 0:  # compiled, and warm
                 began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)

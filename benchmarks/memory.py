@@ -32,7 +32,7 @@ from xelm.config import RuntimeConfig, TrainConfig, vary
 from xelm.data.masking import masked_per_row
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
-from xelm.training.program import program
+from xelm.training.compiled import compile_steps
 from xelm.training.sharding import AXES
 
 LENGTH = 2048
@@ -129,7 +129,7 @@ def _step_size(model: ModelConfig, devices: list, settings: dict) -> str:
     )
     config = vary(config, settings)
     mesh = Mesh(np.asarray(devices).reshape(1, 1, count, 1), AXES, axis_types=(AxisType.Auto,) * 4)
-    functions = program(model, config, mesh)
+    functions = compile_steps(model, config, mesh)
     columns = length + 1 if model.causal else length
     arrays = dict.fromkeys(("tokens", "segments", "positions"), (columns, jnp.int32))
     if not model.causal:

@@ -17,10 +17,10 @@ from xelm.config import vary
 from xelm.models.parameters import fresh_parameters
 from xelm.process import prepare
 from xelm.runs.run import Run, open_run
-from xelm.runs.training import dense_sources, text_of
-from xelm.training.course import Training
+from xelm.runs.training import dense_sources, text_format
 from xelm.training.loop import train
 from xelm.training.metrics import read_metrics
+from xelm.training.trainer import TrainingSpec
 
 SETTINGS = {
     "adamw": {},
@@ -58,14 +58,14 @@ def _loss(run: Run, tokens: int, changes: dict) -> float:
     model = run.config.model
     config = vary(run.config.seed, {"tokens": tokens, "runtime.log_every": 1, **changes})
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(
+        training = TrainingSpec(
             label="model",
             start=functools.partial(fresh_parameters, model, 0),
             sources=dense_sources(run),
             config=config,
             directory=Path(folder),
         )
-        train(training, model, text_of(run, model))
+        train(training, model, text_format(run, model))
         losses = [line["loss"] for line in read_metrics(Path(folder) / "metrics.jsonl")]
     return statistics.mean(losses[-max(1, len(losses) // 10) :])
 

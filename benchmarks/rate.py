@@ -21,8 +21,8 @@ from xelm.models.config import ModelConfig
 from xelm.models.parameters import fresh_parameters
 from xelm.presets import quickstart
 from xelm.process import prepare
+from xelm.training.compiled import compile_steps
 from xelm.training.flops import of_a_token
-from xelm.training.program import program
 from xelm.training.rate import estimated_rate, measured_layer
 from xelm.training.sharding import make_mesh
 
@@ -63,8 +63,8 @@ def _seconds(run: Callable[[], jax.Array], times: int) -> float:
 def _step(model: ModelConfig, config: TrainConfig) -> Callable[[], jax.Array]:
     mesh = make_mesh(config)
     jax.set_mesh(mesh)
-    functions = program(model, config, mesh)
-    state = functions.side_by_side([functions.create[0](fresh_parameters(model, 0))])
+    functions = compile_steps(model, config, mesh)
+    state = functions.stack([functions.create[0](fresh_parameters(model, 0))])
     shape = config.batch_size, config.sequence_length + 1
     tokens = np.random.default_rng(0).integers(4, model.vocabulary_size, shape, np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)

@@ -53,7 +53,7 @@ from xelm.runs import growing
 from xelm.runs.init import init
 from xelm.runs.results import Row
 from xelm.runs.run import Run, open_run
-from xelm.training.account import DivergedError
+from xelm.training.trainer import DivergedError
 
 # Peak rate and rows a step from which the search for better ones sets out.
 START: Setting = (5e-4, 16)

@@ -199,7 +199,7 @@ def _ours(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callable
     import numpy as np
 
     from xelm.models.checkpoint import load_parameters
-    from xelm.training.program import program
+    from xelm.training.compiled import compile_steps
     from xelm.training.sharding import make_mesh
 
     config = _config(options, batch.shape[1] - 1)
@@ -207,10 +207,10 @@ def _ours(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callable
         jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(config)
     jax.set_mesh(mesh)
-    functions = program(model, config, mesh)
+    functions = compile_steps(model, config, mesh)
     placed = jax.tree.map(lambda array: array.sharding, functions.alone[0].parameters)
     state = functions.create[0](load_parameters(options.seed, model, placed))
-    state = functions.side_by_side([state])
+    state = functions.stack([state])
     arrays = {
         "tokens": batch,
         "segments": np.ones_like(batch),

@@ -50,9 +50,9 @@ from experts.lock import update
 from xelm import open_run
 from xelm.cli import main
 from xelm.models.parameters import fresh_parameters
-from xelm.training.course import Training
 from xelm.training.loop import train
 from xelm.training.metrics import read_metrics
+from xelm.training.trainer import TrainingSpec
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -303,7 +303,7 @@ def trained(parameters, tmp_path):
     """A function that trains in a folder of the test, and what metrics.jsonl says of it."""
 
     def run(config=CONFIG, folder="training", sources=SOURCES, start=parameters):
-        training = Training(
+        training = TrainingSpec(
             label="test",
             start=lambda shardings: jax.device_put(start, shardings),
             sources=sources,

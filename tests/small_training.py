@@ -6,8 +6,8 @@ import numpy as np
 from xelm.config import OptimizerConfig, RuntimeConfig, TrainConfig
 from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage, shuffled
+from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
-from xelm.training.course import Text
 from xelm.training.metrics import MetricsLog
 
 MODEL = ModelConfig(
@@ -50,7 +50,7 @@ GOLDEN = [
     3.422287,
     3.418342,
 ]
-TEXT = Text(start_id=1, end_id=2)
+TEXT = TextFormat(start_id=1, end_id=2)
 SHARES = {"de": 0.5, "el": 0.3, "sw": 0.2}
 
 

@@ -21,9 +21,9 @@ from xelm.runs import updates
 from xelm.runs.distances import Sources, measured
 from xelm.runs.features import features
 from xelm.runs.run import open_run
-from xelm.runs.training import text_of
-from xelm.training.course import Training
+from xelm.runs.training import text_format
 from xelm.training.loop import train
+from xelm.training.trainer import TrainingSpec
 
 
 def saved(tmp_path, values, tags=("en", "de", "fr")):
@@ -185,14 +185,14 @@ def test_updates_of_a_run_are_what_training_changed(tiny, tmp_path):
     dense, moved = run.config.dense, {}
     config = vary(dense, {"tokens": 2 * dense.tokens_per_step, "optimizer.weight_decay": 0.0})
     for tag in ("en", "fr"):
-        training = Training(
+        training = TrainingSpec(
             label=tag,
             start=lambda shardings: load_parameters(run.seed, model, shardings),
             sources=[LanguageShare(ids=run.store().languages[tag], share=1.0)],
             config=config,
             directory=tmp_path / tag,
         )
-        after = train(training, model, text_of(run, model)).parameters["blocks"]
+        after = train(training, model, text_format(run, model)).parameters["blocks"]
         moved[tag] = {
             name: np.asarray(after[name]["weight"]) - np.asarray(before[name]["weight"])
             for name in ("up", "gate", "down")

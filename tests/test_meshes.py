@@ -26,12 +26,12 @@ from clustering.errors import UserError
 from xelm.config import vary
 from xelm.data.masking import masked_per_row
 from xelm.models.parameters import fresh_parameters
-from xelm.training.account import DivergedError
-from xelm.training.course import Training
+from xelm.training.compiled import compile_steps
+from xelm.training.expert_axis import expert_mesh
 from xelm.training.loop import train, train_together
 from xelm.training.metrics import read_metrics
-from xelm.training.program import program
-from xelm.training.sharding import make_mesh, mesh_of, parameter_shardings
+from xelm.training.sharding import make_mesh, parameter_shardings
+from xelm.training.trainer import DivergedError, TrainingSpec
 
 AXES = ("expert", "data", "fsdp", "tensor")
 # Every way to cut eight devices, in powers of two.
@@ -81,22 +81,22 @@ def losses_on(mesh, model, *, config=CONFIG, steps=3):
     config = configured(mesh, config)
     devices = make_mesh(config, experts)
     assert tuple(devices.shape.items()) == tuple(zip(AXES, mesh))
-    functions = program(model, config, devices)
+    functions = compile_steps(model, config, devices)
     states, found = [], []
     for number, alone in enumerate(functions.alone):
-        with jax.set_mesh(mesh_of(devices, number)):
+        with jax.set_mesh(expert_mesh(devices, number)):
             fresh = jax.tree.map(np.asarray, fresh_parameters(model, number))
             placed = jax.tree.map(lambda array: array.sharding, alone.parameters)
             states.append(functions.create[number](jax.device_put(fresh, placed)))
     with jax.set_mesh(devices):
-        state = functions.side_by_side(states)
+        state = functions.stack(states)
         for step in range(steps):
             parts = [batch_of(model, number, step) for number in range(experts)]
             batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             batch = jax.device_put(batch, functions.batch_sharding)
             state, metrics = functions.step(state, batch, np.full(experts, 3e-3, np.float32))
             found.append(np.asarray(metrics.loss))
-        assert np.asarray(functions.sound(state.parameters)).tolist() == [True] * experts
+        assert np.asarray(functions.finite(state.parameters)).tolist() == [True] * experts
     return np.stack(found), [masters_of(functions, state, each) for each in range(experts)]
 
 
@@ -105,11 +105,11 @@ def alone(model, number: int, config):
     """Losses and parameters of an expert on one device."""
     config = configured((1, 1, 1, 1), config)
     devices = make_mesh(config)
-    functions = program(model, config, devices)
+    functions = compile_steps(model, config, devices)
     found = []
     with jax.set_mesh(devices):
         state = functions.create[0](fresh_parameters(model, number))
-        state = functions.side_by_side([state])
+        state = functions.stack([state])
         for step in range(3):
             batch = jax.device_put(batch_of(model, number, step), functions.batch_sharding)
             state, metrics = functions.step(state, batch, np.full(1, 3e-3, np.float32))
@@ -118,8 +118,8 @@ def alone(model, number: int, config):
 
 
 def masters_of(functions, state, number):
-    one = functions.of_expert(state, number)
-    return jax.tree.map(np.asarray, functions.masters(one.parameters, one.rests))
+    one = functions.expert_state(state, number)
+    return jax.tree.map(np.asarray, functions.master_weights(one.parameters, one.remainders))
 
 
 def assert_as_alone(mesh, model, config=CONFIG):
@@ -290,7 +290,7 @@ def crossing(compiled, experts: int) -> list[list[int]]:
 def compiled_step(mesh, model, length=CONFIG.sequence_length):
     config = configured(mesh)
     devices = make_mesh(config, mesh[0])
-    functions = program(model, config, devices)
+    functions = compile_steps(model, config, devices)
     batch = {
         name: jax.ShapeDtypeStruct(
             (mesh[0] * len(array), *array.shape[1:]), array.dtype, sharding=functions.batch_sharding
@@ -339,9 +339,9 @@ def test_what_passes_between_experts_would_be_seen(out):
 # Several trainings in one program
 
 
-def training(tmp_path, label: str, number: int, **changes) -> Training:
+def training(tmp_path, label: str, number: int, **changes) -> TrainingSpec:
     config = vary(CONFIG, changes)
-    return Training(
+    return TrainingSpec(
         label=label,
         start=lambda shardings: jax.device_put(
             jax.tree.map(np.asarray, fresh_parameters(MODEL, number)), shardings

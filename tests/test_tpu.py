@@ -14,7 +14,7 @@ from small_training import CONFIG, MODEL
 from test_meshes import AXES, ENCODER, batch_of, collectives, crossing
 
 from xelm.config import vary
-from xelm.training.program import program
+from xelm.training.compiled import compile_steps
 
 pytest.importorskip("libtpu")
 pytestmark = pytest.mark.slow
@@ -36,7 +36,7 @@ def step_on(monkeypatch):
         devices = Mesh(chips, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         rows = mesh[1] * mesh[2]
         config = vary(CONFIG, {"batch_size": rows, "sequence_length": length, **changes})
-        functions = program(model, config, devices)
+        functions = compile_steps(model, config, devices)
         batch = {
             name: jax.ShapeDtypeStruct(
                 (mesh[0] * rows, *array.shape[1:]), array.dtype, sharding=functions.batch_sharding

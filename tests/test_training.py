@@ -15,7 +15,7 @@ from small_training import (
 )
 
 from xelm.config import vary
-from xelm.training.program import program
+from xelm.training.compiled import compile_steps
 from xelm.training.sharding import make_mesh
 
 
@@ -86,7 +86,7 @@ def test_trainings_of_one_shape_share_one_compiled_step(trained):
         },
     ):
         trained(vary(ours, changes), folder=str(changes["tokens"]))
-    compiled = program(MODEL, ours, make_mesh(ours))
+    compiled = compile_steps(MODEL, ours, make_mesh(ours))
     assert (compiled.step._cache_size(), compiled.create[0]._cache_size()) == (1, 1)
 
 

@@ -27,7 +27,7 @@ from small_training import (
 
 from clustering.errors import UserError
 from xelm.config import vary
-from xelm.training import checkpoint, course, preemption
+from xelm.training import checkpoint, preemption, trainer
 from xelm.training.metrics import MetricsLog
 from xelm.training.preemption import Preempted
 
@@ -52,9 +52,9 @@ def test_a_resumed_training_goes_on_from_its_checkpoint(trained, tmp_path, monke
     with (tmp_path / "training" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 15, "los')
     begun = []
-    batches = course.batches
+    batches = trainer.batches
     monkeypatch.setattr(
-        course, "batches", lambda *a, **k: begun.append(k["first_step"]) or batches(*a, **k)
+        trainer, "batches", lambda *a, **k: begun.append(k["first_step"]) or batches(*a, **k)
     )
     _, metrics = trained()
     assert begun == [12]
@@ -314,7 +314,7 @@ def test_a_second_request_some_time_later_ends_at_once(monkeypatch):
 
 def test_a_training_of_another_version_is_refused(trained, tmp_path, monkeypatch):
     half_done(trained, tmp_path / "older")
-    monkeypatch.setattr(course, "STATE", course.STATE + 1)
+    monkeypatch.setattr(trainer, "_FORMAT", trainer._FORMAT + 1)
     with pytest.raises(UserError, match="unfinished training of another version of xelm"):
         trained(folder="older")
 

@@ -26,6 +26,7 @@ from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.reading import Reading
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
+from xelm.data.text_format import TextFormat
 from xelm.data.tokenise import build_store, in_processes, kept
 from xelm.data.unusable import UnusableRecords
 from xelm.inference.sampling import read_sampling_params
@@ -44,8 +45,8 @@ from xelm.runs.origin import base_model_of, licence_of
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
 from xelm.runs.texts import LanguageText, duplicate_notes, texts_of, warnings
 from xelm.runs.training import branch, check_languages, shares_of
-from xelm.training.course import Text, Training
 from xelm.training.loop import train
+from xelm.training.trainer import TrainingSpec
 
 # Documents that the TF-IDF vectors are fitted on, of all languages together.
 VECTORISER_DOCUMENTS = 20_000
@@ -363,7 +364,7 @@ def _train_seed(run: Run, store: Store) -> None:
         return
     config = run.config
     tokenizer = tokenizers.load(_tokenizer_directory(run), config.start_token)
-    training = Training(
+    training = TrainingSpec(
         label="seed",
         start=functools.partial(fresh_parameters, _model(config), config.seed.random_seed),
         sources=_sources(config.seed, store),
@@ -371,7 +372,7 @@ def _train_seed(run: Run, store: Store) -> None:
         directory=run.training("seed"),
         logs=run.logs(run.seed),
     )
-    text = Text(start_id=tokenizer.start_id, end_id=tokenizer.end_id)
+    text = TextFormat(start_id=tokenizer.start_id, end_id=tokenizer.end_id)
     trained = train(training, _model(config), text)
     write_checkpoint(
         run.seed,

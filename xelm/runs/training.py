@@ -27,6 +27,7 @@ from experts.verify import hash_directory
 from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare, sampling_shares
 from xelm.data.store import TokenizedLanguage
+from xelm.data.text_format import TextFormat
 from xelm.models.checkpoint import (
     README,
     load_parameters,
@@ -39,7 +40,6 @@ from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.checking import check_models
 from xelm.runs.origin import origin_facts
 from xelm.runs.run import Run
-from xelm.training.course import Text, Training
 from xelm.training.hosts import (
     SharedError,
     first_does,
@@ -50,6 +50,7 @@ from xelm.training.hosts import (
 )
 from xelm.training.loop import train_together
 from xelm.training.metrics import read_metrics
+from xelm.training.trainer import TrainingSpec
 
 CENTRE = "centre.npz"
 # Documents a centre is the mean of, at most: more do not move it.
@@ -296,7 +297,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
     first_does(functools.partial(check_parents, run, [job.parent for job in jobs]))
     model = read_config(jobs[0].parent)
     trainings = [
-        Training(
+        TrainingSpec(
             label=job.name,
             start=functools.partial(load_parameters, job.parent, model),
             sources=job.sources,
@@ -307,7 +308,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
         for job in jobs
     ]
     failures = {}
-    for job, found in zip(jobs, train_together(trainings, model, text_of(run, model))):
+    for job, found in zip(jobs, train_together(trainings, model, text_format(run, model))):
         if isinstance(found, UserError):
             failures[job.name] = found
             continue
@@ -346,10 +347,10 @@ def _write(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def text_of(run: Run, model: ModelConfig) -> Text:
+def text_format(run: Run, model: ModelConfig) -> TextFormat:
     """How rows are made of the RUN's documents."""
     tokenizer = run.tokenizer()
-    return Text(
+    return TextFormat(
         start_id=tokenizer.start_id,
         end_id=tokenizer.end_id,
         masking=None if model.causal else tokenizer.masking(),

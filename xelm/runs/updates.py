@@ -22,9 +22,9 @@ from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.run import Run
-from xelm.runs.training import text_of
-from xelm.training.course import Training
+from xelm.runs.training import text_format
 from xelm.training.loop import train
+from xelm.training.trainer import TrainingSpec
 
 WEIGHTS = ("up", "gate", "down")
 """The feed-forward weights, of which the authors of Group then Scale take the movement."""
@@ -74,14 +74,14 @@ def _moved(
     if kept.exists():
         return read_arrays(kept)["moved"]
     model = read_config(run.seed)
-    training = Training(
+    training = TrainingSpec(
         label=ids.language,
         start=functools.partial(load_parameters, run.seed, model),
         sources=[LanguageShare(ids=ids, share=1.0)],
         config=config,
         directory=work,
     )
-    trained = train(training, model, text_of(run, model))
+    trained = train(training, model, text_format(run, model))
     moved = _drawn(trained.parameters) - _drawn(load_parameters(run.seed, model))
     write_arrays(kept, {"moved": moved})
     shutil.rmtree(work / "checkpoints")

@@ -1,7 +1,7 @@
-"""The training loop: data, step, metrics, checkpoint, read straight down.
+"""The training loop: data, step, metrics, checkpoint.
 
 A plain language-model trainer: it receives parameters and documents, returns parameters, and knows
-nothing of clusters or registries. Several trainings of one shape go side by side in one program.
+nothing of clusters or registries. Several trainings of one model shape may share one program.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,100 +13,101 @@ import jax
 import numpy as np
 
 from clustering.errors import UserError
+from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
-from xelm.training.course import Course, Text, Training, begun
+from xelm.training.compiled import compile_steps
 from xelm.training.hosts import placed
 from xelm.training.preemption import preemption
-from xelm.training.program import Program, program
 from xelm.training.sharding import make_mesh
-from xelm.training.step import Metrics, State
+from xelm.training.step import StepMetrics
+from xelm.training.trainer import Trainer, TrainingSpec, resume
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """What a training leaves."""
+    """Result of a training."""
 
     parameters: Any
     """Nested dictionary of arrays on the devices of the training, float32."""
     tokens: int
-    """Targets predicted, over all steps; by an encoder, tokens read."""
+    """Targets predicted over all steps (of an encoder, tokens read)."""
     language_tokens: Mapping[str, int]
     """The same by language."""
 
 
-def train(training: Training, model: ModelConfig, text: Text) -> Trained:
+def train(spec: TrainingSpec, model: ModelConfig, text_format: TextFormat) -> Trained:
     """Trains on packed rows of the sources and returns the new parameters.
 
-    Run again with the same arguments after a crash, a training goes on from the newest checkpoint
-    in its directory and ends, on CPUs, with the same bits. Raises DivergedError where steps are no
-    use any more, and Preempted if the process was asked to end.
+    Run again with the same arguments after a crash, a training resumes from the newest checkpoint
+    in its directory and ends, on CPUs, with the same bits. Raises DivergedError where further steps
+    are useless, and Preempted if the process was asked to end.
     """
-    (found,) = train_together([training], model, text)
+    (found,) = train_together([spec], model, text_format)
     if isinstance(found, UserError):
         raise found
     return found
 
 
 def train_together(
-    trainings: Sequence[Training], model: ModelConfig, text: Text
+    specs: Sequence[TrainingSpec], model: ModelConfig, text_format: TextFormat
 ) -> list[Trained | UserError]:
-    """Several trainings in one program, each on its own part of the mesh (axis `expert`), with what
-    became of each. They differ in what they start from, text, budget and directory alone.
+    """Runs several trainings in one program, each on its own part of the mesh (axis `expert`), and
+    returns the result of each, or why it was given up. They may differ in initial parameters, text,
+    token budget and directory only.
 
-    Each ends as it would alone. Those that are done, or given up, wait for the others.
+    Each ends with the parameters that it would have alone. One that is done, or given up, waits for
+    the others.
     """
-    config = trainings[0].config
-    if any(replace(training.config, tokens=config.tokens) != config for training in trainings):
+    config = specs[0].config
+    if any(replace(spec.config, tokens=config.tokens) != config for spec in specs):
         raise ValueError("trainings of one program have the same settings but for tokens")
-    mesh = make_mesh(config, len(trainings))
-    functions = program(model, config, mesh)
+    mesh = make_mesh(config, len(specs))
+    compiled = compile_steps(model, config, mesh)
     with ExitStack() as stack:
-        courses, states = [], []
-        for number, training in enumerate(trainings):
-            course, state = begun(training, model, text, functions, number)
-            courses.append(stack.enter_context(closing(course)))
+        trainers, states = [], []
+        for number, spec in enumerate(specs):
+            trainer, state = resume(spec, model, text_format, compiled, number)
+            trainers.append(stack.enter_context(closing(trainer)))
             states.append(state)
         stack.enter_context(jax.set_mesh(mesh))
-        state, states = functions.side_by_side(states), []
-        labels = ", ".join(training.label for training in trainings)
-        asked_to_end = stack.enter_context(preemption(labels))
-        while any(course.going for course in courses):
-            going = [(number, course) for number, course in enumerate(courses) if course.going]
-            batch, rates = _batch(courses)
-            batch = placed(batch, functions.batch_sharding)
-            state, metrics = functions.step(state, batch, rates)
-            ending = asked_to_end()
-            for number, course in going:
-                if ending or course.reports():
-                    course.report(Metrics(*(np.asarray(each)[number] for each in metrics)))
-            saving = [(n, c) for n, c in going if (ending or c.saves()) and not c.failed]
-            sound = np.asarray(functions.sound(state.parameters)) if saving else ()
-            for number, course in saving:
-                course.save(functions.of_expert(state, number), bool(sound[number]))
-            if ending:
+        state, states = compiled.stack(states), []
+        ending = stack.enter_context(preemption(", ".join(spec.label for spec in specs)))
+        while active := {n: trainer for n, trainer in enumerate(trainers) if trainer.active}:
+            batch, rates = _next_batch(trainers)
+            batch = placed(batch, compiled.batch_sharding)
+            state, metrics = compiled.step(state, batch, rates)
+            ends = ending()
+            for number, trainer in active.items():
+                if ends or trainer.reports:
+                    trainer.report(StepMetrics(*(np.asarray(each)[number] for each in metrics)))
+            saving = {n: t for n, t in active.items() if (ends or t.saves) and not t.failed}
+            finite = np.asarray(compiled.finite(state.parameters)) if saving else ()
+            for number, trainer in saving.items():
+                trainer.save(compiled.expert_state(state, number), bool(finite[number]))
+            if ends:
                 break
-        for course in courses:
-            course.wait()
-    return [
-        course.failed or _trained(course, functions, functions.of_expert(state, number))
-        for number, course in enumerate(courses)
-    ]
+        for trainer in trainers:
+            trainer.wait()
+    results: list[Trained | UserError] = []
+    for number, trainer in enumerate(trainers):
+        one = compiled.expert_state(state, number)
+        results.append(
+            trainer.failed
+            or Trained(
+                parameters=compiled.master_weights(one.parameters, one.remainders),
+                tokens=trainer.tokens,
+                language_tokens=trainer.language_tokens,
+            )
+        )
+    return results
 
 
-def _batch(courses: Sequence[Course]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Batches and rates of the next step of each; of those that go no further, rows without text
-    and a rate of 0, which change no parameter."""
-    found = [course.next() if course.going else None for course in courses]
+def _next_batch(trainers: Sequence[Trainer]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Batches of all trainers, one after the other, and their learning rates. A trainer without
+    further steps gets rows without text and a rate of 0, which change no parameter."""
+    found = [trainer.next_batch() if trainer.active else None for trainer in trainers]
     like = next(batch for batch, _ in filter(None, found))
     empty = {name: np.zeros_like(array) for name, array in like.items()}
     parts = [(empty, 0.0) if each is None else each for each in found]
     batch = {name: np.concatenate([part[name] for part, _ in parts]) for name in like}
     return batch, np.asarray([rate for _, rate in parts], np.float32)
-
-
-def _trained(course: Course, functions: Program, state: State) -> Trained:
-    return Trained(
-        parameters=functions.masters(state.parameters, state.rests),
-        tokens=sum(course.seen.values()),
-        language_tokens=course.seen,
-    )

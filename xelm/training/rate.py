@@ -15,7 +15,7 @@ from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph, shapes
 from xelm.training.flops import of_a_token
 from xelm.training.loss import cross_entropy
-from xelm.training.masters import halved
+from xelm.training.master_weights import split_weights
 
 _MOST_OPERATIONS = 2e10
 """Of one measurement: a few tenths of a second on two CPU cores."""
@@ -69,7 +69,7 @@ def measured_layer(model: ModelConfig, config: TrainConfig, clock: Callable[[], 
     rows, length = _size(one, config)
     dtype = config.runtime.dtype
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes(one))
-    parameters, _ = halved(zeros, dtype)
+    parameters, _ = split_weights(zeros, dtype)
     tokens = jnp.zeros((rows, length), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
     predicted = length if one.causal else max(1, round(length * config.data.mask_share))

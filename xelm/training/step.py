@@ -13,98 +13,99 @@ from jax.sharding import PartitionSpec
 from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph
-from xelm.training import guard as guards
+from xelm.training.lookups import spread_lookup, states_at
 from xelm.training.loss import cross_entropy
-from xelm.training.masters import Rests, halved, whole
+from xelm.training.master_weights import Remainders, join_weights, split_weights
 from xelm.training.optimizer import clipped, optimizer
-from xelm.training.sharding import BATCH, spread_lookup, states_at
+from xelm.training.sharding import BATCH
+from xelm.training.spike_guard import accepts, new_guard, updated
 
 
-class State(NamedTuple):
+class TrainState(NamedTuple):
     """All that a step changes."""
 
     parameters: Any
     """Nested dictionary; float32, or with matrices in bfloat16."""
-    rests: Rests
-    """What those matrices lack of their float32 masters."""
+    remainders: Remainders
+    """Lower halves of the master weights of matrices in bfloat16."""
     optimizer: Any
-    """Of optax."""
+    """TrainState of the optax optimiser."""
     step: Any
-    """int32, steps done, those that were skipped included."""
+    """int32, steps done, skipped ones included."""
     guard: Any
-    """`Guard`."""
+    """`SpikeGuard`."""
 
 
-class Metrics(NamedTuple):
-    """What a step reports."""
+class StepMetrics(NamedTuple):
+    """Metrics of a step."""
 
     loss: jax.Array
-    """Mean of the targets, nats."""
+    """Mean over the targets, nats."""
     grad_norm: jax.Array
-    """Before clipping."""
+    """Global norm of the gradients, before clipping."""
     skipped: jax.Array
-    """int32, steps that were skipped so far."""
+    """int32, number of steps skipped so far."""
     most_in_a_row: jax.Array
-    """int32, of those the most without one made between them."""
+    """int32, largest number of consecutive steps skipped so far."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One expert's step, for `jax.jit`."""
+class TrainStep:
+    """The training step of one expert, to be compiled by `jax.jit`."""
 
     model: ModelConfig
     config: TrainConfig
     spread: bool
-    """Whether over several devices: those of the mesh that is set."""
+    """Whether it runs on several devices: those of the mesh that is set."""
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """What moves the parameters."""
+        """The optimiser of the master weights."""
         return optimizer(self.config)
 
-    def begin(self, masters: Mapping[str, Any]) -> State:
-        """The state before the first step, of float32 parameters."""
-        parameters, rests = halved(masters, self.config.runtime.dtype)
+    def begin(self, masters: Mapping[str, Any]) -> TrainState:
+        """The state before the first step, from float32 parameters."""
+        parameters, remainders = split_weights(masters, self.config.runtime.dtype)
         step = jnp.zeros((), jnp.int32)
-        return State(parameters, rests, self.optimizer.init(masters), step, guards.fresh())
+        return TrainState(parameters, remainders, self.optimizer.init(masters), step, new_guard())
 
-    def adopt(self, state: State) -> State:
-        """The state of a training in other dtypes, in these."""
-        masters = whole(state.parameters, state.rests)
+    def convert(self, state: TrainState) -> TrainState:
+        """The state of a training in other dtypes, converted to those of this one."""
+        masters = join_weights(state.parameters, state.remainders)
         like = jax.eval_shape(self.optimizer.init, masters)
         moments = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state.optimizer, like)
-        parameters, rests = halved(masters, self.config.runtime.dtype)
-        return state._replace(parameters=parameters, rests=rests, optimizer=moments)
+        parameters, remainders = split_weights(masters, self.config.runtime.dtype)
+        return state._replace(parameters=parameters, remainders=remainders, optimizer=moments)
 
     def __call__(
-        self, state: State, batch: Mapping[str, jax.Array], rate: jax.Array
-    ) -> tuple[State, Metrics]:
-        """The state after a step on rows of text at a learning rate."""
+        self, state: TrainState, batch: Mapping[str, jax.Array], rate: jax.Array
+    ) -> tuple[TrainState, StepMetrics]:
+        """The state after a step on a batch at a learning rate, and the metrics of the step."""
         loss, gradients = self._gradients(state.parameters, batch)
         size = norm(gradients)
-        made = guards.harmless(state.guard, loss, size)
+        made = accepts(state.guard, loss, size)
 
-        def move(parameters, rests, moments):
-            masters = whole(parameters, rests)
+        def move(parameters, remainders, moments):
+            masters = join_weights(parameters, remainders)
             scaled = clipped(gradients, size, self.config.optimizer.clip_norm)
             updates, moments = self.optimizer.update(scaled, moments, masters)
             updates = jax.tree.map(lambda u: u * rate, updates)
             masters = jax.tree.map(jnp.add, masters, updates)
-            return *halved(masters, self.config.runtime.dtype), moments
+            return *split_weights(masters, self.config.runtime.dtype), moments
 
         # A choice between whole states, element by element, would hold both.
-        parameters, rests, moments = jax.lax.cond(
-            made, move, lambda *old: old, state.parameters, state.rests, state.optimizer
+        parameters, remainders, moments = jax.lax.cond(
+            made, move, lambda *old: old, state.parameters, state.remainders, state.optimizer
         )
-        guard = guards.after(state.guard, loss, made)
-        metrics = Metrics(loss, size, guard.skipped, guard.most_in_a_row)
-        return State(parameters, rests, moments, state.step + 1, guard), metrics
+        guard = updated(state.guard, loss, made)
+        metrics = StepMetrics(loss, size, guard.skipped, guard.most_in_a_row)
+        return TrainState(parameters, remainders, moments, state.step + 1, guard), metrics
 
     def _gradients(self, parameters, batch):
-        """Loss and gradients, in parts if so configured, summed in float32."""
+        """Loss and gradients, computed in as many parts as configured, and summed in float32."""
         count = self.config.runtime.accumulation_steps
-        # Of all parts: those with fewer targets weigh less, as in the whole batch. Batches of first
-        # tokens alone have no target.
+        # Over all parts: those with fewer targets weigh less, as in an undivided batch. A batch may
+        # have no target, if it is of first tokens alone.
         total = jnp.maximum(self._weights(batch).sum(), 1).astype(jnp.float32)
 
         def of(part):
@@ -152,5 +153,5 @@ def target_weights(segments):
 
 
 def norm(tree: Any) -> jax.Array:
-    """Of all arrays together; squares of bfloat16 are summed in float32."""
+    """Euclidean norm of all arrays of a tree together, summed in float32."""
     return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.float32), tree))

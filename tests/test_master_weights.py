@@ -20,9 +20,10 @@ from small_training import (
 
 from clustering.errors import UserError
 from xelm.config import vary
-from xelm.training.masters import halved, whole
-from xelm.training.program import program, state_of
-from xelm.training.sharding import make_mesh, spread_lookup
+from xelm.training.compiled import compile_steps, state_of
+from xelm.training.lookups import spread_lookup
+from xelm.training.master_weights import join_weights, split_weights
+from xelm.training.sharding import make_mesh
 
 WIDE = replace(MODEL, width=128, head_size=64, feedforward_width=256, vocabulary_size=512)
 HALF = {"runtime.dtype": "bfloat16"}
@@ -44,15 +45,15 @@ def test_halves_make_the_whole_to_the_last_bit():
     # Rounded up, the last would be no number any more.
     bits = bits[(bits & 0x7FFFFFFF < 0x7F7F8000) | np.isin(bits, odd)]
     masters = {"weight": jnp.asarray(bits.view(np.float32))}
-    read, rests = halved(masters, "bfloat16")
-    assert (read["weight"].dtype, rests["weight"].dtype) == (jnp.bfloat16, jnp.int16)
-    again = np.asarray(whole(read, rests)["weight"]).view(np.uint32)
+    read, remainders = split_weights(masters, "bfloat16")
+    assert (read["weight"].dtype, remainders["weight"].dtype) == (jnp.bfloat16, jnp.int16)
+    again = np.asarray(join_weights(read, remainders)["weight"]).view(np.uint32)
     np.testing.assert_array_equal(again, bits)
 
 
 def test_the_half_that_is_read_is_the_nearest():
     values = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
-    read, _ = halved({"weight": jnp.asarray(values)}, "bfloat16")
+    read, _ = split_weights({"weight": jnp.asarray(values)}, "bfloat16")
     np.testing.assert_array_equal(
         np.asarray(read["weight"], np.float32),
         np.asarray(jnp.asarray(values).astype(jnp.bfloat16), np.float32),
@@ -61,16 +62,16 @@ def test_the_half_that_is_read_is_the_nearest():
 
 def test_vectors_are_not_halved_and_nothing_is_for_float32(parameters):
     parameters = jax.tree.map(jnp.asarray, parameters)
-    read, rests = halved(parameters, "float32")
-    assert rests == {}
+    read, remainders = split_weights(parameters, "float32")
+    assert remainders == {}
     jax.tree.map(np.testing.assert_array_equal, read, parameters)
-    read, rests = halved(parameters, "bfloat16")
+    read, remainders = split_weights(parameters, "bfloat16")
     dtypes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf.dtype
         for path, leaf in jax.tree_util.tree_leaves_with_path(read)
     }
-    assert {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16} == set(rests)
-    assert set(dtypes) - set(rests) == {
+    assert {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16} == set(remainders)
+    assert set(dtypes) - set(remainders) == {
         "blocks/attention_norm/scale",
         "blocks/feedforward_norm/scale",
         "norm/scale",
@@ -187,12 +188,12 @@ def test_a_training_goes_on_in_other_parts_and_with_less_kept(trained, capsys):
 
 def test_masters_are_the_same_in_other_dtypes(parameters):
     mesh = make_mesh(CONFIG)
-    full, half = (program(MODEL, vary(CONFIG, changes), mesh) for changes in ({}, SMALL))
+    full, half = (compile_steps(MODEL, vary(CONFIG, changes), mesh) for changes in ({}, SMALL))
     with jax.set_mesh(mesh):
         placed = jax.tree.map(lambda array: array.sharding, full.alone[0].parameters)
         state = full.create[0](jax.device_put(parameters, placed))
-        other = half.adopt[0](state)
-        back = full.adopt[0](other)
+        other = half.convert[0](state)
+        back = full.convert[0](other)
     assert other.parameters["embedding"].dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(other.optimizer)} == {
         jnp.dtype("bfloat16"),

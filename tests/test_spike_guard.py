@@ -18,10 +18,10 @@ from small_training import (
 from clustering.errors import UserError
 from xelm.config import vary
 from xelm.data.rows import ORIGIN, batches
-from xelm.training import guard, loop
-from xelm.training.account import DivergedError
-from xelm.training.program import program
+from xelm.training import loop, spike_guard
+from xelm.training.compiled import compile_steps
 from xelm.training.sharding import make_mesh
+from xelm.training.trainer import DivergedError
 
 
 def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_path):
@@ -50,26 +50,26 @@ def batches_of(config):
 
 def test_a_step_without_a_number_changes_nothing_but_what_is_counted(parameters):
     mesh = make_mesh(CONFIG)
-    functions = program(MODEL, CONFIG, mesh)
+    functions = compile_steps(MODEL, CONFIG, mesh)
     batch = {name: array for name, array in batches_of(CONFIG)[0].items() if name not in ORIGIN}
     spoilt = jax.tree.map(np.copy, parameters)
     spoilt["norm"]["scale"][3] = np.nan
     with jax.set_mesh(mesh):
-        before = functions.side_by_side([functions.create[0](spoilt)])
+        before = functions.stack([functions.create[0](spoilt)])
         kept = jax.tree.map(np.array, before)
         state, metrics = functions.step(before, batch, np.array([1e-3]))
     for part in ("parameters", "optimizer"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, part), getattr(kept, part))
     assert np.isnan(metrics.loss) and (metrics.skipped, metrics.most_in_a_row) == (1, 1)
     assert (state.step, state.guard.known) == (1, 0) and not state.guard.losses.any()
-    assert not functions.sound(state.parameters) and functions.sound(parameters)
+    assert not functions.finite(state.parameters) and functions.finite(parameters)
 
 
 def skip(monkeypatch, steps):
     """To these steps, the losses before them look as if they had been far lower."""
 
     def spying(model, config, mesh):
-        functions = program(model, config, mesh)
+        functions = compile_steps(model, config, mesh)
         places = jax.tree.map(lambda array: array.sharding, functions.state.guard)
 
         def step(state, batch, rate):
@@ -85,7 +85,7 @@ def skip(monkeypatch, steps):
 
         return functions._replace(step=step)
 
-    monkeypatch.setattr(loop, "program", spying)
+    monkeypatch.setattr(loop, "compile_steps", spying)
 
 
 def test_steps_that_are_skipped_are_counted_and_the_training_goes_on(trained, monkeypatch):
@@ -125,8 +125,8 @@ def test_after_too_many_in_a_row_a_training_ends(trained, monkeypatch, tmp_path,
 
 
 def test_losses_far_above_those_before_are_spikes():
-    draw, of = np.random.default_rng(0), guard.fresh()
-    asked, later = jax.jit(guard.harmless), jax.jit(guard.after)
+    draw, of = np.random.default_rng(0), spike_guard.new_guard()
+    asked, later = jax.jit(spike_guard.accepts), jax.jit(spike_guard.updated)
     norm, yes, no = np.float32(1), np.bool_(True), np.bool_(False)
     for number, loss in enumerate((3 + draw.normal(size=200)).astype(np.float32)):
         # Nothing is a spike before there are enough losses to tell.
@@ -148,7 +148,11 @@ def test_losses_far_above_those_before_are_spikes():
 
 
 def test_what_lasts_is_no_spike_for_long():
-    of, later, asked = guard.fresh(), jax.jit(guard.after), jax.jit(guard.harmless)
+    of, later, asked = (
+        spike_guard.new_guard(),
+        jax.jit(spike_guard.updated),
+        jax.jit(spike_guard.accepts),
+    )
     for _ in range(150):
         of = later(of, np.float32(2), np.bool_(True))
     # Three nats above even losses, which a few rows of a hard language may be, are none.

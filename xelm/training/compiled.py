@@ -1,0 +1,154 @@
+"""Compiled functions of experts that train in one program, each on its own part of the mesh.
+
+Nothing passes from one expert to another.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from xelm.config import TrainConfig
+from xelm.models.config import ModelConfig
+from xelm.models.parameters import by_path, shapes
+from xelm.training.expert_axis import expert_mesh, stack, stacked_shape, unstack
+from xelm.training.master_weights import join_weights
+from xelm.training.sharding import BATCH, parameter_shardings, replicated
+from xelm.training.step import TrainState, TrainStep, norm
+
+_RATES = ("learning_rate", "schedule", "warmup_share", "decay_share", "final_rate_share")
+_LOGISTICS = (
+    *("skip_limit", "checkpoint_every", "keep_checkpoints", "keep_every", "log_every"),
+    *("mesh_expert", "mesh_data", "mesh_fsdp", "mesh_tensor", "tensorboard", "wandb"),
+)
+"""Settings of OptimizerConfig and RuntimeConfig that no compiled function depends on."""
+
+
+class CompiledSteps(NamedTuple):
+    """Compiled functions of one model shape for experts that train in one program, and where their
+    arrays lie. "Stacked" arrays are those of all experts, as `expert_axis` stacks them."""
+
+    create: tuple[Any, ...]
+    """For each expert a function: float32 parameters -> its TrainState"""
+    convert: tuple[Any, ...]
+    """For each expert a function: its TrainState in other dtypes -> its TrainState"""
+    step: Any
+    """(stacked TrainState, batches, learning rates [E]) -> (stacked TrainState, StepMetrics of
+    [E]); the memory of the old TrainState is reused."""
+    finite: Any
+    """stacked parameters -> whether all of an expert are finite, [E]"""
+    master_weights: Any
+    """(parameters, remainders) of an expert -> its float32 parameters"""
+    state: TrainState
+    """Shapes and shardings of the stacked TrainState."""
+    alone: tuple[TrainState, ...]
+    """Shapes and shardings of the TrainState of each expert on its part of the mesh."""
+    batch_sharding: NamedSharding
+    """Sharding of the experts' batches, which follow one another along the first dimension."""
+
+    def stack(self, states: Sequence[TrainState]) -> TrainState:
+        """The stacked TrainState of the experts, which a step advances."""
+        return stack(states, self.state)
+
+    def expert_state(self, states: TrainState, number: int) -> TrainState:
+        """The TrainState of one expert out of the stacked one, in the same memory."""
+        return unstack(states, self.alone[number])
+
+
+def compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> CompiledSteps:
+    """The compiled functions of a training. Trainings that differ only in budget, learning rates,
+    random seed, checkpoints or logs share them: they compile once in a process."""
+    same = TrainConfig(
+        tokens=1,
+        batch_size=config.batch_size,
+        optimizer=_with_defaults(config.optimizer, _RATES),
+        runtime=_with_defaults(config.runtime, _LOGISTICS),
+    )
+    return _compile_steps(model, same, mesh)
+
+
+def _with_defaults(config: Any, names: Sequence[str]) -> Any:
+    usual = type(config)()
+    return replace(config, **{name: getattr(usual, name) for name in names})
+
+
+@functools.lru_cache(maxsize=8)
+def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> CompiledSteps:
+    experts = mesh.shape["expert"]
+    step = TrainStep(model, config, spread=mesh.size > experts)
+    alone = tuple(state_of(model, config, expert_mesh(mesh, number)) for number in range(experts))
+    state = jax.tree.map(functools.partial(stacked_shape, mesh), alone[0])
+    placed = _shardings(state)
+
+    def each(states, batches, rates):
+        one = jax.tree.map(lambda x, like: x.reshape(like.shape), states, alone[0])
+        return jax.tree.map(jnp.atleast_1d, step(one, batches, rates[0]))
+
+    def finite(parameters):
+        return jnp.isfinite(norm(parameters))[None]
+
+    def by_expert(function):
+        # Each expert's devices run the function on their own arrays: nothing can pass across.
+        expert = PartitionSpec("expert")
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=expert,
+            out_specs=expert,
+            axis_names={"expert"},
+            check_vma=False,
+        )
+
+    return CompiledSteps(
+        create=tuple(jax.jit(step.begin, out_shardings=_shardings(one)) for one in alone),
+        convert=tuple(jax.jit(step.convert, out_shardings=_shardings(one)) for one in alone),
+        step=jax.jit(
+            by_expert(each),
+            donate_argnums=0,
+            in_shardings=(placed, None, None),
+            out_shardings=(placed, NamedSharding(mesh, PartitionSpec("expert"))),
+        ),
+        finite=jax.jit(by_expert(finite)),
+        master_weights=jax.jit(join_weights),
+        state=state,
+        alone=alone,
+        batch_sharding=NamedSharding(mesh, PartitionSpec(("expert", *BATCH))),
+    )
+
+
+def state_of(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes and shardings of the TrainState of an expert on its part of a mesh. Remainders, and
+    averages of the shape of their parameters, lie where those do; every device has all of the rest,
+    which is little."""
+    step = TrainStep(model, config, spread=mesh.size > 1)
+    state = jax.eval_shape(step.begin, shapes(model))
+    placed, everywhere = parameter_shardings(model, mesh), replicated(mesh)
+    moments = optax.tree_map_params(
+        step.optimizer,
+        lambda moment, like, sharding: sharding if moment.shape == like.shape else everywhere,
+        state.optimizer,
+        state.parameters,
+        placed,
+        transform_non_params=lambda _: everywhere,
+    )
+    shardings = TrainState(
+        parameters=placed,
+        remainders={path: by_path(placed)[path] for path in state.remainders},
+        optimizer=moments,
+        step=everywhere,
+        guard=jax.tree.map(lambda _: everywhere, state.guard),
+    )
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        shardings,
+    )
+
+
+def _shardings(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda array: array.sharding, state)

@@ -1,0 +1,57 @@
+"""Look-ups in arrays that are spread over an expert's part of the mesh."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from xelm.training.sharding import BATCH, RULES
+
+
+def spread_lookup(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a table whose columns are spread over an expert's part of the mesh.
+
+    Each device looks up its columns for all tokens of its `data`; then columns are exchanged for
+    rows. So the gradient of the table is made in place, spread as the table is.
+    """
+    spread = jax.lax.with_sharding_constraint
+    tokens = spread(tokens, PartitionSpec("data"))
+    columns = spread(_rows(table, tokens), PartitionSpec("data", None, RULES["columns"]))
+    # In two steps: for both at once XLA would gather everything everywhere.
+    columns = spread(columns, PartitionSpec("data", None, "fsdp"))
+    return spread(columns, PartitionSpec(BATCH))
+
+
+@jax.custom_vjp
+def _rows(table, tokens):
+    return table[tokens]
+
+
+def _rows_forward(table, tokens):
+    return table[tokens], (table, tokens)
+
+
+def _rows_backward(found, gradient):
+    # Summed in float32: a token met a thousand times would lose most of its gradient in bfloat16.
+    table, tokens = found
+    sums = jnp.zeros_like(table, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
+    return sums.astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def states_at(states: Float[Array, "B T D"], places: Int[Array, "B P"]) -> Float[Array, "B P D"]:
+    """States at P places of each row: every device takes those of its own rows."""
+
+    # By hand: for TPUs XLA's partitioner fails at it where `fsdp` and `tensor` are both used.
+    def take(states, places):
+        return jnp.take_along_axis(states, places[..., None], axis=1)
+
+    rows = PartitionSpec(BATCH)
+    return jax.shard_map(
+        take,
+        in_specs=(rows, rows),
+        out_specs=rows,
+        axis_names={*BATCH, "tensor"},
+    )(states, places)

@@ -1,0 +1,301 @@
+"""One training as it proceeds: its batches, metrics and checkpoints, step by step."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from clustering.errors import UserError
+from xelm.config import TrainConfig, differences, to_json, vary
+from xelm.data.masking import mask_tokens
+from xelm.data.rows import ORIGIN, LanguageShare, batches
+from xelm.data.text_format import TextFormat
+from xelm.models.config import ModelConfig
+from xelm.progress import bar
+from xelm.training.checkpoint import Checkpoints
+from xelm.training.compiled import CompiledSteps, state_of
+from xelm.training.flops import of_a_token, peak
+from xelm.training.hosts import is_first
+from xelm.training.metrics import MetricsLog
+from xelm.training.optimizer import schedule
+from xelm.training.step import StepMetrics, TrainState
+
+_FORMAT = 5
+"""Version of what a checkpoint contains, and of the rows that follow it; 1 had no spike guard, 2 no
+master weights in halves, 3 rows of documents in an order drawn by the seed, 4 flat settings."""
+_DTYPES = ("dtype", "moments_dtype")
+
+
+class DivergedError(UserError):
+    """Further steps are useless: the settings or the text do not suit the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSpec:
+    """What is to be trained, on which text, and where its files are kept meanwhile."""
+
+    label: str
+    """Name in messages."""
+    start: Callable[[Any], Any]
+    """shardings -> the initial parameters (nested dictionary, float32), each on the devices of its
+    sharding."""
+    sources: Sequence[LanguageShare]
+    """Documents, with the share of each source in the rows."""
+    config: TrainConfig
+    directory: Path
+    """Folder for checkpoints and metrics.jsonl."""
+    logs: Path | None = None
+    """Folder for other logs, which stay when `directory` is deleted."""
+
+
+class Trainer:
+    """One training as it proceeds, in one process. The loop takes batches from it, and hands it the
+    metrics and states of its steps."""
+
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        model: ModelConfig,
+        text_format: TextFormat,
+        checkpoints: Checkpoints,
+        step: int,
+        facts: dict[str, Any],
+        devices: int,
+    ):
+        """step: number of steps done before. facts: JSON saved beside the state. devices: number of
+        devices that it runs on."""
+        config = spec.config
+        self.label, self.step = spec.label, step
+        self.failed: UserError | None = None
+        """Why the training was given up."""
+        self.language_tokens: dict[str, int] = dict(facts["language_tokens"])
+        """Language -> targets predicted so far (of an encoder, tokens read)."""
+        self._config, self._model, self._format = config, model, text_format
+        self._facts, self._checkpoints, self._rates = facts, checkpoints, schedule(config)
+        self._languages = list(self.language_tokens)
+        self._rows = iter(
+            batches(
+                list(spec.sources),
+                steps=config.steps,
+                batch_size=config.batch_size,
+                sequence_length=config.sequence_length,
+                start_id=text_format.start_id,
+                end_id=text_format.end_id,
+                random_seed=config.random_seed,
+                first_step=step,
+            )
+        )
+        self._batch: Mapping[str, np.ndarray] = {}
+        self._log = _metrics_log(spec, step) if is_first() else None
+        tokens = config.tokens_per_step
+        self._bar = bar(config.steps * tokens, self.label, "tok", shown=self._log is not None)
+        self._bar.update(step * tokens)
+        self._flops = of_a_token(model, config.sequence_length) * tokens
+        self._peak = peak(config.runtime.dtype, devices)
+        # Since the last line of metrics: seconds spent on batches, and where it was then.
+        self._preparing = 0.0
+        self._last = time.perf_counter(), step, self.tokens
+
+    @property
+    def tokens(self) -> int:
+        """Targets predicted so far, in all languages (of an encoder, tokens read)."""
+        return sum(self.language_tokens.values())
+
+    @property
+    def active(self) -> bool:
+        """Whether steps remain."""
+        return self.step < self._config.steps and not self.failed
+
+    def next_batch(self) -> tuple[dict[str, np.ndarray], float]:
+        """Arrays and learning rate of the next step, which becomes the current one."""
+        began = time.perf_counter()
+        self._batch, self.step = next(self._rows), self.step + 1
+        self._count()
+        batch, config = self._batch, self._config
+        masking = self._format.masking
+        if masking is not None:
+            share = config.data.mask_share
+            batch = mask_tokens(batch, masking, share, config.random_seed, self.step)
+        arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
+        self._preparing += time.perf_counter() - began
+        return arrays, self._rates[self.step - 1]
+
+    def _count(self) -> None:
+        """Adds the targets of the current batch (of an encoder, its tokens)."""
+        segments = self._batch["segments"]
+        targets = segments[:, :-1] > 0
+        if self._model.causal:
+            targets = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        for index, count in zip(self._batch["language"], targets.sum(axis=1)):
+            self.language_tokens[self._languages[int(index)]] += int(count)
+        self._bar.update(self._config.tokens_per_step)
+
+    @property
+    def saves(self) -> bool:
+        """Whether the state is saved after the current step."""
+        every = self._config.runtime.checkpoint_every
+        return self.step % every == 0 or self.step == self._config.steps
+
+    @property
+    def reports(self) -> bool:
+        """Whether the metrics of the current step are read, which waits for the device."""
+        return self.saves or self.step == 1 or self.step % self._config.runtime.log_every == 0
+
+    def report(self, metrics: StepMetrics) -> None:
+        """Reads the metrics of the current step, and logs those of every `log_every` steps and of
+        the last. Sets `failed` where further steps are useless."""
+        loss, norm = float(metrics.loss), float(metrics.grad_norm)
+        found = f"loss {loss:g} and gradient norm {norm:g}"
+        if self.step == 1 and not math.isfinite(loss + norm):
+            self.failed = UserError(
+                f"{self.label} has {found} before anything was learned: look at what it starts from"
+            )
+        elif metrics.most_in_a_row >= self._config.runtime.skip_limit:
+            self.failed = self._diverged(
+                f"{metrics.most_in_a_row} steps in a row were skipped; at step {self.step} it has "
+                f"{found}, and reads rows {self._origin()}"
+            )
+        elif self.step % self._config.runtime.log_every == 0 or self.step == self._config.steps:
+            self._write(metrics, loss, norm)
+
+    def _write(self, metrics: StepMetrics, loss: float, norm: float) -> None:
+        """Writes a line of metrics.jsonl, with speeds since the line before."""
+        (clock, step, tokens), now = self._last, time.perf_counter()
+        line = {
+            "step": self.step,
+            "steps": self._config.steps,
+            "tokens": self.tokens,
+            "loss": loss if math.isfinite(loss) else None,
+            "learning_rate": self._rates[self.step - 1],
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "skipped": int(metrics.skipped),
+            "tokens_per_second": (self.tokens - tokens) / (now - clock),
+            "data_share": self._preparing / (now - clock),
+            "language_tokens": dict(self.language_tokens),
+        }
+        if self._peak is not None:
+            steps_per_second = (self.step - step) / (now - clock)
+            line["utilisation"] = self._flops * steps_per_second / self._peak
+        if self._log is not None:
+            self._log.write(line)
+        self._last, self._preparing = (now, self.step, self.tokens), 0.0
+        self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+    def save(self, state: TrainState, finite: bool) -> None:
+        """Saves the state after the current step; gives the training up if its parameters are not
+        `finite`."""
+        if finite:
+            facts = {**self._facts, "language_tokens": dict(self.language_tokens)}
+            self._checkpoints.save(self.step, state, facts)
+        else:
+            self.failed = self._diverged(f"its parameters are no numbers after step {self.step}")
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk."""
+        self._checkpoints.wait()
+
+    def close(self) -> None:
+        """Closes checkpoints, logs and the progress bar."""
+        with closing(self._checkpoints), closing(self._bar):
+            if self._log is not None:
+                self._log.close()
+
+    def _diverged(self, why: str) -> DivergedError:
+        return DivergedError(
+            f"the training of {self.label} has diverged: {why}; a peak rate of "
+            f"{self._config.optimizer.learning_rate:g} may be too much for it"
+        )
+
+    def _origin(self) -> str:
+        """Rows of the current batch, as in "de 3, 17; el 5"."""
+        rows: dict[str, list[str]] = {}
+        for index, row in zip(self._batch["language"].tolist(), self._batch["row"].tolist()):
+            rows.setdefault(self._languages[index], []).append(str(row))
+        return "; ".join(f"{language} {', '.join(some)}" for language, some in rows.items())
+
+
+def _metrics_log(spec: TrainingSpec, step: int) -> MetricsLog:
+    runtime = spec.config.runtime
+    return MetricsLog(
+        spec.directory / "metrics.jsonl",
+        last_step=step,
+        logs=spec.logs,
+        tensorboard=runtime.tensorboard,
+        wandb={"name": spec.label, "config": to_json(spec.config)} if runtime.wandb else None,
+    )
+
+
+def resume(
+    spec: TrainingSpec,
+    model: ModelConfig,
+    text_format: TextFormat,
+    compiled: CompiledSteps,
+    number: int,
+) -> tuple[Trainer, TrainState]:
+    """The trainer of expert `number` of a program, and its state: that of the newest checkpoint or,
+    where there is none, that of a training that begins now."""
+    config, alone = spec.config, compiled.alone[number]
+    facts = {
+        "state": _FORMAT,
+        "config": to_json(config),
+        "model": to_json(model),
+        "language_tokens": {source.ids.language: 0 for source in spec.sources},
+    }
+    mesh = alone.step.sharding.mesh
+
+    def saved(found: dict[str, Any]) -> TrainState:
+        _check_same_training(facts, found, spec.directory)
+        dtypes = {f"runtime.{name}": found["config"]["runtime"][name] for name in _DTYPES}
+        return state_of(model, vary(config, dtypes), mesh)
+
+    with jax.set_mesh(mesh), ExitStack() as stack:
+        runtime = config.runtime
+        folder = spec.directory / "checkpoints"
+        checkpoints = Checkpoints(folder, runtime.keep_checkpoints, runtime.keep_every)
+        stack.callback(checkpoints.close)
+        found = checkpoints.newest(saved)
+        if found:
+            step, state, before = found
+            facts["language_tokens"] = before["language_tokens"]
+            now, then = facts["config"]["runtime"], before["config"]["runtime"]
+            others = [name for name in _DTYPES if now[name] != then[name]]
+            if is_first():
+                changes = "".join(f", {name} {now[name]} (was {then[name]})" for name in others)
+                print(f"{spec.label}: going on after step {step}{changes}", file=sys.stderr)
+            if others:
+                state = compiled.convert[number](state)
+        else:
+            shardings = jax.tree.map(lambda array: array.sharding, alone.parameters)
+            step, state = 0, compiled.create[number](spec.start(shardings))
+        trainer = Trainer(spec, model, text_format, checkpoints, step, facts, mesh.size)
+        stack.pop_all()  # the trainer closes its checkpoints from now on
+        return trainer, state
+
+
+def _check_same_training(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
+    """Raises UserError unless a checkpoint is of this training, but for its runtime settings."""
+    if found.get("state", 1) != wanted["state"]:
+        raise UserError(
+            f"{directory} contains an unfinished training of another version of xelm; finish it "
+            "with that, or delete the folder to start over"
+        )
+    differ = [
+        each
+        for part in ("config", "model")
+        for each in differences(found[part], wanted[part])
+        if not each.startswith("runtime.")
+    ]
+    if set(wanted["language_tokens"]) != set(found["language_tokens"]):
+        differ.append("the languages differ")
+    if differ:
+        raise UserError(
+            f"{directory} contains an unfinished training with other settings "
+            f"({'; '.join(differ)}); use those again, or delete the folder to start over"
+        )
