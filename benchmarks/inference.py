@@ -226,7 +226,7 @@ class _Dealt:
 def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0) -> dict:
     from xelm.inference.ensemble import Ensemble
     from xelm.inference.generation import generate
-    from xelm.inference.sampling import SamplingParams
+    from xelm.inference.sampling_params import SamplingParams
 
     ensemble = Ensemble(
         names=[str(n) for n in range(len(experts))],

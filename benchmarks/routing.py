@@ -35,7 +35,7 @@ from xelm.inference.ensemble import Ensemble
 from xelm.inference.route import Walk, mixture, states_along
 from xelm.inference.routers import ByLanguage
 from xelm.inference.routing import Routing
-from xelm.inference.sampling import SamplingParams
+from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.routers import make_router, models_behind

@@ -17,7 +17,7 @@ from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.route import Walk, mixture
 from xelm.inference.routers import Abstaining, ByLanguage, Posterior, Tfidf, uniform
 from xelm.inference.routing import Limits
-from xelm.inference.sampling import SamplingParams
+from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.parameters import bind, for_inference, fresh_parameters, inference_graph

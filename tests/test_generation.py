@@ -21,7 +21,7 @@ from xelm.data import tokenizer as tokenizers
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
 from xelm.inference.routers import uniform
-from xelm.inference.sampling import SamplingParams
+from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.sequence import Detokenizer
 from xelm.models.checkpoint import load_model, read_config
 from xelm.models.parameters import for_inference, parameters_of

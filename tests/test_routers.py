@@ -15,7 +15,7 @@ from xelm import open_run
 from xelm.inference.generation import generate
 from xelm.inference.routers import OrMixture, uniform
 from xelm.inference.routing import Routing
-from xelm.inference.sampling import SamplingParams
+from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.fitted import _beginnings, _some, identifier

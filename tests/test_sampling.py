@@ -16,7 +16,13 @@ from transformers import (
 )
 
 from clustering.errors import UserError
-from xelm.inference.sampling import SamplingParams, _kept, penalised, read_sampling_params, sample
+from xelm.inference.sampling import (
+    _kept,
+    penalised,
+    read_sampling_params,
+    sample,
+)
+from xelm.inference.sampling_params import SamplingParams
 
 PROBABILITIES = np.array([0.05, 0.4, 0.15, 0.3, 0.1])
 

@@ -12,7 +12,7 @@ from shared import LANGUAGES, NAMES, documents_of
 
 from clustering.errors import UserError
 from xelm import open_run
-from xelm.inference.sampling import SamplingParams
+from xelm.inference.sampling_params import SamplingParams
 from xelm.serving.origins import LOOPBACK
 from xelm.serving.requests import ChatRequest, CompletionRequest
 from xelm.serving.server import read_key

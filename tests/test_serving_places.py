@@ -14,7 +14,7 @@ from shared import LANGUAGES, documents_of
 
 from xelm import open_run
 from xelm.inference.routing import Routing
-from xelm.inference.sampling import SamplingParams
+from xelm.inference.sampling_params import SamplingParams
 from xelm.serving import desk as desk_module
 from xelm.serving.desk import Busy, Closed, Ended, Failed, Piece, Read, Ticket
 from xelm.serving.limits import Limits

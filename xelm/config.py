@@ -292,7 +292,7 @@ def explained(config: Any, indent: str = "") -> Iterator[str]:
     """Lines of YAML: every value of a configuration, below a comment that explains it."""
     import yaml  # by which 1e-06 is text, and 1.0e-06 a number
 
-    notes = _notes(type(config))
+    notes = field_notes(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         yield from (f"{indent}# {line}" for line in textwrap.wrap(notes[field.name], 92))
@@ -304,7 +304,7 @@ def explained(config: Any, indent: str = "") -> Iterator[str]:
             yield f"{indent}{field.name}: {text.strip()}"
 
 
-def _notes(kind: type) -> dict[str, str]:
+def field_notes(kind: type) -> dict[str, str]:
     """Explanation of each field: the string below it in the source, which Python does not keep."""
     found = {}
     for one in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):

@@ -5,26 +5,28 @@ import argparse
 from xelm.commands.options import (
     Command,
     add_corpus,
+    add_fields,
     add_json,
     add_run,
+    given_fields,
     names,
     print_json,
     required_corpus,
 )
-from xelm.commands.routing import add_kept, add_temperature
+from xelm.commands.routing import FLAGS
 from xelm.evaluation.options import CALIBRATION_TOKENS, EVALUATED
-from xelm.inference.routing import ROUTINGS
+from xelm.inference.routing import ROUTINGS, Routing
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
-    add_corpus(parser, "text to measure on, as for xelm init", required=True)
+    add_corpus(parser, "held-out text to measure on, as for xelm init", required=True)
     parser.add_argument(
         "--routing",
         type=names,
         default=EVALUATED,
         metavar="A,B",
-        help=f"routings to measure, of {', '.join(ROUTINGS[:-1])} (default: "
+        help=f"routings to measure, among {', '.join(ROUTINGS[:-1])} (default: "
         f"{', '.join(EVALUATED)}); language alone is the quickest",
     )
     parser.add_argument(
@@ -37,30 +39,32 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
         "--max-documents",
         type=int,
         metavar="N",
-        help="documents of each language to score at most (default: all)",
+        help="largest number of documents of each language to score (default: all)",
     )
     parser.add_argument(
         "--calibration-tokens",
         type=int,
         default=CALIBRATION_TOKENS,
         metavar="N",
-        help="tokens of each language on which calibration is measured (default: %(default)s)",
+        help="number of tokens of each language on which calibration is measured (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--context-length",
         type=int,
         metavar="N",
-        help="tokens that a model reads at once (default: the models' own length)",
+        help="number of tokens that a model reads at once (default: the models' context length)",
     )
     parser.add_argument(
         "--stride",
         type=int,
         metavar="N",
-        help="tokens from one window of a longer document to the next (default: the context "
-        "length); fewer give every token more context and take longer",
+        help="number of tokens from one window of a longer document to the next (default: the "
+        "context length); a small one gives every token more context and takes longer",
     )
-    add_kept(parser)
-    add_temperature(parser)
+    add_fields(
+        parser, Routing, "top_m", "least_weight", "temperature", title="routing", flags=FLAGS
+    )
     add_json(parser)
 
 
@@ -75,9 +79,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         run,
         required_corpus(options),
         routings=options.routing,
-        top_m=options.top_m,
-        **({} if options.least_weight is None else {"least_weight": options.least_weight}),
-        temperature=options.router_temperature,
+        **given_fields(options, Routing),
         languages=options.languages,
         max_documents=options.max_documents,
         calibration_tokens=options.calibration_tokens,
@@ -91,4 +93,4 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"\nSaved in {run.results / RESULTS}")
 
 
-EVALUATE = Command("perplexity and bits per byte by language", _evaluate_options, _evaluate)
+EVALUATE = Command("measure perplexity and bits per byte by language", _evaluate_options, _evaluate)

@@ -1,26 +1,110 @@
-"""What several verbs share."""
+"""Options that several commands share, and options made from the fields of dataclasses."""
 
 import argparse
+import dataclasses
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from clustering.errors import UserError
+from xelm.config import field_notes
 from xelm.process import cores
 
 if TYPE_CHECKING:
     from xelm.data.corpus import Corpus
 
-# Whoever reads and writes for them keeps up with no more.
 _MOST_WORKERS = 32
+"""Number of tokenising processes beyond which the process that writes does not keep up."""
 
 
 class Command(NamedTuple):
-    """What the help says of a verb, what adds its options to a parser, and what runs it."""
+    """A command of the command line."""
 
     summary: str
+    """Description for the help."""
     add_options: Callable[[argparse.ArgumentParser], None]
+    """Function that adds the command's options to its parser."""
     run: Callable[[argparse.Namespace], None]
+    """Function that runs the command."""
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    *fields: str,
+    title: str,
+    flags: Mapping[str, str] | None = None,
+    choices: Mapping[str, Sequence[str]] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
+) -> None:
+    """Adds an option for each of these fields of a dataclass, with the type, the default and the
+    explanation of the field. `given_fields` returns the values that a user gave.
+
+    title: heading above the options. flags: options that are not named as their fields are.
+    choices: values that the options take, where the type does not say it. elsewhere: places
+    that have a default which precedes that of the dataclass.
+    """
+    hints, notes = typing.get_type_hints(kind), field_notes(kind)
+    values = {field.name: field.default for field in dataclasses.fields(kind)}
+    names = {name: f"--{name.replace('_', '-')}" for name in values} | dict(flags or {})
+    group = parser.add_argument_group(title)
+    for field in fields:
+        note, _, default = notes[field].removesuffix(".").partition(". None: ")
+        note = re.sub("`(.+?)`", lambda found: names.get(found[1], found[1]), note)
+        if note[1].islower():
+            note = note[0].lower() + note[1:]
+        if not default and isinstance(values[field], str | float | int):
+            default = str(values[field])
+        if elsewhere and field in elsewhere:
+            default = f"{elsewhere[field]}, or else {default}"
+        chosen = {"choices": choices[field]} if choices and field in choices else {}
+        group.add_argument(
+            names[field],
+            dest=f"{kind.__name__}.{field}",
+            help=(note + (f" (default: {default})" if default else "")).replace("%", "%%"),
+            **(chosen or _value(hints[field])),
+        )
+
+
+def given_fields(options: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Values of the options that `add_fields` made of a dataclass, by field, as far as the user
+    gave them."""
+    prefix, found = f"{kind.__name__}.", {}
+    for name, value in vars(options).items():
+        if name.startswith(prefix) and value is not None:
+            found[name.removeprefix(prefix)] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _value(hint: Any) -> dict[str, Any]:
+    """Arguments of `add_argument` for a field of this type."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    return {
+        int: {"type": int, "metavar": "N"},
+        float: {"type": float, "metavar": "X"},
+        tuple[str, ...]: {"action": "append", "metavar": "TEXT"},
+        Mapping[str, float]: {"type": _weights, "metavar": "NAME=X,..."},
+    }[hint]
+
+
+def _weights(text: str) -> dict[str, float]:
+    """Parses numbers by name, such as "en=.7,de=.3"."""
+    found = {}
+    for part in names(text):
+        name, equals, weight = part.partition("=")
+        try:
+            found[name] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise argparse.ArgumentTypeError(f"weights such as en=.7,de=.3 wanted; got {part!r}")
+    return found
 
 
 def add_corpus(parser: argparse.ArgumentParser, summary: str, *, required: bool = False) -> None:

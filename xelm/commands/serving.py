@@ -3,8 +3,7 @@
 import argparse
 
 from xelm.commands.options import Command, add_run
-from xelm.commands.routing import add_route_per, add_router, router_options
-from xelm.inference.routing import DEFAULT, ROUTINGS
+from xelm.commands.routing import add_routing, routing_of
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
@@ -57,28 +56,19 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="further texts that may wait; beyond, requests are refused (default: %(default)s)",
     )
-    parser.add_argument(
-        "--routing",
-        choices=ROUTINGS,
-        default=DEFAULT,
-        help="how the experts are weighed (default: %(default)s)",
-    )
-    add_route_per(parser)
-    add_router(parser)
+    add_routing(parser, "route_per")
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from xelm.inference.routing import Routing
     from xelm.process import return_freed_memory
     from xelm.runs.run import open_run
     from xelm.serving.limits import Limits
     from xelm.serving.server import serve
 
     return_freed_memory()
-    chosen = {**router_options(options), "weights": options.weights or {}}
     serve(
         open_run(options.run),
-        Routing(name=options.routing, route_per=options.route_per, **chosen),
+        routing_of(options),
         dtype=options.dtype,
         host=options.host,
         port=options.port,

@@ -20,13 +20,12 @@ from xelm.inference.pool import Pool
 from xelm.inference.route import Router, decide, routing_mask
 from xelm.inference.routing import Limits
 from xelm.inference.sampling import (
-    GREEDY,
-    SamplingParams,
     TokenLikelihood,
     likeliest,
     penalised,
     sample,
 )
+from xelm.inference.sampling_params import GREEDY, SamplingParams
 
 
 @dataclass(eq=False, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from xelm.inference.pool import Pool
 from xelm.inference.predictions import predict_documents
 from xelm.inference.route import Decision, Router, Walk, mixture, routing_mask
 from xelm.inference.routing import Limits, Routing
-from xelm.inference.sampling import SamplingParams
+from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import check_ids, score_documents, targets, unpredicted
 
 Prompt = str | Sequence[Mapping[str, str]]

@@ -15,7 +15,8 @@ from xelm.inference.engine import Engine, RunningSequence
 from xelm.inference.pool import Pool
 from xelm.inference.route import Router
 from xelm.inference.routing import Limits
-from xelm.inference.sampling import SamplingParams, TokenLikelihood
+from xelm.inference.sampling import TokenLikelihood
+from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import check_ids
 from xelm.inference.sequence import Detokenizer
 

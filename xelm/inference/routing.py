@@ -16,6 +16,8 @@ TEMPERATURE, DISTANCE_POWER = 0.1, 2.0
 """Defaults of TF-IDF routing; the authors' code has .1 and 4."""
 
 RoutePer = Literal["token", "prompt", "sequence"]
+"""When a router decides. With "sequence", a text that is scored is routed once, by all of it, and a
+text that is generated is routed by its prompt."""
 AbstainTo = Literal["posterior", "seed", "dense"]
 
 
@@ -24,12 +26,12 @@ class Limits:
     """How many of the experts that a router weighs are read, and how often it decides."""
 
     top_m: int | None = None
-    """Number of experts that are kept, those with the largest weights; None keeps all."""
+    """Largest number of experts that are run at each token, those with the largest weights. None:
+    all that have weight."""
     least_weight: float = 0.0
-    """Weight below which an expert is left out; 0 keeps all that have any."""
+    """Weight below which an expert is not run; 0 runs all that have any weight."""
     route_per: RoutePer = "token"
-    """When the router decides: before every token; once, after the prompt (or context); or once for
-    a text that is scored, by all of it (a text that is generated is routed by its prompt)."""
+    """When the router decides: before every token, or once after the prompt (or context)."""
 
     def __post_init__(self) -> None:
         if self.route_per not in get_args(RoutePer):
@@ -47,22 +49,24 @@ class Routing(Limits):
     """Which router weighs the experts, and how. None stands for the router's default."""
 
     name: str = DEFAULT
-    """Router, one of `ROUTINGS`."""
+    """Router that weighs the experts; docs/inference.md compares them."""
     least_weight: float = 0.001
-    """Weight below which an expert is left out (not with fixed weights): its part of the mixture is
-    hardly more than that, and costs as much as any other's; 0 keeps all that have any."""
+    """Weight below which an expert is not run (except for fixed weights), since it costs as much as
+    any other; 0 runs all that have any weight."""
     temperature: float | None = None
-    """Temperature of TF-IDF routing."""
+    """Temperature of TF-IDF routing; a low one trusts the nearest expert alone. None: 0.1."""
     distance_power: float | None = None
-    """Exponent of the distance in TF-IDF routing: 2, or 4 as in the authors' code."""
+    """Exponent of distances in TF-IDF routing; the authors' code has 4. None: 2."""
     memory: float | None = None
-    """What the posterior keeps of its evidence after each token; below 1 it forgets."""
+    """Factor by which posterior routing discounts its evidence at each token. None: 1, which
+    forgets nothing."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Weights of experts by name, for fixed routing; experts that are not named have none."""
+    """Weights of experts by name for fixed routing, such as en=.7,de=.3; all others have none."""
     abstain: float | None = None
-    """Largest weight below which the router leaves the decision to `abstain_to`."""
+    """Threshold: where no expert has a larger weight, `abstain_to` decides instead of the router.
+    None: the router always decides."""
     abstain_to: AbstainTo = "posterior"
-    """The router or model that takes over then."""
+    """Router or model that decides where the router abstains."""
 
     def __post_init__(self) -> None:
         Limits.__post_init__(self)

@@ -1,9 +1,8 @@
 """Sampling: which token comes next, given the log probability of each."""
 
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustering.errors import UserError
 from clustering.files import read_object
+from xelm.inference.sampling_params import SamplingParams
 
 # Settings of generation_config.json that are honoured, and those that do not concern the text.
 HONOURED = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
@@ -27,55 +27,6 @@ IRRELEVANT = (
 _BLOCK = 256
 """Columns of a block: near the square root of a large vocabulary, so that both steps of a draw are
 short."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """Parameters by which a continuation is drawn and ends."""
-
-    max_new_tokens: int = 40
-    """Largest number of tokens of the continuation."""
-    temperature: float = 0.8
-    """Divisor of log probabilities; 0 takes the most probable token each time."""
-    top_k: int | None = None
-    """Number of tokens, the most probable ones, that are drawn from; None: all."""
-    top_p: float = 0.95
-    """Probability of the smallest set of tokens that are drawn from."""
-    repetition_penalty: float = 1.0
-    """Divisor of positive logits, and factor of negative ones, of tokens in the text so far (Keskar
-    et al. 2019, arXiv 1909.05858, section 4.1)."""
-    stop: tuple[str, ...] = ()
-    """Strings before which the continuation ends."""
-    random_seed: int = 0
-    """Seed of the random draws."""
-
-    def __post_init__(self) -> None:
-        faults = [
-            fault
-            for wrong, fault in (
-                (self.max_new_tokens < 1, f"max_new_tokens at least 1; got {self.max_new_tokens}"),
-                (
-                    not 0 <= self.temperature < math.inf,
-                    f"temperature at least 0; got {self.temperature}",
-                ),
-                (
-                    self.top_k is not None and self.top_k < 1,
-                    f"top_k at least 1; got {self.top_k}",
-                ),
-                (not 0 < self.top_p <= 1, f"top_p above 0 and at most 1; got {self.top_p}"),
-                (
-                    not 0 < self.repetition_penalty < math.inf,
-                    f"repetition_penalty above 0; got {self.repetition_penalty}",
-                ),
-                ("" in self.stop, "stop strings that are not empty"),
-            )
-            if wrong
-        ]
-        if faults:
-            raise UserError(f"generating wants {'; '.join(faults)}")
-
-
-GREEDY = SamplingParams(temperature=0.0)
 
 
 class TokenLikelihood(NamedTuple):

@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from clustering.errors import UserError
-from xelm.inference.sampling import SamplingParams, TokenLikelihood
+from xelm.inference.sampling import TokenLikelihood
+from xelm.inference.sampling_params import SamplingParams
 from xelm.serving.answers import Answer, Choice, TokenNames
 from xelm.serving.desk import Busy, Closed, Desk, Ended, Event, Failed, Piece, Read, Ticket
 from xelm.serving.errors import Refused, problem

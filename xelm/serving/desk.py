@@ -15,7 +15,8 @@ import numpy as np
 from clustering.errors import UserError
 from xelm.inference.generation import Continuation, Generator, check_prompt
 from xelm.inference.prompt_scoring import score_prompts
-from xelm.inference.sampling import SamplingParams, TokenLikelihood
+from xelm.inference.sampling import TokenLikelihood
+from xelm.inference.sampling_params import SamplingParams
 from xelm.serving.offer import Offer
 
 TOKENS_SCORED = 4096

@@ -16,7 +16,7 @@ from clustering.languages import canonical
 from xelm.data.chat_template import template_options
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.generation import check_prompt
-from xelm.inference.sampling import SamplingParams
+from xelm.inference.sampling_params import SamplingParams
 from xelm.serving.errors import Refused
 from xelm.serving.limits import MOST_LOG_PROBABILITIES, Limits
 from xelm.serving.offer import Offer

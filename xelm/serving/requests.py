@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from xelm.inference.sampling import SamplingParams
+from xelm.inference.sampling_params import SamplingParams
 
 MOST_STOPS, MOST_CHOICES, MOST_PROMPTS, MOST_ALTERNATIVES = 16, 16, 64, 20
 MOST_IDS, MOST_MESSAGES, LONGEST_STOP = 2**17, 4096, 256

@@ -20,7 +20,7 @@ from clustering.errors import UserError
 from experts.registry import FILE_NAME
 from xelm.inference.engine import Engine
 from xelm.inference.routing import Routing
-from xelm.inference.sampling import GREEDY
+from xelm.inference.sampling_params import GREEDY
 from xelm.process import open_files
 from xelm.runs.ensembles import check_top_m, published
 from xelm.runs.run import Run
