@@ -5,13 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import yaml
 
 from xelm.cli import parser
 from xelm.commands import COMMANDS
+from xelm.commands.options import given_fields
 from xelm.config import RunConfig, from_json, to_json
+from xelm.inference.routing import Routing
+from xelm.inference.sampling_params import SamplingParams
 from xelm.presets import PRESETS
 
 
@@ -33,6 +37,35 @@ def test_every_option_says_what_it_is(command):
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command != "serve"])
 def test_every_command_that_ends_prints_json_if_asked(command):
     assert "json" in [action.dest for action in actions(command)]
+
+
+def test_generate_has_an_option_for_every_field_that_it_fills():
+    found = {action.dest for action in actions("generate")}
+    for kind in (Routing, SamplingParams):
+        assert {f"{kind.__name__}.{field.name}" for field in fields(kind)} - found == set()
+
+
+def test_an_option_says_what_its_field_says():
+    found = {a.option_strings[0]: a for a in actions("generate") if a.option_strings}
+    assert found["--abstain"].help == (
+        "threshold: where no expert has a larger weight, --abstain-to decides instead of the "
+        "router (default: the router always decides)"
+    )
+    assert found["--least-weight"].help.endswith("(default: 0.001)")
+    assert found["--top-k"].help == (
+        "number of most probable tokens to sample from (default: that of the seed's "
+        "generation_config.json, or else all)"
+    )
+    assert found["--abstain-to"].choices == ("posterior", "seed", "dense")
+
+
+def test_only_options_that_are_given_replace_defaults():
+    arguments = ["--routing", "fixed", "--weights", "en=.7,de=.3", "--repetition-penalty", "1.2"]
+    options = parser().parse_args(["generate", "RUN", "a", *arguments, "--stop", "x", "--stop", ""])
+    weights = {"en": 0.7, "de": 0.3}
+    assert given_fields(options, Routing) == {"name": "fixed", "weights": weights}
+    wanted = {"repetition_penalty": 1.2, "stop": ("x", "")}
+    assert given_fields(options, SamplingParams) == wanted
 
 
 def test_presets_are_listed(xelm):
@@ -109,7 +142,7 @@ def test_weights_by_hand_have_no_least_weight(xelm, tiny):
         *("generate", tiny.directory, "a", "--routing", "fixed", "--weights", "en-es=1"),
         *("--least-weight", 0.2),
     )
-    assert outcome.code == 2 and "--least-weight is of no use to fixed weights" in outcome.err
+    assert outcome.code == 2 and "--least-weight has no effect on fixed weights" in outcome.err
 
 
 def test_results_for_machines(xelm, copy, tmp_path):
