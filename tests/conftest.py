@@ -339,13 +339,13 @@ def server(chatty):
 @pytest.fixture
 def slow(monkeypatch):
     """Steps that take their time, so that texts are still under way; how long is at ["seconds"]."""
-    from xelm.serving import desk as desk_module
+    from xelm.inference.engine import Engine
 
-    step, pace = desk_module.Engine.step, {"seconds": 0.05}
+    step, pace = Engine.step, {"seconds": 0.05}
 
     def slowed(self):
         time.sleep(pace["seconds"])
         return step(self)
 
-    monkeypatch.setattr(desk_module.Engine, "step", slowed)
+    monkeypatch.setattr(Engine, "step", slowed)
     return pace

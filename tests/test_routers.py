@@ -215,7 +215,7 @@ def _end(run, routing, ids):
         ({"routing": "fixed", "weights": {"de-fr": -1}}, "at least 0 .*; got de-fr=-1"),
         ({"routing": "posterior", "abstain": 0.5}, "abstaining goes with other routings"),
         ({"routing": "tfidf", "least_weight": 1.0}, "at least 0 and below 1; got 1.0"),
-        ({"routing": "tfidf", "abstain_to": "seed"}, "leaves it to seed needs abstain"),
+        ({"routing": "tfidf", "abstain_to": "seed"}, "abstaining to seed needs abstain"),
         ({"routing": "tfidf", "abstain": 0.5, "abstain_to": "me"}, "to one of .*; got 'me'"),
         ({"routing": "tfidf", "route_per": "word"}, "route_per must be one of .*; got 'word'"),
         ({"routing": "tfidf", "abstain": 1.5}, "a threshold must be between 0 and 1; got 1.5"),

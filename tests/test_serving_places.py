@@ -13,6 +13,7 @@ from serving import served, until
 from shared import LANGUAGES, documents_of
 
 from xelm import open_run
+from xelm.inference import generation
 from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
 from xelm.serving import desk as desk_module
@@ -115,7 +116,7 @@ def test_time_is_limited(chatty, slow):
 def test_what_fails_fails_what_is_under_way_and_nothing_later(
     server, monkeypatch, capfd, where, name
 ):
-    place, failing = getattr(desk_module, where), [True]
+    place, failing = getattr(generation, where), [True]
     right = getattr(place, name)
 
     def sometimes(*given, **more):
