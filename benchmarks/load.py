@@ -1,12 +1,12 @@
-"""A server under load: `xelm serve` on loopback, asked by many clients at once.
+"""Load test: `xelm serve` on loopback with many clients at once.
 
     python benchmarks/load.py RUN TEXT --clients 64 --seconds 60
 
-Each client asks for one continuation after the other, of beginnings of documents in the languages
-of TEXT (files LANGUAGE.jsonl), half of them streamed. One request in ten is left half-way, and one
-in twenty is malformed on purpose. Ends with 1 if anything came back that was not asked for: another
-status, a stream without its end, a place that is not free again, a server that does not stop, or
-that needs more memory in the last quarter of the time than in the one before, by a twentieth.
+Each client sends one request after the other, with beginnings of documents in the languages of TEXT
+(files LANGUAGE.jsonl); half of them are streamed. One request in ten is abandoned, and one in
+twenty is malformed on purpose. Exits with 1 after anything unexpected: another status, a stream
+without its end, a place that is not free again, a server that does not stop, or one that needs a
+twentieth more memory in the last quarter of the time than in the third.
 """
 
 import argparse
@@ -39,16 +39,16 @@ BAD = (
 
 @dataclass
 class Seen:
-    """By all clients."""
+    """Results of all clients."""
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
-    """Seconds to the first piece, of streams."""
+    """Seconds to the first text of each stream."""
     between: list[float] = field(default_factory=list)
-    """Seconds from one piece to the next."""
+    """Seconds from one text of a stream to the next."""
     whole: list[float] = field(default_factory=list)
-    """Seconds of all that were answered to the end."""
+    """Seconds of all requests that were completed."""
     tokens: int = 0
 
 
@@ -60,12 +60,12 @@ async def client(
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
         while time.monotonic() < until:
             try:
-                await ask(http, draw, prompts, tokens, seen)
+                await send(http, draw, prompts, tokens, seen)
             except httpx.HTTPError as error:
                 seen.faults.append(repr(error))
 
 
-async def ask(
+async def send(
     http: httpx.AsyncClient,
     draw: random.Random,
     prompts: Sequence[str],
@@ -90,13 +90,13 @@ async def ask(
         "stream_options": {"include_usage": True},
     }
     if what < MALFORMED + CANCELLED:
-        seen.counts["left half-way"] += 1
-        # By a connection of its own: one that is given up at a bad moment is never free again.
-        async with httpx.AsyncClient(base_url=http.base_url, timeout=120) as leaver:
+        seen.counts["abandoned"] += 1
+        # By its own connection: one that is abandoned at a bad moment is never free again.
+        async with httpx.AsyncClient(base_url=http.base_url, timeout=120) as abandoned:
             with contextlib.suppress(TimeoutError):
                 async with (
                     asyncio.timeout(draw.uniform(0.02, 1.0)),
-                    leaver.stream("POST", "/v1/completions", json=body) as answer,
+                    abandoned.stream("POST", "/v1/completions", json=body) as answer,
                 ):
                     async for _ in answer.aiter_lines():
                         if draw.random() < 0.1:
@@ -109,7 +109,7 @@ async def ask(
             seen.faults.append(f"{answer.status_code}: {answer.text[:200]}")
             return
         seen.tokens += answer.json()["usage"]["completion_tokens"]
-        seen.counts["answered"] += 1
+        seen.counts["completed"] += 1
         seen.whole.append(time.monotonic() - began)
         return
     async with http.stream("POST", "/v1/completions", json=body) as answer:
@@ -165,7 +165,7 @@ async def load(
 
 
 def served(run: Path, log: Path, *options: str) -> tuple[subprocess.Popen[bytes], str]:
-    """The server and where it listens."""
+    """A server process and its URL."""
     command = [sys.executable, "-m", "xelm", "serve", str(run), "--port", "0", *options]
     with log.open("w") as file:
         process = subprocess.Popen(command, stderr=file)
@@ -183,10 +183,10 @@ def main() -> int:
     parser.add_argument("text", type=Path)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--warm", type=float, default=30, help="seconds before, not counted")
+    parser.add_argument("--warm", type=float, default=30, help="seconds of warming up, not counted")
     parser.add_argument("--routing", default="learned")
-    parser.add_argument("--characters", type=int, default=200, help="of a prompt, at most")
-    parser.add_argument("--tokens", type=int, default=64, help="of a continuation, at most")
+    parser.add_argument("--characters", type=int, default=200, help="longest prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="most new tokens")
     options = parser.parse_args()
     prompts = [
         json.loads(line)["text"][: options.characters]
@@ -205,11 +205,11 @@ def main() -> int:
         )
         took = time.monotonic() - began
         seen.faults += warm.faults
-        time.sleep(2)  # for those who left
+        time.sleep(2)  # the abandoned ones are noticed
         metrics = httpx.get(f"{url}/metrics").text
         for state in ("running", "waiting"):
-            if f'xelm_texts{{state="{state}"}} 0.0' not in metrics:
-                seen.faults.append(f"texts are {state} still")
+            if f'xelm_sequences{{state="{state}"}} 0.0' not in metrics:
+                seen.faults.append(f"sequences are still {state}")
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -218,7 +218,7 @@ def main() -> int:
             process.kill()
             process.wait()
     said = log.read_text()
-    # What was prepared and fitted is told before.
+    # Earlier lines are about what was prepared and fitted.
     if process.returncode or said.partition("listening on ")[2].splitlines()[1:] != ["stopped"]:
         seen.faults.append(f"the server ended with {process.returncode}: {said[-500:]}")
     print(f"{options.clients} clients for {took:.0f} s, routing {options.routing}: ", end="")
@@ -226,8 +226,8 @@ def main() -> int:
     print(f"{seen.tokens / took:.0f} tokens/s, {len(seen.whole) / took:.1f} requests/s\n")
     print("| seconds | p50 | p95 | p99 |\n|---|---|---|---|")
     for name, values in (
-        ("to the first piece", seen.first),
-        ("from piece to piece", seen.between),
+        ("to the first text", seen.first),
+        ("between texts of a stream", seen.between),
         ("to the end", seen.whole),
     ):
         points = np.percentile(values, [50, 95, 99])
@@ -238,9 +238,9 @@ def main() -> int:
         quarters[quarter] = max(quarters[quarter], size)
     if quarters[2] and quarters[3] > 1.05 * quarters[2]:
         seen.faults.append("memory still grows")
-    told = ", ".join(f"{size:.0f}" for size in quarters)
-    print(f"\nMemory of the server, the most in each quarter of the time: {told} MB.")
-    print(f"Not asked for: {len(seen.faults)}")
+    sizes_text = ", ".join(f"{size:.0f}" for size in quarters)
+    print(f"\nMemory of the server, the most in each quarter of the time: {sizes_text} MB.")
+    print(f"Unexpected: {len(seen.faults)}")
     for fault, count in Counter(seen.faults).most_common(10):
         print(f"  {count} x {fault}")
     return 1 if seen.faults else 0

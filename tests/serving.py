@@ -15,10 +15,11 @@ import uvicorn
 
 from xelm import open_run
 from xelm.inference.routing import Routing
-from xelm.serving.desk import Desk
 from xelm.serving.limits import Limits
-from xelm.serving.offer import open_offer
-from xelm.serving.server import Watch, assemble, http_server
+from xelm.serving.models import open_served_models
+from xelm.serving.reload import RegistryWatcher
+from xelm.serving.scheduler import Scheduler
+from xelm.serving.server import assemble, http_server
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Served:
     """Where it listens, and its parts."""
 
     url: str
-    desk: Desk
-    watch: Watch
+    scheduler: Scheduler
+    watcher: RegistryWatcher
     http: uvicorn.Server
 
     def client(self, key="unused", **options):
@@ -44,10 +45,10 @@ def served(
     directory: Path, routing: str = "detected", *, limits: Limits | None = None, **options
 ) -> Iterator[Served]:
     run = open_run(directory)
-    opener = partial(open_offer, run, Routing(name=routing))
+    opener = partial(open_served_models, run, Routing(name=routing))
     limits = limits or Limits()
-    app, desk, watch = assemble(opener, directory / "registry.json", limits, **options)
-    desk.start()
+    app, scheduler, watcher = assemble(opener, directory / "registry.json", limits, **options)
+    scheduler.start()
     listening = socket.create_server(("127.0.0.1", 0))
     server = http_server(app, limits)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -59,11 +60,11 @@ def served(
             break
         time.sleep(0.02)
     try:
-        yield Served(url, desk, watch, server)
+        yield Served(url, scheduler, watcher, server)
     finally:
         server.should_exit = True
         thread.join(timeout=30)
-        desk.close()
+        scheduler.close()
         listening.close()
         assert not thread.is_alive()
 

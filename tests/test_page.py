@@ -92,7 +92,7 @@ def test_a_text_is_continued_by_all(tiny, tab, tmp_path):
         until(lambda: "alone (xelm:de-fr, xelm:en-es" in tab.run("document.body?.innerText ?? ''"))
         prompt = documents_of(tiny.held_out, "de")[0][:20]
         ask(tab, prompt, tokens="6", temperature="0")
-        for name in ("problem", "locked"):
+        for name in ("problem", "key-field"):
             assert tab.run(f"document.getElementById('{name}').getClientRects().length") == 0
         body = {"prompt": prompt, "max_tokens": 6, "temperature": 0, "seed": 0}
         models = [model["id"] for model in server.client().models.list().to_dict()["data"]]
@@ -103,11 +103,11 @@ def test_a_text_is_continued_by_all(tiny, tab, tmp_path):
         assert shown == prompt + wanted["xelm"]["text"]
         alone = tab.run(
             "[...document.querySelectorAll('#experts article')].map(box => "
-            "[box.querySelector('h3').textContent, box.querySelector('.said').textContent])"
+            "[box.querySelector('h3').textContent, box.querySelector('.text').textContent])"
         )
         assert alone == [[m.removeprefix("xelm:"), prompt + wanted[m]["text"]] for m in models[1:]]
-        assert shown_of(tab, "tongue") == "German (de), detected"
-        assert shown_of(tab, "router") == wanted["xelm"]["xelm"]["router"] == "detected"
+        assert shown_of(tab, "shown-language") == "German (de), detected"
+        assert shown_of(tab, "shown-router") == wanted["xelm"]["xelm"]["router"] == "detected"
         bars = tab.run("document.getElementById('bars').innerText").split()
         leader = max(wanted["xelm"]["xelm"]["weights"].items(), key=lambda item: item[1])
         assert bars[0] == leader[0] and bars[1] == f"{100 * leader[1]:.1f}"
@@ -142,13 +142,13 @@ def test_the_page_says_what_the_server_says_of_the_language(tiny, tab):
         until(lambda: "alone (" in tab.run("document.body?.innerText ?? ''"))
         prompt = documents_of(tiny.held_out, "de")[0][:20]
         ask(tab, prompt, tokens="4", language="es")
-        assert shown_of(tab, "tongue") == "Spanish (es), as you say"
-        assert shown_of(tab, "router") == "the language that you say"
+        assert shown_of(tab, "shown-language") == "Spanish (es), as you state"
+        assert shown_of(tab, "shown-router") == "the language that you state"
         assert tab.run("document.getElementById('bars').innerText").split()[0] == "en-es"
         ask(tab, prompt, tokens="4", language="ja")
-        assert shown_of(tab, "tongue") == "Japanese (ja), as you say"
-        wanted = "mixture, since no expert serves the language that you say"
-        assert shown_of(tab, "router") == wanted
+        assert shown_of(tab, "shown-language") == "Japanese (ja), as you state"
+        wanted = "mixture, since no expert serves the language that you state"
+        assert shown_of(tab, "shown-router") == wanted
 
 
 def test_the_page_draws_a_new_random_seed_unless_one_is_given(tiny, tab):
@@ -159,18 +159,18 @@ def test_the_page_draws_a_new_random_seed_unless_one_is_given(tiny, tab):
         drawn, said = [], []
         for _ in range(2):
             ask(tab, prompt, tokens="12", temperature="2")
-            drawn.append(int(shown_of(tab, "drawn").split(",")[0]))
+            drawn.append(int(shown_of(tab, "shown-seed").split(",")[0]))
             said.append(shown_of(tab, "ensemble"))
         assert drawn[0] != drawn[1] and said[0] != said[1]
         ask(tab, prompt, tokens="12", temperature="2", seed=str(drawn[0]))
-        assert shown_of(tab, "drawn") == str(drawn[0]) and shown_of(tab, "ensemble") == said[0]
+        assert shown_of(tab, "shown-seed") == str(drawn[0]) and shown_of(tab, "ensemble") == said[0]
 
 
 def test_who_has_no_key_is_asked_for_it(tiny, tab):
     with served(tiny.directory, key="sesame") as server:
         tab.call("Page.navigate", url=server.url)
-        until(lambda: tab.run("document.getElementById('locked')?.getClientRects().length > 0"))
-        until(lambda: "wants its API key" in shown_of(tab, "problem"))
+        until(lambda: tab.run("document.getElementById('key-field')?.getClientRects().length > 0"))
+        until(lambda: "requires its API key" in shown_of(tab, "problem"))
         ask(tab, "ab", tokens="2", key="sesame", temperature="0")
         assert tab.run("document.getElementById('problem').hidden")
         assert len(tab.run("document.getElementById('ensemble').textContent")) > 2

@@ -13,8 +13,8 @@ from shared import LANGUAGES, NAMES, documents_of
 from clustering.errors import UserError
 from xelm import open_run
 from xelm.inference.sampling_params import SamplingParams
+from xelm.serving.openai_requests import ChatRequest, CompletionRequest
 from xelm.serving.origins import LOOPBACK
-from xelm.serving.requests import ChatRequest, CompletionRequest
 from xelm.serving.server import read_key
 
 
@@ -215,7 +215,7 @@ def test_a_bad_request_is_refused_in_a_line(server, body, status, message):
     assert answer.status_code == status and message in error["message"], error
     assert set(error) == {"message", "type", "param", "code"}
     assert "\n" not in error["message"] and len(error["message"]) < 400
-    assert str(server.desk.offer.ensemble.tokenizer.hub.name_or_path) not in answer.text
+    assert str(server.scheduler.models.ensemble.tokenizer.hub.name_or_path) not in answer.text
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_router_that_must_be_told_the_language(chatty, tiny):
         assert refused.status_code == 400
         assert "needs the language of the text" in refused.json()["error"]["message"]
         told = found.post(body | {"language": "deu"}).json()["choices"][0]["xelm"]
-        wanted = {"language": "de", "language_from": "told", "router": "language"}
+        wanted = {"language": "de", "language_from": "request", "router": "language"}
         assert told == {**wanted, "weights": {"de-fr": 1.0}}
         alone = found.post(body | {"model": "xelm:en-es"}).json()["choices"][0]["xelm"]
         assert alone["weights"] == {"en-es": 1.0}
@@ -306,14 +306,14 @@ def test_a_language_that_is_told_is_routed_by_and_named(chatty, tiny, routing):
         for path in ("/v1/completions", "/v1/chat/completions"):
             for more in ({}, {"stream": True}):
                 spanish = told("spa", path, **more)
-                by = {"language": "es", "language_from": "told", "router": "language"}
+                by = {"language": "es", "language_from": "request", "router": "language"}
                 assert spanish == {**by, "weights": {"en-es": 1.0}}
                 heard = told(None, path, **more)
-                by = {"language": "de", "language_from": "detected", "router": routing}
+                by = {"language": "de", "language_from": "detector", "router": routing}
                 assert {k: v for k, v in heard.items() if k != "weights"} == by
         nobody = told("sv")
         mixed = routing in ("learned", "detected")  # which notice what nobody serves
-        by = {"language": "sv", "language_from": "told"}
+        by = {"language": "sv", "language_from": "request"}
         by |= {"router": "mixture" if mixed else routing}
         assert {k: v for k, v in nobody.items() if k != "weights"} == by
         assert (
@@ -340,7 +340,7 @@ def test_only_who_has_the_key_is_answered(chatty, tmp_path, monkeypatch):
             for path in ("/v1/models", "/metrics", "/v1/models/xelm"):
                 answer = httpx.get(found.url + path, headers=headers)
                 assert answer.status_code == 401, path
-        with pytest.raises(openai.AuthenticationError, match="wants its API key"):
+        with pytest.raises(openai.AuthenticationError, match="requires its API key"):
             found.client("sesam").completions.create(model="xelm", prompt="a")
         assert httpx.get(f"{found.url}/v1/models").status_code == 401
         assert httpx.get(f"{found.url}/healthz").status_code == 200
@@ -352,10 +352,10 @@ def test_only_who_has_the_key_is_answered(chatty, tmp_path, monkeypatch):
     (tmp_path / "key").write_text("from a file\n")
     assert read_key(tmp_path / "key") == "from a file"
     (tmp_path / "key").write_text("clé")
-    with pytest.raises(UserError, match="has characters that no header can: use ASCII"):
+    with pytest.raises(UserError, match="has characters that no header can have: use ASCII"):
         read_key(tmp_path / "key")
     (tmp_path / "key").write_text("\n")
-    with pytest.raises(UserError, match="holds no API key: it is empty"):
+    with pytest.raises(UserError, match="contains no API key: it is empty"):
         read_key(tmp_path / "key")
 
 

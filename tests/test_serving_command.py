@@ -48,17 +48,17 @@ def test_the_command_serves_and_stops_in_peace(chatty, tmp_path):
 
 
 @pytest.mark.slow
-def test_under_load_nothing_comes_back_that_was_not_asked_for(tiny):
+def test_under_load_nothing_is_unexpected(tiny):
     load = Path(__file__).parent.parent / "benchmarks" / "load.py"
     options = ("--clients", "16", "--seconds", "10", "--warm", "5")
     options += ("--characters", "30", "--tokens", "12")
     command = [sys.executable, str(load), str(tiny.directory), str(tiny.held_out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "Not asked for: 0" in done.stdout
+    assert "Unexpected: 0" in done.stdout
 
 
-def test_what_cannot_be_served_is_told_at_once(xelm, tiny, tmp_path):
+def test_what_cannot_be_served_is_refused_at_once(xelm, tiny, tmp_path):
     busy = socket.create_server(("127.0.0.1", 0))
     port = busy.getsockname()[1]
     refused = xelm("serve", tiny.directory, "--port", port)
@@ -67,7 +67,7 @@ def test_what_cannot_be_served_is_told_at_once(xelm, tiny, tmp_path):
     busy.close()
     for options, message in (
         (("--port", 99999), "a port is between 0 and 65535; got 99999"),
-        (("--max-texts", 0), "the limit of texts must be at least 1; got 0"),
+        (("--max-sequences", 0), "the limit of sequences must be at least 1; got 0"),
         (("--max-seconds", "nan"), "the limit of seconds must be above 0; got nan"),
         (("--top-m", 9), "top_m must be between 1 and 2 experts; got 9"),
         (("--api-key-file", tmp_path / "none"), "none: No such file or directory"),

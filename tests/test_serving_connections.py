@@ -15,8 +15,9 @@ import pytest
 from serving import served, until
 
 from xelm.process import open_files
-from xelm.serving import completions, connections, limits, requests
+from xelm.serving import connections, limits, openai_completions
 from xelm.serving.limits import Limits
+from xelm.serving.openai_requests import MOST_ALTERNATIVES, MOST_IDS, MOST_MESSAGES
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HALVES = {
@@ -86,7 +87,7 @@ def test_800_unfinished_requests_keep_nobody_waiting(server, begun):
 
 def test_requests_under_way_are_never_closed_for_others(chatty, slow):
     """At the limit the unfinished give way; where all are under way, only health is told."""
-    limits = Limits(texts=2, waiting=0)
+    limits = Limits(sequences=2, waiting=0)
     with served(chatty, limits=limits) as found:
         most = limits.connections_per_client
         streams, body = [], {"model": "xelm:seed", "prompt": "a", "stream": True, "max_tokens": 50}
@@ -114,16 +115,16 @@ class Waiting:
 
     def abort(self):
         self.closed = True
-        self.group.leave(self)
+        self.group.remove(self)
 
 
-def test_who_gives_way_and_who_is_refused():
+def test_which_connection_is_closed_and_which_is_refused():
     idle, body = connections.h11.IDLE, connections.h11.SEND_BODY
 
     def entered(group, *some):
         for one in some:
             one.group = group
-        return [group.enter(one) for one in some]
+        return [group.add(one) for one in some]
 
     group = connections.Connections(4, 2)
     slow, late, busy = Waiting("a", body), Waiting("a", idle), Waiting("a", None)
@@ -132,10 +133,10 @@ def test_who_gives_way_and_who_is_refused():
     other = Waiting("b", None)
     assert entered(group, Waiting("a", None), other) == [None, None] and slow.closed
     (why,) = entered(group, Waiting("a", None))
-    assert why == (429, "your address has 2 requests under way already")
+    assert why == (429, "your address has 2 requests in progress already")
     (why,) = entered(group, Waiting("c", None))
-    assert why == (503, "4 requests are under way already")
-    group.leave(other)
+    assert why == (503, "4 requests are in progress already")
+    group.remove(other)
     assert entered(group, Waiting("c", idle), Waiting("d", idle))[-1] is None
 
 
@@ -145,7 +146,7 @@ def test_a_head_comes_in_time(server, monkeypatch):
         half.sendall(HEAD)
         head, _, body = rest_of(half).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408") and b"application/json" in head
-        assert "the head of a request comes within" in json.loads(body)["error"]["message"]
+        assert "the head of a request must arrive within" in json.loads(body)["error"]["message"]
         assert rest_of(silent) == b""
     # Between two requests of a connection, too.
     with connected(server) as kept:
@@ -156,11 +157,14 @@ def test_a_head_comes_in_time(server, monkeypatch):
 
 
 def test_a_body_comes_in_time(server, monkeypatch):
-    monkeypatch.setattr(completions, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(openai_completions, "BODY_SECONDS", 0.2)
     with connected(server) as half:
         half.sendall(HALVES["half a body"])
         found = rest_of(half)
-        assert found.startswith(b"HTTP/1.1 408") and b"a request comes within" in found
+        assert (
+            found.startswith(b"HTTP/1.1 408")
+            and b"the body of a request must arrive within" in found
+        )
     # Where nobody reads the body, its limit is that of the connection.
     monkeypatch.setattr(connections, "BODY_SECONDS", 0.2)
     monkeypatch.setattr(connections, "_GRACE", 0.0)
@@ -237,24 +241,28 @@ def test_files_may_be_open_up_to_what_the_system_allows():
 
 def test_the_table_of_limits_is_that_of_the_code():
     page = (Path(__file__).parent.parent / "docs/serving.md").read_text(encoding="utf-8")
-    table = page.split("### Limits")[1].split("Requests under way")[0]
+    table = page.split("### Limits")[1].split("Requests in progress")[0]
     rows = {row.split("|")[1].strip(): row for row in table.splitlines() if row.startswith("|")}
     usual = Limits()
     for name, *values in (
         ("first line and headers of a request", limits.MOST_HEAD_BYTES),
         ("body of a request", limits.MOST_BYTES),
         ("connection between two requests", limits.IDLE_SECONDS),
-        ("client that does not read its answer", limits.WRITE_SECONDS),
+        ("client that does not read its response", limits.WRITE_SECONDS),
         ("connections of one client address", usual.connections_per_client),
         ("connections of all clients", usual.connections),
         ("further connections, answered at `/healthz` alone", connections._HEALTH_CHECKS),
-        ("texts continued at once", usual.texts),
-        ("texts that wait", usual.waiting),
-        ("texts of a request, prompts times `n`", usual.texts + usual.waiting),
-        ("tokens drawn for a text", usual.tokens),
-        ("time of a text, waiting included", usual.seconds),
-        ("ids of a prompt, messages of a chat", requests.MOST_IDS, requests.MOST_MESSAGES),
-        ("alternatives of a token", requests.MOST_ALTERNATIVES),
+        ("sequences generated at once", usual.sequences),
+        ("sequences that wait", usual.waiting),
+        ("sequences of a request: prompts times `n`", usual.sequences + usual.waiting),
+        ("tokens generated for a sequence", usual.tokens),
+        ("time of a sequence, waiting included", usual.seconds),
+        (
+            "ids of a prompt, messages of a chat",
+            MOST_IDS,
+            MOST_MESSAGES,
+        ),
+        ("alternatives of a token", MOST_ALTERNATIVES),
         ("log probabilities of a request", limits.MOST_LOG_PROBABILITIES),
     ):
         for value in values:

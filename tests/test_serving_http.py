@@ -11,9 +11,9 @@ from shared import documents_of
 
 from clustering.errors import UserError
 from xelm import open_run
-from xelm.serving import completions
+from xelm.serving import openai_completions
+from xelm.serving.openai_requests import IGNORED, ChatRequest, CompletionRequest, fault
 from xelm.serving.origins import LOOPBACK, check_origins
-from xelm.serving.requests import IGNORED, ChatRequest, CompletionRequest, wrong
 
 BODY = {"model": "xelm", "prompt": "abc", "max_tokens": 1}
 ORIGIN = "https://page.example"
@@ -67,7 +67,7 @@ def test_a_content_type_is_read_in_any_case(server, given, status):
 
 
 def test_a_fault_of_the_server_is_told_in_json(server, monkeypatch, caplog):
-    monkeypatch.setattr(completions, "check_prompt", lambda *given: 1 / 0)
+    monkeypatch.setattr(openai_completions, "check_prompt", lambda *given: 1 / 0)
     answer = server.post(BODY)
     assert answer.status_code == 500 and error_of(answer)["type"] == "server_error"
     assert "division" not in answer.text and "ZeroDivisionError" in caplog.text
@@ -90,7 +90,7 @@ def test_only_names_of_this_machine_are_answered_without_a_key(local, host, know
     answer = httpx.get(f"{local.url}/v1/models", headers={"host": host})
     assert answer.status_code == (200 if known else 400)
     if not known:
-        assert f"is not known under the host {host!r}" in error_of(answer)["message"]
+        assert f"does not answer under the host {host!r}" in error_of(answer)["message"]
 
 
 @pytest.fixture(scope="module")
@@ -200,12 +200,12 @@ def test_every_field_of_openai_is_done_or_refused_by_name(server, kind, name):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"made_up": 1}, "made_up is not done here; leave it out"),
+        ({"made_up": 1}, "made_up is not supported; leave it out"),
         (
             {"presence_penalty": 0.5},
-            "presence_penalty is not done here; leave it out or give 0; got 0.5",
+            "presence_penalty is not supported; leave it out or give 0; got 0.5",
         ),
-        ({"stream_options": {"chunk": 1}}, "stream_options.chunk is not done here; leave it out"),
+        ({"stream_options": {"chunk": 1}}, "stream_options.chunk is not supported; leave it out"),
         ({"presence_penalty": 0.0, "frequency_penalty": 0, "best_of": 1, "suffix": ""}, None),
         (
             {"made_up": None, "logit_bias": {}, "user": "me", "response_format": {"type": "text"}},
@@ -260,7 +260,7 @@ def test_a_value_of_another_json_type_is_refused(kind, field, value):
     body = (BODY if kind is CompletionRequest else CHAT) | {field: value}
     with pytest.raises(ValidationError) as refused:
         kind.model_validate_json(json.dumps(body))
-    message, param = wrong(refused.value)
+    message, param = fault(refused.value)
     assert param == field and message.startswith(field) and "got" in message
 
 
@@ -285,7 +285,7 @@ def test_an_answer_may_be_sent_back_as_a_message(server):
     named = CHAT | {"messages": [{"role": "user", "content": "abc", "name": "me"}]}
     answer = server.post(named, "/v1/chat/completions")
     assert answer.status_code == 400
-    assert error_of(answer)["message"] == "messages.0.name is not done here; leave it out"
+    assert error_of(answer)["message"] == "messages.0.name is not supported; leave it out"
 
 
 def test_a_router_hears_what_the_user_says_and_no_system_prompt(server, chatty, tiny):

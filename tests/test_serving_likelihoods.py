@@ -17,9 +17,9 @@ from xelm import open_run
 from xelm.data.tokenizer import Tokenizer
 from xelm.harness import Harness
 from xelm.inference import prompt_scoring
-from xelm.serving import completions, desk, preparation
-from xelm.serving.offer import Offer
-from xelm.serving.requests import ChatRequest, CompletionRequest
+from xelm.serving import openai_prompts, openai_responses, scheduler
+from xelm.serving.models import ServedModels
+from xelm.serving.openai_requests import ChatRequest, CompletionRequest
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_what_is_drawn_is_scored_as_it_is_read_again(client, ensemble, tiny):
 
 def open_ids(ensemble, names):
     """The ids of tokens by their names."""
-    from xelm.serving.answers import TokenNames
+    from xelm.serving.openai_responses import TokenNames
 
     name = TokenNames(ensemble.tokenizer)
     known = {name(id)[0]: id for id in range(ensemble.tokenizer.size)}
@@ -157,13 +157,13 @@ def test_where_nothing_is_routed_router_and_weights_are_null(server):
     assert '"router": null, "weights": null' in streamed
     read = server.post(body | {"echo": True, "logprobs": 0}).json()["choices"][0]["xelm"]
     assert read["router"] and sum(read["weights"].values()) == pytest.approx(1, abs=0.01)
-    start = server.desk.offer.ensemble.tokenizer.start_id
+    start = server.scheduler.models.ensemble.tokenizer.start_id
     alone = body | {"prompt": [start], "echo": True, "logprobs": 0}
     assert server.post(alone).json()["choices"][0]["xelm"]["router"] is None
 
 
 def test_log_probabilities_of_a_request_are_limited(server, monkeypatch):
-    monkeypatch.setattr(preparation, "MOST_LOG_PROBABILITIES", 2 * 4 * 3)
+    monkeypatch.setattr(openai_prompts, "MOST_LOG_PROBABILITIES", 2 * 4 * 3)
     body = {"model": "xelm", "prompt": [[5, 6, 7, 8]] * 2, "echo": True, "max_tokens": 0}
     assert server.post(body | {"logprobs": 2}).status_code == 200
     for more in ({"logprobs": 3}, {"logprobs": 2, "max_tokens": 1}, {"logprobs": 2, "n": 2}):
@@ -175,13 +175,13 @@ def test_log_probabilities_of_a_request_are_limited(server, monkeypatch):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_bodies_with_log_probabilities_are_not_built_in_the_event_loop(server, monkeypatch, stream):
-    threads, build = set(), completions.Answer._logprobs
+    threads, build = set(), openai_responses.ResponseBodies._logprobs
 
     def noted(*given):
         threads.add(threading.current_thread().name)
         return build(*given)
 
-    monkeypatch.setattr(completions.Answer, "_logprobs", noted)
+    monkeypatch.setattr(openai_responses.ResponseBodies, "_logprobs", noted)
     body = {"model": "xelm", "prompt": "abc de", "echo": True, "max_tokens": 0, "logprobs": 1}
     assert server.post(body | {"stream": stream}).status_code == 200
     assert threads and all(name.startswith("AnyIO worker") for name in threads)
@@ -205,24 +205,27 @@ def test_nothing_that_grows_with_a_request_runs_in_the_event_loop(server, monkey
         watch(Tokenizer, name)
     watch(CompletionRequest, "model_validate_json")
     watch(ChatRequest, "model_validate_json")
-    watch(Offer, "language_of")
-    watch(preparation, "canonical")
-    watch(preparation, "wrong")
-    for module in (preparation, desk):
+    watch(ServedModels, "language_of")
+    watch(openai_prompts, "canonical")
+    watch(openai_prompts, "fault")
+    for module in (openai_prompts, scheduler):
         watch(module, "check_prompt")
     text = "abc de " * 4
     body = {"model": "xelm", "echo": True, "max_tokens": 0, "stream": stream, "language": "de"}
     assert server.post(body | {"prompt": text}).status_code == 200
-    body |= {"language": None, "prompt": [server.desk.offer.ensemble.tokenizer.start_id, 5, 6]}
+    body |= {
+        "language": None,
+        "prompt": [server.scheduler.models.ensemble.tokenizer.start_id, 5, 6],
+    }
     assert server.post(body | {"logprobs": 0}).status_code == 200
     chat = {"model": "xelm", "messages": [{"role": "user", "content": text}], "max_tokens": 1}
     assert server.post(chat | {"stream": stream}, "/v1/chat/completions").status_code == 200
     assert server.post({"model": "xelm", "prompt": text, "max_tokens": "1"}).status_code == 400
     named = {"encode", "begin", "decode", "chat_with_user_mask", "model_validate_json"}
-    named |= {"language_of", "canonical", "wrong", "check_prompt"}
+    named |= {"language_of", "canonical", "fault", "check_prompt"}
     assert named <= set(ran)
     for name, threads in ran.items():
-        assert all(thread.startswith(("AnyIO worker", "desk")) for thread in threads), name
+        assert all(thread.startswith(("AnyIO worker", "scheduler")) for thread in threads), name
 
 
 def test_chats_have_them_too(client, tiny):

@@ -1,4 +1,4 @@
-"""Who is served, who waits and who has left: places, limits, the desk, metrics."""
+"""The scheduler: requests that run, wait, fail or are cancelled; limits; metrics."""
 
 import asyncio
 import socket
@@ -13,13 +13,16 @@ from serving import served, until
 from shared import LANGUAGES, documents_of
 
 from xelm import open_run
-from xelm.inference import generation
+from xelm.inference.engine import Engine
 from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
-from xelm.serving import desk as desk_module
-from xelm.serving.desk import Busy, Closed, Ended, Failed, Piece, Read, Ticket
+from xelm.inference.sequence import Detokenizer
+from xelm.serving import batch as batch_module
+from xelm.serving import scheduler as scheduler_module
+from xelm.serving.batch import Failed, Finished, PromptScored, Request, TextDelta
 from xelm.serving.limits import Limits
-from xelm.serving.offer import open_offer
+from xelm.serving.models import open_served_models
+from xelm.serving.scheduler import QueueFull, Scheduler, ShuttingDown
 
 PROMPT = "abc de"
 
@@ -29,7 +32,7 @@ def german(tiny):
 
 
 def test_a_full_queue_refuses_and_what_was_taken_is_done(chatty, slow):
-    limits = Limits(texts=2, waiting=3)
+    limits = Limits(sequences=2, waiting=3)
     with served(chatty, limits=limits) as found:
         body = {"model": "xelm", "prompt": PROMPT, "max_tokens": 30, "temperature": 0}
 
@@ -49,26 +52,26 @@ def test_a_full_queue_refuses_and_what_was_taken_is_done(chatty, slow):
         # More than there will ever be places for: no use in trying again.
         never = found.post(body | {"n": 6})
         assert never.status_code == 400
-        assert "a request may have 5 texts here, prompts times n; got 6" in never.text
+        assert "a request may have 5 sequences here, prompts times n; got 6" in never.text
         assert found.post(body | {"n": 5, "max_tokens": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_whoever_leaves_frees_the_place(chatty, slow, stream):
-    with served(chatty, limits=Limits(texts=1, waiting=4)) as found:
+def test_a_client_that_disconnects_frees_its_place(chatty, slow, stream):
+    with served(chatty, limits=Limits(sequences=1, waiting=4)) as found:
         body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 50, "stream": stream}
         with pytest.raises(httpx.ReadTimeout):
             if stream:
                 with httpx.stream("POST", f"{found.url}/v1/completions", json=body) as answer:
                     next(answer.iter_lines())
-                    until(lambda: found.desk.running == 1)
+                    until(lambda: found.scheduler.running == 1)
                     raise httpx.ReadTimeout("enough")
             httpx.post(f"{found.url}/v1/completions", json=body, timeout=0.5)
-        until(lambda: found.desk.running == 0, seconds=2.0)  # not after fifty steps
+        until(lambda: found.scheduler.running == 0, seconds=2.0)  # not after fifty steps
         assert found.post(body | {"max_tokens": 1, "stream": False}).status_code == 200
 
 
-def test_metrics_know_who_left(chatty, slow):
+def test_metrics_count_clients_that_disconnect(chatty, slow):
     with served(chatty) as found:
         body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 50, "stream": True}
         with httpx.stream("POST", f"{found.url}/v1/completions", json=body) as answer:
@@ -87,22 +90,22 @@ def test_metrics_know_who_left(chatty, slow):
         assert float(told()['xelm_tokens_total{kind="completion"}']) >= 1
 
 
-def test_whoever_leaves_the_queue_is_not_served(chatty, slow):
-    with served(chatty, limits=Limits(texts=1, waiting=4)) as found:
+def test_a_client_that_disconnects_leaves_the_queue(chatty, slow):
+    with served(chatty, limits=Limits(sequences=1, waiting=4)) as found:
         url = f"{found.url}/v1/completions"
         body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
         first = threading.Thread(target=found.post, args=(body,))
         first.start()
-        until(lambda: found.desk.running == 1)
+        until(lambda: found.scheduler.running == 1)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url, json=body, timeout=0.3)
-        until(lambda: found.desk.waiting == 0, seconds=1.0)
-        assert found.desk.running == 1
+        until(lambda: found.scheduler.waiting == 0, seconds=1.0)
+        assert found.scheduler.running == 1
         first.join()
 
 
 def test_time_is_limited(chatty, slow):
-    with served(chatty, limits=Limits(texts=1, seconds=0.5)) as found:
+    with served(chatty, limits=Limits(sequences=1, seconds=0.5)) as found:
         body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 50, "temperature": 0}
         found.post(body | {"max_tokens": 1})  # compiled
         answer = found.post(body).json()
@@ -111,13 +114,13 @@ def test_time_is_limited(chatty, slow):
 
 
 @pytest.mark.parametrize(
-    ("where", "name"), [("Engine", "step"), ("Engine", "add"), ("Detokenizer", "add")]
+    ("owner", "name"),
+    [(Engine, "step"), (Engine, "add"), (Detokenizer, "add")],
 )
 def test_what_fails_fails_what_is_under_way_and_nothing_later(
-    server, monkeypatch, capfd, where, name
+    server, monkeypatch, capfd, owner, name
 ):
-    place, failing = getattr(generation, where), [True]
-    right = getattr(place, name)
+    failing, right = [True], getattr(owner, name)
 
     def sometimes(*given, **more):
         if failing:
@@ -125,16 +128,16 @@ def test_what_fails_fails_what_is_under_way_and_nothing_later(
             raise RuntimeError("a step failed")
         return right(*given, **more)
 
-    monkeypatch.setattr(place, name, sometimes)
+    monkeypatch.setattr(owner, name, sometimes)
     body = {"model": "xelm", "prompt": PROMPT, "max_tokens": 3}
     refused = server.post(body)
     assert refused.status_code == 500
-    assert refused.json()["error"]["message"] == "continuing failed; try again"
+    assert refused.json()["error"]["message"] == "generation failed; try again"
     assert server.post(body).status_code == 200
     assert "a step failed" in capfd.readouterr().err
 
 
-def test_metrics_count_what_was_asked_and_tell_nothing_of_it(chatty, tiny, capfd):
+def test_metrics_count_requests_and_contain_no_text(chatty, tiny, capfd):
     with served(chatty) as found:
         secret = german(tiny)
         body = {"model": "xelm", "prompt": secret, "max_tokens": 5, "temperature": 0}
@@ -155,14 +158,14 @@ def test_metrics_count_what_was_asked_and_tell_nothing_of_it(chatty, tiny, capfd
         assert float(lines["xelm_first_token_seconds_count"]) == 2
         assert float(lines["xelm_request_seconds_count"]) == 2
         assert float(lines["xelm_routing_entropy_bits_count"]) == 2
-        assert float(lines['xelm_texts{state="running"}']) == 0
-        assert float(lines['xelm_models_held{place="device"}']) >= 1
+        assert float(lines['xelm_sequences{state="running"}']) == 0
+        assert float(lines['xelm_models_loaded{place="device"}']) >= 1
         assert secret not in text and "made up" not in text
     said = capfd.readouterr()
     assert secret not in said.out + said.err
 
 
-def test_texts_join_and_leave_without_a_trace(server, tiny):
+def test_sequences_join_and_leave_without_a_trace(server, tiny):
     """Thirty requests at once, of different lengths and models: each as if it were alone."""
     documents = [
         documents_of(tiny.held_out, tag)[n][: 8 + n] for n in range(5) for tag in LANGUAGES
@@ -192,87 +195,99 @@ def test_texts_join_and_leave_without_a_trace(server, tiny):
         assert together[number] == alone.choices[0].text
 
 
-def ticket(desk, events, **changes):
-    ids = desk.offer.ensemble.tokenizer.begin(PROMPT)
+def request_for(scheduler, events, **changes):
+    ids = scheduler.models.ensemble.tokenizer.begin(PROMPT)
     given = {
         "model": "xelm",
         "ids": ids,
         "sampling": SamplingParams(max_new_tokens=4, temperature=0.0),
     }
-    given |= {"tell": events.append, "until": time.monotonic() + 60}
-    return Ticket(**{**given, **changes})
+    given |= {"on_event": events.append, "deadline": time.monotonic() + 60}
+    return Request(**{**given, **changes})
 
 
 def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
-    opener = partial(open_offer, open_run(chatty), Routing(name="detected"))
-    desk = desk_module.Desk(opener(), most_texts=2, most_waiting=0, post=lambda call: call())
-    score, begun, go_on = desk_module.score_prompts, threading.Event(), threading.Event()
+    opener = partial(open_served_models, open_run(chatty), Routing(name="detected"))
+    scheduler = Scheduler(opener(), max_running=2, max_waiting=0, call_soon=lambda call: call())
+    score, begun, go_on = batch_module.score_prompts, threading.Event(), threading.Event()
 
     def held(*given):
         begun.set()
         assert go_on.wait(60)
         return score(*given)
 
-    monkeypatch.setattr(desk_module, "score_prompts", held)
-    scored = {"alternatives": 1, "scores_prompt": True, "draws": False}
+    monkeypatch.setattr(batch_module, "score_prompts", held)
+    scored = {"alternatives": 1, "scores_prompt": True, "generates": False}
     events = []
-    desk.submit([ticket(desk, events, **scored) for _ in range(2)])
-    desk.start()
+    scheduler.submit([request_for(scheduler, events, **scored) for _ in range(2)])
+    scheduler.start()
     assert begun.wait(60)
-    assert desk.running == 2
-    with pytest.raises(Busy):
-        desk.submit([ticket(desk, [])])
+    assert scheduler.running == 2
+    with pytest.raises(QueueFull):
+        scheduler.submit([request_for(scheduler, [])])
     go_on.set()
-    until(lambda: len(events) == 4 and desk.running == 0)
-    assert [type(event) for event in events] == [Read, Ended] * 2
-    desk.close()
+    until(lambda: len(events) == 4 and scheduler.running == 0)
+    assert [type(event) for event in events] == [PromptScored, Finished] * 2
+    scheduler.close()
 
 
 def test_prompts_are_scored_in_smaller_parts_while_others_are_continued(chatty, monkeypatch):
-    opener = partial(open_offer, open_run(chatty), Routing(name="detected"))
-    desk = desk_module.Desk(opener(), most_texts=9, most_waiting=0, post=lambda call: call())
-    score, parts, now = desk_module.score_prompts, [], time.monotonic()
-    ids = desk.offer.ensemble.tokenizer.begin(PROMPT)
+    opener = partial(open_served_models, open_run(chatty), Routing(name="detected"))
+    scheduler = Scheduler(opener(), max_running=9, max_waiting=0, call_soon=lambda call: call())
+    score, parts, now = batch_module.score_prompts, [], time.monotonic()
+    ids = scheduler.models.ensemble.tokenizer.begin(PROMPT)
 
     def noted(ensemble, limits, texts, *given):
         parts.append(len(texts))
         if len(parts) == 1:  # between two parts whoever has left or is late is looked at
-            left.cancelled, late.until = True, now - 1
+            left.cancelled, late.deadline = True, now - 1
         return score(ensemble, limits, texts, *given)
 
-    monkeypatch.setattr(desk_module, "score_prompts", noted)
-    monkeypatch.setattr(desk_module, "TOKENS_SCORED_BESIDE", 2 * len(ids))
-    scored = {"alternatives": 1, "scores_prompt": True, "draws": False}
-    one, two, left, late, last = (ticket(desk, [], **scored) for _ in range(5))
+    monkeypatch.setattr(batch_module, "score_prompts", noted)
+    monkeypatch.setattr(scheduler_module, "TOKENS_SCORED_BETWEEN_STEPS", 2 * len(ids))
+    scored = {"alternatives": 1, "scores_prompt": True, "generates": False}
+    one, two, left, late, last = (request_for(scheduler, [], **scored) for _ in range(5))
     gone = []
-    late.tell = gone.append
-    last.tell = (ends := []).append
-    desk.submit(
-        [ticket(desk, [], sampling=SamplingParams(max_new_tokens=50)), one, two, left, late]
+    late.on_event = gone.append
+    last.on_event = (ends := []).append
+    scheduler.submit(
+        [
+            request_for(scheduler, [], sampling=SamplingParams(max_new_tokens=50)),
+            one,
+            two,
+            left,
+            late,
+        ]
     )
-    desk.submit([last])
-    desk.start()
-    until(lambda: any(isinstance(event, Ended) for event in ends), seconds=30)
-    desk.close()
-    assert parts == [2, 1] and gone == [Failed(503, desk_module.LATE)]
+    scheduler.submit([last])
+    scheduler.start()
+    until(lambda: any(isinstance(event, Finished) for event in ends), seconds=30)
+    scheduler.close()
+    assert parts == [2, 1] and gone == [Failed(503, batch_module.LATE)]
 
 
-def test_a_desk_tells_everything_in_order(chatty):
-    opener = partial(open_offer, open_run(chatty), Routing(name="detected"))
-    desk = desk_module.Desk(opener(), most_texts=2, most_waiting=1, post=lambda call: call())
+def test_the_scheduler_delivers_all_events_in_order(chatty):
+    opener = partial(open_served_models, open_run(chatty), Routing(name="detected"))
+    scheduler = Scheduler(opener(), max_running=2, max_waiting=1, call_soon=lambda call: call())
     events = []
-    with pytest.raises(Busy):
-        desk.submit([ticket(desk, events) for _ in range(4)])
-    late = ticket(desk, gone := [], until=time.monotonic() - 1)
-    desk.submit([late, ticket(desk, events), ticket(desk, lost := [], model="xelm:lost")])
-    desk.start()
-    until(lambda: events and isinstance(events[-1], Ended) and lost and gone)
+    with pytest.raises(QueueFull):
+        scheduler.submit([request_for(scheduler, events) for _ in range(4)])
+    late = request_for(scheduler, gone := [], deadline=time.monotonic() - 1)
+    scheduler.submit(
+        [
+            late,
+            request_for(scheduler, events),
+            request_for(scheduler, lost := [], model="xelm:lost"),
+        ]
+    )
+    scheduler.start()
+    until(lambda: events and isinstance(events[-1], Finished) and lost and gone)
     *pieces, end = events
-    assert all(isinstance(piece, Piece) for piece in pieces)
+    assert all(isinstance(piece, TextDelta) for piece in pieces)
     assert end.tokens <= 4
-    assert gone == [Failed(503, "its time was up while it waited")]
-    assert lost == [Failed(404, "there is no model 'xelm:lost' any more")]
-    desk.close()
-    assert not desk.alive
-    with pytest.raises(Closed):
-        desk.submit([ticket(desk, events)])
+    assert gone == [Failed(503, "the time limit passed while the request waited")]
+    assert lost == [Failed(404, "the model 'xelm:lost' is no longer served")]
+    scheduler.close()
+    assert not scheduler.alive
+    with pytest.raises(ShuttingDown):
+        scheduler.submit([request_for(scheduler, events)])

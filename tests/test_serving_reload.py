@@ -21,7 +21,7 @@ def test_what_is_published_is_picked_up_and_nobody_is_dropped(chatty, tmp_path, 
     later = registry.read_bytes()
     registry.write_bytes(earlier)
     with served(directory) as found:
-        before = found.desk.offer
+        before = found.scheduler.models
         client = found.client()
         client.completions.create(model="xelm:de-fr", prompt=PROMPT, max_tokens=2)  # compiled
         slow["seconds"] = 0.5
@@ -30,8 +30,8 @@ def test_what_is_published_is_picked_up_and_nobody_is_dropped(chatty, tmp_path, 
         )
         pieces = [next(stream).choices[0].text]
         registry.write_bytes(later)
-        found.watch.look()
-        assert found.desk.offer is not before
+        found.watcher.check()
+        assert found.scheduler.models is not before
         names = [model.id for model in client.models.list()]
         assert "xelm:pt" in names
         answer = client.completions.create(
@@ -39,7 +39,7 @@ def test_what_is_published_is_picked_up_and_nobody_is_dropped(chatty, tmp_path, 
         )
         assert answer.choices[0].model_extra["xelm"]["weights"] == {"pt": 1.0}
         # The one that began before goes on to its end, by the experts it began with.
-        assert found.desk.running == 1
+        assert found.scheduler.running == 1
         slow["seconds"] = 0
         pieces += [part.choices[0].text for part in stream]
         again = client.completions.create(
@@ -47,8 +47,8 @@ def test_what_is_published_is_picked_up_and_nobody_is_dropped(chatty, tmp_path, 
         )
         assert "".join(pieces) == again.choices[0].text
         # Parameters that stay are there once, and nothing of the earlier offer is kept.
-        until(lambda: len(found.desk._tables) == 1)
-        held = found.desk.offer.ensemble.parameters.on_device
+        until(lambda: len(found.scheduler._batches) == 1)
+        held = found.scheduler.models.ensemble.parameters.on_device
         assert len(held) == len(set(held))
         assert "now serving de-fr@v1, en-es@v1, pt@v1" in capfd.readouterr().err
 
@@ -57,7 +57,7 @@ def test_a_broken_expert_is_refused_until_it_is_whole(chatty, tmp_path, xelm, ca
     directory = tmp_path / "RUN"
     shutil.copytree(chatty, directory)
     with served(directory) as found:
-        before = found.desk.offer
+        before = found.scheduler.models
         asked = {"model": "xelm:de-fr", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
         said = found.post(asked).json()["choices"][0]["text"]
         # A new version whose file is not what the registry says.
@@ -66,27 +66,27 @@ def test_a_broken_expert_is_refused_until_it_is_whole(chatty, tmp_path, xelm, ca
         content = bytearray(file.read_bytes())
         content[-5] ^= 0xFF
         file.write_bytes(content)
-        found.watch.look()
-        assert found.desk.offer is before
+        found.watcher.check()
+        assert found.scheduler.models is before
         assert found.post(asked).json()["choices"][0]["text"] == said
         refusal = capfd.readouterr().err
         # Looked at again after a while, without a word; taken up when it is whole.
-        found.watch.look()
-        assert found.desk.offer is before
-        monkeypatch.setattr(found.watch, "_again", 0.0)
-        found.watch.look()
-        assert found.desk.offer is before and capfd.readouterr().err == ""
+        found.watcher.check()
+        assert found.scheduler.models is before
+        monkeypatch.setattr(found.watcher, "_retry_at", 0.0)
+        found.watcher.check()
+        assert found.scheduler.models is before and capfd.readouterr().err == ""
         content[-5] ^= 0xFF
         file.write_bytes(content)
-        monkeypatch.setattr(found.watch, "_again", 0.0)
-        found.watch.look()
-        assert "pt" in found.desk.offer.versions
-        before = found.desk.offer
+        monkeypatch.setattr(found.watcher, "_retry_at", 0.0)
+        found.watcher.check()
+        assert "pt" in found.scheduler.models.versions
+        before = found.scheduler.models
         assert "the changed registry is refused: pt@v1: changed: experts/pt/v1/model" in refusal
         # A registry that cannot be read at all.
         (directory / "registry.json").write_text("{")
-        found.watch.look()
-        assert found.desk.offer is before
+        found.watcher.check()
+        assert found.scheduler.models is before
         assert found.post(asked).status_code == 200
         text = httpx.get(f"{found.url}/metrics").text
         assert 'xelm_reloads_total{result="refused"} 2.0' in text
@@ -96,7 +96,7 @@ def test_that_a_change_is_being_prepared_is_told_and_nobody_waits(chatty, tmp_pa
     directory = tmp_path / "RUN"
     shutil.copytree(chatty, directory)
     with served(directory) as found:
-        opener, seen = found.watch._opener, []
+        opener, seen = found.watcher._opener, []
 
         def told():
             metric = re.search(
@@ -109,12 +109,12 @@ def test_that_a_change_is_being_prepared_is_told_and_nobody_waits(chatty, tmp_pa
             seen.append((*told(), found.post(body).status_code))
             return opener(**given)
 
-        found.watch._opener = open_slowly
+        found.watcher._opener = open_slowly
         assert xelm("grow", directory, "--language", "pt").code == 0
-        found.watch.look()
+        found.watcher.check()
         assert seen == [(True, 1.0, 200)] and told() == (False, 0.0)
         said = capfd.readouterr().err.splitlines()
-        assert "the registry has changed: preparing what it has" in said
+        assert "the registry has changed: preparing its models" in said
         assert re.fullmatch(
             r"now serving de-fr@v1, en-es@v1, pt@v1; prepared in \d+\.\d s", said[-1]
         )
@@ -129,18 +129,20 @@ def test_a_new_version_and_rolling_it_back_are_picked_up(chatty, tmp_path, xelm)
         def said(model):
             return found.post(asked | {"model": model}).json()["choices"][0]["text"]
 
-        before, first, other = found.desk.offer, said("xelm:de-fr"), said("xelm:en-es")
+        before, first, other = found.scheduler.models, said("xelm:de-fr"), said("xelm:en-es")
         assert first != other
         os.utime(directory / "registry.json")  # touched, and nothing else
-        found.watch.look()
-        assert found.desk.offer is before
+        found.watcher.check()
+        assert found.scheduler.models is before
         # A version that is en-es by its weights.
         registry = Registry.load(directory)
         shutil.copytree(directory / "experts/en-es/v1", directory / "experts/de-fr/v2")
         hashes = registry.expert("en-es").sha256
         registry.start("de-fr").publish("de-fr", 2, sha256=hashes, tokens=1).save(directory)
-        found.watch.look()
-        assert found.desk.offer.versions["de-fr"] == "de-fr@v2" and said("xelm:de-fr") == other
+        found.watcher.check()
+        assert (
+            found.scheduler.models.versions["de-fr"] == "de-fr@v2" and said("xelm:de-fr") == other
+        )
         assert xelm("rollback", directory, "de-fr").code == 0
-        found.watch.look()
-        assert found.desk.offer.versions == before.versions and said("xelm:de-fr") == first
+        found.watcher.check()
+        assert found.scheduler.models.versions == before.versions and said("xelm:de-fr") == first

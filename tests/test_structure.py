@@ -80,7 +80,6 @@ BEGIN_WITH_OF = {
     "xelm.data",
     "xelm.harness",
     "xelm.runs",
-    "xelm.serving",
     "xelm.training",
 }
 WIDE_PAGES = {
@@ -90,7 +89,6 @@ WIDE_PAGES = {
     "inference.md",
     "log.md",
     "results.md",
-    "serving.md",
     "training.md",
 }
 

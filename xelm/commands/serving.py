@@ -1,4 +1,4 @@
-"""The ensemble answers over HTTP."""
+"""`xelm serve`: an HTTP server of the ensemble."""
 
 import argparse
 
@@ -17,8 +17,8 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key-file",
         metavar="FILE",
-        help="file with the key that requests must have (default: the variable XELM_API_KEY, if "
-        "it is set)",
+        help="file with the API key that requests must have (default: the variable XELM_API_KEY, "
+        "if it is set)",
     )
     parser.add_argument(
         "--cors-origin",
@@ -33,28 +33,28 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1024,
         metavar="N",
-        help="tokens that may be generated for each text of a request (default: %(default)s)",
+        help="largest number of tokens to generate for each sequence (default: %(default)s)",
     )
     parser.add_argument(
         "--max-seconds",
         type=float,
         default=300.0,
         metavar="X",
-        help="seconds after which a generation ends (default: %(default)s)",
+        help="seconds after which a sequence ends (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-texts",
+        "--max-sequences",
         type=int,
         default=32,
         metavar="N",
-        help="texts that are generated at once (default: %(default)s)",
+        help="sequences that are generated at once (default: %(default)s)",
     )
     parser.add_argument(
         "--max-waiting",
         type=int,
         default=128,
         metavar="N",
-        help="further texts that may wait; beyond, requests are refused (default: %(default)s)",
+        help="further sequences that may wait; beyond, requests are refused (default: %(default)s)",
     )
     add_routing(parser, "route_per")
 
@@ -77,10 +77,12 @@ def _serve(options: argparse.Namespace) -> None:
         limits=Limits(
             tokens=options.max_tokens,
             seconds=options.max_seconds,
-            texts=options.max_texts,
+            sequences=options.max_sequences,
             waiting=options.max_waiting,
         ),
     )
 
 
-SERVE = Command("answer over HTTP, with the interfaces of OpenAI", _serve_options, _serve)
+SERVE = Command(
+    "serve the ensemble over HTTP, with the interfaces of OpenAI", _serve_options, _serve
+)

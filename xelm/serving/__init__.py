@@ -1,1 +1,1 @@
-"""One endpoint over many experts: HTTP with the interfaces of OpenAI."""
+"""HTTP server of an ensemble and its models, with the interfaces of OpenAI."""

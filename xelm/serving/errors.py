@@ -1,9 +1,9 @@
-"""How requests are refused: every fault is answered in JSON, as OpenAI's interfaces have it."""
+"""Refusals of requests: every error is answered in JSON, in the shape of OpenAI's interfaces."""
 
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
 
 _KINDS = {
@@ -16,8 +16,8 @@ _CODES = {401: "invalid_api_key", 429: "queue_full"}
 
 
 class Refused(Exception):
-    """A request that is answered by an error. param: the field of the request that is at fault.
-    code: a name of the fault for programs; None is the usual one of the status."""
+    """Raised for a request that is answered by an error. param: the field of the request that is at
+    fault. code: name of the error for programs; None: the usual one of the status."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None
@@ -26,29 +26,31 @@ class Refused(Exception):
         self.status, self.param, self.code = status, param, code
 
     def response(self) -> Response:
-        """The answer to the request."""
-        # The rest of a request that was late is not waited for.
+        """The response to the request."""
+        # After 408 the rest of the request is not read.
         headers = {429: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(self.status)
-        body = problem(str(self), self.status, self.param, self.code)
+        body = error_body(str(self), self.status, self.param, self.code)
         return JSONResponse(body, self.status, headers=headers)
 
 
-def problem(
+def error_body(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The body of an error."""
+    """The body of a response with an error."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     code = code or _CODES.get(status)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def of_routes(request: Request, error: Exception) -> Response:
-    """The answer where no route has the path or the method."""
+def routing_error(request: HTTPRequest, error: Exception) -> Response:
+    """The response where no route has the path or the method."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(problem(what, error.status_code), error.status_code, headers=error.headers)
+    return JSONResponse(
+        error_body(what, error.status_code), error.status_code, headers=error.headers
+    )
 
 
-def of_server(request: Request, error: Exception) -> Response:
-    """The answer where the server itself is at fault."""
-    return JSONResponse(problem("the server failed at this request", 500), 500)
+def server_error(request: HTTPRequest, error: Exception) -> Response:
+    """The response where the server itself is at fault."""
+    return JSONResponse(error_body("the server failed to answer this request", 500), 500)

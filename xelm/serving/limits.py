@@ -1,16 +1,16 @@
-"""How much a server does at once, and for how long it waits."""
+"""Limits of a server: sizes, numbers and times."""
 
 from dataclasses import dataclass
 
 from clustering.errors import UserError
 
 MOST_BYTES = 4 * 2**20
-"""Bytes of a request's body, at most."""
+"""Largest number of bytes of a request's body."""
 MOST_HEAD_BYTES = 2**16
-"""Bytes of the first line and the headers of a request, at most."""
+"""Largest number of bytes of a request's first line and headers."""
 MOST_LOG_PROBABILITIES = 2**17
-"""Log probabilities that one request may ask for: tokens that are scored, each with itself and its
-alternatives."""
+"""Largest number of log probabilities of a request: each token that is scored counts once, and once
+for each alternative."""
 HEAD_SECONDS = 10.0
 """Seconds within which the first line and the headers of a request must arrive."""
 BODY_SECONDS = 30.0
@@ -18,26 +18,26 @@ BODY_SECONDS = 30.0
 IDLE_SECONDS = 5
 """Seconds for which a connection is kept open between two requests."""
 WRITE_SECONDS = 30.0
-"""Seconds after which a client that does not read its answer is disconnected."""
+"""Seconds after which a client that does not read its response is disconnected."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Limits of each request, and of all together."""
+    """Limits of requests; a sequence is one prompt, continued once."""
 
     tokens: int = 1024
-    """Tokens that each text of a request may have drawn."""
+    """Largest number of tokens that are generated for a sequence."""
     seconds: float = 300.0
-    """Seconds after which a continuation ends."""
-    texts: int = 32
-    """Texts that are continued at once."""
+    """Seconds after which a sequence ends."""
+    sequences: int = 32
+    """Largest number of sequences that are generated at once."""
     waiting: int = 128
-    """Further texts that may wait; beyond, requests are refused."""
+    """Largest number of further sequences that wait; beyond, requests are refused."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("tokens", self.tokens, 1),
-            ("texts", self.texts, 1),
+            ("sequences", self.sequences, 1),
             ("waiting", self.waiting, 0),
         ):
             if value < least:
@@ -47,12 +47,11 @@ class Limits:
 
     @property
     def connections_per_client(self) -> int:
-        """Connections that one client address may have. More than its requests could be queued, so
-        that a proxy, behind which all clients have one address, is not limited earlier than the
-        queue is."""
-        return self.texts + self.waiting + 64
+        """Largest number of connections of one client address. It is larger than the queue, so that
+        a proxy, whose clients all have one address, reaches the limit of the queue first."""
+        return self.sequences + self.waiting + 64
 
     @property
     def connections(self) -> int:
-        """Connections of all clients together."""
+        """Largest number of connections of all clients together."""
         return self.connections_per_client + 512

@@ -1,4 +1,4 @@
-"""From where requests may come: under which host names, and from which web pages."""
+"""Checks of where requests come from: host names, and web pages of other origins."""
 
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -9,15 +9,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from clustering.errors import UserError
-from xelm.serving.errors import Refused, problem
+from xelm.serving.errors import Refused, error_body
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Host names of this machine."""
 
 
 class KnownHosts:
-    """Refuses requests whose Host is none of some names. A page elsewhere may have its own name
-    resolved to this machine, which a browser then takes for the server that the page is from."""
+    """Middleware that refuses requests whose Host is none of some names. (A web page elsewhere may
+    have its own name resolved to this machine; the browser would then let it send requests.)"""
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str]):
         self._app, self._hosts = app, frozenset(host.lower() for host in hosts)
@@ -26,14 +26,14 @@ class KnownHosts:
         if scope["type"] == "http":
             given = Headers(scope=scope).get("host", "")
             if _name(given) not in self._hosts:
-                refused = Refused(400, f"this server is not known under the host {given!r:.80}")
+                refused = Refused(400, f"this server does not answer under the host {given!r:.80}")
                 await refused.response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
 
 def _name(host: str) -> str | None:
-    """The name in a Host header, without the port; None for what is no host."""
+    """The name in a Host header without the port; None for an invalid header."""
     try:
         return urlsplit(f"//{host}").hostname
     except ValueError:
@@ -41,17 +41,17 @@ def _name(host: str) -> str | None:
 
 
 class CrossOrigin(CORSMiddleware):
-    """Lets browsers send requests from the pages of some origins (CORS)."""
+    """Middleware that lets web pages of some origins send requests (CORS)."""
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]):
         super().__init__(
             app,
             allow_origins=origins,
             allow_methods=("GET", "POST"),
-            # Clients add headers of their own, as OpenAI's for JavaScript does. Origins are what is
-            # checked, and no cookies are used.
+            # Clients add headers of their own, as OpenAI's for JavaScript does. Only the origin is
+            # checked: there are no cookies to protect.
             allow_headers=("*",),
-            # Browsers ask apart before a public page may use a server on its own machine.
+            # Browsers ask for this before a public page may use a server on the same machine.
             allow_private_network=True,
         )
 
@@ -59,13 +59,12 @@ class CrossOrigin(CORSMiddleware):
         answer = super().preflight_response(request_headers)
         if answer.status_code == 200:
             return answer
-        body = problem(bytes(answer.body).decode(), answer.status_code)
+        body = error_body(bytes(answer.body).decode(), answer.status_code)
         return JSONResponse(body, answer.status_code, headers={"Vary": "Origin"})
 
 
 def check_origins(origins: Sequence[str], *, key: bool) -> None:
-    """Raises UserError for what is no origin of web pages, and where every page in the world could
-    use a server that has no `key`."""
+    """Raises UserError for an invalid origin, and for "*" (every web page) without an API key."""
     for origin in origins:
         if origin == "*":
             if not key:

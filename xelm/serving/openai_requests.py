@@ -1,8 +1,8 @@
-"""Fields of requests, in the words of OpenAI's interfaces.
+"""Bodies of requests, in the shape of OpenAI's interfaces.
 
-Every field is either done, or refused by its name: nothing that would change the answer is ignored.
-Some fields of OpenAI's say nothing about the answer (`IGNORED`). Beyond OpenAI's, requests may have
-`language`, `top_k`, `repetition_penalty` and, in chats, `chat_template_kwargs`.
+Every field is either supported or refused by its name: none that would change the response is
+ignored. Some of OpenAI's fields do not concern the response (`IGNORED`). Beyond OpenAI's, requests
+may have `language`, `top_k`, `repetition_penalty` and, in chats, `chat_template_kwargs`.
 """
 
 import secrets
@@ -25,16 +25,15 @@ from xelm.inference.sampling_params import SamplingParams
 MOST_STOPS, MOST_CHOICES, MOST_PROMPTS, MOST_ALTERNATIVES = 16, 16, 64, 20
 MOST_IDS, MOST_MESSAGES, LONGEST_STOP = 2**17, 4096, 256
 IGNORED = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "service_tier")
-"""Fields that are accepted and change nothing: they are about accounts, bills and records, of which
-there are none here."""
+"""Fields that are accepted and change nothing: they concern accounts, bills and records."""
 
 
 def _only(*neutral: Any) -> AfterValidator:
-    """A field that is accepted where its value asks for what is done anyway."""
+    """Validator of a field that is accepted only where its value changes nothing."""
 
     def check(value: Any) -> Any:
         if not any(value == one and type(value) is type(one) for one in neutral):
-            raise ValueError(f"is not done here; leave it out or give {neutral[0]!r}")
+            raise ValueError(f"is not supported; leave it out or give {neutral[0]!r}")
         return value
 
     return AfterValidator(check)
@@ -49,9 +48,8 @@ _Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 
 
 class _Strict(BaseModel):
-    """Fields that are not known are refused, and so is a value of another JSON type than the
-    field's: true is no number. A float may be an integer. null is what clients send for fields not
-    given."""
+    """Base of all bodies: refuses unknown fields, and values of another JSON type than the field's
+    (true is not a number, but a float may be an integer). A field with null counts as left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -71,12 +69,14 @@ class StreamOptions(_Strict):
 
 
 class ResponseFormat(_Strict):
-    """The kind of text that is wanted."""
+    """Format of the text that is generated."""
 
     type: Literal["text"]
 
 
 class _Request(_Strict):
+    """Fields and properties of both kinds of requests."""
+
     model: str
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     stream: bool | None = None
@@ -105,33 +105,22 @@ class _Request(_Strict):
 
     @property
     def most_tokens(self) -> int | None:
-        """Tokens that may be drawn for each text."""
+        """Largest number of tokens to generate for each sequence."""
         return self.max_tokens
 
     @property
-    def alternatives(self) -> int | None:
-        """Likeliest tokens to be named with the log probability of each token; None: no log
-        probabilities are wanted."""
-        return None
-
-    @property
-    def echoes(self) -> bool:
-        """Whether the answer begins with the prompt."""
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of the prompt's tokens are wanted."""
         return False
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether the log probabilities of the prompt's tokens are wanted."""
-        return self.echoes and self.alternatives is not None
-
-    @property
     def usage_wanted(self) -> bool:
-        """Whether a stream ends with counts of tokens."""
+        """Whether a stream ends with a chunk that counts tokens."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, base: SamplingParams, room: int, most: int) -> SamplingParams:
-        """As the request asks, on top of `base`. room: tokens by which the longest of its texts can
-        grow. most: that the server draws at most. UserError for values that mean nothing."""
+    def sampling(self, default: SamplingParams, most: int) -> SamplingParams:
+        """Sampling parameters of the request, otherwise those of `default`, with at most `most` new
+        tokens where the request does not say how many. UserError for values out of range."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         given = {
             "temperature": self.temperature,
@@ -144,12 +133,12 @@ class _Request(_Strict):
             "random_seed": secrets.randbits(31) if self.seed is None else self.seed % 2**31,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        given.setdefault("max_new_tokens", max(1, min(base.max_new_tokens, room, most)))
-        return replace(base, **given)
+        given.setdefault("max_new_tokens", max(1, min(default.max_new_tokens, most)))
+        return replace(default, **given)
 
 
 class CompletionRequest(_Request):
-    """A request to /v1/completions."""
+    """Body of a request to /v1/completions."""
 
     prompt: (
         str
@@ -164,33 +153,40 @@ class CompletionRequest(_Request):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One or more, as text or ids."""
+        """All prompts, each as text or ids."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
         return self.prompt  # type: ignore[return-value]
 
     @property
     def alternatives(self) -> int | None:
+        """Number of likeliest tokens to name with each token's log probability; None: no log
+        probabilities are wanted."""
         return self.logprobs
 
     @property
-    def echoes(self) -> bool:
-        return bool(self.echo)
+    def scores_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def texts(self) -> list[str]:
+        """All text that is to be tokenised."""
+        return [prompt for prompt in self.prompts if isinstance(prompt, str)]
 
 
 class Part(_Strict):
-    """A part of the content of a message."""
+    """Part of the content of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(_Strict):
-    """A message of a chat."""
+    """Message of a chat."""
 
     role: str
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    # Clients send answers back as they came, with what is empty in them.
+    # Clients send earlier responses back as they came, with their empty fields.
     annotations: Annotated[Any, _only([])] = None
     tool_calls: Annotated[Any, _only([])] = None
 
@@ -203,14 +199,14 @@ class Message(_Strict):
 
     @property
     def text(self) -> str:
-        """All of its content."""
+        """The whole content as text."""
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
 
 
 class ChatRequest(_Request):
-    """A request to /v1/chat/completions."""
+    """Body of a request to /v1/chat/completions."""
 
     messages: Annotated[
         list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
@@ -226,7 +222,7 @@ class ChatRequest(_Request):
     functions: Annotated[Any, _only([])] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
     function_call: Annotated[Any, _only("none", "auto")] = None
-    # Means nothing without tools.
+    # Any value is right: without tools it means nothing.
     parallel_tool_calls: Annotated[Any, _only(True, False)] = None
 
     @property
@@ -235,11 +231,17 @@ class ChatRequest(_Request):
 
     @property
     def alternatives(self) -> int | None:
+        """Number of likeliest tokens to name, as for completions."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def texts(self) -> list[str]:
+        """All text that is to be tokenised."""
+        return [message.text for message in self.messages]
+
+    @property
     def template_options(self) -> dict[str, tuple[str, Any]]:
-        """Values for the chat template: name -> the field of the request, and the value."""
+        """Values for the chat template: name -> field of the request, and value."""
         given = self.chat_template_kwargs or {}
         found = {name: ("chat_template_kwargs", value) for name, value in given.items()}
         if self.reasoning_effort is not None:
@@ -259,11 +261,11 @@ _WANTED = {
     "stop": f"a text or at most {MOST_STOPS}, of at most {LONGEST_STOP} characters",
     "messages": "a list of messages with a role and a content of text",
 }
-"""Fields that may be of several kinds, of each of which pydantic would say why it is not."""
+"""Fields of several types; pydantic would say for each type why the value is not of it."""
 
 
-def wrong(error: ValidationError) -> tuple[str, str | None]:
-    """What is wrong with a request, in a line, and the name of the field."""
+def fault(error: ValidationError) -> tuple[str, str | None]:
+    """The first fault of a request as one line, and the name of its field."""
     first = error.errors(include_url=False, include_context=False)[0]
     if not first["loc"]:
         return first["msg"], None
@@ -272,10 +274,10 @@ def wrong(error: ValidationError) -> tuple[str, str | None]:
         return f"{field} is missing", field
     if first["type"] == "extra_forbidden":
         name = ".".join(str(part) for part in first["loc"])
-        return f"{name:.80} is not done here; leave it out", f"{name:.80}"
+        return f"{name:.80} is not supported; leave it out", f"{name:.80}"
     if first["type"] == "value_error":
         what = first["msg"].removeprefix("Value error, ")
-        if what.startswith("is not done here"):
+        if what.startswith("is not supported"):
             return f"{field} {what}; got {first['input']!r:.60}", field
     elif field not in _WANTED:
         what = first["msg"]

@@ -1,0 +1,228 @@
+"""Requests that one set of models answers together, and the events that they cause.
+
+A batch knows no threads and no queue: those are the scheduler's.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from clustering.errors import UserError
+from xelm.inference.generation import Continuation, Generator
+from xelm.inference.prompt_scoring import score_prompts
+from xelm.inference.sampling import TokenLikelihood
+from xelm.inference.sampling_params import SamplingParams
+from xelm.serving.models import ServedModels
+
+LATE = "the time limit passed while the request waited"
+"""Message of a request that failed before anything of it was generated."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Event: the prompt's tokens have log probabilities."""
+
+    likelihoods: Sequence[TokenLikelihood]
+    """One for each token of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Event: the text has grown."""
+
+    text: str
+    weights: Mapping[str, float]
+    """Model -> its routing weight for the last token of the text."""
+    router: str
+    """Name of the router that decided most tokens so far."""
+    likelihoods: Sequence[TokenLikelihood] = ()
+    """Tokens since the last event, where their log probabilities are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Event: the text is complete."""
+
+    reason: Literal["stop", "length"]
+    tokens: int
+    """Number of generated tokens."""
+    weights: Mapping[str, float]
+    """Model -> its mean routing weight over these tokens, or over a prompt that was only scored."""
+    router: str
+    """Name of the router that decided most of these tokens; empty where none was routed."""
+    likelihoods: Sequence[TokenLikelihood] = ()
+    """Tokens since the last event, where their log probabilities are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Event: the request failed, and no other event follows."""
+
+    status: int
+    """HTTP status."""
+    message: str
+
+
+Event = PromptScored | TextDelta | Finished | Failed
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class Request:
+    """One prompt that is to be continued. (One HTTP request may become several.)"""
+
+    model: str
+    """Name of a served model."""
+    ids: Sequence[int]
+    """Token ids of the prompt, as the models read them."""
+    sampling: SamplingParams
+    language: str | None = None
+    """Language that the client states; None if it states none."""
+    user_mask: Sequence[bool] | None = None
+    """Whether the router goes by each id of the prompt; None: it goes by all."""
+    number: int = 0
+    """Number among the sequences of one HTTP request; their random draws differ by it."""
+    alternatives: int | None = None
+    """Number of likeliest tokens that are named with each token's log probability; None: no log
+    probabilities are wanted."""
+    scores_prompt: bool = False
+    """Whether log probabilities of the prompt's tokens are wanted."""
+    generates: bool = True
+    """Whether any token is to be generated."""
+    on_event: Callable[[Event], None]
+    """Called with each event, in order."""
+    deadline: float
+    """Time, by time.monotonic, after which the request ends."""
+    cancelled: bool = False
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Largest number of tokens that may be generated."""
+        return self.sampling.max_new_tokens if self.generates else 0
+
+
+class Batch:
+    """Requests that one set of models answers together; they join and leave at any token."""
+
+    def __init__(self, models: ServedModels, emit: Callable[[Request, Event], None]):
+        """emit: called with each event and its request."""
+        self.models, self._emit = models, emit
+        ensemble = models.ensemble
+        self._generator = Generator(ensemble, ensemble.router, ensemble.limits)
+        self._generating: dict[Continuation, Request] = {}
+        self._to_score: deque[Request] = deque()
+        """Requests whose prompts are scored before they are continued."""
+
+    def __len__(self) -> int:
+        return len(self._generating) + len(self._to_score)
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests of the batch."""
+        return [*self._generating.values(), *self._to_score]
+
+    @property
+    def generating(self) -> bool:
+        """Whether any sequence is being generated."""
+        return bool(self._generating)
+
+    def add(self, request: Request) -> None:
+        """Adds a request to the batch."""
+        if request.scores_prompt and request.model in self.models.routers:
+            self._to_score.append(request)
+        else:
+            self._generate(request)
+
+    def remove_abandoned(self) -> None:
+        """Removes requests that were cancelled, and those whose time passed before generation."""
+        for continuation, request in list(self._generating.items()):
+            if request.cancelled:
+                del self._generating[continuation]
+                self._generator.remove(continuation)
+        now, kept = time.monotonic(), deque()
+        for request in self._to_score:
+            if request.cancelled:
+                continue
+            if request.deadline < now:
+                self._emit(request, Failed(503, LATE))
+            else:
+                kept.append(request)
+        self._to_score = kept
+
+    def score_some(self, most: int) -> None:
+        """Scores prompts of at most so many tokens together, or one prompt, and begins to continue
+        them."""
+        part, tokens = [], 0
+        for request in self._to_score:
+            tokens += len(request.ids)
+            if part and tokens > most:
+                break
+            part.append(request)
+        if not part:
+            return
+        ensemble, routers = self.models.ensemble, self.models.routers
+        scores = score_prompts(
+            ensemble,
+            ensemble.limits,
+            [request.ids for request in part],
+            [routers[request.model] for request in part],
+            [request.language for request in part],
+            max(request.alternatives or 0 for request in part),
+        )
+        for request, score in zip(part, scores):
+            count = request.alternatives or 0
+            tops = [token._replace(top=token.top[:count]) for token in score.tokens]
+            self._emit(request, PromptScored(tops))
+            weights = {name: round(weight, 4) for name, weight in score.weights.items()}
+            weights = {name: weight for name, weight in weights.items() if weight}
+            self._generate(request, Finished("length", 0, weights, score.router))
+            self._to_score.popleft()
+
+    def _generate(self, request: Request, unless: Finished | None = None) -> None:
+        """Begins to continue a prompt. unless: the event where no token is to be generated."""
+        if not request.generates:
+            self._emit(request, unless or Finished("length", 0, {}, ""))
+            return
+        router = self.models.routers.get(request.model)
+        if router is None:  # withdrawn while the request waited
+            self._emit(request, Failed(404, f"the model {request.model!r} is no longer served"))
+            return
+        try:
+            continuation = self._generator.add(
+                request.ids,
+                request.sampling,
+                language=request.language,
+                number=request.number,
+                router=router,
+                alternatives=request.alternatives,
+                user_mask=request.user_mask,
+                deadline=request.deadline,
+            )
+        except UserError as error:
+            self._emit(request, Failed(400, str(error)))
+            return
+        self._generating[continuation] = request
+
+    def step(self) -> int:
+        """Generates a token of every sequence; returns how many these are."""
+        deltas = self._generator.step()
+        names = self.models.ensemble.names
+        for one, text, weights in deltas:
+            request, router = self._generating[one], one.sequence.routing
+            if text:
+                found = _weights_by_name(names, weights)
+                self._emit(request, TextDelta(text, found, router, one.take_likelihoods()))
+            if one.finish_reason:
+                mean, tokens = _weights_by_name(names, one.mean_weights), one.sequence.new_tokens
+                rest = one.take_likelihoods()
+                self._emit(request, Finished(one.finish_reason, tokens, mean, router, rest))
+                del self._generating[one]
+        return len(deltas)
+
+
+def _weights_by_name(names: Sequence[str], weights: np.ndarray) -> dict[str, float]:
+    """Model -> its weight, for weights that do not round to zero."""
+    return {names[i]: round(float(weights[i]), 4) for i in np.flatnonzero(weights >= 5e-4).tolist()}

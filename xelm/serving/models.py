@@ -1,0 +1,91 @@
+"""The models that a server has at a time: every published expert of a RUN, alone and together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clustering.errors import UserError
+from xelm.inference.ensemble import Ensemble
+from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.route import Router, routing_mask, states_along
+from xelm.inference.routers import Detected, Fixed
+from xelm.inference.routing import Routing
+from xelm.models.checkpoint import read_config
+from xelm.runs.ensembles import open_ensemble, published
+from xelm.runs.fitted import identifier, pieces
+from xelm.runs.run import Run
+
+ENSEMBLE = "xelm"
+"""Name of the ensemble; "xelm:NAME" is one model alone."""
+_TOKENS_FOR_LANGUAGE = 200
+"""Number of tokens of a prompt by which its language is detected."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedModels:
+    """Models by name; an immutable value, which is replaced as a whole."""
+
+    ensemble: Ensemble
+    """All models: the experts, then the seed and the dense baseline."""
+    routers: Mapping[str, Router]
+    """Name of a model in requests -> the router that weighs the ensemble's models for it."""
+    versions: Mapping[str, str]
+    """Expert -> its version, such as "en-es@v2"."""
+    detector: Detected
+    """Detects the language of prompts, which answers and metrics name."""
+
+    @property
+    def parameters(self) -> ParameterCache:
+        """Parameters of the models in memory."""
+        assert isinstance(self.ensemble.parameters, ParameterCache)
+        return self.ensemble.parameters
+
+    @property
+    def max_characters(self) -> int:
+        """Length of the longest prompt that is tokenised: the models cannot read longer ones. Twice
+        what the longest tokens give, since some characters become no token."""
+        longest = max(map(len, self.detector.pieces), default=1)
+        return 2 * longest * self.ensemble.longest
+
+    def language_of(
+        self, ids: Sequence[int], user_mask: Sequence[bool] | None = None
+    ) -> str | None:
+        """The most probable language of a prompt, by its first ids in `user_mask` (as in
+        `Request`); None where there are none but the token that starts texts."""
+        mask = routing_mask(self.ensemble.tokenizer, ids, user_mask)
+        counted = np.asarray(ids, np.int64)[mask][:_TOKENS_FOR_LANGUAGE]
+        if not len(counted):
+            return None
+        states = states_along(self.detector, self.detector.start(None), counted)
+        found = self.detector.languages(states[-1:])[0]
+        return self.detector.identifier.languages[int(found.argmax())]
+
+
+def open_served_models(
+    run: Run, routing: Routing, *, dtype: str = "auto", before: ServedModels | None = None
+) -> ServedModels:
+    """The models that a RUN has published now. before: the models served until now, with which
+    parameters that stay are shared. UserError for encoders, and if the files of a model are not
+    those that were published or contain NaN or infinity."""
+    experts = published(run)
+    if not read_config(run.seed).causal:
+        raise UserError(f"{run.directory} has encoders, which generate no text: nothing to serve")
+    ensemble = open_ensemble(
+        run, routing, every_model=True, dtype=dtype, before=before and before.ensemble
+    )
+    names = ensemble.names
+    alone = {f"{ENSEMBLE}:{name}": _only(index, len(names)) for index, name in enumerate(names)}
+    return ServedModels(
+        ensemble=ensemble,
+        routers={ENSEMBLE: ensemble.router} | alone,
+        versions={expert.name: expert.reference for expert in experts},
+        detector=Detected(experts=1, identifier=identifier(run), pieces=pieces(run), serving={}),
+    )
+
+
+def _only(index: int, models: int) -> Fixed:
+    """A router that gives all weight to one model."""
+    weights = np.full(models, -np.inf)
+    weights[index] = 0.0
+    return Fixed(weights=weights)

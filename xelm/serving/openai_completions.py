@@ -1,0 +1,336 @@
+"""Endpoints for completions and chats: from the body of a request to its response or stream."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from email.message import Message
+from functools import partial
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from clustering.errors import UserError
+from xelm.inference.sampling import TokenLikelihood
+from xelm.inference.sampling_params import SamplingParams
+from xelm.serving.batch import Event, Failed, Finished, PromptScored, Request, TextDelta
+from xelm.serving.errors import Refused, error_body
+from xelm.serving.limits import BODY_SECONDS, MOST_BYTES, Limits
+from xelm.serving.metrics import Metrics
+from xelm.serving.models import ENSEMBLE, ServedModels
+from xelm.serving.openai_prompts import TokenizedPrompt, parse, prepare
+from xelm.serving.openai_requests import ChatRequest, CompletionRequest
+from xelm.serving.openai_responses import Choice, ResponseBodies, TokenNames
+from xelm.serving.scheduler import QueueFull, Scheduler, ShuttingDown
+
+DISCONNECTED = 499
+"""Status of a request whose client has disconnected, as in nginx; only metrics show it."""
+
+_Progress = PromptScored | TextDelta | Finished
+"""Events that a response is made of."""
+
+
+@dataclass(kw_only=True)
+class _InFlight:
+    """An HTTP request that is being answered; a sequence is one prompt, continued once."""
+
+    body: CompletionRequest | ChatRequest
+    responses: ResponseBodies
+    prompts: list[TokenizedPrompt]
+    """The prompt of each sequence."""
+    language_stated: bool
+    """Whether the request states the language; otherwise it is detected."""
+    prompt_tokens: int
+    started: float
+    metrics: Metrics
+    requests: list[Request] = field(default_factory=list)
+    """The scheduler's request for each sequence."""
+    events: "asyncio.Queue[tuple[int, Event] | None]" = field(default_factory=asyncio.Queue)
+    """Index of a sequence and what happened to it; None when the client has disconnected."""
+    finished: dict[int, Finished] = field(default_factory=dict)
+    """Index of a sequence -> its last event."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all sequences are finished."""
+        return len(self.finished) == len(self.requests)
+
+    async def next(self) -> tuple[int, _Progress] | None:
+        """The next event; None when the client has disconnected. Raises Refused for a failure."""
+        found = await self.events.get()
+        if found is None:
+            return None
+        index, event = found
+        if isinstance(event, Failed):
+            raise Refused(event.status, event.message)
+        if isinstance(event, Finished):
+            self.finished[index] = event
+            if self.body.model == ENSEMBLE:
+                self.metrics.routed(self.prompts[index].language, event)
+            if self.complete:
+                self.metrics.finished(time.monotonic() - self.started)
+        return index, event
+
+    def likelihoods(self, index: int, event: _Progress) -> Sequence[TokenLikelihood]:
+        """The tokens of an event that are in the response."""
+        start = self.prompts[index].echo_start if isinstance(event, PromptScored) else 0
+        return event.likelihoods[start:]
+
+    def xelm(self, index: int, event: TextDelta | Finished) -> dict[str, Any]:
+        """The field `xelm` of a choice; router and weights are null where no token was routed."""
+        language = self.prompts[index].language
+        source = "request" if self.language_stated else "detector"
+        return {
+            "language": language,
+            "language_from": None if language is None else source,
+            "router": event.router or None,
+            "weights": event.weights if event.router else None,
+        }
+
+    def full(self, choices: Sequence[Choice]) -> Response:
+        """The response of all sequences, when they are finished."""
+        ends = [self.finished[index] for index in range(len(choices))]
+        xelm = [self.xelm(index, end) for index, end in enumerate(ends)]
+        return JSONResponse(self.responses.full(choices, ends, xelm, self.prompt_tokens))
+
+    def chunk(self, index: int, event: _Progress) -> str:
+        """The chunk of a stream for an event."""
+        text = event.text if isinstance(event, TextDelta) else ""
+        scored = isinstance(event, PromptScored)
+        return _server_sent(
+            self.responses.chunk(
+                index,
+                self.prompts[index].echo if scored else text,
+                None if scored else self.xelm(index, event),
+                likelihoods=self.likelihoods(index, event),
+                reason=event.reason if isinstance(event, Finished) else None,
+            )
+        )
+
+    def first_chunks(self) -> list[str]:
+        """The chunks before any event: of a chat the role, otherwise an echo that is not scored."""
+        chat = isinstance(self.body, ChatRequest)
+        return [
+            _server_sent(self.responses.chunk(index, prompt.echo, None, first=chat))
+            for index, prompt in enumerate(self.prompts)
+            if chat or (prompt.echo and not self.body.scores_prompt)
+        ]
+
+    def usage_chunk(self) -> str:
+        """The last chunk, which counts tokens."""
+        tokens = sum(end.tokens for end in self.finished.values())
+        return _server_sent(self.responses.usage_chunk(self.prompt_tokens, tokens))
+
+
+@dataclass(kw_only=True)
+class Completions:
+    """The endpoints that generate text."""
+
+    scheduler: Scheduler
+    metrics: Metrics
+    limits: Limits
+    tokenizing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the prompts of a request are tokenised: one request at a time."""
+    names: TokenNames | None = None
+
+    async def respond(
+        self, http_request: HTTPRequest, kind: type[CompletionRequest] | type[ChatRequest]
+    ) -> Response:
+        """The response to a request with a body of this kind. Raises Refused."""
+        started, model = time.monotonic(), "unknown"
+        try:
+            body = await run_in_threadpool(parse, kind, await _read_body(http_request))
+            check_model(body.model, self.scheduler.models)
+            model = body.model
+            in_flight = await self._submit(body, started)
+            response = await self._respond(http_request, in_flight)
+        except ClientDisconnect:
+            self.metrics.request(model, DISCONNECTED)
+            return Response(status_code=DISCONNECTED)
+        except Exception as error:
+            self.metrics.request(model, error.status if isinstance(error, Refused) else 500)
+            raise
+        if not isinstance(response, StreamingResponse):  # a stream is counted when it ends
+            self.metrics.request(model, response.status_code)
+        return response
+
+    async def _submit(self, body: CompletionRequest | ChatRequest, started: float) -> _InFlight:
+        models = self.scheduler.models
+        try:
+            async with self.tokenizing:
+                prepared = await run_in_threadpool(prepare, body, models, self.limits)
+            in_flight = _InFlight(
+                body=body,
+                responses=ResponseBodies(
+                    body.model,
+                    self._token_names(models),
+                    chat=isinstance(body, ChatRequest),
+                    likelihoods=body.alternatives is not None,
+                ),
+                prompts=[prompt for prompt in prepared.prompts for _ in range(body.n or 1)],
+                language_stated=prepared.language is not None,
+                prompt_tokens=sum(len(prompt.ids) for prompt in prepared.prompts),
+                started=started,
+                metrics=self.metrics,
+            )
+            for index, prompt in enumerate(in_flight.prompts):
+                request = self._request(in_flight, index, prompt, prepared.sampling)
+                in_flight.requests.append(request)
+            # In a worker thread: every id is checked again, for the models that are served by now.
+            await run_in_threadpool(self.scheduler.submit, in_flight.requests)
+        except UserError as error:
+            raise Refused(400, str(error)) from None
+        except ShuttingDown:
+            raise Refused(503, "the server is shutting down or has failed") from None
+        except QueueFull:
+            raise Refused(429, "too many requests are waiting; try again later") from None
+        return in_flight
+
+    def _request(
+        self, in_flight: _InFlight, index: int, prompt: TokenizedPrompt, sampling: SamplingParams
+    ) -> Request:
+        body = in_flight.body
+        return Request(
+            model=body.model,
+            ids=prompt.ids,
+            user_mask=prompt.user_mask,
+            sampling=sampling,
+            language=body.language if body.model == ENSEMBLE else None,
+            number=index,
+            alternatives=body.alternatives,
+            scores_prompt=body.scores_prompt,
+            generates=body.most_tokens != 0,
+            on_event=lambda event: in_flight.events.put_nowait((index, event)),
+            deadline=in_flight.started + self.limits.seconds,
+        )
+
+    def _token_names(self, models: ServedModels) -> TokenNames:
+        if self.names is None or self.names.tokenizer is not models.ensemble.tokenizer:
+            self.names = TokenNames(models.ensemble.tokenizer)
+        return self.names
+
+    async def _respond(self, http_request: HTTPRequest, in_flight: _InFlight) -> Response:
+        disconnected = asyncio.create_task(_disconnected(http_request))
+
+        def cancel(_: object) -> None:
+            requests = enumerate(in_flight.requests)
+            self.scheduler.cancel([r for index, r in requests if index not in in_flight.finished])
+            in_flight.events.put_nowait(None)
+
+        disconnected.add_done_callback(cancel)
+        try:
+            # The first event is awaited here, so that an early failure has its HTTP status.
+            first = await in_flight.next()
+            if first is None:
+                return Response(status_code=DISCONNECTED)
+            self.metrics.first_event(time.monotonic() - in_flight.started)
+            if not in_flight.body.stream:
+                response = await self._collect(in_flight, first)
+                disconnected.cancel()
+                return response
+        except BaseException:
+            disconnected.cancel()
+            raise
+        return StreamingResponse(
+            self._stream(in_flight, first, disconnected),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+
+    async def _collect(self, in_flight: _InFlight, first: tuple[int, _Progress]) -> Response:
+        choices = [Choice(text=prompt.echo) for prompt in in_flight.prompts]
+        found: tuple[int, _Progress] | None = first
+        while found is not None:
+            index, event = found
+            if isinstance(event, TextDelta):
+                choices[index].text += event.text
+            choices[index].likelihoods += in_flight.likelihoods(index, event)
+            if in_flight.complete:
+                # In a worker thread: the body may be long.
+                return await run_in_threadpool(in_flight.full, choices)
+            found = await in_flight.next()
+        return Response(status_code=DISCONNECTED)
+
+    async def _stream(
+        self,
+        in_flight: _InFlight,
+        first: tuple[int, _Progress],
+        disconnected: "asyncio.Task[None]",
+    ) -> AsyncIterator[str]:
+        status = DISCONNECTED
+        try:
+            for chunk in await run_in_threadpool(in_flight.first_chunks):
+                yield chunk
+            found: tuple[int, _Progress] | None = first
+            while found is not None:
+                make = partial(in_flight.chunk, *found)
+                # Many tokens, such as all of a prompt, take a while.
+                yield await run_in_threadpool(make) if found[1].likelihoods else make()
+                if in_flight.complete:
+                    break
+                found = await in_flight.next()
+            if found is None:
+                return
+            if in_flight.body.usage_wanted:
+                yield in_flight.usage_chunk()
+            status = 200
+            yield "data: [DONE]\n\n"
+        except Refused as refused:
+            status = refused.status
+            yield _server_sent(error_body(str(refused), refused.status))
+        finally:
+            self.metrics.request(in_flight.body.model, status)
+            disconnected.cancel()
+
+
+async def _disconnected(http_request: HTTPRequest) -> None:
+    """Returns when the client has disconnected, or at the end of the request."""
+    while (await http_request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _read_body(http_request: HTTPRequest) -> bytes:
+    """The body of a request. Raises Refused for one that is too long, late or not JSON."""
+    too_long = Refused(413, f"a request may have {MOST_BYTES:,} bytes")
+    declared = http_request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > MOST_BYTES:
+        raise too_long
+    _check_content_type(http_request.headers.get("content-type", ""))
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in http_request.stream():
+                body += part
+                if len(body) > MOST_BYTES:
+                    raise too_long
+    except TimeoutError:
+        message = f"the body of a request must arrive within {BODY_SECONDS:g} seconds"
+        raise Refused(408, message) from None
+    return bytes(body)
+
+
+def _check_content_type(given: str) -> None:
+    """Raises Refused unless a Content-Type is that of JSON in UTF-8, in any case."""
+    message = Message()
+    message["Content-Type"] = given
+    charset = message.get_content_charset("utf-8")
+    if message.get_content_type() != "application/json" or charset not in ("utf-8", "utf8"):
+        raise Refused(
+            415, f"requests are application/json, in UTF-8; got Content-Type {given!r:.80}"
+        )
+
+
+def check_model(name: str, models: ServedModels) -> None:
+    """Raises Refused for a model that is not served."""
+    if name not in models.routers:
+        message = f"there is no model {name[:80]!r}; there are: {', '.join(models.routers)}"
+        raise Refused(404, message, "model", "model_not_found")
+
+
+def _server_sent(body: Any) -> str:
+    """A server-sent event with a JSON body."""
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

@@ -1,0 +1,165 @@
+"""Prompts of a request as token ids, with the language and the text that the response repeats.
+
+All of this takes time that grows with the request, so the server calls it in a worker thread and
+never in its event loop, where health checks and other streams would wait for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from clustering.errors import UserError
+from clustering.languages import canonical
+from xelm.data.chat_template import template_options
+from xelm.data.tokenizer import Tokenizer
+from xelm.inference.generation import check_prompt
+from xelm.inference.sampling_params import SamplingParams
+from xelm.serving.errors import Refused
+from xelm.serving.limits import MOST_LOG_PROBABILITIES, Limits
+from xelm.serving.models import ServedModels
+from xelm.serving.openai_requests import ChatRequest, CompletionRequest, fault
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizedPrompt:
+    """One prompt of a request."""
+
+    ids: Sequence[int]
+    """Token ids, as the models read them."""
+    user_mask: Sequence[bool] | None
+    """Whether the router goes by each id, as in `batch.Request`."""
+    language: str | None
+    """Language that the request states, otherwise the detected one; None where there is no text."""
+    echo: str = ""
+    """Text with which the response begins."""
+    echo_start: int = 0
+    """Number of tokens before those of `echo`: the one that starts every text, where it does."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedRequest:
+    """A valid request, with prompts that the models can read."""
+
+    prompts: Sequence[TokenizedPrompt]
+    """Each of these is continued `n` times."""
+    sampling: SamplingParams
+    language: str | None
+    """Language that the request states, as a canonical tag."""
+
+
+def parse(
+    kind: type[CompletionRequest] | type[ChatRequest], body: bytes
+) -> CompletionRequest | ChatRequest:
+    """Parses the JSON body of a request. Raises Refused for the first field that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise Refused(400, *fault(error)) from None
+
+
+def prepare(
+    request: CompletionRequest | ChatRequest, models: ServedModels, limits: Limits
+) -> PreparedRequest:
+    """Tokenises the prompts of a request. Raises UserError or Refused where these models cannot
+    answer it, or where it exceeds the limits."""
+    prompts, masks = _tokenize(request, models)
+    ensemble, most = models.ensemble, limits.sequences + limits.waiting
+    if (count := len(prompts) * (request.n or 1)) > most:
+        message = f"a request may have {most} sequences here, prompts times n; got {count}"
+        raise Refused(400, message)
+    for ids in prompts:
+        check_prompt(ensemble, ids, 1 if request.most_tokens is None else request.most_tokens)
+    space = ensemble.longest - max(map(len, prompts))
+    sampling = request.sampling(ensemble.sampling, min(space, limits.tokens))
+    if sampling.max_new_tokens > limits.tokens:
+        message = f"max_tokens must be at most {limits.tokens} here; got {sampling.max_new_tokens}"
+        raise Refused(400, message, "max_tokens")
+    _check_log_probabilities(request, prompts, sampling)
+    language = _stated_language(request.language)
+    tokenized = [
+        TokenizedPrompt(
+            ids=ids,
+            user_mask=mask,
+            language=language or models.language_of(ids, mask),
+            **_echo(request, index, ids, ensemble.tokenizer),
+        )
+        for index, (ids, mask) in enumerate(zip(prompts, masks))
+    ]
+    return PreparedRequest(prompts=tokenized, sampling=sampling, language=language)
+
+
+def _tokenize(
+    request: CompletionRequest | ChatRequest, models: ServedModels
+) -> tuple[list[list[int]], list[list[bool] | None]]:
+    """Token ids of each prompt, and for a chat the mask of the user's text. Text follows the token
+    that starts texts; ids are taken as they are."""
+    tokenizer = models.ensemble.tokenizer
+    longest = max(map(len, request.texts), default=0)
+    if longest > models.max_characters:
+        raise UserError(
+            f"a prompt of {longest:,} characters is longer than these models of "
+            f"{models.ensemble.longest} tokens can read"
+        )
+    if isinstance(request, ChatRequest):
+        if not tokenizer.hub.chat_template:
+            raise UserError("the seed has no chat template; use /v1/completions")
+        messages = [{"role": m.role, "content": m.text} for m in request.messages]
+        ids, mask = tokenizer.chat_with_user_mask(messages, _template_options(request, tokenizer))
+        return [ids], [mask]
+    prompts = [
+        tokenizer.begin(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts
+    ]
+    return prompts, [None] * len(prompts)
+
+
+def _template_options(request: ChatRequest, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Values for the chat template. Raises Refused for one that it does not use."""
+    used = template_options(tokenizer.hub) if request.template_options else ()
+    for name, (param, _) in request.template_options.items():
+        if name not in used:
+            message = f"{param}: the seed's chat template does not use {name!r:.80}; leave it out"
+            raise Refused(400, message, param)
+    return {name: value for name, (_, value) in request.template_options.items()}
+
+
+def _stated_language(language: str | None) -> str | None:
+    """The language that a request states, as a canonical tag. Raises Refused for an unknown one."""
+    try:
+        return None if language is None else canonical(language)
+    except UserError as error:
+        raise Refused(400, str(error), "language") from None
+
+
+def _echo(
+    request: CompletionRequest | ChatRequest, index: int, ids: Sequence[int], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """The fields `echo` and `echo_start` of a prompt: its text as given, without the token that was
+    put before it."""
+    if not isinstance(request, CompletionRequest) or not request.echo:
+        return {}
+    prompt = request.prompts[index]
+    given = tokenizer.encode([prompt])[0] if isinstance(prompt, str) else prompt
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    return {"echo": text, "echo_start": len(ids) - len(given)}
+
+
+def _check_log_probabilities(
+    request: CompletionRequest | ChatRequest,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams,
+) -> None:
+    """Raises Refused where a request wants more log probabilities than it may."""
+    if request.alternatives is None:
+        return
+    new = 0 if request.most_tokens == 0 else sampling.max_new_tokens
+    scored = [len(ids) if request.scores_prompt else 0 for ids in prompts]
+    wanted = sum(count + new for count in scored) * (request.alternatives + 1) * (request.n or 1)
+    if wanted > MOST_LOG_PROBABILITIES:
+        raise Refused(
+            400,
+            f"a request may ask for {MOST_LOG_PROBABILITIES:,} log probabilities: tokens times "
+            f"alternatives and one; got {wanted:,}",
+            "logprobs",
+        )

@@ -1,0 +1,203 @@
+"""The scheduler: queues requests and has batches of them generated, in a thread of its own.
+
+Requests join and leave a batch at any token (continuous batching: Yu et al. 2022, Orca).
+"""
+
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from xelm.inference.generation import check_prompt
+from xelm.serving.batch import LATE, Batch, Event, Failed, Request
+from xelm.serving.models import ServedModels
+
+TOKENS_SCORED = 4096
+"""Largest number of prompt tokens that are scored at a time, unless one prompt has more."""
+TOKENS_SCORED_BETWEEN_STEPS = 512
+"""The same while sequences are being generated, which wait meanwhile."""
+
+
+class QueueFull(Exception):
+    """Raised where more requests wait than may."""
+
+
+class ShuttingDown(Exception):
+    """Raised where no request is accepted any more."""
+
+
+class Scheduler:
+    """Queue of requests, and the batches in which they are answered."""
+
+    def __init__(
+        self,
+        models: ServedModels,
+        *,
+        max_running: int,
+        max_waiting: int,
+        call_soon: Callable[[Callable[[], None]], object],
+    ):
+        """max_running: number of requests that are answered at once. max_waiting: number of others
+        that may wait. call_soon: runs a function in the thread that receives events."""
+        self._max_running, self._max_waiting = max_running, max_waiting
+        self._call_soon = call_soon
+        self._changed = threading.Condition()
+        self._queue: deque[Request] = deque()
+        self._batches = [Batch(models, self._emit)]
+        """Last the batch that new requests join; before it those of models that were replaced."""
+        self._events: list[tuple[Request, Event]] = []
+        self._closing = False
+        self.preparing = False
+        """Whether other models are being prepared: files are checked, routers fitted."""
+        self.count: Callable[[str, int], object] = lambda kind, tokens: None
+        """Called with a kind, "prompt" or "completion", and a number of tokens of that kind."""
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    @property
+    def models(self) -> ServedModels:
+        """The models that answer new requests."""
+        return self._batches[-1].models
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Number of requests that are being answered."""
+        return sum(len(batch) for batch in list(self._batches))
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues all of some requests, or none. Raises QueueFull if too many wait, ShuttingDown at
+        the end, and UserError for a request that the models cannot answer."""
+        models = self.models
+        for request in requests:
+            check_prompt(models.ensemble, request.ids, request.max_new_tokens)
+            if request.model in models.routers:  # otherwise it has just been withdrawn
+                models.routers[request.model].start(request.language)
+        with self._changed:
+            free = self._max_running - self.running
+            dead = self._thread.ident is not None and not self._thread.is_alive()
+            if self._closing or dead:
+                raise ShuttingDown
+            if len(self._queue) + len(requests) > self._max_waiting + free:
+                raise QueueFull
+            self._queue += requests
+            self._changed.notify()
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Gives up some requests, whether they wait or are being answered."""
+        with self._changed:
+            for request in requests:
+                request.cancelled = True
+            self._changed.notify()
+
+    def replace_models(self, models: ServedModels) -> None:
+        """Has new requests answered by other models; those that are being answered are not
+        affected."""
+        with self._changed:
+            self._batches.append(Batch(models, self._emit))
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Cancels all requests and ends the thread. To finish them first, wait for the clients."""
+        with self._changed:
+            self._closing = True
+            for request in self._unfinished():
+                request.cancelled = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                if not self._schedule():
+                    return
+                for batch in list(self._batches):
+                    # Not all prompts at once: running sequences wait for their next token.
+                    generating = any(other.generating for other in self._batches)
+                    batch.score_some(TOKENS_SCORED_BETWEEN_STEPS if generating else TOKENS_SCORED)
+                    if batch.generating:
+                        self.count("completion", batch.step())
+            except Exception as error:
+                self._fail_all(error)
+            self._deliver()
+
+    def _schedule(self) -> bool:
+        """Waits until there is work, removes requests that are over, and moves others from the
+        queue into the batch. False when all is done."""
+        with self._changed:
+            while not self._queue and not self.running:
+                self._retire()
+                if self._closing:
+                    return False
+                self._changed.wait()
+            for batch in self._batches:
+                batch.remove_abandoned()
+            self._retire()
+            now, kept = time.monotonic(), deque()
+            for request in self._queue:
+                if request.cancelled:
+                    continue
+                if request.deadline < now:
+                    self._emit(request, Failed(503, LATE))
+                elif self.running < self._max_running:
+                    self.count("prompt", len(request.ids))
+                    self._batches[-1].add(request)
+                else:
+                    kept.append(request)
+            self._queue = kept
+        return True
+
+    def _retire(self) -> None:
+        """Drops the batches of replaced models that are empty, and parameters nobody needs."""
+        replaced = [batch for batch in self._batches[:-1] if not len(batch)]
+        for batch in replaced:
+            self._batches.remove(batch)
+        if replaced and len(self._batches) == 1:
+            self.models.parameters.evict_others()
+
+    def _fail_all(self, error: Exception) -> None:
+        """Fails all requests: nothing that an error left behind can be relied on."""
+        traceback.print_exc(file=sys.stderr)
+        out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
+        why = "the device is out of memory" if out_of_memory else "generation failed"
+        with self._changed:
+            for request in self._unfinished():
+                self._emit(request, Failed(503 if out_of_memory else 500, f"{why}; try again"))
+            self._queue.clear()
+            self._batches = [Batch(self.models, self._emit)]
+
+    def _unfinished(self) -> list[Request]:
+        """All requests in a batch or in the queue, each once."""
+        running = [request for batch in self._batches for request in batch.requests]
+        return list(dict.fromkeys([*running, *self._queue]))
+
+    def _emit(self, request: Request, event: Event) -> None:
+        """Keeps an event until `_deliver` passes it on."""
+        self._events.append((request, event))
+
+    def _deliver(self) -> None:
+        """Passes events on to their requests, in the thread that receives them."""
+        events, self._events = self._events, []
+        if not events:
+            return
+
+        def call() -> None:
+            for request, event in events:
+                if not request.cancelled:
+                    request.on_event(event)
+
+        self._call_soon(call)
