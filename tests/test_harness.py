@@ -245,5 +245,5 @@ def test_without_the_harness_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "xelm.harness")
     monkeypatch.delattr("xelm.harness")
     assert commands_main() == 2
-    wanted = "xelm-lm-eval: it needs lm_eval; pip install 'xelm[lm-eval]'\n"
+    wanted = "xelm-lm-eval: lm_eval is not installed; pip install 'xelm[lm-eval]'\n"
     assert capsys.readouterr().err == wanted

@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness, asked about an ensemble or one of its models: `xelm-lm-eval`.
+"""`xelm-lm-eval`: EleutherAI's evaluation harness for an ensemble or one of its models.
 
     xelm-lm-eval run=RUN,routing=detected --tasks xcopa_sw,belebele_swh_Latn --num_fewshot 0
 
@@ -28,12 +28,12 @@ from xelm.runs.ensembles import open_ensemble
 from xelm.runs.run import open_run
 
 TOKENS_AT_ONCE = 16_384
-"""Of the requests that are read together."""
+"""Largest number of tokens of the requests that are scored together."""
 
 
 @register_model("xelm")
 class Harness(TemplateLM):
-    """An ensemble as the harness asks it."""
+    """An ensemble as a model of the harness."""
 
     def __init__(
         self,
@@ -50,9 +50,10 @@ class Harness(TemplateLM):
         max_gen_toks: int = 256,
         **router: Any,
     ):
-        """run: a RUN. model: an expert alone, the seed or the dense baseline, instead of all by
-        `routing`. language: of all texts, as `Ensemble.score` has it. router: other options of
-        `Routing`. batch_size: texts that are continued at once. JAX knows the device."""
+        """run: a RUN. model: an expert, the seed or the dense baseline alone, instead of the
+        ensemble. language: language of all texts, as in `Ensemble.score`. router: further options
+        of `Routing`. batch_size: number of texts that are generated together. device: not
+        used, since JAX finds it."""
         super().__init__()
         if model is None:
             options: dict[str, Any] = {"top_m": top_m, "route_per": route_per}
@@ -64,9 +65,9 @@ class Harness(TemplateLM):
             chosen = Routing(name="fixed", weights={model: 1.0})
         self.ensemble: Ensemble = open_ensemble(open_run(run), chosen, dtype=dtype)
         if not self.ensemble.model.causal:
-            raise UserError(f"{run} has encoders, which the harness cannot ask")
+            raise UserError(f"{run} has encoders, which the harness cannot evaluate")
         self.tokenizer = self.ensemble.tokenizer.hub
-        # One model alone is asked in every language.
+        # One model alone is used for every language.
         self._language = language if model is None else None
         self._max_gen_toks = max_gen_toks
         self._batch = int(batch_size) if str(batch_size).isdecimal() else 32
@@ -77,7 +78,7 @@ class Harness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text of which the first token is predicted."""
+        """The token before a text whose first token is predicted."""
         return self.ensemble.tokenizer.prefix_id
 
     @property
@@ -86,15 +87,15 @@ class Harness(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that a model reads at once where likelihoods are asked for, the one that starts
-        texts included; a continuation may go on to `Ensemble.longest`."""
+        """Number of tokens that a model reads at once where likelihoods are computed, with the one
+        that starts texts; generated text may go on to `Ensemble.longest`."""
         return self.ensemble.window
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text, after the one that starts texts if any does, or of a rendered chat, whose
-        template has all the special tokens that there are to be."""
+        """Token ids of a text, after the one that starts texts if there is one, or of a rendered
+        chat, whose template contains all special tokens."""
         tokenizer = self.ensemble.tokenizer
         if string.startswith(RENDERED):
             return tokenizer.special.encode(string)[0]
@@ -104,19 +105,19 @@ class Harness(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A chat as a string that `tok_encode` knows from other texts by its first character, in
-        which what the user says is marked, since the router goes by that alone."""
+        """A rendered chat, which `tok_encode` recognises by its first character. The user's text is
+        marked in it, since the router goes by that alone."""
         return self.ensemble.tokenizer.render(
             chat_history, add_generation_prompt=add_generation_prompt
         )
 
     def _user_mask(self, string: str | None, count: int) -> list[bool] | None:
-        """By which of the last `count` ids of a context's string the router goes: of a chat, those
+        """Whether the router goes by each of the last `count` ids of a context: in a chat by those
         of the user's text; None: by all."""
         if string is None or not string.startswith(RENDERED):
             return None
         mask = self.ensemble.tokenizer.special.encode(string)[1]
-        # Of a user whose text was cut off nothing is left to go by, but for the whole context.
+        # If the user's text was cut off, the router goes by the whole context.
         return mask[-count:] if mask and any(mask[-count:]) else None
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -132,7 +133,7 @@ class Harness(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
         masks = [
-            # Spaces at the context's end went to the continuation.
+            # Spaces at the end of the context were moved to the continuation.
             self._user_mask(strings and strings[0].rstrip(), len(context))
             for (strings, _, _), (context, _) in zip(requests, pairs)
         ]
@@ -159,15 +160,16 @@ class Harness(TemplateLM):
         return found  # type: ignore[return-value]
 
     def _fitting(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """Both, and of a context that is too long, the end: the last token of all is predicted, and
-        not read. A continuation that is too long alone is read in windows, after one token."""
+        """A context and its continuation; only the end of a context that is too long for both. (The
+        last token is predicted and not read.) A continuation that alone is too long for a window
+        keeps one token of context, and is read in several windows."""
         longest = self.ensemble.model.max_length
         if len(continuation) > longest:
             raise UserError(
-                f"a continuation has {len(continuation)} tokens, and the models read {longest}"
+                f"a continuation has {len(continuation)} tokens; the models read at most {longest}"
             )
-        room = max(1, self.max_length + 1 - len(continuation))
-        return context[-room:], continuation
+        kept = max(1, self.max_length + 1 - len(continuation))
+        return context[-kept:], continuation
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -198,37 +200,36 @@ class Harness(TemplateLM):
             groups.setdefault(repr(sorted(_options(request).items())), []).append(number)
         with tqdm(total=len(requests), desc="continuations", disable=disable_tqdm) as bar:
             for numbers in groups.values():
-                asked = _options(requests[numbers[0]])
-                # Side by side with others about as long, longest first.
+                options = _options(requests[numbers[0]])
+                # Prompts of about the same length are generated together, longest first.
                 numbers.sort(key=lambda number: -len(requests[number].args[0]))
                 for first in range(0, len(numbers), self._batch):
                     part = numbers[first : first + self._batch]
                     texts = [requests[number].args[0] for number in part]
-                    for number, text in zip(part, self._continued(texts, asked)):
+                    for number, text in zip(part, self._generate(texts, options)):
                         found[number] = text
                         self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     bar.update(len(part))
         return found  # type: ignore[return-value]
 
-    def _continued(self, texts: Sequence[str], asked: dict[str, Any]) -> list[str]:
-        until = asked.get("until") or []
+    def _generate(self, texts: Sequence[str], options: dict[str, Any]) -> list[str]:
+        until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
-        most = int(asked.get("max_gen_toks", self._max_gen_toks))
         ensemble = self.ensemble
-        longest = ensemble.longest
-        most = min(most, longest - 1)
-        sampled = bool(asked.get("do_sample", float(asked.get("temperature") or 0) > 0))
+        most = int(options.get("max_gen_toks", self._max_gen_toks))
+        most = min(most, ensemble.longest - 1)
+        sampled = bool(options.get("do_sample", float(options.get("temperature") or 0) > 0))
         sampling = replace(
             ensemble.sampling,
             max_new_tokens=most,
-            temperature=float(asked.get("temperature") or 1.0) if sampled else 0.0,
-            top_p=float(asked.get("top_p") or 1.0),
-            top_k=asked.get("top_k"),
+            temperature=float(options.get("temperature") or 1.0) if sampled else 0.0,
+            top_p=float(options.get("top_p") or 1.0),
+            top_k=options.get("top_k"),
             repetition_penalty=1.0,
             stop=tuple(stop for stop in until if stop),
         )
-        room = longest - most
-        prompts = [self.tok_encode(text)[-room:] or [self.prefix_token_id] for text in texts]
+        kept = ensemble.longest - most
+        prompts = [self.tok_encode(text)[-kept:] or [self.prefix_token_id] for text in texts]
         languages = [self._language] * len(prompts)
         masks = [self._user_mask(text, len(ids)) for text, ids in zip(texts, prompts)]
         found = generate(
@@ -244,13 +245,13 @@ class Harness(TemplateLM):
 
 
 def _options(request: Instance) -> dict[str, Any]:
-    """How a continuation is asked for."""
+    """Generation options of a request."""
     _, options = request.args  # type: ignore[misc]
     return dict(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`xelm-lm-eval`: the harness's own command line, about a RUN."""
+    """Runs the harness's own command line with a RUN as its model."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and not given[0].startswith("-") and "=" in given[0]:
         given = ["--model", "xelm", "--model_args", *given]

@@ -1,4 +1,4 @@
-"""`xelm-lm-eval`, where the harness may not be installed."""
+"""`xelm-lm-eval`: the command of `xelm.harness`, whose dependencies may not be installed."""
 
 import sys
 
@@ -6,13 +6,14 @@ from xelm.process import prepare
 
 
 def main() -> int:
-    """As `xelm.harness.main`; 2 with a line where there is no harness."""
+    """Runs `xelm.harness.main`; exits with 2 and one line where the harness is not installed."""
     prepare()  # before the harness imports what reads its settings once
     try:
         from xelm import harness
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("lm_eval"):
             raise
-        print("xelm-lm-eval: it needs lm_eval; pip install 'xelm[lm-eval]'", file=sys.stderr)
+        message = "lm_eval is not installed; pip install 'xelm[lm-eval]'"
+        print(f"xelm-lm-eval: {message}", file=sys.stderr)
         return 2
     return harness.main()

@@ -4,6 +4,15 @@ import argparse
 
 from xelm.commands.options import Command, add_run
 from xelm.commands.routing import add_routing, routing_of
+from xelm.serving.limits import Limits
+
+_LIMITS = {
+    "tokens": "largest number of tokens to generate for each sequence",
+    "seconds": "seconds after which a sequence ends",
+    "sequences": "sequences that are generated at once",
+    "waiting": "further sequences that may wait; beyond, requests are refused",
+}
+"""Field of `Limits` -> the help of its option."""
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
@@ -28,41 +37,21 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         help="web pages that may send requests, such as https://example.org; may be given several "
         "times (default: none but the server's own page)",
     )
-    parser.add_argument(
-        "--max-tokens",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="largest number of tokens to generate for each sequence (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-seconds",
-        type=float,
-        default=300.0,
-        metavar="X",
-        help="seconds after which a sequence ends (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-sequences",
-        type=int,
-        default=32,
-        metavar="N",
-        help="sequences that are generated at once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-waiting",
-        type=int,
-        default=128,
-        metavar="N",
-        help="further sequences that may wait; beyond, requests are refused (default: %(default)s)",
-    )
+    for name, summary in _LIMITS.items():
+        value = getattr(Limits(), name)
+        parser.add_argument(
+            f"--max-{name}",
+            type=type(value),
+            default=value,
+            metavar="X" if isinstance(value, float) else "N",
+            help=f"{summary} (default: %(default)s)",
+        )
     add_routing(parser, "route_per")
 
 
 def _serve(options: argparse.Namespace) -> None:
     from xelm.process import return_freed_memory
     from xelm.runs.run import open_run
-    from xelm.serving.limits import Limits
     from xelm.serving.server import serve
 
     return_freed_memory()
@@ -74,12 +63,7 @@ def _serve(options: argparse.Namespace) -> None:
         port=options.port,
         key_file=options.api_key_file,
         origins=options.cors_origin,
-        limits=Limits(
-            tokens=options.max_tokens,
-            seconds=options.max_seconds,
-            sequences=options.max_sequences,
-            waiting=options.max_waiting,
-        ),
+        limits=Limits(**{name: getattr(options, f"max_{name}") for name in _LIMITS}),
     )
 
 
