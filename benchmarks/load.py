@@ -217,10 +217,10 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    said = log.read_text()
+    logged = log.read_text()
     # Earlier lines are about what was prepared and fitted.
-    if process.returncode or said.partition("listening on ")[2].splitlines()[1:] != ["stopped"]:
-        seen.faults.append(f"the server ended with {process.returncode}: {said[-500:]}")
+    if process.returncode or logged.partition("listening on ")[2].splitlines()[1:] != ["stopped"]:
+        seen.faults.append(f"the server ended with {process.returncode}: {logged[-500:]}")
     print(f"{options.clients} clients for {took:.0f} s, routing {options.routing}: ", end="")
     print(", ".join(f"{count} {what}" for what, count in sorted(seen.counts.items())))
     print(f"{seen.tokens / took:.0f} tokens/s, {len(seen.whole) / took:.1f} requests/s\n")
