@@ -67,8 +67,8 @@ def test_what_cannot_be_served_is_refused_at_once(xelm, tiny, tmp_path):
     busy.close()
     for options, message in (
         (("--port", 99999), "a port is between 0 and 65535; got 99999"),
-        (("--max-sequences", 0), "the limit of sequences must be at least 1; got 0"),
-        (("--max-seconds", "nan"), "the limit of seconds must be above 0; got nan"),
+        (("--max-sequences", 0), "max_sequences must be at least 1; got 0"),
+        (("--max-seconds", "nan"), "max_seconds must be above 0; got nan"),
         (("--top-m", 9), "top_m must be between 1 and 2 experts; got 9"),
         (("--api-key-file", tmp_path / "none"), "none: No such file or directory"),
     ):

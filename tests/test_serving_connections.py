@@ -87,7 +87,7 @@ def test_800_unfinished_requests_keep_nobody_waiting(server, begun):
 
 def test_requests_under_way_are_never_closed_for_others(chatty, slow):
     """At the limit the unfinished give way; where all are under way, only health is told."""
-    limits = Limits(sequences=2, waiting=0)
+    limits = Limits(max_sequences=2, max_waiting=0)
     with served(chatty, limits=limits) as found:
         most = limits.connections_per_client
         streams, body = [], {"model": "xelm:seed", "prompt": "a", "stream": True, "max_tokens": 50}
@@ -252,11 +252,11 @@ def test_the_table_of_limits_is_that_of_the_code():
         ("connections of one client address", usual.connections_per_client),
         ("connections of all clients", usual.connections),
         ("further connections, answered at `/healthz` alone", connections._HEALTH_CHECKS),
-        ("sequences generated at once", usual.sequences),
-        ("sequences that wait", usual.waiting),
-        ("sequences of a request: prompts times `n`", usual.sequences + usual.waiting),
-        ("tokens generated for a sequence", usual.tokens),
-        ("time of a sequence, waiting included", usual.seconds),
+        ("sequences generated at once", usual.max_sequences),
+        ("sequences that wait", usual.max_waiting),
+        ("sequences of a request: prompts times `n`", usual.max_sequences + usual.max_waiting),
+        ("tokens generated for a sequence", usual.max_tokens),
+        ("time of a sequence, waiting included", usual.max_seconds),
         (
             "ids of a prompt, messages of a chat",
             MOST_IDS,

@@ -11,7 +11,7 @@ from shared import documents_of
 
 from clustering.errors import UserError
 from xelm import open_run
-from xelm.serving import openai_completions
+from xelm.serving import openai_prompts
 from xelm.serving.openai_requests import IGNORED, ChatRequest, CompletionRequest, fault
 from xelm.serving.origins import LOOPBACK, check_origins
 
@@ -67,7 +67,7 @@ def test_a_content_type_is_read_in_any_case(server, given, status):
 
 
 def test_a_fault_of_the_server_is_told_in_json(server, monkeypatch, caplog):
-    monkeypatch.setattr(openai_completions, "check_prompt", lambda *given: 1 / 0)
+    monkeypatch.setattr(openai_prompts, "check_prompt", lambda *given: 1 / 0)
     answer = server.post(BODY)
     assert answer.status_code == 500 and error_of(answer)["type"] == "server_error"
     assert "division" not in answer.text and "ZeroDivisionError" in caplog.text

@@ -32,7 +32,7 @@ def german(tiny):
 
 
 def test_a_full_queue_refuses_and_what_was_taken_is_done(chatty, slow):
-    limits = Limits(sequences=2, waiting=3)
+    limits = Limits(max_sequences=2, max_waiting=3)
     with served(chatty, limits=limits) as found:
         body = {"model": "xelm", "prompt": PROMPT, "max_tokens": 30, "temperature": 0}
 
@@ -52,13 +52,13 @@ def test_a_full_queue_refuses_and_what_was_taken_is_done(chatty, slow):
         # More than there will ever be places for: no use in trying again.
         never = found.post(body | {"n": 6})
         assert never.status_code == 400
-        assert "a request may have 5 sequences here, prompts times n; got 6" in never.text
+        assert "a request may have 5 sequences, prompts times n; got 6" in never.text
         assert found.post(body | {"n": 5, "max_tokens": 2}).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_disconnects_frees_its_place(chatty, slow, stream):
-    with served(chatty, limits=Limits(sequences=1, waiting=4)) as found:
+    with served(chatty, limits=Limits(max_sequences=1, max_waiting=4)) as found:
         body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 50, "stream": stream}
         with pytest.raises(httpx.ReadTimeout):
             if stream:
@@ -91,7 +91,7 @@ def test_metrics_count_clients_that_disconnect(chatty, slow):
 
 
 def test_a_client_that_disconnects_leaves_the_queue(chatty, slow):
-    with served(chatty, limits=Limits(sequences=1, waiting=4)) as found:
+    with served(chatty, limits=Limits(max_sequences=1, max_waiting=4)) as found:
         url = f"{found.url}/v1/completions"
         body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
         first = threading.Thread(target=found.post, args=(body,))
@@ -105,7 +105,7 @@ def test_a_client_that_disconnects_leaves_the_queue(chatty, slow):
 
 
 def test_time_is_limited(chatty, slow):
-    with served(chatty, limits=Limits(sequences=1, seconds=0.5)) as found:
+    with served(chatty, limits=Limits(max_sequences=1, max_seconds=0.5)) as found:
         body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 50, "temperature": 0}
         found.post(body | {"max_tokens": 1})  # compiled
         answer = found.post(body).json()

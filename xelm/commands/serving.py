@@ -2,17 +2,9 @@
 
 import argparse
 
-from xelm.commands.options import Command, add_run
+from xelm.commands.options import Command, add_fields, add_run, given_fields
 from xelm.commands.routing import add_routing, routing_of
 from xelm.serving.limits import Limits
-
-_LIMITS = {
-    "tokens": "largest number of tokens to generate for each sequence",
-    "seconds": "seconds after which a sequence ends",
-    "sequences": "sequences that are generated at once",
-    "waiting": "further sequences that may wait; beyond, requests are refused",
-}
-"""Field of `Limits` -> the help of its option."""
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
@@ -37,15 +29,8 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         help="web pages that may send requests, such as https://example.org; may be given several "
         "times (default: none but the server's own page)",
     )
-    for name, summary in _LIMITS.items():
-        value = getattr(Limits(), name)
-        parser.add_argument(
-            f"--max-{name}",
-            type=type(value),
-            default=value,
-            metavar="X" if isinstance(value, float) else "N",
-            help=f"{summary} (default: %(default)s)",
-        )
+    names = ("max_tokens", "max_seconds", "max_sequences", "max_waiting")
+    add_fields(parser, Limits, *names, title="limits")
     add_routing(parser, "route_per")
 
 
@@ -63,7 +48,7 @@ def _serve(options: argparse.Namespace) -> None:
         port=options.port,
         key_file=options.api_key_file,
         origins=options.cors_origin,
-        limits=Limits(**{name: getattr(options, f"max_{name}") for name in _LIMITS}),
+        limits=Limits(**given_fields(options, Limits)),
     )
 
 

@@ -25,31 +25,31 @@ WRITE_SECONDS = 30.0
 class Limits:
     """Limits of requests; a sequence is one prompt, continued once."""
 
-    tokens: int = 1024
+    max_tokens: int = 1024
     """Largest number of tokens that are generated for a sequence."""
-    seconds: float = 300.0
+    max_seconds: float = 300.0
     """Seconds after which a sequence ends."""
-    sequences: int = 32
+    max_sequences: int = 32
     """Largest number of sequences that are generated at once."""
-    waiting: int = 128
+    max_waiting: int = 128
     """Largest number of further sequences that wait; beyond, requests are refused."""
 
     def __post_init__(self) -> None:
         for name, value, least in (
-            ("tokens", self.tokens, 1),
-            ("sequences", self.sequences, 1),
-            ("waiting", self.waiting, 0),
+            ("max_tokens", self.max_tokens, 1),
+            ("max_sequences", self.max_sequences, 1),
+            ("max_waiting", self.max_waiting, 0),
         ):
             if value < least:
-                raise UserError(f"the limit of {name} must be at least {least}; got {value}")
-        if not 0 < self.seconds < float("inf"):
-            raise UserError(f"the limit of seconds must be above 0; got {self.seconds}")
+                raise UserError(f"{name} must be at least {least}; got {value}")
+        if not 0 < self.max_seconds < float("inf"):
+            raise UserError(f"max_seconds must be above 0; got {self.max_seconds}")
 
     @property
     def connections_per_client(self) -> int:
         """Largest number of connections of one client address. It is larger than the queue, so that
         a proxy, whose clients all have one address, reaches the limit of the queue first."""
-        return self.sequences + self.waiting + 64
+        return self.max_sequences + self.max_waiting + 64
 
     @property
     def connections(self) -> int:

@@ -205,7 +205,7 @@ class Completions:
             scores_prompt=body.scores_prompt,
             generates=body.most_tokens != 0,
             on_event=lambda event: in_flight.events.put_nowait((index, event)),
-            deadline=in_flight.started + self.limits.seconds,
+            deadline=in_flight.started + self.limits.max_seconds,
         )
 
     def _token_names(self, models: ServedModels) -> TokenNames:

@@ -65,16 +65,16 @@ def prepare(
     """Tokenises the prompts of a request. Raises UserError or Refused where these models cannot
     answer it, or where it exceeds the limits."""
     prompts, masks = _tokenize(request, models)
-    ensemble, most = models.ensemble, limits.sequences + limits.waiting
+    ensemble, most = models.ensemble, limits.max_sequences + limits.max_waiting
     if (count := len(prompts) * (request.n or 1)) > most:
-        message = f"a request may have {most} sequences here, prompts times n; got {count}"
+        message = f"a request may have {most} sequences, prompts times n; got {count}"
         raise Refused(400, message)
     for ids in prompts:
         check_prompt(ensemble, ids, 1 if request.most_tokens is None else request.most_tokens)
     space = ensemble.longest - max(map(len, prompts))
-    sampling = request.sampling(ensemble.sampling, min(space, limits.tokens))
-    if sampling.max_new_tokens > limits.tokens:
-        message = f"max_tokens must be at most {limits.tokens} here; got {sampling.max_new_tokens}"
+    sampling = request.sampling(ensemble.sampling, min(space, limits.max_tokens))
+    if sampling.max_new_tokens > limits.max_tokens:
+        message = f"max_tokens must be at most {limits.max_tokens}; got {sampling.max_new_tokens}"
         raise Refused(400, message, "max_tokens")
     _check_log_probabilities(request, prompts, sampling)
     language = _stated_language(request.language)

@@ -131,7 +131,7 @@ def http_server(app: Starlette, limits: Limits) -> uvicorn.Server:
             # Number of connections that are accepted at once before the limits are checked.
             backlog=128,
             timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=int(limits.seconds) + 10,
+            timeout_graceful_shutdown=int(limits.max_seconds) + 10,
         )
     )
 
@@ -154,7 +154,10 @@ def assemble(
             app.state.loop.call_soon_threadsafe(function)
 
     scheduler = Scheduler(
-        opener(), max_running=limits.sequences, max_waiting=limits.waiting, call_soon=call_soon
+        opener(),
+        max_running=limits.max_sequences,
+        max_waiting=limits.max_waiting,
+        call_soon=call_soon,
     )
     metrics = Metrics(scheduler)
     app = make_app(scheduler, metrics, limits, key=key, hosts=hosts, origins=origins)
