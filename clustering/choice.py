@@ -106,10 +106,8 @@ def _clusters(
 
 
 def _labels(clusters: Clustering) -> np.ndarray:
-    place = {
-        tag: number for number, members in enumerate(clusters.clusters.values()) for tag in members
-    }
-    return np.array([place[tag] for tag in clusters.languages])
+    names = list(clusters.clusters)
+    return np.array([names.index(name) for name in clusters.cluster_by_language.values()])
 
 
 def _silhouette(distances: Distances, labels: np.ndarray) -> float:
