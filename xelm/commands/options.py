@@ -60,12 +60,11 @@ def add_fields(
             default = str(values[field])
         if elsewhere and field in elsewhere:
             default = f"{elsewhere[field]}, or else {default}"
-        chosen = {"choices": choices[field]} if choices and field in choices else {}
         group.add_argument(
             names[field],
             dest=f"{kind.__name__}.{field}",
             help=(note + (f" (default: {default})" if default else "")).replace("%", "%%"),
-            **(chosen or _value(hints[field])),
+            **_value(hints[field], (choices or {}).get(field)),
         )
 
 
@@ -79,8 +78,10 @@ def given_fields(options: argparse.Namespace, kind: type) -> dict[str, Any]:
     return found
 
 
-def _value(hint: Any) -> dict[str, Any]:
+def _value(hint: Any, choices: Sequence[str] | None) -> dict[str, Any]:
     """Arguments of `add_argument` for a field of this type."""
+    if choices:
+        return {"choices": choices}
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is Literal:
