@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from clustering.errors import UserError
@@ -52,7 +53,7 @@ def add_fields(
     names = {name: f"--{name.replace('_', '-')}" for name in values} | dict(flags or {})
     group = parser.add_argument_group(title)
     for field in fields:
-        note, _, default = notes[field].removesuffix(".").partition(". None: ")
+        note, default, *_ = [*re.split(r"\. (?:None|Empty): ", notes[field].removesuffix(".")), ""]
         note = re.sub("`(.+?)`", lambda found: names.get(found[1], found[1]), note)
         if note[1].islower():
             note = note[0].lower() + note[1:]
@@ -83,12 +84,15 @@ def _value(hint: Any, choices: Sequence[str] | None) -> dict[str, Any]:
     if choices:
         return {"choices": choices}
     if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+        *_, hint = (part for part in typing.get_args(hint) if part is not types.NoneType)
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
     return {
         int: {"type": int, "metavar": "N"},
         float: {"type": float, "metavar": "X"},
+        str: {"metavar": "NAME"},
+        Path: {"metavar": "PATH"},
+        Sequence[str]: {"type": names, "metavar": "A,B,..."},
         tuple[str, ...]: {"action": "append", "metavar": "TEXT"},
         Mapping[str, float]: {"type": _weights, "metavar": "NAME=X,..."},
     }[hint]

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +24,7 @@ from xelm.data.contents import Contents
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.parts import Document
 from xelm.data.unusable import UnusableRecords
+from xelm.runs.measures import MEASURES, Data
 from xelm.runs.results import RESULTS, read_results
 from xelm.runs.run import Run
 
@@ -37,34 +37,18 @@ _HELD_CHARACTERS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sources:
-    """What measures may be made of; each is wanted by some of them alone."""
+class Sources(Data):
+    """Data that measures read; each is needed by some of them alone."""
 
-    features: str | None = None
-    """Sets of URIEL, joined by `+`, for typology, where None takes syntax_average, and for
-    mixture, where it takes syntax_knn."""
-    only: Sequence[str] = ()
-    """Names of features; for typology and table. All if empty."""
-    table: str | Path | None = None
-    """CSV file; for table."""
     corpus: AnyCorpus | None = None
     """Text by language, for words and characters; and for subwords and mixture in a RUN, for the
     languages of which the RUN has none."""
     run: Run | None = None
-    """For subwords, losses and mixture; and for words and characters where no corpus is given."""
-    tagged: str | Path | None = None
-    """Folder of CoNLL-U files; for names."""
-    states: str | Path | None = None
-    """File of `xelm features`; for states and alignment."""
-    updates: str | Path | None = None
-    """File of `xelm features --of updates`; for updates."""
-    layer: int | None = None
-    """Of the model; for states and alignment, where None takes the middle one, and for updates,
-    where it takes the last three."""
+    """RUN for subwords, losses and mixture; and for words and characters without a corpus."""
     documents: int = 10_000
-    """At most so many of each language are counted."""
+    """Largest number of documents of each language that are counted."""
     resample: int | None = None
-    """Random seed by which features are drawn anew; for typology and table."""
+    """Random seed by which features are resampled, for typology and table."""
 
 
 def measured(spec: str, languages: Sequence[str] | None, sources: Sources) -> Distances:
@@ -76,7 +60,7 @@ def measured(spec: str, languages: Sequence[str] | None, sources: Sources) -> Di
     parts = _parts(spec)
     if languages is None:
         languages = languages_of(spec, sources)
-    found = [(MEASURES[name](languages, sources), weight) for name, weight in parts]
+    found = [(FUNCTIONS[name](languages, sources), weight) for name, weight in parts]
     return found[0][0] if len(found) == 1 else combine(found)
 
 
@@ -330,7 +314,7 @@ MIXTURE: Mapping[str, float] = {
 """Weights of what `mixture` is made of. Families decide where there is one; where there is none,
 grammar, neighbourhood and shared text do. `benchmarks/parents.py` compares other weights."""
 
-MEASURES: Mapping[str, Measure] = {
+FUNCTIONS: Mapping[str, Measure] = {
     "mixture": _mixture,
     "typology": _typology,
     "genealogy": lambda languages, sources: genealogy.distances(languages),

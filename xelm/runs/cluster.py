@@ -1,0 +1,142 @@
+"""Clusters of languages or documents from what a user has: measures, corpora and RUNs.
+
+The methods are in `clustering`; each is given its data here.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from clustering import choice, grouping, ngrams, tfidf, uriel
+from clustering.clustering import Clustering
+from clustering.documents import Documents
+from clustering.engines import Engine
+from clustering.errors import UserError
+from clustering.languages import canonical_all, without
+from xelm.data import contents, parts, reading, unusable
+from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.runs.distances import Sources, languages_of, measured, resampled
+from xelm.runs.run import Run
+from xelm.runs.training import documents_of
+
+RESAMPLINGS = 100
+"""Number of resamplings of the features by which a number of clusters is assessed."""
+
+
+def by_measure(
+    measure: str,
+    k: int | None,
+    sources: Sources,
+    *,
+    languages: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    rule: str = "pairs",
+    balance_tokens: bool = False,
+) -> Clustering:
+    """Clusters languages by a measure, or by several as in `typology:.7+genealogy:.3`.
+
+    k: number of clusters; None chooses it, and the reason is among the clustering's parameters.
+    languages: None takes those of the table, tagged text, corpus or RUN. exclude: languages to
+    leave unassigned, as are those that the measure knows too little of. rule: one of
+    `grouping.RULES`. balance_tokens: whether the rule balanced divides the RUN's tokens evenly,
+    instead of languages. Raises UserError if fewer than two languages can be compared, and as
+    `measured` and `grouping.cluster` do.
+    """
+    tags, unassigned = without(languages or languages_of(measure, sources), exclude)
+    distances = measured(measure, tags, sources)
+    known, unknown = distances.without_gaps()
+    if len(known.languages) < min(2, len(distances.languages)):
+        distances.complete()
+    sizes = _tokens(sources.run, known.languages) if balance_tokens else None
+    why = {}
+    if k is None:
+        drawn = resampled(measure, known.languages, sources, RESAMPLINGS)
+        found = choice.choices(known, rule=rule, sizes=sizes, resampled=drawn)
+        k, why = choice.best(found).k, {"reason": choice.reason(found)}
+    clustering = grouping.cluster(known, k, rule=rule, sizes=sizes, unassigned=unassigned + unknown)
+    return replace(clustering, parameters=clustering.parameters | why)
+
+
+def _tokens(run: Run | None, tags: Sequence[str]) -> dict[str, int]:
+    if run is None:
+        raise UserError("the tokens to balance are those of a RUN, and there is none")
+    counts = run.store().record["languages"]
+    missing = [tag for tag in tags if tag not in counts]
+    if missing:
+        raise UserError(f"{run.directory} has no text in {', '.join(missing)}")
+    return {tag: counts[tag]["tokens"] for tag in tags}
+
+
+def documents_of_run(
+    run: Run,
+    k: int,
+    languages: Sequence[str] | None = None,
+    *,
+    random_seed: int = 0,
+    engine: Engine = map,
+) -> Clustering:
+    """Clusters the documents of a RUN's corpus by TF-IDF over the seed's subwords, for branching.
+    languages: None takes all. engine: one of `clustering.engines.ENGINES`, which reads them."""
+    return tfidf.cluster(
+        documents_of(run, languages, engine),
+        run.vectoriser(),
+        k,
+        random_seed,
+        made_from={"corpus": run.store().record["corpus_sha256"]},
+    )
+
+
+def documents_of_corpus(
+    corpus: AnyCorpus,
+    k: int,
+    languages: Sequence[str] | None = None,
+    *,
+    random_seed: int = 0,
+    engine: Engine = map,
+) -> Clustering:
+    """Clusters the documents of a corpus by TF-IDF over their characters. What is read, and what
+    cannot be, is printed on stderr. Arguments as in `documents_of_run`. Raises UserError for a
+    language without documents."""
+    corpus = Corpus.of(corpus)
+    tags = canonical_all(languages) if languages else None
+    plan, faults = contents.contents_of(corpus.pinned(), tags), unusable.UnusableRecords()
+    plan.check()
+    surveys = list(engine(parts.Survey.of, plan.parts))
+    for survey in surveys:
+        faults.include(survey.faults)
+    empty = [tag for tag in tags or () if not any(tag in s.documents for s in surveys)]
+    if empty:
+        raise parts.no_documents(empty, faults)
+    counts = [survey.documents for survey in surveys]
+    left_out = [survey.faults.total() for survey in surveys]
+    print(reading.reading_table(plan, counts, left_out), file=sys.stderr)
+    if faults:
+        print(f"{corpus}: {faults}", file=sys.stderr)
+    sizes = [sum(count.values()) for count in counts]
+    made_from = {"corpus": contents.fingerprint_of(plan.parts, [s.digest for s in surveys])}
+    documents = Documents(plan.parts, engine=engine, sizes=sizes)
+    return ngrams.cluster(documents, k, random_seed, made_from=made_from)
+
+
+def save_with_figures(clustering: Clustering, directory: Path, *, overwrite: bool = False) -> None:
+    """Writes a clustering and every figure that it has, as PNG and SVG."""
+    from matplotlib import pyplot
+
+    directory.mkdir(parents=True, exist_ok=True)
+    plots = {"sizes": clustering.plot_sizes}
+    if clustering.of_documents:
+        plots["composition"] = clustering.plot_composition
+    elif uriel.known(clustering.languages, "geo"):
+        plots["map"] = clustering.plot_map
+    if clustering.merges is not None:
+        plots["tree"] = clustering.plot_tree
+    if clustering.distances is not None:
+        plots |= {"distances": clustering.plot_distances, "plane": clustering.plot_plane}
+    for name, plot in plots.items():
+        figure = plot().figure.get_figure(root=True)
+        for ending in ("png", "svg"):
+            figure.savefig(directory / f"{name}.{ending}", dpi=150, bbox_inches="tight")
+        pyplot.close(figure)
+    # The record comes last, so that a command that was killed can be run again.
+    clustering.save(directory, overwrite=overwrite)
