@@ -86,8 +86,6 @@ WIDE_PAGES = {
     "corpora.md",
     "evaluation.md",
     "inference.md",
-    "log.md",
-    "results.md",
     "training.md",
 }
 
