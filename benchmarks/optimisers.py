@@ -17,7 +17,8 @@ from xelm.config import vary
 from xelm.models.parameters import fresh_parameters
 from xelm.process import prepare
 from xelm.runs.run import Run, open_run
-from xelm.runs.training import dense_sources, text_format
+from xelm.runs.shares import dense_shares
+from xelm.runs.train import text_format
 from xelm.training.loop import train
 from xelm.training.metrics import read_metrics
 from xelm.training.trainer import TrainingSpec
@@ -61,7 +62,7 @@ def _loss(run: Run, tokens: int, changes: dict) -> float:
         training = TrainingSpec(
             label="model",
             start=functools.partial(fresh_parameters, model, 0),
-            sources=dense_sources(run),
+            sources=dense_shares(run),
             config=config,
             directory=Path(folder),
         )

@@ -49,7 +49,7 @@ from xelm.config import RunConfig, override
 from xelm.data.contents import fingerprint
 from xelm.presets import tiny
 from xelm.process import prepare
-from xelm.runs import growing
+from xelm.runs.grow import grow
 from xelm.runs.init import init
 from xelm.runs.results import Row
 from xelm.runs.run import Run, open_run
@@ -214,7 +214,7 @@ def _grown(out: Path, corpus: Path, valid: Path, how: str) -> list[Row]:
                 served = [tag for e in registry.published() for tag in e.languages]
                 farthest = typology.distances([language, *served]).relatives(language)[-1]
                 parent = registry.for_language(farthest.language).name
-            growing.grow(run, language, corpus, parent=parent, by="typology")
+            grow(run, language, corpus, parent=parent, by="typology")
     return evaluated(run, valid, routings_of("typology-k8"))
 
 

@@ -38,7 +38,7 @@ from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.routers import make_router, models_behind
+from xelm.runs.make_router import make_router, models_behind
 from xelm.runs.run import Run
 
 WORDS = 30

@@ -13,11 +13,12 @@ from xelm.config import RunConfig, vary
 from xelm.data.contents import fingerprint
 from xelm.data.reading import read
 from xelm.data.unusable import UnusableRecords
-from xelm.runs import training
-from xelm.runs.evaluation import evaluate
+from xelm.runs.branch import branch
+from xelm.runs.evaluate import evaluate
 from xelm.runs.init import init
 from xelm.runs.results import Row, read_results
 from xelm.runs.run import Run
+from xelm.runs.train import train_dense, train_experts
 
 Setting = tuple[float, int]
 """Peak learning rate and rows a step."""
@@ -76,12 +77,12 @@ def train_system(
         languages=LANGUAGES,
     )
     if system == "dense":
-        training.train_dense(run)
+        train_dense(run)
         return run
     branched = (run.directory / "clusters.json").exists()
     # Branching may have been interrupted, and then goes on.
-    training.branch(run, run.clusters() if branched else clusters_of(run, system, repetition))
-    training.train_experts(run, [e.name for e in run.registry().training() if e.cluster])
+    branch(run, run.clusters() if branched else clusters_of(run, system, repetition))
+    train_experts(run, [e.name for e in run.registry().training() if e.cluster])
     return run
 
 
@@ -101,7 +102,7 @@ def clusters_of(run: Run, system: str, repetition: int) -> Clustering:
         return control.random_clusters(LANGUAGES, int(k), repetition)
     if method == "monolingual":
         return by_hand({language: [language] for language in LANGUAGES})
-    return tfidf.cluster(training.documents_of(run), run.vectoriser(), int(k), repetition)
+    return tfidf.cluster(run.documents(), run.vectoriser(), int(k), repetition)
 
 
 def routings_of(system: str) -> Sequence[str]:

@@ -33,8 +33,8 @@ from xelm.inference.routers import MIXTURE
 from xelm.inference.routing import Limits, Routing
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.fitted import held_out_beginnings
-from xelm.runs.routers import make_router, serving
+from xelm.runs.fit import held_out_beginnings
+from xelm.runs.make_router import make_router, serving
 from xelm.runs.run import Run
 
 COLUMNS = (

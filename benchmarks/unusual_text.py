@@ -21,7 +21,7 @@ from xelm import open_run
 from xelm.inference.route import Walk, mixture
 from xelm.inference.routers import MIXTURE
 from xelm.inference.routing import Routing
-from xelm.runs.routers import make_router, serving
+from xelm.runs.make_router import make_router, serving
 from xelm.runs.run import Run
 
 COLUMNS = ("seed", "dense", "expert", "learned, bare", "learned")

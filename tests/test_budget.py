@@ -17,7 +17,7 @@ from xelm.progress import duration
 from xelm.runs import budget
 from xelm.runs.budget import Plan, check_disk, needed_bytes, passes, plan, table, warnings
 from xelm.runs.run import open_run
-from xelm.runs.training import plans_of
+from xelm.runs.train import plans_of
 from xelm.training import rate
 from xelm.training.flops import of_a_token
 from xelm.training.metrics import read_metrics
@@ -144,7 +144,7 @@ def test_a_growth_goes_on_with_the_tokens_it_began_with(xelm, copy):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        patch.setattr("xelm.runs.growing.train_checkpoints", interrupt)
+        patch.setattr("xelm.runs.grow.train_checkpoints", interrupt)
         assert xelm(*arguments, "--set", "grow.tokens=512").code == 130
     for dry in ([], ["--dry-run"]):
         for setting, value in (("grow.tokens=256", 256), ("grow.max_passes=2", 2.0)):

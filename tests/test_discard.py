@@ -138,7 +138,7 @@ def test_the_text_of_a_growth_that_never_reached_the_registry_is_deleted(xelm, c
     run = copy.directory
     before = {path.name for path in (run / "corpus").iterdir()}  # other tests may have evaluated
     with monkeypatch.context() as patch:
-        patch.setattr("xelm.runs.growing.update", interrupt)
+        patch.setattr("xelm.runs.grow.update", interrupt)
         grow = ("grow", run, "--language", "pt", "--corpus", copy.corpus, "--parent", "en-es")
         assert xelm(*grow).code == 130
     assert (run / "corpus/pt/store.json").exists()

@@ -21,7 +21,6 @@ from clustering.errors import UserError
 from xelm.data import contents, parts, reading
 from xelm.data.unusable import UnusableRecords
 from xelm.runs.run import open_run
-from xelm.runs.training import documents_of
 
 PLAIN = {type(Path()), str, range, type(None)}
 
@@ -118,7 +117,7 @@ def test_drawing_takes_no_memory_for_what_is_not_drawn():
 def test_parts_of_a_run_are_its_documents_and_say_where_they_lie(tiny, monkeypatch):
     monkeypatch.setattr("xelm.data.store.PART_DOCUMENTS", 7)
     run = open_run(tiny.directory)
-    documents = documents_of(run, ["fr", "en"])
+    documents = run.documents(["fr", "en"])
     assert max(map(len, documents.parts)) == 7
     sent = copy.deepcopy(documents.parts)
     # What goes to another machine is a place, and no document.

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_placing import branched, configure, process_of, steps_of, wait_for
+from test_launch import branched, configure, process_of, steps_of, wait_for
 
 from experts.lock import locked
 from xelm.runs.run import open_run

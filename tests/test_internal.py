@@ -21,7 +21,7 @@ from xelm.runs import updates
 from xelm.runs.distances import Sources, measured
 from xelm.runs.features import features
 from xelm.runs.run import open_run
-from xelm.runs.training import text_format
+from xelm.runs.train import text_format
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 

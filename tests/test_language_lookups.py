@@ -14,7 +14,7 @@ from clustering.files import read_json, write_json
 from xelm import open_run
 from xelm.data import conllu, reading
 from xelm.data.unusable import UnusableRecords
-from xelm.runs.evaluation import evaluate
+from xelm.runs.evaluate import evaluate
 
 FLORES = {"en": "eng_Latn", "de": "deu_Latn", "es": "spa_Latn", "fr": "fra_Latn"}
 

@@ -7,7 +7,7 @@ from test_language_codes import FLORES_200
 from clustering import genealogy
 from clustering.languages import canonical_all
 from xelm.runs.distances import Sources, measured
-from xelm.runs.relatives import relatives
+from xelm.runs.nearest import relatives
 
 SERVED = {
     *("en", "de", "es", "fr", "pl", "ru", "el", "tr", "ar", "am", "ha", "hi", "fa", "zh", "my"),

@@ -218,12 +218,12 @@ def test_a_model_that_is_not_what_was_published_is_named_before_any_work(harm, c
 
 
 def test_a_file_is_read_once_for_all_commands_until_it_changes(copy, monkeypatch):
-    from xelm.runs import checking
+    from xelm.runs import check
 
     read = []
-    (copy.directory / checking.REMEMBERED).unlink(missing_ok=True)  # by another test of this RUN
-    looked_at = checking._looked_at
-    monkeypatch.setattr(checking, "_looked_at", lambda f: read.append(f.name) or looked_at(f))
+    (copy.directory / check.REMEMBERED).unlink(missing_ok=True)  # by another test of this RUN
+    looked_at = check._looked_at
+    monkeypatch.setattr(check, "_looked_at", lambda f: read.append(f.name) or looked_at(f))
     open_run(copy.directory).ensemble("uniform")
     assert read.count("model.safetensors") == 2
     read.clear()

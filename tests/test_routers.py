@@ -18,8 +18,8 @@ from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.fitted import _beginnings, _some, identifier
-from xelm.runs.routers import make_router
+from xelm.runs.fit import _beginnings, _some, identifier
+from xelm.runs.make_router import make_router
 
 TRAINED = ("de", "en", "es", "fr")
 EXPERT_OF = {"en": "en-es", "es": "en-es", "de": "de-fr", "fr": "de-fr"}
@@ -53,7 +53,7 @@ def test_what_was_fitted_is_kept(run, monkeypatch):
     run.ensemble("detected")
     kept = sorted(path.name for path in (run.directory / "routers").iterdir())
     assert [name.partition("-")[0] for name in kept] == ["languages", "learned", "novelty"]
-    monkeypatch.setattr("xelm.runs.fitted._some", None)  # nothing is read again
+    monkeypatch.setattr("xelm.runs.fit._some", None)  # nothing is read again
     again = run.ensemble("learned").router.otherwise.router
     np.testing.assert_array_equal(again.weights, first.weights)
     detected = run.ensemble("detected").router.otherwise.router
@@ -91,7 +91,7 @@ def test_a_run_with_few_documents_in_every_language_is_usable(
 ):
     run = open_run(copy.directory)
     few = {tag: with_documents(ids, count) for tag, ids in run.store().languages.items()}
-    monkeypatch.setattr("xelm.runs.fitted._languages", lambda run: few)
+    monkeypatch.setattr("xelm.runs.fit._languages", lambda run: few)
     ensemble = run.ensemble(routing)
     assert ensemble.generate("abc", max_new_tokens=2, temperature=0).weights
     told = [line for line in capsys.readouterr().err.splitlines() if "two documents" in line]

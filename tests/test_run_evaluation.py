@@ -16,7 +16,7 @@ from experts.expert import Expert
 from experts.registry import Registry
 from xelm import open_run
 from xelm.inference.scoring import score_documents
-from xelm.runs.evaluation import EVALUATED, _trained, evaluate
+from xelm.runs.evaluate import EVALUATED, _trained, evaluate
 
 
 @pytest.fixture(scope="module")

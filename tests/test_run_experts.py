@@ -18,7 +18,7 @@ from experts.grow import grow
 from experts.lock import update
 from experts.registry import Registry
 from xelm import load_model, open_run
-from xelm.runs.relatives import nearest_expert
+from xelm.runs.nearest import nearest_expert
 from xelm.training.metrics import MetricsLog, read_metrics
 
 

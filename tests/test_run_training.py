@@ -15,7 +15,8 @@ from clustering.clustering import Clustering
 from experts.registry import Registry
 from xelm import open_run
 from xelm.data import tokenise
-from xelm.runs import init, training
+from xelm.runs import init, publish
+from xelm.runs.shares import cluster_shares, dense_shares
 from xelm.training.metrics import MetricsLog, read_metrics
 
 
@@ -193,10 +194,10 @@ def test_shares_of_clusters_are_parts_of_one_whole(tiny, tmp_path, exponent):
     found = {
         source.ids.language: source.share
         for name in run.clusters().clusters
-        for source in training.cluster_sources(run, name)
+        for source in cluster_shares(run, name)
     }
     assert found == pytest.approx({tag: n**exponent / total for tag, n in tokens.items()})
-    assert found == {s.ids.language: s.share for s in training.dense_sources(run)}
+    assert found == {s.ids.language: s.share for s in dense_shares(run)}
 
 
 def test_clusters_that_leave_out_what_dense_was_trained_on_are_refused(
@@ -260,7 +261,7 @@ def test_an_expert_interrupted_while_training_ends_with_the_same_weights(
             def interrupt(*arguments, **options):
                 raise KeyboardInterrupt
 
-            patch.setattr(training, patched, interrupt)
+            patch.setattr(publish, patched, interrupt)
             outcome = xelm("train", tmp_path / "RUN", "de-fr")
         assert outcome.code == 130
         assert "run the same command again" in outcome.err
@@ -320,7 +321,7 @@ def by_document(xelm, initialised, tmp_path_factory):
 def test_clusters_partition_the_documents(by_document):
     seen: dict[str, list[int]] = {}
     for name in by_document.clusters().clusters:
-        for source in training.cluster_sources(by_document, name):
+        for source in cluster_shares(by_document, name):
             seen.setdefault(source.ids.language, []).extend(source.documents.tolist())
     assert {tag: sorted(found) for tag, found in seen.items()} == {
         tag: list(range(60)) for tag in LANGUAGES
@@ -331,7 +332,7 @@ def test_shares_of_clusters_of_documents_add_up_to_one(by_document):
     shares = [
         source.share
         for name in by_document.clusters().clusters
-        for source in training.cluster_sources(by_document, name)
+        for source in cluster_shares(by_document, name)
     ]
     assert sum(shares) == pytest.approx(1.0)
     assert min(shares) > 0

@@ -17,7 +17,7 @@ from experts.lock import update
 from xelm.data import tokenizer as tokenizers
 from xelm.data.coverage import Coverage, CoverageCounts
 from xelm.data.duplicates import copies, fingerprints, overlap
-from xelm.runs.evaluation import evaluate
+from xelm.runs.evaluate import evaluate
 from xelm.runs.init import tokenise
 from xelm.runs.report.facts import read
 from xelm.runs.report.verdict import compare, verdict

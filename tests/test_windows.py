@@ -14,7 +14,7 @@ from xelm import open_run
 from xelm.inference import scoring
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.evaluation import evaluate
+from xelm.runs.evaluate import evaluate
 
 START, END = 1, 2
 

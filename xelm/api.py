@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from xelm.config import RunConfig
     from xelm.data.corpus import AnyCorpus
     from xelm.inference.ensemble import Ensemble
-    from xelm.runs.progress import Progress
-    from xelm.runs.relatives import Relatives
+    from xelm.runs.nearest import Relatives
     from xelm.runs.results import Results
+    from xelm.runs.status import Progress
 
 
 class Run(runs.Run):
@@ -35,7 +35,7 @@ class Run(runs.Run):
     def branch(self, clusters: "Clustering | str | Path") -> "Registry":
         """Records one expert for each cluster, to be trained. clusters: a Clustering, or the
         directory that `xelm cluster` saved it in."""
-        from xelm.runs.training import branch
+        from xelm.runs.branch import branch
 
         loaded = clusters if isinstance(clusters, Clustering) else Clustering.load(clusters)
         return branch(self, loaded)
@@ -47,11 +47,11 @@ class Run(runs.Run):
         trained yet. dense: train the dense baseline first, at the experts' total tokens. jobs:
         number of processes that train at the same time. UserError names every training that failed.
         """
-        from xelm.runs.placing import train
+        from xelm.runs.launch import launch
 
         if not names and not dense:
             names = tuple(e.name for e in self.registry().training() if e.cluster is not None)
-        failures = train(self, names, dense=dense, jobs=jobs)
+        failures = launch(self, names, dense=dense, jobs=jobs)
         if failures:
             raise UserError("; ".join(dict.fromkeys(failures.values())))
 
@@ -65,8 +65,8 @@ class Run(runs.Run):
         workers: int = 1,
     ) -> "Expert":
         """Trains and publishes an expert for a new language; no other expert changes. Arguments as
-        in `xelm.runs.growing.grow`."""
-        from xelm.runs.growing import grow
+        in `xelm.runs.grow.grow`."""
+        from xelm.runs.grow import grow
 
         return grow(self, language, corpus, parent=parent, by=by, workers=workers)
 
@@ -86,8 +86,8 @@ class Run(runs.Run):
     ) -> "Results":
         """Perplexity and bits per byte by language, of every model and of the ensemble under each
         routing; written to RUN/results/results.json. Options as in
-        `xelm.runs.evaluation.evaluate`."""
-        from xelm.runs.evaluation import evaluate
+        `xelm.runs.evaluate.evaluate`."""
+        from xelm.runs.evaluate import evaluate
 
         return evaluate(
             self,
@@ -147,7 +147,7 @@ class Run(runs.Run):
 
     def status(self) -> "list[Progress]":
         """How far each training is."""
-        from xelm.runs.progress import progress
+        from xelm.runs.status import progress
 
         return progress(self)
 
@@ -160,7 +160,7 @@ class Run(runs.Run):
         """Relatives of a language among those that the experts serve, nearest first by the first of
         these measures. languages: others to compare with."""
         from xelm.runs.distances import Sources
-        from xelm.runs.relatives import relatives
+        from xelm.runs.nearest import relatives
 
         return relatives(language, by, Sources(run=self), languages)
 

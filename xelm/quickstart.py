@@ -5,11 +5,14 @@ from pathlib import Path
 
 from clustering import typology
 from xelm.presets import quickstart as preset
-from xelm.runs import evaluation, growing, training
+from xelm.runs.branch import branch
+from xelm.runs.evaluate import evaluate
+from xelm.runs.grow import grow
 from xelm.runs.init import init
 from xelm.runs.report import report
 from xelm.runs.results import Results
 from xelm.runs.run import Run
+from xelm.runs.train import train_dense, train_experts
 
 LANGUAGES = ("ar", "bg", "de", "en", "es", "fr", "hi", "ja", "ko", "ru", "sw", "tr", "ur", "zh")
 NEW_LANGUAGES = ("pl", "sv")
@@ -22,11 +25,11 @@ def quickstart(directory: str | Path) -> tuple[Run, Results, Path]:
     interrupted quickstart goes on where it was."""
     with as_file(files("xelm") / "sample") as sample:
         run = init(directory, sample / "train", preset(), languages=LANGUAGES)
-        training.branch(run, typology.cluster(LANGUAGES, CLUSTERS))
-        training.train_dense(run)
-        training.train_experts(run, [e.name for e in run.registry().training() if e.cluster])
+        branch(run, typology.cluster(LANGUAGES, CLUSTERS))
+        train_dense(run)
+        train_experts(run, [e.name for e in run.registry().training() if e.cluster])
         for language in NEW_LANGUAGES[:1]:
             if not any(language in e.languages for e in run.registry().published()):
-                growing.grow(run, language, sample / "train")
-        results = evaluation.evaluate(run, sample / "valid")
+                grow(run, language, sample / "train")
+        results = evaluate(run, sample / "valid")
     return run, results, report(run)

@@ -12,9 +12,9 @@ from xelm.inference.routing import DEFAULT
 from xelm.progress import duration
 
 if TYPE_CHECKING:
-    from xelm.runs.progress import Progress
-    from xelm.runs.relatives import Relatives
+    from xelm.runs.nearest import Relatives
     from xelm.runs.results import Interval, Results, Summary
+    from xelm.runs.status import Progress
     from xelm.runs.texts import LanguageText
 
 # Six columns within a hundred characters or little more.

@@ -70,7 +70,7 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from xelm import tables
-    from xelm.runs.evaluation import evaluate
+    from xelm.runs.evaluate import evaluate
     from xelm.runs.results import RESULTS
     from xelm.runs.run import open_run
 

@@ -46,8 +46,8 @@ def _status(options: argparse.Namespace) -> None:
     import time
 
     from xelm import tables
-    from xelm.runs.progress import progress
     from xelm.runs.run import open_run
+    from xelm.runs.status import progress
 
     run = open_run(options.run)
     if options.watch + options.unfinished + options.json > 1:

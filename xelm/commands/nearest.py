@@ -32,7 +32,7 @@ def _nearest_options(parser: argparse.ArgumentParser) -> None:
 
 def _nearest(options: argparse.Namespace) -> None:
     from xelm import tables
-    from xelm.runs.relatives import little_known, relatives
+    from xelm.runs.nearest import little_known, relatives
 
     check_sources(options, [name for spec in options.by for name in measures_named(spec)])
     found = relatives(options.language, options.by, sources_of(options), options.languages)

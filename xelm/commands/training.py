@@ -201,8 +201,8 @@ def _branch_options(parser: argparse.ArgumentParser) -> None:
 
 def _branch(options: argparse.Namespace) -> None:
     from clustering.clustering import Clustering
+    from xelm.runs.branch import branch
     from xelm.runs.run import open_run
-    from xelm.runs.training import branch
 
     registry = branch(open_run(options.run), Clustering.load(options.clusters))
     if options.json:
@@ -263,10 +263,10 @@ def _train(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.config import check_resumable
     from xelm.runs.budget import check_disk
-    from xelm.runs.placing import train
-    from xelm.runs.progress import progress
+    from xelm.runs.launch import launch
     from xelm.runs.run import open_run
-    from xelm.runs.training import plans_of
+    from xelm.runs.status import progress
+    from xelm.runs.train import plans_of
     from xelm.training.hosts import ending_alone, is_first
 
     for option, least in (("jobs", 1), ("devices", 1)):
@@ -305,7 +305,7 @@ def _train(options: argparse.Namespace) -> None:
         check_disk(run.directory, plans, together=together)
         return
     with ending_alone() if options.hosts else nullcontext():
-        failures = train(
+        failures = launch(
             run,
             names,
             dense=options.dense,
@@ -361,7 +361,7 @@ def _grow_options(parser: argparse.ArgumentParser) -> None:
 def _grow(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.config import check_resumable
-    from xelm.runs.growing import grow, plan_growth
+    from xelm.runs.grow import grow, plan_growth
     from xelm.runs.run import open_run
     from xelm.runs.texts import LanguageText
 

@@ -18,7 +18,6 @@ from xelm.data import contents, parts, reading, unusable
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.runs.distances import Sources, languages_of, measured, resampled
 from xelm.runs.run import Run
-from xelm.runs.training import documents_of
 
 RESAMPLINGS = 100
 """Number of resamplings of the features by which a number of clusters is assessed."""
@@ -79,7 +78,7 @@ def documents_of_run(
     """Clusters the documents of a RUN's corpus by TF-IDF over the seed's subwords, for branching.
     languages: None takes all. engine: one of `clustering.engines.ENGINES`, which reads them."""
     return tfidf.cluster(
-        documents_of(run, languages, engine),
+        run.documents(languages, engine),
         run.vectoriser(),
         k,
         random_seed,

@@ -12,8 +12,8 @@ from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.routing import Routing
 from xelm.inference.sampling import read_sampling_params
 from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
-from xelm.runs.checking import check_models
-from xelm.runs.routers import general_models, make_router, models_behind
+from xelm.runs.check import check_models
+from xelm.runs.make_router import general_models, make_router, models_behind
 from xelm.runs.run import Run
 
 

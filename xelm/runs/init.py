@@ -40,11 +40,12 @@ from xelm.models.families import hub_config
 from xelm.models.parameters import fresh_parameters
 from xelm.models.weights import tensor_without_numbers, weight_files
 from xelm.progress import bar
+from xelm.runs.branch import branch, check_languages
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.origin import base_model_of, licence_of
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
+from xelm.runs.shares import shares_of
 from xelm.runs.texts import LanguageText, duplicate_notes, texts_of, warnings
-from xelm.runs.training import branch, check_languages, shares_of
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from clustering.errors import UserError
 from experts.merge import average
-from xelm.runs.checking import check_models
+from xelm.runs.check import check_models
 from xelm.runs.run import Run
 
 

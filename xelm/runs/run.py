@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clustering.clustering import Clustering
+from clustering.documents import Documents
+from clustering.engines import Engine
 from clustering.errors import UserError
 from clustering.files import read_arrays, read_json, write_json
+from clustering.languages import canonical_all
 from clustering.vectoriser import Vectoriser
 from experts.registry import Registry
 from xelm.config import RunConfig, differences, from_json, override, to_json
@@ -124,6 +127,13 @@ class Run:
         names = [tag for tag in languages if tag not in self.languages]
         grown = [name for name in names if (self.directory / "corpus" / name).is_dir()]
         return {name: self.store(name) for name in ["train", *grown]}
+
+    def documents(self, languages: Sequence[str] | None = None, engine: Engine = map) -> Documents:
+        """The tokenised documents of the RUN's corpus in these languages (None: in all), to be
+        clustered. engine: maps a function over parts of them."""
+        store = self.store()
+        wanted = None if languages is None else canonical_all(languages)
+        return Documents(store.parts(store.tags(wanted)), engine=engine)
 
     def vectoriser(self) -> Vectoriser:
         """TF-IDF over the seed's subword ids."""

@@ -22,7 +22,7 @@ from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.run import Run
-from xelm.runs.training import text_format
+from xelm.runs.train import text_format
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 

@@ -13,7 +13,7 @@ from xelm.inference.routers import Detected, Fixed
 from xelm.inference.routing import Routing
 from xelm.models.checkpoint import read_config
 from xelm.runs.ensembles import open_ensemble, published
-from xelm.runs.fitted import identifier, pieces
+from xelm.runs.fit import identifier, pieces
 from xelm.runs.run import Run
 
 ENSEMBLE = "xelm"

@@ -22,12 +22,11 @@ from clustering.novelty import Novelty
 from clustering.vectoriser import Vectoriser
 from experts import manifest
 from experts.expert import Expert
-from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
 from xelm.inference.routers import Learned
 from xelm.models.checkpoint import read_config
 from xelm.runs.run import Run
-from xelm.runs.training import cluster_sources
+from xelm.runs.shares import expert_shares
 
 FITTED_TOKENS = 300_000
 """Of each language or expert that something is fitted on, at most: more change little."""
@@ -182,24 +181,13 @@ def _languages(run: Run) -> dict[str, TokenizedLanguage]:
     """All languages that the RUN has text of: its corpus and what experts were grown on."""
     found = dict(run.store().languages)
     for expert in run.registry().published():
-        for source in _sources(run, expert):
+        for source in expert_shares(run, expert):
             found.setdefault(source.ids.language, source.ids)
     return found
 
 
-def _sources(run: Run, expert: Expert) -> list[LanguageShare]:
-    """The documents that are an expert's own."""
-    if expert.cluster is not None:
-        return cluster_sources(run, expert.cluster)
-    own = [run.store() if tag in run.languages else run.store(tag) for tag in expert.languages]
-    return [
-        LanguageShare(ids=store.languages[tag], share=1.0)
-        for tag, store in zip(expert.languages, own)
-    ]
-
-
 def _documents_of(run: Run, expert: Expert) -> Iterable[np.ndarray]:
-    sources = _sources(run, expert)
+    sources = expert_shares(run, expert)
     for source in sources:
         numbers = source.ids.order
         if source.documents is not None:

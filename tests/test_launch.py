@@ -17,9 +17,9 @@ from clustering.files import read_json, write_json
 from experts import manifest
 from experts.lock import locked, owner
 from xelm.config import to_json, vary
-from xelm.runs import placing
-from xelm.runs.progress import progress
+from xelm.runs import launch
 from xelm.runs.run import open_run
+from xelm.runs.status import progress
 from xelm.training.metrics import read_metrics
 
 NAMES = ("de-fr", "en-es")
@@ -82,7 +82,7 @@ def test_one_that_fails_leaves_the_one_beside_it_alone(xelm, branched):
 
 def test_processes_are_told_the_settings_of_this_time(branched):
     run = open_run(branched, settings=["experts.runtime.log_every=3", "experts.runtime.wandb=true"])
-    told = placing._command(run)
+    told = launch._command(run)
     assert told[told.index(str(branched)) + 1 :] == [
         *("--set", "experts.runtime.log_every=3"),
         *("--set", "experts.runtime.wandb=true"),
@@ -129,17 +129,17 @@ def test_options_that_do_not_go_together(xelm, branched):
 
 def test_jobs_get_equal_parts_of_the_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5,6,7")
-    found = [place.environment["CUDA_VISIBLE_DEVICES"] for place in placing._places(2)]
+    found = [place.environment["CUDA_VISIBLE_DEVICES"] for place in launch._places(2)]
     assert found == ["0,2", "5,6"]
     with pytest.raises(UserError, match="6 jobs at a time want a GPU each; there are 5"):
-        list(placing._places(6))
+        list(launch._places(6))
 
 
 def test_jobs_get_equal_parts_of_the_cores(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 4, 8, 9})
-    assert [list(place.cores) for place in placing._places(2)] == [[1, 2], [4, 8]]
-    assert [list(place.cores) for place in placing._places(6)] == [[1], [2], [4], [8], [9], [1]]
+    assert [list(place.cores) for place in launch._places(2)] == [[1, 2], [4, 8]]
+    assert [list(place.cores) for place in launch._places(6)] == [[1], [2], [4], [8], [9], [1]]
 
 
 NODES = [
@@ -150,14 +150,14 @@ NODES = [
 
 
 def test_a_task_asks_for_accelerators_where_there_are_some():
-    assert placing._resources(NODES, 2) == {"num_gpus": 2}
-    assert placing._resources(NODES[1:], 2) == {"num_cpus": 2}
+    assert launch._resources(NODES, 2) == {"num_gpus": 2}
+    assert launch._resources(NODES[1:], 2) == {"num_cpus": 2}
     tpus = [{"Alive": True, "Resources": {"CPU": 96.0, "TPU": 4.0}}]
-    assert placing._resources(tpus, 4) == {"resources": {"TPU": 4}}
+    assert launch._resources(tpus, 4) == {"resources": {"TPU": 4}}
     with pytest.raises(UserError, match=r"4 devices for each expert are more than .*: 2 GPU"):
-        placing._resources(NODES, 4)
+        launch._resources(NODES, 4)
     with pytest.raises(UserError, match="no machine that computes"):
-        placing._resources([], 1)
+        launch._resources([], 1)
 
 
 # What takes a minute

@@ -22,9 +22,9 @@ from xelm.inference.routers import (
     uniform,
 )
 from xelm.inference.routing import Routing
-from xelm.runs.fitted import identifier, learned, novelty_of, pieces
+from xelm.runs.fit import identifier, learned, novelty_of, pieces
+from xelm.runs.publish import CENTRE
 from xelm.runs.run import Run
-from xelm.runs.training import CENTRE
 
 OR_MIXTURE = ("learned", "detected")
 """Routings that know experts by their texts and mix all models where a text is like none of

@@ -31,7 +31,7 @@ from xelm.inference.scoring import check_windows, score_documents, targets, unpr
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
-from xelm.runs.checking import check_models
+from xelm.runs.check import check_models
 from xelm.runs.ensembles import check_top_m
 from xelm.runs.init import tokenise
 from xelm.runs.judging import (
@@ -42,8 +42,8 @@ from xelm.runs.judging import (
     Weighed,
     judged,
 )
+from xelm.runs.make_router import general_models, make_router, serving
 from xelm.runs.results import Results, write_results
-from xelm.runs.routers import general_models, make_router, serving
 from xelm.runs.run import Run
 from xelm.runs.texts import EVALUATION, LanguageText, compared, warnings
 

@@ -20,9 +20,9 @@ from typing import Any, Literal
 from clustering.engines import connect
 from clustering.errors import UserError
 from xelm.runs.budget import announce, check_disk
-from xelm.runs.progress import progress
 from xelm.runs.run import Run, open_run
-from xelm.runs.training import plans_of, train_dense, try_experts
+from xelm.runs.status import progress
+from xelm.runs.train import plans_of, train_dense, try_experts
 from xelm.training.preemption import Preempted
 
 RETRIES = 3
@@ -31,7 +31,7 @@ _LOCK_SECONDS = 60.0
 """For the process of a lost machine to let go of its expert."""
 
 
-def train(
+def launch(
     run: Run,
     names: Sequence[str],
     *,
@@ -47,7 +47,7 @@ def train(
     """
     apart = engine == "ray" or jobs > 1
     if dense and apart:
-        dense_apart(run)
+        train_dense_apart(run)
     elif dense:
         train_dense(run)
     if not apart:
@@ -56,10 +56,14 @@ def train(
     plans = plans_of(run, names, estimate=False)
     announce(plans)
     check_disk(run.directory, plans, together=jobs)
-    return over_ray(run, names, devices) if engine == "ray" else side_by_side(run, names, jobs)
+    return (
+        train_over_ray(run, names, devices)
+        if engine == "ray"
+        else train_in_processes(run, names, jobs)
+    )
 
 
-def dense_apart(run: Run) -> None:
+def train_dense_apart(run: Run) -> None:
     """Trains the dense baseline in a process of its own: this one must hold no device that the jobs
     after it want."""
     running: list[subprocess.Popen] = []
@@ -73,7 +77,7 @@ def dense_apart(run: Run) -> None:
         raise UserError(f"the dense baseline was not trained; its process ended with code {code}")
 
 
-def side_by_side(run: Run, names: Sequence[str], jobs: int) -> dict[str, str]:
+def train_in_processes(run: Run, names: Sequence[str], jobs: int) -> dict[str, str]:
     """Trains so many jobs at a time, each in a process of its own with its share of this machine's
     GPUs, or where there is none of its cores. What a process says is in RUN/train/NAME.log. One
     that was killed, or asked to end (exit code 75), goes on in another."""
@@ -103,7 +107,7 @@ def side_by_side(run: Run, names: Sequence[str], jobs: int) -> dict[str, str]:
     return failures
 
 
-def over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
+def train_over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
     """Trains on the cluster whose address RAY_ADDRESS says, else on this machine: a task for each
     job, with so many accelerators for each of its experts (or, in a cluster without any, CPUs). A
     task whose machine is lost goes on elsewhere from its newest checkpoint. Every machine has this

@@ -19,10 +19,10 @@ from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.runs.budget import Plan, announce, check_disk, passes
 from xelm.runs.init import tokenise
-from xelm.runs.relatives import DEFAULT, nearest_expert
+from xelm.runs.nearest import DEFAULT, nearest_expert
 from xelm.runs.run import Run
 from xelm.runs.texts import LanguageText
-from xelm.runs.training import (
+from xelm.runs.train import (
     Job,
     check_parents,
     parent_directory,

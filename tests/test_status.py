@@ -8,8 +8,8 @@ import pytest
 from experts.lock import locked, owner
 from xelm import open_run
 from xelm.progress import duration
-from xelm.runs import training
-from xelm.runs.progress import progress
+from xelm.runs import train
+from xelm.runs.status import progress
 from xelm.training.metrics import MetricsLog
 
 
@@ -73,15 +73,15 @@ def test_while_somebody_trains_it(run):
 
 
 def test_one_that_fails_leaves_the_others_alone_and_is_told_of(xelm, run, tiny, monkeypatch):
-    train_checkpoints = training.train_checkpoints
+    train_checkpoints = train.train_checkpoints
 
     def fail(run, jobs):
         if jobs[0].name == "de-fr":
-            raise training.UserError("its text is gone")
+            raise train.UserError("its text is gone")
         return train_checkpoints(run, jobs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_checkpoints", fail)
+        patch.setattr(train, "train_checkpoints", fail)
         outcome = xelm("train", run.directory, "--all")
     assert outcome.code == 2 and outcome.err.splitlines()[-1] == "xelm: its text is gone"
     lines = outcome.out.splitlines()

@@ -1,0 +1,68 @@
+"""`xelm branch`: one expert for each cluster is recorded, to be trained."""
+
+from collections.abc import Sequence
+
+from clustering.clustering import Clustering
+from clustering.errors import UserError
+from clustering.files import write_arrays
+from experts import manifest
+from experts.branch import branch as branch_registry
+from experts.lock import locked, update
+from experts.registry import Registry
+from xelm.runs.run import Run
+
+
+def branch(run: Run, clustering: Clustering) -> Registry:
+    """Records one expert for each cluster, to be trained, and saves the clustering in the RUN.
+
+    UserError for a language of the corpus that is in no cluster, unless the clustering lists it as
+    unassigned, and for clusters of documents that were made with other vectors than the RUN's.
+    """
+    check_languages(run.languages, clustering)
+    vectoriser = clustering.vectoriser
+    if vectoriser is not None and vectoriser != run.vectoriser():
+        raise UserError(
+            "these clusters of documents were made with other vectors than the RUN's; make them by "
+            f"xelm cluster --method tfidf --run {run.directory}"
+        )
+    branched = (run.directory / "clusters.json").exists()
+    trained = run.dense.exists() or run.training("dense").exists()
+    if clustering.unassigned and trained and not branched:
+        raise UserError(
+            f"these clusters leave out {', '.join(clustering.unassigned)}, on which the dense "
+            "baseline was trained; make another RUN without those languages"
+        )
+    with locked(run.directory, "branch"):
+        registry = update(run.directory, lambda registry: branch_registry(registry, clustering))
+        if not branched:
+            clustering.save(run.directory)
+        if clustering.of_documents:
+            _assign_documents(run, clustering)
+        written = ["clusters.json", "clusters.npz", "assignments.npz"]
+        manifest.record(run.directory, written, again=not branched)
+    return registry
+
+
+def check_languages(languages: Sequence[str], clustering: Clustering) -> None:
+    """Raises UserError unless the clusters and `unassigned` contain exactly these languages."""
+    missing = set(languages) - set(clustering.languages) - set(clustering.unassigned)
+    unknown = set(clustering.languages) - set(languages)
+    if missing or unknown:
+        where = [f"not in the clusters: {', '.join(sorted(missing))}"] if missing else []
+        where += [f"not in the RUN: {', '.join(sorted(unknown))}"] if unknown else []
+        raise UserError(
+            f"clusters and RUN have different languages ({'; '.join(where)}); cluster those of the "
+            "corpus (cluster --corpus), or take fewer of them (init --languages)"
+        )
+
+
+def _assign_documents(run: Run, clustering: Clustering) -> None:
+    """Writes the cluster of every document: assignments.npz, language -> int32 [documents]."""
+    path = run.directory / "assignments.npz"
+    if path.exists():
+        return
+    labels = {
+        tag: clustering.assign(ids.document(number) for number in range(len(ids)))
+        for tag, ids in run.store().languages.items()
+    }
+    write_arrays(path, labels)

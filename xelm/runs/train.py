@@ -1,0 +1,226 @@
+"""`xelm train`: the experts of clusters, and the dense baseline at equal compute."""
+
+import functools
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clustering.errors import UserError
+from experts import manifest
+from experts.expert import SEED, Expert, parse_reference
+from experts.lock import locked
+from xelm.config import TrainConfig
+from xelm.data.rows import LanguageShare
+from xelm.data.text_format import TextFormat
+from xelm.models.checkpoint import (
+    load_parameters,
+    read_config,
+)
+from xelm.models.config import ModelConfig
+from xelm.runs.budget import Plan, announce, check_disk, plan
+from xelm.runs.check import check_models
+from xelm.runs.publish import publish, write_centre, write_model
+from xelm.runs.run import Run
+from xelm.runs.shares import cluster_shares, dense_shares
+from xelm.training.hosts import (
+    SharedError,
+    first_does,
+    first_writes,
+    is_first,
+    several,
+    wait_for_all,
+)
+from xelm.training.loop import train_together
+from xelm.training.trainer import TrainingSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A checkpoint that is to be trained from another."""
+
+    name: str
+    part: str
+    """Of the configuration: experts, dense or grow."""
+    parent: Path
+    target: Path
+    sources: Sequence[LanguageShare]
+    config: TrainConfig
+
+
+def train_experts(run: Run, names: Sequence[str]) -> None:
+    """Trains and publishes the named experts, `experts.runtime.mesh_expert` of them at a time in
+    one program; published ones are left alone. Raises the first fault once all were tried."""
+    for error in try_experts(run, names).values():
+        raise error
+
+
+def try_experts(
+    run: Run, names: Sequence[str], *, wait_seconds: float = 1.0
+) -> dict[str, UserError]:
+    """The same, but returns why experts failed, by name. wait_seconds: for somebody else who trains
+    one of them."""
+    plans = plans_of(run, names)
+    together, failures = run.config.experts.runtime.mesh_expert, {}
+    first_does(functools.partial(check_disk, run.directory, plans, together=together))
+    for first in range(0, len(names), together):
+        group = names[first : first + together]
+        try:
+            failures |= _train_group(run, group, wait_seconds)
+        except UserError as error:
+            failures |= dict.fromkeys(group, error)
+    return failures
+
+
+def plans_of(
+    run: Run, names: Sequence[str] = (), *, dense: bool = False, estimate: bool = True
+) -> list[Plan]:
+    """What the trainings of the dense baseline and of the named experts cost, but for those that
+    are done. estimate: as in `budget.plan`."""
+    experts = [run.registry().expert(name) for name in names]
+    jobs = [_dense_job(run)] if dense and not run.dense.exists() else []
+    jobs += [_job(run, expert) for expert in experts if expert.status == "training"]
+    return plans_of_jobs(run, jobs, estimate=estimate)
+
+
+def plans_of_jobs(run: Run, jobs: Sequence[Job], *, estimate: bool = True) -> list[Plan]:
+    """What jobs cost."""
+    model = read_config(run.seed) if jobs else None
+    return [
+        plan(run, job.name, job.part, job.sources, job.config, model, estimate=estimate)
+        for job in jobs
+        if model is not None
+    ]
+
+
+def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[str, UserError]:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(_held(run, name, wait_seconds))
+        experts = [expert for expert in run.registry().training() if expert.name in names]
+        try:
+            jobs = [_job(run, expert) for expert in experts]
+            plans = plans_of_jobs(run, jobs)
+            first_does(functools.partial(announce, plans))
+            failures = train_checkpoints(run, jobs)
+            for expert, job in zip(experts, jobs):
+                if expert.name not in failures:
+                    share = sum(source.share for source in job.sources)
+                    facts = {"share of the total tokens": f"{share:.4f}"}
+                    first_does(functools.partial(publish, run, expert, facts))
+        except UserError as error:
+            if several() and not isinstance(error, SharedError):
+                raise
+            failures = dict.fromkeys(names, error)
+        for name, error in failures.items() if is_first() else ():
+            run.training(name).parent.mkdir(exist_ok=True)
+            run.failure(name).write_text(str(error), encoding="utf-8")
+    return failures
+
+
+@contextmanager
+def _held(run: Run, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
+    """The lock of a training, which the first host holds for all of them."""
+    with ExitStack() as stack:
+        lock = locked(run.directory, f"train-{name}", wait_seconds=wait_seconds)
+        first_does(lambda: stack.enter_context(lock))
+        yield
+        wait_for_all(f"{name} is written")
+
+
+def _job(run: Run, expert: Expert) -> Job:
+    if expert.cluster is None:
+        raise UserError(f"{expert.name} was grown; go on with: xelm grow --language {expert.name}")
+    sources, config = cluster_shares(run, expert.cluster), run.config.experts
+    share = sum(source.share for source in sources)
+    return Job(
+        name=expert.name,
+        part="experts",
+        parent=parent_directory(run, expert),
+        target=expert.directory(run.directory),
+        sources=sources,
+        config=replace(config, tokens=max(1, round(config.tokens * share))),
+    )
+
+
+def train_dense(run: Run) -> None:
+    """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
+    job, plans = _dense_job(run), plans_of(run, dense=True)
+    first_does(functools.partial(check_disk, run.directory, plans))
+    with _held(run, "dense"):
+        first_does(functools.partial(announce, plans))
+        before = run.dense.exists()
+        for error in train_checkpoints(run, [job]).values():
+            raise error
+        first_does(lambda: manifest.record(run.directory, ["dense"], again=not before))
+
+
+def _dense_job(run: Run) -> Job:
+    return Job(
+        name="dense",
+        part="dense",
+        parent=run.seed,
+        target=run.dense,
+        sources=dense_shares(run),
+        config=run.config.dense,
+    )
+
+
+def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
+    """Trains in one program, each job from one checkpoint to another, which appears whole; those
+    that are there already are left. Returns why jobs were given up, by name."""
+    for job in jobs if is_first() else ():
+        run.failure(job.name).unlink(missing_ok=True)
+        if job.target.exists():
+            shutil.rmtree(run.training(job.name), ignore_errors=True)
+    jobs = [job for job in jobs if not job.target.exists()]
+    if not jobs:
+        return {}
+    first_does(functools.partial(check_parents, run, [job.parent for job in jobs]))
+    model = read_config(jobs[0].parent)
+    trainings = [
+        TrainingSpec(
+            label=job.name,
+            start=functools.partial(load_parameters, job.parent, model),
+            sources=job.sources,
+            config=job.config,
+            directory=run.training(job.name),
+            logs=run.logs(job.target),
+        )
+        for job in jobs
+    ]
+    failures = {}
+    for job, found in zip(jobs, train_together(trainings, model, text_format(run, model))):
+        if isinstance(found, UserError):
+            failures[job.name] = found
+            continue
+        first_does(functools.partial(write_centre, run, job.name, job.sources))
+        writing = functools.partial(write_model, run, job.name, job.target, model)
+        first_writes(functools.partial(writing, found.parameters))
+    return failures
+
+
+def check_parents(run: Run, parents: Iterable[Path]) -> None:
+    """Raises UserError unless these checkpoints, of experts or the seed, are what was published,
+    and hold numbers."""
+    parents = set(parents)
+    experts = [e for e in run.registry().experts if e.directory(run.directory) in parents]
+    check_models(run, experts, {SEED: run.seed} if run.seed in parents else None)
+
+
+def text_format(run: Run, model: ModelConfig) -> TextFormat:
+    """How rows are made of the RUN's documents."""
+    tokenizer = run.tokenizer()
+    return TextFormat(
+        start_id=tokenizer.start_id,
+        end_id=tokenizer.end_id,
+        masking=None if model.causal else tokenizer.masking(),
+    )
+
+
+def parent_directory(run: Run, expert: Expert) -> Path:
+    """The checkpoint that an expert starts from."""
+    if expert.parent == SEED:
+        return run.seed
+    return run.registry().expert(*parse_reference(expert.parent)).directory(run.directory)
