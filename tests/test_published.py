@@ -140,11 +140,11 @@ def test_an_edited_card_is_noticed_and_the_cards_of_older_experts_are_no_strange
 
 def test_a_publication_that_was_interrupted_behind_its_card_is_finished(copy, xelm, monkeypatch):
     from experts.lock import update
-    from xelm.runs import training
+    from xelm.runs import publish
 
     update(copy.directory, lambda registry: registry.start("de-fr", parent="de-fr@v1"))
     with monkeypatch.context() as patch:
-        patch.setattr(training, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(publish, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert xelm("train", copy.directory, "de-fr").code != 0
     assert (copy.directory / "experts/de-fr/v2/README.md").exists()
     assert xelm("train", copy.directory, "de-fr").code == 0
