@@ -45,7 +45,9 @@ def half(tmp_path_factory, xelm, tiny, tiny_settings):
         (folder / "seed" / name).parent.mkdir(exist_ok=True)
         (folder / "seed" / name).write_text(text)
     changes = tiny_settings(
-        experts__learning_rate=1e-30, grow__learning_rate=1e-30, dense_learning_rate=1e-30
+        experts__optimizer__learning_rate=1e-30,
+        grow__optimizer__learning_rate=1e-30,
+        dense_learning_rate=1e-30,
     )
     settings = [p for p in changes if p != "--set" and not p.startswith(("model.", "seed."))]
     run, options = folder / "RUN", ("--languages", "en,de,es,fr", *with_set(settings))
