@@ -555,6 +555,12 @@ def test_the_ensemble_of_a_run_is_its_published_experts(run, alone):
     assert nats == pytest.approx(-alone(parameters, np.array(ids)).sum(), rel=1e-5)
 
 
+def test_an_ensemble_shows_its_models_routing_and_dtype(run, ensemble):
+    found = repr(run.ensemble("tfidf", top_m=1))
+    assert found == "Ensemble(de-fr, en-es; routing='tfidf', dtype='float32')"
+    assert repr(ensemble) == "Ensemble(a, b, c; routing='Fixed', dtype='float32')"
+
+
 @pytest.mark.parametrize("top_m", [0, 3])
 def test_more_experts_than_there_are_cannot_be_asked(run, top_m):
     with pytest.raises(UserError, match=f"top_m must be between 1 and 2 experts; got {top_m}"):

@@ -85,7 +85,6 @@ WIDE_PAGES = {
     "architecture.md",
     "corpora.md",
     "evaluation.md",
-    "inference.md",
     "training.md",
 }
 
