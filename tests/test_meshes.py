@@ -192,7 +192,7 @@ def test_a_small_batch_takes_as_many_devices_as_divide_it_and_says_so(batch_size
         assert said == ""
     else:
         assert said == (
-            f"batch_size {batch_size} is spread over {data} of 8 devices, the others stand idle: "
+            f"batch_size {batch_size} is spread over {data} of 8 devices, the others are idle: "
             "a batch_size that is a multiple of 8 uses 8\n"
         )
     assert mesh.shape["data"] == data
@@ -205,7 +205,7 @@ def test_devices_that_the_mesh_does_not_divide_are_told(capsys):
         ).size
         == 6
     )
-    assert "over 6 of 8 devices, the others stand idle: expert x fsdp x tensor = 3 does not" in (
+    assert "over 6 of 8 devices, the others are idle: expert x fsdp x tensor = 3 does not" in (
         capsys.readouterr().err
     )
 

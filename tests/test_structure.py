@@ -79,13 +79,11 @@ TRAINER_MAY_IMPORT = (
 BEGIN_WITH_OF = {
     "xelm.data",
     "xelm.runs",
-    "xelm.training",
 }
 WIDE_PAGES = {
     "architecture.md",
     "corpora.md",
     "evaluation.md",
-    "training.md",
 }
 
 SHIPPED = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Configurations are listed and shown."""
+"""`xelm config`: lists presets, or shows a complete configuration."""
 
 import argparse
 from pathlib import Path
@@ -52,6 +52,6 @@ CONFIG = Command("list presets, or show a complete configuration", _config_optio
 
 
 def _summary(preset: str) -> str:
-    """The first sentence of what a preset says of itself."""
+    """The first sentence of a preset's docstring."""
     text = " ".join((PRESETS[preset].__doc__ or "").replace("`", "").split())
     return text.partition(". ")[0].removesuffix(".")

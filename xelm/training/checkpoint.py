@@ -51,9 +51,9 @@ class Checkpoints:
         self, like: Callable[[dict[str, Any]], Any]
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """Step, state and facts of the newest checkpoint that can be read; None if there is none.
-        `like` sees the facts first: it may refuse them, or tells the shapes and shardings of the
-        state. A damaged checkpoint is named on stderr, and moved aside once one before it could be
-        read."""
+        `like` gets the facts first, and returns the shapes and shardings of the state or raises
+        UserError. A damaged checkpoint is named on stderr, and moved aside once an older one could
+        be read."""
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -79,8 +79,8 @@ class Checkpoints:
         return None
 
     def _move_aside(self, after: int) -> None:
-        """Checkpoints that could not be read are in the way of those to come, but not for us to
-        delete: perhaps the disk is at fault."""
+        """Moves aside checkpoints after a step, which could not be read and are in the way of later
+        ones. They are not deleted: the fault may be the disk's."""
         folder = self.directory
         wait_for_all(f"{folder} was read")
         for step in [step for step in self._manager.all_steps() if step > after and is_first()]:
@@ -117,7 +117,7 @@ class Checkpoints:
 
 
 def _sealed(facts: dict[str, Any]) -> dict[str, Any]:
-    """The same with a hash of all of it."""
+    """Facts with a hash of all of them."""
     text = json.dumps(facts, sort_keys=True)
     return {**facts, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
@@ -125,17 +125,13 @@ def _sealed(facts: dict[str, Any]) -> dict[str, Any]:
 def _check_seal(facts: dict[str, Any]) -> None:
     """Raises ValueError for facts that are not as they were written."""
     without = {name: value for name, value in facts.items() if name != _SEAL}
-    # Checkpoints of an earlier version have none.
-    if _SEAL in facts and _sealed(without)[_SEAL] != facts[_SEAL]:
+    if _sealed(without)[_SEAL] != facts.get(_SEAL):
         raise ValueError("facts are not as they were written")
 
 
 def _check_state(facts: dict[str, Any], state: Any) -> None:
     """Raises ValueError for arrays that are not as they were on the devices when saved."""
-    wanted = facts.get(_FINGERPRINTS)
-    if wanted is None:  # of an earlier version
-        return
-    found = fingerprints(state)
+    wanted, found = facts[_FINGERPRINTS], fingerprints(state)
     changed = sorted(name for name in wanted if found.get(name) != wanted[name])
     if changed:
         raise ValueError(f"{', '.join(changed[:3])} not as written")

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays, computed where they lie: whether what was read is what was saved.
+"""Fingerprints of arrays, computed on their devices, to check that a checkpoint reads as saved.
 
 They show damage, not forgery: 32 bits for each array, which do not depend on how it is spread over
 devices. A device reads its own part once, and nothing but the sums passes between devices.

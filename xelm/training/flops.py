@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and what devices can do at most."""
+"""Floating-point operations of training, and the peak of known devices."""
 
 import re
 
@@ -19,8 +19,8 @@ def of_a_token(model: ModelConfig, length: int) -> float:
     """Operations for a position of a row of `length`, forward and backward: 6 for each parameter
     in a product, and 12 H S for each layer's attention, of H values in its heads and S keys that a
     query sees on average (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, which has no mask).
-    What is computed again by rematerialisation does not count. Of an encoder, the head is counted
-    as if for all positions."""
+    Rematerialised computations do not count. An encoder's head is counted as if it read all
+    positions."""
     tables = (model.position_rows + model.token_types) * model.width
     if not model.tie_embeddings:
         tables += model.vocabulary_size * model.width
@@ -30,7 +30,7 @@ def of_a_token(model: ModelConfig, length: int) -> float:
 
 
 def _keys(model: ModelConfig, layer: int, length: int) -> float:
-    """That a query of a layer sees, on average over a row of one document."""
+    """Number of keys that a query of a layer sees, on average over a row of one document."""
     window = length
     if layer in model.local_layers and model.local_window is not None:
         window = min(length, model.local_window)
@@ -40,8 +40,8 @@ def _keys(model: ModelConfig, layer: int, length: int) -> float:
 
 
 def peak(dtype: str, devices: int) -> float | None:
-    """FLOP/s of products on so many devices together, or None where that is not known, as on CPUs
-    and for float32, of which devices have several kinds."""
+    """Peak FLOP/s of matrix products on `devices` devices together; None where it is unknown: on
+    CPUs, and for float32, which devices compute in several ways."""
     if dtype != "bfloat16":
         return None
     kind = jax.devices()[0].device_kind

@@ -1,4 +1,4 @@
-"""One training on several hosts, of which the first writes what they share."""
+"""Trainings on several hosts, of which the first writes the files that they share."""
 
 import os
 import sys
@@ -19,10 +19,12 @@ _SETTINGS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def join() -> None:
-    """Makes this process one of several that train together, before anything else asks for devices.
+    """Makes this process one of several that train together. To be called before JAX is asked for
+    devices.
 
-    Who they are is known on TPU pods and in Slurm steps; elsewhere the environment says it:
-    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    On TPU pods and in Slurm steps JAX finds the other hosts; elsewhere the environment names them:
+    JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises
+    UserError where they cannot be joined.
     """
     address, count, number = (os.environ.get(name) for name in _SETTINGS)
     try:
@@ -47,17 +49,17 @@ def several() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when every host is here."""
+    """Returns when every host has called this; `what` names the call."""
     if several():
         multihost_utils.sync_global_devices(what)
 
 
 class SharedError(UserError):
-    """A mistake that every host was told of, so that all end alike."""
+    """A mistake that every host raises, so that all end alike."""
 
 
 def first_does(what: Callable[[], object]) -> None:
-    """Has the first host do something; if it fails there, every host raises why."""
+    """Runs `what` on the first host; if it fails there, every host raises the reason."""
     if not several():
         what()
         return
@@ -68,16 +70,16 @@ def first_does(what: Callable[[], object]) -> None:
         except (UserError, OSError) as error:
             said = str(error) or type(error).__name__
     padded = said.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
-    message = bytes(np.asarray(told, np.uint8)).rstrip(b"\0").decode(errors="replace")
+    received = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
+    message = bytes(np.asarray(received, np.uint8)).rstrip(b"\0").decode(errors="replace")
     if message:
         raise SharedError(message)
 
 
 @contextmanager
 def ending_alone() -> Iterator[None]:
-    """What is raised in here by one host of several, and is not told to the others, ends its
-    process at once: they would wait for it for ever, and end when it is gone."""
+    """Ends this process at once on an error that only this one of several hosts raises: the others
+    would wait for it for ever, and end when it is gone."""
     try:
         yield
     except (SharedError, Preempted):
@@ -92,7 +94,7 @@ def ending_alone() -> Iterator[None]:
 
 
 def placed(arrays: Mapping[str, np.ndarray], sharding: Any) -> dict[str, jax.Array]:
-    """Arrays that every host has whole, spread over the devices of all."""
+    """Arrays that every host has in full, spread over the devices of all hosts."""
     if not several():
         return jax.device_put(dict(arrays), sharding)
     return {
@@ -102,8 +104,8 @@ def placed(arrays: Mapping[str, np.ndarray], sharding: Any) -> dict[str, jax.Arr
 
 
 def first_writes(what: Callable[[bool], object]) -> None:
-    """Has every host take part in something of which the first alone writes the result: `what` gets
-    whether this host is the first. If the first cannot write, every host raises why."""
+    """Runs `what` on every host, with whether this host is the first, which alone writes the
+    result. If the first cannot write, every host raises the reason."""
     failed: list[UserError | OSError] = []
     try:
         what(is_first())

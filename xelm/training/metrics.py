@@ -15,7 +15,7 @@ _PATIENCE = 60.0
 
 
 class MetricsLog:
-    """Appends to a JSONL file, and to whatever else is asked for, which is kept beside it."""
+    """Log of a training: a JSONL file and, if requested, TensorBoard and Weights & Biases."""
 
     def __init__(
         self,
@@ -26,9 +26,9 @@ class MetricsLog:
         tensorboard: bool = False,
         wandb: Mapping[str, Any] | None = None,
     ):
-        """Lines after `last_step` are of steps that will be done again, and are dropped. logs: for
-        all that is not the JSONL file, if not beside that. wandb: what `wandb.init` is to be told
-        of a run, if there is to be one."""
+        """Lines after `last_step` are dropped, since those steps will be done again. logs: folder
+        of the other logs, by default that of the JSONL file. wandb: arguments of `wandb.init`; None
+        starts no run."""
         self.path = Path(path)
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,14 +44,14 @@ class MetricsLog:
         self._file = self.path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        """One line of plain numbers, by name or by two; "step" says where it belongs."""
+        """Writes a line: numbers by name, or by two names; "step" is the step it belongs to."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for other in self._others:
             other.write(_scalars(line), line["step"])
 
     def close(self) -> None:
-        """Ends the files."""
+        """Closes all logs."""
         with ExitStack() as stack:
             stack.callback(self._file.close)
             for other in self._others:
@@ -59,12 +59,12 @@ class MetricsLog:
 
 
 class _TensorBoard:
-    """Events in a folder."""
+    """TensorBoard events in a folder."""
 
     def __init__(self, folder: Path, last_step: int):
         import tensorboardX
 
-        # Later steps of the same folder, of a training that was interrupted, count no more.
+        # Later steps in the same folder, of a training that was interrupted, are dropped.
         self._events = tensorboardX.SummaryWriter(
             str(folder / "tensorboard"), purge_step=last_step + 1
         )
@@ -78,9 +78,9 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """A run of Weights & Biases, the same one whenever its training goes on; where it is kept, and
-    who may, is told by the variables WANDB_PROJECT, WANDB_MODE, WANDB_API_KEY. If it fails, that is
-    said once, and the training goes on without."""
+    """A run of Weights & Biases, the same one whenever its training is resumed, configured by the
+    variables WANDB_PROJECT, WANDB_MODE, WANDB_API_KEY. If it fails, one line on stderr says so, and
+    the training continues without it."""
 
     def __init__(self, folder: Path, remembered: Path, about: Mapping[str, Any]):
         import wandb
@@ -97,13 +97,13 @@ class _WeightsAndBiases:
                 dir=folder,
                 id=remembered.read_text(),
                 resume="allow",
-                reinit="create_new",  # beside those of other experts in this process
+                reinit="create_new",  # beside the runs of other experts in this process
                 settings=wandb.Settings(console="off", finish_timeout=_PATIENCE),
                 **about,
             )
 
     def write(self, scalars: Mapping[str, int | float], step: int) -> None:
-        # Of steps that are done again its server keeps what it had first.
+        # Its server keeps the first values of steps that are done again.
         with self._surviving():
             if self._run is not None:
                 self._run.log(dict(scalars), step=step)

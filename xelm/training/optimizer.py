@@ -14,8 +14,8 @@ from xelm.models.parameters import matrices
 
 def schedule(config: TrainConfig) -> Float[np.ndarray, " steps"]:
     """Learning rate of each step: linear warm-up, then the configured decay, which reaches the
-    final rate at the last step. All at once, before the first step: asked for one by one they would
-    wait on the device for the steps before them."""
+    final rate at the last step. They are computed all at once, before the first step: one by one,
+    each would wait on the device for the steps before it."""
     steps, rates = config.steps, config.optimizer
     peak = rates.learning_rate
     final = peak * rates.final_rate_share
@@ -69,12 +69,12 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _share_kept(step: Any, exponent: Any) -> Any:
-    """Of the squares known before."""
+    """Decay of the average of squared updates in a step, 0 at first."""
     return jnp.minimum(1.0 - (step + 1.0) ** -exponent, 0.999)
 
 
 def _clipped_each(updates: Any, _: Any) -> Any:
-    """Each matrix or vector, of each layer, to a root mean square of at most 1."""
+    """Scales each matrix or vector of each layer to a root mean square of at most 1."""
 
     def clip(update, matrix):
         axes = (-2, -1) if matrix else -1
@@ -85,7 +85,7 @@ def _clipped_each(updates: Any, _: Any) -> Any:
 
 
 def _kept_as(dtype: str, average: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same, computed in float32 and kept in another dtype between steps."""
+    """A running average that is computed in float32 and kept in `dtype` between steps."""
     if dtype == "float32":
         return average
 

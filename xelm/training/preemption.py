@@ -1,4 +1,4 @@
-"""A request to end, SIGTERM of a machine that is taken away or Ctrl-C: a training saves first."""
+"""Ending early: on SIGTERM (of a machine that is taken away) or Ctrl-C a training saves first."""
 
 import itertools
 import os
@@ -11,60 +11,59 @@ from contextlib import contextmanager
 from typing import Any
 
 _SAME_SECONDS = 5.0
+"""Seconds after a first request during which further ones count as the same."""
 _STEPS = itertools.count()
-"""Of all trainings of this process: hosts agree on a number that is still to come."""
-
-
+"""Numbers of the steps of all trainings in this process: hosts agree on one still to come."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preempted(Exception):
-    """A training ended because it was asked to, with all it did saved."""
+    """Raised when a training ended on request, with all its work saved."""
 
     def __init__(self, message: str, *, by: int = signal.SIGTERM):
-        """by: the signal that asked."""
+        """by: the signal that requested it."""
         super().__init__(message)
         self.by = by
 
 
 @contextmanager
 def preemption(label: str) -> Iterator[Callable[[], bool]]:
-    """A function that says, once a step, whether this process has been asked to end. Who was asked
-    in here, and leaves without a fault, leaves by `Preempted`; at a second request, some seconds
-    after the first, the process ends as it would have without this. Of several hosts that take
-    their steps together, all are told at the same step, of SIGTERM alone.
+    """Yields a function that returns, once a step, whether this process was requested to end. If it
+    was, leaving this context without an error raises `Preempted`. A second request, some seconds
+    after the first, ends the process as without this. Several hosts that take their steps together
+    all learn of a SIGTERM at the same step; Ctrl-C is not shared.
 
-    Python hears signals in its main thread alone; elsewhere the answer is no.
+    Python handles signals in its main thread only; in other threads the answer is always no.
     """
-    # Here, since the command line knows of `Preempted` before anything heavy is imported.
+    # Imported here, since the command line needs `Preempted` before it imports anything heavy.
     import jax
     from jax.experimental import multihost_utils
 
-    asked = 0.0  # when, by a clock; 0 is never
+    requested = 0.0  # when, by a clock; 0 is never
     by = signal.SIGTERM
     if jax.process_count() > 1:
 
         def agreed() -> bool:
-            nonlocal asked
+            nonlocal requested
             if multihost_utils.reached_preemption_sync_point(next(_STEPS)):
-                asked = time.monotonic()
-            return asked > 0
+                requested = time.monotonic()
+            return requested > 0
 
         yield agreed
-        _leave(label, asked, by)
+        _leave(label, requested, by)
         return
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
 
-    def hear(number: int, frame: object) -> None:
-        nonlocal asked, by
-        # Whoever ends a group of processes may ask twice: itself, and by their parent.
-        if asked and time.monotonic() > asked + _SAME_SECONDS:
+    def handle(number: int, frame: object) -> None:
+        nonlocal requested, by
+        # What ends a group of processes may send two signals: its own, and one by their parent.
+        if requested and time.monotonic() > requested + _SAME_SECONDS:
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
-        elif not asked:
-            asked, by = time.monotonic(), signal.Signals(number)
+        elif not requested:
+            requested, by = time.monotonic(), signal.Signals(number)
             if number == signal.SIGINT:
                 print(
                     f"\n{label}: saving after this step; Ctrl-C again, {_SAME_SECONDS:g} seconds "
@@ -72,18 +71,18 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
                     file=sys.stderr,
                 )
 
-    # None: of a handler that was not made in Python.
+    # None stands for a handler that was not made in Python.
     before: dict[int, Any] = {
-        number: signal.signal(number, hear) or signal.SIG_DFL for number in _SIGNALS
+        number: signal.signal(number, handle) or signal.SIG_DFL for number in _SIGNALS
     }
     try:
-        yield lambda: asked > 0
+        yield lambda: requested > 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    _leave(label, asked, by)
+    _leave(label, requested, by)
 
 
-def _leave(label: str, asked: float, by: int) -> None:
-    if asked:
+def _leave(label: str, requested: float, by: int) -> None:
+    if requested:
         raise Preempted(f"{label} was asked to end; it is saved, and goes on when run again", by=by)

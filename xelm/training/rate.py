@@ -18,11 +18,11 @@ from xelm.training.loss import cross_entropy
 from xelm.training.master_weights import split_weights
 
 _MOST_OPERATIONS = 2e10
-"""Of one measurement: a few tenths of a second on two CPU cores."""
+"""Most operations in one measurement: a few tenths of a second on two CPU cores."""
 _MOST_VOCABULARY = 2**15
 """Rows of the embedding and output matrices that are measured, to save memory."""
 _SHORTEST = 16
-"""Positions of a row below which it is not cut."""
+"""Positions below which a row is not shortened."""
 _REPEATS = 3
 
 
@@ -59,7 +59,7 @@ def _alike(config: TrainConfig) -> TrainConfig:
 
 @functools.lru_cache(maxsize=64)
 def measured_layer(model: ModelConfig, config: TrainConfig, clock: Callable[[], float]) -> float:
-    """The same, measured once a process for settings that a pass depends on."""
+    """Rate of one device, as `estimated_rate`, measured once in a process for the same settings."""
     one = replace(
         model,
         layer_count=1,
@@ -95,7 +95,7 @@ def measured_layer(model: ModelConfig, config: TrainConfig, clock: Callable[[], 
 
 
 def _size(model: ModelConfig, config: TrainConfig) -> tuple[int, int]:
-    """Rows and their length that are measured of a batch."""
+    """Number of rows, and their length, that are measured in place of a batch."""
     rows, length = config.batch_size, config.sequence_length
     while rows * length * of_a_token(model, length) > _MOST_OPERATIONS:
         if rows > 1:
