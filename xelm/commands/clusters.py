@@ -98,7 +98,7 @@ def _cluster(options: argparse.Namespace) -> None:
         )
     if unknown := sorted(set(clustering.unassigned) - set(canonical_all(options.exclude))):
         print(
-            f"{options.method} knows too little of {', '.join(unknown)}, which stay unassigned; "
+            f"{options.method} knows too little of {', '.join(unknown)}, which are in no cluster; "
             "--method mixture has distances for every language",
             file=sys.stderr,
         )
