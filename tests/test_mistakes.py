@@ -250,7 +250,10 @@ MISTAKES = [
     ("train run nobody", "no expert 'nobody'"),
     ("train run --dense nobody", "no expert 'nobody'"),
     ("train seeded --all", "seeded has no clusters yet; run: xelm branch seeded --clusters DIR"),
-    ("train growing pt", "pt is grown; go on with: xelm grow growing --language pt"),
+    (
+        "train growing pt",
+        "pt is a grown expert; resume its training with: xelm grow growing --language pt",
+    ),
     ("train run de-fr nobody", "no expert 'nobody'"),
     ("rollback run nobody", "no expert 'nobody'"),
     ("rollback run de-fr", "has no version to go back to"),

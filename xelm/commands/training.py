@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from experts.expert import Expert
     from xelm.config import RunConfig
     from xelm.runs.budget import Plan
+    from xelm.runs.run import Run
     from xelm.runs.texts import LanguageText
 
 # Settings that have no effect where the seed is a given checkpoint.
@@ -269,35 +270,14 @@ def _train(options: argparse.Namespace) -> None:
     from xelm.runs.train import plans_of
     from xelm.training.hosts import ending_alone, is_first
 
-    for option, least in (("jobs", 1), ("devices", 1)):
-        given = getattr(options, option)
-        if given is not None and given < least:
-            raise UserError(f"--{option} must be at least {least}; got {given}")
-    if options.devices and options.engine != "ray":
-        raise UserError("--devices goes with --engine ray")
-    if options.hosts and (options.jobs > 1 or options.engine == "ray"):
-        raise UserError("--hosts goes with neither --jobs nor --engine ray")
-    if options.jobs > 1 and options.engine == "ray":
-        raise UserError("--jobs goes with --engine local; Ray runs as many as it has devices for")
+    _check_places(options)
     if options.hosts:
         from xelm.training.hosts import join
 
         join()
     check_resumable(options.settings, "experts")
     run = open_run(options.run, settings=options.settings)
-    names = list(dict.fromkeys(options.names))
-    if options.all:
-        run.clusters()  # which an expert of --all needs
-        names += [e.name for e in run.registry().training() if e.cluster and e.name not in names]
-    if not names and not options.dense and not options.all:
-        raise UserError("name the experts to train, or give --all or --dense")
-    for name in names:
-        expert = run.registry().expert(name)
-        if expert.status == "training" and expert.cluster is None:
-            (tag,) = expert.languages
-            raise UserError(
-                f"{name} is grown; go on with: xelm grow {options.run} --language {tag}"
-            )
+    names = _names_to_train(run, options)
     if options.dry_run:
         together = max(options.jobs, run.config.experts.runtime.mesh_expert)
         plans = plans_of(run, names, dense=options.dense)
@@ -321,6 +301,38 @@ def _train(options: argparse.Namespace) -> None:
             print(tables.status(found))
     if failures:
         raise UserError("; ".join(dict.fromkeys(failures.values())))
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Raises UserError for options of places to train that exclude each other."""
+    for option, least in (("jobs", 1), ("devices", 1)):
+        given = getattr(options, option)
+        if given is not None and given < least:
+            raise UserError(f"--{option} must be at least {least}; got {given}")
+    if options.devices and options.engine != "ray":
+        raise UserError("--devices goes with --engine ray")
+    if options.hosts and (options.jobs > 1 or options.engine == "ray"):
+        raise UserError("--hosts goes with neither --jobs nor --engine ray")
+    if options.jobs > 1 and options.engine == "ray":
+        raise UserError("--jobs goes with --engine local; Ray runs as many as it has devices for")
+
+
+def _names_to_train(run: "Run", options: argparse.Namespace) -> list[str]:
+    """Returns the experts that the options name. Raises UserError if there are none, and for an
+    expert that `xelm grow` trains."""
+    names = list(dict.fromkeys(options.names))
+    if options.all:
+        run.clusters()  # raises UserError if the RUN has no experts yet
+        names += [e.name for e in run.registry().training() if e.cluster and e.name not in names]
+    if not names and not options.dense and not options.all:
+        raise UserError("name the experts to train, or give --all or --dense")
+    for name in names:
+        expert = run.registry().expert(name)
+        if expert.status == "training" and expert.cluster is None:
+            (tag,) = expert.languages
+            command = f"xelm grow {options.run} --language {tag}"
+            raise UserError(f"{name} is a grown expert; resume its training with: {command}")
+    return names
 
 
 TRAIN = Command(
