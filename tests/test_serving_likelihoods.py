@@ -16,8 +16,8 @@ from shared import LANGUAGES, documents_of
 from xelm import open_run
 from xelm.data.tokenizer import Tokenizer
 from xelm.harness import Harness
-from xelm.inference import prompt_scoring
-from xelm.serving import openai_prompts, openai_responses, scheduler
+from xelm.inference import generation, prompt_scoring
+from xelm.serving import openai_prompts, openai_responses
 from xelm.serving.models import ServedModels
 from xelm.serving.openai_requests import ChatRequest, CompletionRequest
 
@@ -208,8 +208,7 @@ def test_nothing_that_grows_with_a_request_runs_in_the_event_loop(server, monkey
     watch(ServedModels, "language_of")
     watch(openai_prompts, "canonical")
     watch(openai_prompts, "fault")
-    for module in (openai_prompts, scheduler):
-        watch(module, "check_prompt")
+    watch(openai_prompts, "check_prompt")
     text = "abc de " * 4
     body = {"model": "xelm", "echo": True, "max_tokens": 0, "stream": stream, "language": "de"}
     assert server.post(body | {"prompt": text}).status_code == 200
@@ -226,6 +225,22 @@ def test_nothing_that_grows_with_a_request_runs_in_the_event_loop(server, monkey
     assert named <= set(ran)
     for name, threads in ran.items():
         assert all(thread.startswith(("AnyIO worker", "scheduler")) for thread in threads), name
+
+
+def test_a_prompt_is_tokenised_and_checked_once(server, monkeypatch):
+    ran = []
+
+    def count(owner, name):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: ran.append(name) or original(*given))
+
+    count(Tokenizer, "encode")
+    for module in (openai_prompts, generation):
+        count(module, "check_prompt")
+    body = {"model": "xelm", "prompt": "abc de", "echo": True, "logprobs": 0, "max_tokens": 1}
+    (choice,) = server.post(body).json()["choices"]
+    assert choice["text"].startswith("abc de")
+    assert sorted(ran) == ["check_prompt", "encode"]
 
 
 def test_chats_have_them_too(client, tiny):

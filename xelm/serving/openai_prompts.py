@@ -140,9 +140,9 @@ def _echo(
     if not isinstance(request, CompletionRequest) or not request.echo:
         return {}
     prompt = request.prompts[index]
-    given = tokenizer.encode([prompt])[0] if isinstance(prompt, str) else prompt
-    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
-    return {"echo": text, "echo_start": len(ids) - len(given)}
+    if isinstance(prompt, str):
+        return {"echo": prompt, "echo_start": tokenizer.starts(ids)}
+    return {"echo": tokenizer.decode(prompt), "echo_start": 0}
 
 
 def _check_log_probabilities(

@@ -10,7 +10,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from xelm.inference.generation import check_prompt
 from xelm.serving.batch import LATE, Batch, Event, Failed, Request
 from xelm.serving.models import ServedModels
 
@@ -80,11 +79,11 @@ class Scheduler:
         return sum(len(batch) for batch in list(self._batches))
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queues all of some requests, or none. Raises QueueFull if too many wait, ShuttingDown at
-        the end, and UserError for a request that the models cannot answer."""
+        """Queues all of some requests, whose prompts `check_prompt` accepts, or none. Raises
+        QueueFull if too many wait, ShuttingDown at the end, and UserError for a language that the
+        router of a request refuses."""
         models = self.models
         for request in requests:
-            check_prompt(models.ensemble, request.ids, request.max_new_tokens)
             if request.model in models.routers:  # otherwise it has just been withdrawn
                 models.routers[request.model].start(request.language)
         with self._changed:
