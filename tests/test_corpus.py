@@ -183,8 +183,8 @@ def test_the_report_names_counts_reasons_and_places():
     faults.add("empty text", "en.jsonl:9")
     assert faults
     assert str(faults) == (
-        "5 records left out: 4 with broken JSON (first: de.jsonl:0, de.jsonl:1, de.jsonl:2); "
-        "1 with empty text (first: en.jsonl:9)"
+        "5 records were left out: broken JSON (4, first at de.jsonl:0, de.jsonl:1, de.jsonl:2); "
+        "empty text (1, first at en.jsonl:9)"
     )
 
 
@@ -390,14 +390,14 @@ def test_a_file_of_another_name_among_them_matters_only_when_all_are_asked_for(t
     assert left_out == only("an unknown language", 1, "notes.jsonl:1 'notes'")
 
 
-def test_files_come_sorted_and_others_are_passed_over(tmp_path):
+def test_files_come_sorted_and_others_are_skipped(tmp_path):
     for name in ("sw.jsonl.zst", "de.parquet", "README.md", "en.jsonl", "fr.csv"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "tr.jsonl").mkdir()
     found = contents_of(tmp_path)
     assert [part.name for part in found.parts] == ["de.parquet", "en.jsonl", "sw.jsonl.zst"]
     assert [part.language for part in found.parts] == ["de", "en", "sw"]
-    assert found.passed_over == {"of an unknown format": ["README.md", "fr.csv"]}
+    assert found.skipped == {"of an unknown format": ["README.md", "fr.csv"]}
 
 
 def test_what_is_no_corpus_is_refused_by_name(tmp_path):

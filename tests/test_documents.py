@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +154,7 @@ def test_surveys_of_files_add_up(tmp_path):
     faults, whole = UnusableRecords(), UnusableRecords()
     surveys = [parts.Survey.of(part) for part in contents.contents_of(tmp_path).parts]
     for survey in surveys:
-        faults.include(survey.faults)
+        faults.include(survey.unusable)
     assert [survey.documents for survey in surveys] == [{"de": 1}, {"en": 1}, {"en": 1}]
     list(reading.read(tmp_path, whole))
     assert (faults.counts, faults.places) == (whole.counts, whole.places)
@@ -168,10 +168,9 @@ def test_a_file_has_the_format_of_its_name_wherever_it_lies(tmp_path):
     (tmp_path / "corpus" / "sw.jsonl.gz").symlink_to("../blob")
     (part,) = contents.contents_of(tmp_path / "corpus").parts
     assert list(part) == [("one", "sw"), ("two", "sw")]
-    survey = parts.Survey.of(part)
-    assert contents.fingerprint_of([part], [survey.digest]) == contents.fingerprint(
-        tmp_path / "corpus"
-    )
+    digests = {part.location: parts.Survey.of(part).digest}
+    surveyed = replace(contents.contents_of(tmp_path / "corpus"), digests=digests)
+    assert surveyed.fingerprint() == contents.fingerprint(tmp_path / "corpus")
 
 
 def test_a_cluster_that_does_not_answer_is_a_users_mistake(xelm, tiny, tmp_path, monkeypatch):

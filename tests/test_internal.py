@@ -143,7 +143,7 @@ def test_features_of_a_run_measure_its_languages(xelm, tiny, tmp_path):
 
 def test_text_that_cannot_be_used_is_refused(xelm, tiny, tmp_path):
     (tmp_path / "en.jsonl").write_text('{"text": "a"}\n{"text": ""}\n')
-    for more, said in (([], "1 with empty text"), (["--documents", 0], "at least 1; got 0")):
+    for more, said in (([], "empty text (1"), (["--documents", 0], "at least 1; got 0")):
         outcome = xelm(
             "features", tiny.directory, "--corpus", tmp_path, "--out", tmp_path / "x.npz", *more
         )

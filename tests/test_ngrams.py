@@ -80,7 +80,7 @@ def test_documents_of_a_corpus_are_clustered_without_a_run(xelm, corpus, tmp_pat
         *("--languages", "en,zho,hin", "--out", tmp_path / "out"),
     )
     assert outcome.code == 0, outcome.err
-    assert "3 records left out" in outcome.err  # of the languages that are read, once
+    assert "3 records were left out" in outcome.err  # of the languages that are read, once
     found = Clustering.load(tmp_path / "out")
     assert sorted(found.languages) == ["en", "hi", "zh"]
     assert sorted(counts.popitem()[1] for counts in map(dict, found.documents.values())) == [40] * 3

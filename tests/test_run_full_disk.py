@@ -9,7 +9,7 @@ from shared import full, snapshot
 
 from experts.lock import update
 from experts.registry import Registry
-from xelm.data import tokenise
+from xelm.data import store_writer
 from xelm.models import checkpoint, weights
 from xelm.training.metrics import MetricsLog
 
@@ -58,7 +58,7 @@ def test_a_full_disk_leaves_no_half_corpus_and_no_half_results(xelm, copy):
         shutil.rmtree(store)  # that another test made, and that would be taken as it is
     before = snapshot(copy.directory)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenise._Writer, "add", full)
+        patch.setattr(store_writer._LanguageWriter, "add", full)
         outcome = xelm("evaluate", copy.directory, "--corpus", copy.held_out)
     assert outcome.code == 2
     assert "cannot write" in outcome.err and str(copy.directory / "corpus") in outcome.err

@@ -14,7 +14,7 @@ from shared import LANGUAGES, NAMES, documents_of, snapshot
 from clustering.clustering import Clustering
 from experts.registry import Registry
 from xelm import open_run
-from xelm.data import tokenise
+from xelm.data import store_writer
 from xelm.runs import init, publish
 from xelm.runs.shares import cluster_shares, dense_shares
 from xelm.training.metrics import MetricsLog, read_metrics
@@ -64,7 +64,7 @@ def test_an_interrupted_init_goes_on_to_the_same_run(
 
     with pytest.MonkeyPatch.context() as patch:
         if stage == "tokenise":
-            patch.setattr(tokenise._Writer, "finish", interrupt)
+            patch.setattr(store_writer._LanguageWriter, "finish", interrupt)
         elif stage == "vectors":
             patch.setattr("clustering.tfidf.fit", interrupt)
         else:

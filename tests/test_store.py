@@ -13,8 +13,8 @@ import pytest
 
 from clustering.errors import UserError
 from clustering.files import write_json
-from xelm.data import reading, tokenise
-from xelm.data.parts import Document
+from xelm.data import reading, store_writer, tokenise
+from xelm.data.parts import Document, in_languages
 from xelm.data.store import open_store, shuffled
 from xelm.data.tokenise import BATCH_DOCUMENTS, build_store
 from xelm.data.unusable import UnusableRecords
@@ -43,9 +43,12 @@ DOCUMENTS = [Document(text, language) for language, found in TEXTS.items() for t
 
 
 def build(directory, documents=DOCUMENTS, tokenizer=None, **options):
-    faults = options.pop("faults", UnusableRecords())
-    tokenizer, options = tokenizer or Characters(), {"spelling": Plain(), **options}
-    return build_store(directory, iter(documents), tokenizer, faults, **options)
+    """Builds a store of the documents in the languages asked for, as a corpus is read."""
+    unusable = options.pop("unusable", UnusableRecords())
+    tokenizer, options = tokenizer or Characters(), {"coverage": Plain(), **options}
+    located = ((f"record {number}", document) for number, document in enumerate(documents, 1))
+    kept = in_languages(located, options.get("languages"), unusable)
+    return build_store(directory, kept, tokenizer, unusable, **options)
 
 
 def test_documents_are_those_that_were_encoded(tmp_path):
@@ -107,9 +110,9 @@ def test_opening_again_gives_the_same(tmp_path):
 
 
 def test_only_the_languages_asked_for_are_kept_in_their_order_and_others_counted(tmp_path):
-    faults = UnusableRecords()
-    faults.add("empty text", "de.jsonl:7")
-    store = build(tmp_path / "store", languages=["el"], faults=faults)
+    unusable = UnusableRecords()
+    unusable.add("empty text", "de.jsonl:7")
+    store = build(tmp_path / "store", languages=["el"], unusable=unusable)
     assert list(store.languages) == ["el"]
     assert store.record["left_out"] == {
         "empty text": {"count": 1, "first": ["de.jsonl:7"]},
@@ -180,7 +183,7 @@ def content(directory):
 @pytest.fixture
 def small_batches(monkeypatch):
     monkeypatch.setattr(tokenise, "BATCH_DOCUMENTS", 7)
-    monkeypatch.setattr(tokenise, "NOTE_SECONDS", -1.0)  # after every batch
+    monkeypatch.setattr(store_writer, "NOTE_SECONDS", -1.0)  # after every batch
 
 
 @pytest.mark.parametrize("batches", [[1], [4], [17], [3, 5, 2]])
@@ -195,11 +198,11 @@ def test_a_build_that_was_killed_goes_on_and_ends_with_the_same(tmp_path, small_
         for path in (tmp_path / ".store.partial").glob("el.*"):
             with path.open("ab") as file:
                 file.write(b"12345")
-    heard, faults = [], UnusableRecords()
-    build(*(tmp_path / "store", MANY), faults=faults, progress=heard.append, **options)
+    heard, unusable = [], UnusableRecords()
+    build(*(tmp_path / "store", MANY), unusable=unusable, progress=heard.append, **options)
     assert content(tmp_path / "store") == content(tmp_path / "whole")
     assert heard[0] == 7 * sum(batch - 1 for batch in batches) and sum(heard) == 120
-    assert faults.counts == {"language nl, which was not requested": 1}
+    assert unusable.counts == {"language nl, which was not requested": 1}
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -430,7 +433,7 @@ def test_a_store_may_have_more_files_than_a_process_may_have_open(tmp_path):
 
 @pytest.mark.parametrize("waiting", [1, 100, 2**26])
 def test_what_waits_in_memory_comes_into_the_files_in_order(tmp_path, monkeypatch, waiting):
-    monkeypatch.setattr(tokenise, "_WAITING_BYTES", waiting)
+    monkeypatch.setattr(store_writer, "_WAITING_BYTES", waiting)
     store = build(tmp_path / "store", MANY)
     for tag, found in store.languages.items():
         texts = [document.text for document in MANY if document.language == tag]

@@ -15,6 +15,7 @@ from clustering.files import write_json
 from experts.grow import grow
 from experts.lock import update
 from xelm.data import tokenizer as tokenizers
+from xelm.data.contents import contents_of
 from xelm.data.coverage import Coverage, CoverageCounts
 from xelm.data.duplicates import copies, fingerprints, overlap
 from xelm.runs.evaluate import evaluate
@@ -236,7 +237,7 @@ def test_what_a_grown_expert_was_trained_on_counts_too(xelm, copy):
 
 def test_text_of_a_growth_that_never_began_was_not_trained_on(xelm, copy):
     run = open_run(copy.directory)
-    tokenise(run, copy.corpus, "pt", languages=["pt"])
+    tokenise(run, contents_of(copy.corpus, ["pt"]), run.tokenizer(), "pt")
     evaluated = {"routings": ["language"], "max_documents": 10, "save": False}
     assert evaluate(run, copy.corpus, **evaluated).texts["pt"].exact == 0
     update(copy.directory, lambda registry: grow(registry, "pt", "en-es"))

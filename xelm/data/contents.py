@@ -1,7 +1,8 @@
-"""What a corpus is: its parts, their languages, its fingerprint, and what a reading found.
+"""Contents of a corpus: the parts that are read, their languages, the files that are skipped, and
+a hash over all of it.
 
-How a corpus is described is in `sources`, which files it has in `listing`, how a part is read in
-`texts` and `formats`.
+A corpus is described in `corpus`, its files are listed in `corpus_files`, and a part is read in
+`parts` and `records`.
 """
 
 import hashlib
@@ -23,46 +24,51 @@ from xelm.data.unusable import UnusableRecords
 
 @dataclass(slots=True)
 class Contents:
-    """What is read of a corpus, and what is not."""
+    """Parts of a corpus that are read, and files that are not."""
 
+    corpus: Corpus
+    languages: Sequence[str] | None = None
+    """Canonical tags of the languages to read; None means all."""
     parts: list[Part] = field(default_factory=list)
     """Files and data sets, each of which can be read by itself."""
-    passed_over: dict[str, list[str]] = field(default_factory=dict)
-    """Why files are skipped -> their names, or their languages where that is why."""
-    nameless: list[str] = field(default_factory=list)
-    """Files of which neither names nor records say the language."""
-    corpus: str = ""
-    """For people."""
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> names of the files skipped for it, or the languages of files in other languages."""
+    without_language: list[str] = field(default_factory=list)
+    """Files whose language neither their names nor their records say."""
+    digests: dict[Path | str, bytes] = field(default_factory=dict)
+    """Location of a part -> its hash, for parts that were hashed before."""
 
     def check(self) -> None:
-        """Raises UserError for files of which nothing says the language, and for languages all of
-        whose files have no bytes."""
-        if self.nameless:
-            raise _no_language(self.corpus, self.nameless)
+        """Raises UserError for files whose language nothing says, and for languages all of whose
+        files are empty."""
+        if self.without_language:
+            raise _no_language(self.corpus, self.without_language)
         _refuse_empty(self.parts)
 
     def parts_of(self, languages: Sequence[str]) -> list[Part]:
         """The parts that may have text in one of these languages."""
         return [
-            texts
-            for texts in self.parts
-            if texts.name not in self.nameless and (not texts.named or texts.language in languages)
+            part
+            for part in self.parts
+            if part.name not in self.without_language
+            and (not part.named or part.language in languages)
         ]
 
     def first_documents(
-        self, languages: Sequence[str], count: int, faults: UnusableRecords
+        self, languages: Sequence[str], count: int, unusable: UnusableRecords
     ) -> Iterator[Document]:
         """The first `count` usable documents in each of these languages, in the order of the parts.
 
-        Each part is read once for all languages together, and no further than they need. Unusable
-        records on the way are counted in `faults`.
+        Each part is read once for all languages together, and only until they have enough. Unusable
+        records up to there are counted in `unusable`.
         """
         missing = dict.fromkeys(languages, count)
-        for texts in self.parts_of(languages):
-            here = [texts.language] if texts.named else languages
+        for part in self.parts_of(languages):
+            here = [part.language] if part.named else languages
             wanted = {tag for tag in here if tag and missing[tag]}
-            documents = texts.documents(faults)
-            while wanted and (document := next(documents, None)):
+            documents = part.all_documents(unusable)
+            while wanted and (found := next(documents, None)):
+                _, document = found
                 tag = document.language
                 if tag not in wanted:
                     continue
@@ -71,82 +77,96 @@ class Contents:
                     wanted.remove(tag)
                 yield document
 
-    def fingerprint(self, languages: Sequence[str]) -> str:
-        """The same as `fingerprint` of the corpus for these languages, without planning again."""
-        parts = self.parts_of(languages)
-        return fingerprint_of(parts, [part.digest() for part in parts])
+    def fingerprint(self, languages: Sequence[str] | None = None) -> str:
+        """SHA-256 over the parts that may have text in these languages (None: all parts): names
+        and contents of files, addresses of Hub data sets with their commits, and how records are
+        read. Each part is hashed once."""
+        whole = hashlib.sha256()
+        for part in self.parts if languages is None else self.parts_of(languages):
+            if isinstance(part.location, Path):
+                whole.update(part.name.encode() + b"\0")
+            options = part.source.options()
+            if part.language and language_in(stem(part.name.rpartition("/")[2])) != part.language:
+                # The name of a folder says the language, which may be the folder of the corpus.
+                options["language"] = part.language
+            if options:
+                whole.update(json.dumps(options, sort_keys=True).encode() + b"\0")
+            if part.location not in self.digests:
+                self.digests[part.location] = part.digest()
+            whole.update(self.digests[part.location])
+        return whole.hexdigest()
 
-    def add(self, texts: Part) -> None:
-        """Adds a part, unless it is of a language that is not wanted."""
-        if texts.named and texts.wanted is not None and texts.language not in texts.wanted:
-            self.pass_over(texts.language or texts.name, OTHER_LANGUAGE)
+    def add(self, part: Part) -> None:
+        """Adds a part, or skips it if its name says a language that is not to be read."""
+        if part.named and part.languages is not None and part.language not in part.languages:
+            self.skip([part.language or part.name], OTHER_LANGUAGE)
         else:
-            self.parts.append(texts)
+            self.parts.append(part)
 
-    def pass_over(self, name: str, reason: str) -> None:
-        """Records a file that is skipped."""
-        self.passed_over.setdefault(reason, []).append(name)
+    def skip(self, names: Sequence[str], reason: str) -> None:
+        """Records files that are skipped."""
+        self.skipped.setdefault(reason, []).extend(names)
 
 
 def contents_of(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> Contents:
-    """What is read of a corpus for these languages, and which files are passed over and why.
+    """Contents of a corpus in these languages, given by canonical tags (None: all).
 
-    Files whose names are other languages are not read; those whose names are none are read if their
-    records say the language. UserError for a corpus without files, or without one of the languages.
+    Files whose names say other languages are skipped. Files whose names say none are read if their
+    records say the language. UserError for a corpus without files, or without a file for one of the
+    languages.
     """
-    corpus = Corpus.of(corpus)
-    found = Contents(corpus=str(corpus))
-    for source in corpus.sources:
+    found = Contents(corpus=Corpus.of(corpus), languages=languages)
+    for source in found.corpus.sources:
         if source.path.startswith(SCHEME):
-            _plan_hub(found, source, languages)
+            _add_data_sets(found, source)
         else:
-            _plan_files(found, source, languages)
+            _add_files(found, source)
     if languages is not None:
-        if all(texts.named for texts in found.parts):
-            tags = {texts.language for texts in found.parts}
+        if all(part.named for part in found.parts):
+            tags = {part.language for part in found.parts}
             missing = [language for language in languages if language not in tags]
             if missing:
-                raise UserError(f"{corpus} has no file of {', '.join(missing)}")
+                raise UserError(f"{found.corpus} has no file of {', '.join(missing)}")
         _refuse_empty(found.parts)
     return found
 
 
-def _plan_files(found: Contents, source: Source, languages: Sequence[str] | None) -> None:
+def _add_files(found: Contents, source: Source) -> None:
     listing = list_files(source)
-    for reason, names in listing.passed_over.items():
-        found.passed_over.setdefault(reason, []).extend(names)
+    for reason, names in listing.skipped.items():
+        found.skip(names, reason)
     alone = Path(source.path).is_file()
     agreeing: dict[tuple[Path, str | None], bool] = {}
     for file in listing.files:
-        texts = Part(file.path, file.language, languages, file.name, source)
-        unnamed = replace(texts, language=None, named=False)
+        part = Part(file.path, file.language, found.languages, file.name, source)
+        by_records = replace(part, language=None, named=False)
         if source.language or (file.language and not alone and not file.by_folder):
-            found.add(texts)
+            found.add(part)
         elif file.language:
-            # A folder may be called anything, and a file that is given by itself may hold many
-            # languages: their records know better. One file speaks for those beside it.
+            # A folder may have any name, and a file that is given by itself may contain many
+            # languages, so their records decide. One file decides for those beside it.
             group = (file.path.parent, file.language)
             if group not in agreeing:
-                said = unnamed.first_language()
-                agreeing[group] = said is None or (not alone and _agree(said, file.language))
-            found.add(texts if agreeing[group] else unnamed)
-        elif unnamed.first_language() is not None:
-            found.add(unnamed)
-        elif languages is not None:
-            found.pass_over(file.name, UNKNOWN_LANGUAGE)
+                first = by_records.first_language()
+                agreeing[group] = first is None or (not alone and _agree(first, file.language))
+            found.add(part if agreeing[group] else by_records)
+        elif by_records.first_language() is not None:
+            found.add(by_records)
+        elif found.languages is not None:
+            found.skip([file.name], UNKNOWN_LANGUAGE)
         else:
-            found.nameless.append(file.name)
-            found.add(replace(unnamed, language=stem(file.path.name)))
+            found.without_language.append(file.name)
+            found.add(replace(by_records, language=stem(file.path.name)))
 
 
-def _plan_hub(found: Contents, source: Source, languages: Sequence[str] | None) -> None:
+def _add_data_sets(found: Contents, source: Source) -> None:
     address = Address.of(source.path).pinned()
     configs = [address.config] if address.config else address.configs()
     tags = {name: tag for name in configs if (tag := _language_of_config(source, name))}
     training = [name for name in tags if not is_other_split(name)] or list(tags)
     for name in training:
         here = str(replace(address, config=name))
-        found.add(Part(here, tags[name], languages, here, source))
+        found.add(Part(here, tags[name], found.languages, here, source))
     if tags:
         return
     if len(configs) > 1 and "default" not in configs:
@@ -155,7 +175,7 @@ def _plan_hub(found: Contents, source: Source, languages: Sequence[str] | None) 
             f"no configuration of {source.path} has the name of a language; name one of "
             f"{', '.join(configs[:5])}{more}, as in {replace(address, config=configs[0])}"
         )
-    found.add(Part(str(address), None, languages, str(address), source, named=False))
+    found.add(Part(str(address), None, found.languages, str(address), source, named=False))
 
 
 def _language_of_config(source: Source, name: str) -> str | None:
@@ -168,41 +188,36 @@ def _language_of_config(source: Source, name: str) -> str | None:
     return language_in(name)
 
 
-def _agree(said: str, tag: str) -> bool:
-    """Whether two tags are of one language, of which one may say more, as `sr` and `sr-Latn`; and
-    whatever is no tag speaks against none."""
-    if tag_of(said) is None:
+def _agree(named: str, tag: str) -> bool:
+    """Whether two tags are of one language, where one may be more precise, as `sr` and `sr-Latn`.
+    A name that is no tag contradicts none."""
+    if tag_of(named) is None:
         return True
-    return said == tag or said.startswith(f"{tag}-") or tag.startswith(f"{said}-")
+    return named == tag or named.startswith(f"{tag}-") or tag.startswith(f"{named}-")
 
 
 def _refuse_empty(parts: Sequence[Part]) -> None:
     """Raises UserError for languages all of whose files have no bytes."""
     empty: dict[str, bool] = {}
-    for texts in parts:
-        if texts.language and isinstance(texts.where, Path):
-            size = texts.where.stat().st_size
-            empty[texts.language] = empty.get(texts.language, True) and not size
-        elif texts.language:
-            empty[texts.language] = False
-    silent = [texts for texts in parts if empty.get(texts.language or "")]
-    if silent:
-        names = ", ".join(dict.fromkeys(texts.name for texts in silent[:5]))
-        tags = ", ".join(dict.fromkeys(texts.language or "" for texts in silent))
+    for part in parts:
+        if part.language and isinstance(part.location, Path):
+            size = part.location.stat().st_size
+            empty[part.language] = empty.get(part.language, True) and not size
+        elif part.language:
+            empty[part.language] = False
+    without_text = [part for part in parts if empty.get(part.language or "")]
+    if without_text:
+        names = ", ".join(dict.fromkeys(part.name for part in without_text[:5]))
+        tags = ", ".join(dict.fromkeys(part.language or "" for part in without_text))
         raise UserError(f"the corpus has no text in {tags}: {names} has 0 bytes")
 
 
-def parts(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> list[Part]:
-    """What a corpus consists of, each of which can be read by itself; as `contents_of`."""
-    return contents_of(corpus, languages).parts
-
-
 def languages_of(corpus: AnyCorpus) -> list[str]:
-    """Canonical tags of the languages of a corpus, each once: those that names say, in the order of
-    the files, and those of files whose records say it, which are read for that.
+    """Canonical tags of the languages of a corpus, each once, in the order of its parts. Parts
+    whose names say no language are read to find the languages of their records.
 
-    UserError for files of which neither says it, and for a data set of the Hub that would
-    have to be read whole.
+    UserError for files whose language nothing says, and for a data set of the Hub that would have
+    to be read to its end.
     """
     corpus = Corpus.of(corpus)
     for source in corpus.sources:
@@ -211,16 +226,18 @@ def languages_of(corpus: AnyCorpus) -> list[str]:
     found = contents_of(corpus)
     found.check()
     tags: list[str] = []
-    faults = UnusableRecords()
-    for texts in found.parts:
-        if texts.named and texts.language:
-            tags.append(texts.language)
+    unusable = UnusableRecords()
+    for part in found.parts:
+        if part.named and part.language:
+            tags.append(part.language)
         else:
-            survey = Survey.of(texts)
+            survey = Survey()
+            for _document in survey.read(part):
+                pass
             tags += survey.documents
-            faults.include(survey.faults)
+            unusable.include(survey.unusable)
     if not tags:
-        raise no_documents([], faults)
+        raise no_documents([], unusable)
     return list(dict.fromkeys(tags))
 
 
@@ -229,8 +246,8 @@ def _says_language(source: Source) -> bool:
     return bool(source.language or (config and _language_of_config(source, config)))
 
 
-def _no_language(corpus: str, names: Sequence[str]) -> UserError:
-    """The mistake of files of which nothing says the language."""
+def _no_language(corpus: Corpus, names: Sequence[str]) -> UserError:
+    """The error for files whose language nothing says."""
     folder, _, file = names[0].rpartition("/")
     name = code_in(folder.rpartition("/")[2] or stem(file))
     try:
@@ -247,22 +264,5 @@ def _no_language(corpus: str, names: Sequence[str]) -> UserError:
 
 
 def fingerprint(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> str:
-    """SHA-256 over names and contents of the corpus files that `read` would read and over how they
-    are read, and over the addresses of Hub data sets with their commits."""
-    found = parts(corpus, languages)
-    return fingerprint_of(found, [part.digest() for part in found])
-
-
-def fingerprint_of(parts: Sequence[Part], digests: Sequence[bytes]) -> str:
-    """The fingerprint of a corpus of these parts, with these digests."""
-    whole = hashlib.sha256()
-    for part, digest in zip(parts, digests):
-        if isinstance(part.where, Path):
-            whole.update(part.name.encode() + b"\0")
-        options = part.source.options()
-        if part.language and language_in(stem(part.name.rpartition("/")[2])) != part.language:
-            options["language"] = part.language  # by a folder, which may be that of the corpus
-        if options:
-            whole.update(json.dumps(options, sort_keys=True).encode() + b"\0")
-        whole.update(digest)
-    return whole.hexdigest()
+    """SHA-256 of a corpus in these languages (None: all), as `Contents.fingerprint`."""
+    return contents_of(corpus, languages).fingerprint()

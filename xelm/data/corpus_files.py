@@ -61,12 +61,12 @@ class Listing:
 
     files: list[Found] = field(default_factory=list)
     """Sorted by their paths."""
-    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
     """Why files are skipped -> their names."""
 
-    def pass_over(self, name: str, reason: str) -> None:
+    def skip(self, name: str, reason: str) -> None:
         """Records a file that is skipped."""
-        self.passed_over.setdefault(reason, []).append(name)
+        self.skipped.setdefault(reason, []).append(name)
 
 
 def list_files(source: Source) -> Listing:
@@ -90,7 +90,7 @@ def list_files(source: Source) -> Listing:
         name = PurePath(names[path])
         mapped, code = _mapped(name, root, source)
         if mapped and code is None:
-            listing.pass_over(names[path], LEFT_OUT)
+            listing.skip(names[path], LEFT_OUT)
             continue
         own = canonical(code) if code else language_in(stem(name.name))
         language = own or next(_languages_around(name, root), None)
@@ -99,7 +99,7 @@ def list_files(source: Source) -> Listing:
             Found(path=path.absolute(), name=names[path], language=language, by_folder=by_folder)
         )
     if not listing.files:
-        more = f"; {passed}" if (passed := describe(listing.passed_over)) else ""
+        more = f"; {passed}" if (passed := describe(listing.skipped)) else ""
         raise UserError(
             f"{source.path} holds no corpus file; wanted <language>{LINES[0]} or another of "
             f"{WANTED}{more}"
@@ -107,11 +107,11 @@ def list_files(source: Source) -> Listing:
     return listing
 
 
-def describe(passed_over: Mapping[str, list[str]]) -> str:
+def describe(skipped: Mapping[str, list[str]]) -> str:
     """A clause for each reason that files are skipped, with the first five names; of other
     languages, with the number of files in each."""
     parts = []
-    for reason, names in passed_over.items():
+    for reason, names in skipped.items():
         shown = names
         if reason == OTHER_LANGUAGE:
             shown = [f"{tag} ({count})" for tag, count in Counter(names).most_common()]
@@ -142,7 +142,7 @@ def _walk(folder: Path, root: Path, listing: Listing) -> list[Path]:
         for name in sorted([*names, *folders]):
             if name.startswith("."):
                 hidden = (Path(here) / name).relative_to(root).as_posix()
-                listing.pass_over(hidden, HIDDEN)
+                listing.skip(hidden, HIDDEN)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(here) / name for name in names if not name.startswith(".")]
         _check_parts(Path(here), names)
@@ -169,10 +169,10 @@ def _is_text(path: Path, name: str, listing: Listing) -> bool:
     if path.name in _RECORDS_OF_ARROW and any(path.parent.rglob("*.arrow")):
         return False
     if format_of(path.name) is None:
-        listing.pass_over(name, UNKNOWN_FORMAT)
+        listing.skip(name, UNKNOWN_FORMAT)
         return False
     if not path.is_file():
-        listing.pass_over(name, NO_FILE)
+        listing.skip(name, NO_FILE)
         return False
     return True
 
@@ -184,7 +184,7 @@ def _training_part(
     others = {path for path in paths if is_other_split(names[path])}
     for path in paths:
         if path in others and len(others) < len(paths):
-            listing.pass_over(names[path], OTHER_SPLIT)
+            listing.skip(names[path], OTHER_SPLIT)
         else:
             yield path
 

@@ -1,12 +1,13 @@
-"""The texts of one part of a corpus: a file or a data set of the Hub, its documents, its hash.
+"""Parts of a corpus: one file or Hub data set each, with its documents and its hash.
 
-Knows which fields of a record are its text and its language. Every record that cannot be used is
-counted by reason with the first places; none stops the reading and none vanishes unreported.
+A part knows which fields of a record contain the text and the language. Every record that cannot be
+used is counted by reason with the first places. None stops the reading, and none is lost
+unreported.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +17,10 @@ from clustering.errors import UserError
 from clustering.languages import canonical
 from xelm.data.corpus import Source
 from xelm.data.records import format_of, records
-from xelm.data.unicode import normalised
+from xelm.data.unicode import normalised, surrogate_in
 from xelm.data.unusable import UnusableRecords
 
-# Records of a file whose name is no language in which a field that says it is looked for.
+# Number of records that are searched for a language field, in files whose names are no language.
 _FIRST_RECORDS = 100
 
 
@@ -28,153 +29,170 @@ class Document:
     """One text of a corpus."""
 
     text: str
-    """Unicode NFC."""
+    """Text in Unicode NFC."""
     language: str
-    """Canonical BCP 47 tag of what the record, or else the file's name, says."""
+    """Canonical BCP 47 tag, from the record or else from the file's name."""
 
 
-def no_documents(languages: Sequence[str], faults: UnusableRecords) -> UserError:
-    """The mistake of a corpus without usable documents in `languages`, and what was left out."""
+Located = tuple[str, Document]
+"""A place such as "sw.jsonl:7", and the document there."""
+
+
+def in_languages(
+    documents: Iterable[Located], languages: Sequence[str] | None, unusable: UnusableRecords
+) -> Iterator[Document]:
+    """The documents in these languages (None: all); the others are counted in `unusable`."""
+    for place, document in documents:
+        if languages is None or document.language in languages:
+            yield document
+        else:
+            unusable.add(f"language {document.language}, which was not requested", place)
+
+
+def no_documents(languages: Sequence[str], unusable: UnusableRecords) -> UserError:
+    """The error for a corpus without usable documents in `languages`; names the records that were
+    left out."""
     what = ", ".join(languages) or "any language"
-    more = f"; {faults}" if faults else ""
-    if any(reason.startswith('no "') for reason in faults.counts):
+    more = f"; {unusable}" if unusable else ""
+    if any(reason.startswith('no "') for reason in unusable.counts):
         more += "; other fields are named with --text-field and --language-field"
     return UserError(f"the corpus has no usable document in {what}{more}")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The texts of one corpus file or Hub data set, told by where they lie: to be read any number
-    of times, on any machine that finds them there."""
+    """One file or Hub data set of a corpus. It contains no text, only where the text is: it can be
+    read any number of times, on any machine that finds the text there."""
 
-    where: Path | str
-    """The file, or the address of the data set."""
+    location: Path | str
+    """Path of the file, or address of the data set."""
     language: str | None = None
-    """Of records that do not say it: a canonical tag, or a name that is none."""
-    wanted: Sequence[str] | None = None
-    """Canonical tags of the languages to keep; None means all."""
+    """Language of records that name none: a canonical tag, or a name that is no language."""
+    languages: Sequence[str] | None = None
+    """Canonical tags of the languages to read; None means all."""
     name: str = ""
     """The file's path within the corpus, for people."""
     source: Source = field(default_factory=lambda: Source(path="."))
-    """How records are read."""
+    """Source of the corpus to which it belongs, with the fields and languages of records."""
     named: bool = True
-    """Whether `language` is one, and the records' `language` need not be looked at."""
+    """Whether `language` is a language, so that the records' field `language` is not needed."""
 
-    def documents(self, faults: UnusableRecords) -> Iterator[Document]:
-        """Every usable document in any language; unusable records are counted in `faults`."""
-        return _documents(self, self._records(faults), faults)
+    def documents(self, unusable: UnusableRecords) -> Iterator[Document]:
+        """Every usable document in the languages to read; unusable records and those in other
+        languages are counted in `unusable`."""
+        return in_languages(self.all_documents(unusable), self.languages, unusable)
 
-    def _records(self, faults: UnusableRecords) -> Iterator[tuple[str, Any]]:
-        columns = [*self.text_fields(), *self.source.language_fields(named=self.named)]
-        return records(self.where, self.name, faults, columns=columns, unit=self.source.unit)
+    def all_documents(self, unusable: UnusableRecords) -> Iterator[Located]:
+        """Every usable document in any language, with its place; unusable records are counted in
+        `unusable`."""
+        for place, record in self._records(unusable):
+            document = self._document(place, record, unusable)
+            if document is not None:
+                yield place, document
 
-    def text_fields(self) -> tuple[str, ...]:
-        """Fields that may hold the text; of a plain text file, that which its reader makes."""
-        plain = isinstance(self.where, Path) and (format_of(self.where.name) or "")[:1] == (".txt",)
-        return ("text",) if plain else self.source.text_fields()
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        """Text and language of every usable document in the languages to read."""
+        return ((found.text, found.language) for found in self.documents(UnusableRecords()))
 
     def first_language(self) -> str | None:
-        """What the first record that says its language says, as a canonical tag if it is one; None
-        if none of the first hundred does. UnusableRecords are not counted."""
+        """The first language that one of the first hundred records names, as a canonical tag where
+        it is one; None if none of them names any. Unusable records are not counted."""
         for _place, record in itertools.islice(self._records(UnusableRecords()), _FIRST_RECORDS):
-            said = _said(self, record)
-            if isinstance(said, str):
-                code = self.source.languages.get(said, said)
-                return (code and tag_of(code)) or said
+            value = self._language_value(record)
+            if isinstance(value, str):
+                code = self.source.languages.get(value, value)
+                return (code and tag_of(code)) or value
         return None
 
     def digest(self) -> bytes:
         """SHA-256 of the file, or the address of the data set."""
-        if isinstance(self.where, str):
-            return self.where.encode()
-        with self.where.open("rb") as file:
+        if isinstance(self.location, str):
+            return self.location.encode()
+        with self.location.open("rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        """Text and language of every usable document in the languages wanted."""
-        for document in self.documents(UnusableRecords()):
-            if self.wanted is None or document.language in self.wanted:
-                yield document.text, document.language
+    def _records(self, unusable: UnusableRecords) -> Iterator[tuple[str, Any]]:
+        columns = [*self._text_fields(), *self.source.language_fields(named=self.named)]
+        return records(self.location, self.name, unusable, columns=columns, unit=self.source.unit)
+
+    def _text_fields(self) -> tuple[str, ...]:
+        """Fields that may contain the text; for a plain text file, the field that `records`
+        makes."""
+        if isinstance(self.location, Path):
+            ending, _ = format_of(self.location.name) or ("", "")
+            if ending == ".txt":
+                return ("text",)
+        return self.source.text_fields()
+
+    def _language_value(self, record: Any) -> Any:
+        """Value of the field that names a record's language; None if there is none."""
+        if self.source.language or not isinstance(record, dict):
+            return None
+        names = self.source.language_fields(named=self.named)
+        return next((record[name] for name in names if record.get(name)), None)
+
+    def _document(self, place: str, record: Any, unusable: UnusableRecords) -> Document | None:
+        """The document of a record; None if it cannot be used, which is counted."""
+        if not isinstance(record, dict):
+            return unusable.add("no object", place)
+        names = self._text_fields()
+        text = next((record[name] for name in names if name in record), None)
+        value, language = self._language_value(record), self.language
+        if value is not None:
+            named = isinstance(value, str)
+            language = self.source.languages.get(value, value) if named else value
+        if not isinstance(text, str):
+            return unusable.add(f'no "{names[0]}"', place)
+        if not text.strip():
+            return unusable.add("empty text", place)
+        if surrogate_in(text) is not None:
+            return unusable.add("half of a surrogate pair", place)
+        if "\0" in text:
+            # No text has it: it belongs to another encoding, or to bytes that are no text.
+            return unusable.add("the character U+0000", place)
+        if language is None and value is not None:
+            return unusable.add("a language that the map leaves out", f"{place} {value!r}")
+        if not isinstance(language, str):
+            return unusable.add(f'no "{self.source.language_field or "lang"}"', place)
+        tag = tag_of(language)
+        if tag is None:
+            # The value belongs to the place: there may be as many values as records.
+            return unusable.add("an unknown language", f"{place} {language[:40]!r}")
+        if self.language and self.language.startswith(f"{tag}-"):
+            tag = self.language  # as for records of `srp` in a folder `srp_Latn`
+        return Document(normalised(text.strip()), tag)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Survey:
-    """What one reading tells of a part of a corpus."""
+    """Counts of one reading of a part."""
 
-    documents: Mapping[str, int]
-    """Language -> usable documents, of those wanted."""
-    faults: UnusableRecords
-    digest: bytes
+    documents: dict[str, int] = field(default_factory=dict)
+    """Language -> number of usable documents in the languages to read."""
+    unusable: UnusableRecords = field(default_factory=UnusableRecords)
+    """Records that were left out."""
+    digest: bytes = b""
+    """Hash of the part, as `Part.digest`; empty where it was not needed."""
 
     @staticmethod
-    def of(texts: Part) -> "Survey":
-        """Reads it."""
-        counts: dict[str, int] = {}
-        faults = UnusableRecords()
-        for document in texts.documents(faults):
-            if texts.wanted is None or document.language in texts.wanted:
-                counts[document.language] = counts.get(document.language, 0) + 1
-        return Survey(counts, faults, texts.digest())
+    def of(part: Part) -> "Survey":
+        """Reads a part to its end and hashes it."""
+        found = Survey(digest=part.digest())
+        for _document in found.read(part):
+            pass
+        return found
 
-
-def _documents(
-    texts: Part, records: Iterator[tuple[str, Any]], faults: UnusableRecords
-) -> Iterator[Document]:
-    text_fields = texts.text_fields()
-    for place, record in records:
-        if not isinstance(record, dict):
-            faults.add("no object", place)
-            continue
-        text = next((record[name] for name in text_fields if name in record), None)
-        said = _said(texts, record)
-        language = texts.language if said is None else _mapped(texts, said)
-        if not isinstance(text, str):
-            faults.add(f'no "{text_fields[0]}"', place)
-        elif not text.strip():
-            faults.add("empty text", place)
-        elif not _is_unicode(text):
-            faults.add("half of a surrogate pair", place)
-        elif "\0" in text:
-            # No text has it: it is that of another encoding, or of bytes that are no text.
-            faults.add("the character U+0000", place)
-        elif language is None and said is not None:
-            faults.add("a language that the map leaves out", f"{place} {said!r}")
-        elif not isinstance(language, str):
-            faults.add(f'no "{texts.source.language_field or "lang"}"', place)
-        elif (tag := tag_of(language)) is None:
-            # The value belongs to the place: there may be as many as records.
-            faults.add("an unknown language", f"{place} {language[:40]!r}")
-        else:
-            if texts.language and texts.language.startswith(f"{tag}-"):
-                tag = texts.language  # as of records of `srp` in a folder `srp_Latn`
-            yield Document(normalised(text.strip()), tag)
-
-
-def _said(texts: Part, record: Any) -> Any:
-    """The value of the field that says a record's language; None if there is none."""
-    if texts.source.language or not isinstance(record, dict):
-        return None
-    fields = texts.source.language_fields(named=texts.named)
-    return next((record[name] for name in fields if record.get(name)), None)
-
-
-def _mapped(texts: Part, said: Any) -> Any:
-    return texts.source.languages.get(said, said) if isinstance(said, str) else said
+    def read(self, part: Part) -> Iterator[Document]:
+        """Every usable document of a part; counts them on the way."""
+        for document in part.documents(self.unusable):
+            self.documents[document.language] = self.documents.get(document.language, 0) + 1
+            yield document
 
 
 @lru_cache(4096)
 def tag_of(language: str) -> str | None:
-    """The canonical tag of a language code; None if it is none."""
+    """The canonical tag of a language code; None for an unknown one."""
     try:
         return canonical(language)
     except UserError:
         return None
-
-
-def _is_unicode(text: str) -> bool:
-    # JSON can spell half of a surrogate pair, which is no character and cannot be encoded.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -14,8 +14,11 @@ from clustering.documents import Documents
 from clustering.engines import Engine
 from clustering.errors import UserError
 from clustering.languages import canonical_all, without
-from xelm.data import contents, parts, reading, unusable
+from xelm.data.contents import contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.parts import Survey, no_documents
+from xelm.data.reading import reading_table
+from xelm.data.unusable import UnusableRecords
 from xelm.runs.distances import Sources, languages_of, measured, resampled
 from xelm.runs.run import Run
 
@@ -99,22 +102,21 @@ def documents_of_corpus(
     language without documents."""
     corpus = Corpus.of(corpus)
     tags = canonical_all(languages) if languages else None
-    plan, faults = contents.contents_of(corpus.pinned(), tags), unusable.UnusableRecords()
-    plan.check()
-    surveys = list(engine(parts.Survey.of, plan.parts))
-    for survey in surveys:
-        faults.include(survey.faults)
-    empty = [tag for tag in tags or () if not any(tag in s.documents for s in surveys)]
-    if empty:
-        raise parts.no_documents(empty, faults)
-    counts = [survey.documents for survey in surveys]
-    left_out = [survey.faults.total() for survey in surveys]
-    print(reading.reading_table(plan, counts, left_out), file=sys.stderr)
-    if faults:
-        print(f"{corpus}: {faults}", file=sys.stderr)
-    sizes = [sum(count.values()) for count in counts]
-    made_from = {"corpus": contents.fingerprint_of(plan.parts, [s.digest for s in surveys])}
-    documents = Documents(plan.parts, engine=engine, sizes=sizes)
+    contents, unusable = contents_of(corpus.pinned(), tags), UnusableRecords()
+    contents.check()
+    surveys = list(engine(Survey.of, contents.parts))
+    for part, survey in zip(contents.parts, surveys):
+        unusable.include(survey.unusable)
+        contents.digests[part.location] = survey.digest
+    missing = [tag for tag in tags or () if not any(tag in s.documents for s in surveys)]
+    if missing:
+        raise no_documents(missing, unusable)
+    print(reading_table(contents, surveys), file=sys.stderr)
+    if unusable:
+        print(f"{corpus}: {unusable}", file=sys.stderr)
+    sizes = [sum(survey.documents.values()) for survey in surveys]
+    made_from = {"corpus": contents.fingerprint()}
+    documents = Documents(contents.parts, engine=engine, sizes=sizes)
     return ngrams.cluster(documents, k, random_seed, made_from=made_from)
 
 

@@ -19,10 +19,11 @@ from clustering.distances import Distances, combine
 from clustering.errors import UserError
 from clustering.files import sha256
 from clustering.languages import canonical_all, find
-from xelm.data import conllu, contents, parts
-from xelm.data.contents import Contents
+from xelm.data import conllu
+from xelm.data import contents as corpora
+from xelm.data.contents import Contents, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
-from xelm.data.parts import Document
+from xelm.data.parts import Document, no_documents
 from xelm.data.unusable import UnusableRecords
 from xelm.runs.measures import MEASURES, Data
 from xelm.runs.results import RESULTS, read_results
@@ -123,7 +124,7 @@ def languages_of(spec: str, sources: Sources) -> Sequence[str]:
     if "updates" in measures:
         return internal.Updates.load(_given(sources.updates, "updates", "--updates")).languages
     if sources.corpus:
-        return contents.languages_of(sources.corpus)
+        return corpora.languages_of(sources.corpus)
     if sources.run:
         return sources.run.languages
     raise UserError("name the languages with --languages, --corpus or --run")
@@ -160,35 +161,31 @@ def _text(
     def distances(languages: Sequence[str], sources: Sources) -> Distances:
         corpus = sources.corpus or (sources.run and sources.run.record["corpus"])
         corpus = Corpus.of(_given(corpus, measure, "--corpus or --run")).pinned()
-        tags, faults, plan = (
-            canonical_all(languages),
-            UnusableRecords(),
-            contents.contents_of(corpus),
-        )
-        counts = _counted(plan, tags, sources.documents, count, faults)
+        tags, contents, unusable = canonical_all(languages), contents_of(corpus), UnusableRecords()
+        counts = _counted(contents, tags, sources.documents, count, unusable)
         if not counts:
-            raise parts.no_documents(tags, faults)
-        if faults:
-            print(f"{corpus}: {faults}", file=sys.stderr)
-        made_from = {"corpus": plan.fingerprint(list(counts))}
+            raise no_documents(tags, unusable)
+        if unusable:
+            print(f"{corpus}: {unusable}", file=sys.stderr)
+        made_from = {"corpus": contents.fingerprint(list(counts))}
         found = lexical.text_distances(counts, measure, made_from)
-        facts = {"most_documents": sources.documents, "records_left_out": faults.to_json()}
+        facts = {"most_documents": sources.documents, "records_left_out": unusable.to_json()}
         return replace(found, parameters=found.parameters | facts).spread(tags)
 
     return distances
 
 
 def _counted(
-    plan: Contents,
+    contents: Contents,
     languages: Sequence[str],
     documents: int,
     count: Callable[[list[str]], Mapping[Any, int]],
-    faults: UnusableRecords,
+    unusable: UnusableRecords,
 ) -> dict[str, lexical.Counts]:
     """What `count` finds in the first `documents` texts of each language, summed in one reading of
     the corpus; languages in which nothing is found are left out."""
     counts: dict[str, Counter] = {tag: Counter() for tag in languages}
-    for tag, texts in _pieces(plan.first_documents(languages, documents, faults)):
+    for tag, texts in _pieces(contents.first_documents(languages, documents, unusable)):
         counts[tag].update(count(texts))
     return {tag: found for tag, found in counts.items() if found}
 
@@ -234,16 +231,16 @@ def _subwords_of(
         made_from["corpus" if name == "train" else name] = store.record["corpus_sha256"]
     missing = [tag for tag in tags if tag not in counts]
     if sources.corpus and missing:
-        plan, tokenizer = contents.contents_of(sources.corpus), run.tokenizer()
+        contents, tokenizer = contents_of(sources.corpus), run.tokenizer()
         more = _counted(
-            plan,
+            contents,
             missing,
             sources.documents,
             lambda texts: lexical.subwords(map(np.asarray, tokenizer.encode(texts))),
             UnusableRecords(),
         )
         if more:
-            made_from["further corpus"] = plan.fingerprint(list(more))
+            made_from["further corpus"] = contents.fingerprint(list(more))
         counts |= more
     found = {tag: counts[tag] for tag in tags if counts.get(tag)}
     return found, made_from

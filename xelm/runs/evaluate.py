@@ -18,6 +18,7 @@ from clustering.errors import UserError
 from clustering.languages import canonical_all, find, lookup
 from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
+from xelm.data.contents import contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import Store, TokenizedLanguage
 from xelm.data.tokenizer import Tokenizer
@@ -91,11 +92,12 @@ def evaluate(
     corpus = Corpus.of(corpus)
     name = EVALUATION + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
     tags = None if languages is None else canonical_all(languages)
-    store = tokenise(run, corpus, name, languages=tags, training=False)
+    tokenizer, found = run.tokenizer(), contents_of(corpus.pinned(), tags)
+    store = tokenise(run, found, tokenizer, name, training=False)
     called = _called(run, experts, store)
     ids_of = {called[tag]: ids for tag, ids in store.languages.items()}
     texts = {called[tag]: text for tag, text in _compared(run, store, max_documents).items()}
-    evaluation = _prepared(run, model, experts, ids_of, options)
+    evaluation = _prepared(run, model, tokenizer, experts, ids_of, options)
     tokens = evaluation.tokens()
     sizes = {tag: ids.bytes[: len(tokens[tag])] for tag, ids in ids_of.items()}
     unspelled = [tag for tag, text in texts.items() if text.unspelled]
@@ -163,6 +165,7 @@ class _Options:
 def _prepared(
     run: Run,
     model: ModelConfig,
+    tokenizer: Tokenizer,
     experts: Sequence[Expert],
     texts: Mapping[str, TokenizedLanguage],
     options: _Options,
@@ -183,7 +186,7 @@ def _prepared(
     return _Evaluation(
         run=run,
         model=model,
-        tokenizer=run.tokenizer(),
+        tokenizer=tokenizer,
         windows=(options.context_length, options.stride or options.context_length),
         systems=systems,
         experts=[expert.name for expert in experts],

@@ -8,8 +8,9 @@ from clustering.errors import UserError
 from clustering.internal import States
 from clustering.languages import canonical_all
 from experts.verify import hash_directory
-from xelm.data import contents, parts
+from xelm.data.contents import contents_of, languages_of
 from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.parts import no_documents
 from xelm.data.unusable import UnusableRecords
 from xelm.inference.states import document_states
 from xelm.models.checkpoint import load_parameters, read_config
@@ -37,12 +38,12 @@ def features(
     if documents < 1:
         raise UserError(f"documents must be at least 1; got {documents}")
     corpus = Corpus.of(corpus or run.record["corpus"])
-    tags = canonical_all(contents.languages_of(corpus) if languages is None else languages)
+    tags = canonical_all(languages_of(corpus) if languages is None else languages)
     corpus = corpus.pinned()
-    tokenizer, faults = run.tokenizer(), UnusableRecords()
-    plan = contents.contents_of(corpus, tags)
+    tokenizer, unusable = run.tokenizer(), UnusableRecords()
+    contents = contents_of(corpus, tags)
     texts: dict[str, list[str]] = {tag: [] for tag in tags}
-    for document in plan.first_documents(tags, documents, faults):
+    for document in contents.first_documents(tags, documents, unusable):
         texts[document.language].append(document.text)
     ids = {
         tag: [
@@ -52,9 +53,9 @@ def features(
         for tag, found in texts.items()
     }
     if not all(ids.values()):
-        raise parts.no_documents([tag for tag, found in ids.items() if not found], faults)
-    if faults:  # after which documents of one number would not mean the same
-        raise UserError(f"every record of {corpus} has to be usable; {faults}")
+        raise no_documents([tag for tag, found in ids.items() if not found], unusable)
+    if unusable:  # after which documents of one number would not mean the same
+        raise UserError(f"every record of {corpus} has to be usable; {unusable}")
     count = min(map(len, ids.values()))
     model = read_config(run.seed)
     parameters = load_parameters(run.seed, model)
@@ -66,7 +67,7 @@ def features(
             model, parameters, chosen, sequence_length=length, progress=shown.update
         )
     made_from = {f"seed/{name}": found for name, found in hash_directory(run.seed).items()}
-    made_from["corpus"] = plan.fingerprint(tags)
+    made_from["corpus"] = contents.fingerprint(tags)
     return States(
         languages=tags,
         values=states.reshape(len(tags), count, *states.shape[1:]),

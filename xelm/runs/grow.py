@@ -13,7 +13,7 @@ from experts.grow import grow as grow_registry
 from experts.lock import locked, update
 from experts.registry import Registry
 from xelm.config import Budget, TrainConfig
-from xelm.data import contents
+from xelm.data.contents import Contents, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
@@ -60,8 +60,8 @@ def grow(
             # Refused before it costs anything.
             child = grow_registry(registry, tag, origin).expert(tag)
             check_parents(run, [parent_directory(run, child)])
-            text = corpus or run.record["corpus"]
-            store = tokenise(run, text, tag, languages=[tag], workers=workers)
+            text = _contents(run, corpus, tag)
+            store = tokenise(run, text, run.tokenizer(), tag, workers=workers)
             _job(run, registry, child, store)  # so is what cannot be trained
             for line in told:
                 print(line, file=sys.stderr)
@@ -103,14 +103,20 @@ def plan_growth(
             registry = grow_registry(registry, tag, origin)
             expert = registry.expert(tag)
             elsewhere = replace(run, directory=Path(folder))
-            run.tokenizer().hub.save_pretrained(elsewhere.training("tokenizer"))
-            text = corpus or run.record["corpus"]
-            store = tokenise(elsewhere, text, tag, languages=[tag], workers=workers)
+            tokenizer = run.tokenizer()
+            tokenizer.hub.save_pretrained(elsewhere.training("tokenizer"))
+            text = _contents(run, corpus, tag)
+            store = tokenise(elsewhere, text, tokenizer, tag, workers=workers)
         else:
             run, store = _going_on(run, expert, corpus, parent, by)
         (plan,) = plans_of_jobs(run, [_job(run, registry, expert, store)])
         check_disk(run.directory, [plan])
         return expert, plan, LanguageText.of(store, tag)
+
+
+def _contents(run: Run, corpus: AnyCorpus | None, tag: str) -> Contents:
+    """Contents in one language of a corpus, or else of the RUN's."""
+    return contents_of(Corpus.of(corpus or run.record["corpus"]).pinned(), [tag])
 
 
 def _registry(run: Run, parent: str, by: str | None) -> Registry:
@@ -151,7 +157,7 @@ def _going_on(
     (tag,) = started.languages
     store = run.store(tag)
     give_up = f"or give it up with: xelm discard {run.directory} {started.name}"
-    if corpus and contents.fingerprint(corpus, [tag]) != store.record["corpus_sha256"]:
+    if corpus and contents_of(corpus, [tag]).fingerprint() != store.record["corpus_sha256"]:
         raise UserError(
             f"{started.reference} is in training already, on "
             f"{Corpus.of(store.record['corpus'])}; {Corpus.of(corpus)} holds "

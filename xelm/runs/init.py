@@ -20,15 +20,17 @@ from experts.lock import locked
 from experts.registry import Registry
 from experts.verify import hash_directory
 from xelm.config import RunConfig, StartToken, TrainConfig
-from xelm.data import contents, parts, reading, tokenizer_training
 from xelm.data import tokenizer as tokenizers
+from xelm.data import tokenizer_training
+from xelm.data.contents import Contents, contents_of, languages_of
 from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.parts import no_documents
 from xelm.data.reading import Reading
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.data.text_format import TextFormat
-from xelm.data.tokenise import build_store, in_processes, kept
-from xelm.data.unusable import UnusableRecords
+from xelm.data.tokenise import build_store, in_processes
+from xelm.data.tokenizer import Tokenizer
 from xelm.inference.sampling import read_sampling_params
 from xelm.models.checkpoint import (
     check_checkpoint,
@@ -82,23 +84,24 @@ def init(
     """
     given = _given(corpus, config, seed, languages, keep_duplicates, base_model)
     if clusters is not None:
-        check_languages(given.languages, clusters)
+        check_languages(given.contents.languages or (), clusters)
     with _fresh_lock(directory):
         run = create_run(directory, given.config, given.facts)
         if run.record.get("keep_duplicates", False) != keep_duplicates:
             raise UserError(f"{directory} was begun with --keep-duplicates; use it again")
-        if seed is None:
-            _train_tokenizer(run, given.corpus)
+        if seed is None or given.tokenizer is None:
+            _train_tokenizer(run, given.contents)
         else:
-            _copy_seed(run, Path(seed))
+            _copy_seed(run, Path(seed), given.tokenizer)
             _link_from_sibling(run, Path(seed).parent)
-        store = tokenise(run, given.corpus, "train", languages=given.languages, workers=workers)
+        tokenizer = _tokenizer(run)
+        store = tokenise(run, given.contents, tokenizer, "train", workers=workers)
         plans = _plans(run, store, given.model)
         announce(plans)
         if seed is None:
             check_disk(run.directory, plans[:-1])
-            _train_seed(run, store)
-        _fit_vectoriser(run, store)
+            _train_seed(run, store, tokenizer)
+        _fit_vectoriser(run, store, tokenizer.size)
         manifest.record(run.directory, ["run.json", "vectoriser.npz"])
         if not (run.directory / "registry.json").exists():
             Registry(seed_path="seed", seed_sha256=hash_directory(run.seed)).save(run.directory)
@@ -122,11 +125,11 @@ def plan_init(
     given = _given(corpus, config, seed, languages, keep_duplicates)
     with TemporaryDirectory() as folder:
         run = create_run(Path(folder) / "RUN", given.config, given.facts)
-        if seed is None:
-            _train_tokenizer(run, given.corpus)
+        if given.tokenizer is None:
+            _train_tokenizer(run, given.contents)
         else:
-            tokenizers.load(seed).hub.save_pretrained(run.training("tokenizer"))
-        store = tokenise(run, given.corpus, "train", languages=given.languages, workers=workers)
+            given.tokenizer.hub.save_pretrained(run.training("tokenizer"))
+        store = tokenise(run, given.contents, _tokenizer(run), "train", workers=workers)
         plans = _plans(run, store, given.model)
         check_disk(Path(directory), plans[:-1])
         return plans, list(texts_of(store).values())
@@ -136,10 +139,12 @@ def plan_init(
 class _Given:
     """What a RUN is made of, checked."""
 
-    corpus: Corpus
-    languages: tuple[str, ...]
+    contents: Contents
+    """Contents of the corpus in the languages of the RUN."""
     config: RunConfig
     model: ModelConfig
+    tokenizer: Tokenizer | None
+    """Tokenizer of the seed that is given; None where one is trained."""
     facts: Mapping[str, Any]
     """For run.json."""
 
@@ -154,8 +159,8 @@ def _given(
 ) -> _Given:
     corpus = Corpus.of(corpus)
     tags = _languages(corpus, languages)
-    corpus = corpus.pinned()
-    parts = {"experts": config.experts, "grow": config.grow}
+    contents = contents_of(corpus.pinned(), tags)
+    parts, tokenizer = {"experts": config.experts, "grow": config.grow}, None
     if seed is None:
         if base_model is not None:
             raise UserError("--base-model names what --seed is on the Hub; there is no --seed")
@@ -163,17 +168,17 @@ def _given(
         _refuse(_length_faults({"seed": config.seed, **parts}, model))
     else:
         base_model = base_model_of(seed, base_model)
-        model = _check_seed(Path(seed), config.start_token, parts)
+        model, tokenizer = _check_seed(Path(seed), config.start_token, parts)
         config = replace(config, model=None)  # the seed has one
     facts = {
         "languages": list(tags),
         "seed_from": None if seed is None else str(Path(seed).resolve()),
         "base_model": base_model,
-        "corpus": corpus.to_json(),
-        "corpus_sha256": contents.fingerprint(corpus, tags),
+        "corpus": contents.corpus.to_json(),
+        "corpus_sha256": contents.fingerprint(),
         **({"keep_duplicates": True} if keep_duplicates else {}),
     }
-    return _Given(corpus=corpus, languages=tags, config=config, model=model, facts=facts)
+    return _Given(contents=contents, config=config, model=model, tokenizer=tokenizer, facts=facts)
 
 
 def _plans(run: Run, store: Store, model: ModelConfig) -> list[Plan]:
@@ -194,37 +199,36 @@ def _sources(config: TrainConfig, store: Store) -> list[LanguageShare]:
 
 def tokenise(
     run: Run,
-    corpus: AnyCorpus,
+    contents: Contents,
+    tokenizer: Tokenizer,
     name: str,
     *,
-    languages: Sequence[str] | None = None,
     workers: int = 1,
     training: bool = True,
 ) -> Store:
-    """The tokenised corpus RUN/corpus/`name`, made now if it is not there yet for this corpus and
-    tokenizer. Unusable records and, of text to train on, exact copies are reported on stderr;
-    copies are left out unless the RUN keeps them. Other text is kept as it is."""
+    """The tokenised corpus RUN/corpus/`name`, made now if it is not there yet for these contents
+    and this tokenizer. Records that are left out are reported on stderr. So are exact copies in
+    text to train on, which are left out unless the RUN keeps them; in other text they stay."""
     drop = training and not run.record.get("keep_duplicates", False)
     with locked(run.directory, f"corpus-{name}", wait_seconds=WAIT_SECONDS):
-        return _tokenise(run, corpus, name, languages, workers, training, drop)
+        return _tokenise(run, contents, tokenizer, name, workers, training, drop)
 
 
 def _tokenise(
     run: Run,
-    corpus: AnyCorpus,
+    contents: Contents,
+    tokenizer: Tokenizer,
     name: str,
-    languages: Sequence[str] | None,
     workers: int,
     training: bool,
     drop_duplicates: bool,
 ) -> Store:
     directory = run.directory / "corpus" / name
-    tokenizer_files = _tokenizer_directory(run)
-    corpus = Corpus.of(corpus).pinned()
+    corpus, languages = contents.corpus, contents.languages
     facts = {
         "corpus": corpus.to_json(),
-        "corpus_sha256": contents.fingerprint(corpus, languages),
-        "tokenizer_sha256": sha256(tokenizer_files / "tokenizer.json"),
+        "corpus_sha256": contents.fingerprint(),
+        "tokenizer_sha256": sha256(_tokenizer_directory(run) / "tokenizer.json"),
         "language_codes": codes.VERSION,
         # Files may hold more languages than were asked for.
         "languages_wanted": None if languages is None else sorted(languages),
@@ -238,16 +242,14 @@ def _tokenise(
         # What a seed was trained on stays; text to compare with it is read again.
         if same and (training or store.fingerprints() is not None):
             return store
-    faults = UnusableRecords()
-    reading = Reading(contents.contents_of(corpus, languages), faults)
-    reading.plan.check()
-    tokenizer = tokenizers.load(tokenizer_files, run.config.start_token)
+    contents.check()
+    reading = Reading(contents)
     with bar(None, f"tokenise {name}", "doc") as progress:
         store = build_store(
             directory,
             reading.documents(),
             tokenizer,
-            faults,
+            reading.unusable,
             languages=languages,
             facts=facts,
             encode=in_processes(tokenizer, workers) if workers > 1 else None,
@@ -255,8 +257,8 @@ def _tokenise(
             progress=progress.update,
         )
     print(reading.table(), file=sys.stderr)
-    if faults:
-        print(f"{corpus}: {faults}", file=sys.stderr)
+    if reading.unusable:
+        print(f"{corpus}: {reading.unusable}", file=sys.stderr)
     texts = texts_of(store)
     for line in [*duplicate_notes(texts, drop_duplicates), *(warnings(texts) if training else ())]:
         print(f"{corpus}: {line}", file=sys.stderr)
@@ -284,7 +286,7 @@ def _languages(corpus: Corpus, wanted: Sequence[str] | None) -> tuple[str, ...]:
         if not wanted:
             raise UserError("--languages names no language; wanted those of the corpus to use")
         return canonical_all(wanted)
-    return canonical_all(contents.languages_of(corpus))
+    return canonical_all(languages_of(corpus))
 
 
 def _model(config: RunConfig) -> ModelConfig:
@@ -326,20 +328,24 @@ def _tokenizer_directory(run: Run) -> Path:
     return run.seed if (run.seed / "tokenizer.json").exists() else run.training("tokenizer")
 
 
-def _train_tokenizer(run: Run, corpus: Corpus) -> None:
+def _tokenizer(run: Run) -> Tokenizer:
+    return tokenizers.load(_tokenizer_directory(run), run.config.start_token)
+
+
+def _train_tokenizer(run: Run, contents: Contents) -> None:
     target = run.training("tokenizer")
     if (target / "tokenizer.json").exists() or run.seed.exists():
         return
-    config, faults = run.config, UnusableRecords()
+    config, reading = run.config, Reading(contents)
     vocabulary_size = _model(config).vocabulary_size
     # Documents beyond what a tokenizer learns from are not held in memory.
     most_bytes = 2 * tokenizer_training.TRAINING_BYTES // len(run.languages)
     samples = {language: tokenizer_training.EvenSample(most_bytes) for language in run.languages}
-    for document in kept(reading.read(corpus, faults, run.languages), run.languages, faults):
+    for document in reading.documents():
         samples[document.language].add(document.text)
     missing = [language for language, sample in samples.items() if not sample.documents]
     if missing:
-        raise parts.no_documents(missing, faults)
+        raise no_documents(missing, reading.unusable)
     print(f"training a tokenizer of {vocabulary_size} pieces", file=sys.stderr)
     partial = target.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -360,11 +366,10 @@ def _train_tokenizer(run: Run, corpus: Corpus) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _train_seed(run: Run, store: Store) -> None:
+def _train_seed(run: Run, store: Store, tokenizer: Tokenizer) -> None:
     if run.seed.exists():
         return
     config = run.config
-    tokenizer = tokenizers.load(_tokenizer_directory(run), config.start_token)
     training = TrainingSpec(
         label="seed",
         start=functools.partial(fresh_parameters, _model(config), config.seed.random_seed),
@@ -389,13 +394,13 @@ def _train_seed(run: Run, store: Store) -> None:
 
 def _check_seed(
     source: Path, start_token: StartToken, parts: Mapping[str, TrainConfig]
-) -> ModelConfig:
-    """The shape of a seed; UserError with all that is wrong with it for these trainings."""
-    model = check_checkpoint(source)
-    faults, ignored = _length_faults(parts, model), ()
+) -> tuple[ModelConfig, Tokenizer]:
+    """Shape and tokenizer of a seed; UserError with all that is wrong with it for these
+    trainings."""
+    model, tokenizer = check_checkpoint(source), None
+    faults = _length_faults(parts, model)
     try:
         tokenizer = tokenizers.load(source, start_token)
-        ignored = tokenizer.ignored
         if tokenizer.rows() > model.vocabulary_size:
             faults.append(
                 f"the tokenizer of {source} has {tokenizer.rows()} ids, its embedding "
@@ -411,9 +416,10 @@ def _check_seed(
         if (tensor := tensor_without_numbers(file)) is not None
     ]
     _refuse(faults)
+    assert tokenizer is not None  # or there was a fault
     licence_of(source)
-    if ignored:
-        ids = ", ".join(map(str, ignored))
+    if tokenizer.ignored:
+        ids = ", ".join(map(str, tokenizer.ignored))
         print(
             f"{source}: its configuration names {ids} as bos or eos, which the tokenizer reads as "
             "text; the tokenizer's own special tokens are used",
@@ -424,13 +430,13 @@ def _check_seed(
             f"{source}/generation_config.json: no use is made of {', '.join(unknown)}",
             file=sys.stderr,
         )
-    return model
+    return model, tokenizer
 
 
-def _copy_seed(run: Run, source: Path) -> None:
+def _copy_seed(run: Run, source: Path, tokenizer: Tokenizer) -> None:
     if run.seed.exists():
         return
-    copy_checkpoint(source, run.seed, tokenizers.load(source).hub.save_pretrained)
+    copy_checkpoint(source, run.seed, tokenizer.hub.save_pretrained)
 
 
 def _link_from_sibling(run: Run, sibling: Path) -> None:
@@ -475,7 +481,7 @@ def _link(source: str | Path, target: str | Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _fit_vectoriser(run: Run, store: Store) -> None:
+def _fit_vectoriser(run: Run, store: Store, vocabulary_size: int) -> None:
     if (run.directory / "vectoriser.npz").exists():
         return
     print("fitting TF-IDF vectors", file=sys.stderr)
@@ -488,7 +494,7 @@ def _fit_vectoriser(run: Run, store: Store) -> None:
     )
     fitted = tfidf.fit(
         documents,
-        run.tokenizer().size,
+        vocabulary_size,
         run.config.vectoriser_dimensions,
         run.config.seed.random_seed,
     )

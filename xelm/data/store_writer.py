@@ -1,0 +1,255 @@
+"""Writes a store document by document, and resumes one that was interrupted.
+
+Until it is finished, a store is a hidden folder beside its place. building.json in this folder says
+how many documents are on disk; what the files contain beyond that is cut off when the writing is
+resumed.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clustering.errors import UserError
+from clustering.files import flush, read_json, write_json
+from xelm.data.coverage import CoverageCounts
+from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, copies
+from xelm.data.parts import no_documents
+from xelm.data.store import shuffled
+from xelm.data.unusable import UnusableRecords
+
+# Seconds between records of the progress in building.json.
+NOTE_SECONDS = 10.0
+_COPIED_BYTES = 2**24
+# Bytes of all languages together that are kept in memory before they are appended to files.
+_WAITING_BYTES = 2**26
+# Files of each language: ids, then what is known of each document. There may be many millions of
+# documents, too many to keep in memory.
+_KINDS = ("ids", "lengths", "sizes", "counts", "hashes", "signatures")
+
+
+@contextmanager
+def writing(
+    target: Path, made_of: Mapping[str, Any], dtype: np.dtype, *, resumable: bool
+) -> Iterator["StoreWriter"]:
+    """Writer of a store that appears at `target` when the block ends, complete or not at all.
+
+    made_of: JSON that tells the store from others. If the block is left by an error before
+    `StoreWriter.finish`, a resumable store is kept, and continued by the next call with equal
+    made_of. UserError if the disk cannot be written; nothing is kept then, for it may be full.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    keep = False
+    try:
+        writer = _resumed(partial, made_of, dtype) if resumable else None
+        writer = writer or StoreWriter(_emptied(partial), made_of, dtype)
+        try:
+            yield writer
+        except OSError:
+            raise
+        except BaseException:
+            keep = resumable and not writer.finished
+            raise
+        flush(partial)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
+    finally:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+class StoreWriter:
+    """Files of a store that is being written. Only one of them is open at a time, because there may
+    be more than a process may open."""
+
+    def __init__(
+        self,
+        folder: Path,
+        made_of: Mapping[str, Any],
+        dtype: np.dtype,
+        documents: int = 0,
+        sizes: Mapping[str, Sequence[int]] | None = None,
+    ):
+        """documents: number of documents on disk. sizes: language -> numbers of tokens and
+        documents on disk."""
+        self.documents, self.finished = documents, False
+        self._folder, self._made_of, self._dtype = folder, made_of, dtype
+        self._waiting_bytes, self._noted = 0, time.monotonic()
+        self._languages = {
+            tag: _LanguageWriter(folder, tag, dtype, *counts)
+            for tag, counts in (sizes or {}).items()
+        }
+
+    def add(self, language: str, *parts: Any) -> None:
+        """Appends a document; parts as in `_LanguageWriter.add`."""
+        if language not in self._languages:
+            self._languages[language] = _LanguageWriter(self._folder, language, self._dtype, 0, 0)
+        self.documents += 1
+        self._waiting_bytes += self._languages[language].add(*parts)
+        if self._waiting_bytes > _WAITING_BYTES:
+            for writer in self._languages.values():
+                writer.append()
+            self._waiting_bytes = 0
+
+    def note_progress(self) -> None:
+        """Puts all documents so far on disk and records their number, if the last time is long
+        ago."""
+        if time.monotonic() <= self._noted + NOTE_SECONDS:
+            return
+        sizes = {tag: writer.flushed() for tag, writer in self._languages.items()}
+        self._waiting_bytes = 0
+        note = {"format": 1, "made_of": self._made_of, "documents": self.documents}
+        write_json(self._folder / "building.json", {**note, "languages": sizes})
+        self._noted = time.monotonic()
+
+    def finish(
+        self,
+        languages: Sequence[str] | None,
+        unusable: UnusableRecords,
+        drop_duplicates: bool,
+        record: Mapping[str, Any],
+    ) -> None:
+        """Gives the files of these languages (None: all) the form that a store has, and writes
+        store.json: `record`, the counts of each language, and the unusable records. UserError for
+        languages without documents."""
+        self.finished = True
+        order = sorted(self._languages) if languages is None else languages
+        missing = [language for language in order if language not in self._languages]
+        if missing or not order:
+            raise no_documents(missing, unusable)
+        (self._folder / "building.json").unlink(missing_ok=True)
+        counts = {tag: self._languages[tag].finish(drop_duplicates) for tag in order}
+        found = {"languages": counts, "left_out": unusable.to_json()}
+        write_json(self._folder / "store.json", {**record, **found})
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _resumed(folder: Path, made_of: Mapping[str, Any], dtype: np.dtype) -> StoreWriter | None:
+    """Writer that continues the store in a folder; None if that is another store, or if its files
+    are shorter than building.json says."""
+    if not (folder / "building.json").exists():
+        return None
+    note = read_json(folder / "building.json")
+    complete = all(
+        path.exists() and path.stat().st_size >= size
+        for tag, counts in note["languages"].items()
+        for path, size in zip(_paths(folder, tag), _sizes(counts[0], counts[1], dtype))
+    )
+    if note["made_of"] != made_of or not complete:
+        return None
+    return StoreWriter(folder, made_of, dtype, note["documents"], note["languages"])
+
+
+def _paths(folder: Path, language: str) -> list[Path]:
+    return [folder / f"{language}.{kind}" for kind in _KINDS]
+
+
+def _sizes(tokens: int, documents: int, dtype: np.dtype) -> tuple[int, ...]:
+    """Bytes of each file of a language with so many tokens and documents."""
+    rows = (8, 8, 4 * len(CoverageCounts._fields), 8 * HASH_WORDS, 4 * SIGNATURE_SIZE)
+    return tokens * dtype.itemsize, *(documents * row for row in rows)
+
+
+class _LanguageWriter:
+    """Appends the documents of one language to its files."""
+
+    def __init__(self, folder: Path, language: str, dtype: np.dtype, tokens: int, documents: int):
+        """tokens, documents: numbers that are on disk; files are cut to them."""
+        self.folder, self.language, self.dtype = folder, language, dtype
+        self.tokens, self.documents = tokens, documents
+        self.paths = _paths(folder, language)
+        self.waiting = [bytearray() for _ in self.paths]
+        for path, size in zip(self.paths, _sizes(tokens, documents, dtype)):
+            with path.open("ab") as file:
+                file.truncate(size)
+
+    def add(
+        self,
+        ids: Sequence[int],
+        size: int,
+        counts: np.ndarray,
+        fingerprint: np.ndarray,
+        signature: np.ndarray,
+    ) -> int:
+        """Keeps a document in memory until the next `append`; returns its bytes. size: UTF-8 bytes
+        of its text. counts: its `CoverageCounts`."""
+        parts = (np.asarray(ids, self.dtype), np.int64(len(ids)), np.int64(size))
+        contents = [part.tobytes() for part in (*parts, counts, fingerprint, signature)]
+        for waiting, content in zip(self.waiting, contents):
+            waiting += content
+        self.tokens += len(ids)
+        self.documents += 1
+        return sum(map(len, contents))
+
+    def append(self, on_disk: bool = False) -> None:
+        """Appends the documents in memory to the files; on_disk: returns once all of them is on
+        disk."""
+        for path, waiting in zip(self.paths, self.waiting):
+            if waiting or on_disk:
+                with path.open("ab") as file:
+                    file.write(waiting)
+                    if on_disk:
+                        file.flush()
+                        os.fsync(file.fileno())
+                waiting.clear()
+
+    def flushed(self) -> tuple[int, int]:
+        """Numbers of tokens and documents, once they are on disk."""
+        self.append(on_disk=True)
+        return self.tokens, self.documents
+
+    def finish(self, drop_duplicates: bool) -> dict[str, int]:
+        """Gives the files the form that a store has; returns counts for store.json."""
+        self.append()
+        names = dict(zip(_KINDS, self.paths))
+        again = copies(np.fromfile(names["hashes"], "<u8").reshape(-1, HASH_WORDS))
+        if drop_duplicates and again.any():
+            lengths = np.fromfile(names["lengths"], np.int64)
+            for kind, size in zip(_KINDS, _sizes(1, 1, self.dtype)):
+                units = lengths if kind == "ids" else np.ones_like(lengths)
+                _keep(names[kind], size * units, ~again)
+        lengths, sizes = (np.fromfile(names[kind], np.int64) for kind in ("lengths", "sizes"))
+        order, stream_ends = shuffled(self.language, lengths)
+        arrays = {"ends": lengths.cumsum(), "bytes": sizes, "order": order, "stream": stream_ends}
+        for name, array in arrays.items():
+            np.save(self.folder / f"{self.language}.{name}.npy", array)
+        counts = np.fromfile(names["counts"], np.int32).reshape(-1, len(CoverageCounts._fields))
+        for kind in ("lengths", "sizes", "counts"):
+            names[kind].unlink()
+        return {
+            "documents": len(lengths),
+            "tokens": int(lengths.sum()),
+            "bytes": int(sizes.sum()),
+            **CoverageCounts(*counts.sum(axis=0, dtype=np.int64).tolist())._asdict(),
+            "duplicates": int(again.sum()),
+        }
+
+
+def _keep(path: Path, sizes: np.ndarray, kept: np.ndarray) -> None:
+    """Cuts a file of documents, of so many bytes each, down to those kept."""
+    ends = np.cumsum(sizes)
+    # Where runs of kept documents begin and end.
+    edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))
+    partial = path.with_name(f"{path.name}.partial")
+    with path.open("rb") as source, partial.open("wb") as target:
+        for first, last in edges.reshape(-1, 2):
+            begin = int(ends[first - 1]) if first else 0
+            source.seek(begin)
+            left = int(ends[last - 1]) - begin
+            while left:
+                piece = source.read(min(left, _COPIED_BYTES))
+                target.write(piece)
+                left -= len(piece)
+    os.replace(partial, path)
