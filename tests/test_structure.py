@@ -82,7 +82,6 @@ BEGIN_WITH_OF = {
 }
 WIDE_PAGES = {
     "architecture.md",
-    "corpora.md",
     "evaluation.md",
 }
 
