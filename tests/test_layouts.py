@@ -349,13 +349,13 @@ def test_one_reading_of_a_file_serves_all_its_languages(tmp_path, monkeypatch, m
     write(tmp_path / "each", {f"{tag}.jsonl": lines(*by_language[tag]) for tag in tags})
     read_lines = []
 
-    def counted(texts, faults, whole=Part.documents):
+    def counted(texts, faults, whole=Part.all_documents):
         read_lines.append(0)
         for document in whole(texts, faults):
             read_lines[-1] += 1
             yield document
 
-    monkeypatch.setattr(Part, "documents", counted)
+    monkeypatch.setattr(Part, "all_documents", counted)
     monkeypatch.setattr("xelm.runs.distances._HELD_CHARACTERS", 100)  # several pieces a language
     one = measured(measure, tags, Sources(corpus=tmp_path / "one"))
     assert read_lines == [4 * number]
