@@ -72,8 +72,9 @@ async def send(
     tokens: int,
     seen: Seen,
 ) -> None:
-    what = draw.random()
-    if what < MALFORMED:
+    """Sends one request: malformed, abandoned, streamed, or answered at once."""
+    kind = draw.random()
+    if kind < MALFORMED:
         content, wanted = draw.choice(BAD)
         headers = {"content-type": "application/json"}
         answer = await http.post("/v1/completions", content=content, headers=headers)
@@ -89,33 +90,50 @@ async def send(
         "stream": stream,
         "stream_options": {"include_usage": True},
     }
-    if what < MALFORMED + CANCELLED:
-        seen.counts["abandoned"] += 1
-        # By its own connection: one that is abandoned at a bad moment is never free again.
-        async with httpx.AsyncClient(base_url=http.base_url, timeout=120) as abandoned:
-            with contextlib.suppress(TimeoutError):
-                async with (
-                    asyncio.timeout(draw.uniform(0.02, 1.0)),
-                    abandoned.stream("POST", "/v1/completions", json=body) as answer,
-                ):
-                    async for _ in answer.aiter_lines():
-                        if draw.random() < 0.1:
-                            return
+    if kind < MALFORMED + CANCELLED:
+        await abandon(http, draw, body, seen)
         return
     began = time.monotonic()
-    if not stream:
-        answer = await http.post("/v1/completions", json=body)
-        if answer.status_code != 200:
-            seen.faults.append(f"{answer.status_code}: {answer.text[:200]}")
-            return
-        seen.tokens += answer.json()["usage"]["completion_tokens"]
-        seen.counts["completed"] += 1
+    complete = await (receive_stream if stream else receive)(http, body, seen)
+    if complete:
+        seen.counts["streamed" if stream else "completed"] += 1
         seen.whole.append(time.monotonic() - began)
-        return
+
+
+async def abandon(
+    http: httpx.AsyncClient, draw: random.Random, body: dict[str, object], seen: Seen
+) -> None:
+    """Begins to read a response, and disconnects."""
+    seen.counts["abandoned"] += 1
+    # By its own connection: one that is abandoned at a bad moment is never free again.
+    async with httpx.AsyncClient(base_url=http.base_url, timeout=120) as own:
+        with contextlib.suppress(TimeoutError):
+            async with (
+                asyncio.timeout(draw.uniform(0.02, 1.0)),
+                own.stream("POST", "/v1/completions", json=body) as answer,
+            ):
+                async for _ in answer.aiter_lines():
+                    if draw.random() < 0.1:
+                        return
+
+
+async def receive(http: httpx.AsyncClient, body: dict[str, object], seen: Seen) -> bool:
+    """Reads a response that is not streamed; returns whether there is one."""
+    answer = await http.post("/v1/completions", json=body)
+    if answer.status_code != 200:
+        seen.faults.append(f"{answer.status_code}: {answer.text[:200]}")
+        return False
+    seen.tokens += answer.json()["usage"]["completion_tokens"]
+    return True
+
+
+async def receive_stream(http: httpx.AsyncClient, body: dict[str, object], seen: Seen) -> bool:
+    """Reads a stream; returns whether there is one."""
+    began = time.monotonic()
     async with http.stream("POST", "/v1/completions", json=body) as answer:
         if answer.status_code != 200:
             seen.faults.append(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
-            return
+            return False
         last, ended = None, ""
         async for line in answer.aiter_lines():
             now = time.monotonic()
@@ -132,10 +150,9 @@ async def send(
             seen.tokens += usage["completion_tokens"] if usage else 0
             ended = line
         await asyncio.sleep(0)
-    seen.counts["streamed"] += 1
-    seen.whole.append(time.monotonic() - began)
     if '"usage"' not in ended:
         seen.faults.append(f"a stream without its end: {ended[:200]}")
+    return True
 
 
 async def watch(process: int, until: float, sizes: list[tuple[float, float]]) -> None:
@@ -222,6 +239,12 @@ def main() -> int:
     if process.returncode or logged.partition("listening on ")[2].splitlines()[1:] != ["stopped"]:
         seen.faults.append(f"the server ended with {process.returncode}: {logged[-500:]}")
     print(f"{options.clients} clients for {took:.0f} s, routing {options.routing}: ", end="")
+    report(seen, sizes, took, options.seconds)
+    return 1 if seen.faults else 0
+
+
+def report(seen: Seen, sizes: list[tuple[float, float]], took: float, seconds: float) -> None:
+    """Prints the results; memory that still grows is a fault."""
     print(", ".join(f"{count} {what}" for what, count in sorted(seen.counts.items())))
     print(f"{seen.tokens / took:.0f} tokens/s, {len(seen.whole) / took:.1f} requests/s\n")
     print("| seconds | p50 | p95 | p99 |\n|---|---|---|---|")
@@ -234,16 +257,15 @@ def main() -> int:
         print(f"| {name} | " + " | ".join(f"{point:.3f}" for point in points) + " |")
     quarters: list[float] = [0.0] * 4
     for second, size in sizes:
-        quarter = min(3, int(4 * second / options.seconds))
+        quarter = min(3, int(4 * second / seconds))
         quarters[quarter] = max(quarters[quarter], size)
     if quarters[2] and quarters[3] > 1.05 * quarters[2]:
         seen.faults.append("memory still grows")
-    sizes_text = ", ".join(f"{size:.0f}" for size in quarters)
-    print(f"\nMemory of the server, the most in each quarter of the time: {sizes_text} MB.")
+    largest = ", ".join(f"{size:.0f}" for size in quarters)
+    print(f"\nMemory of the server, the most in each quarter of the time: {largest} MB.")
     print(f"Unexpected: {len(seen.faults)}")
     for fault, count in Counter(seen.faults).most_common(10):
         print(f"  {count} x {fault}")
-    return 1 if seen.faults else 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from shared import documents_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xelm import open_run
+from xelm.data.special_tokens import USER_BEGINS, USER_ENDS
 from xelm.harness import Harness
 
 START, END = 252, 253
@@ -171,7 +172,8 @@ def test_chats_are_the_same_to_both(pair, tiny):
         [model.apply_chat_template([*chat, {"role": "user", "content": "Welt"}]) for chat in chats]
         for model in pair
     ]
-    assert [text[1:] for text in rendered[0]] == rendered[1]
+    marks = dict.fromkeys(map(ord, USER_BEGINS + USER_ENDS))  # by which the router knows the user
+    assert [text[1:].translate(marks) for text in rendered[0]] == rendered[1]
     requests = [[asked(text, "abc de") for text in some] for some in rendered]
     for model, some in zip(pair, requests):
         start = model.tok_encode(some[0].args[0])[:2]

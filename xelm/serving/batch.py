@@ -98,11 +98,6 @@ class Request:
     """Time, by time.monotonic, after which the request ends."""
     cancelled: bool = False
 
-    @property
-    def max_new_tokens(self) -> int:
-        """Largest number of tokens that may be generated."""
-        return self.sampling.max_new_tokens if self.generates else 0
-
 
 class Batch:
     """Requests that one set of models answers together; they join and leave at any token."""

@@ -180,7 +180,7 @@ class Completions:
             for index, prompt in enumerate(in_flight.prompts):
                 request = self._request(in_flight, index, prompt, prepared.sampling)
                 in_flight.requests.append(request)
-            # In a worker thread: every id is checked again, for the models that are served by now.
+            # In a worker thread: the scheduler may hold its lock for a while.
             await run_in_threadpool(self.scheduler.submit, in_flight.requests)
         except UserError as error:
             raise Refused(400, str(error)) from None
