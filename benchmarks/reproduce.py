@@ -47,11 +47,11 @@ from clustering import typology
 from clustering.files import write_json
 from xelm.config import RunConfig, override
 from xelm.data.contents import fingerprint
+from xelm.evaluation.results import Row
 from xelm.presets import tiny
 from xelm.process import prepare
 from xelm.runs.grow import grow
 from xelm.runs.init import init
-from xelm.runs.results import Row
 from xelm.runs.run import Run, open_run
 from xelm.training.trainer import DivergedError
 

@@ -13,10 +13,11 @@ from xelm.config import RunConfig, vary
 from xelm.data.contents import fingerprint
 from xelm.data.reading import read
 from xelm.data.unusable import UnusableRecords
+from xelm.evaluation.results import Row
 from xelm.runs.branch import branch
 from xelm.runs.evaluate import evaluate
 from xelm.runs.init import init
-from xelm.runs.results import Row, read_results
+from xelm.runs.results import read_results
 from xelm.runs.run import Run
 from xelm.runs.train import train_dense, train_experts
 

@@ -38,12 +38,12 @@ def test_the_repr_of_a_run_names_its_place_and_languages(tiny):
     assert repr(many).endswith(": 12 languages: l00, l01, l02, l03, l04, l05, l06, l07, 4 more>")
 
 
-def test_a_run_is_read_and_measured_by_its_methods(tiny):
-    run = open_run(tiny.directory)
+def test_a_run_is_read_and_measured_by_its_methods(copy):
+    run = open_run(copy.directory)
     assert run.verify() == []
     assert {each.state for each in run.status()} == {"done"}
     assert run.nearest("pt", ["typology"], ["es", "en"])[0].language == "es"
-    results = run.evaluate(tiny.held_out, routings=["language"], max_documents=1, languages=["de"])
+    results = run.evaluate(copy.held_out, routings=["language"], max_documents=1, languages=["de"])
     assert {row.language for row in results.rows} == {"de"}
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xelm.inference.reliability import BINS, Reliability, chosen
+from xelm.evaluation.reliability import BINS, Reliability, chosen
 
 
 def test_the_error_is_that_of_bins_by_hand():

@@ -5,7 +5,8 @@ import pytest
 from clustering.errors import UserError
 from clustering.files import write_json
 from xelm import tables
-from xelm.runs.results import Row, read_results
+from xelm.evaluation.results import Row
+from xelm.runs.results import read_results
 from xelm.runs.run import Run
 
 ROW = {

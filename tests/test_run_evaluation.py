@@ -95,8 +95,11 @@ def test_calibration_is_of_the_whole_mixture(evaluated):
 def test_routers_are_judged_by_the_expert_for_the_language(evaluated, tiny):
     rows, run = evaluated[1], open_run(evaluated[0])
     for tag in LANGUAGES:
-        told = rows["ensemble", "language", tag]["router"]
-        assert told["accuracy"] == told["asked"] == 1 and told["entropy"] == told["ece"] == 0
+        known = rows["ensemble", "language", tag]["router"]
+        assert (
+            known["accuracy"] == known["experts_read"] == 1
+            and known["entropy"] == known["ece"] == 0
+        )
         best = min(rows[name, None, tag]["nll"] for name in NAMES)
         for routing in EVALUATED:
             row = rows["ensemble", routing, tag]
@@ -115,7 +118,7 @@ def test_routers_are_judged_by_the_expert_for_the_language(evaluated, tiny):
     found = rows["ensemble", "posterior", "de"]["router"]
     assert found["accuracy"] == pytest.approx(np.mean(right))
     assert found["entropy"] == pytest.approx(np.mean(entropies), rel=1e-4)
-    assert found["asked"] == 2
+    assert found["experts_read"] == 2
 
 
 def along(ensemble, text):
@@ -200,7 +203,7 @@ def test_with_routing_by_language_alone_experts_are_scored_on_their_own_language
         assert row["nll"] == pytest.approx(evaluated[1][key]["nll"], rel=1e-6)
     assert xelm("report", copy.directory).code == 0
     page = (copy.directory / "results" / "report.html").read_text(encoding="utf-8")
-    assert "Not every expert was asked in every language." in page
+    assert "Not every expert was scored on every language." in page
     assert "that expert is the best of all" not in page
 
 
@@ -248,8 +251,8 @@ def test_evaluating_gives_the_scores_of_the_ensemble(evaluated, tiny, top_m):
         for language in LANGUAGES:
             texts = documents_of(tiny.held_out, language)
             (row,) = (r for r in rows if r.routing == routing and r.language == language)
-            told = [language] * len(texts) if routing == "language" else None
-            scores = ensemble.score(texts, told)
+            given = [language] * len(texts) if routing == "language" else None
+            scores = ensemble.score(texts, given)
             assert row.nll == pytest.approx(scores.nats.sum(), rel=1e-6)
             assert row.tokens == scores.tokens.sum()
 

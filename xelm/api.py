@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from experts.verify import Fault
     from xelm.config import RunConfig
     from xelm.data.corpus import AnyCorpus
+    from xelm.evaluation.results import Results
     from xelm.inference.ensemble import Ensemble
     from xelm.runs.nearest import Relatives
-    from xelm.runs.results import Results
     from xelm.runs.status import Progress
 
 

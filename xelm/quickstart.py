@@ -4,13 +4,13 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from clustering import typology
+from xelm.evaluation.results import Results
 from xelm.presets import quickstart as preset
 from xelm.runs.branch import branch
 from xelm.runs.evaluate import evaluate
 from xelm.runs.grow import grow
 from xelm.runs.init import init
 from xelm.runs.report import report
-from xelm.runs.results import Results
 from xelm.runs.run import Run
 from xelm.runs.train import train_dense, train_experts
 

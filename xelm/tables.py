@@ -12,10 +12,10 @@ from xelm.inference.routing import DEFAULT
 from xelm.progress import duration
 
 if TYPE_CHECKING:
+    from xelm.data.text_stats import TextStats
+    from xelm.evaluation.results import Interval, Results, Summary
     from xelm.runs.nearest import Relatives
-    from xelm.runs.results import Interval, Results, Summary
     from xelm.runs.status import Progress
-    from xelm.runs.texts import LanguageText
 
 # Six columns within a hundred characters or little more.
 _WIDTH = 15
@@ -104,7 +104,7 @@ def _by_language(results: "Results", routings: Sequence[str], seed_languages: Se
     return "\n".join(lines)
 
 
-def texts(found: "Sequence[LanguageText]") -> str:
+def texts(found: "Sequence[TextStats]") -> str:
     """One line a language: its size, how the tokenizer spells it, exact copies and, where it was
     compared, the share that stands in the text that was trained on."""
     compared = any(text.compared is not None for text in found)
@@ -166,9 +166,9 @@ def _routers(summaries: "Sequence[Summary]") -> str:
         regret = "-" if found.regret is None else f"{found.regret:+.3f}"
         lines.append(
             f"{_title(each):18}{found.accuracy:>8.1%}{found.ece:>8.3f}{found.entropy:>10.3f}"
-            f"{found.asked:>8.2f}{regret:>10}"
+            f"{found.experts_read:>8.2f}{regret:>10}"
         )
-    title = f"{'router':18}{'right':>8}{'ECE':>8}{'entropy':>10}{'asked':>8}{'regret':>10}"
+    title = f"{'router':18}{'right':>8}{'ECE':>8}{'entropy':>10}{'read':>8}{'regret':>10}"
     return "\n".join([title, *lines]) if lines else ""
 
 

@@ -26,9 +26,9 @@ from xelm.presets import PRESETS
 if TYPE_CHECKING:
     from experts.expert import Expert
     from xelm.config import RunConfig
+    from xelm.data.text_stats import TextStats
     from xelm.runs.budget import Plan
     from xelm.runs.run import Run
-    from xelm.runs.texts import LanguageText
 
 # Settings that have no effect where the seed is a given checkpoint.
 _OF_FRESH_SEEDS = ("model", "seed.", "tokenizer_exponent")
@@ -122,8 +122,8 @@ def _init(options: argparse.Namespace) -> None:
     from clustering.clustering import Clustering
     from xelm import tables
     from xelm.config import override
+    from xelm.data.text_stats import text_stats
     from xelm.runs.init import init
-    from xelm.runs.texts import texts_of
 
     unused = [s for s in options.settings if options.seed and s.startswith(_OF_FRESH_SEEDS)]
     if unused:
@@ -149,7 +149,7 @@ def _init(options: argparse.Namespace) -> None:
     if options.json:
         print_json({"run": str(run.directory), "languages": run.store().record["languages"]})
         return
-    print(tables.texts(list(texts_of(run.store()).values())))
+    print(tables.texts(list(text_stats(run.store()).values())))
     print(f"\nRUN: {run.directory}")
 
 
@@ -171,7 +171,7 @@ def _plan_init(options: argparse.Namespace, config: "RunConfig") -> None:
 def _print_plans(
     options: argparse.Namespace,
     plans: "Sequence[Plan]",
-    texts: "Sequence[LanguageText]" = (),
+    texts: "Sequence[TextStats]" = (),
     last: str = "",
 ) -> None:
     """Prints what a dry run found to stdout, and warnings to stderr."""
@@ -373,9 +373,9 @@ def _grow_options(parser: argparse.ArgumentParser) -> None:
 def _grow(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.config import check_resumable
+    from xelm.data.text_stats import TextStats
     from xelm.runs.grow import grow, plan_growth
     from xelm.runs.run import open_run
-    from xelm.runs.texts import LanguageText
 
     check_resumable(options.settings, "grow")
     run = open_run(options.run, settings=options.settings)
@@ -400,7 +400,7 @@ def _grow(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     (tag,) = expert.languages
-    print(tables.texts([LanguageText.of(run.store(tag), tag)]), file=sys.stderr)
+    print(tables.texts([TextStats.of(run.store(tag), tag)]), file=sys.stderr)
     if options.json:
         print_json(_facts(expert))
         return

@@ -17,11 +17,11 @@ from xelm.data.contents import Contents, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
+from xelm.data.text_stats import TextStats
 from xelm.runs.budget import Plan, announce, check_disk, passes
 from xelm.runs.init import tokenise
 from xelm.runs.nearest import DEFAULT, nearest_expert
 from xelm.runs.run import Run
-from xelm.runs.texts import LanguageText
 from xelm.runs.train import (
     Job,
     check_parents,
@@ -91,7 +91,7 @@ def plan_growth(
     parent: str = "auto",
     by: str | None = None,
     workers: int = 1,
-) -> tuple[Expert, Plan, LanguageText]:
+) -> tuple[Expert, Plan, TextStats]:
     """What `grow` would make, what its training costs, and its text, which is tokenised in a
     temporary folder; nothing in the RUN changes. UserError where `grow` raises it before it
     trains."""
@@ -111,7 +111,7 @@ def plan_growth(
             run, store = _going_on(run, expert, corpus, parent, by)
         (plan,) = plans_of_jobs(run, [_job(run, registry, expert, store)])
         check_disk(run.directory, [plan])
-        return expert, plan, LanguageText.of(store, tag)
+        return expert, plan, TextStats.of(store, tag)
 
 
 def _contents(run: Run, corpus: AnyCorpus | None, tag: str) -> Contents:

@@ -29,6 +29,7 @@ from xelm.data.reading import Reading
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.data.text_format import TextFormat
+from xelm.data.text_stats import TextStats, duplicate_notes, text_stats, warnings
 from xelm.data.tokenise import build_store, in_processes
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.sampling import read_sampling_params
@@ -47,7 +48,6 @@ from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.origin import base_model_of, licence_of
 from xelm.runs.run import Run, create_run, open_run, refuse_other_files
 from xelm.runs.shares import shares_of
-from xelm.runs.texts import LanguageText, duplicate_notes, texts_of, warnings
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 
@@ -119,7 +119,7 @@ def plan_init(
     languages: Sequence[str] | None = None,
     workers: int = 1,
     keep_duplicates: bool = False,
-) -> tuple[list[Plan], list[LanguageText]]:
+) -> tuple[list[Plan], list[TextStats]]:
     """What the trainings of a RUN would cost, and its text. The tokenizer is trained, and the
     corpus tokenised, in a temporary folder; nothing else is written. Arguments as in `init`."""
     given = _given(corpus, config, seed, languages, keep_duplicates)
@@ -132,7 +132,7 @@ def plan_init(
         store = tokenise(run, given.contents, _tokenizer(run), "train", workers=workers)
         plans = _plans(run, store, given.model)
         check_disk(Path(directory), plans[:-1])
-        return plans, list(texts_of(store).values())
+        return plans, list(text_stats(store).values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,7 +259,7 @@ def _tokenise(
     print(reading.table(), file=sys.stderr)
     if reading.unusable:
         print(f"{corpus}: {reading.unusable}", file=sys.stderr)
-    texts = texts_of(store)
+    texts = text_stats(store)
     for line in [*duplicate_notes(texts, drop_duplicates), *(warnings(texts) if training else ())]:
         print(f"{corpus}: {line}", file=sys.stderr)
     return store

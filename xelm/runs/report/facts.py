@@ -9,12 +9,13 @@ from clustering.figures import cluster_colours
 from clustering.files import read_object
 from experts.expert import Expert
 from experts.registry import Registry
+from xelm.data.text_stats import TextStats
+from xelm.evaluation.results import Summary
 from xelm.inference.routing import DEFAULT
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
-from xelm.runs.results import Summary, read_results
+from xelm.runs.results import read_results
 from xelm.runs.run import Run
-from xelm.runs.texts import LanguageText
 from xelm.training.metrics import read_metrics
 
 _GREY = "#888888"
@@ -74,7 +75,7 @@ class Facts:
     """System -> language -> score."""
     summaries: Sequence[Summary]
     """Of every system over the languages; none before an evaluation."""
-    texts: Mapping[str, LanguageText]
+    texts: Mapping[str, TextStats]
     """What was found of the evaluated text, by language; none before an evaluation."""
     metrics: Mapping[System, list[dict[str, Any]]]
     """Seed, dense or expert -> lines of its training, finished or not; maybe none."""

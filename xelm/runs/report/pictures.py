@@ -243,7 +243,7 @@ def _experts_by_language(facts: Facts) -> Picture | Missing:
         f"In {sum(tag in own[name] for tag, name in best.items())} of "
         f"{plural(len(served), 'language')} that an expert learned, that expert is the best of all."
         if np.isfinite(ratios).all()
-        else "Not every expert was asked in every language."
+        else "Not every expert was scored on every language."
     )
     cell = 0.44 if len(languages) <= ROOM_FOR_NUMBERS else 0.19
     return Picture(

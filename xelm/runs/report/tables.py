@@ -8,10 +8,10 @@ import numpy as np
 
 from clustering.clustering import Clustering
 from xelm.data.corpus import Corpus
+from xelm.evaluation.results import Estimate
 from xelm.runs.report.facts import DENSE, SEED, Facts, Group, System
 from xelm.runs.report.verdict import Comparison
 from xelm.runs.report.words import count, signed
-from xelm.runs.results import Estimate
 
 
 def sizes(facts: Facts) -> list[tuple[str, str]]:
@@ -81,7 +81,7 @@ def certainty_table(facts: Facts) -> list[list[str]]:
         above = each.above_dense
         cells += [signed(above.value, 3), _within(above, "+")] if above else ["–", "–"]
         cells += [f"{known.ece:.3f}", f"{known.brier:.3f}"] if known else ["–", "–"]
-        cells += [f"{router.accuracy:.1%}", f"{router.asked:.2f}"] if router else ["–", "–"]
+        cells += [f"{router.accuracy:.1%}", f"{router.experts_read:.2f}"] if router else ["–", "–"]
         regret = router and router.regret
         rows.append([*cells, "–" if regret is None else signed(regret, 3)])
     return rows

@@ -1,0 +1,233 @@
+"""Measuring: every model scores every document once, and all routings are computed from those
+scores. Calibration is measured on a sample of the tokens, by whole distributions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from xelm.data.tokenizer import Tokenizer
+from xelm.evaluation.reliability import Reliability, chosen
+from xelm.evaluation.results import System
+from xelm.evaluation.summaries import CalibrationSums, Measurement, RouterSums, total_of
+from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.predictions import predict_documents
+from xelm.inference.route import Router, Walk, mixture
+from xelm.inference.routing import Limits
+from xelm.inference.scoring import score_documents, targets, unpredicted
+from xelm.models.checkpoint import read_for_inference
+from xelm.models.config import ModelConfig
+from xelm.progress import bar
+
+Scores = Mapping[str, Mapping[str, Sequence[np.ndarray]]]
+"""Model -> language -> log probabilities of the tokens of each document."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasurementPlan:
+    """Which systems are measured on which documents, and how."""
+
+    model: ModelConfig
+    """Shape of every model."""
+    tokenizer: Tokenizer
+    """Tokenizer of every model."""
+    checkpoints: Mapping[str, Path]
+    """Checkpoint of each single model by name."""
+    experts: Sequence[str]
+    """Names of the experts that the routers weigh."""
+    serving: Mapping[str, int]
+    """Language -> index of the expert that serves it, or a language that it falls back to."""
+    routers: Mapping[str, Router]
+    """Router of each routing."""
+    limits: Limits
+    """Which of the weighed experts are kept at each token."""
+    documents: Mapping[str, Sequence[np.ndarray]]
+    """Language -> ids of each document."""
+    languages: Mapping[str, Sequence[str]]
+    """Model -> languages that it is scored on."""
+    calibration_tokens: int
+    """Number of tokens of each language, the first ones, on which calibration is measured."""
+    context_length: int
+    """Number of tokens that a model reads at once."""
+    stride: int
+    """Number of tokens from one window of a longer document to the next."""
+
+    def token_counts(self) -> dict[str, np.ndarray]:
+        """Language -> number of predicted tokens of each document."""
+        first = self._first
+        return {
+            tag: np.asarray([len(target) - first for target in self._targets(tag)])
+            for tag in self.documents
+        }
+
+    def measure(self) -> dict[str, dict[System, Measurement]]:
+        """Language -> what is measured of every model and of the ensemble under every routing."""
+        scores = self._scores()
+        cache = ParameterCache(
+            [partial(read_for_inference, path, self.model) for path in self.checkpoints.values()]
+        )
+        found: dict[str, dict[System, Measurement]] = {}
+        with bar(len(self.documents), "routing", "language") as progress:
+            for tag in self.documents:
+                models = {
+                    System(name): Measurement(nats=_nats(known[tag]))
+                    for name, known in scores.items()
+                    if tag in known
+                }
+                ensembles, log_weights = self._measure_routings(tag, models, scores)
+                found[tag] = models | ensembles
+                self._add_calibration(tag, found[tag], log_weights, cache)
+                progress.update(1)
+        return found
+
+    def _measure_routings(
+        self, tag: str, models: Mapping[System, Measurement], scores: Scores
+    ) -> tuple[dict[System, Measurement], dict[System, list[np.ndarray]]]:
+        """The ensemble under every routing, with the log weights of the tokens in the sample."""
+        wanted, first = self._targets(tag), self._first
+        by_model = [scores[name].get(tag) for name in self._weighed]
+        sample = self._sample([len(target) - first for target in wanted])
+        found: dict[System, Measurement] = {}
+        samples: dict[System, list[np.ndarray]] = {}
+        for routing, router in self.routers.items():
+            by_language = routing == "language"
+            if by_language and tag not in self.serving:
+                continue
+            system, nats, stats = System("ensemble", routing), [], []
+            samples[system] = []
+            expert = self._expert_for(tag, models)
+            for number, target in enumerate(wanted):
+                # Models that were not scored in this language have no weight.
+                unknown = np.full(len(target), -np.inf, np.float32)
+                some = by_model[: router.experts]
+                own = np.stack([unknown if one is None else one[number] for one in some])
+                positions = np.arange(first, len(target))
+                walk = Walk.along(router, tag if by_language else None, target, positions)
+                log_weights, _, needed = walk.decide(own, self.limits)
+                nats.append(-mixture(log_weights, own[:, first:]).sum(dtype=np.float64))
+                stats.append(_router_sums(np.exp(log_weights), expert, needed))
+                if number < len(sample):
+                    samples[system].append(log_weights[: sample[number]])
+            found[system] = Measurement(nats=np.asarray(nats), router=total_of(stats))
+        return found, samples
+
+    def _add_calibration(
+        self,
+        tag: str,
+        found: Mapping[System, Measurement],
+        samples: Mapping[System, Sequence[np.ndarray]],
+        cache: ParameterCache,
+    ) -> None:
+        """Adds to the measurements of a language how well the tokens of its sample are predicted.
+        samples: log weights of the ensemble under each routing."""
+        wanted = self._targets(tag)
+        sizes = self._sample([len(target) - self._first for target in wanted])
+        if not sizes:
+            return
+        scored = [n for n, name in enumerate(self.checkpoints) if System(name) in found]
+        names = [name for n, name in enumerate(self.checkpoints) if n in scored]
+        mixtures = np.full((len(samples), sum(sizes), len(names)), -np.inf, np.float32)
+        for way, parts in enumerate(samples.values()):
+            log_weights = np.concatenate(parts)
+            for column, name in enumerate(self._weighed[: log_weights.shape[1]]):
+                if name in names:
+                    mixtures[way, :, names.index(name)] = log_weights[:, column]
+        places = [slice(self._first, self._first + size) for size in sizes]
+        predictions = predict_documents(
+            self.model,
+            [partial(cache.__getitem__, n) for n in scored],
+            [ids[: place.stop] for ids, place in zip(self.documents[tag], places)],
+            [target[place] for target, place in zip(wanted, places)],
+            mixtures,
+            places=places,
+            **self._reading,
+        )
+        for number, system in enumerate([*map(System, names), *samples]):
+            found[system].calibration = CalibrationSums(
+                Reliability.of(predictions.confidence[number], predictions.correct[number]),
+                float(predictions.brier[number].sum(dtype=np.float64)),
+            )
+
+    def _scores(self) -> dict[str, dict[str, list[np.ndarray]]]:
+        """Log probabilities of all tokens by every model; one model at a time is in memory."""
+        sizes = {tag: int(counts.sum()) for tag, counts in self.token_counts().items()}
+        total = sum(sizes[tag] for tags in self.languages.values() for tag in tags)
+        scores: dict[str, dict[str, list[np.ndarray]]] = {}
+        with bar(total, "evaluate", "tok") as progress:
+            for name, path in self.checkpoints.items():
+                parameters = jax.device_put(read_for_inference(path, self.model))
+                tags = self.languages[name]
+                documents = [ids for tag in tags for ids in self.documents[tag]]
+                found = iter(
+                    score_documents(
+                        self.model,
+                        parameters,
+                        documents,
+                        progress=progress.update,
+                        **self._reading,
+                    )
+                )
+                scores[name] = {tag: [next(found) for _ in self.documents[tag]] for tag in tags}
+        return scores
+
+    @property
+    def _first(self) -> int:
+        """Index of the first target of a document that is predicted."""
+        return unpredicted(self.tokenizer.start_id) if self.model.causal else 0
+
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """Options of `score_documents`."""
+        return {
+            "start_id": self.tokenizer.start_id,
+            "end_id": self.tokenizer.end_id,
+            "context_length": self.context_length,
+            "stride": self.stride,
+            "mask_id": self.tokenizer.mask_id,
+        }
+
+    @property
+    def _weighed(self) -> list[str]:
+        """Models in the order in which routers weigh them: the experts, then those behind them."""
+        return [*self.experts, *(name for name in self.checkpoints if name not in self.experts)]
+
+    def _targets(self, tag: str) -> list[np.ndarray]:
+        """Tokens that a model predicts of each document of a language, the first one included."""
+        end = self.tokenizer.end_id
+        return [targets(self.model, np.asarray(d, np.int64), end) for d in self.documents[tag]]
+
+    def _expert_for(self, tag: str, models: Mapping[System, Measurement]) -> int:
+        """Index of the expert that serves a language or, where none does, of the best one there."""
+        if tag in self.serving:
+            return self.serving[tag]
+        return int(np.argmin([models[System(name)].nats.sum() for name in self.experts]))
+
+    def _sample(self, sizes: Sequence[int]) -> list[int]:
+        """Number of tokens of each of the first documents that are in the sample."""
+        sample, left = [], self.calibration_tokens
+        for size in sizes:
+            if left <= 0:
+                break
+            sample.append(min(size, left))
+            left -= size
+        return sample
+
+
+def _nats(scores: Sequence[np.ndarray]) -> np.ndarray:
+    return np.asarray([-document.sum(dtype=np.float64) for document in scores])
+
+
+def _router_sums(weights: np.ndarray, expert: int, needed: np.ndarray) -> RouterSums:
+    """Sums over the tokens of a document. weights: [T, E]. expert: index of the right one. needed:
+    where the router needs all experts to read the text, whatever their weights."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        entropy = np.where(weights > 0, weights * -np.log2(weights), 0.0).sum()
+    return RouterSums(
+        Reliability.of(*chosen(weights, expert)),
+        float(entropy),
+        float(np.where(needed, weights.shape[1], (weights > 0).sum(axis=1)).sum()),
+    )
