@@ -15,7 +15,7 @@ from clustering.clustering import Clustering
 from experts.registry import Registry
 from xelm import open_run
 from xelm.data import store_writer
-from xelm.runs import init, publish
+from xelm.runs import publish, text
 from xelm.runs.shares import cluster_shares, dense_shares
 from xelm.training.metrics import MetricsLog, read_metrics
 
@@ -110,15 +110,15 @@ def test_vectors_are_fitted_on_as_many_documents_of_every_language(
 ):
     shutil.copytree(initialised[0], tmp_path / "RUN")
     (tmp_path / "RUN" / "vectoriser.npz").unlink()
-    run, fit, heard = open_run(tmp_path / "RUN"), init.tfidf.fit, []
+    run, fit, heard = open_run(tmp_path / "RUN"), text.tfidf.fit, []
 
     def listen(documents, *arguments):
         heard.extend(documents)
         return fit(heard, *arguments)
 
-    monkeypatch.setattr(init, "VECTORISER_DOCUMENTS", 8)
-    monkeypatch.setattr(init.tfidf, "fit", listen)
-    init._fit_vectoriser(run, run.store())
+    monkeypatch.setattr(text, "VECTORISER_DOCUMENTS", 8)
+    monkeypatch.setattr(text.tfidf, "fit", listen)
+    text.fit_vectoriser(run, run.store(), run.tokenizer().size)
     wanted = [ids.document(n) for ids in run.store().languages.values() for n in (0, 30)]
     assert [list(document) for document in heard] == [list(document) for document in wanted]
 

@@ -27,11 +27,11 @@ from xelm.models.checkpoint import read_config
 from xelm.models.config import ModelConfig
 from xelm.runs.check import check_models
 from xelm.runs.ensembles import check_top_m
-from xelm.runs.init import tokenise
 from xelm.runs.make_router import general_models, make_router, serving
 from xelm.runs.overlap import EVALUATION, compare_with_training
 from xelm.runs.results import write_results
 from xelm.runs.run import Run
+from xelm.runs.text import tokenise
 
 
 def evaluate(

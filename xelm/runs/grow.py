@@ -19,9 +19,9 @@ from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.data.text_stats import TextStats
 from xelm.runs.budget import Plan, announce, check_disk, passes
-from xelm.runs.init import tokenise
 from xelm.runs.nearest import DEFAULT, nearest_expert
 from xelm.runs.run import Run
+from xelm.runs.text import tokenise
 from xelm.runs.train import (
     Job,
     check_parents,

@@ -8,7 +8,7 @@ from clustering.files import read_arrays
 from experts.expert import Expert
 from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare, sampling_shares
-from xelm.data.store import TokenizedLanguage
+from xelm.data.store import Store, TokenizedLanguage
 from xelm.runs.run import Run
 
 
@@ -30,6 +30,12 @@ def shares_of(config: TrainConfig, languages: Mapping[str, TokenizedLanguage]) -
         budget=config.tokens,
         max_passes=config.max_passes,
     )
+
+
+def all_shares(config: TrainConfig, store: Store) -> list[LanguageShare]:
+    """All documents of a store, each language in its share of a training with these settings."""
+    shares = shares_of(config, store.languages)
+    return [LanguageShare(ids=ids, share=shares[tag]) for tag, ids in store.languages.items()]
 
 
 def dense_shares(run: Run) -> list[LanguageShare]:

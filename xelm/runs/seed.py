@@ -1,0 +1,179 @@
+"""Seed of a RUN: a checkpoint that is checked and copied, or a tokenizer and a model that are
+trained on the corpus."""
+
+import functools
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from clustering.errors import UserError
+from clustering.files import flush
+from xelm.config import RunConfig, StartToken, TrainConfig
+from xelm.data import tokenizer as tokenizers
+from xelm.data import tokenizer_training
+from xelm.data.contents import Contents
+from xelm.data.parts import no_documents
+from xelm.data.reading import Reading
+from xelm.data.store import Store
+from xelm.data.text_format import TextFormat
+from xelm.data.tokenizer import Tokenizer
+from xelm.inference.sampling import read_sampling_params
+from xelm.models.checkpoint import (
+    check_checkpoint,
+    copy_checkpoint,
+    write_checkpoint,
+)
+from xelm.models.config import ModelConfig
+from xelm.models.families import hub_config
+from xelm.models.parameters import fresh_parameters
+from xelm.models.weights import tensor_without_numbers, weight_files
+from xelm.runs.origin import licence_of
+from xelm.runs.run import Run
+from xelm.runs.shares import all_shares
+from xelm.runs.text import tokenizer_directory
+from xelm.training.loop import train
+from xelm.training.trainer import TrainingSpec
+
+
+def check_seed(
+    source: Path, start_token: StartToken, parts: Mapping[str, TrainConfig]
+) -> tuple[ModelConfig, Tokenizer]:
+    """Shape and tokenizer of a checkpoint that is to be a seed; UserError names everything that is
+    wrong with it for these trainings."""
+    model, tokenizer = check_checkpoint(source), None
+    faults = _length_faults(parts, model)
+    try:
+        tokenizer = tokenizers.load(source, start_token)
+        if tokenizer.rows() > model.vocabulary_size:
+            faults.append(
+                f"the tokenizer of {source} has {tokenizer.rows()} ids, its embedding "
+                f"{model.vocabulary_size} rows"
+            )
+        if not model.causal:
+            tokenizer.masking()
+    except UserError as error:
+        faults.append(str(error))
+    faults += [
+        f"{tensor} in {file} holds values that are no numbers"
+        for file in (source / name for name in weight_files(source))
+        if (tensor := tensor_without_numbers(file)) is not None
+    ]
+    if faults:
+        raise UserError("; ".join(faults))
+    assert tokenizer is not None  # or there was a fault
+    licence_of(source)
+    if tokenizer.ignored:
+        ids = ", ".join(map(str, tokenizer.ignored))
+        print(
+            f"{source}: its configuration names {ids} as bos or eos, which the tokenizer reads as "
+            "text; the tokenizer's own special tokens are used",
+            file=sys.stderr,
+        )
+    if model.causal and (unknown := read_sampling_params(source)[1]):
+        print(
+            f"{source}/generation_config.json: no use is made of {', '.join(unknown)}",
+            file=sys.stderr,
+        )
+    return model, tokenizer
+
+
+def copy_seed(run: Run, source: Path, tokenizer: Tokenizer) -> None:
+    """Copies a checkpoint to RUN/seed, unless one is there."""
+    if run.seed.exists():
+        return
+    copy_checkpoint(source, run.seed, tokenizer.hub.save_pretrained)
+
+
+def load_tokenizer(run: Run) -> Tokenizer:
+    """The tokenizer of the seed, or the one that was trained for it."""
+    return tokenizers.load(tokenizer_directory(run), run.config.start_token)
+
+
+def train_tokenizer(run: Run, contents: Contents) -> None:
+    """Trains a tokenizer on the corpus unless there is one. UserError if a language has no text."""
+    target = run.training("tokenizer")
+    if (target / "tokenizer.json").exists() or run.seed.exists():
+        return
+    config, reading = run.config, Reading(contents)
+    vocabulary_size = fresh_model(config).vocabulary_size
+    # Documents beyond what a tokenizer learns from are not held in memory.
+    most_bytes = 2 * tokenizer_training.TRAINING_BYTES // len(run.languages)
+    samples = {language: tokenizer_training.EvenSample(most_bytes) for language in run.languages}
+    for document in reading.documents():
+        samples[document.language].add(document.text)
+    missing = [language for language, sample in samples.items() if not sample.documents]
+    if missing:
+        raise no_documents(missing, reading.unusable)
+    print(f"training a tokenizer of {vocabulary_size} pieces", file=sys.stderr)
+    partial = target.with_name(".tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        tokenizer_training.train(
+            {language: sample.documents for language, sample in samples.items()},
+            vocabulary_size,
+            partial,
+            sizes={language: sample.bytes for language, sample in samples.items()},
+            exponent=config.tokenizer_exponent,
+            random_seed=config.seed.random_seed,
+        )
+        flush(partial)
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def train_seed(run: Run, store: Store, tokenizer: Tokenizer) -> None:
+    """Trains a fresh model on the corpus and writes it to RUN/seed, unless one is there."""
+    if run.seed.exists():
+        return
+    config = run.config
+    training = TrainingSpec(
+        label="seed",
+        start=functools.partial(fresh_parameters, fresh_model(config), config.seed.random_seed),
+        sources=all_shares(config.seed, store),
+        config=config.seed,
+        directory=run.training("seed"),
+        logs=run.logs(run.seed),
+    )
+    text = TextFormat(start_id=tokenizer.start_id, end_id=tokenizer.end_id)
+    trained = train(training, fresh_model(config), text)
+    write_checkpoint(
+        run.seed,
+        fresh_model(config),
+        trained.parameters,
+        model_type=config.model_type,
+        tokenizer=tokenizer_directory(run),
+        special_ids=tokenizer_training.SPECIAL_IDS,
+        extra=[run.training("seed") / "metrics.jsonl"],
+    )
+    shutil.rmtree(run.training("seed"), ignore_errors=True)
+
+
+def fresh_model(config: RunConfig) -> ModelConfig:
+    """Shape of the model that is trained as seed; UserError if the configuration has none."""
+    if config.model is None:
+        raise UserError("this preset has no model of its own; give a seed checkpoint with --seed")
+    hub_config(config.model_type, config.model)
+    return config.model
+
+
+def _length_faults(parts: Mapping[str, TrainConfig], model: ModelConfig) -> list[str]:
+    """Faults in the lengths of rows of some trainings, with the settings that correct them."""
+    lengths = {f"{name}.sequence_length": part.sequence_length for name, part in parts.items()}
+    longer = {name: length for name, length in lengths.items() if length > model.max_length}
+    if not longer:
+        return []
+    mended = " ".join(f"--set {name}={model.max_length}" for name in longer)
+    return [
+        f"{' and '.join(longer)} must be at most the model's max_length, {model.max_length}; got "
+        f"{' and '.join(map(str, longer.values()))} (add {mended})"
+    ]
+
+
+def check_lengths(parts: Mapping[str, TrainConfig], model: ModelConfig) -> None:
+    """Raises UserError if the rows of some training are longer than the model can read."""
+    for fault in _length_faults(parts, model):
+        raise UserError(fault)

@@ -1,0 +1,183 @@
+"""Text of a RUN: tokenised corpora, made once, and the TF-IDF vectors fitted on them."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clustering import codes, tfidf
+from clustering.errors import UserError
+from clustering.files import flush, sha256, write_arrays
+from experts import manifest
+from experts.lock import locked
+from xelm.data.contents import Contents
+from xelm.data.reading import Reading
+from xelm.data.store import Store
+from xelm.data.text_stats import duplicate_notes, text_stats, warnings
+from xelm.data.tokenise import build_store, in_processes
+from xelm.data.tokenizer import Tokenizer
+from xelm.progress import bar
+from xelm.runs.run import Run, open_run
+
+VECTORISER_DOCUMENTS = 20_000
+"""Number of documents, of all languages together, that the TF-IDF vectors are fitted on."""
+WAIT_SECONDS = 3600.0
+"""Longest wait for another command that is tokenising the same corpus, whose work is then used."""
+
+
+def tokenise(
+    run: Run,
+    contents: Contents,
+    tokenizer: Tokenizer,
+    name: str,
+    *,
+    workers: int = 1,
+    training: bool = True,
+) -> Store:
+    """The tokenised corpus RUN/corpus/`name`, made now unless it is there for these contents and
+    this tokenizer. Prints on stderr which records are left out. training: whether the text is for
+    training, where exact copies of documents are left out too unless the RUN keeps them. workers:
+    number of processes."""
+    drop = training and not run.record.get("keep_duplicates", False)
+    with locked(run.directory, f"corpus-{name}", wait_seconds=WAIT_SECONDS):
+        return _tokenise(run, contents, tokenizer, name, workers, training, drop)
+
+
+def _tokenise(
+    run: Run,
+    contents: Contents,
+    tokenizer: Tokenizer,
+    name: str,
+    workers: int,
+    training: bool,
+    drop_duplicates: bool,
+) -> Store:
+    directory = run.directory / "corpus" / name
+    corpus, languages = contents.corpus, contents.languages
+    facts = {
+        "corpus": corpus.to_json(),
+        "corpus_sha256": contents.fingerprint(),
+        "tokenizer_sha256": sha256(tokenizer_directory(run) / "tokenizer.json"),
+        "language_codes": codes.VERSION,
+        # Files may contain more languages than are wanted.
+        "languages_wanted": None if languages is None else sorted(languages),
+    }
+    if (directory / "store.json").exists():
+        store = run.store(name)
+        if name == "train" and (run.directory / "registry.json").exists():
+            _check_trained_on(store, facts)
+            return store
+        same = all(store.record.get(key, ...) == facts[key] for key in list(facts)[1:])
+        # What a seed was trained on stays; text to compare with it is read again.
+        if same and (training or store.fingerprints() is not None):
+            return store
+    contents.check()
+    reading = Reading(contents)
+    with bar(None, f"tokenise {name}", "doc") as progress:
+        store = build_store(
+            directory,
+            reading.documents(),
+            tokenizer,
+            reading.unusable,
+            languages=languages,
+            facts=facts,
+            encode=in_processes(tokenizer, workers) if workers > 1 else None,
+            drop_duplicates=drop_duplicates,
+            progress=progress.update,
+        )
+    print(reading.table(), file=sys.stderr)
+    if reading.unusable:
+        print(f"{corpus}: {reading.unusable}", file=sys.stderr)
+    texts = text_stats(store)
+    for line in [*duplicate_notes(texts, drop_duplicates), *(warnings(texts) if training else ())]:
+        print(f"{corpus}: {line}", file=sys.stderr)
+    return store
+
+
+def _check_trained_on(store: Store, facts: Mapping[str, Any]) -> None:
+    """Raises UserError unless a store that experts were trained on has the wanted contents; their
+    clusters and centres refer to its documents by number."""
+    before = {**store.record, "languages_wanted": sorted(store.languages)}
+    differ = [
+        f"{key} was {before.get(key)}, now {facts[key]}"
+        for key in ("corpus_sha256", "tokenizer_sha256", "languages_wanted")
+        if before.get(key) != facts[key]
+    ]
+    if differ:
+        raise UserError(
+            f"{store.directory} is the text that experts are trained on, and is not made again: "
+            f"{'; '.join(differ)}"
+        )
+
+
+def tokenizer_directory(run: Run) -> Path:
+    """Directory with the tokenizer: the seed's or, before there is a seed, that of its training."""
+    return run.seed if (run.seed / "tokenizer.json").exists() else run.training("tokenizer")
+
+
+def fit_vectoriser(run: Run, store: Store, vocabulary_size: int) -> None:
+    """Fits the TF-IDF vectors on a sample of the corpus, unless they are there."""
+    if (run.directory / "vectoriser.npz").exists():
+        return
+    print("fitting TF-IDF vectors", file=sys.stderr)
+    # Equally many of each language, evenly spaced, so that terms of small languages are known too.
+    most = -(-VECTORISER_DOCUMENTS // len(store.languages))
+    documents = (
+        ids.document(number)
+        for ids in store.languages.values()
+        for number in range(0, len(ids), -(-len(ids) // most))
+    )
+    fitted = tfidf.fit(
+        documents,
+        vocabulary_size,
+        run.config.vectoriser_dimensions,
+        run.config.seed.random_seed,
+    )
+    write_arrays(
+        run.directory / "vectoriser.npz", {"idf": fitted.idf, "projection": fitted.projection}
+    )
+    manifest.record(run.directory, ["vectoriser.npz"], again=True)
+
+
+def link_from_sibling(run: Run, sibling: Path) -> None:
+    """Links the tokenised corpus and the vectors of another RUN (`sibling`) whose seed this RUN
+    has, if both have the same corpus: many RUNs can start from one seed at the cost of one."""
+    if not (sibling / "run.json").exists() or (run.directory / "corpus" / "train").exists():
+        return
+    other = open_run(sibling, finished=False)
+    same = ("corpus_sha256", "languages", "keep_duplicates")
+    if any(other.record.get(key) != run.record.get(key) for key in same):
+        return
+    if other.config.vectoriser_dimensions != run.config.vectoriser_dimensions:
+        return
+    if not (other.directory / "corpus" / "train" / "store.json").exists():
+        return
+    if other.store().fingerprints() is None:  # of an earlier version, which dropped no copies
+        return
+    target = run.directory / "corpus" / "train"
+    partial = target.with_name(".train.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(sibling / "corpus" / "train", partial, copy_function=_link)
+        _link(sibling / "vectoriser.npz", run.directory / "vectoriser.npz")
+    except FileNotFoundError:
+        # The sibling is not finished; what it lacks is made here.
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    flush(partial)
+    partial.rename(target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """Makes a hard link to a file, or a copy where the file systems do not allow that. Files of a
+    store are replaced and never changed, so that a link is safe."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
