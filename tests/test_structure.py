@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import itertools
+import re
 import subprocess
 import sys
 import tomllib
@@ -81,7 +82,6 @@ BEGIN_WITH_OF = {
     "xelm.runs",
 }
 WIDE_PAGES = {
-    "architecture.md",
     "evaluation.md",
 }
 
@@ -303,3 +303,13 @@ def test_the_three_packages_lie_side_by_side_and_ship_together():
 def test_the_version_is_the_one_of_the_distribution():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert xelm.__version__ == project["project"]["version"]
+
+
+def test_modules_that_the_page_on_architecture_names_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z_/]+/[a-z_]+\.py)`", page))
+    for folder, modules in re.findall(r"^- `(\w+)/`: ((?:.+\n)(?:  .+\n)*)", page, re.M):
+        named |= {f"{folder}/{name}.py" for name in re.findall(r"`([a-z_]+)`", modules)}
+    assert {"training/loop.py", "experts/registry.py", "inference/route.py"} <= named
+    missing = [n for n in named if not any((ROOT / part / n).exists() for part in ("", "xelm"))]
+    assert missing == []
