@@ -13,6 +13,7 @@ from xelm.config import RunConfig, vary
 from xelm.data.contents import fingerprint
 from xelm.data.reading import read
 from xelm.data.unusable import UnusableRecords
+from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.results import Row
 from xelm.runs.branch import branch
 from xelm.runs.evaluate import evaluate
@@ -126,4 +127,4 @@ def evaluated(run: Run, corpus: Path, routings: Sequence[str]) -> list[Row]:
     same_text = found.record.get("corpus_sha256") == fingerprint(corpus)
     if same_text and set(routings) <= set(found.record["routings"]):
         return list(found.rows)
-    return list(evaluate(run, corpus, routings=routings).rows)
+    return list(evaluate(run, corpus, EvaluationOptions(routings=routings)).rows)

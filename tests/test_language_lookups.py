@@ -14,6 +14,7 @@ from clustering.files import read_json, write_json
 from xelm import open_run
 from xelm.data import conllu, reading
 from xelm.data.unusable import UnusableRecords
+from xelm.evaluation.options import EvaluationOptions
 from xelm.runs.evaluate import evaluate
 
 FLORES = {"en": "eng_Latn", "de": "deu_Latn", "es": "spa_Latn", "fr": "fra_Latn"}
@@ -23,9 +24,7 @@ def quickly(run, folder):
     return evaluate(
         open_run(run),
         folder,
-        routings=("language",),
-        max_documents=2,
-        calibration_tokens=0,
+        EvaluationOptions(routings=("language",), max_documents=2, calibration_tokens=0),
         save=False,
     )
 

@@ -297,7 +297,7 @@ MISTAKES = [
     ("generate run x --top-p 0", "top_p above 0"),
     ("generate run x --routing fixed --weights a=1 --language en", "no effect on fixed weights"),
     ("generate run x --routing posterior --router-temperature 1", "goes with routing tfidf"),
-    ("evaluate run --corpus corpus --routing language --router-temperature 1", "not asked for"),
+    ("evaluate run --corpus corpus --routing language --router-temperature 1", "not evaluated"),
     ("generate run x --max-new-tokens 100", "new ones; got max_new_tokens=100"),
 ]
 

@@ -334,7 +334,7 @@ def test_the_command_line_offers_every_router():
     help_text = " ".join(subcommand("generate").format_help().split())
     assert f"--routing {{{','.join(routing.ROUTINGS)}}}" in help_text
     help_text = " ".join(subcommand("evaluate").format_help().split())
-    assert f"routings to measure, of {', '.join(routing.ROUTINGS[:-1])} (default" in help_text
+    assert f"routings to measure, of {', '.join(routing.ROUTINGS[:-1])};" in help_text
     assert f"(default: {', '.join(EVALUATED)})" in help_text
 
 

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from experts.expert import Expert
 from experts.registry import Registry
 from xelm import open_run
+from xelm.evaluation.options import EVALUATED, EvaluationOptions
 from xelm.inference.scoring import score_documents
-from xelm.runs.evaluate import EVALUATED, _trained, evaluate
+from xelm.runs.evaluate import _trained, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,8 @@ def test_experts_know_their_own_languages_better_than_the_other(evaluated):
 def test_evaluating_gives_the_scores_of_the_ensemble(evaluated, tiny, top_m):
     run = open_run(evaluated[0])
     routings = ("language", "tfidf", "uniform", "posterior")
-    rows = evaluate(run, tiny.held_out, routings=routings, top_m=top_m, save=False).rows
+    options = EvaluationOptions(routings=routings, top_m=top_m)
+    rows = evaluate(run, tiny.held_out, options, save=False).rows
     for routing in routings:
         ensemble = run.ensemble(routing, top_m=top_m)
         for language in LANGUAGES:

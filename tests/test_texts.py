@@ -18,6 +18,7 @@ from xelm.data import tokenizer as tokenizers
 from xelm.data.contents import contents_of
 from xelm.data.coverage import Coverage, CoverageCounts
 from xelm.data.duplicates import copies, fingerprints, overlap
+from xelm.evaluation.options import EvaluationOptions
 from xelm.runs.evaluate import evaluate
 from xelm.runs.report.facts import read
 from xelm.runs.report.verdict import compare, verdict
@@ -229,19 +230,18 @@ def test_evaluating_on_the_training_text_is_told_and_marked(xelm, copy):
 def test_what_a_grown_expert_was_trained_on_counts_too(xelm, copy):
     grown = xelm("grow", copy.directory, "--language", "pt", "--corpus", copy.corpus)
     assert grown.code == 0, grown.err
-    results = evaluate(
-        open_run(copy.directory), copy.corpus, routings=["language"], max_documents=10, save=False
-    )
+    options = EvaluationOptions(routings=["language"], max_documents=10)
+    results = evaluate(open_run(copy.directory), copy.corpus, options, save=False)
     assert results.texts["pt"].exact == 10
 
 
 def test_text_of_a_growth_that_never_began_was_not_trained_on(xelm, copy):
     run = open_run(copy.directory)
     tokenise(run, contents_of(copy.corpus, ["pt"]), run.tokenizer(), "pt")
-    evaluated = {"routings": ["language"], "max_documents": 10, "save": False}
-    assert evaluate(run, copy.corpus, **evaluated).texts["pt"].exact == 0
+    options = EvaluationOptions(routings=["language"], max_documents=10)
+    assert evaluate(run, copy.corpus, options, save=False).texts["pt"].exact == 0
     update(copy.directory, lambda registry: grow(registry, "pt", "en-es"))
-    assert evaluate(run, copy.corpus, **evaluated).texts["pt"].exact == 10
+    assert evaluate(run, copy.corpus, options, save=False).texts["pt"].exact == 10
 
 
 def test_near_copies_are_found_and_other_text_is_not(tiny):

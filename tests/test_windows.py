@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from clustering.errors import UserError
 from xelm import open_run
+from xelm.evaluation.options import EvaluationOptions
 from xelm.inference import scoring
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
@@ -201,4 +202,4 @@ def test_a_context_longer_than_a_row_of_training_leaves_half_of_that(tiny):
 
 def test_evaluate_refuses_windows_before_it_reads_a_corpus(tiny):
     with pytest.raises(UserError, match="context_length must be between 1 and the 64 tokens"):
-        evaluate(open_run(tiny.directory), "/nowhere", context_length=65)
+        evaluate(open_run(tiny.directory), "/nowhere", EvaluationOptions(context_length=65))

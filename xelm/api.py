@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from clustering.clustering import Clustering
 from clustering.errors import UserError
-from xelm.evaluation.options import CALIBRATION_TOKENS, EVALUATED
+from xelm.evaluation.options import EVALUATED, EvaluationOptions
 from xelm.inference.routing import DEFAULT, AbstainTo, RoutePer, Routing
 from xelm.runs import run as runs
 
@@ -80,28 +80,27 @@ class Run(runs.Run):
         temperature: float | None = None,
         languages: Sequence[str] | None = None,
         max_documents: int | None = None,
-        calibration_tokens: int = CALIBRATION_TOKENS,
+        calibration_tokens: int = 1000,
         context_length: int | None = None,
         stride: int | None = None,
     ) -> "Results":
         """Perplexity and bits per byte by language, of every model and of the ensemble under each
-        routing; written to RUN/results/results.json. Options as in
-        `xelm.runs.evaluate.evaluate`."""
+        routing; written to RUN/results/results.json. The options are
+        those of `xelm.evaluation.options.EvaluationOptions`. languages: of the corpus, to measure
+        on; None: all."""
         from xelm.runs.evaluate import evaluate
 
-        return evaluate(
-            self,
-            corpus,
+        options = EvaluationOptions(
             routings=routings,
             top_m=top_m,
             least_weight=least_weight,
             temperature=temperature,
-            languages=languages,
             max_documents=max_documents,
             calibration_tokens=calibration_tokens,
             context_length=context_length,
             stride=stride,
         )
+        return evaluate(self, corpus, options, languages=languages)
 
     def ensemble(
         self,

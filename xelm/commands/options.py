@@ -49,7 +49,7 @@ def add_fields(
     that have a default which precedes that of the dataclass.
     """
     hints, notes = typing.get_type_hints(kind), field_notes(kind)
-    values = {field.name: field.default for field in dataclasses.fields(kind)}
+    values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
     names = {name: f"--{name.replace('_', '-')}" for name in values} | dict(flags or {})
     group = parser.add_argument_group(title)
     for field in fields:
@@ -59,6 +59,8 @@ def add_fields(
             note = note[0].lower() + note[1:]
         if not default and isinstance(values[field], str | float | int):
             default = str(values[field])
+        elif not default and isinstance(values[field], tuple):
+            default = ", ".join(values[field])
         if elsewhere and field in elsewhere:
             default = f"{elsewhere[field]}, or else {default}"
         group.add_argument(

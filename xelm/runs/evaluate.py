@@ -4,12 +4,11 @@ ensemble; opens the RUN and the text, has them measured, and writes the results.
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from clustering.errors import UserError
 from clustering.languages import canonical_all, find, lookup
 from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
@@ -18,10 +17,10 @@ from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.text_stats import TextStats, warnings
 from xelm.data.tokenizer import Tokenizer
 from xelm.evaluation.measure import MeasurementPlan
-from xelm.evaluation.options import CALIBRATION_TOKENS, EVALUATED
+from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.results import Results
 from xelm.evaluation.summaries import Background, summarise
-from xelm.inference.routing import Limits, Routing
+from xelm.inference.routing import Limits
 from xelm.inference.scoring import check_windows
 from xelm.models.checkpoint import read_config
 from xelm.models.config import ModelConfig
@@ -37,43 +36,28 @@ from xelm.runs.text import tokenise
 def evaluate(
     run: Run,
     corpus: AnyCorpus,
+    options: EvaluationOptions | None = None,
     *,
-    routings: Sequence[str] = EVALUATED,
-    top_m: int | None = None,
-    least_weight: float = 0.001,
-    temperature: float | None = None,
     languages: Sequence[str] | None = None,
-    max_documents: int | None = None,
-    calibration_tokens: int = CALIBRATION_TOKENS,
-    context_length: int | None = None,
-    stride: int | None = None,
     save: bool = True,
 ) -> Results:
     """Scores the seed, the dense baseline if there is one, every published expert, and their
     ensemble under each routing. With routing by language alone, each expert is scored only on the
     languages that it serves, at the cost of one model.
 
-    languages: of the corpus, to measure on; None: all. max_documents: of each language, the first
-    in the corpus; None: all. calibration_tokens: of each language, on which calibration is
-    measured. context_length: tokens that a model reads at once; None: `Run.context_length`. stride:
-    tokens from one window of a longer document to the next; None: context_length. save: write
+    options: None: the defaults. languages: of the corpus, to measure on; None: all. save: write
     RUN/results/results.json, and keep one of other text or options under another name.
     """
     model, experts = read_config(run.seed), run.registry().published()
-    options = _Options(
-        routings=routings,
-        top_m=top_m,
-        least_weight=least_weight,
-        temperature=temperature,
-        max_documents=max_documents,
-        calibration_tokens=calibration_tokens,
-        context_length=run.context_length() if context_length is None else context_length,
-        stride=stride,
-    )
-    options.check(model, len(experts))
+    options = options or EvaluationOptions()
+    if options.context_length is None:
+        options = replace(options, context_length=run.context_length())
+    check_windows(model, *options.windows)
+    if experts:
+        check_top_m(options.top_m, len(experts))
     check_models(run, experts, general_models(run))
     corpus, tokenizer = Corpus.of(corpus), run.tokenizer()
-    text = _open_text(run, experts, tokenizer, corpus, languages, max_documents)
+    text = _open_text(run, experts, tokenizer, corpus, languages, options.max_documents)
     plan = _plan(run, model, tokenizer, experts, text.documents, options)
     background = replace(_background(run, experts), unspelled=text.unspelled)
     summarised = summarise(plan.measure(), plan.token_counts(), text.bytes, background)
@@ -82,54 +66,6 @@ def evaluate(
         return results
     made_of = {**text.facts, **options.to_json(), "start_token": run.config.start_token}
     return write_results(run, str(corpus), made_of, results)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Options:
-    """How text is measured, by the names of the arguments of `evaluate`."""
-
-    routings: Sequence[str]
-    top_m: int | None
-    least_weight: float
-    temperature: float | None
-    max_documents: int | None
-    calibration_tokens: int
-    context_length: int
-    stride: int | None
-
-    def check(self, model: ModelConfig, experts: int) -> None:
-        """Raises UserError for options that cannot be, before any work."""
-        if "fixed" in self.routings:
-            raise UserError(
-                f"evaluate knows the routings {', '.join(EVALUATED)} and uniform; got fixed"
-            )
-        _ = self.routing  # made to be checked
-        if self.max_documents is not None and self.max_documents < 1:
-            raise UserError(f"max_documents must be at least 1; got {self.max_documents}")
-        if self.calibration_tokens < 0:
-            raise UserError(f"calibration_tokens must be at least 0; got {self.calibration_tokens}")
-        check_windows(model, self.context_length, self.stride)
-        if experts:
-            check_top_m(self.top_m, experts)
-            if self.temperature is not None and "tfidf" not in self.routings:
-                raise UserError(
-                    "a router's temperature goes with routing tfidf, which is not evaluated"
-                )
-
-    @property
-    def routing(self) -> list[Routing]:
-        """The routers, in the given order."""
-        temperatures = {"tfidf": self.temperature}
-        return [
-            Routing(name=name, least_weight=self.least_weight, temperature=temperatures.get(name))
-            for name in self.routings
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        """The options as in results.json."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        stride = self.stride or self.context_length
-        return {**values, "routings": list(self.routings), "stride": stride}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +123,7 @@ def _plan(
     tokenizer: Tokenizer,
     experts: Sequence[Expert],
     documents: Mapping[str, Sequence[np.ndarray]],
-    options: _Options,
+    options: EvaluationOptions,
 ) -> MeasurementPlan:
     """Which model is scored on which language, and the routers."""
     checkpoints = general_models(run)
@@ -212,8 +148,8 @@ def _plan(
         documents=documents,
         languages=languages,
         calibration_tokens=options.calibration_tokens,
-        context_length=options.context_length,
-        stride=options.stride or options.context_length,
+        context_length=options.windows[0],
+        stride=options.windows[1],
     )
 
 
