@@ -156,7 +156,7 @@ def test_a_task_asks_for_accelerators_where_there_are_some():
     assert launch._resources(tpus, 4) == {"resources": {"TPU": 4}}
     with pytest.raises(UserError, match=r"4 devices for each expert are more than .*: 2 GPU"):
         launch._resources(NODES, 4)
-    with pytest.raises(UserError, match="no machine that computes"):
+    with pytest.raises(UserError, match="no machine with resources"):
         launch._resources([], 1)
 
 

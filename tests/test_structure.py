@@ -79,7 +79,6 @@ TRAINER_MAY_IMPORT = (
 # Where faults are left. A line goes with its last fault: the test fails if it stays longer.
 BEGIN_WITH_OF = {
     "xelm.data",
-    "xelm.runs",
 }
 WIDE_PAGES = {
     "evaluation.md",

@@ -27,26 +27,28 @@ _LISTED = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One training that is to come, or to go on."""
+    """Cost of one training that is to begin or to be resumed."""
 
     name: str
+    """Name of the training."""
     part: str
-    """Of the configuration: seed, experts, dense or grow."""
+    """Part of the configuration with its settings: seed, experts, dense or grow."""
     tokens: int
-    """Positions of the rows of all steps."""
+    """Number of positions in the rows of all steps."""
     steps: int
+    """Number of steps."""
     passes: Mapping[str, float]
-    """Language -> how often its text is passed over."""
+    """Language -> number of passes over its text."""
     seconds: float | None
-    """That are left to do; None where no rate is known."""
+    """Seconds left to train; None where no rate is known."""
     estimated: bool = False
     """Whether the seconds do not come from steps of a training in the RUN."""
     basis: str
-    """Where the time comes from."""
+    """Source of the rate that `seconds` is computed from."""
     checkpoint_bytes: int
-    """Of the checkpoints that are kept, and the one being written."""
+    """Bytes of the checkpoints that are kept and of the one being written."""
     model_bytes: int
-    """Of the weights that are published, at most."""
+    """Largest number of bytes of the published weights."""
 
     @property
     def disk_bytes(self) -> int:
@@ -190,7 +192,7 @@ def _tokens(source: LanguageShare) -> int:
 
 
 def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
-    """Of all checkpoints at the worst moment: those kept, and the one being written."""
+    """Bytes of all checkpoints when they are most: those kept, and the one being written."""
     optimizer, runtime = config.optimizer, config.runtime
     average = 2 if runtime.moments_dtype == "bfloat16" else 4
     averages = 2 * average if optimizer.name == "adamw" else average * (optimizer.beta1 > 0)

@@ -32,7 +32,8 @@ from xelm.runs.run import Run
 Item = TypeVar("Item")
 
 _MOST_DOCUMENTS = 1000
-"""Of each language, of which `mixture` counts the subwords: growing any language measures it."""
+"""Largest number of documents of each language whose subwords `mixture` counts, since every growth
+measures it."""
 _HELD_CHARACTERS = 2**22
 """Text that is read before it is counted."""
 

@@ -1,7 +1,7 @@
-"""What is fitted for routers on the texts of a RUN, and kept in RUN/routers.
+"""Models that routers need, fitted on the text of a RUN and kept in RUN/routers.
 
-Each file lies under a name that says what it was made from: when an expert joins, it is fitted
-again, and nothing else is. Knows no router.
+The name of each file has a hash of what it was made from. When an expert is added, only what
+depends on the experts is fitted again.
 """
 
 import hashlib
@@ -29,25 +29,25 @@ from xelm.runs.run import Run
 from xelm.runs.shares import expert_shares
 
 FITTED_TOKENS = 300_000
-"""Of each language or expert that something is fitted on, at most: more change little."""
+"""Largest number of tokens of each language or expert to fit on; more change little."""
 _FORMAT = 2
-"""Of what is fitted; rises when the same facts give something else."""
+"""Version of the fits; raised when the same facts give another fit."""
 _HELD_OUT = 10
-"""One document in so many is kept from the fit, to calibrate it; of fewer documents, one."""
+"""One document in so many is held out, to calibrate the fit; of fewer documents, one."""
 
 T = TypeVar("T")
 
 
 def pieces(run: Run) -> list[str]:
-    """The characters of each id, as the `identifier` was fitted on them."""
+    """The characters of each id, on which the `identifier` is fitted."""
     # A model may have rows of its embedding, and so give ids, that no text becomes.
     ids = list(range(read_config(run.seed).vocabulary_size))
     return [piece or "" for piece in run.tokenizer().hub.convert_ids_to_tokens(ids)]
 
 
 def identifier(run: Run) -> Identifier:
-    """What tells the languages of a RUN apart, those of grown experts too, by the pieces that its
-    tokenizer cuts text into."""
+    """The language identifier of a RUN, by the subwords of its tokenizer; it knows the languages of
+    the corpus and of grown experts."""
     languages = _languages(run)
 
     def make(path: Path) -> Identifier:
@@ -73,15 +73,15 @@ def identifier(run: Run) -> Identifier:
 
 
 def _sizes(languages: Mapping[str, TokenizedLanguage]) -> list[list[object]]:
-    """What tells the texts of languages from others, at no cost."""
+    """Sizes of the text of each language, by which a change of the text is noticed at no cost."""
     return [[tag, len(ids), len(ids.ids)] for tag, ids in languages.items()]
 
 
 def novelty_of(run: Run, served: Iterable[str]) -> Novelty | None:
-    """What tells texts in languages that experts serve from all others; None where too few are
-    known to learn it, or too few of them have a document that can be held out, which stderr says.
-    served: canonical tags; none of a RUN whose clusters are of documents, all languages of which
-    are known then."""
+    """The detector of texts in languages that no expert serves; None where too few languages are
+    served to fit it, or too few of them have a document that can be held out, which is printed on
+    stderr. served: canonical tags; empty for clusters of documents, where all languages of the RUN
+    count as served."""
     languages = _languages(run)
     served = list(served)
     known = [tag for tag in languages if tag in served] if served else list(languages)
@@ -123,7 +123,7 @@ def held_out_beginnings(run: Run, found: Novelty) -> np.ndarray:
 
 
 def learned(run: Run, experts: Sequence[Expert]) -> Learned:
-    """Logistic regression on TF-IDF vectors of beginnings of the experts' documents."""
+    """The learned router: logistic regression on TF-IDF vectors of beginnings of documents."""
     vectoriser = run.vectoriser()
 
     def make(path: Path) -> Mapping[str, np.ndarray]:
@@ -162,8 +162,8 @@ def learned(run: Run, experts: Sequence[Expert]) -> Learned:
 def _beginnings(
     vectoriser: Vectoriser, document: np.ndarray, draw: np.random.Generator
 ) -> np.ndarray:
-    """Summed vectors of beginnings of a document, [few, D], of any length: short ones are what is
-    hard. Of the sums along the document none is kept, nor are all there at once."""
+    """Summed vectors of a few beginnings of a document, [few, D]; short ones are among them, since
+    they are the hardest."""
     drawn = [*draw.integers(1, len(document) + 1, 2), draw.geometric(0.1)]
     lengths = np.unique(np.minimum(drawn, len(document)))
     parts = np.split(np.asarray(document), lengths)[:-1]
@@ -178,7 +178,7 @@ def _read_learned(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def _languages(run: Run) -> dict[str, TokenizedLanguage]:
-    """All languages that the RUN has text of: its corpus and what experts were grown on."""
+    """Text of every language: that of the RUN's corpus, and of each grown expert."""
     found = dict(run.store().languages)
     for expert in run.registry().published():
         for source in expert_shares(run, expert):
@@ -202,8 +202,8 @@ def _some(
     tokens: int = FITTED_TOKENS,
     held_out: bool | None = None,
 ) -> Iterator[np.ndarray]:
-    """Documents that are not empty, in this order, of so many tokens at most; those held out (one
-    at least where there are two), the others, or (None) all."""
+    """Documents that are not empty, in the order of `numbers`, up to so many tokens. held_out: only
+    those held out (at least one where there are two), only the others, or (None) all."""
     numbers = numbers[ids.lengths[numbers] > 0]
     # A single document is not held out: there would be none left to fit on.
     every = min(_HELD_OUT, max(2, len(numbers)))
@@ -224,7 +224,7 @@ def _fitted(
     load: Callable[[Path], T],
     make: Callable[[Path], T],
 ) -> T:
-    """What is in RUN/routers, made from these facts; otherwise what `make` makes and keeps."""
+    """The fit in RUN/routers that was made from these facts, or else what `make` makes."""
     origin = [_FORMAT, run.registry().seed_sha256, run.record.get("corpus_sha256"), facts]
     key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
     path = run.directory / "routers" / f"{name}-{key}.npz"
@@ -240,13 +240,13 @@ def _fitted(
 
 
 def _kept(path: Path, save: Callable[[Path], object]) -> None:
-    """Saves it in the place of those made from other facts, where that can be."""
+    """Saves a fit and deletes those made from other facts; only warns where that is impossible."""
     try:
         path.parent.mkdir(exist_ok=True)
         save(path)
         for other in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.npz"):
             if other != path:
-                other.unlink(missing_ok=True)  # who made another at the same time may be first
+                other.unlink(missing_ok=True)  # another process may have deleted it
         manifest.record(path.parent.parent, [f"routers/{path.name}"], again=True)
     except (OSError, UserError) as error:
-        print(f"{path} cannot be kept ({error}); it is fitted each time", file=sys.stderr)
+        print(f"{path} cannot be written ({error}); it is fitted each time", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where experts are trained, if not in turn here: side by side in processes, or over Ray.
+"""Training experts apart from this process: several processes in parallel, or tasks of Ray.
 
 Each expert (or each `experts.runtime.mesh_expert` of them, which share a program) is a job of its
 own that starts, ends and fails apart from the others. Every way returns why experts failed, by
@@ -26,9 +26,9 @@ from xelm.runs.train import plans_of, train_dense, try_experts
 from xelm.training.preemption import Preempted
 
 RETRIES = 3
-"""Of a job that was killed, or asked to end, with no newer checkpoint than when it began."""
+"""Number of retries of a job that was killed or terminated without a new checkpoint."""
 _LOCK_SECONDS = 60.0
-"""For the process of a lost machine to let go of its expert."""
+"""Wait until the process of a lost machine has released the lock of its expert."""
 
 
 def launch(
@@ -64,8 +64,8 @@ def launch(
 
 
 def train_dense_apart(run: Run) -> None:
-    """Trains the dense baseline in a process of its own: this one must hold no device that the jobs
-    after it want."""
+    """Trains the dense baseline in a process of its own, since this one must not occupy a device
+    that later jobs need."""
     running: list[subprocess.Popen] = []
     with _ending(lambda: running):
         running.append(subprocess.Popen([*_command(run), "--dense"], stdout=subprocess.DEVNULL))
@@ -78,9 +78,9 @@ def train_dense_apart(run: Run) -> None:
 
 
 def train_in_processes(run: Run, names: Sequence[str], jobs: int) -> dict[str, str]:
-    """Trains so many jobs at a time, each in a process of its own with its share of this machine's
-    GPUs, or where there is none of its cores. What a process says is in RUN/train/NAME.log. One
-    that was killed, or asked to end (exit code 75), goes on in another."""
+    """Trains so many jobs in parallel, each in a process with its share of this machine's GPUs (or
+    cores, without GPUs). The output of a process is in RUN/train/NAME.log. A process that was
+    killed or terminated (exit code 75) is started again."""
     waiting = _groups(run, names)
     places = list(_places(min(jobs, len(waiting)) or 1))
     running: dict[int, _Process] = {}
@@ -108,10 +108,10 @@ def train_in_processes(run: Run, names: Sequence[str], jobs: int) -> dict[str, s
 
 
 def train_over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
-    """Trains on the cluster whose address RAY_ADDRESS says, else on this machine: a task for each
-    job, with so many accelerators for each of its experts (or, in a cluster without any, CPUs). A
-    task whose machine is lost goes on elsewhere from its newest checkpoint. Every machine has this
-    package, and finds the RUN at the same place."""
+    """Trains on the Ray cluster at RAY_ADDRESS, or else on this machine: one task for each job,
+    with so many accelerators for each of its experts (CPUs in a cluster without accelerators). A
+    task whose machine is lost resumes elsewhere from its newest checkpoint. Every machine must have
+    this package installed and see the RUN at the same path."""
     connect()
     import ray
     import ray.exceptions
@@ -119,7 +119,7 @@ def train_over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, st
     directory = str(run.directory.absolute())
     groups = _groups(run, names)
     wanted = _resources(ray.nodes(), devices * max(map(len, groups), default=1))
-    # A process for each task: what it held of a device is free when it ends.
+    # A process for each task, so that its device memory is free when it ends.
     alone: Any = {"max_calls": 1, "max_retries": 0}
     task = ray.remote(**alone, **wanted)(_train_there)
     pending = {task.remote(directory, run.settings, group): group for group in groups}
@@ -174,9 +174,9 @@ class _Process:
     handle: subprocess.Popen
     log: Path
     begun_at: int
-    """Steps saved before."""
+    """Number of steps that were saved when it began."""
     fruitless: int
-    """Times that it ended with nothing new saved, since something was."""
+    """Number of times in a row that it ended with nothing new saved."""
     run: Run
 
     @classmethod
@@ -206,18 +206,18 @@ class _Process:
         return ", ".join(self.names)
 
     def again(self, code: int) -> bool:
-        """Whether one that ended like this is worth another try."""
+        """Whether a process that ended with this code is to be started again."""
         if code != os.EX_TEMPFAIL and code >= 0:
             return False
         return _steps(self.run, self.names) > self.begun_at or self.fruitless < RETRIES
 
     def failures(self, code: int) -> dict[str, str]:
-        """By name; of those that were done before it ended, none."""
+        """Reason of the failure, by name of each expert that was not published before."""
         left = {expert.name for expert in self.run.registry().training()}
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = lines[-1].removeprefix("xelm: ") if lines else f"it ended with code {code}"
         if code < 0:
-            said = f"{self.label} was killed by signal {-code}, again and again; see {self.log}"
+            said = f"{self.label} was killed by signal {-code} repeatedly; see {self.log}"
         found = {}
         for name in self.names:
             if name in left:
@@ -251,7 +251,7 @@ def _places(jobs: int) -> Iterator[_Place]:
 
 
 def _gpus() -> list[str]:
-    """Of NVIDIA, that this process may use."""
+    """NVIDIA GPUs that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip()]
@@ -263,18 +263,18 @@ def _gpus() -> list[str]:
 
 
 def _steps(run: Run, names: Sequence[str]) -> int:
-    """That are saved."""
+    """Number of steps of these trainings that are saved."""
     found = [each for each in progress(run) if each.name in names]
     return sum(each.step if each.state == "done" else each.checkpoint_step or 0 for each in found)
 
 
 @contextmanager
 def _ending(running: Callable[[], Sequence[subprocess.Popen]]) -> Iterator[None]:
-    """Whatever ends this ends the processes, which save first; asked to end, this leaves by
-    `Preempted`. A Ctrl-C in a terminal asks them at the same moment."""
+    """Terminates the processes when the block ends for any reason; they save first. SIGTERM and
+    Ctrl-C raise `Preempted`; a Ctrl-C in a terminal reaches the processes at the same time."""
 
-    def hear(number: int, frame: object) -> None:
-        # Once is enough: they are waited for, while they save.
+    def terminate(number: int, frame: object) -> None:
+        # Further signals are ignored while the processes save.
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         raise Preempted(
@@ -282,7 +282,7 @@ def _ending(running: Callable[[], Sequence[subprocess.Popen]]) -> Iterator[None]
         )
 
     before = {
-        number: signal.signal(number, hear) or signal.SIG_DFL
+        number: signal.signal(number, terminate) or signal.SIG_DFL
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
@@ -300,7 +300,7 @@ def _ending(running: Callable[[], Sequence[subprocess.Popen]]) -> Iterator[None]
 
 
 def _train_there(directory: str, settings: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """On a machine of the cluster."""
+    """Trains experts on a machine of the cluster; returns why some failed, by name."""
     from xelm.process import prepare
 
     prepare()
@@ -310,7 +310,7 @@ def _train_there(directory: str, settings: Sequence[str], names: Sequence[str]) 
 
 
 def _resources(nodes: Sequence[Mapping[str, Any]], devices: int) -> dict[str, Any]:
-    """What a task asks of Ray; UserError if no machine has so much."""
+    """Resources that a task requests of Ray; UserError if no machine has enough."""
     for kind in ("GPU", "TPU", "CPU"):
         most = max((node["Resources"].get(kind, 0) for node in nodes if node["Alive"]), default=0)
         if not most:
@@ -323,4 +323,4 @@ def _resources(nodes: Sequence[Mapping[str, Any]], devices: int) -> dict[str, An
         if kind == "TPU":
             return {"resources": {"TPU": devices}}
         return {f"num_{kind.lower()}s": devices}
-    raise UserError("the Ray cluster has no machine that computes")
+    raise UserError("the Ray cluster has no machine with resources")

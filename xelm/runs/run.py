@@ -1,4 +1,4 @@
-"""A RUN: one X-ELM on disk. Knows where things lie and opens them; the verbs change them."""
+"""A RUN: one X-ELM on disk. Its paths and readers; the commands that change it are elsewhere."""
 
 import shlex
 import sys
@@ -57,7 +57,7 @@ class Run:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Of the RUN's corpus, as canonical tags."""
+        """Languages of the RUN's corpus, as canonical tags."""
         return tuple(self.record["languages"])
 
     @property
@@ -72,7 +72,7 @@ class Run:
 
     @property
     def results(self) -> Path:
-        """Tables, figures, report."""
+        """Directory of results.json, figures and report."""
         return self.directory / "results"
 
     def training(self, name: str) -> Path:
@@ -80,19 +80,19 @@ class Run:
         return self.directory / "train" / name
 
     def logs(self, target: Path) -> Path:
-        """TensorBoard's events and runs of Weights & Biases, of the training of a checkpoint."""
+        """Directory for TensorBoard and Weights & Biases, for the training of a checkpoint."""
         return self.directory / "logs" / target.relative_to(self.directory)
 
     def failure(self, name: str) -> Path:
-        """Why a training failed, while nobody has tried it again."""
+        """File with the reason why a training failed, until it is tried again."""
         return self.directory / "train" / f"{name}.failed.txt"
 
     def registry(self) -> Registry:
-        """Who the experts are."""
+        """The registry of the experts."""
         return Registry.load(self.directory)
 
     def clusters(self) -> Clustering:
-        """What the RUN was branched on."""
+        """The clusters that the RUN was branched on; UserError before that."""
         if not (self.directory / "clusters.json").exists():
             raise UserError(
                 f"{self.directory} has no clusters yet; run: "
@@ -101,7 +101,7 @@ class Run:
         return Clustering.load(self.directory)
 
     def tokenizer(self) -> "Tokenizer":
-        """The seed's, which every expert shares."""
+        """The tokenizer of the seed, which every expert shares."""
         from xelm.data import tokenizer
 
         return tokenizer.load(self.seed, self.config.start_token)

@@ -13,35 +13,38 @@ from xelm.training.metrics import read_metrics
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Of one training."""
+    """Progress of one training."""
 
     name: str
+    """Name of the model."""
     state: Literal["done", "training", "stopped", "failed", "waiting", "retired"]
-    """stopped: begun, and nobody works on it now. waiting: not begun. retired: trained, and no
+    """stopped: begun, and no process is training it. waiting: not begun. retired: trained, and no
     version of that expert is in use."""
     version: int | None
-    """Of an expert."""
+    """Version of an expert; None for the seed and dense."""
     step: int
+    """Number of steps done."""
     steps: int | None
-    """None while no step is known."""
+    """Number of steps in all; None while no step is known."""
     tokens: int
-    """Targets predicted."""
+    """Number of predicted tokens."""
     loss: float | None
-    """Of the last step logged, nats."""
+    """Loss of the last logged step, in nats per token."""
     tokens_per_second: float | None
+    """Rate of the last logged step or, of a finished training, of all of it."""
     seconds_left: float | None
-    """At that rate; None unless it is training."""
+    """Seconds left at that rate; None unless it is training."""
     checkpoint_step: int | None
-    """Of the newest checkpoint of an unfinished training."""
+    """Step of the newest checkpoint of an unfinished training."""
     checkpoint_seconds: float | None
-    """How long ago that was saved."""
+    """Seconds since that was saved."""
     note: str
-    """Who trains it, why it failed, or which newer version is not in use."""
+    """The process that trains it, why it failed, or which newer version is not in use."""
 
 
 def progress(run: Run) -> list[Progress]:
-    """Of seed and dense baseline, where they are trained, and of every expert: the version in use
-    and the one in training, or, where there is neither, the newest that was retired."""
+    """Progress of the seed and the dense baseline, where they are trained, and of every expert: the
+    version in use and the one in training or, without either, the newest retired one."""
     found = list(_models(run))
     registry = run.registry()
     shown = [*registry.published(), *registry.training()]

@@ -38,15 +38,20 @@ from xelm.training.trainer import TrainingSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """A checkpoint that is to be trained from another."""
+    """A training of one checkpoint from another."""
 
     name: str
+    """Name of the expert, or dense."""
     part: str
-    """Of the configuration: experts, dense or grow."""
+    """Part of the configuration with its settings: experts, dense or grow."""
     parent: Path
+    """Checkpoint to start from."""
     target: Path
+    """Checkpoint to write."""
     sources: Sequence[LanguageShare]
+    """Documents to train on."""
     config: TrainConfig
+    """Settings of the training."""
 
 
 def train_experts(run: Run, names: Sequence[str]) -> None:
@@ -59,8 +64,8 @@ def train_experts(run: Run, names: Sequence[str]) -> None:
 def try_experts(
     run: Run, names: Sequence[str], *, wait_seconds: float = 1.0
 ) -> dict[str, UserError]:
-    """The same, but returns why experts failed, by name. wait_seconds: for somebody else who trains
-    one of them."""
+    """As `train_experts`, but returns why experts failed, by name. wait_seconds: how long to wait
+    for another process that is training one of them."""
     plans = plans_of(run, names)
     together, failures = run.config.experts.runtime.mesh_expert, {}
     first_does(functools.partial(check_disk, run.directory, plans, together=together))
@@ -76,8 +81,8 @@ def try_experts(
 def plans_of(
     run: Run, names: Sequence[str] = (), *, dense: bool = False, estimate: bool = True
 ) -> list[Plan]:
-    """What the trainings of the dense baseline and of the named experts cost, but for those that
-    are done. estimate: as in `budget.plan`."""
+    """Costs of training the dense baseline and the named experts, as far as they are not trained.
+    estimate: as in `budget.plan`."""
     experts = [run.registry().expert(name) for name in names]
     jobs = [_dense_job(run)] if dense and not run.dense.exists() else []
     jobs += [_job(run, expert) for expert in experts if expert.status == "training"]
@@ -85,7 +90,7 @@ def plans_of(
 
 
 def plans_of_jobs(run: Run, jobs: Sequence[Job], *, estimate: bool = True) -> list[Plan]:
-    """What jobs cost."""
+    """Cost of each job."""
     model = read_config(run.seed) if jobs else None
     return [
         plan(run, job.name, job.part, job.sources, job.config, model, estimate=estimate)
@@ -121,7 +126,7 @@ def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[st
 
 @contextmanager
 def _held(run: Run, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
-    """The lock of a training, which the first host holds for all of them."""
+    """The lock of a training, which the first host acquires for all hosts."""
     with ExitStack() as stack:
         lock = locked(run.directory, f"train-{name}", wait_seconds=wait_seconds)
         first_does(lambda: stack.enter_context(lock))
@@ -168,8 +173,8 @@ def _dense_job(run: Run) -> Job:
 
 
 def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
-    """Trains in one program, each job from one checkpoint to another, which appears whole; those
-    that are there already are left. Returns why jobs were given up, by name."""
+    """Trains several jobs in one program and writes their checkpoints; jobs whose checkpoint exists
+    are skipped. Returns why jobs failed, by name."""
     for job in jobs if is_first() else ():
         run.failure(job.name).unlink(missing_ok=True)
         if job.target.exists():
@@ -202,15 +207,15 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
 
 
 def check_parents(run: Run, parents: Iterable[Path]) -> None:
-    """Raises UserError unless these checkpoints, of experts or the seed, are what was published,
-    and hold numbers."""
+    """Raises UserError unless these checkpoints, of experts or the seed, are as published, with
+    finite weights."""
     parents = set(parents)
     experts = [e for e in run.registry().experts if e.directory(run.directory) in parents]
     check_models(run, experts, {SEED: run.seed} if run.seed in parents else None)
 
 
 def text_format(run: Run, model: ModelConfig) -> TextFormat:
-    """How rows are made of the RUN's documents."""
+    """The format in which the RUN's documents become rows."""
     tokenizer = run.tokenizer()
     return TextFormat(
         start_id=tokenizer.start_id,

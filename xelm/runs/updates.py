@@ -27,10 +27,10 @@ from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 
 WEIGHTS = ("up", "gate", "down")
-"""The feed-forward weights, of which the authors of Group then Scale take the movement."""
+"""The feed-forward weights, whose movement the authors of Group then Scale compare."""
 DRAWN = 1 << 18
-"""Of each weight matrix at most so many entries are compared: cosines stay exact to about .001, and
-a language takes three megabytes a layer instead of the size of the model."""
+"""Largest number of entries of each weight matrix that are compared: cosines are exact to about
+.001, and a language takes three megabytes per layer instead of the size of the model."""
 
 
 def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10) -> Updates:

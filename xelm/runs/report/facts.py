@@ -1,4 +1,4 @@
-"""What lies in a RUN, read once: experts, clusters, scores and metrics. Judges nothing."""
+"""Facts of a RUN for the report, read once: experts, clusters, scores and metrics."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class System(NamedTuple):
 
     name: str
     routing: str | None = None
-    """Of an ensemble."""
+    """Routing of the ensemble; None for a single model."""
 
     @property
     def title(self) -> str:
@@ -38,7 +38,7 @@ SEED, DENSE = System("seed"), System("dense")
 
 
 class Score(NamedTuple):
-    """Of one system on one language, or its mean over several."""
+    """Score of one system on one language, or its mean over several."""
 
     perplexity: float
     bits_per_byte: float
@@ -57,7 +57,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What lies in a RUN."""
+    """Everything that the report shows."""
 
     run: Run
     registry: Registry
@@ -74,9 +74,9 @@ class Facts:
     scores: Mapping[System, Mapping[str, Score]]
     """System -> language -> score."""
     summaries: Sequence[Summary]
-    """Of every system over the languages; none before an evaluation."""
+    """Summary of every system; none before an evaluation."""
     texts: Mapping[str, TextStats]
-    """What was found of the evaluated text, by language; none before an evaluation."""
+    """Statistics of the evaluated text, by language; none before an evaluation."""
     metrics: Mapping[System, list[dict[str, Any]]]
     """Seed, dense or expert -> lines of its training, finished or not; maybe none."""
     groups: list[Group]
@@ -84,7 +84,7 @@ class Facts:
 
     @property
     def name(self) -> str:
-        """Of the folder."""
+        """Name of the RUN's directory."""
         return self.run.directory.resolve().name
 
     @property
@@ -104,7 +104,7 @@ class Facts:
 
     @property
     def branched_tokens(self) -> int:
-        """That the experts of clusters were trained on, together."""
+        """Number of tokens that the experts of clusters were trained on together."""
         return sum(expert.tokens for expert in self.published if expert.cluster is not None)
 
     @property
@@ -129,18 +129,18 @@ class Facts:
         return [t for t in self.evaluated if t in self.texts and mark in self.texts[t].marks]
 
     def colour(self, expert: Expert) -> str:
-        """Of its cluster, or its own if it was grown."""
+        """Colour of the expert's cluster, or its own if it was grown."""
         name = expert.cluster or expert.name
         return next((group.colour for group in self.groups if group.name == name), _GREY)
 
     def tokens(self, system: System) -> int:
-        """Of its training so far, those of its parent not counted."""
+        """Number of tokens of a system's training so far, without those of its parent."""
         metrics = self.metrics[system]
         return int(metrics[-1]["tokens"]) if metrics else 0
 
 
 def read(run: Run) -> Facts:
-    """What there is; UserError for a file that is there but damaged."""
+    """The facts of a RUN, finished or not; UserError for a damaged file."""
     directory, config = run.directory, run.seed / "config.json"
     has_registry = (directory / "registry.json").exists()
     registry = run.registry() if has_registry else Registry(seed_sha256={})

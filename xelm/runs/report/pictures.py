@@ -24,7 +24,7 @@ _CROWDED = 60
 """Languages from which on a tree and the distances are drawn smaller."""
 _INCHES_PER_LETTER = 0.08
 _MOST_POINTS = 400
-"""Of a curve."""
+"""Largest number of points of a curve."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""The ensemble as users ask it against a baseline: the numbers, and the sentences that follow."""
+"""The ensemble as users run it, compared with a baseline: numbers and sentences."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,18 +22,18 @@ class Comparison:
     scores: Mapping[System, Mapping[str, Score]]
     """System -> language -> score."""
     languages: Sequence[str]
-    """Of the RUN's corpus: on no others did dense and experts train alike."""
+    """Languages of the RUN's corpus, the only ones on which dense and experts trained equally."""
     means: dict[System, Score]
-    """Arithmetic, as in the paper."""
+    """Arithmetic means over the languages, as in the paper."""
     baseline: System
     """Dense, or the seed where there is no dense."""
     ensemble: System
-    """By the default routing, or where that was not evaluated by the first that was. Never chosen
-    by its figures: they are of the very text that the comparison is made on."""
+    """The ensemble with the default routing, or with the first that was evaluated. Never chosen by
+    its scores, since they come from the text that the comparison is made on."""
 
     @property
     def change(self) -> float:
-        """Of the mean perplexity in percent; below zero the ensemble is better."""
+        """Change of the mean perplexity in percent; below zero the ensemble is better."""
         after, before = self.means[self.ensemble], self.means[self.baseline]
         return 100 * (after.perplexity / before.perplexity - 1)
 
