@@ -207,18 +207,18 @@ def _end(run, routing, ids):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"routing": "uniform", "memory": 0.5}, "a router's memory goes with routing posterior"),
+        ({"routing": "uniform", "memory": 0.5}, "memory goes with routing posterior"),
         ({"routing": "tfidf", "weights": {"a": 1}}, "weights goes with routing fixed; got tfidf"),
         ({"routing": "tfidf", "distance_power": 0.0}, "a distance power above 0; got 0.1 and 0.0"),
-        ({"routing": "fixed"}, "fixed routing wants weights of experts"),
+        ({"routing": "fixed"}, "fixed routing needs weights of experts"),
         ({"routing": "fixed", "weights": {"xx": 1}}, "no published expert 'xx' to weigh; there"),
         ({"routing": "fixed", "weights": {"de-fr": -1}}, "at least 0 .*; got de-fr=-1"),
         ({"routing": "posterior", "abstain": 0.5}, "abstaining goes with other routings"),
         ({"routing": "tfidf", "least_weight": 1.0}, "at least 0 and below 1; got 1.0"),
-        ({"routing": "tfidf", "abstain_to": "seed"}, "abstaining to seed needs abstain"),
+        ({"routing": "tfidf", "abstain_to": "seed"}, "abstain_to has no effect without abstain"),
         ({"routing": "tfidf", "abstain": 0.5, "abstain_to": "me"}, "to one of .*; got 'me'"),
         ({"routing": "tfidf", "route_per": "word"}, "route_per must be one of .*; got 'word'"),
-        ({"routing": "tfidf", "abstain": 1.5}, "a threshold must be between 0 and 1; got 1.5"),
+        ({"routing": "tfidf", "abstain": 1.5}, "abstain must be between 0 and 1; got 1.5"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(run, options, fault):

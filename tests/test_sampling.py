@@ -228,7 +228,7 @@ def test_a_checkpoints_wishes_are_honoured(tmp_path):
 
 def test_wishes_that_are_not_honoured_are_named(tmp_path):
     assert write(tmp_path, num_beams=4, typical_p=0.5)[1] == ["num_beams", "typical_p"]
-    with pytest.raises(UserError, match=r"generation_config.json: .* temperature at least 0"):
+    with pytest.raises(UserError, match=r"generation_config.json: temperature must be at least 0"):
         write(tmp_path, temperature=-1)
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(UserError, match=r"generation_config.json must be a JSON object; got \[\]"):
@@ -238,11 +238,11 @@ def test_wishes_that_are_not_honoured_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"temperature": float("nan")}, "temperature at least 0; got nan"),
-        ({"top_k": 0}, "top_k at least 1; got 0"),
-        ({"top_p": 0.0, "max_new_tokens": -1}, "max_new_tokens .* got -1; top_p above 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty above 0; got 0.0"),
-        ({"stop": ("",)}, "stop strings that are not empty"),
+        ({"temperature": float("nan")}, "temperature must be at least 0; got nan"),
+        ({"top_k": 0}, "top_k must be at least 1; got 0"),
+        ({"top_p": 0.0, "max_new_tokens": -1}, "max_new_tokens .* got -1; top_p must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0; got 0.0"),
+        ({"stop": ("",)}, "stop must be strings that are not empty"),
     ],
 )
 def test_values_that_mean_nothing_are_refused(settings, fault):

@@ -440,7 +440,8 @@ def _parsed(hint: Any, text: str, setting: str) -> Any:
             raise ValueError
         return hint(number)
     except (ValueError, OverflowError, TypeError):
-        raise UserError(f"{setting!r}: wanted {getattr(hint, '__name__', hint)}") from None
+        wanted = "a whole number" if hint is int else "a number"
+        raise UserError(f"{setting!r}: wanted {wanted}") from None
 
 
 def _dataclass_of(hint: Any) -> Any:

@@ -13,7 +13,11 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
     parser.add_argument(
-        "--port", type=int, default=8000, metavar="N", help="port to listen on; 0 takes a free one"
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="port to listen on; 0 takes a free one (default: %(default)s)",
     )
     parser.add_argument(
         "--api-key-file",

@@ -39,9 +39,7 @@ class Limits:
                 f"route_per must be one of {', '.join(get_args(RoutePer))}; got {self.route_per!r}"
             )
         if not 0 <= self.least_weight < 1:
-            raise UserError(
-                f"the least weight must be at least 0 and below 1; got {self.least_weight}"
-            )
+            raise UserError(f"least_weight must be at least 0 and below 1; got {self.least_weight}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,25 +72,25 @@ class Routing(Limits):
             raise UserError(f"routing must be one of {', '.join(ROUTINGS)}; got {self.name!r}")
         for option, value, home in (
             ("temperature", self.temperature, "tfidf"),
-            ("distance power", self.distance_power, "tfidf"),
+            ("distance_power", self.distance_power, "tfidf"),
             ("memory", self.memory, "posterior"),
             ("weights", self.weights or None, "fixed"),
         ):
             if value is not None and self.name != home:
-                raise UserError(f"a router's {option} goes with routing {home}; got {self.name}")
+                raise UserError(f"{option} goes with routing {home}; got {self.name}")
         if self.name == "tfidf":
             check_tfidf(*self.tfidf)
         if self.name == "fixed" and not self.weights:
-            raise UserError("fixed routing wants weights of experts, such as --weights en=.7,de=.3")
+            raise UserError("fixed routing needs weights of experts, such as --weights en=.7,de=.3")
         if self.abstain is not None and not 0 <= self.abstain <= 1:
-            raise UserError(f"a threshold must be between 0 and 1; got {self.abstain}")
+            raise UserError(f"abstain must be between 0 and 1; got {self.abstain}")
         if self.abstain_to not in get_args(AbstainTo):
             raise UserError(
                 f"abstaining goes to one of {', '.join(get_args(AbstainTo))}; "
                 f"got {self.abstain_to!r}"
             )
         if self.abstain is None and self.abstain_to != "posterior":
-            raise UserError(f"abstaining to {self.abstain_to} needs abstain, a threshold")
+            raise UserError("abstain_to has no effect without abstain, a threshold")
         if self.abstain is not None and self.name in ("posterior", "language"):
             raise UserError(f"abstaining goes with other routings than {self.name}")
 

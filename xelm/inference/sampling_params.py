@@ -28,29 +28,21 @@ class SamplingParams:
     """Random seed of sampling."""
 
     def __post_init__(self) -> None:
+        rules = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "stop": ("" not in self.stop, "strings that are not empty"),
+        }
         faults = [
-            fault
-            for wrong, fault in (
-                (self.max_new_tokens < 1, f"max_new_tokens at least 1; got {self.max_new_tokens}"),
-                (
-                    not 0 <= self.temperature < math.inf,
-                    f"temperature at least 0; got {self.temperature}",
-                ),
-                (
-                    self.top_k is not None and self.top_k < 1,
-                    f"top_k at least 1; got {self.top_k}",
-                ),
-                (not 0 < self.top_p <= 1, f"top_p above 0 and at most 1; got {self.top_p}"),
-                (
-                    not 0 < self.repetition_penalty < math.inf,
-                    f"repetition_penalty above 0; got {self.repetition_penalty}",
-                ),
-                ("" in self.stop, "stop strings that are not empty"),
-            )
-            if wrong
+            f"{name} must be {wanted}; got {getattr(self, name)}"
+            for name, (right, wanted) in rules.items()
+            if not right
         ]
         if faults:
-            raise UserError(f"generating wants {'; '.join(faults)}")
+            raise UserError("; ".join(faults))
 
 
 GREEDY = SamplingParams(temperature=0.0)
