@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clustering.languages import english_name
+from xelm.evaluation.cells import router_cells, score_cells, text_cells
 from xelm.inference.routing import DEFAULT
 from xelm.progress import duration
 
 if TYPE_CHECKING:
     from xelm.data.text_stats import TextStats
-    from xelm.evaluation.results import Interval, Results, Summary
+    from xelm.evaluation.results import Results, Summary
     from xelm.runs.nearest import Relatives
     from xelm.runs.status import Progress
 
@@ -46,7 +47,7 @@ def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[
 
 
 def _windows(record: Mapping[str, Any]) -> str:
-    """How documents were read; nothing of an evaluation by an earlier version."""
+    """How long documents were read; empty for an evaluation by an earlier version."""
     if "context_length" not in record:
         return ""
     length, stride = record["context_length"], record["stride"]
@@ -105,28 +106,16 @@ def _by_language(results: "Results", routings: Sequence[str], seed_languages: Se
 
 
 def texts(found: "Sequence[TextStats]") -> str:
-    """One line a language: its size, how the tokenizer spells it, exact copies and, where it was
-    compared, the share that stands in the text that was trained on."""
-    compared = any(text.compared is not None for text in found)
-    lines = [
-        f"{'text':18}{'documents':>11}{'tokens':>13}{'bytes':>14}{'tokens/char':>13}{'unknown':>9}"
-        f"{'byte pieces':>13}{'copies':>8}" + (f"{'trained on':>12}" if compared else "")
-    ]
-
-    def share(value: float | None, mark: str = "") -> str:
-        return "-" if value is None else f"{value:.1%}{mark}"
-
+    """One line for each language: the size of its text, how the tokenizer spells it, exact copies
+    and, where it was compared, the share that is in the training text."""
+    titles = ("documents", "tokens", "bytes", "tokens/char", "unknown", "byte pieces", "copies")
+    widths = (11, 13, 14, 13, 9, 13, 8)
+    if any(text.compared is not None for text in found):
+        titles, widths = (*titles, "trained on"), (*widths, 12)
+    lines = [_line("text", titles, widths)]
     for text in found:
-        rate, copies = text.tokens_per_character, text.duplicates
-        cells = [
-            f"{text.tokens:>13,}{text.bytes:>14,}",
-            f"{'-' if rate is None else f'{rate:.2f}':>13}",
-            f"{share(text.unknown_share, '?' * text.unspelled):>9}{share(text.byte_share):>13}",
-            f"{'-' if copies is None else f'{copies:,}':>8}",
-            f"{share(text.trained_share, '!' * text.trained):>12}" if compared else "",
-        ]
         name = f"{text.language:4} {english_name(text.language)[:13]:13}"
-        lines.append((f"{name}{text.documents:>11,}" + "".join(cells)).rstrip())
+        lines.append(_line(name, text_cells(text), widths))
     return "\n".join(lines)
 
 
@@ -136,40 +125,28 @@ def _systems(summaries: "Sequence[Summary]") -> str:
     shown.sort(key=lambda each: (each.system == "ensemble", each.routing not in (None, DEFAULT)))
     if not shown:
         return ""
-    count = len(shown[0].languages)
-    lines = [
-        f"{f'mean of {count}':18}{'bits/B':>8}{'in 95 %':>15}{'above dense':>13}{'in 95 %':>17}"
-        f"{'right':>8}{'ECE':>7}{'Brier':>7}"
-    ]
-    for each in shown:
-        line = f"{_title(each):18}{each.bits_per_byte.value:>8.3f}"
-        line += f"{_within(each.bits_per_byte.interval):>15}"
-        above = each.above_dense
-        line += f"{'-':>13}{'':>17}" if above is None else f"{above.value:>+13.3f}"
-        line += "" if above is None else f"{_within(above.interval, '+'):>17}"
-        known = each.calibration
-        cells = (known.accuracy, known.ece, known.brier) if known else (None, None, None)
-        line += "".join(
-            f"{'-' if cell is None else f'{cell:.3f}':>{width}}"
-            for cell, width in zip(cells, (8, 7, 7))
-        )
-        lines.append(line)
+    titles = ("bits/B", "in 95 %", "above dense", "in 95 %", "right", "ECE", "Brier")
+    widths = (8, 15, 13, 17, 8, 7, 7)
+    lines = [_line(f"mean of {len(shown[0].languages)}", titles, widths)]
+    lines += [_line(_title(each), score_cells(each), widths) for each in shown]
     return "\n".join(lines)
 
 
 def _routers(summaries: "Sequence[Summary]") -> str:
-    """What each router made of all tokens."""
-    lines = []
-    for each in sorted(summaries, key=lambda each: each.routing != DEFAULT):
-        if (found := each.router) is None:
-            continue
-        regret = "-" if found.regret is None else f"{found.regret:+.3f}"
-        lines.append(
-            f"{_title(each):18}{found.accuracy:>8.1%}{found.ece:>8.3f}{found.entropy:>10.3f}"
-            f"{found.experts_read:>8.2f}{regret:>10}"
-        )
-    title = f"{'router':18}{'right':>8}{'ECE':>8}{'entropy':>10}{'read':>8}{'regret':>10}"
-    return "\n".join([title, *lines]) if lines else ""
+    """Statistics of each router over all tokens."""
+    shown = [each for each in summaries if each.router is not None]
+    if not shown:
+        return ""
+    titles, widths = ("right", "ECE", "entropy", "read", "regret"), (8, 8, 10, 8, 10)
+    lines = [_line("router", titles, widths)]
+    for each in sorted(shown, key=lambda each: each.routing != DEFAULT):
+        lines.append(_line(_title(each), router_cells(each), widths))
+    return "\n".join(lines)
+
+
+def _line(name: str, cells: Sequence[str], widths: Sequence[int]) -> str:
+    """A name in 18 columns, and cells at the right of columns of these widths."""
+    return f"{name:18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
 
 
 def _by_expert(found: "Results", seed_languages: Sequence[str]) -> Iterator[str]:
@@ -212,12 +189,8 @@ def _title(each: "Summary") -> str:
 
 
 def _by(routing: str) -> str:
-    # By language the router is told what it would otherwise have to find out.
+    # Routing by language is given the language, which other routers must detect.
     return "told language" if routing == "language" else f"by {routing}"
-
-
-def _within(interval: "Interval | None", sign: str = "") -> str:
-    return "" if interval is None else f"{interval[0]:{sign}.3f}..{interval[1]:{sign}.3f}"
 
 
 def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:

@@ -27,6 +27,11 @@ class System(NamedTuple):
     routing: str | None = None
     """Routing of the ensemble; None for a single model."""
 
+    @property
+    def title(self) -> str:
+        """Name for readers, such as `ensemble by learned`."""
+        return f"{self.name} by {self.routing}" if self.routing else self.name
+
 
 SEED, DENSE = System("seed"), System("dense")
 

@@ -1,8 +1,6 @@
 """Rows and summaries from what was measured of every document, with intervals."""
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -23,8 +21,6 @@ from xelm.evaluation.results import (
     Summary,
     System,
 )
-
-T = TypeVar("T")
 
 
 class CalibrationSums(NamedTuple):
@@ -79,6 +75,9 @@ class RouterSums(NamedTuple):
         )
 
 
+Sums = TypeVar("Sums", CalibrationSums, RouterSums)
+
+
 @dataclass(kw_only=True, slots=True)
 class Measurement:
     """What was measured of one system on the documents of one language."""
@@ -125,9 +124,7 @@ def summarise(
         sums = resampled(np.stack([*nats, tokens[tag], sizes[tag]]), tag)
         sums[-1] = np.maximum(sums[-1], 1)  # where only empty documents were drawn
         total = int(sizes[tag].sum())
-        best = [
-            found[name, None].nats.sum() for name in background.experts if (name, None) in found
-        ]
+        best = [found[name].nats.sum() for name in map(System, background.experts) if name in found]
         known = len(best) == len(background.experts)
         for number, (system, one) in enumerate(found.items()):
             nll = float(one.nats.sum())
@@ -247,6 +244,9 @@ class _Table:
         return Estimate(float(found[0]), interval(found[1:], documents))
 
 
-def total_of(parts: Sequence[T]) -> T | None:
-    """The sum of several; None of none."""
-    return functools.reduce(operator.add, parts) if parts else None
+def total_of(parts: Sequence[Sums]) -> Sums | None:
+    """The sum of several; None if there are none."""
+    total = None
+    for part in parts:
+        total = part if total is None else total + part
+    return total

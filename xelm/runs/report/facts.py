@@ -10,7 +10,7 @@ from clustering.files import read_object
 from experts.expert import Expert
 from experts.registry import Registry
 from xelm.data.text_stats import TextStats
-from xelm.evaluation.results import Summary
+from xelm.evaluation.results import DENSE, SEED, Summary, System
 from xelm.inference.routing import DEFAULT
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
@@ -19,22 +19,6 @@ from xelm.runs.run import Run
 from xelm.training.metrics import read_metrics
 
 _GREY = "#888888"
-
-
-class System(NamedTuple):
-    """What was evaluated, as in results.json."""
-
-    name: str
-    routing: str | None = None
-    """Routing of the ensemble; None for a single model."""
-
-    @property
-    def title(self) -> str:
-        """For people."""
-        return f"{self.name} by {self.routing}" if self.routing else self.name
-
-
-SEED, DENSE = System("seed"), System("dense")
 
 
 class Score(NamedTuple):

@@ -3,7 +3,8 @@
 import shlex
 from typing import NamedTuple
 
-from xelm.runs.report.facts import DENSE, Facts, System
+from xelm.evaluation.results import DENSE, System
+from xelm.runs.report.facts import Facts
 from xelm.runs.report.words import listed, plural
 
 

@@ -11,8 +11,9 @@ from clustering import geography, maps, uriel
 from clustering.clustering import Clustering
 from clustering.distances import Distances
 from clustering.languages import english_name
+from xelm.evaluation.results import DENSE, SEED, System
 from xelm.runs.report import figures
-from xelm.runs.report.facts import DENSE, SEED, Facts, System
+from xelm.runs.report.facts import Facts
 from xelm.runs.report.figures import INK, LEGEND_COLUMNS, ROOM_FOR_NUMBERS, Curve
 from xelm.runs.report.missing import Missing
 from xelm.runs.report.words import plural

@@ -8,10 +8,11 @@ import numpy as np
 
 from clustering.clustering import Clustering
 from xelm.data.corpus import Corpus
-from xelm.evaluation.results import Estimate
-from xelm.runs.report.facts import DENSE, SEED, Facts, Group, System
+from xelm.evaluation.cells import router_cells, score_cells, text_cells
+from xelm.evaluation.results import DENSE, SEED, System
+from xelm.runs.report.facts import Facts, Group
 from xelm.runs.report.verdict import Comparison
-from xelm.runs.report.words import count, signed
+from xelm.runs.report.words import count, signed, typeset
 
 
 def sizes(facts: Facts) -> list[tuple[str, str]]:
@@ -52,45 +53,27 @@ def language_table(
 
 
 def text_table(facts: Facts) -> list[list[str]]:
-    """What was found of the evaluated text, a row a language; none before an evaluation."""
+    """Statistics of the evaluated text, a row for each language; none before an evaluation."""
     rows = []
     for tag in facts.evaluated:
-        if (text := facts.texts.get(tag)) is None:
-            continue
-        rate = text.tokens_per_character
-        cells = [tag, f"{text.documents:,}", "–" if rate is None else f"{rate:.2f}"]
-        cells += [_share(text.unknown_share, "?" * text.unspelled), _share(text.byte_share)]
-        rows.append([*cells, _share(text.trained_share, "!" * text.trained)])
+        if tag in facts.texts:
+            documents, _, _, rate, unknown, byte_pieces, _, trained = text_cells(facts.texts[tag])
+            shown = (documents, rate, unknown, byte_pieces, trained)
+            rows.append([tag, *map(typeset, shown)])
     return rows
-
-
-def _share(value: float | None, mark: str = "") -> str:
-    return "–" if value is None else f"{value:.1%}{mark}"
 
 
 def certainty_table(facts: Facts) -> list[list[str]]:
-    """Means with intervals, calibration, and what routers made of the text, by system; empty before
-    an evaluation."""
+    """Means with intervals, calibration, and statistics of routers, by system; empty before an
+    evaluation."""
     rows = []
     for each in facts.summaries:
         system = System(each.system, each.routing)
-        if system not in facts.systems:
-            continue
-        known, router = each.calibration, each.router
-        cells = [system.title, f"{each.bits_per_byte.value:.3f}", _within(each.bits_per_byte)]
-        above = each.above_dense
-        cells += [signed(above.value, 3), _within(above, "+")] if above else ["–", "–"]
-        cells += [f"{known.ece:.3f}", f"{known.brier:.3f}"] if known else ["–", "–"]
-        cells += [f"{router.accuracy:.1%}", f"{router.experts_read:.2f}"] if router else ["–", "–"]
-        regret = router and router.regret
-        rows.append([*cells, "–" if regret is None else signed(regret, 3)])
+        if system in facts.systems:
+            *bits, _, error, brier = score_cells(each)
+            right, _, _, read, regret = router_cells(each)
+            rows.append([system.title, *map(typeset, (*bits, error, brier, right, read, regret))])
     return rows
-
-
-def _within(estimate: Estimate, sign: str = "") -> str:
-    if estimate.interval is None:
-        return "–"
-    return " to ".join(f"{end:{sign}.3f}" for end in estimate.interval).replace("-", "−")
 
 
 def cluster_table(facts: Facts, comparison: Comparison | None) -> list[dict[str, Any]]:

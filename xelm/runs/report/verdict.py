@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xelm.evaluation.results import DENSE, SEED, System
 from xelm.inference.routing import DEFAULT
-from xelm.runs.report.facts import DENSE, SEED, Facts, Score, System
+from xelm.runs.report.facts import Facts, Score
 from xelm.runs.report.words import language_name, listed, named, perplexity, plural, signed
 
 # Budgets are whole steps, so dense and experts never see exactly the same number of tokens.

@@ -18,6 +18,11 @@ def signed(value: float, digits: int = 1) -> str:
     return text.replace("-", "−") if float(text) else text[1:]
 
 
+def typeset(cell: str) -> str:
+    """A cell of a table for the terminal as the page shows it: with minus signs and dashes."""
+    return "–" if cell in ("", "-") else cell.replace("..", " to ").replace("-", "−")
+
+
 def count(number: float) -> str:
     """A number of tokens or parameters for people: 950, 590 k, 1.2 M, 3 B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
