@@ -169,10 +169,14 @@ def test_stops_end_the_text(client, ensemble, tiny):
         (
             {"model": "xelm", "prompt": "a", "temperature": -1},
             400,
-            "temperature at least 0; got -1",
+            "temperature must be at least 0; got -1",
         ),
         (b'{"model": "xelm", "prompt": "a", "temperature": NaN}', 400, "finite number; got nan"),
-        ({"model": "xelm", "prompt": "a", "top_p": 0}, 400, "top_p above 0 and at most 1; got 0"),
+        (
+            {"model": "xelm", "prompt": "a", "top_p": 0},
+            400,
+            "top_p must be above 0 and at most 1; got 0",
+        ),
         ({"model": "xelm", "prompt": "a", "max_tokens": -1}, 400, "max_tokens: Input should be"),
         ({"model": "xelm", "prompt": "a", "max_tokens": 9999}, 400, "leaves this model of 64 room"),
         ({"model": "xelm", "prompt": "ab " * 100, "max_tokens": 4}, 400, "leaves this model of 64"),
