@@ -186,7 +186,11 @@ def test_stops_end_the_text(client, ensemble, tiny):
             400,
             "stop: wanted a text or at most",
         ),
-        ({"model": "xelm", "prompt": "a", "stop": ""}, 400, "stop strings that are not empty"),
+        (
+            {"model": "xelm", "prompt": "a", "stop": ""},
+            400,
+            "stop must be strings that are not empty",
+        ),
         ({"model": "xelm", "prompt": "a", "stop": "x" * 400_000}, 400, "of at most 256 characters"),
         ({"model": "xelm", "prompt": "a" * 100_000}, 400, "a prompt of 100,000 characters is long"),
         (
