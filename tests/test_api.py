@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 import xelm
+from clustering.clustering import Clustering
 from clustering.errors import UserError
 from xelm import Run, open_run
 from xelm.commands import COMMANDS
@@ -45,6 +46,14 @@ def test_a_run_is_read_and_measured_by_its_methods(copy):
     assert run.nearest("pt", ["typology"], ["es", "en"])[0].language == "es"
     results = run.evaluate(copy.held_out, routings=["language"], max_documents=1, languages=["de"])
     assert {row.language for row in results.rows} == {"de"}
+
+
+def test_documents_of_a_run_are_clustered_as_by_the_command(xelm, tiny, tmp_path, undrawn):
+    given = ("--method", "tfidf", "--run", tiny.directory, "-k", 2, "--random-seed", 3)
+    assert xelm("cluster", *given, "--out", tmp_path / "clusters").code == 0
+    found = open_run(tiny.directory).cluster_documents(2, random_seed=3)
+    assert found.of_documents and len(found.clusters) == 2
+    assert Clustering.load(tmp_path / "clusters") == found
 
 
 def test_a_training_that_cannot_be_is_refused_by_name(tiny):

@@ -150,6 +150,15 @@ class Run(runs.Run):
 
         return progress(self)
 
+    def cluster_documents(
+        self, k: int, languages: Sequence[str] | None = None, *, random_seed: int = 0
+    ) -> Clustering:
+        """k clusters of the documents of the RUN's corpus by TF-IDF, to branch on. languages: those
+        of the documents; None: all. `clustering` clusters languages."""
+        from xelm.runs.cluster import documents_of_run
+
+        return documents_of_run(self, k, languages, random_seed=random_seed)
+
     def nearest(
         self,
         language: str,
