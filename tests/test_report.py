@@ -276,7 +276,7 @@ def test_the_verdict_of_a_better_ensemble(full):
     )
     assert sentences[1] == (
         "The mean perplexity over 6 languages of the RUN's corpus is 125.0 for the seed, 66.7 for "
-        "dense training, and 60.0 for the ensemble (routing by language, which is told the "
+        "dense training, and 60.0 for the ensemble (routing by language, which is given the "
         "language)."
     )
     ratios = [SCORES[tag][2] / SCORES[tag][1] for tag in LANGUAGES]
@@ -303,7 +303,7 @@ def test_the_headline_is_of_the_default_routing_and_the_best_is_told_as_such(tmp
     )
     assert "73.3 for the ensemble (routing by learned, the default)." in sentences[1]
     assert sentences[2] == (
-        "Of 3 routings the lowest on this text is that by language, which is told the language: "
+        "Of 3 routings the lowest on this text is that by language, which is given the language: "
         "60.0."
     )
 

@@ -53,5 +53,5 @@ def test_the_default_routing_is_the_first_of_the_printed_table(tmp_path):
     shown = tables.results(read_results(run_with(tmp_path, rows)), routings[1:], ["en"])
     heads = shown.splitlines()[1].split("  ")
     assert [head.strip() for head in heads if head.strip()] == [
-        *("seed", "by learned", "told language")
+        *("seed", "by learned", "true language")
     ]

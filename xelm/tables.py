@@ -24,8 +24,8 @@ _PAGE = 110
 
 
 _MARKS = {
-    "?": "? more than 1% of the characters are unknown to the tokenizer: says nothing, in no mean",
-    "!": "! more than 1% of the documents stand in the text that was trained on",
+    "?": "? more than 1% of the characters are unknown to the tokenizer: means nothing, in no mean",
+    "!": "! more than 1% of the documents are in the text that was trained on",
 }
 
 
@@ -190,7 +190,7 @@ def _title(each: "Summary") -> str:
 
 def _by(routing: str) -> str:
     # Routing by language is given the language, which other routers must detect.
-    return "told language" if routing == "language" else f"by {routing}"
+    return "true language" if routing == "language" else f"by {routing}"
 
 
 def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from xelm.runs.report.words import language_name, listed, named, perplexity, plu
 
 # Budgets are whole steps, so dense and experts never see exactly the same number of tokens.
 _EQUAL_COMPUTE = 0.05
-_SPOKEN = {SEED: "the seed", DENSE: "dense training"}
+_NAMES = {SEED: "the seed", DENSE: "dense training"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ def compare(facts: Facts) -> Comparison | None:
 
 
 def verdict(facts: Facts, comparison: Comparison | None) -> list[str]:
-    """What came out, in sentences, the most important first."""
+    """The result in sentences, the most important first."""
     if not facts.scores:
         return ["This RUN has not been evaluated yet, so nothing is known about its quality."]
     if not facts.ensembles:
@@ -98,14 +98,14 @@ def verdict(facts: Facts, comparison: Comparison | None) -> list[str]:
 
 
 def _doubts(facts: Facts) -> Iterator[str]:
-    """What is wrong with the text that was evaluated, before any figure of it."""
+    """Sentences on faults of the evaluated text, which come before any score."""
     trained = facts.marked("!")
     if trained:
         shares = [
             f"{language_name(tag)} {facts.texts[tag].trained_share or 0:.0%}" for tag in trained
         ]
         yield (
-            "These figures are not of held-out text: documents stand in the text that was trained "
+            "These figures are not of held-out text: documents are in the text that was trained "
             f"on, as they are or nearly so ({listed(shares)}). They are marked !."
         )
     unspelled = facts.marked("?")
@@ -115,7 +115,7 @@ def _doubts(facts: Facts) -> Iterator[str]:
         ]
         yield (
             f"The tokenizer does not know the characters of {listed(shares)}: perplexities there "
-            "say nothing, are marked ? and are in no mean."
+            "mean nothing, are marked ? and are in no mean."
         )
 
 
@@ -134,7 +134,7 @@ def _headline(comparison: Comparison, trained: Sequence[str]) -> str:
     else:
         part = f"in {len(known)} of {plural(len(comparison.languages), 'language')}"
         subject = f"On text that was trained on {part}, the ensemble"
-    count, change, other = len(comparison.ratios), comparison.change, _SPOKEN[comparison.baseline]
+    count, change, other = len(comparison.ratios), comparison.change, _NAMES[comparison.baseline]
     better = sum(ratio < 1 for ratio in comparison.ratios)
     share = f"{'only ' if 2 * better < count else ''}{better}" if better else "none"
     wins = f"it is better in {share} of {plural(count, 'language')}"
@@ -152,20 +152,20 @@ def _numbers(comparison: Comparison, ensembles: Sequence[System]) -> Iterator[st
     means, ratios, ensemble = comparison.means, comparison.ratios, comparison.ensemble
     before = ", ".join(
         f"{perplexity(means[system].perplexity)} for {name}"
-        for system, name in _SPOKEN.items()
+        for system, name in _NAMES.items()
         if system in means
     )
     usual = ", the default" if ensemble.routing == DEFAULT else ""
     yield (
         f"The mean perplexity over {plural(len(ratios), 'language')} of the RUN's corpus is "
         f"{before}, and {perplexity(means[ensemble].perplexity)} for the ensemble (routing by "
-        f"{ensemble.routing}{usual}{_told(ensemble)})."
+        f"{ensemble.routing}{usual}{_given(ensemble)})."
     )
     best = min(ensembles, key=lambda system: means[system].perplexity)
     if best != ensemble:
         yield (
             f"Of {len(ensembles)} routings the lowest on this text is that by {best.routing}"
-            f"{_told(best)}: {perplexity(means[best].perplexity)}."
+            f"{_given(best)}: {perplexity(means[best].perplexity)}."
         )
     if len(ratios) > 1:
         typical = 100 * math.expm1(sum(map(math.log, ratios)) / len(ratios))
@@ -175,8 +175,8 @@ def _numbers(comparison: Comparison, ensembles: Sequence[System]) -> Iterator[st
         )
 
 
-def _told(ensemble: System) -> str:
-    return ", which is told the language" if ensemble.routing == "language" else ""
+def _given(ensemble: System) -> str:
+    return ", which is given the language" if ensemble.routing == "language" else ""
 
 
 def _compute(facts: Facts, comparison: Comparison) -> Iterator[str]:
@@ -196,20 +196,22 @@ def _compute(facts: Facts, comparison: Comparison) -> Iterator[str]:
 
 
 def _outside(facts: Facts, comparison: Comparison) -> Iterator[str]:
-    """What happened to the languages that are not in the means."""
+    """Sentences on the languages that are not in the means."""
     if facts.grown:
         yield (
             f"The ensemble also holds {plural(len(facts.grown), 'grown expert')} "
             f"({listed([expert.name for expert in facts.grown])}), trained on "
             f"{sum(expert.tokens for expert in facts.grown):,} tokens more."
         )
-    told = [
+    changes = [
         f"{language_name(tag)} {signed(change)} %"
         for tag in dict.fromkeys(tag for expert in facts.grown for tag in expert.languages)
         if (change := comparison.change_over([tag], SEED)) is not None
     ]
-    if told:
-        yield f"Perplexity of the grown languages, from the seed to the ensemble: {listed(told)}."
+    if changes:
+        yield (
+            f"Perplexity of the grown languages, from the seed to the ensemble: {listed(changes)}."
+        )
     known = (*comparison.languages, *facts.marked("?"))
     outside = [tag for tag in facts.evaluated if tag not in known]
     if outside:
