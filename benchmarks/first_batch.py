@@ -18,6 +18,7 @@ import numpy as np
 from clustering.files import write_json
 from xelm.data.rows import LanguageShare, batches
 from xelm.data.store import FORMAT, open_store, shuffled
+from xelm.data.text_format import TextFormat
 
 
 def main() -> None:
@@ -59,8 +60,7 @@ def _first(folder: str) -> float:
             steps=1000,
             batch_size=64,
             sequence_length=512,
-            start_id=1,
-            end_id=2,
+            text_format=TextFormat(start_id=1, end_id=2),
             random_seed=0,
         )
     )

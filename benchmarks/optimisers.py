@@ -18,7 +18,6 @@ from xelm.models.parameters import fresh_parameters
 from xelm.process import prepare
 from xelm.runs.run import Run, open_run
 from xelm.runs.shares import dense_shares
-from xelm.runs.train import text_format
 from xelm.training.loop import train
 from xelm.training.metrics import read_metrics
 from xelm.training.trainer import TrainingSpec
@@ -66,7 +65,7 @@ def _loss(run: Run, tokens: int, changes: dict) -> float:
             config=config,
             directory=Path(folder),
         )
-        train(training, model, text_format(run, model))
+        train(training, model, run.tokenizer().text_format)
         losses = [line["loss"] for line in read_metrics(Path(folder) / "metrics.jsonl")]
     return statistics.mean(losses[-max(1, len(losses) // 10) :])
 

@@ -140,8 +140,7 @@ def _scores(run: Run, texts: dict[str, list[str]]):
                 model,
                 read_for_inference(directory, model),
                 [document for kind in KINDS for document in ids[kind]],
-                start_id=tokenizer.start_id,
-                end_id=tokenizer.end_id,
+                text_format=tokenizer.text_format,
                 context_length=run.context_length,
             )
         )

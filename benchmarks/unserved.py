@@ -123,14 +123,12 @@ def scores_of(
             model,
             read_for_inference(directory, model),
             documents,
-            start_id=tokenizer.start_id,
-            end_id=tokenizer.end_id,
+            text_format=tokenizer.text_format,
             context_length=run.context_length,
-            mask_id=tokenizer.mask_id,
         )
         for directory in systems.values()
     ]
-    wanted = [targets(model, ids, tokenizer.end_id) for ids in documents]
+    wanted = [targets(model, ids, tokenizer.text_format) for ids in documents]
     return list(systems), wanted, [np.stack(rows).astype(float) for rows in zip(*found)]
 
 

@@ -12,6 +12,7 @@ from small_training import CONFIG, MODEL, SHARES, SOURCES, source
 from clustering.errors import UserError
 from xelm.config import vary
 from xelm.data.rows import LanguageRows
+from xelm.data.text_format import TextFormat
 from xelm.presets import quickstart
 from xelm.progress import duration
 from xelm.runs import budget
@@ -50,8 +51,7 @@ def test_passes_are_the_rows_that_are_read_over_the_rows_there_are():
         rows = LanguageRows(
             one,
             sequence_length=CONFIG.sequence_length,
-            start_id=1,
-            end_id=2,
+            text_format=TextFormat(start_id=1, end_id=2),
             random_seed=0,
             language_index=0,
         )

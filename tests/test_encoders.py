@@ -12,11 +12,12 @@ from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFa
 
 from clustering.errors import UserError
 from xelm import open_run
-from xelm.data.masking import Masking, mask_tokens
+from xelm.data.masking import mask_tokens
+from xelm.data.text_format import TextFormat
 from xelm.inference.scoring import APART, score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 
-MASKING = Masking(mask_id=3, usual_ids=np.arange(4, 50))
+MASKED = TextFormat(start_id=1, end_id=2, mask_id=3, ordinary_ids=np.arange(4, 50))
 
 
 def batch(rows=64, length=100):
@@ -35,7 +36,7 @@ def batch(rows=64, length=100):
 
 def test_so_many_tokens_are_hidden_and_mostly_behind_the_mask():
     given = batch()
-    found = mask_tokens(given, MASKING, 0.15, random_seed=0, step=1)
+    found = mask_tokens(given, MASKED, 0.15, random_seed=0, step=1)
     tokens, inputs = found["tokens"], found["inputs"]
     assert tokens.shape == inputs.shape == (64, 100)
     assert found["places"].shape == found["chosen"].shape == (64, 15)
@@ -61,7 +62,7 @@ def test_so_many_tokens_are_hidden_and_mostly_behind_the_mask():
 
 def test_what_is_hidden_depends_on_seed_and_step_alone():
     def inputs(seed, step):
-        return mask_tokens(batch(), MASKING, 0.3, seed, step)["inputs"]
+        return mask_tokens(batch(), MASKED, 0.3, seed, step)["inputs"]
 
     np.testing.assert_array_equal(inputs(0, 1), inputs(0, 1))
     assert (inputs(0, 1) != inputs(0, 2)).any() and (inputs(0, 1) != inputs(1, 1)).any()
@@ -77,10 +78,8 @@ def test_each_token_is_predicted_from_those_that_are_not_hidden_with_it(name, tm
         model,
         read_for_inference(pair.directory, model),
         documents,
-        start_id=1,
-        end_id=2,
+        text_format=MASKED,
         context_length=40,
-        mask_id=3,
     )
     for ids, scores in zip(documents, found):
         assert len(scores) == len(ids)
@@ -265,4 +264,4 @@ def test_an_encoder_whose_tokenizer_has_no_mask_is_refused(encoders):
     tokenizer = open_run(encoders).tokenizer()
     tokenizer.mask_id = None
     with pytest.raises(UserError, match="has no mask token, which an encoder needs"):
-        tokenizer.masking()
+        tokenizer.check_mask()

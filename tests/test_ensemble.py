@@ -10,6 +10,7 @@ import pytest
 
 from clustering.errors import UserError
 from xelm import open_run
+from xelm.data.text_format import TextFormat
 from xelm.inference.decoder import PIECES, ROWS, Decoder, _next_of
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
@@ -158,7 +159,11 @@ def alone(model):
 
 def scored(model, parameters, documents, length=LENGTH):
     return score_documents(
-        model, parameters, documents, start_id=1, end_id=2, context_length=length
+        model,
+        parameters,
+        documents,
+        text_format=TextFormat(start_id=1, end_id=2),
+        context_length=length,
     )
 
 
@@ -192,8 +197,7 @@ def test_progress_counts_every_predicted_token(model, experts, documents):
         model,
         experts[0],
         documents,
-        start_id=1,
-        end_id=2,
+        text_format=TextFormat(start_id=1, end_id=2),
         context_length=LENGTH,
         progress=told.append,
     )

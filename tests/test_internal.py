@@ -21,7 +21,6 @@ from xelm.runs import updates
 from xelm.runs.distances import Sources, measured
 from xelm.runs.features import features
 from xelm.runs.run import open_run
-from xelm.runs.train import text_format
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 
@@ -192,7 +191,7 @@ def test_updates_of_a_run_are_what_training_changed(tiny, tmp_path):
             config=config,
             directory=tmp_path / tag,
         )
-        after = train(training, model, text_format(run, model)).parameters["blocks"]
+        after = train(training, model, run.tokenizer().text_format).parameters["blocks"]
         moved[tag] = {
             name: np.asarray(after[name]["weight"]) - np.asarray(before[name]["weight"])
             for name in ("up", "gate", "down")

@@ -7,12 +7,14 @@ import pytest
 import torch
 from hub_models import CONFIGS, random_tokens, saved
 
+from xelm.data.text_format import TextFormat
 from xelm.inference import predictions
 from xelm.inference.predictions import predict_documents
 from xelm.inference.scoring import APART, targets
 from xelm.models.checkpoint import read_config, read_for_inference
 
-OPTIONS = {"start_id": 1, "end_id": 2, "context_length": 40, "mask_id": 3}
+FORMAT = TextFormat(start_id=1, end_id=2, mask_id=3)
+OPTIONS = {"text_format": FORMAT, "context_length": 40}
 
 
 def distributions(pair, model, ids):
@@ -44,7 +46,7 @@ def test_guesses_are_those_of_the_distributions(name, tmp_path, monkeypatch):
     # Several chunks, the last one not full.
     monkeypatch.setattr(predictions, "VALUES_AT_ONCE", 17 * 4 * model.vocabulary_size)
     documents = [random_tokens((length,), seed=length) for length in (21, 3, 0, 30)]
-    wanted = [targets(model, ids, 2) for ids in documents]
+    wanted = [targets(model, ids, FORMAT) for ids in documents]
     wanted[-1] = wanted[-1][:25]  # of a sample that ends within a document
     weights = np.random.default_rng(0).uniform(size=(2, sum(map(len, wanted)), 2))
     weights[1, :, 1] = 0  # one way leaves it all to the first

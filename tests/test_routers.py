@@ -12,6 +12,7 @@ from shared import documents_of, full
 from clustering.errors import UserError
 from clustering.identify import LONGEST
 from xelm import open_run
+from xelm.data.text_format import TextFormat
 from xelm.inference.generation import generate
 from xelm.inference.routers import OrMixture, uniform
 from xelm.inference.routing import Routing
@@ -133,8 +134,7 @@ def nats_of(run, directory, texts):
         model,
         read_for_inference(directory, model),
         [np.asarray(ids) for ids in tokenizer.encode(texts)],
-        start_id=tokenizer.start_id,
-        end_id=tokenizer.end_id,
+        text_format=tokenizer.text_format,
         context_length=run.config.experts.sequence_length,
     )
     return [-found.sum() for found in scores]
@@ -360,8 +360,7 @@ def test_a_template_and_a_system_prompt_do_not_move_the_posterior(copy, memory):
             ensemble.model,
             parameters,
             [np.asarray(ids)],
-            start_id=None,
-            end_id=2,
+            text_format=TextFormat(start_id=None, end_id=2),
             context_length=ensemble.model.max_length,
         )
         counted = scores[:-1][np.asarray(mask)]

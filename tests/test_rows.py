@@ -9,6 +9,7 @@ from clustering.errors import UserError
 from xelm.data import rows as row_module
 from xelm.data.rows import LanguageRows, LanguageShare, batches, sampling_shares
 from xelm.data.store import TokenizedLanguage, shuffled
+from xelm.data.text_format import TextFormat
 from xelm.training.step import target_weights
 
 START, END = 1, 2
@@ -40,8 +41,7 @@ def rows_of(
     return LanguageRows(
         found,
         sequence_length=length,
-        start_id=start_id,
-        end_id=END,
+        text_format=TextFormat(start_id=start_id, end_id=END),
         random_seed=seed,
         language_index=0,
     )
@@ -134,8 +134,7 @@ def mixed(shares: dict[str, float], *, steps=40, batch_size=5, seed=0, first_ste
             steps=steps,
             batch_size=batch_size,
             sequence_length=length,
-            start_id=START,
-            end_id=END,
+            text_format=TextFormat(start_id=START, end_id=END),
             random_seed=seed,
             first_step=first_step,
         )
@@ -253,8 +252,7 @@ def test_a_source_without_documents_is_refused():
             steps=1,
             batch_size=1,
             sequence_length=4,
-            start_id=START,
-            end_id=END,
+            text_format=TextFormat(start_id=START, end_id=END),
             random_seed=0,
         )
 

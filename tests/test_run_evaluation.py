@@ -130,8 +130,7 @@ def along(ensemble, text):
         ensemble.model,
         ensemble.parameters[index],
         [np.asarray(ids)],
-        start_id=ensemble.tokenizer.start_id,
-        end_id=ensemble.tokenizer.end_id,
+        text_format=ensemble.tokenizer.text_format,
         context_length=32,
     )
     return np.concatenate([[0.0], -np.cumsum(scores.astype(float))])[:-1]

@@ -18,6 +18,7 @@ from small_training import (
 from clustering.errors import UserError
 from xelm.config import vary
 from xelm.data.rows import ORIGIN, batches
+from xelm.data.text_format import TextFormat
 from xelm.training import loop, spike_guard
 from xelm.training.compiled import compile_steps
 from xelm.training.sharding import make_mesh
@@ -41,8 +42,7 @@ def batches_of(config):
         steps=config.steps,
         batch_size=config.batch_size,
         sequence_length=config.sequence_length,
-        start_id=1,
-        end_id=2,
+        text_format=TextFormat(start_id=1, end_id=2),
         random_seed=config.random_seed,
     )
     return list(found)

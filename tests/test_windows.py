@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from clustering.errors import UserError
 from xelm import open_run
+from xelm.data.text_format import TextFormat
 from xelm.evaluation.options import EvaluationOptions
 from xelm.inference import scoring
 from xelm.inference.scoring import score_documents
@@ -55,8 +56,7 @@ def test_windows_are_those_of_transformers(pair, context_length, stride, start_i
         model,
         read_for_inference(pair.directory, model),
         documents,
-        start_id=start_id,
-        end_id=END,
+        text_format=TextFormat(start_id=start_id, end_id=END),
         context_length=context_length,
         stride=stride,
     )

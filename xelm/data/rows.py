@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from clustering.errors import UserError
 from xelm.data.store import FRAME, TokenizedLanguage
+from xelm.data.text_format import TextFormat
 
 ORIGIN = ("language", "row")
 """Where a row of a batch comes from: the index of its source, and its number there."""
@@ -43,14 +44,13 @@ class LanguageRows:
         source: LanguageShare,
         *,
         sequence_length: int,
-        start_id: int | None,
-        end_id: int,
+        text_format: TextFormat,
         random_seed: int,
         language_index: int,
     ):
         self.ids = ids = source.ids
-        self.start, self.end = [] if start_id is None else [start_id], [end_id]
-        frame = len(self.start) + len(self.end)
+        self.text_format = text_format
+        frame = len(text_format.framed([]))
         if source.documents is None:
             self.order, self.ends = ids.order, ids.stream_ends
             if frame != FRAME:  # which the store counts with
@@ -86,9 +86,7 @@ class LanguageRows:
         filled, segment = 0, 0
         while filled < size and document < len(self.ends):
             begin = int(self.ends[document - 1]) if document else 0
-            framed = np.concatenate(
-                [self.start, self.ids.document(self.order[document]), self.end]
-            ).astype(np.int64)
+            framed = self.text_format.framed(self.ids.document(self.order[document]))
             piece = framed[start + filled - begin :][: size - filled]
             segment += 1
             part = slice(filled, filled + len(piece))
@@ -111,8 +109,7 @@ def batches(
     steps: int,
     batch_size: int,
     sequence_length: int,
-    start_id: int | None,
-    end_id: int,
+    text_format: TextFormat,
     random_seed: int,
     first_step: int = 0,
 ) -> Any:
@@ -128,8 +125,7 @@ def batches(
         rows = LanguageRows(
             source,
             sequence_length=sequence_length,
-            start_id=start_id,
-            end_id=end_id,
+            text_format=text_format,
             random_seed=random_seed,
             language_index=index,
         )

@@ -1,17 +1,32 @@
-"""How rows of token ids are made of documents."""
+"""Special tokens around and within the text that models read, as a plain value."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from xelm.data.masking import Masking
+import numpy as np
+from jaxtyping import Int, Integer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextFormat:
-    """Special tokens around each document, and what masking needs to know of the tokenizer."""
+    """Ids of the special tokens with which models read text; made by `Tokenizer.text_format`."""
 
     start_id: int | None
-    """Token before every document; with None, a document's first token is not predicted."""
+    """Token before every text; with None there is none, and a decoder does not predict the first
+    token of a text."""
     end_id: int
     """Token after every document."""
-    masking: Masking | None = None
-    """Ids for masked training; None for decoders."""
+    mask_id: int | None = None
+    """Token that stands for a masked one; None in tokenizers of decoders."""
+    ordinary_ids: Int[np.ndarray, " _"] | None = field(default=None, compare=False)
+    """Ids that are no special tokens, ascending: only these are masked, or put in place of masked
+    tokens. None where mask_id is None."""
+
+    @property
+    def start_ids(self) -> list[int]:
+        """Tokens before every text: one id or none."""
+        return [] if self.start_id is None else [self.start_id]
+
+    def framed(self, ids: Sequence[int] | Integer[np.ndarray, " n"]) -> Int[np.ndarray, " _"]:
+        """The ids of a document with its start, if there is one, and its end."""
+        return np.concatenate([self.start_ids, ids, [self.end_id]]).astype(np.int64)

@@ -4,6 +4,7 @@ A trained tokenizer is written so that `transformers.AutoTokenizer` loads it and
 sentencepiece gives.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from jaxtyping import Int
 from clustering.errors import UserError
 from clustering.files import read_object
 from xelm.config import StartToken
-from xelm.data.masking import Masking
 from xelm.data.special_tokens import SpecialTokens, ids_of
+from xelm.data.text_format import TextFormat
 from xelm.data.unicode import normalised
 
 # One of them holds the pieces. Without any, transformers makes a tokenizer of the special tokens.
@@ -177,15 +178,25 @@ class Tokenizer:
             return self.encode([text])[0]
         return self.special.encode_with(self.hub.mask_token, text)
 
-    def masking(self) -> Masking:
-        """What the masked training of an encoder needs to know."""
+    @functools.cached_property
+    def text_format(self) -> TextFormat:
+        """Special tokens around and within the text that models of this tokenizer read."""
+        ordinary_ids = None if self.mask_id is None else self.ordinary_ids()
+        return TextFormat(
+            start_id=self.start_id,
+            end_id=self.end_id,
+            mask_id=self.mask_id,
+            ordinary_ids=ordinary_ids,
+        )
+
+    def check_mask(self) -> None:
+        """Raises UserError if there is no mask token, which encoders need."""
         if self.mask_id is None:
             raise UserError(
                 f"the tokenizer {self.hub.name_or_path} has no mask token, which an encoder needs"
             )
-        return Masking(mask_id=self.mask_id, usual_ids=self.usual_ids())
 
-    def usual_ids(self) -> Int[np.ndarray, " _"]:
+    def ordinary_ids(self) -> Int[np.ndarray, " _"]:
         """Ids that are no special tokens, ascending."""
         special = {*self.special.ids.values()}
         return np.asarray(sorted(set(self.hub.get_vocab().values()) - special), np.int64)
@@ -194,7 +205,7 @@ class Tokenizer:
         """Rows that an embedding must have. Special tokens at the end that no text becomes, such as
         one for pictures, need none."""
         named = (self.prefix_id, self.end_id, self.mask_id or 0)
-        return 1 + max(*named, *self.usual_ids()[-1:].tolist())
+        return 1 + max(*named, *self.ordinary_ids()[-1:].tolist())
 
     def piece(self, token: int) -> str:
         """A token as it reads within a text: with a space before it if it begins a word. Special

@@ -177,17 +177,15 @@ class MeasurementPlan:
     @property
     def _first(self) -> int:
         """Index of the first target of a document that is predicted."""
-        return unpredicted(self.tokenizer.start_id) if self.model.causal else 0
+        return unpredicted(self.model, self.tokenizer.text_format)
 
     @property
     def _reading(self) -> dict[str, Any]:
         """Options of `score_documents`."""
         return {
-            "start_id": self.tokenizer.start_id,
-            "end_id": self.tokenizer.end_id,
+            "text_format": self.tokenizer.text_format,
             "context_length": self.context_length,
             "stride": self.stride,
-            "mask_id": self.tokenizer.mask_id,
         }
 
     @property
@@ -197,8 +195,8 @@ class MeasurementPlan:
 
     def _targets(self, tag: str) -> list[np.ndarray]:
         """Tokens that a model predicts of each document of a language, the first one included."""
-        end = self.tokenizer.end_id
-        return [targets(self.model, np.asarray(d, np.int64), end) for d in self.documents[tag]]
+        form = self.tokenizer.text_format
+        return [targets(self.model, np.asarray(d, np.int64), form) for d in self.documents[tag]]
 
     def _expert_for(self, tag: str, models: Mapping[System, Measurement]) -> int:
         """Index of the expert that serves a language or, where none does, of the best one there."""

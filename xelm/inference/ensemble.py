@@ -87,14 +87,14 @@ class Ensemble(Pool):
             encoded = [self.tokenizer.encode_after(c, x) for c, x in zip(contexts, texts)]
         ids = [np.asarray(document, np.int64) for document, _ in encoded]
         # The first token is predicted only if one stands before it.
-        first = unpredicted(self.tokenizer.start_id) if self.model.causal else 0
+        first = unpredicted(self.model, self.tokenizer.text_format)
         before = [max(first, context) for _, context in encoded]
         walks = []
         for context, document, language in zip(before, ids, languages):
-            target = targets(self.model, document, self.tokenizer.end_id)
+            target = targets(self.model, document, self.tokenizer.text_format)
             at = self._positions(context, len(document), len(target))
             walks.append(Walk.along(self.router, language, target, at))
-        reading = self._reading | {"start_id": self.tokenizer.start_id}
+        reading = self._reading
         if contexts is not None:
             reading |= {"stride": self.overlapping_stride}
         decisions, scores, read = self._decisions(ids, walks, reading)
@@ -140,7 +140,8 @@ class Ensemble(Pool):
             mask[: len(context)] = routing_mask(self.tokenizer, context, user)
             at = self._positions(len(context), len(document), len(document))
             walks.append(Walk.along(self.router, language, document, at, mask))
-        reading = self._reading | {"stride": self.overlapping_stride, "start_id": None}
+        as_given = replace(self.tokenizer.text_format, start_id=None)
+        reading = self._reading | {"stride": self.overlapping_stride, "text_format": as_given}
         decisions, *_ = self._decisions(ids, walks, reading)
         nothing = np.zeros((0, len(self.names)))
         found = predict_documents(
@@ -177,12 +178,11 @@ class Ensemble(Pool):
 
     @property
     def _reading(self) -> dict[str, Any]:
-        """Options of `score_documents` but for the start of documents."""
+        """Options of `score_documents`."""
         return {
-            "end_id": self.tokenizer.end_id,
+            "text_format": self.tokenizer.text_format,
             "context_length": self.window,
             "stride": self.stride,
-            "mask_id": self.tokenizer.mask_id,
             "dtype": self.dtype,
         }
 

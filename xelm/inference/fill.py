@@ -55,7 +55,7 @@ def fill(
     if not len(masks):
         raise UserError(f"the text has no {tokenizer.hub.mask_token} to be filled")
     check_ids(ids, model)
-    framed = np.concatenate([tokenizer.start_ids, ids, [tokenizer.end_id]]).astype(np.int64)
+    framed = tokenizer.text_format.framed(ids)
     more = len(framed) - len(ids)
     if len(framed) > pool.window:
         raise UserError(
@@ -94,9 +94,7 @@ def _decision(
     scores = None
     if walk.needs_log_likelihoods:
         reading = {
-            "start_id": pool.tokenizer.start_id,
-            "end_id": pool.tokenizer.end_id,
-            "mask_id": pool.tokenizer.mask_id,
+            "text_format": pool.tokenizer.text_format,
             "context_length": pool.window,
             "dtype": pool.dtype,
         }

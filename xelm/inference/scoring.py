@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from clustering.errors import UserError
+from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
 from xelm.models.head import target_log_probabilities
 from xelm.models.parameters import bind, inference_graph
@@ -28,15 +29,17 @@ APART = 8
 tokens that they are trained with."""
 
 
-def targets(model: ModelConfig, ids: Integer[np.ndarray, " n"], end_id: int) -> np.ndarray:
+def targets(
+    model: ModelConfig, ids: Integer[np.ndarray, " n"], text_format: TextFormat
+) -> np.ndarray:
     """The tokens of a document that are predicted: its ids and, by a decoder, its end."""
-    return np.append(ids, end_id) if model.causal else np.asarray(ids)
+    return np.append(ids, text_format.end_id) if model.causal else np.asarray(ids)
 
 
-def unpredicted(start_id: int | None) -> int:
+def unpredicted(model: ModelConfig, text_format: TextFormat) -> int:
     """Number of the first `targets` of a document that are not predicted: 1 where no token stands
     before the text, so that its own first token is given. Scores have 0 for it."""
-    return 1 if start_id is None else 0
+    return int(model.causal and text_format.start_id is None)
 
 
 def check_ids(ids: Integer[np.ndarray, " _"], model: ModelConfig) -> None:
@@ -66,11 +69,9 @@ def score_documents(
     parameters: Any,
     documents: Sequence[Integer[np.ndarray, " _"]],
     *,
-    start_id: int | None,
-    end_id: int,
+    text_format: TextFormat,
     context_length: int,
     stride: int | None = None,
-    mask_id: int | None = None,
     dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[Float[np.ndarray, " _"]]:
@@ -83,7 +84,7 @@ def score_documents(
     context_length: tokens that the model reads at once. A longer document is read in windows of so
     many, each `stride` tokens after the one before; each token is predicted once, after the first
     window from at least context_length - stride tokens. stride: None is context_length, so that
-    windows share no more than a token. start_id: token before each document; None: none.
+    windows share no more than a token. text_format: special tokens around each document.
     progress: called with numbers of tokens that were scored.
     """
     return _measured(
@@ -91,11 +92,9 @@ def score_documents(
         model,
         parameters,
         documents,
-        start_id=start_id,
-        end_id=end_id,
+        text_format=text_format,
         context_length=context_length,
         stride=stride,
-        mask_id=mask_id,
         dtype=dtype,
         progress=progress,
     )
@@ -122,19 +121,19 @@ def _measured(
     parameters: Any,
     documents: Sequence[Integer[np.ndarray, " _"]],
     *,
-    start_id: int | None,
-    end_id: int,
+    text_format: TextFormat,
     context_length: int,
     stride: int | None = None,
-    mask_id: int | None = None,
     dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[np.ndarray]:
     """Results of `measure`, a function of (states, head, targets), for each document's targets."""
-    start = [] if start_id is None else [start_id]
-    framed = [np.concatenate([start, ids, [end_id]]).astype(np.int64) for ids in documents]
+    start, mask_id = text_format.start_ids, text_format.mask_id
+    framed = [text_format.framed(ids) for ids in documents]
     value = () if measure is target_log_probabilities else (model.width,)
-    scores = [np.zeros((len(targets(model, i, end_id)), *value), np.float32) for i in documents]
+    scores = [
+        np.zeros((len(targets(model, i, text_format)), *value), np.float32) for i in documents
+    ]
     lengths = [len(document) for document in framed]
     # A decoder does not read the last token of a window; an encoder's first is context only.
     longest = context_length + model.causal

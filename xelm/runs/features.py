@@ -46,10 +46,7 @@ def features(
     for document in contents.first_documents(tags, documents, unusable):
         texts[document.language].append(document.text)
     ids = {
-        tag: [
-            np.array([*tokenizer.start_ids, *one, tokenizer.end_id], np.int32)
-            for one in tokenizer.encode(found)
-        ]
+        tag: [tokenizer.text_format.framed(one).astype(np.int32) for one in tokenizer.encode(found)]
         for tag, found in texts.items()
     }
     if not all(ids.values()):

@@ -16,7 +16,6 @@ from xelm.data.contents import Contents
 from xelm.data.parts import no_documents
 from xelm.data.reading import Reading
 from xelm.data.store import Store
-from xelm.data.text_format import TextFormat
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.sampling import read_sampling_params
 from xelm.models.checkpoint import (
@@ -51,7 +50,7 @@ def check_seed(
                 f"{model.vocabulary_size} rows"
             )
         if not model.causal:
-            tokenizer.masking()
+            tokenizer.check_mask()
     except UserError as error:
         faults.append(str(error))
     faults += [
@@ -138,8 +137,7 @@ def train_seed(run: Run, store: Store, tokenizer: Tokenizer) -> None:
         directory=run.training("seed"),
         logs=run.logs(run.seed),
     )
-    text = TextFormat(start_id=tokenizer.start_id, end_id=tokenizer.end_id)
-    trained = train(training, fresh_model(config), text)
+    trained = train(training, fresh_model(config), tokenizer.text_format)
     write_checkpoint(
         run.seed,
         fresh_model(config),

@@ -13,12 +13,10 @@ from experts.expert import SEED, Expert, parse_reference
 from experts.lock import locked
 from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare
-from xelm.data.text_format import TextFormat
 from xelm.models.checkpoint import (
     load_parameters,
     read_config,
 )
-from xelm.models.config import ModelConfig
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.check import check_models
 from xelm.runs.publish import publish, write_centre, write_model
@@ -196,7 +194,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
         for job in jobs
     ]
     failures = {}
-    for job, found in zip(jobs, train_together(trainings, model, text_format(run, model))):
+    for job, found in zip(jobs, train_together(trainings, model, run.tokenizer().text_format)):
         if isinstance(found, UserError):
             failures[job.name] = found
             continue
@@ -212,16 +210,6 @@ def check_parents(run: Run, parents: Iterable[Path]) -> None:
     parents = set(parents)
     experts = [e for e in run.registry().experts if e.directory(run.directory) in parents]
     check_models(run, experts, {SEED: run.seed} if run.seed in parents else None)
-
-
-def text_format(run: Run, model: ModelConfig) -> TextFormat:
-    """The format in which the RUN's documents become rows."""
-    tokenizer = run.tokenizer()
-    return TextFormat(
-        start_id=tokenizer.start_id,
-        end_id=tokenizer.end_id,
-        masking=None if model.causal else tokenizer.masking(),
-    )
 
 
 def parent_directory(run: Run, expert: Expert) -> Path:

@@ -22,7 +22,6 @@ from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.run import Run
-from xelm.runs.train import text_format
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 
@@ -81,7 +80,7 @@ def _moved(
         config=config,
         directory=work,
     )
-    trained = train(training, model, text_format(run, model))
+    trained = train(training, model, run.tokenizer().text_format)
     moved = _drawn(trained.parameters) - _drawn(load_parameters(run.seed, model))
     write_arrays(kept, {"moved": moved})
     shutil.rmtree(work / "checkpoints")

@@ -86,8 +86,7 @@ class Trainer:
                 steps=config.steps,
                 batch_size=config.batch_size,
                 sequence_length=config.sequence_length,
-                start_id=text_format.start_id,
-                end_id=text_format.end_id,
+                text_format=text_format,
                 random_seed=config.random_seed,
                 first_step=step,
             )
@@ -119,10 +118,9 @@ class Trainer:
         self._batch, self.step = next(self._rows), self.step + 1
         self._count()
         batch, config = self._batch, self._config
-        masking = self._format.masking
-        if masking is not None:
+        if not self._model.causal:
             share = config.data.mask_share
-            batch = mask_tokens(batch, masking, share, config.random_seed, self.step)
+            batch = mask_tokens(batch, self._format, share, config.random_seed, self.step)
         arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
         self._preparing += time.perf_counter() - began
         return arrays, self._rates[self.step - 1]
