@@ -51,7 +51,7 @@ def naive_rows(rows: LanguageRows, length: int):
     """The same rows token by token, from the order of the documents."""
     stream = []
     for number, document in enumerate(rows.order):
-        framed = [*rows.start, *rows.ids.document(document), END]
+        framed = [*rows.text_format.start_ids, *rows.ids.document(document), END]
         stream += [(token, number, column) for column, token in enumerate(framed)]
     for begin in range(0, len(stream) - 1, length):
         part = stream[begin : begin + length + 1]
