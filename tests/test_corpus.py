@@ -403,7 +403,7 @@ def test_files_come_sorted_and_others_are_skipped(tmp_path):
 def test_what_is_no_corpus_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"corpus .*nothing does not exist"):
         contents_of(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"holds no corpus file; wanted <language>\.jsonl or"):
+    with pytest.raises(UserError, match=r"has no corpus file; wanted <language>\.jsonl or"):
         contents_of(tmp_path)
     (tmp_path / "de.csv").write_text("a")
     with pytest.raises(UserError, match=r"de\.csv is no corpus file; wanted \.jsonl,"):

@@ -86,7 +86,7 @@ def test_options_of_a_corpus_that_cannot_be_read_are_one_line(xelm, place, monke
     monkeypatch.chdir(place)
     for options, message in {
         ("--language-map", "missing.yaml"): "missing.yaml cannot be read: No such file",
-        ("--language-map", "text.csv"): "text.csv wants lines such as 'als: gsw'",
+        ("--language-map", "text.csv"): "text.csv must have lines such as 'als: gsw'",
         ("--text-field", "nothing"): "the corpus has no usable document in ",
     }.items():
         outcome = xelm(

@@ -549,7 +549,7 @@ def test_a_description_joins_sources(tmp_path):
             r"unit must be one of paragraph, line, file; got page",
         ),
         ("sources: [{path: a, text_field: 7}]", r"text_field of a corpus must be a text; got 7"),
-        ("languages: {no: nb}\nsources: [a]", r"stand in quotes, as 'no'; got \{False: 'nb'\}"),
+        ("languages: {no: nb}\nsources: [a]", r"need quotes, as 'no'; got \{False: 'nb'\}"),
         ("sources: [hf://one]", r"a Hub corpus is hf://owner/dataset"),
         (b"\xff\xfe", r"corpus\.yaml is not YAML: "),
     ],

@@ -82,7 +82,7 @@ MISTAKES = [
     ("cluster -k 2 --method words --languages en,de --out new", "words needs --corpus or --run"),
     ("cluster -k 2 --method subwords --languages en,de --out new", "subwords needs --run"),
     ("cluster -k 2 --method names --languages en,de --out new", "names needs --tagged"),
-    ("cluster -k 2 --method names --tagged empty --out new", "empty holds no tagged text"),
+    ("cluster -k 2 --method names --tagged empty --out new", "empty has no tagged text"),
     ("cluster -k 2 --method subwords --run run --languages de,tr --out new", "nothing of tr"),
     ("cluster -k 2 --method words --run run --languages de,tr --out new", "nothing of tr"),
     ("cluster -k 2 --method words --languages en,de --table x.csv --out new", "--table goes with"),
@@ -113,7 +113,7 @@ MISTAKES = [
     ("nearest en --languages de --by ,", "name a measure at least"),
     # Making a RUN
     ("init new --corpus missing", "corpus missing does not exist"),
-    ("init new --corpus empty", "empty holds no corpus file"),
+    ("init new --corpus empty", "empty has no corpus file"),
     ("init new --corpus corpus --seed seeded/seed --set model.width=8", "is used as it is"),
     ("init new --corpus odd", "unknown language code 'klingonish'"),
     ("init new --corpus hf://owner/texts", "name the languages to take from hf://owner/texts "),

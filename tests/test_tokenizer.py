@@ -294,8 +294,8 @@ def test_tokenizer_json_is_read_where_tekken_lies_beside_it(directory, tmp_path,
 @pytest.mark.parametrize(
     ("family", "name", "reason"),
     [
-        ("llama", "tokenizer.model", r"knows no piece of plain text: .* both become \[\]"),
-        ("xglm", "sentencepiece.bpe.model", r"knows no piece of plain text: .* both become \[3\]"),
+        ("llama", "tokenizer.model", r"has no piece of plain text: .* both become \[\]"),
+        ("xglm", "sentencepiece.bpe.model", r"has no piece of plain text: .* both become \[3\]"),
         ("xglm", "tokenizer.model", "has no tokenizer that transformers can load"),
         ("llama", "tokenizer.json", "has no tokenizer that transformers can load"),
     ],

@@ -1,4 +1,4 @@
-"""Templates of chats: which values one reads beside the messages. Renders none."""
+"""Finds the values that a chat template reads besides the messages, without rendering it."""
 
 import functools
 import inspect
@@ -12,24 +12,24 @@ from jinja2.parser import Parser
 from clustering.errors import UserError
 
 _NEVER_OPTIONS = {"messages", "raise_exception", "strftime_now"}
-"""Names in templates that mean what whoever renders them says, beside parameters of
+"""Names in templates that are set when they are rendered, besides parameters of
 `apply_chat_template` and special tokens."""
 
 
 class _Generation(Extension):
-    """The tag around what a model said, which transformers add to the language of templates."""
+    """Tag around a model's answer, which transformers adds to the language of templates."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """What stands within."""
+        """Content of the tag."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def template_options(hub: Any) -> frozenset[str]:
     """Names of the values that the chat template of a transformers tokenizer (`hub`) reads beside
-    the messages, such as enable_thinking. UserError for a template that is none."""
+    the messages, such as enable_thinking. UserError for an invalid template."""
     known = inspect.signature(hub.apply_chat_template).parameters
     special = {*hub.SPECIAL_TOKENS_ATTRIBUTES, *hub.special_tokens_map}
     read = _variables(hub.get_chat_template())
@@ -43,4 +43,4 @@ def _variables(template: str) -> frozenset[str]:
     try:
         return frozenset(meta.find_undeclared_variables(language.parse(template)))
     except jinja2.TemplateError as error:
-        raise UserError(f"the chat template is none: {error}") from None
+        raise UserError(f"the chat template is invalid: {error}") from None

@@ -1,4 +1,4 @@
-"""Reads tagged text: folders of CoNLL-U files, `<language>.conllu`, plain, gz or zst."""
+"""Reads text tagged with parts of speech: CoNLL-U files, `<language>.conllu`, plain, gz or zst."""
 
 import zlib
 from collections.abc import Iterable, Iterator
@@ -13,15 +13,15 @@ SUFFIXES = (".conllu", ".conllu.gz", ".conllu.zst")
 
 
 def files(folder: str | Path) -> dict[str, list[Path]]:
-    """Canonical tag -> the files of that language; UserError if there is none, and for a file whose
-    name is no language. Hidden files are passed over."""
+    """Canonical tag -> CoNLL-U files in that language; UserError for a folder without files, and
+    for a file whose name is no language. Hidden files are skipped."""
     paths = sorted(
         path
         for path in Path(folder).glob("*")
         if path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
     )
     if not paths:
-        raise UserError(f"{folder} holds no tagged text; wanted <language>{' or '.join(SUFFIXES)}")
+        raise UserError(f"{folder} has no tagged text; wanted <language>{' or '.join(SUFFIXES)}")
     found: dict[str, list[Path]] = {}
     for path in paths:
         try:
@@ -34,9 +34,9 @@ def files(folder: str | Path) -> dict[str, list[Path]]:
 def proper_nouns(paths: Iterable[Path]) -> Iterator[str]:
     """Names in files: runs of words tagged PROPN, as `New York`.
 
-    Universal Dependencies tag names of people, places and things so, which is the nearest to named
-    entities that a tagger of parts of speech knows. UserError for a damaged file, and for a line
-    that is not CoNLL-U.
+    Universal Dependencies gives this tag to names of people, places and things, which are the
+    nearest to named entities in a tagging of parts of speech. UserError for a damaged file, and for
+    a line that is not CoNLL-U.
     """
     for path in paths:
         yield from _proper_nouns(path)
@@ -66,7 +66,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.decode().rstrip("\r\n")
     except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # of the disk, not of the text
+            raise  # an error of the disk, not of the text
         raise UserError(f"{path} is damaged: {error}") from error
 
 

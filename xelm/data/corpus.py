@@ -1,7 +1,7 @@
-"""How a user describes a corpus: a path, or a YAML file of several with their fields and languages.
+"""Descriptions of corpora: a path, or a YAML file of several with their fields and languages.
 
-A description is a value that run.json records, so that whoever opens a RUN later reads the same
-text in the same way. Does not open any of the text.
+run.json records the description, so that a RUN that is opened later reads the same text in the same
+way. This module reads no text.
 """
 
 import os
@@ -20,24 +20,24 @@ YAML = (".yaml", ".yml")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """One place where text of a corpus lies, and how its records are read."""
+    """One place with text of a corpus, and how its records are read."""
 
     path: str
     """A folder, a file, a pattern such as `data/*/train`, or an address on the Hub,
     `hf://owner/dataset[@revision][/config][:split]`."""
     language: str | None = None
-    """Of all text there, whatever names and records say; None leaves it to them."""
+    """Language of all text there, whatever names and records say; None takes it from these."""
     text_field: str | None = None
-    """Name of the field that holds the text; None is `text`, or `content` where there is none."""
+    """Name of the field with the text; None is `text`, or `content` in records without it."""
     language_field: str | None = None
-    """Name of the field that holds the language; None is `lang`, or, in files whose names are no
+    """Name of the field with the language; None is `lang`, and, in files whose names are no
     language, `language`."""
     languages: Mapping[str, str | None] = field(default_factory=dict)
     """Names of files, folders, configurations, patterns of paths, or values of the language field
     -> language code; None leaves them out."""
     unit: str | None = None
-    """What a document of a plain text file is: paragraph, line or file. None takes paragraphs, or
-    lines where the file has no blank line."""
+    """Unit of a plain text file that is a document: paragraph, line or file. None takes paragraphs,
+    or lines if the file has no blank line."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -55,17 +55,17 @@ class Source:
             Address.of(self.path)
 
     def options(self) -> dict[str, Any]:
-        """What is given beside the path, without what is left to names and records."""
+        """Options besides the path that are set, by name."""
         given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "path"}
         return {name: value for name, value in given.items() if value}
 
     def text_fields(self) -> tuple[str, ...]:
-        """Fields that may hold the text, the first that a record has."""
+        """Fields that may contain the text; the first that a record has counts."""
         return (self.text_field,) if self.text_field else ("text", "content")
 
     def language_fields(self, *, named: bool) -> tuple[str, ...]:
-        """Fields that may say a record's language, the first that has a value; `named` says that
-        the file's name is a language."""
+        """Fields that may name a record's language; the first that has a value counts. named:
+        whether the file's name is a language."""
         if self.language_field:
             return (self.language_field,)
         return ("lang",) if named else ("lang", "language")
@@ -79,8 +79,8 @@ class Corpus:
 
     @staticmethod
     def of(what: "AnyCorpus") -> "Corpus":
-        """The corpus that a path, a file of YAML, or the record of a RUN describes; UserError for a
-        description that is none."""
+        """The corpus that a path, a file of YAML, or the record of a RUN describes; UserError
+        for an invalid description."""
         if isinstance(what, Corpus):
             return what
         if isinstance(what, Mapping):
@@ -90,7 +90,7 @@ class Corpus:
         return Corpus((Source(path=str(what)),))
 
     def with_defaults(self, **options: Any) -> "Corpus":
-        """The same, with these options for the sources that do not say them themselves."""
+        """The corpus with these options in the sources that do not set them themselves."""
         given = {name: value for name, value in options.items() if value}
         languages = given.get("languages", {})
         return Corpus(
@@ -103,7 +103,7 @@ class Corpus:
         )
 
     def pinned(self) -> "Corpus":
-        """The same with data sets of the Hub at the commits that they are at now."""
+        """The corpus with data sets of the Hub at their newest commits."""
         return Corpus(
             tuple(
                 replace(one, path=str(Address.of(one.path).pinned()))
@@ -114,8 +114,8 @@ class Corpus:
         )
 
     def to_json(self) -> str | dict[str, Any]:
-        """For the record of a RUN, which is read from anywhere: the absolute path alone, or all
-        sources where there is more to say."""
+        """JSON for run.json, which is read from any folder: the absolute path alone, or all sources
+        if there are several or they have options."""
         found = [{"path": _absolute(one.path), **one.options()} for one in self.sources]
         return found[0]["path"] if list(map(len, found)) == [1] else {"sources": found}
 
@@ -132,8 +132,8 @@ def _absolute(path: str) -> str:
 
 
 def read_languages(path: str | Path) -> dict[str, str | None]:
-    """The map of a YAML file with lines such as `als: gsw`; `notes: null` leaves out. UserError for
-    another file."""
+    """The language map of a YAML file with lines such as `als: gsw`, where `notes: null` leaves
+    text out. UserError for another file."""
     return _languages(_yaml(Path(path)), path)
 
 
@@ -143,8 +143,8 @@ def _languages(found: Any, path: str | Path) -> dict[str, str | None]:
     )
     if not whole:
         raise UserError(
-            f"{path} wants lines such as 'als: gsw' or 'notes: null'; names and codes that YAML "
-            f"takes for something else stand in quotes, as 'no'; got {found!r:.80}"
+            f"{path} must have lines such as 'als: gsw' or 'notes: null'; names and codes that "
+            f"YAML takes for something else need quotes, as 'no'; got {found!r:.80}"
         )
     return dict(found)
 
@@ -176,7 +176,7 @@ def _read(path: Path) -> Corpus:
 
 
 def _source(what: Any, folder: Path) -> Source:
-    """A source of a description, whose paths begin in `folder`."""
+    """A source of a description; its path is relative to `folder`."""
     given = {"path": what} if isinstance(what, str) else what
     known = [one.name for one in fields(Source)]
     if not isinstance(given, Mapping) or "path" not in given:

@@ -1,9 +1,9 @@
-"""Which files of a folder are text, of which language, and which are passed over, each with why.
+"""Lists the files of a corpus with their languages, and the files that are skipped with reasons.
 
-A language is what the name of a file says, or of the folder it lies in: `sw.jsonl`, `swh_Latn/
+The name of a file, or of a folder around it, says its language: `sw.jsonl`, `swh_Latn/
 train/000_00000.parquet`, `fr/fr_clean_0000.jsonl.gz`, `c4-sw.tfrecord-00000.json.gz`,
-`20231101.sw/train-00000-of-00001.parquet`. Does not open files, but for the list of its parts that
-`datasets` writes beside Arrow.
+`20231101.sw/train-00000-of-00001.parquet`. No file is opened, except the list of
+parts that `datasets` writes beside Arrow.
 """
 
 import fnmatch
@@ -37,32 +37,32 @@ OTHER_SPLIT = "of a test or validation split"
 LEFT_OUT = "that the language map leaves out"
 OTHER_LANGUAGE = "in other languages"
 UNKNOWN_LANGUAGE = "of an unknown language"
-# What `datasets` writes beside Arrow, which is no text.
+# Files without text that `datasets` writes beside Arrow.
 _RECORDS_OF_ARROW = {"dataset_info.json", "state.json", "dataset_dict.json"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """A file that is text."""
+    """A file with text."""
 
     path: Path
     name: str
     """Its path within the corpus, with slashes."""
     language: str | None
-    """Canonical tag of what names say; None where they say none."""
+    """Canonical tag of the language that the names say; None if they say none."""
     by_folder: bool = False
-    """Whether a folder's name says it and not the file's own, which is weaker: any word may be the
-    code of a language."""
+    """Whether a folder's name says the language, not the file's own. That is less certain, because
+    any word may be the code of a language."""
 
 
 @dataclass(slots=True)
 class Listing:
-    """What a source of a corpus has."""
+    """Files of one source of a corpus."""
 
     files: list[Found] = field(default_factory=list)
-    """Sorted by their paths."""
+    """Files with text, sorted by their paths."""
     skipped: dict[str, list[str]] = field(default_factory=dict)
-    """Why files are skipped -> their names."""
+    """Reason -> names of the files skipped for it."""
 
     def skip(self, name: str, reason: str) -> None:
         """Records a file that is skipped."""
@@ -101,15 +101,15 @@ def list_files(source: Source) -> Listing:
     if not listing.files:
         more = f"; {passed}" if (passed := describe(listing.skipped)) else ""
         raise UserError(
-            f"{source.path} holds no corpus file; wanted <language>{LINES[0]} or another of "
+            f"{source.path} has no corpus file; wanted <language>{LINES[0]} or another of "
             f"{WANTED}{more}"
         )
     return listing
 
 
 def describe(skipped: Mapping[str, list[str]]) -> str:
-    """A clause for each reason that files are skipped, with the first five names; of other
-    languages, with the number of files in each."""
+    """Sentence with a clause for each reason for which files are skipped, with the first five
+    names; for files in other languages, with the number of files in each language."""
     parts = []
     for reason, names in skipped.items():
         shown = names
@@ -130,7 +130,7 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def _walk(folder: Path, root: Path, listing: Listing) -> list[Path]:
-    """All files below a folder, sorted, but for what is hidden; links are followed, circles of them
+    """All files below a folder, sorted, without hidden ones; links are followed, each folder
     once."""
     found, seen = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
@@ -157,7 +157,7 @@ def _check_parts(folder: Path, names: Iterable[str]) -> None:
         parts = json.loads((folder / "state.json").read_bytes())["_data_files"]
         written = [part["filename"] for part in parts]
     except (ValueError, KeyError, TypeError):
-        return  # another program's
+        return  # a file of another program
     missing = [name for name in written if name not in names]
     if missing:
         raise UserError(
@@ -190,7 +190,7 @@ def _training_part(
 
 
 def _mapped(name: PurePath, root: Path, source: Source) -> tuple[bool, str | None]:
-    """Whether `source` says what language a file has, and which; None leaves the file out."""
+    """Whether the source assigns a language to a file, and which; None leaves the file out."""
     if source.language:
         return True, source.language
     for pattern, code in source.languages.items():
@@ -204,14 +204,14 @@ def _mapped(name: PurePath, root: Path, source: Source) -> tuple[bool, str | Non
 
 
 def _folders(name: PurePath, root: Path) -> list[str]:
-    """Names of the folders that a file lies in, from the inside outwards to that of the corpus."""
+    """Names of the folders around a file, from the innermost to that of the corpus."""
     root = root.absolute()
     more = [root.parent.name] if root.name.lower() in MAIN_SPLITS | OTHER_SPLITS else []
     return [*reversed(name.parts[:-1]), root.name, *more]
 
 
 def _languages_around(name: PurePath, root: Path) -> Iterator[str]:
-    """Tags of the languages that folders around a file say, from the inside outwards."""
+    """Tags of the languages that the folders around a file say, from the innermost outwards."""
     inside = len(name.parts) - 1
     for number, folder in enumerate(_folders(name, root)):
         if number >= inside and folder.lower() in WHOLE_CORPUS:

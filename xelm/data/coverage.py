@@ -1,4 +1,4 @@
-"""How well a tokenizer spells text: characters it does not know, and pieces that are parts of one.
+"""Counts text that a tokenizer does not cover: unknown characters, and tokens that are bytes.
 
 A model that reads every word of a language as the unknown token predicts it easily, so that its
 perplexity there says nothing; and a text in single bytes is several times as long.
@@ -13,29 +13,28 @@ from jaxtyping import Int32
 
 from xelm.data.tokenizer import Tokenizer, encode
 
-# Letters of Cuneiform and Vai, which hardly a vocabulary holds.
+# Letters of Cuneiform and Vai, which hardly any vocabulary contains.
 _RARE = ("\U00012000", "\ua500")
 MAX_UNKNOWN_SHARE = 0.01
-"""Share of a language's characters that may be unknown: a model of more than that is not measured
-by its likelihood."""
+"""Largest share of unknown characters in a language that is still measured by its likelihood."""
 
 
 class CoverageCounts(NamedTuple):
-    """What was counted of one or more texts, in the order of the columns of `Coverage.count`."""
+    """Counts of one or more texts, in the order of the columns of `Coverage.count`."""
 
     characters: int
-    """All of them."""
+    """Number of characters."""
     visible_characters: int
-    """Those that are no white space."""
+    """Number of characters that are no white space."""
     unknown_characters: int
-    """Visible ones that the tokenizer read as its unknown token, or left out."""
+    """Number of visible characters that became the unknown token, or were left out."""
     byte_tokens: int
-    """Tokens that are only a part of a character: byte pieces of sentencepiece, and pieces of
-    byte-level vocabularies that are no whole characters."""
+    """Number of tokens that are only a part of a character: byte pieces of sentencepiece, and
+    pieces of byte-level vocabularies that are no complete characters."""
 
 
 class Coverage:
-    """CoverageCounts what a tokenizer could not spell."""
+    """Coverage of text by a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer):
         backend = tokenizer.special.plain
@@ -43,14 +42,14 @@ class Coverage:
         self._is_unknown = np.zeros(tokenizer.size, bool)
         self._is_unknown[_unknown_ids(tokenizer.hub)] = True
         self._is_byte = _byte_pieces(backend, tokenizer.size)
-        # Vocabularies with neither an unknown token nor bytes leave out what they do not know.
+        # Vocabularies with neither an unknown token nor bytes leave out unknown characters.
         plain, *rare = encode(backend, ["a", *(f"a{letter}" for letter in _RARE)])
         self._drops = any(ids == plain for ids in rare)
 
     def count(
         self, texts: Sequence[str], ids: Sequence[Sequence[int]]
     ) -> Int32[np.ndarray, "documents 4"]:
-        """`CoverageCounts` of each text, whose token ids are given."""
+        """`CoverageCounts` of each text; ids: token ids of each text."""
         flat = np.concatenate([np.asarray(tokens, np.int64) for tokens in ids])
         ends = np.cumsum([len(tokens) for tokens in ids])
         found = np.zeros((len(texts), len(CoverageCounts._fields)), np.int32)
@@ -60,7 +59,7 @@ class Coverage:
         unknown = _sums(self._is_unknown[flat], ends)
         doubtful = range(len(texts)) if self._drops else np.flatnonzero(unknown).tolist()
         if doubtful:
-            # One unknown token may stand for a whole word: where it lies tells how many characters.
+            # One unknown token may stand for a whole word; its offsets say how many characters.
             some = [texts[number] for number in doubtful]
             located = self._backend.encode_batch(some, add_special_tokens=False)
             for number, text, encoding in zip(doubtful, some, located):
@@ -75,19 +74,19 @@ class Coverage:
 
 
 def _sums(flags: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """How many are set in each part, parts ending at `ends`."""
+    """Number of flags set in each part; parts end at `ends`."""
     return np.diff(np.concatenate([[0], np.cumsum(flags)])[ends], prepend=0)
 
 
 def _unknown_ids(hub: Any) -> list[int]:
-    """Ids that stand for what a vocabulary does not hold."""
+    """Ids that stand for unknown text."""
     model = json.loads(hub.backend_tokenizer.to_str())["model"]
     named = hub.backend_tokenizer.token_to_id(model.get("unk_token") or "")
     return [id for id in {hub.unk_token_id, model.get("unk_id"), named} if id is not None]
 
 
 def _byte_pieces(backend: Any, size: int) -> np.ndarray:
-    """Which ids, read alone, are no whole characters."""
+    """Whether each id, decoded alone, is no complete character."""
     read = backend.decode_batch([[id] for id in range(size)], skip_special_tokens=False)
     found = np.asarray(["\ufffd" in text for text in read], bool)
     (itself,) = encode(backend, ["\ufffd"])

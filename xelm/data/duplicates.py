@@ -1,11 +1,11 @@
-"""Which documents stand twice: exact copies by a hash of the text, near copies by MinHash.
+"""Finds duplicate documents: exact copies by a hash of the text, near copies by MinHash.
 
-Lines and indents are a part of verse, code and tables: texts that differ in white space alone are
-near copies and no exact ones.
+Lines and indents are a part of verse, code and tables, so texts that differ in white space alone
+are near copies, not exact ones.
 
-A store keeps a hash and a signature of every document beside its ids, so that texts can be compared
-with what a model was trained on without being read again. Documents are compared whole: a sentence
-taken out of a long document is not found.
+A store contains a hash and a signature of every document, so that texts can be compared with a
+model's training text without reading it again. Whole documents are compared: a sentence from a long
+document is not found.
 """
 
 import hashlib
@@ -16,14 +16,15 @@ import numpy as np
 from jaxtyping import Bool, UInt32, UInt64
 
 HASH_WORDS = 2
-"""Of 64 bits each, in the hash of a document's text."""
+"""Number of 64-bit words in the hash of a document's text."""
 SIGNATURE_SIZE = 64
-"""Values of a MinHash signature: the standard error of a similarity is at most 1/16."""
+"""Number of values in a MinHash signature; the standard error of a similarity is at most 1/16."""
 SHINGLE_CHARACTERS = 5
-"""Runs of characters that documents are compared by (Leskovec, Rajaraman and Ullman, Mining of
-Massive Datasets, section 3.2.2); words would need a segmenter for Chinese, Japanese and Thai."""
+"""Length of the runs of characters by which documents are compared (Leskovec, Rajaraman and Ullman,
+Mining of Massive Datasets, section 3.2.2). Words would need a segmenter for Chinese, Japanese and
+Thai."""
 NEAR = 0.8
-"""Jaccard similarity of their sets of shingles from which on two documents are near copies."""
+"""Least Jaccard similarity of the sets of shingles of near copies."""
 # Locality-sensitive hashing: with 16 bands of 4 values, a pair of similarity .8 shares a band with
 # probability 1 - (1 - .8^4)^16 = .9998.
 _BANDS = 16
@@ -32,16 +33,17 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, as in Fibona
 
 
 class Fingerprints(NamedTuple):
-    """What documents are compared by."""
+    """Hashes and signatures by which documents are compared."""
 
     hashes: UInt64[np.ndarray, "documents 2"]
-    """Of each text as it is: equal for exact copies."""
+    """Hash of each text as it is; equal for exact copies."""
     signatures: UInt32[np.ndarray, "documents 64"]
-    """MinHash of each text's shingles, white space made one and case folded."""
+    """MinHash of each text's shingles, with runs of white space as one space and case folded."""
 
 
 def fingerprint_method() -> dict[str, str | int]:
-    """How fingerprints are made; those made otherwise cannot be compared."""
+    """Description of how fingerprints are made; only fingerprints with equal ones can be
+    compared."""
     return {
         "hash": "blake2b-128 of the text as it is",
         "signature": f"rensa RMinHash {_minhash().ALGORITHM_VERSION}",
@@ -70,24 +72,24 @@ def _minhash() -> Any:
 
 
 def copies(hashes: UInt64[np.ndarray, "documents 2"]) -> Bool[np.ndarray, " documents"]:
-    """Which documents are exact copies of an earlier one."""
+    """Whether each document is an exact copy of an earlier one."""
     again = np.ones(len(hashes), bool)
     again[_first_of_each(hashes)] = False
     return again
 
 
 class Overlap(NamedTuple):
-    """Which of some documents stand in other text."""
+    """Documents that also occur in other text."""
 
     exact: Bool[np.ndarray, " documents"]
-    """Those whose whole text stands there."""
+    """Whether an exact copy occurs there."""
     near: Bool[np.ndarray, " documents"]
-    """Those of which a near copy stands there, and no exact one."""
+    """Whether a near copy occurs there, and no exact one."""
 
 
 def overlap(mine: Fingerprints, others: Sequence[Fingerprints]) -> Overlap:
-    """Which of my documents stand in the others, which may be memory-mapped and large: they are
-    read once, in chunks."""
+    """Documents of `mine` that also occur in the others. These may be memory-mapped and large: they
+    are read once, in chunks."""
     exact, near = (np.zeros(len(mine.hashes), bool) for _ in range(2))
     if not len(mine.hashes):
         return Overlap(exact, near)
@@ -121,7 +123,7 @@ def _chunks(others: Sequence[Fingerprints]) -> Iterator[Fingerprints]:
 def _bands(
     signatures: UInt32[np.ndarray, "documents 64"],
 ) -> list[UInt64[np.ndarray, " documents"]]:
-    """A key of each document for each band of its signature."""
+    """Keys of the documents for each band of their signatures."""
     rows = SIGNATURE_SIZE // _BANDS
     values = signatures.astype(np.uint64).reshape(len(signatures), _BANDS, rows)
     keys = values[:, :, 0]
@@ -131,7 +133,7 @@ def _bands(
 
 
 def _first_of_each(hashes: UInt64[np.ndarray, "documents 2"]) -> np.ndarray:
-    """Numbers of the documents that are no copies of earlier ones."""
+    """Numbers of the documents that are not copies of earlier ones."""
     order = np.lexsort((np.arange(len(hashes)), hashes[:, 1], hashes[:, 0]))
     ordered = hashes[order]
     new = np.ones(len(hashes), bool)
@@ -142,8 +144,8 @@ def _first_of_each(hashes: UInt64[np.ndarray, "documents 2"]) -> np.ndarray:
 def _shingles(
     texts: Sequence[str],
 ) -> tuple[UInt64[np.ndarray, " shingles"], UInt64[np.ndarray, " documents"]]:
-    """Hashes of all runs of characters in each text, and where each text's end. A text that is
-    shorter than a run is one."""
+    """Hashes of all runs of characters in the texts, and the index at which the hashes of each text
+    end. A text that is shorter than a run counts as one run."""
     padded = "".join(text.ljust(SHINGLE_CHARACTERS, "\0") for text in texts)
     codes = np.frombuffer(padded.encode("utf-32-le"), "<u4").astype(np.uint64)
     sizes = np.asarray([max(len(text), SHINGLE_CHARACTERS) for text in texts])

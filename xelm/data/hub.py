@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face Hub as corpora: their addresses, configurations and records.
 
-Records are streamed by `datasets`. What is read belongs to one commit, which is looked up once and
-stands in the address from then on, so that a RUN names the very text it was made of.
+Records are streamed with `datasets`. All of them belong to one commit, which is looked up once and
+is part of the address from then on, so that a RUN names exactly the text that it was made from.
 """
 
 import re
@@ -21,7 +21,7 @@ _ADDRESS = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Address:
-    """Names one configuration and split of a data set, at a revision."""
+    """Address of one configuration and split of a data set, at a revision."""
 
     dataset: str
     revision: str | None = None
@@ -45,14 +45,14 @@ class Address:
         return f"{SCHEME}{self.dataset}{revision}{config}{split}"
 
     def pinned(self) -> "Address":
-        """The same at the commit that its revision stands for now; UserError if the Hub does not
+        """The address at the newest commit of its revision; UserError if the Hub does not
         answer."""
         if self.revision and re.fullmatch("[0-9a-f]{40}", self.revision):
             return self
-        # `datasets` reads a folder of that name in place of the Hub's data set, and says nothing.
+        # `datasets` would silently read a folder of that name instead.
         if Path(self.dataset).exists():
             raise UserError(
-                f"{self} is of the Hub, but there is a folder {self.dataset} here; "
+                f"{self} is a data set of the Hub, but there is a folder {self.dataset} here; "
                 f"give --corpus {self.dataset} to read that"
             )
         import huggingface_hub
@@ -74,8 +74,8 @@ class Address:
 
 
 def records(name: str) -> Iterator[tuple[str, Any]]:
-    """Every record of a data set with its place, in order; UserError where it cannot be opened, and
-    where it ends before its end."""
+    """Every record of a data set with its place, in order; UserError if it cannot be opened, or if
+    the stream breaks before its end."""
     import datasets
 
     address = Address.of(name)
@@ -92,10 +92,10 @@ def records(name: str) -> Iterator[tuple[str, Any]]:
         for number, record in enumerate(found, 1):
             yield f"{name}:{number}", record
     except Exception as error:
-        # Going on would make a corpus of whatever came before the connection broke.
+        # Otherwise the corpus would be what came before the connection broke.
         raise UserError(f"cannot read {name} after record {number}: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an error says."""
+    """First line of an error's message."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Masked-language-model training: which tokens of a batch are hidden, and behind what."""
+"""Masks tokens of batches for masked-language-model training."""
 
 from collections.abc import Mapping
 
@@ -6,13 +6,13 @@ import numpy as np
 
 from xelm.data.text_format import TextFormat
 
-# Of the chosen tokens, so many become the mask and so many a random id; the rest stay as they are
+# Shares of the chosen tokens that become the mask and a random id; the others stay as they are
 # (Devlin et al. 2019, section 3.1).
 MASKED, RANDOM = 0.8, 0.1
 
 
 def masked_per_row(length: int, share: float) -> int:
-    """Of the tokens of a row."""
+    """Largest number of tokens that are masked in a row of this length."""
     return max(1, round(length * share))
 
 
@@ -23,22 +23,22 @@ def mask_tokens(
     random_seed: int,
     step: int,
 ) -> dict[str, np.ndarray]:
-    """The batch with "inputs" (tokens, some of them hidden), "places" (columns of those to be
-    predicted, as many in each row: `masked_per_row`) and "chosen" (bool: whether there is one at a
-    place; rows with padding have fewer). A pure function of its arguments: a resumed training hides
-    the same tokens.
+    """The batch with "inputs" (tokens, some of them masked), "places" (columns of the tokens to be
+    predicted, `masked_per_row` in each row) and "chosen" (bool: whether a place is used; rows with
+    padding have fewer). A pure function of its arguments: a resumed training masks the same tokens.
 
-    Rows overlap by one token, which is left to the next row: arrays get [rows, T] from [rows, T+1].
+    Rows overlap by one token, which is left to the next row: arrays of [rows, T+1] become [rows,
+    T].
     """
-    ordinary_ids = text_format.ordinary_ids
-    assert ordinary_ids is not None  # a tokenizer with a mask has them
+    mask_id, ordinary_ids = text_format.mask_id, text_format.ordinary_ids
+    assert mask_id is not None and ordinary_ids is not None  # an encoder's tokenizer has both
     random = np.random.default_rng([random_seed, step])
     kept = {k: v[:, :-1] for k, v in batch.items() if k in ("tokens", "segments", "positions")}
     tokens = kept["tokens"]
     length = tokens.shape[1]
     nearest = np.searchsorted(ordinary_ids, tokens).clip(max=len(ordinary_ids) - 1)
     plain = (kept["segments"] > 0) & (ordinary_ids[nearest] == tokens)
-    # In random order, those that may be hidden first.
+    # In random order, with the tokens that may be masked first.
     order = np.argsort(np.where(plain, random.random(tokens.shape), 2.0), axis=1, kind="stable")
     places = order[:, : masked_per_row(length, share)]
     counts = np.ceil(plain.sum(axis=1) * share)
@@ -46,7 +46,7 @@ def mask_tokens(
     fate = random.random(places.shape)
     others = ordinary_ids[random.integers(0, len(ordinary_ids), places.shape)]
     given = np.take_along_axis(tokens, places, axis=1)
-    given = np.where(chosen & (fate < MASKED), text_format.mask_id, given)
+    given = np.where(chosen & (fate < MASKED), mask_id, given)
     given = np.where(chosen & (fate >= MASKED) & (fate < MASKED + RANDOM), others, given)
     inputs = tokens.copy()
     np.put_along_axis(inputs, places, given.astype(tokens.dtype), axis=1)

@@ -8,10 +8,10 @@ from clustering.errors import UserError
 from clustering.languages import canonical, is_old_code
 from xelm.data.records import stem
 
-# A part of a data set that is not to be trained on is not read where another part is there.
+# Splits that are not for training are skipped if a data set has others.
 MAIN_SPLITS = {"train", "clean"}
 OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval", "noisy", "removed"}
-# Words that say nothing of the language, beside numbers.
+# Words that are ignored, besides numbers.
 _ORDINARY = {
     *("part", "of", "shard", "chunk", "split", "file", "files", "text", "texts", "data", "corpus"),
     *(
@@ -36,23 +36,23 @@ _ENGLISH = """all and art bad bag big bin bio bot box csv day dir doc dup end fu
 lab lib log low map max mix mod net old one par pkg pre pub raw rel res row run sci seg sep seq
 set src sub sum tab tag tar the tmp top tsv two txt var ver xml yml"""
 _NO_LANGUAGE = {*_ORDINARY, *_ENGLISH.split()}
-# Words that mean no language where they are a whole name, and do in a longer one, such as
-# `20231101.new`: codes of small languages.
+# Codes of small languages that mean no language as a whole name, but do within a longer one, such
+# as `20231101.new`.
 _WHOLE_NAMES = {"los", "ner", "new", "ted"}
 # Words that mean no language as the name of the whole corpus. As names of files and folders in it
-# they do: Burmese and Catalan are in many corpora under these codes.
+# they do: many corpora have Burmese and Catalan under these codes.
 WHOLE_CORPUS = {"cat", "my"}
 
 
 @cache
 def language_in(name: str) -> str | None:
-    """Canonical tag of the language that a name says: `sw` of `swh_Latn`, `c4-sw.tfrecord-00000`,
-    `20231101.sw` or `sw_meta_part_1`; None where anything is left that is not known to say
-    nothing, as in `notes` or `de-en`."""
+    """Canonical tag of the language that a name says: `sw` for `swh_Latn`, `c4-sw.tfrecord-00000`,
+    `20231101.sw` or `sw_meta_part_1`; None if any other word is left, as in `notes` or
+    `de-en`."""
     if name.lower() in _WHOLE_NAMES:
         return None
     for code in (name, code_in(name)):
-        # Other names are none by their form alone, which saves the search for what is alike.
+        # Names of another form are no codes, which saves the search for similar ones.
         if is_old_code(code) or re.fullmatch(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*", code):
             if code.lower() in _NO_LANGUAGE:
                 return None
@@ -65,8 +65,8 @@ def language_in(name: str) -> str | None:
 
 @cache
 def code_in(name: str) -> str:
-    """What is left of a name without the words that say nothing of the language: `als` of
-    `20231101.als` or `als_meta_part_1`; the name itself if nothing is."""
+    """The name without the words that are ignored: `als` for `20231101.als` or `als_meta_part_1`;
+    the name itself if no word is left."""
     words = [word for word in _words(name) if not re.fullmatch(r"\d+[kKmMbB]?", word)]
     if is_old_code(whole := "-".join(words)):  # such as `map-bms`
         return whole

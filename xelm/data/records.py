@@ -1,9 +1,9 @@
 """Reads records from files and data sets: JSON lines, Parquet, Arrow, plain text, the Hub.
 
-Every record comes with its place; what cannot be read is counted with its place, and nothing stops
-the reading of the other files. That is why files are read here, by pyarrow and line by line, and
-not by `datasets`, whose readers stop at the first broken line, page or unexpected type; data sets
-of the Hub are read by `datasets`. Does not know what language a record is in.
+Every record comes with its place. What cannot be read is counted with its place, and does not stop
+the reading of the other files. For this reason files are read here, line by line and with pyarrow,
+and not with `datasets`, whose readers stop at the first broken line, page or unexpected type. Data
+sets of the Hub are read with `datasets`. This module does not know the language of a record.
 """
 
 import bz2
@@ -22,21 +22,21 @@ from xelm.data import hub
 from xelm.data.unusable import UnusableRecords
 
 LINES = (".jsonl", ".json", ".ndjson", ".txt")
-"""Endings of formats that may be compressed."""
+"""Endings of formats with one record or text per line, which may be compressed."""
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 TABLES = (".parquet", ".arrow")
 UNITS = ("paragraph", "line", "file")
-"""What a document of a plain text file may be."""
-# A line beyond this is no document but a broken file, and would have to be held in memory whole.
+"""Units of a plain text file that may be a document."""
+# A longer line is a broken file, not a document, and would have to be loaded into memory.
 LONGEST_LINE_BYTES = 64 * 2**20
-# Of a text file, so much is searched for a blank line, which ends a paragraph.
+# Length of the beginning of a text file that is searched for a blank line.
 _BEGINNING_BYTES = 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # Byte order marks of UTF-16, with which no UTF-8 begins.
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 Record = tuple[str, Any]
-"""A place such as "sw.jsonl:7", and what stands there."""
+"""A place such as "sw.jsonl:7", and the record there."""
 
 
 def format_of(name: str) -> tuple[str, str] | None:
@@ -68,8 +68,8 @@ def records(
     """Every record of a file, or of a data set of the Hub; what cannot be read is counted in
     `faults`.
 
-    name: of the file in places. columns: of Parquet and Arrow, those that are read. unit: what a
-    document of a text file is; None takes paragraphs, or lines where it has no blank line.
+    name: name of the file in places. columns: columns of Parquet and Arrow to read. unit: unit of a
+    text file that is a document; None takes paragraphs, or lines if it has no blank line.
     """
     if isinstance(where, str):
         yield from hub.records(where)
@@ -102,8 +102,8 @@ def _json(path: Path, name: str, faults: UnusableRecords) -> Iterator[Record]:
 
 
 def _texts(path: Path, name: str, faults: UnusableRecords, unit: str) -> Iterator[Record]:
-    """The documents of a text file as records, each at the place of its first line. Line ends of
-    every kind become \\n."""
+    """The documents of a text file as records, each at the place of its first line. All line ends
+    become \\n."""
     place, size, gathered = "", 0, []
     lines = _lines(path, name, faults)
     for here, line in ((here, line) for here, whole in lines for line in _line_ends(whole)):
@@ -115,14 +115,15 @@ def _texts(path: Path, name: str, faults: UnusableRecords, unit: str) -> Iterato
             continue
         place = place if gathered else here
         size += len(line)
-        if size < LONGEST_LINE_BYTES:  # beyond it nothing more has to be held
+        if size < LONGEST_LINE_BYTES:  # nothing more of a longer document has to be kept
             gathered.append(line)
     if gathered:
         yield from _text(gathered, size, place, faults)
 
 
 def _line_ends(line: bytes) -> Iterator[bytes]:
-    """What was read up to \\n as lines that end in \\n alone: \\r\\n and \\r end lines as well."""
+    """The lines in what was read up to \\n, each ending in \\n; \\r\\n and \\r end lines as
+    well."""
     for part in line.splitlines(keepends=True):
         stripped = part.rstrip(b"\r\n")
         yield stripped if stripped == part else stripped + b"\n"
@@ -139,12 +140,12 @@ def _text(lines: list[bytes], size: int, place: str, faults: UnusableRecords) ->
 
 
 def _is_blank(line: bytes) -> bool:
-    # Long lines are not decoded for the spaces that only Unicode knows.
+    # Long lines are not decoded to find spaces that only Unicode has.
     return not line.strip() or (len(line) < 100 and not line.decode("utf-8", "replace").strip())
 
 
 def _unit_of(path: Path, compression: str) -> str:
-    """What the documents of a text file seem to be: paragraphs where a blank line stands near its
+    """Probable unit of the documents of a text file: paragraphs if there is a blank line near its
     beginning, else lines."""
     with contextlib.suppress(EOFError, OSError, zlib.error, lzma.LZMAError), opened(path) as file:
         seen = 0
@@ -157,7 +158,7 @@ def _unit_of(path: Path, compression: str) -> str:
 
 
 def _lines(path: Path, name: str, faults: UnusableRecords) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file with their places, but for those that are too long."""
+    """The lines of a file with their places, without lines that are too long."""
     number = 0
     try:
         with opened(path) as file:
@@ -174,7 +175,7 @@ def _lines(path: Path, name: str, faults: UnusableRecords) -> Iterator[tuple[str
                 yield place, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # of the disk, not of what was compressed
+            raise  # an error of the disk, not of the compressed data
         faults.add(f"a damaged file ({error})", f"{name} after line {number}")
         return
     if not number:
@@ -189,7 +190,7 @@ def _skip_line(file: BinaryIO) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A file of bytes, unpacked if its name ends in .gz, .zst, .xz or .bz2."""
+    """A file of bytes, decompressed if its name ends in .gz, .zst, .xz or .bz2."""
     ending = path.suffix.lower()
     readers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
     with contextlib.ExitStack() as stack:
@@ -225,7 +226,7 @@ def _table(
                     yield place, record
     except (OSError, pyarrow.ArrowException) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # of the disk, not of the pages
+            raise  # an error of the disk, not of the pages
         faults.add(f"a damaged file ({hub.reason(error)})", f"{name} after row {number}")
         return
     if not number:
@@ -241,7 +242,8 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
 
 
 def _arrow_batches(path: Path, columns: list[str]) -> Iterator[Any]:
-    """Those of a stream, as `datasets` writes it, or of a file, as others write it."""
+    """Batches of an Arrow stream, as `datasets` writes it, or of an Arrow file, as others write
+    it."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as mapped:
@@ -259,7 +261,7 @@ def _arrow_batches(path: Path, columns: list[str]) -> Iterator[Any]:
 
 
 def _rows(batch: Any) -> list[dict[str, Any] | None]:
-    """The rows of a batch; None for one with bytes that are not UTF-8, which Parquet lets pass."""
+    """The rows of a batch; None for a row with bytes that are not UTF-8, which Parquet allows."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:

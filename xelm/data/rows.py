@@ -21,17 +21,18 @@ from xelm.data.store import FRAME, TokenizedLanguage
 from xelm.data.text_format import TextFormat
 
 ORIGIN = ("language", "row")
-"""Where a row of a batch comes from: the index of its source, and its number there."""
+"""Entries of a batch that say where each row comes from: the index of its language, and its number
+there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LanguageShare:
-    """The documents of one language that a training may see."""
+    """Documents of one language for a training, and their share of its rows."""
 
     ids: TokenizedLanguage
     """All documents of the language."""
     share: float
-    """Of the rows of the training; shares are relative to each other."""
+    """Share of the rows of the training, relative to the other shares."""
     documents: Int[np.ndarray, " documents"] | None = None
     """Numbers of the documents to use; None means all."""
 
@@ -60,8 +61,8 @@ class LanguageRows:
             chosen[source.documents] = True
             self.order = ids.order[chosen[ids.order]]
             self.ends = np.cumsum(ids.lengths[self.order] + frame)
-        # By the language, not by its place among the sources: every training with one random seed
-        # goes through a language in the same order, whoever else takes part.
+        # Depends on the language and not on its index, so that every training with the same random
+        # seed reads a language in the same order, whatever other languages it has.
         random = np.random.default_rng([random_seed, *ids.language.encode()])
         self.row_seed = int(random.integers(2**31))
         self.sequence_length, self.language_index = sequence_length, language_index
@@ -131,7 +132,7 @@ def batches(
         )
         if len(rows) == 0:
             raise ValueError(f"no document to train on in {source.ids.language}")
-        # Of the interface that grain's types ask for, it uses these two methods alone.
+        # Grain's types want more methods; it uses only these two.
         source_of_rows = cast(grain.sources.RandomAccessDataSource, rows)
         datasets.append(
             grain.MapDataset.source(source_of_rows).seed(rows.row_seed).shuffle().repeat()

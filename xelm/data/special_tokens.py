@@ -1,10 +1,10 @@
-"""Special tokens within text: those of a chat's template, never those that a message spells.
+"""Special tokens within text: those of a chat template, never those that a message spells.
 
 A chat is rendered to a string and then becomes ids. So that "</s>" in a message stays four
-characters, the messages are marked before the template sees them: behind each character with which
-the name of a special token might begin stands `ESCAPE`, so that no such name is found there. The
-marks go before the text becomes ids. They are noncharacters of Unicode, which no text may have. Two
-more of them stand around what the user says, so that its place in the rendered chat is known.
+characters, the messages are marked before they are rendered: `ESCAPE` is put after each character
+with which the name of a special token might begin, so that no such name is found there. The marks
+are removed before the text becomes ids. They are noncharacters of Unicode, which no text may have.
+Two more of them enclose the user's text, so that its place in the rendered chat is known.
 """
 
 import functools
@@ -19,20 +19,21 @@ from clustering.errors import UserError
 from xelm.data.unicode import normalised
 
 RENDERED = "\ufdd0"
-"""Begins a rendered chat, in which the names of special tokens are the tokens themselves."""
+"""First character of a rendered chat, where names of special tokens mean the tokens."""
 ESCAPE = "\ufdd1"
-"""Stands within a name that is to stay text."""
+"""Mark within a name that is to stay text."""
 _STAND_IN = "\ufdd2"
 USER_BEGINS, USER_ENDS = "\ufdd3", "\ufdd4"
-"""Stand in a rendered chat around the text of each of the user's messages."""
+"""Marks in a rendered chat around the text of each of the user's messages."""
 _NONCHARACTERS = re.compile(f"[{RENDERED}{ESCAPE}{_STAND_IN}{USER_BEGINS}{USER_ENDS}]")
 _USER_MARKS = re.compile(f"[{USER_BEGINS}{USER_ENDS}]")
 _FIRST_STAND_IN = 0xF0000
-"""Of Unicode's private plane; with `_STAND_IN` before it, the name of an ordinary token."""
+"""First character of Unicode's private plane; after `_STAND_IN` it is the name of an ordinary
+token."""
 
 
 class SpecialTokens:
-    """The special tokens of a tokenizer, and text in which some of them stand for themselves."""
+    """The special tokens of a tokenizer; encodes text in which some names mean these tokens."""
 
     def __init__(self, hub: Any):
         self._hub = hub
@@ -52,9 +53,9 @@ class SpecialTokens:
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """A chat by the checkpoint's own template, for `encode`. add_generation_prompt: the other
-        side is to continue; otherwise the last message is. options: values that the template knows
-        beside the messages. UserError for messages that the template refuses."""
+        """A chat as text for `encode`, by the checkpoint's own template. add_generation_prompt: the
+        model is to answer; otherwise it continues the last message. options: values that the
+        template reads besides the messages. UserError for messages that the template refuses."""
         given = self._checked({"messages": list(messages), "options": dict(options or {})})
         known = inspect.signature(self._hub.apply_chat_template).parameters
         if taken := [name for name in given["options"] if name in known]:
@@ -76,9 +77,9 @@ class SpecialTokens:
 
         plain, rendered = made(given), ""
         with_user = given | {"messages": [_with_user_marks(m) for m in given["messages"]]}
-        # Some templates look into messages, as for "</think>". They find nothing where every "<" is
-        # marked, but do where whole names of special tokens alone are; and some look at where the
-        # user's text begins, which is not marked then.
+        # Some templates search the messages, as for "</think>". They find it if only whole names of
+        # special tokens are marked, not if every "<" is. Others look at the beginning of the user's
+        # text, which must then not be marked.
         patterns = (self._beginnings, self._names)
         for messages, pattern in itertools.product((with_user, given), patterns):
             rendered = made(_mapped(messages, functools.partial(_marked, pattern)))
@@ -87,13 +88,13 @@ class SpecialTokens:
         return RENDERED + (rendered if self._spells(rendered) else rendered.replace(ESCAPE, ""))
 
     def escape(self, text: str) -> str:
-        """A text that is to stand within a rendered chat, as part of what was said."""
+        """A text marked for use within a rendered chat, as a part of a message."""
         return _marked(self._beginnings, self._checked(text))
 
     def encode(self, rendered: str) -> tuple[list[int], list[bool] | None]:
-        """Subword ids of a rendered chat, with no other special tokens than the template has: those
-        of `apply_chat_template`, if no message spells a special token. And for each id whether any
-        of its characters is of the user's text; None where no such text is marked."""
+        """Subword ids of a rendered chat, with the template's special tokens alone: the ids of
+        `apply_chat_template`, if no message spells a special token. And whether each id has a
+        character of the user's text; None if no such text is marked."""
         rendered = rendered.removeprefix(RENDERED)
         if spells := self._spells(rendered):
             backend, special_ids = self._with_stand_ins
@@ -113,7 +114,7 @@ class SpecialTokens:
         return ids, mask
 
     def encode_with(self, name: str, text: str) -> list[int]:
-        """Subword ids of a text in which one special token stands for itself."""
+        """Subword ids of a text in which the name of one special token means that token."""
         text = self._with_names(_any_of([name]), self._checked(text))
         backend, ids = self._with_stand_ins
         return [ids.get(id, id) for id in ids_of(backend, [text])[0]]
@@ -134,9 +135,9 @@ class SpecialTokens:
 
     @functools.cached_property
     def plain(self) -> Any:
-        """The tokenizer of the tokenizers library that makes ids of text. It is that of the
-        checkpoint, unless its model takes the name of a special token for a piece like any other,
-        as those of XLM-R and XGLM do: then a copy in which these pieces have other names."""
+        """The tokenizer of the tokenizers library that makes ids of text: the checkpoint's own, or,
+        if its model takes the name of a special token for an ordinary piece (as XLM-R's and XGLM's
+        do), a copy in which these pieces have other names."""
         import tokenizers
 
         backend, unknown = self._hub.backend_tokenizer, self._hub.unk_token
@@ -144,7 +145,7 @@ class SpecialTokens:
         if not any(_spelt(backend, name, self.ids[name]) for name in names):
             return backend
         content = json.loads(backend.to_str())
-        # What a model falls back on must keep its name, also where transformers know of none.
+        # The unknown token of the model must keep its name, also where transformers has none.
         names = [name for name in names if name != content["model"].get("unk_token")]
         pieces = content["model"]["vocab"]
         new_names = {name: _stand_in(self._numbers[name]) for name in names}
@@ -155,15 +156,16 @@ class SpecialTokens:
             named = {piece for piece, _ in pieces}
             pieces = [[new_names.get(piece, piece), score] for piece, score in pieces]
         content["model"]["vocab"] = pieces
-        # Those that are no pieces of the model stay, so that all keep their ids.
+        # Special tokens that are no pieces of the model stay, so that all keep their ids.
         gone = named & {*names}
         content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in gone]
         return tokenizers.Tokenizer.from_str(json.dumps(content))
 
     @functools.cached_property
     def _with_stand_ins(self) -> tuple[Any, Mapping[int, int]]:
-        """The tokenizer with an ordinary token beside each special one, which cuts a text as that
-        does; and ids of the former -> of the latter. Special ones are not looked for in it."""
+        """A tokenizer with one more ordinary token for each special token, which splits a text as
+        the special one does; and ids of these ordinary tokens -> ids of the special ones. It does
+        not search text for special tokens."""
         import tokenizers
 
         copy = tokenizers.Tokenizer.from_str(self.plain.to_str())
@@ -186,7 +188,7 @@ class SpecialTokens:
         return copy, ids
 
     def _checked(self, value: Any) -> Any:
-        """Messages with texts in Unicode's composed form."""
+        """The messages with all texts in Unicode's composed form."""
 
         def check(text: str) -> str:
             if found := _NONCHARACTERS.search(text):
@@ -200,17 +202,17 @@ class SpecialTokens:
 
 
 def ids_of(backend: Any, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-    """Subword ids of each text by a tokenizer of the tokenizers library, with nothing before or
-    behind it. special: names of special tokens are those tokens, not characters. (What transformers
-    make of a text besides costs a third of the time.)"""
+    """Subword ids of each text by a tokenizer of the tokenizers library, without start and end.
+    special: names of special tokens mean these tokens. (What transformers adds to the ids costs a
+    third of its time.)"""
     return [encoding.ids for encoding in _encodings(backend, texts, special=special)]
 
 
 def _encodings(
     backend: Any, texts: Sequence[str], *, special: bool, fast: bool = True
 ) -> list[Any]:
-    """What the tokenizers library makes of texts; `fast` is without places of characters."""
-    # Transformers change these settings at their own calls.
+    """Encodings of texts by the tokenizers library; `fast` ones have no offsets of characters."""
+    # Transformers changes these settings in its own calls.
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = not special
@@ -222,12 +224,12 @@ def _spelt(backend: Any, name: str, id: int) -> bool:
     """Whether a text with the name of a special token becomes that token."""
     try:
         return any(id in ids for ids in ids_of(backend, [name, f"a{name}b"]))
-    except Exception:  # of a model that knows some words and nothing else; the library has no other
+    except Exception:  # a model of words alone raises it; the library has no other type
         return False
 
 
 def _mapped(value: Any, change: Any) -> Any:
-    """With every text in it changed, but for the names of entries."""
+    """The value with `change` applied to every text in it, but not to names of entries."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -242,8 +244,8 @@ def _marked(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _with_user_marks(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message with marks around its text if the user says it. Spaces at either end stay outside,
-    so that a template can strip them."""
+    """A message with marks around its text if it is the user's. Spaces at either end stay outside
+    the marks, so that a template can strip them."""
     text = message.get("content")
     if message.get("role") != "user" or not isinstance(text, str) or not text.strip():
         return message
@@ -254,10 +256,11 @@ def _with_user_marks(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _without_user_marks(rendered: str) -> tuple[str, list[tuple[int, int]]]:
-    """A rendered chat without the marks of the user's text, and the characters between them."""
+    """A rendered chat without the marks of the user's text, and [begin, end) of the characters
+    between them."""
     spans, first = [], 0
     for number, found in enumerate(_USER_MARKS.finditer(rendered)):
-        place = found.start() - number  # so many marks are gone before it
+        place = found.start() - number  # number of marks removed before it
         if found[0] == USER_BEGINS:
             first = place
         else:
@@ -266,12 +269,12 @@ def _without_user_marks(rendered: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of these, the longest first, unless it is marked."""
+    """Pattern of these names, the longest first, unless they are marked."""
     ordered = sorted(names, key=lambda name: -len(name))
     return re.compile(f"(?:{'|'.join(map(re.escape, ordered))})(?!{ESCAPE})" if ordered else "(?!)")
 
 
 def _stand_in(number: int, *, written: bool = False) -> str:
-    """written: within a text that becomes ids; otherwise a name that is found in none, where models
-    of pieces see no spaces."""
+    """Name of an ordinary token that stands for a special one. written: as in a text that becomes
+    ids; otherwise with a space, which no piece of a text contains."""
     return ("" if written else " ") + _STAND_IN + chr(_FIRST_STAND_IN + number)

@@ -7,12 +7,12 @@ STORE/
   <language>.bytes.npy    int64 [documents]: UTF-8 bytes of each document's text
   <language>.order.npy    int64 [documents]: their numbers, shuffled
   <language>.stream.npy   int64 [documents]: where each ends in a stream of that order
-  <language>.hashes       uint64 [documents, 2], little-endian: of each document's text
+  <language>.hashes       uint64 [documents, 2], little-endian: hash of each document's text
   <language>.signatures   uint32 [documents, 64], little-endian: MinHash of each document's shingles
 
-The order is drawn here, once: for a hundred million documents that takes a quarter of a minute,
-which no start of a training should. Format 1 had none; it gets one when it is opened. Stores of
-earlier versions have no hashes, no signatures and fewer counts, and are opened without.
+The order is drawn once, when the store is made: for a hundred million documents that takes a
+quarter of a minute, too long for every start of a training. A store of format 1 gets its order when
+it is opened. Stores of earlier versions have no hashes, no signatures and fewer counts.
 """
 
 import functools
@@ -31,9 +31,9 @@ from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, Fingerprints, finge
 
 FORMAT = 2
 FRAME = 2
-"""Tokens that a document has in a stream beside its own: its start, which texts of some RUNs do not
+"""Number of special tokens of each document in a stream: its start, which texts of some RUNs do not
 have, and its end."""
-# Documents read in one piece where parts of a corpus go to many machines.
+# Number of documents in a part of a store; parts are read on several machines.
 PART_DOCUMENTS = 50_000
 
 
@@ -42,17 +42,18 @@ class TokenizedLanguage:
     """The documents of one language as subword ids, memory-mapped."""
 
     language: str
-    """As in the corpus."""
+    """Tag of the language in the corpus."""
     ids: Integer[np.ndarray, " tokens"]
-    """All documents one after the other, without special tokens."""
+    """Ids of all documents, one after the other, without special tokens."""
     ends: Int[np.ndarray, " documents"]
-    """Where each document ends in `ids`."""
+    """Index in `ids` at which each document ends."""
     bytes: Int[np.ndarray, " documents"]
     """UTF-8 bytes of each document's text."""
     order: Int[np.ndarray, " documents"]
     """Numbers of all documents, shuffled."""
     stream_ends: Int[np.ndarray, " documents"]
-    """Where each ends in a stream of all in that order, each with its frame."""
+    """Index at which each document, in that order, ends in the stream of all documents, each with
+    `FRAME` special tokens."""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -71,8 +72,8 @@ class TokenizedLanguage:
 def shuffled(
     language: str, lengths: Int[np.ndarray, " documents"]
 ) -> tuple[Int[np.ndarray, " documents"], Int[np.ndarray, " documents"]]:
-    """An order of documents of these lengths, the same for every corpus of so many in this
-    language; and where they end in the stream of it."""
+    """A random order of documents of these lengths, the same for all corpora with so many documents
+    in this language; and where they end in the stream in that order."""
     order = np.random.default_rng([*language.encode()]).permutation(len(lengths))
     return order, np.cumsum(lengths[order] + FRAME)
 
@@ -82,15 +83,15 @@ class Store:
     """A tokenised corpus."""
 
     directory: Path
-    """Where it lies."""
+    """Directory of the store."""
     languages: Mapping[str, TokenizedLanguage]
-    """Documents by language, in the order they were asked for."""
+    """Documents by language, in the order in which the languages were requested."""
     record: Mapping[str, Any]
-    """store.json: counts and unusable records."""
+    """Content of store.json: counts and unusable records."""
 
     def fingerprints(self) -> dict[str, Fingerprints] | None:
-        """What documents are compared by, memory-mapped, by language; None in a store of a version
-        that kept none, or made them otherwise."""
+        """Fingerprints of the documents by language, memory-mapped; None in a store of a version
+        that had none, or made them otherwise."""
         if self.record.get("fingerprints") != fingerprint_method():
             return None
         return {
@@ -102,8 +103,8 @@ class Store:
         }
 
     def tags(self, languages: Iterable[str] | None = None) -> list[str]:
-        """How languages are called here, by any of their codes; None takes all. UserError for those
-        without text."""
+        """Tags in this store of languages that are given by any of their codes; None takes all.
+        UserError for languages without text."""
         if languages is None:
             return list(self.languages)
         found = {language: find(language, self.languages) for language in languages}
@@ -113,7 +114,7 @@ class Store:
         return [tag for tag in found.values() if tag is not None]
 
     def parts(self, languages: Iterable[str]) -> list["StorePart"]:
-        """All documents in these languages, in order."""
+        """Parts with all documents in these languages, in order."""
         directory = self.directory.absolute()
         return [
             StorePart(
@@ -126,10 +127,11 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class StorePart:
-    """Some documents of one language, told by where they lie: to be read on any machine."""
+    """Some documents of one language. It contains no text, only where the text is: it can be read
+    on any machine that finds the store."""
 
     directory: Path
-    """Of the store, absolute."""
+    """Absolute path of the store."""
     language: str
     numbers: range
 
@@ -137,7 +139,7 @@ class StorePart:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[tuple[Integer[np.ndarray, " tokens"], str]]:
-        """Ids of each document, and the language."""
+        """Ids and language of each document."""
         record = read_json(self.directory / "store.json", FORMAT)
         ids = _open_language(self.directory, self.language, record)
         for number in self.numbers:
@@ -172,7 +174,7 @@ def _open_language(directory: Path, language: str, record: Mapping[str, Any]) ->
 
 
 def _with_orders(directory: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of a store of format 1, which gets the files that it lacks."""
+    """Adds the missing files to a store of format 1; returns its new record."""
     for tag, counts in record["languages"].items():
         lengths = np.diff(_numbers(directory / f"{tag}.ends.npy", counts["documents"]), prepend=0)
         for name, array in zip(("order", "stream"), shuffled(tag, lengths)):
@@ -189,7 +191,7 @@ def _save(array: np.ndarray, file: BinaryIO) -> None:
 def _numbers(path: Path, count: int) -> Int[np.ndarray, " documents"]:
     try:
         numbers = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError):  # of a file that was cut short
+    except (ValueError, EOFError):  # the file is shorter than it says
         raise _mismatch(path) from None
     if numbers.shape != (count,):
         raise _mismatch(path)

@@ -1,8 +1,4 @@
-"""Tokenizers: trains sentencepiece for a fresh seed, and loads those of checkpoints.
-
-A trained tokenizer is written so that `transformers.AutoTokenizer` loads it and gives the ids that
-sentencepiece gives.
-"""
+"""Loads the tokenizers of checkpoints: text to ids and back, chats, and special tokens."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,11 +11,13 @@ from jaxtyping import Int
 from clustering.errors import UserError
 from clustering.files import read_object
 from xelm.config import StartToken
+from xelm.data.hub import reason
 from xelm.data.special_tokens import SpecialTokens, ids_of
 from xelm.data.text_format import TextFormat
 from xelm.data.unicode import normalised
 
-# One of them holds the pieces. Without any, transformers makes a tokenizer of the special tokens.
+# Files with the pieces of a tokenizer. If all are missing, transformers makes a tokenizer that
+# has special tokens alone.
 PIECE_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -27,13 +25,13 @@ PIECE_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-# Of one length: what makes nothing of a text, or unknown ids alone, cannot tell them apart.
+# Texts of one length: a damaged tokenizer, which gives no ids or unknown ids, gives both the same.
 PROBES = ("sea", "old")
 
 
 def load(directory: str | Path, start_token: StartToken = "tokenizer") -> "Tokenizer":
-    """The tokenizer that lies beside a checkpoint; code that lies there too is never run. One that
-    reads no text is refused. start_token: as `RunConfig.start_token`."""
+    """The tokenizer in a checkpoint's directory; code in that directory is never run. UserError for
+    one that reads no text. start_token: as `RunConfig.start_token`."""
     import transformers
 
     if not any((Path(directory) / name).is_file() for name in PIECE_FILES):
@@ -41,7 +39,7 @@ def load(directory: str | Path, start_token: StartToken = "tokenizer") -> "Token
         fetch = f"hf download OWNER/NAME --include 'tokenizer*' --local-dir {directory}"
         raise UserError(
             f"{directory} has no tokenizer; wanted {' or '.join(PIECE_FILES)}"
-            + (f" (tekken.json is not read; fetch the other form of it: {fetch})" if tekken else "")
+            + (f" (tekken.json is not read; download its other form: {fetch})" if tekken else "")
         )
     try:
         hub = transformers.AutoTokenizer.from_pretrained(
@@ -52,23 +50,21 @@ def load(directory: str | Path, start_token: StartToken = "tokenizer") -> "Token
             mistral_format=False,
         )
     except Exception as error:  # the tokenizers library knows no other type
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"{directory} has no tokenizer that transformers can load: {reason}"
-        ) from error
+        message = f"{directory} has no tokenizer that transformers can load: {reason(error)}"
+        raise UserError(message) from error
     if not hub.is_fast:
-        raise UserError(f"{directory} has no tokenizer.json, and transformers can make none of it")
+        raise UserError(f"{directory} has no tokenizer.json, and transformers cannot make one")
     tokenizer = Tokenizer(
         hub,
         start_token=start_token,
         config_start_id=_config_start_id(Path(directory)),
         end_ids=_end_ids(Path(directory)),
     )
-    # Damaged files can load, too: as pieces of which no text is made.
+    # Damaged files can load, too, with pieces that are in no text.
     first, second = tokenizer.encode(PROBES)
     if first == second:
         raise UserError(
-            f"the tokenizer of {directory} knows no piece of plain text: "
+            f"the tokenizer of {directory} has no piece of plain text: "
             f"{' and '.join(map(repr, PROBES))} both become {first}"
         )
     return tokenizer
@@ -81,8 +77,8 @@ def encode(backend: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _end_ids(directory: Path) -> list[int]:
-    """The ends that a checkpoint names, such as that of a chat's turn: in generation_config.json,
-    or else in config.json."""
+    """End tokens that a checkpoint names, such as the end of a turn in a chat: those of
+    generation_config.json, or else of config.json."""
     for name in ("generation_config.json", "config.json"):
         found = _entries(directory / name).get("eos_token_id")
         if found is not None:
@@ -91,10 +87,9 @@ def _end_ids(directory: Path) -> list[int]:
 
 
 def _config_start_id(directory: Path) -> int | None:
-    """What stands before a document in pre-training as far as config.json says: after a chat's
-    training, other tokens may end a text."""
+    """Token before a document in pre-training, if config.json says it."""
     entries = _entries(directory / "config.json")
-    # BLOOM has a bos that its training did not use: documents were parted by the end.
+    # BLOOM has a bos that its training did not use: documents were separated by the end token.
     name = "eos_token_id" if entries.get("model_type") == "bloom" else "bos_token_id"
     found = entries.get(name)
     return found if isinstance(found, int) else None
@@ -105,7 +100,8 @@ def _entries(path: Path) -> dict[str, Any]:
 
 
 class Tokenizer:
-    """What xelm needs of a transformers tokenizer, which stays reachable as `.hub`."""
+    """A transformers tokenizer, which is reachable as `.hub`, with the functions that xelm
+    needs."""
 
     def __init__(
         self,
@@ -115,11 +111,11 @@ class Tokenizer:
         config_start_id: int | None = None,
         end_ids: Iterable[int] = (),
     ):
-        """config_start_id, end_ids: what the checkpoint's configuration says of the start and the
-        ends of texts; ids that are no special tokens of the tokenizer are `ignored`."""
+        """config_start_id, end_ids: start and end tokens of texts in the checkpoint's
+        configuration; ids that are no special tokens of the tokenizer are `ignored`."""
         self.hub = hub
         self.special = SpecialTokens(hub)
-        # Encoders of the BERT line have a separator there.
+        # BERT and its descendants have a separator as their end.
         end = hub.sep_token_id if hub.eos_token_id is None else hub.eos_token_id
         if end is None:
             raise UserError(f"the tokenizer {hub.name_or_path} has no end-of-sequence token")
@@ -131,25 +127,25 @@ class Tokenizer:
         if config_start_id in self.ignored:
             config_start_id = None
         self.start_id: int | None = _start_id(hub, start_token, config_start_id)
-        """What stands before every text; None: nothing, and the first token is not predicted."""
+        """Token before every text; None: there is none, and the first token is not predicted."""
         bos = (self.start_id, hub.bos_token_id, hub.cls_token_id)
         self.prefix_id: int = next((id for id in bos if id is not None), self.end_id)
-        """What stands before a text of which the first token is predicted all the same: the start,
-        or else the tokenizer's bos or eos (as in the evaluation harness)."""
+        """Token before a text whose first token has to be predicted: the start, or else the
+        tokenizer's bos or eos (as in the evaluation harness)."""
         self.mask_id: int | None = hub.mask_token_id
-        """What stands for a hidden token, in tokenizers of encoders."""
+        """Token that stands for a masked one; None in tokenizers of decoders."""
         self.size: int = len(hub)
         self.end_ids: frozenset[int] = frozenset({self.end_id, *end_ids} - {*self.ignored})
         """Ids that end a continuation."""
 
     @property
     def start_ids(self) -> list[int]:
-        """What stands before every text: one id or none."""
+        """Tokens before every text: one id or none."""
         return [] if self.start_id is None else [self.start_id]
 
     def starts(self, ids: Sequence[int] | Int[np.ndarray, " _"]) -> int:
-        """How many of the first ids say nothing of a text: 1 where it begins with the token that
-        starts texts, or with what may stand in its place; else 0."""
+        """Number of first ids that are no part of the text: 1 if they begin with the start token or
+        `prefix_id`, else 0."""
         return int(len(ids) > 0 and ids[0] in (self.start_id, self.prefix_id))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -158,16 +154,16 @@ class Tokenizer:
         return encode(self.special.plain, texts)
 
     def encode_after(self, context: str, text: str) -> tuple[list[int], int]:
-        """Subword ids of a text behind its context, cut as one text, and how many of them are of
-        the context alone: a token that has characters of both counts with the text."""
+        """Subword ids of a context and the text after it, tokenised as one text, and the number of
+        ids of the context alone: a token with characters of both counts with the text."""
         before, whole = normalised(context), normalised(context + text)
-        # What the text begins with may compose with the context's last character.
+        # The first character of the text may compose with the last one of the context.
         border = _shared(before, whole)
         (alone,) = self.encode([before])
         (encoding,) = self.special.plain.encode_batch([whole], add_special_tokens=False)
         ids, ends = encoding.ids, [end for _, end in encoding.offsets]
-        # Both count too few where they err: several tokens of one character end where it does, and
-        # the context alone may be cut otherwise.
+        # Both counts may only be too small: several tokens of one character have the same end, and
+        # the context alone may be tokenised otherwise.
         by_place = next((n for n, end in enumerate(ends) if end > border), len(ids))
         by_ids = _shared(alone, ids)
         return ids, max(by_place, by_ids)
@@ -197,43 +193,43 @@ class Tokenizer:
             )
 
     def ordinary_ids(self) -> Int[np.ndarray, " _"]:
-        """Ids that are no special tokens, ascending."""
+        """Ids that are no special tokens, ascending, int64."""
         special = {*self.special.ids.values()}
         return np.asarray(sorted(set(self.hub.get_vocab().values()) - special), np.int64)
 
     def rows(self) -> int:
-        """Rows that an embedding must have. Special tokens at the end that no text becomes, such as
-        one for pictures, need none."""
+        """Number of rows that an embedding must have. Special tokens at the end that occur in no
+        text, such as one for pictures, need no row."""
         named = (self.prefix_id, self.end_id, self.mask_id or 0)
         return 1 + max(*named, *self.ordinary_ids()[-1:].tolist())
 
     def piece(self, token: int) -> str:
-        """A token as it reads within a text: with a space before it if it begins a word. Special
-        tokens have their names."""
+        """A token as it is written within a text, with a space before it if it begins a word; the
+        name of a special token."""
         if token in self.hub.all_special_ids:
             return self.hub.convert_ids_to_tokens(token)
         (before,) = self.encode(["a"])
         return self.decode([*before, token]).removeprefix(self.decode(before))
 
     def begin(self, text: str) -> list[int]:
-        """Subword ids of a text that is to be continued, after the token that starts every text, if
-        any does; an empty text has one all the same."""
+        """Subword ids of a text that is to be continued, with the start token if there is one; an
+        empty text has `prefix_id`."""
         return [*self.start_ids, *self.encode([text])[0]] or [self.prefix_id]
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """Subword ids of a chat that the other side is to continue, by the checkpoint's own
-        template, whose special tokens are the only ones. options: values that it knows beside the
-        messages, such as enable_thinking."""
+        """Subword ids of a chat that the model is to answer, by the checkpoint's own template; only
+        the template's special tokens become special tokens. options: values that the template reads
+        besides the messages, such as enable_thinking."""
         return self.chat_with_user_mask(messages, options)[0]
 
     def chat_with_user_mask(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
     ) -> tuple[list[int], list[bool] | None]:
-        """Subword ids of a chat as `chat` has them, and for each whether it has characters of the
-        user's text, as opposed to template, system prompt and answers; None if the user says
-        nothing, or if the template changes what the user says."""
+        """Subword ids of a chat as in `chat`, and whether each has characters of the user's text,
+        as opposed to template, system prompt and answers; None if the user has no text, or if the
+        template changes it."""
         return self.special.encode(self.render(messages, options=options))
 
     def render(
@@ -243,7 +239,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """As `SpecialTokens.render`; UserError where there is no template."""
+        """A chat as text, as in `SpecialTokens.render`; UserError where there is no template."""
         if not self.hub.chat_template:
             raise UserError(
                 f"the tokenizer {self.hub.name_or_path} has no chat template; give a plain text"
@@ -258,13 +254,13 @@ class Tokenizer:
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many items both begin with."""
+    """Number of first items that are equal in both."""
     pairs = enumerate(zip(one, other))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _start_id(hub: Any, start_token: StartToken, config_start_id: int | None) -> int | None:
-    """What stands before every text."""
+    """Token before every text; None for none."""
     own = _before_texts(hub)
     if start_token == "bos" or start_token == "eos":
         found = hub.bos_token_id if start_token == "bos" else hub.eos_token_id
@@ -273,7 +269,7 @@ def _start_id(hub: Any, start_token: StartToken, config_start_id: int | None) ->
                 f"start_token is {start_token}; the tokenizer {hub.name_or_path} has no such token"
             )
         return found
-    # An encoder's texts always begin with a token, which is not guessed.
+    # The texts of an encoder always begin with a token, which is not predicted.
     if own is not None or (start_token == "tokenizer" and hub.mask_token_id is None):
         return own
     starts = (config_start_id, hub.bos_token_id, hub.cls_token_id, hub.eos_token_id)
@@ -281,7 +277,7 @@ def _start_id(hub: Any, start_token: StartToken, config_start_id: int | None) ->
 
 
 def _before_texts(hub: Any) -> int | None:
-    """What the tokenizer itself puts before a text: XGLM's </s>, Llama's <s>, others' nothing."""
+    """Token that the tokenizer itself puts before a text: </s> of XGLM, <s> of Llama, or none."""
     whole, bare = (hub(PROBES[0], add_special_tokens=added)["input_ids"] for added in (True, False))
     before = len(whole) - len(bare)
     while before and whole[before : before + len(bare)] != bare:

@@ -16,12 +16,12 @@ from clustering.errors import UserError
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-# Of the names of special and byte pieces: with pieces of their own, a text that spells such a name
-# is never read as the piece itself.
+# Characters of the names of special and byte pieces. They are pieces themselves, so that a text
+# that spells such a name is never read as the special piece.
 CONTROL_CHARACTERS = "<>/spadunkx0123456789ABCDEF"
-# Sentencepiece learns pieces from counts that converge long before this much text.
+# Bytes of training text; sentencepiece's counts of pieces converge long before that.
 TRAINING_BYTES = 40_000_000
-# In characters, of which UTF-8 takes up to four bytes.
+# Longest sentence in characters, each of up to four bytes in UTF-8.
 LONGEST_SENTENCE = 4192
 
 
@@ -36,10 +36,10 @@ def train(
 ) -> None:
     """Trains a unigram model with byte fallback and writes tokenizer files into `directory`.
 
-    texts: documents by language. sizes: UTF-8 bytes of each language, of which `texts` may hold a
+    texts: documents by language. sizes: UTF-8 bytes of each language, of which `texts` may be a
     sample; None counts those of `texts`. A language's share of the training text is its share of
-    the bytes to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1): small ones get
-    pieces too.
+    the bytes to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1): small
+    languages get pieces too.
     """
     import sentencepiece
 
@@ -81,13 +81,14 @@ def train(
 
 
 class EvenSample:
-    """Documents of one language, evenly spaced over all that were added, that fit a limit."""
+    """Sample of the documents of one language, evenly spaced over all that were added, of limited
+    size."""
 
     def __init__(self, most_bytes: int):
         self.most_bytes = most_bytes
         self.documents: list[str] = []
         self.bytes = 0
-        """UTF-8 bytes of all that were added, kept or not."""
+        """UTF-8 bytes of all documents that were added, kept or not."""
         self._kept_bytes, self._added, self._stride = 0, 0, 1
 
     def add(self, text: str) -> None:
@@ -117,7 +118,7 @@ def _sample(
         wanted = total * weight / sum(weights.values())
         documents = list(texts[language])
         order.shuffle(documents)
-        # A language that has less than its share, or of which less was kept, is heard again.
+        # The documents of a language with less text than its share are repeated.
         for document in itertools.cycle(documents):
             if wanted <= 0:
                 break
@@ -128,7 +129,7 @@ def _sample(
 
 
 def _write(model: bytes, directory: Path) -> None:
-    """tokenizer.model, and the same model as tokenizer.json with its configuration."""
+    """Writes tokenizer.model, and the same model as tokenizer.json with its configuration."""
     import sentencepiece
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -136,7 +137,7 @@ def _write(model: bytes, directory: Path) -> None:
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     vocabulary = [(pieces.id_to_piece(i), _score(pieces, i)) for i in range(pieces.vocab_size())]
     fast = tokenizers.Tokenizer(models.Unigram(vocabulary, UNK, byte_fallback=True))
-    # As sentencepiece: one more space in front, whatever the text begins with.
+    # As sentencepiece does: one more space in front, whatever the text begins with.
     fast.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
@@ -156,7 +157,7 @@ def _write(model: bytes, directory: Path) -> None:
     fast.add_special_tokens(
         [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in special.values()]
     )
-    # As `fast.save` writes it, which raises no OSError where the disk is full.
+    # `fast.save` would raise no OSError where the disk is full.
     (directory / "tokenizer.json").write_bytes(fast.to_str(pretty=True).encode())
     (directory / "tokenizer.model").write_bytes(model)
     settings = {
