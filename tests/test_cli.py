@@ -76,7 +76,7 @@ def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
         ),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes."),
-            "the memory of the device is used up; trainings need less with --set: a higher "
+            "the memory of the device is used up; a training needs less with --set, a higher "
             "runtime.accumulation_steps or runtime.rematerialise=true",
         ),
     ],

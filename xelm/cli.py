@@ -20,13 +20,13 @@ _EXTRAS = {
         ("starlette", "uvicorn", "pydantic", "prometheus_client"), ("serve", "xelm serve")
     ),
 }
-"""Module -> the extra of xelm that installs it, and what needs it."""
+"""Module -> the extra of xelm that installs it, and the feature that needs it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 130 if interrupted (a
-    training is saved first), 75 (EX_TEMPFAIL: try again) if a training was asked to end by SIGTERM
-    and is saved."""
+    """Runs one command and returns its exit code: 0; 2 for a user's mistake; 130 if interrupted (a
+    training is saved first); 75 (EX_TEMPFAIL: try again) if SIGTERM ended a training, which is
+    saved."""
     try:
         options = _parsed(sys.argv[1:] if arguments is None else arguments)
         prepare()
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"xelm: {stop}", file=sys.stderr)
         return 130 if stop.by == signal.SIGINT else os.EX_TEMPFAIL
     except BrokenPipeError:
-        # The reader of our output has gone, which is no error of ours.
+        # The program that reads the output has ended, which is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         line = _mistake(error)
@@ -57,7 +57,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"an argument is not UTF-8: {argument!r}") from None
     top = parser()
     options, rest = top.parse_known_args(arguments)
-    # Names that come after a flag, which argparse does not take for those of `names`.
+    # argparse does not add names that come after a flag to `names`.
     if rest and ("names" not in options or any(name.startswith("-") for name in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -66,18 +66,18 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, as the rest of the program does."""
+    """Parser that reports a mistake in one line, as the rest of the program does."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
-    """All commands with their options."""
+    """Returns the parser of all commands with their options."""
     top = _Parser(
         prog="xelm",
         description="Cross-lingual expert language models: cluster languages, train an "
-        "expert for each cluster, grow new ones, ask them together.",
+        "expert for each cluster, grow experts for new languages, and run them as an ensemble.",
     )
     top.add_argument("--version", action="version", version=f"xelm {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _mistake(error: Exception) -> str | None:
-    """What a user can do about an error, in a line; None for an error of ours."""
+    """Describes an error that a user can do something about in one line; None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
@@ -102,7 +102,7 @@ def _mistake(error: Exception) -> str | None:
     # JAX, which is not imported here, raises its own kind of RuntimeError.
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return (
-            "the memory of the device is used up; trainings need less with --set: a higher "
+            "the memory of the device is used up; a training needs less with --set, a higher "
             "runtime.accumulation_steps or runtime.rematerialise=true"
         )
     return None

@@ -1,4 +1,4 @@
-"""`xelm quickstart`: the whole path on the embedded sample corpus."""
+"""`xelm quickstart`: every step on the embedded sample corpus."""
 
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -20,9 +20,9 @@ CLUSTERS = 7
 
 
 def quickstart(directory: str | Path) -> tuple[Run, Results, Path]:
-    """Clusters the sample's languages by typology, trains a seed, the dense baseline and one expert
-    a cluster, grows an expert for a language kept back, evaluates all, and writes the report. An
-    interrupted quickstart goes on where it was."""
+    """Clusters the sample's languages by typology, trains a seed, the dense baseline and an expert
+    for each cluster, grows an expert for another language, evaluates all, and writes the report.
+    Returns the RUN, the results and the path of the report. An interrupted quickstart resumes."""
     with as_file(files("xelm") / "sample") as sample:
         run = init(directory, sample / "train", preset(), languages=LANGUAGES)
         branch(run, typology.cluster(LANGUAGES, CLUSTERS))
