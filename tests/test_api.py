@@ -59,3 +59,12 @@ def test_documents_of_a_run_are_clustered_as_by_the_command(xelm, tiny, tmp_path
 def test_a_training_that_cannot_be_is_refused_by_name(tiny):
     with pytest.raises(UserError, match="nobody"):
         open_run(tiny.directory).train("nobody")
+
+
+def test_an_ensemble_is_opened_with_two_lines(tiny):
+    run = open_run(str(tiny.directory))
+    ensemble = run.ensemble(routing="learned", top_m=2)
+    assert len(ensemble.generate("Habari ya asubuhi", max_new_tokens=4).text) > 0
+    scores = ensemble.score(["Habari ya asubuhi", "Guten Tag"])
+    assert scores.nats.shape == (2,)
+    assert list(scores.weights)[:2] == [e.name for e in run.registry().published()]

@@ -1,4 +1,4 @@
-"""What trainings cost, before they start: tokens, passes over each language, time and disk."""
+"""Costs of trainings, before they start: tokens, passes over each language, time and disk."""
 
 import shutil
 import sys
@@ -18,8 +18,8 @@ from xelm.runs.run import Run
 from xelm.training.metrics import read_metrics
 
 MOST_PASSES = 4.0
-"""Over a language's text before a warning: up to four are about as good as new text, and more teach
-ever less (Muennighoff et al. 2023, arXiv 2305.16264)."""
+"""Passes over a language's text above which a warning is given: up to four are about as good as new
+text, and more teach less and less (Muennighoff et al. 2023, arXiv 2305.16264)."""
 UTILISATION = 0.3
 """Share of a device's peak that an estimate assumes where nothing was measured."""
 _LISTED = 8
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """At the most at any time."""
+        """Largest number of bytes on disk at any time."""
         return self.checkpoint_bytes + self.model_bytes
 
 
@@ -66,9 +66,9 @@ def plan(
     *,
     estimate: bool = True,
 ) -> Plan:
-    """The training of `name` on these sources; `part` says which of the configuration it is.
-    estimate: may use the devices of this machine to estimate the time where no training in the RUN
-    tells it."""
+    """The cost of training `name` on these sources with these settings, which are the
+    configuration's `part`. estimate: whether to estimate the time on this machine's devices if no
+    training in the RUN tells it."""
     seconds, basis, estimated = _time(run, name, config, model if estimate else None)
     return Plan(
         name=name,
@@ -85,7 +85,7 @@ def plan(
 
 
 def passes(sources: Sequence[LanguageShare], config: TrainConfig) -> dict[str, float]:
-    """How often the text of each language is passed over in a training."""
+    """Number of passes over the text of each language in a training."""
     total, found = sum(source.share for source in sources), {}
     for source in sources:
         rows = config.steps * config.batch_size * source.share / total
@@ -96,14 +96,14 @@ def passes(sources: Sequence[LanguageShare], config: TrainConfig) -> dict[str, f
 
 
 def announce(plans: Sequence[Plan]) -> None:
-    """Tells on stderr what trainings cost, and warns of text that is passed over too often."""
+    """Prints the costs of trainings on stderr, with warnings of too many passes over a text."""
     for line in [table(plans), *warnings(plans)] if plans else ():
         print(line, file=sys.stderr)
 
 
 def check_disk(directory: Path, plans: Sequence[Plan], *, together: int = 1) -> None:
-    """Raises UserError if what trainings write cannot fit on the disk that holds `directory`, a
-    RUN that may not exist yet. together: those that run at a time."""
+    """Raises UserError if the files of these trainings do not fit on the disk of `directory`, a RUN
+    that may not exist yet. together: number of trainings that run at the same time."""
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     needed, free = needed_bytes(directory, plans, together), shutil.disk_usage(there).free
     if needed > free:
@@ -115,14 +115,14 @@ def check_disk(directory: Path, plans: Sequence[Plan], *, together: int = 1) -> 
 
 
 def needed_bytes(directory: Path, plans: Sequence[Plan], together: int = 1) -> int:
-    """Bytes that trainings write beyond what is there, of which so many run at a time: checkpoints
+    """Bytes that trainings write beyond what is there, if so many run at the same time: checkpoints
     are deleted when a training is done, weights stay."""
     left = [max(0, p.checkpoint_bytes - _size_of(directory / "train" / p.name)) for p in plans]
     return sum(p.model_bytes for p in plans) + sum(sorted(left, reverse=True)[:together])
 
 
 def warnings(plans: Sequence[Plan]) -> list[str]:
-    """A line for each training that passes over a language more than `MOST_PASSES` times."""
+    """One line for each training that passes over a language more than `MOST_PASSES` times."""
     lines = []
     for each in plans:
         often = {tag: times for tag, times in each.passes.items() if times > MOST_PASSES}
@@ -139,7 +139,7 @@ def warnings(plans: Sequence[Plan]) -> list[str]:
 
 
 def table(plans: Sequence[Plan]) -> str:
-    """One line a training."""
+    """A table with one line for each training."""
     lines = [f"{'training':20}{'tokens':>16}{'steps':>10}{'passes':>16}{'disk':>10}  time"]
     for each in plans:
         times = sorted(each.passes.values())
@@ -156,7 +156,7 @@ def table(plans: Sequence[Plan]) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for people: 950 B, 1.2 MB, 3 GB."""
+    """A number of bytes in words: 950 B, 1.2 MB, 3 GB."""
     for unit, letters in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= unit:
             return f"{count / unit:.3g} {letters}"
@@ -168,7 +168,7 @@ def _times(number: float) -> str:
 
 
 def _fewer(part: str) -> str:
-    """How a training of this part of the configuration is given fewer tokens."""
+    """Advice on how to train this part of the configuration on fewer tokens."""
     if part == "grow":
         return (
             "begin on fewer tokens (xelm grow --set grow.tokens=N, or --set "
@@ -185,7 +185,7 @@ def _names(plans: Sequence[Plan]) -> str:
 
 
 def _tokens(source: LanguageShare) -> int:
-    """Tokens of one pass, special tokens counted."""
+    """Number of tokens of one pass, special tokens included."""
     if source.documents is None:
         return int(source.ids.stream_ends[-1])
     return int((source.ids.lengths[source.documents] + FRAME).sum())
@@ -206,8 +206,7 @@ def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
 def _time(
     run: Run, name: str, config: TrainConfig, model: ModelConfig | None
 ) -> tuple[float | None, str, bool]:
-    """Seconds that are left of a training, where the figure comes from, and whether it is an
-    estimate."""
+    """Seconds left of a training, their source, and whether they are an estimate."""
     lines = read_metrics(run.training(name) / "metrics.jsonl")
     left = config.steps - (lines[-1]["step"] if lines else 0)
     found = _measured(run, name, config)
@@ -221,8 +220,8 @@ def _time(
 
 
 def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | None:
-    """Positions a second of the training itself so far or, where it has not begun, of one in the
-    RUN whose rows and batches are alike."""
+    """Positions per second of the training so far or, if it has not begun, of a training in the RUN
+    with similar rows and batches."""
     rates = []
     for other, folder, its in _trainings(run, name, config):
         rate = _rate(folder / "metrics.jsonl", its)
@@ -237,7 +236,8 @@ def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | N
 
 
 def _trainings(run: Run, name: str, config: TrainConfig) -> Iterator[tuple[str, Path, TrainConfig]]:
-    """Name, folder of metrics.jsonl and settings of trainings of this model, the likest first."""
+    """Name, folder of metrics.jsonl and settings of trainings of this model, the most similar
+    first."""
     yield name, run.training(name), config
     if (run.directory / "registry.json").exists():
         for expert in reversed(run.registry().published()):
@@ -248,7 +248,7 @@ def _trainings(run: Run, name: str, config: TrainConfig) -> Iterator[tuple[str, 
 
 
 def _shape(config: TrainConfig) -> tuple:
-    """What the rate of a training depends on beside the model and the machine."""
+    """Settings that the rate of a training depends on."""
     rows = (config.sequence_length, config.batch_size, config.runtime.accumulation_steps)
     where = config.runtime
     mesh = (where.mesh_expert, where.mesh_data, where.mesh_fsdp, where.mesh_tensor)
@@ -256,7 +256,7 @@ def _shape(config: TrainConfig) -> tuple:
 
 
 def _rate(path: Path, config: TrainConfig) -> float | None:
-    """Positions a second over all lines of a metrics.jsonl; None where there are none."""
+    """Positions per second over all lines of a metrics.jsonl; None if there are none."""
     lines = read_metrics(path)
     tokens = np.diff([0, *(line["tokens"] for line in lines)])
     rates = np.asarray([line.get("tokens_per_second") or 0.0 for line in lines])
@@ -266,8 +266,8 @@ def _rate(path: Path, config: TrainConfig) -> float | None:
 
 
 def _estimated_rate(config: TrainConfig, model: ModelConfig) -> tuple[float, str]:
-    """Positions a second of the devices of this machine, and what the estimate is made from: their
-    peak where it is known, else the speed of one layer."""
+    """Positions per second of this machine's devices, and what the estimate is made from: their
+    peak if it is known, or else the speed of one layer."""
     import jax
 
     from xelm.training.flops import of_a_token, peak

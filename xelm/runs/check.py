@@ -1,8 +1,8 @@
-"""Whether the models that a command is about to use are those that were published and hold numbers:
-told before any work, by every command that opens models.
+"""Checks that the models that a command is about to use are as published and have finite weights;
+made before any work, by every command that opens models.
 
 A file is read once for this and remembered by size and time of change in RUN/.locks/checked.json,
-so that later commands do not read it again; `xelm verify` reads all and remembers nothing.
+so that later commands do not read it again; `xelm verify` reads all files and remembers nothing.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from xelm.models.weights import tensor_without_numbers
 from xelm.progress import bar
 from xelm.runs.run import Run
 
-# Beside the locks, which are nobody's data either.
+# Beside the locks, which are no data either.
 REMEMBERED = Path(".locks") / "checked.json"
 # Read without a bar.
 _QUIET_BYTES = 10**9
@@ -29,8 +29,8 @@ _QUIET_BYTES = 10**9
 def check_models(
     run: Run, experts: Iterable[Expert], others: Mapping[str, Path] | None = None
 ) -> None:
-    """Raises UserError, which names the model and its file or tensor, unless all of these hold
-    numbers and have the files that the registry has the hashes of. others: the seed or the dense
+    """Raises UserError, which names the model and its file or tensor, unless all of these have
+    finite weights and the files whose hashes are in the registry. others: the seed or the dense
     baseline, by name."""
     memory, experts, others = _Memory(run.directory), list(experts), dict(others or {})
     folders = {expert.reference: expert.directory(run.directory) for expert in experts} | others
@@ -62,7 +62,7 @@ def check_models(
 
 
 class _Memory:
-    """What was found out of files, while they have the size and time of change that they had."""
+    """Cache of facts about files, valid while they have the same size and time of change."""
 
     def __init__(self, directory: Path):
         self._directory, self._path = directory, directory / REMEMBERED
@@ -72,7 +72,7 @@ class _Memory:
         self._before = dict(self._files)
 
     def read(self, files: Iterable[Path]) -> None:
-        """Reads what is not remembered, several files at a time."""
+        """Reads the files that are not in the cache, several at a time."""
         new = [file for file in files if file.is_file() and not self._known(file)]
         size = sum(file.stat().st_size for file in new)
         with (
@@ -88,11 +88,11 @@ class _Memory:
         return self._files[self._name(file)]["sha256"]
 
     def without_numbers(self, file: Path) -> str | None:
-        """The tensor of a file that was read which holds NaN or infinity."""
+        """Name of a tensor with NaN or infinity in a file that was read; None if there is none."""
         return self._files[self._name(file)]["without_numbers"]
 
     def save(self) -> None:
-        """Remembers it for later commands, where the RUN can be written to."""
+        """Writes the cache for later commands, if the RUN is writable."""
         if self._files != self._before:
             there = {n: e for n, e in self._files.items() if (self._directory / n).is_file()}
             with suppress(UserError, OSError):

@@ -1,4 +1,4 @@
-"""`xelm discard`: an unfinished training is given up, and what it left is deleted."""
+"""`xelm discard`: gives up an unfinished training and deletes what it left."""
 
 import shutil
 from pathlib import Path
@@ -29,7 +29,7 @@ def discard(run: Run, name: str) -> Expert | Path | None:
             _delete_work(run, name)
         return None
     with locked(run.directory, f"train-{name}"):
-        # Read under the lock: whoever trains it publishes it under the same one.
+        # Read under the lock: a process that trains the expert publishes it under the same lock.
         registry = run.registry()
         if text := _text_alone(run, registry, name):
             for folder in text:
@@ -51,8 +51,8 @@ def discard(run: Run, name: str) -> Expert | Path | None:
 
 
 def _text_alone(run: Run, registry: Registry, name: str) -> list[Path]:
-    """Folders of text that was tokenised, or begun to be, to grow an expert of this name, where
-    there is no such expert."""
+    """Folders with text, finished or not, that was tokenised to grow an expert of this name which
+    does not exist."""
     if name in run.languages or tag_of(name) != name:
         return []  # the RUN's own text, or that of an evaluation
     if any(name == e.name or name in e.languages for e in registry.experts):

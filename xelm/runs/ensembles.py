@@ -1,4 +1,4 @@
-"""The published experts of a RUN with a router over them."""
+"""Opens the ensemble of a RUN: its published experts with a router over them."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -71,7 +71,7 @@ def common_dtype(checkpoints: Iterable[Path], dtype: str) -> str:
 
 
 def published(run: Run) -> tuple[Expert, ...]:
-    """The experts of the ensemble, at least one."""
+    """The published experts; UserError if there is none."""
     experts = run.registry().published()
     if not experts:
         raise UserError(
@@ -81,6 +81,6 @@ def published(run: Run) -> tuple[Expert, ...]:
 
 
 def check_top_m(top_m: int | None, experts: int) -> None:
-    """Raises UserError unless so many of the experts can be kept."""
+    """Raises UserError unless `top_m` is None or between 1 and the number of experts."""
     if top_m is not None and not 1 <= top_m <= experts:
         raise UserError(f"top_m must be between 1 and {experts} experts; got {top_m}")

@@ -1,4 +1,4 @@
-"""`xelm features`: what a seed makes of text in several languages, as arrays for `clustering`."""
+"""`xelm features`: states of a seed as it reads text in several languages, for `clustering`."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ from xelm.progress import bar
 from xelm.runs.run import Run
 
 SEQUENCE_LENGTH = 256
-"""Tokens of a document that are read, at most; of a seed that was trained here, no more than its
-rows in training."""
+"""Largest number of tokens of a document that are read; a seed that was trained here reads no more
+than its rows in training."""
 
 
 def features(

@@ -41,21 +41,22 @@ def grow(
     by: str | None = None,
     workers: int = 1,
 ) -> Expert:
-    """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or goes on with it.
+    """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or resumes its
+    training.
 
     corpus: has documents of the language; None takes that of the RUN. parent: an expert's name, or
-    "auto" for the one that serves the nearest language by the measure `by` (None takes the
-    mixture), as `relatives.nearest_expert` finds it. A part of the rows, the configuration's
-    `donor_share`, is of the parent's languages. workers: as in `init`. The settings `grow.tokens`
-    and `grow.max_passes` of the RUN are recorded with a training that begins, which goes on with
-    them. UserError if a training that has begun was begun otherwise.
+    "auto" for the expert that serves the nearest language by the measure `by` (None: the mixture),
+    as `nearest_expert` finds it. A part of the rows, the configuration's `donor_share`, is of the
+    parent's languages. workers: as in `init`. The settings `grow.tokens` and `grow.max_passes` of
+    the RUN are recorded when a training begins, and used when it resumes. UserError for a training
+    that began with other arguments.
     """
     tag = canonical(language)
     with locked(run.directory, f"train-{tag}"):
         registry = _registry(run, parent, by)
         started = _in_training(registry, tag)
         if started is None:
-            origin, reason, told = _origin(run, tag, corpus, parent, by)
+            origin, reason, lines = _origin(run, tag, corpus, parent, by)
             settings = _own_settings(run)
             # Refused before it costs anything.
             child = grow_registry(registry, tag, origin).expert(tag)
@@ -63,7 +64,7 @@ def grow(
             text = _contents(run, corpus, tag)
             store = tokenise(run, text, run.tokenizer(), tag, workers=workers)
             _job(run, registry, child, store)  # so is what cannot be trained
-            for line in told:
+            for line in lines:
                 print(line, file=sys.stderr)
             registry = update(
                 run.directory,
@@ -92,9 +93,9 @@ def plan_growth(
     by: str | None = None,
     workers: int = 1,
 ) -> tuple[Expert, Plan, TextStats]:
-    """What `grow` would make, what its training costs, and its text, which is tokenised in a
-    temporary folder; nothing in the RUN changes. UserError where `grow` raises it before it
-    trains."""
+    """The expert that `grow` would make, what its training costs, and statistics of its text, which
+    is tokenised in a temporary folder; nothing in the RUN changes. UserError where `grow` raises it
+    before it trains."""
     tag, registry = canonical(language), _registry(run, parent, by)
     with TemporaryDirectory() as folder:
         expert = _in_training(registry, tag)
@@ -115,12 +116,12 @@ def plan_growth(
 
 
 def _contents(run: Run, corpus: AnyCorpus | None, tag: str) -> Contents:
-    """Contents in one language of a corpus, or else of the RUN's."""
+    """Contents of a corpus, by default the RUN's, in one language."""
     return contents_of(Corpus.of(corpus or run.record["corpus"]).pinned(), [tag])
 
 
 def _registry(run: Run, parent: str, by: str | None) -> Registry:
-    """The registry of a RUN that can be grown; UserError where no growth can be as asked for."""
+    """The registry of a RUN; UserError if nothing can be grown with these arguments."""
     if by is not None and parent != "auto":
         raise UserError(
             f"--by {by} chooses a parent, and --parent {parent} names one; give one of them"
@@ -134,7 +135,7 @@ def _registry(run: Run, parent: str, by: str | None) -> Registry:
 def _origin(
     run: Run, tag: str, corpus: AnyCorpus | None, parent: str, by: str | None
 ) -> tuple[str, str, list[str]]:
-    """The parent of a growth that begins, why it is that, and what is to be printed of it."""
+    """Parent of a growth that begins, the reason for it, and the lines to print."""
     if parent != "auto":
         return parent, "named by hand", []
     nearest = nearest_expert(run, tag, by or DEFAULT, corpus or run.record["corpus"])
@@ -143,7 +144,7 @@ def _origin(
 
 
 def _own_settings(run: Run) -> dict[str, int | float | None]:
-    """The settings of this growth alone: name, such as `grow.tokens`, to value."""
+    """Settings that were given for this growth alone: name, such as `grow.tokens`, to value."""
     given = {setting.partition("=")[0] for setting in run.settings}
     budget = {f"grow.{field.name}": field.name for field in fields(Budget)}
     return {name: getattr(run.config.grow, budget[name]) for name in budget if name in given}
@@ -152,8 +153,8 @@ def _own_settings(run: Run) -> dict[str, int | float | None]:
 def _going_on(
     run: Run, started: Expert, corpus: AnyCorpus | None, parent: str, by: str | None
 ) -> tuple[Run, Store]:
-    """The RUN with the settings with which a growth began, and its text; UserError if it began
-    with another corpus, parent or setting than is asked for."""
+    """The RUN with the settings with which a growth began, and its text; UserError for another
+    corpus, parent or setting than it began with."""
     (tag,) = started.languages
     store = run.store(tag)
     give_up = f"or give it up with: xelm discard {run.directory} {started.name}"
@@ -196,7 +197,7 @@ def _in_training(registry: Registry, tag: str) -> Expert | None:
 
 
 def _job(run: Run, registry: Registry, expert: Expert, store: Store) -> Job:
-    """The training of a grown expert on its language, and on its parent's."""
+    """The training of a grown expert on its language and those of its parent."""
     (tag,) = expert.languages
     sources = [LanguageShare(ids=store.languages[tag], share=1 - run.config.donor_share)]
     sources += _donors(run, registry, expert)
@@ -214,8 +215,8 @@ def _job(run: Run, registry: Registry, expert: Expert, store: Store) -> Job:
 
 
 def _within_passes(tag: str, sources: Sequence[LanguageShare], config: TrainConfig) -> TrainConfig:
-    """The configuration with as many whole steps as pass over no language more often than
-    `max_passes`, if there is such a limit."""
+    """The configuration with the largest number of steps that passes over no language more often
+    than `max_passes`, if there is such a limit."""
     if config.max_passes is None:
         return config
     most = max(passes(sources, config).values()) / config.steps
@@ -231,7 +232,7 @@ def _within_passes(tag: str, sources: Sequence[LanguageShare], config: TrainConf
 
 
 def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[LanguageShare]:
-    """The parent's languages, in equal parts of the donors' share."""
+    """Text of the parent's languages, in equal parts of the donors' share."""
     share = run.config.donor_share
     origin = None if expert.parent == SEED else registry.expert(*parse_reference(expert.parent))
     if share == 0 or origin is None:

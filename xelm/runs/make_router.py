@@ -1,4 +1,4 @@
-"""Routers over the published experts of a RUN: which there are, and what each is made of."""
+"""Makes routers over the published experts of a RUN from what is fitted on its text."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +27,12 @@ from xelm.runs.publish import CENTRE
 from xelm.runs.run import Run
 
 OR_MIXTURE = ("learned", "detected")
-"""Routings that know experts by their texts and mix all models where a text is like none of
-these."""
+"""Routings that know experts by their texts, and mix all models for a text that is unlike these."""
 
 
 def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
-    """The router over these experts. Whatever it is, a text that is said to be in a language that
-    an expert serves goes to that expert; only weights that were given by hand stay."""
+    """The router over these experts. With every routing, a text whose language is given goes to the
+    expert that serves it; only fixed weights stay as given."""
     served = serving(run.registry(), experts)
     if routing.name == "language":
         return ByLanguage(experts=len(experts), serving=served)
@@ -61,8 +60,8 @@ def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router
 
 
 def models_behind(run: Run, routing: Routing) -> dict[str, Path]:
-    """Name and checkpoint of each model that a router weighs or abstains to behind the experts;
-    UserError for one that there is not."""
+    """Name and checkpoint of each model beside the experts that a router weighs or abstains to;
+    UserError if it does not exist."""
     if routing.abstain is not None:
         if routing.abstain_to == "posterior":
             return {}

@@ -1,5 +1,5 @@
-"""`xelm nearest`: relatives of a language by several measures, with the text there is of each, and
-the expert that a new language is grown from, which is that of the nearest."""
+"""`xelm nearest`: relatives of a language by several measures, with the amount of text of each, and
+the expert that a new language is grown from, which is that of the nearest relative."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,26 +17,27 @@ from xelm.runs.distances import Sources, languages_of, measured
 from xelm.runs.run import Run
 
 DEFAULT = "mixture"
-"""The measure by which relatives are ranked and parents chosen, unless another is asked for."""
+"""Measure by which relatives are ranked and parents chosen unless another is given."""
 LITTLE = 0.5
-"""Coverage of the nearest relative below which there is a warning."""
+"""Coverage of the nearest relative below which a warning is given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Relatives:
-    """How one other language is related."""
+    """Relation of one other language to the given one."""
 
     language: str
     """Canonical tag."""
     by_measure: Mapping[str, Relative]
     """Measure -> distance and coverage."""
     tokens: int | None
-    """In the RUN's corpus, or in what a grown expert was trained on; None without a RUN."""
+    """Number of tokens in the RUN's corpus, or in the text of a grown expert; None without a
+    RUN."""
     expert: str | None
-    """Who serves the language in the RUN, as `name@version`; None where nobody does."""
+    """The expert that serves the language in the RUN, as `name@version`, or None."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """The relation as JSON values."""
         measures = {
             name: {
                 "distance": None if math.isnan(found.distance) else found.distance,
@@ -92,8 +93,8 @@ def relatives(
 
 
 def little_known(language: str, found: Sequence[Relatives], measure: str) -> str | None:
-    """A warning if less than half is known of how near a language's nearest relative is by a
-    measure, or None."""
+    """A warning if less than half of the compared features of a language and its nearest relative
+    are known to a measure; otherwise None."""
     nearest = found[0].by_measure[measure]
     if nearest.coverage >= LITTLE:
         return None
@@ -109,10 +110,9 @@ class Parent(NamedTuple):
 
     expert: Expert
     reason: str
-    """Why it is that one, as in `serves es, the nearest language by ...`."""
+    """Reason for the choice, as in `serves es, the nearest language by ...`."""
     warnings: tuple[str, ...]
-    """Which served languages the measure knows nothing of, and whether little is known of the
-    nearest."""
+    """Warnings: served languages that the measure knows nothing of, and little coverage."""
 
 
 def nearest_expert(
@@ -152,7 +152,7 @@ def nearest_expert(
 
 
 def _others(measures: Sequence[str], sources: Sources, served: Sequence[str]) -> Sequence[str]:
-    """The languages to compare with where none are named. A corpus beside a RUN only has text."""
+    """Languages to compare with if none are named. A corpus given beside a RUN adds only text."""
     run = sources.run
     if run is None:
         return languages_of("+".join(measures), sources)
@@ -162,18 +162,18 @@ def _others(measures: Sequence[str], sources: Sources, served: Sequence[str]) ->
 
 
 def _corpus_there(run: Run) -> Corpus | None:
-    """The corpus that a RUN was made of, which may have text in further languages; None where it
-    is not on this machine any more."""
+    """The corpus that a RUN was made of, which may have text in further languages; None if it is
+    not on this machine any more."""
     corpus = Corpus.of(run.record["corpus"])
     there = all(Path(source.path).exists() for source in corpus.sources)
     return corpus if there else None
 
 
 def _served(run: Run) -> tuple[dict[str, int], dict[str, str]]:
-    """Tokens of each language of a RUN, and its expert."""
+    """Number of tokens of each language of a RUN, and the reference of its expert."""
     registry = run.registry()
     tags = {tag for e in registry.published() for tag in e.languages}
-    # Of equally near languages the first comes first, to whoever asks.
+    # The order decides between equally near languages, so it must be the same each time.
     grown = [tag for e in registry.published() for tag in e.languages if tag not in run.languages]
     served = dict.fromkeys([*(tag for tag in run.languages if tag in tags), *grown])
     experts = {tag: registry.for_language(tag).reference for tag in served}

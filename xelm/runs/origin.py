@@ -1,4 +1,4 @@
-"""Where a RUN's seed comes from and under which terms: what the cards of its experts say of it."""
+"""Origin of a RUN's seed and its licence, which the cards of its experts state."""
 
 import re
 from pathlib import Path
@@ -17,8 +17,8 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def base_model_of(seed: str | Path, given: str | None) -> str | None:
-    """The name of a seed on the Hub, OWNER/NAME: the one that is given, or that of a directory in
-    the cache of the Hub's library. None where neither says it."""
+    """Name of a seed on the Hub, OWNER/NAME: the given one, or that of a directory in the cache of
+    the Hub's library; None if neither is known."""
     if given is not None:
         if not _NAME.fullmatch(given):
             raise UserError(f"base_model is the seed's name on the Hub, OWNER/NAME; got {given!r}")
@@ -28,8 +28,8 @@ def base_model_of(seed: str | Path, given: str | None) -> str | None:
 
 
 def origin_facts(run: Run) -> dict[str, str]:
-    """The seed's name on the Hub and its licence, as far as they are known: the front matter of the
-    seed's README.md says it, or else a file of terms lies beside the weights."""
+    """Name of the seed on the Hub and its licence, as far as they are known from the front matter
+    of the seed's README.md or from a file of terms beside the weights."""
     facts = {}
     if run.record.get("base_model"):
         facts["base_model"] = run.record["base_model"]
@@ -38,8 +38,8 @@ def origin_facts(run: Run) -> dict[str, str]:
 
 
 def licence_of(seed: Path) -> dict[str, str]:
-    """A checkpoint's licence, as entries of the front matter of a card on the Hub; empty if nothing
-    beside the checkpoint tells it."""
+    """Licence of a checkpoint, as entries of the front matter of a card on the Hub; empty if no
+    file beside the checkpoint states it."""
     metadata = {}
     if (seed / README).is_file():
         try:
