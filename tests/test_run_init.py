@@ -11,14 +11,14 @@ from safetensors.numpy import load_file, save_file
 from shared import SEED, snapshot
 
 from clustering.files import write_json
+from xelm.data import tokenizer as tokenizers
+from xelm.data.parts import Part
 from xelm.runs.run import open_run
 
 
 def test_a_seed_with_a_sentencepiece_model_alone_gets_a_tokenizer_json(
     xelm, place, monkeypatch, tmp_path
 ):
-    from xelm.data import tokenizer as tokenizers
-
     monkeypatch.chdir(place)
     shutil.copytree("run/seed", tmp_path / "seed")
     (tmp_path / "seed" / "tokenizer.json").unlink()
@@ -31,6 +31,18 @@ def test_a_seed_with_a_sentencepiece_model_alone_gets_a_tokenizer_json(
     texts = ["Der alte Mann", "  und das Meer 🐟"]
     copied, given = (tokenizers.load(tmp_path / name) for name in ("new/seed", "seed"))
     assert copied.encode(texts) == given.encode(texts)
+
+
+def test_init_hashes_each_file_and_loads_each_tokenizer_once(xelm, place, monkeypatch, tmp_path):
+    hashed, loaded = [], []
+    digest, load = Part.digest, tokenizers.load
+    monkeypatch.setattr(Part, "digest", lambda part: hashed.append(part.name) or digest(part))
+    monkeypatch.setattr(tokenizers, "load", lambda path, *a: loaded.append(path) or load(path, *a))
+    monkeypatch.chdir(place)
+    outcome = xelm("init", tmp_path / "new", "--corpus", "corpus", *SEED)
+    assert outcome.code == 0, outcome.err
+    assert sorted(hashed) == sorted(path.name for path in Path("corpus").iterdir())
+    assert loaded == [Path("run/seed"), tmp_path / "new" / "seed"]  # the copy is read as well
 
 
 def test_a_seed_that_holds_no_numbers_is_refused_before_any_work(xelm, place, tmp_path):
