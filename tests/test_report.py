@@ -25,15 +25,15 @@ from clustering.vectoriser import Vectoriser
 from experts.expert import Expert
 from experts.registry import Registry
 from xelm.config import to_json
+from xelm.evaluation.report import figures
+from xelm.evaluation.report.missing import missing
+from xelm.evaluation.report.pictures import _curve, pictures
+from xelm.evaluation.report.tables import cluster_table, expert_table
+from xelm.evaluation.report.verdict import compare, verdict
+from xelm.evaluation.report.words import perplexity, signed
 from xelm.models.families import family
 from xelm.presets import quickstart
-from xelm.runs.report import figures, report
-from xelm.runs.report.facts import read
-from xelm.runs.report.missing import missing
-from xelm.runs.report.pictures import _curve, pictures
-from xelm.runs.report.tables import cluster_table, expert_table
-from xelm.runs.report.verdict import compare, verdict
-from xelm.runs.report.words import perplexity, signed
+from xelm.runs.report import read, report
 from xelm.runs.run import open_run
 
 ROOT = Path(__file__).parent.parent
@@ -542,9 +542,10 @@ def test_the_heat_map_is_centred_at_the_seed_and_frames_the_own_languages():
 def test_neither_jax_nor_pyplot_is_imported_and_no_state_is_left(full):
     code = (
         "import sys, xelm.runs.run as run\n"
-        "from xelm.runs.report import facts, page, pictures\n"
+        "from xelm.evaluation.report import page, pictures\n"
+        "from xelm.runs import report\n"
         "assert not {'jax', 'matplotlib', 'jinja2'} & set(sys.modules)\n"
-        "found = pictures.pictures(facts.read(run.open_run(sys.argv[1])))\n"
+        "found = pictures.pictures(report.read(run.open_run(sys.argv[1])))\n"
         "page.files(found['loss-seed'])\n"
         "assert not {'jax', 'matplotlib.pyplot'} & set(sys.modules)\n"
     )

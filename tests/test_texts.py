@@ -19,9 +19,9 @@ from xelm.data.contents import contents_of
 from xelm.data.coverage import Coverage, CoverageCounts
 from xelm.data.duplicates import copies, fingerprints, overlap
 from xelm.evaluation.options import EvaluationOptions
+from xelm.evaluation.report.verdict import compare, verdict
 from xelm.runs.evaluate import evaluate
-from xelm.runs.report.facts import read
-from xelm.runs.report.verdict import compare, verdict
+from xelm.runs.report import read
 from xelm.runs.run import open_run
 from xelm.runs.text import tokenise
 

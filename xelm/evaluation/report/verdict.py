@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xelm.evaluation.report.facts import Facts, Score
+from xelm.evaluation.report.words import language_name, listed, named, perplexity, plural, signed
 from xelm.evaluation.results import DENSE, SEED, System
 from xelm.inference.routing import DEFAULT
-from xelm.runs.report.facts import Facts, Score
-from xelm.runs.report.words import language_name, listed, named, perplexity, plural, signed
 
 # Budgets are whole steps, so dense and experts never see exactly the same number of tokens.
 _EQUAL_COMPUTE = 0.05
@@ -61,7 +61,7 @@ def compare(facts: Facts) -> Comparison | None:
     languages = [
         tag
         for tag in facts.evaluated
-        if tag in facts.run.languages and all(tag in facts.scores[s] for s in facts.systems)
+        if tag in facts.languages and all(tag in facts.scores[s] for s in facts.systems)
     ]
     languages = [tag for tag in languages if tag not in facts.marked("?")]
     if baseline is None or not facts.ensembles or not languages:

@@ -11,12 +11,12 @@ from clustering import geography, maps, uriel
 from clustering.clustering import Clustering
 from clustering.distances import Distances
 from clustering.languages import english_name
+from xelm.evaluation.report import figures
+from xelm.evaluation.report.facts import Facts
+from xelm.evaluation.report.figures import INK, LEGEND_COLUMNS, ROOM_FOR_NUMBERS, Curve
+from xelm.evaluation.report.missing import Missing
+from xelm.evaluation.report.words import plural
 from xelm.evaluation.results import DENSE, SEED, System
-from xelm.runs.report import figures
-from xelm.runs.report.facts import Facts
-from xelm.runs.report.figures import INK, LEGEND_COLUMNS, ROOM_FOR_NUMBERS, Curve
-from xelm.runs.report.missing import Missing
-from xelm.runs.report.words import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def pictures(facts: Facts) -> dict[str, Picture | Missing]:
             distances, plane = _distances(clusters), _plane(clusters, clusters.distances)
         places = _map(clusters)
     seed = _curve(SEED.name, facts.metrics[SEED], INK)
-    given = facts.run.record.get("seed_from") is not None
+    given = facts.record.get("seed_from") is not None
     unknown = "" if given else "The training of the seed is not recorded here."
     return {
         "tree": tree,

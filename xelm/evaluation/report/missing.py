@@ -3,9 +3,9 @@
 import shlex
 from typing import NamedTuple
 
+from xelm.evaluation.report.facts import Facts
+from xelm.evaluation.report.words import listed, plural
 from xelm.evaluation.results import DENSE, System
-from xelm.runs.report.facts import Facts
-from xelm.runs.report.words import listed, plural
 
 
 class Missing(NamedTuple):

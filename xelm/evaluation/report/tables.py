@@ -9,15 +9,15 @@ import numpy as np
 from clustering.clustering import Clustering
 from xelm.data.corpus import Corpus
 from xelm.evaluation.cells import router_cells, score_cells, text_cells
+from xelm.evaluation.report.facts import Facts, Group
+from xelm.evaluation.report.verdict import Comparison
+from xelm.evaluation.report.words import count, signed, typeset
 from xelm.evaluation.results import DENSE, SEED, System
-from xelm.runs.report.facts import Facts, Group
-from xelm.runs.report.verdict import Comparison
-from xelm.runs.report.words import count, signed, typeset
 
 
 def sizes(facts: Facts) -> list[tuple[str, str]]:
     """What the RUN is, as numbers and what they count."""
-    rows = [(str(len(facts.run.languages)), "languages of the corpus")]
+    rows = [(str(len(facts.languages)), "languages of the corpus")]
     rows += [(str(len(facts.clusters.clusters)), "clusters")] if facts.clusters else []
     rows += [(str(len(facts.published)), "experts published")]
     if facts.model:
@@ -117,7 +117,7 @@ def expert_table(facts: Facts) -> list[dict[str, Any]]:
 
 def making(facts: Facts) -> list[tuple[str, str]]:
     """What was run on what, as recorded."""
-    record, results = facts.run.record, facts.results
+    record, results = facts.record, facts.results
     origin = record.get("seed_from")
     rows = {key: record.get(key) for key in ("command", "xelm")}
     rows["corpus"] = str(Corpus.of(record["corpus"])) if "corpus" in record else None
@@ -140,7 +140,7 @@ def making(facts: Facts) -> list[tuple[str, str]]:
 
 def hashes(facts: Facts) -> list[tuple[str, str]]:
     """SHA-256 of what went in and of what came out."""
-    rows = [("corpus", facts.run.record.get("corpus_sha256", "–"))]
+    rows = [("corpus", facts.record.get("corpus_sha256", "–"))]
     if facts.results:
         rows.append(("corpus of the evaluation", facts.results.get("corpus_sha256", "–")))
     made = {"seed": facts.registry.seed_sha256}

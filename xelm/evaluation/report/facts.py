@@ -1,4 +1,4 @@
-"""Facts of a RUN for the report, read once: experts, clusters, scores and metrics."""
+"""Facts of a RUN that the report shows: experts, clusters, scores and metrics."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,17 +6,12 @@ from typing import Any, NamedTuple
 
 from clustering.clustering import Clustering
 from clustering.figures import cluster_colours
-from clustering.files import read_object
 from experts.expert import Expert
 from experts.registry import Registry
 from xelm.data.text_stats import TextStats
 from xelm.evaluation.results import DENSE, SEED, Summary, System
 from xelm.inference.routing import DEFAULT
 from xelm.models.config import ModelConfig
-from xelm.models.families import model_config
-from xelm.runs.results import read_results
-from xelm.runs.run import Run
-from xelm.training.metrics import read_metrics
 
 _GREY = "#888888"
 
@@ -36,22 +31,27 @@ class Group:
     colour: str
     languages: tuple[str, ...]
     note: str
-    """Why they stand apart from the clusters; empty for a cluster."""
+    """Why these languages are in no cluster; empty for a cluster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
     """Everything that the report shows."""
 
-    run: Run
+    name: str
+    """Name of the RUN's directory."""
+    languages: Sequence[str]
+    """Languages of the RUN's corpus."""
+    record: Mapping[str, Any]
+    """run.json."""
     registry: Registry
-    """Empty if there is none."""
+    """The registry; empty if there is none."""
     experts: list[Expert]
-    """In use, or in training for the first time: in the order of the clusters, grown ones last."""
+    """Experts in use or in their first training, in the order of clusters; grown ones last."""
     has_dense: bool
     """Whether dense was trained to the end."""
     model: ModelConfig | None
-    """The shape of the seed and so of all."""
+    """Shape of the seed and of all other models."""
     clusters: Clustering | None
     results: Mapping[str, Any]
     """results.json; empty before an evaluation."""
@@ -62,18 +62,13 @@ class Facts:
     texts: Mapping[str, TextStats]
     """Statistics of the evaluated text, by language; none before an evaluation."""
     metrics: Mapping[System, list[dict[str, Any]]]
-    """Seed, dense or expert -> lines of its training, finished or not; maybe none."""
+    """Seed, dense or expert -> lines of its metrics.jsonl, finished or not; may be empty."""
     groups: list[Group]
-    """Every language once."""
-
-    @property
-    def name(self) -> str:
-        """Name of the RUN's directory."""
-        return self.run.directory.resolve().name
+    """Groups of languages; every language is in one."""
 
     @property
     def masked(self) -> bool:
-        """Whether the models are encoders, which guess hidden tokens."""
+        """Whether the models are encoders, which predict masked tokens."""
         return self.model is not None and not self.model.causal
 
     @property
@@ -93,13 +88,13 @@ class Facts:
 
     @property
     def ensembles(self) -> list[System]:
-        """One for each routing, the default first."""
+        """The ensemble under each routing, the default first."""
         found = [system for system in self.scores if system.name == "ensemble"]
         return sorted(found, key=lambda system: system.routing != DEFAULT)
 
     @property
     def systems(self) -> list[System]:
-        """Evaluated and no single expert: seed, dense, the ensembles."""
+        """Evaluated systems that are not single experts: seed, dense, the ensembles."""
         return [system for system in (SEED, DENSE) if system in self.scores] + self.ensembles
 
     @property
@@ -123,52 +118,13 @@ class Facts:
         return int(metrics[-1]["tokens"]) if metrics else 0
 
 
-def read(run: Run) -> Facts:
-    """The facts of a RUN, finished or not; UserError for a damaged file."""
-    directory, config = run.directory, run.seed / "config.json"
-    has_registry = (directory / "registry.json").exists()
-    registry = run.registry() if has_registry else Registry(seed_sha256={})
-    clusters = run.clusters() if (directory / "clusters.json").exists() else None
-    results = read_results(run)
-    scores: dict[System, dict[str, Score]] = {}
-    for row in results.rows:
-        score = Score(row.perplexity, row.bits_per_byte)
-        scores.setdefault(System(row.system, row.routing), {})[row.language] = score
-    model = read_object(config) if config.exists() else None
-    newest = {expert.name: expert for expert in (*registry.training(), *registry.published())}
-    order = {name: place for place, name in enumerate(clusters.clusters if clusters else ())}
-    experts = sorted(
-        newest.values(), key=lambda e: (e.round, order.get(e.cluster or "", len(order)), e.name)
-    )
-    folders = {SEED: run.seed, DENSE: run.dense}
-    folders |= {System(expert.name): expert.directory(directory) for expert in experts}
-    return Facts(
-        run=run,
-        registry=registry,
-        experts=experts,
-        has_dense=run.dense.exists(),
-        model=None if model is None else model_config(model),
-        clusters=clusters,
-        results=results.record,
-        scores=scores,
-        summaries=results.summaries,
-        texts=results.texts,
-        metrics={
-            system: read_metrics(folder / "metrics.jsonl")
-            or read_metrics(run.training(system.name) / "metrics.jsonl")
-            for system, folder in folders.items()
-        },
-        groups=list(_groups(run, clusters, experts, scores)),
-    )
-
-
-def _groups(
-    run: Run,
+def grouped(
+    corpus_languages: Sequence[str],
     clusters: Clustering | None,
     experts: Sequence[Expert],
     scores: Mapping[System, Mapping[str, Score]],
 ) -> Iterator[Group]:
-    """Clusters, then what was grown, then what no expert was trained for."""
+    """Groups of languages: the clusters, the grown languages, and those without an expert."""
     members: dict[str, list[str]] = {}
     if clusters:
         main = {tag: clusters.cluster_of(tag) for tag in clusters.languages}
@@ -180,7 +136,7 @@ def _groups(
     for name, tags, note in (
         *((name, tags, "") for name, tags in members.items()),
         *((name, tags, "grown later, not in the mean") for name, tags in grown.items()),
-        ("in no cluster", run.languages, "no expert is trained for these" if clusters else ""),
+        ("in no cluster", corpus_languages, "no expert is trained for these" if clusters else ""),
         ("only evaluated", evaluated, "nothing was trained on these here"),
     ):
         mine = tuple(dict.fromkeys(tag for tag in tags if tag not in seen))

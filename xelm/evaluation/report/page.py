@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from clustering.files import replace
-from xelm.runs.report import tables
-from xelm.runs.report.facts import Facts, read
-from xelm.runs.report.figures import INK, new_axes
-from xelm.runs.report.missing import Missing, missing
-from xelm.runs.report.pictures import Picture, pictures
-from xelm.runs.report.verdict import compare, verdict
-from xelm.runs.report.words import language_name, named, perplexity, signed
-from xelm.runs.run import Run
+from xelm.evaluation.report import tables
+from xelm.evaluation.report.facts import Facts
+from xelm.evaluation.report.figures import INK, new_axes
+from xelm.evaluation.report.missing import Missing, missing
+from xelm.evaluation.report.pictures import Picture, pictures
+from xelm.evaluation.report.verdict import compare, verdict
+from xelm.evaluation.report.words import language_name, named, perplexity, signed
 
 _PIXELS_PER_INCH = 160
 _MOST_PIXELS = 4000
@@ -33,12 +32,11 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def report(run: Run) -> Path:
-    """Writes RUN/results/report.html and RUN/results/figures; returns the page's path."""
-    facts = read(run)
+def write_report(facts: Facts, directory: Path) -> Path:
+    """Writes report.html and figures into a directory; returns the page's path."""
     found, drawn = pictures(facts), {}
     for name, picture in found.items():
-        path = run.results / "figures" / f"{name}.svg"
+        path = directory / "figures" / f"{name}.svg"
         if isinstance(picture, Missing):
             for ending in ("svg", "png", "csv"):  # of a report before the RUN changed
                 path.with_suffix(f".{ending}").unlink(missing_ok=True)
@@ -47,19 +45,19 @@ def report(run: Run) -> Path:
             for ending, content in made.items():
                 _write(path.with_suffix(f".{ending}"), content)
             drawn[name] = inline(made["svg"], name)
-    path = run.results / "report.html"
+    path = directory / "report.html"
     _write(path, _page(facts, found, drawn).encode())
     return path
 
 
 def _page(facts: Facts, found: dict[str, Picture | Missing], drawn: dict[str, str]) -> str:
-    """found: name -> figure or why there is none. drawn: name -> figure as SVG."""
+    """The page as HTML. found: name -> figure, or why there is none. drawn: name -> SVG."""
     import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.loader = jinja2.PackageLoader("xelm.runs.report", "")
+    environment.loader = jinja2.PackageLoader("xelm.evaluation.report", "")
     environment.filters |= {f.__name__: f for f in (language_name, named, perplexity, signed)}
     comparison = compare(facts)
     return environment.get_template("report.html.j2").render(
@@ -77,7 +75,7 @@ def _page(facts: Facts, found: dict[str, Picture | Missing], drawn: dict[str, st
         drawn=drawn,
         making=tables.making(facts),
         hashes=tables.hashes(facts),
-        configuration=list(tables.settings(facts.run.record.get("config", {}))),
+        configuration=list(tables.settings(facts.record.get("config", {}))),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from xelm.runs.report.words import count
+from xelm.evaluation.report.words import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
