@@ -31,7 +31,8 @@ MIXTURES = (
 
 def main() -> None:
     tags = sorted({tag for code in data_dicts.LANGUAGE_ALPHA3 if (tag := _placed(code))})
-    ancestors = {tag: set(genealogy.lineage(tag)) for tag in tags}
+    values, _ = uriel.features(tags, "fam")
+    ancestors = {tag: set(np.flatnonzero(row > 0)) for tag, row in zip(tags, values)}
     rng = np.random.default_rng(0)
     drawn = [
         [tags[i] for i in rng.choice(len(tags), 1 + SERVED, replace=False)] for _ in range(DRAWS)

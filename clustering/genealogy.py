@@ -35,10 +35,3 @@ def distances(languages: Sequence[str]) -> Distances:
         },
         made_from=uriel.made_from("fam"),
     )
-
-
-def lineage(language: str) -> list[str]:
-    """Names of the groups that a language belongs to, from the family down; empty for isolates and
-    for languages without a family in URIEL."""
-    values, names = uriel.features(canonical_all([language]), "fam")
-    return [names[i].removeprefix("F_").replace("_", " ") for i in np.flatnonzero(values[0] > 0)]

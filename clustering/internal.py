@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -17,51 +18,67 @@ from clustering.distances import Distances
 from clustering.errors import UserError
 from clustering.languages import canonical_all
 
+Kind = TypeVar("Kind", bound="_Measurements")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class States:
-    """Hidden states of documents in several languages, layer by layer."""
+class _Measurements:
+    """What was measured inside a model for several languages, saved as one .npz file."""
 
+    array: ClassVar[str]
+    """Name of the values in the file."""
+    dimensions: ClassVar[str]
+    """Names of the dimensions of the values."""
     languages: tuple[str, ...]
     """Canonical tags."""
-    values: Float[np.ndarray, "languages documents layers D"]
-    """Mean hidden state over the tokens of each document. In parallel text, documents with the same
+    values: np.ndarray
+    made_from: dict[str, str]
+    """Name of an input -> its SHA-256."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one .npz file, atomically."""
+        texts = {"languages": self.languages, "made_from": self.made_from}
+        texts["hashes"] = self.made_from.values()
+        arrays = {name: np.array(list(values), str) for name, values in texts.items()}
+        files.write_arrays(path, {**arrays, self.array: self.values})
+
+    @classmethod
+    def load(cls: type[Kind], path: str | os.PathLike[str]) -> Kind:
+        """The value of a file that `save` wrote; UserError for something else."""
+        arrays, axes = files.read_arrays(path), cls.dimensions.split()
+        tags, values = arrays.get("languages"), arrays.get(cls.array)
+        if (
+            tags is None
+            or values is None
+            or values.ndim != len(axes)
+            or any(n != len(tags) for n, axis in zip(values.shape, axes) if axis == "languages")
+        ):
+            raise UserError(
+                f"{path} must have arrays 'languages' and {cls.array!r} [{', '.join(axes)}], as "
+                "those of xelm features"
+            )
+        named = (arrays.get(part, np.array([], str)).tolist() for part in ("made_from", "hashes"))
+        return cls(
+            languages=canonical_all(tags.tolist()), values=values, made_from=dict(zip(*named))
+        )
+
+
+class States(_Measurements):
+    """Hidden states of documents in several languages: the mean over the tokens of each document
+    after each layer, [languages, documents, layers, D]. In parallel text, documents with the same
     number are translations of each other."""
-    made_from: dict[str, str]
-    """Name of an input -> its SHA-256."""
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one .npz file, atomically."""
-        _save(path, "states", self.languages, self.values, self.made_from)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "States":
-        """The value of a file that `save` wrote; UserError for something else."""
-        tags, values, made_from = _load(path, "states", "languages documents layers D")
-        return cls(languages=tags, values=values, made_from=made_from)
+    __slots__ = ()
+    array, dimensions = "states", "languages documents layers D"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Updates:
-    """Updates of a model by a few steps of training on each language alone (Li et al. 2025, Group
-    then Scale, arXiv 2506.12388)."""
+class Updates(_Measurements):
+    """Updates of a model (new weights less old) by a few steps of training on each language alone:
+    their inner products in each layer, [layers, languages, languages] (Li et al. 2025, Group then
+    Scale, arXiv 2506.12388)."""
 
-    languages: tuple[str, ...]
-    """Canonical tags."""
-    inner: Float[np.ndarray, "layers languages languages"]
-    """Inner products of the languages' updates (new weights less old) in each layer."""
-    made_from: dict[str, str]
-    """Name of an input -> its SHA-256."""
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one .npz file, atomically."""
-        _save(path, "updates", self.languages, self.inner, self.made_from)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Updates":
-        """The value of a file that `save` wrote; UserError for something else."""
-        tags, inner, made_from = _load(path, "updates", "layers languages languages")
-        return cls(languages=tags, inner=inner, made_from=made_from)
+    __slots__ = ()
+    array, dimensions = "updates", "layers languages languages"
 
 
 def cosine(
@@ -116,10 +133,10 @@ def updates(
     """
     found = Updates.load(path)
     tags, index = _chosen(found.languages, path, languages)
-    count = len(found.inner)
+    count = len(found.values)
     first = max(1, count - 2) if layer is None else layer
     last = count if layer is None else _layer(layer, count, path)
-    inner = found.inner[first - 1 : last].sum(axis=0)[np.ix_(index, index)]
+    inner = found.values[first - 1 : last].sum(axis=0)[np.ix_(index, index)]
     facts = {"layers": [first, last]}
     apart = (1.0 - _cosines(inner)) / 2
     return _measured("updates", tags, apart, facts, path, found.made_from).spread(languages or tags)
@@ -197,35 +214,3 @@ def _measured(
         parameters=dict(parameters),
         made_from={**own, **made_from},
     )
-
-
-def _save(
-    path: str | os.PathLike[str],
-    name: str,
-    languages: tuple[str, ...],
-    values: np.ndarray,
-    made_from: Mapping[str, str],
-) -> None:
-    arrays = {"languages": np.array(languages, str), name: values}
-    names, hashes = (np.array(list(part), str) for part in (made_from, made_from.values()))
-    files.write_arrays(path, {**arrays, "made_from": names, "hashes": hashes})
-
-
-def _load(
-    path: str | os.PathLike[str], name: str, dimensions: str
-) -> tuple[tuple[str, ...], np.ndarray, dict[str, str]]:
-    """Tags, values and `made_from` of a file with an array of this name and these dimensions."""
-    arrays, axes = files.read_arrays(path), dimensions.split()
-    tags, values = arrays.get("languages"), arrays.get(name)
-    if (
-        tags is None
-        or values is None
-        or values.ndim != len(axes)
-        or any(n != len(tags) for n, axis in zip(values.shape, axes) if axis == "languages")
-    ):
-        raise UserError(
-            f"{path} must have arrays 'languages' and {name!r} [{', '.join(axes)}], as those of "
-            "xelm features"
-        )
-    named = (arrays.get(part, np.array([], str)).tolist() for part in ("made_from", "hashes"))
-    return canonical_all(tags.tolist()), values, dict(zip(*named))

@@ -78,13 +78,8 @@ class Novelty:
 
     def outside(self, sums: Float[np.ndarray, "T size"]) -> Bool[np.ndarray, " T"]:
         """Whether each text, given by its sums, is in none of the known languages."""
-        margins, best = _margins(sums)
-        odds = [
-            _features(found, sums[:, -1]) @ weights[:-1] + weights[-1]
-            for found, weights in zip(_two(margins, best, self.expected), self.weights)
-        ]
         thresholds = self.thresholds[:, (sums[:, -1] >= self.short).astype(int)]
-        return (sums[:, -1] > 0) & (np.asarray(odds) > thresholds).any(axis=0)
+        return (sums[:, -1] > 0) & (self._odds(sums) > thresholds).any(axis=0)
 
     def with_thresholds(
         self, sums: Float[np.ndarray, "N size"], short: int, most_false: tuple[float, float]
@@ -92,15 +87,19 @@ class Novelty:
         """The detector with thresholds under which the shares `most_false` of texts in known
         languages with these sums, shorter than `short` ids and others, count as unknown by either
         margin."""
-        margins, best = _margins(sums)
         is_short = sums[:, -1] < short
         found = np.zeros((2, 2))
-        for row, values in enumerate(_two(margins, best, self.expected)):
-            odds = _features(values, sums[:, -1]) @ self.weights[row, :-1] + self.weights[row, -1]
+        for row, odds in enumerate(self._odds(sums)):
             for column, rows in enumerate((is_short, ~is_short)):
                 some = odds[rows] if rows.any() else odds  # where all are short, or none is
                 found[row, column] = np.quantile(some, 1 - most_false[column])
         return replace(self, thresholds=found, short=short)
+
+    def _odds(self, sums: Float[np.ndarray, "N size"]) -> Float[np.ndarray, "2 N"]:
+        """Log odds that texts are in an unknown language, by margins and by shares."""
+        found = _two(*_margins(sums), self.expected)
+        features = [_features(values, sums[:, -1]) for values in found]
+        return np.stack([x @ w[:-1] + w[-1] for x, w in zip(features, self.weights)])
 
     def save(self, path: Path) -> None:
         """Writes an .npz file, atomically, without the identifier, which has its own file."""

@@ -158,7 +158,7 @@ def test_updates_are_compared_by_their_angle_over_the_last_three_layers(tmp_path
     moved[:, 1] = 7.0 * moved[:, 0]  # as far along, the same way
     path, tags = tmp_path / "updates.npz", ("en", "de", "fr")
     inner = moved @ moved.swapaxes(1, 2)
-    Updates(languages=tags, inner=inner, made_from={"a": "b"}).save(path)
+    Updates(languages=tags, values=inner, made_from={"a": "b"}).save(path)
     found = internal.updates(path)
     assert found.between("en", "de") == pytest.approx(0.0, abs=1e-12)
     x, y = moved[2:, 0].ravel(), moved[2:, 2].ravel()
@@ -203,7 +203,7 @@ def test_updates_of_a_run_are_what_training_changed(tiny, tmp_path):
 
     found = updates.updates(run, ["en", "fr"], steps=2)
     for (i, one), (j, other) in itertools.product(enumerate(("en", "fr")), repeat=2):
-        np.testing.assert_allclose(found.inner[:, i, j], inner(one, other), rtol=1e-4)
+        np.testing.assert_allclose(found.values[:, i, j], inner(one, other), rtol=1e-4)
     assert not any(run.training("").glob("updates-*"))
 
 
@@ -238,7 +238,7 @@ def test_interrupted_updates_go_on_with_the_languages_that_are_left(tiny, tmp_pa
         updates.updates(run, ["en", "de"], steps=1)
     again = updates.updates(run, ["en", "de"], steps=1)
     assert trained == ["en", "de", "de"]
-    np.testing.assert_array_equal(again.inner, whole.inner)
+    np.testing.assert_array_equal(again.values, whole.values)
 
 
 def test_updates_from_the_command_line(xelm, tiny, tmp_path):

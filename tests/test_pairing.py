@@ -1,5 +1,7 @@
 """Every rule gives exactly k groups for any n and k, and loses no language; pairs are even."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy.cluster import hierarchy
@@ -144,5 +146,8 @@ def test_k_out_of_range_and_unknown_rules_are_refused():
 
 
 def test_the_command_line_offers_every_rule(xelm):
-    explained = xelm("cluster", "--help").out.partition("how languages are grouped")[2]
-    assert [rule for rule in grouping.RULES if rule not in explained] == []
+    explained = " ".join(xelm("cluster", "--help").out.split())
+    explained = explained.partition("--rule RULE how languages are grouped: ")[2].partition(" --")[
+        0
+    ]
+    assert set(re.findall(r"\w+", explained)) >= set(grouping.RULES)

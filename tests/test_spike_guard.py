@@ -30,7 +30,7 @@ def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_pat
         CONFIG,
         {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 1e30, "runtime.log_every": 1000},
     )
-    said = r"test has diverged: its parameters are no numbers after step 6; a peak rate of 1e\+30"
+    said = r"test has diverged: its parameters are not finite after step 6; a peak rate of 1e\+30"
     with pytest.raises(DivergedError, match=said):
         trained(config)
     assert not list((tmp_path / "training" / "checkpoints").glob("[0-9]*"))

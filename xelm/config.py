@@ -387,15 +387,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def check_resumable(settings: Iterable[str], part: str) -> None:
     """Raises UserError for a setting that cannot change once a RUN is made: all but those of
     `RuntimeConfig` in the part "experts" or "grow" and, in "grow", of `Budget`."""
-    allowed = {f"{part}.runtime.{field.name}" for field in dataclasses.fields(RuntimeConfig)}
+    runtime = [field.name for field in dataclasses.fields(RuntimeConfig)]
     budget = [f"grow.{field.name}" for field in dataclasses.fields(Budget)] * (part == "grow")
     for setting in settings:
         name = setting.partition("=")[0]
-        if name not in {*allowed, *budget}:
-            others = "".join(f", and {one}" for one in budget)
+        if name not in {*budget, *(f"{part}.runtime.{one}" for one in runtime)}:
             raise UserError(
-                f"{name} cannot change once a RUN is made; here {part}.runtime.NAME may be set"
-                f"{others} ({_nearest(name, allowed)})"
+                f"{name} cannot change once a RUN is made; here "
+                f"{', '.join([*budget, f'{part}.runtime.NAME'])} may be set, where NAME is one of "
+                f"{', '.join(runtime)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Complete configurations by name. Vary one with `dataclasses.replace` or `--set`."""
+"""Complete configurations by name. Vary one with `xelm.config.vary` or `--set`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,7 +9,8 @@ from xelm.models.config import ModelConfig
 
 def quickstart() -> RunConfig:
     """`xelm quickstart`: the embedded sample corpus on a CPU, within five minutes on two cores.
-    Each language is passed over equally often, since a model soon knows the smallest by heart."""
+    Languages are sampled in proportion to their tokens: with more passes over the smallest, the
+    model would overfit it."""
     seed = TrainConfig(
         tokens=1_000_000,
         sequence_length=128,

@@ -58,7 +58,7 @@ def _features(options: argparse.Namespace) -> None:
         if options.corpus or options.documents is not None:
             raise UserError("--corpus and --documents go with --of states")
         found = updates(run, options.languages, **_given(steps=options.steps))
-        shape = f"{len(found.languages)} languages, {len(found.inner)} layers"
+        shape = f"{len(found.languages)} languages, {len(found.values)} layers"
     else:
         if options.steps is not None:
             raise UserError("--steps goes with --of updates")

@@ -62,7 +62,7 @@ def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10
     for layer in zip(*moved):
         flat = np.stack(layer).astype(np.float64)
         inner.append(flat @ flat.T)
-    return Updates(languages=tags, inner=np.stack(inner), made_from=made_from)
+    return Updates(languages=tags, values=np.stack(inner), made_from=made_from)
 
 
 def _moved(

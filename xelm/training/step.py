@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
     remainders: Remainders
     """Lower halves of the master weights of matrices in bfloat16."""
     optimizer: Any
-    """TrainState of the optax optimiser."""
+    """State of the optax optimiser."""
     step: Any
     """int32, steps done, skipped ones included."""
     guard: Any
@@ -137,7 +137,7 @@ class TrainStep:
             read = {**part, "tokens": part["inputs"]}
             targets = jnp.take_along_axis(part["tokens"], part["places"], axis=1)
         hidden = network.hidden(read["tokens"], read["positions"], read["segments"])
-        if not self.model.causal:  # few are asked for, and vocabularies are large
+        if not self.model.causal:  # few tokens are predicted, and vocabularies are large
             hidden = states_at(hidden, part["places"])
         states, head = network.output(hidden)
         weights = self._weights(part) / total

@@ -25,7 +25,7 @@ from xelm.training.flops import of_a_token, peak
 from xelm.training.hosts import is_first
 from xelm.training.metrics import MetricsLog
 from xelm.training.optimizer import schedule
-from xelm.training.step import StepMetrics, TrainState
+from xelm.training.step import StepMetrics, TrainState, target_weights
 
 _FORMAT = 5
 """Version of what a checkpoint contains, and of the rows that follow it; 1 had no spike guard, 2 no
@@ -128,9 +128,7 @@ class Trainer:
     def _count(self) -> None:
         """Adds the targets of the current batch (of an encoder, its tokens)."""
         segments = self._batch["segments"]
-        targets = segments[:, :-1] > 0
-        if self._model.causal:
-            targets = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        targets = target_weights(segments) if self._model.causal else segments[:, :-1] > 0
         for index, count in zip(self._batch["language"], targets.sum(axis=1)):
             self.language_tokens[self._languages[int(index)]] += int(count)
         self._bar.update(self._config.tokens_per_step)
@@ -193,7 +191,7 @@ class Trainer:
             facts = {**self._facts, "language_tokens": dict(self.language_tokens)}
             self._checkpoints.save(self.step, state, facts)
         else:
-            self.failed = self._diverged(f"its parameters are no numbers after step {self.step}")
+            self.failed = self._diverged(f"its parameters are not finite after step {self.step}")
 
     def wait(self) -> None:
         """Returns when all that was saved is on disk."""
