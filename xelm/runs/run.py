@@ -165,7 +165,7 @@ def open_run(directory: str | Path, *, finished: bool = True, settings: Sequence
 
 
 def refuse_other_files(directory: str | Path) -> None:
-    """Raises UserError for a directory that holds anything and is no RUN."""
+    """Raises UserError for a directory that is not empty and is no RUN."""
     directory = Path(directory)
     present = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if present - {".locks"} and "run.json" not in present:

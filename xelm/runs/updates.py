@@ -68,7 +68,7 @@ def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10
 def _moved(
     run: Run, ids: TokenizedLanguage, config: TrainConfig, work: Path
 ) -> Float[np.ndarray, "layers drawn"]:
-    """New weights less old, from the file in which an earlier call left them if there is one."""
+    """Difference of new and old weights, read from a file if an earlier call has left it there."""
     kept = work / "moved.npz"
     if kept.exists():
         return read_arrays(kept)["moved"]
@@ -88,7 +88,7 @@ def _moved(
 
 
 def _drawn(parameters: Mapping[str, Any]) -> Float[np.ndarray, "layers drawn"]:
-    """The same entries of the feed-forward weights of every layer, whoever asks."""
+    """The same sample of entries of the feed-forward weights of every layer, each time."""
     blocks, draw, found = parameters["blocks"], np.random.default_rng(0), []
     for name in WEIGHTS:
         if name in blocks:

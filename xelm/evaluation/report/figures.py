@@ -1,7 +1,8 @@
-"""How losses and the experts on every language are plotted.
+"""Plots of losses, and of the experts on every language.
 
-Each plot takes data and `ax`, or a figure of its own, and returns the axes; none saves or shows.
-Trees, distances and compositions are plotted by `clustering.figures`, whose palette all share.
+Each plot takes data and `ax`, or makes a figure of its own, and returns the axes; none saves or
+shows. Trees, distances and compositions are plotted by `clustering.figures`, whose palette all
+share.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 INK = "#222222"
 LEGEND_COLUMNS = 2
 ROOM_FOR_NUMBERS = 20
-"""Languages up to which a heat map shows figures."""
+"""Number of languages up to which a heat map shows numbers."""
 _LONGEST_LABEL = 28
 _STEPS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
 """Ratios of perplexities, and their inverses, at which the colours of a heat map can end."""
@@ -27,18 +28,18 @@ _STEPS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """One training."""
+    """Loss curve of one training."""
 
     label: str
     """Name of the system."""
     tokens: Sequence[float]
-    """Seen so far in this training."""
+    """Number of tokens seen at each point."""
     losses: Sequence[float]
-    """Nats a token; not-a-number leaves a gap."""
+    """Loss at each point, in nats per token; NaN leaves a gap."""
     colour: str
-    """`#rrggbb`."""
+    """Colour as `#rrggbb`."""
     dashed: bool = False
-    """To tell it from another curve of the same colour."""
+    """Whether the line is dashed, to distinguish curves of the same colour."""
 
 
 def new_axes(size: tuple[float, float] | None = None) -> "Axes":

@@ -1,4 +1,4 @@
-"""What a RUN lacks, and the commands that make it."""
+"""Parts that a RUN lacks, with the commands that make them."""
 
 import shlex
 from typing import NamedTuple
@@ -9,15 +9,16 @@ from xelm.evaluation.results import DENSE, System
 
 
 class Missing(NamedTuple):
-    """What the page cannot show."""
+    """A part that the page cannot show."""
 
     sentence: str
     command: str = ""
-    """Makes it; empty where nothing does."""
+    """Command that makes the part; empty if none does."""
 
 
 def missing(facts: Facts) -> list[Missing]:
-    """Parts of a whole X-ELM that the RUN lacks, with commands from the folder that holds it."""
+    """Parts of a complete X-ELM that the RUN lacks, with commands to run in the folder above the
+    RUN."""
     run = shlex.quote(facts.name)
     waiting = [expert for expert in facts.experts if expert.status == "training"]
     branched = [expert.name for expert in waiting if expert.cluster is not None]

@@ -20,7 +20,7 @@ from xelm.evaluation.report.words import language_name, named, perplexity, signe
 
 _PIXELS_PER_INCH = 160
 _MOST_PIXELS = 4000
-"""Along the longer side of a PNG."""
+"""Largest number of pixels along the longer side of a PNG."""
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
     "svg.hashsalt": "xelm",

@@ -1,4 +1,4 @@
-"""Which figures a RUN has: what each shows, in numbers and in words."""
+"""Figures of a RUN: the data, the caption and the description of each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _CROWDED = 60
-"""Languages from which on a tree and the distances are drawn smaller."""
+"""Number of languages above which a tree and the distances are drawn smaller."""
 _INCHES_PER_LETTER = 0.08
 _MOST_POINTS = 400
 """Largest number of points of a curve."""
@@ -30,23 +30,23 @@ _MOST_POINTS = 400
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """A figure and the numbers it shows."""
+    """A figure with the numbers that it shows."""
 
     title: str
     alt: str
-    """What it shows, for who cannot see it."""
+    """Description for readers who cannot see the figure."""
     caption: str
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
-    """The numbers, under `columns`."""
+    """Rows of numbers under `columns`."""
     draw: Callable[["Axes"], object]
     size: tuple[float, float]
-    """Width and height in inches."""
+    """Width and height of the figure in inches."""
     font_size: float = 9.5
 
 
 def pictures(facts: Facts) -> dict[str, Picture | Missing]:
-    """Name of the file -> figure, or why there is none."""
+    """Every figure by the name of its file, or the reason why there is none."""
     clusters = facts.clusters
     tree = distances = composition = places = plane = Missing("")
     if clusters and clusters.of_documents:
@@ -73,7 +73,7 @@ def pictures(facts: Facts) -> dict[str, Picture | Missing]:
 
 
 def _tree(clusters: Clustering) -> Picture:
-    """How the languages were joined; for clusters that have a tree."""
+    """The tree by which languages were joined, for clusters that have one."""
     merges, count = clusters.merges or (), len(clusters.languages)
     words = max(len(english_name(t)) for t in clusters.languages) + max(map(len, clusters.clusters))
     line, font_size = (0.27, 9.5) if count <= _CROWDED else (0.17, 8)
@@ -95,7 +95,7 @@ def _tree(clusters: Clustering) -> Picture:
 
 
 def _distances(clusters: Clustering) -> Picture:
-    """How far apart the languages are; for clusters that have distances."""
+    """The distances between languages, for clusters that have them."""
     assert clusters.distances is not None
     tags, values = clusters.languages, clusters.distances.values
     rows = [(tags[i], tags[j], float(values[i, j])) for i in range(len(tags)) for j in range(i)]
@@ -115,7 +115,7 @@ def _distances(clusters: Clustering) -> Picture:
 
 
 def _map(clusters: Clustering) -> Picture | Missing:
-    """Where the languages are spoken."""
+    """The map of where the languages are spoken."""
     tags = uriel.known(clusters.languages, "geo")
     if not tags:
         return Missing("")
@@ -136,7 +136,7 @@ def _map(clusters: Clustering) -> Picture | Missing:
 
 
 def _plane(clusters: Clustering, distances: Distances) -> Picture:
-    """The languages near where they are near."""
+    """The languages in a plane, near ones beside each other."""
     points, shown = maps.scaled(distances.values)
     return Picture(
         title="Near and far in a plane",
@@ -152,7 +152,7 @@ def _plane(clusters: Clustering, distances: Distances) -> Picture:
 
 
 def _composition(clusters: Clustering) -> Picture:
-    """What clusters of documents hold."""
+    """The languages of the documents in each cluster."""
     documents, shares = clusters.documents or {}, clusters.shares or {}
     mostly = (f"{name} mostly {max(part, key=part.__getitem__)}" for name, part in shares.items())
     return Picture(
@@ -187,7 +187,7 @@ def _expert_losses(facts: Facts) -> Picture | Missing:
 
 
 def _losses(curves: Sequence[Curve], title: str, caption: str, otherwise: str) -> Picture | Missing:
-    """How trainings went; without any, what to say otherwise."""
+    """The loss curves of trainings, or the sentence to show without any."""
     curves = [curve for curve in curves if curve.tokens]
     if not curves:
         return Missing(otherwise)
@@ -206,7 +206,8 @@ def _losses(curves: Sequence[Curve], title: str, caption: str, otherwise: str) -
 def _curve(
     label: str, metrics: Sequence[Mapping[str, Any]], colour: str, *, dashed: bool = False
 ) -> Curve:
-    """Long trainings are averaged over equal stretches, so that the page stays small."""
+    """The curve of a training; long ones are averaged over equal stretches to keep the page
+    small."""
     known = [line for line in metrics if line["loss"] is not None]
     stretch = -(-len(known) // _MOST_POINTS) or 1
     parts = [known[at : at + stretch] for at in range(0, len(known), stretch)]
@@ -220,7 +221,7 @@ def _curve(
 
 
 def _experts_by_language(facts: Facts) -> Picture | Missing:
-    """Every expert on every language, against the seed."""
+    """The perplexity of every expert on every language, compared with the seed."""
     seed = {tag: score.perplexity for tag, score in facts.scores.get(SEED, {}).items()}
     unspelled = facts.marked("?")
     languages = {t: group.colour for group in facts.groups for t in group.languages if t in seed}

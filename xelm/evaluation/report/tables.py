@@ -16,7 +16,7 @@ from xelm.evaluation.results import DENSE, SEED, System
 
 
 def sizes(facts: Facts) -> list[tuple[str, str]]:
-    """What the RUN is, as numbers and what they count."""
+    """Sizes of the RUN: numbers, and what each counts."""
     rows = [(str(len(facts.languages)), "languages of the corpus")]
     rows += [(str(len(facts.clusters.clusters)), "clusters")] if facts.clusters else []
     rows += [(str(len(facts.published)), "experts published")]
@@ -77,7 +77,7 @@ def certainty_table(facts: Facts) -> list[list[str]]:
 
 
 def cluster_table(facts: Facts, comparison: Comparison | None) -> list[dict[str, Any]]:
-    """Every cluster: languages, documents or distance within, change of the mean."""
+    """Rows of the clusters: languages, documents or distance within, change of the mean."""
     clusters = facts.clusters
     if clusters is None:
         return []
@@ -96,7 +96,7 @@ def cluster_table(facts: Facts, comparison: Comparison | None) -> list[dict[str,
 
 
 def expert_table(facts: Facts) -> list[dict[str, Any]]:
-    """Every expert in use, or in training for the first time."""
+    """Rows of the experts in use or in training for the first time."""
     rows, single = [], {s.system: s for s in facts.summaries if s.routing is None}
     for expert in facts.experts:
         summary = single.get(expert.name) if expert.status == "published" else None
@@ -116,7 +116,7 @@ def expert_table(facts: Facts) -> list[dict[str, Any]]:
 
 
 def making(facts: Facts) -> list[tuple[str, str]]:
-    """What was run on what, as recorded."""
+    """Settings of the training and the evaluation, as recorded."""
     record, results = facts.record, facts.results
     origin = record.get("seed_from")
     rows = {key: record.get(key) for key in ("command", "xelm")}
@@ -139,7 +139,7 @@ def making(facts: Facts) -> list[tuple[str, str]]:
 
 
 def hashes(facts: Facts) -> list[tuple[str, str]]:
-    """SHA-256 of what went in and of what came out."""
+    """SHA-256 hashes of the inputs and of the checkpoints."""
     rows = [("corpus", facts.record.get("corpus_sha256", "–"))]
     if facts.results:
         rows.append(("corpus of the evaluation", facts.results.get("corpus_sha256", "–")))
@@ -158,7 +158,7 @@ def settings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _distance_within(clusters: Clustering, members: Sequence[str]) -> str | None:
-    """Mean over the pairs of a cluster."""
+    """Mean distance over the pairs of languages in a cluster."""
     if clusters.distances is None:
         return None
     index = [clusters.languages.index(tag) for tag in members]

@@ -18,7 +18,7 @@ _NAMES = {SEED: "the seed", DENSE: "dense training"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """The ensemble against a baseline, over the languages that every system has."""
+    """Comparison of the ensemble with a baseline over the languages that every system has."""
 
     scores: Mapping[System, Mapping[str, Score]]
     """System -> language -> score."""
@@ -27,7 +27,7 @@ class Comparison:
     means: dict[System, Score]
     """Arithmetic means over the languages, as in the paper."""
     baseline: System
-    """Dense, or the seed where there is no dense."""
+    """The dense baseline, or the seed if there is no dense baseline."""
     ensemble: System
     """The ensemble with the default routing, or with the first that was evaluated. Never chosen by
     its scores, since they come from the text that the comparison is made on."""
@@ -40,12 +40,13 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """Perplexity of the ensemble to that of the baseline, by language."""
+        """Ratio of the ensemble's perplexity to the baseline's, for each language."""
         after, before = self.scores[self.ensemble], self.scores[self.baseline]
         return [after[tag].perplexity / before[tag].perplexity for tag in self.languages]
 
     def change_over(self, languages: Sequence[str], baseline: System | None = None) -> float | None:
-        """As `change`, over other languages or from another baseline; None where a score lacks."""
+        """As `change`, but over other languages or from another baseline; None if a score is
+        missing."""
         before = self.scores.get(baseline or self.baseline, {})
         after = self.scores[self.ensemble]
         if not languages or any(tag not in before or tag not in after for tag in languages):
@@ -55,8 +56,8 @@ class Comparison:
 
 
 def compare(facts: Facts) -> Comparison | None:
-    """The ensemble by the default routing against dense, else against the seed; None if either is
-    not evaluated."""
+    """Compares the ensemble by the default routing with dense, or else with the seed; None if
+    either was not evaluated."""
     baseline = next((system for system in (DENSE, SEED) if system in facts.scores), None)
     languages = [
         tag
@@ -180,7 +181,7 @@ def _given(ensemble: System) -> str:
 
 
 def _compute(facts: Facts, comparison: Comparison) -> Iterator[str]:
-    """Whether the comparison is fair."""
+    """Sentences on whether both sides had the same compute."""
     experts, dense = facts.branched_tokens, facts.tokens(DENSE)
     if comparison.baseline == SEED:
         yield (
