@@ -154,8 +154,8 @@ def _timed(run: Callable[[], object]) -> dict[str, float]:
 
 
 def _peak() -> float:
-    """Bytes of memory that this process held at most. Linux tells the one of the parent as well by
-    `getrusage`, so it is asked otherwise there."""
+    """Peak memory of this process in bytes; on Linux not by `getrusage`, which counts the parent's
+    too."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024.0 * int(status.read_text().split("VmHWM:")[1].split()[0])

@@ -1,18 +1,18 @@
-"""Ensemble inference: experts asked together, beside one dense model, one by one, and transformers.
+"""Ensemble inference: experts run together, against one dense model, one by one, and transformers.
 
     python benchmarks/inference.py [--shape 8x512] [--experts 1,4,8,16] [--batches 1,32]
 
 Requests ask for as many new tokens each, greedily, after prompts of one length, and are dealt out
 to the experts in turn, as in traffic of mixed languages. Systems: one dense model in our engine;
 the ensemble with one, two and all experts for each request; the requests of the first one after the
-other, each by the expert that it wants; and transformers, which has each expert continue its
+other, each by its expert; and transformers, which has each expert continue its
 requests in one batch (LlamaForCausalLM, the same checkpoints). Where all take the same expert or
 the largest token of the same one, the tokens are compared, and must be the same for nine requests
 in ten (products of another shape round otherwise, and random models have many equals).
 
 Ours run in one process and transformers in another, which take turns in every round. The time of a
 system over the dense model's is of the same round: median (smallest to largest). A step of decoding
-reads the parameters of every expert that is asked once: their bytes by the time of a step are a
+reads the parameters of every expert that runs once: their bytes by the time of a step are a
 bandwidth, beside that of a product of a matrix of half a gigabyte with a vector.
 """
 
@@ -163,7 +163,7 @@ def _rounds(systems: dict[str, Any], rounds: int) -> dict[str, list[dict]]:
 
 
 def _check(found: dict[str, list[dict]]) -> None:
-    """The same tokens of who asks the same expert."""
+    """Ends the benchmark unless systems that run the same expert generate the same tokens."""
     if "top-1" not in found:
         found = {"top-1": found[DENSE], **found}
     wanted = found["top-1"][0]["tokens"]
@@ -236,7 +236,7 @@ def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0)
         tokenizer=_Ids(),  # pyright: ignore[reportArgumentType]
         dtype=options.dtype,
     )
-    told: list[float] = []
+    first: list[float] = []
     begun = time.perf_counter()
     found = generate(
         ensemble,
@@ -245,11 +245,11 @@ def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0)
         prompts,
         SamplingParams(max_new_tokens=options.new, temperature=0.0),
         [str(first + n) for n in range(len(prompts))],
-        lambda number, piece: told.append(time.perf_counter()) if not told else None,
+        lambda number, piece: first.append(time.perf_counter()) if not first else None,
     )
     total = time.perf_counter() - begun
     tokens = [list(generation.ids) for generation in found]
-    return {"first": told[0] - begun, "total": total, "tokens": tokens}
+    return {"first": first[0] - begun, "total": total, "tokens": tokens}
 
 
 def _one_by_one(options: Any, experts: list, prompts: list) -> dict:

@@ -3,12 +3,12 @@
     python benchmarks/memory.py --settings float32
     python benchmarks/memory.py --tpu v5e:4x4 --devices 16        # with libtpu, and no TPU
 
-The step that `xelm train` would run is compiled for devices that are pretended, and its compiler
-asked: what it is given (parameters and what the optimiser keeps) and what it needs besides
-(gradients and activations). One row of 2,048 tokens a device (of encoders, as many as they read),
-activations computed again on the way back (`rematerialise`). On several devices all are spread over
-them (`mesh_fsdp`). A step that the memory of a TPU does not hold is a dash. Compiled for CPUs,
-products in bfloat16 take more than they would elsewhere: CPUs make them in float32.
+The step that `xelm train` would run is compiled for devices that need not exist, and the compiler
+reports its memory: its arguments (parameters and the optimiser's averages) and what it needs
+besides (gradients and activations). A device has one row of 2,048 tokens (an encoder's longest row)
+with `rematerialise`; several devices share all arrays (`mesh_fsdp`). A dash is a step that does not
+fit into the memory of a TPU. Compiled for CPUs, products in bfloat16 take more memory than
+elsewhere, since CPUs compute them in float32.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""How often the nearest language is of the own branch, by the measures that are mixed.
+"""How often the nearest language is one of the closest relatives, by the measures of the mixture.
 
     python benchmarks/parents.py
 
 For languages with a two-letter code, each time one is new and eleven others, drawn at random, are
 served. Counted are the draws in which some served language has an ancestor in common with the new
 one, and the nearest has fewer in common with it than another. `genealogy` alone is 0 by definition;
-what it cannot say is who is nearest where nobody is related, or several are as closely.
+it cannot say which language is nearest where none is related, or several are equally close.
 """
 
 import numpy as np
@@ -39,7 +39,7 @@ def main() -> None:
     ]
     related = [d for d in drawn if any(ancestors[d[0]] & ancestors[other] for other in d[1:])]
     print(f"{len(tags)} languages, {len(related)} of {DRAWS} draws with a relative served")
-    print("genealogy, typology, geography: draws in which a closer relative was passed over")
+    print("genealogy, typology, geography: draws in which a closer relative was missed")
     for weights in MIXTURES:
         wrong = 0
         for new, *served in related:

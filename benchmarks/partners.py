@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _nats(rows: list[dict]) -> dict[str, float]:
-    """Nats a token by language, of the ensemble that is told the language."""
+    """Nats a token by language, of the ensemble routed by language."""
     chosen = [r for r in rows if (r["system"], r["routing"]) == ("ensemble", "language")]
     return {row["language"]: row["nll"] / row["tokens"] for row in chosen}
 

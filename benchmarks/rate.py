@@ -43,11 +43,11 @@ def main() -> None:
             measured_layer.cache_clear()
             layer.append(estimated_rate(config.model, part) / real[-1])
             products.append(_products(config.model, part) / real[-1])
-        told = [
+        cells = [
             f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
             for ratios in (layer, products)
         ]
-        print(f"| {name} | {statistics.median(real):,.0f} | {' | '.join(told)} |", flush=True)
+        print(f"| {name} | {statistics.median(real):,.0f} | {' | '.join(cells)} |", flush=True)
 
 
 def _seconds(run: Callable[[], jax.Array], times: int) -> float:

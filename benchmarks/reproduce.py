@@ -7,16 +7,15 @@ same seed for the same total of training tokens, every language being seen equal
 they differ in which model sees which text, and in rate and batch size. Then four languages are
 grown on the typological experts, one by one, all tokens being of the new language: from the nearest
 expert, from the farthest one and from the seed; and from the nearest with a part of the tokens in
-its languages, as `xelm grow` does it. The command can be killed and run again: it goes on where it
-was.
+its languages, as `xelm grow` does it. A killed command resumes when it is run again.
 OUT/table.json has every figure, OUT/table.md the tables.
 
 Validation documents are dealt out in turns to two halves, of which each gives at most as many as
 asked for. On one, peak rate and batch size are chosen for dense and for eight experts, by steps to
 a better neighbour until there is none, and so for four; sixteen have those of eight. The tables are
 of the other half.
-Repetitions have other random seeds of the continuation, and other random clusters; they are asked
-by language alone.
+Repetitions have other random seeds of the continuation, and other random clusters; they are
+routed by language alone.
 """
 
 import argparse
@@ -146,7 +145,7 @@ def _options() -> argparse.Namespace:
         help="of each language for the tables, and half as many for tuning",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="systems trained side by side"
+        "--jobs", type=int, default=1, metavar="N", help="systems trained in parallel"
     )
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="NAME=VALUE")
     return parser.parse_args()
@@ -325,7 +324,7 @@ def _summary(columns: Mapping[str, Column]) -> list[str]:
 
 
 def _repetitions(tables: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Change of the mean perplexity against dense by random seed, experts asked by language."""
+    """Change of the mean perplexity against dense by random seed, experts routed by language."""
     found: dict[str, dict[str, Column]] = {}
     for name, rows in tables.items():
         system, dash, repetition = name.rpartition("-r")
@@ -360,7 +359,7 @@ def _by_language(columns: Mapping[str, Column], figure: str, digits: int) -> lis
 
 
 def _new_languages(tables: Mapping[str, Sequence[Row]], out: Path) -> list[str]:
-    """Bits per byte of the grown languages, of each by its expert, told the language, with the
+    """Bits per byte of the grown languages, each by its expert, routed by language, with the
     parent; what every other expert says of them is in table.json."""
     present = [how for how in GROWN if f"grown-{how}" in tables]
     lines = ["| bits per byte | seed | " + " | ".join(GROWN[how] for how in present) + " |"]

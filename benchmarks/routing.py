@@ -7,12 +7,12 @@ text are made of it: the beginnings of documents in the languages that experts s
 three words; the beginnings of two documents in two of these languages, one after the other, four
 words of each in turn; and beginnings in languages that no expert serves. For each router, alone and
 abstaining below some thresholds: bits per byte, and the share of tokens at which it abstained.
-Costs: models that are asked at a token. The best expert of each text is what no router knew.
+Costs: models that run at a token. "best expert" is the best one of each text, as no router knows.
 
 Then what a step of a batch costs under the default router: of eight texts in one language, whose
-experts are known since the language is told, and of eight in as many languages; and what it costs
-where one of them is replaced by a text in a language that no expert serves, for which all models
-are asked. Median of steps, which take turns; times over the batch without that text.
+experts are known since the language is given, and of eight in as many languages; and what it costs
+where one text is replaced by one in a language that no expert serves, for which all models run.
+Median of steps, which take turns; times over the batch without that text.
 
 Last, the cost of routing itself: weights of all positions of a text from one cumulative sum, beside
 the naive way, in which the vector of each prefix is made anew (as in the authors' code).
@@ -221,7 +221,7 @@ def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 
 
 
 def _engine(ensemble: Ensemble, batch: list[tuple[str | None, str]], steps: int) -> Engine:
-    """Texts that are to be continued, greedily, in languages that are told or not."""
+    """Texts that are to be continued, greedily, in languages that are given or not."""
     engine = Engine(ensemble, ensemble.router, ensemble.limits)
     engine.reserve(len(batch), ensemble.model.max_length)
     for number, (language, text) in enumerate(batch):

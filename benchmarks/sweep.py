@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--systems", default="typology-k8", help="as in reproduce.py")
     parser.add_argument("--dense", default="5e-4,64", help="peak rate and rows a step of dense")
     parser.add_argument("--experts", default="5e-4,4", help="the same of the experts")
-    parser.add_argument("--jobs", type=int, default=1, help="systems trained side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="systems trained in parallel")
     parser.add_argument("--max-documents", type=int, default=40)
     parser.add_argument("--set", dest="settings", action="append", default=[])
     options = parser.parse_args()

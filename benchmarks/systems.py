@@ -82,7 +82,7 @@ def train_system(
         train_dense(run)
         return run
     branched = (run.directory / "clusters.json").exists()
-    # Branching may have been interrupted, and then goes on.
+    # Branching that was interrupted resumes.
     branch(run, run.clusters() if branched else clusters_of(run, system, repetition))
     train_experts(run, [e.name for e in run.registry().training() if e.cluster])
     return run

@@ -122,7 +122,7 @@ def _model(layers: int, width: int, length: int, vocabulary: int) -> Any:
 
 
 class _Worker:
-    """A system in a process of its own, asked for so many steps."""
+    """A system in a process of its own, which runs steps on request."""
 
     def __init__(self, command: list[str]):
         # The others need memory of the same device.

@@ -42,7 +42,7 @@ COLUMNS = (
     *("detected, bare", "detected", "learned, bare", "learned"),
 )
 LIMITS = Limits(least_weight=0.001)
-"""Below which an expert is not asked, as `Routing` has it."""
+"""Weight below which an expert does not run, as in `Routing`."""
 FIRST = 32
 """Tokens of the beginning of a document."""
 BEGINNINGS = ("seed", "dense", "detected", "learned")

@@ -1,4 +1,4 @@
-"""Processes that train several small systems side by side."""
+"""Processes that train several small systems in parallel."""
 
 import os
 import threading

@@ -45,8 +45,7 @@ def cluster(
     instead of numbers of languages. unassigned: languages left out on purpose. Raises UserError if
     k is not in 1..languages, for an unknown rule, for sizes with another rule, missing or not above
     zero, and for unknown distances (see `Distances.without_gaps`)."""
-    if rule not in RULES:
-        raise UserError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
+    check_rule(rule)
     languages = distances.languages
     if not 1 <= k <= len(languages):
         raise UserError(f"k must be between 1 and {len(languages)} languages; got {k}")
@@ -65,6 +64,12 @@ def cluster(
         merges=tuple(found.merges),
         made_from=distances.made_from,
     )
+
+
+def check_rule(rule: str) -> None:
+    """Raises UserError for an unknown rule."""
+    if rule not in RULES:
+        raise UserError(f"unknown rule {rule!r}; there are {', '.join(RULES)}")
 
 
 def _checked(sizes: Mapping[str, int], languages: Sequence[str], rule: str) -> np.ndarray:

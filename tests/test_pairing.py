@@ -151,3 +151,14 @@ def test_the_command_line_offers_every_rule(xelm):
         0
     ]
     assert set(re.findall(r"\w+", explained)) >= set(grouping.RULES)
+
+
+def test_an_unknown_rule_is_refused_before_a_corpus_is_read(xelm, tmp_path):
+    found = xelm(
+        *("cluster", "-k", 2, "--rule", "ward", "--method", "words"),
+        *("--corpus", tmp_path / "nowhere", "--out", tmp_path / "out"),
+    )
+    assert (found.code, found.err) == (
+        2,
+        "xelm: unknown rule 'ward'; there are pairs, single, average, complete, balanced\n",
+    )

@@ -45,6 +45,7 @@ def by_measure(
     instead of languages. Raises UserError if fewer than two languages can be compared, and as
     `measured` and `grouping.cluster` do.
     """
+    grouping.check_rule(rule)  # before a corpus is read
     tags, unassigned = without(languages or languages_of(measure, sources), exclude)
     distances = measured(measure, tags, sources)
     known, unknown = distances.without_gaps()
