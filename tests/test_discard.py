@@ -146,7 +146,7 @@ def test_the_text_of_a_growth_that_never_reached_the_registry_is_deleted(xelm, c
     outcome = xelm("discard", run, "pt")
     assert (outcome.code, outcome.out) == (
         0,
-        f"discarded: {run / 'corpus/pt'}, the text of a growth that had not begun to train\n",
+        f"discarded: {run / 'corpus/pt'}, the text of an expert whose training had not begun\n",
     )
     assert {path.name for path in (run / "corpus").iterdir()} == before
     (run / "corpus/evaluation-a").mkdir()
