@@ -126,7 +126,7 @@ def test_its_figures_are_marked_in_no_mean_and_never_the_best(unspellable, xelm)
     )
     assert xelm("report", folder / "RUN").code == 0
     page = (folder / "RUN" / "results" / "report.html").read_text()
-    assert "100.0%?" in page and "Figures marked ? are of text" in page
+    assert "100.0%?" in page and "Scores marked ? mean nothing" in page
 
 
 @pytest.mark.parametrize(
