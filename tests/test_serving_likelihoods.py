@@ -317,11 +317,28 @@ def over_http(server, directory, **options):
         model="xelm",
         tokenizer=str(directory / "seed"),
         tokenizer_backend="huggingface",
-        # It keeps a token free, and its last one is predicted and not read.
-        max_length=Harness(str(directory), "detected").max_length + 2,
+        # It keeps a token free, and its last one is predicted and not read. Before text the server
+        # puts the token that starts it.
+        max_length=Harness(str(directory), "detected").max_length
+        + (2 if options.get("tokenized_requests", True) else 1),
         max_retries=1,
         **options,
     )
+
+
+def cut_between_words(harness, context, continuation):
+    """A request that the client shortens between two words, and the request that is left. (Cut
+    within a word, the text that it sends would have other tokens.)"""
+    tokenizer, kept = harness.ensemble.tokenizer, harness.max_length
+    words = context.split()
+    for last in range(len(words), 0, -1):
+        context = " ".join(words[:last])
+        (ids,) = tokenizer.encode([context + continuation])
+        left = tokenizer.decode(ids[-kept:])
+        if len(ids) > kept and tokenizer.encode([left])[0] == ids[-kept:]:
+            pairs = (context, continuation), (left.removesuffix(continuation), continuation)
+            return [SimpleNamespace(args=pair) for pair in pairs]
+    raise AssertionError("no context is cut between two words")
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -331,12 +348,13 @@ def test_the_harness_finds_the_same_likelihoods_over_http(chatty, server, tiny, 
     ensemble = Harness(str(chatty), "detected")
     likeliest = ensemble.generate_until([SimpleNamespace(args=("ab", {"max_gen_toks": 3}))])
     requests.append(SimpleNamespace(args=("ab", likeliest[0])))
-    if options.get("tokenized_requests", True):
-        # Longer than the rows in training. (This client cuts a context within a word: as text, its
-        # rest has other tokens.)
-        requests.append(SimpleNamespace(args=(" ".join(documents), documents[0][:12])))
-    wanted = ensemble.loglikelihood(requests, disable_tqdm=True)
-    found = over_http(server, chatty, **options).loglikelihood(requests, disable_tqdm=True)
+    # Longer than the rows in training.
+    long = left = SimpleNamespace(args=(" ".join(documents), documents[0][:12]))
+    if not options.get("tokenized_requests", True):
+        long, left = cut_between_words(ensemble, *long.args)
+    wanted = ensemble.loglikelihood([*requests, left], disable_tqdm=True)
+    over = over_http(server, chatty, **options)
+    found = over.loglikelihood([*requests, long], disable_tqdm=True)
     np.testing.assert_allclose([a for a, _ in found], [a for a, _ in wanted], rtol=1e-4)
     assert [bool(b) for _, b in found] == [b for _, b in wanted]
     assert {bool(b) for _, b in found} == {True, False}

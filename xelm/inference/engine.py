@@ -1,7 +1,7 @@
 """Continues sequences in parallel, token by token, each by the experts that carry weight for it.
 
 In a step every expert is run once, for all the sequences for which it has weight: requests in many
-languages are sorted by expert, not looped over. Sequences come and go at any step.
+languages are sorted by expert, not looped over. Sequences are added and removed at any step.
 """
 
 import functools
@@ -19,12 +19,7 @@ from xelm.inference.decoder import Decoder, capacity, padded
 from xelm.inference.pool import Pool
 from xelm.inference.route import Router, decide, routing_mask
 from xelm.inference.routing import Limits
-from xelm.inference.sampling import (
-    TokenLikelihood,
-    likeliest,
-    penalised,
-    sample,
-)
+from xelm.inference.sampling import TokenLikelihood, likeliest, penalised, sample
 from xelm.inference.sampling_params import GREEDY, SamplingParams
 
 
@@ -37,7 +32,7 @@ class RunningSequence:
     sampling: SamplingParams
     """How its tokens are drawn."""
     number: int
-    """Place among the sequences of its request; their draws differ by it."""
+    """Number among the sequences of its request; their draws differ by it."""
     alternatives: int | None
     """Number of likeliest tokens that each step names; None: not even the log probability of the
     drawn token is wanted."""
@@ -46,14 +41,12 @@ class RunningSequence:
     router: Router
     """Weighs the models."""
     state: Float[np.ndarray, " Z"]
-    """The router's state after the first `routed_upto` ids."""
+    """The router's state after the first `routed_upto` of the ids that it goes by."""
     mask: list[bool]
     """For each id, whether the router goes by it: by all but the token that starts texts, or by the
     user's part of a chat's prompt, and by the tokens that were drawn."""
-    routing_ids: list[int] = field(default_factory=list)
-    """The ids by which `state` was made."""
     routed_upto: int = 0
-    """Number of ids that the router has seen, whether it goes by them or not."""
+    """Number of ids by which `state` was made."""
     log_likelihoods: Float[np.ndarray, " E"] | None = None
     """Log-likelihood, by each expert, of the ids that count among those it has read; None: not
     needed so far."""
@@ -193,7 +186,7 @@ class Engine:
     ) -> tuple[Float[Array, "B V"], Float[np.ndarray, "sequences M"]]:
         """Log probabilities of the next token, by the `row` of each sequence (other rows mean
         nothing), and the weights of the models for each sequence."""
-        # Back and forth: the expert that was run last is run first, while it is on the device.
+        # In alternating order: the expert that was run last, which is on the device, is run first.
         self._order.reverse()
         log_weights = self._log_weights()
         mixed = _empty_mixture(self._rows, self._pool.model.vocabulary_size)
@@ -248,14 +241,11 @@ class Engine:
 
     def _update_state(self, sequence: RunningSequence) -> None:
         """Brings the router's state of a sequence up to its end."""
-        first = sequence.routed_upto
-        new = [i for i, counts in zip(sequence.ids[first:], sequence.mask[first:]) if counts]
-        sequence.routed_upto = len(sequence.ids)
-        if new:
-            before = np.asarray(sequence.routing_ids, np.int64)
-            terms = sequence.router.terms(before, np.asarray(new, np.int64))
-            sequence.state = sequence.state + terms.sum(axis=0)
-            sequence.routing_ids += new
+        ids = np.asarray(sequence.ids, np.int64)[np.asarray(sequence.mask, bool)]
+        before, new = ids[: sequence.routed_upto], ids[sequence.routed_upto :]
+        if len(new):
+            sequence.state = sequence.state + sequence.router.terms(before, new).sum(axis=0)
+            sequence.routed_upto = len(ids)
 
     def _score(self, sequences: Sequence[RunningSequence]) -> None:
         """Has every expert read these sequences, which share a router, and adds to their

@@ -27,7 +27,7 @@ def document_states(
     """Mean, over the tokens of each document, of the states after each layer, float32. The first
     `sequence_length` tokens of longer documents are read; no document is empty. progress: called
     with numbers of tokens that were read."""
-    read = _reader(model, dtype)
+    read = _compiled(model, dtype)
     found = []
     for first in range(0, len(documents), ROWS_A_BATCH):
         part = [ids[:sequence_length] for ids in documents[first : first + ROWS_A_BATCH]]
@@ -43,7 +43,7 @@ def document_states(
 
 
 @functools.lru_cache(maxsize=8)
-def _reader(model: ModelConfig, dtype: str):
+def _compiled(model: ModelConfig, dtype: str):
     shape = graph(model, dtype)
     return jax.jit(
         lambda parameters, tokens, valid: bind(shape, parameters).means(tokens, valid=valid)

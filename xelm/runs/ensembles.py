@@ -1,6 +1,6 @@
 """Opens the ensemble of a RUN: its published experts with a router over them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,19 +21,20 @@ def open_ensemble(
     run: Run,
     routing: Routing,
     *,
+    experts: Sequence[Expert] | None = None,
     every_model: bool = False,
     dtype: str = "auto",
     before: Ensemble | None = None,
 ) -> Ensemble:
-    """The ensemble of every published expert and of the models that the router weighs behind them;
-    each is loaded when it is first read.
+    """The ensemble of the experts and of the models that the router weighs behind them; each is
+    loaded when it is first read.
 
-    every_model: whether the seed and the dense baseline are among the models in any case. dtype: of
-    parameters and products; see `common_dtype`. before: an ensemble of the same RUN, whose dtype
-    and loaded parameters are used again. UserError if the files of a model are not those that were
-    published.
+    experts: None: those that are published now. every_model: whether the seed and the dense
+    baseline are among the models in any case. dtype: of parameters and products; see
+    `common_dtype`. before: an ensemble of the same RUN, whose dtype and loaded parameters are used
+    again. UserError if the files of a model are not those that were published.
     """
-    experts = published(run)
+    experts = published(run) if experts is None else experts
     check_top_m(routing.top_m, len(experts))
     others = models_behind(run, routing)
     if every_model:

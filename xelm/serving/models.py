@@ -72,7 +72,12 @@ def open_served_models(
     if not read_config(run.seed).causal:
         raise UserError(f"{run.directory} has encoders, which generate no text: nothing to serve")
     ensemble = open_ensemble(
-        run, routing, every_model=True, dtype=dtype, before=before and before.ensemble
+        run,
+        routing,
+        experts=experts,  # the registry may change meanwhile
+        every_model=True,
+        dtype=dtype,
+        before=before and before.ensemble,
     )
     names = ensemble.names
     alone = {f"{ENSEMBLE}:{name}": _only(index, len(names)) for index, name in enumerate(names)}

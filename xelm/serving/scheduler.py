@@ -161,12 +161,11 @@ class Scheduler:
         return True
 
     def _retire(self) -> None:
-        """Drops the batches of replaced models that are empty, and parameters nobody needs."""
-        replaced = [batch for batch in self._batches[:-1] if not len(batch)]
-        for batch in replaced:
-            self._batches.remove(batch)
-        if replaced and len(self._batches) == 1:
+        """Drops the batches of replaced models that are empty, and what only they loaded."""
+        batches = [batch for batch in self._batches[:-1] if len(batch)] + self._batches[-1:]
+        if len(batches) == 1 < len(self._batches):
             self.models.parameters.evict_others()
+        self._batches = batches
 
     def _fail_all(self, error: Exception) -> None:
         """Fails all requests: nothing that an error left behind can be relied on."""
@@ -178,6 +177,7 @@ class Scheduler:
                 self._emit(request, Failed(503 if out_of_memory else 500, f"{why}; try again"))
             self._queue.clear()
             self._batches = [Batch(self.models, self._emit)]
+            self.models.parameters.evict_others()
 
     def _unfinished(self) -> list[Request]:
         """All requests in a batch or in the queue, each once."""
