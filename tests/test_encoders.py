@@ -229,7 +229,7 @@ def test_a_text_is_filled_as_far_as_texts_are_scored(encoders):
     word = ensemble.tokenizer.piece(20).strip()
     text = " ".join([word] * 9 + [mask])
     assert len(ensemble.fill(text).masks) == 1
-    with pytest.raises(UserError, match=r"has 11 tokens; .* reads 12 at once, has room for 10"):
+    with pytest.raises(UserError, match=r"has 11 tokens; .* reads 12 at once, has space for 10"):
         ensemble.fill(f"{word} {text}")
 
 
@@ -244,7 +244,7 @@ def test_masks_are_filled_on_the_command_line(encoders, xelm):
     assert xelm("fill", encoders, "no mask").err == "xelm: the text has no [MASK] to be filled\n"
     assert "count must be at least 1; got -1" in xelm("fill", encoders, "[MASK]", "--count", -1).err
     long = xelm("fill", encoders, "[MASK] " * 70)
-    assert long.code == 2 and "has room for 62" in long.err
+    assert long.code == 2 and "has space for 62" in long.err
 
 
 def test_the_report_of_encoders_says_what_their_perplexity_is(encoders, xelm):

@@ -17,7 +17,7 @@ from xelm.inference.ensemble import Ensemble
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.route import Walk, mixture
 from xelm.inference.routers import Abstaining, ByLanguage, Posterior, Tfidf, uniform
-from xelm.inference.routing import Limits
+from xelm.inference.routing import RoutingLimits
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
@@ -101,7 +101,7 @@ class Hesitant:
 
 def along(router, language, ids, scores, top_m=None, least=0.0):
     """Log weights before every token of a text."""
-    limits = Limits(top_m=top_m, least_weight=least)
+    limits = RoutingLimits(top_m=top_m, least_weight=least)
     return Walk.along(router, language, ids).decide(scores, limits).log_weights
 
 
@@ -230,7 +230,7 @@ def test_equal_experts_are_one_of_them(ensemble, experts, documents, routers, ro
         ensemble,
         parameters=[experts[1]] * EXPERTS,
         router=routers[routing],
-        limits=Limits(top_m=top_m),
+        limits=RoutingLimits(top_m=top_m),
     )
     one = replace(ensemble, names=["b"], parameters=experts[1:2], router=uniform(1))
     languages = ["en"] * len(found)
@@ -257,7 +257,9 @@ def test_hard_weights_are_that_expert(ensemble, experts, documents, routers):
 def test_the_score_is_the_explicit_sum(ensemble, documents, routers, routing, top_m):
     found = texts(ensemble, documents)
     ids = [np.asarray(x, np.int64) for x in ensemble.tokenizer.encode(found)]
-    scores = replace(ensemble, router=routers[routing], limits=Limits(top_m=top_m)).score(found)
+    scores = replace(ensemble, router=routers[routing], limits=RoutingLimits(top_m=top_m)).score(
+        found
+    )
     by_expert = [scored(ensemble.model, p, ids) for p in ensemble.parameters]
     for number, document in enumerate(ids):
         logs = np.stack([found[number] for found in by_expert]).astype(np.float64)
@@ -273,9 +275,9 @@ def test_the_score_is_the_explicit_sum(ensemble, documents, routers, routing, to
 
 
 def test_as_many_languages_and_contexts_are_wanted_as_texts(ensemble):
-    with pytest.raises(UserError, match="2 texts want as many contexts; got 1"):
+    with pytest.raises(UserError, match="as many contexts as texts, 2; got 1"):
         ensemble.score(["a", "b"], contexts=["c"])
-    with pytest.raises(UserError, match="1 texts want as many languages; got 2"):
+    with pytest.raises(UserError, match="as many languages as texts, 1; got 2"):
         ensemble.generate_batch(["a"], languages=["en", "de"])
 
 
@@ -423,7 +425,7 @@ def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routin
     """For two prompts of unequal length side by side, and one that comes when they are under way
     and goes before they end."""
     router = routers[routing]
-    engine = Engine(ensemble, router, Limits(top_m=top_m, least_weight=least))
+    engine = Engine(ensemble, router, RoutingLimits(top_m=top_m, least_weight=least))
     languages = ("en", "de", "en")
     prompts = [ensemble.tokenizer.begin(prompt) for prompt in (PROMPT, "hgf", "cd fe ab")]
     texts = [
@@ -529,7 +531,7 @@ def test_a_prompt_without_room_for_an_answer_is_a_users_mistake(ensemble, model)
     fits = ensemble.tokenizer.decode(ids)
     assert len(ensemble.tokenizer.encode([fits])[0]) == room
     ensemble.generate(fits, max_new_tokens=7)
-    with pytest.raises(UserError, match="room for 7 new ones; got max_new_tokens=8"):
+    with pytest.raises(UserError, match="space for 7 new ones; got max_new_tokens=8"):
         ensemble.generate(fits, max_new_tokens=8)
 
 

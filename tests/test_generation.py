@@ -261,7 +261,7 @@ def test_the_checkpoints_wish_for_more_tokens_than_there_is_room_for_is_cut(tiny
     said = wish.generate("abcd")
     room = ensemble.model.max_length - len(ensemble.tokenizer.begin("abcd"))
     assert 0 < len(said.ids) <= room
-    with pytest.raises(UserError, match=r"room for \d+ new ones; got max_new_tokens=2048"):
+    with pytest.raises(UserError, match=r"space for \d+ new ones; got max_new_tokens=2048"):
         wish.generate("abcd", max_new_tokens=2048)
 
 
@@ -280,7 +280,7 @@ def test_a_text_grows_beyond_the_rows_of_training_unless_positions_are_learned(n
     assert len(within.ids) <= 6
     longer = replace(sampling, max_new_tokens=7)
     if learned:
-        with pytest.raises(UserError, match="this model of 16 room for 6 new ones"):
+        with pytest.raises(UserError, match="this model of 16 space for 6 new ones"):
             continued(ensemble, [prompt], longer, [None])
     else:
         (beyond,) = continued(ensemble, [prompt], longer, [None])

@@ -20,7 +20,7 @@ from xelm.inference.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble
 
-_OF_THE_SEED = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
+_SEED_DEFAULTS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:
@@ -33,11 +33,11 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     add_fields(
         parser,
         SamplingParams,
-        *_OF_THE_SEED,
+        *_SEED_DEFAULTS,
         "stop",
         "random_seed",
         title="sampling",
-        elsewhere=dict.fromkeys(_OF_THE_SEED, "that of the seed's generation_config.json"),
+        elsewhere=dict.fromkeys(_SEED_DEFAULTS, "that of the seed's generation_config.json"),
     )
     add_routing(parser, "route_per")
     add_json(parser)

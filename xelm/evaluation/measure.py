@@ -17,7 +17,7 @@ from xelm.evaluation.summaries import CalibrationSums, Measurement, RouterSums, 
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.predictions import predict_documents
 from xelm.inference.route import Router, Walk, mixture
-from xelm.inference.routing import Limits
+from xelm.inference.routing import RoutingLimits
 from xelm.inference.scoring import score_documents, targets, unpredicted
 from xelm.models.checkpoint import read_for_inference
 from xelm.models.config import ModelConfig
@@ -43,7 +43,7 @@ class MeasurementPlan:
     """Language -> index of the expert that serves it, or a language that it falls back to."""
     routers: Mapping[str, Router]
     """Router of each routing."""
-    limits: Limits
+    limits: RoutingLimits
     """Which of the weighed experts are kept at each token."""
     documents: Mapping[str, Sequence[np.ndarray]]
     """Language -> ids of each document."""

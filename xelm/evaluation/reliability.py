@@ -14,8 +14,8 @@ BINS = 15
 class Reliability:
     """Choices by their confidence; those of several texts add up.
 
-    It holds the sums of which the expected calibration error is made (Guo et al. 2017, arXiv
-    1706.04599, equation 3), so that the error is exact however texts are put together.
+    The fields are the sums of which the expected calibration error is computed (Guo et al. 2017,
+    arXiv 1706.04599, equation 3), so the error is exact however texts are grouped.
     """
 
     counts: Float[np.ndarray, " BINS"]
@@ -23,7 +23,7 @@ class Reliability:
     confidence: Float[np.ndarray, " BINS"]
     """Sum of their confidences."""
     correct: Float[np.ndarray, " BINS"]
-    """Number of them that were right."""
+    """Number of choices in each bin that were right."""
 
     @classmethod
     def of(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from xelm.inference.decoder import Decoder, capacity, padded
 from xelm.inference.pool import Pool
 from xelm.inference.route import Router, decide, routing_mask
-from xelm.inference.routing import Limits
+from xelm.inference.routing import RoutingLimits
 from xelm.inference.sampling import TokenLikelihood, likeliest, penalised, sample
 from xelm.inference.sampling_params import GREEDY, SamplingParams
 
@@ -85,7 +85,7 @@ class Engine:
     yet. A step that raises leaves the engine unusable: make another.
     """
 
-    def __init__(self, pool: Pool, router: Router, limits: Limits):
+    def __init__(self, pool: Pool, router: Router, limits: RoutingLimits):
         """router: of sequences that are added without one of their own."""
         self.sequences: list[RunningSequence] = []
         """Those that are running, in the order in which they were added."""

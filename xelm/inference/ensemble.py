@@ -15,7 +15,7 @@ from xelm.inference.generation import Generation, Stream, generate
 from xelm.inference.pool import Pool
 from xelm.inference.predictions import predict_documents
 from xelm.inference.route import Decision, Router, Walk, mixture, routing_mask
-from xelm.inference.routing import Limits, Routing
+from xelm.inference.routing import Routing, RoutingLimits
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import check_ids, score_documents, targets, unpredicted
 
@@ -53,7 +53,7 @@ class Ensemble(Pool):
 
     router: Router
     """Weighs the experts."""
-    limits: Limits = field(default_factory=Limits)
+    limits: RoutingLimits = field(default_factory=RoutingLimits)
     """How many of the weighed experts are read, and how often the router decides; may be the whole
     `Routing` that the router was made by."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -290,5 +290,5 @@ def _as_many(name: str, given: Sequence[Any] | None, texts: Sequence[Any]) -> Se
     if given is None:
         return [None] * len(texts)
     if len(given) != len(texts):
-        raise UserError(f"{len(texts)} texts want as many {name}; got {len(given)}")
+        raise UserError(f"there must be as many {name} as texts, {len(texts)}; got {len(given)}")
     return given

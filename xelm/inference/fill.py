@@ -12,7 +12,7 @@ import numpy as np
 from clustering.errors import UserError
 from xelm.inference.pool import Pool
 from xelm.inference.route import Decision, Router, Walk
-from xelm.inference.routing import Limits
+from xelm.inference.routing import RoutingLimits
 from xelm.inference.scoring import check_ids, score_documents
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, inference_graph
@@ -42,7 +42,7 @@ class Filling:
 
 
 def fill(
-    pool: Pool, router: Router, limits: Limits, text: str, count: int, language: str | None
+    pool: Pool, router: Router, limits: RoutingLimits, text: str, count: int, language: str | None
 ) -> Filling:
     """The `count` most probable tokens at each mask of a text, as `Ensemble.fill`."""
     tokenizer, model = pool.tokenizer, pool.model
@@ -60,7 +60,7 @@ def fill(
     if len(framed) > pool.window:
         raise UserError(
             f"the text has {len(ids)} tokens; this model, which reads {pool.window} at once, has "
-            f"room for {pool.window - more}"
+            f"space for {pool.window - more}"
         )
     found = _decision(pool, router, limits, ids[ids != tokenizer.mask_id], language)
     (log_weights,) = found.log_weights
@@ -87,7 +87,7 @@ def fill(
 
 
 def _decision(
-    pool: Pool, router: Router, limits: Limits, ids: np.ndarray, language: str | None
+    pool: Pool, router: Router, limits: RoutingLimits, ids: np.ndarray, language: str | None
 ) -> Decision:
     """Weights of the models after all that can be read of a text."""
     walk = Walk.along(router, language, ids, np.asarray([len(ids)]))

@@ -14,7 +14,7 @@ from xelm.inference.decoder import padded
 from xelm.inference.engine import Engine, RunningSequence
 from xelm.inference.pool import Pool
 from xelm.inference.route import Router
-from xelm.inference.routing import Limits
+from xelm.inference.routing import RoutingLimits
 from xelm.inference.sampling import TokenLikelihood
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import check_ids
@@ -85,7 +85,7 @@ class Delta(NamedTuple):
 class Generator:
     """Generates sequences in parallel, step by step; they are added and removed at any time."""
 
-    def __init__(self, pool: Pool, router: Router, limits: Limits):
+    def __init__(self, pool: Pool, router: Router, limits: RoutingLimits):
         """router: of sequences that are added without one of their own."""
         self._pool, self._engine = pool, Engine(pool, router, limits)
         self._running: dict[RunningSequence, Continuation] = {}
@@ -163,7 +163,7 @@ class Generator:
 def generate(
     pool: Pool,
     router: Router,
-    limits: Limits,
+    limits: RoutingLimits,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams,
     languages: Sequence[str | None],
@@ -225,6 +225,6 @@ def check_prompt(pool: Pool, ids: Sequence[int], new: int) -> None:
         # The token that starts texts is ours, not the user's.
         given = len(ids) - pool.tokenizer.starts(ids)
         raise UserError(
-            f"the prompt has {given} tokens, which leaves this model of {limit} room for "
+            f"the prompt has {given} tokens, which leaves this model of {limit} space for "
             f"{max(0, limit - len(ids))} new ones; got max_new_tokens={new}"
         )

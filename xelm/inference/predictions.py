@@ -15,7 +15,7 @@ from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, inference_graph
 
 TOKENS_AT_ONCE, VALUES_AT_ONCE = 512, 2**27
-"""Largest numbers of tokens and of probabilities (512 MiB) that are held at once."""
+"""Largest numbers of tokens and of probabilities (512 MiB) in memory at once."""
 
 
 class Predictions(NamedTuple):

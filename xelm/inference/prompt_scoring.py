@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from xelm.inference.decoder import PIECES, padded
 from xelm.inference.pool import Pool
 from xelm.inference.route import Decision, Router, Walk, routing_mask
-from xelm.inference.routing import Limits
+from xelm.inference.routing import RoutingLimits
 from xelm.inference.sampling import TokenLikelihood, likeliest
 from xelm.inference.scoring import Window, windows
 from xelm.models.config import ModelConfig
@@ -45,7 +45,7 @@ class PromptScores(NamedTuple):
 
 def score_prompts(
     pool: Pool,
-    limits: Limits,
+    limits: RoutingLimits,
     prompts: Sequence[Sequence[int]],
     routers: Sequence[Router],
     languages: Sequence[str | None],
@@ -57,13 +57,13 @@ def score_prompts(
     likeliest tokens that are named at each place.
     """
     ids = [np.asarray(prompt, np.int64) for prompt in prompts]
-    reader = _Reader(pool, ids)
+    states = _PromptStates(pool, ids)
     decisions = [
-        _decision(reader, limits, number, router, language)
+        _decision(states, limits, number, router, language)
         for number, (router, language) in enumerate(zip(routers, languages))
     ]
     flat = np.concatenate([decision.log_weights for decision in decisions])
-    found = reader.mixed(flat, alternatives)
+    found = states.mixed(flat, alternatives)
     result, first = [], 0
     for prompt, decision in zip(ids, decisions):
         log_weights = decision.log_weights
@@ -77,27 +77,31 @@ def score_prompts(
 
 
 def _decision(
-    reader: "_Reader", limits: Limits, number: int, router: Router, language: str | None
+    states: "_PromptStates",
+    limits: RoutingLimits,
+    number: int,
+    router: Router,
+    language: str | None,
 ) -> Decision:
     """Weights of the models before each token of a prompt but the first."""
-    ids, pool = reader.prompts[number], reader.pool
+    ids, pool = states.prompts[number], states.pool
     mask = routing_mask(pool.tokenizer, ids.tolist())
     walk = Walk.along(router, language, ids, np.arange(1, len(ids)), mask)
     scores = None
     if walk.needs_log_likelihoods:
-        own = [reader.scores(expert, number) for expert in range(router.experts)]
+        own = [states.scores(expert, number) for expert in range(router.experts)]
         scores = np.pad(own, [(0, 0), (1, 0)])  # the first token follows nothing
     return walk.decide(scores, limits, len(pool.names))
 
 
-class _Reader:
-    """Has models read the prompts; each model once, and only if its states are needed."""
+class _PromptStates:
+    """States of models on prompts; each model reads them once, when its states are needed."""
 
     def __init__(self, pool: Pool, prompts: Sequence[Int[np.ndarray, " _"]]):
         self.pool, self.prompts = pool, prompts
         self._states: dict[int, list[Float[np.ndarray, "P D"]]] = {}
 
-    def states(self, expert: int) -> list[Float[np.ndarray, "P D"]]:
+    def of(self, expert: int) -> list[Float[np.ndarray, "P D"]]:
         """The states from which a model predicts each token but the first, by prompt."""
         if expert not in self._states:
             self._states[expert] = self._read(expert)
@@ -105,7 +109,7 @@ class _Reader:
 
     def scores(self, expert: int, number: int) -> Float[np.ndarray, " P"]:
         """Log probability of each token of a prompt but the first by one model."""
-        states, wanted = self.states(expert)[number], self.prompts[number][1:]
+        states, wanted = self.of(expert)[number], self.prompts[number][1:]
         size = padded(max(len(wanted), _SHORTEST))
         rest = size - len(wanted)
         _, _, scored = _compiled(self.pool.model, self.pool.dtype)
@@ -122,7 +126,7 @@ class _Reader:
         """How probable every token but the first of each prompt is by the mixture of models."""
         wanted = np.concatenate([prompt[1:] for prompt in self.prompts])
         weighed = np.flatnonzero(np.isfinite(log_weights).any(axis=0)).tolist()
-        states = {expert: np.concatenate(self.states(expert)) for expert in weighed}
+        states = {expert: np.concatenate(self.of(expert)) for expert in weighed}
         size = next((size for size in PIECES if size >= len(wanted)), PIECES[-1])
         _, add, _ = _compiled(self.pool.model, self.pool.dtype)
         found: list[TokenLikelihood] = []

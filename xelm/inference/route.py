@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float, Int
 
 from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
-from xelm.inference.routing import Limits
+from xelm.inference.routing import RoutingLimits
 
-NO_LIMITS = Limits()
+_NO_LIMITS = RoutingLimits()
 
 
 class Router(Protocol):
@@ -81,7 +81,7 @@ def decide(
     router: Router,
     states: Float[np.ndarray, "P Z"],
     log_likelihoods: Callable[[Bool[np.ndarray, " P"]], Float[np.ndarray, "P E"]],
-    limits: Limits,
+    limits: RoutingLimits,
     models: int | None = None,
 ) -> Decision:
     """Weighs models by states of one or several texts. log_likelihoods: called once if any state
@@ -131,7 +131,7 @@ class Walk:
     def decide(
         self,
         scores: Float[np.ndarray, "E T"] | None,
-        limits: Limits = NO_LIMITS,
+        limits: RoutingLimits = _NO_LIMITS,
         models: int | None = None,
     ) -> Decision:
         """The weights at each position. scores: log probability of each token by each expert; None

@@ -247,7 +247,7 @@ class Learned(_ByTextAlone, _SumsVectors, _Named):
     @staticmethod
     def features(states: Float[np.ndarray, "T D"]) -> Float[np.ndarray, "T D1"]:
         """The direction of a sum, shorter where it is of few tokens, and a number that says how
-        short: little text speaks softly."""
+        short, since a short text says little."""
         norms = np.linalg.norm(states, axis=1, keepdims=True)
         surety = norms / (norms + 5.0)
         return np.concatenate([unit(states) * surety, surety], axis=1)

@@ -22,7 +22,7 @@ AbstainTo = Literal["posterior", "seed", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
+class RoutingLimits:
     """How many of the experts that a router weighs are read, and how often it decides."""
 
     top_m: int | None = None
@@ -43,7 +43,7 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Routing(Limits):
+class Routing(RoutingLimits):
     """Which router weighs the experts, and how. None stands for the router's default."""
 
     name: str = DEFAULT
@@ -67,7 +67,7 @@ class Routing(Limits):
     """Router or model that decides where the router abstains."""
 
     def __post_init__(self) -> None:
-        Limits.__post_init__(self)
+        RoutingLimits.__post_init__(self)
         if self.name not in ROUTINGS:
             raise UserError(f"routing must be one of {', '.join(ROUTINGS)}; got {self.name!r}")
         for option, value, home in (

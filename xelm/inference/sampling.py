@@ -147,8 +147,8 @@ def _draw(
     with_top_p,
 ):
     def uniform(seed, step, number):
-        begun = jax.random.fold_in(jax.random.wrap_key_data(seed), step)
-        return jax.random.uniform(jax.random.fold_in(begun, number), (2,))
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(seed), step)
+        return jax.random.uniform(jax.random.fold_in(step_key, number), (2,))
 
     greedy = temperature == 0
     divisor = jnp.where(greedy, 1.0, temperature)[:, None]

@@ -20,7 +20,7 @@ from xelm.evaluation.measure import MeasurementPlan
 from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.results import Results
 from xelm.evaluation.summaries import Background, summarise
-from xelm.inference.routing import Limits
+from xelm.inference.routing import RoutingLimits
 from xelm.inference.scoring import check_windows
 from xelm.models.checkpoint import read_config
 from xelm.models.config import ModelConfig
@@ -144,7 +144,7 @@ def _plan(
         experts=[expert.name for expert in experts],
         serving=served,
         routers={r.name: make_router(run, experts, r) for r in routings} if experts else {},
-        limits=Limits(top_m=options.top_m, least_weight=options.least_weight),
+        limits=RoutingLimits(top_m=options.top_m, least_weight=options.least_weight),
         documents=documents,
         languages=languages,
         calibration_tokens=options.calibration_tokens,
