@@ -51,16 +51,15 @@ def fill(
     if model.causal:
         raise UserError("these experts are decoders, which fill no masks; use generate")
     ids = np.asarray(tokenizer.encode_with_masks(text))
-    masks = np.flatnonzero(ids == tokenizer.mask_id)
+    framed = tokenizer.text_format.framed(ids)
+    masks = np.flatnonzero(framed == tokenizer.mask_id)
     if not len(masks):
         raise UserError(f"the text has no {tokenizer.hub.mask_token} to be filled")
     check_ids(ids, model)
-    framed = tokenizer.text_format.framed(ids)
-    more = len(framed) - len(ids)
-    if len(framed) > pool.window:
+    if (excess := len(framed) - pool.window) > 0:
         raise UserError(
             f"the text has {len(ids)} tokens; this model, which reads {pool.window} at once, has "
-            f"space for {pool.window - more}"
+            f"space for {len(ids) - excess}"
         )
     found = _decision(pool, router, limits, ids[ids != tokenizer.mask_id], language)
     (log_weights,) = found.log_weights
@@ -69,7 +68,7 @@ def fill(
     tokens = np.zeros((1, size), np.int32)
     tokens[0, : len(framed)] = framed
     valid = np.arange(size)[None] < len(framed)
-    places = np.resize(masks + 1, size)  # repeated, for the same reason
+    places = np.resize(masks, size)  # repeated, for the same reason
     mixed = np.full((len(masks), model.vocabulary_size), -np.inf)
     read = _compiled(model, pool.dtype)
     for expert in np.flatnonzero(np.isfinite(log_weights)).tolist():
