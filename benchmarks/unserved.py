@@ -1,4 +1,4 @@
-"""What routers are worth in languages that no expert serves, and in those that experts do.
+"""Bits per byte of routers in languages that no expert serves, and in those that experts serve.
 
     python benchmarks/unserved.py RUN TEXT [--tokens 20000] [--cross-validate]
 
@@ -6,15 +6,15 @@ TEXT is a folder of <language>.jsonl or .jsonl.gz files, which the RUN has not s
 language, bits per byte of whole documents: the seed, the dense baseline, the best single expert,
 equal weights of all experts, the posterior that forgets, `detected` and `learned` as users get
 them, and both without their mixture for text that is like none of the experts' (bare). Then the
-models that a token asks, and the share of tokens at which learned mixes all models. Last, for the
-languages that no expert serves, bits per token of the first 32 tokens of each document, where a
-router has little to go by.
+number of models that are run at a token, and the share of tokens at which learned mixes all models.
+Last, for the languages that no expert serves, bits per token of the first 32 tokens of each
+document, where a router has little to go by.
 
 With --cross-validate, instead: how the shares of served text that may count as unknown
 (`clustering.novelty`) would be chosen on half of the languages that no expert serves and half of
 the documents of the others, and what is chosen is worth on the other halves; both ways, beside what
 is shipped. Chosen is what loses to the seed or dense in the fewest unserved languages, whole
-documents and beginnings, and of those what asks the fewest models on served text.
+documents and beginnings, and of those what runs the fewest models on served text.
 """
 
 import argparse
