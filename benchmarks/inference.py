@@ -118,7 +118,7 @@ def _compare(
             found = _rounds(systems, options.rounds)
             _check(found)
             for name, runs in found.items():
-                read = size * min(batch * _asked(name, count), count if name != DENSE else 1)
+                read = size * min(batch * _experts_run(name, count), count if name != DENSE else 1)
                 if name == ONE_BY_ONE:
                     read = size * batch
                 _print(options, name, batch, count, runs, found[DENSE], read)
@@ -147,7 +147,7 @@ def _systems(
     return found
 
 
-def _asked(name: str, count: int) -> int:
+def _experts_run(name: str, count: int) -> int:
     return {"top-2": 2, "all": count}.get(name, 1)
 
 

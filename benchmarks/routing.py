@@ -57,7 +57,7 @@ def main() -> None:
     ids, scores, names = _scores(run, texts)
     for kind in KINDS:
         print(f"{kind}: {len(texts[kind])} texts, {sum(map(len, ids[kind]))} tokens")
-    print(f"\n| routing | models asked | {' | '.join(KINDS)} |\n|---|---|{'---|' * len(KINDS)}")
+    print(f"\n| routing | models | {' | '.join(KINDS)} |\n|---|---|{'---|' * len(KINDS)}")
     for name in ("seed", "dense"):
         if name in names:
             _print(name, 1, [_bits(texts[k], _alone(scores[k], names.index(name))) for k in KINDS])
@@ -167,7 +167,7 @@ def _route(run, routing, texts, ids, scores, names) -> None:
     columns = list(range(len(experts)))
     if router.experts > len(experts):
         columns += [names.index(name) for name in models_behind(run, routing)]
-    cells, asked = [], []
+    cells, models_read = [], []
     for kind in KINDS:
         nats, unsure = [], []
         for document, found in zip(ids[kind], scores[kind]):
@@ -175,7 +175,7 @@ def _route(run, routing, texts, ids, scores, names) -> None:
             weights, _, needed = Walk.along(router, None, document).decide(own, routing)
             nats.append(-mixture(weights, own).sum())
             active = np.where(needed, router.experts, np.isfinite(weights).sum(axis=1))
-            asked += active.tolist()
+            models_read += active.tolist()
             if routing.abstain is not None:
                 unsure += (needed | (weights[:, -1] == 0) & (len(columns) > len(experts))).tolist()
         share = f" ({np.mean(unsure):.0%})" if unsure else ""
@@ -185,12 +185,12 @@ def _route(run, routing, texts, ids, scores, names) -> None:
     label += "" if routing.memory is None else f", memory {routing.memory}"
     if routing.abstain is not None:
         label += f", below {routing.abstain} {routing.abstain_to}"
-    _print(label, np.mean(asked), [cell[0] for cell in cells], [cell[1] for cell in cells])
+    _print(label, np.mean(models_read), [cell[0] for cell in cells], [cell[1] for cell in cells])
 
 
-def _print(label, asked, bits, shares=()) -> None:
+def _print(label, models_read, bits, shares=()) -> None:
     cells = (f"{value:.3f}{share}" for value, share in zip_longest(bits, shares, fillvalue=""))
-    print(f"| {label} | {asked:.1f} | {' | '.join(cells)} |", flush=True)
+    print(f"| {label} | {models_read:.1f} | {' | '.join(cells)} |", flush=True)
 
 
 def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 48) -> None:
@@ -205,7 +205,7 @@ def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 
         stranger = [*batch[:-1], (None, texts["not served"][-1])]
         engines = [_engine(ensemble, given, steps) for given in (batch, stranger)]
         times: list[list[float]] = [[], []]
-        asked: list[list[int]] = [[], []]
+        models_read: list[list[int]] = [[], []]
         for number in range(steps):
             for place, engine in enumerate(engines):
                 begun = time.perf_counter()
@@ -213,10 +213,10 @@ def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 
                 if number:  # the first reads the prompts
                     times[place].append(time.perf_counter() - begun)
                     weights = np.stack([step.weights for step in found])
-                    asked[place].append(int((weights > 0).any(axis=0).sum()))
+                    models_read[place].append(int((weights > 0).any(axis=0).sum()))
         ratio = np.median(np.divide(times[1], times[0]))
         for place, name in enumerate((label, f"{label}, one text not served")):
-            cells = f"{np.mean(asked[place]):.1f} | {1e3 * np.median(times[place]):.1f}"
+            cells = f"{np.mean(models_read[place]):.1f} | {1e3 * np.median(times[place]):.1f}"
             print(f"| {name} | {cells} | {ratio if place else 1:.1f} |", flush=True)
 
 

@@ -30,7 +30,7 @@ from clustering.languages import canonical, lookup
 from xelm import open_run
 from xelm.inference.route import Walk, log_likelihoods_along, mixture, states_along
 from xelm.inference.routers import MIXTURE
-from xelm.inference.routing import Limits, Routing
+from xelm.inference.routing import Routing, RoutingLimits
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.fit import held_out_beginnings
@@ -41,7 +41,7 @@ COLUMNS = (
     *("seed", "dense", "best expert", "uniform", "posterior"),
     *("detected, bare", "detected", "learned, bare", "learned"),
 )
-LIMITS = Limits(least_weight=0.001)
+LIMITS = RoutingLimits(least_weight=0.001)
 """Weight below which an expert does not run, as in `Routing`."""
 FIRST = 32
 """Tokens of the beginning of a document."""
@@ -74,7 +74,7 @@ def main() -> None:
     names, documents, scores = scores_of(run, ids)
     if options.cross_validate:
         return _cross_validate(run, routers["learned"], names, tags, documents, scores, sizes)
-    print(f"| language | {' | '.join(COLUMNS)} | asked, bare | asked | mixed |")
+    print(f"| language | {' | '.join(COLUMNS)} | models, bare | models | mixed |")
     print("|---|" + "---|" * (len(COLUMNS) + 3))
     for kind, wanted in (("served", True), ("not served", False)):
         rows = []
@@ -137,7 +137,7 @@ def _row(routers, names, documents, scores, sizes, some, experts) -> list[float]
     alone = -sum(scores[n].sum(axis=1) for n in some) / total
     bits = {"seed": alone[names.index("seed")], "best expert": alone[:experts].min()}
     bits["dense"] = alone[names.index("dense")] if "dense" in names else np.nan
-    asked, mixed, tokens = {}, 0, sum(len(documents[n]) for n in some)
+    models_read, mixed, tokens = {}, 0, sum(len(documents[n]) for n in some)
     for name, router in routers.items():
         nats, count = 0.0, 0
         for n in some:
@@ -147,8 +147,8 @@ def _row(routers, names, documents, scores, sizes, some, experts) -> list[float]
             count += np.where(needed, router.experts, np.isfinite(weights).sum(axis=1)).sum()
             if name == "learned":
                 mixed += by.count(MIXTURE)
-        bits[name], asked[name] = nats / total, count / tokens
-    shares = [asked["learned, bare"], asked["learned"], mixed / tokens]
+        bits[name], models_read[name] = nats / total, count / tokens
+    shares = [models_read["learned, bare"], models_read["learned"], mixed / tokens]
     return [bits[name] for name in COLUMNS] + shares
 
 
@@ -192,7 +192,7 @@ class Measured(NamedTuple):
 
     lost: int
     """Unserved languages in which it is worse than the seed or dense, whole or at the beginning."""
-    asked: float
+    models_read: float
     """Models a token of served text."""
     served: float
     unserved: float
@@ -203,12 +203,12 @@ class Measured(NamedTuple):
 def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
     inner, mixing = router.otherwise.router, router.otherwise
     served = serving(run.registry(), run.registry().published())
-    alone, mixed, asked, sums = [], [], [], []
+    alone, mixed, models_read, sums = [], [], [], []
     for ids, found in zip(documents, scores):
         own = found[: inner.experts]
         weights = Walk.along(inner, None, ids).decide(own, LIMITS).log_weights
         alone.append(mixture(weights, own))
-        asked.append(np.isfinite(weights).sum(axis=1))
+        models_read.append(np.isfinite(weights).sum(axis=1))
         evidence = log_likelihoods_along(mixing.mixture, found)[:-1]
         nothing = np.zeros((len(ids), 0))
         mixed.append(mixture(mixing.mixture.log_weights(nothing, evidence), found))
@@ -233,7 +233,9 @@ def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
             is_served = lookup(tag, served) is not None
             bits["served" if is_served else "unserved"].append(own)
             if is_served:
-                count += sum(np.where(found.outside[n], len(names), asked[n]).sum() for n in some)
+                count += sum(
+                    np.where(found.outside[n], len(names), models_read[n]).sum() for n in some
+                )
                 tokens += sum(len(documents[n]) for n in some)
             else:
                 rest = [[-scores[n][m] for n in some] for m in range(inner.experts, len(names))]
@@ -254,7 +256,9 @@ def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
     halves: list[list[int]] = [[], []]
     for number, tag in enumerate(tags):
         halves[(unserved.index(tag) if tag in unserved else number) % 2].append(number)
-    print("| chosen on | short | shares | measured on | lost | asked | served | unserved | first |")
+    print(
+        "| chosen on | short | shares | measured on | lost | models | served | unserved | first |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for one, other in ((0, 1), (1, 0)):
         best = min(grid, key=lambda found: measured(found, halves[one])[:2])
@@ -267,8 +271,8 @@ def _print_measured(label: str, found: Candidate, half: str, values: Measured) -
     shares = ", ".join(f"{share:.1%}" for share in found.most_false)
     bits = " | ".join(f"{value:.3f}" for value in values[2:])
     print(
-        f"| {label} | {found.short} | {shares} | {half} | {values.lost} | {values.asked:.2f} | "
-        f"{bits} |",
+        f"| {label} | {found.short} | {shares} | {half} | {values.lost} | "
+        f"{values.models_read:.2f} | {bits} |",
         flush=True,
     )
 
