@@ -141,7 +141,7 @@ def _scores(run: Run, texts: dict[str, list[str]]):
                 read_for_inference(directory, model),
                 [document for kind in KINDS for document in ids[kind]],
                 text_format=tokenizer.text_format,
-                context_length=run.context_length,
+                context_length=run.context_length(),
             )
         )
         # Without the end, which these texts do not have.
@@ -232,9 +232,9 @@ def _engine(ensemble: Ensemble, batch: list[tuple[str | None, str]], steps: int)
 
 
 def _naive(run: Run, longest: int) -> None:
-    told_or_tfidf = make_router(run, run.registry().published(), Routing(name="tfidf"))
-    assert isinstance(told_or_tfidf, ByLanguage) and told_or_tfidf.otherwise is not None
-    router = told_or_tfidf.otherwise
+    router = make_router(run, run.registry().published(), Routing(name="tfidf"))
+    assert isinstance(router, ByLanguage) and router.otherwise is not None
+    router = router.otherwise
     vectoriser = run.vectoriser()
     draw = np.random.default_rng(0)
     print("\n| tokens | one cumulative sum, ms | each prefix anew, ms | times |\n|---|---|---|---|")

@@ -124,7 +124,7 @@ def scores_of(
             read_for_inference(directory, model),
             documents,
             text_format=tokenizer.text_format,
-            context_length=run.context_length,
+            context_length=run.context_length(),
         )
         for directory in systems.values()
     ]

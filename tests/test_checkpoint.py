@@ -158,6 +158,15 @@ def test_what_several_hosts_hold_is_gathered_layer_by_layer_and_never_beyond_the
     assert deepest == 3 > max(map(len, gathered))
 
 
+def test_values_beyond_the_range_of_float16_are_refused_where_they_are_gathered(llama, monkeypatch):
+    flat = by_path(load_parameters(llama, read_config(llama)))
+    monkeypatch.setattr(weights, "_on_other_hosts", lambda array: True)
+    monkeypatch.setattr(weights.multihost_utils, "process_allgather", lambda part, tiled: part)
+    flat["norm/scale"] = flat["norm/scale"].at[0].set(1e6)
+    with pytest.raises(UserError, match=r"model\.norm\.weight has values beyond .* float16"):
+        dict(stored_tensors(family("llama"), read_config(llama), flat, "float16"))
+
+
 def test_no_part_of_a_model_of_22_billion_parameters_is_gathered_beyond_the_bound():
     config = ModelConfig(
         **{"vocabulary_size": 128_000, "width": 6144, "feedforward_width": 16_384},

@@ -85,14 +85,14 @@ def test_hosts_that_are_asked_to_end_save_the_same_step_and_others_go_on(xelm, b
     processes[1].send_signal(signal.SIGTERM)
     for code, _, said in ended(processes):
         assert code == os.EX_TEMPFAIL, said
-        assert "de-fr was asked to end; it is saved" in said.splitlines()[-1]
+        assert "de-fr was stopped by a signal; it is saved" in said.splitlines()[-1]
     (checkpoint,) = (branched / "train/de-fr/checkpoints").iterdir()
     assert int(checkpoint.name) >= 30 and (checkpoint / "facts").exists()
     # On one device, what four held.
     configure(branched, {"runtime.mesh_data": 1, "runtime.mesh_fsdp": 1})
     outcome = xelm("train", branched, "de-fr")
     assert outcome.code == 0, outcome.err
-    assert f"de-fr: going on after step {checkpoint.name}" in outcome.err
+    assert f"de-fr: resumes after step {checkpoint.name}" in outcome.err
     assert_alike(branched, tmp_path / "whole")
 
 

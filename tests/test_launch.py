@@ -227,7 +227,7 @@ def test_whoever_is_asked_to_end_ends_its_processes_and_they_save(xelm, long, by
         process.send_signal(by)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 130}[by], said
-    assert "asked to end; what was trained is saved" in said.splitlines()[-1]
+    assert "stopped by a signal; what was trained is saved" in said.splitlines()[-1]
     for child in children:
         assert not Path(f"/proc/{child}").exists()
     assert weights(run) == {}

@@ -165,8 +165,8 @@ def test_a_training_goes_on_in_other_dtypes(trained, capsys):
     )
     said = capsys.readouterr().err
     changed = ", dtype bfloat16 (was float32), moments_dtype bfloat16 (was float32)\n"
-    assert said.count(f"going on after step 6{changed}") == 2
-    assert said.count("going on after step 12\n") == 1
+    assert said.count(f"resumes after step 6{changed}") == 2
+    assert said.count("resumes after step 12\n") == 1
     assert_same_bits(once, twice)
     assert_same_lines(metrics, other)
     assert losses(metrics)[:6] == pytest.approx(GOLDEN[:6], abs=1e-4)
@@ -182,7 +182,7 @@ def test_a_training_goes_on_in_other_parts_and_with_less_kept(trained, capsys):
     _, metrics = trained(
         vary(CONFIG, {"runtime.accumulation_steps": 2, "runtime.rematerialise": True})
     )
-    assert "going on after step 6\n" in capsys.readouterr().err
+    assert "resumes after step 6\n" in capsys.readouterr().err
     np.testing.assert_allclose(losses(metrics), GOLDEN, atol=1e-4)
 
 

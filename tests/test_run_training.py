@@ -291,10 +291,10 @@ def test_an_expert_that_is_asked_to_end_is_saved_and_the_launcher_told_to_try_ag
         patch.setattr(MetricsLog, "write", ask)
         outcome = xelm("train", tmp_path / "RUN", "de-fr")
     assert outcome.code == code
-    said = "xelm: de-fr was asked to end; it is saved, and goes on when run again"
+    said = "xelm: de-fr was stopped by a signal; it is saved, and resumes when run again"
     assert outcome.err.splitlines()[-1] == said
     outcome = xelm("train", tmp_path / "RUN", "de-fr")
-    assert outcome.code == 0 and "going on after step 6" in outcome.err
+    assert outcome.code == 0 and "resumes after step 6" in outcome.err
     path = Path("experts/de-fr/v1/model.safetensors")
     assert (tmp_path / "RUN" / path).read_bytes() == (tiny.directory / path).read_bytes()
 

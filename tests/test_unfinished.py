@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
             file.write_bytes(b"not what it was")
     again, _ = trained(folder="broken")
     said = capsys.readouterr().err
-    assert "step 12 is damaged" in said and "test: going on after step 6" in said
+    assert "step 12 is damaged" in said and "test: resumes after step 6" in said
     assert_same_bits(again, whole)
     # It is kept, should it be of use to somebody.
     assert (tmp_path / "broken" / "damaged-12" / "state").is_dir()
@@ -199,7 +199,7 @@ def test_a_checkpoint_whose_facts_were_changed_is_damaged(trained, tmp_path, cap
     trained(folder="broken")
     said = capsys.readouterr().err
     assert "the checkpoint of step 12 is damaged (facts are not as they were written)" in said
-    assert "test: going on after step 6" in said
+    assert "test: resumes after step 6" in said
 
 
 def test_values_that_are_read_otherwise_than_they_were_saved_are_named(
@@ -253,7 +253,7 @@ def test_any_change_of_a_checkpoint_is_noticed(trained, tmp_path, monkeypatch, c
     gc.collect()
     said = capsys.readouterr().err
     assert "the checkpoint of step 12 is damaged (" in said
-    assert "test: going on after step 6" in said
+    assert "test: resumes after step 6" in said
     assert_same_bits(again, whole)
 
 
@@ -277,7 +277,7 @@ def test_a_training_that_is_asked_to_end_is_saved_first(trained, tmp_path, step,
     before = signal.getsignal(by)
     with pytest.MonkeyPatch.context() as patch:
         end_at(patch, step, by=by)
-        with pytest.raises(Preempted, match="test was asked to end; it is saved") as stop:
+        with pytest.raises(Preempted, match="test was stopped by a signal; it is saved") as stop:
             trained(folder="ended")
     assert stop.value.by == by
     saved = [int(path.name) for path in (tmp_path / "ended/checkpoints").iterdir()]

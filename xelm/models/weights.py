@@ -121,16 +121,18 @@ def stored_tensors(
     """Name and values of each tensor of a checkpoint with these parameters, one after the other, in
     `dtype`. Parameters that are spread over several hosts are gathered on each host, one layer at a
     time, so every host must take all tensors."""
-    for name, layer, tensor in _named(_held(kind, flat), config):
+    for name, layer, tensor in _named(_table_rows(kind, flat), config):
         parts = [flat[path] if layer is None else flat[path][layer] for path in tensor.paths]
         arrays = [_narrowed(name, _on_host(part, dtype), dtype) for part in parts]
         yield name, join(tensor, arrays, config.head_size)
 
 
 def _on_host(array: Any, dtype: str) -> np.ndarray:
-    """A complete array on this host; gathered in `dtype` if it is spread over several hosts."""
+    """A complete array on this host; gathered in `dtype` if it is spread over several hosts, except
+    for float16, whose range `_narrowed` checks."""
     if not _on_other_hosts(array):
         return np.asarray(array)
+    dtype = array.dtype if dtype == "float16" else dtype
     parts = (array[rows].astype(dtype) for rows in gathered_rows(array.shape, array.nbytes))
     return np.concatenate([multihost_utils.process_allgather(part, tiled=True) for part in parts])
 
@@ -168,7 +170,7 @@ def write_weights(
     layers, width = _layer_shapes({p: v.shape for p, v in flat.items()}), np.dtype(dtype).itemsize
     sizes = {
         name: math.prod(stored_shape(tensor, layers)) * width
-        for name, _, tensor in _named(_held(kind, flat), config)
+        for name, _, tensor in _named(_table_rows(kind, flat), config)
     }
     files = split_weights(sizes)
     if len(files) > 1:
@@ -188,13 +190,13 @@ def _compare(
 ) -> dict[str, Tensor]:
     """Rows of the family's table for these parameters; UserError unless the stored tensors are
     those of the rows."""
-    held = _held(kind, wanted)
+    rows = _table_rows(kind, wanted)
     layers = _layer_shapes(wanted)
-    expected = {name: tensor for name, _, tensor in _named(held, config)}
+    expected = {name: tensor for name, _, tensor in _named(rows, config)}
     copies = dict(kind.copies)
     if config.tie_embeddings:
         heads = (name for name, tensor in kind.tensors.items() if tensor.paths == ("head",))
-        copies |= dict.fromkeys(heads, _name_of(held, "embedding"))
+        copies |= dict.fromkeys(heads, _name_of(rows, "embedding"))
     unknown = [
         name
         for name in stored
@@ -232,7 +234,7 @@ def _compare(
         raise UserError(
             f"{directory} does not match its config.json: {'; '.join(faults[:5])}{more}"
         )
-    return held
+    return rows
 
 
 def _open(directory: str | Path) -> dict[str, Any]:
@@ -261,20 +263,20 @@ def _renamed(kind: Family, stored: Mapping[str, Any]) -> dict[str, Any]:
     return {kind.name(name, prefixed): value for name, value in stored.items()}
 
 
-def _held(kind: Family, paths: Mapping[str, Any]) -> dict[str, Tensor]:
+def _table_rows(kind: Family, paths: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rows of the family's table for these parameters, each of which has one."""
-    held = {name: t for name, t in kind.tensors.items() if all(path in paths for path in t.paths)}
-    homeless = set(paths) - {path for tensor in held.values() for path in tensor.paths}
-    if homeless:
-        raise UserError(f"no tensor of this family holds {', '.join(sorted(homeless)[:5])}")
-    return held
+    rows = {name: t for name, t in kind.tensors.items() if all(path in paths for path in t.paths)}
+    without = set(paths) - {path for tensor in rows.values() for path in tensor.paths}
+    if without:
+        raise UserError(f"this family has no tensor for {', '.join(sorted(without)[:5])}")
+    return rows
 
 
 def _named(
-    held: Mapping[str, Tensor], config: ModelConfig
+    rows: Mapping[str, Tensor], config: ModelConfig
 ) -> Iterator[tuple[str, int | None, Tensor]]:
     """Name in the checkpoint, layer and row of the table of every tensor that is stored."""
-    for name, tensor in held.items():
+    for name, tensor in rows.items():
         if "{}" not in name:
             yield name, None, tensor
             continue
@@ -283,8 +285,8 @@ def _named(
             yield name.format(layer), layer, tensor
 
 
-def _name_of(held: Mapping[str, Tensor], path: str) -> str:
-    return next(name for name, tensor in held.items() if tensor.paths == (path,))
+def _name_of(rows: Mapping[str, Tensor], path: str) -> str:
+    return next(name for name, tensor in rows.items() if tensor.paths == (path,))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -72,7 +72,9 @@ def train_dense_apart(run: Run) -> None:
         code = running[0].wait()
     if code in (os.EX_TEMPFAIL, 130):
         by = signal.SIGTERM if code == os.EX_TEMPFAIL else signal.SIGINT
-        raise Preempted("dense was asked to end; it is saved, and goes on when run again", by=by)
+        raise Preempted(
+            "dense was stopped by a signal; it is saved, and resumes when run again", by=by
+        )
     if code:
         raise UserError(f"the dense baseline was not trained; its process ended with code {code}")
 
@@ -278,7 +280,7 @@ def _ending(running: Callable[[], Sequence[subprocess.Popen]]) -> Iterator[None]
         for each in before:
             signal.signal(each, signal.SIG_IGN)
         raise Preempted(
-            "asked to end; what was trained is saved, and goes on when run again", by=number
+            "stopped by a signal; what was trained is saved, and resumes when run again", by=number
         )
 
     before = {

@@ -68,7 +68,7 @@ class Checkpoints:
                 damaged.append(f"the checkpoint of step {step} is damaged ({reason})")
                 continue
             for line in damaged if is_first() else ():
-                print(f"{self.directory}: {line}; going back", file=sys.stderr)
+                print(f"{self.directory}: {line}; using that of step {step}", file=sys.stderr)
             if damaged:
                 self._move_aside(after=step)
             return step, state, facts

@@ -19,8 +19,8 @@ _SETTINGS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def join() -> None:
-    """Makes this process one of several that train together. To be called before JAX is asked for
-    devices.
+    """Makes this process one of several that train together. It must be called before JAX lists
+    its devices.
 
     On TPU pods and in Slurm steps JAX finds the other hosts; elsewhere the environment names them:
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises
@@ -114,8 +114,8 @@ def first_writes(what: Callable[[bool], object]) -> None:
             raise
         failed.append(error)
 
-    def tell() -> None:
+    def raise_failed() -> None:
         for error in failed:
             raise error
 
-    first_does(tell)
+    first_does(raise_failed)

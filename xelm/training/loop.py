@@ -40,7 +40,7 @@ def train(spec: TrainingSpec, model: ModelConfig, text_format: TextFormat) -> Tr
 
     Run again with the same arguments after a crash, a training resumes from the newest checkpoint
     in its directory and ends, on CPUs, with the same bits. Raises DivergedError where further steps
-    are useless, and Preempted if the process was asked to end.
+    are useless, and Preempted if the process was stopped by a signal.
     """
     (found,) = train_together([spec], model, text_format)
     if isinstance(found, UserError):

@@ -117,10 +117,10 @@ class _WeightsAndBiases:
     def _surviving(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of the library, of its process, of the network
+        except Exception as error:  # the library, its process or the network failed
             self._run = None
             said = " ".join(str(error).split()) or type(error).__name__
-            print(f"Weights & Biases: {said}; going on without", file=sys.stderr)
+            print(f"Weights & Biases: {said}; continuing without it", file=sys.stderr)
 
 
 def _scalars(line: Mapping[str, Any]) -> dict[str, int | float]:

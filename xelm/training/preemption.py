@@ -85,4 +85,6 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
 
 def _leave(label: str, requested: float, by: int) -> None:
     if requested:
-        raise Preempted(f"{label} was asked to end; it is saved, and goes on when run again", by=by)
+        raise Preempted(
+            f"{label} was stopped by a signal; it is saved, and resumes when run again", by=by
+        )

@@ -264,7 +264,7 @@ def resume(
             others = [name for name in _DTYPES if now[name] != then[name]]
             if is_first():
                 changes = "".join(f", {name} {now[name]} (was {then[name]})" for name in others)
-                print(f"{spec.label}: going on after step {step}{changes}", file=sys.stderr)
+                print(f"{spec.label}: resumes after step {step}{changes}", file=sys.stderr)
             if others:
                 state = compiled.convert[number](state)
         else:
