@@ -287,6 +287,10 @@ def test_the_scheduler_delivers_all_events_in_order(chatty):
     assert end.tokens <= 4
     assert gone == [Failed(503, "the time limit passed while the request waited")]
     assert lost == [Failed(404, "the model 'xelm:lost' is no longer served")]
+    scored = {"alternatives": 1, "scores_prompt": True, "generates": False}
+    scheduler.submit([request_for(scheduler, unscored := [], model="xelm:lost", **scored)])
+    until(lambda: unscored)
+    assert unscored == lost
     scheduler.close()
     assert not scheduler.alive
     with pytest.raises(ShuttingDown):

@@ -8,8 +8,22 @@ import httpx
 from serving import served, until
 
 from experts.registry import Registry
+from xelm import open_run
+from xelm.inference.routing import Routing
+from xelm.runs.ensembles import published
+from xelm.serving import models
 
 PROMPT = "abc de"
+
+
+def test_models_that_are_opened_are_those_that_are_listed(chatty, monkeypatch):
+    """Whatever is published between the two."""
+    run = open_run(chatty)
+    first, *_ = published(run)
+    monkeypatch.setattr(models, "published", lambda _: (first,))
+    found = models.open_served_models(run, Routing(name="uniform"))
+    assert list(found.versions) == [first.name]
+    assert found.ensemble.names == [first.name, "seed", "dense"]
 
 
 def test_what_is_published_is_picked_up_and_nobody_is_dropped(chatty, tmp_path, slow, xelm, capfd):

@@ -178,12 +178,12 @@ class Batch:
 
     def _generate(self, request: Request, unless: Finished | None = None) -> None:
         """Begins to continue a prompt. unless: the event where no token is to be generated."""
-        if not request.generates:
-            self._emit(request, unless or Finished("length", 0, {}, ""))
-            return
         router = self.models.routers.get(request.model)
         if router is None:  # withdrawn while the request waited
             self._emit(request, Failed(404, f"the model {request.model!r} is no longer served"))
+            return
+        if not request.generates:
+            self._emit(request, unless or Finished("length", 0, {}, ""))
             return
         try:
             continuation = self._generator.add(
