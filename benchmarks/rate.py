@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _seconds(run: Callable[[], jax.Array], times: int) -> float:
-    """Of one call, after one that compiles."""
+    """Mean time of a call in seconds, after one that compiles."""
     jax.block_until_ready(run())
     began = time.perf_counter()
     for _ in range(times):

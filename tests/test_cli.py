@@ -129,6 +129,14 @@ def test_settings_change_what_they_name_and_nothing_else(preset):
     assert from_json(type(config), json.loads(json.dumps(wanted))) == changed
 
 
+def test_a_part_and_its_fields_vary_together():
+    from xelm.config import OptimizerConfig, TrainConfig, vary
+
+    changes = {"optimizer": OptimizerConfig(beta1=0.8), "optimizer.beta2": 0.9}
+    wanted = OptimizerConfig(beta1=0.8, beta2=0.9)
+    assert vary(TrainConfig(tokens=1), changes).optimizer == wanted
+
+
 def test_settings_that_need_each_other_come_in_any_order():
     from xelm.config import override
 

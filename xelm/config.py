@@ -198,12 +198,11 @@ def _faults(
 def _optimizer_faults(config: OptimizerConfig) -> list[str]:
     rates, averages = ("learning_rate", "clip_norm"), ("beta1", "beta2")
     shares = ("warmup_share", "decay_share", "final_rate_share")
-    part = "optimizer."
     return [
-        *_faults(config, rates, lambda x: 0 < x < math.inf, "above 0", part),
-        *_faults(config, shares, *_SHARE, part),
-        *_faults(config, averages, lambda x: 0 <= x < 1, "at least 0 and below 1", part),
-        *_faults(config, ("weight_decay",), *_NOT_NEGATIVE, part),
+        *_faults(config, rates, lambda x: 0 < x < math.inf, "above 0", "optimizer."),
+        *_faults(config, shares, *_SHARE, "optimizer."),
+        *_faults(config, averages, lambda x: 0 <= x < 1, "at least 0 and below 1", "optimizer."),
+        *_faults(config, ("weight_decay",), *_NOT_NEGATIVE, "optimizer."),
     ]
 
 
@@ -349,8 +348,9 @@ def vary(config: Config, changes: Mapping[str, Any]) -> Config:
         parts.setdefault(name, {})[rest] = value
     values = {}
     for name, inner in parts.items():
+        value = inner.pop("", getattr(config, name))
         try:
-            values[name] = inner[""] if "" in inner else vary(getattr(config, name), inner)
+            values[name] = vary(value, inner) if inner else value
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return replace(config, **values)  # type: ignore[type-var]
