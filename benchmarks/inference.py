@@ -236,7 +236,7 @@ def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0)
         tokenizer=_Ids(),  # pyright: ignore[reportArgumentType]
         dtype=options.dtype,
     )
-    first: list[float] = []
+    emitted: list[float] = []
     begun = time.perf_counter()
     found = generate(
         ensemble,
@@ -245,11 +245,11 @@ def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0)
         prompts,
         SamplingParams(max_new_tokens=options.new, temperature=0.0),
         [str(first + n) for n in range(len(prompts))],
-        lambda number, piece: first.append(time.perf_counter()) if not first else None,
+        lambda number, piece: emitted.append(time.perf_counter()) if not emitted else None,
     )
     total = time.perf_counter() - begun
     tokens = [list(generation.ids) for generation in found]
-    return {"first": first[0] - begun, "total": total, "tokens": tokens}
+    return {"first": emitted[0] - begun, "total": total, "tokens": tokens}
 
 
 def _one_by_one(options: Any, experts: list, prompts: list) -> dict:
