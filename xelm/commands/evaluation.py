@@ -38,10 +38,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from xelm.runs.results import RESULTS
     from xelm.runs.run import open_run
 
-    run, chosen = (
-        open_run(options.run),
-        EvaluationOptions(**given_fields(options, EvaluationOptions)),
-    )
+    run = open_run(options.run)
+    chosen = EvaluationOptions(**given_fields(options, EvaluationOptions))
     results = evaluate(run, required_corpus(options), chosen, languages=options.languages)
     if options.json:
         print_json(results.record)
