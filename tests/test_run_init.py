@@ -91,10 +91,12 @@ def test_a_corpus_counts_by_what_it_holds_from_wherever_it_is_asked(xelm, place,
     seed = ["--seed", tmp_path / "run" / "seed", *SEED[2:]]
     assert xelm("init", tmp_path / "new", "--corpus", place / "corpus", *seed).code == 0
     changes = ["--set", "experts.tokens=7", "--set", "donor_share=0.5", "--languages", "de"]
+    changes += ["--base-model", "owner/other"]
     refused = xelm("init", tmp_path / "new", "--corpus", tmp_path / "corpus", *seed, *changes)
     assert refused.code == 2
     assert "experts.tokens was 1000000000, now 7; donor_share was 0.25, now 0.5" in refused.err
     assert "languages was ['de', 'en'], now ['de']" in refused.err
+    assert "base_model was None, now owner/other" in refused.err
 
 
 def test_text_that_experts_were_trained_on_is_never_made_again(xelm, place, tmp_path):
