@@ -344,9 +344,15 @@ def test_a_mistake_is_one_line_and_changes_nothing(
 UNUSABLE = [
     (b'{"body": "a"}\n', 'no "text" (1, first at de.jsonl:1)'),
     ('{"text": "a"}\n'.encode("utf-16"), "UTF-16; wanted UTF-8 (1, first at de.jsonl)"),
-    ('{"text": "ä"}\n'.encode("latin-1"), "bytes that are not UTF-8 (first: de.jsonl:1"),
-    (b'{"text": "a", "lang": "klingonish"}\n', "unknown language (first: de.jsonl:1 'klingonish')"),
-    (b'{"text": "a", "lang": "sw"}\n', "language sw, which was not requested (first: record 1)"),
+    ('{"text": "ä"}\n'.encode("latin-1"), "bytes that are not UTF-8 (1, first at de.jsonl:1"),
+    (
+        b'{"text": "a", "lang": "klingonish"}\n',
+        "unknown language (1, first at de.jsonl:1 'klingonish')",
+    ),
+    (
+        b'{"text": "a", "lang": "sw"}\n',
+        "language sw, which was not requested (1, first at de.jsonl:1)",
+    ),
 ]
 
 
