@@ -54,7 +54,7 @@ def test_a_seed_that_holds_no_numbers_is_refused_before_any_work(xelm, place, tm
     save_file(tensors, seed / "model.safetensors", metadata={"format": "pt"})
     options = ("--corpus", place / "corpus", "--seed", seed, *SEED[2:])
     outcome = xelm("init", tmp_path / "new", *options)
-    said = f"xelm: {name} in {seed}/model.safetensors holds values that are no numbers\n"
+    said = f"xelm: {name} in {seed}/model.safetensors has NaN or infinite values\n"
     assert (outcome.code, outcome.out, outcome.err) == (2, "", said)
     assert not (tmp_path / "new" / "run.json").exists()
 

@@ -42,7 +42,7 @@ def check_models(
         for file in sorted(folder.glob("*.safetensors")):
             if (tensor := memory.without_numbers(file)) is not None:
                 raise UserError(
-                    f"{name}: {tensor} in {file} holds values that are no numbers; put back the "
+                    f"{name}: {tensor} in {file} has NaN or infinite values; put back the "
                     "file as it was published"
                 )
         faults: list[Fault] = []

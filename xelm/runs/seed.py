@@ -54,7 +54,7 @@ def check_seed(
     except UserError as error:
         faults.append(str(error))
     faults += [
-        f"{tensor} in {file} holds values that are no numbers"
+        f"{tensor} in {file} has NaN or infinite values"
         for file in (source / name for name in weight_files(source))
         if (tensor := tensor_without_numbers(file)) is not None
     ]
