@@ -117,7 +117,7 @@ def test_a_text_is_continued_by_all(tiny, tab, tmp_path):
         # What is refused is told, and what is typed is text, not markup.
         ask(tab, prompt, tokens="9999")
         told = tab.run("document.getElementById('problem').textContent")
-        assert "leaves this model of 64 room" in told
+        assert "leaves this model of 64 space" in told
         ask(tab, "<img src=x onerror=document.title='broken'>ab", tokens="2")
         assert tab.run("document.title") == "xelm"
         assert tab.run("document.querySelectorAll('#results img').length") == 0

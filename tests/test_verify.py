@@ -210,7 +210,7 @@ def test_a_run_as_the_commands_leave_it_is_sound_and_whatever_is_changed_is_name
     run = copy.directory
     open_run(run).ensemble()  # whose router is fitted now
     assert (
-        xelm("verify", run).out == f"{run}: every file that inference reads is as it was written\n"
+        xelm("verify", run).out == f"{run}: every file that inference reads is unchanged\n"
     )
     (router,) = (run / "routers").glob("learned-*.npz")
     arrays = read_arrays(router)
