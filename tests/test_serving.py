@@ -178,7 +178,11 @@ def test_stops_end_the_text(client, ensemble, tiny):
             "top_p must be above 0 and at most 1; got 0",
         ),
         ({"model": "xelm", "prompt": "a", "max_tokens": -1}, 400, "max_tokens: Input should be"),
-        ({"model": "xelm", "prompt": "a", "max_tokens": 9999}, 400, "leaves this model of 64 space"),
+        (
+            {"model": "xelm", "prompt": "a", "max_tokens": 9999},
+            400,
+            "leaves this model of 64 space",
+        ),
         ({"model": "xelm", "prompt": "ab " * 100, "max_tokens": 4}, 400, "leaves this model of 64"),
         ({"model": "xelm", "prompt": "a", "n": 99}, 400, "n: Input should be less than or equal"),
         (

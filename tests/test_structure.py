@@ -301,3 +301,13 @@ def test_modules_that_the_page_on_architecture_names_exist():
     assert {"training/loop.py", "experts/registry.py", "inference/route.py"} <= named
     missing = [n for n in named if not any((ROOT / part / n).exists() for part in ("", "xelm"))]
     assert missing == []
+
+
+def test_packages_whose_arrays_are_checked_exist():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (options,) = re.findall(
+        r"--jaxtyping-packages=(\S+)", project["tool"]["pytest"]["ini_options"]["addopts"]
+    )
+    *packages, _ = options.split(",")
+    assert [package for package in packages if package not in MODULES] == []
+    assert {"xelm.models", "xelm.inference.decoder"} <= set(packages)

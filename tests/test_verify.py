@@ -209,9 +209,7 @@ def test_a_damaged_manifest_is_a_fault(whole):
 def test_a_run_as_the_commands_leave_it_is_sound_and_whatever_is_changed_is_named(xelm, copy):
     run = copy.directory
     open_run(run).ensemble()  # whose router is fitted now
-    assert (
-        xelm("verify", run).out == f"{run}: every file that inference reads is unchanged\n"
-    )
+    assert xelm("verify", run).out == f"{run}: every file that inference reads is unchanged\n"
     (router,) = (run / "routers").glob("learned-*.npz")
     arrays = read_arrays(router)
     write_arrays(router, arrays | {"weights": -arrays["weights"]})
