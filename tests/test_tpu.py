@@ -61,7 +61,7 @@ def test_nothing_passes_between_experts(step_on, model):
 def test_each_chip_attends_for_its_own_rows(step_on, data):
     """As in test_meshes; sums that begin with zeros were once of the rows of all."""
     model = replace(MODEL, head_size=24, max_length=LENGTH)
-    compiled = step_on((1, data, 16 // data, 1), model, LENGTH, rematerialise=True)
+    compiled = step_on((1, data, 16 // data, 1), model, LENGTH, **{"runtime.rematerialise": True})
     found = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())
     shapes = {tuple(map(int, each.split(","))) for each in found}
     of_heads = [np.prod(shape) for shape in shapes if shape[-1] == 24]

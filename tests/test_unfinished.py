@@ -115,7 +115,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_a_users_mistake(
 def test_a_training_killed_at_any_moment_ends_with_the_same_bytes(
     initialised, tiny_settings, xelm, tmp_path
 ):
-    settings = tiny_settings(experts__tokens=128 * 600, experts__checkpoint_every=7)
+    settings = tiny_settings(experts__tokens=128 * 600, experts__runtime__checkpoint_every=7)
     corpus = json.loads((initialised[0] / "run.json").read_text())["corpus"]
     runs = [tmp_path / "whole", tmp_path / "killed"]
     xelm("cluster", "-k", 2, "--languages", "en,de,es,fr", "--out", tmp_path / "clusters")
