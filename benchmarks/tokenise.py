@@ -19,7 +19,7 @@ import numpy as np
 
 from xelm.data import reading
 from xelm.data.parts import Document
-from xelm.data.tokenise import BATCH_DOCUMENTS, build_store, in_processes
+from xelm.data.tokenise import BATCH_DOCUMENTS, build_store
 from xelm.data.unusable import UnusableRecords
 from xelm.process import prepare
 from xelm.runs.run import open_run
@@ -43,7 +43,7 @@ def main() -> None:
     documents = every[:: max(1, len(every) // options.documents)]
     megabytes = sum(len(document.text.encode()) for document in documents) / 1e6
     systems = {
-        "xelm, threads of one process": lambda: _ours(run, documents, 0),
+        "xelm, threads of one process": lambda: _ours(run, documents, 1),
         f"xelm, {options.workers} processes": lambda: _ours(run, documents, options.workers),
         f"datasets.map, {options.workers} processes": lambda: _peer(
             run, documents, options.workers
@@ -76,9 +76,8 @@ def _timed(
 def _ours(run, documents: Sequence[Document], workers: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = run.tokenizer()
-        encode = in_processes(tokenizer, workers) if workers else None
         store = build_store(
-            Path(folder) / "store", documents, tokenizer, UnusableRecords(), encode=encode
+            Path(folder) / "store", documents, tokenizer, UnusableRecords(), workers=workers
         )
         return sum(len(ids.ids) for ids in store.languages.values())
 

@@ -373,7 +373,7 @@ def _grow_options(parser: argparse.ArgumentParser) -> None:
 def _grow(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.config import check_resumable
-    from xelm.data.text_stats import TextStats
+    from xelm.data.text_stats import text_stats
     from xelm.runs.grow import grow, plan_growth
     from xelm.runs.run import open_run
 
@@ -400,7 +400,7 @@ def _grow(options: argparse.Namespace) -> None:
         workers=options.workers,
     )
     (tag,) = expert.languages
-    print(tables.texts([TextStats.of(run.store(tag), tag)]), file=sys.stderr)
+    print(tables.texts([text_stats(run.store(tag))[tag]]), file=sys.stderr)
     if options.json:
         print_json(_facts(expert))
         return

@@ -28,6 +28,7 @@ NEAR = 0.8
 # Locality-sensitive hashing: with 16 bands of 4 values, a pair of similarity .8 shares a band with
 # probability 1 - (1 - .8^4)^16 = .9998.
 _BANDS = 16
+_ROWS = SIGNATURE_SIZE // _BANDS
 _CHUNK = 2**18
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, as in Fibonacci hashing
 
@@ -42,8 +43,7 @@ class Fingerprints(NamedTuple):
 
 
 def fingerprint_method() -> dict[str, str | int]:
-    """Description of how fingerprints are made; only fingerprints with equal ones can be
-    compared."""
+    """How fingerprints are made; only those that were made alike can be compared."""
     return {
         "hash": "blake2b-128 of the text as it is",
         "signature": f"rensa RMinHash {_minhash().ALGORITHM_VERSION}",
@@ -53,11 +53,9 @@ def fingerprint_method() -> dict[str, str | int]:
 
 
 def fingerprints(texts: Sequence[str]) -> Fingerprints:
-    """Fingerprints of texts in Unicode NFC (Broder 1997, On the resemblance and containment of
-    documents)."""
-    digests = [
-        hashlib.blake2b(text.encode(), digest_size=8 * HASH_WORDS).digest() for text in texts
-    ]
+    """Fingerprints of texts (Broder 1997, On the resemblance and containment of documents)."""
+    size = 8 * HASH_WORDS
+    digests = [hashlib.blake2b(text.encode(), digest_size=size).digest() for text in texts]
     hashes = np.frombuffer(b"".join(digests), "<u8").reshape(len(texts), HASH_WORDS)
     shingles, ends = _shingles([" ".join(text.split()).casefold() for text in texts])
     offsets = np.concatenate([[0], ends]).astype(np.uint64)
@@ -73,8 +71,10 @@ def _minhash() -> Any:
 
 def copies(hashes: UInt64[np.ndarray, "documents 2"]) -> Bool[np.ndarray, " documents"]:
     """Whether each document is an exact copy of an earlier one."""
-    again = np.ones(len(hashes), bool)
-    again[_first_of_each(hashes)] = False
+    order = np.lexsort(hashes.T)  # which is stable: the first of equal ones stays first
+    ordered = hashes[order]
+    again = np.zeros(len(hashes), bool)
+    again[order[1:]] = (ordered[1:] == ordered[:-1]).all(axis=1)
     return again
 
 
@@ -91,13 +91,12 @@ def overlap(mine: Fingerprints, others: Sequence[Fingerprints]) -> Overlap:
     """Documents of `mine` that also occur in the others. These may be memory-mapped and large: they
     are read once, in chunks."""
     exact, near = (np.zeros(len(mine.hashes), bool) for _ in range(2))
-    if not len(mine.hashes):
-        return Overlap(exact, near)
     places: dict[bytes, list[int]] = {}
     for number, row in enumerate(mine.hashes):
         places.setdefault(row.tobytes(), []).append(number)
-    orders = [np.argsort(band) for band in _bands(mine.signatures)]
-    keys = [band[order] for band, order in zip(_bands(mine.signatures), orders)]
+    bands = _bands(mine.signatures)
+    orders = [np.argsort(band) for band in bands]
+    keys = [band[order] for band, order in zip(bands, orders)]
     for hashes, signatures in _chunks(others):
         for row in hashes[np.isin(hashes[:, 0], mine.hashes[:, 0])]:
             exact[places.get(row.tobytes(), [])] = True
@@ -120,32 +119,20 @@ def _chunks(others: Sequence[Fingerprints]) -> Iterator[Fingerprints]:
             yield Fingerprints(np.asarray(other.hashes[part]), np.asarray(other.signatures[part]))
 
 
-def _bands(
-    signatures: UInt32[np.ndarray, "documents 64"],
-) -> list[UInt64[np.ndarray, " documents"]]:
+def _bands(signatures: UInt32[np.ndarray, "documents 64"]) -> UInt64[np.ndarray, "16 documents"]:
     """Keys of the documents for each band of their signatures."""
-    rows = SIGNATURE_SIZE // _BANDS
-    values = signatures.astype(np.uint64).reshape(len(signatures), _BANDS, rows)
+    values = signatures.astype(np.uint64).reshape(len(signatures), _BANDS, _ROWS)
     keys = values[:, :, 0]
-    for row in range(1, rows):
+    for row in range(1, _ROWS):
         keys = (keys ^ (keys >> np.uint64(29))) * _MIX + values[:, :, row]
-    return [np.ascontiguousarray(keys[:, band]) for band in range(_BANDS)]
-
-
-def _first_of_each(hashes: UInt64[np.ndarray, "documents 2"]) -> np.ndarray:
-    """Numbers of the documents that are not copies of earlier ones."""
-    order = np.lexsort((np.arange(len(hashes)), hashes[:, 1], hashes[:, 0]))
-    ordered = hashes[order]
-    new = np.ones(len(hashes), bool)
-    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-    return order[new]
+    return np.ascontiguousarray(keys.T)
 
 
 def _shingles(
     texts: Sequence[str],
 ) -> tuple[UInt64[np.ndarray, " shingles"], UInt64[np.ndarray, " documents"]]:
-    """Hashes of all runs of characters in the texts, and the index at which the hashes of each text
-    end. A text that is shorter than a run counts as one run."""
+    """Hashes of all runs of characters in the texts, and the index at which those of each text end.
+    A text that is shorter than a run counts as one run."""
     padded = "".join(text.ljust(SHINGLE_CHARACTERS, "\0") for text in texts)
     codes = np.frombuffer(padded.encode("utf-32-le"), "<u4").astype(np.uint64)
     sizes = np.asarray([max(len(text), SHINGLE_CHARACTERS) for text in texts])

@@ -11,21 +11,20 @@ STORE/
   <language>.signatures   uint32 [documents, 64], little-endian: MinHash of each document's shingles
 
 The order is drawn once, when the store is made: for a hundred million documents that takes a
-quarter of a minute, too long for every start of a training. A store of format 1 gets its order when
-it is opened. Stores of earlier versions have no hashes, no signatures and fewer counts.
+quarter of a minute, too long for every start of a training.
 """
 
-import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Integer
 
 from clustering.errors import UserError
-from clustering.files import read_json, replace, write_json
+from clustering.files import read_json
 from clustering.languages import find
 from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, Fingerprints, fingerprint_method
 
@@ -90,14 +89,14 @@ class Store:
     """Content of store.json: counts and unusable records."""
 
     def fingerprints(self) -> dict[str, Fingerprints] | None:
-        """Fingerprints of the documents by language, memory-mapped; None in a store of a version
-        that had none, or made them otherwise."""
+        """Fingerprints of the documents by language, memory-mapped; None if another version of
+        `fingerprint_method` made them."""
         if self.record.get("fingerprints") != fingerprint_method():
             return None
         return {
             tag: Fingerprints(
-                _rows(self.directory / f"{tag}.hashes", "<u8", (len(ids), HASH_WORDS)),
-                _rows(self.directory / f"{tag}.signatures", "<u4", (len(ids), SIGNATURE_SIZE)),
+                _mapped(self.directory / f"{tag}.hashes", "<u8", len(ids), HASH_WORDS),
+                _mapped(self.directory / f"{tag}.signatures", "<u4", len(ids), SIGNATURE_SIZE),
             )
             for tag, ids in self.languages.items()
         }
@@ -117,11 +116,10 @@ class Store:
         """Parts with all documents in these languages, in order."""
         directory = self.directory.absolute()
         return [
-            StorePart(
-                directory, tag, range(len(self.languages[tag]))[first : first + PART_DOCUMENTS]
-            )
+            StorePart(directory, tag, numbers[first : first + PART_DOCUMENTS])
             for tag in languages
-            for first in range(0, len(self.languages[tag]), PART_DOCUMENTS)
+            for numbers in [range(len(self.languages[tag]))]
+            for first in numbers[::PART_DOCUMENTS]
         ]
 
 
@@ -150,62 +148,39 @@ def open_store(directory: str | Path) -> Store:
     """Opens a tokenised corpus without reading it."""
     directory = Path(directory)
     record = read_json(directory / "store.json", FORMAT)
-    if record["format"] < FORMAT:
-        record = _with_orders(directory, record)
     languages = {tag: _open_language(directory, tag, record) for tag in record["languages"]}
     return Store(directory=directory, languages=languages, record=record)
 
 
 def _open_language(directory: Path, language: str, record: Mapping[str, Any]) -> TokenizedLanguage:
-    dtype, counts = np.dtype(record["dtype"]), record["languages"][language]
-    path = directory / f"{language}.ids"
-    if path.stat().st_size != counts["tokens"] * dtype.itemsize:
-        raise _mismatch(path)
-    names = {"ends": "ends", "bytes": "bytes", "order": "order", "stream_ends": "stream"}
+    counts = record["languages"][language]
+
+    def numbers(name: str) -> Int[np.ndarray, " documents"]:
+        path = directory / f"{language}.{name}.npy"
+        try:
+            found = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError, FileNotFoundError):  # a file that is shorter than it says
+            raise _mismatch(path) from None
+        if found.shape != (counts["documents"],):
+            raise _mismatch(path)
+        return found
+
     return TokenizedLanguage(
         language=language,
-        # An empty file cannot be mapped.
-        ids=np.memmap(path, dtype, "r") if counts["tokens"] else np.empty(0, dtype),
-        **{
-            field: _numbers(directory / f"{language}.{name}.npy", counts["documents"])
-            for field, name in names.items()
-        },
+        ids=_mapped(directory / f"{language}.ids", record["dtype"], counts["tokens"]),
+        ends=numbers("ends"),
+        bytes=numbers("bytes"),
+        order=numbers("order"),
+        stream_ends=numbers("stream"),
     )
 
 
-def _with_orders(directory: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the missing files to a store of format 1; returns its new record."""
-    for tag, counts in record["languages"].items():
-        lengths = np.diff(_numbers(directory / f"{tag}.ends.npy", counts["documents"]), prepend=0)
-        for name, array in zip(("order", "stream"), shuffled(tag, lengths)):
-            replace(directory / f"{tag}.{name}.npy", functools.partial(_save, array))
-    record = {**record, "format": FORMAT}
-    write_json(directory / "store.json", record)
-    return record
-
-
-def _save(array: np.ndarray, file: BinaryIO) -> None:
-    np.save(file, array)
-
-
-def _numbers(path: Path, count: int) -> Int[np.ndarray, " documents"]:
-    try:
-        numbers = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError):  # the file is shorter than it says
-        raise _mismatch(path) from None
-    if numbers.shape != (count,):
+def _mapped(path: Path, dtype: str, *shape: int) -> np.ndarray:
+    size = np.dtype(dtype).itemsize * math.prod(shape)
+    if not path.exists() or path.stat().st_size != size:
         raise _mismatch(path)
-    return numbers
-
-
-def _rows(path: Path, dtype: str, shape: tuple[int, int]) -> np.ndarray:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise _mismatch(path) from None
-    if size != np.dtype(dtype).itemsize * shape[0] * shape[1]:
-        raise _mismatch(path)
-    return np.memmap(path, dtype, "r", shape=shape)
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, "r", shape=shape) if size else np.empty(shape, dtype)
 
 
 def _mismatch(path: Path) -> UserError:

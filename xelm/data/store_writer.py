@@ -1,8 +1,7 @@
 """Writes a store document by document, and resumes one that was interrupted.
 
 Until it is finished, a store is a hidden folder beside its place. building.json in this folder says
-how many documents are on disk; what the files contain beyond that is cut off when the writing is
-resumed.
+how many documents are on disk; what the files contain beyond that is cut off on resuming.
 """
 
 import os
@@ -31,6 +30,7 @@ _WAITING_BYTES = 2**26
 # Files of each language: ids, then what is known of each document. There may be many millions of
 # documents, too many to keep in memory.
 _KINDS = ("ids", "lengths", "sizes", "counts", "hashes", "signatures")
+_ROW_BYTES = (8, 8, 4 * len(CoverageCounts._fields), 8 * HASH_WORDS, 4 * SIGNATURE_SIZE)
 
 
 @contextmanager
@@ -47,7 +47,10 @@ def writing(
     keep = False
     try:
         writer = _resumed(partial, made_of, dtype) if resumable else None
-        writer = writer or StoreWriter(_emptied(partial), made_of, dtype)
+        if writer is None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            writer = StoreWriter(partial, made_of, dtype)
         try:
             yield writer
         except OSError:
@@ -103,8 +106,10 @@ class StoreWriter:
         ago."""
         if time.monotonic() <= self._noted + NOTE_SECONDS:
             return
-        sizes = {tag: writer.flushed() for tag, writer in self._languages.items()}
+        for writer in self._languages.values():
+            writer.append(on_disk=True)
         self._waiting_bytes = 0
+        sizes = {tag: (each.tokens, each.documents) for tag, each in self._languages.items()}
         note = {"format": 1, "made_of": self._made_of, "documents": self.documents}
         write_json(self._folder / "building.json", {**note, "languages": sizes})
         self._noted = time.monotonic()
@@ -130,12 +135,6 @@ class StoreWriter:
         write_json(self._folder / "store.json", {**record, **found})
 
 
-def _emptied(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
 def _resumed(folder: Path, made_of: Mapping[str, Any], dtype: np.dtype) -> StoreWriter | None:
     """Writer that continues the store in a folder; None if that is another store, or if its files
     are shorter than building.json says."""
@@ -145,21 +144,19 @@ def _resumed(folder: Path, made_of: Mapping[str, Any], dtype: np.dtype) -> Store
     complete = all(
         path.exists() and path.stat().st_size >= size
         for tag, counts in note["languages"].items()
-        for path, size in zip(_paths(folder, tag), _sizes(counts[0], counts[1], dtype))
+        for path, size in _sizes(folder, tag, dtype, *counts).items()
     )
     if note["made_of"] != made_of or not complete:
         return None
     return StoreWriter(folder, made_of, dtype, note["documents"], note["languages"])
 
 
-def _paths(folder: Path, language: str) -> list[Path]:
-    return [folder / f"{language}.{kind}" for kind in _KINDS]
-
-
-def _sizes(tokens: int, documents: int, dtype: np.dtype) -> tuple[int, ...]:
+def _sizes(
+    folder: Path, language: str, dtype: np.dtype, tokens: int, documents: int
+) -> dict[Path, int]:
     """Bytes of each file of a language with so many tokens and documents."""
-    rows = (8, 8, 4 * len(CoverageCounts._fields), 8 * HASH_WORDS, 4 * SIGNATURE_SIZE)
-    return tokens * dtype.itemsize, *(documents * row for row in rows)
+    sizes = tokens * dtype.itemsize, *(documents * row for row in _ROW_BYTES)
+    return dict(zip((folder / f"{language}.{kind}" for kind in _KINDS), sizes))
 
 
 class _LanguageWriter:
@@ -169,34 +166,27 @@ class _LanguageWriter:
         """tokens, documents: numbers that are on disk; files are cut to them."""
         self.folder, self.language, self.dtype = folder, language, dtype
         self.tokens, self.documents = tokens, documents
-        self.paths = _paths(folder, language)
-        self.waiting = [bytearray() for _ in self.paths]
-        for path, size in zip(self.paths, _sizes(tokens, documents, dtype)):
+        self.waiting: dict[Path, bytearray] = {}
+        for path, size in _sizes(folder, language, dtype, tokens, documents).items():
+            self.waiting[path] = bytearray()
             with path.open("ab") as file:
                 file.truncate(size)
 
-    def add(
-        self,
-        ids: Sequence[int],
-        size: int,
-        counts: np.ndarray,
-        fingerprint: np.ndarray,
-        signature: np.ndarray,
-    ) -> int:
+    def add(self, ids: Sequence[int], size: int, *others: np.ndarray) -> int:
         """Keeps a document in memory until the next `append`; returns its bytes. size: UTF-8 bytes
-        of its text. counts: its `CoverageCounts`."""
-        parts = (np.asarray(ids, self.dtype), np.int64(len(ids)), np.int64(size))
-        contents = [part.tobytes() for part in (*parts, counts, fingerprint, signature)]
-        for waiting, content in zip(self.waiting, contents):
+        of its text. others: its `CoverageCounts`, hash and signature."""
+        parts = (np.asarray(ids, self.dtype), np.int64(len(ids)), np.int64(size), *others)
+        contents = [part.tobytes() for part in parts]
+        for waiting, content in zip(self.waiting.values(), contents, strict=True):
             waiting += content
         self.tokens += len(ids)
         self.documents += 1
         return sum(map(len, contents))
 
     def append(self, on_disk: bool = False) -> None:
-        """Appends the documents in memory to the files; on_disk: returns once all of them is on
+        """Appends the documents in memory to the files; on_disk: returns when the files are on
         disk."""
-        for path, waiting in zip(self.paths, self.waiting):
+        for path, waiting in self.waiting.items():
             if waiting or on_disk:
                 with path.open("ab") as file:
                     file.write(waiting)
@@ -205,21 +195,16 @@ class _LanguageWriter:
                         os.fsync(file.fileno())
                 waiting.clear()
 
-    def flushed(self) -> tuple[int, int]:
-        """Numbers of tokens and documents, once they are on disk."""
-        self.append(on_disk=True)
-        return self.tokens, self.documents
-
     def finish(self, drop_duplicates: bool) -> dict[str, int]:
         """Gives the files the form that a store has; returns counts for store.json."""
         self.append()
-        names = dict(zip(_KINDS, self.paths))
+        names = dict(zip(_KINDS, self.waiting))
         again = copies(np.fromfile(names["hashes"], "<u8").reshape(-1, HASH_WORDS))
         if drop_duplicates and again.any():
-            lengths = np.fromfile(names["lengths"], np.int64)
-            for kind, size in zip(_KINDS, _sizes(1, 1, self.dtype)):
-                units = lengths if kind == "ids" else np.ones_like(lengths)
-                _keep(names[kind], size * units, ~again)
+            sizes = self.dtype.itemsize * np.fromfile(names["lengths"], np.int64)
+            _keep(names["ids"], sizes, ~again)
+            for kind, row in zip(_KINDS[1:], _ROW_BYTES):
+                _keep(names[kind], np.full_like(sizes, row), ~again)
         lengths, sizes = (np.fromfile(names[kind], np.int64) for kind in ("lengths", "sizes"))
         order, stream_ends = shuffled(self.language, lengths)
         arrays = {"ends": lengths.cumsum(), "bytes": sizes, "order": order, "stream": stream_ends}
@@ -239,15 +224,14 @@ class _LanguageWriter:
 
 def _keep(path: Path, sizes: np.ndarray, kept: np.ndarray) -> None:
     """Cuts a file of documents, of so many bytes each, down to those kept."""
-    ends = np.cumsum(sizes)
-    # Where runs of kept documents begin and end.
-    edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    # Bytes at which runs of kept documents begin and end.
+    edges = ends[np.flatnonzero(np.diff(kept, prepend=False, append=False))]
     partial = path.with_name(f"{path.name}.partial")
     with path.open("rb") as source, partial.open("wb") as target:
-        for first, last in edges.reshape(-1, 2):
-            begin = int(ends[first - 1]) if first else 0
+        for begin, end in edges.reshape(-1, 2).tolist():
             source.seek(begin)
-            left = int(ends[last - 1]) - begin
+            left = end - begin
             while left:
                 piece = source.read(min(left, _COPIED_BYTES))
                 target.write(piece)

@@ -1,5 +1,5 @@
 """Statistics of the text of each language: its size, how well the tokenizer spells it, how many
-copies it has, and how much of it is in the text that a RUN was trained on. Imports no JAX."""
+copies it has, and how much of it is in the text that a RUN was trained on."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +14,7 @@ MOST_TRAINED = 0.01
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextStats:
-    """Statistics of the text of one language; None where a store of an earlier version has none."""
+    """Statistics of the text of one language."""
 
     language: str
     """Canonical tag."""
@@ -24,15 +24,15 @@ class TextStats:
     """Number of tokens without special ones."""
     bytes: int
     """Number of UTF-8 bytes."""
-    characters: int | None = None
+    characters: int
     """Number of characters."""
-    visible_characters: int | None = None
+    visible_characters: int
     """Number of characters that are not white space."""
-    unknown_characters: int | None = None
+    unknown_characters: int
     """Number of visible characters that the tokenizer does not know."""
-    byte_tokens: int | None = None
+    byte_tokens: int
     """Number of tokens that are only a part of a character."""
-    duplicates: int | None = None
+    duplicates: int
     """Number of documents that are exact copies of earlier ones, left out or not."""
     compared: int | None = None
     """Number of documents that were compared with the training text; None where that was not done
@@ -42,39 +42,33 @@ class TextStats:
     near: int | None = None
     """Number of the compared documents that have only a near copy in the training text."""
 
-    @classmethod
-    def of(cls, store: Store, language: str) -> "TextStats":
-        """Statistics that a store has counted for a language."""
-        counts = store.record["languages"][language]
-        known = {field.name: counts[field.name] for field in fields(cls) if field.name in counts}
-        return cls(language=language, **known)
-
     @property
-    def tokens_per_character(self) -> float | None:
+    def tokens_per_character(self) -> float:
         """Tokens per character."""
-        return _share(self.tokens, self.characters)
+        return self.tokens / self.characters
 
     @property
-    def unknown_share(self) -> float | None:
+    def unknown_share(self) -> float:
         """Share of the visible characters that are unknown to the tokenizer."""
-        return _share(self.unknown_characters, self.visible_characters)
+        return self.unknown_characters / self.visible_characters
 
     @property
     def byte_share(self) -> float | None:
-        """Share of the tokens that are only a part of a character."""
-        return _share(self.byte_tokens, self.tokens)
+        """Share of the tokens that are only a part of a character; None without any token."""
+        return self.byte_tokens / self.tokens if self.tokens else None
 
     @property
     def trained_share(self) -> float | None:
-        """Share of the compared documents that are in the training text, or nearly so."""
-        if self.exact is None or self.near is None:
+        """Share of the compared documents that are in the training text, or nearly so; None if
+        none was compared."""
+        if not self.compared or self.exact is None or self.near is None:
             return None
-        return _share(self.exact + self.near, self.compared)
+        return (self.exact + self.near) / self.compared
 
     @property
     def unspelled(self) -> bool:
         """Whether so much is unknown to the tokenizer that a likelihood means nothing."""
-        return (self.unknown_share or 0.0) > MAX_UNKNOWN_SHARE
+        return self.unknown_share > MAX_UNKNOWN_SHARE
 
     @property
     def trained(self) -> bool:
@@ -99,24 +93,23 @@ class TextStats:
 
 def text_stats(store: Store) -> dict[str, TextStats]:
     """Statistics of each language of a store, as the store has counted them."""
-    return {tag: TextStats.of(store, tag) for tag in store.languages}
+    counts = store.record["languages"]
+    return {tag: TextStats(language=tag, **counts[tag]) for tag in store.languages}
 
 
 def warnings(texts: Mapping[str, TextStats]) -> list[str]:
     """One line for each kind of mark, with the languages that have it."""
     lines = []
-    unspelled = {tag: text.unknown_share for tag, text in texts.items() if text.unspelled}
-    if unspelled:
+    if unspelled := [f"{t} {s.unknown_share:.1%}" for t, s in texts.items() if s.unspelled]:
         lines.append(
-            f"characters unknown to the tokenizer: {_percents(unspelled)}. A model that reads "
+            f"characters unknown to the tokenizer: {', '.join(unspelled)}. A model that reads "
             "unknown tokens predicts them easily: perplexity and bits per byte say nothing there, "
             "are marked ?, are in no mean and never the best"
         )
-    trained = {tag: text.trained_share for tag, text in texts.items() if text.trained}
-    if trained:
+    if trained := [f"{t} {s.trained_share:.1%}" for t, s in texts.items() if s.trained]:
         lines.append(
             f"documents that are in the text this RUN was trained on, as they are or nearly so: "
-            f"{_percents(trained)}. Figures there are not of held-out text, and are marked !"
+            f"{', '.join(trained)}. Figures there are not of held-out text, and are marked !"
         )
     return lines
 
@@ -131,11 +124,3 @@ def duplicate_notes(texts: Mapping[str, TextStats], left_out: bool) -> list[str]
     done = "left out" if left_out else "kept"
     what = "1 document is an exact copy" if count == 1 else f"{count:,} documents are exact copies"
     return [f"{what} of earlier ones ({which}); {done}"]
-
-
-def _percents(shares: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{tag} {share or 0:.1%}" for tag, share in shares.items())
-
-
-def _share(part: int | None, whole: int | None) -> float | None:
-    return None if part is None or not whole else part / whole

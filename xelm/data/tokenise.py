@@ -34,9 +34,6 @@ _BATCH_CHARACTERS = 4_000_000
 # Batches that are tokenised here before processes for the rest are worth starting.
 _BATCHES_HERE = 4
 
-Encode = Callable[[Iterator[list[str]]], Iterator[Sequence[Sequence[int]]]]
-"""Batches of texts -> token ids of each text, batch by batch."""
-
 
 def build_store(
     directory: str | Path,
@@ -46,7 +43,7 @@ def build_store(
     *,
     languages: Sequence[str] | None = None,
     facts: Mapping[str, Any] | None = None,
-    encode: Encode | None = None,
+    workers: int = 1,
     coverage: Coverage | None = None,
     drop_duplicates: bool = False,
     progress: Callable[[int], object] = lambda documents: None,
@@ -56,28 +53,28 @@ def build_store(
     unusable: records that were left out, known when `documents` is at its end. languages: those of
     the documents, each of which must occur; None takes those that occur. facts: entries of
     store.json that tell a corpus and a tokenizer from others; with them, the next call continues
-    one that was killed. encode: None tokenises in this process. coverage: None takes that of the
-    tokenizer. drop_duplicates: leaves out every document that is an exact copy of an earlier one in
-    its language; copies are counted either way. progress: is called with the number of documents in
-    each batch.
+    one that was killed. workers: number of processes that tokenise; 1 is this one. coverage: None
+    takes that of the tokenizer. drop_duplicates: leaves out every document that is an exact copy of
+    an earlier one in its language; copies are counted either way. progress: is called with the
+    number of documents in each batch.
     """
     target, coverage = Path(directory), coverage or Coverage(tokenizer)
-    encode = encode or (lambda batches: map(tokenizer.encode, batches))
     dtype = np.dtype("<u2" if tokenizer.size <= 2**16 else "<u4")
     made_of = {**(facts or {}), "dtype": dtype.str, "fingerprints": fingerprint_method()}
-    wanted = None if languages is None else list(languages)
-    identity = {**made_of, "wanted": wanted}
+    identity = {**made_of, "wanted": None if languages is None else list(languages)}
     with writing(target, identity, dtype, resumable=facts is not None) as writer:
         progress(writer.documents)
         rest = itertools.islice(_read(documents), writer.documents, None)
-        for batch, encoded in _encoded(_batches(rest), encode):
+        # Batches are tokenised ahead of those that are written.
+        ahead, batches = itertools.tee(_batches(rest))
+        for encoded, batch in zip(_encoded(tokenizer, workers, ahead), batches):
             texts = [document.text for document in batch]
             columns = encoded, coverage.count(texts, encoded), *fingerprints(texts)
             for document, ids, *found in zip(batch, *columns, strict=True):
                 writer.add(document.language, ids, len(document.text.encode()), *found)
             progress(len(batch))
             writer.note_progress()
-        writer.finish(wanted, unusable, drop_duplicates, {"format": FORMAT, **made_of})
+        writer.finish(languages, unusable, drop_duplicates, {"format": FORMAT, **made_of})
     return open_store(target)
 
 
@@ -91,32 +88,33 @@ def _read(documents: Iterable[Document]) -> Iterator[Document]:
         raise UserError(f"{where}{error.strerror or error}") from error
 
 
-def in_processes(tokenizer: Tokenizer, count: int) -> Encode:
-    """Encoding by `count` processes, started only if there are more than a few batches."""
+def _encoded(
+    tokenizer: Tokenizer, workers: int, batches: Iterable[list[Document]]
+) -> Iterator[Sequence[Sequence[int]]]:
+    """Token ids of each batch. Several processes are started only if there are more than a few
+    batches."""
+    texts = ([document.text for document in batch] for batch in batches)
+    here = texts if workers == 1 else itertools.islice(texts, _BATCHES_HERE)
+    yield from map(tokenizer.encode, here)
+    for first in texts:
+        yield from _in_processes(workers, tokenizer, itertools.chain([first], texts))
 
-    def encode(batches: Iterator[list[str]]) -> Iterator[Sequence[Sequence[int]]]:
-        yield from map(tokenizer.encode, itertools.islice(batches, _BATCHES_HERE))
-        for first in batches:
-            yield from _encoded_by(count, tokenizer, itertools.chain([first], batches))
 
-    return encode
-
-
-def _encoded_by(
+def _in_processes(
     count: int, tokenizer: Tokenizer, batches: Iterator[list[str]]
 ) -> Iterator[Sequence[Sequence[int]]]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tokenizer.json"
-            # `save` raises no OSError where the disk is full. The processes get a file, because one
-            # that ends before it has read its arguments would leave this process waiting.
+            # `save` raises no OSError where the disk is full. The processes get a file: one that
+            # ends before it has read its arguments would leave this process waiting.
             path.write_bytes(tokenizer.special.plain.to_str().encode())
             # Forks of a process with threads, such as JAX's, may never answer.
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(count, context, functools.partial(_load, str(path))) as pool:
                 try:
-                    # All begin now: where one ends while others have not begun, Python 3.11 may
-                    # wait for ever for them to end. None is idle until the last has begun.
+                    # All begin now: where one ends before others have begun, Python 3.11 may wait
+                    # for ever for them to end. None is idle until the last has begun.
                     for _ in range(count):
                         pool.submit(time.sleep, 0.02 * count)
                     waiting = deque()
@@ -161,21 +159,6 @@ def _end_with_parent() -> None:
 
 def _encode(texts: list[str]) -> list[np.ndarray]:
     return [np.asarray(ids, np.uint32) for ids in tokenizers.encode(_backend, texts)]
-
-
-def _encoded(
-    batches: Iterator[list[Document]], encode: Encode
-) -> Iterator[tuple[list[Document], Sequence[Sequence[int]]]]:
-    """Each batch with the ids of its texts; `encode` may read further batches ahead."""
-    waiting: deque[list[Document]] = deque()
-
-    def texts() -> Iterator[list[str]]:
-        for batch in batches:
-            waiting.append(batch)
-            yield [document.text for document in batch]
-
-    for ids in encode(texts()):
-        yield waiting.popleft(), ids
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -9,20 +9,15 @@ def normalised(text: str) -> str:
     """The text in Unicode's composed form (NFC), in which models of this project read all text.
 
     Many tokenizers do not compose characters. To them, decomposed Korean or Vietnamese is text of a
-    kind that no model was trained on. UserError for half of a surrogate pair, which is no
-    character.
+    kind that no model was trained on. UserError for half of a surrogate pair, which JSON and
+    command lines can spell, and which is no character.
     """
-    check_unicode(text)
-    return unicodedata.normalize("NFC", text)
-
-
-def check_unicode(text: str) -> None:
-    """Raises UserError for half of a surrogate pair, which JSON and command lines can spell."""
     if (place := surrogate_in(text)) is not None:
         raise UserError(
             f"a text must be Unicode; got half of a surrogate pair, U+{ord(text[place]):04X}, at "
             f"character {place + 1}"
         )
+    return unicodedata.normalize("NFC", text)
 
 
 def surrogate_in(text: str) -> int | None:
@@ -37,5 +32,5 @@ def surrogate_in(text: str) -> int | None:
 def composed_and_decomposed(text: str) -> tuple[str, ...]:
     """The text as it is given and in both of Unicode's normal forms, each once: forms to search
     for in text that a model wrote, which may be in either."""
-    forms = (text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD")))
-    return tuple(dict.fromkeys(forms))
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    return tuple(dict.fromkeys([text, *forms]))

@@ -38,15 +38,14 @@ def router_cells(summary: Summary) -> list[str]:
 def text_cells(text: TextStats) -> list[str]:
     """Documents, tokens, bytes, tokens per character, and the shares or numbers of unknown
     characters, byte pieces, copies and documents that were trained on."""
-    rate, copies = text.tokens_per_character, text.duplicates
     return [
         f"{text.documents:,}",
         f"{text.tokens:,}",
         f"{text.bytes:,}",
-        NONE if rate is None else f"{rate:.2f}",
+        f"{text.tokens_per_character:.2f}",
         _share(text.unknown_share, "?" * text.unspelled),
         _share(text.byte_share),
-        NONE if copies is None else f"{copies:,}",
+        f"{text.duplicates:,}",
         _share(text.trained_share, "!" * text.trained),
     ]
 

@@ -17,7 +17,7 @@ from xelm.data.contents import Contents, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
-from xelm.data.text_stats import TextStats
+from xelm.data.text_stats import TextStats, text_stats
 from xelm.runs.budget import Plan, announce, check_disk, passes
 from xelm.runs.nearest import DEFAULT, nearest_expert
 from xelm.runs.run import Run
@@ -112,7 +112,7 @@ def plan_growth(
             run, store = _going_on(run, expert, corpus, parent, by)
         (plan,) = plans_of_jobs(run, [_job(run, registry, expert, store)])
         check_disk(run.directory, [plan])
-        return expert, plan, TextStats.of(store, tag)
+        return expert, plan, text_stats(store)[tag]
 
 
 def _contents(run: Run, corpus: AnyCorpus | None, tag: str) -> Contents:

@@ -16,7 +16,7 @@ from xelm.data.contents import Contents
 from xelm.data.reading import Reading
 from xelm.data.store import Store
 from xelm.data.text_stats import duplicate_notes, text_stats, warnings
-from xelm.data.tokenise import build_store, in_processes
+from xelm.data.tokenise import build_store
 from xelm.data.tokenizer import Tokenizer
 from xelm.progress import bar
 from xelm.runs.run import Run, open_run
@@ -83,7 +83,7 @@ def _tokenise(
             reading.unusable,
             languages=languages,
             facts=facts,
-            encode=in_processes(tokenizer, workers) if workers > 1 else None,
+            workers=workers,
             drop_duplicates=drop_duplicates,
             progress=progress.update,
         )
