@@ -187,8 +187,7 @@ def combine(parts: Sequence[tuple[Distances, float]]) -> Distances:
     scaled = [m.values / _largest(m) for m in aligned]
     informed = [s for s, values in zip(shares, scaled) if _any_known(values)]
     values = sum(
-        (s * _typical(v) for s, v in zip(shares, scaled) if _any_known(v)),
-        np.zeros_like(scaled[0]),
+        (s * _typical(v) for s, v in zip(shares, scaled) if _any_known(v)), np.zeros_like(scaled[0])
     ) / (sum(informed) or 1.0)
     values[np.all([np.isnan(v) for v in scaled], axis=0)] = np.nan
     return Distances(

@@ -92,10 +92,7 @@ def gower(values: Table) -> Distance:
     return _tidied(result)
 
 
-METRICS: Mapping[str, Callable[[Table], Distance]] = {
-    "cosine": cosine,
-    "gower": gower,
-}
+METRICS: Mapping[str, Callable[[Table], Distance]] = {"cosine": cosine, "gower": gower}
 
 
 def _tidied(values: np.ndarray) -> np.ndarray:

@@ -231,9 +231,7 @@ def _draw_tree(ax: "Axes", tree: np.ndarray, leaf_colours: list[str], clusters: 
 
 
 def _in_tree_order(
-    languages: Sequence[str],
-    clusters: Mapping[str, Sequence[str]],
-    merges: Sequence[Merge] | None,
+    languages: Sequence[str], clusters: Mapping[str, Sequence[str]], merges: Sequence[Merge] | None
 ) -> list[str]:
     if not merges:
         return [language for members in clusters.values() for language in members]

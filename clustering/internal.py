@@ -159,10 +159,7 @@ def losses(
 
 
 def _of_layer(
-    states: States,
-    path: str | os.PathLike[str],
-    languages: Sequence[str] | None,
-    layer: int | None,
+    states: States, path: str | os.PathLike[str], languages: Sequence[str] | None, layer: int | None
 ) -> tuple[tuple[str, ...], int, np.ndarray]:
     """Tags, number of the layer, and states [languages, documents, D]."""
     tags, index = _chosen(states.languages, path, languages)

@@ -53,11 +53,7 @@ class Fit:
 
 
 def fit(
-    vectors: Float[np.ndarray, "documents D"],
-    k: int,
-    random_seed: int,
-    *,
-    iterations: int = 50,
+    vectors: Float[np.ndarray, "documents D"], k: int, random_seed: int, *, iterations: int = 50
 ) -> Fit:
     """k centres of the vectors, with at most ceil(rows / k) rows in each cluster while fitting.
 

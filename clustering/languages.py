@@ -127,11 +127,7 @@ def iso639_3(tag: str) -> tuple[str, ...]:
     replaced = data_dicts.LANGUAGE_REPLACEMENTS
     aliases = replaced | data_dicts.NORMALIZED_MACROLANGUAGES | dict(codes.usual_members())
     members = [old for old in data_dicts.MACROLANGUAGES if replaced.get(old) == tag != language]
-    written = [
-        *members,
-        language,
-        *sorted(old for old, new in aliases.items() if new == language),
-    ]
+    written = [*members, language, *sorted(old for old, new in aliases.items() if new == language)]
     found = (data_dicts.LANGUAGE_ALPHA3.get(code, code) for code in written)
     older = data_dicts.LANGUAGE_ALPHA3_BIBLIOGRAPHIC.values()  # `chi` is ISO 639-2 only
     return tuple(dict.fromkeys(code for code in found if len(code) == 3 and code not in older))

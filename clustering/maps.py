@@ -67,10 +67,7 @@ def world_map(home: Mapping[str, str], names: Sequence[str], ax: "Axes | None" =
 
 
 def plane(
-    distances: Distances,
-    home: Mapping[str, str],
-    names: Sequence[str],
-    ax: "Axes | None" = None,
+    distances: Distances, home: Mapping[str, str], names: Sequence[str], ax: "Axes | None" = None
 ) -> "Axes":
     """The languages as points of a plane whose distances are nearest to those given (classical
     scaling, Torgerson 1952); `home` and `names` as in `world_map`."""

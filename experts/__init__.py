@@ -7,13 +7,12 @@
         print(expert.reference, expert.languages, expert.parent, expert.tokens)
 
 The record:
-    registry    Registry: load, published, expert, for_language, versions, ...
+    registry    Registry: load, published, expert, for_language, rollback, ...
     expert      Expert, one version of one expert
 
 Changes of a registry, which return a new one:
     branch      one expert for each cluster
     grow        an expert for a new language, from a parent
-    rollback    publish an earlier version again
 
 Files:
     lock        locks of a RUN; update changes its registry
@@ -30,18 +29,7 @@ from typing import Any
 
 # The names are submodules, loaded when first used.
 # pyright: reportUnsupportedDunderAll=false
-__all__ = [
-    "branch",
-    "card",
-    "expert",
-    "grow",
-    "lock",
-    "manifest",
-    "merge",
-    "registry",
-    "rollback",
-    "verify",
-]
+__all__ = ["branch", "card", "expert", "grow", "lock", "manifest", "merge", "registry", "verify"]
 
 
 def __dir__() -> list[str]:

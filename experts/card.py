@@ -32,8 +32,7 @@ def card(
         _USE.format(model="AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"),
         "## Files",
         _table(
-            ("file", "SHA-256"),
-            [(f"`{file}`", f"`{digest}`") for file, digest in sorted(expert.sha256.items())],
+            ("file", "SHA-256"), [(f"`{f}`", f"`{h}`") for f, h in sorted(expert.sha256.items())]
         ),
     )
     return "\n\n".join(sections) + "\n"
@@ -77,7 +76,8 @@ def _introduction(expert: Expert) -> str:
 def _rows(
     expert: Expert, registry: Registry, facts: Mapping[str, str | int | float]
 ) -> list[tuple[str, str]]:
-    rows = [
+    shown = [(key, str(facts[key])) for key in facts if key not in FRONT_MATTER_FACTS]
+    return [
         ("version", str(expert.version)),
         ("languages", ", ".join(_languages(expert))),
         ("cluster", expert.cluster or "none: grown from its parent"),
@@ -85,9 +85,7 @@ def _rows(
         ("lineage", " ← ".join(_lineage(expert, registry))),
         ("round", str(expert.round)),
         ("tokens of training", f"{expert.tokens:,}"),
-    ]
-    return rows + [
-        (key, str(value)) for key, value in facts.items() if key not in FRONT_MATTER_FACTS
+        *shown,
     ]
 
 

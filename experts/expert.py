@@ -1,7 +1,7 @@
 """The record of one version of one expert: its name, its parent, its languages, its hashes."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -125,17 +125,14 @@ class Expert:
     def from_json(cls, value: Any, where: str) -> Self:
         """The expert of a record; UserError for a broken one, which `where` names."""
         check_types(where, value, _JSON_TYPES)
-        check_strings(where, value["sha256"])
-        check_strings(where, dict(enumerate(value["languages"])))
+        for texts in (value["sha256"], dict(enumerate(value["languages"]))):
+            check_types(where, texts, dict.fromkeys(texts, str))
         optional = {key: value[key] for key in _OPTIONAL_JSON_TYPES if value.get(key) is not None}
         check_types(where, optional, {key: _OPTIONAL_JSON_TYPES[key] for key in optional})
-        documents = optional.get("documents", {})
+        documents, settings = optional.get("documents", {}), optional.get("settings", {})
         check_types(f"{where}: documents", documents, dict.fromkeys(documents, int))
-        for name, number in optional.get("settings", {}).items():
-            if not isinstance(number, int | float | None) or isinstance(number, bool):
-                raise UserError(
-                    f"{where}: settings: {name!r} should be a number or null; got {number!r}"
-                )
+        numbers = {name: number for name, number in settings.items() if number is not None}
+        check_types(f"{where}: settings", numbers, dict.fromkeys(numbers, int | float))
         ours = {key: value[key] for key in _JSON_TYPES} | {"languages": tuple(value["languages"])}
         more = {key: value[key] for key in value if key not in _JSON_TYPES | _OPTIONAL_JSON_TYPES}
         return cls(**ours, **optional, more=more)
@@ -174,7 +171,7 @@ def hash_faults(sha256: dict[str, str]) -> Iterator[str]:
             yield f"{file!r} has the sha256 {digest!r}"
 
 
-def check_types(where: str, value: Any, types: dict[str, type]) -> None:
+def check_types(where: str, value: Any, types: Mapping[str, Any]) -> None:
     """Raises UserError unless `value`, read at `where`, is an object with these keys and types."""
     if not isinstance(value, dict):
         raise UserError(f"{where} should be an object; got {value!r}")
@@ -183,11 +180,5 @@ def check_types(where: str, value: Any, types: dict[str, type]) -> None:
             raise UserError(f"{where} lacks {key!r}")
         # bool is an int in Python, but true is no number in JSON.
         if not isinstance(value[key], kind) or isinstance(value[key], bool):
-            raise UserError(f"{where}: {key!r} should be {kind.__name__}; got {value[key]!r}")
-
-
-def check_strings(where: str, value: dict[Any, Any]) -> None:
-    """Raises UserError unless every value of `value`, read at `where`, is a string."""
-    for key, text in value.items():
-        if not isinstance(text, str):
-            raise UserError(f"{where}: {key!r} should be str; got {text!r}")
+            wanted = getattr(kind, "__name__", kind)
+            raise UserError(f"{where}: {key!r} should be {wanted}; got {value[key]!r}")

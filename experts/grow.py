@@ -31,9 +31,15 @@ def grow(
     """
     language = canonical(language)
     name = language if name is None else name
-    if _is_in_training(registry, language, parent, name):
-        return registry
-    _check_unserved(registry, language)
+    for expert in registry.training():
+        wanted = (expert.parent, expert.parent.partition("@")[0])
+        if expert.name == name and expert.languages == (language,) and parent in wanted:
+            return registry
+    for expert in registry.experts:
+        if find(language, expert.languages) and expert.status != "retired":
+            raise UserError(
+                f"{language!r} is served already, by {expert.reference} ({expert.status})"
+            )
     origin = _published_parent(registry, parent)
     child = Expert(
         name=name,
@@ -67,23 +73,6 @@ def choose_parent(
         )
     language, distance = min(relatives, key=lambda pair: pair[1])
     return registry.for_language(language), language, distance
-
-
-def _is_in_training(registry: Registry, language: str, parent: str, name: str) -> bool:
-    return any(
-        expert.name == name
-        and expert.languages == (language,)
-        and parent in (expert.parent, expert.parent.partition("@")[0])
-        for expert in registry.training()
-    )
-
-
-def _check_unserved(registry: Registry, language: str) -> None:
-    for expert in registry.experts:
-        if find(language, expert.languages) and expert.status != "retired":
-            raise UserError(
-                f"{language!r} is served already, by {expert.reference} ({expert.status})"
-            )
 
 
 def _published_parent(registry: Registry, parent: str) -> str:

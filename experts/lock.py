@@ -41,7 +41,13 @@ def locked(run: Path | str, name: str = "registry", *, wait_seconds: float = 0.0
         folder.mkdir(exist_ok=True)
         lock.acquire(timeout=wait_seconds)
     except Timeout:
-        raise UserError(_refusal(run, name, note)) from None
+        process = "another process"
+        with suppress(OSError):  # it acquires or releases the lock at this moment
+            process = " ".join(note.read_text(encoding="utf-8").split()) or process
+        raise UserError(
+            f"{run} is in use ({name}) by {process}; wait until it ends, or end it, then run this "
+            "again"
+        ) from None
     except OSError as error:
         raise UserError(f"{run} cannot be locked for writing: {error.strerror}") from error
     try:
@@ -88,14 +94,3 @@ def _this_process() -> str:
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})"
-
-
-def _refusal(run: Path | str, name: str, note: Path) -> str:
-    try:
-        process = note.read_text(encoding="utf-8")
-    except OSError:
-        process = ""  # it acquired or released the lock at this moment
-    process = " ".join(process.split()) or "another process"
-    return (
-        f"{run} is in use ({name}) by {process}; wait until it ends, or end it, then run this again"
-    )

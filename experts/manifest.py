@@ -8,13 +8,14 @@ an expert in the registry is hashed here too when it is published, since it neve
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
-from experts.expert import Expert, check_strings, check_types, hash_faults
+from experts.expert import Expert, check_types, hash_faults
 from experts.lock import locked
 
 FILE_NAME = "hashes.json"
@@ -32,8 +33,8 @@ def recorded(run: Path | str) -> dict[str, str]:
 
 
 def recorded_experts(run: Path | str) -> dict[str, str]:
-    """Reference of each published version -> the `digest` of its record; early versions of xelm did
-    not write them. UserError if the manifest is damaged."""
+    """Reference of each published version -> the `digest` of its record; UserError if the manifest
+    is damaged."""
     return _read(run)["experts"]
 
 
@@ -41,63 +42,63 @@ def digest(expert: Expert) -> str:
     """SHA-256 of the part of an expert's record that never changes once it is published: all but
     its status and the version that it replaced."""
     facts = expert.to_json()
-    kept = {
-        key: value
-        for key, value in facts.items()
-        if key not in ("status", "replaces", *expert.more) and value is not None
-    }
+    changing = ("status", "replaces", *expert.more)
+    kept = {key: facts[key] for key in facts if key not in changing and facts[key] is not None}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def record_expert(run: Path | str, expert: Expert) -> None:
     """Records the `digest` of a version that is about to be published."""
-    run = Path(run)
-    with locked(run, "hashes", wait_seconds=30.0):
-        known = _read(run)
-        _write(run, known["files"], {**known["experts"], expert.reference: digest(expert)})
-
-
-def _read(run: Path | str) -> dict[str, dict[str, str]]:
-    path = Path(run) / FILE_NAME
-    value = read_json(path, newest_format=FORMAT) if path.exists() else {"files": {}}
-    check_types(str(path), value, {"files": dict})
-    found = {"files": value["files"], "experts": value.get("experts", {})}
-    check_types(str(path), found, {"experts": dict})
-    for hashes in found.values():
-        check_strings(str(path), hashes)
-        faults = list(hash_faults(hashes))
-        if faults:
-            raise UserError(f"{path}: {'; '.join(faults[:5])}")
-    return found
-
-
-def _write(run: Path, files: Mapping[str, str], experts: Mapping[str, str]) -> None:
-    value: dict[str, Any] = {"format": FORMAT, "files": dict(sorted(files.items()))}
-    if experts:
-        value["experts"] = dict(sorted(experts.items()))
-    write_json(run / FILE_NAME, value)
+    with _changed(Path(run)) as (_, experts):
+        experts[expert.reference] = digest(expert)
 
 
 def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> None:
     """Records hashes of files and folders of a RUN, named relative to it, as they are now.
 
-    Names that do not exist are ignored, and records of deleted files are dropped. again: the files
-    were just rewritten. Otherwise recorded hashes stay, so that a command which finds its work done
-    does not accept a file that was changed since.
+    Names that do not exist are ignored. again: the files were just rewritten, so the records of
+    those that are gone are dropped. Otherwise recorded hashes stay, so that a command which finds
+    its work done does not accept a file that was changed or deleted since.
     """
     run = Path(run)
-    with locked(run, "hashes", wait_seconds=30.0):
-        known = recorded(run)
-        found = {name: digest for name, digest in known.items() if (run / name).exists()}
+    with _changed(run) as (known, _):
         for name in names:
             path = run / name
-            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-            for file in inside:
-                key = file.relative_to(run).as_posix()
-                if file.is_file() and (again or key not in known):
-                    found[key] = sha256(file)
-        if found != known:
-            _write(run, found, recorded_experts(run))
+            inside = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+            present = {file.relative_to(run).as_posix() for file in inside if file.is_file()}
+            if again:
+                for gone in {n for n in known if n == name or n.startswith(f"{name}/")} - present:
+                    del known[gone]
+            known.update({n: sha256(run / n) for n in present if again or n not in known})
+
+
+@contextmanager
+def _changed(run: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+    """Context in which no other process writes the manifest, with its hashes of files and of
+    experts; these are written at the end."""
+    with locked(run, "hashes", wait_seconds=30.0):
+        found = _read(run)
+        before = deepcopy(found)
+        # A deleted router is fitted again.
+        for file in [n for n in found["files"] if n.startswith("routers/")]:
+            if not (run / file).exists():
+                del found["files"][file]
+        yield found["files"], found["experts"]
+        if found != before:
+            hashes = {key: dict(sorted(part.items())) for key, part in found.items() if part}
+            write_json(run / FILE_NAME, {"format": FORMAT, "files": {}} | hashes)
+
+
+def _read(run: Path | str) -> dict[str, dict[str, str]]:
+    path = Path(run) / FILE_NAME
+    value = read_json(path, newest_format=FORMAT) if path.exists() else {"files": {}}
+    found = {"experts": {}} | {key: value[key] for key in ("files", "experts") if key in value}
+    check_types(str(path), found, {"files": dict, "experts": dict})
+    for hashes in (found["files"], found["experts"]):
+        check_types(str(path), hashes, dict.fromkeys(hashes, str))
+        if faults := list(hash_faults(hashes)):
+            raise UserError(f"{path}: {'; '.join(faults[:5])}")
+    return found
 
 
 def is_recorded(run: Path | str, name: str) -> bool:

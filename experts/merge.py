@@ -58,11 +58,23 @@ def average(
     # A merge.json without weights is left by an interrupted merge.
     if out.exists() and any(out.iterdir()) and not (out / RECORD).exists():
         raise UserError(f"{out} has other files in it; nothing is overwritten")
-    _check_configs(directories)
+    # Equal shapes can mean different functions.
+    configs = [read_object(directory / "config.json") for directory in directories]
+    configs = [{key: c[key] for key in c if key not in FREE_CONFIG_KEYS} for c in configs]
+    _check_equal("checkpoints of different configurations", directories, configs, in_both=True)
     checkpoints = [_open(directory) for directory in directories]
-    _check_tensors(directories, checkpoints)
+    tensors = [{name: _describe(c[name].get_slice(name)) for name in c} for c in checkpoints]
+    _check_equal("checkpoints that differ", directories, tensors)
     weighted = [(c, share) for c, share in zip(checkpoints, shares, strict=True) if share > 0]
-    record = _record(directories, shares)
+    sources = [
+        {
+            "path": str(directory),
+            "weight": share,
+            "sha256": {name: sha256(directory / name) for name in weight_files(directory)},
+        }
+        for directory, share in zip(directories, shares, strict=True)
+    ]
+    record = {"format": 1, "sources": sources}
     _write(checkpoints[0], lambda name: _mean(name, weighted), record, directories[0], out)
     return out
 
@@ -94,41 +106,26 @@ def _open(directory: Path) -> dict[str, Any]:
     return files
 
 
-def _check_configs(directories: list[Path]) -> None:
-    """Raises UserError if configurations differ: equal shapes can mean different functions."""
-    first, *others = [read_object(directory / "config.json") for directory in directories]
-    faults = [
-        f"{key} is {first[key]!r} in {directories[0]} and {other[key]!r} in {directory}"
-        for directory, other in zip(directories[1:], others, strict=True)
-        for key in sorted((first.keys() & other.keys()) - FREE_CONFIG_KEYS)
-        if first[key] != other[key]
-    ]
-    _raise_first_five("checkpoints of different configurations cannot be averaged", faults)
-
-
-def _check_tensors(directories: list[Path], checkpoints: list[dict[str, Any]]) -> None:
-    first, *others = [
-        {name: _describe(file.get_slice(name)) for name, file in checkpoint.items()}
-        for checkpoint in checkpoints
-    ]
+def _check_equal(
+    what: str, directories: list[Path], tables: list[dict[str, Any]], *, in_both: bool = False
+) -> None:
+    """Raises UserError unless the tables, one of each directory, have equal values. in_both: keys
+    that a table lacks do not count."""
+    first, *others = tables
     faults = [
         f"{name} is {first.get(name, 'missing')} in {directories[0]} "
         f"and {other.get(name, 'missing')} in {directory}"
         for directory, other in zip(directories[1:], others, strict=True)
-        for name in sorted(first.keys() | other.keys())
+        for name in sorted(first.keys() & other.keys() if in_both else first.keys() | other.keys())
         if first.get(name) != other.get(name)
     ]
-    _raise_first_five("checkpoints that differ cannot be averaged", faults)
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"{what} cannot be averaged: {'; '.join(faults[:5])}{more}")
 
 
 def _describe(tensor: Any) -> str:
     return f"{tensor.get_dtype()}{tensor.get_shape()}"
-
-
-def _raise_first_five(what: str, faults: list[str]) -> None:
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise UserError(f"{what}: {'; '.join(faults[:5])}{more}")
 
 
 def _mean(name: str, weighted: list[tuple[dict[str, Any], float]]) -> np.ndarray:
@@ -162,18 +159,6 @@ def _mean(name: str, weighted: list[tuple[dict[str, Any], float]]) -> np.ndarray
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
-
-
-def _record(directories: list[Path], shares: list[float]) -> dict[str, Any]:
-    sources = [
-        {
-            "path": str(directory),
-            "weight": share,
-            "sha256": {name: sha256(directory / name) for name in weight_files(directory)},
-        }
-        for directory, share in zip(directories, shares, strict=True)
-    ]
-    return {"format": 1, "sources": sources}
 
 
 def _write(

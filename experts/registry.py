@@ -14,15 +14,7 @@ from typing import Any, Self
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
 from clustering.languages import lookup
-from experts.expert import (
-    SEED,
-    Expert,
-    check_strings,
-    check_types,
-    hash_faults,
-    parse_reference,
-    stays_inside,
-)
+from experts.expert import SEED, Expert, check_types, hash_faults, parse_reference, stays_inside
 
 FORMAT = 1
 FILE_NAME = "registry.json"
@@ -58,20 +50,14 @@ class Registry:
         if not stays_inside(self.seed_path):
             yield f"the seed must lie inside the RUN; got {self.seed_path!r}"
         yield from hash_faults(self.seed_sha256)
-        for reference, count in Counter(expert.reference for expert in self.experts).items():
-            if count > 1:
-                yield f"{reference} is listed {count} times"
-        for path, count in Counter(expert.path for expert in self.experts).items():
-            if count > 1:
-                yield f"{count} versions share the path {path!r}"
+        for reference, count in _repeated(expert.reference for expert in self.experts):
+            yield f"{reference} is listed {count} times"
+        for path, count in _repeated(expert.path for expert in self.experts):
+            yield f"{count} versions share the path {path!r}"
         # Such names would share a folder on a file system that ignores case.
         names = {expert.name for expert in self.experts}
-        for name, count in Counter(name.lower() for name in names).items():
-            if count > 1:
-                yield f"{count} names differ from {name!r} only in case"
-        yield from self._lineage_faults()
-
-    def _lineage_faults(self) -> Iterator[str]:
+        for name, count in _repeated(name.lower() for name in names):
+            yield f"{count} names differ from {name!r} only in case"
         known = {expert.reference: expert for expert in self.experts}
         for expert in self.experts:
             parent = known.get(expert.parent)
@@ -84,10 +70,8 @@ class Registry:
                 yield f"{expert.reference} descends from {parent.reference}, which has no weights"
             expected = _round_after(parent, expert.name)
             if expert.round != expected:
-                yield (
-                    f"{expert.reference} from {expert.parent} is of round {expected}; "
-                    f"got {expert.round}"
-                )
+                came = f"{expected}; got {expert.round}"
+                yield f"{expert.reference} from {expert.parent} is of round {came}"
 
     @classmethod
     def load(cls, run: Path | str) -> Self:
@@ -104,7 +88,7 @@ class Registry:
         check_types("registry", value, {"seed": dict, "experts": list})
         seed = value["seed"]
         check_types("seed", seed, {"path": str, "sha256": dict})
-        check_strings("seed", seed["sha256"])
+        check_types("seed", seed["sha256"], dict.fromkeys(seed["sha256"], str))
         return cls(
             seed_path=seed["path"],
             seed_sha256=seed["sha256"],
@@ -154,8 +138,7 @@ class Registry:
         for expert in versions:
             if expert.version == version:
                 return expert
-        known = ", ".join(f"v{expert.version} ({expert.status})" for expert in versions)
-        raise UserError(f"expert {name!r} has no version {version}; it has {known}")
+        raise UserError(f"expert {name!r} has no version {version}; it has {_listed(versions)}")
 
     def for_language(self, language: str) -> Expert:
         """The published expert that serves a language, of several that of the latest round.
@@ -181,29 +164,30 @@ class Registry:
         return replace(self, experts=self.experts + experts)
 
     def start(self, name: str, *, parent: str | None = None) -> Self:
-        """The registry with the next version of an expert in training, for the same languages.
+        """The registry with the next version of an expert in training, for the same languages and
+        with the same settings.
 
         `parent` is 'NAME@vN' or 'seed'; None takes the parent of the newest version.
         """
-        versions = self.versions(name)
-        for expert in versions:
-            if expert.status == "training":
+        for expert in self.training():
+            if expert.name == name:
                 raise UserError(
                     f"{expert.reference} is in training already; finish or retire it first"
                 )
-        last = versions[-1]
+        last = self.versions(name)[-1]
         origin = last.parent if parent is None else parent
-        return self.add(
-            Expert(
-                name=name,
-                version=last.version + 1,
-                parent=origin,
-                round=self.round_after(origin, name),
-                languages=last.languages,
-                cluster=last.cluster,
-                documents=last.documents,
-            )
+        following = Expert(
+            name=name,
+            version=last.version + 1,
+            parent=origin,
+            round=self.round_after(origin, name),
+            languages=last.languages,
+            cluster=last.cluster,
+            documents=last.documents,
+            reason=last.reason if origin == last.parent else None,
+            settings=last.settings,
         )
+        return self.add(following)
 
     def publish(self, name: str, version: int, *, sha256: Mapping[str, str], tokens: int) -> Self:
         """The registry with a version published, and the one of that name published before retired.
@@ -223,8 +207,19 @@ class Registry:
         replaces = present.version if present.status == "published" else None
         return self._retire_published(name)._with(replace(finished, replaces=replaces))
 
-    def republish(self, name: str, version: int) -> Self:
-        """The registry with a retired version published again, and the present one retired."""
+    def rollback(self, name: str, version: int | None = None) -> Self:
+        """The registry with a retired version published again, and the present one retired.
+
+        version: None takes the one that the present version replaced, which is not always the next
+        lower one: that may have been rolled back itself. Nothing is deleted, so the newer version
+        can come back in the same way. UserError if there is no such version.
+        """
+        if version is None:
+            present = self.expert(name)
+            version = present.replaces if present.status == "published" else None
+        if version is None:
+            known = _listed(self.versions(name))
+            raise UserError(f"expert {name!r} has no version to go back to; it has {known}")
         expert = self.expert(name, version)
         if expert.status != "retired" or not expert.sha256:
             raise UserError(
@@ -239,7 +234,7 @@ class Registry:
         No other record can refer to it, since only published versions have children."""
         unfinished = [e for e in self.versions(name) if e.status == "training"]
         if not unfinished:
-            known = ", ".join(f"v{e.version} ({e.status})" for e in self.versions(name))
+            known = _listed(self.versions(name))
             raise UserError(f"expert {name!r} is not in training; it has {known}")
         return replace(self, experts=tuple(e for e in self.experts if e not in unfinished))
 
@@ -258,6 +253,15 @@ class Registry:
         """The registry with the record of that name and version replaced."""
         experts = (expert if old.reference == expert.reference else old for old in self.experts)
         return replace(self, experts=tuple(experts))
+
+
+def _repeated(values: Iterable[str]) -> list[tuple[str, int]]:
+    """The values that occur more than once, and how often."""
+    return [(value, count) for value, count in Counter(values).items() if count > 1]
+
+
+def _listed(versions: Iterable[Expert]) -> str:
+    return ", ".join(f"v{expert.version} ({expert.status})" for expert in versions)
 
 
 def _in_order(experts: Iterable[Expert]) -> tuple[Expert, ...]:

@@ -5,8 +5,9 @@ but what is fitted on it is.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +16,6 @@ from clustering.files import sha256
 from experts import manifest
 from experts.expert import Expert
 from experts.registry import FILE_NAME, Registry
-
-# Card of experts in early versions of xelm; README.md, which replaced it, is hashed.
-UNHASHED = ("CARD.md",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +52,13 @@ def verify(run: Path | str) -> list[Fault]:
     faults = verify_seed(run, registry)
     for expert in registry.experts:
         faults += verify_expert(run, expert)
-    faults += _records(run, registry)
-    return faults + _unknown(run, registry) + _others(run) + _links(run, registry)
+    faults += _records(run, registry) + _unknown(run, registry)
+    return faults + _others(run) + _links(run, registry)
 
 
 def _records(run: Path, registry: Registry) -> list[Fault]:
-    """Faults of published versions whose record in the registry, such as their languages, changed
-    since they were published; versions without a recorded digest have none."""
+    """Faults of versions whose record in the registry, such as their languages, changed since they
+    were published."""
     try:
         wanted = manifest.recorded_experts(run)
     except UserError:
@@ -72,7 +70,7 @@ def _records(run: Path, registry: Registry) -> list[Fault]:
             detail=f"the record of {expert.reference} changed after it was published",
         )
         for expert in registry.experts
-        if expert.sha256 and wanted.get(expert.reference) not in (None, manifest.digest(expert))
+        if expert.sha256 and wanted.get(expert.reference) != manifest.digest(expert)
     ]
 
 
@@ -107,9 +105,7 @@ def _others(run: Path) -> list[Fault]:
     present = [file for file in [*manifest.FILES, *inside] if (run / file).exists()]
     # A deleted router is fitted again.
     kept = [file for file in wanted if not file.startswith("routers/")]
-    names = sorted({*kept, *present})
-    faults = (_fault(run / name, name, wanted.get(name)) for name in names)
-    return [fault for fault in faults if fault is not None]
+    return _faults(run, {file: wanted.get(file) for file in {*kept, *present}})
 
 
 def _links(run: Path, registry: Registry) -> list[Fault]:
@@ -118,10 +114,8 @@ def _links(run: Path, registry: Registry) -> list[Fault]:
     covered = [registry.seed_path, "experts", *manifest.FOLDERS, *manifest.FILES, FILE_NAME]
     for name in dict.fromkeys(covered):
         top = run / name
-        paths = [top]
-        for folder, folders, files in os.walk(top):
-            paths += [Path(folder) / inner for inner in (*folders, *files)]
-        found += [path for path in paths if path.is_symlink()]
+        inside = [Path(folder) / n for folder, *names in os.walk(top) for n in chain(*names)]
+        found += [path for path in (top, *inside) if path.is_symlink()]
     return [
         Fault(kind="link", file=path.relative_to(run).as_posix(), detail=f"it leads to {target}")
         for path in found
@@ -152,12 +146,11 @@ def verify_recorded(
 ) -> list[Fault]:
     """Every fault in a folder's files in the manifest; `digest` as in `verify_expert`."""
     wanted = {n: h for n, h in manifest.recorded(run).items() if n.startswith(f"{folder}/")}
-    faults = (_fault(Path(run) / name, name, hash, digest) for name, hash in wanted.items())
-    return [fault for fault in faults if fault is not None]
+    return _faults(Path(run), wanted, digest)
 
 
 def hash_directory(path: Path | str) -> dict[str, str]:
-    """File, relative to `path` ('a/b') -> hexadecimal SHA-256; sorted, without CARD.md.
+    """File, relative to `path` ('a/b') -> hexadecimal SHA-256; sorted.
 
     A link to a file counts as the file. UserError if the directory or a part of it cannot be read,
     and for a link to a directory, whose files would have no hashes.
@@ -165,7 +158,7 @@ def hash_directory(path: Path | str) -> dict[str, str]:
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"there is no directory {root}")
-    return {file: sha256(root / file) for file in _files(root) if file not in UNHASHED}
+    return {file: sha256(root / file) for file in _files(root)}
 
 
 def _files(root: Path) -> list[str]:
@@ -189,28 +182,29 @@ def _refuse_unreadable(error: OSError) -> None:
 def _compare(
     run: Path, directory: str, wanted: dict[str, str], digest: Callable[[Path], str] | None
 ) -> list[Fault]:
-    root = run / directory
     try:
-        present = [file for file in _files(root) if file not in UNHASHED]
+        hashes = dict.fromkeys(_files(run / directory)) | wanted
     except UserError as error:
         return [Fault(kind="broken", file=directory, detail=str(error))]
-    files = sorted(wanted | dict.fromkeys(present, ""))
-    faults = (
-        _fault(root / file, f"{directory}/{file}", wanted.get(file), digest) for file in files
-    )
-    return [fault for fault in faults if fault is not None]
+    return _faults(run, {f"{directory}/{file}": hash for file, hash in hashes.items()}, digest)
 
 
-def _fault(
-    path: Path, name: str, wanted: str | None, digest: Callable[[Path], str] | None = None
-) -> Fault | None:
-    """The fault of one file, if its SHA-256 is not `wanted`; None is a file without a record."""
+def _faults(
+    run: Path, wanted: Mapping[str, str | None], digest: Callable[[Path], str] | None = None
+) -> list[Fault]:
+    """Faults of files of a RUN, relative to it -> the SHA-256 that they should have; None is a file
+    without a record."""
+    found = (_fault(run, name, wanted[name], digest or sha256) for name in sorted(wanted))
+    return [fault for fault in found if fault is not None]
+
+
+def _fault(run: Path, name: str, wanted: str | None, digest: Callable[[Path], str]) -> Fault | None:
     if wanted is None:
         return Fault(kind="unknown", file=name, detail="no hash of it is recorded")
-    if not path.is_file():
+    if not (run / name).is_file():
         return Fault(kind="missing", file=name, detail=f"wanted sha256 {wanted}")
     try:
-        came = (digest or sha256)(path)
+        came = digest(run / name)
     except UserError as error:
         return Fault(kind="broken", file=name, detail=str(error))
     if came != wanted:

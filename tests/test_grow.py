@@ -5,7 +5,7 @@ import math
 import pytest
 
 from clustering.errors import UserError
-from experts import lock
+from experts import lock, manifest
 from experts.expert import Expert
 from experts.grow import choose_parent, grow
 from experts.registry import Registry
@@ -73,6 +73,8 @@ def test_growing_leaves_every_other_byte_of_the_run(tmp_path):
     assert others == ["experts/slavic/v1/model.safetensors", "seed/model.safetensors"]
     assert {file: after[file] for file in others} == {file: before[file] for file in others}
     assert Registry.load(tmp_path).expert("slavic").to_json() == record
+    for expert in Registry.load(tmp_path).published():
+        manifest.record_expert(tmp_path, expert)
     assert verify(tmp_path) == []
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from clustering.errors import UserError
 from experts.expert import Expert, parse_reference, stays_inside
+from experts.grow import grow
 from experts.registry import FILE_NAME, Registry
 
 ROOT = Path(__file__).parent.parent
@@ -320,3 +321,15 @@ def test_a_process_killed_while_saving_leaves_the_old_registry(tmp_path, moment)
     assert (tmp_path / FILE_NAME).read_bytes() == before
     Registry.load(tmp_path).add(_expert("b")).save(tmp_path)
     assert [expert.name for expert in Registry.load(tmp_path).experts] == ["a", "b"]
+
+
+def test_a_new_version_of_a_grown_expert_keeps_its_settings_and_the_reason_for_its_parent():
+    seed = Expert(name="slavic", languages=("ru",))
+    registry = Registry(seed_sha256={"x": A}, experts=(seed,))
+    registry = registry.publish("slavic", 1, sha256={"x": A}, tokens=1)
+    registry = grow(registry, "pl", "slavic", reason="near", settings={"grow.tokens": 7})
+    registry = registry.publish("pl", 1, sha256={"x": B}, tokens=7)
+    again, elsewhere = registry.start("pl"), registry.start("pl", parent="seed")
+    assert again.expert("pl", 2).settings == elsewhere.expert("pl", 2).settings
+    assert again.expert("pl", 2).settings == {"grow.tokens": 7}
+    assert (again.expert("pl", 2).reason, elsewhere.expert("pl", 2).reason) == ("near", None)

@@ -5,7 +5,6 @@ import pytest
 from clustering.errors import UserError
 from experts.expert import Expert
 from experts.registry import Registry
-from experts.rollback import rollback
 
 
 def _with_versions(count: int) -> Registry:
@@ -26,25 +25,25 @@ def _statuses(registry: Registry) -> list[str]:
 
 def test_the_version_before_is_published_again():
     before = _with_versions(3)
-    after = rollback(before, "a")
+    after = before.rollback("a")
     assert _statuses(after) == ["retired", "published", "retired"]
     assert after.expert("a").sha256 == {"x": "2" * 64}
     assert after.expert("a", 3).sha256 == {"x": "3" * 64}
     assert after.experts[1] is before.experts[1]
-    assert _statuses(rollback(after, "a")) == ["published", "retired", "retired"]
+    assert _statuses(after.rollback("a")) == ["published", "retired", "retired"]
 
 
 def test_a_version_can_be_named_and_the_newer_can_come_back():
     before = _with_versions(3)
-    back = rollback(before, "a", 1)
+    back = before.rollback("a", 1)
     assert _statuses(back) == ["published", "retired", "retired"]
-    assert rollback(back, "a", 3) == before
+    assert back.rollback("a", 3) == before
 
 
 def test_a_version_that_was_rolled_back_is_not_gone_back_to():
-    registry = rollback(_with_versions(2), "a")
+    registry = _with_versions(2).rollback("a")
     registry = registry.start("a").publish("a", 3, sha256={"x": "3" * 64}, tokens=3)
-    assert rollback(registry, "a").expert("a").version == 1
+    assert registry.rollback("a").expert("a").version == 1
 
 
 @pytest.mark.parametrize(
@@ -60,16 +59,16 @@ def test_a_version_that_was_rolled_back_is_not_gone_back_to():
 )
 def test_there_is_one_clear_line_where_nothing_can_come_back(name, version, message):
     with pytest.raises(UserError, match=message):
-        rollback(_with_versions(1).start("a"), name, version)
+        _with_versions(1).start("a").rollback(name, version)
 
 
 def test_a_version_given_up_in_training_cannot_come_back():
     with pytest.raises(UserError, match="a@v2 is retired; only"):
-        rollback(_with_versions(1).start("a").retire("a", 2), "a", 2)
+        _with_versions(1).start("a").retire("a", 2).rollback("a", 2)
 
 
 def test_where_no_version_is_in_use_one_has_to_be_named():
     unused = _with_versions(3).retire("a", 3)
     with pytest.raises(UserError, match=r"no version to go back to; it has v1 \(retired\), v2"):
-        rollback(unused, "a")
-    assert rollback(unused, "a", 3) == _with_versions(3)
+        unused.rollback("a")
+    assert unused.rollback("a", 3) == _with_versions(3)

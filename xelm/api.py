@@ -201,9 +201,8 @@ class Run(runs.Run):
     def rollback(self, name: str, version: int | None = None) -> "Expert":
         """Publishes an earlier version of an expert again; None takes the one in use before."""
         from experts.lock import update
-        from experts.rollback import rollback
 
-        return update(self.directory, lambda r: rollback(r, name, version)).expert(name)
+        return update(self.directory, lambda r: r.rollback(name, version)).expert(name)
 
     def discard(self, name: str) -> "Expert | Path | None":
         """Gives up an unfinished training, of an expert or of "dense", and deletes its checkpoints.

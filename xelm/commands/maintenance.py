@@ -112,11 +112,10 @@ def _rollback_options(parser: argparse.ArgumentParser) -> None:
 
 def _rollback(options: argparse.Namespace) -> None:
     from experts.lock import update
-    from experts.rollback import rollback
     from xelm.runs.run import open_run
 
     run = open_run(options.run)
-    registry = update(run.directory, lambda r: rollback(r, options.name, options.version))
+    registry = update(run.directory, lambda r: r.rollback(options.name, options.version))
     published = registry.expert(options.name).reference
     if options.json:
         print_json({"published": published})
