@@ -51,6 +51,7 @@ from xelm.presets import tiny
 from xelm.process import prepare
 from xelm.runs.grow import grow
 from xelm.runs.init import init
+from xelm.runs.options import GrowOptions, InitOptions
 from xelm.runs.run import Run, open_run
 from xelm.training.trainer import DivergedError
 
@@ -83,7 +84,7 @@ def main() -> None:
     config = override(tiny(), options.settings)
     parts = halves(data, out, options.max_documents)
     started = time.perf_counter()
-    base = init(out / "base", data / "corpus", config, languages=LANGUAGES)
+    base = init(out / "base", data / "corpus", config, InitOptions(languages=LANGUAGES))
     with workers(options.jobs) as pool:
         tokens = round(config.experts.tokens * options.tuning_share)
         shorter = replace(config, experts=replace(config.experts, tokens=tokens))
@@ -208,12 +209,12 @@ def _grown(out: Path, corpus: Path, valid: Path, how: str) -> list[Row]:
     for language in NEW_LANGUAGES:
         registry = run.registry()
         if not any(language in expert.languages for expert in registry.published()):
-            parent = "seed" if how == "seed" else "auto"
+            options = GrowOptions(parent="seed") if how == "seed" else GrowOptions(by="typology")
             if how == "farthest":
                 served = [tag for e in registry.published() for tag in e.languages]
                 farthest = typology.distances([language, *served]).relatives(language)[-1]
-                parent = registry.for_language(farthest.language).name
-            grow(run, language, corpus, parent=parent, by="typology")
+                options = GrowOptions(parent=registry.for_language(farthest.language).name)
+            grow(run, language, corpus, options)
     return evaluated(run, valid, routings_of("typology-k8"))
 
 

@@ -33,6 +33,7 @@ from xelm.config import RunConfig, override
 from xelm.presets import tiny
 from xelm.process import prepare
 from xelm.runs.init import init
+from xelm.runs.options import InitOptions
 from xelm.runs.run import Run
 
 
@@ -79,7 +80,7 @@ def _name(system: str, tokens: int, rates: Rates) -> str:
 
 def _seed(data: Path, out: Path, config: RunConfig) -> Run:
     folder = out / f"width-{config.model.width}"
-    return init(folder / "base", data / "corpus", config, languages=LANGUAGES)
+    return init(folder / "base", data / "corpus", config, InitOptions(languages=LANGUAGES))
 
 
 def _point(

@@ -18,6 +18,7 @@ from xelm.evaluation.results import Row
 from xelm.runs.branch import branch
 from xelm.runs.evaluate import evaluate
 from xelm.runs.init import init
+from xelm.runs.options import InitOptions
 from xelm.runs.results import read_results
 from xelm.runs.run import Run
 from xelm.runs.train import train_dense, train_experts
@@ -75,8 +76,7 @@ def train_system(
         base.directory.parent / name,
         base.record["corpus"],
         replace(config, experts=experts, grow=grow),
-        seed=base.seed,
-        languages=LANGUAGES,
+        InitOptions(seed=base.seed, languages=LANGUAGES),
     )
     if system == "dense":
         train_dense(run)
@@ -84,7 +84,7 @@ def train_system(
     branched = (run.directory / "clusters.json").exists()
     # Branching that was interrupted resumes.
     branch(run, run.clusters() if branched else clusters_of(run, system, repetition))
-    train_experts(run, [e.name for e in run.registry().training() if e.cluster])
+    train_experts(run, run.untrained())
     return run
 
 

@@ -8,7 +8,7 @@ import pytest
 import xelm
 from clustering.clustering import Clustering
 from clustering.errors import UserError
-from xelm import Run, open_run
+from xelm import EvaluationOptions, Run, open_run
 from xelm.commands import COMMANDS
 
 ON_NO_RUN = {"quickstart", "init", "cluster", "rename", "config"}
@@ -44,7 +44,8 @@ def test_a_run_is_read_and_measured_by_its_methods(copy):
     assert run.verify() == []
     assert {each.state for each in run.status()} == {"done"}
     assert run.nearest("pt", ["typology"], ["es", "en"])[0].language == "es"
-    results = run.evaluate(copy.held_out, routings=["language"], max_documents=1, languages=["de"])
+    options = EvaluationOptions(routings=["language"], max_documents=1)
+    results = run.evaluate(copy.held_out, options, languages=["de"])
     assert {row.language for row in results.rows} == {"de"}
 
 

@@ -64,8 +64,8 @@ LAYERS = (
     ("xelm.runs",),
     ("xelm.serving",),
     ("xelm.harness", "xelm.quickstart"),
-    ("xelm.commands", "xelm.tables"),
-    ("xelm.api",),
+    ("xelm.api", "xelm.tables"),
+    ("xelm.commands",),
     ("xelm.cli", "xelm.__main__"),
 )
 # A plain language-model trainer: of the packages below it knows mistakes, files and language codes.

@@ -9,9 +9,12 @@
 
 A RUN, one X-ELM on disk (the directory that most commands take):
     init            make one from a corpus, with a configuration of xelm.presets
+    plan_init       what that would cost, without making it
     open_run        open one
     quickstart      make a small one on the embedded sample corpus
     Run             what these return: help(xelm.Run) lists what can be done with it
+    InitOptions, GrowOptions, EvaluationOptions
+                    options of init, Run.grow and Run.evaluate
 
 One checkpoint of any supported family, as on the Hugging Face Hub:
     load_model      a model to call: int [B, T] tokens -> float [B, T, V] logits
@@ -27,15 +30,34 @@ from typing import TYPE_CHECKING, Any
 from xelm.version import __version__
 
 if TYPE_CHECKING:
-    from xelm.api import Run, init, open_run, quickstart
+    from xelm.api import (
+        EvaluationOptions,
+        GrowOptions,
+        InitOptions,
+        Run,
+        init,
+        open_run,
+        quickstart,
+    )
     from xelm.models.checkpoint import load_model, save_model
+    from xelm.runs.init import plan_init
 
+_HOMES = {
+    "load_model": "xelm.models.checkpoint",
+    "plan_init": "xelm.runs.init",
+    "save_model": "xelm.models.checkpoint",
+}
+"""Name -> its module; all others are in xelm.api."""
 __all__ = [
+    "EvaluationOptions",
+    "GrowOptions",
+    "InitOptions",
     "Run",
     "__version__",
     "init",
     "load_model",
     "open_run",
+    "plan_init",
     "quickstart",
     "save_model",
 ]
@@ -48,5 +70,4 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'xelm' has no attribute {name!r}")
-    home = "xelm.models.checkpoint" if name.endswith("_model") else "xelm.api"
-    return getattr(import_module(home), name)
+    return getattr(import_module(_HOMES.get(name, "xelm.api")), name)

@@ -1,7 +1,7 @@
 """What users of the library call: a RUN with everything that can be done with it as methods.
 
-Each method does what the command of its name does; the modules of `xelm.runs` do the work. A method
-imports what it needs when it is called.
+Each method does what the command of its name does, which calls it; the modules of `xelm.runs` do
+the work. A method imports what it needs when it is called.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from clustering.clustering import Clustering
 from clustering.errors import UserError
-from xelm.evaluation.options import EVALUATED, EvaluationOptions
+from xelm.evaluation.options import EvaluationOptions
 from xelm.inference.routing import DEFAULT, AbstainTo, RoutePer, Routing
 from xelm.runs import run as runs
+from xelm.runs.options import GrowOptions, InitOptions
 
 if TYPE_CHECKING:
     from clustering.internal import States, Updates
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from experts.verify import Fault
     from xelm.config import RunConfig
     from xelm.data.corpus import AnyCorpus
+    from xelm.data.text_stats import TextStats
     from xelm.evaluation.results import Results
     from xelm.inference.ensemble import Ensemble
+    from xelm.runs.budget import Plan
     from xelm.runs.nearest import Relatives
     from xelm.runs.status import Progress
 
@@ -37,8 +40,7 @@ class Run(runs.Run):
         directory that `xelm cluster` saved it in."""
         from xelm.runs.branch import branch
 
-        loaded = clusters if isinstance(clusters, Clustering) else Clustering.load(clusters)
-        return branch(self, loaded)
+        return branch(self, _loaded(clusters))
 
     def train(self, *names: str, dense: bool = False, jobs: int = 1) -> None:
         """Trains and publishes experts, or goes on with trainings that were interrupted.
@@ -50,56 +52,55 @@ class Run(runs.Run):
         from xelm.runs.launch import launch
 
         if not names and not dense:
-            names = tuple(e.name for e in self.registry().training() if e.cluster is not None)
+            names = tuple(self.untrained())
         failures = launch(self, names, dense=dense, jobs=jobs)
         if failures:
             raise UserError("; ".join(dict.fromkeys(failures.values())))
+
+    def plan_training(self, *names: str, dense: bool = False) -> "list[Plan]":
+        """What `train` would cost with these arguments; nothing is trained."""
+        from xelm.runs.train import plans_of
+
+        if not names and not dense:
+            names = tuple(self.untrained())
+        return plans_of(self, names, dense=dense)
 
     def grow(
         self,
         language: str,
         corpus: "AnyCorpus | None" = None,
-        *,
-        parent: str = "auto",
-        by: str | None = None,
-        workers: int = 1,
+        options: GrowOptions | None = None,
     ) -> "Expert":
         """Trains and publishes an expert for a new language; no other expert changes. Arguments as
         in `xelm.runs.grow.grow`."""
         from xelm.runs.grow import grow
 
-        return grow(self, language, corpus, parent=parent, by=by, workers=workers)
+        return grow(self, language, corpus, options)
+
+    def plan_growth(
+        self,
+        language: str,
+        corpus: "AnyCorpus | None" = None,
+        options: GrowOptions | None = None,
+    ) -> "tuple[Expert, Plan, TextStats]":
+        """The expert that `grow` would make with these arguments, what its training would cost, and
+        its text; nothing in the RUN changes."""
+        from xelm.runs.grow import plan_growth
+
+        return plan_growth(self, language, corpus, options)
 
     def evaluate(
         self,
         corpus: "AnyCorpus",
+        options: EvaluationOptions | None = None,
         *,
-        routings: Sequence[str] = EVALUATED,
-        top_m: int | None = None,
-        least_weight: float = 0.001,
-        temperature: float | None = None,
         languages: Sequence[str] | None = None,
-        max_documents: int | None = None,
-        calibration_tokens: int = 1000,
-        context_length: int | None = None,
-        stride: int | None = None,
     ) -> "Results":
         """Perplexity and bits per byte by language, of every model and of the ensemble under each
-        routing; written to RUN/results/results.json. The options are
-        those of `xelm.evaluation.options.EvaluationOptions`. languages: of the corpus, to measure
-        on; None: all."""
+        routing; written to RUN/results/results.json. languages: of the corpus, to measure on; None:
+        all."""
         from xelm.runs.evaluate import evaluate
 
-        options = EvaluationOptions(
-            routings=routings,
-            top_m=top_m,
-            least_weight=least_weight,
-            temperature=temperature,
-            max_documents=max_documents,
-            calibration_tokens=calibration_tokens,
-            context_length=context_length,
-            stride=stride,
-        )
         return evaluate(self, corpus, options, languages=languages)
 
     def ensemble(
@@ -232,33 +233,19 @@ def init(
     directory: str | Path,
     corpus: "AnyCorpus",
     config: "RunConfig",
+    options: InitOptions | None = None,
     *,
-    seed: str | Path | None = None,
-    languages: Sequence[str] | None = None,
-    clusters: Clustering | None = None,
-    workers: int = 1,
-    keep_duplicates: bool = False,
-    base_model: str | None = None,
+    clusters: "Clustering | str | Path | None" = None,
 ) -> Run:
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus and seed.
 
-    config: as from a function of `xelm.presets`. The other arguments are those of
-    `xelm.runs.init.init`.
+    config: as from a function of `xelm.presets`. clusters: to branch on at once, as in
+    `Run.branch`. The other arguments are those of `xelm.runs.init.init`.
     """
     from xelm.runs.init import init as make
 
-    made = make(
-        directory,
-        corpus,
-        config,
-        seed=seed,
-        languages=languages,
-        clusters=clusters,
-        workers=workers,
-        keep_duplicates=keep_duplicates,
-        base_model=base_model,
-    )
-    return _with_methods(made)
+    branched = None if clusters is None else _loaded(clusters)
+    return _with_methods(make(directory, corpus, config, options, clusters=branched))
 
 
 def quickstart(directory: str | Path = "xelm-quickstart") -> Run:
@@ -272,3 +259,7 @@ def quickstart(directory: str | Path = "xelm-quickstart") -> Run:
 
 def _with_methods(run: runs.Run) -> Run:
     return Run(directory=run.directory, record=run.record, settings=run.settings)
+
+
+def _loaded(clusters: Clustering | str | Path) -> Clustering:
+    return clusters if isinstance(clusters, Clustering) else Clustering.load(clusters)

@@ -84,8 +84,7 @@ def parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         description = f"{command.summary[0].upper()}{command.summary[1:]}."
         options = commands.add_parser(name, help=command.summary, description=description)
-        command.add_options(options)
-        options.set_defaults(run_command=command.run)
+        command.add_to(options)
     return top
 
 

@@ -10,6 +10,7 @@ from xelm.runs.branch import branch
 from xelm.runs.evaluate import evaluate
 from xelm.runs.grow import grow
 from xelm.runs.init import init
+from xelm.runs.options import InitOptions
 from xelm.runs.report import report
 from xelm.runs.run import Run
 from xelm.runs.train import train_dense, train_experts
@@ -24,10 +25,10 @@ def quickstart(directory: str | Path) -> tuple[Run, Results, Path]:
     for each cluster, grows an expert for another language, evaluates all, and writes the report.
     Returns the RUN, the results and the path of the report. An interrupted quickstart resumes."""
     with as_file(files("xelm") / "sample") as sample:
-        run = init(directory, sample / "train", preset(), languages=LANGUAGES)
+        run = init(directory, sample / "train", preset(), InitOptions(languages=LANGUAGES))
         branch(run, typology.cluster(LANGUAGES, CLUSTERS))
         train_dense(run)
-        train_experts(run, [e.name for e in run.registry().training() if e.cluster])
+        train_experts(run, run.untrained())
         for language in NEW_LANGUAGES[:1]:
             if not any(language in e.languages for e in run.registry().published()):
                 grow(run, language, sample / "train")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from clustering.engines import ENGINES
 from clustering.errors import UserError
 from experts.expert import check_name
-from xelm.commands.options import Command, add_json, names, print_json
+from xelm.commands.options import Command, add_languages, names, show
 from xelm.commands.sources import add_sources, check_sources, measures_named, sources_of
 from xelm.runs.measures import MEASURES
 
@@ -29,11 +29,8 @@ def _cluster_options(parser: argparse.ArgumentParser) -> None:
         "--corpus. Or random, or by-hand",
     )
     parser.add_argument("-k", type=_number, metavar="K", help="number of clusters; auto chooses it")
-    parser.add_argument(
-        "--languages",
-        type=names,
-        metavar="A,B,C",
-        help="languages to cluster (default: those of --table, --tagged, --corpus or --run)",
+    add_languages(
+        parser, "languages to cluster (default: those of --table, --tagged, --corpus or --run)"
     )
     parser.add_argument(
         "--exclude", type=names, metavar="A,B", default=(), help="languages to leave in no cluster"
@@ -73,7 +70,6 @@ def _cluster_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="directory to write clusters.json and figures to",
     )
-    add_json(parser)
 
 
 def _cluster(options: argparse.Namespace) -> None:
@@ -103,18 +99,16 @@ def _cluster(options: argparse.Namespace) -> None:
             file=sys.stderr,
         )
     save_with_figures(clustering, Path(options.out))
-    if options.json:
-        facts = {name: getattr(clustering, name) for name in ("method", "parameters")}
-        groups = {"clusters": clustering.clusters, "unassigned": clustering.unassigned}
-        print_json(facts | groups)
-    else:
-        print(clustering)
-        if "reason" in clustering.parameters:
-            print(f"\n{clustering.parameters['reason']}")
-        print(f"\nSaved in {options.out}")
+    facts = ("method", "parameters", "clusters", "unassigned")
+    text = [str(clustering), clustering.parameters.get("reason"), f"Saved in {options.out}"]
+    show(
+        options,
+        {name: getattr(clustering, name) for name in facts},
+        "\n\n".join(part for part in text if part),
+    )
 
 
-CLUSTER = Command("cluster languages or documents", _cluster_options, _cluster)
+CLUSTER = Command("cluster languages or documents", _cluster, _cluster_options, on_run=False)
 
 
 def _clustering(options: argparse.Namespace) -> "Clustering":
@@ -218,7 +212,6 @@ def _rename_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", metavar="OLD=NEW", nargs="+", help="name of a cluster and its new name"
     )
-    add_json(parser)
 
 
 def _rename(options: argparse.Namespace) -> None:
@@ -239,10 +232,7 @@ def _rename(options: argparse.Namespace) -> None:
         raise UserError(f"a cluster is renamed twice: {', '.join(options.names)}")
     clustering = Clustering.load(options.clusters).renamed({old: new for old, _, new in pairs})
     save_with_figures(clustering, Path(options.clusters), overwrite=True)
-    if options.json:
-        print_json({"clusters": clustering.clusters})
-    else:
-        print(clustering)
+    show(options, {"clusters": clustering.clusters}, clustering)
 
 
-RENAME = Command("rename clusters, before xelm branch", _rename_options, _rename)
+RENAME = Command("rename clusters, before xelm branch", _rename, _rename_options, on_run=False)

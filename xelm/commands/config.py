@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from xelm.commands.options import Command, add_json, add_settings, print_json
+from xelm.commands.options import Command, add_settings, show
 from xelm.presets import PRESETS
 
 
@@ -16,7 +16,6 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
         "presets are listed)",
     )
     add_settings(parser, "show it with this setting changed, as in experts.tokens=3e6")
-    add_json(parser)
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -28,10 +27,8 @@ def _config(options: argparse.Namespace) -> None:
         if options.settings:
             raise UserError("--set changes a configuration; name a preset or a RUN")
         summaries = {name: _summary(name) for name in PRESETS}
-        if options.json:
-            print_json(summaries)
-        else:
-            print("\n".join(f"{name:12}{summary}" for name, summary in summaries.items()))
+        lines = [f"{name:12}{summary}" for name, summary in summaries.items()]
+        show(options, summaries, "\n".join(lines))
         return
     if options.name in PRESETS:
         config = PRESETS[options.name]()
@@ -42,13 +39,12 @@ def _config(options: argparse.Namespace) -> None:
             f"{options.name} is neither a preset ({', '.join(PRESETS)}) nor the directory of a RUN"
         )
     config = override(config, options.settings)
-    if options.json:
-        print_json(to_json(config))
-    else:
-        print("\n".join(explained(config)))
+    show(options, to_json(config), "\n".join(explained(config)))
 
 
-CONFIG = Command("list presets, or show a complete configuration", _config_options, _config)
+CONFIG = Command(
+    "list presets, or show a complete configuration", _config, _config_options, on_run=False
+)
 
 
 def _summary(preset: str) -> str:

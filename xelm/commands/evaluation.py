@@ -1,51 +1,36 @@
 """The command that measures the models and the ensemble on held-out text."""
 
 import argparse
-import dataclasses
 
 from xelm.commands.options import (
     Command,
     add_corpus,
     add_fields,
-    add_json,
-    add_run,
+    add_languages,
     given_fields,
-    names,
-    print_json,
     required_corpus,
+    run_of,
+    show,
 )
 from xelm.evaluation.options import EvaluationOptions
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
     add_corpus(parser, "held-out text to measure on, as for xelm init", required=True)
-    parser.add_argument(
-        "--languages",
-        type=names,
-        metavar="A,B,...",
-        help="languages of the corpus to measure on (default: all)",
-    )
-    fields = [field.name for field in dataclasses.fields(EvaluationOptions)]
+    add_languages(parser, "languages of the corpus to measure on (default: all)")
     flags = {"routings": "--routing", "temperature": "--router-temperature"}
-    add_fields(parser, EvaluationOptions, *fields, title="evaluation", flags=flags)
-    add_json(parser)
+    add_fields(parser, EvaluationOptions, title="evaluation", flags=flags)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from xelm import tables
-    from xelm.runs.evaluate import evaluate
     from xelm.runs.results import RESULTS
-    from xelm.runs.run import open_run
 
-    run = open_run(options.run)
+    run = run_of(options)
     chosen = EvaluationOptions(**given_fields(options, EvaluationOptions))
-    results = evaluate(run, required_corpus(options), chosen, languages=options.languages)
-    if options.json:
-        print_json(results.record)
-    else:
-        print(tables.results(results, chosen.routings, run.languages))
-        print(f"\nSaved in {run.results / RESULTS}")
+    results = run.evaluate(required_corpus(options), chosen, languages=options.languages)
+    table = tables.results(results, chosen.routings, run.languages)
+    show(options, results.record, f"{table}\n\nSaved in {run.results / RESULTS}")
 
 
-EVALUATE = Command("measure perplexity and bits per byte by language", _evaluate_options, _evaluate)
+EVALUATE = Command("measure perplexity and bits per byte by language", _evaluate, _evaluate_options)

@@ -6,14 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from xelm.commands.options import (
-    Command,
-    add_fields,
-    add_json,
-    add_run,
-    given_fields,
-    print_json,
-)
+from xelm.commands.options import Command, add_fields, given_fields, run_of, show
 from xelm.commands.routing import add_language, add_routing, routing_of
 from xelm.inference.sampling_params import SamplingParams
 
@@ -24,7 +17,6 @@ _SEED_DEFAULTS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
     parser.add_argument("prompt", help="text to continue")
     add_language(parser, "prompt")
     parser.add_argument(
@@ -40,7 +32,6 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
         elsewhere=dict.fromkeys(_SEED_DEFAULTS, "that of the seed's generation_config.json"),
     )
     add_routing(parser, "route_per")
-    add_json(parser)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -62,24 +53,15 @@ def _generate(options: argparse.Namespace) -> None:
         language=options.language,
         stream=(lambda piece: None) if options.json else show,
     )
-    if options.json:
-        print_json(
-            {
-                "text": generation.text,
-                "weights": generation.weights,
-                "routing": generation.routing,
-            }
-        )
-    else:
-        print()
-    _report_routing(options, generation.weights, generation.routing)
+    weights, routing = generation.weights, generation.routing
+    show(options, {"text": generation.text, "weights": weights, "routing": routing}, "")
+    _report_routing(options, weights, routing)
 
 
-GENERATE = Command("continue a prompt with the ensemble", _generate_options, _generate)
+GENERATE = Command("continue a prompt with the ensemble", _generate, _generate_options)
 
 
 def _fill_options(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
     parser.add_argument(
         "text", help="text with the mask token of the seed's tokenizer, such as [MASK]"
     )
@@ -92,31 +74,30 @@ def _fill_options(parser: argparse.ArgumentParser) -> None:
         help="number of predictions shown for each mask (default: %(default)s)",
     )
     add_routing(parser)
-    add_json(parser)
 
 
 def _fill(options: argparse.Namespace) -> None:
     ensemble = _open_ensemble(options)
     filling = ensemble.fill(options.text, count=options.count, language=options.language)
-    if options.json:
-        masks = [[guess._asdict() for guess in guesses] for guesses in filling.masks]
-        print_json({"masks": masks, "weights": filling.weights, "routing": filling.routing})
-    else:
-        for number, guesses in enumerate(filling.masks, 1):
-            print(f"mask {number}")
-            for guess in guesses:
-                print(f"  {guess.probability:<9.3g} {json.dumps(guess.text, ensure_ascii=False)}")
+    masks = [[guess._asdict() for guess in guesses] for guesses in filling.masks]
+    lines = []
+    for number, guesses in enumerate(filling.masks, 1):
+        lines.append(f"mask {number}")
+        for guess in guesses:
+            text = json.dumps(guess.text, ensure_ascii=False)
+            lines.append(f"  {guess.probability:<9.3g} {text}")
+    facts = {"masks": masks, "weights": filling.weights, "routing": filling.routing}
+    show(options, facts, "\n".join(lines))
     _report_routing(options, filling.weights, filling.routing)
 
 
-FILL = Command("predict the masked tokens of a text (encoders)", _fill_options, _fill)
+FILL = Command("predict the masked tokens of a text (encoders)", _fill, _fill_options)
 
 
 def _open_ensemble(options: argparse.Namespace) -> "Ensemble":
     from xelm.runs.ensembles import open_ensemble
-    from xelm.runs.run import open_run
 
-    return open_ensemble(open_run(options.run), routing_of(options), dtype=options.dtype)
+    return open_ensemble(run_of(options), routing_of(options), dtype=options.dtype)
 
 
 def _report_routing(

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from xelm.commands.options import Command, add_json, names, print_json
+from xelm.commands.options import Command, add_languages, names, show
 from xelm.commands.sources import MEASURES, add_sources, check_sources, measures_named, sources_of
 
 # The measure that relatives are ranked by, and others that every language has data for.
@@ -12,11 +12,8 @@ BY = "mixture,genealogy,typology,geography"
 
 def _nearest_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("language", metavar="LANGUAGE", help="language whose relatives are listed")
-    parser.add_argument(
-        "--languages",
-        type=names,
-        metavar="A,B,C",
-        help="languages to compare with (default: those of --table, --tagged, --corpus or --run)",
+    add_languages(
+        parser, "languages to compare with (default: those of --table, --tagged, --corpus or --run)"
     )
     parser.add_argument(
         "--by",
@@ -27,7 +24,6 @@ def _nearest_options(parser: argparse.ArgumentParser) -> None:
         f"(default: {BY})",
     )
     add_sources(parser)
-    add_json(parser)
 
 
 def _nearest(options: argparse.Namespace) -> None:
@@ -38,10 +34,10 @@ def _nearest(options: argparse.Namespace) -> None:
     found = relatives(options.language, options.by, sources_of(options), options.languages)
     if warning := little_known(options.language, found, options.by[0]):
         print(warning, file=sys.stderr)
-    if options.json:
-        print_json([relative.to_json() for relative in found])
-    else:
-        print(tables.relatives(found, options.by))
+    facts = [relative.to_json() for relative in found]
+    show(options, facts, tables.relatives(found, options.by))
 
 
-NEAREST = Command("list the nearest relatives of a language", _nearest_options, _nearest)
+NEAREST = Command(
+    "list the nearest relatives of a language", _nearest, _nearest_options, on_run=False
+)

@@ -15,6 +15,7 @@ from xelm.config import field_notes
 from xelm.process import cores
 
 if TYPE_CHECKING:
+    from xelm.api import Run
     from xelm.data.corpus import Corpus
 
 _MOST_WORKERS = 32
@@ -26,10 +27,24 @@ class Command(NamedTuple):
 
     summary: str
     """Description for the help."""
-    add_options: Callable[[argparse.ArgumentParser], None]
-    """Function that adds the command's options to its parser."""
     run: Callable[[argparse.Namespace], None]
     """Function that runs the command."""
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    """Function that adds options of the command's own to its parser."""
+    on_run: bool = True
+    """Whether the first argument is a RUN."""
+    json: bool = True
+    """Whether there is the option `--json`."""
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Adds all arguments and options of the command to its parser."""
+        if self.on_run:
+            place = "directory that xelm init or xelm quickstart made"
+            parser.add_argument("run", metavar="RUN", help=place)
+        self.add_options(parser)
+        if self.json:
+            parser.add_argument("--json", action="store_true", help="print JSON to stdout")
+        parser.set_defaults(run_command=self.run)
 
 
 def add_fields(
@@ -41,8 +56,8 @@ def add_fields(
     choices: Mapping[str, Sequence[str]] | None = None,
     elsewhere: Mapping[str, str] | None = None,
 ) -> None:
-    """Adds an option for each of these fields of a dataclass, with the type, the default and the
-    explanation of the field. `given_fields` returns the values that a user gave.
+    """Adds an option for each of these fields of a dataclass, or for every field, with the type,
+    default and explanation of the field. `given_fields` returns the values that a user gave.
 
     title: heading above the options. flags: options that are not named as their fields are.
     choices: values that the options take, where the type does not say it. elsewhere: places
@@ -52,9 +67,13 @@ def add_fields(
     values: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(kind)}
     names = {name: f"--{name.replace('_', '-')}" for name in values} | dict(flags or {})
     group = parser.add_argument_group(title)
-    for field in fields:
-        note, default, *_ = [*re.split(r"\. (?:None|Empty): ", notes[field].removesuffix(".")), ""]
+    for field in fields or values:
+        note, default, *_ = [
+            *re.split(r"\. (?:None|Empty|False): ", notes[field].removesuffix(".")),
+            "",
+        ]
         note = re.sub("`(.+?)`", lambda found: names.get(found[1], found[1]), note)
+        note = note.removeprefix("Whether to ")  # an option without a value
         if note[1].islower():
             note = note[0].lower() + note[1:]
         if not default and isinstance(values[field], str | float | int):
@@ -92,6 +111,7 @@ def _value(hint: Any, choices: Sequence[str] | None) -> dict[str, Any]:
     return {
         int: {"type": int, "metavar": "N"},
         float: {"type": float, "metavar": "X"},
+        bool: {"action": "store_true", "default": None},
         str: {"metavar": "NAME"},
         Path: {"metavar": "PATH"},
         Sequence[str]: {"type": names, "metavar": "A,B,..."},
@@ -164,27 +184,22 @@ def required_corpus(options: argparse.Namespace) -> "Corpus":
     return corpus
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Adds the argument RUN."""
-    parser.add_argument(
-        "run", metavar="RUN", help="directory that xelm init or xelm quickstart made"
-    )
+def run_of(options: argparse.Namespace) -> "Run":
+    """Returns the RUN that the options name, with the settings of `--set` if there are any."""
+    from xelm.api import open_run
+
+    return open_run(options.run, settings=getattr(options, "settings", ()))
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Adds the option `--json`."""
-    parser.add_argument("--json", action="store_true", help="print JSON to stdout")
+def add_languages(parser: argparse.ArgumentParser, summary: str) -> None:
+    """Adds the option `--languages`."""
+    parser.add_argument("--languages", type=names, metavar="A,B,...", help=summary)
 
 
 def add_settings(parser: argparse.ArgumentParser, summary: str) -> None:
     """Adds the option `--set`."""
     parser.add_argument(
-        "--set",
-        dest="settings",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help=summary,
+        "--set", dest="settings", action="append", default=[], metavar="NAME=VALUE", help=summary
     )
 
 
@@ -220,6 +235,6 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def print_json(value: Any) -> None:
-    """Prints a value as JSON on stdout."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+def show(options: argparse.Namespace, facts: Any, text: object) -> None:
+    """Prints a result to stdout: with `--json` the facts as JSON, otherwise the text."""
+    print(json.dumps(facts, ensure_ascii=False, indent=2) if options.json else text)

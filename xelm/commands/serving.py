@@ -2,13 +2,12 @@
 
 import argparse
 
-from xelm.commands.options import Command, add_fields, add_run, given_fields
+from xelm.commands.options import Command, add_fields, given_fields, run_of
 from xelm.commands.routing import add_routing, routing_of
 from xelm.serving.limits import Limits
 
 
 def _serve_options(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
     )
@@ -40,12 +39,11 @@ def _serve_options(parser: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     from xelm.process import return_freed_memory
-    from xelm.runs.run import open_run
     from xelm.serving.server import serve
 
     return_freed_memory()
     serve(
-        open_run(options.run),
+        run_of(options),
         routing_of(options),
         dtype=options.dtype,
         host=options.host,
@@ -57,5 +55,8 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 SERVE = Command(
-    "serve the ensemble over HTTP, with the interfaces of OpenAI", _serve_options, _serve
+    "serve the ensemble over HTTP, with the interfaces of OpenAI",
+    _serve,
+    _serve_options,
+    json=False,
 )

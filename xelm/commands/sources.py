@@ -2,12 +2,11 @@
 them."""
 
 import argparse
-import dataclasses
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from clustering.errors import UserError
-from xelm.commands.options import add_corpus, add_fields, corpus_of, given_fields
+from xelm.commands.options import add_corpus, add_fields, corpus_of, given_fields, run_of
 from xelm.runs.measures import MEASURES, Data
 
 if TYPE_CHECKING:
@@ -20,20 +19,15 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
         "--run", metavar="RUN", help="RUN that supplies the corpus, subwords or losses"
     )
     add_corpus(parser, "text, for words, characters, subwords and mixture")
-    fields = [field.name for field in dataclasses.fields(Data)]
-    add_fields(parser, Data, *fields, title="data of measures")
+    add_fields(parser, Data, title="data of measures")
 
 
 def sources_of(options: argparse.Namespace) -> "Sources":
     """Returns the data that the options of `add_sources` name."""
     from xelm.runs.distances import Sources
-    from xelm.runs.run import open_run
 
-    return Sources(
-        corpus=corpus_of(options),
-        run=open_run(options.run) if options.run else None,
-        **given_fields(options, Data),
-    )
+    run = run_of(options) if options.run else None
+    return Sources(corpus=corpus_of(options), run=run, **given_fields(options, Data))
 
 
 def check_sources(options: argparse.Namespace, methods: Collection[str]) -> None:

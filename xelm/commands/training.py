@@ -12,20 +12,20 @@ from xelm.commands.options import (
     Command,
     add_corpus,
     add_dry_run,
-    add_json,
-    add_run,
+    add_fields,
     add_settings,
     add_workers,
     corpus_of,
-    names,
-    print_json,
+    given_fields,
     required_corpus,
+    run_of,
+    show,
 )
 from xelm.presets import PRESETS
+from xelm.runs.options import GrowOptions, InitOptions
 
 if TYPE_CHECKING:
     from experts.expert import Expert
-    from xelm.config import RunConfig
     from xelm.data.text_stats import TextStats
     from xelm.runs.budget import Plan
     from xelm.runs.run import Run
@@ -41,7 +41,6 @@ def _quickstart_options(parser: argparse.ArgumentParser) -> None:
         default="xelm-quickstart",
         help="directory to make (default: %(default)s)",
     )
-    add_json(parser)
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -49,20 +48,22 @@ def _quickstart(options: argparse.Namespace) -> None:
     from xelm.quickstart import NEW_LANGUAGES, quickstart
 
     run, results, page = quickstart(options.out)
-    if options.json:
-        print_json({"run": str(run.directory), "report": str(page), "results": results.record})
-        return
-    print(tables.results(results, ("language", "learned", "tfidf"), run.languages))
-    print(f"\nReport: {page}\n\nNext:")
-    print(f'  xelm generate {run.directory} "Der alte Mann" --routing language --language de')
-    print(f"  xelm grow {run.directory} --language {NEW_LANGUAGES[1]}")
-    print("  xelm init MY_RUN --corpus MY_CORPUS --preset tiny")
+    table = tables.results(results, ("language", "learned", "tfidf"), run.languages)
+    show(
+        options,
+        {"run": str(run.directory), "report": str(page), "results": results.record},
+        f"{table}\n\nReport: {page}\n\nNext:\n"
+        f'  xelm generate {run.directory} "Der alte Mann" --routing language --language de\n'
+        f"  xelm grow {run.directory} --language {NEW_LANGUAGES[1]}\n"
+        "  xelm init MY_RUN --corpus MY_CORPUS --preset tiny",
+    )
 
 
 QUICKSTART = Command(
     "run every step on the embedded sample corpus, on a CPU, in minutes",
-    _quickstart_options,
     _quickstart,
+    _quickstart_options,
+    on_run=False,
 )
 
 
@@ -78,27 +79,10 @@ def _init_options(parser: argparse.ArgumentParser) -> None:
         required=True,
     )
     parser.add_argument(
-        "--seed",
-        metavar="HF_DIR",
-        help="directory of a Hugging Face checkpoint "
-        "to start from (default: a seed is trained on the corpus)",
-    )
-    parser.add_argument(
-        "--base-model",
-        metavar="OWNER/NAME",
-        help="name of the seed on the Hub, for the model cards of its experts",
-    )
-    parser.add_argument(
         "--preset",
         choices=PRESETS,
         help="configuration to start from (default: tiny, or hub with --seed); xelm config shows "
         "it",
-    )
-    parser.add_argument(
-        "--languages",
-        type=names,
-        metavar="A,B,C",
-        help="languages of the corpus to use (default: all)",
     )
     add_settings(
         parser, "change a setting of the configuration, such as experts.tokens=3e6; may be repeated"
@@ -108,64 +92,36 @@ def _init_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="record one expert for each of these clusters at once, as xelm branch does",
     )
-    parser.add_argument(
-        "--keep-duplicates",
-        action="store_true",
-        help="keep exact copies of documents (default: one of each is kept)",
-    )
     add_dry_run(parser)
     add_workers(parser)
-    add_json(parser)
+    fields = ("seed", "base_model", "languages", "keep_duplicates")
+    add_fields(parser, InitOptions, *fields, title="seed and text")
 
 
 def _init(options: argparse.Namespace) -> None:
-    from clustering.clustering import Clustering
-    from xelm import tables
+    from xelm import api, tables
     from xelm.config import override
     from xelm.data.text_stats import text_stats
-    from xelm.runs.init import init
+    from xelm.runs.init import plan_init
 
-    unused = [s for s in options.settings if options.seed and s.startswith(_OF_FRESH_SEEDS)]
+    given = InitOptions(**given_fields(options, InitOptions), workers=options.workers)
+    unused = [s for s in options.settings if given.seed and s.startswith(_OF_FRESH_SEEDS)]
     if unused:
         raise UserError(
             f"{unused[0]} has no effect on a given seed: the checkpoint of --seed is used as it is"
         )
-    preset = options.preset or ("hub" if options.seed else "tiny")
+    preset = options.preset or ("hub" if given.seed else "tiny")
     config = override(PRESETS[preset](), options.settings)
+    corpus = required_corpus(options)
     if options.dry_run:
-        _plan_init(options, config)
+        plans, texts = plan_init(options.run, corpus, config, given)
+        _print_plans(options, plans, texts, f"Nothing was written to {options.run}")
         return
-    run = init(
-        options.run,
-        required_corpus(options),
-        config,
-        seed=options.seed,
-        languages=options.languages,
-        clusters=Clustering.load(options.clusters) if options.clusters else None,
-        workers=options.workers,
-        keep_duplicates=options.keep_duplicates,
-        base_model=options.base_model,
-    )
-    if options.json:
-        print_json({"run": str(run.directory), "languages": run.store().record["languages"]})
-        return
-    print(tables.texts(list(text_stats(run.store()).values())))
-    print(f"\nRUN: {run.directory}")
-
-
-def _plan_init(options: argparse.Namespace, config: "RunConfig") -> None:
-    from xelm.runs.init import plan_init
-
-    plans, texts = plan_init(
-        options.run,
-        required_corpus(options),
-        config,
-        seed=options.seed,
-        languages=options.languages,
-        workers=options.workers,
-        keep_duplicates=options.keep_duplicates,
-    )
-    _print_plans(options, plans, texts, f"Nothing was written to {options.run}")
+    run = api.init(options.run, corpus, config, given, clusters=options.clusters or None)
+    store = run.store()
+    table = tables.texts(list(text_stats(store).values()))
+    facts = {"run": str(run.directory), "languages": store.record["languages"]}
+    show(options, facts, f"{table}\n\nRUN: {run.directory}")
 
 
 def _print_plans(
@@ -180,44 +136,34 @@ def _print_plans(
 
     for line in budget.warnings(plans):
         print(line, file=sys.stderr)
-    if options.json:
-        trainings = [dataclasses.asdict(plan) for plan in plans]
-        print_json({"trainings": trainings, "texts": [text.to_json() for text in texts]})
-        return
-    parts = [tables.texts(texts)] if texts else []
-    parts += [budget.table(plans) if plans else "no training is left to do"]
-    print("\n\n".join([*parts, last] if last else parts))
+    table = budget.table(plans) if plans else "no training is left to do"
+    parts = [tables.texts(texts) if texts else "", table, last]
+    trainings = [dataclasses.asdict(plan) for plan in plans]
+    facts = {"trainings": trainings, "texts": [text.to_json() for text in texts]}
+    show(options, facts, "\n\n".join(part for part in parts if part))
 
 
-INIT = Command("make a RUN: tokenizer, tokenised corpus and seed model", _init_options, _init)
+INIT = Command(
+    "make a RUN: tokenizer, tokenised corpus and seed model", _init, _init_options, on_run=False
+)
 
 
 def _branch_options(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
     parser.add_argument(
         "--clusters", required=True, metavar="DIR", help="directory that xelm cluster wrote"
     )
-    add_json(parser)
 
 
 def _branch(options: argparse.Namespace) -> None:
-    from clustering.clustering import Clustering
-    from xelm.runs.branch import branch
-    from xelm.runs.run import open_run
-
-    registry = branch(open_run(options.run), Clustering.load(options.clusters))
-    if options.json:
-        print_json([_facts(expert) for expert in registry.experts])
-        return
-    for expert in registry.experts:
-        print(f"{expert.name:20}{expert.status:12}{' '.join(expert.languages)}")
+    experts = run_of(options).branch(options.clusters).experts
+    lines = [f"{each.name:20}{each.status:12}{' '.join(each.languages)}" for each in experts]
+    show(options, [_facts(expert) for expert in experts], "\n".join(lines))
 
 
-BRANCH = Command("record one expert for each cluster", _branch_options, _branch)
+BRANCH = Command("record one expert for each cluster", _branch, _branch_options)
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
     add_settings(
         parser,
         "change a setting for this command, such as experts.runtime.mesh_fsdp=4; may be repeated",
@@ -257,7 +203,6 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of accelerators for each expert, with --engine ray (default: 1)",
     )
-    add_json(parser)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -265,22 +210,17 @@ def _train(options: argparse.Namespace) -> None:
     from xelm.config import check_resumable
     from xelm.runs.budget import check_disk
     from xelm.runs.launch import launch
-    from xelm.runs.run import open_run
-    from xelm.runs.status import progress
-    from xelm.runs.train import plans_of
-    from xelm.training.hosts import ending_alone, is_first
+    from xelm.training.hosts import ending_alone, is_first, join
 
     _check_places(options)
     if options.hosts:
-        from xelm.training.hosts import join
-
         join()
     check_resumable(options.settings, "experts")
-    run = open_run(options.run, settings=options.settings)
+    run = run_of(options)
     names = _names_to_train(run, options)
     if options.dry_run:
         together = max(options.jobs, run.config.experts.runtime.mesh_expert)
-        plans = plans_of(run, names, dense=options.dense)
+        plans = run.plan_training(*names, dense=options.dense)
         _print_plans(options, plans)
         check_disk(run.directory, plans, together=together)
         return
@@ -294,11 +234,8 @@ def _train(options: argparse.Namespace) -> None:
             devices=options.devices or 1,
         )
     if not options.hosts or is_first():
-        found = progress(run)
-        if options.json:
-            print_json([dataclasses.asdict(each) for each in found])
-        else:
-            print(tables.status(found))
+        found = run.status()
+        show(options, [dataclasses.asdict(each) for each in found], tables.status(found))
     if failures:
         raise UserError("; ".join(dict.fromkeys(failures.values())))
 
@@ -323,7 +260,7 @@ def _names_to_train(run: "Run", options: argparse.Namespace) -> list[str]:
     names = list(dict.fromkeys(options.names))
     if options.all:
         run.clusters()  # raises UserError if the RUN has no experts yet
-        names += [e.name for e in run.registry().training() if e.cluster and e.name not in names]
+        names += [name for name in run.untrained() if name not in names]
     if not names and not options.dense and not options.all:
         raise UserError("name the experts to train, or give --all or --dense")
     for name in names:
@@ -336,15 +273,13 @@ def _names_to_train(run: "Run", options: argparse.Namespace) -> list[str]:
 
 
 TRAIN = Command(
-    "train experts or the dense baseline; resume where it was interrupted", _train_options, _train
+    "train experts or the dense baseline; resume where it was interrupted", _train, _train_options
 )
 
 
 def _grow_options(parser: argparse.ArgumentParser) -> None:
-    add_run(parser)
     add_settings(
-        parser,
-        "change a setting for this command, such as grow.tokens=3e6; may be repeated",
+        parser, "change a setting for this command, such as grow.tokens=3e6; may be repeated"
     )
     parser.add_argument(
         "--language",
@@ -353,66 +288,34 @@ def _grow_options(parser: argparse.ArgumentParser) -> None:
         help="language of the new expert, as a code such as sv",
     )
     add_corpus(parser, "text that includes the language (default: the RUN's corpus)")
-    parser.add_argument(
-        "--parent",
-        default="auto",
-        metavar="NAME",
-        help="expert to start from (default: that of the nearest language)",
-    )
-    parser.add_argument(
-        "--by",
-        metavar="MEASURE",
-        help="measure by which the nearest language is found, as in xelm nearest (default: "
-        "mixture); not with --parent",
-    )
     add_dry_run(parser)
     add_workers(parser)
-    add_json(parser)
+    add_fields(parser, GrowOptions, "parent", "by", title="parent")
 
 
 def _grow(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.config import check_resumable
     from xelm.data.text_stats import text_stats
-    from xelm.runs.grow import grow, plan_growth
-    from xelm.runs.run import open_run
 
     check_resumable(options.settings, "grow")
-    run = open_run(options.run, settings=options.settings)
+    run, corpus = run_of(options), corpus_of(options)
+    given = GrowOptions(**given_fields(options, GrowOptions), workers=options.workers)
     if options.dry_run:
-        expert, plan, text = plan_growth(
-            run,
-            options.language,
-            corpus_of(options),
-            parent=options.parent,
-            by=options.by,
-            workers=options.workers,
-        )
+        expert, plan, text = run.plan_growth(options.language, corpus, given)
         last = f"{expert.reference} would start from {expert.parent}; nothing was changed"
         _print_plans(options, [plan], [text], last)
         return
-    expert = grow(
-        run,
-        options.language,
-        corpus_of(options),
-        parent=options.parent,
-        by=options.by,
-        workers=options.workers,
-    )
+    expert = run.grow(options.language, corpus, given)
     (tag,) = expert.languages
     print(tables.texts([text_stats(run.store(tag))[tag]]), file=sys.stderr)
-    if options.json:
-        print_json(_facts(expert))
-        return
-    print(
-        f"{expert.reference} from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
-    )
+    origin = f"from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
+    show(options, _facts(expert), f"{expert.reference} {origin}")
 
 
 def _facts(expert: "Expert") -> dict[str, Any]:
     """Returns the record of an expert for --json, without its hashes."""
-    record = expert.to_json()
-    return {key: value for key, value in record.items() if key != "sha256"}
+    return {key: value for key, value in expert.to_json().items() if key != "sha256"}
 
 
-GROW = Command("add an expert for a new language; no other expert changes", _grow_options, _grow)
+GROW = Command("add an expert for a new language; no other expert changes", _grow, _grow_options)

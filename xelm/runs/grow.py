@@ -20,6 +20,7 @@ from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.runs.budget import Plan, announce, check_disk, passes
 from xelm.runs.nearest import DEFAULT, nearest_expert
+from xelm.runs.options import GrowOptions
 from xelm.runs.run import Run
 from xelm.runs.text import tokenise
 from xelm.runs.train import (
@@ -36,33 +37,28 @@ def grow(
     run: Run,
     language: str,
     corpus: AnyCorpus | None = None,
-    *,
-    parent: str = "auto",
-    by: str | None = None,
-    workers: int = 1,
+    options: GrowOptions | None = None,
 ) -> Expert:
     """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or resumes its
     training.
 
-    corpus: has documents of the language; None takes that of the RUN. parent: an expert's name, or
-    "auto" for the expert that serves the nearest language by the measure `by` (None: the mixture),
-    as `nearest_expert` finds it. A part of the rows, the configuration's `donor_share`, is of the
-    parent's languages. workers: as in `init`. The settings `grow.tokens` and `grow.max_passes` of
-    the RUN are recorded when a training begins, and used when it resumes. UserError for a training
-    that began with other arguments.
+    corpus: has documents of the language; None takes that of the RUN. options: None: the defaults.
+    A part of the rows, the configuration's `donor_share`, is of the parent's languages. The
+    settings `grow.tokens` and `grow.max_passes` of the RUN are recorded when a training begins, and
+    used when it resumes. UserError for a training that began with other arguments.
     """
-    tag = canonical(language)
+    tag, options = canonical(language), options or GrowOptions()
     with locked(run.directory, f"train-{tag}"):
-        registry = _registry(run, parent, by)
+        registry = _registry(run, options)
         started = _in_training(registry, tag)
         if started is None:
-            origin, reason, lines = _origin(run, tag, corpus, parent, by)
+            origin, reason, lines = _origin(run, tag, corpus, options)
             settings = _own_settings(run)
             # Refused before it costs anything.
             child = grow_registry(registry, tag, origin).expert(tag)
             check_parents(run, [parent_directory(run, child)])
             text = _contents(run, corpus, tag)
-            store = tokenise(run, text, run.tokenizer(), tag, workers=workers)
+            store = tokenise(run, text, run.tokenizer(), tag, workers=options.workers)
             _job(run, registry, child, store)  # so is what cannot be trained
             for line in lines:
                 print(line, file=sys.stderr)
@@ -72,7 +68,7 @@ def grow(
             )
             started = registry.expert(tag)
         else:
-            run, store = _going_on(run, started, corpus, parent, by)
+            run, store = _going_on(run, started, corpus, options)
         facts = {} if started.reason is None else {"parent chosen": started.reason}
         job = _job(run, registry, started, store)
         plans = plans_of_jobs(run, [job])
@@ -88,28 +84,26 @@ def plan_growth(
     run: Run,
     language: str,
     corpus: AnyCorpus | None = None,
-    *,
-    parent: str = "auto",
-    by: str | None = None,
-    workers: int = 1,
+    options: GrowOptions | None = None,
 ) -> tuple[Expert, Plan, TextStats]:
     """The expert that `grow` would make, what its training costs, and statistics of its text, which
     is tokenised in a temporary folder; nothing in the RUN changes. UserError where `grow` raises it
     before it trains."""
-    tag, registry = canonical(language), _registry(run, parent, by)
+    tag, options = canonical(language), options or GrowOptions()
+    registry = _registry(run, options)
     with TemporaryDirectory() as folder:
         expert = _in_training(registry, tag)
         if expert is None:
-            origin, _, _ = _origin(run, tag, corpus, parent, by)
+            origin, _, _ = _origin(run, tag, corpus, options)
             registry = grow_registry(registry, tag, origin)
             expert = registry.expert(tag)
             elsewhere = replace(run, directory=Path(folder))
             tokenizer = run.tokenizer()
             tokenizer.hub.save_pretrained(elsewhere.training("tokenizer"))
             text = _contents(run, corpus, tag)
-            store = tokenise(elsewhere, text, tokenizer, tag, workers=workers)
+            store = tokenise(elsewhere, text, tokenizer, tag, workers=options.workers)
         else:
-            run, store = _going_on(run, expert, corpus, parent, by)
+            run, store = _going_on(run, expert, corpus, options)
         (plan,) = plans_of_jobs(run, [_job(run, registry, expert, store)])
         check_disk(run.directory, [plan])
         return expert, plan, text_stats(store)[tag]
@@ -120,11 +114,12 @@ def _contents(run: Run, corpus: AnyCorpus | None, tag: str) -> Contents:
     return contents_of(Corpus.of(corpus or run.record["corpus"]).pinned(), [tag])
 
 
-def _registry(run: Run, parent: str, by: str | None) -> Registry:
-    """The registry of a RUN; UserError if nothing can be grown with these arguments."""
-    if by is not None and parent != "auto":
+def _registry(run: Run, options: GrowOptions) -> Registry:
+    """The registry of a RUN; UserError if nothing can be grown with these options."""
+    if options.by is not None and options.parent != "auto":
         raise UserError(
-            f"--by {by} chooses a parent, and --parent {parent} names one; give one of them"
+            f"--by {options.by} chooses a parent, and --parent {options.parent} names one; give "
+            "one of them"
         )
     registry = run.registry()
     if not registry.published():
@@ -133,12 +128,12 @@ def _registry(run: Run, parent: str, by: str | None) -> Registry:
 
 
 def _origin(
-    run: Run, tag: str, corpus: AnyCorpus | None, parent: str, by: str | None
+    run: Run, tag: str, corpus: AnyCorpus | None, options: GrowOptions
 ) -> tuple[str, str, list[str]]:
     """Parent of a growth that begins, the reason for it, and the lines to print."""
-    if parent != "auto":
-        return parent, "named by hand", []
-    nearest = nearest_expert(run, tag, by or DEFAULT, corpus or run.record["corpus"])
+    if options.parent != "auto":
+        return options.parent, "named by hand", []
+    nearest = nearest_expert(run, tag, options.by or DEFAULT, corpus or run.record["corpus"])
     line = f"{tag} grows from {nearest.expert.name}, which {nearest.reason}"
     return nearest.expert.name, nearest.reason, [*nearest.warnings, line]
 
@@ -151,7 +146,7 @@ def _own_settings(run: Run) -> dict[str, int | float | None]:
 
 
 def _going_on(
-    run: Run, started: Expert, corpus: AnyCorpus | None, parent: str, by: str | None
+    run: Run, started: Expert, corpus: AnyCorpus | None, options: GrowOptions
 ) -> tuple[Run, Store]:
     """The RUN with the settings with which a growth began, and its text; UserError for another
     corpus, parent or setting than it began with."""
@@ -164,11 +159,12 @@ def _going_on(
             f"{Corpus.of(store.record['corpus'])}; {Corpus.of(corpus)} holds "
             f"something else. Go on without --corpus, {give_up}"
         )
-    if parent not in ("auto", started.parent, started.parent.partition("@")[0]):
+    if options.parent not in ("auto", started.parent, started.parent.partition("@")[0]):
         raise UserError(
             f"{started.reference} is in training already, from {started.parent}; "
             f"go on with that parent, {give_up}"
         )
+    by = options.by
     if by is not None and f"the nearest language by {by}," not in (started.reason or ""):
         raise UserError(
             f"{started.reference} is in training already, from {started.parent} "

@@ -22,6 +22,7 @@ from xelm.data.tokenizer import Tokenizer
 from xelm.models.config import ModelConfig
 from xelm.runs.branch import branch, check_languages
 from xelm.runs.budget import Plan, announce, check_disk, plan
+from xelm.runs.options import InitOptions
 from xelm.runs.origin import base_model_of
 from xelm.runs.run import Run, create_run, refuse_other_files
 from xelm.runs.seed import (
@@ -41,33 +42,23 @@ def init(
     directory: str | Path,
     corpus: AnyCorpus,
     config: RunConfig,
+    options: InitOptions | None = None,
     *,
-    seed: str | Path | None = None,
-    languages: Sequence[str] | None = None,
     clusters: Clustering | None = None,
-    workers: int = 1,
-    keep_duplicates: bool = False,
-    base_model: str | None = None,
 ) -> Run:
     """Makes a RUN, or resumes one that was interrupted: tokenizer, tokenised corpus, seed, TF-IDF
     vectoriser and registry, each written completely before the next begins.
 
-    corpus: a folder, a file, a data set of the Hub, or what `Corpus.of` describes.
-    seed: a Hugging Face checkpoint directory to copy; None trains a tokenizer and a seed on the
-    corpus. languages: those of the corpus to use; None uses all. clusters: to branch on at once.
-    base_model: the seed's name on the Hub, OWNER/NAME, for the cards of its experts; None takes it
-    from the path of a seed in the cache of the Hub's library.
-    workers: number of processes that tokenise more than a few thousand documents; 1: this process.
-    They import the calling program, whose work must be under `if __name__ == "__main__"`.
-    keep_duplicates: train on exact copies of documents too, which are otherwise left out, here and
-    when experts are grown.
+    corpus: a folder, a file, a data set of the Hub, or what `Corpus.of` describes. options: None:
+    the defaults. clusters: to branch on at once.
     """
-    given = _given(corpus, config, seed, languages, keep_duplicates, base_model)
+    options = options or InitOptions()
+    given, seed = _given(corpus, config, options), options.seed
     if clusters is not None:
         check_languages(given.contents.languages or (), clusters)
     with _fresh_lock(directory):
         run = create_run(directory, given.config, given.facts)
-        if run.record.get("keep_duplicates", False) != keep_duplicates:
+        if run.record.get("keep_duplicates", False) != options.keep_duplicates:
             raise UserError(f"{directory} was begun with --keep-duplicates; use it again")
         if seed is None or given.tokenizer is None:
             train_tokenizer(run, given.contents)
@@ -75,7 +66,7 @@ def init(
             copy_seed(run, Path(seed), given.tokenizer)
             link_from_sibling(run, Path(seed).parent)
         tokenizer = load_tokenizer(run)
-        store = tokenise(run, given.contents, tokenizer, "train", workers=workers)
+        store = tokenise(run, given.contents, tokenizer, "train", workers=options.workers)
         plans = _plans(run, store, given.model)
         announce(plans)
         if seed is None:
@@ -94,22 +85,20 @@ def plan_init(
     directory: str | Path,
     corpus: AnyCorpus,
     config: RunConfig,
-    *,
-    seed: str | Path | None = None,
-    languages: Sequence[str] | None = None,
-    workers: int = 1,
-    keep_duplicates: bool = False,
+    options: InitOptions | None = None,
 ) -> tuple[list[Plan], list[TextStats]]:
     """What the trainings of a RUN would cost, and its text. The tokenizer is trained, and the
     corpus tokenised, in a temporary folder; nothing else is written. Arguments as in `init`."""
-    given = _given(corpus, config, seed, languages, keep_duplicates)
+    options = options or InitOptions()
+    given = _given(corpus, config, options)
     with TemporaryDirectory() as folder:
         run = create_run(Path(folder) / "RUN", given.config, given.facts)
         if given.tokenizer is None:
             train_tokenizer(run, given.contents)
         else:
             given.tokenizer.hub.save_pretrained(run.training("tokenizer"))
-        store = tokenise(run, given.contents, load_tokenizer(run), "train", workers=workers)
+        tokenizer, workers = load_tokenizer(run), options.workers
+        store = tokenise(run, given.contents, tokenizer, "train", workers=workers)
         plans = _plans(run, store, given.model)
         check_disk(Path(directory), plans[:-1])
         return plans, list(text_stats(store).values())
@@ -129,16 +118,9 @@ class _Given:
     """What run.json records of them."""
 
 
-def _given(
-    corpus: AnyCorpus,
-    config: RunConfig,
-    seed: str | Path | None,
-    languages: Sequence[str] | None,
-    keep_duplicates: bool,
-    base_model: str | None = None,
-) -> _Given:
-    corpus = Corpus.of(corpus)
-    tags = _languages(corpus, languages)
+def _given(corpus: AnyCorpus, config: RunConfig, options: InitOptions) -> _Given:
+    corpus, seed, base_model = Corpus.of(corpus), options.seed, options.base_model
+    tags = _languages(corpus, options.languages)
     contents = contents_of(corpus.pinned(), tags)
     parts, tokenizer = {"experts": config.experts, "grow": config.grow}, None
     if seed is None:
@@ -156,7 +138,7 @@ def _given(
         "base_model": base_model,
         "corpus": contents.corpus.to_json(),
         "corpus_sha256": contents.fingerprint(),
-        **({"keep_duplicates": True} if keep_duplicates else {}),
+        **({"keep_duplicates": True} if options.keep_duplicates else {}),
     }
     return _Given(contents=contents, config=config, model=model, tokenizer=tokenizer, facts=facts)
 

@@ -91,6 +91,10 @@ class Run:
         """The registry of the experts."""
         return Registry.load(self.directory)
 
+    def untrained(self) -> list[str]:
+        """Names of the experts of clusters that are not trained yet."""
+        return [e.name for e in self.registry().training() if e.cluster is not None]
+
     def clusters(self) -> Clustering:
         """The clusters that the RUN was branched on; UserError before that."""
         if not (self.directory / "clusters.json").exists():

@@ -1,0 +1,38 @@
+"""Options of `init` and `grow`, as plain values. Imports nothing heavy, so that flags can be made
+of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitOptions:
+    """What a RUN is made from, besides a corpus and a configuration."""
+
+    seed: str | Path | None = None
+    """Directory of a Hugging Face checkpoint to start from. None: tokenizer and seed are trained on
+    the corpus."""
+    base_model: str | None = None
+    """Name of the seed on the Hub, OWNER/NAME, for the model cards of its experts. None: that of a
+    seed in the cache of the Hub's library."""
+    languages: Sequence[str] | None = None
+    """Languages of the corpus to use. None: all."""
+    keep_duplicates: bool = False
+    """Whether to keep exact copies of documents, here and in growing. False: one of each is kept."""
+    workers: int = 1
+    """Number of processes that tokenise more than a few thousand documents. They import the calling
+    program, whose work must be under `if __name__ == "__main__"`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrowOptions:
+    """How an expert is grown."""
+
+    parent: str = "auto"
+    """Expert to start from; auto is the one that serves the nearest language."""
+    by: str | None = None
+    """Measure by which the nearest language is found, as in xelm nearest; not with `parent`. None:
+    mixture."""
+    workers: int = 1
+    """Number of processes that tokenise, as in `InitOptions`."""
