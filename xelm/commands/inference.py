@@ -43,7 +43,7 @@ def _generate(options: argparse.Namespace) -> None:
     # Printed with the first piece, so that nothing is shown of a prompt that is refused.
     before = [] if options.chat else [options.prompt]
 
-    def show(piece: str) -> None:
+    def print_piece(piece: str) -> None:
         print(*before, piece, sep="", end="", flush=True)
         before.clear()
 
@@ -51,7 +51,7 @@ def _generate(options: argparse.Namespace) -> None:
         prompt,
         **given,
         language=options.language,
-        stream=(lambda piece: None) if options.json else show,
+        stream=(lambda piece: None) if options.json else print_piece,
     )
     weights, routing = generation.weights, generation.routing
     show(options, {"text": generation.text, "weights": weights, "routing": routing}, "")

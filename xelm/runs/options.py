@@ -19,7 +19,7 @@ class InitOptions:
     languages: Sequence[str] | None = None
     """Languages of the corpus to use. None: all."""
     keep_duplicates: bool = False
-    """Whether to keep exact copies of documents, here and in growing. False: one of each is kept."""
+    """Whether to keep exact copies of documents, also in growing. False: one of each is kept."""
     workers: int = 1
     """Number of processes that tokenise more than a few thousand documents. They import the calling
     program, whose work must be under `if __name__ == "__main__"`."""
