@@ -8,7 +8,7 @@ import pytest
 import xelm
 from clustering.clustering import Clustering
 from clustering.errors import UserError
-from xelm import EvaluationOptions, Run, open_run
+from xelm import EvaluationOptions, GrowOptions, InitOptions, Run, open_run, plan_init
 from xelm.commands import COMMANDS
 
 ON_NO_RUN = {"quickstart", "init", "cluster", "rename", "config"}
@@ -55,6 +55,21 @@ def test_documents_of_a_run_are_clustered_as_by_the_command(xelm, tiny, tmp_path
     found = open_run(tiny.directory).cluster_documents(2, random_seed=3)
     assert found.of_documents and len(found.clusters) == 2
     assert Clustering.load(tmp_path / "clusters") == found
+
+
+def test_what_commands_would_cost_is_known_beforehand(copy):
+    run = open_run(copy.directory)
+    assert run.plan_training() == []  # every expert is trained
+    expert, plan, text = run.plan_growth("pt", copy.corpus, GrowOptions(parent="en-es"))
+    assert (expert.reference, expert.parent) == ("pt@v1", "en-es@v1")
+    assert (plan.part, text.language) == ("grow", "pt")
+    assert plan.steps == run.config.grow.steps
+    options = InitOptions(seed=run.seed, languages=["pt"])
+    plans, texts = plan_init(copy.directory.parent / "NEW", copy.corpus, run.config, options)
+    assert [each.name for each in plans] == ["experts"]
+    assert [each.language for each in texts] == ["pt"]
+    assert not (copy.directory.parent / "NEW").exists()
+    assert "pt" not in [each.name for each in run.registry().experts]
 
 
 def test_a_training_that_cannot_be_is_refused_by_name(tiny):

@@ -68,10 +68,8 @@ def add_fields(
     names = {name: f"--{name.replace('_', '-')}" for name in values} | dict(flags or {})
     group = parser.add_argument_group(title)
     for field in fields or values:
-        note, default, *_ = [
-            *re.split(r"\. (?:None|Empty|False): ", notes[field].removesuffix(".")),
-            "",
-        ]
+        parts = re.split(r"\. (?:None|Empty|False): ", notes[field].removesuffix("."))
+        note, default, *_ = [*parts, ""]
         note = re.sub("`(.+?)`", lambda found: names.get(found[1], found[1]), note)
         note = note.removeprefix("Whether to ")  # an option without a value
         if note[1].islower():
