@@ -33,7 +33,7 @@ from xelm.inference.routers import MIXTURE
 from xelm.inference.routing import Routing, RoutingLimits
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.fit import held_out_beginnings
+from xelm.runs.fit import _languages, _some, pieces
 from xelm.runs.make_router import make_router, serving
 from xelm.runs.run import Run
 
@@ -200,6 +200,14 @@ class Measured(NamedTuple):
     """Bits a byte of both, as means of languages, and a token of unserved beginnings."""
 
 
+def _held_out_beginnings(run: Run, found: novelty.Novelty) -> np.ndarray:
+    """Sums of beginnings of held-out texts in the languages that `found` knows, from which its
+    thresholds are made, [N, size]."""
+    known, texts = [found.identifier.languages[n] for n in found.columns], _languages(run)
+    held_out = {t: _some(texts[t], texts[t].order, held_out=True) for t in known}
+    return novelty.beginnings(found, pieces(run), held_out)[0]
+
+
 def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
     inner, mixing = router.otherwise.router, router.otherwise
     served = serving(run.registry(), run.registry().published())
@@ -215,7 +223,7 @@ def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
         states = states_along(mixing, mixing.start(None), ids)[:-1]
         sums.append(states[:, 1 : 1 + mixing.novelty.size])
 
-    known = held_out_beginnings(run, mixing.novelty)
+    known = _held_out_beginnings(run, mixing.novelty)
 
     def candidate(short: int, most_false: tuple[float, float]) -> Candidate:
         found = mixing.novelty.with_thresholds(known, short, most_false)

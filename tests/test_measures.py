@@ -12,7 +12,7 @@ from clustering import choice, distances, genealogy, lexical, table, typology
 from clustering.clustering import Clustering
 from clustering.errors import UserError
 from xelm.data import conllu
-from xelm.runs.distances import FUNCTIONS, Sources, measured
+from xelm.runs.distances import Sources, measured
 from xelm.runs.measures import MEASURES
 from xelm.runs.run import open_run
 
@@ -118,8 +118,14 @@ def test_tagged_text_that_was_cut_short(tmp_path):
         measured("names", None, Sources(tagged=tmp_path))
 
 
-def test_every_measure_that_is_offered_has_a_function():
-    assert tuple(FUNCTIONS) == tuple(MEASURES)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_that_is_offered_measures_or_names_the_option_that_it_needs(measure):
+    without_data = {"mixture", "typology", "genealogy", "geography"}
+    if measure in without_data:
+        assert measured(measure, ["en", "de"], Sources()).languages == ("en", "de")
+    else:
+        with pytest.raises(UserError, match=f"the measure {measure} needs --"):
+            measured(measure, ["en", "de"], Sources())
 
 
 def test_clusters_by_measures_from_the_command_line(xelm, tiny, tmp_path):

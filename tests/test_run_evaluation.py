@@ -17,7 +17,7 @@ from experts.registry import Registry
 from xelm import open_run
 from xelm.evaluation.options import EVALUATED, EvaluationOptions
 from xelm.inference.scoring import score_documents
-from xelm.runs.evaluate import _trained, evaluate
+from xelm.runs.evaluate import _background, _trained, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,17 @@ def test_a_grown_expert_was_trained_on_the_languages_of_those_it_comes_from():
         registry = registry.publish(child, 1, sha256={"x": "2" * 64}, tokens=1)
     assert _trained(registry, registry.expert("a")) == ["de", "ru"]
     assert _trained(registry, registry.expert("cs")) == ["cs", "pl", "de", "ru"]
+
+
+def test_the_dense_baseline_was_not_trained_on_languages_in_no_cluster(xelm, initialised, tmp_path):
+    directory = tmp_path / "RUN"
+    shutil.copytree(initialised[0], directory)
+    assert _background(open_run(directory), (), ()).trained["dense"] == list(LANGUAGES)
+    (tmp_path / "groups.yaml").write_text("a: [en, es]\nb: [fr]\nunassigned: [de]\n")
+    groups = ("--method", "by-hand", "--groups", tmp_path / "groups.yaml")
+    assert xelm("cluster", *groups, "--out", tmp_path / "clusters").code == 0
+    assert xelm("branch", directory, "--clusters", tmp_path / "clusters").code == 0
+    assert sorted(_background(open_run(directory), (), ()).trained["dense"]) == ["en", "es", "fr"]
 
 
 def test_without_calibration_no_distribution_is_looked_at(xelm, copy):

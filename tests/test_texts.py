@@ -266,6 +266,16 @@ def test_short_documents_have_fingerprints_too():
     assert not (prints.signatures[1] == prints.signatures[2]).any()
 
 
+def test_where_the_training_text_is_missing_nothing_is_said_of_it(xelm, copy):
+    shutil.rmtree(copy.directory / "corpus" / "train")
+    arguments = ("evaluate", copy.directory, "--corpus", copy.corpus, "--routing", "language")
+    outcome = xelm(*arguments, "--max-documents", 5)
+    assert outcome.code == 0, outcome.err
+    assert f"is unknown: {copy.directory / 'corpus' / 'train'} is missing" in outcome.err
+    found = json.loads((copy.directory / "results" / "results.json").read_text())["texts"]["de"]
+    assert found["trained_share"] is None and found["compared"] is None
+
+
 def test_a_store_of_an_earlier_version_is_opened_and_what_it_lacks_is_unknown(xelm, copy):
     folder = copy.directory / "corpus" / "train"
     record = json.loads((folder / "store.json").read_text())

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from clustering.errors import UserError
 from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare
@@ -15,7 +13,7 @@ from xelm.data.store import FRAME
 from xelm.models.config import ModelConfig
 from xelm.progress import duration
 from xelm.runs.run import Run
-from xelm.training.metrics import read_metrics
+from xelm.training.metrics import read_metrics, seconds_of
 
 MOST_PASSES = 4.0
 """Passes over a language's text above which a warning is given: up to four are about as good as new
@@ -117,7 +115,10 @@ def check_disk(directory: Path, plans: Sequence[Plan], *, together: int = 1) -> 
 def needed_bytes(directory: Path, plans: Sequence[Plan], together: int = 1) -> int:
     """Bytes that trainings write beyond what is there, if so many run at the same time: checkpoints
     are deleted when a training is done, weights stay."""
-    left = [max(0, p.checkpoint_bytes - _size_of(directory / "train" / p.name)) for p in plans]
+    left = []
+    for each in plans:
+        written = [file for file in (directory / "train" / each.name).rglob("*") if file.is_file()]
+        left.append(max(0, each.checkpoint_bytes - sum(file.stat().st_size for file in written)))
     return sum(p.model_bytes for p in plans) + sum(sorted(left, reverse=True)[:together])
 
 
@@ -208,15 +209,13 @@ def _time(
 ) -> tuple[float | None, str, bool]:
     """Seconds left of a training, their source, and whether they are an estimate."""
     lines = read_metrics(run.training(name) / "metrics.jsonl")
-    left = config.steps - (lines[-1]["step"] if lines else 0)
-    found = _measured(run, name, config)
-    if found is not None:
-        rate, whose = found
-        return left * config.tokens_per_step / rate, f"as fast as {whose}", False
+    left = (config.steps - (lines[-1]["step"] if lines else 0)) * config.tokens_per_step
+    if found := _measured(run, name, config):
+        return left / found[0], f"as fast as {found[1]}", False
     if model is None:
         return None, "unknown until its first steps (xelm status)", False
     rate, basis = _estimated_rate(config, model)
-    return left * config.tokens_per_step / rate, f"estimated from {basis}", True
+    return left / rate, f"estimated from {basis}", True
 
 
 def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | None:
@@ -224,9 +223,11 @@ def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | N
     with similar rows and batches."""
     rates = []
     for other, folder, its in _trainings(run, name, config):
-        rate = _rate(folder / "metrics.jsonl", its)
-        if rate is None:
+        lines = read_metrics(folder / "metrics.jsonl")
+        seconds = seconds_of(lines)
+        if seconds is None:
             continue
+        rate = lines[-1]["step"] * its.tokens_per_step / seconds
         if other == name or _shape(its) == _shape(config):
             return rate, f"{other} was here" if other != name else "it was until now"
         same_length = its.sequence_length == config.sequence_length
@@ -249,20 +250,10 @@ def _trainings(run: Run, name: str, config: TrainConfig) -> Iterator[tuple[str, 
 
 def _shape(config: TrainConfig) -> tuple:
     """Settings that the rate of a training depends on."""
-    rows = (config.sequence_length, config.batch_size, config.runtime.accumulation_steps)
     where = config.runtime
+    rows = (config.sequence_length, config.batch_size, where.accumulation_steps)
     mesh = (where.mesh_expert, where.mesh_data, where.mesh_fsdp, where.mesh_tensor)
     return *rows, where.dtype, where.rematerialise, *mesh
-
-
-def _rate(path: Path, config: TrainConfig) -> float | None:
-    """Positions per second over all lines of a metrics.jsonl; None if there are none."""
-    lines = read_metrics(path)
-    tokens = np.diff([0, *(line["tokens"] for line in lines)])
-    rates = np.asarray([line.get("tokens_per_second") or 0.0 for line in lines])
-    if not lines or rates.min() <= 0:
-        return None
-    return lines[-1]["step"] * config.tokens_per_step / float((tokens / rates).sum())
 
 
 def _estimated_rate(config: TrainConfig, model: ModelConfig) -> tuple[float, str]:
@@ -281,7 +272,3 @@ def _estimated_rate(config: TrainConfig, model: ModelConfig) -> tuple[float, str
         return devices * rate, "one layer's forward and backward pass, measured here"
     rate = UTILISATION * most / of_a_token(model, config.sequence_length)
     return rate, f"{UTILISATION:.0%} of the peak of {devices} x {jax.devices()[0].device_kind}"
-
-
-def _size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -18,7 +18,7 @@ from clustering import genealogy, geography, internal, lexical, table, typology
 from clustering.distances import Distances, combine
 from clustering.errors import UserError
 from clustering.files import sha256
-from clustering.languages import canonical_all, find
+from clustering.languages import canonical_all
 from xelm.data import conllu
 from xelm.data import contents as corpora
 from xelm.data.contents import Contents, contents_of
@@ -31,6 +31,9 @@ from xelm.runs.run import Run
 
 Item = TypeVar("Item")
 
+MIXTURE = {"genealogy": 0.6, "typology": 0.2, "geography": 0.2, "subwords": 0.2}
+"""Weights of what `mixture` is made of. Families decide where there is one; where there is none,
+grammar, neighbourhood and shared text do. `benchmarks/parents.py` compares other weights."""
 _MOST_DOCUMENTS = 1000
 """Largest number of documents of each language whose subwords `mixture` counts, since every growth
 measures it."""
@@ -59,10 +62,9 @@ def measured(spec: str, languages: Sequence[str] | None, sources: Sources) -> Di
     which a measure knows nothing are at an unknown distance. UserError for an unknown measure or
     weight, where a source or languages are missing, and where a table, text or file has none of
     the languages."""
-    parts = _parts(spec)
     if languages is None:
         languages = languages_of(spec, sources)
-    found = [(FUNCTIONS[name](languages, sources), weight) for name, weight in parts]
+    found = [(_distances(name, languages, sources), weight) for name, weight in _parts(spec)]
     return found[0][0] if len(found) == 1 else combine(found)
 
 
@@ -72,7 +74,7 @@ def resampled(
     """The same with features drawn anew with replacement, `count` times; nothing if no measure has
     features. Draws that leave a pair with nothing in common are passed over, as many again at
     most."""
-    if not {"typology", "table", "mixture"} & set(measures_of(spec)):
+    if not any(name in ("typology", "table", "mixture") for name, _ in _parts(spec)):
         return
     for seed in range(2 * count):
         try:
@@ -85,36 +87,29 @@ def resampled(
             return
 
 
-def measures_of(spec: str) -> list[str]:
-    """Names of the measures that `measured` would weigh; UserError as there."""
-    return [name for name, _ in _parts(spec)]
-
-
 def _parts(spec: str) -> list[tuple[str, float]]:
-    parts = [_part(text) for text in spec.split("+")]
-    names = [name for name, _ in parts]
-    if len(set(names)) < len(names):
+    """Name and weight of each measure."""
+    parts = []
+    for text in spec.split("+"):
+        name, colon, given = text.strip().partition(":")
+        if name not in MEASURES:
+            raise UserError(f"unknown measure {name!r}; there are {', '.join(MEASURES)}")
+        try:
+            weight = float(given) if colon else 1.0
+        except ValueError:
+            raise UserError(f"a number wanted for the weight of {name}; got {given!r}") from None
+        if not 0 < weight < math.inf:
+            raise UserError(f"weights must be above zero; got {given} for {name}")
+        parts.append((name, weight))
+    if len({name for name, _ in parts}) < len(parts):
         raise UserError(f"each measure once; got {spec}")
     return parts
 
 
-def _part(text: str) -> tuple[str, float]:
-    name, colon, given = text.strip().partition(":")
-    if name not in MEASURES:
-        raise UserError(f"unknown measure {name!r}; there are {', '.join(MEASURES)}")
-    try:
-        weight = float(given) if colon else 1.0
-    except ValueError:
-        raise UserError(f"a number wanted for the weight of {name}; got {given!r}") from None
-    if not 0 < weight < math.inf:
-        raise UserError(f"weights must be above zero; got {given} for {name}")
-    return name, weight
-
-
 def languages_of(spec: str, sources: Sources) -> Sequence[str]:
-    """Those of the table, tagged text or states that the measures are made of, or else of the
+    """Languages of the table, tagged text or states that the measures are made of, or else of the
     corpus or RUN; UserError if there is none of these."""
-    measures = measures_of(spec)
+    measures = [name for name, _ in _parts(spec)]
     if "table" in measures:
         return table.read(_given(sources.table, "table", "--table"))[0]
     if "names" in measures:
@@ -131,16 +126,47 @@ def languages_of(spec: str, sources: Sources) -> Sequence[str]:
     raise UserError("name the languages with --languages, --corpus or --run")
 
 
-def _typology(languages: Sequence[str], sources: Sources) -> Distances:
-    features = sources.features or "syntax_average"
-    return typology.distances(languages, features, sources.only, resample=sources.resample)
+def _distances(measure: str, languages: Sequence[str], sources: Sources) -> Distances:
+    """Distances by one of `MEASURES`."""
+    features, only, layer = sources.features or "syntax_average", sources.only, sources.layer
+    match measure:
+        case "mixture":
+            return _mixture(languages, sources)
+        case "typology":
+            return typology.distances(languages, features, only, resample=sources.resample)
+        case "genealogy":
+            return genealogy.distances(languages)
+        case "geography":
+            return geography.distances(languages)
+        case "table":
+            path = _given(sources.table, measure, "--table")
+            return table.distances(path, languages, only=only, resample=sources.resample)
+        case "words":
+            return _text(measure, lexical.words, languages, sources)
+        case "characters":
+            return _text(measure, lexical.characters, languages, sources)
+        case "subwords":
+            return _subwords(languages, sources)
+        case "names":
+            return _names(languages, sources)
+        case "states":
+            return internal.cosine(_given(sources.states, measure, "--states"), languages, layer)
+        case "alignment":
+            path = _given(sources.states, measure, "--states")
+            return internal.alignment(path, languages, layer)
+        case "updates":
+            path = _given(sources.updates, measure, "--updates")
+            return internal.updates(path, languages, layer)
+        case "losses":
+            return _losses(languages, sources)
+    raise AssertionError(f"{measure} is in MEASURES alone")
 
 
 def _mixture(languages: Sequence[str], sources: Sources) -> Distances:
     filled = replace(sources, features=sources.features or "syntax_knn")
     parts = [
         (genealogy.distances(languages), MIXTURE["genealogy"]),
-        (_typology(languages, filled), MIXTURE["typology"]),
+        (_distances("typology", languages, filled), MIXTURE["typology"]),
         (geography.distances(languages), MIXTURE["geography"]),
     ]
     few = replace(sources, documents=min(sources.documents, _MOST_DOCUMENTS))
@@ -151,29 +177,23 @@ def _mixture(languages: Sequence[str], sources: Sources) -> Distances:
     return replace(combine(parts), measure="mixture")
 
 
-def _table(languages: Sequence[str], sources: Sources) -> Distances:
-    path = _given(sources.table, "table", "--table")
-    return table.distances(path, languages, only=sources.only, resample=sources.resample)
-
-
 def _text(
-    measure: str, count: Callable[[list[str]], Mapping[str, int]]
-) -> Callable[[Sequence[str], Sources], Distances]:
-    def distances(languages: Sequence[str], sources: Sources) -> Distances:
-        corpus = sources.corpus or (sources.run and sources.run.record["corpus"])
-        corpus = Corpus.of(_given(corpus, measure, "--corpus or --run")).pinned()
-        tags, contents, unusable = canonical_all(languages), contents_of(corpus), UnusableRecords()
-        counts = _counted(contents, tags, sources.documents, count, unusable)
-        if not counts:
-            raise no_documents(tags, unusable)
-        if unusable:
-            print(f"{corpus}: {unusable}", file=sys.stderr)
-        made_from = {"corpus": contents.fingerprint(list(counts))}
-        found = lexical.text_distances(counts, measure, made_from)
-        facts = {"most_documents": sources.documents, "records_left_out": unusable.to_json()}
-        return replace(found, parameters=found.parameters | facts).spread(tags)
-
-    return distances
+    measure: str,
+    count: Callable[[list[str]], Mapping[str, int]],
+    languages: Sequence[str],
+    sources: Sources,
+) -> Distances:
+    corpus = sources.corpus or (sources.run and sources.run.record["corpus"])
+    corpus = Corpus.of(_given(corpus, measure, "--corpus or --run")).pinned()
+    tags, contents, unusable = canonical_all(languages), contents_of(corpus), UnusableRecords()
+    counts = _counted(contents, tags, sources.documents, count, unusable)
+    if not counts:
+        raise no_documents(tags, unusable)
+    if unusable:
+        print(f"{corpus}: {unusable}", file=sys.stderr)
+    found = lexical.text_distances(counts, measure, {"corpus": contents.fingerprint(list(counts))})
+    facts = {"most_documents": sources.documents, "records_left_out": unusable.to_json()}
+    return replace(found, parameters=found.parameters | facts).spread(tags)
 
 
 def _counted(
@@ -222,11 +242,8 @@ def _subwords_of(
     counts: dict[str, lexical.Counts] = {}
     made_from: dict[str, str] = {}
     for name, store in run.stores(tags).items():
-        for tag in tags:
-            own = find(tag, store.languages)
-            if own is None:
-                continue
-            ids = store.languages[own]
+        for tag in filter(store.languages.__contains__, tags):
+            ids = store.languages[tag]
             number = min(len(ids), sources.documents)
             counts[tag] = lexical.subwords(map(ids.document, range(number)))
         made_from["corpus" if name == "train" else name] = store.record["corpus_sha256"]
@@ -243,8 +260,7 @@ def _subwords_of(
         if more:
             made_from["further corpus"] = contents.fingerprint(list(more))
         counts |= more
-    found = {tag: counts[tag] for tag in tags if counts.get(tag)}
-    return found, made_from
+    return {tag: counts[tag] for tag in tags if counts.get(tag)}, made_from
 
 
 def _names(languages: Sequence[str], sources: Sources) -> Distances:
@@ -258,24 +274,10 @@ def _names(languages: Sequence[str], sources: Sources) -> Distances:
     return lexical.type_distances(counts, "names", made_from).spread(tags)
 
 
-def _internal(
-    measure: str, distances: Callable[..., Distances]
-) -> Callable[[Sequence[str], Sources], Distances]:
-    return lambda languages, sources: distances(
-        _given(sources.states, measure, "--states"), languages, sources.layer
-    )
-
-
-def _updates(languages: Sequence[str], sources: Sources) -> Distances:
-    path = _given(sources.updates, "updates", "--updates")
-    return internal.updates(path, languages, sources.layer)
-
-
 def _losses(languages: Sequence[str], sources: Sources) -> Distances:
     run, tags = _given(sources.run, "losses", "--run"), canonical_all(languages)
     experts = {e.languages[0]: e.name for e in run.registry().published() if len(e.languages) == 1}
-    own = {tag: found for tag in tags if (found := find(tag, experts)) is not None}
-    alone = list(own.values())
+    alone = [tag for tag in tags if tag in experts]
     if not alone:
         raise UserError(
             f"losses are between experts of one language each; {run.directory} has none of "
@@ -299,31 +301,3 @@ def _given(source: Item | None, measure: str, option: str) -> Item:
     if source is None:
         raise UserError(f"the measure {measure} needs {option}")
     return source
-
-
-Measure = Callable[[Sequence[str], Sources], Distances]
-
-MIXTURE: Mapping[str, float] = {
-    "genealogy": 0.6,
-    "typology": 0.2,
-    "geography": 0.2,
-    "subwords": 0.2,
-}
-"""Weights of what `mixture` is made of. Families decide where there is one; where there is none,
-grammar, neighbourhood and shared text do. `benchmarks/parents.py` compares other weights."""
-
-FUNCTIONS: Mapping[str, Measure] = {
-    "mixture": _mixture,
-    "typology": _typology,
-    "genealogy": lambda languages, sources: genealogy.distances(languages),
-    "geography": lambda languages, sources: geography.distances(languages),
-    "table": _table,
-    "words": _text("words", lexical.words),
-    "characters": _text("characters", lexical.characters),
-    "subwords": _subwords,
-    "names": _names,
-    "states": _internal("states", internal.cosine),
-    "alignment": _internal("alignment", internal.alignment),
-    "updates": _updates,
-    "losses": _losses,
-}

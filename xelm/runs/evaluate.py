@@ -4,17 +4,16 @@ ensemble; opens the RUN and the text, has them measured, and writes the results.
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
-from clustering.languages import canonical_all, find, lookup
+from clustering.languages import canonical_all, lookup
 from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
 from xelm.data.contents import contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
-from xelm.data.text_stats import TextStats, warnings
+from xelm.data.text_stats import warnings
 from xelm.data.tokenizer import Tokenizer
 from xelm.evaluation.measure import MeasurementPlan
 from xelm.evaluation.options import EvaluationOptions
@@ -23,13 +22,13 @@ from xelm.evaluation.summaries import Background, summarise
 from xelm.inference.routing import RoutingLimits
 from xelm.inference.scoring import check_windows
 from xelm.models.checkpoint import read_config
-from xelm.models.config import ModelConfig
 from xelm.runs.check import check_models
 from xelm.runs.ensembles import check_top_m
 from xelm.runs.make_router import general_models, make_router, serving
-from xelm.runs.overlap import EVALUATION, compare_with_training
+from xelm.runs.overlap import compare_with_training
 from xelm.runs.results import write_results
 from xelm.runs.run import Run
+from xelm.runs.shares import unassigned
 from xelm.runs.text import tokenise
 
 
@@ -46,80 +45,46 @@ def evaluate(
     languages that it serves, at the cost of one model.
 
     options: None: the defaults. languages: of the corpus, to measure on; None: all. save: write
-    RUN/results/results.json, and keep one of other text or options under another name.
+    RUN/results/results.json, and keep one of other text or options under another name. Prints on
+    stderr for which languages the figures mean little.
     """
-    model, experts = read_config(run.seed), run.registry().published()
-    options = options or EvaluationOptions()
+    experts, options = run.registry().published(), options or EvaluationOptions()
     if options.context_length is None:
         options = replace(options, context_length=run.context_length())
-    check_windows(model, *options.windows)
+    check_windows(read_config(run.seed), *options.windows)
     if experts:
         check_top_m(options.top_m, len(experts))
     check_models(run, experts, general_models(run))
     corpus, tokenizer = Corpus.of(corpus), run.tokenizer()
-    text = _open_text(run, experts, tokenizer, corpus, languages, options.max_documents)
-    plan = _plan(run, model, tokenizer, experts, text.documents, options)
-    background = replace(_background(run, experts), unspelled=text.unspelled)
-    summarised = summarise(plan.measure(), plan.token_counts(), text.bytes, background)
-    results = replace(summarised, texts=text.stats)
-    if not save:
-        return results
-    made_of = {**text.facts, **options.to_json(), "start_token": run.config.start_token}
-    return write_results(run, str(corpus), made_of, results)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Text:
-    """The evaluated text; languages have the names that the RUN has for them."""
-
-    documents: Mapping[str, Sequence[np.ndarray]]
-    """Language -> ids of each document."""
-    bytes: Mapping[str, np.ndarray]
-    """Language -> number of UTF-8 bytes of each document."""
-    stats: Mapping[str, TextStats]
-    """Language -> how the tokenizer spells it, and how much of it was trained on."""
-    facts: Mapping[str, Any]
-    """What results.json says of the text."""
-
-    @property
-    def unspelled(self) -> list[str]:
-        """Languages whose characters the tokenizer does not know."""
-        return [tag for tag, text in self.stats.items() if text.unspelled]
-
-
-def _open_text(
-    run: Run,
-    experts: Sequence[Expert],
-    tokenizer: Tokenizer,
-    corpus: Corpus,
-    languages: Sequence[str] | None,
-    max_documents: int | None,
-) -> _Text:
-    """Tokenises a corpus, and prints on stderr for which languages its figures mean little."""
-    name = EVALUATION + hashlib.sha256(str(corpus).encode()).hexdigest()[:8]
+    name = f"evaluation-{hashlib.sha256(str(corpus).encode()).hexdigest()[:8]}"
     tags = None if languages is None else canonical_all(languages)
     store = tokenise(run, contents_of(corpus.pinned(), tags), tokenizer, name, training=False)
-    stats, unknown = compare_with_training(run, store, max_documents)
-    for line in [*warnings(stats), *unknown]:
+    stats = compare_with_training(run, store, options.max_documents)
+    for line in warnings(stats):
         print(line, file=sys.stderr)
-    # A RUN of an earlier version may have another tag for a language, such as `ko-Hang` for `ko`.
-    known = [*run.languages, *(tag for expert in experts for tag in expert.languages)]
-    names = {tag: find(tag, known) or tag for tag in store.languages}
-    texts = {names[tag]: ids for tag, ids in store.languages.items()}
-    return _Text(
-        documents={
-            tag: [ids.document(n) for n in range(len(ids))[:max_documents]]
-            for tag, ids in texts.items()
-        },
-        bytes={tag: ids.bytes[:max_documents] for tag, ids in texts.items()},
-        stats={names[tag]: found for tag, found in stats.items()},
-        facts={"corpus_sha256": store.record["corpus_sha256"], "languages": sorted(texts)},
-    )
+    scored = slice(options.max_documents)
+    documents = {
+        tag: [ids.document(n) for n in range(len(ids))[scored]]
+        for tag, ids in store.languages.items()
+    }
+    sizes = {tag: ids.bytes[scored] for tag, ids in store.languages.items()}
+    plan = _plan(run, tokenizer, experts, documents, options)
+    background = _background(run, experts, [tag for tag, text in stats.items() if text.unspelled])
+    results = summarise(plan.measure(), plan.token_counts(), sizes, background)
+    results = replace(results, texts=stats)
+    if not save:
+        return results
+    made_of = {
+        "corpus_sha256": store.record["corpus_sha256"],
+        "languages": sorted(store.languages),
+        **options.to_json(),
+        "start_token": run.config.start_token,
+    }
+    return write_results(run, str(corpus), made_of, results)
 
 
 def _plan(
     run: Run,
-    model: ModelConfig,
     tokenizer: Tokenizer,
     experts: Sequence[Expert],
     documents: Mapping[str, Sequence[np.ndarray]],
@@ -138,7 +103,7 @@ def _plan(
         for index, expert in enumerate(experts):
             languages[expert.name] = [tag for tag in documents if served.get(tag) == index]
     return MeasurementPlan(
-        model=model,
+        model=read_config(run.seed),
         tokenizer=tokenizer,
         checkpoints=checkpoints,
         experts=[expert.name for expert in experts],
@@ -153,15 +118,15 @@ def _plan(
     )
 
 
-def _background(run: Run, experts: Sequence[Expert]) -> Background:
-    """Which languages each system was trained on."""
-    trained: dict[str, Sequence[str]] = {"dense": run.languages}
+def _background(run: Run, experts: Sequence[Expert], unspelled: Sequence[str]) -> Background:
+    """Which languages each system was trained on, after the seed."""
+    of_dense = [tag for tag in run.languages if tag not in unassigned(run)]
+    trained: dict[str, Sequence[str]] = {"dense": of_dense}
     if all(expert.languages for expert in experts):
         trained |= {expert.name: _trained(run.registry(), expert) for expert in experts}
         trained["ensemble"] = [tag for expert in experts for tag in expert.languages]
-    return Background(
-        experts=[expert.name for expert in experts], languages=run.languages, trained=trained
-    )
+    names = [expert.name for expert in experts]
+    return Background(experts=names, languages=run.languages, trained=trained, unspelled=unspelled)
 
 
 def _trained(registry: Registry, expert: Expert) -> list[str]:

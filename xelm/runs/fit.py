@@ -7,7 +7,8 @@ depends on the experts is fitted again.
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,7 +51,7 @@ def identifier(run: Run) -> Identifier:
     the corpus and of grown experts."""
     languages = _languages(run)
 
-    def make(path: Path) -> Identifier:
+    def make() -> Identifier:
         names = run.tokenizer().hub.convert_ids_to_tokens
 
         def texts(ids: TokenizedLanguage, held_out: bool) -> Iterator[str]:
@@ -60,16 +61,14 @@ def identifier(run: Run) -> Identifier:
         fitted = identify.fit({tag: texts(ids, False) for tag, ids in languages.items()})
         # Calibrated where it is needed: at the beginnings of texts.
         draw = np.random.default_rng(0)
-        fitted = fitted.calibrated(
+        return fitted.calibrated(
             {
                 tag: (text[: int(draw.geometric(0.05))] for text in texts(ids, True))
                 for tag, ids in languages.items()
             }
         )
-        _kept(path, fitted.save)
-        return fitted
 
-    return _fitted(run, "languages", _sizes(languages), Identifier.load, make)
+    return _fitted(run, "languages", _sizes(languages), make, Identifier.save, Identifier.load)
 
 
 def _sizes(languages: Mapping[str, TokenizedLanguage]) -> list[list[object]]:
@@ -77,14 +76,13 @@ def _sizes(languages: Mapping[str, TokenizedLanguage]) -> list[list[object]]:
     return [[tag, len(ids), len(ids.ids)] for tag, ids in languages.items()]
 
 
-def novelty_of(run: Run, served: Iterable[str]) -> Novelty | None:
+def novelty_of(run: Run, served: Collection[str]) -> Novelty | None:
     """The detector of texts in languages that no expert serves; None where too few languages are
     served to fit it, or too few of them have a document that can be held out, which is printed on
     stderr. served: canonical tags; empty for clusters of documents, where all languages of the RUN
     count as served."""
     languages = _languages(run)
-    served = list(served)
-    known = [tag for tag in languages if tag in served] if served else list(languages)
+    known = [tag for tag in languages if tag in (served or languages)]
     if len(known) < novelty.FEWEST:
         return None
     held_out = [tag for tag in known if np.count_nonzero(languages[tag].lengths) > 1]
@@ -98,35 +96,21 @@ def novelty_of(run: Run, served: Iterable[str]) -> Novelty | None:
         return None
     found = identifier(run)
 
-    def make(path: Path) -> Novelty:
-        fitted = novelty.fit(
-            found,
-            known,
-            pieces(run),
-            {tag: _some(languages[tag], languages[tag].order, held_out=False) for tag in known},
-            {tag: _some(ids, ids.order, held_out=True) for tag, ids in languages.items()},
-        )
-        _kept(path, fitted.save)
-        return fitted
+    def make() -> Novelty:
+        texts = {tag: _some(languages[tag], languages[tag].order, held_out=False) for tag in known}
+        others = {tag: _some(ids, ids.order, held_out=True) for tag, ids in languages.items()}
+        return novelty.fit(found, known, pieces(run), texts, others)
 
     facts = [known, _sizes(languages), novelty.SHORT, novelty.MOST_FALSE]
-    return _fitted(run, "novelty", facts, lambda path: Novelty.load(path, found), make)
-
-
-def held_out_beginnings(run: Run, found: Novelty) -> np.ndarray:
-    """Sums of beginnings of held-out texts in the languages that `found` knows, from which its
-    thresholds are made, [N, size]."""
-    known = [found.identifier.languages[column] for column in found.columns]
-    languages = _languages(run)
-    texts = {t: _some(languages[t], languages[t].order, held_out=True) for t in known}
-    return novelty.beginnings(found, pieces(run), texts)[0]
+    load = partial(Novelty.load, identifier=found)
+    return _fitted(run, "novelty", facts, make, Novelty.save, load)
 
 
 def learned(run: Run, experts: Sequence[Expert]) -> Learned:
     """The learned router: logistic regression on TF-IDF vectors of beginnings of documents."""
     vectoriser = run.vectoriser()
 
-    def make(path: Path) -> Mapping[str, np.ndarray]:
+    def make() -> Mapping[str, np.ndarray]:
         from sklearn.linear_model import LogisticRegression
 
         draw, states, labels = np.random.default_rng(0), [], []
@@ -135,27 +119,24 @@ def learned(run: Run, experts: Sequence[Expert]) -> Learned:
                 sums = _beginnings(vectoriser, document, draw)
                 states.append(sums)
                 labels += [label] * len(sums)
-        features = Learned.features(np.concatenate(states))
         model = LogisticRegression(C=100.0, max_iter=300, class_weight="balanced")
         # The products are small: threads that wait for each other, or for a model that is served
         # at the same time, take up to forty times as long.
         with threadpool_limits(1):
-            model.fit(features, labels)
+            model.fit(Learned.features(np.concatenate(states)), labels)
         weights, bias = np.asarray(model.coef_), np.asarray(model.intercept_)
         if len(experts) == 2:  # one row for both
             weights, bias = np.concatenate([-weights, weights]) / 2, np.append(-bias, bias) / 2
-        arrays = {"weights": weights.T.astype(np.float32), "bias": bias.astype(np.float32)}
-        _kept(path, lambda path: write_arrays(path, arrays))
-        return arrays
+        return {"weights": weights.T.astype(np.float32), "bias": bias.astype(np.float32)}
+
+    def save(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+        write_arrays(path, arrays)
 
     if len(experts) == 1:
-        arrays: Mapping[str, np.ndarray] = {
-            "weights": np.zeros((vectoriser.dimensions + 1, 1)),
-            "bias": np.zeros(1),
-        }
+        arrays = {"weights": np.zeros((vectoriser.dimensions + 1, 1)), "bias": np.zeros(1)}
     else:
         facts = [[expert.reference, expert.sha256] for expert in experts]
-        arrays = _fitted(run, "learned", facts, _read_learned, make)
+        arrays = _fitted(run, "learned", facts, make, save, _read_learned)
     return Learned(vectoriser=vectoriser, weights=arrays["weights"], bias=arrays["bias"])
 
 
@@ -221,10 +202,12 @@ def _fitted(
     run: Run,
     name: str,
     facts: object,
+    make: Callable[[], T],
+    save: Callable[[T, Path], object],
     load: Callable[[Path], T],
-    make: Callable[[Path], T],
 ) -> T:
-    """The fit in RUN/routers that was made from these facts, or else what `make` makes."""
+    """The fit in RUN/routers that was made from these facts, or else what `make` makes, which is
+    saved in place of fits from other facts; where that is impossible, a line on stderr says so."""
     origin = [_FORMAT, run.registry().seed_sha256, run.record.get("corpus_sha256"), facts]
     key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
     path = run.directory / "routers" / f"{name}-{key}.npz"
@@ -236,17 +219,14 @@ def _fitted(
         except UserError as error:
             print(f"{error}; it is fitted again", file=sys.stderr)
     print(f"fitting {path}, once for these experts", file=sys.stderr, flush=True)
-    return make(path)
-
-
-def _kept(path: Path, save: Callable[[Path], object]) -> None:
-    """Saves a fit and deletes those made from other facts; only warns where that is impossible."""
+    fitted = make()
     try:
         path.parent.mkdir(exist_ok=True)
-        save(path)
-        for other in path.parent.glob(f"{path.stem.rpartition('-')[0]}-*.npz"):
+        save(fitted, path)
+        for other in path.parent.glob(f"{name}-*.npz"):
             if other != path:
                 other.unlink(missing_ok=True)  # another process may have deleted it
-        manifest.record(path.parent.parent, [f"routers/{path.name}"], again=True)
+        manifest.record(run.directory, [f"routers/{path.name}"], again=True)
     except (OSError, UserError) as error:
         print(f"{path} cannot be written ({error}); it is fitted each time", file=sys.stderr)
+    return fitted

@@ -13,9 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from clustering.engines import connect
 from clustering.errors import UserError
@@ -47,7 +46,7 @@ def launch(
     """
     apart = engine == "ray" or jobs > 1
     if dense and apart:
-        train_dense_apart(run)
+        _train_dense_apart(run)
     elif dense:
         train_dense(run)
     if not apart:
@@ -56,14 +55,76 @@ def launch(
     plans = plans_of(run, names, estimate=False)
     announce(plans)
     check_disk(run.directory, plans, together=jobs)
-    return (
-        train_over_ray(run, names, devices)
-        if engine == "ray"
-        else train_in_processes(run, names, jobs)
-    )
+    size = run.config.experts.runtime.mesh_expert
+    left = {expert.name for expert in run.registry().training()}
+    names = [name for name in names if name in left]
+    if not names:
+        return {}
+    waiting = [_Job(run, names[first : first + size]) for first in range(0, len(names), size)]
+    if engine == "ray":
+        return _train_over_ray(run, waiting, devices * max(len(job.names) for job in waiting))
+    return _train_in_processes(waiting, jobs)
 
 
-def train_dense_apart(run: Run) -> None:
+class _Job:
+    """Experts that are trained together, apart from this process, and how often that was begun."""
+
+    def __init__(self, run: Run, names: Sequence[str]):
+        self.run, self.names, self.label = run, list(names), ", ".join(names)
+        self._steps, self._fruitless = self._saved_steps(), 0
+
+    def _saved_steps(self) -> int:
+        found = [each for each in progress(self.run) if each.name in self.names]
+        return sum(e.step if e.state == "done" else e.checkpoint_step or 0 for e in found)
+
+    def again(self) -> bool:
+        """Whether a job that was stopped from outside is to be started again: unless it has ended
+        more than `RETRIES` times in a row with nothing new saved."""
+        before, self._steps = self._steps, self._saved_steps()
+        self._fruitless = 0 if self._steps > before else self._fruitless + 1
+        return self._fruitless <= RETRIES
+
+    @property
+    def log(self) -> Path:
+        """Output of the job's process."""
+        return self.run.training(self.names[0]).with_suffix(".log")
+
+    def start(self, place: "_Place", mode: Literal["wb", "ab"]) -> subprocess.Popen:
+        """Starts a process that trains the experts. mode: how its log is opened."""
+        self.log.parent.mkdir(exist_ok=True)
+        with self.log.open(mode) as file:
+            process = subprocess.Popen(
+                [*_command(self.run), *self.names],
+                env={**os.environ, **place.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+        if place.cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(process.pid, place.cores)
+        return process
+
+    def failures(self, code: int) -> dict[str, str]:
+        """Reason of the failure of a process that ended with this code, by name of each expert that
+        was not published before."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = lines[-1].removeprefix("xelm: ") if lines else f"it ended with code {code}"
+        if code < 0:
+            said = f"{self.label} was killed by signal {-code} repeatedly; see {self.log}"
+        left = {expert.name for expert in self.run.registry().training()}
+        kept = {name: self.run.failure(name) for name in self.names if name in left}
+        return {n: p.read_text(encoding="utf-8") if p.exists() else said for n, p in kept.items()}
+
+
+# Processes on this machine
+
+
+def _command(run: Run) -> list[str]:
+    settings = [text for setting in run.settings for text in ("--set", setting)]
+    return [sys.executable, "-m", "xelm", "train", str(run.directory), *settings]
+
+
+def _train_dense_apart(run: Run) -> None:
     """Trains the dense baseline in a process of its own, since this one must not occupy a device
     that later jobs need."""
     running: list[subprocess.Popen] = []
@@ -79,157 +140,40 @@ def train_dense_apart(run: Run) -> None:
         raise UserError(f"the dense baseline was not trained; its process ended with code {code}")
 
 
-def train_in_processes(run: Run, names: Sequence[str], jobs: int) -> dict[str, str]:
+def _train_in_processes(waiting: list[_Job], jobs: int) -> dict[str, str]:
     """Trains so many jobs in parallel, each in a process with its share of this machine's GPUs (or
-    cores, without GPUs). The output of a process is in RUN/train/NAME.log. A process that was
-    killed or terminated (exit code 75) is started again."""
-    waiting = _groups(run, names)
-    places = list(_places(min(jobs, len(waiting)) or 1))
-    running: dict[int, _Process] = {}
+    cores, without GPUs). A process that was killed or terminated (exit code 75) is started
+    again."""
+    places = list(_places(min(jobs, len(waiting))))
+    running: dict[int, tuple[_Job, subprocess.Popen]] = {}
     failures: dict[str, str] = {}
-    with _ending(lambda: [process.handle for process in running.values()]):
+    with _ending(lambda: [process for _, process in running.values()]):
         while waiting or running:
             for place in set(range(len(places))) - set(running):
                 if waiting:
-                    running[place] = _Process.start(run, waiting.pop(0), places[place])
+                    job = waiting.pop(0)
+                    running[place] = job, job.start(places[place], "wb")
+                    print(f"{job.label}: begun; its log is {job.log}", file=sys.stderr)
             time.sleep(0.2)
-            for place, process in list(running.items()):
-                code = process.handle.poll()
+            for place, (job, process) in list(running.items()):
+                code = process.poll()
                 if code is None:
                     continue
                 del running[place]
                 if code == 0:
-                    print(f"{process.label}: done", file=sys.stderr)
-                elif process.again(code):
-                    print(f"{process.label}: ended ({code}), started again", file=sys.stderr)
-                    running[place] = _Process.start(run, process.names, places[place], process)
+                    print(f"{job.label}: done", file=sys.stderr)
+                elif (code < 0 or code == os.EX_TEMPFAIL) and job.again():
+                    print(f"{job.label}: ended ({code}), started again", file=sys.stderr)
+                    running[place] = job, job.start(places[place], "ab")
                 else:
-                    failures |= process.failures(code)
-                    print(f"{process.label}: failed", file=sys.stderr)
+                    failures |= job.failures(code)
+                    print(f"{job.label}: failed", file=sys.stderr)
     return failures
 
 
-def train_over_ray(run: Run, names: Sequence[str], devices: int) -> dict[str, str]:
-    """Trains on the Ray cluster at RAY_ADDRESS, or else on this machine: one task for each job,
-    with so many accelerators for each of its experts (CPUs in a cluster without accelerators). A
-    task whose machine is lost resumes elsewhere from its newest checkpoint. Every machine must have
-    this package installed and see the RUN at the same path."""
-    connect()
-    import ray
-    import ray.exceptions
+class _Place(NamedTuple):
+    """Part of this machine on which a process trains."""
 
-    directory = str(run.directory.absolute())
-    groups = _groups(run, names)
-    wanted = _resources(ray.nodes(), devices * max(map(len, groups), default=1))
-    # A process for each task, so that its device memory is free when it ends.
-    alone: Any = {"max_calls": 1, "max_retries": 0}
-    task = ray.remote(**alone, **wanted)(_train_there)
-    pending = {task.remote(directory, run.settings, group): group for group in groups}
-    begun_at = {group[0]: _steps(run, group) for group in groups}
-    fruitless = dict.fromkeys(begun_at, 0)
-    failures: dict[str, str] = {}
-    try:
-        while pending:
-            (ready,), _ = ray.wait(list(pending))
-            group = pending.pop(ready)
-            try:
-                found = ray.get(ready)
-            except ray.exceptions.RayError as error:
-                lost = not isinstance(error, ray.exceptions.RayTaskError)
-                steps, before = _steps(run, group), begun_at[group[0]]
-                fruitless[group[0]] = 0 if steps > before else fruitless[group[0]] + 1
-                if fruitless[group[0]] <= RETRIES and (
-                    lost or isinstance(error.cause, Preempted)  # type: ignore[attr-defined]
-                ):
-                    begun_at[group[0]] = steps
-                    print(f"{', '.join(group)}: lost, and begun again", file=sys.stderr)
-                    pending[task.remote(directory, run.settings, group)] = group
-                    continue
-                found = dict.fromkeys(group, f"Ray: {str(error).strip().splitlines()[-1]}")
-            failures |= found
-            for name in group:
-                print(f"{name}: {'failed' if name in found else 'done'}", file=sys.stderr)
-    finally:
-        for unfinished in pending:
-            ray.cancel(unfinished)
-    return failures
-
-
-def _groups(run: Run, names: Sequence[str]) -> list[list[str]]:
-    size = run.config.experts.runtime.mesh_expert
-    left = {expert.name for expert in run.registry().training()}
-    names = [name for name in names if name in left]
-    return [list(names[first : first + size]) for first in range(0, len(names), size)]
-
-
-# Processes on this machine
-
-
-def _command(run: Run) -> list[str]:
-    settings = [text for setting in run.settings for text in ("--set", setting)]
-    return [sys.executable, "-m", "xelm", "train", str(run.directory), *settings]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Process:
-    names: Sequence[str]
-    handle: subprocess.Popen
-    log: Path
-    begun_at: int
-    """Number of steps that were saved when it began."""
-    fruitless: int
-    """Number of times in a row that it ended with nothing new saved."""
-    run: Run
-
-    @classmethod
-    def start(
-        cls, run: Run, names: Sequence[str], place: "_Place", before: "_Process | None" = None
-    ) -> "_Process":
-        log = run.training(names[0]).with_suffix(".log")
-        log.parent.mkdir(exist_ok=True)
-        step = _steps(run, names)
-        fruitless = 0 if before is None or step > before.begun_at else before.fruitless + 1
-        with log.open("ab" if before else "wb") as file:
-            handle = subprocess.Popen(
-                [*_command(run), *names],
-                env={**os.environ, **place.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-        if place.cores and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(handle.pid, place.cores)
-        if before is None:
-            print(f"{', '.join(names)}: begun; its log is {log}", file=sys.stderr)
-        return cls(names=names, handle=handle, log=log, begun_at=step, fruitless=fruitless, run=run)
-
-    @property
-    def label(self) -> str:
-        return ", ".join(self.names)
-
-    def again(self, code: int) -> bool:
-        """Whether a process that ended with this code is to be started again."""
-        if code != os.EX_TEMPFAIL and code >= 0:
-            return False
-        return _steps(self.run, self.names) > self.begun_at or self.fruitless < RETRIES
-
-    def failures(self, code: int) -> dict[str, str]:
-        """Reason of the failure, by name of each expert that was not published before."""
-        left = {expert.name for expert in self.run.registry().training()}
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        said = lines[-1].removeprefix("xelm: ") if lines else f"it ended with code {code}"
-        if code < 0:
-            said = f"{self.label} was killed by signal {-code} repeatedly; see {self.log}"
-        found = {}
-        for name in self.names:
-            if name in left:
-                kept = self.run.failure(name)
-                found[name] = kept.read_text(encoding="utf-8") if kept.exists() else said
-        return found
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Place:
     environment: Mapping[str, str]
     cores: Sequence[int]
 
@@ -237,19 +181,15 @@ class _Place:
 def _places(jobs: int) -> Iterator[_Place]:
     """Equal parts of the GPUs or cores of this machine."""
     gpus = _gpus()
-    if gpus:
-        if jobs > len(gpus):
-            raise UserError(f"{jobs} jobs at a time want a GPU each; there are {len(gpus)}")
-        each = len(gpus) // jobs
-        for job in range(jobs):
-            mine = ",".join(gpus[job * each : (job + 1) * each])
-            yield _Place(environment={"CUDA_VISIBLE_DEVICES": mine}, cores=())
-        return
+    if jobs > len(gpus) > 0:
+        raise UserError(f"{jobs} jobs at a time want a GPU each; there are {len(gpus)}")
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    each = max(1, len(cores) // jobs)
-    for job in range(jobs):
-        mine = [cores[(job * each + i) % len(cores)] for i in range(each)] if cores else []
-        yield _Place(environment={}, cores=mine)
+    each = max(1, len(gpus or cores) // jobs)
+    for first in range(0, jobs * each, each):
+        if gpus:
+            yield _Place({"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + each])}, ())
+        else:
+            yield _Place({}, [cores[n % len(cores)] for n in range(first, first + each) if cores])
 
 
 def _gpus() -> list[str]:
@@ -262,12 +202,6 @@ def _gpus() -> list[str]:
     asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     found = subprocess.run(asked, capture_output=True, text=True, check=False)
     return found.stdout.split() if found.returncode == 0 else []
-
-
-def _steps(run: Run, names: Sequence[str]) -> int:
-    """Number of steps of these trainings that are saved."""
-    found = [each for each in progress(run) if each.name in names]
-    return sum(each.step if each.state == "done" else each.checkpoint_step or 0 for each in found)
 
 
 @contextmanager
@@ -299,6 +233,47 @@ def _ending(running: Callable[[], Sequence[subprocess.Popen]]) -> Iterator[None]
 
 
 # Tasks on a cluster
+
+
+def _train_over_ray(run: Run, waiting: Sequence[_Job], devices: int) -> dict[str, str]:
+    """Trains on the Ray cluster at RAY_ADDRESS, or else on this machine: one task for each job,
+    with so many accelerators (CPUs in a cluster without accelerators). A task whose machine is lost
+    resumes elsewhere from its newest checkpoint. Every machine must have this package installed and
+    see the RUN at the same path."""
+    connect()
+    import ray
+    import ray.exceptions
+
+    # A process for each task, so that its device memory is free when it ends.
+    alone: Any = {"max_calls": 1, "max_retries": 0}
+    task = ray.remote(**alone, **_resources(ray.nodes(), devices))(_train_there)
+
+    def begin(job: _Job) -> Any:
+        return task.remote(str(run.directory.absolute()), run.settings, job.names)
+
+    pending = {begin(job): job for job in waiting}
+    failures: dict[str, str] = {}
+    try:
+        while pending:
+            (ready,), _ = ray.wait(list(pending))
+            job = pending.pop(ready)
+            try:
+                found = ray.get(ready)
+            except ray.exceptions.RayError as error:
+                failed = isinstance(error, ray.exceptions.RayTaskError)
+                stopped = not failed or isinstance(error.cause, Preempted)  # type: ignore[attr-defined]
+                if stopped and job.again():
+                    print(f"{job.label}: lost, and begun again", file=sys.stderr)
+                    pending[begin(job)] = job
+                    continue
+                found = dict.fromkeys(job.names, f"Ray: {str(error).strip().splitlines()[-1]}")
+            failures |= found
+            for name in job.names:
+                print(f"{name}: {'failed' if name in found else 'done'}", file=sys.stderr)
+    finally:
+        for unfinished in pending:
+            ray.cancel(unfinished)
+    return failures
 
 
 def _train_there(directory: str, settings: Sequence[str], names: Sequence[str]) -> dict[str, str]:

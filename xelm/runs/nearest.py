@@ -55,10 +55,7 @@ class Relatives:
 
 
 def relatives(
-    language: str,
-    measures: Sequence[str],
-    sources: Sources,
-    others: Sequence[str] | None = None,
+    language: str, measures: Sequence[str], sources: Sources, others: Sequence[str] | None = None
 ) -> list[Relatives]:
     """The other languages, nearest first by the first of the measures, and last those of which it
     knows nothing. others: None takes those of a table, tagged text or states where the measures are

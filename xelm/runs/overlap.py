@@ -1,6 +1,6 @@
 """How much of an evaluated text is in the text that a RUN was trained on. Imports no JAX."""
 
-from collections.abc import Iterator
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,48 +10,38 @@ from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.runs.run import Run
 
-EVALUATION = "evaluation-"
-"""Beginning of the names of stores of evaluated text."""
-
 
 def compare_with_training(
     run: Run, store: Store, max_documents: int | None = None
-) -> tuple[dict[str, TextStats], list[str]]:
+) -> dict[str, TextStats]:
     """Statistics of an evaluated text by language, with the documents that are in any text that the
-    RUN was trained on: that of the seed and the experts, and of grown experts. max_documents: of
-    each language, the first; None compares all.
+    RUN was trained on: its corpus, and the text of the grown experts in its registry.
 
-    Returns besides a line for the user where that is unknown, since a store of an earlier version
-    has nothing to compare with.
+    max_documents: number of documents of each language to compare, the first ones; None: all.
+    Where the training text is missing or cannot be compared, one line on stderr says so.
     """
-    found, mine = text_stats(store), store.fingerprints()
-    training = list(_training_stores(run))
-    lacking = [known.directory.name for known in training if known.fingerprints() is None]
-    others = [prints for known in training for prints in (known.fingerprints() or {}).values()]
-    if lacking:
-        return found, [
-            f"whether this text was trained on is unknown: {', '.join(lacking)} in "
-            f"{run.directory / 'corpus'} was tokenised by an earlier version of xelm, which kept "
-            "nothing to compare with"
-        ]
-    if mine is None:
-        return found, []
-    parts = {
-        tag: Fingerprints(*(np.asarray(part[:max_documents]) for part in prints))
-        for tag, prints in mine.items()
-    }
-    whole = overlap(Fingerprints(*map(np.concatenate, zip(*parts.values()))), others)
-    ends = np.cumsum([len(prints.hashes) for prints in parts.values()])[:-1]
-    for tag, exact, near in zip(parts, np.split(whole.exact, ends), np.split(whole.near, ends)):
-        counts = {"compared": len(exact), "exact": int(exact.sum()), "near": int(near.sum())}
-        found[tag] = replace(found[tag], **counts)
-    return found, []
-
-
-def _training_stores(run: Run) -> Iterator[Store]:
-    """The RUN's corpus and those of the grown experts in its registry. Text that was tokenised for
-    a growth that did not begin to train is not among them."""
+    found = text_stats(store)
+    # Text that was tokenised for a growth that did not begin to train is not among these.
     grown = {tag for e in run.registry().experts if e.cluster is None for tag in e.languages}
+    mine, known = store.fingerprints(), []
     for name in ("train", *sorted(grown)):
-        if (run.directory / "corpus" / name / "store.json").exists():
-            yield run.store(name)
+        folder = run.directory / "corpus" / name
+        theirs = run.store(name).fingerprints() if (folder / "store.json").exists() else None
+        if mine is None or theirs is None:
+            print(
+                f"whether this text was trained on is unknown: {folder} is missing, or its "
+                "documents were compared by another method",
+                file=sys.stderr,
+            )
+            return found
+        known += theirs.values()
+    parts = [
+        Fingerprints(*(np.asarray(part[:max_documents]) for part in mine[tag])) for tag in found
+    ]
+    whole = overlap(Fingerprints(*map(np.concatenate, zip(*parts))), known)
+    ends = np.cumsum([len(prints.hashes) for prints in parts])[:-1]
+    exact, near = np.split(whole.exact, ends), np.split(whole.near, ends)
+    return {
+        tag: replace(text, compared=len(e), exact=int(e.sum()), near=int(n.sum()))
+        for (tag, text), e, n in zip(found.items(), exact, near)
+    }

@@ -16,12 +16,7 @@ from experts.expert import Expert
 from experts.lock import update
 from experts.verify import hash_directory
 from xelm.data.rows import LanguageShare
-from xelm.models.checkpoint import (
-    README,
-    read_config,
-    stored_dtype,
-    write_checkpoint,
-)
+from xelm.models.checkpoint import README, read_config, stored_dtype, write_checkpoint
 from xelm.models.config import ModelConfig
 from xelm.runs.origin import origin_facts
 from xelm.runs.run import Run

@@ -32,13 +32,7 @@ def write_results(run: Run, corpus: str, options: Mapping[str, Any], results: Re
     """Writes the results of an evaluation as results.json, and returns them with their record. A
     results.json of other text or other options is kept under another name."""
     path = run.results / RESULTS
-    record = {
-        "format": 1,
-        "xelm": __version__,
-        "corpus": corpus,
-        **options,
-        **results.to_json(),
-    }
+    record = {"format": 1, "xelm": __version__, "corpus": corpus, **options, **results.to_json()}
     with locked(run.directory, "evaluate", wait_seconds=60.0):
         if path.exists():
             try:

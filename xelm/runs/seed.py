@@ -18,11 +18,7 @@ from xelm.data.reading import Reading
 from xelm.data.store import Store
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.sampling import read_sampling_params
-from xelm.models.checkpoint import (
-    check_checkpoint,
-    copy_checkpoint,
-    write_checkpoint,
-)
+from xelm.models.checkpoint import check_checkpoint, copy_checkpoint, write_checkpoint
 from xelm.models.config import ModelConfig
 from xelm.models.families import hub_config
 from xelm.models.parameters import fresh_parameters

@@ -1,14 +1,15 @@
 """`xelm status`: how far each training of a RUN is, as its files say. Imports no JAX."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from experts.lock import owner
 from xelm.runs.run import Run
-from xelm.training.metrics import read_metrics
+from xelm.training.metrics import read_metrics, seconds_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +46,11 @@ class Progress:
 def progress(run: Run) -> list[Progress]:
     """Progress of the seed and the dense baseline, where they are trained, and of every expert: the
     version in use and the one in training or, without either, the newest retired one."""
-    found = list(_models(run))
-    registry = run.registry()
+    found, registry = [], run.registry()
+    for name, path in {"seed": run.seed, "dense": run.dense}.items():
+        finished = (path / "metrics.jsonl").exists()
+        if finished or run.training(name).exists():
+            found.append(_progress(run, name, None, path if finished else None))
     shown = [*registry.published(), *registry.training()]
     names = {expert.name for expert in shown}
     shown += {e.name: e for e in registry.experts if e.name not in names}.values()
@@ -62,34 +66,24 @@ def progress(run: Run) -> list[Progress]:
     return found
 
 
-def _models(run: Run) -> Iterator[Progress]:
-    for name, path in {"seed": run.seed, "dense": run.dense}.items():
-        done = (path / "metrics.jsonl").exists()
-        if done or run.training(name).exists():
-            yield _progress(run, name, None, path if done else None)
-
-
 def _progress(run: Run, name: str, version: int | None, done: Path | None) -> Progress:
     work = run.training(name)
     lines = read_metrics((done or work) / "metrics.jsonl")
     last: Mapping[str, Any] = lines[-1] if lines else {}
     steps, step = last.get("steps"), last.get("step", 0)
     rate, tokens = last.get("tokens_per_second"), last.get("tokens", 0)
-    who = None if done else owner(run.directory, f"train-{name}")
-    why = "" if done or who else _text(run.failure(name))
-    left = None
-    if who and steps and rate and step:
-        left = (steps - step) * (tokens / step) / rate
-    saved = None if done else _newest_checkpoint(work / "checkpoints")
-    state = "waiting"
     if done:
-        state = "done"
-    elif who:
-        state = "training"
-    elif why:
-        state = "failed"
-    elif lines or saved:
-        state = "stopped"
+        seconds = seconds_of(lines)
+        rate = tokens / seconds if seconds else None
+    who = None if done else owner(run.directory, f"train-{name}")
+    why = ""
+    if not (done or who):
+        with suppress(FileNotFoundError):
+            why = run.failure(name).read_text(encoding="utf-8")
+    known = who and steps and rate and step
+    saved = None if done else _newest_checkpoint(work / "checkpoints")
+    states = {"done": done, "training": who, "failed": why, "stopped": lines or saved}
+    state: Any = next((name for name, holds in states.items() if holds), "waiting")
     return Progress(
         name=name,
         state=state,
@@ -98,21 +92,12 @@ def _progress(run: Run, name: str, version: int | None, done: Path | None) -> Pr
         steps=step if done else steps,
         tokens=tokens,
         loss=last.get("loss"),
-        tokens_per_second=_mean_rate(lines) if done else rate,
-        seconds_left=left,
+        tokens_per_second=rate,
+        seconds_left=(steps - step) * (tokens / step) / rate if known else None,
         checkpoint_step=saved and saved[0],
         checkpoint_seconds=saved and time.time() - saved[1],
         note=who or why,
     )
-
-
-def _mean_rate(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """Tokens a second over a whole training."""
-    tokens = [b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *lines], lines)]
-    rates = [line.get("tokens_per_second") or 0.0 for line in lines]
-    if not lines or min(rates) <= 0:
-        return None
-    return lines[-1]["tokens"] / sum(some / rate for some, rate in zip(tokens, rates))
 
 
 def _newest_checkpoint(folder: Path) -> tuple[int, float] | None:
@@ -123,10 +108,3 @@ def _newest_checkpoint(folder: Path) -> tuple[int, float] | None:
         return newest and (int(newest.name), newest.stat().st_mtime)
     except FileNotFoundError:  # deleted meanwhile
         return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""

@@ -25,6 +25,8 @@ VECTORISER_DOCUMENTS = 20_000
 """Number of documents, of all languages together, that the TF-IDF vectors are fitted on."""
 WAIT_SECONDS = 3600.0
 """Longest wait for another command that is tokenising the same corpus, whose work is then used."""
+_SAME = ("corpus_sha256", "languages", "keep_duplicates")
+"""Facts of run.json that two RUNs with the same tokenised corpus share."""
 
 
 def tokenise(
@@ -40,59 +42,46 @@ def tokenise(
     this tokenizer. Prints on stderr which records are left out. training: whether the text is for
     training, where exact copies of documents are left out too unless the RUN keeps them. workers:
     number of processes."""
-    drop = training and not run.record.get("keep_duplicates", False)
-    with locked(run.directory, f"corpus-{name}", wait_seconds=WAIT_SECONDS):
-        return _tokenise(run, contents, tokenizer, name, workers, training, drop)
-
-
-def _tokenise(
-    run: Run,
-    contents: Contents,
-    tokenizer: Tokenizer,
-    name: str,
-    workers: int,
-    training: bool,
-    drop_duplicates: bool,
-) -> Store:
-    directory = run.directory / "corpus" / name
-    corpus, languages = contents.corpus, contents.languages
+    directory, corpus = run.directory / "corpus" / name, contents.corpus
     facts = {
         "corpus": corpus.to_json(),
         "corpus_sha256": contents.fingerprint(),
         "tokenizer_sha256": sha256(tokenizer_directory(run) / "tokenizer.json"),
         "language_codes": codes.VERSION,
         # Files may contain more languages than are wanted.
-        "languages_wanted": None if languages is None else sorted(languages),
+        "languages_wanted": None if contents.languages is None else sorted(contents.languages),
     }
-    if (directory / "store.json").exists():
-        store = run.store(name)
-        if name == "train" and (run.directory / "registry.json").exists():
-            _check_trained_on(store, facts)
-            return store
-        same = all(store.record.get(key, ...) == facts[key] for key in list(facts)[1:])
-        # What a seed was trained on stays; text to compare with it is read again.
-        if same and (training or store.fingerprints() is not None):
-            return store
-    contents.check()
-    reading = Reading(contents)
-    with bar(None, f"tokenise {name}", "doc") as progress:
-        store = build_store(
-            directory,
-            reading.documents(),
-            tokenizer,
-            reading.unusable,
-            languages=languages,
-            facts=facts,
-            workers=workers,
-            drop_duplicates=drop_duplicates,
-            progress=progress.update,
-        )
+    drop_duplicates = training and not run.record.get("keep_duplicates", False)
+    with locked(run.directory, f"corpus-{name}", wait_seconds=WAIT_SECONDS):
+        if (directory / "store.json").exists():
+            store = run.store(name)
+            if name == "train" and (run.directory / "registry.json").exists():
+                _check_trained_on(store, facts)
+                return store
+            same = all(store.record.get(key, ...) == facts[key] for key in list(facts)[1:])
+            # What a seed was trained on stays; text to compare with it is read again.
+            if same and (training or store.fingerprints() is not None):
+                return store
+        contents.check()
+        reading = Reading(contents)
+        with bar(None, f"tokenise {name}", "doc") as progress:
+            store = build_store(
+                directory,
+                reading.documents(),
+                tokenizer,
+                reading.unusable,
+                languages=contents.languages,
+                facts=facts,
+                workers=workers,
+                drop_duplicates=drop_duplicates,
+                progress=progress.update,
+            )
     print(reading.table(), file=sys.stderr)
-    if reading.unusable:
-        print(f"{corpus}: {reading.unusable}", file=sys.stderr)
     texts = text_stats(store)
-    for line in [*duplicate_notes(texts, drop_duplicates), *(warnings(texts) if training else ())]:
-        print(f"{corpus}: {line}", file=sys.stderr)
+    notes = [str(reading.unusable)] if reading.unusable else []
+    notes += duplicate_notes(texts, drop_duplicates) + (warnings(texts) if training else [])
+    for note in notes:
+        print(f"{corpus}: {note}", file=sys.stderr)
     return store
 
 
@@ -130,10 +119,7 @@ def fit_vectoriser(run: Run, store: Store, vocabulary_size: int) -> None:
         for number in range(0, len(ids), -(-len(ids) // most))
     )
     fitted = tfidf.fit(
-        documents,
-        vocabulary_size,
-        run.config.vectoriser_dimensions,
-        run.config.seed.random_seed,
+        documents, vocabulary_size, run.config.vectoriser_dimensions, run.config.seed.random_seed
     )
     write_arrays(
         run.directory / "vectoriser.npz", {"idf": fitted.idf, "projection": fitted.projection}
@@ -147,14 +133,11 @@ def link_from_sibling(run: Run, sibling: Path) -> None:
     if not (sibling / "run.json").exists() or (run.directory / "corpus" / "train").exists():
         return
     other = open_run(sibling, finished=False)
-    same = ("corpus_sha256", "languages", "keep_duplicates")
-    if any(other.record.get(key) != run.record.get(key) for key in same):
-        return
-    if other.config.vectoriser_dimensions != run.config.vectoriser_dimensions:
-        return
-    if not (other.directory / "corpus" / "train" / "store.json").exists():
-        return
-    if other.store().fingerprints() is None:  # of an earlier version, which dropped no copies
+    if (
+        any(other.record.get(key) != run.record.get(key) for key in _SAME)
+        or other.config.vectoriser_dimensions != run.config.vectoriser_dimensions
+        or not (sibling / "corpus" / "train" / "store.json").exists()
+    ):
         return
     target = run.directory / "corpus" / "train"
     partial = target.with_name(".train.partial")
@@ -177,7 +160,5 @@ def _link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
     except FileExistsError:
         return
-    except FileNotFoundError:
-        raise
     except OSError:
         shutil.copyfile(source, target)

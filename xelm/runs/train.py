@@ -13,10 +13,7 @@ from experts.expert import SEED, Expert, parse_reference
 from experts.lock import locked
 from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare
-from xelm.models.checkpoint import (
-    load_parameters,
-    read_config,
-)
+from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.check import check_models
 from xelm.runs.publish import publish, write_centre, write_model

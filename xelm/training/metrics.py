@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,15 @@ def _scalars(line: Mapping[str, Any]) -> dict[str, int | float]:
         elif isinstance(value, int | float):
             found[name] = value
     return found
+
+
+def seconds_of(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds that the logged steps took, at their rates; None where these are unknown."""
+    tokens = [line["tokens"] for line in lines]
+    rates = [line.get("tokens_per_second") or 0.0 for line in lines]
+    if not lines or min(rates) <= 0:
+        return None
+    return sum((now - before) / rate for before, now, rate in zip([0, *tokens], tokens, rates))
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
