@@ -9,7 +9,7 @@ models or corpora.
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from clustering.errors import UserError
 from clustering.languages import english_name, find
 from clustering.names import check_cluster_names
 from clustering.tree import Merge
+from clustering.values import ArrayValue
 from clustering.vectoriser import Vectoriser
 
 if TYPE_CHECKING:
@@ -38,11 +39,12 @@ _MOST_NAMES = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
-class Clustering:
+class Clustering(ArrayValue):
     """Clusters of languages or of documents; immutable, and equal after saving and loading.
 
-    `str` gives a table, and the `plot_` methods give figures. UserError for clusters that lose or
-    double a language, ValueError for arrays that do not fit.
+    `str` gives a table. The `plot_` methods draw on `ax` or on a new figure, and return the axes;
+    they raise UserError without what they draw. UserError for clusters that lose or double a
+    language, ValueError for arrays that do not fit.
     """
 
     method: str
@@ -75,13 +77,6 @@ class Clustering:
         _check_arrays(self)
         if json.loads(json.dumps(self.parameters)) != self.parameters:
             raise ValueError(f"parameters must be JSON values; got {self.parameters}")
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Clustering):
-            return NotImplemented
-        return all(files.equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-
-    __hash__ = None  # type: ignore[assignment]  # arrays do not hash
 
     def __repr__(self) -> str:
         return f"<Clustering {self.method}: {_counts(self)}: {_listed(list(self.clusters))}>"
@@ -138,9 +133,8 @@ class Clustering:
         unknown cluster, and for new names that a cluster cannot have."""
         unknown = [name for name in names if name not in self.clusters]
         if unknown:
-            raise UserError(
-                f"no cluster {', '.join(unknown[:5])}; there are {', '.join(self.clusters)}"
-            )
+            known = ", ".join(self.clusters)
+            raise UserError(f"no cluster {', '.join(unknown[:5])}; there are {known}")
         new = [names.get(name, name) for name in self.clusters]
         check_cluster_names(new)
         documents = self.documents
@@ -151,29 +145,23 @@ class Clustering:
         )
 
     def plot_tree(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws the tree on `ax` or on a new figure, and returns the axes; UserError if there is
-        none."""
-        merges = self._wanted(self.merges, "a tree of joins")
-        return figures.dendrogram(
-            self.cluster_by_language, merges, tuple(self.clusters), self.method, ax
-        )
+        """Draws the tree."""
+        merges, names = self._wanted(self.merges, "a tree of joins"), tuple(self.clusters)
+        return figures.dendrogram(self.cluster_by_language, merges, names, self.method, ax)
 
     def plot_distances(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws the distances on `ax` or on a new figure, and returns the axes; UserError without
-        distances."""
+        """Draws the distances between all languages."""
         distances = self._wanted(self.distances, "distances between languages")
         return figures.distance_heatmap(distances, self.clusters, self.merges, ax)
 
     def plot_composition(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws the languages of each cluster of documents on `ax` or on a new figure, and returns
-        the axes; UserError for clusters of languages."""
-        return figures.cluster_composition(
-            self._wanted(self.documents, "clusters of documents"), ax
-        )
+        """Draws the languages of each cluster of documents."""
+        documents = self._wanted(self.documents, "clusters of documents")
+        return figures.cluster_composition(documents, ax)
 
     def plot_sizes(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws the size of each cluster on `ax` or on a new figure, and returns the axes: its
-        documents, its tokens where these were balanced, or else its languages."""
+        """Draws the size of each cluster: its documents, its tokens where these were balanced, or
+        else its languages."""
         tokens = self.parameters.get("sizes")
         if self.documents is not None:
             sizes = {name: sum(counts.values()) for name, counts in self.documents.items()}
@@ -185,13 +173,11 @@ class Clustering:
         return figures.cluster_sizes(sizes, "tokens" if tokens else "languages", ax)
 
     def plot_map(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws where the languages are spoken on `ax` or on a new figure, and returns the axes;
-        UserError if URIEL has a place for none of them."""
+        """Draws where the languages are spoken, for those that URIEL has a place for."""
         return maps.world_map(self.cluster_by_language, tuple(self.clusters), ax)
 
     def plot_plane(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws the languages as points of a plane, near languages near each other, on `ax` or on
-        a new figure, and returns the axes; UserError without distances."""
+        """Draws the languages as points of a plane, near languages near each other."""
         distances = self._wanted(self.distances, "distances between languages")
         return maps.plane(distances, self.cluster_by_language, tuple(self.clusters), ax)
 
@@ -204,12 +190,8 @@ class Clustering:
     def to_json(self, arrays_sha256: str | None = None) -> dict[str, Any]:
         """The content of clusters.json; `arrays_sha256` is the hash of clusters.npz beside it,
         which has `arrays`, or None without that file."""
-
-        def where(name: str) -> dict[str, Any] | None:
-            return {"file": ARRAYS_NAME, "array": name} if name in arrays else None
-
-        distances, arrays = self.distances, self.arrays()
-        merges, sha256 = self.merges, arrays_sha256
+        distances, merges, sha256 = self.distances, self.merges, arrays_sha256
+        where = {name: {"file": ARRAYS_NAME, "array": name} for name in self.arrays()}
         return {
             "format": FORMAT,
             "method": self.method,
@@ -219,9 +201,8 @@ class Clustering:
             "languages": self.languages,
             "distances": None
             if distances is None
-            else {
-                "file": ARRAYS_NAME,
-                "array": "distances",
+            else where["distances"]
+            | {
                 "coverage": "coverage",
                 "measure": distances.measure,
                 "parameters": distances.parameters,
@@ -230,9 +211,9 @@ class Clustering:
             "merges": None if merges is None else [merge._asdict() for merge in merges],
             "documents": self.documents,
             "shares": self.shares,
-            "centres": where("centres"),
-            "idf": where("idf"),
-            "projection": where("projection"),
+            "centres": where.get("centres"),
+            "idf": where.get("idf"),
+            "projection": where.get("projection"),
             "arrays": None if sha256 is None else {"file": ARRAYS_NAME, "sha256": sha256},
             "made_from": self.made_from,
         }
@@ -250,32 +231,32 @@ class Clustering:
     def from_json(cls, value: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> "Clustering":
         """The clustering of a clusters.json and the arrays beside it; KeyError, TypeError or
         ValueError where they are damaged, UserError where they contradict each other."""
-        merges, facts = value.get("merges"), value.get("distances")
+        languages = tuple(value["languages"])
+        distances = vectoriser = merges = None
+        if (facts := value.get("distances")) is not None:
+            distances = Distances(
+                measure=facts["measure"],
+                languages=languages,
+                values=arrays["distances"],
+                coverage=arrays["coverage"],
+                parameters=facts["parameters"],
+                made_from=facts["made_from"],
+            )
+        if (joins := value.get("merges")) is not None:
+            sides = [(tuple(join["members_a"]), tuple(join["members_b"])) for join in joins]
+            merges = tuple(Merge(*pair, join["distance"]) for pair, join in zip(sides, joins))
+        if "idf" in arrays:
+            vectoriser = Vectoriser(idf=arrays["idf"], projection=arrays["projection"])
         return cls(
             method=value["method"],
             parameters=value["parameters"],
             clusters={name: tuple(members) for name, members in value["clusters"].items()},
             unassigned=tuple(value["unassigned"]),
-            languages=tuple(value["languages"]),
-            distances=None
-            if facts is None
-            else Distances(
-                measure=facts["measure"],
-                languages=tuple(value["languages"]),
-                values=arrays["distances"],
-                coverage=arrays["coverage"],
-                parameters=facts["parameters"],
-                made_from=facts["made_from"],
-            ),
-            merges=None
-            if merges is None
-            else tuple(
-                Merge(tuple(m["members_a"]), tuple(m["members_b"]), m["distance"]) for m in merges
-            ),
+            languages=languages,
+            distances=distances,
+            merges=merges,
             documents=value.get("documents"),
-            vectoriser=Vectoriser(idf=arrays["idf"], projection=arrays["projection"])
-            if "idf" in arrays
-            else None,
+            vectoriser=vectoriser,
             centres=arrays.get("centres"),
             made_from=value.get("made_from", {}),
         )
@@ -318,8 +299,8 @@ class Clustering:
 
 
 def _check_languages(clustering: Clustering) -> None:
-    members = [tag for group in clustering.clusters.values() for tag in group]
     listed, clusters, documents = clustering.languages, clustering.clusters, clustering.documents
+    members = [tag for group in clusters.values() for tag in group]
     several = [tag for tag in members if members.count(tag) > 1]
     found = {
         "is empty": [name for name, group in clusters.items() if not group],
@@ -350,14 +331,13 @@ def _check_arrays(clustering: Clustering) -> None:
         raise ValueError(
             f"a tree over {count} languages has {count - 1} merges; got {len(clustering.merges)}"
         )
-    parts = (clustering.documents, clustering.vectoriser, clustering.centres)
-    if clustering.vectoriser is None or clustering.centres is None or clustering.documents is None:
-        if any(part is not None for part in parts):
-            raise ValueError("documents, vectoriser and centres come together or not at all")
-        return
-    wanted = (len(clustering.clusters), clustering.vectoriser.dimensions)
-    if clustering.centres.shape != wanted:
-        raise ValueError(f"centres must be {list(wanted)}; got {list(clustering.centres.shape)}")
+    vectoriser, centres = clustering.vectoriser, clustering.centres
+    if len({part is None for part in (clustering.documents, vectoriser, centres)}) > 1:
+        raise ValueError("documents, vectoriser and centres come together or not at all")
+    if vectoriser is not None and centres is not None:
+        wanted = (len(clustering.clusters), vectoriser.dimensions)
+        if centres.shape != wanted:
+            raise ValueError(f"centres must be {list(wanted)}; got {list(centres.shape)}")
 
 
 def _counts(clustering: Clustering) -> str:
@@ -376,12 +356,10 @@ def _table(clustering: Clustering) -> str:
     width = max(len(name) for name in clustering.clusters)
     shares = clustering.shares
     for name, members in clustering.clusters.items():
-        if shares is None or clustering.documents is None:
-            text = ", ".join(english_name(tag) for tag in members)
-        else:
-            text = f"{sum(clustering.documents[name].values())} documents: " + _listed(
-                [f"{tag} {share:.0%}" for tag, share in shares[name].items()]
-            )
+        text = ", ".join(english_name(tag) for tag in members)
+        if clustering.documents is not None and shares is not None:
+            parts = [f"{tag} {share:.0%}" for tag, share in shares[name].items()]
+            text = f"{sum(clustering.documents[name].values())} documents: {_listed(parts)}"
         lines.append(f"  {name:<{width}}  {text}")
     if clustering.distances is not None:
         known = zip(clustering.languages, np.diagonal(clustering.distances.coverage))
@@ -389,6 +367,5 @@ def _table(clustering: Clustering) -> str:
         if little:
             lines.append(f"  less than half of the features known: {', '.join(little)}")
     if clustering.unassigned:
-        names = ", ".join(english_name(tag) for tag in clustering.unassigned)
-        lines.append(f"  unassigned: {names}")
+        lines.append(f"  unassigned: {', '.join(map(english_name, clustering.unassigned))}")
     return "\n".join(lines)

@@ -5,15 +5,15 @@ Every measure (`typology`, `genealogy`, `geography`, `table`, `lexical`, `intern
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from clustering.errors import UserError
-from clustering.files import equal
 from clustering.languages import canonical_all, find
+from clustering.values import ArrayValue
 
 _MOST_SHOWN = 12
 """Number of languages up to which `repr` shows the values."""
@@ -30,7 +30,7 @@ class Relative(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False, repr=False)
-class Distances:
+class Distances(ArrayValue):
     """Distances between languages by one measure; immutable."""
 
     measure: str
@@ -54,24 +54,13 @@ class Distances:
             array = getattr(self, name)
             if array.shape != (count, count) or not np.array_equal(array, array.T, equal_nan=True):
                 raise ValueError(f"{name} must be symmetric, [{count}, {count}]")
-        unknown = np.isnan(self.values)
-        if (
-            np.isinf(self.values).any()
-            or not (self.coverage >= 0).all()
-            or (self.coverage > 1).any()
-        ):
+        covered = (self.coverage >= 0) & (self.coverage <= 1)
+        if np.isinf(self.values).any() or not covered.all():
             raise ValueError("distances must be finite or NaN, and coverage between 0 and 1")
-        if self.coverage[unknown].any():
+        if self.coverage[np.isnan(self.values)].any():
             raise ValueError("coverage must be 0 where a distance is NaN")
         if (self.values < 0).any() or np.diagonal(self.values).any():
             raise ValueError("distances must not be negative, and 0 from a language to itself")
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Distances):
-            return NotImplemented
-        return all(equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-
-    __hash__ = None  # type: ignore[assignment]  # arrays do not hash
 
     def __repr__(self) -> str:
         count = len(self.languages)
@@ -79,12 +68,10 @@ class Distances:
         if count > _MOST_SHOWN:
             return title
         width = max(map(len, self.languages)) + 1
-        rows = [
-            f"{tag:<{width}}" + "".join(f"{value:>7.3f}" for value in row)
-            for tag, row in zip(self.languages, self.values)
-        ]
-        head = " " * width + "".join(f"{tag:>7}" for tag in self.languages)
-        return "\n".join([title, head, *rows])
+        lines = [title, " " * width + "".join(f"{tag:>7}" for tag in self.languages)]
+        for tag, row in zip(self.languages, self.values):
+            lines.append(f"{tag:<{width}}" + "".join(f"{value:>7.3f}" for value in row))
+        return "\n".join(lines)
 
     def between(self, one: str, other: str) -> float:
         """The distance between two languages, given by any of their codes."""
@@ -153,12 +140,9 @@ class Distances:
         language without any coverage stands for all of its pairs."""
         alone = np.flatnonzero(np.diagonal(self.coverage) == 0)
         rows, columns = np.nonzero(np.triu(pairs, k=1))
-        named = [self.languages[i] for i in alone]
-        named += [
-            f"{self.languages[i]}-{self.languages[j]}"
-            for i, j in zip(rows, columns)
-            if i not in alone and j not in alone
-        ]
+        tags = self.languages
+        named = [tags[i] for i in alone]
+        named += [f"{tags[i]}-{tags[j]}" for i, j in zip(rows, columns) if not {i, j} & {*alone}]
         more = f" and {len(named) - 5} more" if len(named) > 5 else ""
         return ", ".join(named[:5]) + more
 
@@ -176,19 +160,17 @@ def combine(parts: Sequence[tuple[Distances, float]]) -> Distances:
         raise UserError(f"weights must not be negative nor all zero; got {weights}")
     languages = parts[0][0].languages
     for measure, _ in parts:
-        if set(measure.languages) != set(languages):
-            apart = sorted(set(measure.languages) ^ set(languages))
+        if apart := sorted(set(measure.languages) ^ set(languages)):
             raise UserError(
                 f"{parts[0][0].measure} and {measure.measure} have different languages: "
                 f"{', '.join(apart[:5])}"
             )
     aligned = [measure.of(languages) for measure, _ in parts]
     shares = np.asarray(weights, float) / sum(weights)
-    scaled = [m.values / _largest(m) for m in aligned]
-    informed = [s for s, values in zip(shares, scaled) if _any_known(values)]
-    values = sum(
-        (s * _typical(v) for s, v in zip(shares, scaled) if _any_known(v)), np.zeros_like(scaled[0])
-    ) / (sum(informed) or 1.0)
+    scaled = [m.values / (float(np.nanmax(m.values, initial=0.0)) or 1.0) for m in aligned]
+    informed = [(share, values) for share, values in zip(shares, scaled) if _any_known(values)]
+    values = sum((s * _typical(v) for s, v in informed), np.zeros_like(scaled[0]))
+    values /= sum(share for share, _ in informed) or 1.0
     values[np.all([np.isnan(v) for v in scaled], axis=0)] = np.nan
     return Distances(
         measure=" + ".join(f"{s:.2g} {m.measure}" for s, m in zip(shares, aligned)),
@@ -203,10 +185,6 @@ def combine(parts: Sequence[tuple[Distances, float]]) -> Distances:
         },
         made_from={name: value for m in aligned for name, value in m.made_from.items()},
     )
-
-
-def _largest(distances: Distances) -> float:
-    return float(np.nanmax(distances.values, initial=0.0)) or 1.0
 
 
 def _any_known(values: np.ndarray) -> bool:

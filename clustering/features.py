@@ -1,7 +1,7 @@
 """Distances between the rows of a table of features by language, in which values may be missing."""
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
@@ -30,8 +30,7 @@ def chosen(names: Sequence[str], only: Sequence[str], where: str) -> list[int]:
 def varying(values: Table) -> Bool[np.ndarray, " features"]:
     """Whether each column is other than all 0, all 1 or all missing, which lang2vec calls minimal;
     constant fractions stay, as there."""
-    constant = (values == 0).all(axis=0) | (values == 1).all(axis=0) | np.isnan(values).all(axis=0)
-    return ~constant
+    return ~np.all([values == 0, values == 1, np.isnan(values)], axis=1).any(axis=0)
 
 
 def compared(
@@ -90,9 +89,6 @@ def gower(values: Table) -> Distance:
         with np.errstate(invalid="ignore"):
             result[row] = (np.abs(filled - mine) * both).sum(axis=1) / both.sum(axis=1)
     return _tidied(result)
-
-
-METRICS: Mapping[str, Callable[[Table], Distance]] = {"cosine": cosine, "gower": gower}
 
 
 def _tidied(values: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ import json
 import os
 import secrets
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,12 +72,8 @@ def read_json(path: str | os.PathLike[str], newest_format: int = 1) -> dict[str,
 
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object of a file; UserError if it is missing, damaged or something else."""
-    try:
+    with _reading(path, "JSON"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _cannot_read(path, error) from error
-    except ValueError as error:  # covers bytes that are not UTF-8
-        raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} must be a JSON object; got {value!r:.40}")
     return value
@@ -85,33 +82,39 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file, without a byte order mark; UserError if it is missing or not
     UTF-8."""
-    try:
+    with _reading(path, "UTF-8"):
         return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise _cannot_read(path, error) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error}") from error
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays of an `.npz`; UserError if it is missing, damaged, or has pickled objects."""
-    try:
-        # Opened here, since NumPy does not close a file that is no archive.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except OSError as error:
-        raise _cannot_read(path, error) from error
-    except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # TypeError: an .npy
-        raise UserError(f"{path} is not an .npz of plain arrays: {error}") from error
+    # Opened here, since NumPy does not close a file that is no archive.
+    with (
+        _reading(path, "an .npz of plain arrays"),
+        open(path, "rb") as file,
+        np.load(file, allow_pickle=False) as archive,
+    ):
+        return {name: archive[name] for name in archive.files}
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file in hexadecimal, read piece by piece."""
+    with _reading(path, "a file"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _reading(path: str | os.PathLike[str], form: str) -> Iterator[None]:
+    """Context that raises UserError where a file cannot be read, or is not of a form."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
     except OSError as error:
-        raise _cannot_read(path, error) from error
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    # TypeError is NumPy's for an .npy; bytes that are not UTF-8 are a ValueError.
+    except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not {form}: {error}") from error
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -151,22 +154,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _cannot_read(path: str | os.PathLike[str], error: OSError) -> UserError:
-    reason = (
-        "does not exist"
-        if isinstance(error, FileNotFoundError)
-        else f"cannot be read: {error.strerror}"
-    )
-    return UserError(f"{path} {reason}")
-
-
-def equal(one: Any, other: Any) -> bool:
-    """Whether two fields of a saved value are equal: arrays by type and value, dictionaries also by
-    order, since clusters are in the order of their centres."""
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return one.dtype == other.dtype and np.array_equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return list(one.items()) == list(other.items())
-    return type(one) is type(other) and one == other

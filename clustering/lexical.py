@@ -6,7 +6,7 @@ by any of these, however similar their grammar.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -20,9 +20,6 @@ from clustering.languages import canonical_all
 
 Counts = Mapping[Any, int]
 """Unit (a word, an id, an n-gram, a name) -> how often it occurs."""
-
-LONGEST_GRAM = 3
-"""Length in characters of the longest n-gram that `characters` counts."""
 
 # Unicode's default word boundaries (UAX 29) need no spaces: Han characters are words of their own.
 _BOUNDARY = regex.compile(r"(?V1)\b", regex.WORD)
@@ -38,7 +35,7 @@ def words(texts: Iterable[str]) -> Counter[str]:
     return counts
 
 
-def characters(texts: Iterable[str], longest: int = LONGEST_GRAM) -> Counter[str]:
+def characters(texts: Iterable[str], longest: int = 3) -> Counter[str]:
     """Counts of n-grams of 1 to `longest` characters within words, with an underscore at either end
     of a word (as in the profiles of Cavnar and Trenkle 1994)."""
     counts: Counter[str] = Counter()
@@ -74,7 +71,7 @@ def text_distances(
 
     This is the share of running text not in common: 0 for equal shares, 1 for no common unit. It
     suits words, subwords and characters. UserError for a language without any unit."""
-    return _distances(counts, measure, made_from, of_types=False)
+    return _distances(counts, measure, made_from, _common_shares)
 
 
 def type_distances(
@@ -85,56 +82,53 @@ def type_distances(
     It suits names: Pires et al. 2019, arXiv 1906.01502, section 4.1, measure the overlap of
     entities like this. It falls as texts grow, so they should be of similar size. UserError for a
     language without any unit."""
-    return _distances(counts, measure, made_from, of_types=True)
+    return _distances(counts, measure, made_from, _common_types)
 
 
 def _distances(
-    counts: Mapping[str, Counts], measure: str, made_from: dict[str, str] | None, *, of_types: bool
+    counts: Mapping[str, Counts],
+    measure: str,
+    made_from: dict[str, str] | None,
+    common: Callable[[Collection[Counts]], np.ndarray],
 ) -> Distances:
     tags = canonical_all(counts)
     empty = [tag for tag, found in zip(tags, counts.values()) if not found]
     if empty:
         raise UserError(f"no {measure} found in the text of {', '.join(empty)}")
-    place: dict[Any, int] = {}
-    for unit in chain.from_iterable(counts.values()):
-        place.setdefault(unit, len(place))
-    indices = np.fromiter(map(place.__getitem__, chain(*counts.values())), np.int64)
-    ends = np.cumsum([0, *map(len, counts.values())])
-    running = np.array([sum(found.values()) for found in counts.values()])
-    if of_types:
-        shares = np.ones(len(indices))
-    else:
-        occurrences = chain(*(found.values() for found in counts.values()))
-        shares = np.fromiter(occurrences, float) / np.repeat(running, np.diff(ends))
-    common = _common(indices, shares, ends, len(place))
-    if of_types:
-        sizes = np.diff(ends).astype(float)
-        common /= sizes[:, None] + sizes - common
-    values = np.maximum(1.0 - common, 0.0)
+    values = np.maximum(1.0 - common(counts.values()), 0.0)
     np.fill_diagonal(values, 0.0)
-    facts: dict[str, Any] = {
-        "units": {
-            tag: [int(n), len(found)] for tag, n, found in zip(tags, running, counts.values())
-        }
-    }
+    units = [[int(sum(found.values())), len(found)] for found in counts.values()]
     return Distances(
         measure=measure,
         languages=tags,
         values=values,
         coverage=np.ones_like(values),
-        parameters=facts,
+        parameters={"units": dict(zip(tags, units))},
         made_from=made_from or {},
     )
 
 
-def _common(
-    indices: np.ndarray, shares: np.ndarray, ends: np.ndarray, units: int
-) -> Float[np.ndarray, "languages languages"]:
-    """Sums over u of min(s_i(u), s_j(u)) between the rows of a CSR matrix, none of them empty."""
-    common = np.empty((len(ends) - 1,) * 2)
+def _common_types(counts: Collection[Counts]) -> Float[np.ndarray, "languages languages"]:
+    """Jaccard indices of the sets of units."""
+    sets = [set(found) for found in counts]
+    return np.array([[len(one & other) / len(one | other) for other in sets] for one in sets])
+
+
+def _common_shares(counts: Collection[Counts]) -> Float[np.ndarray, "languages languages"]:
+    """Sums over u of min(p_i(u), p_j(u))."""
+    place: dict[Any, int] = {}
+    for unit in chain.from_iterable(counts):
+        place.setdefault(unit, len(place))
+    # Rows of a CSR matrix, none of them empty.
+    ends = np.cumsum([0, *map(len, counts)])
+    indices = np.fromiter(map(place.__getitem__, chain(*counts)), np.int64)
+    occurrences = np.fromiter(chain(*(found.values() for found in counts)), float)
+    totals = np.array([sum(found.values()) for found in counts])
+    shares = occurrences / np.repeat(totals, np.diff(ends))
+    common = np.empty((len(counts),) * 2)
     for row in range(len(common)):
         mine = slice(ends[row], ends[row + 1])
-        dense = np.zeros(units)
+        dense = np.zeros(len(place))
         dense[indices[mine]] = shares[mine]
         common[row] = np.add.reduceat(np.minimum(shares, dense[indices]), ends[:-1])
     return (common + common.T) / 2  # sums in two orders may differ in the last bit

@@ -37,13 +37,10 @@ def read(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], features.Table,
         raise UserError(f"{path} has several columns {', '.join(twice[:5])}")
     rows = []
     for number, line in lines:
+        place = f"{path}:{number}"
         if len(line) != len(header):
-            raise UserError(
-                f"{path}:{number}: the header has {len(header)} columns; got {len(line)}"
-            )
-        rows.append(
-            [_number(text, f"{path}:{number}, {name}") for name, text in zip(names, line[1:])]
-        )
+            raise UserError(f"{place}: the header has {len(header)} columns; got {len(line)}")
+        rows.append([_number(text, f"{place}, {name}") for name, text in zip(names, line[1:])])
     if not rows:
         raise UserError(f"{path} has no line after the header")
     try:
@@ -58,10 +55,9 @@ def distances(
     languages: Sequence[str] | None = None,
     *,
     only: Sequence[str] = (),
-    metric: str = "gower",
     resample: int | None = None,
 ) -> Distances:
-    """Distances between the languages of a table, or some of them, by one of `features.METRICS`.
+    """Distances between the languages of a table, or some of them (`features.gower`).
 
     `only`: these features alone. `resample`: as in `typology.distances`. Features that do not vary
     among the languages are dropped, so a distance depends on the other languages. Coverage is the
@@ -76,16 +72,14 @@ def distances(
         raise UserError(f"{path} has no line for {', '.join(wanted[:5])}")
     values = values[[tags.index(tag) for tag in described]]
     values = values[:, features.compared(values, names, only, str(path), resample)]
-    if metric not in features.METRICS:
-        raise UserError(f"unknown metric {metric!r}; there are {', '.join(features.METRICS)}")
-    found = features.METRICS[metric](values)
+    found = features.gower(values)
     return Distances(
         measure=Path(path).stem,
         languages=tuple(described),
         values=found,
         coverage=np.where(np.isnan(found), 0.0, features.coverage(~np.isnan(values))),
         parameters={
-            "metric": metric,
+            "metric": "gower",
             "only": list(only),
             "resample": resample,
             "features_that_vary": values.shape[1],

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from clustering import kmeans
+from clustering.values import ArrayValue
 
 _TOKENS_PER_CHUNK = 1 << 18
 """Number of tokens that are transformed at a time, which bounds the memory: some 200 MB of distinct
@@ -18,7 +19,7 @@ terms at 100 dimensions in the worst case."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Vectoriser:
+class Vectoriser(ArrayValue):
     """A fitted TF-IDF and SVD; in shapes, V is the vocabulary and D the dimensions."""
 
     idf: Float[np.ndarray, " V"]
@@ -32,14 +33,6 @@ class Vectoriser:
                 "idf must be [V] and projection [V, D]; "
                 f"got {self.idf.shape} and {self.projection.shape}"
             )
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Vectoriser):
-            return NotImplemented
-        same_idf = np.array_equal(self.idf, other.idf)
-        return same_idf and np.array_equal(self.projection, other.projection)
-
-    __hash__ = None  # type: ignore[assignment]  # arrays do not hash
 
     @property
     def vocabulary_size(self) -> int:

@@ -254,3 +254,9 @@ def test_features_drawn_anew_pass_over_draws_that_say_nothing(monkeypatch):
     assert len(list(by_name.resampled("typology", ["en"], by_name.Sources(), 3))) == 3
     assert asked == [0, 1, 2, 3, 4]
     assert list(by_name.resampled("genealogy", ["en"], by_name.Sources(), 3)) == []
+
+
+def test_distances_with_gaps_equal_their_copies():
+    gaps = THREE.spread(["fr", "sw", "en"])
+    assert np.isnan(gaps.values).any()
+    assert gaps == THREE.spread(["fr", "sw", "en"]) != THREE.spread(["fr", "hi", "en"])
