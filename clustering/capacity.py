@@ -71,10 +71,8 @@ def _medoids(
     for _ in range(_ROUNDS):
         labels = assign(distances[:, medoids], weights, bounds)
         totals = np.where(labels == labels[:, None], distances, 0).sum(axis=1)
-        chosen = [
-            int(np.flatnonzero(labels == group)[totals[labels == group].argmin()])
-            for group in range(k)
-        ]
+        groups = [np.flatnonzero(labels == group) for group in range(k)]
+        chosen = [int(group[totals[group].argmin()]) for group in groups]
         if chosen == medoids:
             break
         medoids = chosen
@@ -150,10 +148,8 @@ def improved(
     the sum over languages of the mean distance within groups."""
     labels = labels.copy()
     while True:
-        swaps, moves = (
-            _swaps(distances, labels, weights, bounds),
-            _moves(distances, labels, weights, bounds),
-        )
+        swaps = _swaps(distances, labels, weights, bounds)
+        moves = _moves(distances, labels, weights, bounds)
         groups = [np.flatnonzero(labels == group) for group in range(labels.max() + 1)]
         found: list[tuple[float, tuple[int, int], dict[int, int]]] = []
         for a, b in combinations(range(len(groups)), 2):

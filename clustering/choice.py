@@ -5,7 +5,8 @@ balance of sizes are shown beside it. Distances, and those of resampled features
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,22 +57,28 @@ def choices(
         raise UserError(f"k can be chosen for four languages or more; got {len(languages)}")
     if not distances.values.any():
         raise UserError(f"all distances are 0 by {distances.measure}: no k is better than another")
+    from sklearn.metrics import adjusted_rand_score, silhouette_score
+
+    weights = None if sizes is None else np.array([sizes[tag] for tag in languages], float)
+    clusters_of = partial(grouping.cluster, rule=rule, sizes=sizes if rule == "balanced" else None)
     again = list(resampled)
     found = []
     for k in range(2, len(languages) // 2 + 1):
         try:
-            clusters = _clusters(distances, k, rule, sizes)
+            clusters = clusters_of(distances, k)
         except UserError:
             continue  # no clusters of such sizes
         labels = _labels(clusters)
-        others = [_labels(_clusters(drawn, k, rule, sizes)) for drawn in again]
+        totals = np.bincount(labels, weights)
+        agreed = [adjusted_rand_score(labels, _labels(clusters_of(drawn, k))) for drawn in again]
         found.append(
             Choice(
                 k=k,
-                silhouette=_silhouette(distances, labels),
+                silhouette=float(silhouette_score(distances.values, labels, metric="precomputed")),
                 gap=_gap(clusters),
-                balance=_balance(labels, languages, sizes),
-                **_stability(labels, others),
+                balance=float(totals.max() / totals.mean()),
+                stability=float(np.mean(agreed)) if agreed else None,
+                standard_error=float(np.std(agreed) / np.sqrt(len(agreed))) if agreed else 0.0,
             )
         )
     if not found:
@@ -99,42 +106,12 @@ def reason(found: Sequence[Choice]) -> str:
     )
 
 
-def _clusters(
-    distances: Distances, k: int, rule: str, sizes: Mapping[str, int] | None
-) -> Clustering:
-    return grouping.cluster(distances, k, rule=rule, sizes=sizes if rule == "balanced" else None)
-
-
 def _labels(clusters: Clustering) -> np.ndarray:
     names = list(clusters.clusters)
     return np.array([names.index(name) for name in clusters.cluster_by_language.values()])
-
-
-def _silhouette(distances: Distances, labels: np.ndarray) -> float:
-    from sklearn.metrics import silhouette_score
-
-    return float(silhouette_score(distances.values, labels, metric="precomputed"))
 
 
 def _gap(clusters: Clustering) -> float:
     assert clusters.merges is not None
     made = len(clusters.languages) - len(clusters.clusters)
     return clusters.merges[made].distance - clusters.merges[made - 1].distance
-
-
-def _balance(
-    labels: np.ndarray, languages: Sequence[str], sizes: Mapping[str, int] | None
-) -> float:
-    weights = None if sizes is None else np.array([sizes[tag] for tag in languages], float)
-    totals = np.bincount(labels, weights)
-    return float(totals.max() / totals.mean())
-
-
-def _stability(labels: np.ndarray, others: Sequence[np.ndarray]) -> dict[str, Any]:
-    if not others:
-        return {"stability": None, "standard_error": 0.0}
-    from sklearn.metrics import adjusted_rand_score
-
-    found = [float(adjusted_rand_score(labels, other)) for other in others]
-    error = float(np.std(found) / np.sqrt(len(found)))
-    return {"stability": float(np.mean(found)), "standard_error": error}

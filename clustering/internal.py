@@ -5,8 +5,8 @@ by the losses of experts.
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -58,9 +58,12 @@ class _Measurements:
                 "those of xelm features"
             )
         named = (arrays.get(part, np.array([], str)).tolist() for part in ("made_from", "hashes"))
-        return cls(
-            languages=canonical_all(tags.tolist()), values=values, made_from=dict(zip(*named))
-        )
+        tags = canonical_all(tags.tolist())
+        return cls(languages=tags, values=values, made_from=dict(zip(*named)))
+
+    def origin(self, path: str | os.PathLike[str]) -> dict[str, str]:
+        """What distances by this value are made from: its file and what that was made from."""
+        return {Path(path).name: files.sha256(path), **self.made_from}
 
 
 class States(_Measurements):
@@ -91,13 +94,13 @@ def cosine(
     the file are at an unknown distance. UserError for a layer that is not there, and if none of the
     languages is.
     """
-    states = States.load(path)
-    tags, number, values = _of_layer(states, path, languages, layer)
-    means = values.mean(axis=1, dtype=np.float64)
-    means -= means.mean(axis=0)
-    facts = {"layer": number, "documents": states.values.shape[1]}
-    apart = (1.0 - _cosines(means @ means.T)) / 2
-    return _measured("states", tags, apart, facts, path, states.made_from).spread(languages or tags)
+
+    def apart(values: np.ndarray) -> np.ndarray:
+        means = values.mean(axis=1, dtype=np.float64)
+        means -= means.mean(axis=0)
+        return (1.0 - _cosines(means @ means.T)) / 2
+
+    return _between_states("states", path, languages, layer, apart)
 
 
 def alignment(
@@ -108,19 +111,17 @@ def alignment(
 
     They are 0 where the states of two languages differ by rotation and scale alone. Arguments and
     errors as in `cosine`; UserError for fewer than three documents."""
-    states = States.load(path)
-    tags, number, values = _of_layer(states, path, languages, layer)
-    if values.shape[1] < 3:
-        raise UserError(f"{path} must have 3 documents of each language; got {values.shape[1]}")
-    centred = values - values.mean(axis=1, keepdims=True, dtype=np.float64)
-    # In [documents, documents], which is smaller than [D, D] in large models.
-    inner = centred @ centred.swapaxes(1, 2)
-    flat = inner.reshape(len(inner), -1)
-    facts = {"layer": number, "documents": states.values.shape[1]}
-    apart = 1.0 - _cosines(flat @ flat.T)
-    return _measured("alignment", tags, apart, facts, path, states.made_from).spread(
-        languages or tags
-    )
+
+    def apart(values: np.ndarray) -> np.ndarray:
+        if values.shape[1] < 3:
+            raise UserError(f"{path} must have 3 documents of each language; got {values.shape[1]}")
+        centred = values - values.mean(axis=1, keepdims=True, dtype=np.float64)
+        # In [documents, documents], which is smaller than [D, D] in large models.
+        inner = centred @ centred.swapaxes(1, 2)
+        flat = inner.reshape(len(inner), -1)
+        return 1.0 - _cosines(flat @ flat.T)
+
+    return _between_states("alignment", path, languages, layer, apart)
 
 
 def updates(
@@ -134,12 +135,11 @@ def updates(
     found = Updates.load(path)
     tags, index = _chosen(found.languages, path, languages)
     count = len(found.values)
-    first = max(1, count - 2) if layer is None else layer
     last = count if layer is None else _layer(layer, count, path)
+    first = max(1, count - 2) if layer is None else last
     inner = found.values[first - 1 : last].sum(axis=0)[np.ix_(index, index)]
-    facts = {"layers": [first, last]}
-    apart = (1.0 - _cosines(inner)) / 2
-    return _measured("updates", tags, apart, facts, path, found.made_from).spread(languages or tags)
+    measured = _measured("updates", tags, (1.0 - _cosines(inner)) / 2, found.origin(path))
+    return replace(measured, parameters={"layers": [first, last]}).spread(languages or tags)
 
 
 def losses(
@@ -152,20 +152,27 @@ def losses(
 
     nats: loss of the expert of the row's language on text of the column's; NaN if unknown.
     """
-    tags = canonical_all(languages)
     with np.errstate(divide="ignore", invalid="ignore"):
         saved = np.maximum(1.0 - np.diagonal(nats) / nats, 0.0)
-    return _measured("losses", tags, saved, {}, None, made_from)
+    return _measured("losses", canonical_all(languages), saved, made_from)
 
 
-def _of_layer(
-    states: States, path: str | os.PathLike[str], languages: Sequence[str] | None, layer: int | None
-) -> tuple[tuple[str, ...], int, np.ndarray]:
-    """Tags, number of the layer, and states [languages, documents, D]."""
+def _between_states(
+    measure: str,
+    path: str | os.PathLike[str],
+    languages: Sequence[str] | None,
+    layer: int | None,
+    apart: Callable[[np.ndarray], np.ndarray],
+) -> Distances:
+    """Distances by a function of the states after one layer, [languages, documents, D]."""
+    states = States.load(path)
     tags, index = _chosen(states.languages, path, languages)
-    layers = states.values.shape[2]
+    _, documents, layers, _ = states.values.shape
     number = -(-layers // 2) if layer is None else _layer(layer, layers, path)
-    return tags, number, states.values[index, :, number - 1]
+    values = apart(states.values[index, :, number - 1])
+    measured = _measured(measure, tags, values, states.origin(path))
+    facts = {"layer": number, "documents": documents}
+    return replace(measured, parameters=facts).spread(languages or tags)
 
 
 def _chosen(
@@ -193,21 +200,11 @@ def _cosines(inner: np.ndarray) -> np.ndarray:
 
 
 def _measured(
-    measure: str,
-    tags: tuple[str, ...],
-    values: np.ndarray,
-    parameters: Mapping[str, int | list[int]],
-    path: str | os.PathLike[str] | None,
-    made_from: Mapping[str, str],
+    measure: str, tags: tuple[str, ...], values: np.ndarray, made_from: Mapping[str, str]
 ) -> Distances:
     values = np.clip((values + values.T) / 2, 0.0, 1.0)
     np.fill_diagonal(values, 0.0)
-    own = {} if path is None else {Path(path).name: files.sha256(path)}
+    known = (~np.isnan(values)).astype(float)
     return Distances(
-        measure=measure,
-        languages=tags,
-        values=values,
-        coverage=(~np.isnan(values)).astype(float),
-        parameters=dict(parameters),
-        made_from={**own, **made_from},
+        measure=measure, languages=tags, values=values, coverage=known, made_from=dict(made_from)
     )

@@ -13,6 +13,8 @@ from jaxtyping import Float, Integer
 
 from clustering.errors import UserError
 
+_ITERATIONS = 50
+"""Number of assignments at most."""
 _ROWS_PER_CHUNK = 1 << 16
 """Number of rows whose distances `assign` computes at a time."""
 _TEMPERATURES = tuple(np.geomspace(0.25, 0.02, 16))
@@ -46,15 +48,8 @@ class Fit:
         """Number of fitted rows in each cluster."""
         return tuple(np.bincount(self.labels, minlength=len(self.centres)).tolist())
 
-    @property
-    def balance(self) -> float:
-        """Size of the largest cluster over the mean size; 1 is even."""
-        return max(self.sizes) * len(self.centres) / len(self.labels)
 
-
-def fit(
-    vectors: Float[np.ndarray, "documents D"], k: int, random_seed: int, *, iterations: int = 50
-) -> Fit:
+def fit(vectors: Float[np.ndarray, "documents D"], k: int, random_seed: int) -> Fit:
     """k centres of the vectors, with at most ceil(rows / k) rows in each cluster while fitting.
 
     Zero rows (documents of unseen terms alone) are left out, and equal rows count once: they have
@@ -73,9 +68,8 @@ def fit(
         )
     centres, prices = _annealed(points, k, rng)
     capacity = -(-len(points) // k)
-    labels = np.full(len(points), -1)
-    done = 0
-    while done < iterations:
+    labels, done = np.full(len(points), -1), 0
+    while done < _ITERATIONS:
         done += 1
         previous = labels
         # The last prices are a good start, since centres move little.
@@ -290,8 +284,5 @@ def _squared_distances(centres: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def _means(points: np.ndarray, labels: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Mean of each cluster's points; a cluster without points keeps its centre."""
-    means = [
-        points[labels == index].mean(axis=0) if np.any(labels == index) else centre
-        for index, centre in enumerate(centres)
-    ]
-    return np.stack(means)
+    members = (points[labels == index] for index in range(len(centres)))
+    return np.stack([m.mean(axis=0) if len(m) else c for m, c in zip(members, centres)])

@@ -40,12 +40,6 @@ def pairs(
     return _named(languages, groups, joins, linkage)
 
 
-def _closest(linkage: np.ndarray) -> tuple[int, int]:
-    rows, columns = np.triu_indices(len(linkage), k=1)
-    best = np.argmin(linkage[rows, columns])
-    return int(rows[best]), int(columns[best])
-
-
 def _closest_pairs(linkage: np.ndarray, sizes: list[int], count: int) -> list[tuple[int, int]]:
     """`count` disjoint pairs, closest first; a full round (2 * count groups) keeps sizes even."""
     is_full = 2 * count == len(sizes)
@@ -90,7 +84,8 @@ def _named(
     """The groups as languages, with the joins that made them and, closest first, those above."""
     above, every = groups, list(joins)
     while len(above) > 1:
-        above, linkage, joined = _join(above, linkage, [_closest(linkage)])
+        closest = _closest_pairs(linkage, [1] * len(above), 1)
+        above, linkage, joined = _join(above, linkage, closest)
         every += joined
 
     def name(group: Group) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def test_sizes_are_bounded_while_fitting(rows, k):
     fitted = kmeans.fit(points, k, random_seed=0)
     assert sum(fitted.sizes) == rows
     assert max(fitted.sizes) <= -(-rows // k)
-    assert 1 <= fitted.balance <= 1 + k / rows
+    assert 1 <= max(fitted.sizes) * k / len(fitted.rows) <= 1 + k / rows
     distances = ((points - fitted.centres[fitted.labels]) ** 2).sum(axis=1)
     assert fitted.inertia == pytest.approx(distances.mean(), rel=1e-5)
 
