@@ -58,13 +58,15 @@ class Identifier:
 
     def log_probabilities(self, text: str) -> Float[np.ndarray, " L"]:
         """Log probabilities of the languages for a text, under a uniform prior."""
-        sums = self.terms("", [text])[0] / self.temperature
-        top = sums.max()
-        return sums - top - np.log(np.exp(sums - top).sum())
+        from scipy.special import log_softmax
+
+        return log_softmax(self.terms("", [text])[0] / self.temperature)
 
     def calibrated(self, texts: Mapping[str, Iterable[str]]) -> "Identifier":
         """The identifier with the temperature under which these texts are most probable; they
         should not be those that it was fitted on."""
+        from scipy.special import log_softmax
+
         labels, sums = [], []
         for tag, some in texts.items():
             for text in some:
@@ -72,11 +74,12 @@ class Identifier:
                 sums.append(self.terms("", [text])[0])
         if not labels:
             return self
-        best = min(
-            np.geomspace(0.5, 64, 43),
-            key=lambda divisor: _cross_entropy(np.asarray(sums) / divisor, np.asarray(labels)),
-        )
-        return replace(self, temperature=float(best))
+
+        def likelihood(divisor: float) -> float:
+            found = log_softmax(np.asarray(sums) / divisor, axis=1)
+            return float(found[np.arange(len(labels)), labels].mean())
+
+        return replace(self, temperature=float(max(np.geomspace(0.5, 64, 43), key=likelihood)))
 
     def save(self, path: Path) -> None:
         """Writes an .npz file, atomically."""
@@ -120,13 +123,6 @@ def fit(texts: Mapping[str, Iterable[str]]) -> Identifier:
         log_likelihoods=np.stack(columns, axis=1).astype(np.float32),
         temperature=float(LONGEST),
     )
-
-
-def _cross_entropy(sums: Float[np.ndarray, "N L"], labels: Int[np.ndarray, " N"]) -> float:
-    """Mean over texts of -log p of their language, in nats."""
-    top = sums.max(axis=1, keepdims=True)
-    totals = top[:, 0] + np.log(np.exp(sums - top).sum(axis=1))
-    return float((totals - sums[np.arange(len(labels)), labels]).mean())
 
 
 def _buckets_of_few(context: str, piece: str) -> list[int]:

@@ -33,6 +33,8 @@ _HALF_TRUST = 20.0
 _LONG = 8
 """Number of ids from which on a beginning counts for the expected margins of its language."""
 
+_ARRAYS = ("columns", "id_log_likelihoods", "expected", "weights", "thresholds")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Novelty:
@@ -67,14 +69,10 @@ class Novelty:
     ) -> Float[np.ndarray, "T size"]:
         """Terms that each id and its characters add to the sums; `before` is the text before
         them."""
-        return np.concatenate(
-            [
-                self.identifier.terms(before, pieces)[:, self.columns],
-                self.id_log_likelihoods[np.asarray(ids, np.int64) % len(self.id_log_likelihoods)],
-                np.asarray([[len(piece), 1] for piece in pieces], float).reshape(-1, 2),
-            ],
-            axis=1,
-        )
+        characters = self.identifier.terms(before, pieces)[:, self.columns]
+        places = np.asarray(ids, np.int64) % len(self.id_log_likelihoods)
+        counts = np.asarray([[len(piece), 1] for piece in pieces], float).reshape(-1, 2)
+        return np.concatenate([characters, self.id_log_likelihoods[places], counts], axis=1)
 
     def outside(self, sums: Float[np.ndarray, "T size"]) -> Bool[np.ndarray, " T"]:
         """Whether each text, given by its sums, is in none of the known languages."""
@@ -97,24 +95,22 @@ class Novelty:
 
     def _odds(self, sums: Float[np.ndarray, "N size"]) -> Float[np.ndarray, "2 N"]:
         """Log odds that texts are in an unknown language, by margins and by shares."""
-        found = _two(*_margins(sums), self.expected)
-        features = [_features(values, sums[:, -1]) for values in found]
+        margins, best = _margins(sums)
+        both = (margins, _shares(margins, best, self.expected))
+        features = [_features(values, sums[:, -1]) for values in both]
         return np.stack([x @ w[:-1] + w[-1] for x, w in zip(features, self.weights)])
 
     def save(self, path: Path) -> None:
         """Writes an .npz file, atomically, without the identifier, which has its own file."""
-        arrays = {"columns": self.columns, "id_log_likelihoods": self.id_log_likelihoods}
-        arrays |= {"expected": self.expected, "weights": self.weights}
-        arrays |= {"thresholds": self.thresholds, "short": np.asarray(self.short)}
-        write_arrays(path, arrays)
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        write_arrays(path, arrays | {"short": np.asarray(self.short)})
 
     @classmethod
     def load(cls, path: Path, identifier: Identifier) -> "Novelty":
         """The detector of a file that `save` wrote; UserError if it is missing or damaged."""
         arrays = read_arrays(path)
         try:
-            names = ("columns", "id_log_likelihoods", "expected", "weights", "thresholds")
-            found = {name: arrays[name] for name in names}
+            found = {name: arrays[name] for name in _ARRAYS}
             return cls(identifier=identifier, short=int(arrays["short"]), **found)
         except KeyError as error:
             raise UserError(f"{path} is damaged: it lacks {error}") from error
@@ -138,9 +134,8 @@ def fit(
     counts = np.zeros((min(BUCKETS, len(pieces)), len(known)))
     for column, tag in enumerate(known):
         for ids in texts[tag]:
-            counts[:, column] += np.bincount(
-                np.asarray(ids, np.int64) % len(counts), minlength=len(counts)
-            )
+            places = np.asarray(ids, np.int64) % len(counts)
+            counts[:, column] += np.bincount(places, minlength=len(counts))
     smooth = counts + _SMOOTHING
     found = Novelty(
         identifier=identifier,
@@ -152,21 +147,19 @@ def fit(
     )
     sums, languages = beginnings(found, pieces, held_out)
     own = np.asarray([known.index(tag) if tag in known else -1 for tag in languages])
-    inside, known_sums, (margins, best) = own >= 0, sums[own >= 0], _margins(sums)
+    order = np.argsort(own < 0, kind="stable")  # known languages first
+    sums, own = sums[order], own[order]
+    margins, best = _margins(sums)
     expected = _expected(margins, own, sums[:, -1], len(known))
-    sets = [(margins[inside], best[inside], sums[inside, -1], 0)]
-    sets.append((margins[~inside], best[~inside], sums[~inside, -1], 1))
+    examples = [(margins, best, sums[:, -1], own < 0)]
     for column in range(len(known)):
-        rows = own == column
-        sets.append((*_margins(sums[rows], without=column), sums[rows, -1], 1))
-    margins, best, counts = (
-        np.concatenate(parts) for parts in zip(*(some[:3] for some in sets), strict=True)
-    )
-    labels = np.repeat([some[3] for some in sets], [len(some[2]) for some in sets])
-    features = [_features(values, counts) for values in _two(margins, best, expected)]
-    weights = np.stack([_fitted(some, labels) for some in features])
-    found = replace(found, expected=expected, weights=weights)
-    return found.with_thresholds(known_sums, SHORT, MOST_FALSE)
+        rows = sums[own == column]
+        examples.append((*_margins(rows, column), rows[:, -1], np.ones(len(rows), bool)))
+    margins, best, counts, unknown = map(np.concatenate, zip(*examples, strict=True))
+    shares = _shares(margins, best, expected)
+    weights = [_fitted(_features(some, counts), unknown) for some in (margins, shares)]
+    found = replace(found, expected=expected, weights=np.stack(weights))
+    return found.with_thresholds(sums[own >= 0], SHORT, MOST_FALSE)
 
 
 def beginnings(
@@ -216,9 +209,11 @@ def _expected(
     return np.maximum(found, 1e-3)
 
 
-def _two(margins, best, expected):
-    """The margins, and their shares of the likeliest language's expected margins."""
-    return margins, margins / np.stack([expected[best[:, k], k] for k in range(2)], axis=1)
+def _shares(
+    margins: Float[np.ndarray, "N 2"], best: Int[np.ndarray, "N 2"], expected: np.ndarray
+) -> Float[np.ndarray, "N 2"]:
+    """Margins as shares of the likeliest language's expected ones."""
+    return margins / np.take_along_axis(expected, best, axis=0)
 
 
 def _features(
@@ -230,13 +225,13 @@ def _features(
 
 
 def _fitted(
-    features: Float[np.ndarray, "N 5"], labels: Int[np.ndarray, " N"]
+    features: Float[np.ndarray, "N 5"], unknown: Bool[np.ndarray, " N"]
 ) -> Float[np.ndarray, " 6"]:
     """Weights and bias of a logistic regression on whether a text is in an unknown language."""
     from sklearn.linear_model import LogisticRegression
 
     scale = features.std(axis=0) + 1e-9
     model = LogisticRegression(C=1.0, max_iter=1000, class_weight="balanced")
-    model.fit(features / scale, labels)
+    model.fit(features / scale, unknown)
     weights, bias = np.asarray(model.coef_)[0] / scale, np.asarray(model.intercept_)[0]
     return np.append(weights, bias)

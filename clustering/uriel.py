@@ -8,6 +8,7 @@ its data are not copied, since they are under CC-BY-SA-4.0.
 import functools
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,9 @@ def features(
     `languages` are canonical tags; several sets are joined by `+`. A language without data in a set
     has NaN for all of its features. Raises UserError for an unknown set.
     """
-    codes = codes_with_data(languages, set_name)
-    blocks = [_values(part, languages, codes) for part in _parts(set_name)]
-    names = [name for part in _parts(set_name) for name in _read(part)[2]]
-    return np.concatenate(blocks, axis=1), tuple(names)
+    parts = _parts(set_name)
+    names = [name for part in parts for name in _read(part)[2]]
+    return _values(parts, languages, codes_with_data(languages, set_name)), tuple(names)
 
 
 def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") -> dict[str, str]:
@@ -70,12 +70,14 @@ def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") 
     same order. Of equal codes the first is taken. Raises UserError for an unknown set.
     """
     parts = _parts(set_name)
+    # A gap that was filled says nothing of how well a code is described.
+    observed = [_OBSERVED_IN.get(part, part) for part in parts]
     found: dict[str, str] = {}
     for tag in languages:
-        groups = (iso639_3(tag), kindred_iso639_3(tag))
-        for measure, codes in [(m, g) for m in (_observed, _size) for g in groups]:
-            if described := [code for code in codes if all(measure(p, code) for p in parts)]:
-                found[tag] = max(described, key=lambda code: sum(measure(p, code) for p in parts))
+        for sets, codes in product((observed, parts), (iso639_3(tag), kindred_iso639_3(tag))):
+            sizes = {code: [_sizes(part).get(code, 0) for part in sets] for code in codes}
+            if described := [code for code in codes if all(sizes[code])]:
+                found[tag] = max(described, key=lambda code: sum(sizes[code]))
                 break
     return found
 
@@ -94,9 +96,8 @@ def observed(
     parts = _parts(set_name)
     if not any(part in _OBSERVED_IN for part in parts):
         return None
-    codes = codes_with_data(languages, set_name)
-    blocks = [_values(_OBSERVED_IN.get(part, part), languages, codes) for part in parts]
-    return ~np.isnan(np.concatenate(blocks, axis=1))
+    sets = [_OBSERVED_IN.get(part, part) for part in parts]
+    return ~np.isnan(_values(sets, languages, codes_with_data(languages, set_name)))
 
 
 @functools.cache
@@ -120,30 +121,23 @@ def _parts(set_name: str) -> list[str]:
 
 
 def _values(
-    part: str, languages: Sequence[str], codes: Mapping[str, str]
+    parts: Sequence[str], languages: Sequence[str], codes: Mapping[str, str]
 ) -> Float[np.ndarray, "languages features"]:
-    """Values of a set for the codes of the languages; NaN if unknown."""
-    values, places, names = _read(part)
-    block = np.full((len(languages), len(names)), -1.0)
-    for row, language in enumerate(languages):
-        if language in codes:
-            block[row] = values[places[codes[language]]]
-    return np.where(block == -1, np.nan, block)
-
-
-def _size(part: str, code: str) -> int:
-    """Number of values of a set for a code (of ancestors in `fam`); 0 without data."""
-    return _sizes(part).get(code, 0)
-
-
-def _observed(part: str, code: str) -> int:
-    """The same of what was observed: a gap that was filled says nothing of how well a code is
-    described."""
-    return _size(_OBSERVED_IN.get(part, part), code)
+    """Values of several sets for the codes of the languages; NaN if unknown."""
+    blocks = []
+    for values, places, names in map(_read, parts):
+        block = np.full((len(languages), len(names)), -1.0)
+        for row, language in enumerate(languages):
+            if language in codes:
+                block[row] = values[places[codes[language]]]
+        blocks.append(block)
+    found = np.concatenate(blocks, axis=1)
+    return np.where(found == -1, np.nan, found)
 
 
 @functools.lru_cache(maxsize=len(FEATURE_SETS))
 def _sizes(part: str) -> dict[str, int]:
+    """Number of values of a set for each code, or of ancestors in `fam`."""
     values, places, _ = _read(part)
     # An ancestor that a language lacks is written 0, which is known of every language of URIEL.
     counts = (values > 0 if part == "fam" else values != -1).sum(axis=1)
