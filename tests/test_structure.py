@@ -35,7 +35,7 @@ CONFIGS = (
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "transformers", "matplotlib", "torch", "sklearn"}
 # From the ground up: a module imports modules of its own group or of groups above it in this list.
 LAYERS = (
-    ("clustering.errors", "clustering.codes"),
+    ("clustering.errors", "clustering.codes", "clustering.values"),
     (
         "clustering.files",
         "clustering.hub_files",
