@@ -45,8 +45,8 @@ def balanced(
     languages are swapped or moved while that lowers the sum over languages of the mean distance to
     the others of their group. UserError if no groups of such sizes are found.
     """
-    weights = np.ones(len(languages)) if sizes is None else np.asarray(sizes, float)
-    bounds = even(len(languages), k) if sizes is None else at_most(weights, k)
+    weights = np.ones(len(languages)) if sizes is None else sizes
+    bounds = even(len(languages), k) if sizes is None else at_most(sizes, k)
     labels = _medoids(distances, weights, k, bounds)
     labels = improved(distances, labels, weights, bounds)
     groups = [np.flatnonzero(labels == group).tolist() for group in range(k)]
@@ -156,7 +156,7 @@ def improved(
             of_pair = swaps[np.ix_(groups[a], groups[b])]
             one, other = np.unravel_index(of_pair.argmin(), of_pair.shape)
             i, j = int(groups[a][one]), int(groups[b][other])
-            found.append((float(of_pair[one, other]), (a, b), {i: b, j: a}))
+            found.append((float(swaps[i, j]), (a, b), {i: b, j: a}))
             for here, there in ((a, b), (b, a)):
                 i = int(groups[here][moves[groups[here], there].argmin()])
                 found.append((float(moves[i, there]), (a, b), {i: there}))

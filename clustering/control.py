@@ -44,14 +44,14 @@ def read_groups(path: str | os.PathLike[str]) -> Clustering:
         tree = yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict) or not all(_is_list(members) for members in value.values()):
+    lists = list(value.values()) if isinstance(value, dict) else [None]
+    if not all(isinstance(m, list) and all(isinstance(tag, str) for tag in m) for m in lists):
         raise UserError(
             f"{path} must have lines such as 'slavic: [bg, ru]', a name and its languages"
         )
     # YAML keeps the last of equal names.
     names = [name.value for name, _ in tree.value]
-    twice = [name for name in value if names.count(name) > 1]
-    if twice:
+    if twice := [name for name in value if names.count(name) > 1]:
         raise UserError(f"{path} names a cluster twice: {', '.join(twice[:5])}")
     unassigned = value.pop("unassigned", ())
     try:
@@ -61,16 +61,11 @@ def read_groups(path: str | os.PathLike[str]) -> Clustering:
     return replace(found, made_from={Path(path).name: files.sha256(path)})
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(member, str) for member in value)
-
-
 def by_hand(groups: Mapping[str, Sequence[str]], unassigned: Sequence[str] = ()) -> Clustering:
     """The given clusters, name -> languages; UserError if a language is unknown or in two."""
     tags = canonical_all([language for members in groups.values() for language in members])
     return Clustering(
         method="by-hand",
-        parameters={},
         clusters={name: canonical_all(members) for name, members in groups.items()},
         unassigned=canonical_all(unassigned),
         languages=tags,

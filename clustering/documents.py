@@ -38,10 +38,9 @@ class Documents:
 
     def __post_init__(self) -> None:
         count = len(self.parts)  # refuses an iterator of parts
-        if self.sizes is not None and len(self.sizes) != count:
-            raise ValueError(
-                f"there must be a size for each of {count} parts; got {len(self.sizes)}"
-            )
+        sizes = count if self.sizes is None else len(self.sizes)
+        if sizes != count:
+            raise ValueError(f"there must be a size for each of {count} parts; got {sizes}")
         if any(iter(part) is part for part in self.parts):
             raise ValueError("each part is read several times; got an iterator")
 
@@ -65,12 +64,9 @@ class Documents:
             drawn = np.sort(rng.choice(ends[-1], size, replace=False))
         bounds = np.searchsorted(drawn, ends)
         numbers = [drawn[a:b] - start for a, b, start in zip(bounds, bounds[1:], ends)]
-        needed = [part for part, drawn in enumerate(numbers) if len(drawn)]
-        taken = self.engine(
-            partial(_take, self.terms),
-            [self.parts[part] for part in needed],
-            [numbers[part] for part in needed],
-        )
+        needed = [(part, drawn) for part, drawn in zip(self.parts, numbers) if len(drawn)]
+        parts, drawn = [part for part, _ in needed], [drawn for _, drawn in needed]
+        taken = self.engine(partial(_take, self.terms), parts, drawn)
         return [ids for part in taken for ids in part if len(ids)]
 
     def _sizes(self) -> Sequence[int]:

@@ -50,10 +50,8 @@ def cluster(
     if not 1 <= k <= len(languages):
         raise UserError(f"k must be between 1 and {len(languages)} languages; got {k}")
     distances.complete()
-    rule_of = RULES[rule]
-    if sizes is not None:
-        rule_of = partial(rule_of, sizes=_checked(sizes, languages, rule))
-    found = rule_of(languages, distances.values, k)
+    more = {} if sizes is None else {"sizes": _checked(sizes, languages, rule)}
+    found = RULES[rule](languages, distances.values, k, **more)
     return Clustering(
         method=distances.measure,
         parameters={"k": k, "rule": rule, "sizes": None if sizes is None else dict(sizes)},

@@ -6,6 +6,7 @@ Wikipedia and OSCAR from `codes`: `iw` is `he`, `swh` is `sw`, `cmn_Hani` and `z
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
@@ -30,12 +31,10 @@ def canonical(code: str) -> str:
     written = _written(code)
     known = codes.ALIASES.get(written, written)
     _check_is_language(code, known)
-    language = (
-        _without_extlang(langcodes.Language.get(known)) if langcodes.tag_is_valid(known) else None
-    )
+    language = _subtags(known) if langcodes.tag_is_valid(known) else None
     if language is None:
         raise UserError(f"unknown language code {code!r}{_suggestions(code)}")
-    tag = _minimised(_in_macrolanguage(language))
+    tag = _minimised(language)
     # Written with its script, since without it the code would mean either language.
     return f"{tag}-{_usual_script(tag)}" if tag in codes.AMBIGUOUS else tag
 
@@ -63,8 +62,8 @@ def canonical_all(languages: Iterable[str]) -> tuple[str, ...]:
 def find(language: str, available: Iterable[str]) -> str | None:
     """The available code of the same language, as it is written there; None if there is none.
 
-    Available codes may have any spelling, such as those that earlier versions wrote into RUNs: `ko`
-    finds `ko-Hang`. UserError for an unknown `language`, unless it is available letter by letter.
+    Available codes may have any spelling: `ko` finds `ko-Hang`. UserError for an unknown
+    `language`, unless it is available letter by letter.
     """
     some = list(available)
     return language if language in some else _find_tag(canonical(language), some)
@@ -78,14 +77,10 @@ def lookup(language: str, available: Iterable[str]) -> str | None:
     script is never removed: `zh-HK` finds `zh-Hant`, and neither finds `zh`.
     """
     some = list(available)
-    found = find(language, some)
-    if found is not None:
+    if (found := find(language, some)) is not None:
         return found
-    for tag in _wider(canonical(language)):
-        found = _find_tag(tag, some)
-        if found is not None:
-            return found
-    return None
+    fits = (_find_tag(tag, some) for tag in _wider(canonical(language)))
+    return next((code for code in fits if code is not None), None)
 
 
 def without(
@@ -157,22 +152,17 @@ def _check_is_language(code: str, known: str) -> None:
         )
 
 
-def _without_extlang(language: langcodes.Language) -> langcodes.Language | None:
-    """The language with its extended language subtag as its code (RFC 5646, section 4.5: `ar-arz`
-    is `arz`); None if that is no member of the macrolanguage before it."""
-    if not language.extlangs:
-        return language
-    member = language.extlangs[0]
-    if data_dicts.MACROLANGUAGES.get(member) != language.language:
-        return None
-    return _remade(language, member, language.script, language.territory)
-
-
-def _in_macrolanguage(language: langcodes.Language) -> langcodes.Language:
-    """The language, or its macrolanguage if it is the usual member of that."""
-    wide = codes.usual_members().get(language.language or "und")
-    if wide is None:
-        return language
+def _subtags(tag: str) -> langcodes.Language | None:
+    """The language of a valid tag. An extended language subtag becomes its code (RFC 5646, section
+    4.5: `ar-arz` is `arz`), and the usual member of a macrolanguage becomes that; None if the
+    extended subtag is no member of the macrolanguage before it."""
+    language = langcodes.Language.get(tag)
+    code = language.language or "und"
+    if language.extlangs:
+        code = language.extlangs[0]
+        if data_dicts.MACROLANGUAGES.get(code) != language.language:
+            return None
+    wide = codes.usual_members().get(code, code)
     return _remade(language, wide, language.script, language.territory)
 
 
@@ -229,8 +219,7 @@ def _find_tag(tag: str, available: Sequence[str]) -> str | None:
 
 @cache
 def _tag_or_itself(code: str) -> str:
-    """The canonical tag of a code, or the code itself if it is unknown: earlier versions took
-    some."""
+    """The canonical tag of a code, or the code itself if it is unknown."""
     try:
         return canonical(code)
     except UserError:
@@ -240,16 +229,12 @@ def _tag_or_itself(code: str) -> str:
 def _wider(tag: str) -> Iterator[str]:
     """The tag with fewer and fewer subtags at its end, down to language or language and script."""
     parts = tag.split("-")
-    while len(parts) > 1 and not _is_script(parts[-1]):
+    while len(parts) > 1 and not re.fullmatch("[A-Z][a-z]{3}", parts[-1]):  # a script
         parts = parts[:-1]
         if len(parts[-1]) == 1:  # a subtag that introduces an extension, without it
             parts = parts[:-1]
         if parts:
             yield "-".join(parts)
-
-
-def _is_script(subtag: str) -> bool:
-    return len(subtag) == 4 and subtag.isalpha() and subtag.istitle()
 
 
 @cache
@@ -268,17 +253,12 @@ def _suggestions(code: str) -> str:
     try:
         likely = [langcodes.find(code).to_tag()]  # a name such as "Swahili"
     except LookupError:
-        # Countries are the usual mistake (jp, cz, gr); then codes that look alike.
-        country = (
-            [langcodes.Language.get(f"und-{code}").maximize().language] if _is_country(code) else []
-        )
-        alike = difflib.get_close_matches(
-            code.lower(), sorted(data_dicts.LANGUAGE_ALPHA3), n=3, cutoff=0.5
-        )
-        likely = list(dict.fromkeys(tag for tag in country + alike if tag and tag != "und"))
+        known = sorted(data_dicts.LANGUAGE_ALPHA3)
+        likely = difflib.get_close_matches(code.lower(), known, n=3, cutoff=0.5)
+        # Countries are the usual mistake (jp, cz, gr).
+        if len(code) == 2 and langcodes.tag_is_valid(f"und-{code}"):
+            country = langcodes.Language.get(f"und-{code}").maximize().language
+            likely = [country] * (country not in (None, "und")) + likely
+        likely = list(dict.fromkeys(likely))
     named = [f"{tag} ({english_name(tag)})" for tag in likely[:3]]
     return f"; did you mean {', '.join(named)}?" if named else ""
-
-
-def _is_country(code: str) -> bool:
-    return len(code) == 2 and langcodes.tag_is_valid(f"und-{code}")

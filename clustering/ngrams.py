@@ -20,6 +20,8 @@ LONGEST = 3
 """Length in characters of the longest n-gram."""
 BUCKETS = 1 << 16
 """Number of ids; n-grams in one bucket count as one term."""
+SAMPLE_SIZE = 20_000
+"""Number of documents in memory at once, at some twelve bytes a character."""
 _TEXTS_AT_ONCE = 256
 
 
@@ -43,24 +45,17 @@ def ids(texts: Iterable[str]) -> Iterator[Integer[np.ndarray, " ngrams"]]:
 
 
 def cluster(
-    texts: Documents,
-    k: int,
-    random_seed: int = 0,
-    *,
-    dimensions: int = 100,
-    sample_size: int = 20_000,
-    made_from: dict[str, str] | None = None,
+    texts: Documents, k: int, random_seed: int = 0, *, made_from: dict[str, str] | None = None
 ) -> Clustering:
     """k clusters of documents that are texts, by TF-IDF over character n-grams; see
     `tfidf.cluster`.
 
-    `clustering.assign(ids([text]))` finds the cluster of another text. At most `sample_size`
-    documents are in memory at once, at some twelve bytes a character. Errors as in `tfidf.fit` and
+    `clustering.assign(ids([text]))` finds the cluster of another text. Errors as in `tfidf.fit` and
     `tfidf.cluster`.
     """
     documents = replace(texts, terms=ids)
-    sample = documents.sample(sample_size, random_seed)
-    vectoriser = tfidf.fit(sample, BUCKETS, dimensions, random_seed)
+    sample = documents.sample(SAMPLE_SIZE, random_seed)
+    vectoriser = tfidf.fit(sample, BUCKETS, random_seed=random_seed)
     found = tfidf.cluster(documents, vectoriser, k, random_seed, sample=sample, made_from=made_from)
     terms = {"terms": "characters", "longest": LONGEST, "buckets": BUCKETS}
     return replace(found, parameters=found.parameters | terms)

@@ -89,11 +89,12 @@ def cluster(
     `made_from` names the inputs, such as corpus files and tokenizer, with their hashes."""
     drawn = documents.sample(SAMPLE_SIZE, random_seed) if sample is None else sample
     fitted = kmeans.fit(vectoriser.transform(drawn), k, random_seed)
-    counts = _total(documents.map(partial(_count, vectoriser, fitted.centres)))
+    counts: Counts = {}
+    for part in documents.map(partial(_count, vectoriser, fitted.centres)):
+        for code, row in part.items():  # codes of the same language count as one
+            counts[canonical(code)] = counts.get(canonical(code), 0) + row
     filled = np.flatnonzero(sum(counts.values(), np.zeros(len(fitted.centres), np.int64)))
-    by_cluster = {
-        f"c{number}": _in_cluster(counts, index) for number, index in enumerate(filled.tolist())
-    }
+    by_cluster = {f"c{n}": _in_cluster(counts, index) for n, index in enumerate(filled.tolist())}
     return Clustering(
         method="tfidf",
         parameters={
@@ -127,16 +128,6 @@ def _count(
     for label, (_, code) in zip(labels, languages):
         counts.setdefault(code, np.zeros(len(centres), np.int64))[label] += 1
     return counts
-
-
-def _total(parts: Iterable[Counts]) -> Counts:
-    """The sum of the counts of all parts, with codes of the same language as one."""
-    total: Counts = {}
-    for counts in parts:
-        for code, row in counts.items():
-            tag = canonical(code)
-            total[tag] = total.get(tag, 0) + row
-    return total
 
 
 def _in_cluster(counts: Counts, index: int) -> dict[str, int]:

@@ -171,7 +171,7 @@ def hash_faults(sha256: dict[str, str]) -> Iterator[str]:
             yield f"{file!r} has the sha256 {digest!r}"
 
 
-def check_types(where: str, value: Any, types: Mapping[str, Any]) -> None:
+def check_types(where: str, value: Any, types: Mapping[Any, Any]) -> None:
     """Raises UserError unless `value`, read at `where`, is an object with these keys and types."""
     if not isinstance(value, dict):
         raise UserError(f"{where} should be an object; got {value!r}")
