@@ -21,15 +21,8 @@ if TYPE_CHECKING:
 # Paul Tol's "muted" scheme (personal.sron.nl/~pault), made for colour blindness, in an order that
 # keeps neighbours apart.
 _PALETTE = (
-    "#332288",
-    "#CC6677",
-    "#117733",
-    "#DDCC77",
-    "#88CCEE",
-    "#AA4499",
-    "#44AA99",
-    "#882255",
-    "#999933",
+    *("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE"),
+    *("#AA4499", "#44AA99", "#882255", "#999933"),
 )
 ABOVE = "#888888"
 """Colour of joins above the clusters, and of anything in no cluster."""
@@ -52,7 +45,7 @@ def cluster_colours(names: Sequence[str]) -> dict[str, str]:
 
     After nine clusters the colours return darker, then lighter, so a figure needs names as well.
     """
-    rounds = (_PALETTE, _mix(_PALETTE, "#000000", 0.4), _mix(_PALETTE, "#ffffff", 0.5))
+    rounds = (_PALETTE, _mix(_PALETTE, 0, 0.4), _mix(_PALETTE, 255, 0.5))
     every = [colour for palette in rounds for colour in palette]
     return {name: every[index % len(every)] for index, name in enumerate(names)}
 
@@ -71,7 +64,7 @@ def dendrogram(
     pairs together early.
     """
     languages, colours = list(home), cluster_colours(names)
-    line, size = (0.27, None) if len(languages) <= _CROWDED else (0.13, 6.5)
+    line, size, area = (0.27, None, 36) if len(languages) <= _CROWDED else (0.13, 6.5, 12)
     ax = axes(ax, (7.0, 1.2 + line * len(languages)), size)
     leaf_colours = [colours[name] for name in home.values()]
     measured = [merge.distance for merge in merges]
@@ -79,14 +72,8 @@ def dendrogram(
     tree = trees.linkage_matrix(languages, merges, gap=gap)
     order = _draw_tree(ax, tree, leaf_colours, len(colours))
     heights = np.arange(len(languages))
-    ax.scatter(
-        np.zeros(len(order)),
-        heights,
-        s=36 if size is None else 12,
-        c=[leaf_colours[leaf] for leaf in order],
-        zorder=3,
-        clip_on=False,
-    )
+    points = [leaf_colours[leaf] for leaf in order]
+    ax.scatter(np.zeros(len(order)), heights, s=area, c=points, zorder=3, clip_on=False)
     ax.set_yticks(heights, [_label(languages[leaf]) for leaf in order])
     ax.set_ylim(-0.6, len(languages) - 0.4)
     ax.set_xlim(left=0)
@@ -118,21 +105,17 @@ def distance_heatmap(
     ax = axes(ax, (side + words + 1.2, side + 1.4), size)
     # Greys, since colours stand for clusters.
     image = ax.imshow(values, cmap="Greys", vmin=0.0)
-    ax.figure.colorbar(
-        image, ax=ax, location="bottom", label=distance_label(distances), fraction=0.035, pad=0.02
-    )
+    place = {"location": "bottom", "fraction": 0.035, "pad": 0.02}
+    ax.figure.colorbar(image, ax=ax, label=f"distance: {distances.measure}", **place)
     if len(ordered) <= _ROOM_FOR_NUMBERS:
         _write_numbers(ax, values)
     colours = cluster_colours(tuple(clusters))
     for name, members in clusters.items():
-        start, count = min(map(ordered.index, members)) - 0.5, len(members)
-        frame = Rectangle(
-            (start, start), count, count, fill=False, edgecolor=colours[name], linewidth=3
-        )
+        start, n = min(map(ordered.index, members)) - 0.5, len(members)
+        frame = Rectangle((start, start), n, n, fill=False, edgecolor=colours[name], linewidth=3)
         ax.add_patch(frame).set_clip_on(False)
-    ax.set_xticks(
-        range(len(ordered)), ordered, rotation=90 if len(ordered) > _ROOM_FOR_NUMBERS else 0
-    )
+    rotation = 90 if len(ordered) > _ROOM_FOR_NUMBERS else 0
+    ax.set_xticks(range(len(ordered)), ordered, rotation=rotation)
     ax.set_yticks(range(len(ordered)), labels)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -150,20 +133,12 @@ def cluster_composition(
     """
     shares, names = shares_of(documents), tuple(documents)
     ax = axes(ax, (8.0, 1.2 + 0.42 * len(names)))
-    colours = cluster_colours(names)
-    for row, name in enumerate(names):
+    style = {"height": 0.76, "edgecolor": "white", "linewidth": 1.5}
+    for row, (name, colour) in enumerate(cluster_colours(names).items()):
         start = 0.0
         for text, share in _pieces(shares[name]):
-            ax.barh(
-                row,
-                share,
-                left=start,
-                height=0.76,
-                color=colours[name],
-                edgecolor="white",
-                linewidth=1.5,
-            )
-            ink = "black" if _brightness(colours[name]) > 0.5 else "white"
+            ax.barh(row, share, left=start, color=colour, **style)
+            ink = "black" if _brightness(colour) > 0.5 else "white"
             ax.text(start + share / 2, row, text, ha="center", va="center", color=ink, fontsize=8)
             start += share
     _set_bars(ax, [f"{name}  ({sum(documents[name].values()):,})" for name in names])
@@ -264,15 +239,10 @@ def legend(ax: "Axes", colours: dict[str, str]) -> None:
 
     handles = [Patch(facecolor=colour, label=name) for name, colour in colours.items()]
     rows = max(8, int(ax.figure.get_figure(root=True).get_figheight() * _ROWS_PER_INCH))
-    ax.legend(
-        handles=handles,
-        title="cluster",
-        loc="upper left",
-        bbox_to_anchor=(1.01, 1.0),
-        frameon=False,
-        ncols=-(-len(handles) // rows),
-        fontsize=None if len(handles) <= rows else "small",
-    )
+    place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "frameon": False}
+    size = None if len(handles) <= rows else "small"
+    columns = -(-len(handles) // rows)
+    ax.legend(handles=handles, title="cluster", ncols=columns, fontsize=size, **place)
 
 
 def axes(ax: "Axes | None", size: tuple[float, float], font_size: float | None = None) -> "Axes":
@@ -287,27 +257,17 @@ def axes(ax: "Axes | None", size: tuple[float, float], font_size: float | None =
     return ax
 
 
-def distance_label(distances: Distances) -> str:
-    """Label of an axis of distances."""
-    return f"distance: {distances.measure}"
-
-
 def _label(tag: str) -> str:
     return f"{english_name(tag)} ({tag})"
 
 
 def _brightness(colour: str) -> float:
     """Perceived brightness of `#rrggbb`, 0..1 (ITU-R BT.601 weights)."""
-    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
-    return 0.299 * red + 0.587 * green + 0.114 * blue
+    return float(np.dot([0.299, 0.587, 0.114], list(bytes.fromhex(colour[1:])))) / 255
 
 
-def _mix(colours: Sequence[str], other: str, share: float) -> tuple[str, ...]:
-    def channel(colour: str, at: int) -> int:
-        return round(
-            (1 - share) * int(colour[at : at + 2], 16) + share * int(other[at : at + 2], 16)
-        )
-
-    return tuple(
-        "#" + "".join(f"{channel(colour, at):02x}" for at in (1, 3, 5)) for colour in colours
-    )
+def _mix(colours: Sequence[str], other: int, share: float) -> list[str]:
+    """The colours `#rrggbb` with a share of a grey, 0..255."""
+    channels = [bytes.fromhex(colour[1:]) for colour in colours]
+    mixed = [bytes(round((1 - share) * c + share * other) for c in three) for three in channels]
+    return [f"#{three.hex()}" for three in mixed]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from clustering import geography, uriel
 from clustering.distances import Distances
 from clustering.errors import UserError
-from clustering.figures import ABOVE, axes, cluster_colours, distance_label, legend
+from clustering.figures import ABOVE, axes, cluster_colours, legend
 from clustering.languages import english_name
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def plane(
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_color(ABOVE)
-    ax.set_xlabel(f"{distance_label(distances)}; {shown:.0%} of it fits in the plane")
+    ax.set_xlabel(f"distance: {distances.measure}; {shown:.0%} of it fits in the plane")
     return ax
 
 
@@ -89,19 +89,14 @@ def scaled(
     distances: Float[np.ndarray, "languages languages"],
 ) -> tuple[Float[np.ndarray, "languages 2"], float]:
     """Points in the plane whose distances are nearest to those given, and the share of the spread
-    that they show, 0..1.
-
-    The share is the two largest eigenvalues of the centred squares over the sum of all that are
-    above zero."""
-    count = len(distances)
+    that they show, 0..1: the two largest eigenvalues of the centred squares over the sum of all
+    that are above zero."""
     centred = distances**2 - (distances**2).mean(axis=0)
     centred = -0.5 * (centred - centred.mean(axis=1, keepdims=True))
     values, vectors = np.linalg.eigh(centred)
     values = np.maximum(values[::-1], 0.0)
-    vectors = vectors[:, ::-1]
-    kept = min(2, count)
-    points = np.zeros((count, 2))
-    points[:, :kept] = vectors[:, :kept] * np.sqrt(values[:kept])
+    found = vectors[:, ::-1][:, :2] * np.sqrt(values[:2])
+    points = np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
     # The sign of an eigenvector is arbitrary and depends on the machine: the largest entry is made
     # positive.
     largest = np.abs(points).argmax(axis=0)
@@ -120,14 +115,9 @@ def _draw_points(
     there is no place."""
     colours, tags = cluster_colours(names), list(home)
     full = len(tags) <= _ROOM_FOR_NAMES
-    ax.scatter(
-        *points.T,
-        s=40 if full else 16,
-        c=[colours[name] for name in home.values()],
-        edgecolor="white",
-        linewidth=1.5 if full else 0.5,
-        zorder=3,
-    )
+    style = {"s": 40, "linewidth": 1.5} if full else {"s": 16, "linewidth": 0.5}
+    inks = [colours[name] for name in home.values()]
+    ax.scatter(*points.T, c=inks, edgecolor="white", zorder=3, **style)
     legend(ax, colours)
     shown = _write_labels(ax, [english_name(tag) if full else tag for tag in tags], points)
     return [tag for tag, there in zip(tags, shown) if not there]
@@ -212,9 +202,6 @@ def _coastlines() -> list[Float[np.ndarray, "points 2"]]:
         from mpl_toolkits.basemap import Basemap  # pyright: ignore[reportMissingImports]
     except ImportError:
         return []
-    world = Basemap(
-        projection="cyl",
-        resolution="c",
-        **{"llcrnrlon": -180, "urcrnrlon": 180, "llcrnrlat": -90, "urcrnrlat": 90},
-    )
+    corners = {"llcrnrlon": -180, "urcrnrlon": 180, "llcrnrlat": -90, "urcrnrlat": 90}
+    world = Basemap(projection="cyl", resolution="c", **corners)
     return [np.column_stack(line) for line in world.coastpolygons]
