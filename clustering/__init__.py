@@ -35,21 +35,8 @@ from typing import Any
 # The names are submodules, loaded when first used.
 # pyright: reportUnsupportedDunderAll=false
 __all__ = [
-    "choice",
-    "clustering",
-    "control",
-    "distances",
-    "genealogy",
-    "geography",
-    "grouping",
-    "identify",
-    "internal",
-    "languages",
-    "lexical",
-    "ngrams",
-    "novelty",
-    "table",
-    "tfidf",
+    *("choice", "clustering", "control", "distances", "genealogy", "geography", "grouping"),
+    *("identify", "internal", "languages", "lexical", "ngrams", "novelty", "table", "tfidf"),
     "typology",
 ]
 

@@ -3,18 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
-from clustering.tree import Grouping, Merge
+from clustering.tree import DistanceMatrix, Grouping, Merge
 
 
-def join(
-    languages: Sequence[str],
-    distances: Float[np.ndarray, "languages languages"],
-    k: int,
-    *,
-    linkage: str,
-) -> Grouping:
+def join(languages: Sequence[str], distances: DistanceMatrix, k: int, *, linkage: str) -> Grouping:
     """k groups of any size by SciPy's hierarchical clustering, with a linkage that takes any
     distances: single, average or complete."""
     from scipy.cluster import hierarchy
@@ -37,9 +30,7 @@ def join(
 
 
 def join_within(
-    languages: Sequence[str],
-    distances: Float[np.ndarray, "languages languages"],
-    groups: Sequence[Sequence[int]],
+    languages: Sequence[str], distances: DistanceMatrix, groups: Sequence[Sequence[int]]
 ) -> Grouping:
     """The given groups (positions of languages) with a tree that has each group as a branch.
 

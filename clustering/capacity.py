@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Integer
 
 from clustering.agglomerative import join_within
 from clustering.errors import UserError
-from clustering.tree import Grouping
+from clustering.tree import DistanceMatrix, Grouping
 
 SLACK = 1.25
 """Largest size of a group over the mean, where sizes are not numbers of languages."""
@@ -33,7 +33,7 @@ class Bounds(NamedTuple):
 
 def balanced(
     languages: Sequence[str],
-    distances: Float[np.ndarray, "languages languages"],
+    distances: DistanceMatrix,
     k: int,
     sizes: Float[np.ndarray, " languages"] | None = None,
 ) -> Grouping:
@@ -43,8 +43,7 @@ def balanced(
     Medoids are chosen in turn (Kaufman and Rousseeuw 1990). Then languages are assigned at the
     least total distance within the bounds, and medoids chosen again, until nothing changes. Last,
     languages are swapped or moved while that lowers the sum over languages of the mean distance to
-    the others of their group. UserError if no groups of such sizes are found.
-    """
+    the others of their group. UserError if no groups of such sizes are found."""
     weights = np.ones(len(languages)) if sizes is None else sizes
     bounds = even(len(languages), k) if sizes is None else at_most(sizes, k)
     labels = _medoids(distances, weights, k, bounds)

@@ -50,8 +50,7 @@ def choices(
 
     sizes: as in `grouping.cluster` for the rule `balanced`, and the unit of the balance; None
     counts languages. resampled: distances of the same languages by resampled features. UserError
-    for fewer than four languages, and if all distances are 0.
-    """
+    for fewer than four languages, and if all distances are 0."""
     languages = distances.languages
     if len(languages) < 4:
         raise UserError(f"k can be chosen for four languages or more; got {len(languages)}")

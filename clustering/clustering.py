@@ -44,8 +44,7 @@ class Clustering(ArrayValue):
 
     `str` gives a table. The `plot_` methods draw on `ax` or on a new figure, and return the axes;
     they raise UserError without what they draw. UserError for clusters that lose or double a
-    language, ValueError for arrays that do not fit.
-    """
+    language, ValueError for arrays that do not fit."""
 
     method: str
     """How the clusters were made, such as typology, tfidf, random or by-hand."""
@@ -110,8 +109,7 @@ class Clustering(ArrayValue):
     def cluster_of(self, language: str) -> str:
         """The cluster of a language; in clusters of documents, the one with most of its documents.
 
-        Takes any code of the language; raises UserError if no cluster has it.
-        """
+        Takes any code of the language; raises UserError if no cluster has it."""
         tag = find(language, [*self.languages, *self.unassigned])
         if tag is None or tag not in self.languages:
             why = "is unassigned" if tag in self.unassigned else "is not among the languages"
@@ -122,8 +120,7 @@ class Clustering(ArrayValue):
     def assign(self, documents: Iterable[np.ndarray]) -> Integer[np.ndarray, " documents"]:
         """Index into `clusters` of each document, given by its terms, integers [tokens]; int32.
 
-        Documents are read a batch at a time. Raises ValueError for clusters of languages.
-        """
+        Documents are read a batch at a time. Raises ValueError for clusters of languages."""
         if self.vectoriser is None or self.centres is None:
             raise ValueError("these are clusters of languages: use cluster_of")
         return np.fromiter(self.vectoriser.nearest(documents, self.centres), np.int32)
@@ -162,14 +159,12 @@ class Clustering(ArrayValue):
     def plot_sizes(self, ax: "Axes | None" = None) -> "Axes":
         """Draws the size of each cluster: its documents, its tokens where these were balanced, or
         else its languages."""
-        tokens = self.parameters.get("sizes")
         if self.documents is not None:
             sizes = {name: sum(counts.values()) for name, counts in self.documents.items()}
             return figures.cluster_sizes(sizes, "documents", ax)
-        sizes = {
-            name: sum(tokens[tag] for tag in members) if tokens else len(members)
-            for name, members in self.clusters.items()
-        }
+        tokens = self.parameters.get("sizes")
+        weights = tokens or dict.fromkeys(self.languages, 1)
+        sizes = {name: sum(weights[tag] for tag in m) for name, m in self.clusters.items()}
         return figures.cluster_sizes(sizes, "tokens" if tokens else "languages", ax)
 
     def plot_map(self, ax: "Axes | None" = None) -> "Axes":
@@ -266,8 +261,7 @@ class Clustering(ArrayValue):
 
         The JSON is written last and has the hash of the arrays, so that a crash in between leaves
         no clustering, or one that is refused, and never a mixture. Raises UserError if the
-        directory has a clusters.json already, unless `overwrite`.
-        """
+        directory has a clusters.json already, unless `overwrite`."""
         json_path, arrays_path = Path(directory) / JSON_NAME, Path(directory) / ARRAYS_NAME
         if json_path.exists() and not overwrite:
             raise UserError(f"{json_path} exists already; choose another folder, or overwrite it")

@@ -145,12 +145,7 @@ def families() -> Mapping[str, str]:
 def usual_members() -> Mapping[str, str]:
     """Code of an individual language -> the macrolanguage that is mostly written in it (CLDR).
 
-    A macrolanguage with several such members has none: Twi, Fante and Akan stay apart.
-    """
+    A macrolanguage with several such members has none: Twi, Fante and Akan stay apart."""
     found = data_dicts.NORMALIZED_MACROLANGUAGES | {"nb": "no"}  # as CLDR has it since version 39
     wide = list(found.values())
-    return {
-        member: macrolanguage
-        for member, macrolanguage in found.items()
-        if wide.count(macrolanguage) == 1
-    }
+    return {member: macro for member, macro in found.items() if wide.count(macro) == 1}

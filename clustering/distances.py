@@ -153,8 +153,7 @@ def combine(parts: Sequence[tuple[Distances, float]]) -> Distances:
     Each measure is first divided by its largest distance, so that weights compare like with like;
     1 is the largest distance by all measures. Where a measure has no distance, `_typical` stands
     for it, so that a gap makes languages neither near nor distant; a pair unknown to all measures
-    stays unknown. Coverage is the weighted mean, in which gaps count 0.
-    """
+    stays unknown. Coverage is the weighted mean, in which gaps count 0."""
     weights = [weight for _, weight in parts]
     if not weights or min(weights) < 0 or not sum(weights):
         raise UserError(f"weights must not be negative nor all zero; got {weights}")
@@ -196,8 +195,7 @@ def _typical(values: Float[np.ndarray, "languages languages"]) -> np.ndarray:
     """The distances with gaps filled by the larger of the pair's mean distances from all others.
 
     A language without any distance has the mean of all pairs. The reason: a language far from all
-    others is likely to be far from an undescribed one too.
-    """
+    others is likely to be far from an undescribed one too."""
     others = np.where(np.eye(len(values), dtype=bool), np.nan, values)
     known = ~np.isnan(others)
     sums = np.where(known, others, 0.0).sum(axis=1)

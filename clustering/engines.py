@@ -31,8 +31,7 @@ def over_ray(function: Callable[..., Result], *sequences: Sequence[Any]) -> list
 
     A task whose machine is lost is run again on another. Every machine needs this package, and the
     parts under the same paths. The first error ends all: a UserError or OSError of `function` is
-    raised as it is, any other as a RuntimeError with its traceback, Ray's own as a UserError.
-    """
+    raised as it is, any other as a RuntimeError with its traceback, Ray's own as a UserError."""
     connect()
     import ray
     import ray.data

@@ -43,8 +43,7 @@ _NARROWEST = 0.04
 def cluster_colours(names: Sequence[str]) -> dict[str, str]:
     """Cluster -> colour, `#rrggbb`, by position.
 
-    After nine clusters the colours return darker, then lighter, so a figure needs names as well.
-    """
+    After nine clusters the colours return darker, then lighter, so a figure needs names as well."""
     rounds = (_PALETTE, _mix(_PALETTE, 0, 0.4), _mix(_PALETTE, 255, 0.5))
     every = [colour for palette in rounds for colour in palette]
     return {name: every[index % len(every)] for index, name in enumerate(names)}
@@ -61,8 +60,7 @@ def dendrogram(
 
     `home` maps each language to its cluster, `names` are all clusters. A join is drawn a little
     farther out than those below it, even if its languages are closer: balance forces some distant
-    pairs together early.
-    """
+    pairs together early."""
     languages, colours = list(home), cluster_colours(names)
     line, size, area = (0.27, None, 36) if len(languages) <= _CROWDED else (0.13, 6.5, 12)
     ax = axes(ax, (7.0, 1.2 + line * len(languages)), size)
@@ -129,8 +127,7 @@ def cluster_composition(
     """Shares of the languages in each cluster of documents: a bar in its colour, the widest first.
 
     `documents` maps cluster and language to a number of documents. Languages too rare for a label
-    in the bar are summed at its end, with their number as label.
-    """
+    in the bar are summed at its end, with their number as label."""
     shares, names = shares_of(documents), tuple(documents)
     ax = axes(ax, (8.0, 1.2 + 0.42 * len(names)))
     style = {"height": 0.76, "edgecolor": "white", "linewidth": 1.5}

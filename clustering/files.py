@@ -40,8 +40,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
     """Writes named arrays as one uncompressed `.npz`, atomically; equal arrays give equal bytes.
 
-    Raises ValueError for an array of Python objects, which could only be pickled.
-    """
+    Raises ValueError for an array of Python objects, which could only be pickled."""
     objects = [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]
     if objects:
         raise ValueError(
@@ -55,8 +54,7 @@ def read_json(path: str | os.PathLike[str], newest_format: int = 1) -> dict[str,
     """The JSON object of a file with a `format` number.
 
     Raises UserError if the file is missing or damaged, or if its number is above `newest_format`,
-    the highest that the caller reads.
-    """
+    the highest that the caller reads."""
     value = read_object(path)
     number = value.get("format")
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:

@@ -14,8 +14,7 @@ def distances(languages: Sequence[str]) -> Distances:
 
     They are 0 for languages with the same ancestors, and 1 for languages of different families. A
     language without ancestors in URIEL is an isolate, unclassified, or not described; the data do
-    not distinguish these, so its distances are unknown.
-    """
+    not distinguish these, so its distances are unknown."""
     tags = canonical_all(languages)
     ancestors = np.nan_to_num(uriel.features(tags, "fam")[0])
     counts = ancestors.sum(axis=1)

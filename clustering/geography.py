@@ -14,8 +14,7 @@ def distances(languages: Sequence[str]) -> Distances:
     """Great-circle distances, as a share of the largest on the Earth (20,015 km, half its girth).
 
     A language spoken on several continents has one point too. Distances of languages without a
-    place in URIEL are unknown.
-    """
+    place in URIEL are unknown."""
     tags = canonical_all(languages)
     points = _unit_vectors(tags)
     placed = ~np.isnan(points).any(axis=1)
@@ -47,14 +46,8 @@ def _unit_vectors(tags: Sequence[str]) -> Float[np.ndarray, "languages 3"]:
     shares, names = uriel.features(tags, "geo")
     places = np.array([name.split("_")[1:] for name in names], float)
     latitude, longitude = np.radians(places).T
-    fixed = np.stack(
-        [
-            np.cos(latitude) * np.cos(longitude),
-            np.cos(latitude) * np.sin(longitude),
-            np.sin(latitude),
-        ],
-        axis=1,
-    )
+    across = np.cos(latitude)
+    fixed = np.array([across * np.cos(longitude), across * np.sin(longitude), np.sin(latitude)]).T
     cosines = np.nan_to_num(np.cos(np.pi * shares))
     points = np.linalg.lstsq(fixed, cosines.T, rcond=None)[0].T
     lengths = np.linalg.norm(points, axis=1, keepdims=True)

@@ -92,8 +92,7 @@ def cosine(
     What the states have in common would hide the differences. layer: 1 to the number of layers;
     None takes the middle one, where states depend least on single words. Languages that are not in
     the file are at an unknown distance. UserError for a layer that is not there, and if none of the
-    languages is.
-    """
+    languages is."""
 
     def apart(values: np.ndarray) -> np.ndarray:
         means = values.mean(axis=1, dtype=np.float64)
@@ -130,8 +129,7 @@ def updates(
     """Distances (1 - cos) / 2, 0..1, of the languages' updates of the feed-forward weights.
 
     Group then Scale has 1 - cos. layer: 1 to the number of layers; None takes the last three, as in
-    that paper's code. Languages and errors as in `cosine`.
-    """
+    that paper's code. Languages and errors as in `cosine`."""
     found = Updates.load(path)
     tags, index = _chosen(found.languages, path, languages)
     count = len(found.values)
@@ -150,8 +148,7 @@ def losses(
     """Share of the loss that a language's own expert saves compared with the other language's,
     0..1, mean of both directions; 0 where the other expert is no worse.
 
-    nats: loss of the expert of the row's language on text of the column's; NaN if unknown.
-    """
+    nats: loss of the expert of the row's language on text of the column's; NaN if unknown."""
     with np.errstate(divide="ignore", invalid="ignore"):
         saved = np.maximum(1.0 - np.diagonal(nats) / nats, 0.0)
     return _measured("losses", canonical_all(languages), saved, made_from)

@@ -55,8 +55,7 @@ def fit(vectors: Float[np.ndarray, "documents D"], k: int, random_seed: int) -> 
     Zero rows (documents of unseen terms alone) are left out, and equal rows count once: they have
     the same nearest centre, so they cannot be divided, and centres fitted to halves of them would
     coincide. The same arguments give the same result. Raises UserError for fewer different rows
-    than k.
-    """
+    than k."""
     rng = np.random.default_rng(random_seed)
     rows = _different(vectors)
     points = vectors[rows].astype(np.float64)
@@ -78,13 +77,8 @@ def fit(vectors: Float[np.ndarray, "documents D"], k: int, random_seed: int) -> 
         if np.array_equal(labels, previous):
             break
     inertia = float(np.mean(np.sum((points - centres[labels]) ** 2, axis=1)))
-    return Fit(
-        centres=centres.astype(np.float32),
-        labels=labels,
-        rows=rows,
-        inertia=inertia,
-        iterations=done,
-    )
+    centres = centres.astype(np.float32)
+    return Fit(centres=centres, labels=labels, rows=rows, inertia=inertia, iterations=done)
 
 
 def assign(
@@ -109,8 +103,7 @@ def assign_balanced(
     minimised by L-BFGS (Cuturi 2013, arXiv 1306.0895, has the smoothing). What is left unbalanced
     moves along shortest paths between clusters, which keeps the assignment optimal at every step
     (Ahuja, Magnanti and Orlin 1993, section 9.7). Raises ValueError if there are more rows than
-    places, and for costs that are not finite.
-    """
+    places, and for costs that are not finite."""
     clusters, rows = costs.shape
     spare = clusters * capacity - rows
     if spare < 0:
@@ -156,13 +149,8 @@ def _prices(
         value = np.mean(np.log(total) + top, dtype=np.float64) + scaled_prices.mean()
         return float(value), 1 / clusters - shares.sum(axis=1, dtype=np.float64) / rows
 
-    found = minimize(
-        dual,
-        prices / temperature,
-        jac=True,
-        method="L-BFGS-B",
-        options={"gtol": tolerance / clusters, "ftol": 0.0, "maxiter": 100},
-    )
+    options = {"gtol": tolerance / clusters, "ftol": 0.0, "maxiter": 100}
+    found = minimize(dual, prices / temperature, jac=True, method="L-BFGS-B", options=options)
     dual(found.x)
     return found.x * temperature, shares
 

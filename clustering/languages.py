@@ -26,8 +26,7 @@ def canonical(code: str) -> str:
     individual language that is the standard form of its macrolanguage in CLDR becomes the latter
     (`swh` -> `sw`, `nb` -> `no`); others keep their own code (`yue`, `arz`, `nn`, `tw`). Codes of
     families (`sla`), of no single language (`und`), and codes that Wikipedia and ISO 639-3 give to
-    different languages (`als`) are refused.
-    """
+    different languages (`als`) are refused."""
     written = _written(code)
     known = codes.ALIASES.get(written, written)
     _check_is_language(code, known)
@@ -63,8 +62,7 @@ def find(language: str, available: Iterable[str]) -> str | None:
     """The available code of the same language, as it is written there; None if there is none.
 
     Available codes may have any spelling: `ko` finds `ko-Hang`. UserError for an unknown
-    `language`, unless it is available letter by letter.
-    """
+    `language`, unless it is available letter by letter."""
     some = list(available)
     return language if language in some else _find_tag(canonical(language), some)
 
@@ -74,8 +72,7 @@ def lookup(language: str, available: Iterable[str]) -> str | None:
 
     It is that of `find`, or else of RFC 4647's lookup (section 3.4): the last subtag is removed
     until a code fits, so `en-GB` finds `en`. Unlike there, and as in CLDR's parent locales, a
-    script is never removed: `zh-HK` finds `zh-Hant`, and neither finds `zh`.
-    """
+    script is never removed: `zh-HK` finds `zh-Hant`, and neither finds `zh`."""
     some = list(available)
     if (found := find(language, some)) is not None:
         return found
@@ -116,8 +113,7 @@ def iso639_3(tag: str) -> tuple[str, ...]:
     """Three-letter codes of the language of a canonical tag, its own first: `az` -> aze, azj.
 
     Scripts are ignored, since typological data have none, and so are regions, unless the tag names
-    a language (`fa-AF` -> prs, fas, pes). Empty for tags without such a code (`x-private`).
-    """
+    a language (`fa-AF` -> prs, fas, pes). Empty for tags without such a code (`x-private`)."""
     language = langcodes.Language.get(tag).language or "und"
     replaced = data_dicts.LANGUAGE_REPLACEMENTS
     aliases = replaced | data_dicts.NORMALIZED_MACROLANGUAGES | dict(codes.usual_members())

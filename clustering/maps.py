@@ -42,8 +42,7 @@ def world_map(home: Mapping[str, str], names: Sequence[str], ax: "Axes | None" =
 
     `home` maps each language to its cluster, `names` are all clusters. The title lists the
     languages that URIEL does not place. Coastlines are drawn if the package basemap is installed,
-    which has them. UserError if no language has a place.
-    """
+    which has them. UserError if no language has a place."""
     tags = uriel.known(list(home), "geo")
     if not tags:
         raise UserError("URIEL has no place for any of these languages")

@@ -51,8 +51,7 @@ def cluster(
     `tfidf.cluster`.
 
     `clustering.assign(ids([text]))` finds the cluster of another text. Errors as in `tfidf.fit` and
-    `tfidf.cluster`.
-    """
+    `tfidf.cluster`."""
     documents = replace(texts, terms=ids)
     sample = documents.sample(SAMPLE_SIZE, random_seed)
     vectoriser = tfidf.fit(sample, BUCKETS, random_seed=random_seed)

@@ -6,18 +6,15 @@ This is the clustering of X-ELM's authors, for any number of languages.
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
 
-from clustering.tree import Grouping, Merge
+from clustering.tree import DistanceMatrix, Grouping, Merge
 
 Group = tuple[int, ...]
 """Positions of languages, ascending."""
 Join = tuple[Group, Group, float]
 
 
-def pairs(
-    languages: Sequence[str], distances: Float[np.ndarray, "languages languages"], k: int
-) -> Grouping:
+def pairs(languages: Sequence[str], distances: DistanceMatrix, k: int) -> Grouping:
     """Exactly k groups whose sizes differ by at most one.
 
     For n = k * 2^r languages this is the authors' algorithm (X-ELM section 3.1,
@@ -25,8 +22,7 @@ def pairs(
     Theirs loses a language when a round is odd, and misses k when n/k is no power of two. Here a
     first, partial round joins only as many closest pairs as leave k * 2^r groups, so that no later
     round is odd. In a round with two sizes, q and q+1, two groups of the rarer size are never
-    paired, which keeps sizes within one.
-    """
+    paired, which keeps sizes within one."""
     groups: list[Group] = [(i,) for i in range(len(languages))]
     joins: list[Join] = []
     linkage = distances

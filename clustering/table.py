@@ -26,8 +26,7 @@ def read(path: str | os.PathLike[str]) -> tuple[tuple[str, ...], features.Table,
 
     Columns are separated by commas, semicolons or tabs, whichever the header has most of. UserError
     for text in place of a number, lines of different lengths, unknown or repeated languages, and
-    repeated features.
-    """
+    repeated features."""
     header, lines = _lines(path)
     names = tuple(name.strip() for name in header[1:])
     if not names or not all(names) or all(map(_is_number, names)):
@@ -63,8 +62,7 @@ def distances(
     among the languages are dropped, so a distance depends on the other languages. Coverage is the
     share of known features. Languages without a line, and pairs without a common feature, are at an
     unknown distance. UserError as `read`, for a feature that is not in the table, and if none of
-    the languages is.
-    """
+    the languages is."""
     tags, values, names = read(path)
     wanted = tags if languages is None else canonical_all(languages)
     described = [tag for tag in wanted if tag in tags]

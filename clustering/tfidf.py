@@ -36,8 +36,7 @@ def fit(
     idf(v) = ln((1 + n) / (1 + n_v)) + 1; rows of TF-IDF are scaled to unit length for the SVD, as
     in scikit-learn. All documents are in memory at once, so pass `Documents.sample` of very many.
     The dimensions are fewer than `dimensions` where the documents span fewer. The same documents in
-    the same order give the same result. Raises UserError if all are empty.
-    """
+    the same order give the same result. Raises UserError if all are empty."""
     kept = [ids for ids in map(np.asarray, documents) if len(ids)]
     if not kept:
         raise UserError("TF-IDF needs at least one document that is not empty; got none")

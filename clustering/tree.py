@@ -6,6 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+DistanceMatrix = Float[np.ndarray, "languages languages"]
+"""Distances between languages, all of them known."""
+
 
 class Merge(NamedTuple):
     """One join of the tree."""
@@ -34,8 +37,7 @@ def linkage_matrix(
 
     A forced pair may be farther apart than a later join above it. Each height is therefore at least
     `gap` above those of the joins below it, so that lines do not cross; `Merge.distance` has the
-    measured value.
-    """
+    measured value."""
     nodes: dict[tuple[str, ...], int] = {
         (language,): number for number, language in enumerate(languages)
     }

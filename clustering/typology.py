@@ -33,8 +33,7 @@ def distances(
     shows how much the distances depend on single ones. Coverage is the share of features observed
     for both: the sets `_knn` have no gaps, but their gaps are filled by predictions. A language
     without data in a set, and a pair without a common feature, are at an unknown distance. Raises
-    UserError for unknown or repeated languages.
-    """
+    UserError for unknown or repeated languages."""
     tags = canonical_all(languages)
     described = uriel.known(tags, features)  # the others do not decide which features vary
     values, names = uriel.features(described, features)
@@ -69,8 +68,7 @@ def cluster(
     """k clusters of languages with similar features, by one of `grouping.RULES`.
 
     Languages in `exclude` are recorded as unassigned. Raises UserError as `distances` and
-    `grouping.cluster` do.
-    """
+    `grouping.cluster` do."""
     tags, left_out = without(languages, exclude)
     measured = distances(tags, features)
     try:

@@ -52,8 +52,7 @@ def features(
     """Feature values in 0..1, NaN if unknown, and the names of the features.
 
     `languages` are canonical tags; several sets are joined by `+`. A language without data in a set
-    has NaN for all of its features. Raises UserError for an unknown set.
-    """
+    has NaN for all of its features. Raises UserError for an unknown set."""
     parts = _parts(set_name)
     names = [name for part in parts for name in _read(part)[2]]
     return _values(parts, languages, codes_with_data(languages, set_name)), tuple(names)
@@ -67,8 +66,7 @@ def codes_with_data(languages: Sequence[str], set_name: str = "syntax_average") 
     none. So the code with most observations is taken: among a language's own code and its usual
     member (`languages.iso639_3`); if these have none, among its macrolanguage or members
     (`languages.kindred_iso639_3`); if none has observations, the one with most predictions, in the
-    same order. Of equal codes the first is taken. Raises UserError for an unknown set.
-    """
+    same order. Of equal codes the first is taken. Raises UserError for an unknown set."""
     parts = _parts(set_name)
     # A gap that was filled says nothing of how well a code is described.
     observed = [_OBSERVED_IN.get(part, part) for part in parts]

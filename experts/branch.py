@@ -12,8 +12,7 @@ def branch(registry: Registry, clustering: Clustering) -> Registry:
     """The registry with one expert in training for each cluster; the same clusters change nothing.
 
     In clusters of documents, a language is served by the expert whose cluster has most of its
-    documents. UserError if the registry has experts of other clusters.
-    """
+    documents. UserError if the registry has experts of other clusters."""
     wanted = _experts(clustering)
     existing = [expert for expert in registry.experts if expert.cluster is not None]
     if not existing:

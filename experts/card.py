@@ -21,8 +21,7 @@ def card(
 
     `facts` are shown under their keys, in their order. 'base_model' (the Hub name of the seed),
     'license', 'license_name' and 'license_link' go into the front matter instead, if they are
-    given: the Hub refuses made-up values. `masked`: the expert is an encoder, which fills masks.
-    """
+    given: the Hub refuses made-up values. `masked`: the expert is an encoder, which fills masks."""
     sections = (
         _front_matter(expert, facts, "fill-mask" if masked else "text-generation"),
         f"# {expert.name}",

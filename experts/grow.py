@@ -27,8 +27,7 @@ def grow(
     `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `reason` and `settings` are
     those of `Expert`. `name` is the language's tag if None. Growing the same child again while it
     is in training changes nothing. UserError if another expert serves the language, if the parent
-    is not published, or if the name is taken.
-    """
+    is not published, or if the name is taken."""
     language = canonical(language)
     name = language if name is None else name
     for expert in registry.training():
@@ -60,8 +59,7 @@ def choose_parent(
 
     `ranked` has pairs of language and distance, in any order; of equal distances the first wins.
     Languages that no published expert serves, or whose distance is not finite, do not count;
-    UserError if none is left.
-    """
+    UserError if none is left."""
     served = {language for expert in registry.published() for language in expert.languages}
     known = [(language, far) for language, far in ranked if math.isfinite(far)]
     relatives = [(language, far) for language, far in known if find(language, served)]

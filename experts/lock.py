@@ -28,8 +28,7 @@ def locked(run: Path | str, name: str = "registry", *, wait_seconds: float = 0.0
     """Context in which a lock of a RUN is acquired: 'registry' to change registry.json,
     'train-NAME' to train NAME.
 
-    UserError if it is not free within `wait_seconds`; it names the process that has the lock.
-    """
+    UserError if it is not free within `wait_seconds`; it names the process that has the lock."""
     if not stays_inside(name) or "/" in name:
         raise UserError(f"{name!r} cannot name a lock")
     if not Path(run).is_dir():
@@ -80,8 +79,7 @@ def update(
     """The registry of a RUN after `change`, saved, while no other process can change it.
 
     If nothing changes, the file is not written. UserError if the lock is not free within
-    `wait_seconds`.
-    """
+    `wait_seconds`."""
     with locked(run, wait_seconds=wait_seconds):
         before = Registry.load(run)
         after = change(before)

@@ -58,8 +58,7 @@ def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> Non
 
     Names that do not exist are ignored. again: the files were just rewritten, so the records of
     those that are gone are dropped. Otherwise recorded hashes stay, so that a command which finds
-    its work done does not accept a file that was changed or deleted since.
-    """
+    its work done does not accept a file that was changed or deleted since."""
     run = Path(run)
     with _changed(run) as (known, _):
         for name in names:

@@ -144,8 +144,7 @@ class Registry:
         """The published expert that serves a language, of several that of the latest round.
 
         Takes any code of the language. If no expert serves it, `languages.lookup` finds a wider
-        one, such as `en` for `en-GB`; UserError if there is none.
-        """
+        one, such as `en` for `en-GB`; UserError if there is none."""
         served = sorted({tag for expert in self.published() for tag in expert.languages})
         tag = lookup(language, served)
         if tag is None:
@@ -167,8 +166,7 @@ class Registry:
         """The registry with the next version of an expert in training, for the same languages and
         with the same settings.
 
-        `parent` is 'NAME@vN' or 'seed'; None takes the parent of the newest version.
-        """
+        `parent` is 'NAME@vN' or 'seed'; None takes the parent of the newest version."""
         for expert in self.training():
             if expert.name == name:
                 raise UserError(
@@ -193,8 +191,7 @@ class Registry:
         """The registry with a version published, and the one of that name published before retired.
 
         Publishing the same hashes again changes nothing. UserError for any other version that is
-        not in training, since a published version never changes.
-        """
+        not in training, since a published version never changes."""
         expert = self.expert(name, version)
         finished = replace(expert, sha256=dict(sha256), tokens=tokens, status="published")
         if expert == finished:
@@ -212,8 +209,7 @@ class Registry:
 
         version: None takes the one that the present version replaced, which is not always the next
         lower one: that may have been rolled back itself. Nothing is deleted, so the newer version
-        can come back in the same way. UserError if there is no such version.
-        """
+        can come back in the same way. UserError if there is no such version."""
         if version is None:
             present = self.expert(name)
             version = present.replaces if present.status == "published" else None

@@ -40,8 +40,7 @@ def verify(run: Path | str) -> list[Fault]:
     The registry has the hashes of seed and experts, and `manifest` those of its records and of the
     other files. Published versions are checked completely, and retired ones too if their directory
     is still there, since they can be rolled back to. Versions in training have no hashes yet.
-    UserError if there is no registry.
-    """
+    UserError if there is no registry."""
     run = Path(run)
     if not (run / FILE_NAME).is_file():
         raise UserError(f"{run} is no RUN: it has no {FILE_NAME}")
@@ -153,8 +152,7 @@ def hash_directory(path: Path | str) -> dict[str, str]:
     """File, relative to `path` ('a/b') -> hexadecimal SHA-256; sorted.
 
     A link to a file counts as the file. UserError if the directory or a part of it cannot be read,
-    and for a link to a directory, whose files would have no hashes.
-    """
+    and for a link to a directory, whose files would have no hashes."""
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"there is no directory {root}")
