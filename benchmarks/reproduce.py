@@ -45,7 +45,7 @@ from workers import workers
 from clustering import typology
 from clustering.files import write_json
 from xelm.config import RunConfig, override
-from xelm.data.contents import fingerprint
+from xelm.data.contents import contents_of
 from xelm.evaluation.results import Row
 from xelm.presets import tiny
 from xelm.process import prepare
@@ -157,7 +157,7 @@ def _tune(base: Run, config: RunConfig, corpus: Path, system: str) -> Setting:
     quarter of the rows, twice or half the rate) until there is none. Better: fewer nats a token,
     in the mean over languages."""
     kind = kind_of(system)
-    text = fingerprint(corpus)[:8]
+    text = contents_of(corpus).fingerprint()[:8]
     path = base.directory.parent / f"tuning-{kind}-{config.experts.tokens}-{text}.json"
     found = json.loads(path.read_text()) if path.exists() else {"format": 1}
 

@@ -10,7 +10,7 @@ from clustering import control, tfidf, typology
 from clustering.clustering import Clustering
 from clustering.control import by_hand
 from xelm.config import RunConfig, vary
-from xelm.data.contents import fingerprint
+from xelm.data.contents import contents_of
 from xelm.data.reading import read
 from xelm.data.unusable import UnusableRecords
 from xelm.evaluation.options import EvaluationOptions
@@ -124,7 +124,7 @@ def perplexities(rows: Sequence[Row], system: str) -> list[float]:
 def evaluated(run: Run, corpus: Path, routings: Sequence[str]) -> list[Row]:
     """The rows of a RUN on a corpus, from its results if they are of that corpus."""
     found = read_results(run)
-    same_text = found.record.get("corpus_sha256") == fingerprint(corpus)
+    same_text = found.record.get("corpus_sha256") == contents_of(corpus).fingerprint()
     if same_text and set(routings) <= set(found.record["routings"]):
         return list(found.rows)
     return list(evaluate(run, corpus, EvaluationOptions(routings=routings)).rows)

@@ -11,7 +11,7 @@ import pytest
 
 from clustering.errors import UserError
 from xelm.data import records
-from xelm.data.contents import contents_of, fingerprint
+from xelm.data.contents import contents_of
 from xelm.data.parts import Document
 from xelm.data.reading import read
 from xelm.data.unusable import UnusableRecords
@@ -423,10 +423,13 @@ def test_what_is_no_corpus_is_refused_by_name(tmp_path):
 def test_the_fingerprint_follows_names_and_contents_of_what_is_read(tmp_path):
     (tmp_path / "de.jsonl").write_bytes(lines({"text": "a"}))
     (tmp_path / "en.jsonl").write_bytes(lines({"text": "b"}))
-    before, german = fingerprint(tmp_path), fingerprint(tmp_path, ["de"])
-    assert fingerprint(tmp_path) == before != german
+    before, german = (
+        contents_of(tmp_path).fingerprint(),
+        contents_of(tmp_path, ["de"]).fingerprint(),
+    )
+    assert contents_of(tmp_path).fingerprint() == before != german
     (tmp_path / "en.jsonl").write_bytes(lines({"text": "c"}))
-    assert fingerprint(tmp_path) != before
-    assert fingerprint(tmp_path, ["de"]) == german
+    assert contents_of(tmp_path).fingerprint() != before
+    assert contents_of(tmp_path, ["de"]).fingerprint() == german
     (tmp_path / "de.jsonl").rename(tmp_path / "deu.jsonl")
-    assert fingerprint(tmp_path, ["de"]) != german
+    assert contents_of(tmp_path, ["de"]).fingerprint() != german

@@ -14,7 +14,7 @@ import pytest
 
 from clustering.errors import UserError
 from xelm.data import records
-from xelm.data.contents import contents_of, fingerprint, languages_of
+from xelm.data.contents import contents_of, languages_of
 from xelm.data.corpus import Corpus
 from xelm.data.parts import Part
 from xelm.data.path_names import language_in
@@ -528,7 +528,10 @@ def test_a_description_joins_sources(tmp_path):
     assert texts(corpus) == wanted
     assert languages_of(corpus) == ["gsw", "de", "sw"]
     recorded = json.loads(json.dumps(corpus.pinned().to_json()))
-    assert texts(recorded) == wanted and fingerprint(recorded) == fingerprint(corpus)
+    assert (
+        texts(recorded) == wanted
+        and contents_of(recorded).fingerprint() == contents_of(corpus).fingerprint()
+    )
     assert recorded["sources"][1] == {
         "path": str(tmp_path / "books"),
         **{"language": "sw", "text_field": "content", "languages": {"als": "gsw"}, "unit": "file"},
@@ -574,12 +577,12 @@ def test_the_fingerprint_covers_how_text_is_read(tmp_path):
         plain.with_defaults(languages={"sw": "fr"}),
         plain.with_defaults(language_field="x"),
     ]
-    found = [fingerprint(corpus) for corpus in variants]
+    found = [contents_of(corpus).fingerprint() for corpus in variants]
     (tmp_path / "c" / "a").rename(tmp_path / "c" / "b")
-    assert len({*found, fingerprint(plain)}) == len(found) + 1
+    assert len({*found, contents_of(plain).fingerprint()}) == len(found) + 1
     # The language of a folder's name counts, though no name within it changes.
     write(tmp_path, {"de/1.jsonl": lines(MANN), "sw/1.jsonl": lines(MANN)})
-    assert fingerprint(tmp_path / "de") != fingerprint(tmp_path / "sw")
+    assert contents_of(tmp_path / "de").fingerprint() != contents_of(tmp_path / "sw").fingerprint()
 
 
 FINEWEB = {"deu_Latn": [MANN], "swh_Latn": [HABARI], "swh_Latn_removed": [{"text": "x"}]}
@@ -621,11 +624,11 @@ def test_configurations_of_a_data_set_are_languages(fineweb):
 def test_a_data_set_is_recorded_with_its_commit_and_stays_at_it(fineweb):
     pinned = Corpus.of("hf://owner/web").pinned()
     assert pinned.to_json() == f"hf://owner/web@{'a' * 40}"
-    before = fingerprint("hf://owner/web", ["sw"])
-    assert fingerprint(pinned, ["sw"]) == before
+    before = contents_of("hf://owner/web", ["sw"]).fingerprint()
+    assert contents_of(pinned, ["sw"]).fingerprint() == before
     fineweb["sha"] = "b" * 40
-    assert fingerprint("hf://owner/web", ["sw"]) != before
-    assert fingerprint(pinned, ["sw"]) == before
+    assert contents_of("hf://owner/web", ["sw"]).fingerprint() != before
+    assert contents_of(pinned, ["sw"]).fingerprint() == before
 
 
 def test_a_folder_of_the_name_of_a_data_set_is_not_taken_for_it(tmp_path, monkeypatch):

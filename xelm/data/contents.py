@@ -1,12 +1,9 @@
-"""Contents of a corpus: the parts that are read, their languages, the files that are skipped, and
-a hash over all of it.
-
-A corpus is described in `corpus`, its files are listed in `corpus_files`, and a part is read in
-`parts` and `records`.
-"""
+"""Contents of a corpus (`corpus`): the parts that are read, their languages, the files that are
+skipped, and a hash over all of it. Files are listed in `corpus_files` and read in `parts`."""
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,13 +27,12 @@ class Contents:
     languages: Sequence[str] | None = None
     """Canonical tags of the languages to read; None means all."""
     parts: list[Part] = field(default_factory=list)
-    """Files and data sets, each of which can be read by itself."""
-    skipped: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """Reason -> names of the files skipped for it, or the languages of files in other languages."""
     without_language: list[str] = field(default_factory=list)
     """Files whose language neither their names nor their records say."""
     digests: dict[Path | str, bytes] = field(default_factory=dict)
-    """Location of a part -> its hash, for parts that were hashed before."""
+    """Location -> hash of each part that was hashed before."""
 
     def check(self) -> None:
         """Raises UserError for files whose language nothing says, and for languages all of whose
@@ -47,21 +43,15 @@ class Contents:
 
     def parts_of(self, languages: Sequence[str]) -> list[Part]:
         """The parts that may have text in one of these languages."""
-        return [
-            part
-            for part in self.parts
-            if part.name not in self.without_language
-            and (not part.named or part.language in languages)
-        ]
+        readable = [part for part in self.parts if part.name not in self.without_language]
+        return [part for part in readable if not part.named or part.language in languages]
 
     def first_documents(
         self, languages: Sequence[str], count: int, unusable: UnusableRecords
     ) -> Iterator[Document]:
         """The first `count` usable documents in each of these languages, in the order of the parts.
-
-        Each part is read once for all languages together, and only until they have enough. Unusable
-        records up to there are counted in `unusable`.
-        """
+        Each part is read once for all languages together, and only until they have enough; unusable
+        records up to there are counted in `unusable`."""
         missing = dict.fromkeys(languages, count)
         for part in self.parts_of(languages):
             here = [part.language] if part.named else languages
@@ -70,17 +60,15 @@ class Contents:
             while wanted and (found := next(documents, None)):
                 _, document = found
                 tag = document.language
-                if tag not in wanted:
-                    continue
-                missing[tag] -= 1
-                if not missing[tag]:
-                    wanted.remove(tag)
-                yield document
+                if tag in wanted:
+                    missing[tag] -= 1
+                    if not missing[tag]:
+                        wanted.remove(tag)
+                    yield document
 
     def fingerprint(self, languages: Sequence[str] | None = None) -> str:
         """SHA-256 over the parts that may have text in these languages (None: all parts): names
-        and contents of files, addresses of Hub data sets with their commits, and how records are
-        read. Each part is hashed once."""
+        and contents of files, addresses of Hub data sets with commits, and how records are read."""
         whole = hashlib.sha256()
         for part in self.parts if languages is None else self.parts_of(languages):
             if isinstance(part.location, Path):
@@ -99,21 +87,16 @@ class Contents:
     def add(self, part: Part) -> None:
         """Adds a part, or skips it if its name says a language that is not to be read."""
         if part.named and part.languages is not None and part.language not in part.languages:
-            self.skip([part.language or part.name], OTHER_LANGUAGE)
+            self.skipped[OTHER_LANGUAGE].append(part.language or part.name)
         else:
             self.parts.append(part)
-
-    def skip(self, names: Sequence[str], reason: str) -> None:
-        """Records files that are skipped."""
-        self.skipped.setdefault(reason, []).extend(names)
 
 
 def contents_of(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> Contents:
     """Contents of a corpus in these languages, given by canonical tags (None: all).
 
-    Files whose names say other languages are skipped. Files whose names say none are read if their
-    records say the language. UserError for a corpus without files, or without a file for one of the
-    languages.
+    Files whose names say none are read if their records say the language. UserError for a corpus
+    without files, or without a file for one of the languages.
     """
     found = Contents(corpus=Corpus.of(corpus), languages=languages)
     for source in found.corpus.sources:
@@ -122,22 +105,21 @@ def contents_of(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> Co
         else:
             _add_files(found, source)
     if languages is not None:
-        if all(part.named for part in found.parts):
-            tags = {part.language for part in found.parts}
-            missing = [language for language in languages if language not in tags]
-            if missing:
-                raise UserError(f"{found.corpus} has no file of {', '.join(missing)}")
+        tags = {part.language for part in found.parts}
+        missing = [language for language in languages if language not in tags]
+        if missing and all(part.named for part in found.parts):
+            raise UserError(f"{found.corpus} has no file of {', '.join(missing)}")
         _refuse_empty(found.parts)
     return found
 
 
 def _add_files(found: Contents, source: Source) -> None:
-    listing = list_files(source)
-    for reason, names in listing.skipped.items():
-        found.skip(names, reason)
+    files, skipped = list_files(source)
+    for reason, names in skipped.items():
+        found.skipped[reason] += names
     alone = Path(source.path).is_file()
     agreeing: dict[tuple[Path, str | None], bool] = {}
-    for file in listing.files:
+    for file in files:
         part = Part(file.path, file.language, found.languages, file.name, source)
         by_records = replace(part, language=None, named=False)
         if source.language or (file.language and not alone and not file.by_folder):
@@ -153,7 +135,7 @@ def _add_files(found: Contents, source: Source) -> None:
         elif by_records.first_language() is not None:
             found.add(by_records)
         elif found.languages is not None:
-            found.skip([file.name], UNKNOWN_LANGUAGE)
+            found.skipped[UNKNOWN_LANGUAGE].append(file.name)
         else:
             found.without_language.append(file.name)
             found.add(replace(by_records, language=stem(file.path.name)))
@@ -198,17 +180,15 @@ def _agree(named: str, tag: str) -> bool:
 
 def _refuse_empty(parts: Sequence[Part]) -> None:
     """Raises UserError for languages all of whose files have no bytes."""
-    empty: dict[str, bool] = {}
-    for part in parts:
-        if part.language and isinstance(part.location, Path):
-            size = part.location.stat().st_size
-            empty[part.language] = empty.get(part.language, True) and not size
-        elif part.language:
-            empty[part.language] = False
-    without_text = [part for part in parts if empty.get(part.language or "")]
-    if without_text:
-        names = ", ".join(dict.fromkeys(part.name for part in without_text[:5]))
-        tags = ", ".join(dict.fromkeys(part.language or "" for part in without_text))
+    with_text = {
+        part.language
+        for part in parts
+        if not isinstance(part.location, Path) or part.location.stat().st_size
+    }
+    empty = [(p.language, p.name) for p in parts if p.language and p.language not in with_text]
+    if empty:
+        names = ", ".join(dict.fromkeys(name for _, name in empty[:5]))
+        tags = ", ".join(dict.fromkeys(tag for tag, _ in empty))
         raise UserError(f"the corpus has no text in {tags}: {names} has 0 bytes")
 
 
@@ -221,8 +201,10 @@ def languages_of(corpus: AnyCorpus) -> list[str]:
     """
     corpus = Corpus.of(corpus)
     for source in corpus.sources:
-        if source.path.startswith(SCHEME) and not _says_language(source):
-            raise UserError(f"name the languages to take from {source.path} with --languages")
+        if source.path.startswith(SCHEME) and not source.language:
+            config = Address.of(source.path).config
+            if not config or not _language_of_config(source, config):
+                raise UserError(f"name the languages to take from {source.path} with --languages")
     found = contents_of(corpus)
     found.check()
     tags: list[str] = []
@@ -241,11 +223,6 @@ def languages_of(corpus: AnyCorpus) -> list[str]:
     return list(dict.fromkeys(tags))
 
 
-def _says_language(source: Source) -> bool:
-    config = Address.of(source.path).config
-    return bool(source.language or (config and _language_of_config(source, config)))
-
-
 def _no_language(corpus: Corpus, names: Sequence[str]) -> UserError:
     """The error for files whose language nothing says."""
     folder, _, file = names[0].rpartition("/")
@@ -261,8 +238,3 @@ def _no_language(corpus: Corpus, names: Sequence[str]) -> UserError:
         f"file, '{name}: CODE', or '{name}: null' to leave it out, with --language-map, name the "
         "field of the records that says it with --language-field, or choose with --languages"
     )
-
-
-def fingerprint(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> str:
-    """SHA-256 of a corpus in these languages (None: all), as `Contents.fingerprint`."""
-    return contents_of(corpus, languages).fingerprint()

@@ -1,7 +1,7 @@
 """Descriptions of corpora: a path, or a YAML file of several with their fields and languages.
 
 run.json records the description, so that a RUN that is opened later reads the same text in the same
-way. This module reads no text.
+way.
 """
 
 import os
@@ -59,17 +59,6 @@ class Source:
         given = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "path"}
         return {name: value for name, value in given.items() if value}
 
-    def text_fields(self) -> tuple[str, ...]:
-        """Fields that may contain the text; the first that a record has counts."""
-        return (self.text_field,) if self.text_field else ("text", "content")
-
-    def language_fields(self, *, named: bool) -> tuple[str, ...]:
-        """Fields that may name a record's language; the first that has a value counts. named:
-        whether the file's name is a language."""
-        if self.language_field:
-            return (self.language_field,)
-        return ("lang",) if named else ("lang", "language")
-
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -93,30 +82,29 @@ class Corpus:
         """The corpus with these options in the sources that do not set them themselves."""
         given = {name: value for name, value in options.items() if value}
         languages = given.get("languages", {})
-        return Corpus(
-            tuple(
-                replace(
-                    one, **(given | one.options() | {"languages": {**languages, **one.languages}})
-                )
-                for one in self.sources
-            )
-        )
+        own = [
+            one.options() | {"languages": {**languages, **one.languages}} for one in self.sources
+        ]
+        return Corpus(tuple(replace(one, **given | its) for one, its in zip(self.sources, own)))
 
     def pinned(self) -> "Corpus":
         """The corpus with data sets of the Hub at their newest commits."""
-        return Corpus(
-            tuple(
-                replace(one, path=str(Address.of(one.path).pinned()))
-                if one.path.startswith(SCHEME)
-                else one
-                for one in self.sources
-            )
-        )
+        paths = [
+            str(Address.of(one.path).pinned()) if one.path.startswith(SCHEME) else one.path
+            for one in self.sources
+        ]
+        return Corpus(tuple(replace(one, path=path) for one, path in zip(self.sources, paths)))
 
     def to_json(self) -> str | dict[str, Any]:
         """JSON for run.json, which is read from any folder: the absolute path alone, or all sources
         if there are several or they have options."""
-        found = [{"path": _absolute(one.path), **one.options()} for one in self.sources]
+        found = [
+            {
+                "path": one.path if one.path.startswith(SCHEME) else os.path.abspath(one.path),
+                **one.options(),
+            }
+            for one in self.sources
+        ]
         return found[0]["path"] if list(map(len, found)) == [1] else {"sources": found}
 
     def __str__(self) -> str:
@@ -127,10 +115,6 @@ AnyCorpus = Corpus | str | Path | Mapping[str, Any]
 """A corpus, or what `Corpus.of` makes one of."""
 
 
-def _absolute(path: str) -> str:
-    return path if path.startswith(SCHEME) else os.path.abspath(path)
-
-
 def read_languages(path: str | Path) -> dict[str, str | None]:
     """The language map of a YAML file with lines such as `als: gsw`, where `notes: null` leaves
     text out. UserError for another file."""
@@ -138,10 +122,9 @@ def read_languages(path: str | Path) -> dict[str, str | None]:
 
 
 def _languages(found: Any, path: str | Path) -> dict[str, str | None]:
-    whole = isinstance(found, Mapping) and all(
+    if not isinstance(found, Mapping) or not all(
         isinstance(name, str) and isinstance(code, str | None) for name, code in found.items()
-    )
-    if not whole:
+    ):
         raise UserError(
             f"{path} must have lines such as 'als: gsw' or 'notes: null'; names and codes that "
             f"YAML takes for something else need quotes, as 'no'; got {found!r:.80}"

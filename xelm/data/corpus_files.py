@@ -1,18 +1,18 @@
 """Lists the files of a corpus with their languages, and the files that are skipped with reasons.
 
 The name of a file, or of a folder around it, says its language: `sw.jsonl`, `swh_Latn/
-train/000_00000.parquet`, `fr/fr_clean_0000.jsonl.gz`, `c4-sw.tfrecord-00000.json.gz`,
-`20231101.sw/train-00000-of-00001.parquet`. No file is opened, except the list of
-parts that `datasets` writes beside Arrow.
+train/000_00000.parquet`, `c4-sw.tfrecord-00000.json.gz`, `20231101.sw/train-0-of-1.parquet`.
+No file is opened, except the list of parts that `datasets` writes beside Arrow.
 """
 
 import fnmatch
 import glob
+import itertools
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from clustering.errors import UserError
@@ -41,7 +41,7 @@ UNKNOWN_LANGUAGE = "of an unknown language"
 _RECORDS_OF_ARROW = {"dataset_info.json", "state.json", "dataset_dict.json"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """A file with text."""
 
@@ -50,29 +50,21 @@ class Found:
     """Its path within the corpus, with slashes."""
     language: str | None
     """Canonical tag of the language that the names say; None if they say none."""
-    by_folder: bool = False
-    """Whether a folder's name says the language, not the file's own. That is less certain, because
-    any word may be the code of a language."""
+    by_folder: bool
+    """Whether a folder's name says the language. That is less certain, because any word may be the
+    code of a language."""
 
 
-@dataclass(slots=True)
-class Listing:
-    """Files of one source of a corpus."""
-
-    files: list[Found] = field(default_factory=list)
-    """Files with text, sorted by their paths."""
-    skipped: dict[str, list[str]] = field(default_factory=dict)
-    """Reason -> names of the files skipped for it."""
-
-    def skip(self, name: str, reason: str) -> None:
-        """Records a file that is skipped."""
-        self.skipped.setdefault(reason, []).append(name)
+_Skipped = dict[str, list[str]]
+"""Reason -> names of the files skipped for it."""
 
 
-def list_files(source: Source) -> Listing:
-    """The files of a folder and of the folders in it, of a pattern, or the one file that the path
-    of `source` names; UserError if there is none."""
-    root, paths, listing = Path(source.path), [], Listing()
+def list_files(source: Source) -> tuple[list[Found], _Skipped]:
+    """The files with text of a folder and of the folders in it, of a pattern, or the one file that
+    the path of `source` names, sorted by their paths; and those that are skipped. UserError if
+    there is none."""
+    root, paths, files = Path(source.path), [], []
+    skipped: _Skipped = defaultdict(list)
     if root.is_file():
         if format_of(root.name) is None:
             raise UserError(f"{source.path} is no corpus file; wanted {WANTED}")
@@ -83,28 +75,26 @@ def list_files(source: Source) -> Listing:
             raise UserError(f"corpus {source.path} does not exist")
         root = root if root.is_dir() else _fixed_part(root)
         for path in matched:
-            paths += _walk(path, root, listing) if path.is_dir() else [path]
+            paths += _walk(path, root, skipped) if path.is_dir() else [path]
     names = {path: path.relative_to(root).as_posix() for path in paths}
-    kept = [path for path in paths if _is_text(path, names[path], listing)]
-    for path in _training_part(kept, names, listing):
+    kept = [path for path in paths if _is_text(path, names[path], skipped)]
+    for path in _training_part(kept, names, skipped):
         name = PurePath(names[path])
         mapped, code = _mapped(name, root, source)
         if mapped and code is None:
-            listing.skip(names[path], LEFT_OUT)
+            skipped[LEFT_OUT].append(names[path])
             continue
         own = canonical(code) if code else language_in(stem(name.name))
         language = own or next(_languages_around(name, root), None)
         by_folder = language is not None and own is None
-        listing.files.append(
-            Found(path=path.absolute(), name=names[path], language=language, by_folder=by_folder)
-        )
-    if not listing.files:
-        more = f"; {passed}" if (passed := describe(listing.skipped)) else ""
+        files.append(Found(path.absolute(), names[path], language, by_folder))
+    if not files:
+        more = f"; {passed}" if (passed := describe(skipped)) else ""
         raise UserError(
             f"{source.path} has no corpus file; wanted <language>{LINES[0]} or another of "
             f"{WANTED}{more}"
         )
-    return listing
+    return files, skipped
 
 
 def describe(skipped: Mapping[str, list[str]]) -> str:
@@ -116,20 +106,17 @@ def describe(skipped: Mapping[str, list[str]]) -> str:
         if reason == OTHER_LANGUAGE:
             shown = [f"{tag} ({count})" for tag, count in Counter(names).most_common()]
         more = f" and {len(shown) - 5} more" if len(shown) > 5 else ""
-        files = "1 file" if len(names) == 1 else f"{len(names)} files"
-        were = "was" if len(names) == 1 else "were"
+        files, were = ("1 file", "was") if len(names) == 1 else (f"{len(names)} files", "were")
         parts.append(f"{files} {reason} {were} skipped: {', '.join(shown[:5])}{more}")
     return "; ".join(parts)
 
 
 def _fixed_part(pattern: Path) -> Path:
     """The folders of a pattern before its first wildcard."""
-    parts = list(pattern.parts)
-    first = next(n for n, part in enumerate(parts) if glob.has_magic(part))
-    return Path(*parts[:first])
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
 
 
-def _walk(folder: Path, root: Path, listing: Listing) -> list[Path]:
+def _walk(folder: Path, root: Path, skipped: _Skipped) -> list[Path]:
     """All files below a folder, sorted, without hidden ones; links are followed, each folder
     once."""
     found, seen = [], set()
@@ -141,8 +128,7 @@ def _walk(folder: Path, root: Path, listing: Listing) -> list[Path]:
         seen.add(real)
         for name in sorted([*names, *folders]):
             if name.startswith("."):
-                hidden = (Path(here) / name).relative_to(root).as_posix()
-                listing.skip(hidden, HIDDEN)
+                skipped[HIDDEN].append((Path(here) / name).relative_to(root).as_posix())
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(here) / name for name in names if not name.startswith(".")]
         _check_parts(Path(here), names)
@@ -165,26 +151,26 @@ def _check_parts(folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def _is_text(path: Path, name: str, listing: Listing) -> bool:
+def _is_text(path: Path, name: str, skipped: _Skipped) -> bool:
     if path.name in _RECORDS_OF_ARROW and any(path.parent.rglob("*.arrow")):
         return False
     if format_of(path.name) is None:
-        listing.skip(name, UNKNOWN_FORMAT)
-        return False
-    if not path.is_file():
-        listing.skip(name, NO_FILE)
-        return False
-    return True
+        skipped[UNKNOWN_FORMAT].append(name)
+    elif not path.is_file():
+        skipped[NO_FILE].append(name)
+    else:
+        return True
+    return False
 
 
 def _training_part(
-    paths: list[Path], names: Mapping[Path, str], listing: Listing
+    paths: list[Path], names: Mapping[Path, str], skipped: _Skipped
 ) -> Iterator[Path]:
     """The paths without those of a test or validation split, unless there are no others."""
     others = {path for path in paths if is_other_split(names[path])}
     for path in paths:
         if path in others and len(others) < len(paths):
-            listing.skip(names[path], OTHER_SPLIT)
+            skipped[OTHER_SPLIT].append(names[path])
         else:
             yield path
 

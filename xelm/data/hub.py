@@ -6,6 +6,7 @@ is part of the address from then on, so that a RUN names exactly the text that i
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Address:
 
     @staticmethod
     def of(name: str) -> "Address":
-        """That of `hf://owner/dataset[@revision][/config][:split]`; UserError for other names."""
+        """The address that a name of this form says; UserError for other names."""
         found = _ADDRESS.fullmatch(name.removeprefix(SCHEME))
         if found is None:
             raise UserError(f"a Hub corpus is {_FORM}; got {name}")
@@ -57,20 +58,16 @@ class Address:
             )
         import huggingface_hub
 
-        try:
+        with _failing(f"cannot open {self}"):
             found = huggingface_hub.HfApi().dataset_info(self.dataset, revision=self.revision)
-        except Exception as error:
-            raise UserError(f"cannot open {self}: {reason(error)}") from error
         return replace(self, revision=found.sha)
 
     def configs(self) -> list[str]:
         """Names of the configurations of the data set; UserError if the Hub does not answer."""
         import datasets
 
-        try:
+        with _failing(f"cannot open {self}"):
             return datasets.get_dataset_config_names(self.dataset, revision=self.revision)
-        except Exception as error:
-            raise UserError(f"cannot open {self}: {reason(error)}") from error
 
 
 def records(name: str) -> Iterator[tuple[str, Any]]:
@@ -81,12 +78,10 @@ def records(name: str) -> Iterator[tuple[str, Any]]:
     address = Address.of(name)
     config = [address.config] if address.config else []
     revision = {"revision": address.revision} if address.revision else {}
-    try:
+    with _failing(f"cannot open {name}"):
         found = datasets.load_dataset(
             address.dataset, *config, split=address.split or "train", streaming=True, **revision
         )
-    except Exception as error:
-        raise UserError(f"cannot open {name}: {reason(error)}") from error
     number = 0
     try:
         for number, record in enumerate(found, 1):
@@ -94,6 +89,15 @@ def records(name: str) -> Iterator[tuple[str, Any]]:
     except Exception as error:
         # Otherwise the corpus would be what came before the connection broke.
         raise UserError(f"cannot read {name} after record {number}: {reason(error)}") from error
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Turns every error, of the network or a library, into a UserError that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:

@@ -1,8 +1,7 @@
 """Parts of a corpus: one file or Hub data set each, with its documents and its hash.
 
-A part knows which fields of a record contain the text and the language. Every record that cannot be
-used is counted by reason with the first places. None stops the reading, and none is lost
-unreported.
+Every record that cannot be used is counted by reason with the first places. None stops the reading,
+and none is lost unreported.
 """
 
 import hashlib
@@ -50,8 +49,7 @@ def in_languages(
 
 
 def no_documents(languages: Sequence[str], unusable: UnusableRecords) -> UserError:
-    """The error for a corpus without usable documents in `languages`; names the records that were
-    left out."""
+    """The error for a corpus without usable documents in `languages`."""
     what = ", ".join(languages) or "any language"
     more = f"; {unusable}" if unusable else ""
     if any(reason.startswith('no "') for reason in unusable.counts):
@@ -61,8 +59,8 @@ def no_documents(languages: Sequence[str], unusable: UnusableRecords) -> UserErr
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file or Hub data set of a corpus. It contains no text, only where the text is: it can be
-    read any number of times, on any machine that finds the text there."""
+    """One file or Hub data set of a corpus, which can be read any number of times, on any machine
+    that finds the text there."""
 
     location: Path | str
     """Path of the file, or address of the data set."""
@@ -73,9 +71,9 @@ class Part:
     name: str = ""
     """The file's path within the corpus, for people."""
     source: Source = field(default_factory=lambda: Source(path="."))
-    """Source of the corpus to which it belongs, with the fields and languages of records."""
+    """Source to which it belongs, with the fields and languages of records."""
     named: bool = True
-    """Whether `language` is a language, so that the records' field `language` is not needed."""
+    """Whether `language` is a language; otherwise records' field `language` is read, too."""
 
     def documents(self, unusable: UnusableRecords) -> Iterator[Document]:
         """Every usable document in the languages to read; unusable records and those in other
@@ -95,8 +93,8 @@ class Part:
         return ((found.text, found.language) for found in self.documents(UnusableRecords()))
 
     def first_language(self) -> str | None:
-        """The first language that one of the first hundred records names, as a canonical tag where
-        it is one; None if none of them names any. Unusable records are not counted."""
+        """The first language that one of the first hundred records names, as a canonical tag if
+        possible; None if none names any. Unusable records are not counted."""
         for _place, record in itertools.islice(self._records(UnusableRecords()), _FIRST_RECORDS):
             value = self._language_value(record)
             if isinstance(value, str):
@@ -112,24 +110,28 @@ class Part:
             return hashlib.file_digest(file, "sha256").digest()
 
     def _records(self, unusable: UnusableRecords) -> Iterator[tuple[str, Any]]:
-        columns = [*self._text_fields(), *self.source.language_fields(named=self.named)]
+        columns = [*self._text_fields(), *self._language_fields()]
         return records(self.location, self.name, unusable, columns=columns, unit=self.source.unit)
 
     def _text_fields(self) -> tuple[str, ...]:
-        """Fields that may contain the text; for a plain text file, the field that `records`
-        makes."""
+        """Fields that may contain the text; the first that a record has counts."""
         if isinstance(self.location, Path):
             ending, _ = format_of(self.location.name) or ("", "")
-            if ending == ".txt":
+            if ending == ".txt":  # for which `records` makes the field
                 return ("text",)
-        return self.source.text_fields()
+        return (self.source.text_field,) if self.source.text_field else ("text", "content")
+
+    def _language_fields(self) -> tuple[str, ...]:
+        """Fields that may name a record's language; the first that has a value counts."""
+        if self.source.language_field:
+            return (self.source.language_field,)
+        return ("lang",) if self.named else ("lang", "language")
 
     def _language_value(self, record: Any) -> Any:
         """Value of the field that names a record's language; None if there is none."""
         if self.source.language or not isinstance(record, dict):
             return None
-        names = self.source.language_fields(named=self.named)
-        return next((record[name] for name in names if record.get(name)), None)
+        return next((record[name] for name in self._language_fields() if record.get(name)), None)
 
     def _document(self, place: str, record: Any, unusable: UnusableRecords) -> Document | None:
         """The document of a record; None if it cannot be used, which is counted."""
@@ -137,10 +139,10 @@ class Part:
             return unusable.add("no object", place)
         names = self._text_fields()
         text = next((record[name] for name in names if name in record), None)
-        value, language = self._language_value(record), self.language
-        if value is not None:
-            named = isinstance(value, str)
-            language = self.source.languages.get(value, value) if named else value
+        value = self._language_value(record)
+        language = self.language if value is None else value
+        if isinstance(value, str):
+            language = self.source.languages.get(value, value)
         if not isinstance(text, str):
             return unusable.add(f'no "{names[0]}"', place)
         if not text.strip():
@@ -172,7 +174,7 @@ class Survey:
     unusable: UnusableRecords = field(default_factory=UnusableRecords)
     """Records that were left out."""
     digest: bytes = b""
-    """Hash of the part, as `Part.digest`; empty where it was not needed."""
+    """`Part.digest`; empty where it was not needed."""
 
     @staticmethod
     def of(part: Part) -> "Survey":

@@ -12,24 +12,9 @@ from xelm.data.records import stem
 MAIN_SPLITS = {"train", "clean"}
 OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval", "noisy", "removed"}
 # Words that are ignored, besides numbers.
-_ORDINARY = {
-    *("part", "of", "shard", "chunk", "split", "file", "files", "text", "texts", "data", "corpus"),
-    *(
-        "c4",
-        "mc4",
-        "tfrecord",
-        "meta",
-        "dedup",
-        "deduplicated",
-        "jsonl",
-        "json",
-        "parquet",
-        "arrow",
-    ),
-    *("wiki", "wikipedia", "oscar", "madlad", "cc100", "news", "web", "sentences"),
-    *MAIN_SPLITS,
-    *OTHER_SPLITS,
-}
+_DATA = """part of shard chunk split file files text texts data corpus c4 mc4 tfrecord meta dedup
+deduplicated jsonl json parquet arrow wiki wikipedia oscar madlad cc100 news web sentences"""
+_ORDINARY = {*_DATA.split(), *MAIN_SPLITS, *OTHER_SPLITS}
 # Words that are codes of small languages (`all` is Allar, `old` Mochi) but mostly mean no language;
 # a map of languages can say that they do.
 _ENGLISH = """all and art bad bag big bin bio bot box csv day dir doc dup end fun hot hub job key
@@ -39,16 +24,15 @@ _NO_LANGUAGE = {*_ORDINARY, *_ENGLISH.split()}
 # Codes of small languages that mean no language as a whole name, but do within a longer one, such
 # as `20231101.new`.
 _WHOLE_NAMES = {"los", "ner", "new", "ted"}
-# Words that mean no language as the name of the whole corpus. As names of files and folders in it
-# they do: many corpora have Burmese and Catalan under these codes.
+# Words that mean no language as the name of the whole corpus; within it, many corpora have Catalan
+# and Burmese under these codes.
 WHOLE_CORPUS = {"cat", "my"}
 
 
 @cache
 def language_in(name: str) -> str | None:
-    """Canonical tag of the language that a name says: `sw` for `swh_Latn`, `c4-sw.tfrecord-00000`,
-    `20231101.sw` or `sw_meta_part_1`; None if any other word is left, as in `notes` or
-    `de-en`."""
+    """Canonical tag of the language that a name says: `sw` for `swh_Latn`, `c4-sw.tfrecord-00000`
+    or `sw_meta_part_1`; None if any other word is left, as in `notes` or `de-en`."""
     if name.lower() in _WHOLE_NAMES:
         return None
     for code in (name, code_in(name)):

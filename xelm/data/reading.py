@@ -1,6 +1,7 @@
-"""Reads corpora, and says what was read and what was left out."""
+"""Reads corpora, and reports what was read and what was left out."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -38,32 +39,25 @@ class Reading:
             self.unusable.include(survey.unusable)
 
     def table(self) -> str:
-        """The number of documents by file and language, and what was skipped, for people."""
-        return reading_table(self.contents, self.surveys)
-
-
-def reading_table(contents: Contents, surveys: Sequence[Survey]) -> str:
-    """Table for people with a row for each language of each file or group of files: name, language,
-    documents, records left out; then the files that were skipped. surveys: counts of the first
-    parts."""
-    groups: dict[tuple[str, str | None], list[int]] = {}
-    for number, part in enumerate(contents.parts[: len(surveys)]):
-        folder, _, name = part.name.rpartition("/")
-        shards = f"{folder}/" if folder else re.sub(r"\d+", "", name)
-        groups.setdefault((shards, part.language if part.named else None), []).append(number)
-    rows = [("read from", "language", "documents", "left out")]
-    for numbers in groups.values():
-        name = contents.parts[numbers[0]].name
-        name += f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
-        documents: dict[str, int] = {}
-        for number in numbers:
-            for tag, count in surveys[number].documents.items():
-                documents[tag] = documents.get(tag, 0) + count
-        left_out = sum(surveys[number].unusable.total() for number in numbers)
-        for tag, count in documents.items() or [("–", 0)]:
-            rows.append((name, tag, f"{count:,}", f"{left_out:,}"))
-            name, left_out = "", 0
-    width, tag_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    lines = [f"{a:{width}}  {b:{tag_width}}{c:>13}{d:>12}" for a, b, c, d in rows]
-    skipped = describe(contents.skipped)
-    return "\n".join([*lines, *([skipped] if skipped else [])])
+        """Table for people with a row for each language of each file or group of files: name,
+        language, documents, records left out; then the files that were skipped."""
+        groups: dict[tuple[str, str | None], list[tuple[str, Survey]]] = {}
+        for part, survey in zip(self.contents.parts, self.surveys):
+            folder, _, name = part.name.rpartition("/")
+            shards = f"{folder}/" if folder else re.sub(r"\d+", "", name)
+            group = groups.setdefault((shards, part.language if part.named else None), [])
+            group.append((part.name, survey))
+        rows = [("read from", "language", "documents", "left out")]
+        for group in groups.values():
+            name = group[0][0] + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+            documents: Counter[str] = Counter()
+            for _, survey in group:
+                documents.update(survey.documents)
+            left_out = sum(survey.unusable.total() for _, survey in group)
+            for tag, count in documents.items() or [("–", 0)]:
+                rows.append((name, tag, f"{count:,}", f"{left_out:,}"))
+                name, left_out = "", 0
+        width, tag_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+        lines = [f"{a:{width}}  {b:{tag_width}}{c:>13}{d:>12}" for a, b, c, d in rows]
+        skipped = describe(self.contents.skipped)
+        return "\n".join([*lines, *([skipped] if skipped else [])])

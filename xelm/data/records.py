@@ -1,9 +1,8 @@
 """Reads records from files and data sets: JSON lines, Parquet, Arrow, plain text, the Hub.
 
 Every record comes with its place. What cannot be read is counted with its place, and does not stop
-the reading of the other files. For this reason files are read here, line by line and with pyarrow,
-and not with `datasets`, whose readers stop at the first broken line, page or unexpected type. Data
-sets of the Hub are read with `datasets`. This module does not know the language of a record.
+the reading. For this reason files are read here, line by line and with pyarrow, and not with
+`datasets`, whose readers stop at the first broken line, page or unexpected type.
 """
 
 import bz2
@@ -13,10 +12,10 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from xelm.data import hub
 from xelm.data.unusable import UnusableRecords
@@ -26,7 +25,6 @@ LINES = (".jsonl", ".json", ".ndjson", ".txt")
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 TABLES = (".parquet", ".arrow")
 UNITS = ("paragraph", "line", "file")
-"""Units of a plain text file that may be a document."""
 # A longer line is a broken file, not a document, and would have to be loaded into memory.
 LONGEST_LINE_BYTES = 64 * 2**20
 # Length of the beginning of a text file that is searched for a blank line.
@@ -40,8 +38,8 @@ Record = tuple[str, Any]
 
 
 def format_of(name: str) -> tuple[str, str] | None:
-    """The ending of a file's name in small letters and that of its compression, as (".jsonl",
-    ".gz"); None for a file of no format that is read."""
+    """The endings of a file's name for format and compression, in small letters, as (".jsonl",
+    ".gz"); None for a format that is not read."""
     name = name.lower()
     for compression in ("", *COMPRESSIONS):
         endings = LINES if compression else (*LINES, *TABLES)
@@ -62,26 +60,23 @@ def records(
     name: str,
     faults: UnusableRecords,
     *,
-    columns: Iterable[str],
+    columns: Sequence[str],
     unit: str | None = None,
 ) -> Iterator[Record]:
     """Every record of a file, or of a data set of the Hub; what cannot be read is counted in
-    `faults`.
-
-    name: name of the file in places. columns: columns of Parquet and Arrow to read. unit: unit of a
-    text file that is a document; None takes paragraphs, or lines if it has no blank line.
-    """
+    `faults`. name: name of the file in places. columns: columns of Parquet and Arrow to read. unit:
+    as `Source.unit`."""
     if isinstance(where, str):
         yield from hub.records(where)
         return
     if not where.stat().st_size:
         faults.add("an empty file", name)
         return
-    ending, compression = format_of(where.name) or ("", "")
+    ending, _ = format_of(where.name) or ("", "")
     if ending in TABLES:
-        yield from _table(where, name, faults, list(columns), ending)
+        yield from _table(where, name, faults, columns, ending)
     elif ending == ".txt":
-        yield from _texts(where, name, faults, unit or _unit_of(where, compression))
+        yield from _texts(where, name, faults, unit or _unit_of(where))
     else:
         yield from _json(where, name, faults)
 
@@ -102,8 +97,7 @@ def _json(path: Path, name: str, faults: UnusableRecords) -> Iterator[Record]:
 
 
 def _texts(path: Path, name: str, faults: UnusableRecords, unit: str) -> Iterator[Record]:
-    """The documents of a text file as records, each at the place of its first line. All line ends
-    become \\n."""
+    """The documents of a text file as records, each at the place of its first line."""
     place, size, gathered = "", 0, []
     lines = _lines(path, name, faults)
     for here, line in ((here, line) for here, whole in lines for line in _line_ends(whole)):
@@ -144,10 +138,10 @@ def _is_blank(line: bytes) -> bool:
     return not line.strip() or (len(line) < 100 and not line.decode("utf-8", "replace").strip())
 
 
-def _unit_of(path: Path, compression: str) -> str:
+def _unit_of(path: Path) -> str:
     """Probable unit of the documents of a text file: paragraphs if there is a blank line near its
     beginning, else lines."""
-    with contextlib.suppress(EOFError, OSError, zlib.error, lzma.LZMAError), opened(path) as file:
+    with contextlib.suppress(OSError, DamagedFile), opened(path) as file:
         seen = 0
         while (whole := file.readline(_BEGINNING_BYTES)) and seen < _BEGINNING_BYTES:
             for line in _line_ends(whole):
@@ -170,46 +164,45 @@ def _lines(path: Path, name: str, faults: UnusableRecords) -> Iterator[tuple[str
                     return
                 if len(line) == LONGEST_LINE_BYTES and not line.endswith(b"\n"):
                     faults.add("a line over 64 MiB", place)
-                    _skip_line(file)
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(LONGEST_LINE_BYTES)
                     continue
                 yield place, line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
-    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # an error of the disk, not of the compressed data
+    except DamagedFile as error:
         faults.add(f"a damaged file ({error})", f"{name} after line {number}")
         return
     if not number:
         faults.add("an empty file", name)
 
 
-def _skip_line(file: BinaryIO) -> None:
-    while piece := file.readline(LONGEST_LINE_BYTES):
-        if piece.endswith(b"\n"):
-            return
+class DamagedFile(Exception):
+    """A compressed file cannot be decompressed to its end."""
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A file of bytes, decompressed if its name ends in .gz, .zst, .xz or .bz2."""
+    """A file of bytes, decompressed if its name ends in .gz, .zst, .xz or .bz2. Reading it raises
+    DamagedFile where it cannot be decompressed."""
     ending = path.suffix.lower()
     readers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    with contextlib.ExitStack() as stack:
-        if ending in readers:
-            yield stack.enter_context(readers[ending](path, "rb"))
-        elif ending == ".zst":
-            import pyarrow
+    try:
+        with readers.get(ending, open)(path, "rb") as file:
+            if ending == ".zst":
+                import pyarrow
 
-            # Unlike the reader of `zstandard`, it tells a file that was cut short from a whole one.
-            compressed = stack.enter_context(path.open("rb"))
-            yield io.BufferedReader(
-                stack.enter_context(pyarrow.CompressedInputStream(compressed, "zstd"))
-            )
-        else:
-            yield stack.enter_context(path.open("rb"))
+                # Unlike the reader of `zstandard`, it tells a file that was cut short.
+                with pyarrow.CompressedInputStream(file, "zstd") as decompressed:
+                    yield io.BufferedReader(decompressed)
+            else:
+                yield file
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # an error of the disk, not of the compressed data
+        raise DamagedFile(str(error)) from error
 
 
 def _table(
-    path: Path, name: str, faults: UnusableRecords, columns: list[str], ending: str
+    path: Path, name: str, faults: UnusableRecords, columns: Sequence[str], ending: str
 ) -> Iterator[Record]:
     import pyarrow
 
@@ -233,7 +226,7 @@ def _table(
         faults.add("an empty file", name)
 
 
-def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
+def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as table:
@@ -241,9 +234,8 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
         yield from table.iter_batches(batch_size=1000, columns=chosen)
 
 
-def _arrow_batches(path: Path, columns: list[str]) -> Iterator[Any]:
-    """Batches of an Arrow stream, as `datasets` writes it, or of an Arrow file, as others write
-    it."""
+def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """Batches of an Arrow stream, as `datasets` writes it, or of an Arrow file."""
     import pyarrow
 
     with pyarrow.memory_map(str(path)) as mapped:

@@ -17,7 +17,7 @@ from clustering.languages import canonical_all, without
 from xelm.data.contents import contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.parts import Survey, no_documents
-from xelm.data.reading import reading_table
+from xelm.data.reading import Reading
 from xelm.data.unusable import UnusableRecords
 from xelm.runs.distances import Sources, languages_of, measured, resampled
 from xelm.runs.run import Run
@@ -112,7 +112,7 @@ def documents_of_corpus(
     missing = [tag for tag in tags or () if not any(tag in s.documents for s in surveys)]
     if missing:
         raise no_documents(missing, unusable)
-    print(reading_table(contents, surveys), file=sys.stderr)
+    print(Reading(contents, unusable, surveys).table(), file=sys.stderr)
     if unusable:
         print(f"{corpus}: {unusable}", file=sys.stderr)
     sizes = [sum(survey.documents.values()) for survey in surveys]
