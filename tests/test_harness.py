@@ -135,7 +135,7 @@ def test_a_chat_is_routed_by_what_the_user_says(copy, routing):
     wanted = ensemble.generate(messages, max_new_tokens=8, temperature=0)
     assert found == wanted.text
     # Likelihoods go by the same weights.
-    context, mask = ensemble.tokenizer.chat_with_user_mask(messages)
+    context, mask = ensemble.tokenizer.chat(messages)
     assert mask is not None and not all(mask)
     pair = model._encode_pair(rendered, "abc")
     assert pair[0] == context[: len(pair[0])] and len(context) + len(pair[1]) < 32

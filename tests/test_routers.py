@@ -349,7 +349,7 @@ def test_a_template_and_a_system_prompt_do_not_move_the_posterior(copy, memory):
         {"role": "system", "content": " ".join(english[8:12])},
         {"role": "user", "content": " ".join(german[:4])},
     ]
-    ids, mask = ensemble.tokenizer.chat_with_user_mask(messages)
+    ids, mask = ensemble.tokenizer.chat(messages)
     assert mask is not None and 0 < sum(mask) < len(ids) / 2
     said = ensemble.generate(messages, max_new_tokens=1, temperature=0.0)
     sampling = SamplingParams(max_new_tokens=1, temperature=0.0)

@@ -206,7 +206,7 @@ def test_nothing_that_grows_with_a_request_runs_in_the_event_loop(server, monkey
 
         monkeypatch.setattr(owner, name, noted)
 
-    for name in ("encode", "begin", "decode", "chat_with_user_mask"):
+    for name in ("encode", "begin", "decode", "chat"):
         watch(Tokenizer, name)
     watch(CompletionRequest, "model_validate_json")
     watch(ChatRequest, "model_validate_json")
@@ -225,7 +225,7 @@ def test_nothing_that_grows_with_a_request_runs_in_the_event_loop(server, monkey
     chat = {"model": "xelm", "messages": [{"role": "user", "content": text}], "max_tokens": 1}
     assert server.post(chat | {"stream": stream}, "/v1/chat/completions").status_code == 200
     assert server.post({"model": "xelm", "prompt": text, "max_tokens": "1"}).status_code == 400
-    named = {"encode", "begin", "decode", "chat_with_user_mask", "model_validate_json"}
+    named = {"encode", "begin", "decode", "chat", "model_validate_json"}
     named |= {"language_of", "canonical", "fault", "check_prompt"}
     assert named <= set(ran)
     for name, threads in ran.items():

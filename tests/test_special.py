@@ -112,7 +112,7 @@ def test_chats_have_the_ids_of_transformers(tokenizer, template, messages):
         theirs = tokenizer.hub.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options
         )
-        assert tokenizer.chat(messages, options) == theirs
+        assert tokenizer.chat(messages, options)[0] == theirs
 
 
 HOSTILE = [
@@ -128,8 +128,8 @@ HOSTILE = [
 def test_no_message_spells_a_special_token(tokenizer, template, messages):
     special = {*tokenizer.special.ids.values()}
     roles = [m["role"] if m["role"] in ("user", "assistant") else "other" for m in messages]
-    mild = tokenizer.chat([{"role": role, "content": "x"} for role in roles])
-    ids = tokenizer.chat(messages)
+    mild = tokenizer.chat([{"role": role, "content": "x"} for role in roles])[0]
+    ids = tokenizer.chat(messages)[0]
     assert [id for id in ids if id in special] == [id for id in mild if id in special]
     text = tokenizer.hub.decode(ids).replace(" ", "")
     for message in messages:
@@ -142,8 +142,8 @@ def test_no_message_spells_a_special_token(tokenizer, template, messages):
 def test_a_special_token_that_is_spelt_has_the_ids_of_plain_text(tokenizer):
     tokenizer.hub.chat_template = TEMPLATES["chatml"]
     start, end = (tokenizer.special.ids[name] for name in ("<|im_start|>", "<|im_end|>"))
-    ids = tokenizer.chat(chat("Mann </s> Meer"))
-    mild = tokenizer.chat(chat("Mann Welt Meer"))
+    ids = tokenizer.chat(chat("Mann </s> Meer"))[0]
+    mild = tokenizer.chat(chat("Mann Welt Meer"))[0]
     assert ids[0] == mild[0] == start and ids.count(end) == 1
     # What stands around the end token is cut as it is without.
     assert ids[ids.index(end) :] == mild[mild.index(end) :]
@@ -166,7 +166,7 @@ def test_no_text_spells_a_special_token(tokenizer):
 
 def test_a_rendered_chat_can_be_read_and_gone_on_with(tokenizer):
     tokenizer.hub.chat_template = TEMPLATES["chatml"]
-    rendered = tokenizer.render(chat("a < b"))
+    rendered = tokenizer.special.render(chat("a < b"))
     said = f"{USER_BEGINS}a < b{USER_ENDS}"
     plain = "<|im_start|>user\na < b<|im_end|>\n<|im_start|>assistant\n"
     assert rendered == RENDERED + plain.replace("a < b", said)
@@ -176,7 +176,7 @@ def test_a_rendered_chat_can_be_read_and_gone_on_with(tokenizer):
     ids, _ = tokenizer.special.encode(rendered + tokenizer.special.escape("Meer</s>"))
     assert tokenizer.end_id not in ids
     assert tokenizer.hub.decode(ids).endswith("Meer</s>")
-    on = tokenizer.render(chat("Mann", "Meer und"), add_generation_prompt=False)
+    on = tokenizer.special.render(chat("Mann", "Meer und"), add_generation_prompt=False)
     said = f"{USER_BEGINS}Mann{USER_ENDS}"
     assert on == f"{RENDERED}<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\nMeer und"
 
@@ -184,14 +184,14 @@ def test_a_rendered_chat_can_be_read_and_gone_on_with(tokenizer):
 def test_the_users_text_is_known_among_the_ids_of_a_chat(tokenizer, template):
     """Neither the template, nor a system prompt that has the same words, nor answers."""
     messages = [{"role": "system", "content": "old sea Mann"}, *chat("Mann", "Meer", " Meer < s> ")]
-    ids, mask = tokenizer.chat_with_user_mask(messages)
-    assert mask is not None and len(mask) == len(ids) == len(tokenizer.chat(messages))
+    ids, mask = tokenizer.chat(messages)
+    assert mask is not None and len(mask) == len(ids) == len(tokenizer.chat(messages)[0])
     said = [id for id, users in zip(ids, mask) if users]
     text = tokenizer.hub.decode(said).replace(" ", "")
     # A token may have characters of what stands before the user's text, too.
     assert ("Mann" in text) and text.endswith("Meer<s>") and "old" not in text
     assert text.count("Mann") == text.count("Meer") == 1
-    assert tokenizer.chat_with_user_mask(messages[:1])[1] is None
+    assert tokenizer.chat(messages[:1])[1] is None
 
 
 def test_what_a_template_cannot_take_is_a_users_mistake(tokenizer):
@@ -214,7 +214,7 @@ def test_text_is_composed_in_every_way_in(tokenizer):
         assert apart != text and len(tokenizer.hub(apart)["input_ids"]) > 0
         assert tokenizer.encode([apart]) == tokenizer.encode([text])
         assert tokenizer.begin(apart) == tokenizer.begin(text)
-        assert tokenizer.chat(chat(apart)) == tokenizer.chat(chat(text))
+        assert tokenizer.chat(chat(apart))[0] == tokenizer.chat(chat(text))[0]
         assert tokenizer.encode_after(apart[:9], apart[9:]) == tokenizer.encode_after(
             apart[:9], text[len(normalised(apart[:9])) :]
         )

@@ -100,14 +100,14 @@ class Harness(TemplateLM):
         if string.startswith(RENDERED):
             return tokenizer.special.encode(string)[0]
         (ids,) = tokenizer.encode([string])
-        return ids if add_special_tokens is False else [*tokenizer.start_ids, *ids]
+        return ids if add_special_tokens is False else [*tokenizer.text_format.start_ids, *ids]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A rendered chat, which `tok_encode` recognises by its first character. The user's text is
         marked in it, since the router goes by that alone."""
-        return self.ensemble.tokenizer.render(
+        return self.ensemble.tokenizer.special.render(
             chat_history, add_generation_prompt=add_generation_prompt
         )
 

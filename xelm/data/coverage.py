@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
+from xelm.data.special_tokens import encodings
 from xelm.data.tokenizer import Tokenizer, encode
 
 # Letters of Cuneiform and Vai, which hardly any vocabulary contains.
@@ -61,7 +62,7 @@ class Coverage:
         if doubtful:
             # One unknown token may stand for a whole word; its offsets say how many characters.
             some = [texts[number] for number in doubtful]
-            located = self._backend.encode_batch(some, add_special_tokens=False)
+            located = encodings(self._backend, some)
             for number, text, encoding in zip(doubtful, some, located):
                 found[number, 2] = self._unknown_characters(text, encoding)
         return found

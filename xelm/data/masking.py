@@ -50,10 +50,5 @@ def mask_tokens(
     given = np.where(chosen & (fate >= MASKED) & (fate < MASKED + RANDOM), others, given)
     inputs = tokens.copy()
     np.put_along_axis(inputs, places, given.astype(tokens.dtype), axis=1)
-    return {
-        **batch,
-        **kept,
-        "inputs": inputs,
-        "places": places.astype(np.int32),
-        "chosen": chosen,
-    }
+    masked = {"inputs": inputs, "places": places.astype(np.int32), "chosen": chosen}
+    return {**batch, **kept, **masked}

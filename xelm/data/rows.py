@@ -1,10 +1,10 @@
 """Packed rows of fixed length from tokenised documents, mixed over languages.
 
 A language's documents are laid end to end in the shuffled order of the store, each as [start,
-ids..., end] or, where no token starts a text, [ids..., end]; row r holds tokens r*T to (r+1)*T of
-that stream and, as the last target, the first of the next row, so that every token but the first of
-a document is predicted once a pass. In each pass the rows are shuffled by the random seed. Batch i
-is a pure function of that seed and i: a resumed training needs no other state than its step.
+ids..., end] or, where no token starts a text, [ids..., end]; row r contains tokens r*T to (r+1)*T
+of that stream, the last as a target only, so that every token but the first of a document is
+predicted once a pass. In each pass the rows are shuffled by the random seed. Batch i is a pure
+function of that seed and i: a resumed training needs no other state than its step.
 """
 
 import math
@@ -115,12 +115,8 @@ def batches(
     first_step: int = 0,
 ) -> Any:
     """Iterates over the batches of steps first_step to steps - 1: dictionaries of int32
-    [batch_size, T + 1] arrays (see `LanguageRows`), and the `ORIGIN` of each row.
-
-    Languages are mixed row by row in exactly the proportions of their shares, as evenly as can be;
-    in batches too small for all of them, in random order. Each language's rows are shuffled anew in
-    every pass over them.
-    """
+    [batch_size, T + 1] arrays (see `LanguageRows`), and the `ORIGIN` of each row. Languages are
+    mixed as in `_Interleaved`; each language's rows are shuffled anew in every pass over them."""
     datasets, shares = [], []
     for index, source in enumerate(sources):
         rows = LanguageRows(
@@ -150,9 +146,9 @@ class _Interleaved(grain.transforms.DatasetSelectionMap):
     each source is within a few rows of its share; the shares of `grain.MapDataset.mix` are rounded
     to a hundredth of the smallest.
 
-    A batch with room for all sources has as even a share of each as can be. Smaller ones would have
-    the same few together throughout, as equal shares come round in a cycle; so then, among every as
-    many rows as there are sources, these come in random order, each one's rows in their own.
+    If batches are too small for all sources, equal shares would put the same few together
+    throughout. Then every window of as many rows as there are sources is shuffled; the rows of each
+    source stay in their order.
     """
 
     def __init__(self, shares: Sequence[float], length: int, batch_size: int, random_seed: int):
@@ -166,11 +162,9 @@ class _Interleaved(grain.transforms.DatasetSelectionMap):
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         window, place = divmod(index, self.window)
-        known, rows = self._known
-        if known != window:
-            rows = self._window(window)
-            self._known = window, rows
-        return rows[place]
+        if self._known[0] != window:
+            self._known = window, self._window(window)
+        return self._known[1][place]
 
     def _window(self, window: int) -> list[tuple[int, int]]:
         begin = window * self.window
@@ -184,7 +178,7 @@ class _Interleaved(grain.transforms.DatasetSelectionMap):
 
     def _even(self, index: int) -> tuple[int, int]:
         # Of the rows up to here, the first source takes its part, the second its part of the rest
-        # and so on: the source whose count rises with this row has the row.
+        # and so on; this row belongs to the source whose count it raises.
         before, after, remaining = index, index + 1, sum(self.parts)
         for source, part in enumerate(self.parts):
             rest_before = _rounded(before * (remaining - part), remaining)

@@ -55,7 +55,12 @@ class SpecialTokens:
     ) -> str:
         """A chat as text for `encode`, by the checkpoint's own template. add_generation_prompt: the
         model is to answer; otherwise it continues the last message. options: values that the
-        template reads besides the messages. UserError for messages that the template refuses."""
+        template reads besides the messages, such as enable_thinking. UserError for messages that
+        the template refuses, and where there is no template."""
+        if not self._hub.chat_template:
+            raise UserError(
+                f"the tokenizer {self._hub.name_or_path} has no chat template; give a plain text"
+            )
         given = self._checked({"messages": list(messages), "options": dict(options or {})})
         known = inspect.signature(self._hub.apply_chat_template).parameters
         if taken := [name for name in given["options"] if name in known]:
@@ -70,9 +75,7 @@ class SpecialTokens:
                     continue_final_message=not add_generation_prompt,
                     **marked["options"],
                 )
-            except (
-                Exception
-            ) as error:  # a template is a program of its own; it raises what it likes
+            except Exception as error:  # a template is a program, which raises what it likes
                 raise UserError(f"the chat template refuses these messages: {error}") from None
 
         plain, rendered = made(given), ""
@@ -81,8 +84,8 @@ class SpecialTokens:
         # special tokens are marked, not if every "<" is. Others look at the beginning of the user's
         # text, which must then not be marked.
         patterns = (self._beginnings, self._names)
-        for messages, pattern in itertools.product((with_user, given), patterns):
-            rendered = made(_mapped(messages, functools.partial(_marked, pattern)))
+        for marked, pattern in itertools.product((with_user, given), patterns):
+            rendered = made(_mapped(marked, functools.partial(_marked, pattern)))
             if _USER_MARKS.sub("", rendered).replace(ESCAPE, "") == plain:
                 break
         return RENDERED + (rendered if self._spells(rendered) else rendered.replace(ESCAPE, ""))
@@ -94,7 +97,8 @@ class SpecialTokens:
     def encode(self, rendered: str) -> tuple[list[int], list[bool] | None]:
         """Subword ids of a rendered chat, with the template's special tokens alone: the ids of
         `apply_chat_template`, if no message spells a special token. And whether each id has a
-        character of the user's text; None if no such text is marked."""
+        character of the user's text, as opposed to template, system prompt and answers; None if the
+        user has no text, or if the template changes it."""
         rendered = rendered.removeprefix(RENDERED)
         if spells := self._spells(rendered):
             backend, special_ids = self._with_stand_ins
@@ -103,21 +107,17 @@ class SpecialTokens:
             backend, special_ids = self._hub.backend_tokenizer, {}
             text = rendered.replace(ESCAPE, "")
         text, spans = _without_user_marks(text)
-        (encoding,) = _encodings(backend, [text], special=not spells, fast=False)
+        (encoding,) = encodings(backend, [text], special=not spells)
         ids = [special_ids.get(id, id) for id in encoding.ids]
-        if not spans:
-            return ids, None
-        mask = [
-            any(begin < last and first < end for first, last in spans)
-            for begin, end in encoding.offsets
-        ]
-        return ids, mask
+        places = encoding.offsets
+        mask = [any(begin < last and first < end for first, last in spans) for begin, end in places]
+        return ids, mask if spans else None
 
     def encode_with(self, name: str, text: str) -> list[int]:
         """Subword ids of a text in which the name of one special token means that token."""
         text = self._with_names(_any_of([name]), self._checked(text))
-        backend, ids = self._with_stand_ins
-        return [ids.get(id, id) for id in ids_of(backend, [text])[0]]
+        backend, special_ids = self._with_stand_ins
+        return [special_ids.get(id, id) for id in ids_of(backend, [text])[0]]
 
     def _spells(self, rendered: str) -> bool:
         """Whether there are more names of special tokens without the marks than with them."""
@@ -129,8 +129,7 @@ class SpecialTokens:
 
     def _with_names(self, names: re.Pattern[str], text: str) -> str:
         """A text with stand-ins where `names` finds special tokens, and without escapes."""
-        numbers = self._numbers
-        text = names.sub(lambda found: _stand_in(numbers[found[0]], written=True), text)
+        text = names.sub(lambda found: _stand_in(self._numbers[found[0]], written=True), text)
         return text.replace(ESCAPE, "")
 
     @functools.cached_property
@@ -149,15 +148,14 @@ class SpecialTokens:
         names = [name for name in names if name != content["model"].get("unk_token")]
         pieces = content["model"]["vocab"]
         new_names = {name: _stand_in(self._numbers[name]) for name in names}
-        if isinstance(pieces, dict):
-            pieces = {new_names.get(piece, piece): id for piece, id in pieces.items()}
-            named = {*content["model"]["vocab"]}
-        else:
-            named = {piece for piece, _ in pieces}
-            pieces = [[new_names.get(piece, piece), score] for piece, score in pieces]
-        content["model"]["vocab"] = pieces
         # Special tokens that are no pieces of the model stay, so that all keep their ids.
-        gone = named & {*names}
+        if isinstance(pieces, dict):
+            gone = {*names} & {*pieces}
+            renamed = {new_names.get(piece, piece): id for piece, id in pieces.items()}
+        else:
+            gone = {*names} & {piece for piece, _ in pieces}
+            renamed = [[new_names.get(piece, piece), score] for piece, score in pieces]
+        content["model"]["vocab"] = renamed
         content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in gone]
         return tokenizers.Tokenizer.from_str(json.dumps(content))
 
@@ -201,17 +199,17 @@ class SpecialTokens:
         return _mapped(value, check)
 
 
-def ids_of(backend: Any, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-    """Subword ids of each text by a tokenizer of the tokenizers library, without start and end.
-    special: names of special tokens mean these tokens. (What transformers adds to the ids costs a
-    third of its time.)"""
-    return [encoding.ids for encoding in _encodings(backend, texts, special=special)]
+def ids_of(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Subword ids of each text by a tokenizer of the tokenizers library, without special tokens.
+    (What transformers adds to the ids costs a third of its time.)"""
+    return [encoding.ids for encoding in encodings(backend, texts, fast=True)]
 
 
-def _encodings(
-    backend: Any, texts: Sequence[str], *, special: bool, fast: bool = True
+def encodings(
+    backend: Any, texts: Sequence[str], *, special: bool = False, fast: bool = False
 ) -> list[Any]:
-    """Encodings of texts by the tokenizers library; `fast` ones have no offsets of characters."""
+    """Encodings of texts by the tokenizers library, without start and end. special: names of
+    special tokens mean these tokens. fast: without offsets of characters."""
     # Transformers changes these settings in its own calls.
     backend.no_truncation()
     backend.no_padding()
@@ -249,8 +247,7 @@ def _with_user_marks(message: Mapping[str, Any]) -> Mapping[str, Any]:
     text = message.get("content")
     if message.get("role") != "user" or not isinstance(text, str) or not text.strip():
         return message
-    first = len(text) - len(text.lstrip())
-    last = len(text.rstrip())
+    first, last = len(text) - len(text.lstrip()), len(text.rstrip())
     marked = f"{text[:first]}{USER_BEGINS}{text[first:last]}{USER_ENDS}{text[last:]}"
     return {**message, "content": marked}
 

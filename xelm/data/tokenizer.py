@@ -12,18 +12,14 @@ from clustering.errors import UserError
 from clustering.files import read_object
 from xelm.config import StartToken
 from xelm.data.hub import reason
-from xelm.data.special_tokens import SpecialTokens, ids_of
+from xelm.data.special_tokens import SpecialTokens, encodings, ids_of
 from xelm.data.text_format import TextFormat
 from xelm.data.unicode import normalised
 
 # Files with the pieces of a tokenizer. If all are missing, transformers makes a tokenizer that
 # has special tokens alone.
 PIECE_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
+    *("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt"),
 )
 # Texts of one length: a damaged tokenizer, which gives no ids or unknown ids, gives both the same.
 PROBES = ("sea", "old")
@@ -50,16 +46,13 @@ def load(directory: str | Path, start_token: StartToken = "tokenizer") -> "Token
             mistral_format=False,
         )
     except Exception as error:  # the tokenizers library knows no other type
-        message = f"{directory} has no tokenizer that transformers can load: {reason(error)}"
-        raise UserError(message) from error
+        raise UserError(
+            f"{directory} has no tokenizer that transformers can load: {reason(error)}"
+        ) from error
     if not hub.is_fast:
         raise UserError(f"{directory} has no tokenizer.json, and transformers cannot make one")
-    tokenizer = Tokenizer(
-        hub,
-        start_token=start_token,
-        config_start_id=_config_start_id(Path(directory)),
-        end_ids=_end_ids(Path(directory)),
-    )
+    start_id, end_ids = _config_start_id(Path(directory)), _end_ids(Path(directory))
+    tokenizer = Tokenizer(hub, start_token=start_token, config_start_id=start_id, end_ids=end_ids)
     # Damaged files can load, too, with pieces that are in no text.
     first, second = tokenizer.encode(PROBES)
     if first == second:
@@ -100,8 +93,7 @@ def _entries(path: Path) -> dict[str, Any]:
 
 
 class Tokenizer:
-    """A transformers tokenizer, which is reachable as `.hub`, with the functions that xelm
-    needs."""
+    """A transformers tokenizer (`.hub`) with the functions that xelm needs."""
 
     def __init__(
         self,
@@ -127,21 +119,15 @@ class Tokenizer:
         if config_start_id in self.ignored:
             config_start_id = None
         self.start_id: int | None = _start_id(hub, start_token, config_start_id)
-        """Token before every text; None: there is none, and the first token is not predicted."""
+        """As in `TextFormat`, like `mask_id`."""
         bos = (self.start_id, hub.bos_token_id, hub.cls_token_id)
         self.prefix_id: int = next((id for id in bos if id is not None), self.end_id)
         """Token before a text whose first token has to be predicted: the start, or else the
         tokenizer's bos or eos (as in the evaluation harness)."""
         self.mask_id: int | None = hub.mask_token_id
-        """Token that stands for a masked one; None in tokenizers of decoders."""
         self.size: int = len(hub)
         self.end_ids: frozenset[int] = frozenset({self.end_id, *end_ids} - {*self.ignored})
         """Ids that end a continuation."""
-
-    @property
-    def start_ids(self) -> list[int]:
-        """Tokens before every text: one id or none."""
-        return [] if self.start_id is None else [self.start_id]
 
     def starts(self, ids: Sequence[int] | Int[np.ndarray, " _"]) -> int:
         """Number of first ids that are no part of the text: 1 if they begin with the start token or
@@ -149,8 +135,8 @@ class Tokenizer:
         return int(len(ids) > 0 and ids[0] in (self.start_id, self.prefix_id))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Subword ids of each text, in Unicode's composed form and without special tokens: "</s>"
-        in a text is four characters. UserError for half of a surrogate pair."""
+        """Subword ids of each text, as the function `encode`; UserError for half of a surrogate
+        pair."""
         return encode(self.special.plain, texts)
 
     def encode_after(self, context: str, text: str) -> tuple[list[int], int]:
@@ -160,7 +146,7 @@ class Tokenizer:
         # The first character of the text may compose with the last one of the context.
         border = _shared(before, whole)
         (alone,) = self.encode([before])
-        (encoding,) = self.special.plain.encode_batch([whole], add_special_tokens=False)
+        (encoding,) = encodings(self.special.plain, [whole])
         ids, ends = encoding.ids, [end for _, end in encoding.offsets]
         # Both counts may only be too small: several tokens of one character have the same end, and
         # the context alone may be tokenised otherwise.
@@ -177,12 +163,11 @@ class Tokenizer:
     @functools.cached_property
     def text_format(self) -> TextFormat:
         """Special tokens around and within the text that models of this tokenizer read."""
-        ordinary_ids = None if self.mask_id is None else self.ordinary_ids()
         return TextFormat(
             start_id=self.start_id,
             end_id=self.end_id,
             mask_id=self.mask_id,
-            ordinary_ids=ordinary_ids,
+            ordinary_ids=None if self.mask_id is None else self.ordinary_ids(),
         )
 
     def check_mask(self) -> None:
@@ -214,39 +199,14 @@ class Tokenizer:
     def begin(self, text: str) -> list[int]:
         """Subword ids of a text that is to be continued, with the start token if there is one; an
         empty text has `prefix_id`."""
-        return [*self.start_ids, *self.encode([text])[0]] or [self.prefix_id]
+        return [*self.text_format.start_ids, *self.encode([text])[0]] or [self.prefix_id]
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
-    ) -> list[int]:
-        """Subword ids of a chat that the model is to answer, by the checkpoint's own template; only
-        the template's special tokens become special tokens. options: values that the template reads
-        besides the messages, such as enable_thinking."""
-        return self.chat_with_user_mask(messages, options)[0]
-
-    def chat_with_user_mask(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
     ) -> tuple[list[int], list[bool] | None]:
-        """Subword ids of a chat as in `chat`, and whether each has characters of the user's text,
-        as opposed to template, system prompt and answers; None if the user has no text, or if the
-        template changes it."""
-        return self.special.encode(self.render(messages, options=options))
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        options: Mapping[str, Any] | None = None,
-    ) -> str:
-        """A chat as text, as in `SpecialTokens.render`; UserError where there is no template."""
-        if not self.hub.chat_template:
-            raise UserError(
-                f"the tokenizer {self.hub.name_or_path} has no chat template; give a plain text"
-            )
-        return self.special.render(
-            messages, add_generation_prompt=add_generation_prompt, options=options
-        )
+        """Subword ids of a chat that the model is to answer, rendered by `SpecialTokens.render`,
+        and whether each has characters of the user's text, as `SpecialTokens.encode`."""
+        return self.special.encode(self.special.render(messages, options=options))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of subword ids; special tokens are left out."""
@@ -278,13 +238,12 @@ def _start_id(hub: Any, start_token: StartToken, config_start_id: int | None) ->
 
 def _before_texts(hub: Any) -> int | None:
     """Token that the tokenizer itself puts before a text: </s> of XGLM, <s> of Llama, or none."""
-    whole, bare = (hub(PROBES[0], add_special_tokens=added)["input_ids"] for added in (True, False))
+    whole, bare = (hub(PROBES[0], add_special_tokens=some)["input_ids"] for some in (True, False))
     before = len(whole) - len(bare)
     while before and whole[before : before + len(bare)] != bare:
         before -= 1
     if before > 1:
         raise UserError(
-            f"the tokenizer {hub.name_or_path} puts {before} tokens before a text; wanted at most "
-            "one"
+            f"the tokenizer {hub.name_or_path} puts {before} tokens before a text; wanted 0 or 1"
         )
     return whole[0] if before else None

@@ -1,8 +1,5 @@
-"""Trains sentencepiece tokenizers for fresh seeds.
-
-A trained tokenizer is written so that `transformers.AutoTokenizer` loads it and gives the ids that
-sentencepiece gives.
-"""
+"""Trains sentencepiece tokenizers for fresh seeds, which `transformers.AutoTokenizer` loads and
+which then give the ids that sentencepiece gives."""
 
 import io
 import itertools
@@ -38,8 +35,7 @@ def train(
 
     texts: documents by language. sizes: UTF-8 bytes of each language, of which `texts` may be a
     sample; None counts those of `texts`. A language's share of the training text is its share of
-    the bytes to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1): small
-    languages get pieces too.
+    the bytes to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1).
     """
     import sentencepiece
 
@@ -81,18 +77,17 @@ def train(
 
 
 class EvenSample:
-    """Sample of the documents of one language, evenly spaced over all that were added, of limited
-    size."""
+    """Sample of limited size of the documents of one language, evenly spaced over all."""
 
     def __init__(self, most_bytes: int):
         self.most_bytes = most_bytes
         self.documents: list[str] = []
         self.bytes = 0
-        """UTF-8 bytes of all documents that were added, kept or not."""
+        """UTF-8 bytes of all documents, kept or not."""
         self._kept_bytes, self._added, self._stride = 0, 0, 1
 
     def add(self, text: str) -> None:
-        """Counts one more document, and keeps it if its turn has come."""
+        """Adds a document, which is kept if its turn has come."""
         size = len(text.encode())
         self.bytes += size
         if self._added % self._stride == 0:
@@ -106,10 +101,7 @@ class EvenSample:
 
 
 def _sample(
-    texts: Mapping[str, Sequence[str]],
-    sizes: Mapping[str, int],
-    exponent: float,
-    random_seed: int,
+    texts: Mapping[str, Sequence[str]], sizes: Mapping[str, int], exponent: float, random_seed: int
 ) -> Iterator[str]:
     weights = {language: size**exponent for language, size in sizes.items() if size}
     total = min(TRAINING_BYTES, sum(sizes.values()))
@@ -142,14 +134,8 @@ def _write(model: bytes, directory: Path) -> None:
         [normalizers.NFC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     fast.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    fast.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
+    spaces, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    fast.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
     fast.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
     )

@@ -270,7 +270,7 @@ class Ensemble(Pool):
         encoded = [
             (self.tokenizer.begin(prompt), None)
             if isinstance(prompt, str)
-            else self.tokenizer.chat_with_user_mask(prompt)
+            else self.tokenizer.chat(prompt)
             for prompt in prompts
         ]
         ids, masks = [ids for ids, _ in encoded], [mask for _, mask in encoded]

@@ -22,7 +22,7 @@ from xelm.runs.shares import cluster_shares, dense_shares
 from xelm.training.hosts import (
     SharedError,
     first_does,
-    first_writes,
+    first_error_shared,
     is_first,
     several,
     wait_for_all,
@@ -196,8 +196,8 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
             failures[job.name] = found
             continue
         first_does(functools.partial(write_centre, run, job.name, job.sources))
-        writing = functools.partial(write_model, run, job.name, job.target, model)
-        first_writes(functools.partial(writing, found.parameters))
+        with first_error_shared():
+            write_model(run, job.name, job.target, model, found.parameters, is_first())
     return failures
 
 

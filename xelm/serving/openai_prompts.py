@@ -106,7 +106,7 @@ def _tokenize(
         if not tokenizer.hub.chat_template:
             raise UserError("the seed has no chat template; use /v1/completions")
         messages = [{"role": m.role, "content": m.text} for m in request.messages]
-        ids, mask = tokenizer.chat_with_user_mask(messages, _template_options(request, tokenizer))
+        ids, mask = tokenizer.chat(messages, _template_options(request, tokenizer))
         return [ids], [mask]
     prompts = [
         tokenizer.begin(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts

@@ -1,4 +1,4 @@
-"""Checkpoints of unfinished trainings: the one place that knows Orbax."""
+"""Checkpoints of unfinished trainings; the only module that imports Orbax."""
 
 import errno
 import hashlib
@@ -30,20 +30,15 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                keep_period=keep_every,
-                create=True,
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every),
         )
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
         """Saves arrays and a JSON value; returns when the arrays may be changed again."""
         if step != self._manager.latest_step():
-            facts = _sealed({**facts, _FINGERPRINTS: fingerprints(state)})
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
-            )
+            facts = {**facts, _FINGERPRINTS: fingerprints(state)}
+            sealed = ocp.args.JsonSave({**facts, _SEAL: _seal(facts)})
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), facts=sealed)
             with self._saving():
                 self._manager.save(step, args=args)
 
@@ -58,7 +53,8 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 facts = self._restored(step, facts=ocp.args.JsonRestore())
-                _check_seal(facts)
+                if facts.pop(_SEAL, None) != _seal(facts):
+                    raise ValueError("facts are not as they were written")
                 state = self._restored(step, state=ocp.args.StandardRestore(like(facts)))
                 _check_state(facts, state)
             except Exception as error:
@@ -83,10 +79,11 @@ class Checkpoints:
         ones. They are not deleted: the fault may be the disk's."""
         folder = self.directory
         wait_for_all(f"{folder} was read")
-        for step in [step for step in self._manager.all_steps() if step > after and is_first()]:
-            aside = folder.with_name(f"damaged-{step}")
-            shutil.rmtree(aside, ignore_errors=True)
-            (folder / str(step)).rename(aside)
+        for step in self._manager.all_steps():
+            if step > after and is_first():
+                aside = folder.with_name(f"damaged-{step}")
+                shutil.rmtree(aside, ignore_errors=True)
+                (folder / str(step)).rename(aside)
         wait_for_all(f"{folder} was moved")
         self._manager.reload()
 
@@ -116,17 +113,9 @@ class Checkpoints:
             ) from error
 
 
-def _sealed(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts with a hash of all of them."""
-    text = json.dumps(facts, sort_keys=True)
-    return {**facts, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
-
-
-def _check_seal(facts: dict[str, Any]) -> None:
-    """Raises ValueError for facts that are not as they were written."""
-    without = {name: value for name, value in facts.items() if name != _SEAL}
-    if _sealed(without)[_SEAL] != facts.get(_SEAL):
-        raise ValueError("facts are not as they were written")
+def _seal(facts: dict[str, Any]) -> str:
+    """Hash of facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _check_state(facts: dict[str, Any], state: Any) -> None:

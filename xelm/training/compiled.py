@@ -1,7 +1,4 @@
-"""Compiled functions of experts that train in one program, each on its own part of the mesh.
-
-Nothing passes from one expert to another.
-"""
+"""Compiled functions of experts that train in one program, each on its own part of the mesh."""
 
 import functools
 from collections.abc import Sequence
@@ -30,8 +27,8 @@ _LOGISTICS = (
 
 
 class CompiledSteps(NamedTuple):
-    """Compiled functions of one model shape for experts that train in one program, and where their
-    arrays lie. "Stacked" arrays are those of all experts, as `expert_axis` stacks them."""
+    """Compiled functions of one model shape, and where their arrays lie. "Stacked" arrays are those
+    of all experts, as `expert_axis` stacks them."""
 
     create: tuple[Any, ...]
     """For each expert a function: float32 parameters -> its TrainState"""
@@ -92,17 +89,10 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
     def finite(parameters):
         return jnp.isfinite(norm(parameters))[None]
 
-    def by_expert(function):
-        # Each expert's devices run the function on their own arrays: nothing can pass across.
-        expert = PartitionSpec("expert")
-        return jax.shard_map(
-            function,
-            mesh=mesh,
-            in_specs=expert,
-            out_specs=expert,
-            axis_names={"expert"},
-            check_vma=False,
-        )
+    # Each expert's devices run a function on their own arrays: nothing can pass across.
+    expert = PartitionSpec("expert")
+    specs: dict[str, Any] = {"mesh": mesh, "in_specs": expert, "out_specs": expert}
+    by_expert = functools.partial(jax.shard_map, **specs, axis_names={"expert"}, check_vma=False)
 
     return CompiledSteps(
         create=tuple(jax.jit(step.begin, out_shardings=_shardings(one)) for one in alone),
@@ -111,7 +101,7 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
             by_expert(each),
             donate_argnums=0,
             in_shardings=(placed, None, None),
-            out_shardings=(placed, NamedSharding(mesh, PartitionSpec("expert"))),
+            out_shardings=(placed, NamedSharding(mesh, expert)),
         ),
         finite=jax.jit(by_expert(finite)),
         master_weights=jax.jit(join_weights),
@@ -123,8 +113,7 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
 
 def state_of(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the TrainState of an expert on its part of a mesh. Remainders, and
-    averages of the shape of their parameters, lie where those do; every device has all of the rest,
-    which is little."""
+    averages of the shape of their parameters, lie where those do; every device has all the rest."""
     step = TrainStep(model, config, spread=mesh.size > 1)
     state = jax.eval_shape(step.begin, shapes(model))
     placed, everywhere = parameter_shardings(model, mesh), replicated(mesh)

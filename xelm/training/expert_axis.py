@@ -1,8 +1,5 @@
-"""The mesh axis `expert`: arrays of experts that train in one program, and those of one of them.
-
-Stacked arrays of experts lie one after the other along their first dimension, so that each device
-has the very array that it would have if it worked for its expert alone.
-"""
+"""The mesh axis `expert`: arrays of experts that train in one program, stacked along their first
+dimension, so that each device has the very array that it would have for its expert alone."""
 
 from collections.abc import Sequence
 from typing import Any

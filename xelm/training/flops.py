@@ -19,8 +19,7 @@ def of_a_token(model: ModelConfig, length: int) -> float:
     """Operations for a position of a row of `length`, forward and backward: 6 for each parameter
     in a product, and 12 H S for each layer's attention, of H values in its heads and S keys that a
     query sees on average (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, which has no mask).
-    Rematerialised computations do not count. An encoder's head is counted as if it read all
-    positions."""
+    Rematerialised computations do not count; an encoder's head counts for all positions."""
     tables = (model.position_rows + model.token_types) * model.width
     if not model.tie_embeddings:
         tables += model.vocabulary_size * model.width

@@ -19,8 +19,7 @@ _SETTINGS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def join() -> None:
-    """Makes this process one of several that train together. It must be called before JAX lists
-    its devices.
+    """Makes this process one of several that train together, before JAX lists its devices.
 
     On TPU pods and in Slurm steps JAX finds the other hosts; elsewhere the environment names them:
     JAX_COORDINATOR_ADDRESS (host:port of the first), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises
@@ -58,28 +57,36 @@ class SharedError(UserError):
     """A mistake that every host raises, so that all end alike."""
 
 
-def first_does(what: Callable[[], object]) -> None:
-    """Runs `what` on the first host; if it fails there, every host raises the reason."""
+@contextmanager
+def first_error_shared() -> Iterator[None]:
+    """Every host runs the block; if the first fails, every host raises its reason."""
+    reason = ""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if not several() or not is_first():
+            raise
+        reason = str(error) or type(error).__name__
     if not several():
-        what()
         return
-    said = ""
-    if is_first():
-        try:
-            what()
-        except (UserError, OSError) as error:
-            said = str(error) or type(error).__name__
-    padded = said.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    padded = reason.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
     received = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
     message = bytes(np.asarray(received, np.uint8)).rstrip(b"\0").decode(errors="replace")
     if message:
         raise SharedError(message)
 
 
+def first_does(what: Callable[[], object]) -> None:
+    """Runs `what` on the first host alone; if it fails, every host raises the reason."""
+    with first_error_shared():
+        if is_first():
+            what()
+
+
 @contextmanager
 def ending_alone() -> Iterator[None]:
-    """Ends this process at once on an error that only this one of several hosts raises: the others
-    would wait for it for ever, and end when it is gone."""
+    """Ends this process at once on an error that only it raises of several hosts, for which the
+    others would wait for ever; they end when it is gone."""
     try:
         yield
     except (SharedError, Preempted):
@@ -101,21 +108,3 @@ def placed(arrays: Mapping[str, np.ndarray], sharding: Any) -> dict[str, jax.Arr
         name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
         for name, array in arrays.items()
     }
-
-
-def first_writes(what: Callable[[bool], object]) -> None:
-    """Runs `what` on every host, with whether this host is the first, which alone writes the
-    result. If the first cannot write, every host raises the reason."""
-    failed: list[UserError | OSError] = []
-    try:
-        what(is_first())
-    except (UserError, OSError) as error:
-        if not is_first():
-            raise
-        failed.append(error)
-
-    def raise_failed() -> None:
-        for error in failed:
-            raise error
-
-    first_does(raise_failed)

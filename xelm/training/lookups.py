@@ -49,9 +49,6 @@ def states_at(states: Float[Array, "B T D"], places: Int[Array, "B P"]) -> Float
         return jnp.take_along_axis(states, places[..., None], axis=1)
 
     rows = PartitionSpec(BATCH)
-    return jax.shard_map(
-        take,
-        in_specs=(rows, rows),
-        out_specs=rows,
-        axis_names={*BATCH, "tensor"},
-    )(states, places)
+    axes = {*BATCH, "tensor"}
+    taken = jax.shard_map(take, in_specs=(rows, rows), out_specs=rows, axis_names=axes)
+    return taken(states, places)

@@ -1,8 +1,5 @@
-"""The training loop: data, step, metrics, checkpoint.
-
-A plain language-model trainer: it receives parameters and documents, returns parameters, and knows
-nothing of clusters or registries. Several trainings of one model shape may share one program.
-"""
+"""The training loop: data, step, metrics, checkpoint. Several trainings of one model shape may
+share one program; nothing here knows of clusters or registries."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -38,9 +35,9 @@ class Trained:
 def train(spec: TrainingSpec, model: ModelConfig, text_format: TextFormat) -> Trained:
     """Trains on packed rows of the sources and returns the new parameters.
 
-    Run again with the same arguments after a crash, a training resumes from the newest checkpoint
-    in its directory and ends, on CPUs, with the same bits. Raises DivergedError where further steps
-    are useless, and Preempted if the process was stopped by a signal.
+    After a crash, the same call resumes from the newest checkpoint in the directory and ends, on
+    CPUs, with the same bits. Raises DivergedError where further steps are useless, and Preempted if
+    the process was stopped by a signal.
     """
     (found,) = train_together([spec], model, text_format)
     if isinstance(found, UserError):
@@ -53,11 +50,7 @@ def train_together(
 ) -> list[Trained | UserError]:
     """Runs several trainings in one program, each on its own part of the mesh (axis `expert`), and
     returns the result of each, or why it was given up. They may differ in initial parameters, text,
-    token budget and directory only.
-
-    Each ends with the parameters that it would have alone. One that is done, or given up, waits for
-    the others.
-    """
+    token budget and directory only, and each ends with the parameters that it would have alone."""
     config = specs[0].config
     if any(replace(spec.config, tokens=config.tokens) != config for spec in specs):
         raise ValueError("trainings of one program have the same settings but for tokens")
@@ -87,7 +80,7 @@ def train_together(
             if ends:
                 break
         for trainer in trainers:
-            trainer.wait()
+            trainer.checkpoints.wait()
     results: list[Trained | UserError] = []
     for number, trainer in enumerate(trainers):
         one = compiled.expert_state(state, number)
@@ -108,6 +101,6 @@ def _next_batch(trainers: Sequence[Trainer]) -> tuple[dict[str, np.ndarray], np.
     found = [trainer.next_batch() if trainer.active else None for trainer in trainers]
     like = next(batch for batch, _ in filter(None, found))
     empty = {name: np.zeros_like(array) for name, array in like.items()}
-    parts = [(empty, 0.0) if each is None else each for each in found]
-    batch = {name: np.concatenate([part[name] for part, _ in parts]) for name in like}
-    return batch, np.asarray([rate for _, rate in parts], np.float32)
+    parts, rates = zip(*(each or (empty, 0.0) for each in found))
+    batch = {name: np.concatenate([part[name] for part in parts]) for name in like}
+    return batch, np.asarray(rates, np.float32)

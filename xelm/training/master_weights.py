@@ -24,13 +24,9 @@ def split_weights(masters: Mapping[str, Any], dtype: str) -> tuple[dict[str, Any
     remainders: matrices are split for bfloat16, vectors never are."""
     if dtype == "float32":
         return dict(masters), {}
-    halves = {
-        path: _upper_and_remainder(leaf)
-        for (path, leaf), cut in zip(by_path(masters).items(), by_path(matrices(masters)).values())
-        if cut
-    }
-    read = by_path(masters) | {path: upper for path, (upper, _) in halves.items()}
-    remainders = {path: remainder for path, (_, remainder) in halves.items()}
+    read, split, remainders = by_path(masters), by_path(matrices(masters)), {}
+    for path in [path for path in read if split[path]]:
+        read[path], remainders[path] = _upper_and_remainder(read[path])
     return unflatten_dict(read, sep="/"), remainders
 
 

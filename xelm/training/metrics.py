@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from clustering.files import replace
+
 _PATIENCE = 60.0
 """Seconds that Weights & Biases may take at the end of a training to send what it has."""
 
@@ -27,24 +29,22 @@ class MetricsLog:
         wandb: Mapping[str, Any] | None = None,
     ):
         """Lines after `last_step` are dropped, since those steps will be done again. logs: folder
-        of the other logs, by default that of the JSONL file. wandb: arguments of `wandb.init`; None
+        of the other logs; None takes that of the JSONL file. wandb: arguments of `wandb.init`; None
         starts no run."""
-        self.path = Path(path)
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self.path) if line["step"] <= last_step]
-        rewritten = self.path.with_name(f".{self.path.name}.partial")
-        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(rewritten, self.path)
+        path = Path(path)
+        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
+        content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+        replace(path, lambda file: file.write(content))
         self._others: list[_TensorBoard | _WeightsAndBiases] = []
         if tensorboard:
-            self._others.append(_TensorBoard(logs or folder, last_step))
+            self._others.append(_TensorBoard(logs or path.parent, last_step))
         if wandb is not None:
-            self._others.append(_WeightsAndBiases(logs or folder, folder / "wandb-id", wandb))
-        self._file = self.path.open("a")
+            remembered = path.with_name("wandb-id")
+            self._others.append(_WeightsAndBiases(logs or path.parent, remembered, wandb))
+        self._file = path.open("a")
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes a line: numbers by name, or by two names; "step" is the step it belongs to."""
+        """Writes a line: numbers by name, or by two names, with its "step"."""
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for other in self._others:
@@ -64,10 +64,9 @@ class _TensorBoard:
     def __init__(self, folder: Path, last_step: int):
         import tensorboardX
 
+        events = str(folder / "tensorboard")
         # Later steps in the same folder, of a training that was interrupted, are dropped.
-        self._events = tensorboardX.SummaryWriter(
-            str(folder / "tensorboard"), purge_step=last_step + 1
-        )
+        self._events = tensorboardX.SummaryWriter(events, purge_step=last_step + 1)
 
     def write(self, scalars: Mapping[str, int | float], step: int) -> None:
         for name, value in scalars.items():
@@ -87,9 +86,7 @@ class _WeightsAndBiases:
 
         folder.mkdir(parents=True, exist_ok=True)
         if not remembered.exists():
-            partial = remembered.with_name(f".{remembered.name}.partial")
-            partial.write_text(secrets.token_hex(8))
-            os.replace(partial, remembered)
+            replace(remembered, lambda file: file.write(secrets.token_hex(8).encode()))
         self._run: Any = None
         with self._surviving():
             self._run = wandb.init(
@@ -146,10 +143,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; none if it does not exist. A last line cut short by a crash
     is left out."""
     lines = []
-    if Path(path).exists():
-        for text in Path(path).read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
+    for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
     return lines

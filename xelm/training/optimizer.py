@@ -14,8 +14,8 @@ from xelm.models.parameters import matrices
 
 def schedule(config: TrainConfig) -> Float[np.ndarray, " steps"]:
     """Learning rate of each step: linear warm-up, then the configured decay, which reaches the
-    final rate at the last step. They are computed all at once, before the first step: one by one,
-    each would wait on the device for the steps before it."""
+    final rate at the last step. All are computed before the first step: one by one, each would wait
+    on the device for the steps before it."""
     steps, rates = config.steps, config.optimizer
     peak = rates.learning_rate
     final = peak * rates.final_rate_share

@@ -41,20 +41,16 @@ def estimated_rate(
 
     clock: seconds, read before and after each pass.
     """
-    return measured_layer(model, _alike(config), clock)
-
-
-def _alike(config: TrainConfig) -> TrainConfig:
-    """The settings that a pass depends on, with the others at their defaults."""
-    return TrainConfig(
+    runtime = config.runtime
+    # The settings that a pass depends on.
+    alike = TrainConfig(
         tokens=1,
         sequence_length=config.sequence_length,
-        batch_size=max(1, config.batch_size // config.runtime.accumulation_steps),
+        batch_size=max(1, config.batch_size // runtime.accumulation_steps),
         data=DataConfig(mask_share=config.data.mask_share),
-        runtime=RuntimeConfig(
-            dtype=config.runtime.dtype, rematerialise=config.runtime.rematerialise
-        ),
+        runtime=RuntimeConfig(dtype=runtime.dtype, rematerialise=runtime.rematerialise),
     )
+    return measured_layer(model, alike, clock)
 
 
 @functools.lru_cache(maxsize=64)
@@ -98,10 +94,7 @@ def _size(model: ModelConfig, config: TrainConfig) -> tuple[int, int]:
     """Number of rows, and their length, that are measured in place of a batch."""
     rows, length = config.batch_size, config.sequence_length
     while rows * length * of_a_token(model, length) > _MOST_OPERATIONS:
-        if rows > 1:
-            rows //= 2
-        elif length > _SHORTEST:
-            length //= 2
-        else:
+        if rows == 1 and length <= _SHORTEST:
             break
+        rows, length = (rows // 2, length) if rows > 1 else (1, length // 2)
     return rows, length

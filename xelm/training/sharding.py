@@ -15,17 +15,12 @@ from xelm.models.parameters import logical_axes, shapes
 
 AXES = ("expert", "data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
-    "layers": (),
-    "vocabulary": (),
     "columns": ("fsdp", "tensor"),
     "heads": ("tensor",),
     "keys": ("tensor",),
     "ffn": ("tensor",),
     "width": ("fsdp",),
-    "head": (),
-    "positions": (),
-    "types": (),
-    "transformed": (),
+    **dict.fromkeys(("layers", "vocabulary", "head", "positions", "types", "transformed"), ()),
 }
 """Logical axis of a parameter -> mesh axes over which it is split. fsdp splits what tensor leaves
 whole. Tables of embeddings are split by columns, since vocabulary sizes divide by nothing."""
@@ -42,9 +37,8 @@ def make_mesh(config: TrainConfig, experts: int = 1) -> Mesh:
     data = count // rest if where.mesh_data is None else where.mesh_data
     if data * rest > count or data < 1:
         raise UserError(
-            f"a mesh of expert {experts} x data {max(1, data)} x fsdp {where.mesh_fsdp} x "
-            f"tensor {where.mesh_tensor} needs {max(1, data) * rest} devices; "
-            f"there are {count}"
+            f"a mesh of expert {experts} x data {max(1, data)} x fsdp {where.mesh_fsdp} x tensor "
+            f"{where.mesh_tensor} needs {max(1, data) * rest} devices; there are {count}"
         )
     rows = config.batch_size // where.accumulation_steps
     if where.mesh_data is None:

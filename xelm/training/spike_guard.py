@@ -38,10 +38,7 @@ class SpikeGuard(NamedTuple):
 
 def new_guard() -> SpikeGuard:
     """The spike guard of a training that begins."""
-    zero = jnp.zeros((), jnp.int32)
-    return SpikeGuard(
-        jnp.zeros(WINDOW), known=zero, skipped=zero, in_a_row=zero, most_in_a_row=zero
-    )
+    return SpikeGuard(jnp.zeros(WINDOW), *(jnp.zeros((), jnp.int32) for _ in range(4)))
 
 
 def accepts(guard: SpikeGuard, loss: Float[Array, ""], norm: Float[Array, ""]) -> Bool[Array, ""]:

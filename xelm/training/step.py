@@ -116,29 +116,24 @@ class TrainStep:
         if count == 1:
             return of(jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), parameters)
-        return jax.lax.scan(
-            lambda sums, part: (jax.tree.map(jnp.add, sums, of(part)), None),
-            (jnp.zeros(()), zeros),
-            parts,
-        )[0]
+
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, of(part)), None
+
+        return jax.lax.scan(add, (jnp.zeros(()), zeros), parts)[0]
 
     def _loss(self, parameters, part, total):
-        shape = graph(
-            self.model,
-            self.config.runtime.dtype,
-            lookup=spread_lookup,
-            rematerialise=self.config.runtime.rematerialise,
-        )
+        dtype, rematerialise = self.config.runtime.dtype, self.config.runtime.rematerialise
+        shape = graph(self.model, dtype, lookup=spread_lookup, rematerialise=rematerialise)
         network = bind(shape, parameters)
         if self.model.causal:
-            read = {name: part[name][:, :-1] for name in ("tokens", "positions", "segments")}
-            targets = part["tokens"][:, 1:]
+            read = [part[name][:, :-1] for name in ("tokens", "positions", "segments")]
+            hidden, targets = network.hidden(*read), part["tokens"][:, 1:]
         else:
-            read = {**part, "tokens": part["inputs"]}
-            targets = jnp.take_along_axis(part["tokens"], part["places"], axis=1)
-        hidden = network.hidden(read["tokens"], read["positions"], read["segments"])
-        if not self.model.causal:  # few tokens are predicted, and vocabularies are large
+            hidden = network.hidden(part["inputs"], part["positions"], part["segments"])
+            # Few tokens are predicted, and vocabularies are large.
             hidden = states_at(hidden, part["places"])
+            targets = jnp.take_along_axis(part["tokens"], part["places"], axis=1)
         states, head = network.output(hidden)
         weights = self._weights(part) / total
         return cross_entropy(states, head, targets, weights, spread=self.spread)

@@ -28,8 +28,7 @@ from xelm.training.optimizer import schedule
 from xelm.training.step import StepMetrics, TrainState, target_weights
 
 _FORMAT = 5
-"""Version of what a checkpoint contains, and of the rows that follow it; 1 had no spike guard, 2 no
-master weights in halves, 3 rows of documents in an order drawn by the seed, 4 flat settings."""
+"""Version of what a checkpoint contains, and of the rows that follow it."""
 _DTYPES = ("dtype", "moments_dtype")
 
 
@@ -56,8 +55,8 @@ class TrainingSpec:
 
 
 class Trainer:
-    """One training as it proceeds, in one process. The loop takes batches from it, and hands it the
-    metrics and states of its steps."""
+    """One training as it proceeds. The loop takes batches from it, and hands it the metrics and
+    states of its steps."""
 
     def __init__(
         self,
@@ -69,16 +68,17 @@ class Trainer:
         facts: dict[str, Any],
         devices: int,
     ):
-        """step: number of steps done before. facts: JSON saved beside the state. devices: number of
-        devices that it runs on."""
+        """step: number of steps done before. facts: JSON saved beside the state. devices: their
+        number."""
         config = spec.config
         self.label, self.step = spec.label, step
         self.failed: UserError | None = None
         """Why the training was given up."""
         self.language_tokens: dict[str, int] = dict(facts["language_tokens"])
         """Language -> targets predicted so far (of an encoder, tokens read)."""
+        self.checkpoints = checkpoints
         self._config, self._model, self._format = config, model, text_format
-        self._facts, self._checkpoints, self._rates = facts, checkpoints, schedule(config)
+        self._facts, self._rates = facts, schedule(config)
         self._languages = list(self.language_tokens)
         self._rows = iter(
             batches(
@@ -116,22 +116,17 @@ class Trainer:
         """Arrays and learning rate of the next step, which becomes the current one."""
         began = time.perf_counter()
         self._batch, self.step = next(self._rows), self.step + 1
-        self._count()
-        batch, config = self._batch, self._config
+        batch, segments, config = self._batch, self._batch["segments"], self._config
+        targets = target_weights(segments) if self._model.causal else segments[:, :-1] > 0
+        for index, count in zip(batch["language"], targets.sum(axis=1)):
+            self.language_tokens[self._languages[int(index)]] += int(count)
+        self._bar.update(config.tokens_per_step)
         if not self._model.causal:
             share = config.data.mask_share
             batch = mask_tokens(batch, self._format, share, config.random_seed, self.step)
         arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
         self._preparing += time.perf_counter() - began
         return arrays, self._rates[self.step - 1]
-
-    def _count(self) -> None:
-        """Adds the targets of the current batch (of an encoder, its tokens)."""
-        segments = self._batch["segments"]
-        targets = target_weights(segments) if self._model.causal else segments[:, :-1] > 0
-        for index, count in zip(self._batch["language"], targets.sum(axis=1)):
-            self.language_tokens[self._languages[int(index)]] += int(count)
-        self._bar.update(self._config.tokens_per_step)
 
     @property
     def saves(self) -> bool:
@@ -145,8 +140,8 @@ class Trainer:
         return self.saves or self.step == 1 or self.step % self._config.runtime.log_every == 0
 
     def report(self, metrics: StepMetrics) -> None:
-        """Reads the metrics of the current step, and logs those of every `log_every` steps and of
-        the last. Sets `failed` where further steps are useless."""
+        """Logs the metrics of the current step, if it is one of every `log_every` or the last. Sets
+        `failed` where further steps are useless."""
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         found = f"loss {loss:g} and gradient norm {norm:g}"
         if self.step == 1 and not math.isfinite(loss + norm):
@@ -177,29 +172,24 @@ class Trainer:
             "language_tokens": dict(self.language_tokens),
         }
         if self._peak is not None:
-            steps_per_second = (self.step - step) / (now - clock)
-            line["utilisation"] = self._flops * steps_per_second / self._peak
+            line["utilisation"] = self._flops * (self.step - step) / (now - clock) / self._peak
         if self._log is not None:
             self._log.write(line)
         self._last, self._preparing = (now, self.step, self.tokens), 0.0
         self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def save(self, state: TrainState, finite: bool) -> None:
-        """Saves the state after the current step; gives the training up if its parameters are not
+        """Saves the state after the current step; sets `failed` if its parameters are not
         `finite`."""
         if finite:
             facts = {**self._facts, "language_tokens": dict(self.language_tokens)}
-            self._checkpoints.save(self.step, state, facts)
+            self.checkpoints.save(self.step, state, facts)
         else:
             self.failed = self._diverged(f"its parameters are not finite after step {self.step}")
 
-    def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._checkpoints.wait()
-
     def close(self) -> None:
         """Closes checkpoints, logs and the progress bar."""
-        with closing(self._checkpoints), closing(self._bar):
+        with closing(self.checkpoints), closing(self._bar):
             if self._log is not None:
                 self._log.close()
 
@@ -235,8 +225,8 @@ def resume(
     compiled: CompiledSteps,
     number: int,
 ) -> tuple[Trainer, TrainState]:
-    """The trainer of expert `number` of a program, and its state: that of the newest checkpoint or,
-    where there is none, that of a training that begins now."""
+    """The trainer of expert `number` of a program, and its state: that of the newest checkpoint, or
+    a new one."""
     config, alone = spec.config, compiled.alone[number]
     facts = {
         "state": _FORMAT,
@@ -252,12 +242,11 @@ def resume(
         return state_of(model, vary(config, dtypes), mesh)
 
     with jax.set_mesh(mesh), ExitStack() as stack:
-        runtime = config.runtime
-        folder = spec.directory / "checkpoints"
-        checkpoints = Checkpoints(folder, runtime.keep_checkpoints, runtime.keep_every)
-        stack.callback(checkpoints.close)
-        found = checkpoints.newest(saved)
-        if found:
+        keep = config.runtime.keep_checkpoints, config.runtime.keep_every
+        checkpoints = stack.enter_context(
+            closing(Checkpoints(spec.directory / "checkpoints", *keep))
+        )
+        if found := checkpoints.newest(saved):
             step, state, before = found
             facts["language_tokens"] = before["language_tokens"]
             now, then = facts["config"]["runtime"], before["config"]["runtime"]
@@ -277,17 +266,13 @@ def resume(
 
 def _check_same_training(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
     """Raises UserError unless a checkpoint is of this training, but for its runtime settings."""
-    if found.get("state", 1) != wanted["state"]:
+    if found.get("state") != wanted["state"]:
         raise UserError(
             f"{directory} contains an unfinished training of another version of xelm; finish it "
             "with that, or delete the folder to start over"
         )
-    differ = [
-        each
-        for part in ("config", "model")
-        for each in differences(found[part], wanted[part])
-        if not each.startswith("runtime.")
-    ]
+    parts = [differences(found[part], wanted[part]) for part in ("config", "model")]
+    differ = [each for part in parts for each in part if not each.startswith("runtime.")]
     if set(wanted["language_tokens"]) != set(found["language_tokens"]):
         differ.append("the languages differ")
     if differ:
