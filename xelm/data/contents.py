@@ -35,8 +35,7 @@ class Contents:
     """Location -> hash of each part that was hashed before."""
 
     def check(self) -> None:
-        """Raises UserError for files whose language nothing says, and for languages all of whose
-        files are empty."""
+        """Raises UserError for files without a language, and for languages without any bytes."""
         if self.without_language:
             raise _no_language(self.corpus, self.without_language)
         _refuse_empty(self.parts)

@@ -68,8 +68,7 @@ class Corpus:
 
     @staticmethod
     def of(what: "AnyCorpus") -> "Corpus":
-        """The corpus that a path, a file of YAML, or the record of a RUN describes; UserError
-        for an invalid description."""
+        """The corpus that a path, YAML file or record of a RUN describes; UserError if invalid."""
         if isinstance(what, Corpus):
             return what
         if isinstance(what, Mapping):
@@ -116,8 +115,7 @@ AnyCorpus = Corpus | str | Path | Mapping[str, Any]
 
 
 def read_languages(path: str | Path) -> dict[str, str | None]:
-    """The language map of a YAML file with lines such as `als: gsw`, where `notes: null` leaves
-    text out. UserError for another file."""
+    """The language map of a YAML file with lines such as `als: gsw`; UserError for another file."""
     return _languages(_yaml(Path(path)), path)
 
 

@@ -117,8 +117,7 @@ def _fixed_part(pattern: Path) -> Path:
 
 
 def _walk(folder: Path, root: Path, skipped: _Skipped) -> list[Path]:
-    """All files below a folder, sorted, without hidden ones; links are followed, each folder
-    once."""
+    """All files below a folder, sorted, without hidden ones; each linked folder once."""
     found, seen = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)

@@ -46,8 +46,7 @@ class Address:
         return f"{SCHEME}{self.dataset}{revision}{config}{split}"
 
     def pinned(self) -> "Address":
-        """The address at the newest commit of its revision; UserError if the Hub does not
-        answer."""
+        """The address at its revision's newest commit; UserError if the Hub does not answer."""
         if self.revision and re.fullmatch("[0-9a-f]{40}", self.revision):
             return self
         # `datasets` would silently read a folder of that name instead.
@@ -71,8 +70,7 @@ class Address:
 
 
 def records(name: str) -> Iterator[tuple[str, Any]]:
-    """Every record of a data set with its place, in order; UserError if it cannot be opened, or if
-    the stream breaks before its end."""
+    """Every record of a data set with its place; UserError if the stream breaks before its end."""
     import datasets
 
     address = Address.of(name)

@@ -59,8 +59,7 @@ def no_documents(languages: Sequence[str], unusable: UnusableRecords) -> UserErr
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One file or Hub data set of a corpus, which can be read any number of times, on any machine
-    that finds the text there."""
+    """One file or Hub data set of a corpus, which can be read wherever the text is found."""
 
     location: Path | str
     """Path of the file, or address of the data set."""
@@ -76,13 +75,11 @@ class Part:
     """Whether `language` is a language; otherwise records' field `language` is read, too."""
 
     def documents(self, unusable: UnusableRecords) -> Iterator[Document]:
-        """Every usable document in the languages to read; unusable records and those in other
-        languages are counted in `unusable`."""
+        """Every usable document in the languages to read; all others are counted in `unusable`."""
         return in_languages(self.all_documents(unusable), self.languages, unusable)
 
     def all_documents(self, unusable: UnusableRecords) -> Iterator[Located]:
-        """Every usable document in any language, with its place; unusable records are counted in
-        `unusable`."""
+        """Every usable document in any language, with its place; the others are counted."""
         for place, record in self._records(unusable):
             document = self._document(place, record, unusable)
             if document is not None:

@@ -15,8 +15,7 @@ from xelm.data.unusable import UnusableRecords
 def read(
     corpus: AnyCorpus, unusable: UnusableRecords, languages: Sequence[str] | None = None
 ) -> Iterator[Document]:
-    """Every usable document of a corpus in these languages (None: all), part by part; records that
-    are left out are counted in `unusable`."""
+    """Every usable document of a corpus in these languages (None: all), part by part."""
     return Reading(contents_of(corpus, languages), unusable).documents()
 
 

@@ -38,8 +38,7 @@ Record = tuple[str, Any]
 
 
 def format_of(name: str) -> tuple[str, str] | None:
-    """The endings of a file's name for format and compression, in small letters, as (".jsonl",
-    ".gz"); None for a format that is not read."""
+    """Endings of a file's name, as (".jsonl", ".gz"); None for a format that is not read."""
     name = name.lower()
     for compression in ("", *COMPRESSIONS):
         endings = LINES if compression else (*LINES, *TABLES)
@@ -116,8 +115,7 @@ def _texts(path: Path, name: str, faults: UnusableRecords, unit: str) -> Iterato
 
 
 def _line_ends(line: bytes) -> Iterator[bytes]:
-    """The lines in what was read up to \\n, each ending in \\n; \\r\\n and \\r end lines as
-    well."""
+    """The lines in what was read up to \\n, each ending in \\n instead of \\r\\n or \\r."""
     for part in line.splitlines(keepends=True):
         stripped = part.rstrip(b"\r\n")
         yield stripped if stripped == part else stripped + b"\n"
@@ -139,8 +137,7 @@ def _is_blank(line: bytes) -> bool:
 
 
 def _unit_of(path: Path) -> str:
-    """Probable unit of the documents of a text file: paragraphs if there is a blank line near its
-    beginning, else lines."""
+    """Probable unit of a text file: paragraph if a blank line is near its beginning, else line."""
     with contextlib.suppress(OSError, DamagedFile), opened(path) as file:
         seen = 0
         while (whole := file.readline(_BEGINNING_BYTES)) and seen < _BEGINNING_BYTES:

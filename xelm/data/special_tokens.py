@@ -253,8 +253,7 @@ def _with_user_marks(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _without_user_marks(rendered: str) -> tuple[str, list[tuple[int, int]]]:
-    """A rendered chat without the marks of the user's text, and [begin, end) of the characters
-    between them."""
+    """A rendered chat without the marks of the user's text, and [begin, end) of each such text."""
     spans, first = [], 0
     for number, found in enumerate(_USER_MARKS.finditer(rendered)):
         place = found.start() - number  # number of marks removed before it

@@ -125,8 +125,7 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class StorePart:
-    """Some documents of one language. It contains no text, only where the text is: it can be read
-    on any machine that finds the store."""
+    """Some documents of one language, which can be read on any machine that finds the store."""
 
     directory: Path
     """Absolute path of the store."""

@@ -69,8 +69,7 @@ def writing(
 
 
 class StoreWriter:
-    """Files of a store that is being written. Only one of them is open at a time, because there may
-    be more than a process may open."""
+    """Files of a store that is being written; one is open at a time, as a process may open few."""
 
     def __init__(
         self,
@@ -80,8 +79,7 @@ class StoreWriter:
         documents: int = 0,
         sizes: Mapping[str, Sequence[int]] | None = None,
     ):
-        """documents: number of documents on disk. sizes: language -> numbers of tokens and
-        documents on disk."""
+        """documents: number on disk. sizes: language -> tokens and documents on disk."""
         self.documents, self.finished = documents, False
         self._folder, self._made_of, self._dtype = folder, made_of, dtype
         self._waiting_bytes, self._noted = 0, time.monotonic()
@@ -102,8 +100,7 @@ class StoreWriter:
             self._waiting_bytes = 0
 
     def note_progress(self) -> None:
-        """Puts all documents so far on disk and records their number, if the last time is long
-        ago."""
+        """Puts all documents on disk and records their number, if the last time is long ago."""
         if time.monotonic() <= self._noted + NOTE_SECONDS:
             return
         for writer in self._languages.values():
@@ -136,8 +133,7 @@ class StoreWriter:
 
 
 def _resumed(folder: Path, made_of: Mapping[str, Any], dtype: np.dtype) -> StoreWriter | None:
-    """Writer that continues the store in a folder; None if that is another store, or if its files
-    are shorter than building.json says."""
+    """Writer that continues the store in a folder; None if it is another store or damaged."""
     if not (folder / "building.json").exists():
         return None
     note = read_json(folder / "building.json")
@@ -184,8 +180,7 @@ class _LanguageWriter:
         return sum(map(len, contents))
 
     def append(self, on_disk: bool = False) -> None:
-        """Appends the documents in memory to the files; on_disk: returns when the files are on
-        disk."""
+        """Appends the documents in memory to the files; on_disk: and waits for the disk."""
         for path, waiting in self.waiting.items():
             if waiting or on_disk:
                 with path.open("ab") as file:

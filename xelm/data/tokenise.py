@@ -79,8 +79,7 @@ def build_store(
 
 
 def _read(documents: Iterable[Document]) -> Iterator[Document]:
-    """The documents; an error of reading them becomes a UserError, so that it is not taken for one
-    of writing the store."""
+    """The documents; an OSError becomes a UserError, so that it is not taken for one of writing."""
     try:
         yield from documents
     except OSError as error:
@@ -91,8 +90,7 @@ def _read(documents: Iterable[Document]) -> Iterator[Document]:
 def _encoded(
     tokenizer: Tokenizer, workers: int, batches: Iterable[list[Document]]
 ) -> Iterator[Sequence[Sequence[int]]]:
-    """Token ids of each batch. Several processes are started only if there are more than a few
-    batches."""
+    """Token ids of each batch. More processes are started only for more than a few batches."""
     texts = ([document.text for document in batch] for batch in batches)
     here = texts if workers == 1 else itertools.islice(texts, _BATCHES_HERE)
     yield from map(tokenizer.encode, here)
@@ -149,8 +147,7 @@ def _load(path: str) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent has ended, in whatever way; it would wait for the next
-    batch for ever."""
+    """Ends this process with its parent; it would wait for the next batch for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -70,8 +70,7 @@ def encode(backend: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _end_ids(directory: Path) -> list[int]:
-    """End tokens that a checkpoint names, such as the end of a turn in a chat: those of
-    generation_config.json, or else of config.json."""
+    """End tokens that generation_config.json names, or else config.json."""
     for name in ("generation_config.json", "config.json"):
         found = _entries(directory / name).get("eos_token_id")
         if found is not None:
@@ -103,8 +102,7 @@ class Tokenizer:
         config_start_id: int | None = None,
         end_ids: Iterable[int] = (),
     ):
-        """config_start_id, end_ids: start and end tokens of texts in the checkpoint's
-        configuration; ids that are no special tokens of the tokenizer are `ignored`."""
+        """config_start_id, end_ids: start and end tokens in the checkpoint's configuration."""
         self.hub = hub
         self.special = SpecialTokens(hub)
         # BERT and its descendants have a separator as their end.
@@ -130,13 +128,11 @@ class Tokenizer:
         """Ids that end a continuation."""
 
     def starts(self, ids: Sequence[int] | Int[np.ndarray, " _"]) -> int:
-        """Number of first ids that are no part of the text: 1 if they begin with the start token or
-        `prefix_id`, else 0."""
+        """Number of first ids that are no text: 1 for the start token or `prefix_id`, else 0."""
         return int(len(ids) > 0 and ids[0] in (self.start_id, self.prefix_id))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Subword ids of each text, as the function `encode`; UserError for half of a surrogate
-        pair."""
+        """Subword ids of each text, as the function `encode`."""
         return encode(self.special.plain, texts)
 
     def encode_after(self, context: str, text: str) -> tuple[list[int], int]:
@@ -197,8 +193,8 @@ class Tokenizer:
         return self.decode([*before, token]).removeprefix(self.decode(before))
 
     def begin(self, text: str) -> list[int]:
-        """Subword ids of a text that is to be continued, with the start token if there is one; an
-        empty text has `prefix_id`."""
+        """Subword ids of a text to be continued, with its start token; `prefix_id` if it is
+        empty."""
         return [*self.text_format.start_ids, *self.encode([text])[0]] or [self.prefix_id]
 
     def chat(

@@ -22,8 +22,8 @@ _SEAL = "sha256"
 
 
 class Checkpoints:
-    """The checkpoints of one training under one folder: written in the background, each complete
-    or absent."""
+    """The checkpoints of one training under one folder: written in the background, each complete or
+    absent."""
 
     def __init__(self, directory: str | Path, keep: int = 2, keep_every: int | None = None):
         """Keeps the `keep` newest, and those of every multiple of `keep_every` steps if given."""

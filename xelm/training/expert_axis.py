@@ -17,8 +17,7 @@ def expert_mesh(mesh: Mesh, number: int) -> Mesh:
 
 
 def stacked_shape(mesh: Mesh, alone: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Shape and sharding of the stacked arrays of all experts of a mesh, where `alone` is that of
-    one expert on its part."""
+    """Shape and sharding of the stacked arrays of all experts, of which one alone is `alone`."""
     first, *others = alone.sharding.spec or (None,)
     inner = () if first is None else first if isinstance(first, tuple) else (first,)
     rows, *rest = alone.shape or (1,)
@@ -57,7 +56,6 @@ def unstack(stacked: Any, like: Any) -> Any:
 
 
 def _reshaped(scalar: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A scalar in another shape on the same device. It goes by way of the host, since a computation
-    would need the whole mesh."""
+    """A scalar in another shape, by way of the host: a computation would need the whole mesh."""
     (device,) = scalar.devices()
     return jax.device_put(np.asarray(scalar).reshape(shape), device)

@@ -85,8 +85,7 @@ def first_does(what: Callable[[], object]) -> None:
 
 @contextmanager
 def ending_alone() -> Iterator[None]:
-    """Ends this process at once on an error that only it raises of several hosts, for which the
-    others would wait for ever; they end when it is gone."""
+    """Ends this process at once on an error that other hosts do not raise, but would wait for."""
     try:
         yield
     except (SharedError, Preempted):

@@ -140,8 +140,7 @@ def seconds_of(lines: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; none if it does not exist. A last line cut short by a crash
-    is left out."""
+    """The lines of a metrics.jsonl, if it exists, without a last one cut short by a crash."""
     lines = []
     for text in Path(path).read_text().splitlines() if Path(path).exists() else ():
         try:

@@ -55,8 +55,7 @@ class TrainingSpec:
 
 
 class Trainer:
-    """One training as it proceeds. The loop takes batches from it, and hands it the metrics and
-    states of its steps."""
+    """One training as it proceeds: gives the loop its batches, reads its metrics and states."""
 
     def __init__(
         self,
@@ -68,8 +67,7 @@ class Trainer:
         facts: dict[str, Any],
         devices: int,
     ):
-        """step: number of steps done before. facts: JSON saved beside the state. devices: their
-        number."""
+        """step: steps done before. facts: JSON saved beside the state. devices: number of them."""
         config = spec.config
         self.label, self.step = spec.label, step
         self.failed: UserError | None = None
@@ -179,8 +177,7 @@ class Trainer:
         self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
     def save(self, state: TrainState, finite: bool) -> None:
-        """Saves the state after the current step; sets `failed` if its parameters are not
-        `finite`."""
+        """Saves the state after the current step; sets `failed` unless it is `finite`."""
         if finite:
             facts = {**self._facts, "language_tokens": dict(self.language_tokens)}
             self.checkpoints.save(self.step, state, facts)
@@ -225,8 +222,7 @@ def resume(
     compiled: CompiledSteps,
     number: int,
 ) -> tuple[Trainer, TrainState]:
-    """The trainer of expert `number` of a program, and its state: that of the newest checkpoint, or
-    a new one."""
+    """The trainer of expert `number` of a program, and its state, from a checkpoint or new."""
     config, alone = spec.config, compiled.alone[number]
     facts = {
         "state": _FORMAT,
