@@ -51,6 +51,7 @@ def _measure(kept: bool, steps: int) -> None:
     from xelm.models.parameters import fresh_parameters
     from xelm.presets import tiny
     from xelm.training.compiled import compile_steps
+    from xelm.training.expert_axis import stack
     from xelm.training.sharding import make_mesh
 
     config, draw = tiny(), np.random.default_rng(0)
@@ -59,7 +60,7 @@ def _measure(kept: bool, steps: int) -> None:
     with jax.set_mesh(mesh):
         functions = compile_steps(config.model, config.experts, mesh)
         state = functions.create[0](fresh_parameters(config.model, 0))
-        state = functions.stack([state])
+        state = stack([state], functions.state)
         for step in range(-5, steps):
             if step == 0:  # compiled, and warm
                 began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)

@@ -22,6 +22,7 @@ from xelm.models.parameters import fresh_parameters
 from xelm.presets import quickstart
 from xelm.process import prepare
 from xelm.training.compiled import compile_steps
+from xelm.training.expert_axis import stack
 from xelm.training.flops import of_a_token
 from xelm.training.rate import estimated_rate, measured_layer
 from xelm.training.sharding import make_mesh
@@ -64,7 +65,7 @@ def _step(model: ModelConfig, config: TrainConfig) -> Callable[[], jax.Array]:
     mesh = make_mesh(config)
     jax.set_mesh(mesh)
     functions = compile_steps(model, config, mesh)
-    state = functions.stack([functions.create[0](fresh_parameters(model, 0))])
+    state = stack([functions.create[0](fresh_parameters(model, 0))], functions.state)
     shape = config.batch_size, config.sequence_length + 1
     tokens = np.random.default_rng(0).integers(4, model.vocabulary_size, shape, np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)

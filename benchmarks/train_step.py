@@ -200,6 +200,7 @@ def _ours(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callable
 
     from xelm.models.checkpoint import load_parameters
     from xelm.training.compiled import compile_steps
+    from xelm.training.expert_axis import stack
     from xelm.training.sharding import make_mesh
 
     config = _config(options, batch.shape[1] - 1)
@@ -210,7 +211,7 @@ def _ours(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callable
     functions = compile_steps(model, config, mesh)
     placed = jax.tree.map(lambda array: array.sharding, functions.alone[0].parameters)
     state = functions.create[0](load_parameters(options.seed, model, placed))
-    state = functions.stack([state])
+    state = stack([state], functions.state)
     arrays = {
         "tokens": batch,
         "segments": np.ones_like(batch),

@@ -27,7 +27,7 @@ from xelm.config import vary
 from xelm.data.masking import masked_per_row
 from xelm.models.parameters import fresh_parameters
 from xelm.training.compiled import compile_steps
-from xelm.training.expert_axis import expert_mesh
+from xelm.training.expert_axis import expert_mesh, stack, unstack
 from xelm.training.loop import train, train_together
 from xelm.training.metrics import read_metrics
 from xelm.training.sharding import make_mesh, parameter_shardings
@@ -89,7 +89,7 @@ def losses_on(mesh, model, *, config=CONFIG, steps=3):
             placed = jax.tree.map(lambda array: array.sharding, alone.parameters)
             states.append(functions.create[number](jax.device_put(fresh, placed)))
     with jax.set_mesh(devices):
-        state = functions.stack(states)
+        state = stack(states, functions.state)
         for step in range(steps):
             parts = [batch_of(model, number, step) for number in range(experts)]
             batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -109,7 +109,7 @@ def alone(model, number: int, config):
     found = []
     with jax.set_mesh(devices):
         state = functions.create[0](fresh_parameters(model, number))
-        state = functions.stack([state])
+        state = stack([state], functions.state)
         for step in range(3):
             batch = jax.device_put(batch_of(model, number, step), functions.batch_sharding)
             state, metrics = functions.step(state, batch, np.full(1, 3e-3, np.float32))
@@ -118,7 +118,7 @@ def alone(model, number: int, config):
 
 
 def masters_of(functions, state, number):
-    one = functions.expert_state(state, number)
+    one = unstack(state, functions.alone[number])
     return jax.tree.map(np.asarray, functions.master_weights(one.parameters, one.remainders))
 
 

@@ -21,6 +21,7 @@ from xelm.data.rows import ORIGIN, batches
 from xelm.data.text_format import TextFormat
 from xelm.training import loop, spike_guard
 from xelm.training.compiled import compile_steps
+from xelm.training.expert_axis import stack
 from xelm.training.sharding import make_mesh
 from xelm.training.trainer import DivergedError
 
@@ -55,7 +56,7 @@ def test_a_step_without_a_number_changes_nothing_but_what_is_counted(parameters)
     spoilt = jax.tree.map(np.copy, parameters)
     spoilt["norm"]["scale"][3] = np.nan
     with jax.set_mesh(mesh):
-        before = functions.stack([functions.create[0](spoilt)])
+        before = stack([functions.create[0](spoilt)], functions.state)
         kept = jax.tree.map(np.array, before)
         state, metrics = functions.step(before, batch, np.array([1e-3]))
     for part in ("parameters", "optimizer"):

@@ -14,7 +14,7 @@ import pytest
 from clustering.errors import UserError
 from clustering.files import write_json
 from xelm.data import reading, store_writer, tokenise
-from xelm.data.parts import Document, in_languages
+from xelm.data.parts import Document, Part
 from xelm.data.store import open_store, shuffled
 from xelm.data.tokenise import BATCH_DOCUMENTS, build_store
 from xelm.data.unusable import UnusableRecords
@@ -42,12 +42,18 @@ TEXTS = {"de": ["Straße", "Meer", "ü"], "el": ["Μέλι", "ένα δύο"]}
 DOCUMENTS = [Document(text, language) for language, found in TEXTS.items() for text in found]
 
 
+class Given(Part):
+    """Part of a corpus that consists of given documents."""
+
+    def all_documents(self, unusable):
+        return ((f"record {n}", document) for n, document in enumerate(self.location, 1))
+
+
 def build(directory, documents=DOCUMENTS, tokenizer=None, **options):
     """Builds a store of the documents in the languages asked for, as a corpus is read."""
     unusable = options.pop("unusable", UnusableRecords())
     tokenizer, options = tokenizer or Characters(), {"coverage": Plain(), **options}
-    located = ((f"record {number}", document) for number, document in enumerate(documents, 1))
-    kept = in_languages(located, options.get("languages"), unusable)
+    kept = Given(documents, languages=options.get("languages")).documents(unusable)
     return build_store(directory, kept, tokenizer, unusable, **options)
 
 

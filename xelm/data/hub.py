@@ -40,10 +40,8 @@ class Address:
         return Address(**found.groupdict())
 
     def __str__(self) -> str:
-        revision = f"@{self.revision}" if self.revision else ""
-        config = f"/{self.config}" if self.config else ""
-        split = f":{self.split}" if self.split else ""
-        return f"{SCHEME}{self.dataset}{revision}{config}{split}"
+        parts = zip("@/:", (self.revision, self.config, self.split))
+        return SCHEME + self.dataset + "".join(mark + part for mark, part in parts if part)
 
     def pinned(self) -> "Address":
         """The address at its revision's newest commit; UserError if the Hub does not answer."""

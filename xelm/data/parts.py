@@ -6,7 +6,8 @@ and none is lost unreported.
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -31,21 +32,6 @@ class Document:
     """Text in Unicode NFC."""
     language: str
     """Canonical BCP 47 tag, from the record or else from the file's name."""
-
-
-Located = tuple[str, Document]
-"""A place such as "sw.jsonl:7", and the document there."""
-
-
-def in_languages(
-    documents: Iterable[Located], languages: Sequence[str] | None, unusable: UnusableRecords
-) -> Iterator[Document]:
-    """The documents in these languages (None: all); the others are counted in `unusable`."""
-    for place, document in documents:
-        if languages is None or document.language in languages:
-            yield document
-        else:
-            unusable.add(f"language {document.language}, which was not requested", place)
 
 
 def no_documents(languages: Sequence[str], unusable: UnusableRecords) -> UserError:
@@ -76,10 +62,14 @@ class Part:
 
     def documents(self, unusable: UnusableRecords) -> Iterator[Document]:
         """Every usable document in the languages to read; all others are counted in `unusable`."""
-        return in_languages(self.all_documents(unusable), self.languages, unusable)
+        for place, document in self.all_documents(unusable):
+            if self.languages is None or document.language in self.languages:
+                yield document
+            else:
+                unusable.add(f"language {document.language}, which was not requested", place)
 
-    def all_documents(self, unusable: UnusableRecords) -> Iterator[Located]:
-        """Every usable document in any language, with its place; the others are counted."""
+    def all_documents(self, unusable: UnusableRecords) -> Iterator[tuple[str, Document]]:
+        """Every usable document in any language, after its place; the others are counted."""
         for place, record in self._records(unusable):
             document = self._document(place, record, unusable)
             if document is not None:
@@ -166,7 +156,7 @@ class Part:
 class Survey:
     """Counts of one reading of a part."""
 
-    documents: dict[str, int] = field(default_factory=dict)
+    documents: Counter[str] = field(default_factory=Counter)
     """Language -> number of usable documents in the languages to read."""
     unusable: UnusableRecords = field(default_factory=UnusableRecords)
     """Records that were left out."""
@@ -184,7 +174,7 @@ class Survey:
     def read(self, part: Part) -> Iterator[Document]:
         """Every usable document of a part; counts them on the way."""
         for document in part.documents(self.unusable):
-            self.documents[document.language] = self.documents.get(document.language, 0) + 1
+            self.documents[document.language] += 1
             yield document
 
 

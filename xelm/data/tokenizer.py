@@ -18,8 +18,12 @@ from xelm.data.unicode import normalised
 
 # Files with the pieces of a tokenizer. If all are missing, transformers makes a tokenizer that
 # has special tokens alone.
-PIECE_FILES = (
-    *("tokenizer.json", "tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt"),
+_PIECES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
 )
 # Texts of one length: a damaged tokenizer, which gives no ids or unknown ids, gives both the same.
 PROBES = ("sea", "old")
@@ -30,11 +34,11 @@ def load(directory: str | Path, start_token: StartToken = "tokenizer") -> "Token
     one that reads no text. start_token: as `RunConfig.start_token`."""
     import transformers
 
-    if not any((Path(directory) / name).is_file() for name in PIECE_FILES):
+    if not any((Path(directory) / name).is_file() for name in _PIECES):
         tekken = (Path(directory) / "tekken.json").is_file()
         fetch = f"hf download OWNER/NAME --include 'tokenizer*' --local-dir {directory}"
         raise UserError(
-            f"{directory} has no tokenizer; wanted {' or '.join(PIECE_FILES)}"
+            f"{directory} has no tokenizer; wanted {' or '.join(_PIECES)}"
             + (f" (tekken.json is not read; download its other form: {fetch})" if tekken else "")
         )
     try:

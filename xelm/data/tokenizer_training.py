@@ -16,7 +16,7 @@ SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 # Characters of the names of special and byte pieces. They are pieces themselves, so that a text
 # that spells such a name is never read as the special piece.
 CONTROL_CHARACTERS = "<>/spadunkx0123456789ABCDEF"
-# Bytes of training text; sentencepiece's counts of pieces converge long before that.
+# Bytes of training text; counts of pieces converge long before that.
 TRAINING_BYTES = 40_000_000
 # Longest sentence in characters, each of up to four bytes in UTF-8.
 LONGEST_SENTENCE = 4192

@@ -1,5 +1,6 @@
 """Records that a reading of text could not use, counted by reason with the first places."""
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,26 +11,24 @@ _PLACES = 3
 class UnusableRecords:
     """Number of unusable records by reason, and the first places of each."""
 
-    counts: dict[str, int] = field(default_factory=dict)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, reason: str, place: str) -> None:
         """Counts one unusable record at `place` ("file:line")."""
-        self.counts[reason] = self.counts.get(reason, 0) + 1
-        places = self.places.setdefault(reason, [])
-        if len(places) < _PLACES:
-            places.append(place)
+        self.counts[reason] += 1
+        if len(self.places[reason]) < _PLACES:
+            self.places[reason].append(place)
 
     def include(self, other: "UnusableRecords") -> None:
         """Adds the counts and places of another reading."""
-        for reason, count in other.counts.items():
-            self.counts[reason] = self.counts.get(reason, 0) + count
-            places = self.places.setdefault(reason, [])
-            places += other.places[reason][: _PLACES - len(places)]
+        self.counts += other.counts
+        for reason, places in other.places.items():
+            self.places[reason] = [*self.places[reason], *places][:_PLACES]
 
     def total(self) -> int:
         """Number of unusable records, whatever the reason."""
-        return sum(self.counts.values())
+        return self.counts.total()
 
     def __bool__(self) -> bool:
         return bool(self.counts)

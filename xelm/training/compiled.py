@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import by_path, shapes
-from xelm.training.expert_axis import expert_mesh, stack, stacked_shape, unstack
+from xelm.training.expert_axis import expert_mesh, stacked_shape
 from xelm.training.master_weights import join_weights
-from xelm.training.sharding import BATCH, parameter_shardings, replicated
+from xelm.training.sharding import BATCH, parameter_shardings
 from xelm.training.step import TrainState, TrainStep, norm
 
 _RATES = ("learning_rate", "schedule", "warmup_share", "decay_share", "final_rate_share")
@@ -28,7 +28,7 @@ _LOGISTICS = (
 
 class CompiledSteps(NamedTuple):
     """Compiled functions of one model shape, and where their arrays lie. "Stacked" arrays are those
-    of all experts, as `expert_axis` stacks them."""
+    of all experts, by `expert_axis.stack`."""
 
     create: tuple[Any, ...]
     """For each expert a function: float32 parameters -> its TrainState"""
@@ -47,14 +47,6 @@ class CompiledSteps(NamedTuple):
     """Shapes and shardings of the TrainState of each expert on its part of the mesh."""
     batch_sharding: NamedSharding
     """Sharding of the experts' batches, which follow one another along the first dimension."""
-
-    def stack(self, states: Sequence[TrainState]) -> TrainState:
-        """The stacked TrainState of the experts, which a step advances."""
-        return stack(states, self.state)
-
-    def expert_state(self, states: TrainState, number: int) -> TrainState:
-        """The TrainState of one expert out of the stacked one, in the same memory."""
-        return unstack(states, self.alone[number])
 
 
 def compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> CompiledSteps:
@@ -116,7 +108,7 @@ def state_of(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TrainState:
     averages of the shape of their parameters, lie where those do; every device has all the rest."""
     step = TrainStep(model, config, spread=mesh.size > 1)
     state = jax.eval_shape(step.begin, shapes(model))
-    placed, everywhere = parameter_shardings(model, mesh), replicated(mesh)
+    placed, everywhere = parameter_shardings(model, mesh), NamedSharding(mesh, PartitionSpec())
     moments = optax.tree_map_params(
         step.optimizer,
         lambda moment, like, sharding: sharding if moment.shape == like.shape else everywhere,
@@ -132,11 +124,7 @@ def state_of(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TrainState:
         step=everywhere,
         guard=jax.tree.map(lambda _: everywhere, state.guard),
     )
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        shardings,
-    )
+    return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
 
 
 def _shardings(state: TrainState) -> TrainState:

@@ -13,6 +13,7 @@ from clustering.errors import UserError
 from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
 from xelm.training.compiled import compile_steps
+from xelm.training.expert_axis import stack, unstack
 from xelm.training.hosts import placed
 from xelm.training.preemption import preemption
 from xelm.training.sharding import make_mesh
@@ -56,15 +57,15 @@ def train_together(
         raise ValueError("trainings of one program have the same settings but for tokens")
     mesh = make_mesh(config, len(specs))
     compiled = compile_steps(model, config, mesh)
-    with ExitStack() as stack:
+    with ExitStack() as opened:
         trainers, states = [], []
         for number, spec in enumerate(specs):
             trainer, state = resume(spec, model, text_format, compiled, number)
-            trainers.append(stack.enter_context(closing(trainer)))
+            trainers.append(opened.enter_context(closing(trainer)))
             states.append(state)
-        stack.enter_context(jax.set_mesh(mesh))
-        state, states = compiled.stack(states), []
-        ending = stack.enter_context(preemption(", ".join(spec.label for spec in specs)))
+        opened.enter_context(jax.set_mesh(mesh))
+        state, states = stack(states, compiled.state), []
+        ending = opened.enter_context(preemption(", ".join(spec.label for spec in specs)))
         while active := {n: trainer for n, trainer in enumerate(trainers) if trainer.active}:
             batch, rates = _next_batch(trainers)
             batch = placed(batch, compiled.batch_sharding)
@@ -76,14 +77,15 @@ def train_together(
             saving = {n: t for n, t in active.items() if (ends or t.saves) and not t.failed}
             finite = np.asarray(compiled.finite(state.parameters)) if saving else ()
             for number, trainer in saving.items():
-                trainer.save(compiled.expert_state(state, number), bool(finite[number]))
+                one = unstack(state, compiled.alone[number])
+                trainer.save(one, bool(finite[number]))
             if ends:
                 break
         for trainer in trainers:
             trainer.checkpoints.wait()
     results: list[Trained | UserError] = []
     for number, trainer in enumerate(trainers):
-        one = compiled.expert_state(state, number)
+        one = unstack(state, compiled.alone[number])
         results.append(
             trainer.failed
             or Trained(

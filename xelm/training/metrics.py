@@ -121,12 +121,9 @@ class _WeightsAndBiases:
 
 
 def _scalars(line: Mapping[str, Any]) -> dict[str, int | float]:
-    found = {}
-    for name, value in line.items():
-        if isinstance(value, Mapping):
-            found |= {f"{name}/{inner}": each for inner, each in value.items()}
-        elif isinstance(value, int | float):
-            found[name] = value
+    found = {name: value for name, value in line.items() if isinstance(value, int | float)}
+    for name in [name for name, value in line.items() if isinstance(value, Mapping)]:
+        found |= {f"{name}/{inner}": each for inner, each in line[name].items()}
     return found
 
 

@@ -41,20 +41,13 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
 
     requested = 0.0  # when, by a clock; 0 is never
     by = signal.SIGTERM
-    if jax.process_count() > 1:
+    before: dict[int, Any] = {}
 
-        def agreed() -> bool:
-            nonlocal requested
-            if multihost_utils.reached_preemption_sync_point(next(_STEPS)):
-                requested = time.monotonic()
-            return requested > 0
-
-        yield agreed
-        _leave(label, requested, by)
-        return
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
+    def agreed() -> bool:
+        nonlocal requested
+        if multihost_utils.reached_preemption_sync_point(next(_STEPS)):
+            requested = time.monotonic()
+        return requested > 0
 
     def handle(number: int, frame: object) -> None:
         nonlocal requested, by
@@ -71,19 +64,16 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
                     file=sys.stderr,
                 )
 
-    # None stands for a handler that was not made in Python.
-    before: dict[int, Any] = {
-        number: signal.signal(number, handle) or signal.SIG_DFL for number in _SIGNALS
-    }
+    several = jax.process_count() > 1
+    if not several and threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            # None stands for a handler that was not made in Python.
+            before[number] = signal.signal(number, handle) or signal.SIG_DFL
     try:
-        yield lambda: requested > 0
+        yield agreed if several else lambda: requested > 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    _leave(label, requested, by)
-
-
-def _leave(label: str, requested: float, by: int) -> None:
     if requested:
         raise Preempted(
             f"{label} was stopped by a signal; it is saved, and resumes when run again", by=by

@@ -97,8 +97,3 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
         return NamedSharding(mesh, PartitionSpec(*(some or None for some in names)))
 
     return jax.tree.map(place, shapes(config), logical_axes(config))
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of arrays of which every device has all."""
-    return NamedSharding(mesh, PartitionSpec())

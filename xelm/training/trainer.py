@@ -90,9 +90,18 @@ class Trainer:
             )
         )
         self._batch: Mapping[str, np.ndarray] = {}
-        self._log = _metrics_log(spec, step) if is_first() else None
+        self._log = None
+        if is_first():
+            about = {"name": spec.label, "config": to_json(config)}
+            self._log = MetricsLog(
+                spec.directory / "metrics.jsonl",
+                last_step=step,
+                logs=spec.logs,
+                tensorboard=config.runtime.tensorboard,
+                wandb=about if config.runtime.wandb else None,
+            )
         tokens = config.tokens_per_step
-        self._bar = bar(config.steps * tokens, self.label, "tok", shown=self._log is not None)
+        self._bar = bar(config.steps * tokens, self.label, "tok", shown=is_first())
         self._bar.update(step * tokens)
         self._flops = of_a_token(model, config.sequence_length) * tokens
         self._peak = peak(config.runtime.dtype, devices)
@@ -171,7 +180,7 @@ class Trainer:
         }
         if self._peak is not None:
             line["utilisation"] = self._flops * (self.step - step) / (now - clock) / self._peak
-        if self._log is not None:
+        if self._log:
             self._log.write(line)
         self._last, self._preparing = (now, self.step, self.tokens), 0.0
         self._bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -187,7 +196,7 @@ class Trainer:
     def close(self) -> None:
         """Closes checkpoints, logs and the progress bar."""
         with closing(self.checkpoints), closing(self._bar):
-            if self._log is not None:
+            if self._log:
                 self._log.close()
 
     def _diverged(self, why: str) -> DivergedError:
@@ -202,17 +211,6 @@ class Trainer:
         for index, row in zip(self._batch["language"].tolist(), self._batch["row"].tolist()):
             rows.setdefault(self._languages[index], []).append(str(row))
         return "; ".join(f"{language} {', '.join(some)}" for language, some in rows.items())
-
-
-def _metrics_log(spec: TrainingSpec, step: int) -> MetricsLog:
-    runtime = spec.config.runtime
-    return MetricsLog(
-        spec.directory / "metrics.jsonl",
-        last_step=step,
-        logs=spec.logs,
-        tensorboard=runtime.tensorboard,
-        wandb={"name": spec.label, "config": to_json(spec.config)} if runtime.wandb else None,
-    )
 
 
 def resume(
@@ -239,9 +237,8 @@ def resume(
 
     with jax.set_mesh(mesh), ExitStack() as stack:
         keep = config.runtime.keep_checkpoints, config.runtime.keep_every
-        checkpoints = stack.enter_context(
-            closing(Checkpoints(spec.directory / "checkpoints", *keep))
-        )
+        checkpoints = Checkpoints(spec.directory / "checkpoints", *keep)
+        stack.callback(checkpoints.close)
         if found := checkpoints.newest(saved):
             step, state, before = found
             facts["language_tokens"] = before["language_tokens"]
