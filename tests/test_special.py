@@ -1,6 +1,8 @@
 """Special tokens come from templates alone; what messages spell stays text, and is composed."""
 
+import threading
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
@@ -8,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from clustering.errors import UserError
+from xelm.data import special_tokens
 from xelm.data.special_tokens import ESCAPE, RENDERED, USER_BEGINS, USER_ENDS
 from xelm.data.tokenizer import Tokenizer
 from xelm.data.unicode import composed_and_decomposed, normalised
@@ -260,3 +263,29 @@ def test_a_text_behind_its_context_is_cut_as_one_text(tokenizer):
     apart = unicodedata.normalize("NFD", "lã")
     ids, before = tokenizer.encode_after(apart[:-1], apart[-1:])
     assert ids == tokenizer.encode(["lã"])[0] and before < len(ids)
+
+
+def test_a_text_and_a_chat_that_are_tokenised_at_once_keep_their_own_settings():
+    class Slow:
+        """Tokenizer that another thread asks to read names of special tokens, meanwhile."""
+
+        def no_truncation(self):
+            pass
+
+        no_padding = no_truncation
+
+        def encode_batch_fast(self, texts, add_special_tokens):
+            chat.start()
+            chat.join(0.2)
+            return [SimpleNamespace(ids=[int(self.encode_special_tokens)]) for _ in texts]
+
+        def encode_batch(self, texts, add_special_tokens):
+            return [self.encode_special_tokens for _ in texts]
+
+    backend, found = Slow(), []
+    chat = threading.Thread(
+        target=lambda: found.extend(special_tokens.encodings(backend, ["</s>"], special=True))
+    )
+    assert special_tokens.ids_of(backend, ["</s>"]) == [[1]]
+    chat.join()
+    assert found == [False]

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import json
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ _USER_MARKS = re.compile(f"[{USER_BEGINS}{USER_ENDS}]")
 _FIRST_STAND_IN = 0xF0000
 """First character of Unicode's private plane; after `_STAND_IN` it is the name of an ordinary
 token."""
+
+_SETTINGS = threading.Lock()
+"""Held while a tokenizer of the library has the settings of one call."""
 
 
 class SpecialTokens:
@@ -210,12 +214,13 @@ def encodings(
 ) -> list[Any]:
     """Encodings of texts by the tokenizers library, without start and end. special: names of
     special tokens mean these tokens. fast: without offsets of characters."""
-    # Transformers changes these settings in its own calls.
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = not special
     encode = backend.encode_batch_fast if fast else backend.encode_batch
-    return encode(list(texts), add_special_tokens=False)
+    # The settings are the tokenizer's: other threads, and calls of transformers, change them.
+    with _SETTINGS:
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = not special
+        return encode(list(texts), add_special_tokens=False)
 
 
 def _spelt(backend: Any, name: str, id: int) -> bool:
