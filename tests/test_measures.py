@@ -88,7 +88,7 @@ def test_names_of_tagged_text(tagged_text):
 
 
 def test_every_file_of_tagged_text_in_a_language_is_read(tagged_text):
-    (tagged_text / "de.CONLLU").write_text(CONLLU.replace("New", "Neu"))
+    (tagged_text / "de.CONLLU").write_text("\ufeff" + CONLLU.replace("New", "Neu"))
     (tagged_text / "._de.conllu").write_bytes(b"\0\5")
     files = conllu.files(tagged_text)
     assert [path.name for path in files["de"]] == ["de.CONLLU", "deu.conllu"]

@@ -12,8 +12,7 @@ from jinja2.parser import Parser
 from clustering.errors import UserError
 
 _NEVER_OPTIONS = {"messages", "raise_exception", "strftime_now"}
-"""Names in templates that are set when they are rendered, besides parameters of
-`apply_chat_template` and special tokens."""
+"""Names that rendering sets besides parameters of `apply_chat_template` and special tokens."""
 
 
 class _Generation(Extension):

@@ -50,7 +50,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
     try:
         with opened(path) as file:
             for number, line in enumerate(file, 1):
-                yield f"{path}:{number}", line.decode().rstrip("\r\n")
+                yield f"{path}:{number}", line.decode("utf-8-sig").rstrip("\r\n")
         yield "", ""
     except (DamagedFile, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error

@@ -23,8 +23,7 @@ class Source:
     """One place with text of a corpus, and how its records are read."""
 
     path: str
-    """A folder, a file, a pattern such as `data/*/train`, or an address on the Hub,
-    `hf://owner/dataset[@revision][/config][:split]`."""
+    """A folder, a file, a pattern such as `data/*/train`, or an address on the Hub (`hub`)."""
     language: str | None = None
     """Language of all text there, whatever names and records say; None takes it from these."""
     text_field: str | None = None
@@ -33,11 +32,10 @@ class Source:
     """Name of the field with the language; None is `lang`, and, in files whose names are no
     language, `language`."""
     languages: Mapping[str, str | None] = field(default_factory=dict)
-    """Names of files, folders, configurations, patterns of paths, or values of the language field
-    -> language code; None leaves them out."""
+    """Names, patterns of paths or values of the language field -> code; None leaves them out."""
     unit: str | None = None
     """Unit of a plain text file that is a document: paragraph, line or file. None takes paragraphs,
-    or lines if the file has no blank line."""
+    or lines if there is no blank line."""
 
     def __post_init__(self) -> None:
         for one in fields(self):

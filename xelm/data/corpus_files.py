@@ -51,20 +51,15 @@ class Found:
     language: str | None
     """Canonical tag of the language that the names say; None if they say none."""
     by_folder: bool
-    """Whether a folder's name says the language. That is less certain, because any word may be the
-    code of a language."""
+    """Whether a folder's name says the language, which is less certain: any word may be a code."""
 
 
-_Skipped = dict[str, list[str]]
-"""Reason -> names of the files skipped for it."""
-
-
-def list_files(source: Source) -> tuple[list[Found], _Skipped]:
+def list_files(source: Source) -> tuple[list[Found], dict[str, list[str]]]:
     """The files with text of a folder and of the folders in it, of a pattern, or the one file that
-    the path of `source` names, sorted by their paths; and those that are skipped. UserError if
-    there is none."""
+    the path of `source` names, sorted by their paths; and reason -> names of files skipped for it.
+    UserError if there is no file with text."""
     root, paths, files = Path(source.path), [], []
-    skipped: _Skipped = defaultdict(list)
+    skipped: dict[str, list[str]] = defaultdict(list)
     if root.is_file():
         if format_of(root.name) is None:
             raise UserError(f"{source.path} is no corpus file; wanted {WANTED}")
@@ -116,7 +111,7 @@ def _fixed_part(pattern: Path) -> Path:
     return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
 
 
-def _walk(folder: Path, root: Path, skipped: _Skipped) -> list[Path]:
+def _walk(folder: Path, root: Path, skipped: dict[str, list[str]]) -> list[Path]:
     """All files below a folder, sorted, without hidden ones; each linked folder once."""
     found, seen = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
@@ -150,7 +145,7 @@ def _check_parts(folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def _is_text(path: Path, name: str, skipped: _Skipped) -> bool:
+def _is_text(path: Path, name: str, skipped: dict[str, list[str]]) -> bool:
     if path.name in _RECORDS_OF_ARROW and any(path.parent.rglob("*.arrow")):
         return False
     if format_of(path.name) is None:
@@ -163,7 +158,7 @@ def _is_text(path: Path, name: str, skipped: _Skipped) -> bool:
 
 
 def _training_part(
-    paths: list[Path], names: Mapping[Path, str], skipped: _Skipped
+    paths: list[Path], names: Mapping[Path, str], skipped: dict[str, list[str]]
 ) -> Iterator[Path]:
     """The paths without those of a test or validation split, unless there are no others."""
     others = {path for path in paths if is_other_split(names[path])}

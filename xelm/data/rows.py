@@ -21,8 +21,7 @@ from xelm.data.store import FRAME, TokenizedLanguage
 from xelm.data.text_format import TextFormat
 
 ORIGIN = ("language", "row")
-"""Entries of a batch that say where each row comes from: the index of its language, and its number
-there."""
+"""Entries of a batch with the index of each row's language, and the row's number there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

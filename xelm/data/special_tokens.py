@@ -29,8 +29,7 @@ USER_BEGINS, USER_ENDS = "\ufdd3", "\ufdd4"
 _NONCHARACTERS = re.compile(f"[{RENDERED}{ESCAPE}{_STAND_IN}{USER_BEGINS}{USER_ENDS}]")
 _USER_MARKS = re.compile(f"[{USER_BEGINS}{USER_ENDS}]")
 _FIRST_STAND_IN = 0xF0000
-"""First character of Unicode's private plane; after `_STAND_IN` it is the name of an ordinary
-token."""
+"""First character of Unicode's private plane; after `_STAND_IN` it names an ordinary token."""
 
 _SETTINGS = threading.Lock()
 """Held while a tokenizer of the library has the settings of one call."""
@@ -175,14 +174,9 @@ class SpecialTokens:
         ids: dict[int, int] = {}
         for name, number in self._numbers.items():
             form = like.get(name, tokenizers.AddedToken(name))
-            token = tokenizers.AddedToken(
-                _stand_in(number, written=True),
-                lstrip=form.lstrip,
-                rstrip=form.rstrip,
-                single_word=form.single_word,
-                normalized=False,
-                special=False,
-            )
+            kept = {side: getattr(form, side) for side in ("lstrip", "rstrip", "single_word")}
+            stand_in = _stand_in(number, written=True)
+            token = tokenizers.AddedToken(stand_in, normalized=False, special=False, **kept)
             copy.add_tokens([token])
             id = copy.token_to_id(token.content)
             assert id is not None

@@ -30,8 +30,7 @@ from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, Fingerprints, finge
 
 FORMAT = 2
 FRAME = 2
-"""Number of special tokens of each document in a stream: its start, which texts of some RUNs do not
-have, and its end."""
+"""Number of special tokens of each document in a stream: start (not in all RUNs) and end."""
 # Number of documents in a part of a store; parts are read on several machines.
 PART_DOCUMENTS = 50_000
 
@@ -51,8 +50,7 @@ class TokenizedLanguage:
     order: Int[np.ndarray, " documents"]
     """Numbers of all documents, shuffled."""
     stream_ends: Int[np.ndarray, " documents"]
-    """Index at which each document, in that order, ends in the stream of all documents, each with
-    `FRAME` special tokens."""
+    """Index at which each document, in that order, ends in a stream with `FRAME` tokens each."""
 
     def __len__(self) -> int:
         return len(self.ends)

@@ -12,15 +12,13 @@ class TextFormat:
     """Ids of the special tokens with which models read text; made by `Tokenizer.text_format`."""
 
     start_id: int | None
-    """Token before every text; None: there is none, and a decoder does not predict the first token
-    of a text."""
+    """Token before every text; None: there is none, and the first token is not predicted."""
     end_id: int
     """Token after every document."""
     mask_id: int | None = None
     """Token that stands for a masked one; None in tokenizers of decoders."""
     ordinary_ids: Int[np.ndarray, " _"] | None = field(default=None, compare=False)
-    """Ids that are no special tokens, ascending: only these are masked, or put in place of masked
-    tokens. None without mask_id."""
+    """Ids that are no special tokens, ascending, which masking chooses; None without mask_id."""
 
     @property
     def start_ids(self) -> list[int]:

@@ -35,8 +35,7 @@ class TextStats:
     duplicates: int
     """Number of documents that are exact copies of earlier ones, left out or not."""
     compared: int | None = None
-    """Number of documents that were compared with the training text; None where that was not done
-    or is impossible."""
+    """Number of documents that were compared with the training text; None where none could be."""
     exact: int | None = None
     """Number of the compared documents that are in the training text exactly as they are."""
     near: int | None = None
@@ -59,8 +58,7 @@ class TextStats:
 
     @property
     def trained_share(self) -> float | None:
-        """Share of the compared documents that are in the training text, or nearly so; None if
-        none was compared."""
+        """Share of the compared documents that are in the training text, exactly or nearly."""
         if not self.compared or self.exact is None or self.near is None:
             return None
         return (self.exact + self.near) / self.compared

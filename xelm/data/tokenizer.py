@@ -124,8 +124,7 @@ class Tokenizer:
         """As in `TextFormat`, like `mask_id`."""
         bos = (self.start_id, hub.bos_token_id, hub.cls_token_id)
         self.prefix_id: int = next((id for id in bos if id is not None), self.end_id)
-        """Token before a text whose first token has to be predicted: the start, or else the
-        tokenizer's bos or eos (as in the evaluation harness)."""
+        """Token before a text whose first token has to be predicted: start, bos, cls or end."""
         self.mask_id: int | None = hub.mask_token_id
         self.size: int = len(hub)
         self.end_ids: frozenset[int] = frozenset({self.end_id, *end_ids} - {*self.ignored})

@@ -35,8 +35,8 @@ class CompiledSteps(NamedTuple):
     convert: tuple[Any, ...]
     """For each expert a function: its TrainState in other dtypes -> its TrainState"""
     step: Any
-    """(stacked TrainState, batches, learning rates [E]) -> (stacked TrainState, StepMetrics of
-    [E]); the memory of the old TrainState is reused."""
+    """(stacked TrainState, batches, learning rates [E]) -> (stacked TrainState in the same memory,
+    StepMetrics of [E])"""
     finite: Any
     """stacked parameters -> whether all of an expert are finite, [E]"""
     master_weights: Any

@@ -24,8 +24,7 @@ class SpikeGuard(NamedTuple):
     """State of the spike guard: losses of earlier steps, and counts of those that were skipped."""
 
     losses: Float[Array, " W"]
-    """Ring buffer of the last finite losses, those of spikes included, so that a loss that stays
-    high is soon no spike any more."""
+    """Ring buffer of the last finite losses, with spikes: a loss that stays high is soon none."""
     known: Int[Array, ""]
     """Number of finite losses so far."""
     skipped: Int[Array, ""]

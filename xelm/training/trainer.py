@@ -43,8 +43,7 @@ class TrainingSpec:
     label: str
     """Name in messages."""
     start: Callable[[Any], Any]
-    """shardings -> the initial parameters (nested dictionary, float32), each on the devices of its
-    sharding."""
+    """shardings -> the initial parameters (nested dictionary, float32), with these shardings."""
     sources: Sequence[LanguageShare]
     """Documents, with the share of each source in the rows."""
     config: TrainConfig
