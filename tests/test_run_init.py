@@ -45,6 +45,16 @@ def test_init_hashes_each_file_and_loads_each_tokenizer_once(xelm, place, monkey
     assert loaded == [Path("run/seed"), tmp_path / "new" / "seed"]  # the copy is read as well
 
 
+def test_the_tokenizer_of_a_run_is_loaded_again_only_if_it_changes(copy):
+    run = open_run(copy.directory)
+    first = run.tokenizer()
+    assert open_run(copy.directory).tokenizer() is first
+    path = run.seed / "tokenizer_config.json"
+    write_json(path, json.loads(path.read_text()) | {"model_max_length": 77})
+    assert run.tokenizer() is not first and run.tokenizer().hub.model_max_length == 77
+    assert run.tokenizer() is run.tokenizer()
+
+
 def test_a_seed_that_holds_no_numbers_is_refused_before_any_work(xelm, place, tmp_path):
     seed = shutil.copytree(place / "run/seed", tmp_path / "seed")
     tensors = load_file(seed / "model.safetensors")

@@ -118,7 +118,7 @@ def test_vectors_are_fitted_on_as_many_documents_of_every_language(
 
     monkeypatch.setattr(text, "VECTORISER_DOCUMENTS", 8)
     monkeypatch.setattr(text.tfidf, "fit", listen)
-    text.fit_vectoriser(run, run.store(), run.tokenizer().size)
+    text.fit_vectoriser(run, run.store())
     wanted = [ids.document(n) for ids in run.store().languages.values() for n in (0, 30)]
     assert [list(document) for document in heard] == [list(document) for document in wanted]
 

@@ -237,7 +237,7 @@ def test_what_a_grown_expert_was_trained_on_counts_too(xelm, copy):
 
 def test_text_of_a_growth_that_never_began_was_not_trained_on(xelm, copy):
     run = open_run(copy.directory)
-    tokenise(run, contents_of(copy.corpus, ["pt"]), run.tokenizer(), "pt")
+    tokenise(run, contents_of(copy.corpus, ["pt"]), "pt")
     options = EvaluationOptions(routings=["language"], max_documents=10)
     assert evaluate(run, copy.corpus, options, save=False).texts["pt"].exact == 0
     update(copy.directory, lambda registry: grow(registry, "pt", "en-es"))

@@ -242,7 +242,8 @@ def test_a_tokenizer_gets_its_name_when_its_bytes_are_on_disk(
 
 @pytest.mark.parametrize(("size", "reason"), [(100_000, "Vocabulary size"), (100, "100 pieces")])
 def test_a_vocabulary_that_does_not_fit_the_corpus_is_a_users_mistake(tmp_path, size, reason):
-    with pytest.raises(UserError, match=f"cannot train a tokenizer of {size} pieces") as caught:
+    message = rf"cannot train a tokenizer of {size} pieces \(model.vocabulary_size\)"
+    with pytest.raises(UserError, match=message) as caught:
         tokenizer_training.train(texts(), size, tmp_path / "out")
     assert reason in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

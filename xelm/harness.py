@@ -41,8 +41,6 @@ class Harness(TemplateLM):
         routing: str = "learned",
         model: str | None = None,
         language: str | None = None,
-        top_m: int | None = None,
-        route_per: str = "token",
         dtype: str = "auto",
         batch_size: int | str = 32,
         max_batch_size: int | None = None,
@@ -52,12 +50,11 @@ class Harness(TemplateLM):
     ):
         """run: a RUN. model: an expert, the seed or the dense baseline alone, instead of the
         ensemble. language: language of all texts, as in `Ensemble.score`. router: further options
-        of `Routing`. batch_size: number of texts that are generated together. device: not
-        used, since JAX finds it."""
+        of `Routing`. batch_size: number of texts that are generated together. max_batch_size and
+        device, which the harness gives, are not used."""
         super().__init__()
         if model is None:
-            options: dict[str, Any] = {"top_m": top_m, "route_per": route_per}
-            chosen = Routing(name=routing, **options, **router)
+            chosen = Routing(name=routing, **router)
         elif model in ("seed", "dense"):
             # A router that is never sure enough leaves every text to that model.
             chosen = Routing(name="uniform", abstain=1.0, abstain_to=model)
@@ -174,18 +171,13 @@ class Harness(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        windows = [
-            [
-                make_disjoint_window(window)
-                for window in get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0], add_special_tokens=False),
-                    prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length,
-                    context_len=1,
-                )
-            ]
-            for request in requests
-        ]
+        windows: list[list[Any]] = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            some = get_rolling_token_windows(
+                ids, self.prefix_token_id, self.max_length, context_len=1
+            )
+            windows.append([make_disjoint_window(window) for window in some])
         flat = [(None, context, new) for some in windows for context, new in some]
         answers = iter(self._loglikelihood_tokens(flat, disable_tqdm=disable_tqdm))
         totals = [sum(next(answers)[0] for _ in some) for some in windows]
@@ -194,30 +186,29 @@ class Harness(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        found: list[str | None] = [None] * len(requests)
+        arguments: list[Any] = [request.args for request in requests]  # a text and its options
         groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(sorted(_options(request).items())), []).append(number)
+        for number, (_, options) in enumerate(arguments):
+            groups.setdefault(repr(sorted(options.items())), []).append(number)
+        found = [""] * len(requests)
         with tqdm(total=len(requests), desc="continuations", disable=disable_tqdm) as bar:
             for numbers in groups.values():
-                options = _options(requests[numbers[0]])
                 # Prompts of about the same length are generated together, longest first.
-                numbers.sort(key=lambda number: -len(requests[number].args[0]))
+                numbers.sort(key=lambda number: -len(arguments[number][0]))
                 for first in range(0, len(numbers), self._batch):
                     part = numbers[first : first + self._batch]
-                    texts = [requests[number].args[0] for number in part]
-                    for number, text in zip(part, self._generate(texts, options)):
+                    texts = [arguments[number][0] for number in part]
+                    for number, text in zip(part, self._generate(texts, arguments[part[0]][1])):
                         found[number] = text
-                        self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                        self.cache_hook.add_partial("generate_until", arguments[number], text)
                     bar.update(len(part))
-        return found  # type: ignore[return-value]
+        return found
 
     def _generate(self, texts: Sequence[str], options: dict[str, Any]) -> list[str]:
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
         ensemble = self.ensemble
-        most = int(options.get("max_gen_toks", self._max_gen_toks))
-        most = min(most, ensemble.longest - 1)
+        most = min(int(options.get("max_gen_toks", self._max_gen_toks)), ensemble.longest - 1)
         sampled = bool(options.get("do_sample", float(options.get("temperature") or 0) > 0))
         sampling = replace(
             ensemble.sampling,
@@ -232,22 +223,9 @@ class Harness(TemplateLM):
         prompts = [self.tok_encode(text)[-kept:] or [self.prefix_token_id] for text in texts]
         languages = [self._language] * len(prompts)
         masks = [self._user_mask(text, len(ids)) for text, ids in zip(texts, prompts)]
-        found = generate(
-            ensemble,
-            ensemble.router,
-            ensemble.limits,
-            prompts,
-            sampling,
-            languages,
-            user_masks=masks,
-        )
+        routed = (ensemble, ensemble.router, ensemble.limits)
+        found = generate(*routed, prompts, sampling, languages, user_masks=masks)
         return [one.text for one in found]
-
-
-def _options(request: Instance) -> dict[str, Any]:
-    """Generation options of a request."""
-    _, options = request.args  # type: ignore[misc]
-    return dict(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

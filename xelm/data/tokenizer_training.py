@@ -70,7 +70,8 @@ def train(
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[-1].split("] ")[-1]
         raise UserError(
-            f"cannot train a tokenizer of {vocabulary_size} pieces on this corpus: {reason}"
+            f"cannot train a tokenizer of {vocabulary_size} pieces (model.vocabulary_size) on this "
+            f"corpus: {reason}"
         ) from error
     Path(directory).mkdir(parents=True, exist_ok=True)
     _write(model.getvalue(), Path(directory))

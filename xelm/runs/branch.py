@@ -13,7 +13,8 @@ from xelm.runs.run import Run
 
 
 def branch(run: Run, clustering: Clustering) -> Registry:
-    """Records one expert for each cluster, to be trained, and saves the clustering in the RUN.
+    """Records one expert for each cluster, to be trained, and saves the clustering in the RUN, with
+    the cluster of every document in assignments.npz: language -> int32 [documents].
 
     UserError for a language of the corpus that is in no cluster, unless the clustering lists it as
     unassigned, and for clusters of documents that were made with other vectors than the RUN's.
@@ -36,8 +37,11 @@ def branch(run: Run, clustering: Clustering) -> Registry:
         registry = update(run.directory, lambda registry: branch_registry(registry, clustering))
         if not branched:
             clustering.save(run.directory)
-        if clustering.of_documents:
-            _assign_documents(run, clustering)
+        path = run.directory / "assignments.npz"
+        if clustering.of_documents and not path.exists():
+            texts = run.store().languages.items()
+            labels = {t: clustering.assign(map(x.document, range(len(x)))) for t, x in texts}
+            write_arrays(path, labels)
         written = ["clusters.json", "clusters.npz", "assignments.npz"]
         manifest.record(run.directory, written, again=not branched)
     return registry
@@ -54,15 +58,3 @@ def check_languages(languages: Sequence[str], clustering: Clustering) -> None:
             f"clusters and RUN have different languages ({'; '.join(where)}); cluster those of the "
             "corpus (cluster --corpus), or take fewer of them (init --languages)"
         )
-
-
-def _assign_documents(run: Run, clustering: Clustering) -> None:
-    """Writes the cluster of every document: assignments.npz, language -> int32 [documents]."""
-    path = run.directory / "assignments.npz"
-    if path.exists():
-        return
-    labels = {
-        tag: clustering.assign(ids.document(number) for number in range(len(ids)))
-        for tag, ids in run.store().languages.items()
-    }
-    write_arrays(path, labels)

@@ -132,9 +132,14 @@ def warnings(plans: Sequence[Plan]) -> list[str]:
         ordered = sorted(often.items(), key=lambda item: -item[1])
         which = ", ".join(f"{tag} {_times(times)}" for tag, times in ordered[:_LISTED])
         more = f" and {len(often) - _LISTED} more" if len(often) > _LISTED else ""
+        part = "experts" if each.part == "dense" else each.part
+        fewer = f"make the RUN with fewer tokens (xelm init --set {part}.tokens=N)"
+        if part == "grow":
+            other = f"--set grow.max_passes={MOST_PASSES:g}"
+            fewer = f"begin on fewer tokens (xelm grow --set grow.tokens=N, or {other})"
         lines.append(
             f"{each.name}: passes over the same text: {which}{more}. More than "
-            f"{MOST_PASSES:g} teach little and may do harm; give more text, or {_fewer(each.part)}"
+            f"{MOST_PASSES:g} teach little and may do harm; give more text, or {fewer}"
         )
     return lines
 
@@ -168,21 +173,9 @@ def _times(number: float) -> str:
     return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
 
 
-def _fewer(part: str) -> str:
-    """Advice on how to train this part of the configuration on fewer tokens."""
-    if part == "grow":
-        return (
-            "begin on fewer tokens (xelm grow --set grow.tokens=N, or --set "
-            f"grow.max_passes={MOST_PASSES:g})"
-        )
-    part = "experts" if part == "dense" else part
-    return f"make the RUN with fewer tokens (xelm init --set {part}.tokens=N)"
-
-
 def _names(plans: Sequence[Plan]) -> str:
-    names = [each.name for each in plans]
-    more = len(names) - len(names[:_LISTED])
-    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more else "")
+    names, more = [each.name for each in plans[:_LISTED]], len(plans) - _LISTED
+    return ", ".join(names) + (f" and {more} more" if more > 0 else "")
 
 
 def _tokens(source: LanguageShare) -> int:

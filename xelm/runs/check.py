@@ -35,25 +35,28 @@ def check_models(
     memory, experts, others = _Memory(run.directory), list(experts), dict(others or {})
     folders = {expert.reference: expert.directory(run.directory) for expert in experts} | others
     memory.read(file for folder in folders.values() for file in sorted(folder.rglob("*")))
-    registry = run.registry()
     by_reference = {expert.reference: expert for expert in experts}
     shape = read_config(run.seed)
+
+    def digest(file: Path) -> str:
+        return memory[file]["sha256"]
+
     for name, folder in folders.items():
         for file in sorted(folder.glob("*.safetensors")):
-            if (tensor := memory.without_numbers(file)) is not None:
+            if (tensor := memory[file]["without_numbers"]) is not None:
                 raise UserError(
                     f"{name}: {tensor} in {file} has NaN or infinite values; put back the "
                     "file as it was published"
                 )
         faults: list[Fault] = []
         if name in by_reference:
-            faults = verify_expert(run.directory, by_reference[name], memory.sha256)
+            faults = verify_expert(run.directory, by_reference[name], digest)
         elif name == SEED:
             # A file of somebody's own beside the seed, such as a chat template, changes no weight.
-            found = verify_seed(run.directory, registry, memory.sha256)
+            found = verify_seed(run.directory, run.registry(), digest)
             faults = [fault for fault in found if fault.kind != "unknown"]
         else:
-            faults = verify_recorded(run.directory, folder.name, memory.sha256)
+            faults = verify_recorded(run.directory, folder.name, digest)
         if faults:
             raise UserError(f"{name}: {faults[0]}")
         if check_checkpoint(folder) != shape:
@@ -83,13 +86,10 @@ class _Memory:
                 self._files[self._name(file)] = entry
                 progress.update(entry["size"])
 
-    def sha256(self, file: Path) -> str:
-        """The hash of a file that was read."""
-        return self._files[self._name(file)]["sha256"]
-
-    def without_numbers(self, file: Path) -> str | None:
-        """Name of a tensor with NaN or infinity in a file that was read; None if there is none."""
-        return self._files[self._name(file)]["without_numbers"]
+    def __getitem__(self, file: Path) -> dict[str, Any]:
+        """Facts about a file that was read: its `sha256`, and in `without_numbers` the name of a
+        tensor with NaN or infinity, or None."""
+        return self._files[self._name(file)]
 
     def save(self) -> None:
         """Writes the cache for later commands, if the RUN is writable."""
@@ -112,7 +112,6 @@ def _stamp(file: Path) -> dict[str, int]:
 
 
 def _looked_at(file: Path) -> dict[str, Any]:
-    stamp, tensor = _stamp(file), None
-    if file.suffix == ".safetensors":
-        tensor = tensor_without_numbers(file)
+    stamp, weights = _stamp(file), file.suffix == ".safetensors"
+    tensor = tensor_without_numbers(file) if weights else None
     return {**stamp, "sha256": sha256(file), "without_numbers": tensor}

@@ -41,9 +41,8 @@ def by_measure(
     k: number of clusters; None chooses it, and the reason is among the clustering's parameters.
     languages: None takes those of the table, tagged text, corpus or RUN. exclude: languages to
     leave unassigned, as are those that the measure knows too little of. rule: one of
-    `grouping.RULES`. balance_tokens: whether the rule balanced divides the RUN's tokens evenly,
-    instead of languages. Raises UserError if fewer than two languages can be compared, and as
-    `measured` and `grouping.cluster` do.
+    `grouping.RULES`. balance_tokens: whether the rule balanced divides the RUN's tokens evenly.
+    UserError if fewer than two languages can be compared, and as `measured`, `grouping.cluster`.
     """
     grouping.check_rule(rule)  # before a corpus is read
     tags, unassigned = without(languages or languages_of(measure, sources), exclude)
@@ -99,8 +98,8 @@ def documents_of_corpus(
     engine: Engine = map,
 ) -> Clustering:
     """Clusters the documents of a corpus by TF-IDF over their characters. What is read, and what
-    cannot be, is printed on stderr. Arguments as in `documents_of_run`. Raises UserError for a
-    language without documents."""
+    cannot be, is printed on stderr. Arguments as in `documents_of_run`. UserError for a language
+    without documents."""
     corpus = Corpus.of(corpus)
     tags = canonical_all(languages) if languages else None
     contents, unusable = contents_of(corpus.pinned(), tags), UnusableRecords()

@@ -14,7 +14,6 @@ from experts.registry import Registry
 from xelm.data.contents import contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.text_stats import warnings
-from xelm.data.tokenizer import Tokenizer
 from xelm.evaluation.measure import MeasurementPlan
 from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.results import Results
@@ -55,10 +54,10 @@ def evaluate(
     if experts:
         check_top_m(options.top_m, len(experts))
     check_models(run, experts, general_models(run))
-    corpus, tokenizer = Corpus.of(corpus), run.tokenizer()
+    corpus = Corpus.of(corpus)
     name = f"evaluation-{hashlib.sha256(str(corpus).encode()).hexdigest()[:8]}"
     tags = None if languages is None else canonical_all(languages)
-    store = tokenise(run, contents_of(corpus.pinned(), tags), tokenizer, name, training=False)
+    store = tokenise(run, contents_of(corpus.pinned(), tags), name, training=False)
     stats = compare_with_training(run, store, options.max_documents)
     for line in warnings(stats):
         print(line, file=sys.stderr)
@@ -68,7 +67,7 @@ def evaluate(
         for tag, ids in store.languages.items()
     }
     sizes = {tag: ids.bytes[scored] for tag, ids in store.languages.items()}
-    plan = _plan(run, tokenizer, experts, documents, options)
+    plan = _plan(run, experts, documents, options)
     background = _background(run, experts, [tag for tag, text in stats.items() if text.unspelled])
     results = summarise(plan.measure(), plan.token_counts(), sizes, background)
     results = replace(results, texts=stats)
@@ -85,7 +84,6 @@ def evaluate(
 
 def _plan(
     run: Run,
-    tokenizer: Tokenizer,
     experts: Sequence[Expert],
     documents: Mapping[str, Sequence[np.ndarray]],
     options: EvaluationOptions,
@@ -104,7 +102,7 @@ def _plan(
             languages[expert.name] = [tag for tag in documents if served.get(tag) == index]
     return MeasurementPlan(
         model=read_config(run.seed),
-        tokenizer=tokenizer,
+        tokenizer=run.tokenizer(),
         checkpoints=checkpoints,
         experts=[expert.name for expert in experts],
         serving=served,

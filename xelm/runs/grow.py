@@ -11,9 +11,8 @@ from clustering.languages import canonical
 from experts.expert import SEED, Expert, parse_reference
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
-from experts.registry import Registry
 from xelm.config import Budget, TrainConfig
-from xelm.data.contents import Contents, contents_of
+from xelm.data.contents import contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
@@ -34,10 +33,7 @@ from xelm.runs.train import (
 
 
 def grow(
-    run: Run,
-    language: str,
-    corpus: AnyCorpus | None = None,
-    options: GrowOptions | None = None,
+    run: Run, language: str, corpus: AnyCorpus | None = None, options: GrowOptions | None = None
 ) -> Expert:
     """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or resumes its
     training.
@@ -49,73 +45,45 @@ def grow(
     """
     tag, options = canonical(language), options or GrowOptions()
     with locked(run.directory, f"train-{tag}"):
-        registry = _registry(run, options)
-        started = _in_training(registry, tag)
-        if started is None:
-            origin, reason, lines = _origin(run, tag, corpus, options)
-            settings = _own_settings(run)
-            # Refused before it costs anything.
-            child = grow_registry(registry, tag, origin).expert(tag)
-            check_parents(run, [parent_directory(run, child)])
-            text = _contents(run, corpus, tag)
-            store = tokenise(run, text, run.tokenizer(), tag, workers=options.workers)
-            _job(run, registry, child, store)  # so is what cannot be trained
-            for line in lines:
-                print(line, file=sys.stderr)
-            registry = update(
-                run.directory,
-                lambda r: grow_registry(r, tag, origin, reason=reason, settings=settings),
-            )
-            started = registry.expert(tag)
-        else:
-            run, store = _going_on(run, started, corpus, options)
-        facts = {} if started.reason is None else {"parent chosen": started.reason}
-        job = _job(run, registry, started, store)
+        run, expert, store = _prepared(run, tag, corpus, options, run)
+        job = _job(run, expert, store)  # what cannot be trained is refused
+        update(
+            run.directory,
+            lambda registry: grow_registry(
+                registry, tag, expert.parent, reason=expert.reason, settings=expert.settings
+            ),
+        )
         plans = plans_of_jobs(run, [job])
         announce(plans)
         check_disk(run.directory, plans)
         for error in train_checkpoints(run, [job]).values():
             raise error
-        publish(run, started, facts)
-    return run.registry().expert(started.name)
+        publish(run, expert, {} if expert.reason is None else {"parent chosen": expert.reason})
+    return run.registry().expert(expert.name)
 
 
 def plan_growth(
-    run: Run,
-    language: str,
-    corpus: AnyCorpus | None = None,
-    options: GrowOptions | None = None,
+    run: Run, language: str, corpus: AnyCorpus | None = None, options: GrowOptions | None = None
 ) -> tuple[Expert, Plan, TextStats]:
     """The expert that `grow` would make, what its training costs, and statistics of its text, which
     is tokenised in a temporary folder; nothing in the RUN changes. UserError where `grow` raises it
     before it trains."""
-    tag, options = canonical(language), options or GrowOptions()
-    registry = _registry(run, options)
     with TemporaryDirectory() as folder:
-        expert = _in_training(registry, tag)
-        if expert is None:
-            origin, _, _ = _origin(run, tag, corpus, options)
-            registry = grow_registry(registry, tag, origin)
-            expert = registry.expert(tag)
-            elsewhere = replace(run, directory=Path(folder))
-            tokenizer = run.tokenizer()
-            tokenizer.hub.save_pretrained(elsewhere.training("tokenizer"))
-            text = _contents(run, corpus, tag)
-            store = tokenise(elsewhere, text, tokenizer, tag, workers=options.workers)
-        else:
-            run, store = _going_on(run, expert, corpus, options)
-        (plan,) = plans_of_jobs(run, [_job(run, registry, expert, store)])
+        place = replace(run, directory=Path(folder))
+        run.tokenizer().hub.save_pretrained(place.training("tokenizer"))
+        tag, options = canonical(language), options or GrowOptions()
+        run, expert, store = _prepared(run, tag, corpus, options, place)
+        (plan,) = plans_of_jobs(run, [_job(run, expert, store)])
         check_disk(run.directory, [plan])
         return expert, plan, text_stats(store)[tag]
 
 
-def _contents(run: Run, corpus: AnyCorpus | None, tag: str) -> Contents:
-    """Contents of a corpus, by default the RUN's, in one language."""
-    return contents_of(Corpus.of(corpus or run.record["corpus"]).pinned(), [tag])
-
-
-def _registry(run: Run, options: GrowOptions) -> Registry:
-    """The registry of a RUN; UserError if nothing can be grown with these options."""
+def _prepared(
+    run: Run, tag: str, corpus: AnyCorpus | None, options: GrowOptions, place: Run
+) -> tuple[Run, Expert, Store]:
+    """The RUN with the settings of a growth, its expert, which is not in the registry where the
+    growth is to begin, and its text, which is tokenised in `place` then. UserError for what cannot
+    be grown, before it costs anything."""
     if options.by is not None and options.parent != "auto":
         raise UserError(
             f"--by {options.by} chooses a parent, and --parent {options.parent} names one; give "
@@ -124,18 +92,23 @@ def _registry(run: Run, options: GrowOptions) -> Registry:
     registry = run.registry()
     if not registry.published():
         raise UserError(f"{run.directory} has no published expert to grow from; train some first")
-    return registry
-
-
-def _origin(
-    run: Run, tag: str, corpus: AnyCorpus | None, options: GrowOptions
-) -> tuple[str, str, list[str]]:
-    """Parent of a growth that begins, the reason for it, and the lines to print."""
-    if options.parent != "auto":
-        return options.parent, "named by hand", []
-    nearest = nearest_expert(run, tag, options.by or DEFAULT, corpus or run.record["corpus"])
-    line = f"{tag} grows from {nearest.expert.name}, which {nearest.reason}"
-    return nearest.expert.name, nearest.reason, [*nearest.warnings, line]
+    for expert in registry.training():
+        if expert.cluster is None and expert.languages == (tag,):
+            return _resumed(run, expert, corpus, options)
+    origin, reason, lines = options.parent, "named by hand", ()
+    if origin == "auto":
+        nearest = nearest_expert(run, tag, options.by or DEFAULT, corpus or run.record["corpus"])
+        origin, reason = nearest.expert.name, nearest.reason
+        lines = (*nearest.warnings, f"{tag} grows from {origin}, which {reason}")
+    settings = _own_settings(run)
+    registry = grow_registry(registry, tag, origin, reason=reason, settings=settings)
+    expert = registry.expert(tag)
+    check_parents(run, [parent_directory(run, expert)])
+    contents = contents_of(Corpus.of(corpus or run.record["corpus"]).pinned(), [tag])
+    store = tokenise(place, contents, tag, workers=options.workers)
+    for line in lines:
+        print(line, file=sys.stderr)
+    return run, expert, store
 
 
 def _own_settings(run: Run) -> dict[str, int | float | None]:
@@ -145,58 +118,46 @@ def _own_settings(run: Run) -> dict[str, int | float | None]:
     return {name: getattr(run.config.grow, budget[name]) for name in budget if name in given}
 
 
-def _going_on(
+def _resumed(
     run: Run, started: Expert, corpus: AnyCorpus | None, options: GrowOptions
-) -> tuple[Run, Store]:
-    """The RUN with the settings with which a growth began, and its text; UserError for another
-    corpus, parent or setting than it began with."""
+) -> tuple[Run, Expert, Store]:
+    """The same for a growth that has begun; UserError for another corpus, parent or setting than it
+    began with."""
     (tag,) = started.languages
-    store = run.store(tag)
-    give_up = f"or give it up with: xelm discard {run.directory} {started.name}"
+    store, parent, by, settings = run.store(tag), options.parent, options.by, _own_settings(run)
+    other = None
     if corpus and contents_of(corpus, [tag]).fingerprint() != store.record["corpus_sha256"]:
-        raise UserError(
-            f"{started.reference} is in training already, on "
-            f"{Corpus.of(store.record['corpus'])}; {Corpus.of(corpus)} holds "
-            f"something else. Go on without --corpus, {give_up}"
+        other = (
+            f"on {Corpus.of(store.record['corpus'])}; {Corpus.of(corpus)} holds something else. "
+            "Go on without --corpus"
         )
-    if options.parent not in ("auto", started.parent, started.parent.partition("@")[0]):
-        raise UserError(
-            f"{started.reference} is in training already, from {started.parent}; "
-            f"go on with that parent, {give_up}"
-        )
-    by = options.by
-    if by is not None and f"the nearest language by {by}," not in (started.reason or ""):
-        raise UserError(
-            f"{started.reference} is in training already, from {started.parent} "
-            f"({started.reason}); go on without --by, {give_up}"
-        )
+    elif parent not in ("auto", started.parent, started.parent.partition("@")[0]):
+        other = f"from {started.parent}; go on with that parent"
+    elif by is not None and f"the nearest language by {by}," not in (started.reason or ""):
+        other = f"from {started.parent} ({started.reason}); go on without --by"
     began, of_run = started.settings or {}, replace(run, settings=()).config.grow
-    for name, value in _own_settings(run).items():
+    for name, value in settings.items():
         before = began.get(name, getattr(of_run, name.partition(".")[2]))
         if value != before:
-            raise UserError(
-                f"{started.reference} is in training already, with {name}={before}; got {value}. "
-                f"Go on without it, {give_up}"
-            )
+            other = other or f"with {name}={before}; got {value}. Go on without it"
+    if other:
+        raise UserError(
+            f"{started.reference} is in training already, {other}, or give it up with: xelm "
+            f"discard {run.directory} {started.name}"
+        )
     again = [
         f"{name}={'null' if value is None else value}"
         for name, value in began.items()
-        if name not in _own_settings(run)
+        if name not in settings
     ]
-    return replace(run, settings=[*run.settings, *again]), store
+    return replace(run, settings=[*run.settings, *again]), started, store
 
 
-def _in_training(registry: Registry, tag: str) -> Expert | None:
-    """The grown expert of a language whose training has begun."""
-    grown = (e for e in registry.training() if e.cluster is None and e.languages == (tag,))
-    return next(grown, None)
-
-
-def _job(run: Run, registry: Registry, expert: Expert, store: Store) -> Job:
+def _job(run: Run, expert: Expert, store: Store) -> Job:
     """The training of a grown expert on its language and those of its parent."""
     (tag,) = expert.languages
     sources = [LanguageShare(ids=store.languages[tag], share=1 - run.config.donor_share)]
-    sources += _donors(run, registry, expert)
+    sources += _donors(run, expert)
     # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
     random_seed = run.config.grow.random_seed + expert.round - 2
     config = _within_passes(tag, sources, run.config.grow)
@@ -227,14 +188,12 @@ def _within_passes(tag: str, sources: Sequence[LanguageShare], config: TrainConf
     return replace(config, tokens=steps * config.tokens_per_step)
 
 
-def _donors(run: Run, registry: Registry, expert: Expert) -> Sequence[LanguageShare]:
+def _donors(run: Run, expert: Expert) -> Sequence[LanguageShare]:
     """Text of the parent's languages, in equal parts of the donors' share."""
     share = run.config.donor_share
-    origin = None if expert.parent == SEED else registry.expert(*parse_reference(expert.parent))
-    if share == 0 or origin is None:
+    if share == 0 or expert.parent == SEED:
         return []
+    origin = run.registry().expert(*parse_reference(expert.parent))
     tags = origin.languages or tuple(origin.documents or ())
-    known = {
-        tag: ids for store in run.stores(tags).values() for tag, ids in store.languages.items()
-    }
+    known = {t: ids for s in run.stores(tags).values() for t, ids in s.languages.items()}
     return [LanguageShare(ids=known[tag], share=share / len(tags)) for tag in tags]

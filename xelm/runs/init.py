@@ -1,10 +1,10 @@
 """`xelm init`: a RUN from a corpus, with a seed that is trained here or is a given checkpoint."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from clustering.clustering import Clustering
 from clustering.errors import UserError
@@ -24,13 +24,12 @@ from xelm.runs.branch import branch, check_languages
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.options import InitOptions
 from xelm.runs.origin import base_model_of
-from xelm.runs.run import Run, create_run, refuse_other_files
+from xelm.runs.run import Run, create_run, files_of_run
 from xelm.runs.seed import (
-    check_lengths,
     check_seed,
     copy_seed,
     fresh_model,
-    load_tokenizer,
+    length_faults,
     train_seed,
     train_tokenizer,
 )
@@ -56,7 +55,9 @@ def init(
     given, seed = _given(corpus, config, options), options.seed
     if clusters is not None:
         check_languages(given.contents.languages or (), clusters)
-    with _fresh_lock(directory):
+    files_of_run(directory)
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    with locked(directory, "init"):
         run = create_run(directory, given.config, given.facts)
         if run.record.get("keep_duplicates", False) != options.keep_duplicates:
             raise UserError(f"{directory} was begun with --keep-duplicates; use it again")
@@ -65,14 +66,13 @@ def init(
         else:
             copy_seed(run, Path(seed), given.tokenizer)
             link_from_sibling(run, Path(seed).parent)
-        tokenizer = load_tokenizer(run)
-        store = tokenise(run, given.contents, tokenizer, "train", workers=options.workers)
+        store = tokenise(run, given.contents, "train", workers=options.workers)
         plans = _plans(run, store, given.model)
         announce(plans)
         if seed is None:
             check_disk(run.directory, plans[:-1])
-            train_seed(run, store, tokenizer)
-        fit_vectoriser(run, store, tokenizer.size)
+            train_seed(run, store)
+        fit_vectoriser(run, store)
         manifest.record(run.directory, ["run.json", "vectoriser.npz"])
         if not (run.directory / "registry.json").exists():
             Registry(seed_path="seed", seed_sha256=hash_directory(run.seed)).save(run.directory)
@@ -82,10 +82,7 @@ def init(
 
 
 def plan_init(
-    directory: str | Path,
-    corpus: AnyCorpus,
-    config: RunConfig,
-    options: InitOptions | None = None,
+    directory: str | Path, corpus: AnyCorpus, config: RunConfig, options: InitOptions | None = None
 ) -> tuple[list[Plan], list[TextStats]]:
     """What the trainings of a RUN would cost, and its text. The tokenizer is trained, and the
     corpus tokenised, in a temporary folder; nothing else is written. Arguments as in `init`."""
@@ -97,37 +94,37 @@ def plan_init(
             train_tokenizer(run, given.contents)
         else:
             given.tokenizer.hub.save_pretrained(run.training("tokenizer"))
-        tokenizer, workers = load_tokenizer(run), options.workers
-        store = tokenise(run, given.contents, tokenizer, "train", workers=workers)
+        store = tokenise(run, given.contents, "train", workers=options.workers)
         plans = _plans(run, store, given.model)
         check_disk(Path(directory), plans[:-1])
         return plans, list(text_stats(store).values())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Given:
+class _Given(NamedTuple):
     """The checked arguments of `init`."""
 
     contents: Contents
-    """Contents of the corpus in the languages of the RUN."""
     config: RunConfig
     model: ModelConfig
     tokenizer: Tokenizer | None
     """Tokenizer of the seed that is given; None where one is trained."""
     facts: Mapping[str, Any]
-    """What run.json records of them."""
+    """What run.json records of the arguments."""
 
 
 def _given(corpus: AnyCorpus, config: RunConfig, options: InitOptions) -> _Given:
     corpus, seed, base_model = Corpus.of(corpus), options.seed, options.base_model
-    tags = _languages(corpus, options.languages)
+    if options.languages is not None and not options.languages:
+        raise UserError("--languages names no language; wanted those of the corpus to use")
+    tags = canonical_all(options.languages or languages_of(corpus))
     contents = contents_of(corpus.pinned(), tags)
     parts, tokenizer = {"experts": config.experts, "grow": config.grow}, None
     if seed is None:
         if base_model is not None:
             raise UserError("--base-model names what --seed is on the Hub; there is no --seed")
         model = fresh_model(config)
-        check_lengths({"seed": config.seed, **parts}, model)
+        for fault in length_faults({"seed": config.seed, **parts}, model):
+            raise UserError(fault)
     else:
         base_model = base_model_of(seed, base_model)
         model, tokenizer = check_seed(Path(seed), config.start_token, parts)
@@ -140,7 +137,7 @@ def _given(corpus: AnyCorpus, config: RunConfig, options: InitOptions) -> _Given
         "corpus_sha256": contents.fingerprint(),
         **({"keep_duplicates": True} if options.keep_duplicates else {}),
     }
-    return _Given(contents=contents, config=config, model=model, tokenizer=tokenizer, facts=facts)
+    return _Given(contents, config, model, tokenizer, facts)
 
 
 def _plans(run: Run, store: Store, model: ModelConfig) -> list[Plan]:
@@ -152,21 +149,3 @@ def _plans(run: Run, store: Store, model: ModelConfig) -> list[Plan]:
     return [
         plan(run, name, name, all_shares(part, store), part, model) for name, part in parts.items()
     ]
-
-
-def _languages(corpus: Corpus, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    if wanted is not None:
-        if not wanted:
-            raise UserError("--languages names no language; wanted those of the corpus to use")
-        return canonical_all(wanted)
-    return canonical_all(languages_of(corpus))
-
-
-def _fresh_lock(directory: str | Path):
-    """The lock of a RUN whose directory may not exist yet, and is made."""
-    path = Path(directory)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{directory} is a file; give a new or empty directory")
-    refuse_other_files(path)
-    path.mkdir(parents=True, exist_ok=True)
-    return locked(path, "init")

@@ -36,16 +36,7 @@ def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router
     served = serving(run.registry(), experts)
     if routing.name == "language":
         return ByLanguage(experts=len(experts), serving=served)
-    router = _router(run, experts, routing)
-    if routing.abstain is None and routing.name in OR_MIXTURE:
-        found = novelty_of(run, served)
-        if found is not None:
-            router = OrMixture(
-                router=router,
-                novelty=found,
-                pieces=pieces(run),
-                mixture=mixture_of(len(experts) + len(models_behind(run, routing))),
-            )
+    router = _router(run, experts, routing, served)
     if routing.abstain is not None:
         router = Abstaining(
             router=router,
@@ -54,6 +45,9 @@ def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router
             fallback_name=routing.abstain_to,
             prior=uniform(len(experts)).weights,
         )
+    elif routing.name in OR_MIXTURE and (found := novelty_of(run, served)) is not None:
+        mixture = mixture_of(len(experts) + len(models_behind(run, routing)))
+        router = OrMixture(router=router, novelty=found, pieces=pieces(run), mixture=mixture)
     if routing.name == "fixed":
         return router
     return ByLanguage(experts=router.experts, serving=served, otherwise=router)
@@ -62,16 +56,17 @@ def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router
 def models_behind(run: Run, routing: Routing) -> dict[str, Path]:
     """Name and checkpoint of each model beside the experts that a router weighs or abstains to;
     UserError if it does not exist."""
-    if routing.abstain is not None:
-        if routing.abstain_to == "posterior":
-            return {}
-        if routing.abstain_to == "dense" and not run.dense.exists():
-            raise UserError(
-                f"{run.directory} has no dense baseline to abstain to; train one (xelm train "
-                "--dense) or abstain to the seed"
-            )
-        return {"seed": run.seed} if routing.abstain_to == "seed" else {"dense": run.dense}
-    return general_models(run) if routing.name in OR_MIXTURE else {}
+    general = general_models(run)
+    if routing.abstain is None:
+        return general if routing.name in OR_MIXTURE else {}
+    if routing.abstain_to == "posterior":
+        return {}
+    if routing.abstain_to not in general:
+        raise UserError(
+            f"{run.directory} has no dense baseline to abstain to; train one (xelm train --dense) "
+            "or abstain to the seed"
+        )
+    return {routing.abstain_to: general[routing.abstain_to]}
 
 
 def general_models(run: Run) -> dict[str, Path]:
@@ -80,7 +75,9 @@ def general_models(run: Run) -> dict[str, Path]:
     return {"seed": run.seed} | ({"dense": run.dense} if run.dense.exists() else {})
 
 
-def _router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
+def _router(
+    run: Run, experts: Sequence[Expert], routing: Routing, served: Mapping[str, int]
+) -> Router:
     count = len(experts)
     if routing.name == "uniform":
         return uniform(count)
@@ -90,15 +87,13 @@ def _router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
         memory = 1.0 if routing.memory is None else routing.memory
         return Posterior(prior=uniform(count).weights, memory=memory)
     if routing.name == "detected":
-        served = serving(run.registry(), experts)
         if not served:
             raise UserError(
                 f"no expert of {run.directory} serves a language of its own: detected routing has "
                 "nothing to go by"
             )
-        return Detected(
-            experts=count, identifier=identifier(run), pieces=pieces(run), serving=served
-        )
+        found, names = identifier(run), pieces(run)
+        return Detected(experts=count, identifier=found, pieces=names, serving=served)
     if routing.name == "learned":
         return learned(run, experts)
     temperature, distance_power = routing.tfidf

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from clustering.distances import Relative
 from clustering.errors import UserError
-from clustering.languages import canonical, canonical_all, english_name, find
+from clustering.languages import canonical, canonical_all, english_name
 from experts.expert import Expert
 from experts.grow import choose_parent
 from xelm.data.corpus import AnyCorpus, Corpus
@@ -39,11 +39,8 @@ class Relatives:
     def to_json(self) -> dict[str, Any]:
         """The relation as JSON values."""
         measures = {
-            name: {
-                "distance": None if math.isnan(found.distance) else found.distance,
-                "coverage": found.coverage,
-            }
-            for name, found in self.by_measure.items()
+            name: {"distance": None if math.isnan(far) else far, "coverage": coverage}
+            for name, (_, far, coverage) in self.by_measure.items()
         }
         return {
             "language": self.language,
@@ -66,24 +63,25 @@ def relatives(
         raise UserError("name a measure at least")
     tokens, experts = ({}, {}) if sources.run is None else _served(sources.run)
     if sources.run is not None and sources.corpus is None:
-        sources = replace(sources, corpus=_corpus_there(sources.run))
+        # It may have text in further languages, and may be gone from this machine.
+        own = Corpus.of(sources.run.record["corpus"])
+        if all(Path(source.path).exists() for source in own.sources):
+            sources = replace(sources, corpus=own)
     if others is None:
         others = _others(measures, sources, list(experts))
     known = [other for other in canonical_all(others) if other != tag]
     if not known:
         raise UserError(f"no language to compare {tag} with")
-    found = {
-        measure: {
-            near.language: near for near in measured(measure, [tag, *known], sources).relatives(tag)
-        }
-        for measure in measures
-    }
+    found: dict[str, dict[str, Relative]] = {}
+    for measure in measures:
+        near = measured(measure, [tag, *known], sources).relatives(tag)
+        found[measure] = {each.language: each for each in near}
     return [
         Relatives(
             language=other,
             by_measure={measure: near[other] for measure, near in found.items()},
-            tokens=tokens.get(find(other, tokens) or other),
-            expert=experts.get(find(other, experts) or other),
+            tokens=tokens.get(other),
+            expert=experts.get(other),
         )
         for other in found[measures[0]]
     ]
@@ -123,7 +121,7 @@ def nearest_expert(
     """
     tag, registry = canonical(language), run.registry()
     served = list(dict.fromkeys(tag for e in registry.published() for tag in e.languages))
-    if find(tag, served):
+    if tag in served:
         raise UserError(f"{tag!r} is served already, by {registry.for_language(tag).reference}")
     try:
         found = relatives(tag, [by], Sources(run=run, corpus=corpus))
@@ -133,19 +131,14 @@ def nearest_expert(
         expert, relative, distance = choose_parent(registry, ranked)
     except UserError as error:
         raise UserError(f"{error}; name an expert to grow from with --parent") from error
-    warnings = []
-    if unknown := [other for other, far in ranked if math.isnan(far)]:
-        warnings.append(
-            f"{by} knows nothing of how near {tag} is to {', '.join(unknown)}: not considered"
-        )
-    if warning := little_known(tag, found, by):
-        warnings.append(warning)
-    coverage = found[0].by_measure[by].coverage
+    warnings = [little_known(tag, found, by)]
+    if unknown := ", ".join(other for other, far in ranked if math.isnan(far)):
+        warnings.insert(0, f"{by} knows nothing of how near {tag} is to {unknown}: not considered")
     reason = (
         f"serves {relative}, the nearest language by {by}, at distance {distance:.3f}, of which "
-        f"{coverage:.0%} is known"
+        f"{found[0].by_measure[by].coverage:.0%} is known"
     )
-    return Parent(expert, reason, tuple(warnings))
+    return Parent(expert, reason, tuple(filter(None, warnings)))
 
 
 def _others(measures: Sequence[str], sources: Sources, served: Sequence[str]) -> Sequence[str]:
@@ -158,14 +151,6 @@ def _others(measures: Sequence[str], sources: Sources, served: Sequence[str]) ->
     return served if of_run and served else listed
 
 
-def _corpus_there(run: Run) -> Corpus | None:
-    """The corpus that a RUN was made of, which may have text in further languages; None if it is
-    not on this machine any more."""
-    corpus = Corpus.of(run.record["corpus"])
-    there = all(Path(source.path).exists() for source in corpus.sources)
-    return corpus if there else None
-
-
 def _served(run: Run) -> tuple[dict[str, int], dict[str, str]]:
     """Number of tokens of each language of a RUN, and the reference of its expert."""
     registry = run.registry()
@@ -174,9 +159,6 @@ def _served(run: Run) -> tuple[dict[str, int], dict[str, str]]:
     grown = [tag for e in registry.published() for tag in e.languages if tag not in run.languages]
     served = dict.fromkeys([*(tag for tag in run.languages if tag in tags), *grown])
     experts = {tag: registry.for_language(tag).reference for tag in served}
-    tokens = {
-        tag: counts["tokens"]
-        for store in run.stores(experts).values()
-        for tag, counts in store.record["languages"].items()
-    }
-    return tokens, experts
+    stores = run.stores(experts).values()
+    counts = {t: n for store in stores for t, n in store.record["languages"].items()}
+    return {tag: count["tokens"] for tag, count in counts.items()}, experts

@@ -30,11 +30,8 @@ def base_model_of(seed: str | Path, given: str | None) -> str | None:
 def origin_facts(run: Run) -> dict[str, str]:
     """Name of the seed on the Hub and its licence, as far as they are known from the front matter
     of the seed's README.md or from a file of terms beside the weights."""
-    facts = {}
-    if run.record.get("base_model"):
-        facts["base_model"] = run.record["base_model"]
-    facts |= licence_of(run.seed)
-    return facts
+    name = run.record.get("base_model")
+    return ({"base_model": name} if name else {}) | licence_of(run.seed)
 
 
 def licence_of(seed: Path) -> dict[str, str]:
@@ -49,10 +46,10 @@ def licence_of(seed: Path) -> dict[str, str]:
             raise UserError(
                 f"{seed / README} has a front matter that is no YAML: {reason}"
             ) from error
-    found = {key: str(metadata[key]) for key in _LICENCE_KEYS if metadata.get(key)}
-    if "license" not in found:
-        files = sorted(p.name for p in seed.iterdir() if p.name.lower().startswith(LICENCES[:2]))
-        # How the Hub writes terms that have no identifier there.
-        found = {"license": "other", "license_link": files[0]} if files else {}
-        found |= {"license_name": "that-of-the-seed"} if files else {}
-    return found
+    if metadata.get("license"):
+        return {key: str(metadata[key]) for key in _LICENCE_KEYS if metadata.get(key)}
+    files = sorted(p.name for p in seed.iterdir() if p.name.lower().startswith(LICENCES[:2]))
+    if not files:
+        return {}
+    # How the Hub writes terms that have no identifier there.
+    return {"license": "other", "license_link": files[0], "license_name": "that-of-the-seed"}

@@ -52,7 +52,7 @@ def write_model(
 ) -> None:
     """Writes a trained model as the checkpoint `target`, rounded to the dtype of the seed's weights
     unless the configuration sets another, and deletes the training's own files. writes: whether
-    this host writes; all hosts gather the parameters."""
+    this host writes."""
     work, dtype = run.training(name), run.config.weights_dtype
     write_checkpoint(
         target,
@@ -76,11 +76,10 @@ def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) ->
     readme.unlink(missing_ok=True)  # from a publication that was interrupted
     files = hash_directory(directory)
     described = replace(expert, sha256=files, tokens=tokens)
-    masked = not read_config(run.seed).causal
-    if run.settings:
-        facts = {**facts, "set for its training": " ".join(run.settings)}
     facts = {**origin_facts(run), **facts}
-    page = card(described, run.registry(), facts, masked=masked)
+    if run.settings:
+        facts["set for its training"] = " ".join(run.settings)
+    page = card(described, run.registry(), facts, masked=not read_config(run.seed).causal)
     replace_file(readme, lambda file: file.write(page.encode()))
     files[README] = sha256(readme)
     # Before the registry, since `verify` compares every published expert with this record.

@@ -1,5 +1,6 @@
 """A RUN: one X-ELM on disk. Its paths and readers; the commands that change it are elsewhere."""
 
+import functools
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from clustering.files import read_arrays, read_json, write_json
 from clustering.languages import canonical_all
 from clustering.vectoriser import Vectoriser
 from experts.registry import Registry
-from xelm.config import RunConfig, differences, from_json, override, to_json
+from xelm.config import RunConfig, StartToken, differences, from_json, override, to_json
 
 if TYPE_CHECKING:
     from xelm.data.store import Store
@@ -39,11 +40,10 @@ class Run:
     """Such as "experts.runtime.dtype=bfloat16", for now in place of what run.json says."""
 
     def __repr__(self) -> str:
-        more = len(self.languages) - _SHOWN_LANGUAGES
-        shown = ", ".join(self.languages[:_SHOWN_LANGUAGES]) + (
-            f", {more} more" if more > 0 else ""
-        )
-        return f"<Run {self.directory}: {len(self.languages)} languages: {shown}>"
+        count = len(self.languages)
+        shown = ", ".join(self.languages[:_SHOWN_LANGUAGES])
+        more = f", {count - _SHOWN_LANGUAGES} more" if count > _SHOWN_LANGUAGES else ""
+        return f"<Run {self.directory}: {count} languages: {shown}{more}>"
 
     @property
     def config(self) -> RunConfig:
@@ -104,11 +104,15 @@ class Run:
             )
         return Clustering.load(self.directory)
 
-    def tokenizer(self) -> "Tokenizer":
-        """The tokenizer of the seed, which every expert shares."""
-        from xelm.data import tokenizer
+    def tokenizer_directory(self) -> Path:
+        """Directory of the tokenizer: the seed or, before there is one, its training's folder."""
+        return self.seed if (self.seed / "tokenizer.json").exists() else self.training("tokenizer")
 
-        return tokenizer.load(self.seed, self.config.start_token)
+    def tokenizer(self) -> "Tokenizer":
+        """The tokenizer that all models share; loaded again only if one of its files changes."""
+        directory = self.tokenizer_directory()
+        files = sorted((file.name, file.stat().st_mtime_ns) for file in directory.glob("*"))
+        return _load_tokenizer(directory.absolute(), self.config.start_token, tuple(files))
 
     def context_length(self) -> int:
         """The models' own length, in tokens: that of the seed's config.json or, of a seed that was
@@ -145,6 +149,13 @@ class Run:
         return Vectoriser(idf=arrays["idf"], projection=arrays["projection"])
 
 
+@functools.lru_cache(maxsize=2)
+def _load_tokenizer(directory: Path, start_token: StartToken, _files: object) -> "Tokenizer":
+    from xelm.data import tokenizer
+
+    return tokenizer.load(directory, start_token)
+
+
 def open_run(directory: str | Path, *, finished: bool = True, settings: Sequence[str] = ()) -> Run:
     """The RUN in a directory; one that init has not made whole is refused if `finished`."""
     path = Path(directory) / "run.json"
@@ -168,12 +179,16 @@ def open_run(directory: str | Path, *, finished: bool = True, settings: Sequence
     return run
 
 
-def refuse_other_files(directory: str | Path) -> None:
-    """Raises UserError for a directory that is not empty and is no RUN."""
+def files_of_run(directory: str | Path) -> set[str]:
+    """Names of what is in the directory of a RUN that is to be made or to be resumed; UserError for
+    a file, and for a directory that is not empty and is no RUN."""
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; give a new or empty directory")
     present = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if present - {".locks"} and "run.json" not in present:
         raise UserError(f"{directory} exists and is no RUN; give a new or empty directory")
+    return present
 
 
 def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any]) -> Run:
@@ -181,11 +196,8 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
     settings of the seed's training. Another configuration in its place is refused."""
     from xelm.version import __version__
 
-    directory = Path(directory)
-    refuse_other_files(directory)
+    directory, present = Path(directory), files_of_run(directory)
     wanted = {"config": to_json(config), **facts}
-    present = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    more = present - {"run.json", ".locks"}
     if "run.json" in present:
         run = open_run(directory, finished=False)
         # What a corpus contains counts, not where it lies; the seed's training may be resumed
@@ -196,7 +208,7 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
         if not differ:
             return replace(run, record={**run.record, "config": wanted["config"]})
         # With nothing beside it, it is of a beginning that failed at once, and is begun anew.
-        if more:
+        if present - {"run.json", ".locks"}:
             rest = f" (and {len(differ) - 5} more)" if len(differ) > 5 else ""
             raise UserError(
                 f"{directory} was begun with other settings: {'; '.join(differ[:5])}{rest}; "

@@ -26,7 +26,6 @@ from xelm.models.weights import tensor_without_numbers, weight_files
 from xelm.runs.origin import licence_of
 from xelm.runs.run import Run
 from xelm.runs.shares import all_shares
-from xelm.runs.text import tokenizer_directory
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 
@@ -37,7 +36,7 @@ def check_seed(
     """Shape and tokenizer of a checkpoint that is to be a seed; UserError names everything that is
     wrong with it for these trainings."""
     model, tokenizer = check_checkpoint(source), None
-    faults = _length_faults(parts, model)
+    faults = length_faults(parts, model)
     try:
         tokenizer = tokenizers.load(source, start_token)
         if tokenizer.rows() > model.vocabulary_size:
@@ -75,14 +74,8 @@ def check_seed(
 
 def copy_seed(run: Run, source: Path, tokenizer: Tokenizer) -> None:
     """Copies a checkpoint to RUN/seed, unless one is there."""
-    if run.seed.exists():
-        return
-    copy_checkpoint(source, run.seed, tokenizer.hub.save_pretrained)
-
-
-def load_tokenizer(run: Run) -> Tokenizer:
-    """The tokenizer of the seed, or the one that was trained for it."""
-    return tokenizers.load(tokenizer_directory(run), run.config.start_token)
+    if not run.seed.exists():
+        copy_checkpoint(source, run.seed, tokenizer.hub.save_pretrained)
 
 
 def train_tokenizer(run: Run, contents: Contents) -> None:
@@ -120,7 +113,7 @@ def train_tokenizer(run: Run, contents: Contents) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def train_seed(run: Run, store: Store, tokenizer: Tokenizer) -> None:
+def train_seed(run: Run, store: Store) -> None:
     """Trains a fresh model on the corpus and writes it to RUN/seed, unless one is there."""
     if run.seed.exists():
         return
@@ -133,13 +126,13 @@ def train_seed(run: Run, store: Store, tokenizer: Tokenizer) -> None:
         directory=run.training("seed"),
         logs=run.logs(run.seed),
     )
-    trained = train(training, fresh_model(config), tokenizer.text_format)
+    trained = train(training, fresh_model(config), run.tokenizer().text_format)
     write_checkpoint(
         run.seed,
         fresh_model(config),
         trained.parameters,
         model_type=config.model_type,
-        tokenizer=tokenizer_directory(run),
+        tokenizer=run.tokenizer_directory(),
         special_ids=tokenizer_training.SPECIAL_IDS,
         extra=[run.training("seed") / "metrics.jsonl"],
     )
@@ -154,10 +147,13 @@ def fresh_model(config: RunConfig) -> ModelConfig:
     return config.model
 
 
-def _length_faults(parts: Mapping[str, TrainConfig], model: ModelConfig) -> list[str]:
+def length_faults(parts: Mapping[str, TrainConfig], model: ModelConfig) -> list[str]:
     """Faults in the lengths of rows of some trainings, with the settings that correct them."""
-    lengths = {f"{name}.sequence_length": part.sequence_length for name, part in parts.items()}
-    longer = {name: length for name, length in lengths.items() if length > model.max_length}
+    longer = {
+        f"{name}.sequence_length": part.sequence_length
+        for name, part in parts.items()
+        if part.sequence_length > model.max_length
+    }
     if not longer:
         return []
     mended = " ".join(f"--set {name}={model.max_length}" for name in longer)
@@ -165,9 +161,3 @@ def _length_faults(parts: Mapping[str, TrainConfig], model: ModelConfig) -> list
         f"{' and '.join(longer)} must be at most the model's max_length, {model.max_length}; got "
         f"{' and '.join(map(str, longer.values()))} (add {mended})"
     ]
-
-
-def check_lengths(parts: Mapping[str, TrainConfig], model: ModelConfig) -> None:
-    """Raises UserError if the rows of some training are longer than the model can read."""
-    for fault in _length_faults(parts, model):
-        raise UserError(fault)

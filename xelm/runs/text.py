@@ -17,7 +17,6 @@ from xelm.data.reading import Reading
 from xelm.data.store import Store
 from xelm.data.text_stats import duplicate_notes, text_stats, warnings
 from xelm.data.tokenise import build_store
-from xelm.data.tokenizer import Tokenizer
 from xelm.progress import bar
 from xelm.runs.run import Run, open_run
 
@@ -30,23 +29,17 @@ _SAME = ("corpus_sha256", "languages", "keep_duplicates")
 
 
 def tokenise(
-    run: Run,
-    contents: Contents,
-    tokenizer: Tokenizer,
-    name: str,
-    *,
-    workers: int = 1,
-    training: bool = True,
+    run: Run, contents: Contents, name: str, *, workers: int = 1, training: bool = True
 ) -> Store:
     """The tokenised corpus RUN/corpus/`name`, made now unless it is there for these contents and
-    this tokenizer. Prints on stderr which records are left out. training: whether the text is for
-    training, where exact copies of documents are left out too unless the RUN keeps them. workers:
-    number of processes."""
+    the RUN's tokenizer; what is left out is printed on stderr. workers: number of processes.
+    training: whether to train on it, without exact copies of documents unless the RUN keeps
+    them."""
     directory, corpus = run.directory / "corpus" / name, contents.corpus
     facts = {
         "corpus": corpus.to_json(),
         "corpus_sha256": contents.fingerprint(),
-        "tokenizer_sha256": sha256(tokenizer_directory(run) / "tokenizer.json"),
+        "tokenizer_sha256": sha256(run.tokenizer_directory() / "tokenizer.json"),
         "language_codes": codes.VERSION,
         # Files may contain more languages than are wanted.
         "languages_wanted": None if contents.languages is None else sorted(contents.languages),
@@ -68,7 +61,7 @@ def tokenise(
             store = build_store(
                 directory,
                 reading.documents(),
-                tokenizer,
+                run.tokenizer(),
                 reading.unusable,
                 languages=contents.languages,
                 facts=facts,
@@ -101,12 +94,7 @@ def _check_trained_on(store: Store, facts: Mapping[str, Any]) -> None:
         )
 
 
-def tokenizer_directory(run: Run) -> Path:
-    """Directory with the tokenizer: the seed's or, before there is a seed, that of its training."""
-    return run.seed if (run.seed / "tokenizer.json").exists() else run.training("tokenizer")
-
-
-def fit_vectoriser(run: Run, store: Store, vocabulary_size: int) -> None:
+def fit_vectoriser(run: Run, store: Store) -> None:
     """Fits the TF-IDF vectors on a sample of the corpus, unless they are there."""
     if (run.directory / "vectoriser.npz").exists():
         return
@@ -118,9 +106,8 @@ def fit_vectoriser(run: Run, store: Store, vocabulary_size: int) -> None:
         for ids in store.languages.values()
         for number in range(0, len(ids), -(-len(ids) // most))
     )
-    fitted = tfidf.fit(
-        documents, vocabulary_size, run.config.vectoriser_dimensions, run.config.seed.random_seed
-    )
+    size, config = run.tokenizer().size, run.config
+    fitted = tfidf.fit(documents, size, config.vectoriser_dimensions, config.seed.random_seed)
     write_arrays(
         run.directory / "vectoriser.npz", {"idf": fitted.idf, "projection": fitted.projection}
     )

@@ -61,7 +61,7 @@ def try_experts(
 ) -> dict[str, UserError]:
     """As `train_experts`, but returns why experts failed, by name. wait_seconds: how long to wait
     for another process that is training one of them."""
-    plans = plans_of(run, names)
+    plans = plans_of(run, names, estimate=False)
     together, failures = run.config.experts.runtime.mesh_expert, {}
     first_does(functools.partial(check_disk, run.directory, plans, together=together))
     for first in range(0, len(names), together):
@@ -86,12 +86,8 @@ def plans_of(
 
 def plans_of_jobs(run: Run, jobs: Sequence[Job], *, estimate: bool = True) -> list[Plan]:
     """Cost of each job."""
-    model = read_config(run.seed) if jobs else None
-    return [
-        plan(run, job.name, job.part, job.sources, job.config, model, estimate=estimate)
-        for job in jobs
-        if model is not None
-    ]
+    model = read_config(run.seed)
+    return [plan(run, j.name, j.part, j.sources, j.config, model, estimate=estimate) for j in jobs]
 
 
 def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[str, UserError]:
@@ -146,7 +142,8 @@ def _job(run: Run, expert: Expert) -> Job:
 
 def train_dense(run: Run) -> None:
     """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
-    job, plans = _dense_job(run), plans_of(run, dense=True)
+    job = _dense_job(run)
+    plans = plans_of_jobs(run, [] if run.dense.exists() else [job])
     first_does(functools.partial(check_disk, run.directory, plans))
     with _held(run, "dense"):
         first_does(functools.partial(announce, plans))
