@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_no_half_tokenizer(
     xelm, tiny_corpus, tiny_settings, tmp_path, monkeypatch
 ):
     def full(texts, vocabulary_size, directory, **options):
-        directory.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tokenizer_training, "train", full)

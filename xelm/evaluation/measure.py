@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from xelm.data.tokenizer import Tokenizer
+from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.reliability import Reliability, chosen
 from xelm.evaluation.results import System
 from xelm.evaluation.summaries import CalibrationSums, Measurement, RouterSums, total_of
@@ -43,18 +44,13 @@ class MeasurementPlan:
     """Language -> index of the expert that serves it, or a language that it falls back to."""
     routers: Mapping[str, Router]
     """Router of each routing."""
-    limits: RoutingLimits
-    """Which of the weighed experts are kept at each token."""
+    options: EvaluationOptions
+    """Which of the weighed experts are kept, and how documents are read; the context length is
+    known."""
     documents: Mapping[str, Sequence[np.ndarray]]
     """Language -> ids of each document."""
     languages: Mapping[str, Sequence[str]]
     """Model -> languages that it is scored on."""
-    calibration_tokens: int
-    """Number of tokens of each language, the first ones, on which calibration is measured."""
-    context_length: int
-    """Number of tokens that a model reads at once."""
-    stride: int
-    """Number of tokens from one window of a longer document to the next."""
 
     def token_counts(self) -> dict[str, np.ndarray]:
         """Language -> number of predicted tokens of each document."""
@@ -91,6 +87,7 @@ class MeasurementPlan:
         wanted, first = self._targets(tag), self._first
         by_model = [scores[name].get(tag) for name in self._weighed]
         sample = self._sample([len(target) - first for target in wanted])
+        limits = RoutingLimits(top_m=self.options.top_m, least_weight=self.options.least_weight)
         found: dict[System, Measurement] = {}
         samples: dict[System, list[np.ndarray]] = {}
         for routing, router in self.routers.items():
@@ -107,7 +104,7 @@ class MeasurementPlan:
                 own = np.stack([unknown if one is None else one[number] for one in some])
                 positions = np.arange(first, len(target))
                 walk = Walk.along(router, tag if by_language else None, target, positions)
-                log_weights, _, needed = walk.decide(own, self.limits)
+                log_weights, _, needed = walk.decide(own, limits)
                 nats.append(-mixture(log_weights, own[:, first:]).sum(dtype=np.float64))
                 stats.append(_router_sums(np.exp(log_weights), expert, needed))
                 if number < len(sample):
@@ -184,8 +181,8 @@ class MeasurementPlan:
         """Options of `score_documents`."""
         return {
             "text_format": self.tokenizer.text_format,
-            "context_length": self.context_length,
-            "stride": self.stride,
+            "context_length": self.options.windows[0],
+            "stride": self.options.windows[1],
         }
 
     @property
@@ -206,7 +203,7 @@ class MeasurementPlan:
 
     def _sample(self, sizes: Sequence[int]) -> list[int]:
         """Number of tokens of each of the first documents that are in the sample."""
-        sample, left = [], self.calibration_tokens
+        sample, left = [], self.options.calibration_tokens
         for size in sizes:
             if left <= 0:
                 break

@@ -225,7 +225,7 @@ def write_checkpoint(
     tensors = stored_tensors(kind, config, flat, dtype)
     try:
         if writes:
-            with _all_or_nothing(Path(directory)) as partial:
+            with all_or_nothing(Path(directory)) as partial:
                 write_json(partial / "config.json", source)
                 if tokenizer is not None:
                     copy_companions(tokenizer, partial)
@@ -253,7 +253,7 @@ def copy_checkpoint(
     do not match its config.json; other files of `source` are not copied. save_tokenizer: writes
     tokenizer.json into a folder, for a checkpoint that has none."""
     check_checkpoint(source)
-    with _all_or_nothing(Path(directory)) as partial:
+    with all_or_nothing(Path(directory)) as partial:
         for name in weight_files(source):
             shutil.copyfile(Path(source) / name, partial / name)
         # The seed's README states its licence, which the cards of its experts repeat.
@@ -267,7 +267,7 @@ def copy_checkpoint(
 
 
 @contextmanager
-def _all_or_nothing(target: Path) -> Iterator[Path]:
+def all_or_nothing(target: Path) -> Iterator[Path]:
     """Yields a folder to write into; it becomes `target` by a rename once all of it is on disk."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,10 +86,12 @@ def passes(sources: Sequence[LanguageShare], config: TrainConfig) -> dict[str, f
     """Number of passes over the text of each language in a training."""
     total, found = sum(source.share for source in sources), {}
     for source in sources:
-        rows = config.steps * config.batch_size * source.share / total
+        rows, ids = config.steps * config.batch_size * source.share / total, source.ids
+        part = source.documents
+        tokens = ids.stream_ends[-1] if part is None else (ids.lengths[part] + FRAME).sum()
         # As many as `LanguageRows` has, of which the last is filled up.
-        whole = max(1, -(-(_tokens(source) - 1) // config.sequence_length))
-        found[source.ids.language] = found.get(source.ids.language, 0.0) + rows / whole
+        whole = max(1, -(-(int(tokens) - 1) // config.sequence_length))
+        found[ids.language] = found.get(ids.language, 0.0) + rows / whole
     return found
 
 
@@ -106,8 +108,8 @@ def check_disk(directory: Path, plans: Sequence[Plan], *, together: int = 1) -> 
     needed, free = needed_bytes(directory, plans, together), shutil.disk_usage(there).free
     if needed > free:
         raise UserError(
-            f"{directory} has {size(free)} of disk left, and {_names(plans)} would write up to "
-            f"{size(needed)} (checkpoints and weights); make room, or lower "
+            f"{directory} has {size(free)} of disk left, and {_listed([p.name for p in plans])} "
+            f"would write up to {size(needed)} (checkpoints and weights); make room, or lower "
             "runtime.keep_checkpoints"
         )
 
@@ -126,19 +128,17 @@ def warnings(plans: Sequence[Plan]) -> list[str]:
     """One line for each training that passes over a language more than `MOST_PASSES` times."""
     lines = []
     for each in plans:
-        often = {tag: times for tag, times in each.passes.items() if times > MOST_PASSES}
+        often = {f"{t} {_times(n)}": n for t, n in each.passes.items() if n > MOST_PASSES}
         if not often:
             continue
-        ordered = sorted(often.items(), key=lambda item: -item[1])
-        which = ", ".join(f"{tag} {_times(times)}" for tag, times in ordered[:_LISTED])
-        more = f" and {len(often) - _LISTED} more" if len(often) > _LISTED else ""
+        which = _listed(sorted(often, key=lambda text: -often[text]))
         part = "experts" if each.part == "dense" else each.part
         fewer = f"make the RUN with fewer tokens (xelm init --set {part}.tokens=N)"
         if part == "grow":
             other = f"--set grow.max_passes={MOST_PASSES:g}"
             fewer = f"begin on fewer tokens (xelm grow --set grow.tokens=N, or {other})"
         lines.append(
-            f"{each.name}: passes over the same text: {which}{more}. More than "
+            f"{each.name}: passes over the same text: {which}. More than "
             f"{MOST_PASSES:g} teach little and may do harm; give more text, or {fewer}"
         )
     return lines
@@ -173,16 +173,9 @@ def _times(number: float) -> str:
     return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
 
 
-def _names(plans: Sequence[Plan]) -> str:
-    names, more = [each.name for each in plans[:_LISTED]], len(plans) - _LISTED
-    return ", ".join(names) + (f" and {more} more" if more > 0 else "")
-
-
-def _tokens(source: LanguageShare) -> int:
-    """Number of tokens of one pass, special tokens included."""
-    if source.documents is None:
-        return int(source.ids.stream_ends[-1])
-    return int((source.ids.lengths[source.documents] + FRAME).sum())
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
@@ -214,8 +207,13 @@ def _time(
 def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | None:
     """Positions per second of the training so far or, if it has not begun, of a training in the RUN
     with similar rows and batches."""
-    rates = []
-    for other, folder, its in _trainings(run, name, config):
+    trainings, rates = [(name, run.training(name), config)], []
+    if (run.directory / "registry.json").exists():
+        for expert in reversed(run.registry().published()):
+            its = run.config.grow if expert.cluster is None else run.config.experts
+            trainings.append((expert.name, expert.directory(run.directory), its))
+    trainings += [("dense", run.dense, run.config.dense), ("seed", run.seed, run.config.seed)]
+    for other, folder, its in trainings:
         lines = read_metrics(folder / "metrics.jsonl")
         seconds = seconds_of(lines)
         if seconds is None:
@@ -227,18 +225,6 @@ def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | N
         if same_length and its.runtime.dtype == config.runtime.dtype:
             rates.append((rate, f"{other} was here, in batches of {its.batch_size}"))
     return rates[0] if rates else None
-
-
-def _trainings(run: Run, name: str, config: TrainConfig) -> Iterator[tuple[str, Path, TrainConfig]]:
-    """Name, folder of metrics.jsonl and settings of trainings of this model, the most similar
-    first."""
-    yield name, run.training(name), config
-    if (run.directory / "registry.json").exists():
-        for expert in reversed(run.registry().published()):
-            its = run.config.grow if expert.cluster is None else run.config.experts
-            yield expert.name, expert.directory(run.directory), its
-    yield "dense", run.dense, run.config.dense
-    yield "seed", run.seed, run.config.seed
 
 
 def _shape(config: TrainConfig) -> tuple:

@@ -50,24 +50,19 @@ def by_measure(
     known, unknown = distances.without_gaps()
     if len(known.languages) < min(2, len(distances.languages)):
         distances.complete()
-    sizes = _tokens(sources.run, known.languages) if balance_tokens else None
-    why = {}
+    sizes, why = None, {}
+    if balance_tokens:
+        if sources.run is None:
+            raise UserError("the tokens to balance are those of a RUN, and there is none")
+        store = sources.run.store()
+        counts = store.record["languages"]
+        sizes = {tag: counts[tag]["tokens"] for tag in store.tags(known.languages)}
     if k is None:
         drawn = resampled(measure, known.languages, sources, RESAMPLINGS)
         found = choice.choices(known, rule=rule, sizes=sizes, resampled=drawn)
         k, why = choice.best(found).k, {"reason": choice.reason(found)}
     clustering = grouping.cluster(known, k, rule=rule, sizes=sizes, unassigned=unassigned + unknown)
     return replace(clustering, parameters=clustering.parameters | why)
-
-
-def _tokens(run: Run | None, tags: Sequence[str]) -> dict[str, int]:
-    if run is None:
-        raise UserError("the tokens to balance are those of a RUN, and there is none")
-    counts = run.store().record["languages"]
-    missing = [tag for tag in tags if tag not in counts]
-    if missing:
-        raise UserError(f"{run.directory} has no text in {', '.join(missing)}")
-    return {tag: counts[tag]["tokens"] for tag in tags}
 
 
 def documents_of_run(

@@ -18,7 +18,6 @@ from xelm.evaluation.measure import MeasurementPlan
 from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.results import Results
 from xelm.evaluation.summaries import Background, summarise
-from xelm.inference.routing import RoutingLimits
 from xelm.inference.scoring import check_windows
 from xelm.models.checkpoint import read_config
 from xelm.runs.check import check_models
@@ -107,12 +106,9 @@ def _plan(
         experts=[expert.name for expert in experts],
         serving=served,
         routers={r.name: make_router(run, experts, r) for r in routings} if experts else {},
-        limits=RoutingLimits(top_m=options.top_m, least_weight=options.least_weight),
+        options=options,
         documents=documents,
         languages=languages,
-        calibration_tokens=options.calibration_tokens,
-        context_length=options.windows[0],
-        stride=options.windows[1],
     )
 
 

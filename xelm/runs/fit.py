@@ -61,11 +61,9 @@ def identifier(run: Run) -> Identifier:
         fitted = identify.fit({tag: texts(ids, False) for tag, ids in languages.items()})
         # Calibrated where it is needed: at the beginnings of texts.
         draw = np.random.default_rng(0)
+        held_out = {tag: texts(ids, True) for tag, ids in languages.items()}
         return fitted.calibrated(
-            {
-                tag: (text[: int(draw.geometric(0.05))] for text in texts(ids, True))
-                for tag, ids in languages.items()
-            }
+            {t: (x[: int(draw.geometric(0.05))] for x in some) for t, some in held_out.items()}
         )
 
     return _fitted(run, "languages", _sizes(languages), make, Identifier.save, Identifier.load)

@@ -19,20 +19,14 @@ from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.data.tokenizer import Tokenizer
+from xelm.models.checkpoint import copy_checkpoint
 from xelm.models.config import ModelConfig
 from xelm.runs.branch import branch, check_languages
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.options import InitOptions
 from xelm.runs.origin import base_model_of
 from xelm.runs.run import Run, create_run, files_of_run
-from xelm.runs.seed import (
-    check_seed,
-    copy_seed,
-    fresh_model,
-    length_faults,
-    train_seed,
-    train_tokenizer,
-)
+from xelm.runs.seed import check_seed, fresh_model, length_faults, train_seed, train_tokenizer
 from xelm.runs.shares import all_shares
 from xelm.runs.text import fit_vectoriser, link_from_sibling, tokenise
 
@@ -64,7 +58,8 @@ def init(
         if seed is None or given.tokenizer is None:
             train_tokenizer(run, given.contents)
         else:
-            copy_seed(run, Path(seed), given.tokenizer)
+            if not run.seed.exists():
+                copy_checkpoint(seed, run.seed, given.tokenizer.hub.save_pretrained)
             link_from_sibling(run, Path(seed).parent)
         store = tokenise(run, given.contents, "train", workers=options.workers)
         plans = _plans(run, store, given.model)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clustering.errors import UserError
-from clustering.files import flush
 from xelm.config import RunConfig, StartToken, TrainConfig
 from xelm.data import tokenizer as tokenizers
 from xelm.data import tokenizer_training
@@ -18,7 +17,7 @@ from xelm.data.reading import Reading
 from xelm.data.store import Store
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.sampling import read_sampling_params
-from xelm.models.checkpoint import check_checkpoint, copy_checkpoint, write_checkpoint
+from xelm.models.checkpoint import all_or_nothing, check_checkpoint, write_checkpoint
 from xelm.models.config import ModelConfig
 from xelm.models.families import hub_config
 from xelm.models.parameters import fresh_parameters
@@ -72,12 +71,6 @@ def check_seed(
     return model, tokenizer
 
 
-def copy_seed(run: Run, source: Path, tokenizer: Tokenizer) -> None:
-    """Copies a checkpoint to RUN/seed, unless one is there."""
-    if not run.seed.exists():
-        copy_checkpoint(source, run.seed, tokenizer.hub.save_pretrained)
-
-
 def train_tokenizer(run: Run, contents: Contents) -> None:
     """Trains a tokenizer on the corpus unless there is one. UserError if a language has no text."""
     target = run.training("tokenizer")
@@ -94,9 +87,7 @@ def train_tokenizer(run: Run, contents: Contents) -> None:
     if missing:
         raise no_documents(missing, reading.unusable)
     print(f"training a tokenizer of {vocabulary_size} pieces", file=sys.stderr)
-    partial = target.with_name(".tokenizer.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with all_or_nothing(target) as partial:
         tokenizer_training.train(
             {language: sample.documents for language, sample in samples.items()},
             vocabulary_size,
@@ -105,12 +96,6 @@ def train_tokenizer(run: Run, contents: Contents) -> None:
             exponent=config.tokenizer_exponent,
             random_seed=config.seed.random_seed,
         )
-        flush(partial)
-        partial.rename(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}; nothing was changed") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def train_seed(run: Run, store: Store) -> None:
@@ -118,18 +103,19 @@ def train_seed(run: Run, store: Store) -> None:
     if run.seed.exists():
         return
     config = run.config
+    model = fresh_model(config)
     training = TrainingSpec(
         label="seed",
-        start=functools.partial(fresh_parameters, fresh_model(config), config.seed.random_seed),
+        start=functools.partial(fresh_parameters, model, config.seed.random_seed),
         sources=all_shares(config.seed, store),
         config=config.seed,
         directory=run.training("seed"),
         logs=run.logs(run.seed),
     )
-    trained = train(training, fresh_model(config), run.tokenizer().text_format)
+    trained = train(training, model, run.tokenizer().text_format)
     write_checkpoint(
         run.seed,
-        fresh_model(config),
+        model,
         trained.parameters,
         model_type=config.model_type,
         tokenizer=run.tokenizer_directory(),

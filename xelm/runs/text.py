@@ -9,7 +9,7 @@ from typing import Any
 
 from clustering import codes, tfidf
 from clustering.errors import UserError
-from clustering.files import flush, sha256, write_arrays
+from clustering.files import sha256, write_arrays
 from experts import manifest
 from experts.lock import locked
 from xelm.data.contents import Contents
@@ -17,6 +17,7 @@ from xelm.data.reading import Reading
 from xelm.data.store import Store
 from xelm.data.text_stats import duplicate_notes, text_stats, warnings
 from xelm.data.tokenise import build_store
+from xelm.models.checkpoint import all_or_nothing
 from xelm.progress import bar
 from xelm.runs.run import Run, open_run
 
@@ -119,25 +120,16 @@ def link_from_sibling(run: Run, sibling: Path) -> None:
     has, if both have the same corpus: many RUNs can start from one seed at the cost of one."""
     if not (sibling / "run.json").exists() or (run.directory / "corpus" / "train").exists():
         return
-    other = open_run(sibling, finished=False)
+    other, text = open_run(sibling, finished=False), sibling / "corpus" / "train"
     if (
         any(other.record.get(key) != run.record.get(key) for key in _SAME)
         or other.config.vectoriser_dimensions != run.config.vectoriser_dimensions
-        or not (sibling / "corpus" / "train" / "store.json").exists()
+        or not ((text / "store.json").exists() and (sibling / "vectoriser.npz").exists())
     ):
         return
-    target = run.directory / "corpus" / "train"
-    partial = target.with_name(".train.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        shutil.copytree(sibling / "corpus" / "train", partial, copy_function=_link)
+    with all_or_nothing(run.directory / "corpus" / "train") as partial:
+        shutil.copytree(text, partial, copy_function=_link, dirs_exist_ok=True)
         _link(sibling / "vectoriser.npz", run.directory / "vectoriser.npz")
-    except FileNotFoundError:
-        # The sibling is not finished; what it lacks is made here.
-        shutil.rmtree(partial, ignore_errors=True)
-        return
-    flush(partial)
-    partial.rename(target)
 
 
 def _link(source: str | Path, target: str | Path) -> None:

@@ -42,27 +42,23 @@ def updates(run: Run, languages: Sequence[str] | None = None, *, steps: int = 10
     if steps < 1:
         raise UserError(f"steps must be at least 1; got {steps}")
     store = run.store()
-    tags = canonical_all(store.languages if languages is None else languages)
-    own = store.tags(tags)
-    dense = run.config.dense
-    budget = steps * dense.tokens_per_step
+    tags = tuple(store.tags(None if languages is None else canonical_all(languages)))
+    dense, changes = run.config.dense, {"runtime.checkpoint_every": steps}
     # Decay would move the weights the same way for every language.
-    changes = {"optimizer.weight_decay": 0.0, "runtime.checkpoint_every": steps}
-    config = vary(dense, {"tokens": budget, **changes})
-    seed = {f"seed/{name}": found for name, found in hash_directory(run.seed).items()}
-    made_from = {**seed, "corpus": str(store.record["corpus_sha256"])}
+    changes |= {"tokens": steps * dense.tokens_per_step, "optimizer.weight_decay": 0.0}
+    config = vary(dense, changes)
+    made_from = {f"seed/{name}": found for name, found in hash_directory(run.seed).items()}
+    made_from["corpus"] = str(store.record["corpus_sha256"])
     facts = json.dumps([to_json(config), made_from], sort_keys=True)
     work = run.training(f"updates-{hashlib.sha256(facts.encode()).hexdigest()[:8]}")
     with locked(run.directory, "updates"):
         for other in set(work.parent.glob("updates-*")) - {work}:  # of calls that were given up
             shutil.rmtree(other)
-        moved = [_moved(run, store.languages[tag], config, work / tag) for tag in own]
+        moved = [_moved(run, store.languages[tag], config, work / tag) for tag in tags]
         shutil.rmtree(work)
-    inner = []
-    for layer in zip(*moved):
-        flat = np.stack(layer).astype(np.float64)
-        inner.append(flat @ flat.T)
-    return Updates(languages=tags, values=np.stack(inner), made_from=made_from)
+    layers = (np.stack(layer).astype(np.float64) for layer in zip(*moved))
+    values = np.stack([layer @ layer.T for layer in layers])
+    return Updates(languages=tags, values=values, made_from=made_from)
 
 
 def _moved(
@@ -89,11 +85,10 @@ def _moved(
 
 def _drawn(parameters: Mapping[str, Any]) -> Float[np.ndarray, "layers drawn"]:
     """The same sample of entries of the feed-forward weights of every layer, each time."""
-    blocks, draw, found = parameters["blocks"], np.random.default_rng(0), []
-    for name in WEIGHTS:
-        if name in blocks:
-            weight = blocks[name]["weight"]
-            flat = weight.reshape(len(weight), -1)
+    draw, found = np.random.default_rng(0), []
+    for block in (parameters["blocks"].get(name) for name in WEIGHTS):
+        if block is not None:
+            flat = block["weight"].reshape(len(block["weight"]), -1)
             size = flat.shape[1]
             found.append(flat if size <= DRAWN else flat[:, draw.integers(size, size=DRAWN)])
     return np.concatenate([np.asarray(part) for part in found], axis=1)
