@@ -29,8 +29,7 @@ def quickstart(directory: str | Path) -> tuple[Run, Results, Path]:
         branch(run, typology.cluster(LANGUAGES, CLUSTERS))
         train_dense(run)
         train_experts(run, run.untrained())
-        for language in NEW_LANGUAGES[:1]:
-            if not any(language in e.languages for e in run.registry().published()):
-                grow(run, language, sample / "train")
+        if not any(NEW_LANGUAGES[0] in e.languages for e in run.registry().published()):
+            grow(run, NEW_LANGUAGES[0], sample / "train")
         results = evaluate(run, sample / "valid")
     return run, results, report(run)

@@ -28,13 +28,11 @@ class Plan:
     """Cost of one training that is to begin or to be resumed."""
 
     name: str
-    """Name of the training."""
     part: str
     """Part of the configuration with its settings: seed, experts, dense or grow."""
     tokens: int
     """Number of positions in the rows of all steps."""
     steps: int
-    """Number of steps."""
     passes: Mapping[str, float]
     """Language -> number of passes over its text."""
     seconds: float | None

@@ -102,8 +102,7 @@ class _Memory:
         return file.relative_to(self._directory).as_posix()
 
     def _known(self, file: Path) -> bool:
-        entry = self._files.get(self._name(file), {})
-        return {key: entry.get(key) for key in ("size", "changed_ns")} == _stamp(file)
+        return _stamp(file).items() <= self._files.get(self._name(file), {}).items()
 
 
 def _stamp(file: Path) -> dict[str, int]:

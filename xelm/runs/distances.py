@@ -5,6 +5,7 @@ Knows which measure needs which of them, and that several measures are weighed t
 measured is in `clustering`.
 """
 
+import itertools
 import math
 import sys
 from collections import Counter
@@ -62,9 +63,8 @@ def measured(spec: str, languages: Sequence[str] | None, sources: Sources) -> Di
     which a measure knows nothing are at an unknown distance. UserError for an unknown measure or
     weight, where a source or languages are missing, and where a table, text or file has none of
     the languages."""
-    if languages is None:
-        languages = languages_of(spec, sources)
-    found = [(_distances(name, languages, sources), weight) for name, weight in _parts(spec)]
+    tags = canonical_all(languages_of(spec, sources) if languages is None else languages)
+    found = [(_distances(name, tags, sources), weight) for name, weight in _parts(spec)]
     return found[0][0] if len(found) == 1 else combine(found)
 
 
@@ -164,16 +164,14 @@ def _distances(measure: str, languages: Sequence[str], sources: Sources) -> Dist
 
 def _mixture(languages: Sequence[str], sources: Sources) -> Distances:
     filled = replace(sources, features=sources.features or "syntax_knn")
-    parts = [
-        (genealogy.distances(languages), MIXTURE["genealogy"]),
-        (_distances("typology", languages, filled), MIXTURE["typology"]),
-        (geography.distances(languages), MIXTURE["geography"]),
-    ]
-    few = replace(sources, documents=min(sources.documents, _MOST_DOCUMENTS))
-    counts, made_from = ({}, {}) if sources.run is None else _subwords_of(languages, few)
-    if len(counts) > 1:
-        shared = lexical.text_distances(counts, "subwords", made_from).spread(languages)
-        parts.append((shared, MIXTURE["subwords"]))
+    names = ("genealogy", "typology", "geography")
+    parts = [(_distances(name, languages, filled), MIXTURE[name]) for name in names]
+    if sources.run is not None:
+        few = replace(sources, documents=min(sources.documents, _MOST_DOCUMENTS))
+        counts, made_from = _subwords_of(sources.run, languages, few)
+        if len(counts) > 1:
+            shared = lexical.text_distances(counts, "subwords", made_from).spread(languages)
+            parts.append((shared, MIXTURE["subwords"]))
     return replace(combine(parts), measure="mixture")
 
 
@@ -185,15 +183,15 @@ def _text(
 ) -> Distances:
     corpus = sources.corpus or (sources.run and sources.run.record["corpus"])
     corpus = Corpus.of(_given(corpus, measure, "--corpus or --run")).pinned()
-    tags, contents, unusable = canonical_all(languages), contents_of(corpus), UnusableRecords()
-    counts = _counted(contents, tags, sources.documents, count, unusable)
+    contents, unusable = contents_of(corpus), UnusableRecords()
+    counts = _counted(contents, languages, sources.documents, count, unusable)
     if not counts:
-        raise no_documents(tags, unusable)
+        raise no_documents(languages, unusable)
     if unusable:
         print(f"{corpus}: {unusable}", file=sys.stderr)
     found = lexical.text_distances(counts, measure, {"corpus": contents.fingerprint(list(counts))})
     facts = {"most_documents": sources.documents, "records_left_out": unusable.to_json()}
-    return replace(found, parameters=found.parameters | facts).spread(tags)
+    return replace(found, parameters=found.parameters | facts).spread(languages)
 
 
 def _counted(
@@ -226,75 +224,71 @@ def _pieces(documents: Iterable[Document]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _subwords(languages: Sequence[str], sources: Sources) -> Distances:
-    run, tags = _given(sources.run, "subwords", "--run"), canonical_all(languages)
-    counts, made_from = _subwords_of(tags, sources)
+    run = _given(sources.run, "subwords", "--run")
+    counts, made_from = _subwords_of(run, languages, sources)
     if not counts:
-        raise UserError(f"{run.directory} has no text in {', '.join(tags[:5])}")
-    return lexical.text_distances(counts, "subwords", made_from).spread(tags)
+        raise UserError(f"{run.directory} has no text in {', '.join(languages[:5])}")
+    return lexical.text_distances(counts, "subwords", made_from).spread(languages)
 
 
 def _subwords_of(
-    languages: Sequence[str], sources: Sources
+    run: Run, languages: Sequence[str], sources: Sources
 ) -> tuple[dict[str, lexical.Counts], dict[str, str]]:
     """Subwords of the languages of which the RUN, or else the corpus, has text; and what was
     read."""
-    run, tags = _given(sources.run, "subwords", "--run"), canonical_all(languages)
     counts: dict[str, lexical.Counts] = {}
     made_from: dict[str, str] = {}
-    for name, store in run.stores(tags).items():
-        for tag in filter(store.languages.__contains__, tags):
+    for name, store in run.stores(languages).items():
+        for tag in filter(store.languages.__contains__, languages):
             ids = store.languages[tag]
             number = min(len(ids), sources.documents)
             counts[tag] = lexical.subwords(map(ids.document, range(number)))
         made_from["corpus" if name == "train" else name] = store.record["corpus_sha256"]
-    missing = [tag for tag in tags if tag not in counts]
+    missing = [tag for tag in languages if tag not in counts]
     if sources.corpus and missing:
         contents, tokenizer = contents_of(sources.corpus), run.tokenizer()
-        more = _counted(
-            contents,
-            missing,
-            sources.documents,
-            lambda texts: lexical.subwords(map(np.asarray, tokenizer.encode(texts))),
-            UnusableRecords(),
-        )
+
+        def count(texts: list[str]) -> lexical.Counts:
+            return lexical.subwords(map(np.asarray, tokenizer.encode(texts)))
+
+        more = _counted(contents, missing, sources.documents, count, UnusableRecords())
         if more:
             made_from["further corpus"] = contents.fingerprint(list(more))
         counts |= more
-    return {tag: counts[tag] for tag in tags if counts.get(tag)}, made_from
+    return {tag: counts[tag] for tag in languages if counts.get(tag)}, made_from
 
 
 def _names(languages: Sequence[str], sources: Sources) -> Distances:
     folder = _given(sources.tagged, "names", "--tagged")
-    tags, found = canonical_all(languages), conllu.files(folder)
-    counts = {tag: lexical.names(conllu.proper_nouns(found[tag])) for tag in tags if tag in found}
+    found = conllu.files(folder)
+    tags = [tag for tag in languages if tag in found]
+    counts = {tag: lexical.names(conllu.proper_nouns(found[tag])) for tag in tags}
     counts = {tag: names for tag, names in counts.items() if names}
     if not counts:
-        raise UserError(f"{folder} has no names in {', '.join(tags[:5])}")
+        raise UserError(f"{folder} has no names in {', '.join(languages[:5])}")
     made_from = conllu.made_from(path for tag in counts for path in found[tag])
-    return lexical.type_distances(counts, "names", made_from).spread(tags)
+    return lexical.type_distances(counts, "names", made_from).spread(languages)
 
 
 def _losses(languages: Sequence[str], sources: Sources) -> Distances:
-    run, tags = _given(sources.run, "losses", "--run"), canonical_all(languages)
+    run = _given(sources.run, "losses", "--run")
     experts = {e.languages[0]: e.name for e in run.registry().published() if len(e.languages) == 1}
-    alone = [tag for tag in tags if tag in experts]
+    alone = [tag for tag in languages if tag in experts]
     if not alone:
         raise UserError(
             f"losses are between experts of one language each; {run.directory} has none of "
-            f"{', '.join(tags[:5])} alone"
+            f"{', '.join(languages[:5])} alone"
         )
     path = run.results / RESULTS
     found = {(row.system, row.language): row.nll / row.tokens for row in read_results(run).rows}
-    pairs = [(one, other) for one in alone for other in alone]
-    unknown = [pair for pair in pairs if (experts[pair[0]], pair[1]) not in found]
-    if unknown:
-        raise UserError(
-            f"{path} has no loss of the expert of {unknown[0][0]} on {unknown[0][1]}; run xelm "
-            "evaluate on text of all of them, with another routing than by language alone"
-        )
-    nats = np.array([found[experts[one], other] for one, other in pairs])
-    found = internal.losses(alone, nats.reshape(len(alone), -1), {path.name: sha256(path)})
-    return found.spread(tags)
+    for one, other in itertools.product(alone, repeat=2):
+        if (experts[one], other) not in found:
+            raise UserError(
+                f"{path} has no loss of the expert of {one} on {other}; run xelm evaluate on text "
+                "of all of them, with another routing than by language alone"
+            )
+    nats = np.array([[found[experts[one], other] for other in alone] for one in alone])
+    return internal.losses(alone, nats, {path.name: sha256(path)}).spread(languages)
 
 
 def _given(source: Item | None, measure: str, option: str) -> Item:

@@ -37,11 +37,9 @@ def features(
     """
     if documents < 1:
         raise UserError(f"documents must be at least 1; got {documents}")
-    corpus = Corpus.of(corpus or run.record["corpus"])
+    corpus, unusable = Corpus.of(corpus or run.record["corpus"]), UnusableRecords()
     tags = canonical_all(languages_of(corpus) if languages is None else languages)
-    corpus = corpus.pinned()
-    tokenizer, unusable = run.tokenizer(), UnusableRecords()
-    contents = contents_of(corpus, tags)
+    contents, tokenizer = contents_of(corpus.pinned(), tags), run.tokenizer()
     texts: dict[str, list[str]] = {tag: [] for tag in tags}
     for document in contents.first_documents(tags, documents, unusable):
         texts[document.language].append(document.text)
@@ -54,9 +52,8 @@ def features(
     if unusable:  # after which documents of one number would not mean the same
         raise UserError(f"every record of {corpus} has to be usable; {unusable}")
     count = min(map(len, ids.values()))
-    model = read_config(run.seed)
+    model, length = read_config(run.seed), min(SEQUENCE_LENGTH, run.context_length())
     parameters = load_parameters(run.seed, model)
-    length = min(SEQUENCE_LENGTH, run.context_length())
     chosen = [one for found in ids.values() for one in found[:count]]
     total = sum(min(len(one), length) for one in chosen)
     with bar(total, "features", "tok") as shown:
@@ -65,8 +62,5 @@ def features(
         )
     made_from = {f"seed/{name}": found for name, found in hash_directory(run.seed).items()}
     made_from["corpus"] = contents.fingerprint(tags)
-    return States(
-        languages=tags,
-        values=states.reshape(len(tags), count, *states.shape[1:]),
-        made_from=made_from,
-    )
+    values = states.reshape(len(tags), count, *states.shape[1:])
+    return States(languages=tags, values=values, made_from=made_from)

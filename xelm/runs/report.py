@@ -22,8 +22,8 @@ def report(run: Run) -> Path:
 def read(run: Run) -> Facts:
     """The facts of a RUN, finished or not; UserError for a damaged file."""
     directory, config = run.directory, run.seed / "config.json"
-    has_registry = (directory / "registry.json").exists()
-    registry = run.registry() if has_registry else Registry(seed_sha256={})
+    begun = (directory / "registry.json").exists()
+    registry = run.registry() if begun else Registry(seed_sha256={})
     clusters = run.clusters() if (directory / "clusters.json").exists() else None
     results = read_results(run)
     scores: dict[System, dict[str, Score]] = {}
@@ -33,9 +33,8 @@ def read(run: Run) -> Facts:
     model = read_object(config) if config.exists() else None
     newest = {expert.name: expert for expert in (*registry.training(), *registry.published())}
     order = {name: place for place, name in enumerate(clusters.clusters if clusters else ())}
-    experts = sorted(
-        newest.values(), key=lambda e: (e.round, order.get(e.cluster or "", len(order)), e.name)
-    )
+    place = {name: order.get(e.cluster or "", len(order)) for name, e in newest.items()}
+    experts = sorted(newest.values(), key=lambda e: (e.round, place[e.name], e.name))
     folders = {SEED: run.seed, DENSE: run.dense}
     folders |= {System(expert.name): expert.directory(directory) for expert in experts}
     return Facts(

@@ -17,14 +17,12 @@ class Progress:
     """Progress of one training."""
 
     name: str
-    """Name of the model."""
     state: Literal["done", "training", "stopped", "failed", "waiting", "retired"]
     """stopped: begun, and no process is training it. waiting: not begun. retired: trained, and no
     version of that expert is in use."""
     version: int | None
     """Version of an expert; None for the seed and dense."""
     step: int
-    """Number of steps done."""
     steps: int | None
     """Number of steps in all; None while no step is known."""
     tokens: int

@@ -44,9 +44,7 @@ class Job:
     target: Path
     """Checkpoint to write."""
     sources: Sequence[LanguageShare]
-    """Documents to train on."""
     config: TrainConfig
-    """Settings of the training."""
 
 
 def train_experts(run: Run, names: Sequence[str]) -> None:
