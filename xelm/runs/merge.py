@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from clustering.errors import UserError
 from experts.merge import average
 from xelm.runs.check import check_models
+from xelm.runs.ensembles import published
 from xelm.runs.run import Run
 
 
@@ -13,8 +13,6 @@ def merge(run: Run, out: str | Path, names: Sequence[str] = ()) -> Path:
     """Writes the average of these experts, or of all published ones, into `out`, as
     `experts.merge.average` does; returns `out`."""
     registry = run.registry()
-    experts = [registry.expert(name) for name in names] or registry.published()
-    if not experts:
-        raise UserError(f"{run.directory} has no published expert yet; train some first")
+    experts = [registry.expert(name) for name in names] or published(run)
     check_models(run, experts)
     return average([expert.directory(run.directory) for expert in experts], out=out)
