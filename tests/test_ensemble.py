@@ -17,7 +17,7 @@ from xelm.inference.ensemble import Ensemble
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.route import Walk, mixture
 from xelm.inference.routers import Abstaining, ByLanguage, Posterior, Tfidf, uniform
-from xelm.inference.routing import RoutingLimits
+from xelm.inference.routing import Routing, RoutingLimits
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
@@ -576,13 +576,13 @@ def test_more_experts_than_there_are_cannot_be_asked(run, top_m):
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_router_without_warmth_is_refused(run, temperature):
     with pytest.raises(UserError, match="wants a temperature and a distance power above 0; got"):
-        run.ensemble("tfidf", temperature=temperature)
+        run.ensemble(Routing(name="tfidf", temperature=temperature))
 
 
 @pytest.mark.parametrize("routing", ["language", "uniform", "posterior"])
 def test_a_temperature_without_tfidf_is_refused(run, routing):
     with pytest.raises(UserError, match=f"goes with routing tfidf; got {routing}"):
-        run.ensemble(routing, temperature=0.5)
+        run.ensemble(Routing(name=routing, temperature=0.5))
 
 
 def test_an_unknown_routing_is_refused_by_name(run):

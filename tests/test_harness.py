@@ -106,7 +106,7 @@ def test_texts_are_continued_as_by_transformers(pair, texts):
 )
 def test_ensembles_are_asked_as_they_score(tiny, texts, routing, route_per):
     model = Harness(str(tiny.directory), routing=routing, route_per=route_per)
-    ensemble = open_run(tiny.directory).ensemble(routing, route_per=route_per)
+    ensemble = open_run(tiny.directory).ensemble(Routing(name=routing, route_per=route_per))
     whole = [" ".join(text.split()[:6]) for text in texts]
     contexts = [" ".join(text.split()[:3]) for text in whole]
     pairs = [model._encode_pair(c, w[len(c) :]) for c, w in zip(contexts, whole)]

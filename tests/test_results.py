@@ -22,7 +22,8 @@ ROW = {
 
 def run_with(tmp_path, rows):
     (tmp_path / "results").mkdir()
-    write_json(tmp_path / "results" / "results.json", {"format": 1, "rows": rows})
+    record = {"format": 1, "context_length": 8, "stride": 8, "rows": rows}
+    write_json(tmp_path / "results" / "results.json", record)
     return Run(directory=tmp_path, record={})
 
 

@@ -119,7 +119,7 @@ def test_one_expert_alone_is_always_asked(run):
 
 
 def test_fixed_weights_are_those_given(run):
-    found = run.ensemble("fixed", weights={"de-fr": 3, "en-es": 1})
+    found = run.ensemble(Routing(name="fixed", weights={"de-fr": 3, "en-es": 1}))
     scores = found.score(["abc"]).weights
     assert {name: weight.tolist() for name, weight in scores.items()} == {
         "de-fr": [pytest.approx(0.75)],
@@ -143,7 +143,7 @@ def nats_of(run, directory, texts):
 @pytest.mark.parametrize("name", ["seed", "dense"])
 def test_who_abstains_always_is_the_model_that_it_leaves_it_to(run, tiny, name):
     texts = documents_of(tiny.held_out, "de")[:4]
-    ensemble = run.ensemble("uniform", abstain=0.9, abstain_to=name)
+    ensemble = run.ensemble(Routing(name="uniform", abstain=0.9, abstain_to=name))
     assert ensemble.names == ["de-fr", "en-es", name]
     directory = run.seed if name == "seed" else run.dense
     found = ensemble.score(texts)
@@ -156,14 +156,14 @@ def test_who_abstains_always_is_the_model_that_it_leaves_it_to(run, tiny, name):
 def test_who_abstains_never_or_always_is_one_of_the_two_routers(run, tiny):
     texts = documents_of(tiny.held_out, "de")[:4]
     for threshold, same in ((0.0, "tfidf"), (1.0, "posterior")):
-        found = run.ensemble("tfidf", abstain=threshold).score(texts)
+        found = run.ensemble(Routing(name="tfidf", abstain=threshold)).score(texts)
         np.testing.assert_allclose(found.nats, run.ensemble(same).score(texts).nats, rtol=1e-6)
 
 
 @pytest.mark.parametrize("routing", ["tfidf", "posterior"])
 def test_weights_that_are_decided_once_are_those_after_the_prompt(run, tiny, routing):
     text = documents_of(tiny.held_out, "de")[0]
-    once = run.ensemble(routing, route_per="prompt")
+    once = run.ensemble(Routing(name=routing, route_per="prompt"))
     said = once.generate(text, max_new_tokens=5, temperature=0)
     first = run.ensemble(routing).generate(text, max_new_tokens=1, temperature=0)
     assert said.weights == pytest.approx(first.weights)
@@ -179,7 +179,7 @@ def test_a_text_behind_a_context_is_scored_with_what_the_router_heard_of_it(run,
     tokenizer = run.tokenizer()
     ids = [tokenizer.encode([part])[0] for part in (context, text)]
     for route_per in ("token", "prompt", "sequence"):
-        ensemble = run.ensemble(routing, route_per=route_per)
+        ensemble = run.ensemble(Routing(name=routing, route_per=route_per))
         found = ensemble.score([" " + text], contexts=[context])
         assert found.tokens.tolist() == [len(ids[1]) + 1]
         if route_per == "token":  # the chain rule
@@ -190,7 +190,7 @@ def test_a_text_behind_a_context_is_scored_with_what_the_router_heard_of_it(run,
             assert found.nats[0] == pytest.approx(whole - part.nats[0] + end, rel=1e-5)
         else:  # one mixture with the same weights throughout
             weights = {name: weight[0] for name, weight in found.weights.items()}
-            fixed = run.ensemble("fixed", weights=weights)
+            fixed = run.ensemble(Routing(name="fixed", weights=weights))
             wanted = fixed.score([" " + text], contexts=[context])
             assert found.nats[0] == pytest.approx(wanted.nats[0], rel=1e-5)
 
@@ -207,29 +207,29 @@ def _end(run, routing, ids):
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"routing": "uniform", "memory": 0.5}, "memory goes with routing posterior"),
-        ({"routing": "tfidf", "weights": {"a": 1}}, "weights goes with routing fixed; got tfidf"),
-        ({"routing": "tfidf", "distance_power": 0.0}, "a distance power above 0; got 0.1 and 0.0"),
-        ({"routing": "fixed"}, "fixed routing needs weights of experts"),
-        ({"routing": "fixed", "weights": {"xx": 1}}, "no published expert 'xx' to weigh; there"),
-        ({"routing": "fixed", "weights": {"de-fr": -1}}, "at least 0 .*; got de-fr=-1"),
-        ({"routing": "posterior", "abstain": 0.5}, "abstaining goes with other routings"),
-        ({"routing": "tfidf", "least_weight": 1.0}, "at least 0 and below 1; got 1.0"),
-        ({"routing": "tfidf", "abstain_to": "seed"}, "abstain_to has no effect without abstain"),
-        ({"routing": "tfidf", "abstain": 0.5, "abstain_to": "me"}, "to one of .*; got 'me'"),
-        ({"routing": "tfidf", "route_per": "word"}, "route_per must be one of .*; got 'word'"),
-        ({"routing": "tfidf", "abstain": 1.5}, "abstain must be between 0 and 1; got 1.5"),
+        ({"name": "uniform", "memory": 0.5}, "memory goes with routing posterior"),
+        ({"name": "tfidf", "weights": {"a": 1}}, "weights goes with routing fixed; got tfidf"),
+        ({"name": "tfidf", "distance_power": 0.0}, "a distance power above 0; got 0.1 and 0.0"),
+        ({"name": "fixed"}, "fixed routing needs weights of experts"),
+        ({"name": "fixed", "weights": {"xx": 1}}, "no published expert 'xx' to weigh; there"),
+        ({"name": "fixed", "weights": {"de-fr": -1}}, "at least 0 .*; got de-fr=-1"),
+        ({"name": "posterior", "abstain": 0.5}, "abstaining goes with other routings"),
+        ({"name": "tfidf", "least_weight": 1.0}, "at least 0 and below 1; got 1.0"),
+        ({"name": "tfidf", "abstain_to": "seed"}, "abstain_to has no effect without abstain"),
+        ({"name": "tfidf", "abstain": 0.5, "abstain_to": "me"}, "to one of .*; got 'me'"),
+        ({"name": "tfidf", "route_per": "word"}, "route_per must be one of .*; got 'word'"),
+        ({"name": "tfidf", "abstain": 1.5}, "abstain must be between 0 and 1; got 1.5"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(run, options, fault):
     with pytest.raises(UserError, match=fault):
-        run.ensemble(**options)
+        run.ensemble(Routing(**options))
 
 
 def test_abstaining_to_a_model_that_is_not_there_is_refused(copy):
     shutil.rmtree(copy.directory / "dense")
     with pytest.raises(UserError, match="has no dense baseline to abstain to; train one"):
-        open_run(copy.directory).ensemble("tfidf", abstain=0.5, abstain_to="dense")
+        open_run(copy.directory).ensemble(Routing(name="tfidf", abstain=0.5, abstain_to="dense"))
 
 
 def test_equal_weights_are_the_prior(run):
@@ -344,7 +344,7 @@ def test_a_template_and_a_system_prompt_do_not_move_the_posterior(copy, memory):
     template = " ".join(english[:4]) + " {% for m in messages %}{{ m['content'] }} {% endfor %}"
     template += " ".join(english[4:8])
     (copy.directory / "seed" / "chat_template.jinja").write_text(template)
-    ensemble = open_run(copy.directory).ensemble("posterior", memory=memory)
+    ensemble = open_run(copy.directory).ensemble(Routing(name="posterior", memory=memory))
     messages = [
         {"role": "system", "content": " ".join(english[8:12])},
         {"role": "user", "content": " ".join(german[:4])},
@@ -371,9 +371,11 @@ def test_a_template_and_a_system_prompt_do_not_move_the_posterior(copy, memory):
 
 
 def test_the_router_that_abstains_says_to_whom(run):
-    ensemble = run.ensemble("uniform", abstain=0.9, abstain_to="seed")
+    ensemble = run.ensemble(Routing(name="uniform", abstain=0.9, abstain_to="seed"))
     assert ensemble.score(["abcd"]).routing == ["seed"]
-    assert run.ensemble("uniform", abstain=0.9).score(["abcd"]).routing == ["posterior"]
+    assert run.ensemble(Routing(name="uniform", abstain=0.9)).score(["abcd"]).routing == [
+        "posterior"
+    ]
 
 
 def test_a_language_that_nobody_serves_is_told_of(xelm, run):

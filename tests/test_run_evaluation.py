@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from experts.expert import Expert
 from experts.registry import Registry
-from xelm import open_run
+from xelm import Routing, open_run
 from xelm.evaluation.options import EVALUATED, EvaluationOptions
 from xelm.inference.scoring import score_documents
 from xelm.runs.evaluate import _background, _trained, evaluate
@@ -108,7 +108,7 @@ def test_routers_are_judged_by_the_expert_for_the_language(evaluated, tiny):
             assert row["router"]["regret"] == pytest.approx(regret, abs=1e-9)
     # By hand for a posterior, whose weights are those of scores of what came before.
     texts = documents_of(tiny.held_out, "de")
-    single = {name: run.ensemble("fixed", weights={name: 1.0}) for name in NAMES}
+    single = {name: run.ensemble(Routing(name="fixed", weights={name: 1.0})) for name in NAMES}
     right, entropies = [], []
     for text in texts:
         nats = {name: along(each, text) for name, each in single.items()}
@@ -309,7 +309,7 @@ def test_generating_is_decided_by_the_seed_and_the_weights_are_told(xelm, tiny):
 
 
 def test_tfidf_routing_sends_a_text_to_the_expert_of_its_language(tiny):
-    ensemble = open_run(tiny.directory).ensemble("tfidf", temperature=0.02)
+    ensemble = open_run(tiny.directory).ensemble(Routing(name="tfidf", temperature=0.02))
     for name, languages in NAMES.items():
         for language in languages:
             scores = ensemble.score(documents_of(tiny.held_out, language))

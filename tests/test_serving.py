@@ -11,7 +11,7 @@ from serving import served
 from shared import LANGUAGES, NAMES, documents_of
 
 from clustering.errors import UserError
-from xelm import open_run
+from xelm import Routing, open_run
 from xelm.inference.sampling_params import SamplingParams
 from xelm.serving.openai_requests import ChatRequest, CompletionRequest
 from xelm.serving.origins import LOOPBACK
@@ -58,11 +58,13 @@ def test_each_model_can_be_asked_alone(client, chatty, tiny):
         answer = client.completions.create(
             model=f"xelm:{name}", prompt=prompt, max_tokens=8, temperature=0
         )
-        alone = run.ensemble("fixed", weights={name: 1.0})
+        alone = run.ensemble(Routing(name="fixed", weights={name: 1.0}))
         wanted = alone.generate(prompt, max_new_tokens=8, temperature=0)
         assert answer.choices[0].text == wanted.text
         assert answer.choices[0].model_extra["xelm"]["weights"] == {name: 1.0}
-    seed = run.ensemble("fixed", weights={"en-es": 1.0}, abstain=1.0, abstain_to="seed")
+    seed = run.ensemble(
+        Routing(name="fixed", weights={"en-es": 1.0}, abstain=1.0, abstain_to="seed")
+    )
     assert seed.names[-1] == "seed"
     answer = client.completions.create(
         model="xelm:seed", prompt=prompt, max_tokens=8, temperature=0

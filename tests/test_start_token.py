@@ -13,7 +13,7 @@ from serving import served
 from shared import documents_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from xelm import open_run
+from xelm import Routing, open_run
 from xelm.data.special_tokens import USER_BEGINS, USER_ENDS
 from xelm.harness import Harness
 
@@ -69,7 +69,7 @@ def theirs(bare):
 
 @pytest.fixture(scope="module")
 def ours(bare):
-    return open_run(bare).ensemble("fixed", weights={"de-fr": 1.0})
+    return open_run(bare).ensemble(Routing(name="fixed", weights={"de-fr": 1.0}))
 
 
 def test_a_run_has_what_its_tokenizer_puts_first(bare, tiny):

@@ -10,7 +10,7 @@ from shared import documents_of
 from transformers import AutoModelForCausalLM
 
 from clustering.errors import UserError
-from xelm import open_run
+from xelm import Routing, open_run
 from xelm.data.text_format import TextFormat
 from xelm.evaluation.options import EvaluationOptions
 from xelm.inference import scoring
@@ -143,7 +143,7 @@ def test_windows_that_no_model_can_read_are_refused(xelm, tiny, options, said):
 
 def test_a_context_within_the_rows_of_training_is_read_as_a_whole(tiny):
     run = open_run(tiny.directory)
-    ensemble = run.ensemble("fixed", weights={"de-fr": 1.0})
+    ensemble = run.ensemble(Routing(name="fixed", weights={"de-fr": 1.0}))
     reference = AutoModelForCausalLM.from_pretrained(tiny.directory / "experts/de-fr/v1")
     text = documents_of(tiny.held_out, "de")[0]
     text = next(t for n in range(len(text), 0, -1) if within(run, t := text[:n]))
@@ -180,7 +180,7 @@ def test_a_text_has_the_same_score_alone_and_behind_an_empty_context(tiny):
 
 
 def test_a_context_longer_than_a_row_of_training_leaves_half_of_that(tiny):
-    ensemble = open_run(tiny.directory).ensemble("fixed", weights={"de-fr": 1.0})
+    ensemble = open_run(tiny.directory).ensemble(Routing(name="fixed", weights={"de-fr": 1.0}))
     texts = documents_of(tiny.held_out, "de")
     context, text = " ".join(texts[:4]), " " + texts[4][:20]
     ids, before = ensemble.tokenizer.encode_after(context, text)

@@ -4,14 +4,15 @@ Each method does what the command of its name does, which calls it; the modules 
 the work. A method imports what it needs when it is called.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clustering.clustering import Clustering
 from clustering.errors import UserError
 from xelm.evaluation.options import EvaluationOptions
-from xelm.inference.routing import DEFAULT, AbstainTo, RoutePer, Routing
+from xelm.inference.routing import DEFAULT, Routing
 from xelm.runs import run as runs
 from xelm.runs.options import GrowOptions, InitOptions
 
@@ -104,39 +105,19 @@ class Run(runs.Run):
         return evaluate(self, corpus, options, languages=languages)
 
     def ensemble(
-        self,
-        routing: str = DEFAULT,
-        top_m: int | None = None,
-        *,
-        least_weight: float = 0.001,
-        temperature: float | None = None,
-        distance_power: float | None = None,
-        memory: float | None = None,
-        weights: Mapping[str, float] | None = None,
-        abstain: float | None = None,
-        abstain_to: AbstainTo = "posterior",
-        route_per: RoutePer = "token",
-        dtype: str = "auto",
+        self, routing: str | Routing = DEFAULT, top_m: int | None = None, *, dtype: str = "auto"
     ) -> "Ensemble":
         """The published experts with a router, which score, continue and fill text.
 
-        The options are those of `xelm.inference.routing.Routing`. dtype: of parameters and
-        products; "auto" is that of the experts' weights on accelerators, float32 on CPUs.
+        routing: name of a router, or a `Routing` with its options. top_m: largest number of experts
+        that are run at each token; None: as `routing` says. dtype: of parameters and products;
+        "auto" is that of the experts' weights on accelerators, float32 on CPUs.
         """
         from xelm.runs.ensembles import open_ensemble
 
-        chosen = Routing(
-            name=routing,
-            top_m=top_m,
-            least_weight=least_weight,
-            temperature=temperature,
-            distance_power=distance_power,
-            memory=memory,
-            weights=weights or {},
-            abstain=abstain,
-            abstain_to=abstain_to,
-            route_per=route_per,
-        )
+        chosen = Routing(name=routing) if isinstance(routing, str) else routing
+        if top_m is not None:
+            chosen = replace(chosen, top_m=top_m)
         return open_ensemble(self, chosen, dtype=dtype)
 
     def report(self) -> Path:

@@ -1,9 +1,8 @@
 """Tables for the terminal."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from math import isnan
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,11 +17,10 @@ if TYPE_CHECKING:
     from xelm.runs.nearest import Relatives
     from xelm.runs.status import Progress
 
-# Six columns within a hundred characters or little more.
 _WIDTH = 15
+"""Characters of a column of perplexities: six columns take a hundred characters or little more."""
 _PAGE = 110
-
-
+"""Characters beyond which no further expert is put beside the others."""
 _MARKS = {
     "?": "? more than 1% of the characters are unknown to the tokenizer: means nothing, in no mean",
     "!": "! more than 1% of the documents are in the text that was trained on",
@@ -35,23 +33,16 @@ def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[
     seed_languages: those of the RUN's corpus.
     """
     routings = sorted(routings, key=lambda routing: routing != DEFAULT)
+    length, stride = (found.record[name] for name in ("context_length", "stride"))
     tables = [
         _by_language(found, routings, seed_languages),
         texts(list(found.texts.values())) if found.texts else "",
         _systems(found.summaries),
         _routers(found.summaries),
         *_by_expert(found, seed_languages),
-        _windows(found.record),
+        f"Documents were read {length} tokens at once, longer ones in windows {stride} apart.",
     ]
     return "\n\n".join(table for table in tables if table)
-
-
-def _windows(record: Mapping[str, Any]) -> str:
-    """How long documents were read; empty for an evaluation by an earlier version."""
-    if "context_length" not in record:
-        return ""
-    length, stride = record["context_length"], record["stride"]
-    return f"Documents were read {length} tokens at once, longer ones in windows {stride} apart."
 
 
 def _by_language(results: "Results", routings: Sequence[str], seed_languages: Sequence[str]) -> str:
@@ -60,47 +51,40 @@ def _by_language(results: "Results", routings: Sequence[str], seed_languages: Se
     The means are over those languages of the corpus that every column has and the tokenizer can
     spell; other languages stand below the means.
     """
-    rows, marks = results.rows, {tag: text.marks for tag, text in results.texts.items()}
-    unspelled = [tag for tag, text in results.texts.items() if text.unspelled]
+    marks = {tag: text.marks for tag, text in results.texts.items()}
     room = max(map(len, marks.values()), default=0)
+    found = {(row.system, row.routing, row.language): row for row in results.rows}
     columns: list[tuple[str, str | None]] = [("seed", None), ("dense", None)]
     columns += [("ensemble", routing) for routing in routings]
-    found = {(row.system, row.routing, row.language): row for row in rows}
-    columns = [c for c in columns if any((*c, row.language) in found for row in rows)]
-    languages = list(dict.fromkeys(row.language for row in rows))
+    columns = [column for column in columns if column in {key[:2] for key in found}]
+    languages = list(dict.fromkeys(row.language for row in results.rows))
     trained = [tag for tag in languages if tag in seed_languages]
-    titles = [system if routing is None else _by(routing) for system, routing in columns]
-    first = next((i for i, (system, _) in enumerate(columns) if system == "ensemble"), None)
-    groups = ["ensemble" if i == first else "" for i in range(len(columns))]
-
-    def line(name: str, cells: Sequence[str]) -> str:
-        return (f"{name:18}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)).rstrip()
-
-    def language(tag: str) -> str:
-        cells = [found.get((*column, tag)) for column in columns]
-        pairs = [_pair(row.perplexity, row.bits_per_byte) if row else "-" for row in cells]
-        pairs = [f"{pair}{marks.get(tag, ''):{room}}" for pair in pairs]
-        return line(f"{tag:4} {english_name(tag)[:13]}", pairs)
-
-    lines = [line("", groups)] if any(groups) else []
-    lines += [line("", titles), line("language", ["ppl bits/B"] * len(columns))]
-    lines += [language(tag) for tag in trained]
-    common = [tag for tag in trained if all((*column, tag) in found for column in columns)]
-    common = [tag for tag in common if tag not in unspelled]
-    if common:
-        means = [
-            _pair(
-                float(np.mean([found[*column, tag].perplexity for tag in common])),
-                float(np.mean([found[*column, tag].bits_per_byte for tag in common])),
-            )
-            for column in columns
-        ]
-        doubt = "!" if any("!" in marks.get(tag, "") for tag in common) else ""
-        means = [f"{mean}{doubt:{room}}" for mean in means]
-        lines.append(line(f"mean of {len(common)}", means))
     others = [tag for tag in languages if tag not in trained]
+    widths = [_WIDTH] * len(columns)
+
+    def line(tag: str) -> str:
+        rows = [found.get((*column, tag)) for column in columns]
+        pairs = [_pair(row.perplexity, row.bits_per_byte) if row else "-" for row in rows]
+        return _line(_name(tag), [f"{pair}{marks.get(tag, ''):{room}}" for pair in pairs], widths)
+
+    ensemble = next((column for column in columns if column[0] == "ensemble"), None)
+    groups = ["ensemble" if column == ensemble else "" for column in columns]
+    lines = [_line("", groups, widths)] if ensemble else []
+    titles = [system if routing is None else _by(routing) for system, routing in columns]
+    lines += [_line("", titles, widths), _line("language", ["ppl bits/B"] * len(columns), widths)]
+    lines += [line(tag) for tag in trained]
+    common = [tag for tag in trained if all((*column, tag) in found for column in columns)]
+    common = [tag for tag in common if tag not in results.texts or not results.texts[tag].unspelled]
+    if common:
+        doubt, means = "!" if any("!" in marks.get(tag, "") for tag in common) else "", []
+        for column in columns:
+            rows = [found[*column, tag] for tag in common]
+            perplexity = float(np.mean([row.perplexity for row in rows]))
+            bits_per_byte = float(np.mean([row.bits_per_byte for row in rows]))
+            means.append(f"{_pair(perplexity, bits_per_byte)}{doubt:{room}}")
+        lines.append(_line(f"mean of {len(common)}", means, widths))
     if others:
-        lines += ["not in the RUN's corpus:", *(language(tag) for tag in others)]
+        lines += ["not in the RUN's corpus:", *(line(tag) for tag in others)]
     lines += [text for mark, text in _MARKS.items() if any(mark in m for m in marks.values())]
     return "\n".join(lines)
 
@@ -112,11 +96,8 @@ def texts(found: "Sequence[TextStats]") -> str:
     widths = (11, 13, 14, 13, 9, 13, 8)
     if any(text.compared is not None for text in found):
         titles, widths = (*titles, "trained on"), (*widths, 12)
-    lines = [_line("text", titles, widths)]
-    for text in found:
-        name = f"{text.language:4} {english_name(text.language)[:13]:13}"
-        lines.append(_line(name, text_cells(text), widths))
-    return "\n".join(lines)
+    lines = [_line(_name(text.language), text_cells(text), widths) for text in found]
+    return "\n".join([_line("text", titles, widths), *lines])
 
 
 def _systems(summaries: "Sequence[Summary]") -> str:
@@ -127,9 +108,8 @@ def _systems(summaries: "Sequence[Summary]") -> str:
         return ""
     titles = ("bits/B", "in 95 %", "above dense", "in 95 %", "right", "ECE", "Brier")
     widths = (8, 15, 13, 17, 8, 7, 7)
-    lines = [_line(f"mean of {len(shown[0].languages)}", titles, widths)]
-    lines += [_line(_title(each), score_cells(each), widths) for each in shown]
-    return "\n".join(lines)
+    lines = [_line(_title(each), score_cells(each), widths) for each in shown]
+    return "\n".join([_line(f"mean of {len(shown[0].languages)}", titles, widths), *lines])
 
 
 def _routers(summaries: "Sequence[Summary]") -> str:
@@ -138,15 +118,9 @@ def _routers(summaries: "Sequence[Summary]") -> str:
     if not shown:
         return ""
     titles, widths = ("right", "ECE", "entropy", "read", "regret"), (8, 8, 10, 8, 10)
-    lines = [_line("router", titles, widths)]
-    for each in sorted(shown, key=lambda each: each.routing != DEFAULT):
-        lines.append(_line(_title(each), router_cells(each), widths))
-    return "\n".join(lines)
-
-
-def _line(name: str, cells: Sequence[str], widths: Sequence[int]) -> str:
-    """A name in 18 columns, and cells at the right of columns of these widths."""
-    return f"{name:18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
+    shown.sort(key=lambda each: each.routing != DEFAULT)
+    lines = [_line(_title(each), router_cells(each), widths) for each in shown]
+    return "\n".join([_line("router", titles, widths), *lines])
 
 
 def _by_expert(found: "Results", seed_languages: Sequence[str]) -> Iterator[str]:
@@ -157,30 +131,32 @@ def _by_expert(found: "Results", seed_languages: Sequence[str]) -> Iterator[str]
     bits = {(r.system, r.language): r.bits_per_byte for r in found.rows if r.routing is None}
     languages = list(dict.fromkeys(row.language for row in found.rows))
     languages.sort(key=lambda tag: tag not in seed_languages)
-    widths = {name: max(8, len(name) + 2) for name in ["seed", *experts]}
+    width_of = {name: max(8, len(name) + 2) for name in ["seed", *experts]}
+    best = {
+        tag: min(value for (name, t), value in bits.items() if t == tag and name in width_of)
+        for tag in (languages if experts else ())
+        if tag not in found.texts or not found.texts[tag].unspelled
+    }
     while experts:
         part = ["seed", experts.pop(0)]
-        while experts and sum(widths[n] for n in part) + widths[experts[0]] <= _PAGE - 18:
+        while experts and sum(width_of[n] for n in [*part, experts[0]]) <= _PAGE - 18:
             part.append(experts.pop(0))
-        lines = [f"{'bits/B by expert':18}" + "".join(f"{n:>{widths[n]}}" for n in part)]
+        widths = [width_of[name] for name in part]
+        lines = [_line("bits/B by expert", part, widths)]
         for tag in languages:
-            best = min((value for (name, t), value in bits.items() if t == tag and name in widths))
-            if tag in found.texts and found.texts[tag].unspelled:
-                best = -math.inf  # none is
-            line = f"{tag:4} {english_name(tag)[:13]:13}"
-            for name in part:
-                value = bits.get((name, tag))
-                cell = "-" if value is None else f"{value:.3f}" + "* "[value > best]
-                line += f"{cell:>{widths[name]}}"
-            lines.append(line.rstrip())
-        for title, of in (("forgotten", "forgetting"), ("transfer gap", "transfer_gap")):
-            estimates = [getattr(summaries[name], of) for name in part]
+            values = [bits.get((name, tag)) for name in part]
+            marked = [v is not None and tag in best and v <= best[tag] for v in values]
+            cells = ["-" if v is None else f"{v:.3f}{'* '[not m]}" for v, m in zip(values, marked)]
+            lines.append(_line(_name(tag), cells, widths))
+        forgotten = [summaries[name].forgetting for name in part]
+        gaps = [summaries[name].transfer_gap for name in part]
+        for title, estimates, form in (
+            ("forgotten", forgotten, "+.3f"),
+            ("transfer gap", gaps, "+.1%"),
+        ):
             if any(estimates):
-                form = "+.3f" if of == "forgetting" else "+.1%"
                 cells = ["" if e is None else f"{e.value:{form}} " for e in estimates]
-                line = f"{title:18}"
-                line += "".join(f"{cell:>{widths[n]}}" for n, cell in zip(part, cells))
-                lines.append(line.rstrip())
+                lines.append(_line(title, cells, widths))
         yield "\n".join(lines)
 
 
@@ -197,52 +173,62 @@ def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:
     """One line a language: its distance by each measure, a dash where that is unknown, with the
     share of what is compared that is known of both where that is not all; and in a RUN its tokens
     and expert."""
-
-    in_run = any(relative.tokens is not None or relative.expert for relative in found)
-    known_in_part = {
-        measure: any(relative.by_measure[measure].coverage < 0.995 for relative in found)
-        for measure in measures
-    }
-    title = f"{'language':18}"
+    titles, widths = [], []
+    in_part = [m for m in measures if any(one.by_measure[m].coverage < 0.995 for one in found)]
     for measure in measures:
-        title += f"{measure:>12}" + (f"{'(known)':>8}" if known_in_part[measure] else "")
-    lines = [title + (f"{'tokens':>14}  expert" if in_run else "")]
+        titles += [measure, "(known)"] if measure in in_part else [measure]
+        widths += [12, 8] if measure in in_part else [12]
+    in_run = any(relative.tokens is not None or relative.expert for relative in found)
+    titles, widths = (titles + ["tokens"] * in_run), (widths + [14] * in_run)
+    lines = [_line("language", titles, widths) + "  expert" * in_run]
     for relative in found:
-        line = f"{relative.language:4} {english_name(relative.language)[:13]:13}"
+        cells = []
         for measure in measures:
             near = relative.by_measure[measure]
-            line += f"{'-' if isnan(near.distance) else f'{near.distance:.3f}':>12}"
-            line += f"{f'({near.coverage:.0%})':>8}" if known_in_part[measure] else ""
+            cells.append("-" if math.isnan(near.distance) else f"{near.distance:.3f}")
+            if measure in in_part:
+                cells.append(f"({near.coverage:.0%})")
         if in_run:
-            tokens = "-" if relative.tokens is None else f"{relative.tokens:,}"
-            line += f"{tokens:>14}  {relative.expert or '-'}"
-        lines.append(line)
+            cells.append("-" if relative.tokens is None else f"{relative.tokens:,}")
+        expert = f"  {relative.expert or '-'}" if in_run else ""
+        lines.append(_line(_name(relative.language), cells, widths) + expert)
     return "\n".join(lines)
 
 
 def status(found: "Sequence[Progress]") -> str:
     """One line a training: how far it is, and below the table why some failed, and of which experts
     an earlier version is in use again."""
-    lines = [
-        f"{'training':20}{'state':10}{'progress':>9}{'tokens':>16}{'loss':>8}{'tokens/s':>10}"
-        f"{'left':>9}  checkpoint"
-    ]
+    titles, widths = ("progress", "tokens", "loss", "tokens/s", "left"), (9, 16, 8, 10, 9)
+    lines = [f"{'training':20}{'state':10}" + _cells(titles, widths) + "  checkpoint"]
     for each in found:
         name = each.name if each.version is None else f"{each.name}@v{each.version}"
-        share = f"{each.step / each.steps:.1%}" if each.steps else "-"
-        loss = "-" if each.loss is None else f"{each.loss:.3f}"
-        rate = "-" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}"
-        left = "-" if each.seconds_left is None else duration(each.seconds_left)
+        cells = [
+            f"{each.step / each.steps:.1%}" if each.steps else "-",
+            f"{each.tokens:,}",
+            "-" if each.loss is None else f"{each.loss:.3f}",
+            "-" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}",
+            "-" if each.seconds_left is None else duration(each.seconds_left),
+        ]
         saved = "-"
         if each.checkpoint_step is not None and each.checkpoint_seconds is not None:
             saved = f"step {each.checkpoint_step}, {duration(each.checkpoint_seconds)} ago"
-        lines.append(
-            f"{name:19} {each.state:10}{share:>9}{each.tokens:>16,}{loss:>8}{rate:>10}{left:>9}"
-            f"  {saved}"
-        )
+        lines.append(f"{name:19} {each.state:10}{_cells(cells, widths)}  {saved}")
     said = [each for each in found if each.state in ("failed", "done") and each.note]
-    lines += [f"{each.name}: {each.note}" for each in said]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{each.name}: {each.note}" for each in said)])
+
+
+def _name(tag: str) -> str:
+    return f"{tag:4} {english_name(tag)[:13]:13}"
+
+
+def _line(name: str, cells: Sequence[str], widths: Sequence[int]) -> str:
+    """A name in 18 columns, and cells."""
+    return (f"{name:18}" + _cells(cells, widths)).rstrip()
+
+
+def _cells(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Cells at the right of columns of these widths."""
+    return "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
 
 
 def _pair(perplexity: float, bits_per_byte: float) -> str:
