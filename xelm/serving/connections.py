@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import h11
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from xelm.serving.errors import Refused, error_body
@@ -186,37 +186,21 @@ class Connection(H11Protocol):
         self._deadline = self._write_deadline = None
 
 
-class RefuseExcessConnections:
-    """Middleware that refuses requests of connections beyond the limits, except health checks."""
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = scope.get("state", {}).get(REFUSAL)
-        if refusal is not None and scope["path"] != HEALTH:
-            refused = Refused(*refusal, code="too_many_connections")
-            await refused.response()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
+def check_connection(scope: Scope) -> None:
+    """Raises Refused for a request of a connection beyond the limits, unless it checks health."""
+    refusal = scope.get("state", {}).get(REFUSAL)
+    if refusal is not None and scope["path"] != HEALTH:
+        raise Refused(*refusal, code="too_many_connections")
 
 
-class RefuseLongHeads:
-    """Middleware that refuses requests whose head is too long. (h11 checks the length only while a
-    part of the head is missing: a head that arrives at once passes it.)"""
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            line = len(scope["method"]) + len(scope["raw_path"]) + len(scope["query_string"])
-            size = line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
-            if size > MOST_HEAD_BYTES:
-                what = f"the head of a request is too long: {size:,} bytes, of {MOST_HEAD_BYTES:,}"
-                await Refused(431, what).response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+def check_head(scope: Scope) -> None:
+    """Raises Refused for a request whose head is too long. (h11 checks the length only while a part
+    of the head is missing: a head that arrives at once passes it.)"""
+    line = len(scope["method"]) + len(scope["raw_path"]) + len(scope["query_string"])
+    size = line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+    if size > MOST_HEAD_BYTES:
+        what = f"the head of a request is too long: {size:,} bytes, of {MOST_HEAD_BYTES:,}"
+        raise Refused(431, what)
 
 
 def limited_protocol(most: int, most_per_client: int) -> type[Connection]:

@@ -1,10 +1,12 @@
 """Refusals of requests: every error is answered in JSON, in the shape of OpenAI's interfaces."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 _KINDS = {
     401: "authentication_error",
@@ -33,6 +35,22 @@ class Refused(Exception):
         return JSONResponse(body, self.status, headers=headers)
 
 
+class Checks:
+    """Middleware that refuses requests for which one of some checks raises Refused."""
+
+    def __init__(self, app: ASGIApp, checks: Sequence[Callable[[Scope], None]]):
+        self._app, self._checks = app, checks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            for check in self._checks if scope["type"] == "http" else ():
+                check(scope)
+        except Refused as refused:
+            await refused.response()(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
 def error_body(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
@@ -46,9 +64,8 @@ def routing_error(request: HTTPRequest, error: Exception) -> Response:
     """The response where no route has the path or the method."""
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}: {error.detail}"
-    return JSONResponse(
-        error_body(what, error.status_code), error.status_code, headers=error.headers
-    )
+    body = error_body(what, error.status_code)
+    return JSONResponse(body, error.status_code, headers=error.headers)
 
 
 def server_error(request: HTTPRequest, error: Exception) -> Response:

@@ -19,14 +19,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from xelm.serving import metrics as prometheus
-from xelm.serving.connections import HEALTH, RefuseExcessConnections, RefuseLongHeads
-from xelm.serving.errors import Refused, routing_error, server_error
+from xelm.serving.connections import HEALTH, check_connection, check_head
+from xelm.serving.errors import Checks, Refused, routing_error, server_error
 from xelm.serving.limits import Limits
 from xelm.serving.metrics import Metrics
 from xelm.serving.models import ENSEMBLE, ServedModels
 from xelm.serving.openai_completions import Completions, check_model
 from xelm.serving.openai_requests import ChatRequest, CompletionRequest
-from xelm.serving.origins import CrossOrigin, KnownHosts
+from xelm.serving.origins import CrossOrigin, check_host
 from xelm.serving.scheduler import Scheduler
 
 
@@ -50,9 +50,10 @@ def make_app(
         app.state.loop = asyncio.get_running_loop()
         yield
 
-    middleware = [Middleware(RefuseExcessConnections), Middleware(RefuseLongHeads)]
+    checks = [check_connection, check_head]
     if hosts:
-        middleware.append(Middleware(KnownHosts, hosts=hosts))
+        checks.append(functools.partial(check_host, hosts))
+    middleware = [Middleware(Checks, checks=checks)]
     if origins:
         middleware.append(Middleware(CrossOrigin, origins=origins))
     guarded = endpoints.guarded

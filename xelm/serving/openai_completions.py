@@ -72,7 +72,7 @@ class _InFlight:
             if self.body.model == ENSEMBLE:
                 self.metrics.routed(self.prompts[index].language, event)
             if self.complete:
-                self.metrics.finished(time.monotonic() - self.started)
+                self.metrics.complete.observe(time.monotonic() - self.started)
         return index, event
 
     def likelihoods(self, index: int, event: _Progress) -> Sequence[TokenLikelihood]:
@@ -227,7 +227,7 @@ class Completions:
             first = await in_flight.next()
             if first is None:
                 return Response(status_code=DISCONNECTED)
-            self.metrics.first_event(time.monotonic() - in_flight.started)
+            self.metrics.first_event.observe(time.monotonic() - in_flight.started)
             if not in_flight.body.stream:
                 response = await self._collect(in_flight, first)
                 disconnected.cancel()

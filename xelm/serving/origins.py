@@ -1,12 +1,13 @@
 """Checks of where requests come from: host names, and web pages of other origins."""
 
+import contextlib
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
 from clustering.errors import UserError
 from xelm.serving.errors import Refused, error_body
@@ -15,29 +16,15 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Host names of this machine."""
 
 
-class KnownHosts:
-    """Middleware that refuses requests whose Host is none of some names. (A web page elsewhere may
-    have its own name resolved to this machine; the browser would then let it send requests.)"""
-
-    def __init__(self, app: ASGIApp, hosts: Sequence[str]):
-        self._app, self._hosts = app, frozenset(host.lower() for host in hosts)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            given = Headers(scope=scope).get("host", "")
-            if _name(given) not in self._hosts:
-                refused = Refused(400, f"this server does not answer under the host {given!r:.80}")
-                await refused.response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _name(host: str) -> str | None:
-    """The name in a Host header without the port; None for an invalid header."""
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
+def check_host(hosts: Sequence[str], scope: Scope) -> None:
+    """Raises Refused for a request whose Host is none of some names. (A web page elsewhere may have
+    its own name resolved to this machine; the browser would then let it send requests.)"""
+    given = Headers(scope=scope).get("host", "")
+    name = None
+    with contextlib.suppress(ValueError):  # an invalid header
+        name = urlsplit(f"//{given}").hostname
+    if name not in {host.lower() for host in hosts}:
+        raise Refused(400, f"this server does not answer under the host {given!r:.80}")
 
 
 class CrossOrigin(CORSMiddleware):

@@ -73,7 +73,7 @@ class RegistryWatcher(threading.Thread):
             what = str(error) if isinstance(error, UserError) else repr(error)
             if what != self._refusal:
                 print(f"the changed registry is refused: {what}", file=sys.stderr, flush=True)
-                self._metrics.reloaded("refused")
+                self._metrics.reloads.labels("refused").inc()
             self._refusal = what
             return
         finally:
@@ -82,7 +82,7 @@ class RegistryWatcher(threading.Thread):
         if models.versions == before.versions:
             return
         self._scheduler.replace_models(models)
-        self._metrics.reloaded("accepted")
+        self._metrics.reloads.labels("accepted").inc()
         seconds = time.monotonic() - started
         versions = ", ".join(models.versions.values())
         print(f"now serving {versions}; prepared in {seconds:.1f} s", file=sys.stderr, flush=True)
