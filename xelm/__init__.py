@@ -13,8 +13,8 @@ A RUN, one X-ELM on disk (the directory that most commands take):
     open_run        open one
     quickstart      make a small one on the embedded sample corpus
     Run             what these return: help(xelm.Run) lists what can be done with it
-    InitOptions, GrowOptions, EvaluationOptions, Routing
-                    options of init, Run.grow, Run.evaluate and Run.ensemble
+    InitOptions, LaunchOptions, GrowOptions, EvaluationOptions, Routing
+                    options of init, Run.train, Run.grow, Run.evaluate and Run.ensemble
 
 One checkpoint of any supported family, as on the Hugging Face Hub:
     load_model      a model to call: int [B, T] tokens -> float [B, T, V] logits
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         EvaluationOptions,
         GrowOptions,
         InitOptions,
+        LaunchOptions,
         Routing,
         Run,
         init,
@@ -53,6 +54,7 @@ __all__ = [
     "EvaluationOptions",
     "GrowOptions",
     "InitOptions",
+    "LaunchOptions",
     "Routing",
     "Run",
     "__version__",

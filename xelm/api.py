@@ -14,7 +14,7 @@ from clustering.errors import UserError
 from xelm.evaluation.options import EvaluationOptions
 from xelm.inference.routing import DEFAULT, Routing
 from xelm.runs import run as runs
-from xelm.runs.options import GrowOptions, InitOptions
+from xelm.runs.options import GrowOptions, InitOptions, LaunchOptions
 
 if TYPE_CHECKING:
     from clustering.internal import States, Updates
@@ -43,18 +43,18 @@ class Run(runs.Run):
 
         return branch(self, _loaded(clusters))
 
-    def train(self, *names: str, dense: bool = False, jobs: int = 1) -> None:
+    def train(self, *names: str, dense: bool = False, options: LaunchOptions | None = None) -> None:
         """Trains and publishes experts, or goes on with trainings that were interrupted.
 
         names: experts; without any, and without `dense`, every expert of a cluster that is not
-        trained yet. dense: train the dense baseline first, at the experts' total tokens. jobs:
-        number of processes that train at the same time. UserError names every training that failed.
+        trained yet. dense: train the dense baseline first, at the experts' total tokens. UserError
+        names every training that failed.
         """
         from xelm.runs.launch import launch
 
         if not names and not dense:
             names = tuple(self.untrained())
-        failures = launch(self, names, dense=dense, jobs=jobs)
+        failures = launch(self, names, options, dense=dense)
         if failures:
             raise UserError("; ".join(dict.fromkeys(failures.values())))
 
@@ -67,10 +67,7 @@ class Run(runs.Run):
         return plans_of(self, names, dense=dense)
 
     def grow(
-        self,
-        language: str,
-        corpus: "AnyCorpus | None" = None,
-        options: GrowOptions | None = None,
+        self, language: str, corpus: "AnyCorpus | None" = None, options: GrowOptions | None = None
     ) -> "Expert":
         """Trains and publishes an expert for a new language; no other expert changes. Arguments as
         in `xelm.runs.grow.grow`."""
@@ -79,10 +76,7 @@ class Run(runs.Run):
         return grow(self, language, corpus, options)
 
     def plan_growth(
-        self,
-        language: str,
-        corpus: "AnyCorpus | None" = None,
-        options: GrowOptions | None = None,
+        self, language: str, corpus: "AnyCorpus | None" = None, options: GrowOptions | None = None
     ) -> "tuple[Expert, Plan, TextStats]":
         """The expert that `grow` would make with these arguments, what its training would cost, and
         its text; nothing in the RUN changes."""

@@ -22,7 +22,7 @@ from xelm.commands.options import (
     show,
 )
 from xelm.presets import PRESETS
-from xelm.runs.options import GrowOptions, InitOptions
+from xelm.runs.options import GrowOptions, InitOptions, LaunchOptions
 
 if TYPE_CHECKING:
     from experts.expert import Expert
@@ -177,32 +177,12 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     )
     add_dry_run(parser)
     parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of experts that are trained at the same time on this machine, each on its "
-        "share of the GPUs (default: 1)",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="where to train: on this machine (default), or on the machines of the Ray cluster at "
-        "RAY_ADDRESS, which must all have access to RUN",
-    )
-    parser.add_argument(
         "--hosts",
         action="store_true",
         help="join the other processes that train together: those of a TPU pod or a Slurm step, "
         "or those that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe",
     )
-    parser.add_argument(
-        "--devices",
-        type=int,
-        metavar="N",
-        help="number of accelerators for each expert, with --engine ray (default: 1)",
-    )
+    add_fields(parser, LaunchOptions, title="places to train")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -212,46 +192,27 @@ def _train(options: argparse.Namespace) -> None:
     from xelm.runs.launch import launch
     from xelm.training.hosts import ending_alone, is_first, join
 
-    _check_places(options)
+    where = LaunchOptions(**given_fields(options, LaunchOptions))
     if options.hosts:
+        if where.jobs > 1 or where.engine == "ray":
+            raise UserError("--hosts goes with neither --jobs nor --engine ray")
         join()
     check_resumable(options.settings, "experts")
     run = run_of(options)
     names = _names_to_train(run, options)
     if options.dry_run:
-        together = max(options.jobs, run.config.experts.runtime.mesh_expert)
+        together = max(where.jobs, run.config.experts.runtime.mesh_expert)
         plans = run.plan_training(*names, dense=options.dense)
         _print_plans(options, plans)
         check_disk(run.directory, plans, together=together)
         return
     with ending_alone() if options.hosts else nullcontext():
-        failures = launch(
-            run,
-            names,
-            dense=options.dense,
-            jobs=options.jobs,
-            engine=options.engine,
-            devices=options.devices or 1,
-        )
+        failures = launch(run, names, where, dense=options.dense)
     if not options.hosts or is_first():
         found = run.status()
         show(options, [dataclasses.asdict(each) for each in found], tables.status(found))
     if failures:
         raise UserError("; ".join(dict.fromkeys(failures.values())))
-
-
-def _check_places(options: argparse.Namespace) -> None:
-    """Raises UserError for options of places to train that exclude each other."""
-    for option, least in (("jobs", 1), ("devices", 1)):
-        given = getattr(options, option)
-        if given is not None and given < least:
-            raise UserError(f"--{option} must be at least {least}; got {given}")
-    if options.devices and options.engine != "ray":
-        raise UserError("--devices goes with --engine ray")
-    if options.hosts and (options.jobs > 1 or options.engine == "ray"):
-        raise UserError("--hosts goes with neither --jobs nor --engine ray")
-    if options.jobs > 1 and options.engine == "ray":
-        raise UserError("--jobs goes with --engine local; Ray runs as many as it has devices for")
 
 
 def _names_to_train(run: "Run", options: argparse.Namespace) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from clustering.engines import connect
 from clustering.errors import UserError
 from xelm.runs.budget import announce, check_disk
+from xelm.runs.options import LaunchOptions
 from xelm.runs.run import Run, open_run
 from xelm.runs.status import progress
 from xelm.runs.train import plans_of, train_dense, try_experts
@@ -33,18 +34,14 @@ _LOCK_SECONDS = 60.0
 def launch(
     run: Run,
     names: Sequence[str],
+    options: LaunchOptions | None = None,
     *,
     dense: bool = False,
-    jobs: int = 1,
-    engine: Literal["local", "ray"] = "local",
-    devices: int = 1,
 ) -> dict[str, str]:
-    """Trains the dense baseline if `dense`, then experts; returns why experts failed, by name.
-
-    jobs: number of processes on this machine that train at the same time; 1 trains in this process.
-    engine: "ray" trains over a Ray cluster, with so many `devices` for each expert.
-    """
-    apart = engine == "ray" or jobs > 1
+    """Trains the dense baseline if `dense`, then experts; returns why experts failed, by name. A
+    single job on this machine trains in this process."""
+    options = options or LaunchOptions()
+    apart = options.engine == "ray" or options.jobs > 1
     if dense and apart:
         _train_dense_apart(run)
     elif dense:
@@ -54,16 +51,17 @@ def launch(
     # Other processes log for themselves; this one must not open a device to estimate their time.
     plans = plans_of(run, names, estimate=False)
     announce(plans)
-    check_disk(run.directory, plans, together=jobs)
+    check_disk(run.directory, plans, together=options.jobs)
     size = run.config.experts.runtime.mesh_expert
     left = {expert.name for expert in run.registry().training()}
     names = [name for name in names if name in left]
     if not names:
         return {}
     waiting = [_Job(run, names[first : first + size]) for first in range(0, len(names), size)]
-    if engine == "ray":
-        return _train_over_ray(run, waiting, devices * max(len(job.names) for job in waiting))
-    return _train_in_processes(waiting, jobs)
+    if options.engine == "ray":
+        devices = (options.devices or 1) * max(len(job.names) for job in waiting)
+        return _train_over_ray(run, waiting, devices)
+    return _train_in_processes(waiting, options.jobs)
 
 
 class _Job:

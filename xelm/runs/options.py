@@ -1,9 +1,12 @@
-"""Options of `init` and `grow`, as plain values. Imports nothing heavy, so that flags can be made
-of them."""
+"""Options of `init`, `train` and `grow`, as plain values. Imports nothing heavy, so that flags can
+be made of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from clustering.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +26,31 @@ class InitOptions:
     workers: int = 1
     """Number of processes that tokenise more than a few thousand documents. They import the calling
     program, whose work must be under `if __name__ == "__main__"`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaunchOptions:
+    """Where experts are trained."""
+
+    jobs: int = 1
+    """Number of experts that are trained at the same time on this machine, each on its share of the
+    GPUs."""
+    engine: Literal["local", "ray"] = "local"
+    """Where to train: on this machine, or on the machines of the Ray cluster at RAY_ADDRESS, which
+    must all have access to RUN."""
+    devices: int | None = None
+    """Number of accelerators for each expert, with `engine` ray. None: 1."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("jobs", self.jobs), ("devices", self.devices)):
+            if value is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1; got {value}")
+        if self.devices and self.engine != "ray":
+            raise UserError("--devices goes with --engine ray")
+        if self.jobs > 1 and self.engine == "ray":
+            raise UserError(
+                "--jobs goes with --engine local; Ray has as many as it has devices for"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

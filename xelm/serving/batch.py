@@ -171,8 +171,7 @@ class Batch:
             count = request.alternatives or 0
             tops = [token._replace(top=token.top[:count]) for token in score.tokens]
             self._emit(request, PromptScored(tops))
-            weights = {name: round(weight, 4) for name, weight in score.weights.items()}
-            weights = {name: weight for name, weight in weights.items() if weight}
+            weights = _weights_by_name(list(score.weights), np.array([*score.weights.values()]))
             self._generate(request, Finished("length", 0, weights, score.router))
             self._to_score.popleft()
 
@@ -220,4 +219,4 @@ class Batch:
 
 def _weights_by_name(names: Sequence[str], weights: np.ndarray) -> dict[str, float]:
     """Model -> its weight, for weights that do not round to zero."""
-    return {names[i]: round(float(weights[i]), 4) for i in np.flatnonzero(weights >= 5e-4).tolist()}
+    return {names[i]: round(float(weights[i]), 4) for i in np.flatnonzero(weights > 5e-5).tolist()}

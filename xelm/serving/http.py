@@ -58,9 +58,8 @@ def make_app(
         middleware.append(Middleware(CrossOrigin, origins=origins))
     guarded = endpoints.guarded
 
-    def respond(kind: type[CompletionRequest] | type[ChatRequest]):
-        return guarded(functools.partial(completions.respond, kind=kind))
-
+    complete = guarded(functools.partial(completions.respond, kind=CompletionRequest))
+    chat = guarded(functools.partial(completions.respond, kind=ChatRequest))
     app = Starlette(
         routes=[
             Route("/", endpoints.page),
@@ -68,8 +67,8 @@ def make_app(
             Route("/metrics", guarded(endpoints.prometheus)),
             Route("/v1/models", guarded(endpoints.models)),
             Route("/v1/models/{name:path}", guarded(endpoints.model)),
-            Route("/v1/completions", respond(CompletionRequest), methods=["POST"]),
-            Route("/v1/chat/completions", respond(ChatRequest), methods=["POST"]),
+            Route("/v1/completions", complete, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: routing_error, Exception: server_error},
@@ -143,8 +142,8 @@ class _Endpoints:
         return JSONResponse(self._model(name, models))
 
     def _model(self, name: str, models: ServedModels) -> dict[str, Any]:
-        found: dict[str, Any] = {"id": name, "object": "model", "created": self.created}
-        found |= {"owned_by": "xelm"}
+        found: dict[str, Any] = {"id": name, "object": "model"}
+        found |= {"created": self.created, "owned_by": "xelm"}
         version = models.versions.get(name.removeprefix(f"{ENSEMBLE}:"))
         if name == ENSEMBLE:
             found["experts"] = dict(models.versions)

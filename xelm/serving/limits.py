@@ -1,6 +1,7 @@
-"""Limits of a server: sizes, numbers and times."""
+"""Options of a server: where it listens and for whom, and limits of sizes, numbers and times."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from clustering.errors import UserError
 
@@ -19,6 +20,26 @@ IDLE_SECONDS = 5
 """Seconds for which a connection is kept open between two requests."""
 WRITE_SECONDS = 30.0
 """Seconds after which a client that does not read its response is disconnected."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Access:
+    """Where a server listens, and who may use it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    api_key_file: str | Path | None = None
+    """File with the API key that requests must have. None: the variable XELM_API_KEY, if it is
+    set."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that may send requests, such as https://example.org; may be given several times.
+    Empty: none but the server's own page."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 2**16:
+            raise UserError(f"a port is between 0 and 65535; got {self.port}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

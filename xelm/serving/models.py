@@ -80,17 +80,11 @@ def open_served_models(
         before=before and before.ensemble,
     )
     names = ensemble.names
-    alone = {f"{ENSEMBLE}:{name}": _only(index, len(names)) for index, name in enumerate(names)}
+    log_weights = np.where(np.eye(len(names)), 0.0, -np.inf)
+    alone = {f"{ENSEMBLE}:{name}": Fixed(weights=one) for name, one in zip(names, log_weights)}
     return ServedModels(
         ensemble=ensemble,
         routers={ENSEMBLE: ensemble.router} | alone,
         versions={expert.name: expert.reference for expert in experts},
         detector=Detected(experts=1, identifier=identifier(run), pieces=pieces(run), serving={}),
     )
-
-
-def _only(index: int, models: int) -> Fixed:
-    """A router that gives all weight to one model."""
-    weights = np.full(models, -np.inf)
-    weights[index] = 0.0
-    return Fixed(weights=weights)

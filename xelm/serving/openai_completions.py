@@ -1,129 +1,74 @@
 """Endpoints for completions and chats: from the body of a request to its response or stream."""
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from email.message import Message
 from functools import partial
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from clustering.errors import UserError
-from xelm.inference.sampling import TokenLikelihood
 from xelm.inference.sampling_params import SamplingParams
-from xelm.serving.batch import Event, Failed, Finished, PromptScored, Request, TextDelta
+from xelm.serving.batch import Event, Failed, Finished, Request, TextDelta
 from xelm.serving.errors import Refused, error_body
 from xelm.serving.limits import BODY_SECONDS, MOST_BYTES, Limits
 from xelm.serving.metrics import Metrics
 from xelm.serving.models import ENSEMBLE, ServedModels
-from xelm.serving.openai_prompts import TokenizedPrompt, parse, prepare
-from xelm.serving.openai_requests import ChatRequest, CompletionRequest
-from xelm.serving.openai_responses import Choice, ResponseBodies, TokenNames
+from xelm.serving.openai_prompts import parse, prepare
+from xelm.serving.openai_requests import Body
+from xelm.serving.openai_responses import (
+    Choice,
+    Progress,
+    ResponseBodies,
+    TokenNames,
+    server_sent,
+)
 from xelm.serving.scheduler import QueueFull, Scheduler, ShuttingDown
 
 DISCONNECTED = 499
 """Status of a request whose client has disconnected, as in nginx; only metrics show it."""
-
-_Progress = PromptScored | TextDelta | Finished
-"""Events that a response is made of."""
 
 
 @dataclass(kw_only=True)
 class _InFlight:
     """An HTTP request that is being answered; a sequence is one prompt, continued once."""
 
-    body: CompletionRequest | ChatRequest
+    body: Body
     responses: ResponseBodies
-    prompts: list[TokenizedPrompt]
-    """The prompt of each sequence."""
-    language_stated: bool
-    """Whether the request states the language; otherwise it is detected."""
-    prompt_tokens: int
+    choices: list[Choice]
+    """One for each sequence."""
     started: float
     metrics: Metrics
     requests: list[Request] = field(default_factory=list)
     """The scheduler's request for each sequence."""
-    events: "asyncio.Queue[tuple[int, Event] | None]" = field(default_factory=asyncio.Queue)
-    """Index of a sequence and what happened to it; None when the client has disconnected."""
-    finished: dict[int, Finished] = field(default_factory=dict)
-    """Index of a sequence -> its last event."""
+    events: "asyncio.Queue[tuple[Choice, Event] | None]" = field(default_factory=asyncio.Queue)
+    """A choice and what happened to it; None when the client has disconnected."""
 
     @property
     def complete(self) -> bool:
         """Whether all sequences are finished."""
-        return len(self.finished) == len(self.requests)
+        return all(choice.end for choice in self.choices)
 
-    async def next(self) -> tuple[int, _Progress] | None:
+    async def next(self) -> tuple[Choice, Progress] | None:
         """The next event; None when the client has disconnected. Raises Refused for a failure."""
         found = await self.events.get()
         if found is None:
             return None
-        index, event = found
+        choice, event = found
         if isinstance(event, Failed):
             raise Refused(event.status, event.message)
         if isinstance(event, Finished):
-            self.finished[index] = event
+            choice.end = event
             if self.body.model == ENSEMBLE:
-                self.metrics.routed(self.prompts[index].language, event)
+                self.metrics.routed(choice.prompt.language, event)
             if self.complete:
                 self.metrics.complete.observe(time.monotonic() - self.started)
-        return index, event
-
-    def likelihoods(self, index: int, event: _Progress) -> Sequence[TokenLikelihood]:
-        """The tokens of an event that are in the response."""
-        start = self.prompts[index].echo_start if isinstance(event, PromptScored) else 0
-        return event.likelihoods[start:]
-
-    def xelm(self, index: int, event: TextDelta | Finished) -> dict[str, Any]:
-        """The field `xelm` of a choice; router and weights are null where no token was routed."""
-        language = self.prompts[index].language
-        source = "request" if self.language_stated else "detector"
-        return {
-            "language": language,
-            "language_from": None if language is None else source,
-            "router": event.router or None,
-            "weights": event.weights if event.router else None,
-        }
-
-    def full(self, choices: Sequence[Choice]) -> Response:
-        """The response of all sequences, when they are finished."""
-        ends = [self.finished[index] for index in range(len(choices))]
-        xelm = [self.xelm(index, end) for index, end in enumerate(ends)]
-        return JSONResponse(self.responses.full(choices, ends, xelm, self.prompt_tokens))
-
-    def chunk(self, index: int, event: _Progress) -> str:
-        """The chunk of a stream for an event."""
-        text = event.text if isinstance(event, TextDelta) else ""
-        scored = isinstance(event, PromptScored)
-        return _server_sent(
-            self.responses.chunk(
-                index,
-                self.prompts[index].echo if scored else text,
-                None if scored else self.xelm(index, event),
-                likelihoods=self.likelihoods(index, event),
-                reason=event.reason if isinstance(event, Finished) else None,
-            )
-        )
-
-    def first_chunks(self) -> list[str]:
-        """The chunks before any event: of a chat the role, otherwise an echo that is not scored."""
-        chat = isinstance(self.body, ChatRequest)
-        return [
-            _server_sent(self.responses.chunk(index, prompt.echo, None, first=chat))
-            for index, prompt in enumerate(self.prompts)
-            if chat or (prompt.echo and not self.body.scores_prompt)
-        ]
-
-    def usage_chunk(self) -> str:
-        """The last chunk, which counts tokens."""
-        tokens = sum(end.tokens for end in self.finished.values())
-        return _server_sent(self.responses.usage_chunk(self.prompt_tokens, tokens))
+        return choice, event
 
 
 @dataclass(kw_only=True)
@@ -137,9 +82,7 @@ class Completions:
     """Held while the prompts of a request are tokenised: one request at a time."""
     names: TokenNames | None = None
 
-    async def respond(
-        self, http_request: HTTPRequest, kind: type[CompletionRequest] | type[ChatRequest]
-    ) -> Response:
+    async def respond(self, http_request: HTTPRequest, kind: type[Body]) -> Response:
         """The response to a request with a body of this kind. Raises Refused."""
         started, model = time.monotonic(), "unknown"
         try:
@@ -158,28 +101,23 @@ class Completions:
             self.metrics.request(model, response.status_code)
         return response
 
-    async def _submit(self, body: CompletionRequest | ChatRequest, started: float) -> _InFlight:
+    async def _submit(self, body: Body, started: float) -> _InFlight:
         models = self.scheduler.models
         try:
             async with self.tokenizing:
-                prepared = await run_in_threadpool(prepare, body, models, self.limits)
+                prompts, sampling = await run_in_threadpool(prepare, body, models, self.limits)
+            tokens = sum(len(prompt.ids) for prompt in prompts)
+            sequences = enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
             in_flight = _InFlight(
                 body=body,
-                responses=ResponseBodies(
-                    body.model,
-                    self._token_names(models),
-                    chat=isinstance(body, ChatRequest),
-                    likelihoods=body.alternatives is not None,
-                ),
-                prompts=[prompt for prompt in prepared.prompts for _ in range(body.n or 1)],
-                language_stated=prepared.language is not None,
-                prompt_tokens=sum(len(prompt.ids) for prompt in prepared.prompts),
+                responses=ResponseBodies(body, self._token_names(models), tokens),
+                choices=[Choice(index=i, prompt=one, text=one.echo) for i, one in sequences],
                 started=started,
                 metrics=self.metrics,
             )
-            for index, prompt in enumerate(in_flight.prompts):
-                request = self._request(in_flight, index, prompt, prepared.sampling)
-                in_flight.requests.append(request)
+            in_flight.requests = [
+                self._request(in_flight, choice, sampling) for choice in in_flight.choices
+            ]
             # In a worker thread: the scheduler may hold its lock for a while.
             await run_in_threadpool(self.scheduler.submit, in_flight.requests)
         except UserError as error:
@@ -190,21 +128,19 @@ class Completions:
             raise Refused(429, "too many requests are waiting; try again later") from None
         return in_flight
 
-    def _request(
-        self, in_flight: _InFlight, index: int, prompt: TokenizedPrompt, sampling: SamplingParams
-    ) -> Request:
+    def _request(self, in_flight: _InFlight, choice: Choice, sampling: SamplingParams) -> Request:
         body = in_flight.body
         return Request(
             model=body.model,
-            ids=prompt.ids,
-            user_mask=prompt.user_mask,
+            ids=choice.prompt.ids,
+            user_mask=choice.prompt.user_mask,
             sampling=sampling,
             language=body.language if body.model == ENSEMBLE else None,
-            number=index,
+            number=choice.index,
             alternatives=body.alternatives,
             scores_prompt=body.scores_prompt,
             generates=body.most_tokens != 0,
-            on_event=lambda event: in_flight.events.put_nowait((index, event)),
+            on_event=lambda event: in_flight.events.put_nowait((choice, event)),
             deadline=in_flight.started + self.limits.max_seconds,
         )
 
@@ -217,8 +153,8 @@ class Completions:
         disconnected = asyncio.create_task(_disconnected(http_request))
 
         def cancel(_: object) -> None:
-            requests = enumerate(in_flight.requests)
-            self.scheduler.cancel([r for index, r in requests if index not in in_flight.finished])
+            pairs = zip(in_flight.choices, in_flight.requests)
+            self.scheduler.cancel([request for choice, request in pairs if not choice.end])
             in_flight.events.put_nowait(None)
 
         disconnected.add_done_callback(cancel)
@@ -241,33 +177,32 @@ class Completions:
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
 
-    async def _collect(self, in_flight: _InFlight, first: tuple[int, _Progress]) -> Response:
-        choices = [Choice(text=prompt.echo) for prompt in in_flight.prompts]
-        found: tuple[int, _Progress] | None = first
+    async def _collect(self, in_flight: _InFlight, first: tuple[Choice, Progress]) -> Response:
+        found: tuple[Choice, Progress] | None = first
         while found is not None:
-            index, event = found
+            choice, event = found
             if isinstance(event, TextDelta):
-                choices[index].text += event.text
-            choices[index].likelihoods += in_flight.likelihoods(index, event)
+                choice.text += event.text
+            choice.likelihoods += choice.tokens_of(event)
             if in_flight.complete:
                 # In a worker thread: the body may be long.
-                return await run_in_threadpool(in_flight.full, choices)
+                return await run_in_threadpool(in_flight.responses.full, in_flight.choices)
             found = await in_flight.next()
         return Response(status_code=DISCONNECTED)
 
     async def _stream(
         self,
         in_flight: _InFlight,
-        first: tuple[int, _Progress],
+        first: tuple[Choice, Progress],
         disconnected: "asyncio.Task[None]",
     ) -> AsyncIterator[str]:
-        status = DISCONNECTED
+        status, responses, choices = DISCONNECTED, in_flight.responses, in_flight.choices
         try:
-            for chunk in await run_in_threadpool(in_flight.first_chunks):
+            for chunk in await run_in_threadpool(responses.first_chunks, choices):
                 yield chunk
-            found: tuple[int, _Progress] | None = first
+            found: tuple[Choice, Progress] | None = first
             while found is not None:
-                make = partial(in_flight.chunk, *found)
+                make = partial(responses.chunk, *found)
                 # Many tokens, such as all of a prompt, take a while.
                 yield await run_in_threadpool(make) if found[1].likelihoods else make()
                 if in_flight.complete:
@@ -276,12 +211,12 @@ class Completions:
             if found is None:
                 return
             if in_flight.body.usage_wanted:
-                yield in_flight.usage_chunk()
+                yield responses.usage_chunk(choices)
             status = 200
             yield "data: [DONE]\n\n"
         except Refused as refused:
             status = refused.status
-            yield _server_sent(error_body(str(refused), refused.status))
+            yield server_sent(error_body(str(refused), refused.status))
         finally:
             self.metrics.request(in_flight.body.model, status)
             disconnected.cancel()
@@ -329,8 +264,3 @@ def check_model(name: str, models: ServedModels) -> None:
     if name not in models.routers:
         message = f"there is no model {name[:80]!r}; there are: {', '.join(models.routers)}"
         raise Refused(404, message, "model", "model_not_found")
-
-
-def _server_sent(body: Any) -> str:
-    """A server-sent event with a JSON body."""
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"

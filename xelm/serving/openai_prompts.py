@@ -19,7 +19,7 @@ from xelm.inference.sampling_params import SamplingParams
 from xelm.serving.errors import Refused
 from xelm.serving.limits import MOST_LOG_PROBABILITIES, Limits
 from xelm.serving.models import ServedModels
-from xelm.serving.openai_requests import ChatRequest, CompletionRequest, fault
+from xelm.serving.openai_requests import Body, ChatRequest, CompletionRequest, fault
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,20 +38,7 @@ class TokenizedPrompt:
     """Number of tokens before those of `echo`: the one that starts every text, where it does."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedRequest:
-    """A valid request, with prompts that the models can read."""
-
-    prompts: Sequence[TokenizedPrompt]
-    """Each of these is continued `n` times."""
-    sampling: SamplingParams
-    language: str | None
-    """Language that the request states, as a canonical tag."""
-
-
-def parse(
-    kind: type[CompletionRequest] | type[ChatRequest], body: bytes
-) -> CompletionRequest | ChatRequest:
+def parse(kind: type[Body], body: bytes) -> Body:
     """Parses the JSON body of a request. Raises Refused for the first field that is wrong."""
     try:
         return kind.model_validate_json(body)
@@ -60,10 +47,10 @@ def parse(
 
 
 def prepare(
-    request: CompletionRequest | ChatRequest, models: ServedModels, limits: Limits
-) -> PreparedRequest:
-    """Tokenises the prompts of a request. Raises UserError or Refused where these models cannot
-    answer it, or where it exceeds the limits."""
+    request: Body, models: ServedModels, limits: Limits
+) -> tuple[list[TokenizedPrompt], SamplingParams]:
+    """Tokenises the prompts of a request, each of which is continued `n` times. Raises UserError or
+    Refused where these models cannot answer it, or where it exceeds the limits."""
     prompts, masks = _tokenize(request, models)
     ensemble, most = models.ensemble, limits.max_sequences + limits.max_waiting
     if (count := len(prompts) * (request.n or 1)) > most:
@@ -77,7 +64,10 @@ def prepare(
         message = f"max_tokens must be at most {limits.max_tokens}; got {sampling.max_new_tokens}"
         raise Refused(400, message, "max_tokens")
     _check_log_probabilities(request, prompts, sampling)
-    language = _stated_language(request.language)
+    try:
+        language = None if request.language is None else canonical(request.language)
+    except UserError as error:
+        raise Refused(400, str(error), "language") from None
     tokenized = [
         TokenizedPrompt(
             ids=ids,
@@ -87,11 +77,11 @@ def prepare(
         )
         for index, (ids, mask) in enumerate(zip(prompts, masks))
     ]
-    return PreparedRequest(prompts=tokenized, sampling=sampling, language=language)
+    return tokenized, sampling
 
 
 def _tokenize(
-    request: CompletionRequest | ChatRequest, models: ServedModels
+    request: Body, models: ServedModels
 ) -> tuple[list[list[int]], list[list[bool] | None]]:
     """Token ids of each prompt, and for a chat the mask of the user's text. Text follows the token
     that starts texts; ids are taken as they are."""
@@ -108,9 +98,7 @@ def _tokenize(
         messages = [{"role": m.role, "content": m.text} for m in request.messages]
         ids, mask = tokenizer.chat(messages, _template_options(request, tokenizer))
         return [ids], [mask]
-    prompts = [
-        tokenizer.begin(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts
-    ]
+    prompts = [tokenizer.begin(p) if isinstance(p, str) else p for p in request.prompts]
     return prompts, [None] * len(prompts)
 
 
@@ -124,17 +112,7 @@ def _template_options(request: ChatRequest, tokenizer: Tokenizer) -> dict[str, A
     return {name: value for name, (_, value) in request.template_options.items()}
 
 
-def _stated_language(language: str | None) -> str | None:
-    """The language that a request states, as a canonical tag. Raises Refused for an unknown one."""
-    try:
-        return None if language is None else canonical(language)
-    except UserError as error:
-        raise Refused(400, str(error), "language") from None
-
-
-def _echo(
-    request: CompletionRequest | ChatRequest, index: int, ids: Sequence[int], tokenizer: Tokenizer
-) -> dict[str, Any]:
+def _echo(request: Body, index: int, ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
     """The fields `echo` and `echo_start` of a prompt: its text as given, without the token that was
     put before it."""
     if not isinstance(request, CompletionRequest) or not request.echo:
@@ -146,9 +124,7 @@ def _echo(
 
 
 def _check_log_probabilities(
-    request: CompletionRequest | ChatRequest,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams,
+    request: Body, prompts: Sequence[Sequence[int]], sampling: SamplingParams
 ) -> None:
     """Raises Refused where a request wants more log probabilities than it may."""
     if request.alternatives is None:

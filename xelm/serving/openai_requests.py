@@ -256,6 +256,8 @@ class ChatRequest(_Request):
         return count
 
 
+Body = CompletionRequest | ChatRequest
+
 _WANTED = {
     "prompt": f"a text, a list of ids, or at most {MOST_PROMPTS} of these",
     "stop": f"a text or at most {MOST_STOPS}, of at most {LONGEST_STOP} characters",

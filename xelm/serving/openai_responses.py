@@ -4,6 +4,7 @@ Beyond that shape every choice has `xelm`: the language of the prompt and where 
 the router that decided, and the weight of each model.
 """
 
+import json
 import re
 import secrets
 import time
@@ -12,9 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.responses import JSONResponse, Response
+
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.sampling import TokenLikelihood
-from xelm.serving.batch import Finished
+from xelm.serving.batch import Finished, PromptScored, TextDelta
+from xelm.serving.openai_prompts import TokenizedPrompt
+from xelm.serving.openai_requests import Body, ChatRequest
+
+Progress = PromptScored | TextDelta | Finished
+"""Events that a response is made of."""
 
 _MINUS_INFINITY = -9999.0
 """Log probability in place of minus infinity, which JSON does not have; the same as OpenAI's."""
@@ -48,78 +56,101 @@ class TokenNames:
 
 @dataclass(kw_only=True)
 class Choice:
-    """Text of one choice, as far as it is generated."""
+    """One choice of a response: a prompt, and its continuation as far as it is generated."""
 
-    text: str = ""
+    index: int
+    prompt: TokenizedPrompt
+    text: str
+    """Begins with the prompt's echo."""
     likelihoods: list[TokenLikelihood] = field(default_factory=list)
-    """Its tokens, where their log probabilities are wanted."""
+    """Tokens of the text, where their log probabilities are wanted."""
+    end: Finished | None = None
+    """The last event, when it has come."""
+
+    def tokens_of(self, event: Progress) -> Sequence[TokenLikelihood]:
+        """The tokens of an event that are in the response."""
+        start = self.prompt.echo_start if isinstance(event, PromptScored) else 0
+        return event.likelihoods[start:]
 
 
 class ResponseBodies:
     """Makes the bodies of the response to one request."""
 
-    def __init__(self, model: str, names: TokenNames, *, chat: bool, likelihoods: bool):
-        """likelihoods: whether log probabilities are wanted."""
-        self._chat, self._model, self._names, self._likelihoods = chat, model, names, likelihoods
-        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+    def __init__(self, request: Body, names: TokenNames, prompt_tokens: int):
+        """prompt_tokens: number of tokens of all prompts."""
+        self._request, self._names, self._prompt_tokens = request, names, prompt_tokens
+        self._chat = isinstance(request, ChatRequest)
+        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._lengths: Counter[int] = Counter()
         """Index of a choice -> number of characters of its tokens so far."""
 
-    def full(
-        self,
-        choices: Sequence[Choice],
-        ends: Sequence[Finished],
-        xelm: Sequence[Mapping[str, Any]],
-        prompt_tokens: int,
-    ) -> dict[str, Any]:
-        """The body of a response that is not streamed. xelm: that field of each choice.
-        prompt_tokens: number of tokens of all prompts."""
+    def full(self, choices: Sequence[Choice]) -> Response:
+        """The response that is not streamed, when all choices are finished."""
         bodies = []
-        for index, (choice, end) in enumerate(zip(choices, ends)):
+        for choice in choices:
+            assert choice.end is not None
             body: dict[str, Any] = {"text": choice.text}
             if self._chat:
                 body = {"message": {"role": "assistant", "content": choice.text}}
-            logprobs = self._logprobs(index, choice.likelihoods, choice.text)
-            body |= {"logprobs": logprobs, "finish_reason": end.reason, "xelm": xelm[index]}
-            bodies.append({"index": index, **body})
-        usage = _usage(prompt_tokens, sum(end.tokens for end in ends))
+            logprobs = self._logprobs(choice.index, choice.likelihoods, choice.text)
+            body |= {"logprobs": logprobs, "finish_reason": choice.end.reason}
+            bodies.append({"index": choice.index, **body, "xelm": self._xelm(choice, choice.end)})
         kind = "chat.completion" if self._chat else "text_completion"
-        return self._body(kind, choices=bodies, usage=usage)
+        return JSONResponse(self._body(kind, choices=bodies, usage=self._usage(choices)))
 
-    def chunk(
-        self,
-        index: int,
-        text: str,
-        xelm: Mapping[str, Any] | None,
-        *,
-        likelihoods: Sequence[TokenLikelihood] = (),
-        reason: str | None = None,
-        first: bool = False,
-    ) -> dict[str, Any]:
-        """The body of one chunk of a stream."""
+    def first_chunks(self, choices: Sequence[Choice]) -> list[str]:
+        """The chunks of a stream before any event: of a chat the role, otherwise an echo that is
+        not scored."""
+        bodies: dict[int, dict[str, Any]] = {}
+        for choice in choices:
+            if self._chat:
+                bodies[choice.index] = {"delta": {"role": "assistant", "content": ""}}
+            elif choice.prompt.echo and not self._request.scores_prompt:
+                bodies[choice.index] = {"text": choice.prompt.echo}
+        rest = {"logprobs": None, "finish_reason": None}
+        return [self._chunk({"index": index, **body, **rest}) for index, body in bodies.items()]
+
+    def chunk(self, choice: Choice, event: Progress) -> str:
+        """The chunk of a stream for an event."""
+        text = event.text if isinstance(event, TextDelta) else ""
+        if isinstance(event, PromptScored):
+            text = choice.prompt.echo
         body: dict[str, Any] = {"text": text}
         if self._chat:
-            body = {"delta": {"role": "assistant", "content": ""} if first else {}}
-            if text:
-                body["delta"]["content"] = text
-        logprobs = self._logprobs(index, likelihoods, text) if likelihoods else None
-        choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": reason}
-        if xelm is not None:
-            choice["xelm"] = xelm
-        return self._body(self._chunk_kind, choices=[choice])
+            body = {"delta": {"content": text} if text else {}}
+        tokens = choice.tokens_of(event)
+        body["logprobs"] = self._logprobs(choice.index, tokens, text) if tokens else None
+        body["finish_reason"] = event.reason if isinstance(event, Finished) else None
+        if not isinstance(event, PromptScored):
+            body["xelm"] = self._xelm(choice, event)
+        return self._chunk({"index": choice.index, **body})
 
-    def usage_chunk(self, prompt_tokens: int, tokens: int) -> dict[str, Any]:
-        """The body of the last chunk of a stream, which counts tokens."""
-        usage = _usage(prompt_tokens, tokens)
-        return self._body(self._chunk_kind, choices=[], usage=usage)
+    def usage_chunk(self, choices: Sequence[Choice]) -> str:
+        """The last chunk of a stream, which counts tokens."""
+        return self._chunk(usage=self._usage(choices))
+
+    def _chunk(self, *choices: Mapping[str, Any], **more: Any) -> str:
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return server_sent(self._body(kind, choices=choices, **more))
+
+    def _xelm(self, choice: Choice, event: TextDelta | Finished) -> dict[str, Any]:
+        """The field `xelm` of a choice; router and weights are null where no token was routed."""
+        language = choice.prompt.language
+        source = "detector" if self._request.language is None else "request"
+        return {
+            "language": language,
+            "language_from": None if language is None else source,
+            "router": event.router or None,
+            "weights": event.weights if event.router else None,
+        }
 
     def _logprobs(
         self, index: int, tokens: Sequence[TokenLikelihood], text: str
     ) -> dict[str, Any] | None:
         """Log probabilities of a choice's next tokens, which make this text; None where they are
         not wanted."""
-        if not self._likelihoods:
+        if self._request.alternatives is None:
             return None
         if self._chat:
             return {"content": [self._chat_logprob(token) for token in tokens], "refusal": None}
@@ -148,23 +179,20 @@ class ResponseBodies:
         own = entry(token.token, token.log_probability)
         return {**own, "top_logprobs": [entry(other, value) for other, value in token.top]}
 
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self._chat else "text_completion"
-
     def _body(self, kind: str, **more: Any) -> dict[str, Any]:
-        head = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-        return {**head, **more}
+        head = {"id": self._id, "object": kind, "created": self._created}
+        return {**head, "model": self._request.model, **more}
+
+    def _usage(self, choices: Sequence[Choice]) -> dict[str, int]:
+        prompts, new = self._prompt_tokens, sum(each.end.tokens for each in choices if each.end)
+        return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+
+
+def server_sent(body: Any) -> str:
+    """A server-sent event with a JSON body."""
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 def _finite(value: float) -> float | None:
     """A log probability for JSON; None for NaN, that of a token that follows nothing."""
     return None if value != value else max(value, _MINUS_INFINITY)
-
-
-def _usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": tokens,
-        "total_tokens": prompt_tokens + tokens,
-    }

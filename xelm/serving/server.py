@@ -23,7 +23,7 @@ from xelm.runs.ensembles import check_top_m, published
 from xelm.runs.run import Run
 from xelm.serving.connections import limited_protocol
 from xelm.serving.http import make_app
-from xelm.serving.limits import IDLE_SECONDS, MOST_HEAD_BYTES, Limits
+from xelm.serving.limits import IDLE_SECONDS, MOST_HEAD_BYTES, Access, Limits
 from xelm.serving.metrics import Metrics
 from xelm.serving.models import ServedModels, open_served_models
 from xelm.serving.origins import LOOPBACK, check_origins
@@ -37,25 +37,13 @@ FILES = 512
 
 
 def serve(
-    run: Run,
-    routing: Routing,
-    *,
-    dtype: str = "auto",
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    key_file: str | Path | None = None,
-    origins: Sequence[str] = (),
-    limits: Limits | None = None,
+    run: Run, routing: Routing, access: Access, limits: Limits, *, dtype: str = "auto"
 ) -> None:
-    """Serves a RUN until SIGTERM or SIGINT, and then until all requests are answered.
-
-    port: 0 takes a free one. key_file: file with the API key; None takes it from the environment,
-    where there need be none. origins: web pages elsewhere that may send requests (CORS).
-    """
-    limits, key = limits or Limits(), read_key(key_file)
-    check_origins(origins, key=key is not None)
+    """Serves a RUN until SIGTERM or SIGINT, and then until all requests are answered."""
+    key, host = read_key(access.api_key_file), access.host
+    check_origins(access.cors_origins, key=key is not None)
     check_top_m(routing.top_m, len(published(run)))
-    with _listen(host, port) as listening:
+    with _listen(access) as listening:
         local = host in ("localhost", "::1") or host.startswith("127.")
         print(f"preparing {run.directory}", file=sys.stderr, flush=True)
         app, scheduler, watcher = assemble(
@@ -66,7 +54,7 @@ def serve(
             # A web page elsewhere may have its own name resolved to this machine: without a key
             # requests under such a name are refused.
             hosts=(*LOOPBACK, host) if local and key is None else None,
-            origins=origins,
+            origins=access.cors_origins,
         )
         _compile(scheduler.models)
         scheduler.start()
@@ -179,9 +167,8 @@ def read_key(file: str | Path | None) -> str | None:
     return key.strip()
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    if not 0 <= port < 2**16:
-        raise UserError(f"a port is between 0 and 65535; got {port}")
+def _listen(access: Access) -> socket.socket:
+    host, port = access.host, access.port
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=1024)
