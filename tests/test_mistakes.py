@@ -110,7 +110,7 @@ MISTAKES = [
     ("nearest en", "name the languages with --languages, --corpus or --run"),
     ("nearest en --languages eng", "no language to compare en with"),
     ("nearest en --languages de --by nothing", "unknown measure 'nothing'"),
-    ("nearest en --languages de --by ,", "name a measure at least"),
+    ("nearest en --languages de --by ,", "--by: names separated by commas wanted; got ','"),
     # Making a RUN
     ("init new --corpus missing", "corpus missing does not exist"),
     ("init new --corpus empty", "empty has no corpus file"),
@@ -118,8 +118,9 @@ MISTAKES = [
     ("init new --corpus odd", "unknown language code 'klingonish'"),
     ("init new --corpus hf://owner/texts", "name the languages to take from hf://owner/texts "),
     ("init new --corpus corpus --languages de,tr", "corpus has no file of tr"),
-    ("init new --corpus corpus --languages ''", "--languages names no language"),
-    ("init new --corpus corpus --languages ,", "--languages names no language"),
+    ("init new --corpus corpus --languages ''", "--languages: names separated by commas wanted"),
+    ("init new --corpus corpus --languages ,", "--languages: names separated by commas wanted"),
+    ("evaluate run --corpus corpus --routing ,", "--routing: names separated by commas wanted"),
     ("init new --corpus corpus --set experts.tokens", "a setting is NAME=VALUE"),
     (
         "init new --corpus corpus --set experts.token=3",
@@ -271,6 +272,8 @@ MISTAKES = [
     ("merge seeded --out new", "no published expert"),
     ("merge run --out run/seed", "exists already; nothing is overwritten"),
     # Growing
+    ("grow run --language sw --corpus ''", "--corpus is empty; name a folder or file of text"),
+    ("evaluate run --corpus ''", "--corpus is empty; name a folder or file of text"),
     ("grow run --language klingonish", "unknown language code 'klingonish'"),
     ("grow run --language de --corpus corpus", "'de' is served already"),
     ("grow run --language deu --parent en-es --corpus corpus", "'de' is served already"),

@@ -365,9 +365,10 @@ def test_only_who_has_the_key_is_answered(chatty, tmp_path, monkeypatch):
     assert read_key(None) == "from the environment"
     (tmp_path / "key").write_text("from a file\n")
     assert read_key(tmp_path / "key") == "from a file"
-    (tmp_path / "key").write_text("clé")
-    with pytest.raises(UserError, match="has characters that no header can have: use ASCII"):
-        read_key(tmp_path / "key")
+    for key in ("clé".encode(), b"\xff\xfe", b"one\ntwo"):
+        (tmp_path / "key").write_bytes(key)
+        with pytest.raises(UserError, match="has characters that no header can have: use ASCII"):
+            read_key(tmp_path / "key")
     (tmp_path / "key").write_text("\n")
     with pytest.raises(UserError, match="contains no API key: it is empty"):
         read_key(tmp_path / "key")

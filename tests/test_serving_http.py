@@ -141,7 +141,7 @@ def test_an_origin_is_a_scheme_and_a_host():
     check_origins(["*"], key=True)
     with pytest.raises(UserError, match="lets every web page use this server"):
         check_origins(["*"], key=False)
-    for origin in ("example.org", "https://example.org/", "null", "https://", ""):
+    for origin in ("example.org", "https://example.org/", "null", "https://", "", "http://[::1"):
         with pytest.raises(UserError, match="an origin is a scheme and a host"):
             check_origins([origin], key=True)
 

@@ -1,7 +1,7 @@
 """What users of the library call: a RUN with everything that can be done with it as methods.
 
-Each method does what the command of its name does, which calls it; the modules of `xelm.runs` do
-the work. A method imports what it needs when it is called.
+The command of a method's name calls it; the modules of `xelm.runs` do the work. A method imports
+what it needs when it is called.
 """
 
 from collections.abc import Sequence
@@ -92,8 +92,7 @@ class Run(runs.Run):
         languages: Sequence[str] | None = None,
     ) -> "Results":
         """Perplexity and bits per byte by language, of every model and of the ensemble under each
-        routing; written to RUN/results/results.json. languages: of the corpus, to measure on; None:
-        all."""
+        routing, also in RUN/results/results.json. languages: of the corpus; None: all."""
         from xelm.runs.evaluate import evaluate
 
         return evaluate(self, corpus, options, languages=languages)
@@ -196,11 +195,8 @@ class Run(runs.Run):
 
 
 def open_run(directory: str | Path, *, settings: Sequence[str] = ()) -> Run:
-    """The RUN in a directory; UserError if there is none, or an unfinished one.
-
-    settings: such as "experts.runtime.dtype=bfloat16", used in place of what run.json says, without
-    changing that.
-    """
+    """The RUN in a directory; UserError if there is none, or an unfinished one. settings: such as
+    "experts.runtime.dtype=bfloat16", for this object in place of what run.json says."""
     return _with_methods(runs.open_run(directory, settings=settings))
 
 
@@ -213,10 +209,7 @@ def init(
     clusters: "Clustering | str | Path | None" = None,
 ) -> Run:
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus and seed.
-
-    config: as from a function of `xelm.presets`. clusters: to branch on at once, as in
-    `Run.branch`. The other arguments are those of `xelm.runs.init.init`.
-    """
+    Arguments as in `xelm.runs.init.init`; clusters: to branch on at once, as in `Run.branch`."""
     from xelm.runs.init import init as make
 
     branched = None if clusters is None else _loaded(clusters)
@@ -224,8 +217,7 @@ def init(
 
 
 def quickstart(directory: str | Path = "xelm-quickstart") -> Run:
-    """The whole path on the embedded sample corpus, on a CPU, in minutes; the RUN has results and a
-    report."""
+    """The whole path on the embedded sample, on a CPU, in minutes, with results and a report."""
     from xelm.quickstart import quickstart as make
 
     run, _, _ = make(directory)

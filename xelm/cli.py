@@ -24,9 +24,8 @@ _EXTRAS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0; 2 for a user's mistake; 130 if interrupted (a
-    training is saved first); 75 (EX_TEMPFAIL: try again) if SIGTERM ended a training, which is
-    saved."""
+    """Runs one command and returns its exit code: 0; 2 for a user's mistake; 130 if interrupted; 75
+    (EX_TEMPFAIL: try again) if SIGTERM ended a training. A training is saved first."""
     try:
         options = _parsed(sys.argv[1:] if arguments is None else arguments)
         prepare()

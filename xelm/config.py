@@ -86,8 +86,7 @@ class RuntimeConfig:
     keep_checkpoints: int = 2
     """Number of newest checkpoints that are kept."""
     keep_every: int | None = None
-    """Steps between further checkpoints that are kept until the training is done; null keeps
-    none."""
+    """Steps between further checkpoints that are kept until the training is done; null: none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     mesh_expert: int = 1
@@ -101,8 +100,7 @@ class RuntimeConfig:
     tensorboard: bool = False
     """Whether to write TensorBoard events too, in RUN/logs (needs xelm[tensorboard])."""
     wandb: bool = False
-    """Whether to log to Weights & Biases too, in project WANDB_PROJECT or xelm (needs
-    xelm[wandb])."""
+    """Whether to log to Weights & Biases too, in WANDB_PROJECT or xelm (needs xelm[wandb])."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,8 +113,7 @@ class Budget:
     of each document and the padding of last rows count, although they are not predicted."""
     max_passes: float | None = None
     """Most passes over the text of a language; null sets no limit. What a language may not have,
-    the others get (with data.sampling_exponent 0, UniMax); a grown expert is trained on fewer
-    tokens."""
+    the others get (with data.sampling_exponent 0, UniMax); a grown expert reads fewer tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,8 +229,7 @@ class RunConfig:
     seed: TrainConfig
     """Training of a fresh seed; not used where the seed is given."""
     experts: TrainConfig
-    """Training of all experts together: `tokens` is the total, of which each expert gets the share
-    of its languages."""
+    """Training of all experts: `tokens` is the total, which is shared out by their languages."""
     dense_learning_rate: float
     """Peak learning rate of the dense baseline, which is otherwise trained as the experts are."""
     dense_batch_size: int

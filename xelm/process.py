@@ -57,8 +57,7 @@ def keep_freed_memory() -> None:
     """Makes the C library keep freed memory for later, unless the user has given it settings.
 
     XLA on CPUs asks for the same memory at every step, and a third of the time goes into getting it
-    from the system again (benchmarks/freed_memory.py). The process then stays as large as it once
-    was."""
+    from the system again (benchmarks/freed_memory.py). The process then never shrinks."""
     # malloc.h: M_ARENA_MAX (one heap for all threads), M_MMAP_MAX (nothing beside it) and
     # M_TRIM_THRESHOLD (nothing at its end is given back).
     _set_allocation({-8: 1, -4: 0, -1: -1})

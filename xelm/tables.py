@@ -28,10 +28,7 @@ _MARKS = {
 
 
 def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[str]) -> str:
-    """All tables of an evaluation; of the routings the default comes first.
-
-    seed_languages: those of the RUN's corpus.
-    """
+    """All tables of an evaluation; the default routing comes first. seed_languages: the RUN's."""
     routings = sorted(routings, key=lambda routing: routing != DEFAULT)
     length, stride = (found.record[name] for name in ("context_length", "stride"))
     tables = [
@@ -170,9 +167,8 @@ def _by(routing: str) -> str:
 
 
 def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:
-    """One line a language: its distance by each measure, a dash where that is unknown, with the
-    share of what is compared that is known of both where that is not all; and in a RUN its tokens
-    and expert."""
+    """One line a language: its distance by each measure, a dash where that is unknown, the share of
+    what is compared that is known of both where that is not all, and in a RUN tokens and expert."""
     titles, widths = [], []
     in_part = [m for m in measures if any(one.by_measure[m].coverage < 0.995 for one in found)]
     for measure in measures:

@@ -7,8 +7,8 @@ from xelm.commands.options import (
     add_corpus,
     add_fields,
     add_languages,
+    corpus_of,
     given_fields,
-    required_corpus,
     run_of,
     show,
 )
@@ -26,9 +26,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.runs.results import RESULTS
 
-    run = run_of(options)
+    run, corpus = run_of(options), corpus_of(options)
+    assert corpus is not None  # the option is required
     chosen = EvaluationOptions(**given_fields(options, EvaluationOptions))
-    results = run.evaluate(required_corpus(options), chosen, languages=options.languages)
+    results = run.evaluate(corpus, chosen, languages=options.languages)
     table = tables.results(results, chosen.routings, run.languages)
     show(options, results.record, f"{table}\n\nSaved in {run.results / RESULTS}")
 

@@ -89,8 +89,7 @@ def add_fields(
 
 
 def given_fields(options: argparse.Namespace, kind: type) -> dict[str, Any]:
-    """Values of the options that `add_fields` made of a dataclass, by field, as far as the user
-    gave them."""
+    """Field -> value, for the options of `add_fields` that the user gave."""
     prefix, found = f"{kind.__name__}.", {}
     for name, value in vars(options).items():
         if name.startswith(prefix) and value is not None:
@@ -155,31 +154,21 @@ def add_corpus(parser: argparse.ArgumentParser, summary: str, *, required: bool 
 
 
 def corpus_of(options: argparse.Namespace) -> "Corpus | None":
-    """Returns the corpus that the options of `add_corpus` name, or None. Raises UserError for
-    another of these options without --corpus."""
-    given = {
-        "text_field": options.text_field,
-        "language_field": options.language_field,
-        "languages": options.language_map,
-    }
-    if not options.corpus:
+    """Returns the corpus that the options of `add_corpus` name, or None without them."""
+    if options.corpus is None:
         for name in ("text_field", "language_field", "language_map"):
             if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')} goes with --corpus")
         return None
+    if not options.corpus:
+        raise UserError("--corpus is empty; name a folder or file of text")
     from xelm.data.corpus import Corpus, read_languages
 
-    if options.language_map:
-        given["languages"] = read_languages(options.language_map)
-    return Corpus.of(options.corpus).with_defaults(**given)
-
-
-def required_corpus(options: argparse.Namespace) -> "Corpus":
-    """Returns the corpus as `corpus_of` does; raises UserError where there is none."""
-    corpus = corpus_of(options)
-    if corpus is None:
-        raise UserError("--corpus is empty; name a folder or file of text")
-    return corpus
+    return Corpus.of(options.corpus).with_defaults(
+        text_field=options.text_field,
+        language_field=options.language_field,
+        languages=options.language_map and read_languages(options.language_map),
+    )
 
 
 def run_of(options: argparse.Namespace) -> "Run":
@@ -230,7 +219,10 @@ def _count(text: str) -> int:
 
 def names(text: str) -> tuple[str, ...]:
     """Splits an argument at its commas."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"names separated by commas wanted; got {text!r}")
+    return found
 
 
 def show(options: argparse.Namespace, facts: Any, text: object) -> None:

@@ -1,5 +1,4 @@
-"""Options that name what distances between languages are computed from; cluster and nearest have
-them."""
+"""Options of cluster and nearest: what distances between languages are computed from."""
 
 import argparse
 from collections.abc import Collection

@@ -17,7 +17,6 @@ from xelm.commands.options import (
     add_workers,
     corpus_of,
     given_fields,
-    required_corpus,
     run_of,
     show,
 )
@@ -112,7 +111,8 @@ def _init(options: argparse.Namespace) -> None:
         )
     preset = options.preset or ("hub" if given.seed else "tiny")
     config = override(PRESETS[preset](), options.settings)
-    corpus = required_corpus(options)
+    corpus = corpus_of(options)
+    assert corpus is not None  # the option is required
     if options.dry_run:
         plans, texts = plan_init(options.run, corpus, config, given)
         _print_plans(options, plans, texts, f"Nothing was written to {options.run}")

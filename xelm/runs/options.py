@@ -1,5 +1,4 @@
-"""Options of `init`, `train` and `grow`, as plain values. Imports nothing heavy, so that flags can
-be made of them."""
+"""Options of `init`, `train` and `grow`, as plain values. Imports nothing heavy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ class InitOptions:
     """What a RUN is made from, besides a corpus and a configuration."""
 
     seed: str | Path | None = None
-    """Directory of a Hugging Face checkpoint to start from. None: tokenizer and seed are trained on
-    the corpus."""
+    """Directory of a Hugging Face checkpoint to start from. None: a seed is trained on the
+    corpus."""
     base_model: str | None = None
     """Name of the seed on the Hub, OWNER/NAME, for the model cards of its experts. None: that of a
     seed in the cache of the Hub's library."""
@@ -33,8 +32,7 @@ class LaunchOptions:
     """Where experts are trained."""
 
     jobs: int = 1
-    """Number of experts that are trained at the same time on this machine, each on its share of the
-    GPUs."""
+    """Number of experts trained at the same time on this machine, each on its share of the GPUs."""
     engine: Literal["local", "ray"] = "local"
     """Where to train: on this machine, or on the machines of the Ray cluster at RAY_ADDRESS, which
     must all have access to RUN."""
@@ -60,7 +58,6 @@ class GrowOptions:
     parent: str = "auto"
     """Expert to start from; auto is the one that serves the nearest language."""
     by: str | None = None
-    """Measure by which the nearest language is found, as in xelm nearest; not with `parent`. None:
-    mixture."""
+    """Measure of the nearest language, as in xelm nearest; not with `parent`. None: mixture."""
     workers: int = 1
     """Number of processes that tokenise, as in `InitOptions`."""

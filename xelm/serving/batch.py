@@ -148,8 +148,7 @@ class Batch:
         self._to_score = kept
 
     def score_some(self, most: int) -> None:
-        """Scores prompts of at most so many tokens together, or one prompt, and begins to continue
-        them."""
+        """Scores prompts of at most so many tokens, or one prompt, and begins to continue them."""
         part, tokens = [], 0
         for request in self._to_score:
             tokens += len(request.ids)

@@ -55,8 +55,7 @@ class Connections:
         return refusal
 
     def wait(self, connection: "Connection") -> None:
-        """Marks that a connection waits for a request from now on: earlier ones are closed before
-        it."""
+        """Marks that a connection waits for a request from now on, behind all others."""
         for some in (self._all, self._by_client.get(connection.address, {})):
             if connection in some:
                 some[connection] = some.pop(connection)

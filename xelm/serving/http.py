@@ -39,9 +39,8 @@ def make_app(
     hosts: Sequence[str] | None = None,
     origins: Sequence[str] = (),
 ) -> Starlette:
-    """The ASGI application. key: the API key that requests must have; None: they need none. hosts:
-    host names under which requests may come; None: any. origins: web pages that may send requests
-    (CORS)."""
+    """The ASGI application. key: API key that requests must have, if any. hosts: host names under
+    which requests may come; None: any. origins: web pages that may send requests (CORS)."""
     endpoints = _Endpoints(scheduler=scheduler, metrics=metrics, key=key)
     completions = Completions(scheduler=scheduler, metrics=metrics, limits=limits)
 

@@ -31,8 +31,7 @@ class Access:
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     api_key_file: str | Path | None = None
-    """File with the API key that requests must have. None: the variable XELM_API_KEY, if it is
-    set."""
+    """File with the API key that requests must have. None: the variable XELM_API_KEY, if set."""
     cors_origins: tuple[str, ...] = ()
     """Web pages that may send requests, such as https://example.org; may be given several times.
     Empty: none but the server's own page."""

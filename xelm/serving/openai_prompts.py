@@ -113,8 +113,7 @@ def _template_options(request: ChatRequest, tokenizer: Tokenizer) -> dict[str, A
 
 
 def _echo(request: Body, index: int, ids: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields `echo` and `echo_start` of a prompt: its text as given, without the token that was
-    put before it."""
+    """The fields `echo` and `echo_start` of a prompt."""
     if not isinstance(request, CompletionRequest) or not request.echo:
         return {}
     prompt = request.prompts[index]

@@ -74,7 +74,7 @@ class Choice:
 
 
 class ResponseBodies:
-    """Makes the bodies of the response to one request."""
+    """The response to one request: its JSON body, or the chunks of its stream."""
 
     def __init__(self, request: Body, names: TokenNames, prompt_tokens: int):
         """prompt_tokens: number of tokens of all prompts."""
@@ -100,8 +100,7 @@ class ResponseBodies:
         return JSONResponse(self._body(kind, choices=bodies, usage=self._usage(choices)))
 
     def first_chunks(self, choices: Sequence[Choice]) -> list[str]:
-        """The chunks of a stream before any event: of a chat the role, otherwise an echo that is
-        not scored."""
+        """The chunks of a stream before any event: the role in a chat, or an unscored echo."""
         bodies: dict[int, dict[str, Any]] = {}
         for choice in choices:
             if self._chat:
@@ -148,8 +147,7 @@ class ResponseBodies:
     def _logprobs(
         self, index: int, tokens: Sequence[TokenLikelihood], text: str
     ) -> dict[str, Any] | None:
-        """Log probabilities of a choice's next tokens, which make this text; None where they are
-        not wanted."""
+        """Log probabilities of a choice's next tokens, which make this text; None if not wanted."""
         if self._request.alternatives is None:
             return None
         if self._chat:

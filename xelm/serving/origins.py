@@ -60,8 +60,10 @@ def check_origins(origins: Sequence[str], *, key: bool) -> None:
                     "name the origins"
                 )
             continue
-        parts = urlsplit(origin)
-        if origin != f"{parts.scheme}://{parts.netloc}" or not parts.netloc:
+        netloc = ""
+        with contextlib.suppress(ValueError):  # such as a bracket that is not closed
+            scheme, netloc, *_ = urlsplit(origin)
+        if not netloc or origin != f"{scheme}://{netloc}":
             raise UserError(
                 "an origin is a scheme and a host, such as https://example.org or "
                 f"http://localhost:3000; got {origin!r}"

@@ -104,8 +104,7 @@ class Scheduler:
             self._changed.notify()
 
     def replace_models(self, models: ServedModels) -> None:
-        """Has new requests answered by other models; those that are being answered are not
-        affected."""
+        """Has new requests answered by other models, and those in progress by theirs."""
         with self._changed:
             self._batches.append(Batch(models, self._emit))
             self._changed.notify()

@@ -159,12 +159,13 @@ def read_key(file: str | Path | None) -> str | None:
         if key is None:
             return None
     else:
-        key, where = Path(file).read_text(encoding="utf-8"), str(file)
-    if not key.strip():
+        key, where = Path(file).read_text(encoding="utf-8", errors="replace"), str(file)
+    key = key.strip()
+    if not key:
         raise UserError(f"{where} contains no API key: it is empty")
-    if not key.strip().isascii():
+    if not (key.isascii() and key.isprintable()):
         raise UserError(f"the API key of {where} has characters that no header can have: use ASCII")
-    return key.strip()
+    return key
 
 
 def _listen(access: Access) -> socket.socket:
