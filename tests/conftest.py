@@ -292,9 +292,17 @@ def copy(tiny, tmp_path) -> TinyRun:
     )
 
 
+@pytest.fixture
+def llama(tmp_path):
+    """The folder of a small random Llama, as transformers write it."""
+    from hub_models import CONFIGS, saved  # few tests need torch
+
+    return saved(CONFIGS["llama-grouped"], tmp_path / "hub").directory
+
+
 @pytest.fixture(scope="session")
 def parameters():
-    """Of `small_training.MODEL`."""
+    """Random parameters of `small_training.MODEL`."""
     return jax.tree.map(np.asarray, fresh_parameters(MODEL, random_seed=0))
 
 
@@ -329,7 +337,7 @@ def chatty(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(chatty):
-    """Of that RUN."""
+    """A server of the RUN `chatty`."""
     from serving import served  # what a server needs few tests need
 
     with served(chatty) as found:

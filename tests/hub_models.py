@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
 import transformers as hub
+from safetensors.numpy import load_file, save_file
 
 VOCABULARY = 97
+INDEX = "model.safetensors.index.json"
 _ROPE = {"rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 16}
 _LLAMA = {
     "vocab_size": VOCABULARY,
@@ -208,3 +211,14 @@ def saved(config: Any, directory: Path) -> Pair:
 def random_tokens(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     """Ids of no special token."""
     return np.random.default_rng(seed).integers(4, 64, shape)
+
+
+def change(directory, edit):
+    """Edits the tensors of a checkpoint."""
+    tensors = load_file(directory / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_equal_trees(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)

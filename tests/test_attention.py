@@ -17,7 +17,7 @@ def drawn(heads, keys, dtype=jnp.float32):
 
 
 def masks():
-    """Of two documents in a row, the first ten tokens of which nobody sees."""
+    """Causal and full masks of rows of two documents; no token attends to the first ten."""
     segments = np.array([[0] * 10 + [1] * 60 + [2] * 80, [0] * 10 + [1] * 140])
     same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
     return {True: jnp.asarray(np.tril(same)), False: jnp.asarray(same)}

@@ -223,7 +223,7 @@ def test_a_piece_reads_as_it_does_within_a_text(encoders):
 
 
 def test_a_text_is_filled_as_far_as_texts_are_scored(encoders):
-    """Of a seed that was trained here, as far as its rows in training go."""
+    """A seed that was trained here reads as many tokens as its rows in training had."""
     ensemble = replace(open_run(encoders).ensemble("uniform"), context_length=12)
     mask = ensemble.tokenizer.hub.mask_token
     word = ensemble.tokenizer.piece(20).strip()

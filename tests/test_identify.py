@@ -80,7 +80,7 @@ def test_probabilities_are_even_before_anything_is_read(fitted):
 
 
 def test_calibrated_probabilities_are_as_often_right_as_they_say(fitted):
-    """Of beginnings of held-out texts, a few characters long."""
+    """The texts are beginnings of held-out ones, a few characters long."""
     halves = [{}, {}]
     for tag in TAGS:
         begins = [text[: 3 + n % 9] for n, text in enumerate(sample("valid", tag))]

@@ -49,8 +49,8 @@ def offline(monkeypatch):
 
 
 def records(file):
-    """Of a log of Weights & Biases: a head of 7 bytes, then LevelDB's blocks of 32 KiB with pieces
-    of checksum, length, kind (1 whole, 2 first, 3 middle, 4 last) and data."""
+    """Records of a log of Weights & Biases. It has a head of 7 bytes, then LevelDB's blocks of 32
+    KiB with pieces of checksum, length, kind (1 whole, 2 first, 3 middle, 4 last) and data."""
     data, at, whole = file.read_bytes(), 7, b""
     while at < len(data):
         if 32768 - at % 32768 < 7:  # too little is left of a block for a head
@@ -64,7 +64,7 @@ def records(file):
 
 
 def history(folder):
-    """Of each run of Weights & Biases below a folder: what it is, and its lines."""
+    """The record and the lines of each run of Weights & Biases below a folder."""
     runs = []
     for file in sorted(folder.rglob("run-*.wandb")):
         run, lines = None, []

@@ -142,8 +142,8 @@ def test_bfloat16_products_stay_near_float32(family_pair):
 
 
 def test_cached_states_equal_uncached(decoder_pair):
-    """Of two texts that are read in pieces of unequal length, the last of which has no room for
-    what stands behind the second text."""
+    """Two texts are read in pieces of unequal length. The cache has no space for what follows the
+    second text in the last piece."""
     model = load_model(decoder_pair.directory)
     network = as_for_inference(model)
     texts = random_tokens((2, 20))

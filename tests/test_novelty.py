@@ -7,9 +7,9 @@ from clustering import identify, novelty
 from clustering.errors import UserError
 
 LETTERS = {"a": "abcde", "b": "defgh", "c": "ghijk", "d": "jklmn", "e": "mnopa"}
-"""Of made-up languages, each of which shares some with two others."""
+"""Letters of made-up languages, each of which shares some with two others."""
 OTHER = "acegikmo"
-"""Of a language that is like all of them and none."""
+"""Letters of a language that is a little like all of these and much like none."""
 PIECES = [chr(ord("a") + number) for number in range(16)]
 
 

@@ -10,7 +10,7 @@ COUNT, BYTES = 4, 400
 
 @pytest.fixture
 def loaded():
-    """Of which experts were read from disk, in order."""
+    """Numbers of the experts that were read from disk, in order."""
     return []
 
 

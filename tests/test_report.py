@@ -289,7 +289,7 @@ def test_the_verdict_of_a_better_ensemble(full):
 
 
 def test_the_headline_is_of_the_default_routing_and_the_best_is_told_as_such(tmp_path):
-    """Of a routing that was chosen on the text it is measured on, nobody has that figure."""
+    """A routing that is chosen on the text it is measured on has a figure that no user gets."""
     usual = [row("ensemble", "learned", tag, SCORES[tag][1] * 1.1) for tag in LANGUAGES]
     run = small(tmp_path / "RUN", found=[*rows(experts=()), *usual])
     facts = read(run)

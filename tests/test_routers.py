@@ -275,7 +275,7 @@ def test_text_in_a_language_that_nobody_serves_is_mixed_from_all_models(run, tmp
 
 
 def test_fitting_holds_no_sums_of_whole_documents(run):
-    """Of a document of many tokens a few beginnings are kept, and none is a view of more."""
+    """A few beginnings of a long document are kept, and none is a view of a larger array."""
     vectoriser, size = run.vectoriser(), 200_000
     document = np.resize(np.arange(50), size)
     tracemalloc.start()

@@ -210,7 +210,8 @@ def test_under_the_posterior_the_mixture_is_the_evidence_of_the_whole_text():
 
 
 def test_what_is_detected_weighs_the_experts_by_their_languages():
-    """Of two languages one expert has both weights; one that nobody serves is all's alike."""
+    """An expert of two languages has the weights of both. The weight of a language that no expert
+    serves is divided evenly among all."""
     for serving in ({"de": 2, "el": 0, "tr": 2}, {"de": 3, "el": 1}):
         router = Detected(experts=EXPERTS, identifier=IDENTIFIER, pieces=PIECES, serving=serving)
         found = np.exp(along(router))

@@ -34,7 +34,7 @@ def drawn(rows, sampling, step=0):
 
 
 def frequencies(**settings):
-    """Of 4,000 draws, each of its own row."""
+    """Shares of the five tokens in 4,000 draws, each from a row of its own."""
     rows = jnp.log(jnp.tile(jnp.asarray(PROBABILITIES, jnp.float32), (4000, 1)))
     found = drawn(rows, SamplingParams(**{"temperature": 1.0, "top_p": 1.0, **settings}))
     return np.bincount(found, minlength=5) / 4000

@@ -96,7 +96,7 @@ def test_a_difference_is_of_the_same_documents():
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    """Of 300 samples of 60 documents from one distribution, whose ratio of sums is known."""
+    """There are 300 samples of 60 documents from one distribution, whose ratio of sums is known."""
     draw, held = np.random.default_rng(2), 0
     measured, sizes, tokens = {}, {}, {}
     for number in range(300):

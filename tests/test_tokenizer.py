@@ -191,7 +191,7 @@ def test_the_tokenizer_of_a_run_hears_all_of_a_corpus_and_its_true_sizes(
 
 
 def test_a_full_disk_is_an_error_of_the_disk(tmp_path):
-    """Of a file that may not grow, to be exact; the tokenizers library calls that an Exception."""
+    """The file may not grow, which the tokenizers library reports as a plain Exception."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, old[1]))
     try:

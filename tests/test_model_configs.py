@@ -1,0 +1,135 @@
+"""config.json as other versions and people write it: read as transformers reads it, or refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hub_models import CONFIGS, auto_model, random_tokens, saved
+
+from clustering.errors import UserError
+from xelm.models.checkpoint import load_model, read_config, save_model
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+logits_of = nnx.jit(lambda model, tokens: model(tokens))
+
+
+# Files as older or other versions wrote them, and as people edit them.
+EDITED = {
+    "llama-grouped": [
+        {"rope_parameters": None, "rope_theta": 300.0},
+        {"rope_parameters": None, "rope_theta": 300.0, "rope_scaling": LINEAR},
+        {"rope_scaling": LINEAR},
+        {"rms_norm_eps": None, "rope_parameters": None},
+        {"hidden_act": "gelu_new"},
+    ],
+    "mistral-local": [
+        {"sliding_window": None},
+        {"layer_types": ["full_attention"] * 3},
+    ],
+    "qwen2-partly-local-tied": [
+        {"layer_types": None, "max_window_layers": 2},
+        {"layer_types": None, "use_sliding_window": False},
+        {"layer_types": None, "sliding_window": None},
+    ],
+    "qwen3": [{"rope_parameters": None, "rope_scaling": {**YARN, "type": "yarn"}}],
+    "gemma2": [
+        {"layer_types": None, "rope_parameters": None, "rope_theta": 50.0},
+        {"attn_logit_softcapping": None, "query_pre_attn_scalar": 7},
+    ],
+    "gemma3": [
+        {"layer_types": None, "sliding_window_pattern": 3, "rope_parameters": None},
+        {"rope_parameters": None, "rope_theta": 5e4, "rope_local_base_freq": 70.0},
+        {"rope_parameters": None, "rope_theta": 5e4, "rope_scaling": LINEAR},
+        {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ],
+    "xglm": [{"scale_embedding": False}, {"activation_function": "relu"}],
+    "bloom": [{"hidden_size": None, "n_embed": 36}],
+    "gpt2": [{"n_embd": None, "hidden_size": 36}, {"activation_function": "relu"}],
+    "bert": [{"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}],
+    "xlm-roberta": [{"layer_norm_eps": 1e-3}],
+    "modernbert": [
+        {"layer_types": None, "global_attn_every_n_layers": 2, "rope_parameters": None},
+        {"rope_parameters": None, "global_rope_theta": 50.0, "local_rope_theta": 30.0},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"), [(name, edit) for name, edits in EDITED.items() for edit in edits]
+)
+def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, edit, tmp_path):
+    pair = saved(CONFIGS[name], tmp_path / "hub")
+    path = pair.directory / "config.json"
+    edited = {**json.loads(path.read_text()), **edit}
+    # None takes an entry out, save where null itself has a meaning.
+    kept = ("sliding_window", "attn_logit_softcapping")
+    edited = {key: value for key, value in edited.items() if value is not None or key in kept}
+    path.write_text(json.dumps(edited))
+    reference = auto_model(pair.directory)
+    tokens = random_tokens((1, 40))
+    with torch.no_grad():
+        wanted = reference(torch.tensor(tokens)).logits.numpy()
+    logits = logits_of(load_model(pair.directory), tokens)
+    np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "fault"),
+    [
+        ("llama-grouped", {"hidden_act": "mish"}, "hidden_act must be silu or .*; .* has mish"),
+        ("llama-grouped", {"rope_parameters": {**LINEAR, "rope_type": "longrope"}}, "rope_type"),
+        ("llama-grouped", {"hidden_size": "32"}, "hidden_size.*expected int, got str"),
+        ("llama-grouped", {"num_attention_heads": 3}, "multiple"),
+        ("llama-grouped", {"model_type": "t5"}, "'t5' is not known; known: llama, mistral"),
+        ("llama-grouped", {"model_type": None}, "model_type None is not known"),
+        ("llama-grouped", {"model_type": ["llama"]}, "is not known"),
+        ("llama-grouped", {"quantization_config": "gptq"}, "quantised weights are not supported"),
+        ("ministral", {"head_dim": None}, "head_dim must be a number"),
+        ("xlm-roberta", {"pad_token_id": None}, "pad_token_id must be a number"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be"),
+        ("qwen3", {"layer_types": ["full_attention", "chunked_attention"] * 2}, "layer_types"),
+        ("xglm", {"pad_token_id": 5}, "pad_token_id must be None or 0 or 1"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
+        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings must be True"),
+        ("bert", {"position_embedding_type": "relative_key"}, "must be absolute"),
+        ("xlm-roberta", {"hidden_act": "relu"}, "hidden_act must be gelu"),
+        ("modernbert", {"classifier_activation": "relu"}, "classifier_activation must be gelu"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(name, edit, fault, tmp_path):
+    config = CONFIGS[name].to_dict() | edit
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=fault):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"] * 3, None], ids=["all", "null"])
+def test_mistral_with_layer_types_is_a_ministral(kinds, tmp_path):
+    """transformers choose the family by the key alone, whatever stands there."""
+    directory = saved(CONFIGS["mistral-local"], tmp_path / "hub").directory
+    source = json.loads((directory / "config.json").read_text()) | {"layer_types": kinds}
+    (directory / "config.json").write_text(json.dumps(source))
+    reference = auto_model(directory)
+    assert type(reference).__name__ == "MinistralForCausalLM"
+    assert read_config(directory).local_layers == (() if kinds else (0, 1, 2))
+    save_model(load_model(directory), tmp_path / "out")
+    assert type(auto_model(tmp_path / "out")).__name__ == "MinistralForCausalLM"
+    tokens = random_tokens((1, 40))
+    with torch.no_grad():
+        wanted = reference(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits_of(load_model(directory), tokens), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("configuration_files", ["config.5.0.0.json"]), ("transformers_weights", "a.safetensors")],
+)
+def test_settings_by_which_transformers_read_other_files_are_refused(name, value, llama):
+    source = json.loads((llama / "config.json").read_text()) | {name: value}
+    (llama / "config.json").write_text(json.dumps(source))
+    with pytest.raises(UserError, match=f"{name} is not read"):
+        load_model(llama)
