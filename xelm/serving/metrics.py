@@ -27,10 +27,10 @@ class Metrics:
     """Counters, gauges and histograms of one server."""
 
     def __init__(self, scheduler: Scheduler):
-        self._scheduler, self._registry = scheduler, CollectorRegistry()
-        counter, gauge, histogram = (
-            partial(kind, registry=self._registry) for kind in (Counter, Gauge, Histogram)
-        )
+        registry = CollectorRegistry()
+        self._scheduler, self._registry = scheduler, registry
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
         self._requests = counter(
             "xelm_requests", "Requests, by model and HTTP status.", ["model", "status"]
         )
