@@ -21,13 +21,7 @@ from xelm.serving.metrics import Metrics
 from xelm.serving.models import ENSEMBLE, ServedModels
 from xelm.serving.openai_prompts import parse, prepare
 from xelm.serving.openai_requests import Body
-from xelm.serving.openai_responses import (
-    Choice,
-    Progress,
-    ResponseBodies,
-    TokenNames,
-    server_sent,
-)
+from xelm.serving.openai_responses import Choice, Progress, ResponseBodies, TokenNames, server_sent
 from xelm.serving.scheduler import QueueFull, Scheduler, ShuttingDown
 
 DISCONNECTED = 499
