@@ -1,6 +1,7 @@
 """The library's interface: what a user calls on a RUN."""
 
 import pydoc
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 import xelm
 from clustering.clustering import Clustering
 from clustering.errors import UserError
+from experts.grow import grow
+from experts.lock import update
 from xelm import EvaluationOptions, GrowOptions, InitOptions, Run, open_run, plan_init
 from xelm.commands import COMMANDS
 
@@ -75,6 +78,14 @@ def test_what_commands_would_cost_is_known_beforehand(copy):
 def test_a_training_that_cannot_be_is_refused_by_name(tiny):
     with pytest.raises(UserError, match="nobody"):
         open_run(tiny.directory).train("nobody")
+
+
+def test_an_expert_that_grow_trains_is_refused_before_dense_is_trained(copy):
+    shutil.rmtree(copy.directory / "dense")
+    update(copy.directory, lambda registry: grow(registry, "pt", "en-es"))
+    with pytest.raises(UserError, match=r"pt is a grown expert; .*: xelm grow \S+ --language pt"):
+        open_run(copy.directory).train("pt", dense=True)
+    assert not (copy.directory / "dense").exists()
 
 
 def test_an_ensemble_is_opened_with_two_lines(tiny):

@@ -216,20 +216,13 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _names_to_train(run: "Run", options: argparse.Namespace) -> list[str]:
-    """Returns the experts that the options name. Raises UserError if there are none, and for an
-    expert that `xelm grow` trains."""
+    """Returns the experts that the options name; UserError if there are none."""
     names = list(dict.fromkeys(options.names))
     if options.all:
         run.clusters()  # raises UserError if the RUN has no experts yet
         names += [name for name in run.untrained() if name not in names]
     if not names and not options.dense and not options.all:
         raise UserError("name the experts to train, or give --all or --dense")
-    for name in names:
-        expert = run.registry().expert(name)
-        if expert.status == "training" and expert.cluster is None:
-            (tag,) = expert.languages
-            command = f"xelm grow {options.run} --language {tag}"
-            raise UserError(f"{name} is a grown expert; resume its training with: {command}")
     return names
 
 

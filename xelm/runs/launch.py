@@ -42,14 +42,15 @@ def launch(
     single job on this machine trains in this process."""
     options = options or LaunchOptions()
     apart = options.engine == "ray" or options.jobs > 1
+    # Refuses what cannot be trained before dense is. Other processes log for themselves; this one
+    # must not open a device to estimate their time.
+    plans = plans_of(run, names, estimate=False)
     if dense and apart:
         _train_dense_apart(run)
     elif dense:
         train_dense(run)
     if not apart:
         return {name: str(error) for name, error in try_experts(run, names).items()}
-    # Other processes log for themselves; this one must not open a device to estimate their time.
-    plans = plans_of(run, names, estimate=False)
     announce(plans)
     check_disk(run.directory, plans, together=options.jobs)
     size = run.config.experts.runtime.mesh_expert

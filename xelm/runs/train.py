@@ -125,7 +125,8 @@ def _held(run: Run, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
 
 def _job(run: Run, expert: Expert) -> Job:
     if expert.cluster is None:
-        raise UserError(f"{expert.name} was grown; go on with: xelm grow --language {expert.name}")
+        command = f"xelm grow {run.directory} --language {expert.languages[0]}"
+        raise UserError(f"{expert.name} is a grown expert; resume its training with: {command}")
     sources, config = cluster_shares(run, expert.cluster), run.config.experts
     share = sum(source.share for source in sources)
     return Job(
