@@ -1,7 +1,7 @@
 """What users of the library call: a RUN with everything that can be done with it as methods.
 
-The command of a method's name calls it; the modules of `xelm.runs` do the work. A method imports
-what it needs when it is called.
+Each method does what the command of its name does; the modules of `xelm.runs` do the work. A
+method imports what it needs when it is called.
 """
 
 from collections.abc import Sequence
