@@ -210,7 +210,7 @@ def request_for(scheduler, events, **changes):
 
 def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
     opener = partial(open_served_models, open_run(chatty), Routing(name="detected"))
-    scheduler = Scheduler(opener(), max_running=2, max_waiting=0, call_soon=lambda call: call())
+    scheduler = Scheduler(opener(), Limits(max_sequences=2, max_waiting=0), lambda call: call())
     score, begun, go_on = batch_module.score_prompts, threading.Event(), threading.Event()
 
     def held(*given):
@@ -235,7 +235,7 @@ def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
 
 def test_prompts_are_scored_in_smaller_parts_while_others_are_continued(chatty, monkeypatch):
     opener = partial(open_served_models, open_run(chatty), Routing(name="detected"))
-    scheduler = Scheduler(opener(), max_running=9, max_waiting=0, call_soon=lambda call: call())
+    scheduler = Scheduler(opener(), Limits(max_sequences=9, max_waiting=0), lambda call: call())
     score, parts, now = batch_module.score_prompts, [], time.monotonic()
     ids = scheduler.models.ensemble.tokenizer.begin(PROMPT)
 
@@ -270,7 +270,7 @@ def test_prompts_are_scored_in_smaller_parts_while_others_are_continued(chatty, 
 
 def test_the_scheduler_delivers_all_events_in_order(chatty):
     opener = partial(open_served_models, open_run(chatty), Routing(name="detected"))
-    scheduler = Scheduler(opener(), max_running=2, max_waiting=1, call_soon=lambda call: call())
+    scheduler = Scheduler(opener(), Limits(max_sequences=2, max_waiting=1), lambda call: call())
     events = []
     with pytest.raises(QueueFull):
         scheduler.submit([request_for(scheduler, events) for _ in range(4)])

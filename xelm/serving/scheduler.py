@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from xelm.serving.batch import LATE, Batch, Event, Failed, Request
+from xelm.serving.limits import Limits
 from xelm.serving.models import ServedModels
 
 TOKENS_SCORED = 4096
@@ -33,15 +34,11 @@ class Scheduler:
     def __init__(
         self,
         models: ServedModels,
-        *,
-        max_running: int,
-        max_waiting: int,
+        limits: Limits,
         call_soon: Callable[[Callable[[], None]], object],
     ):
-        """max_running: number of requests that are answered at once. max_waiting: number of others
-        that may wait. call_soon: runs a function in the thread that receives events."""
-        self._max_running, self._max_waiting = max_running, max_waiting
-        self._call_soon = call_soon
+        """call_soon: runs a function in the thread that receives events."""
+        self._limits, self._call_soon = limits, call_soon
         self._changed = threading.Condition()
         self._queue: deque[Request] = deque()
         self._batches = [Batch(models, self._emit)]
@@ -87,11 +84,11 @@ class Scheduler:
             if request.model in models.routers:  # otherwise it has just been withdrawn
                 models.routers[request.model].start(request.language)
         with self._changed:
-            free = self._max_running - self.running
+            free = self._limits.max_sequences - self.running
             dead = self._thread.ident is not None and not self._thread.is_alive()
             if self._closing or dead:
                 raise ShuttingDown
-            if len(self._queue) + len(requests) > self._max_waiting + free:
+            if len(self._queue) + len(requests) > self._limits.max_waiting + free:
                 raise QueueFull
             self._queue += requests
             self._changed.notify()
@@ -151,7 +148,7 @@ class Scheduler:
                     continue
                 if request.deadline < now:
                     self._emit(request, Failed(503, LATE))
-                elif self.running < self._max_running:
+                elif self.running < self._limits.max_sequences:
                     self.count("prompt", len(request.ids))
                     self._batches[-1].add(request)
                 else:

@@ -141,12 +141,7 @@ def assemble(
         with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody waits
             app.state.loop.call_soon_threadsafe(function)
 
-    scheduler = Scheduler(
-        opener(),
-        max_running=limits.max_sequences,
-        max_waiting=limits.max_waiting,
-        call_soon=call_soon,
-    )
+    scheduler = Scheduler(opener(), limits, call_soon)
     metrics = Metrics(scheduler)
     app = make_app(scheduler, metrics, limits, key=key, hosts=hosts, origins=origins)
     return app, scheduler, RegistryWatcher(registry, seen, opener, scheduler, metrics)
