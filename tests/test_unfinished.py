@@ -98,15 +98,22 @@ def test_other_languages_in_a_half_done_folder_are_refused(trained):
         trained(sources=SOURCES[:2])
 
 
-@pytest.mark.parametrize("method", ["save", "check_for_errors"])
+@pytest.mark.parametrize(
+    ("method", "error", "reason"),
+    [
+        ("save", OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        ("check_for_errors", OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        ("save", ValueError(), "ValueError"),
+    ],
+)
 def test_a_checkpoint_that_cannot_be_saved_is_a_users_mistake(
-    trained, tmp_path, monkeypatch, method
+    trained, tmp_path, monkeypatch, method, error, reason
 ):
     def fail(*arguments, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(ocp.CheckpointManager, method, fail)
-    with pytest.raises(UserError, match=r"cannot save a checkpoint in .*No space left") as caught:
+    with pytest.raises(UserError, match=rf"cannot save a checkpoint in .*{reason}") as caught:
         trained()
     assert str(tmp_path / "training" / "checkpoints") in str(caught.value)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clustering.errors import UserError
+from clustering.errors import UserError, first_line
 
 SCHEME = "hf://"
 _FORM = "hf://owner/dataset[@revision][/config][:split]"
@@ -84,7 +84,7 @@ def records(name: str) -> Iterator[tuple[str, Any]]:
             yield f"{name}:{number}", record
     except Exception as error:
         # Otherwise the corpus would be what came before the connection broke.
-        raise UserError(f"cannot read {name} after record {number}: {reason(error)}") from error
+        raise UserError(f"cannot read {name} after record {number}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -93,9 +93,4 @@ def _failing(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what}: {reason(error)}") from error
-
-
-def reason(error: Exception) -> str:
-    """First line of an error's message."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{what}: {first_line(error)}") from error

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clustering.errors import first_line
 from xelm.data import hub
 from xelm.data.unusable import UnusableRecords
 
@@ -217,7 +218,7 @@ def _table(
     except (OSError, pyarrow.ArrowException) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # an error of the disk, not of the pages
-        faults.add(f"a damaged file ({hub.reason(error)})", f"{name} after row {number}")
+        faults.add(f"a damaged file ({first_line(error)})", f"{name} after row {number}")
         return
     if not number:
         faults.add("an empty file", name)

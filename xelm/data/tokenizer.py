@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from clustering.errors import UserError
+from clustering.errors import UserError, first_line
 from clustering.files import read_object
 from xelm.config import StartToken
-from xelm.data.hub import reason
 from xelm.data.special_tokens import SpecialTokens, encodings, ids_of
 from xelm.data.text_format import TextFormat
 from xelm.data.unicode import normalised
@@ -51,7 +50,7 @@ def load(directory: str | Path, start_token: StartToken = "tokenizer") -> "Token
         )
     except Exception as error:  # the tokenizers library knows no other type
         raise UserError(
-            f"{directory} has no tokenizer that transformers can load: {reason(error)}"
+            f"{directory} has no tokenizer that transformers can load: {first_line(error)}"
         ) from error
     if not hub.is_fast:
         raise UserError(f"{directory} has no tokenizer.json, and transformers cannot make one")

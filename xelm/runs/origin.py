@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import metadata_load
 
-from clustering.errors import UserError
+from clustering.errors import UserError, first_line
 from clustering.hub_files import LICENCES
 from xelm.models.checkpoint import README
 from xelm.runs.run import Run
@@ -42,9 +42,8 @@ def licence_of(seed: Path) -> dict[str, str]:
         try:
             metadata = metadata_load(seed / README) or {}
         except Exception as error:  # YAML's errors have no common type with the Hub's
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{seed / README} has a front matter that is no YAML: {reason}"
+                f"{seed / README} has a front matter that is no YAML: {first_line(error)}"
             ) from error
     if metadata.get("license"):
         return {key: str(metadata[key]) for key in _LICENCE_KEYS if metadata.get(key)}

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from clustering.errors import UserError
+from clustering.errors import UserError, first_line
 from xelm.training.fingerprint import fingerprints
 from xelm.training.hosts import is_first, wait_for_all
 
@@ -60,8 +60,7 @@ class Checkpoints:
             except Exception as error:
                 if not _of_the_file(error):
                     raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                damaged.append(f"the checkpoint of step {step} is damaged ({reason})")
+                damaged.append(f"the checkpoint of step {step} is damaged ({first_line(error)})")
                 continue
             for line in damaged if is_first() else ():
                 print(f"{self.directory}: {line}; using that of step {step}", file=sys.stderr)
@@ -108,8 +107,8 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot save a checkpoint in {self.directory}: "
-                f"{str(error).splitlines()[0]}; the last complete one is kept"
+                f"cannot save a checkpoint in {self.directory}: {first_line(error)}; the last "
+                "complete one is kept"
             ) from error
 
 

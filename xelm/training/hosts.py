@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clustering.errors import UserError
+from clustering.errors import UserError, first_line
 from xelm.training.preemption import Preempted
 
 _MESSAGE_BYTES = 4000
@@ -33,8 +33,7 @@ def join() -> None:
             jax.distributed.initialize(address, int(count or ""), int(number or ""))
     except (ValueError, RuntimeError) as error:
         known = ", ".join(f"{name}={os.environ.get(name, '')}" for name in _SETTINGS)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot join the other hosts ({known}): {reason}") from error
+        raise UserError(f"cannot join the other hosts ({known}): {first_line(error)}") from error
 
 
 def is_first() -> bool:
