@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from clustering.files import write_json
+from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare, batches
 from xelm.data.store import FORMAT, open_store, shuffled
 from xelm.data.text_format import TextFormat
@@ -54,16 +55,8 @@ def _make(folder: Path, documents: int) -> float:
 def _first(folder: str) -> float:
     began = time.perf_counter()
     source = LanguageShare(ids=open_store(folder).languages["de"], share=1.0)
-    next(
-        batches(
-            [source],
-            steps=1000,
-            batch_size=64,
-            sequence_length=512,
-            text_format=TextFormat(start_id=1, end_id=2),
-            random_seed=0,
-        )
-    )
+    config = TrainConfig(tokens=1000 * 64 * 512, batch_size=64, sequence_length=512)
+    next(batches([source], config, TextFormat(start_id=1, end_id=2)))
     return time.perf_counter() - began
 
 

@@ -48,13 +48,7 @@ def few(folder, corpus, count):
 def test_passes_are_the_rows_that_are_read_over_the_rows_there_are():
     found = passes(SOURCES, CONFIG)
     for one in SOURCES:
-        rows = LanguageRows(
-            one,
-            sequence_length=CONFIG.sequence_length,
-            text_format=TextFormat(start_id=1, end_id=2),
-            random_seed=0,
-            language_index=0,
-        )
+        rows = LanguageRows(one, CONFIG, TextFormat(start_id=1, end_id=2))
         tag = one.ids.language
         # 20 steps of 8 rows, of which each language has its share.
         assert found[tag] == pytest.approx(20 * 8 * SHARES[tag] / len(rows))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from clustering.errors import UserError
+from xelm.config import TrainConfig
 from xelm.data import rows as row_module
 from xelm.data.rows import LanguageRows, LanguageShare, batches, sampling_shares
 from xelm.data.store import TokenizedLanguage, shuffled
@@ -38,13 +39,8 @@ def source(language: str, share: float = 1.0, documents=None) -> LanguageShare:
 def rows_of(
     found: LanguageShare, length: int, seed: int = 0, start_id: int | None = START
 ) -> LanguageRows:
-    return LanguageRows(
-        found,
-        sequence_length=length,
-        text_format=TextFormat(start_id=start_id, end_id=END),
-        random_seed=seed,
-        language_index=0,
-    )
+    config = TrainConfig(tokens=1, sequence_length=length, random_seed=seed)
+    return LanguageRows(found, config, TextFormat(start_id=start_id, end_id=END))
 
 
 def naive_rows(rows: LanguageRows, length: int):
@@ -128,17 +124,16 @@ def test_documents_are_shuffled_by_the_language_and_rows_by_the_seed_too():
 
 
 def mixed(shares: dict[str, float], *, steps=40, batch_size=5, seed=0, first_step=0, length=6):
-    return list(
-        batches(
-            [source(language, share) for language, share in shares.items()],
-            steps=steps,
-            batch_size=batch_size,
-            sequence_length=length,
-            text_format=TextFormat(start_id=START, end_id=END),
-            random_seed=seed,
-            first_step=first_step,
-        )
+    config = TrainConfig(
+        tokens=steps * batch_size * length,
+        batch_size=batch_size,
+        sequence_length=length,
+        random_seed=seed,
     )
+    assert config.steps == steps
+    sources = [source(language, share) for language, share in shares.items()]
+    text_format = TextFormat(start_id=START, end_id=END)
+    return list(batches(sources, config, text_format, first_step=first_step))
 
 
 SHARES = {"de": 0.5, "el": 0.3, "sw": 0.2}
@@ -246,14 +241,12 @@ def test_each_pass_sees_every_row_once_in_an_order_of_its_own():
 
 
 def test_a_source_without_documents_is_refused():
+    config = TrainConfig(tokens=4, batch_size=1, sequence_length=4)
     with pytest.raises(ValueError, match="no document to train on in de"):
         batches(
             [source("de", documents=np.array([], int))],
-            steps=1,
-            batch_size=1,
-            sequence_length=4,
-            text_format=TextFormat(start_id=START, end_id=END),
-            random_seed=0,
+            config,
+            TextFormat(start_id=START, end_id=END),
         )
 
 

@@ -38,15 +38,7 @@ def test_a_training_that_diverges_is_stopped_before_it_is_saved(trained, tmp_pat
 
 
 def batches_of(config):
-    found = batches(
-        list(SOURCES),
-        steps=config.steps,
-        batch_size=config.batch_size,
-        sequence_length=config.sequence_length,
-        text_format=TextFormat(start_id=1, end_id=2),
-        random_seed=config.random_seed,
-    )
-    return list(found)
+    return list(batches(SOURCES, config, TextFormat(start_id=1, end_id=2)))
 
 
 def test_a_step_without_a_number_changes_nothing_but_what_is_counted(parameters):

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Int
 
 from clustering.errors import UserError
+from xelm.config import TrainConfig
 from xelm.data.store import FRAME, TokenizedLanguage
 from xelm.data.text_format import TextFormat
 
@@ -40,14 +41,9 @@ class LanguageRows:
     """Random access to the packed rows of one language; a grain data source."""
 
     def __init__(
-        self,
-        source: LanguageShare,
-        *,
-        sequence_length: int,
-        text_format: TextFormat,
-        random_seed: int,
-        language_index: int,
+        self, source: LanguageShare, config: TrainConfig, text_format: TextFormat, index: int = 0
     ):
+        """index: that of the language among those of the training."""
         self.ids = ids = source.ids
         self.text_format = text_format
         frame = len(text_format.framed([]))
@@ -62,9 +58,9 @@ class LanguageRows:
             self.ends = np.cumsum(ids.lengths[self.order] + frame)
         # Depends on the language and not on its index, so that every training with the same random
         # seed reads a language in the same order, whatever other languages it has.
-        random = np.random.default_rng([random_seed, *ids.language.encode()])
+        random = np.random.default_rng([config.random_seed, *ids.language.encode()])
         self.row_seed = int(random.integers(2**31))
-        self.sequence_length, self.language_index = sequence_length, language_index
+        self.sequence_length, self.language_index = config.sequence_length, index
 
     @property
     def tokens(self) -> int:
@@ -104,27 +100,19 @@ class LanguageRows:
 
 
 def batches(
-    sources: list[LanguageShare],
-    *,
-    steps: int,
-    batch_size: int,
-    sequence_length: int,
+    sources: Sequence[LanguageShare],
+    config: TrainConfig,
     text_format: TextFormat,
-    random_seed: int,
+    *,
     first_step: int = 0,
 ) -> Any:
-    """Iterates over the batches of steps first_step to steps - 1: dictionaries of int32
+    """Iterates over the batches of a training from step first_step on: dictionaries of int32
     [batch_size, T + 1] arrays (see `LanguageRows`), and the `ORIGIN` of each row. Languages are
     mixed as in `_Interleaved`; each language's rows are shuffled anew in every pass over them."""
+    batch_size, count = config.batch_size, config.steps * config.batch_size
     datasets, shares = [], []
     for index, source in enumerate(sources):
-        rows = LanguageRows(
-            source,
-            sequence_length=sequence_length,
-            text_format=text_format,
-            random_seed=random_seed,
-            language_index=index,
-        )
+        rows = LanguageRows(source, config, text_format, index)
         if len(rows) == 0:
             raise ValueError(f"no document to train on in {source.ids.language}")
         # Grain's types want more methods; it uses only these two.
@@ -133,9 +121,9 @@ def batches(
             grain.MapDataset.source(source_of_rows).seed(rows.row_seed).shuffle().repeat()
         )
         shares.append(source.share)
-    interleaved = _Interleaved(shares, steps * batch_size, batch_size, random_seed)
+    interleaved = _Interleaved(shares, count, batch_size, config.random_seed)
     mixed = grain.MapDataset.select_from_datasets(datasets, interleaved)
-    rows = mixed.slice(slice(first_step * batch_size, steps * batch_size))
+    rows = mixed.slice(slice(first_step * batch_size, count))
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2 * batch_size)
     return iter(rows.to_iter_dataset(options).batch(batch_size))
 

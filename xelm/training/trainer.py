@@ -77,17 +77,7 @@ class Trainer:
         self._config, self._model, self._format = config, model, text_format
         self._facts, self._rates = facts, schedule(config)
         self._languages = list(self.language_tokens)
-        self._rows = iter(
-            batches(
-                list(spec.sources),
-                steps=config.steps,
-                batch_size=config.batch_size,
-                sequence_length=config.sequence_length,
-                text_format=text_format,
-                random_seed=config.random_seed,
-                first_step=step,
-            )
-        )
+        self._rows = batches(spec.sources, config, text_format, first_step=step)
         self._batch: Mapping[str, np.ndarray] = {}
         self._log = None
         if is_first():
