@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFa
 
 from clustering.errors import UserError
 from xelm import open_run
+from xelm.config import DataConfig, TrainConfig
 from xelm.data.masking import mask_tokens
 from xelm.data.text_format import TextFormat
 from xelm.inference.scoring import APART, score_documents
@@ -36,7 +37,8 @@ def batch(rows=64, length=100):
 
 def test_so_many_tokens_are_hidden_and_mostly_behind_the_mask():
     given = batch()
-    found = mask_tokens(given, MASKED, 0.15, random_seed=0, step=1)
+    found = mask_tokens(given, TrainConfig(tokens=1), MASKED, 1)
+    assert TrainConfig(tokens=1).data.mask_share == 0.15
     tokens, inputs = found["tokens"], found["inputs"]
     assert tokens.shape == inputs.shape == (64, 100)
     assert found["places"].shape == found["chosen"].shape == (64, 15)
@@ -62,7 +64,8 @@ def test_so_many_tokens_are_hidden_and_mostly_behind_the_mask():
 
 def test_what_is_hidden_depends_on_seed_and_step_alone():
     def inputs(seed, step):
-        return mask_tokens(batch(), MASKED, 0.3, seed, step)["inputs"]
+        config = TrainConfig(tokens=1, random_seed=seed, data=DataConfig(mask_share=0.3))
+        return mask_tokens(batch(), config, MASKED, step)["inputs"]
 
     np.testing.assert_array_equal(inputs(0, 1), inputs(0, 1))
     assert (inputs(0, 1) != inputs(0, 2)).any() and (inputs(0, 1) != inputs(1, 1)).any()

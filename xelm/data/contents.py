@@ -13,7 +13,7 @@ from clustering.languages import canonical
 from xelm.data.corpus import AnyCorpus, Corpus, Source
 from xelm.data.corpus_files import OTHER_LANGUAGE, UNKNOWN_LANGUAGE, list_files
 from xelm.data.hub import SCHEME, Address
-from xelm.data.parts import Document, Part, Survey, no_documents, tag_of
+from xelm.data.parts import Document, Part, no_documents, tag_of
 from xelm.data.path_names import code_in, is_other_split, language_in
 from xelm.data.records import stem
 from xelm.data.unusable import UnusableRecords
@@ -212,11 +212,7 @@ def languages_of(corpus: AnyCorpus) -> list[str]:
         if part.named and part.language:
             tags.append(part.language)
         else:
-            survey = Survey()
-            for _document in survey.read(part):
-                pass
-            tags += survey.documents
-            unusable.include(survey.unusable)
+            tags += dict.fromkeys(document.language for document in part.documents(unusable))
     if not tags:
         raise no_documents([], unusable)
     return list(dict.fromkeys(tags))

@@ -95,13 +95,10 @@ class Corpus:
     def to_json(self) -> str | dict[str, Any]:
         """JSON for run.json, which is read from any folder: the absolute path alone, or all sources
         if there are several or they have options."""
-        found = [
-            {
-                "path": one.path if one.path.startswith(SCHEME) else os.path.abspath(one.path),
-                **one.options(),
-            }
-            for one in self.sources
-        ]
+        found = [{"path": one.path, **one.options()} for one in self.sources]
+        for one in found:
+            if not one["path"].startswith(SCHEME):
+                one["path"] = os.path.abspath(one["path"])
         return found[0]["path"] if list(map(len, found)) == [1] else {"sources": found}
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from xelm.config import TrainConfig
 from xelm.data.text_format import TextFormat
 
 # Shares of the chosen tokens that become the mask and a random id; the others stay as they are
@@ -17,11 +18,7 @@ def masked_per_row(length: int, share: float) -> int:
 
 
 def mask_tokens(
-    batch: Mapping[str, np.ndarray],
-    text_format: TextFormat,
-    share: float,
-    random_seed: int,
-    step: int,
+    batch: Mapping[str, np.ndarray], config: TrainConfig, text_format: TextFormat, step: int
 ) -> dict[str, np.ndarray]:
     """The batch with "inputs" (tokens, some of them masked), "places" (columns of the tokens to be
     predicted, `masked_per_row` in each row) and "chosen" (bool: whether a place is used; rows with
@@ -32,7 +29,7 @@ def mask_tokens(
     """
     mask_id, ordinary_ids = text_format.mask_id, text_format.ordinary_ids
     assert mask_id is not None and ordinary_ids is not None  # an encoder's tokenizer has both
-    random = np.random.default_rng([random_seed, step])
+    share, random = config.data.mask_share, np.random.default_rng([config.random_seed, step])
     kept = {k: v[:, :-1] for k, v in batch.items() if k in ("tokens", "segments", "positions")}
     tokens = kept["tokens"]
     length = tokens.shape[1]

@@ -6,7 +6,7 @@ and none is lost unreported.
 
 import hashlib
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -167,8 +167,7 @@ class Survey:
     def of(part: Part) -> "Survey":
         """Reads a part to its end and hashes it."""
         found = Survey(digest=part.digest())
-        for _document in found.read(part):
-            pass
+        deque(found.read(part), maxlen=0)
         return found
 
     def read(self, part: Part) -> Iterator[Document]:

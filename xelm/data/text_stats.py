@@ -114,11 +114,11 @@ def warnings(texts: Mapping[str, TextStats]) -> list[str]:
 
 def duplicate_notes(texts: Mapping[str, TextStats], left_out: bool) -> list[str]:
     """One line with the number of documents that are exact copies, if there are any."""
-    found = {tag: text.duplicates for tag, text in texts.items() if text.duplicates}
-    if not found:
+    count = sum(text.duplicates for text in texts.values())
+    if not count:
         return []
-    which = ", ".join(f"{tag} {count:,}" for tag, count in found.items())
-    count = sum(found.values())
-    done = "left out" if left_out else "kept"
+    which = ", ".join(
+        f"{tag} {text.duplicates:,}" for tag, text in texts.items() if text.duplicates
+    )
     what = "1 document is an exact copy" if count == 1 else f"{count:,} documents are exact copies"
-    return [f"{what} of earlier ones ({which}); {done}"]
+    return [f"{what} of earlier ones ({which}); {'left out' if left_out else 'kept'}"]

@@ -118,8 +118,7 @@ class Trainer:
             self.language_tokens[self._languages[int(index)]] += int(count)
         self._bar.update(config.tokens_per_step)
         if not self._model.causal:
-            share = config.data.mask_share
-            batch = mask_tokens(batch, self._format, share, config.random_seed, self.step)
+            batch = mask_tokens(batch, config, self._format, self.step)
         arrays = {name: array for name, array in batch.items() if name not in ORIGIN}
         self._preparing += time.perf_counter() - began
         return arrays, self._rates[self.step - 1]
