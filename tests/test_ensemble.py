@@ -62,7 +62,7 @@ def routers(run):
         "abstaining": Abstaining(
             router=Tfidf(vectoriser=vectoriser, centres=centres, temperature=0.3),
             threshold=0.45,
-            prior=PRIOR,
+            instead=Posterior(prior=PRIOR),
         ),
         # Experts that have read a text without being asked what they think read it again.
         "hesitant": Hesitant(),

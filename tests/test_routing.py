@@ -24,6 +24,7 @@ from xelm.inference.routers import (
     Posterior,
     Tfidf,
     mixture_of,
+    only,
     uniform,
 )
 
@@ -56,14 +57,14 @@ ROUTERS = {
     "tfidf, as the authors": Tfidf(vectoriser=VECTORISER, centres=CENTRES, distance_power=4.0),
     "posterior": Posterior(prior=PRIOR),
     "posterior, forgetful": Posterior(prior=PRIOR, memory=0.9),
-    "abstaining": Abstaining(router=TFIDF, threshold=0.9, prior=PRIOR),
+    "abstaining": Abstaining(router=TFIDF, threshold=0.9, instead=Posterior(prior=PRIOR)),
     "language or posterior": ByLanguage(
         experts=EXPERTS, serving={"de": 2, "el": 0}, otherwise=Posterior(prior=PRIOR, memory=0.9)
     ),
     "language or abstaining": ByLanguage(
         experts=EXPERTS,
         serving={"de": 2},
-        otherwise=Abstaining(router=TFIDF, threshold=0.9, prior=PRIOR),
+        otherwise=Abstaining(router=TFIDF, threshold=0.9, instead=Posterior(prior=PRIOR)),
     ),
 }
 
@@ -268,7 +269,9 @@ def test_a_router_that_is_not_sure_leaves_it_to_the_posterior():
 
 
 def test_a_router_that_is_not_sure_leaves_it_to_the_model_behind_the_experts():
-    router = Abstaining(router=TFIDF, threshold=0.9, fallback=EXPERTS)
+    router = Abstaining(
+        router=TFIDF, threshold=0.9, instead=only(EXPERTS, EXPERTS + 1, "seed")
+    )
     states = states_along(TFIDF, TFIDF.start(None), IDS)[:-1]
     assert not router.needs_log_likelihoods(states).any()
     found = np.exp(router.log_weights(states, np.zeros((TOKENS, EXPERTS + 1))))
@@ -281,7 +284,7 @@ def test_a_router_that_is_not_sure_leaves_it_to_the_model_behind_the_experts():
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
 def test_a_threshold_that_means_nothing_is_refused(threshold):
     with pytest.raises(UserError, match="a threshold must be between 0 and 1; got"):
-        Abstaining(router=TFIDF, threshold=threshold, prior=PRIOR)
+        Abstaining(router=TFIDF, threshold=threshold, instead=Posterior(prior=PRIOR))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -88,8 +88,44 @@ def uniform(experts: int) -> Fixed:
     return Fixed(weights=np.full(experts, -np.log(experts)), name="uniform")
 
 
+def only(model: int, models: int, name: str) -> Fixed:
+    """All weight on one of several models, under the name of a routing."""
+    return Fixed(weights=np.where(np.arange(models) == model, 0.0, -np.inf), name=name)
+
+
+class _Either:
+    """Router that leaves each row to one of several other routers, over its models or the first of
+    them."""
+
+    __slots__ = ()
+    experts: int
+
+    def _parts(self, states) -> list[tuple[Router, np.ndarray, np.ndarray]]:
+        """Other routers, each with the rows that it decides [T] and its states of all rows."""
+        raise NotImplementedError
+
+    def needs_log_likelihoods(self, states):
+        found = np.zeros(len(states), bool)
+        for router, rows, own in self._parts(states):
+            found[rows] = router.needs_log_likelihoods(own[rows])
+        return found
+
+    def log_weights(self, states, log_likelihoods):
+        found = np.full((len(states), self.experts), -np.inf)
+        for router, rows, own in self._parts(states):
+            weights = router.log_weights(own[rows], log_likelihoods[rows, : router.experts])
+            found[rows] = among(weights, self.experts)
+        return found
+
+    def decided_by(self, states):
+        names = np.empty(len(states), object)
+        for router, rows, own in self._parts(states):
+            names[rows] = router.decided_by(own[rows])
+        return names.tolist()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ByLanguage:
+class ByLanguage(_Either):
     """Gives all weight to the expert that serves the language that is given for a text. Where none
     is given, or no expert serves it, another router decides.
 
@@ -131,28 +167,15 @@ class ByLanguage:
             return nothing
         return np.concatenate([nothing, self.otherwise.terms(before, ids)], axis=1)
 
-    def needs_log_likelihoods(self, states):
-        needed = states[:, 0] == 0
+    def _parts(self, states):
+        given = states[:, 0]
+        parts: list[tuple[Router, np.ndarray, np.ndarray]] = [
+            (only(int(number) - 1, self.experts, "language"), given == number, states)
+            for number in np.unique(given[given > 0])
+        ]
         if self.otherwise is not None:
-            needed[needed] = self.otherwise.needs_log_likelihoods(states[needed, 1:])
-        return needed
-
-    def log_weights(self, states, log_likelihoods):
-        given = np.flatnonzero(states[:, 0])
-        found = np.full((len(states), self.experts), -np.inf)
-        found[given, states[given, 0].astype(int) - 1] = 0.0
-        if self.otherwise is not None and len(given) < len(states):
-            rest = states[:, 0] == 0
-            found[rest] = self.otherwise.log_weights(states[rest, 1:], log_likelihoods[rest])
-        return found
-
-    def decided_by(self, states):
-        names = ["language"] * len(states)
-        rest = np.flatnonzero(states[:, 0] == 0)
-        if self.otherwise is not None and len(rest):
-            for row, name in zip(rest, self.otherwise.decided_by(states[rest, 1:])):
-                names[row] = name
-        return names
+            parts.append((self.otherwise, given == 0, states[:, 1:]))
+        return parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,9 +283,10 @@ class Learned(_ByTextAlone, _SumsVectors, _Named):
 class Posterior(_Stateless, _Named):
     """Weights w_j ~ prior_j * prod p_j(x_<t): Bayes' rule over experts that all read the text."""
 
-    name: ClassVar[str] = "posterior"
     prior: Float[np.ndarray, " E"]
     """Log prior, normalised."""
+    name: str = "posterior"
+    """Name of the routing."""
     memory: float = 1.0
     """Decay of log-likelihoods: a token counts by this to the power of its distance; 1 is none."""
     sharpness: float = 1.0
@@ -284,7 +308,7 @@ class Posterior(_Stateless, _Named):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OrMixture:
+class OrMixture(_Either):
     """Another router for text in languages that experts serve; for all other text a mixture of all
     models, those behind the experts too.
 
@@ -319,50 +343,32 @@ class OrMixture:
         nothing = np.zeros((len(ids), 1))
         return np.concatenate([nothing, found, self.router.terms(before, ids)], axis=1)
 
-    def _own(self, states):
-        """The sums of the other router."""
-        return states[:, 1 + self.novelty.size :]
-
-    def needs_log_likelihoods(self, states):
-        return (states[:, 0] != 0) | self.novelty.outside(states[:, 1 : 1 + self.novelty.size])
-
-    def log_weights(self, states, log_likelihoods):
-        outside, own = self.needs_log_likelihoods(states), self._own(states)
-        found = np.empty((len(states), self.experts))
-        inside = self.router.log_weights(own[~outside], np.zeros((len(own[~outside]), 0)))
-        found[~outside] = among(inside, self.experts)
-        found[outside] = self.mixture.log_weights(own[outside], log_likelihoods[outside])
-        return found
-
-    def decided_by(self, states):
-        names = self.router.decided_by(self._own(states))
-        return [
-            MIXTURE if out else name for out, name in zip(self.needs_log_likelihoods(states), names)
-        ]
+    def _parts(self, states):
+        size = 1 + self.novelty.size
+        outside = (states[:, 0] != 0) | self.novelty.outside(states[:, 1:size])
+        own = states[:, size:]
+        return [(self.mixture, outside, own), (self.router, ~outside, own)]
 
 
 def mixture_of(models: int) -> Posterior:
     """Mixture of so many models for text that no expert fits. It forgets soon, and takes a third of
     the log-likelihoods: sharper mixtures trust the best model too much, and equal weights ignore
     which model is good (docs/inference.md)."""
-    return Posterior(prior=uniform(models).weights, memory=0.8, sharpness=0.3)
+    return Posterior(prior=uniform(models).weights, memory=0.8, sharpness=0.3, name=MIXTURE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Abstaining:
+class Abstaining(_Either):
     """Another router where its largest weight reaches a threshold; elsewhere the posterior, or one
     model for all languages."""
 
     router: Router
-    """The other router, over E experts."""
+    """The other router, over E experts; one that needs no log-likelihoods."""
     threshold: float
     """Largest weight from which on the other router decides."""
-    fallback: int | None = None
-    """Index of the model that decides instead, behind the experts: E; None: the posterior."""
-    fallback_name: str = Posterior.name
-    """Name of that model, or of the posterior."""
-    prior: Float[np.ndarray, " E"] | None = None
-    """Log prior of the posterior, normalised."""
+    instead: Router
+    """Decides where it does not, by the same state: a `Posterior` over the experts, or all weight
+    on `only` the model behind them."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
@@ -370,11 +376,11 @@ class Abstaining:
 
     @property
     def experts(self):
-        return self.router.experts + (self.fallback is not None)
+        return self.instead.experts
 
     @property
     def memory(self):
-        return self.router.memory
+        return self.instead.memory
 
     def start(self, language):
         return self.router.start(language)
@@ -382,28 +388,10 @@ class Abstaining:
     def terms(self, before, ids):
         return self.router.terms(before, ids)
 
-    def _own(self, states):
-        """Log weights of the other router, and where it abstains."""
-        found = self.router.log_weights(states, np.zeros((len(states), 0)))
-        return found, np.exp(found.max(axis=1)) < self.threshold
-
-    def needs_log_likelihoods(self, states):
-        return self._own(states)[1] & (self.fallback is None)
-
-    def log_weights(self, states, log_likelihoods):
-        found, unsure = self._own(states)
-        if self.fallback is None:
-            return np.where(unsure[:, None], normalised(self.prior + log_likelihoods), found)
-        found = among(found, self.experts)
-        instead = np.full(found.shape[1], -np.inf)
-        instead[self.fallback] = 0.0
-        return np.where(unsure[:, None], instead, found)
-
-    def decided_by(self, states):
-        return [
-            self.fallback_name if unsure else name
-            for unsure, name in zip(self._own(states)[1], self.router.decided_by(states))
-        ]
+    def _parts(self, states):
+        largest = self.router.log_weights(states, np.zeros((len(states), 0))).max(axis=1)
+        unsure = np.exp(largest) < self.threshold
+        return [(self.instead, unsure, states), (self.router, ~unsure, states)]
 
 
 def _context(pieces: list[str], before: Int[np.ndarray, " _"]) -> str:

@@ -19,6 +19,7 @@ from xelm.inference.routers import (
     Posterior,
     Tfidf,
     mixture_of,
+    only,
     uniform,
 )
 from xelm.inference.routing import Routing
@@ -38,13 +39,11 @@ def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router
         return ByLanguage(experts=len(experts), serving=served)
     router = _router(run, experts, routing, served)
     if routing.abstain is not None:
-        router = Abstaining(
-            router=router,
-            threshold=routing.abstain,
-            fallback=None if routing.abstain_to == "posterior" else len(experts),
-            fallback_name=routing.abstain_to,
-            prior=uniform(len(experts)).weights,
-        )
+        count = len(experts)
+        instead = Posterior(prior=uniform(count).weights)
+        if routing.abstain_to != "posterior":
+            instead = only(count, count + 1, routing.abstain_to)
+        router = Abstaining(router=router, threshold=routing.abstain, instead=instead)
     elif routing.name in OR_MIXTURE and (found := novelty_of(run, served)) is not None:
         mixture = mixture_of(len(experts) + len(models_behind(run, routing)))
         router = OrMixture(router=router, novelty=found, pieces=pieces(run), mixture=mixture)
