@@ -224,6 +224,7 @@ class _Dealt:
 
 
 def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0) -> dict:
+    from xelm.inference.engine import GenerationRequest
     from xelm.inference.ensemble import Ensemble
     from xelm.inference.generation import generate
     from xelm.inference.sampling_params import SamplingParams
@@ -236,15 +237,15 @@ def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0)
         tokenizer=_Ids(),  # pyright: ignore[reportArgumentType]
         dtype=options.dtype,
     )
+    sampling = SamplingParams(max_new_tokens=options.new, temperature=0.0)
     emitted: list[float] = []
     begun = time.perf_counter()
     found = generate(
         ensemble,
-        ensemble.router,
-        ensemble.limits,
-        prompts,
-        SamplingParams(max_new_tokens=options.new, temperature=0.0),
-        [str(first + n) for n in range(len(prompts))],
+        [
+            GenerationRequest(ids=prompt, sampling=sampling, language=str(first + n))
+            for n, prompt in enumerate(prompts)
+        ],
         lambda number, piece: emitted.append(time.perf_counter()) if not emitted else None,
     )
     total = time.perf_counter() - begun

@@ -30,7 +30,7 @@ import numpy as np
 
 from clustering.languages import canonical
 from xelm import open_run
-from xelm.inference.engine import Engine
+from xelm.inference.engine import Engine, GenerationRequest
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.route import Walk, mixture, states_along
 from xelm.inference.routers import ByLanguage
@@ -212,7 +212,7 @@ def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 
                 found = engine.step()
                 if number:  # the first reads the prompts
                     times[place].append(time.perf_counter() - begun)
-                    weights = np.stack([step.weights for step in found])
+                    weights = np.stack([weights for *_, weights in found])
                     models_read[place].append(int((weights > 0).any(axis=0).sum()))
         ratio = np.median(np.divide(times[1], times[0]))
         for place, name in enumerate((label, f"{label}, one text not served")):
@@ -222,12 +222,12 @@ def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 
 
 def _engine(ensemble: Ensemble, batch: list[tuple[str | None, str]], steps: int) -> Engine:
     """Texts that are to be continued, greedily, in languages that are given or not."""
-    engine = Engine(ensemble, ensemble.router, ensemble.limits)
+    engine = Engine(ensemble)
     engine.reserve(len(batch), ensemble.model.max_length)
     for number, (language, text) in enumerate(batch):
         ids = ensemble.tokenizer.begin(text)[: ensemble.model.max_length - steps]
         sampling = SamplingParams(max_new_tokens=steps, temperature=0.0)
-        engine.add(ids, sampling, language=language, number=number)
+        engine.add(GenerationRequest(ids=ids, sampling=sampling, language=language, number=number))
     return engine
 
 

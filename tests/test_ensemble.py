@@ -12,11 +12,11 @@ from clustering.errors import UserError
 from xelm import open_run
 from xelm.data.text_format import TextFormat
 from xelm.inference.decoder import PIECES, ROWS, Decoder, _next_of
-from xelm.inference.engine import Engine
+from xelm.inference.engine import Engine, GenerationRequest
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.route import Walk, mixture
-from xelm.inference.routers import Abstaining, ByLanguage, Posterior, Tfidf, uniform
+from xelm.inference.routers import Abstaining, ByLanguage, Fixed, Posterior, Tfidf, uniform
 from xelm.inference.routing import Routing, RoutingLimits
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
@@ -425,17 +425,19 @@ def test_generating_gives_the_probabilities_of_scoring(ensemble, routers, routin
     """For two prompts of unequal length side by side, and one that comes when they are under way
     and goes before they end."""
     router = routers[routing]
-    engine = Engine(ensemble, router, RoutingLimits(top_m=top_m, least_weight=least))
+    limits = RoutingLimits(top_m=top_m, least_weight=least)
+    engine = Engine(replace(ensemble, router=router, limits=limits))
     languages = ("en", "de", "en")
     prompts = [ensemble.tokenizer.begin(prompt) for prompt in (PROMPT, "hgf", "cd fe ab")]
     texts = [
-        engine.add(ids, SamplingParams(), language=language)
+        engine.add(GenerationRequest(ids=ids, sampling=SamplingParams(), language=language))
         for ids, language in zip(prompts[:2], languages)
     ]
     given = {0: [], 1: [], 2: []}
     for step in range(12):
         if step == 4:
-            texts.append(engine.add(prompts[2], SamplingParams(), language=languages[2]))
+            more = {"ids": prompts[2], "language": languages[2]}
+            texts.append(engine.add(GenerationRequest(sampling=SamplingParams(), **more)))
         if step == 9:
             engine.remove(texts[2])
         distribution, weights = engine.next_log_probabilities()
@@ -588,3 +590,31 @@ def test_a_temperature_without_tfidf_is_refused(run, routing):
 def test_an_unknown_routing_is_refused_by_name(run):
     with pytest.raises(UserError, match=r"routing must be one of .*; got 'oracle'"):
         run.ensemble("oracle")
+
+
+class Noted(list):
+    """Parameters that note which of them are read."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.read = set()
+
+    def __getitem__(self, model):
+        self.read.add(model)
+        return super().__getitem__(model)
+
+
+@pytest.mark.parametrize(("shares", "read"), [((0, 1, 0), {1}), ((0.5, 0, 0.5), {0, 2})])
+def test_likelihoods_are_of_models_with_weight_and_no_other_is_loaded(
+    ensemble, experts, alone, shares, read
+):
+    with np.errstate(divide="ignore"):
+        router = Fixed(weights=np.log(shares))
+    noted = Noted(experts)
+    mixed = replace(ensemble, router=router, parameters=noted)
+    text = ensemble.tokenizer.encode([PROMPT])[0]
+    found = mixed.likelihoods([[1, *text[:2]], [1]], [text[2:], text])
+    assert noted.read == read
+    scores = np.stack([alone(parameters, text)[:-1] for parameters in experts])
+    wanted = np.log(np.asarray(shares) @ np.exp(scores))
+    np.testing.assert_allclose(found.nats, [-wanted[2:].sum(), -wanted.sum()], rtol=1e-5)

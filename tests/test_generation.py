@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from clustering.errors import UserError
 from xelm import open_run
 from xelm.data import tokenizer as tokenizers
+from xelm.inference.engine import GenerationRequest
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
 from xelm.inference.routers import uniform
@@ -60,8 +61,12 @@ def pair(request, tmp_path_factory):
     return saved(CONFIGS[request.param], tmp_path_factory.mktemp(request.param) / "hub")
 
 
-def continued(ensemble, *given):
-    return generate(ensemble, ensemble.router, ensemble.limits, *given)
+def continued(ensemble, prompts, sampling, languages, *stream):
+    requests = [
+        GenerationRequest(ids=ids, sampling=sampling, language=language)
+        for ids, language in zip(prompts, languages)
+    ]
+    return generate(ensemble, requests, *stream)
 
 
 def prompts_of_unequal_length():

@@ -152,11 +152,12 @@ def test_a_chat_is_routed_by_what_the_user_says(copy, routing):
 
 def by_steps(ensemble, context, continuation, user_mask=None):
     """One token after the other, from the distributions that generating draws from."""
-    from xelm.inference.engine import Engine
+    from xelm.inference.engine import Engine, GenerationRequest
     from xelm.inference.sampling_params import SamplingParams
 
-    engine = Engine(ensemble, ensemble.router, ensemble.limits)
-    text = engine.add(context, SamplingParams(max_new_tokens=1), user_mask=user_mask)
+    engine = Engine(ensemble)
+    sampling = SamplingParams(max_new_tokens=1)
+    text = engine.add(GenerationRequest(ids=context, sampling=sampling, user_mask=user_mask))
     total = 0.0
     for token in continuation:
         distribution, _ = engine.next_log_probabilities()

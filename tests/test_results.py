@@ -44,7 +44,7 @@ def test_numbers_that_cannot_be_are_damage(tmp_path, change):
 
 def test_a_row_without_a_field_is_damage(tmp_path):
     missing = {name: value for name, value in ROW.items() if name != "tokens"}
-    with pytest.raises(UserError, match=r"is damaged \(KeyError\('tokens'\)\)"):
+    with pytest.raises(UserError, match=r"is damaged .*'tokens'"):
         read_results(run_with(tmp_path, [missing]))
 
 

@@ -13,6 +13,7 @@ from clustering.errors import UserError
 from clustering.identify import LONGEST
 from xelm import open_run
 from xelm.data.text_format import TextFormat
+from xelm.inference.engine import GenerationRequest
 from xelm.inference.generation import generate
 from xelm.inference.routers import OrMixture, uniform
 from xelm.inference.routing import Routing
@@ -353,7 +354,7 @@ def test_a_template_and_a_system_prompt_do_not_move_the_posterior(copy, memory):
     assert mask is not None and 0 < sum(mask) < len(ids) / 2
     said = ensemble.generate(messages, max_new_tokens=1, temperature=0.0)
     sampling = SamplingParams(max_new_tokens=1, temperature=0.0)
-    (whole,) = generate(ensemble, ensemble.router, ensemble.limits, [ids], sampling, [None])
+    (whole,) = generate(ensemble, [GenerationRequest(ids=ids, sampling=sampling)])
     assert said.weights["de-fr"] > 0.5 and whole.weights["en-es"] > 0.5
     evidence = []
     for parameters in (ensemble.parameters[number] for number in range(2)):

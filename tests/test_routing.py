@@ -269,9 +269,7 @@ def test_a_router_that_is_not_sure_leaves_it_to_the_posterior():
 
 
 def test_a_router_that_is_not_sure_leaves_it_to_the_model_behind_the_experts():
-    router = Abstaining(
-        router=TFIDF, threshold=0.9, instead=only(EXPERTS, EXPERTS + 1, "seed")
-    )
+    router = Abstaining(router=TFIDF, threshold=0.9, instead=only(EXPERTS, EXPERTS + 1, "seed"))
     states = states_along(TFIDF, TFIDF.start(None), IDS)[:-1]
     assert not router.needs_log_likelihoods(states).any()
     found = np.exp(router.log_weights(states, np.zeros((TOKENS, EXPERTS + 1))))

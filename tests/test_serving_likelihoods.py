@@ -90,7 +90,7 @@ def test_every_router_weighs_a_prompt_as_the_ensemble_does(chatty, tiny, routing
             # "language", or for some texts "mixture", which the ensemble decides, too.
             begun = [[start, *ids] for ids in prompts]
             scored = prompt_scoring.score_prompts(
-                ensemble, ensemble.limits, begun, [ensemble.router] * 4, [language] * 4, 0
+                ensemble, begun, [ensemble.router] * 4, [language] * 4, 0
             )
             deciding = [one.router for one in scored]
             assert [choice["xelm"]["router"] for choice in choices] == deciding
@@ -388,7 +388,7 @@ def test_a_long_prompt_is_scored_in_pieces_with_equal_values(
 
     def scored():
         given = [ids], [ensemble.router], [None], alternatives
-        return prompt_scoring.score_prompts(ensemble, ensemble.limits, *given)[0].tokens[1:]
+        return prompt_scoring.score_prompts(ensemble, *given)[0].tokens[1:]
 
     whole = scored()
     assert sizes == [(64, ensemble.model.vocabulary_size)]

@@ -111,14 +111,15 @@ def test_of_an_empty_text_and_of_one_token_the_rest_is_predicted(ours):
 
 @pytest.mark.parametrize("routing", ["posterior", "learned", "detected"])
 def test_scores_are_those_of_generating_token_by_token(bare, tiny, routing):
-    from xelm.inference.engine import Engine
+    from xelm.inference.engine import Engine, GenerationRequest
     from xelm.inference.sampling_params import SamplingParams
 
     ensemble = open_run(bare).ensemble(routing)
     text = " ".join(documents_of(tiny.held_out, "fr")[0].split()[:6])
     (ids,) = ensemble.tokenizer.encode([text])
-    engine = Engine(ensemble, ensemble.router, ensemble.limits)
-    growing = engine.add(ids[:1], SamplingParams(max_new_tokens=1))
+    engine = Engine(ensemble)
+    sampling = SamplingParams(max_new_tokens=1)
+    growing = engine.add(GenerationRequest(ids=ids[:1], sampling=sampling))
     nats = 0.0
     for token in [*ids[1:], 2]:
         distribution, _ = engine.next_log_probabilities()

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from clustering.errors import UserError
 from xelm.data.special_tokens import RENDERED
 from xelm.inference.decoder import padded
+from xelm.inference.engine import GenerationRequest
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
 from xelm.inference.routing import Routing
@@ -221,11 +222,16 @@ class Harness(TemplateLM):
         )
         kept = ensemble.longest - most
         prompts = [self.tok_encode(text)[-kept:] or [self.prefix_token_id] for text in texts]
-        languages = [self._language] * len(prompts)
-        masks = [self._user_mask(text, len(ids)) for text, ids in zip(texts, prompts)]
-        routed = (ensemble, ensemble.router, ensemble.limits)
-        found = generate(*routed, prompts, sampling, languages, user_masks=masks)
-        return [one.text for one in found]
+        requests = [
+            GenerationRequest(
+                ids=ids,
+                sampling=sampling,
+                language=self._language,
+                user_mask=self._user_mask(text, len(ids)),
+            )
+            for text, ids in zip(texts, prompts)
+        ]
+        return [one.text for one in generate(ensemble, requests)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from xelm.evaluation.summaries import CalibrationSums, Measurement, RouterSums, 
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.predictions import predict_documents
 from xelm.inference.route import Router, Walk, mixture
-from xelm.inference.routing import RoutingLimits
 from xelm.inference.scoring import score_documents, targets, unpredicted
 from xelm.models.checkpoint import read_for_inference
 from xelm.models.config import ModelConfig
@@ -44,19 +43,17 @@ class MeasurementPlan:
     """Language -> index of the expert that serves it, or a language that it falls back to."""
     routers: Mapping[str, Router]
     """Router of each routing."""
-    options: EvaluationOptions
-    """Which of the weighed experts are kept, and how documents are read; the context length is
-    known."""
     documents: Mapping[str, Sequence[np.ndarray]]
     """Language -> ids of each document."""
     languages: Mapping[str, Sequence[str]]
     """Model -> languages that it is scored on."""
+    options: EvaluationOptions
+    """How documents are read, and which of the weighed experts are kept at each token."""
 
     def token_counts(self) -> dict[str, np.ndarray]:
         """Language -> number of predicted tokens of each document."""
-        first = self._first
         return {
-            tag: np.asarray([len(target) - first for target in self._targets(tag)])
+            tag: np.asarray([len(target) - self._first for target in self._targets(tag)])
             for tag in self.documents
         }
 
@@ -87,7 +84,6 @@ class MeasurementPlan:
         wanted, first = self._targets(tag), self._first
         by_model = [scores[name].get(tag) for name in self._weighed]
         sample = self._sample([len(target) - first for target in wanted])
-        limits = RoutingLimits(top_m=self.options.top_m, least_weight=self.options.least_weight)
         found: dict[System, Measurement] = {}
         samples: dict[System, list[np.ndarray]] = {}
         for routing, router in self.routers.items():
@@ -104,7 +100,7 @@ class MeasurementPlan:
                 own = np.stack([unknown if one is None else one[number] for one in some])
                 positions = np.arange(first, len(target))
                 walk = Walk.along(router, tag if by_language else None, target, positions)
-                log_weights, _, needed = walk.decide(own, limits)
+                log_weights, _, needed = walk.decide(own, self.options.limits)
                 nats.append(-mixture(log_weights, own[:, first:]).sum(dtype=np.float64))
                 stats.append(_router_sums(np.exp(log_weights), expert, needed))
                 if number < len(sample):
@@ -121,26 +117,25 @@ class MeasurementPlan:
     ) -> None:
         """Adds to the measurements of a language how well the tokens of its sample are predicted.
         samples: log weights of the ensemble under each routing."""
-        wanted = self._targets(tag)
-        sizes = self._sample([len(target) - self._first for target in wanted])
+        wanted, first = self._targets(tag), self._first
+        sizes = self._sample([len(target) - first for target in wanted])
         if not sizes:
             return
-        scored = [n for n, name in enumerate(self.checkpoints) if System(name) in found]
-        names = [name for n, name in enumerate(self.checkpoints) if n in scored]
+        models = {name: n for n, name in enumerate(self.checkpoints) if System(name) in found}
+        names = list(models)
         mixtures = np.full((len(samples), sum(sizes), len(names)), -np.inf, np.float32)
         for way, parts in enumerate(samples.values()):
             log_weights = np.concatenate(parts)
             for column, name in enumerate(self._weighed[: log_weights.shape[1]]):
                 if name in names:
                     mixtures[way, :, names.index(name)] = log_weights[:, column]
-        places = [slice(self._first, self._first + size) for size in sizes]
         predictions = predict_documents(
             self.model,
-            [partial(cache.__getitem__, n) for n in scored],
-            [ids[: place.stop] for ids, place in zip(self.documents[tag], places)],
-            [target[place] for target, place in zip(wanted, places)],
+            [partial(cache.__getitem__, n) for n in models.values()],
+            [ids[: first + size] for ids, size in zip(self.documents[tag], sizes)],
+            [target[first : first + size] for target, size in zip(wanted, sizes)],
             mixtures,
-            places=places,
+            first=first,
             **self._reading,
         )
         for number, system in enumerate([*map(System, names), *samples]):
@@ -159,16 +154,11 @@ class MeasurementPlan:
                 parameters = jax.device_put(read_for_inference(path, self.model))
                 tags = self.languages[name]
                 documents = [ids for tag in tags for ids in self.documents[tag]]
-                found = iter(
-                    score_documents(
-                        self.model,
-                        parameters,
-                        documents,
-                        progress=progress.update,
-                        **self._reading,
-                    )
+                found = score_documents(
+                    self.model, parameters, documents, progress=progress.update, **self._reading
                 )
-                scores[name] = {tag: [next(found) for _ in self.documents[tag]] for tag in tags}
+                rest = iter(found)
+                scores[name] = {tag: [next(rest) for _ in self.documents[tag]] for tag in tags}
         return scores
 
     @property
@@ -179,11 +169,9 @@ class MeasurementPlan:
     @property
     def _reading(self) -> dict[str, Any]:
         """Options of `score_documents`."""
-        return {
-            "text_format": self.tokenizer.text_format,
-            "context_length": self.options.windows[0],
-            "stride": self.options.windows[1],
-        }
+        length, stride = self.options.windows
+        form = self.tokenizer.text_format
+        return {"text_format": form, "context_length": length, "stride": stride}
 
     @property
     def _weighed(self) -> list[str]:
@@ -203,13 +191,9 @@ class MeasurementPlan:
 
     def _sample(self, sizes: Sequence[int]) -> list[int]:
         """Number of tokens of each of the first documents that are in the sample."""
-        sample, left = [], self.options.calibration_tokens
-        for size in sizes:
-            if left <= 0:
-                break
-            sample.append(min(size, left))
-            left -= size
-        return sample
+        before = np.cumsum([0, *sizes])
+        left = self.options.calibration_tokens - before[:-1]
+        return np.minimum(sizes, left)[left > 0].tolist()
 
 
 def _nats(scores: Sequence[np.ndarray]) -> np.ndarray:

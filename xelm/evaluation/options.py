@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from clustering.errors import UserError
-from xelm.inference.routing import ROUTINGS, Routing
+from xelm.inference.routing import ROUTINGS, Routing, RoutingLimits
 
 EVALUATED: Sequence[str] = ("language", "detected", "tfidf", "learned", "posterior")
 """Routings that are evaluated unless others are given."""
@@ -57,6 +57,11 @@ class EvaluationOptions:
             Routing(name=name, least_weight=self.least_weight, temperature=temperatures.get(name))
             for name in self.routings
         ]
+
+    @property
+    def limits(self) -> RoutingLimits:
+        """Which of the weighed experts are kept at each token."""
+        return RoutingLimits(top_m=self.top_m, least_weight=self.least_weight)
 
     @property
     def windows(self) -> tuple[int, int]:

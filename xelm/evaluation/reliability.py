@@ -29,8 +29,7 @@ class Reliability:
     def of(
         cls, confidence: Float[np.ndarray, " N"], correct: Float[np.ndarray, " N"]
     ) -> "Reliability":
-        """Choices by their probabilities. correct: 1 or 0, or a fraction for a choice between
-        equals."""
+        """Choices by their probabilities. correct: 1, 0, or a fraction where some are equal."""
         bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
         counts, sums, right = (
             np.bincount(bins, weights, BINS) for weights in (None, confidence, correct)

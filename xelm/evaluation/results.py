@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
+from xelm.config import from_json
 from xelm.data.text_stats import TextStats
 
 _MOST_NATS = 700.0
@@ -60,8 +61,7 @@ class RouterStats:
     ece: float
     """Expected calibration error of the largest weight."""
     entropy: float
-    """Entropy of the weights in bits: 0 where one expert has all, log2 E where all have the
-    same."""
+    """Entropy of the weights in bits: 0 where one has all, log2 E where all are equal."""
     experts_read: float
     """Number of experts that have weight, or that the router needs to read the text."""
     regret: float | None
@@ -100,14 +100,8 @@ class Row:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Row":
         """The row of an entry of results.json; ValueError for impossible numbers."""
-        found = {name: value[name] for name in _COUNTED}
-        found |= {
-            name: _interval(value.get(name)) for name in ("perplexity_95", "bits_per_byte_95")
-        }
-        for name, kind in (("calibration", Calibration), ("router", RouterStats)):
-            part = value.get(name)
-            found[name] = part and kind(**{f.name: part[f.name] for f in fields(kind)})
-        row = cls(**found)
+        names = [field.name for field in fields(cls)]
+        row = from_json(cls, {name: item for name, item in value.items() if name in names})
         if not (row.tokens > 0 and row.bytes > 0 and 0 <= row.nll / row.tokens < _MOST_NATS):
             raise ValueError(f"{row.nll} nats over {row.tokens} tokens, {row.bytes} bytes")
         return row
@@ -124,27 +118,12 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The row with its perplexity and bits per byte, as in results.json."""
-        return {
-            "system": self.system,
-            "routing": self.routing,
-            "language": self.language,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "nll": self.nll,
-            "perplexity": self.perplexity,
-            "perplexity_95": self.perplexity_95,
-            "bits_per_byte": self.bits_per_byte,
-            "bits_per_byte_95": self.bits_per_byte_95,
-            "calibration": self.calibration and asdict(self.calibration),
-            "router": self.router and asdict(self.router),
-        }
+        means = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        return asdict(self) | means
 
 
-_COUNTED = ("system", "routing", "language", "documents", "tokens", "bytes", "nll")
-
-
-class Estimate(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Estimate:
     """A number with its 95 % interval."""
 
     value: float
@@ -178,29 +157,7 @@ class Summary:
     calibration: Calibration | None
     """Calibration on the samples of all these languages."""
     router: RouterStats | None
-    """Statistics of the router over all tokens of these languages; the regret is the mean of
-    languages."""
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Summary":
-        """The summary of an entry of results.json."""
-        found = {field.name: value[field.name] for field in fields(cls)}
-        for name in ("bits_per_byte", "above_dense", "forgetting", "transfer_gap"):
-            part = found[name]
-            found[name] = part and Estimate(part["value"], _interval(part["interval"]))
-        for name, kind in (("calibration", Calibration), ("router", RouterStats)):
-            found[name] = found[name] and kind(**found[name])
-        return cls(**found)
-
-    def to_json(self) -> dict[str, Any]:
-        """The summary as in results.json."""
-        found = {name: getattr(self, name) for name in [field.name for field in fields(self)]}
-        for name, part in found.items():
-            if isinstance(part, Estimate):
-                found[name] = part._asdict()
-            elif isinstance(part, Calibration | RouterStats):
-                found[name] = asdict(part)
-        return found
+    """Statistics of the router over all these tokens; the regret is the mean of languages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,10 +175,10 @@ class Results:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Results":
-        """The results in a results.json; KeyError, TypeError or ValueError if it is damaged."""
+        """The results in a results.json; UserError, KeyError, TypeError, ValueError if damaged."""
         return cls(
             rows=[Row.from_json(row) for row in record["rows"]],
-            summaries=[Summary.from_json(one) for one in record.get("summaries", ())],
+            summaries=[from_json(Summary, one) for one in record.get("summaries", ())],
             texts={tag: TextStats.from_json(one) for tag, one in record.get("texts", {}).items()},
             record=record,
         )
@@ -232,13 +189,6 @@ class Results:
             "rows": [
                 {**row.to_json(), "marks": self.texts[row.language].marks} for row in self.rows
             ],
-            "summaries": [summary.to_json() for summary in self.summaries],
+            "summaries": [asdict(summary) for summary in self.summaries],
             "texts": {tag: text.to_json() for tag, text in self.texts.items()},
         }
-
-
-def _interval(value: Any) -> Interval | None:
-    if value is None:
-        return None
-    low, high = value
-    return float(low), float(high)

@@ -1,6 +1,8 @@
 """Rows and summaries from what was measured of every document, with intervals."""
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -31,9 +33,6 @@ class CalibrationSums(NamedTuple):
     brier: float
     """Sum of the Brier scores."""
 
-    def __add__(self, other: "CalibrationSums") -> "CalibrationSums":  # type: ignore[override]
-        return CalibrationSums(self.reliability + other.reliability, self.brier + other.brier)
-
     def calibration(self) -> Calibration:
         """Means over all these tokens."""
         total = self.reliability.total
@@ -46,8 +45,7 @@ class CalibrationSums(NamedTuple):
 
 
 class RouterSums(NamedTuple):
-    """Sums over routed tokens of which a router's statistics are computed; those of documents and
-    languages add up."""
+    """Sums over routed tokens of which a router's statistics are computed; they add up, too."""
 
     reliability: Reliability
     """Choices of the expert with the largest weight."""
@@ -55,13 +53,6 @@ class RouterSums(NamedTuple):
     """Sum of the entropies of the weights, in bits."""
     experts_read: float
     """Sum of the numbers of experts that were read."""
-
-    def __add__(self, other: "RouterSums") -> "RouterSums":  # type: ignore[override]
-        return RouterSums(
-            self.reliability + other.reliability,
-            self.entropy + other.entropy,
-            self.experts_read + other.experts_read,
-        )
 
     def stats(self, regret: float | None) -> RouterStats:
         """Means over all these tokens."""
@@ -102,8 +93,7 @@ class Background:
     """Languages that a system was trained on after the seed: the ensemble, dense, and experts of
     languages. Experts of clusters of documents are not listed."""
     unspelled: Sequence[str] = ()
-    """Languages whose characters the tokenizer does not know: likelihoods mean nothing there, so
-    that they are in no mean."""
+    """Languages whose characters the tokenizer does not know; they are in no mean."""
 
 
 def summarise(
@@ -192,7 +182,7 @@ class _Table:
         return Summary(
             system=system[0],
             routing=system[1],
-            languages=mine,
+            languages=tuple(mine),
             perplexity=float(np.mean([self.rows[system, tag].perplexity for tag in mine])),
             bits_per_byte=self._mean(mine, lambda tag: self._bits(system, tag)),
             above_dense=self._above(system, DENSE, mine),
@@ -245,8 +235,8 @@ class _Table:
 
 
 def total_of(parts: Sequence[Sums]) -> Sums | None:
-    """The sum of several; None if there are none."""
-    total = None
-    for part in parts:
-        total = part if total is None else total + part
-    return total
+    """The sums of several parts, field by field; None if there are none."""
+    add = functools.partial(map, operator.add)
+    return (
+        functools.reduce(lambda one, other: type(one)(*add(one, other)), parts) if parts else None
+    )

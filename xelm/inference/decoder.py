@@ -12,14 +12,13 @@ from jaxtyping import Array, Float, Int
 from xelm.models.cache import Cache, empty_cache
 from xelm.models.config import ModelConfig
 from xelm.models.head import target_log_probabilities
-from xelm.models.parameters import bind, inference_graph
+from xelm.models.parameters import compiled_by_model
 
 PIECES = (16, 64, 256)
 """Numbers of tokens of a sequence that are read in one call, beside one. Fewer than the first take
 as long, and the last fills the matrix units."""
 ROWS = (1, 4, 16, 64)
-"""Numbers of sequences of which such pieces are read in one call. Few, as a program is compiled for
-each shape and stays."""
+"""Numbers of sequences that are read in one call; few, as a program is compiled for each shape."""
 TOKENS_A_CALL = 4096
 """Largest number of tokens that are read in one call."""
 LEAST_SLOTS = 64
@@ -27,9 +26,7 @@ LEAST_SLOTS = 64
 
 
 class Decoder:
-    """Reads sequences as they grow; each has a row of the cache from `allocate` until `free`.
-
-    There are few shapes of the cache and of what is read in one call."""
+    """Reads sequences as they grow; each has a row of the cache from `allocate` until `free`."""
 
     def __init__(
         self, model: ModelConfig, parameters: Callable[[], Any], compute_dtype: str = "float32"
@@ -47,8 +44,7 @@ class Decoder:
         self._free: list[int] = []
 
     def reserve(self, more: int, slots: int) -> None:
-        """Allocates memory for so many more sequences and for rows of `slots` tokens, at once and
-        not step by step."""
+        """Allocates memory, at once, for so many more sequences and for rows of `slots` tokens."""
         had, size = self._cache.keys[0].shape[0], self._cache.keys[0].shape[2]
         rows = max(had, capacity(had - len(self._free) + more))
         slots = max(size, min(padded(slots), max(self._model.max_length, slots)))
@@ -113,7 +109,6 @@ class Decoder:
     def _read_once(
         self, unread: Mapping[int, np.ndarray], size: int, scored: bool
     ) -> list[np.ndarray]:
-        """Reads at most `size` tokens of each of these rows, in one call."""
         had = len(self.lengths)
         # Where many rows have a token, all are computed, where they lie.
         all_rows = size == 1 and 4 * len(unread) >= had
@@ -164,30 +159,23 @@ def _next_of(count: int, sizes: Sequence[int]) -> int:
     return below[-1] if below and 4 * count < 3 * size else size
 
 
-@functools.lru_cache(maxsize=8)
-def _extender(model: ModelConfig, compute_dtype: str):
-    shape = inference_graph(model, compute_dtype)
-
-    @functools.partial(jax.jit, donate_argnums=(3, 4), static_argnames="scored")
-    def extend(parameters, tokens, counts, cache, logits, rows, *, scored):
-        network = bind(shape, parameters)
-        hidden, longer = network.extend(tokens, counts, cache, rows)
-        last = jnp.maximum(counts - 1, 0)[:, None, None]
-        ends = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-        before = logits if rows is None else logits.at[rows].get(mode="clip")
-        following = jnp.where(counts[:, None] > 0, network.logits(ends), before)
-        if rows is not None:
-            following = logits.at[rows].set(following, mode="drop")
-        if not scored:
-            return None, following, longer
-        found = jnp.take_along_axis(jax.nn.log_softmax(before), tokens[:, :1], axis=-1)
-        if tokens.shape[1] > 1:
-            states, head = network.output(hidden[:, :-1])
-            inner = target_log_probabilities(states, head, tokens[:, 1:])
-            found = jnp.concatenate([found, inner], axis=1)
-        return found, following, longer
-
-    return extend
+@compiled_by_model(donate_argnums=(3, 4), static_argnames="scored")
+def _extender(network, tokens, counts, cache, logits, rows, *, scored):
+    hidden, longer = network.extend(tokens, counts, cache, rows)
+    last = jnp.maximum(counts - 1, 0)[:, None, None]
+    ends = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+    before = logits if rows is None else logits.at[rows].get(mode="clip")
+    following = jnp.where(counts[:, None] > 0, network.logits(ends), before)
+    if rows is not None:
+        following = logits.at[rows].set(following, mode="drop")
+    if not scored:
+        return None, following, longer
+    found = jnp.take_along_axis(jax.nn.log_softmax(before), tokens[:, :1], axis=-1)
+    if tokens.shape[1] > 1:
+        states, head = network.output(hidden[:, :-1])
+        inner = target_log_probabilities(states, head, tokens[:, 1:])
+        found = jnp.concatenate([found, inner], axis=1)
+    return found, following, longer
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "slots"))

@@ -8,7 +8,6 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +17,36 @@ from jaxtyping import Array, Bool, Float, Int
 from xelm.inference.decoder import Decoder, capacity, padded
 from xelm.inference.pool import Pool
 from xelm.inference.route import Router, decide, routing_mask
-from xelm.inference.routing import RoutingLimits
 from xelm.inference.sampling import TokenLikelihood, likeliest, penalised, sample
 from xelm.inference.sampling_params import GREEDY, SamplingParams
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class GenerationRequest:
+    """A prompt that is to be continued, and how."""
+
+    ids: Sequence[int]
+    """Token ids of the prompt, as the models read them."""
+    sampling: SamplingParams
+    language: str | None = None
+    """Language of the prompt, if it is known."""
+    user_mask: Sequence[bool] | None = None
+    """Whether the router goes by each id of the prompt, as by what the user says in a chat; None:
+    it goes by all but the token that starts texts."""
+    number: int = 0
+    """Number among the sequences of one request; their random draws differ by it."""
+    alternatives: int | None = None
+    """Number of likeliest tokens that are named with each token's log probability; None: no log
+    probabilities are wanted."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class RunningSequence:
     """A sequence that is being continued."""
 
+    request: GenerationRequest
     ids: list[int]
     """All ids so far, those of the prompt first."""
-    sampling: SamplingParams
-    """How its tokens are drawn."""
-    number: int
-    """Number among the sequences of its request; their draws differ by it."""
-    alternatives: int | None
-    """Number of likeliest tokens that each step names; None: not even the log probability of the
-    drawn token is wanted."""
     row: int
     """Row of the engine's arrays."""
     router: Router
@@ -48,8 +59,7 @@ class RunningSequence:
     routed_upto: int = 0
     """Number of ids by which `state` was made."""
     log_likelihoods: Float[np.ndarray, " E"] | None = None
-    """Log-likelihood, by each expert, of the ids that count among those it has read; None: not
-    needed so far."""
+    """By each expert, of the ids that it has read and that count; None: not needed so far."""
     log_weights: Float[np.ndarray, " M"] | None = None
     """Weights of the models, once they are decided."""
     decisions: Counter[str] = field(default_factory=Counter)
@@ -69,15 +79,6 @@ class RunningSequence:
         return self.decisions.most_common(1)[0][0] if self.decisions else ""
 
 
-class Step(NamedTuple):
-    """One more token of a sequence."""
-
-    sequence: RunningSequence
-    token: int
-    weights: Float[np.ndarray, " M"]
-    """Weights of the models for this token."""
-
-
 class Engine:
     """The sequences that are running, and what the experts have read of them.
 
@@ -85,48 +86,31 @@ class Engine:
     yet. A step that raises leaves the engine unusable: make another.
     """
 
-    def __init__(self, pool: Pool, router: Router, limits: RoutingLimits):
-        """router: of sequences that are added without one of their own."""
+    def __init__(self, pool: Pool):
         self.sequences: list[RunningSequence] = []
         """Those that are running, in the order in which they were added."""
-        self._pool, self._router, self._limits = pool, router, limits
+        self._pool = pool
         self._decoders: dict[int, Decoder] = {}
         self._order = list(range(len(pool.names)))
         self._rows = self._slots = 0
 
     def reserve(self, sequences: int, tokens: int) -> None:
-        """Announces the number of sequences and their largest length in tokens, so that memory is
-        allocated at once and not step by step."""
+        """Announces sequences and their largest length, so that memory is allocated at once."""
         self._rows, self._slots = max(self._rows, capacity(sequences)), max(self._slots, tokens)
 
-    def add(
-        self,
-        ids: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        language: str | None = None,
-        number: int = 0,
-        router: Router | None = None,
-        alternatives: int | None = None,
-        user_mask: Sequence[bool] | None = None,
-    ) -> RunningSequence:
-        """Adds a sequence, which is continued from the next step on. language: of the prompt, if it
-        is known. number, alternatives: as in `RunningSequence`. router: None is the engine's.
-        user_mask: for each id, whether the router goes by it, as by what the user says in a chat;
-        None: by all of them."""
-        router = router or self._router
+    def add(self, request: GenerationRequest, router: Router | None = None) -> RunningSequence:
+        """Adds a sequence, which is continued from the next step on. router: None is the pool's."""
+        router = router or self._pool.router
         taken = {sequence.row for sequence in self.sequences}
         row = next(row for row in range(len(taken) + 1) if row not in taken)
         self.reserve(row + 1, 0)
         sequence = RunningSequence(
-            ids=list(ids),
-            sampling=sampling,
-            number=number,
-            alternatives=alternatives,
+            request=request,
+            ids=list(request.ids),
             row=row,
             router=router,
-            state=router.start(language),
-            mask=routing_mask(self._pool.tokenizer, ids, user_mask).tolist(),
+            state=router.start(request.language),
+            mask=routing_mask(self._pool.tokenizer, request.ids, request.user_mask).tolist(),
         )
         self.sequences.append(sequence)
         return sequence
@@ -145,31 +129,32 @@ class Engine:
         if not self.sequences:
             self._slots = 0
 
-    def step(self) -> list[Step]:
-        """Draws the next token of every sequence."""
+    def step(self) -> list[tuple[RunningSequence, int, Float[np.ndarray, " M"]]]:
+        """Draws the next token of every sequence; returns it with the models' weights for it."""
         distribution, weights = self.next_log_probabilities()
         by_row = {sequence.row: sequence for sequence in self.sequences}
         rows = [by_row.get(row) for row in range(self._rows)]
         tokens = np.asarray(
             sample(
                 distribution,
-                [sequence.sampling if sequence else GREEDY for sequence in rows],
+                [sequence.request.sampling if sequence else GREEDY for sequence in rows],
                 [sequence.new_tokens if sequence else 0 for sequence in rows],
-                [sequence.number if sequence else 0 for sequence in rows],
+                [sequence.request.number if sequence else 0 for sequence in rows],
             )
         )
         self._set_likelihoods(distribution, tokens)
         steps = []
         for sequence, own in zip(self.sequences, weights):
             self.append(sequence, int(tokens[sequence.row]))
-            steps.append(Step(sequence, sequence.ids[-1], own))
+            steps.append((sequence, sequence.ids[-1], own))
         return steps
 
     def _set_likelihoods(
         self, distribution: Float[Array, "B V"], tokens: Int[np.ndarray, " B"]
     ) -> None:
         """Sets how probable these tokens are, for the sequences for which that is wanted."""
-        wanted = {s: s.alternatives for s in self.sequences if s.alternatives is not None}
+        counts = ((sequence, sequence.request.alternatives) for sequence in self.sequences)
+        wanted = {sequence: count for sequence, count in counts if count is not None}
         found = likeliest(distribution, tokens, max(wanted.values())) if wanted else []
         for sequence, count in wanted.items():
             one = found[sequence.row]
@@ -208,7 +193,6 @@ class Engine:
         return mixed, np.exp(log_weights)
 
     def _log_weights(self) -> Float[np.ndarray, "sequences M"]:
-        """Weights of the models for the next token of each sequence."""
         by_router: dict[int, list[RunningSequence]] = {}
         for sequence in self.sequences:
             if sequence.log_weights is None:
@@ -216,13 +200,12 @@ class Engine:
         for sequences in by_router.values():
             self._decide(sequences[0].router, sequences)
         found = [sequence.log_weights for sequence in self.sequences]
-        if self._limits.route_per == "token":
+        if self._pool.limits.route_per == "token":
             for sequence in self.sequences:
                 sequence.log_weights = None
         return np.asarray(found).reshape(-1, len(self._pool.names))
 
     def _decide(self, router: Router, sequences: Sequence[RunningSequence]) -> None:
-        """Has a router weigh the models for these sequences."""
         for sequence in sequences:
             self._update_state(sequence)
 
@@ -234,7 +217,7 @@ class Engine:
             )
 
         states = np.stack([sequence.state for sequence in sequences])
-        found = decide(router, states, log_likelihoods, self._limits, len(self._pool.names))
+        found = decide(router, states, log_likelihoods, self._pool.limits, len(self._pool.names))
         for sequence, weights, name in zip(sequences, found.log_weights, found.routers):
             sequence.log_weights = weights
             sequence.decisions[name] += 1
@@ -248,8 +231,7 @@ class Engine:
             sequence.routed_upto = len(ids)
 
     def _score(self, sequences: Sequence[RunningSequence]) -> None:
-        """Has every expert read these sequences, which share a router, and adds to their
-        log-likelihoods."""
+        """Has every expert read these sequences of one router, and adds to log-likelihoods."""
         for sequence in sequences:
             if sequence.log_likelihoods is None:
                 sequence.log_likelihoods = np.zeros(sequence.router.experts)
@@ -261,8 +243,7 @@ class Engine:
         """Has an expert read what it has not read of some sequences."""
         if expert not in self._decoders:
             parameters = functools.partial(self._pool.parameters.__getitem__, expert)
-            decoder = Decoder(self._pool.model, parameters, self._pool.dtype)
-            self._decoders[expert] = decoder
+            self._decoders[expert] = Decoder(self._pool.model, parameters, self._pool.dtype)
         decoder = self._decoders[expert]
         new = [sequence for sequence in sequences if expert not in sequence.rows]
         # Only now, and for all at once: most experts never read most sequences.
@@ -289,14 +270,14 @@ class Engine:
 
     def _penalties(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The tokens in each row and their repetition penalties; None where there is no penalty."""
-        if all(sequence.sampling.repetition_penalty == 1 for sequence in self.sequences):
+        if all(s.request.sampling.repetition_penalty == 1 for s in self.sequences):
             return None, None
         longest = padded(max(len(sequence.ids) for sequence in self.sequences))
         ids = np.full((self._rows, longest), self._pool.model.vocabulary_size, np.int32)
         penalties = np.ones(self._rows, np.float32)
         for sequence in self.sequences:
             ids[sequence.row, : len(sequence.ids)] = sequence.ids
-            penalties[sequence.row] = sequence.sampling.repetition_penalty
+            penalties[sequence.row] = sequence.request.sampling.repetition_penalty
         return ids, penalties
 
 

@@ -1,23 +1,22 @@
 """The ensemble: many experts, one distribution. p(x_t | x_<t) = sum_j w_j p_j(x_t | x_<t)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clustering.errors import UserError
+from xelm.inference.engine import GenerationRequest
 from xelm.inference.fill import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate
 from xelm.inference.pool import Pool
-from xelm.inference.predictions import predict_documents
-from xelm.inference.route import Decision, Router, Walk, mixture, routing_mask
-from xelm.inference.routing import Routing, RoutingLimits
+from xelm.inference.prompt_scoring import score_ends
+from xelm.inference.route import Walk, mixture, routing_mask
+from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
-from xelm.inference.scoring import check_ids, score_documents, targets, unpredicted
+from xelm.inference.scoring import check_ids, decide_along, score_models, targets, unpredicted
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or the messages of a chat: {"role": "user", "content": "Habari?"}."""
@@ -49,16 +48,10 @@ class Likelihoods:
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Ensemble(Pool):
-    """A pool of experts with a router over them: scores, generates and fills text."""
+    """A pool of experts that scores, generates and fills text."""
 
-    router: Router
-    """Weighs the experts."""
-    limits: RoutingLimits = field(default_factory=RoutingLimits)
-    """How many of the weighed experts are read, and how often the router decides; may be the whole
-    `Routing` that the router was made by."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    """How continuations are drawn unless a call says otherwise: those of the seed's
-    generation_config.json."""
+    """Defaults of generation: those of the seed's generation_config.json."""
 
     def __repr__(self) -> str:
         limits, router = self.limits, type(self.router).__name__
@@ -76,8 +69,7 @@ class Ensemble(Pool):
         languages: of each text, where it is known; if an expert serves it, that expert alone reads
         the text. contexts: text that each text continues without a break. Both become tokens as one
         text, of which those with any character of the text are counted, each predicted from at
-        least half of `window` where there is as much. Texts alone are read as `evaluate` reads
-        them.
+        least half of `window` where there is as much. Texts alone are read as by `evaluate`.
         """
         languages = _as_many("languages", languages, texts)
         if contexts is None:
@@ -92,15 +84,14 @@ class Ensemble(Pool):
         walks = []
         for context, document, language in zip(before, ids, languages):
             target = targets(self.model, document, self.tokenizer.text_format)
-            at = self._positions(context, len(document), len(target))
-            walks.append(Walk.along(self.router, language, target, at))
-        reading = self._reading
+            walks.append(self._walk(language, target, context, len(document)))
+        reading = self.reading
         if contexts is not None:
-            reading |= {"stride": self.overlapping_stride}
-        decisions, scores, read = self._decisions(ids, walks, reading)
+            reading["stride"] = self.overlapping_stride
+        decisions, scores, read = decide_along(self, walks, ids, reading)
         weighed = [np.flatnonzero(np.isfinite(d.log_weights).any(axis=0)) for d in decisions]
-        missing = [np.setdiff1d(some, known) for some, known in zip(weighed, read)]
-        self._score(ids, scores, missing, reading)
+        missing = [set(some.tolist()) - known for some, known in zip(weighed, read)]
+        score_models(self, ids, scores, missing, reading)
         weights = [np.exp(d.log_weights).sum(axis=0) / max(1, len(d.routers)) for d in decisions]
         nats = [
             -mixture(decision.log_weights, found[:, context:]).sum()
@@ -123,7 +114,7 @@ class Ensemble(Pool):
         """-log p of continuations that do not end. For decoders.
 
         contexts, continuations: ids, read as they are; each context has at least one. user_masks:
-        by which ids of each context the router goes, as in `Engine.add`; None: by all.
+        by which ids of each context the router goes, as in `GenerationRequest`.
         """
         if not self.model.causal:
             raise UserError("these experts are encoders, which continue no text")
@@ -138,77 +129,26 @@ class Ensemble(Pool):
             check_ids(document, self.model)
             mask = np.ones(len(document), bool)
             mask[: len(context)] = routing_mask(self.tokenizer, context, user)
-            at = self._positions(len(context), len(document), len(document))
-            walks.append(Walk.along(self.router, language, document, at, mask))
-        as_given = replace(self.tokenizer.text_format, start_id=None)
-        reading = self._reading | {"stride": self.overlapping_stride, "text_format": as_given}
-        decisions, *_ = self._decisions(ids, walks, reading)
-        nothing = np.zeros((0, len(self.names)))
-        found = predict_documents(
-            self.model,
-            [partial(self.parameters.__getitem__, number) for number in range(len(self.names))],
-            ids,
-            [document[len(context) :] for context, document in zip(contexts, ids)],
-            np.concatenate([nothing, *(decision.log_weights for decision in decisions)])[None],
-            places=[slice(len(c), len(document)) for c, document in zip(contexts, ids)],
-            alone=False,
-            **reading,
-        )
-        ends = np.cumsum([0, *map(len, continuations)])
-        parts = [slice(first, last) for first, last in pairwise(ends)]
+            walks.append(self._walk(language, document, len(context), len(document), mask))
+        found = score_ends(self, ids, walks, alternatives=1)
         return Likelihoods(
-            nats=np.asarray([-found.log_probability[0, p].sum(dtype=float) for p in parts]),
-            greedy=np.asarray([bool(found.correct[0, p].all()) for p in parts]),
+            nats=np.asarray([-sum(t.log_probability for t in one.tokens) for one in found], float),
+            greedy=np.asarray([all(t.top[0][0] == t.token for t in one.tokens) for one in found]),
         )
 
-    def _decisions(
-        self, ids: Sequence[np.ndarray], walks: Sequence[Walk], reading: Mapping[str, Any]
-    ) -> tuple[list[Decision], list[np.ndarray], list[np.ndarray]]:
-        """Weights of the models along each document; the models' scores of it, [M, n + 1], as far
-        as the router needed them; and the models that it needed."""
-        scores = [np.zeros((len(self.names), len(i) + self.model.causal)) for i in ids]
-        experts = np.arange(self.router.experts)
-        read = [experts if walk.needs_log_likelihoods else experts[:0] for walk in walks]
-        self._score(ids, scores, read, reading)
-        decisions = [
-            walk.decide(found[experts, : len(walk.states) - 1], self.limits, len(self.names))
-            for walk, found in zip(walks, scores)
-        ]
-        return decisions, scores, read
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        """Options of `score_documents`."""
-        return {
-            "text_format": self.tokenizer.text_format,
-            "context_length": self.window,
-            "stride": self.stride,
-            "dtype": self.dtype,
-        }
-
-    def _positions(self, context: int, document: int, target: int) -> np.ndarray:
-        """Index of the router's state that decides each token after the context."""
-        if self.limits.route_per == "token":
-            return np.arange(context, target)
-        at = context if self.limits.route_per == "prompt" else document
-        return np.full(target - context, at)
-
-    def _score(
+    def _walk(
         self,
-        ids: Sequence[np.ndarray],
-        scores: Sequence[np.ndarray],
-        models: Sequence[np.ndarray],
-        reading: Mapping[str, Any],
-    ) -> None:
-        """Fills the rows of each document's `scores`, [M, n + 1], for these models of it."""
-        for model in range(len(self.names)):
-            chosen = [number for number, some in enumerate(models) if model in some]
-            if not chosen:
-                continue
-            documents = [ids[number] for number in chosen]
-            found = score_documents(self.model, self.parameters[model], documents, **reading)
-            for number, row in zip(chosen, found):
-                scores[number][model] = row
+        language: str | None,
+        target: np.ndarray,
+        context: int,
+        document: int,
+        mask: np.ndarray | None = None,
+    ) -> Walk:
+        """The walk along a text whose tokens after the context are weighed."""
+        at = np.arange(context, len(target))
+        if self.limits.route_per != "token":
+            at = np.full(len(at), context if self.limits.route_per == "prompt" else document)
+        return Walk.along(self.router, language, target, at, mask)
 
     def generate(
         self,
@@ -236,12 +176,9 @@ class Ensemble(Pool):
             "stop": None if stop is None else tuple(stop),
             "random_seed": random_seed,
         }
-        given = {name: value for name, value in given.items() if value is not None}
+        settings = {name: value for name, value in given.items() if value is not None}
         (generation,) = self._generate(
-            [prompt],
-            lambda sampling: replace(sampling, **given),
-            [language],
-            lambda _, piece: stream(piece),
+            [prompt], settings, [language], lambda _, piece: stream(piece)
         )
         return generation
 
@@ -255,34 +192,38 @@ class Ensemble(Pool):
     ) -> list[Generation]:
         """Continues several texts or chats in parallel. languages: of each, where it is known.
         stream: called with the number of a prompt and the next piece of its continuation."""
+        settings = {} if sampling is None else asdict(sampling)
         languages = _as_many("languages", languages, prompts)
-        return self._generate(prompts, lambda default: sampling or default, languages, stream)
+        return self._generate(prompts, settings, languages, stream)
 
     def _generate(
         self,
         prompts: Sequence[Prompt],
-        choose: Callable[[SamplingParams], SamplingParams],
+        settings: Mapping[str, Any],
         languages: Sequence[str | None],
         stream: Stream,
     ) -> list[Generation]:
-        """Continues prompts. choose: makes the parameters out of `sampling`, in which the number of
-        new tokens is one for which all prompts leave space, and at least one."""
+        """Continues prompts. settings: those of `SamplingParams` that differ from `sampling`; the
+        number of new tokens otherwise is one for which all prompts leave space, or 1."""
         encoded = [
             (self.tokenizer.begin(prompt), None)
             if isinstance(prompt, str)
             else self.tokenizer.chat(prompt)
             for prompt in prompts
         ]
-        ids, masks = [ids for ids, _ in encoded], [mask for _, mask in encoded]
-        most = max(1, self.longest - max(map(len, ids), default=0))
-        most = min(self.sampling.max_new_tokens, most)
-        sampling = choose(replace(self.sampling, max_new_tokens=most))
-        return generate(self, self.router, self.limits, ids, sampling, languages, stream, masks)
+        most = self.longest - max((len(ids) for ids, _ in encoded), default=0)
+        most = max(1, min(self.sampling.max_new_tokens, most))
+        sampling = replace(self.sampling, **{"max_new_tokens": most, **settings})
+        requests = [
+            GenerationRequest(ids=ids, sampling=sampling, language=language, user_mask=mask)
+            for (ids, mask), language in zip(encoded, languages)
+        ]
+        return generate(self, requests, stream)
 
     def fill(self, text: str, *, count: int = 5, language: str | None = None) -> Filling:
-        """The `count` most probable tokens at each mask of a text. For encoders. The router goes by
-        all that is not masked."""
-        return fill(self, self.router, self.limits, text, count, language)
+        """The `count` most probable tokens at each mask of a text, which is routed by the rest of
+        it. For encoders."""
+        return fill(self, text, count, language)
 
 
 def _as_many(name: str, given: Sequence[Any] | None, texts: Sequence[Any]) -> Sequence[Any]:

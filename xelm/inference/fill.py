@@ -1,21 +1,18 @@
 """Filling masks: probable tokens behind the masks of a text, by an ensemble of encoders."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from clustering.errors import UserError
+from xelm.inference.decoder import padded
 from xelm.inference.pool import Pool
-from xelm.inference.route import Decision, Router, Walk
-from xelm.inference.routing import RoutingLimits
-from xelm.inference.scoring import check_ids, score_documents
-from xelm.models.config import ModelConfig
-from xelm.models.parameters import bind, inference_graph
+from xelm.inference.route import Walk
+from xelm.inference.scoring import check_ids, decide_along
+from xelm.models.parameters import compiled_by_model
 
 
 class Guess(NamedTuple):
@@ -41,9 +38,7 @@ class Filling:
     """The router that decided."""
 
 
-def fill(
-    pool: Pool, router: Router, limits: RoutingLimits, text: str, count: int, language: str | None
-) -> Filling:
+def fill(pool: Pool, text: str, count: int, language: str | None) -> Filling:
     """The `count` most probable tokens at each mask of a text, as `Ensemble.fill`."""
     tokenizer, model = pool.tokenizer, pool.model
     if count < 1:
@@ -61,16 +56,17 @@ def fill(
             f"the text has {len(ids)} tokens; this model, which reads {pool.window} at once, has "
             f"space for {len(ids) - excess}"
         )
-    found = _decision(pool, router, limits, ids[ids != tokenizer.mask_id], language)
+    given = ids[ids != tokenizer.mask_id]
+    walk = Walk.along(pool.router, language, given, np.asarray([len(given)]))
+    (found,), *_ = decide_along(pool, [walk], [given], pool.reading)
     (log_weights,) = found.log_weights
-    # Padded to a power of two: few compiled shapes.
-    size = min(1 << int(len(framed) - 1).bit_length(), pool.window)
+    size = min(padded(len(framed)), pool.window)  # few compiled shapes
     tokens = np.zeros((1, size), np.int32)
     tokens[0, : len(framed)] = framed
     valid = np.arange(size)[None] < len(framed)
     places = np.resize(masks, size)  # repeated, for the same reason
     mixed = np.full((len(masks), model.vocabulary_size), -np.inf)
-    read = _compiled(model, pool.dtype)
+    read = _reader(model, pool.dtype)
     for expert in np.flatnonzero(np.isfinite(log_weights)).tolist():
         own = np.asarray(read(pool.parameters[expert], tokens, valid, places))[: len(masks)]
         mixed = np.logaddexp(mixed, log_weights[expert] + own)
@@ -85,36 +81,8 @@ def fill(
     )
 
 
-def _decision(
-    pool: Pool, router: Router, limits: RoutingLimits, ids: np.ndarray, language: str | None
-) -> Decision:
-    """Weights of the models after all that can be read of a text."""
-    walk = Walk.along(router, language, ids, np.asarray([len(ids)]))
-    scores = None
-    if walk.needs_log_likelihoods:
-        reading = {
-            "text_format": pool.tokenizer.text_format,
-            "context_length": pool.window,
-            "dtype": pool.dtype,
-        }
-        scores = np.stack(
-            [
-                score_documents(pool.model, pool.parameters[expert], [ids], **reading)[0]
-                for expert in range(router.experts)
-            ]
-        )
-    return walk.decide(scores, limits, len(pool.names))
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled(model: ModelConfig, dtype: str):
-    shape = inference_graph(model, dtype)
-
-    @jax.jit
-    def read(parameters, tokens, valid, places):
-        network = bind(shape, parameters)
-        valid = jnp.asarray(valid)
-        hidden = network.hidden(jnp.asarray(tokens), valid=valid)[0, places]
-        return jax.nn.log_softmax(network.logits(hidden))
-
-    return read
+@compiled_by_model()
+def _reader(network, tokens, valid, places):
+    """Log probabilities of all tokens at some places of the first row, [places, V]."""
+    hidden = network.hidden(tokens, valid=valid)[0, places]
+    return jax.nn.log_softmax(network.logits(hidden))

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,20 +11,17 @@ from jaxtyping import Float
 
 from clustering.errors import UserError
 from xelm.inference.decoder import padded
-from xelm.inference.engine import Engine, RunningSequence
+from xelm.inference.engine import Engine, GenerationRequest, RunningSequence
 from xelm.inference.pool import Pool
 from xelm.inference.route import Router
-from xelm.inference.routing import RoutingLimits
 from xelm.inference.sampling import TokenLikelihood
-from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import check_ids
 from xelm.inference.sequence import Detokenizer
 
 Stream = Callable[[int, str], object]
 """Called with the number of a prompt and the next piece of its continuation, which may be empty."""
 MOST_SLOTS = 2**16
-"""Largest number of tokens in a cache of sequences that are continued together whatever their
-lengths."""
+"""Tokens in a cache up to which sequences of any lengths are continued together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +35,8 @@ class Generation:
     weights: Mapping[str, float] = field(default_factory=dict)
     """Model -> its mean routing weight over the generated tokens."""
     routing: str = ""
-    """The router that decided most of these tokens: "language" where the language of the text was
-    given and an expert serves it, otherwise one of `routing.ROUTINGS`, "mixture", or the model that
-    a router abstained to."""
+    """The router that decided most of these tokens: "language" where an expert serves the given
+    one, otherwise one of `routing.ROUTINGS`, "mixture", or the model that a router abstained to."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -58,8 +54,7 @@ class Continuation:
     likelihoods: list[TokenLikelihood] = field(default_factory=list)
     """How probable the new tokens are that were not taken yet, where that is wanted."""
     finish_reason: Literal["stop", "length"] | None = None
-    """Why it ended: an end token or stop string, or the number of tokens or the time; None while it
-    is running."""
+    """An end token or stop string, or the number of tokens or the time; None while running."""
 
     @property
     def mean_weights(self) -> Float[np.ndarray, " M"]:
@@ -85,9 +80,8 @@ class Delta(NamedTuple):
 class Generator:
     """Generates sequences in parallel, step by step; they are added and removed at any time."""
 
-    def __init__(self, pool: Pool, router: Router, limits: RoutingLimits):
-        """router: of sequences that are added without one of their own."""
-        self._pool, self._engine = pool, Engine(pool, router, limits)
+    def __init__(self, pool: Pool):
+        self._pool, self.engine = pool, Engine(pool)
         self._running: dict[RunningSequence, Continuation] = {}
 
     @property
@@ -95,36 +89,18 @@ class Generator:
         """Continuations that have not ended."""
         return list(self._running.values())
 
-    def reserve(self, sequences: int, tokens: int) -> None:
-        """Allocates memory at once, as `Engine.reserve`."""
-        self._engine.reserve(sequences, tokens)
-
     def add(
         self,
-        ids: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        language: str | None = None,
-        number: int = 0,
+        request: GenerationRequest,
         router: Router | None = None,
-        alternatives: int | None = None,
-        user_mask: Sequence[bool] | None = None,
         deadline: float = math.inf,
     ) -> Continuation:
-        """Adds a prompt that `check_prompt` accepts. deadline: as in `Continuation`; the other
-        options: as in `Engine.add`."""
-        sequence = self._engine.add(
-            ids,
-            sampling,
-            language=language,
-            number=number,
-            router=router,
-            alternatives=alternatives,
-            user_mask=user_mask,
-        )
+        """Adds a prompt that `check_prompt` accepts. router: as in `Engine.add`. deadline: as in
+        `Continuation`."""
+        sequence = self.engine.add(request, router)
         continuation = Continuation(
             sequence=sequence,
-            detokenizer=Detokenizer(self._pool.tokenizer, ids, sampling.stop),
+            detokenizer=Detokenizer(self._pool.tokenizer, request.ids, request.sampling.stop),
             deadline=deadline,
             weights=np.zeros(len(self._pool.names)),
         )
@@ -134,11 +110,11 @@ class Generator:
     def remove(self, continuation: Continuation) -> None:
         """Gives up a continuation that is running."""
         del self._running[continuation.sequence]
-        self._engine.remove(continuation.sequence)
+        self.engine.remove(continuation.sequence)
 
     def step(self) -> list[Delta]:
         """Draws a token of every continuation; those that end with it are removed."""
-        steps, now = self._engine.step(), time.monotonic()
+        steps, now = self.engine.step(), time.monotonic()
         return [self._added(sequence, token, own, now) for sequence, token, own in steps]
 
     def _added(
@@ -152,7 +128,7 @@ class Generator:
         text = "" if ended else one.detokenizer.add(token)
         if ended or one.detokenizer.stopped:
             one.finish_reason = "stop"
-        elif sequence.new_tokens == sequence.sampling.max_new_tokens or now > one.deadline:
+        elif sequence.new_tokens == sequence.request.sampling.max_new_tokens or now > one.deadline:
             one.finish_reason = "length"
         if one.finish_reason:
             text += one.detokenizer.rest()
@@ -162,35 +138,23 @@ class Generator:
 
 def generate(
     pool: Pool,
-    router: Router,
-    limits: RoutingLimits,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams,
-    languages: Sequence[str | None],
+    requests: Sequence[GenerationRequest],
     stream: Stream = lambda number, piece: None,
-    user_masks: Sequence[Sequence[bool] | None] | None = None,
 ) -> list[Generation]:
-    """Continues each prompt of ids until an end token, a stop string or `max_new_tokens`. UserError
-    for a prompt that leaves no space for so many. languages, user_masks: one for each prompt, as in
-    `Engine.add`."""
-    for ids in prompts:
-        check_prompt(pool, ids, sampling.max_new_tokens)
+    """Continues each prompt until an end token, a stop string or `max_new_tokens`; each `number` is
+    its place among the requests. UserError for a prompt that leaves no space for so many tokens."""
+    for request in requests:
+        check_prompt(pool, request.ids, request.sampling.max_new_tokens)
+    lengths = [len(request.ids) + request.sampling.max_new_tokens for request in requests]
     found: dict[int, Continuation] = {}
-    for numbers in _grouped([len(ids) + sampling.max_new_tokens for ids in prompts]):
-        generator = Generator(pool, router, limits)
-        longest = max(len(prompts[number]) for number in numbers)
-        generator.reserve(len(numbers), longest + sampling.max_new_tokens)
+    for numbers in _grouped(lengths):
+        generator = Generator(pool)
+        generator.engine.reserve(len(numbers), max(lengths[number] for number in numbers))
         for number in numbers:
-            found[number] = generator.add(
-                prompts[number],
-                sampling,
-                language=languages[number],
-                number=number,
-                user_mask=None if user_masks is None else user_masks[number],
-            )
+            found[number] = generator.add(replace(requests[number], number=number))
         while generator.running:
             for continuation, piece, _ in generator.step():
-                stream(continuation.sequence.number, piece)
+                stream(continuation.sequence.request.number, piece)
     return [
         Generation(
             text=one.detokenizer.text,
@@ -198,14 +162,13 @@ def generate(
             weights=dict(zip(pool.names, one.mean_weights.tolist())),
             routing=one.sequence.routing,
         )
-        for one in (found[number] for number in range(len(prompts)))
+        for _, one in sorted(found.items())
     ]
 
 
 def _grouped(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of the sequences that are continued together: all of them or, where one is so long
-    that this would take much memory, those of about one length (every row of a cache has as many
-    slots)."""
+    """Numbers of the sequences that are continued together: all of them or, where that would take
+    much memory, those of about one length (every row of a cache has as many slots)."""
     slots = [padded(length) for length in lengths]
     if len(slots) * max(slots, default=0) <= MOST_SLOTS:
         return [list(range(len(slots)))] if slots else []

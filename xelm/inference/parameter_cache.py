@@ -88,8 +88,7 @@ class ParameterCache(Sequence):
 
 def memory_budget() -> tuple[float, float]:
     """Bytes of parameters that may lie on the device and on the host: four fifths of the memory of
-    an accelerator, since computing needs the rest, and half of the host's, which on CPUs is the
-    device's."""
+    an accelerator, the rest being for computing, and half of the host's (a CPU's own memory)."""
     host = _memory() / 2
     device = jax.local_devices()[0]
     if device.platform == "cpu":

@@ -1,25 +1,32 @@
-"""The models that are run together: a plain value, which knows nothing of routing or generating."""
+"""The models that are run together with the router over them: a plain value, which runs nothing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
-from xelm.inference.scoring import check_windows
+from xelm.inference.route import Router
+from xelm.inference.routing import RoutingLimits
 from xelm.models.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Pool:
-    """Models of one shape with the tokenizer that they share."""
+    """Models of one shape with the tokenizer that they share, and a router over them."""
 
     names: Sequence[str]
-    """Names of the M models: the E experts that a router weighs, and maybe others behind them."""
+    """Names of the M models: the E experts that the router weighs, and maybe others behind them."""
     model: ModelConfig
     """Shape of every model."""
     parameters: Sequence[Any]
     """Parameters of each model, `for_inference`; indexed only when the model is read, so that they
     can be loaded then (`ParameterCache`)."""
+    router: Router
+    """Weighs the experts."""
+    limits: RoutingLimits = field(default_factory=RoutingLimits)
+    """How many of the weighed experts are read, and how often the router decides; may be the whole
+    `Routing` that the router was made by."""
     tokenizer: Tokenizer
     """Tokenizer of the seed."""
     dtype: str = "float32"
@@ -35,8 +42,7 @@ class Pool:
 
     @property
     def window(self) -> int:
-        """Tokens that are read at once where a text is scored: `context_length`, or the model's own
-        length."""
+        """Tokens that are read at once where a text is scored."""
         return self.context_length or self.model.max_length
 
     @property
@@ -47,7 +53,30 @@ class Pool:
         return min(half, self.stride or half)
 
     @property
+    def reading(self) -> dict[str, Any]:
+        """Options of `score_documents`."""
+        return {
+            "text_format": self.tokenizer.text_format,
+            "context_length": self.window,
+            "stride": self.stride,
+            "dtype": self.dtype,
+        }
+
+    @property
     def longest(self) -> int:
         """Tokens that a text may have, generated ones included: the model's own length, or `window`
         for a model with learned positions, of which training has not changed the later ones."""
         return self.window if self.model.positions == "learned" else self.model.max_length
+
+
+def check_windows(model: ModelConfig, context_length: int, stride: int | None) -> None:
+    """Raises UserError for windows that a model cannot read, or that leave tokens out."""
+    if not 1 <= context_length <= model.max_length:
+        raise UserError(
+            f"context_length must be between 1 and the {model.max_length} tokens that this model "
+            f"can read; got {context_length}"
+        )
+    if stride is not None and not 1 <= stride <= context_length:
+        raise UserError(
+            f"stride must be between 1 and context_length, {context_length}; got {stride}"
+        )

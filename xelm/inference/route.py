@@ -117,8 +117,7 @@ class Walk:
         positions: Int[np.ndarray, " P"] | None = None,
         mask: Bool[np.ndarray, " T"] | None = None,
     ) -> "Walk":
-        """The walk along these ids, of a text in `language`, if that is known. positions: None is
-        before every token."""
+        """The walk along a text in `language`, if known. positions: None is before every token."""
         states = states_along(router, router.start(language), ids, mask)
         at = np.arange(len(ids)) if positions is None else positions
         return cls(router=router, states=states, positions=at, mask=mask)
@@ -130,15 +129,14 @@ class Walk:
 
     def decide(
         self,
-        scores: Float[np.ndarray, "E T"] | None,
+        scores: Float[np.ndarray, "E T"],
         limits: RoutingLimits = _NO_LIMITS,
         models: int | None = None,
     ) -> Decision:
-        """The weights at each position. scores: log probability of each token by each expert; None
-        where they are not needed. models: as in the function `decide`."""
+        """The weights at each position. scores: log probability of each token by each expert, read
+        where the router needs them. models: as in the function `decide`."""
 
         def log_likelihoods(_: np.ndarray) -> np.ndarray:
-            assert scores is not None
             return log_likelihoods_along(self.router, scores, self.mask)[self.positions]
 
         return decide(self.router, self.states[self.positions], log_likelihoods, limits, models)
@@ -163,8 +161,7 @@ def log_likelihoods_along(
     mask: Bool[np.ndarray, " T"] | None = None,
 ) -> Float[np.ndarray, "T1 E"]:
     """The experts' log-likelihoods of a text before each token and after all of them, as far as the
-    router remembers. scores: log probability of each token by each expert. mask: as in
-    `states_along`."""
+    router remembers. scores: log probability of each token. mask: as in `states_along`."""
     if mask is not None:
         return log_likelihoods_along(router, scores[:, mask])[_counted(mask)]
     sums = np.concatenate([np.zeros((1, len(scores))), scores.T.astype(float)])

@@ -19,21 +19,15 @@ MIXTURE = "mixture"
 """Name, in `decided_by`, of the mixture of all models that decides where no expert fits a text."""
 
 
-class _ByTextAlone:
-    """Router that weighs the experts before any of them reads the text."""
+class _Single:
+    """Router that decides every row itself, before any expert reads the text."""
 
     __slots__ = ()
     memory = 1.0
+    name: str
 
     def needs_log_likelihoods(self, states):
         return np.zeros(len(states), bool)
-
-
-class _Named:
-    """Router that decides every row itself, under the name of its routing."""
-
-    __slots__ = ()
-    name: str
 
     def decided_by(self, states):
         return [self.name] * len(states)
@@ -67,7 +61,7 @@ class _SumsVectors:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fixed(_ByTextAlone, _Stateless, _Named):
+class Fixed(_Single, _Stateless):
     """The same weights everywhere."""
 
     weights: Float[np.ndarray, " E"]
@@ -94,8 +88,7 @@ def only(model: int, models: int, name: str) -> Fixed:
 
 
 class _Either:
-    """Router that leaves each row to one of several other routers, over its models or the first of
-    them."""
+    """Router that leaves each row to one of several others, over its first models or all."""
 
     __slots__ = ()
     experts: int
@@ -179,7 +172,7 @@ class ByLanguage(_Either):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Detected(_ByTextAlone, _Named):
+class Detected(_Single):
     """Weighs each expert by the probability of its languages, as they are detected in the text."""
 
     name: ClassVar[str] = "detected"
@@ -217,7 +210,7 @@ class Detected(_ByTextAlone, _Named):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tfidf(_ByTextAlone, _SumsVectors, _Named):
+class Tfidf(_Single, _SumsVectors):
     """w_j ~ exp(-||h(x_<t) - c_j||^distance_power / temperature) (X-ELM section 3.3, after
     Gururangan et al. 2023). The authors' code squares the squared distance: distance_power 4."""
 
@@ -252,7 +245,7 @@ class Tfidf(_ByTextAlone, _SumsVectors, _Named):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Learned(_ByTextAlone, _SumsVectors, _Named):
+class Learned(_Single, _SumsVectors):
     """Logistic regression on the TF-IDF vector of the text so far and on how much it has."""
 
     name: ClassVar[str] = "learned"
@@ -280,7 +273,7 @@ class Learned(_ByTextAlone, _SumsVectors, _Named):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Posterior(_Stateless, _Named):
+class Posterior(_Single, _Stateless):
     """Weights w_j ~ prior_j * prod p_j(x_<t): Bayes' rule over experts that all read the text."""
 
     prior: Float[np.ndarray, " E"]
@@ -359,13 +352,12 @@ def mixture_of(models: int) -> Posterior:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Abstaining(_Either):
-    """Another router where its largest weight reaches a threshold; elsewhere the posterior, or one
-    model for all languages."""
+    """A router where its largest weight reaches a threshold, and another one elsewhere."""
 
     router: Router
-    """The other router, over E experts; one that needs no log-likelihoods."""
+    """The first router, over E experts; one that needs no log-likelihoods."""
     threshold: float
-    """Largest weight from which on the other router decides."""
+    """Largest weight from which on it decides."""
     instead: Router
     """Decides where it does not, by the same state: a `Posterior` over the experts, or all weight
     on `only` the model behind them."""

@@ -25,8 +25,7 @@ IRRELEVANT = (
 
 
 _BLOCK = 256
-"""Columns of a block: near the square root of a large vocabulary, so that both steps of a draw are
-short."""
+"""Columns of a block: near the square root of a large vocabulary, so both steps are short."""
 
 
 class TokenLikelihood(NamedTuple):
@@ -110,6 +109,8 @@ def sample(
     if not drawn:
         return _largest(log_probabilities)
     vocabulary = log_probabilities.shape[-1]
+    top_k = [min(s.top_k or vocabulary, vocabulary) for s in samplings]
+    top_p = [s.top_p for s in samplings]
     return _draw(
         log_probabilities,
         # Both halves of a seed of 64 bits.
@@ -117,10 +118,8 @@ def sample(
         np.asarray(steps, np.int32),
         np.asarray(numbers, np.int32),
         np.asarray([s.temperature for s in samplings], np.float32),
-        np.asarray([min(s.top_k or vocabulary, vocabulary) for s in samplings], np.int32),
-        np.asarray([s.top_p for s in samplings], np.float32),
-        with_top_k=any(s.top_k is not None for s in drawn),
-        with_top_p=any(s.top_p < 1 for s in drawn),
+        None if all(s.top_k is None for s in drawn) else np.asarray(top_k, np.int32),
+        None if all(s.top_p == 1 for s in drawn) else np.asarray(top_p, np.float32),
     )
 
 
@@ -133,19 +132,8 @@ def _largest(values):
     return jnp.where(top, columns, values.shape[1] - 1).min(axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("with_top_k", "with_top_p"))
-def _draw(
-    log_probabilities,
-    seeds,
-    steps,
-    numbers,
-    temperature,
-    top_k,
-    top_p,
-    *,
-    with_top_k,
-    with_top_p,
-):
+@jax.jit
+def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p):
     def uniform(seed, step, number):
         step_key = jax.random.fold_in(jax.random.wrap_key_data(seed), step)
         return jax.random.uniform(jax.random.fold_in(step_key, number), (2,))
@@ -155,10 +143,8 @@ def _draw(
     # Less the largest before it is divided: a quotient of 1e10 is rounded by hundreds.
     highest = log_probabilities.max(axis=1, keepdims=True)
     chances = jax.nn.softmax((log_probabilities - highest) / divisor)
-    if with_top_k or with_top_p:
-        chances = _kept(
-            log_probabilities, chances, top_k if with_top_k else None, top_p if with_top_p else None
-        )
+    if top_k is not None or top_p is not None:
+        chances = _kept(log_probabilities, chances, top_k, top_p)
     drawn = _drawn(chances, jax.vmap(uniform)(seeds, steps, numbers))
     return jnp.where(greedy, _largest(log_probabilities), drawn)
 

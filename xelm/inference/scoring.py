@@ -4,29 +4,35 @@ Documents are cut into windows of at most T read tokens, which overlap or not, a
 where they do not see each other.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Array, Float, Integer
 
 from clustering.errors import UserError
 from xelm.data.text_format import TextFormat
+from xelm.inference.pool import Pool
+from xelm.inference.route import Decision, Walk
 from xelm.models.config import ModelConfig
-from xelm.models.head import target_log_probabilities
-from xelm.models.parameters import bind, inference_graph
+from xelm.models.head import Head, target_log_probabilities
+from xelm.models.parameters import compiled_by_model
 
 ROWS_A_BATCH, ROW_TOKENS = 16, 512
 """Rows that are read at once, and tokens of each. Rows for longer windows are fewer."""
+FEW_ROWS = (1, 4)
+"""Rows that are read at once where there are no more; few, as a program is compiled for each."""
 LEAST_ROW_TOKENS = 16
 """Smallest number of tokens of a row."""
 APART = 8
-"""Distance in tokens from one masked token to the next, for encoders: about the share of masked
-tokens that they are trained with."""
+"""Distance from one masked token to the next: about the share that encoders are trained with."""
+
+Measure = Callable[[Array, Head, Array], Array]
+"""(states [*B, D], head, targets [*B]) -> what is measured at each target"""
 
 
 def targets(
@@ -51,19 +57,6 @@ def check_ids(ids: Integer[np.ndarray, " _"], model: ModelConfig) -> None:
         )
 
 
-def check_windows(model: ModelConfig, context_length: int, stride: int | None) -> None:
-    """Raises UserError for windows that a model cannot read, or that leave tokens out."""
-    if not 1 <= context_length <= model.max_length:
-        raise UserError(
-            f"context_length must be between 1 and the {model.max_length} tokens that this model "
-            f"can read; got {context_length}"
-        )
-    if stride is not None and not 1 <= stride <= context_length:
-        raise UserError(
-            f"stride must be between 1 and context_length, {context_length}; got {stride}"
-        )
-
-
 def score_documents(
     model: ModelConfig,
     parameters: Any,
@@ -73,9 +66,11 @@ def score_documents(
     context_length: int,
     stride: int | None = None,
     dtype: str = "float32",
+    measure: Measure = target_log_probabilities,
     progress: Callable[[int], object] = lambda tokens: None,
-) -> list[Float[np.ndarray, " _"]]:
-    """Log probabilities, in nats, of the `targets` of each document; parameters `for_inference`.
+) -> list[Float[np.ndarray, "_ ..."]]:
+    """Log probabilities, in nats, of the `targets` of each document, or what else is measured of
+    them; parameters `for_inference`.
 
     A decoder predicts each token from those before. An encoder predicts each from all others, as in
     pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), except that every `APART`-th token is
@@ -87,88 +82,90 @@ def score_documents(
     windows share no more than a token. text_format: special tokens around each document.
     progress: called with numbers of tokens that were scored.
     """
-    return _measured(
-        target_log_probabilities,
-        model,
-        parameters,
-        documents,
-        text_format=text_format,
-        context_length=context_length,
-        stride=stride,
-        dtype=dtype,
-        progress=progress,
-    )
-
-
-def states_of_documents(
-    model: ModelConfig,
-    parameters: Any,
-    documents: Sequence[Integer[np.ndarray, " _"]],
-    **options: Any,
-) -> list[Float[np.ndarray, "_ D"]]:
-    """The states from which each of the `targets` is predicted, float32, as `score_documents` reads
-    them and with its options."""
-    return _measured(_states, model, parameters, documents, **options)
-
-
-def _states(states, head, targets):
-    return states.astype(jnp.float32)
-
-
-def _measured(
-    measure: Callable[..., Any],
-    model: ModelConfig,
-    parameters: Any,
-    documents: Sequence[Integer[np.ndarray, " _"]],
-    *,
-    text_format: TextFormat,
-    context_length: int,
-    stride: int | None = None,
-    dtype: str = "float32",
-    progress: Callable[[int], object] = lambda tokens: None,
-) -> list[np.ndarray]:
-    """Results of `measure`, a function of (states, head, targets), for each document's targets."""
     start, mask_id = text_format.start_ids, text_format.mask_id
     framed = [text_format.framed(ids) for ids in documents]
-    value = () if measure is target_log_probabilities else (model.width,)
-    scores = [
-        np.zeros((len(targets(model, i, text_format)), *value), np.float32) for i in documents
-    ]
+    value = {final_states: (model.width,), states_and_scores: (model.width + 1,)}.get(measure, ())
+    counts = [len(targets(model, ids, text_format)) for ids in documents]
+    scores = [np.zeros((count, *value), np.float32) for count in counts]
     lengths = [len(document) for document in framed]
     # A decoder does not read the last token of a window; an encoder's first is context only.
     longest = context_length + model.causal
     step = min(stride or context_length, longest - 1)
-    score = (_scorer if model.causal else _masked_scorer)(model, dtype, measure)
+    score = partial(_scorer(model, dtype), measure=measure)
     # An encoder's windows begin at a multiple of APART, where hidden tokens lie alike.
     unit = 1 if model.causal else APART
     for size, rows in _pack(windows(lengths, longest, step), longest, unit):
         count = max(1, min(ROWS_A_BATCH, ROWS_A_BATCH * ROW_TOKENS // size))
+        count = next((few for few in FEW_ROWS if len(rows) <= few <= count), count)
         for first in range(0, len(rows), count):
-            part = rows[first : first + count]
-            shape = (count, size)
-            tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
-            predicted = np.zeros(shape, bool)
-            for r, row in enumerate(part):
+            tokens, segments, positions = (np.zeros((count, size), np.int32) for _ in range(3))
+            predicted = np.zeros((count, size), bool)
+            places = []
+            for r, row in enumerate(rows[first : first + count]):
                 for s, (window, column) in enumerate(row, 1):
                     where = slice(column, column + window.size)
                     tokens[r, where] = framed[window.document][window.begin : window.end]
                     segments[r, where] = s
                     positions[r, where] = np.arange(window.size)
                     # Not what another window predicts, nor an encoder's end.
-                    last = min(window.end, len(start) + len(scores[window.document]))
+                    last = min(window.end, len(start) + counts[window.document])
                     at = column - window.begin
                     predicted[r, at + window.known : at + last] = 1
+                    places.append((r, at, window, last))
             found = np.asarray(score(parameters, tokens, segments, positions, predicted, mask_id))
-            for r, row in enumerate(part):
-                for window, column in row:
-                    own = scores[window.document]
-                    last = min(window.end, len(start) + len(own))
-                    # Without the first column: what is found at a column is of the next one.
-                    at = column - window.begin - 1
-                    new = found[r, at + window.known : at + last]
-                    own[window.known - len(start) : last - len(start)] = new
-            progress(sum(window.end - window.known for row in part for window, _ in row))
+            for r, at, window, last in places:
+                # Without the first column: what is found at a column is of the next one.
+                new = found[r, at + window.known - 1 : at + last - 1]
+                scores[window.document][window.known - len(start) : last - len(start)] = new
+            progress(sum(window.end - window.known for _, _, window, _ in places))
     return scores
+
+
+def final_states(states, head, targets):
+    """What `score_documents` can measure: the states from which targets are predicted, float32."""
+    return states.astype(jnp.float32)
+
+
+def states_and_scores(states, head, targets):
+    """`final_states`, with the log probability of the target as one more column."""
+    scores = target_log_probabilities(states, head, targets)[..., None]
+    return jnp.concatenate([states.astype(jnp.float32), scores], axis=-1)
+
+
+def decide_along(
+    pool: Pool,
+    walks: Sequence[Walk],
+    documents: Sequence[Integer[np.ndarray, " _"]],
+    reading: Mapping[str, Any],
+) -> tuple[list[Decision], list[Float[np.ndarray, "M _"]], list[set[int]]]:
+    """Weights of the models along each document; the models' scores of its `targets`, as far as the
+    router needed them; and the models that it needed. reading: options of `score_documents`."""
+    scores = [np.zeros((len(pool.names), len(i) + pool.model.causal)) for i in documents]
+    experts = range(pool.router.experts)
+    read = [set(experts) if walk.needs_log_likelihoods else set() for walk in walks]
+    score_models(pool, documents, scores, read, reading)
+    decisions = [
+        walk.decide(found[: len(experts), : len(walk.states) - 1], pool.limits, len(pool.names))
+        for walk, found in zip(walks, scores)
+    ]
+    return decisions, scores, read
+
+
+def score_models(
+    pool: Pool,
+    documents: Sequence[Integer[np.ndarray, " _"]],
+    scores: Sequence[Float[np.ndarray, "M _"]],
+    models: Sequence[set[int]],
+    reading: Mapping[str, Any],
+) -> None:
+    """Fills the rows of each document's `scores` for these models of it."""
+    for model in range(len(pool.names)):
+        chosen = [number for number, some in enumerate(models) if model in some]
+        if chosen:
+            some = [documents[number] for number in chosen]
+            found = score_documents(pool.model, pool.parameters[model], some, **reading)
+            for number, row in zip(chosen, found):
+                scores[number][model] = row
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,45 +197,23 @@ def windows(lengths: Sequence[int], longest: int, step: int) -> list[Window]:
     return found
 
 
-@functools.lru_cache(maxsize=8)
-def _scorer(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
-    shape = inference_graph(model, dtype)
+@compiled_by_model(static_argnames="measure")
+def _scorer(network, tokens, segments, positions, predicted, mask_id, *, measure):
+    """What is measured at each column but the first, [rows, columns - 1, ...]. predicted: columns
+    whose tokens an encoder predicts."""
+    if network.config.causal:
+        hidden = network.hidden(tokens[:, :-1], positions[:, :-1], segments[:, :-1])
+        return measure(*network.output(hidden), tokens[:, 1:])
 
-    @jax.jit
-    def score(parameters, tokens, segments, positions, predicted, _):
-        network = bind(shape, parameters)
-        hidden = network.hidden(
-            tokens[:, :-1],
-            positions=positions[:, :-1],
-            segments=segments[:, :-1],
-        )
-        states, head = network.output(hidden)
-        return measure(states, head, tokens[:, 1:])
+    def predict(phase):
+        masked = predicted & (jnp.arange(tokens.shape[1]) % APART == phase)[None]
+        hidden = network.hidden(jnp.where(masked, mask_id, tokens), positions, segments)
+        # Every APART-th column alone passes the head.
+        hidden = hidden.reshape(-1, APART, hidden.shape[-1])[:, phase]
+        return measure(*network.output(hidden), tokens.reshape(-1, APART)[:, phase])
 
-    return score
-
-
-@functools.lru_cache(maxsize=8)
-def _masked_scorer(model: ModelConfig, dtype: str, measure: Callable[..., Any]):
-    """The same as `_scorer`, for encoders."""
-    shape = inference_graph(model, dtype)
-
-    @jax.jit
-    def score(parameters, tokens, segments, positions, predicted, mask_id):
-        network = bind(shape, parameters)
-
-        def predict(phase):
-            masked = predicted & (jnp.arange(tokens.shape[1]) % APART == phase)[None]
-            given = jnp.where(masked, mask_id, tokens)
-            hidden = network.hidden(given, positions=positions, segments=segments)
-            # Every APART-th column alone passes the head.
-            states, head = network.output(hidden.reshape(-1, APART, model.width)[:, phase])
-            return measure(states, head, tokens.reshape(-1, APART)[:, phase])
-
-        found = jnp.moveaxis(jax.lax.map(predict, jnp.arange(APART)), 0, 1)
-        return found.reshape(*tokens.shape, *found.shape[2:])[:, 1:]
-
-    return score
+    found = jnp.moveaxis(jax.lax.map(predict, jnp.arange(APART)), 0, 1)
+    return found.reshape(*tokens.shape, *found.shape[2:])[:, 1:]
 
 
 def _pack(
@@ -254,8 +229,7 @@ def _pack(
 
 
 def _sizes(needed: int, longest: int, unit: int) -> list[int]:
-    """Possible numbers of columns of a row: one for all short windows, and powers of two for longer
-    ones, up to the longest of all."""
+    """Columns of rows: one number for all short windows, then powers of two, and the longest."""
     more = unit == 1  # a column of targets that is not read
     read = LEAST_ROW_TOKENS
     while read < min(needed - more, ROW_TOKENS):
@@ -269,8 +243,8 @@ def _sizes(needed: int, longest: int, unit: int) -> list[int]:
 
 
 def _rows(windows: Sequence[Window], size: int, unit: int) -> list[list[tuple[Window, int]]]:
-    """Windows packed into rows of `size` columns, the longest first into the fullest row that has
-    space, at multiples of `unit`."""
+    """Windows in rows of `size` columns, at multiples of `unit`: the longest first, each in the
+    fullest row with space."""
     rows: list[list[tuple[Window, int]]] = []
     open_rows: dict[int, list[int]] = {}  # free columns -> rows
     for window in sorted(windows, key=lambda window: -window.size):

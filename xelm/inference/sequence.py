@@ -62,8 +62,7 @@ class Detokenizer:
         return self._return(final)
 
     def rest(self) -> str:
-        """The text that was not returned yet, at the end, without a last character that lacks
-        bytes."""
+        """The text that was not returned yet, without a last character that lacks bytes."""
         final = len(self.text.rstrip("\ufffd"))
         self.text = self.text[: max(final, len(self._returned))]
         return self._return(len(self.text))
@@ -82,8 +81,7 @@ class Detokenizer:
 
 
 def _whole_characters(tokenizer: Tokenizer, ids: list[int]) -> list[int] | None:
-    """The last few ids, from where a character (of four bytes at most) begins; None where no such
-    place is found."""
+    """The last few ids, from where a character (of four bytes at most) begins; None: nowhere."""
     for size in range(IDS_BEFORE, IDS_BEFORE + 4):
         if "\ufffd" not in tokenizer.decode(ids[-size:]):
             return ids[-size:]

@@ -1,15 +1,13 @@
 """Mean states of a model over whole documents, layer by layer."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Float, Integer
 
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import bind, graph
+from xelm.models.parameters import compiled_by_model, graph
 
 ROWS_A_BATCH = 16
 """Number of documents that are read at once."""
@@ -21,13 +19,12 @@ def document_states(
     documents: Sequence[Integer[np.ndarray, " _"]],
     *,
     sequence_length: int,
-    dtype: str = "float32",
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Float[np.ndarray, "documents layers D"]:
     """Mean, over the tokens of each document, of the states after each layer, float32. The first
     `sequence_length` tokens of longer documents are read; no document is empty. progress: called
     with numbers of tokens that were read."""
-    read = _compiled(model, dtype)
+    read = _compiled(model, "float32")
     found = []
     for first in range(0, len(documents), ROWS_A_BATCH):
         part = [ids[:sequence_length] for ids in documents[first : first + ROWS_A_BATCH]]
@@ -42,9 +39,6 @@ def document_states(
     return np.concatenate(found)
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(model: ModelConfig, dtype: str):
-    shape = graph(model, dtype)
-    return jax.jit(
-        lambda parameters, tokens, valid: bind(shape, parameters).means(tokens, valid=valid)
-    )
+@compiled_by_model(graph)
+def _compiled(network, tokens, valid):
+    return network.means(tokens, valid=valid)

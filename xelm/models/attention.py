@@ -14,8 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 _BLOCKS = 8
-"""Number of blocks of queries, of lengths between the two below; 8 save a causal layer 44% of the
-scores."""
+"""Number of blocks of queries, within the lengths below; 8 save a causal layer 44% of scores."""
 _LEAST_BLOCK, _LARGEST_BLOCK = 64, 512
 """Queries in a block; smaller products miss the fast kernels, larger ones need much memory."""
 
@@ -71,17 +70,13 @@ class _Form(NamedTuple):
     def spans(self, length: int, keys: int) -> list[tuple[slice, slice]]:
         """Blocks of queries, each with the keys that it may attend to."""
         block = min(max(_LEAST_BLOCK, -(-length // _BLOCKS)), _LARGEST_BLOCK)
+        ends = range(block, length + block, block)
         return [
-            (
-                slice(start, start + block),
-                slice(0, min(start + block, keys) if self.causal else keys),
-            )
-            for start in range(0, length, block)
+            (slice(e - block, e), slice(0, min(e, keys) if self.causal else keys)) for e in ends
         ]
 
     def scores(self, query: Any, key: Any, shift: Any) -> tuple[Any, Any]:
-        """Scores of a block before the mask, float32 [B K G T S]; and tanh(s / cap), None without
-        a cap."""
+        """Scores before the mask, float32 [B K G T S]; and tanh(s / cap), None without a cap."""
         scores = jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32)
         bent = None
         if self.cap is not None:

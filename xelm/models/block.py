@@ -18,8 +18,7 @@ Result = tuple[Float[Array, "M D"], LayerCache | None]
 
 
 class Block(nnx.Module):
-    """A transformer layer. It is made with the parameters of all L layers, stacked, and is called
-    with those of one."""
+    """A transformer layer: made with the stacked parameters of all, called with those of one."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike):
         layers, width, ffn = config.layer_count, config.width, config.feedforward_width

@@ -87,6 +87,10 @@ def save_model(
 
 def read_config(directory: str | Path) -> ModelConfig:
     """The shape of the model that transformers would load from a checkpoint directory."""
+    return _shape_and_family(directory)[0]
+
+
+def _shape_and_family(directory: str | Path) -> tuple[ModelConfig, Family]:
     source = read_hub_config(directory)
     if "quantization_config" in source:
         raise UserError(f"{directory}: quantised weights are not supported; use the original ones")
@@ -95,9 +99,9 @@ def read_config(directory: str | Path) -> ModelConfig:
             f"{directory} has an adapter (adapter_config.json), which transformers would apply to "
             "the weights; merge the two (merge_and_unload of peft), or remove the adapter's files"
         )
-    hub = _auto_config(directory)
     try:
-        return shape_of(hub)
+        hub = read_auto_config(directory)
+        return shape_of(hub), family(hub.model_type)
     except UserError as error:
         raise UserError(f"{directory}/config.json: {error}") from None
 
@@ -125,18 +129,8 @@ def inference_dtype(directory: str | Path, dtype: str = "auto") -> str:
 
 def stored_dtype(directory: str | Path) -> str:
     """The dtype of a checkpoint's weights; float32 if they have several, or float64."""
-    return Weights(directory, _kind(directory), read_config(directory)).dtype
-
-
-def _auto_config(directory: str | Path) -> Any:
-    try:
-        return read_auto_config(directory)
-    except UserError as error:
-        raise UserError(f"{directory}/config.json: {error}") from None
-
-
-def _kind(directory: str | Path) -> Family:
-    return family(_auto_config(directory).model_type)
+    config, kind = _shape_and_family(directory)
+    return Weights(directory, kind, config).dtype
 
 
 def load_parameters(
@@ -149,12 +143,13 @@ def load_parameters(
         single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shardings = jax.tree.map(lambda _: single, shapes(config))
     placed = by_path(shardings)
-    weights = Weights(directory, _kind(directory), config)
+    weights = Weights(directory, _shape_and_family(directory)[1], config)
 
     def place(path: str, shape: tuple[int, ...]) -> jax.Array:
         devices: dict[tuple[Range, ...], list[Any]] = {}
         for device, index in placed[path].addressable_devices_indices_map(shape).items():
-            devices.setdefault(_ranges(index, shape), []).append(device)
+            ranges = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+            devices.setdefault(ranges, []).append(device)
         arrays = []
         for ranges, holders in devices.items():
             shard = weights.part(path, ranges, np.dtype(dtype))
@@ -171,17 +166,17 @@ def load_parameters(
 def read_for_inference(
     directory: str | Path, config: ModelConfig, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """The weights of a checkpoint on the host, in `dtype` and the layout `for_inference`. Raises
-    what `load_parameters` raises."""
-    weights, kind = Weights(directory, _kind(directory), config), np.dtype(dtype)
+    """The weights of a checkpoint on the host, in `dtype` and the layout `for_inference`."""
+    weights = Weights(directory, _shape_and_family(directory)[1], config)
     whole: dict[str, Any] = {}
     layers: list[dict[str, Any]] = [{} for _ in range(config.layer_count)]
     for path in by_path(shapes(config)):
         if not stacked(path):
-            whole[path] = weights.for_inference(path, None, kind)
+            whole[path] = weights.for_inference(path, None, np.dtype(dtype))
             continue
         for number, layer in enumerate(layers):
-            layer[path.removeprefix("blocks/")] = weights.for_inference(path, number, kind)
+            found = weights.for_inference(path, number, np.dtype(dtype))
+            layer[path.removeprefix("blocks/")] = found
     blocks = tuple(unflatten_dict(layer, sep="/") for layer in layers)
     return {**unflatten_dict(whole, sep="/"), "blocks": blocks}
 
@@ -241,8 +236,8 @@ def write_checkpoint(
 
 def check_checkpoint(directory: str | Path) -> ModelConfig:
     """The shape of a checkpoint; UserError unless its weights exist and match its config.json."""
-    config = read_config(directory)
-    Weights(directory, _kind(directory), config)
+    config, kind = _shape_and_family(directory)
+    Weights(directory, kind, config)
     return config
 
 
@@ -283,7 +278,3 @@ def all_or_nothing(target: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {target}: {reason}; nothing was changed") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _ranges(index: Sequence[slice], shape: Sequence[int]) -> tuple[Range, ...]:
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape))

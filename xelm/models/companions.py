@@ -8,18 +8,9 @@ from clustering.hub_files import LICENCES, TEMPLATES
 
 # Files that a checkpoint needs besides config.json and weights; every expert gets copies of them.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "tekken.json",
-    "sentencepiece.bpe.model",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "chat_template.jinja",
-    "generation_config.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
+    *("tekken.json", "sentencepiece.bpe.model", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("vocab.txt", "chat_template.jinja", "generation_config.json"),
 )
 
 

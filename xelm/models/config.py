@@ -5,7 +5,7 @@ B batch, T tokens, S key positions, D width, F feed-forward, N heads, K key head
 V vocabulary, L layers, E experts, C clusters.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -143,16 +143,8 @@ class ModelConfig:
     """Logits s become cap * tanh(s / cap) (Gemma 2)."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocabulary_size",
-            "width",
-            "feedforward_width",
-            "layer_count",
-            "head_count",
-            "key_head_count",
-            "head_size",
-            "max_length",
-        ):
+        required = [f.name for f in fields(self) if f.default is f.default_factory is MISSING]
+        for name in required:  # sizes, all of them
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.head_count % self.key_head_count:

@@ -1,6 +1,8 @@
 """What every layer of a forward pass needs besides its input: masks, positions, rows of a cache."""
 
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 from xelm.models.attention import Bias
 from xelm.models.cache import Cache
 from xelm.models.config import ModelConfig
-from xelm.models.positions import alibi_slopes, columns, rope_angles, valid_positions
+from xelm.models.positions import alibi_slopes, rope_angles
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """What tokens see in one kind of layer, global or local, and their rotary angles."""
 
     mask: Bool[Array, "B T S"]
@@ -38,12 +39,7 @@ class Context:
         """The view of a layer."""
         if self.local_view is None:
             return self.global_view
-        pick = jax.tree.map(
-            lambda a, b: jnp.where(local, a, b),
-            (self.local_view.mask, self.local_view.rope),
-            (self.global_view.mask, self.global_view.rope),
-        )
-        return View(*pick)
+        return jax.tree.map(partial(jnp.where, local), self.local_view, self.global_view)
 
 
 def of_sequences(
@@ -62,8 +58,9 @@ def of_sequences(
     if segments is not None:
         mask = mask & (segments[:, :, None] == segments[:, None, :])
     if positions is None and valid is not None and config.positions_skip_padding:
-        positions = valid_positions(valid)
-    positions = columns(tokens) if positions is None else positions
+        positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
+    elif positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return _context(config, mask, positions, positions)
 
 

@@ -34,16 +34,10 @@ class HeadTransform(nnx.Module):
     """The dense layer and norm that states of an encoder pass before its output head."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike):
+        width, bias = config.width, config.head_transform_bias
+        axes = ("width", "transformed")  # only one can be spread over a mesh axis
         self.dense = Linear(
-            None,
-            config.width,
-            config.width,
-            bias=config.head_transform_bias,
-            scale=0.02,
-            # Only one of the two can be spread over a mesh axis.
-            axes=("width", "transformed"),
-            rngs=rngs,
-            dtype=dtype,
+            None, width, width, bias=bias, scale=0.02, axes=axes, rngs=rngs, dtype=dtype
         )
         self.norm = Norm(config, None, dtype)
         self.activate = ACTIVATIONS[config.activation]

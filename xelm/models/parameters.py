@@ -1,8 +1,9 @@
 """Parameters apart from their model: a nested dictionary of arrays, stacked over layers, with dense
 weights as [inputs, outputs]; and the layout of inference."""
 
+import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
@@ -50,6 +51,29 @@ def bind(network: nnx.GraphDef, parameters: Mapping[str, Any]) -> Transformer:
     return nnx.merge(network, nnx.State(cast(Any, jax.tree.map(nnx.Param, parameters))))
 
 
+def compiled_by_model(
+    network: Callable[[ModelConfig, str], nnx.GraphDef] = inference_graph, **options: Any
+) -> Callable[[Callable[..., Any]], Callable[[ModelConfig, str], Callable[..., Any]]]:
+    """Decorator of a function of a model, bound to parameters, and more. It becomes a function of
+    (shape, compute dtype) that returns the compiled function of (parameters, and more). network:
+    the graph that the parameters are for. options: those of `jax.jit`."""
+
+    def decorate(function):
+        @functools.lru_cache(maxsize=8)
+        def compiled(config, compute_dtype):
+            model = network(config, compute_dtype)
+
+            @functools.wraps(function)
+            def bound(parameters, *arguments, **more):
+                return function(bind(model, parameters), *arguments, **more)
+
+            return jax.jit(bound, **options)
+
+        return compiled
+
+    return decorate
+
+
 def parameters_of(model: Transformer) -> dict[str, Any]:
     """The model's parameters as a nested dictionary of arrays."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -93,8 +117,7 @@ def logical_axes(config: ModelConfig) -> dict[str, Any]:
 def fresh_parameters(
     config: ModelConfig, random_seed: int, shardings: Any = None
 ) -> dict[str, Any]:
-    """Random parameters of a new model, float32. shardings: one for each parameter; None puts all
-    of them on the first device."""
+    """Random parameters of a new model, float32. shardings: None puts all on the first device."""
     make = jax.jit(
         lambda key: parameters_of(Transformer(config, nnx.Rngs(key))), out_shardings=shardings
     )

@@ -44,8 +44,7 @@ def _dimension(rope: Rope, head_size: int, turns: float) -> float:
 def rope_angles(
     positions: Int[Array, "B T"], rope: Rope, head_size: int
 ) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
-    """Cosines and sines of the rotary angles, in float32: bf16 would confuse neighbouring positions
-    beyond 256."""
+    """Cosines and sines of the rotary angles, in float32: bf16 confuses positions beyond 256."""
     frequencies = jnp.asarray(rope_frequencies(rope, head_size))
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles) * rope.amplitude, jnp.sin(angles) * rope.amplitude
@@ -54,8 +53,7 @@ def rope_angles(
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
 ) -> Float[Array, "B T N H"]:
-    """Queries or keys with the halves of each head turned by their position's angle (the layout of
-    Llama on the Hub)."""
+    """Queries or keys, the halves of each head turned by their position's angle (as in Llama)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -81,13 +79,3 @@ def sinusoidal(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"
     return jnp.concatenate(
         [jnp.sin(angles), jnp.cos(angles), jnp.zeros((*positions.shape, width % 2))], axis=-1
     )
-
-
-def valid_positions(valid: Array) -> Int[Array, "B T"]:
-    """Number of `valid` columns before each column; 0 where there is none."""
-    return jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0)
-
-
-def columns(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Column numbers 0, 1, 2, ... in every row."""
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

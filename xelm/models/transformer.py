@@ -86,11 +86,8 @@ class Transformer(nnx.Module):
         self.types = table(config.token_types, "types") if config.token_types else None
         self.embedding_norm = Norm(config, None, dtype) if config.embedding_norm else None
         self.transform = HeadTransform(config, rngs, dtype) if config.head_transform else None
-        self.head_bias = (
-            nnx.Param(jnp.zeros(vocabulary, dtype), axes=("vocabulary",))
-            if config.head_bias
-            else None
-        )
+        zeros = jnp.zeros(vocabulary, dtype) if config.head_bias else None
+        self.head_bias = None if zeros is None else nnx.Param(zeros, axes=("vocabulary",))
         self.config = config
         self.compute_dtype = compute_dtype
         self.lookup: Lookup = rows_of

@@ -47,7 +47,9 @@ class Weights:
         wanted = {path: leaf.shape for path, leaf in by_path(shapes(config)).items()}
         self._config = config
         self._layers = _layer_shapes(wanted)
-        self._stored = _renamed(kind, _open(directory))
+        stored = _open(directory)
+        prefixed = any(name.startswith(kind.prefix) for name in stored)
+        self._stored = {kind.name(name, prefixed): value for name, value in stored.items()}
         self._rows = _compare(directory, kind, wanted, config, self._stored)
         self._homes = {path: (name, row) for name, row in self._rows.items() for path in row.paths}
 
@@ -138,7 +140,6 @@ def _on_host(array: Any, dtype: str) -> np.ndarray:
 
 
 def _on_other_hosts(array: Any) -> bool:
-    """Whether parts of an array lie on devices of other hosts."""
     return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
@@ -188,29 +189,19 @@ def _compare(
     config: ModelConfig,
     stored: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Rows of the family's table for these parameters; UserError unless the stored tensors are
-    those of the rows."""
+    """Rows of the family's table for these parameters; UserError for other stored tensors."""
     rows = _table_rows(kind, wanted)
     layers = _layer_shapes(wanted)
     expected = {name: tensor for name, _, tensor in _named(rows, config)}
     copies = dict(kind.copies)
     if config.tie_embeddings:
         heads = (name for name, tensor in kind.tensors.items() if tensor.paths == ("head",))
-        copies |= dict.fromkeys(heads, _name_of(rows, "embedding"))
-    unknown = [
-        name
-        for name in stored
-        if name not in expected
-        and name not in copies
-        and not any(part in name for part in kind.ignored)
-    ]
-    faults = [f"missing {name}" for name in expected if name not in stored]
-    headless = any(
-        tensor.paths[0].startswith("transform/")
-        for name, tensor in expected.items()
-        if name not in stored
-    )
-    faults += [f"unknown {name}" for name in unknown]
+        embedding = next(name for name, tensor in rows.items() if tensor.paths == ("embedding",))
+        copies |= dict.fromkeys(heads, embedding)
+    missing = [name for name in expected if name not in stored]
+    unknown = [name for name in stored if name not in {*expected, *copies}]
+    faults = [f"missing {name}" for name in missing]
+    faults += [f"unknown {n}" for n in unknown if not any(part in n for part in kind.ignored)]
     for name, tensor in expected.items():
         if name in stored:
             shape, found = stored_shape(tensor, layers), tuple(stored[name].get_shape())
@@ -226,7 +217,7 @@ def _compare(
         ]
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-        if headless:
+        if any(expected[name].paths[0].startswith("transform/") for name in missing):
             more += (
                 ". It was saved without the head that predicts masked tokens, needed for training. "
                 f"One that has it: hf download {kind.with_head} --local-dir DIR"
@@ -257,12 +248,6 @@ def _open(directory: str | Path) -> dict[str, Any]:
     return readers
 
 
-def _renamed(kind: Family, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored tensors by the names of the family's table."""
-    prefixed = any(name.startswith(kind.prefix) for name in stored)
-    return {kind.name(name, prefixed): value for name, value in stored.items()}
-
-
 def _table_rows(kind: Family, paths: Mapping[str, Any]) -> dict[str, Tensor]:
     """Rows of the family's table for these parameters, each of which has one."""
     rows = {name: t for name, t in kind.tensors.items() if all(path in paths for path in t.paths)}
@@ -283,10 +268,6 @@ def _named(
         absent = not config.first_norm and tensor.paths[0].startswith("blocks/attention_norm/")
         for layer in range(1 if absent else 0, config.layer_count):
             yield name.format(layer), layer, tensor
-
-
-def _name_of(rows: Mapping[str, Tensor], path: str) -> str:
-    return next(name for name, tensor in rows.items() if tensor.paths == (path,))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -18,7 +18,7 @@ from xelm.evaluation.measure import MeasurementPlan
 from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.results import Results
 from xelm.evaluation.summaries import Background, summarise
-from xelm.inference.scoring import check_windows
+from xelm.inference.pool import check_windows
 from xelm.models.checkpoint import read_config
 from xelm.runs.check import check_models
 from xelm.runs.ensembles import check_top_m

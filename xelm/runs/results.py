@@ -24,7 +24,7 @@ def read_results(run: Run) -> Results:
     record = read_json(path)
     try:
         return Results.from_json(record)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(f"{path} is damaged ({error!r}); run xelm evaluate again") from error
 
 

@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 
 from clustering.errors import UserError
+from xelm.inference.engine import GenerationRequest
 from xelm.inference.generation import Continuation, Generator
 from xelm.inference.prompt_scoring import score_prompts
 from xelm.inference.sampling import TokenLikelihood
-from xelm.inference.sampling_params import SamplingParams
 from xelm.serving.models import ServedModels
 
 LATE = "the time limit passed while the request waited"
@@ -71,23 +71,11 @@ Event = PromptScored | TextDelta | Finished | Failed
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class Request:
-    """One prompt that is to be continued. (One HTTP request may become several.)"""
+class Request(GenerationRequest):
+    """One prompt that is to be continued. (One HTTP request may become several, with numbers.)"""
 
     model: str
     """Name of a served model."""
-    ids: Sequence[int]
-    """Token ids of the prompt, as the models read them."""
-    sampling: SamplingParams
-    language: str | None = None
-    """Language that the client states; None if it states none."""
-    user_mask: Sequence[bool] | None = None
-    """Whether the router goes by each id of the prompt; None: it goes by all."""
-    number: int = 0
-    """Number among the sequences of one HTTP request; their random draws differ by it."""
-    alternatives: int | None = None
-    """Number of likeliest tokens that are named with each token's log probability; None: no log
-    probabilities are wanted."""
     scores_prompt: bool = False
     """Whether log probabilities of the prompt's tokens are wanted."""
     generates: bool = True
@@ -105,8 +93,7 @@ class Batch:
     def __init__(self, models: ServedModels, emit: Callable[[Request, Event], None]):
         """emit: called with each event and its request."""
         self.models, self._emit = models, emit
-        ensemble = models.ensemble
-        self._generator = Generator(ensemble, ensemble.router, ensemble.limits)
+        self._generator = Generator(models.ensemble)
         self._generating: dict[Continuation, Request] = {}
         self._to_score: deque[Request] = deque()
         """Requests whose prompts are scored before they are continued."""
@@ -157,12 +144,10 @@ class Batch:
             part.append(request)
         if not part:
             return
-        ensemble, routers = self.models.ensemble, self.models.routers
         scores = score_prompts(
-            ensemble,
-            ensemble.limits,
+            self.models.ensemble,
             [request.ids for request in part],
-            [routers[request.model] for request in part],
+            [self.models.routers[request.model] for request in part],
             [request.language for request in part],
             max(request.alternatives or 0 for request in part),
         )
@@ -184,16 +169,7 @@ class Batch:
             self._emit(request, unless or Finished("length", 0, {}, ""))
             return
         try:
-            continuation = self._generator.add(
-                request.ids,
-                request.sampling,
-                language=request.language,
-                number=request.number,
-                router=router,
-                alternatives=request.alternatives,
-                user_mask=request.user_mask,
-                deadline=request.deadline,
-            )
+            continuation = self._generator.add(request, router, request.deadline)
         except UserError as error:
             self._emit(request, Failed(400, str(error)))
             return

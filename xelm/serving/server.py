@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 
 from clustering.errors import UserError
 from experts.registry import FILE_NAME
-from xelm.inference.engine import Engine
+from xelm.inference.engine import Engine, GenerationRequest
 from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import GREEDY
 from xelm.process import open_files
@@ -175,7 +175,8 @@ def _listen(access: Access) -> socket.socket:
 def _compile(models: ServedModels) -> None:
     """Compiles the programs that the first request needs."""
     router = list(models.routers.values())[1]
-    engine = Engine(models.ensemble, router, models.ensemble.limits)
-    engine.add([models.ensemble.tokenizer.prefix_id] * 2, GREEDY)
+    engine = Engine(models.ensemble)
+    ids = [models.ensemble.tokenizer.prefix_id] * 2
+    engine.add(GenerationRequest(ids=ids, sampling=GREEDY), router)
     for _ in range(2):
         engine.step()

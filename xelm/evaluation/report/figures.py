@@ -91,6 +91,8 @@ def expert_heatmap(
     experts and languages: name -> colour of the cluster, in the order of rows and columns. own:
     expert -> its languages, which are framed. Not-a-number is left grey.
     """
+    from matplotlib.patches import Rectangle
+
     ax = ax or new_axes()
     largest = np.exp(np.nanmax(np.abs(np.log(ratios)), initial=0.0))
     farthest = next((step for step in _STEPS if largest <= step), _STEPS[-1])
@@ -99,9 +101,15 @@ def expert_heatmap(
         np.log(ratios), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", zorder=1
     )
     if has_room:
-        _write_changes(ax, ratios, 0.6 * limit)
+        for (row, column), ratio in np.ndenumerate(ratios):
+            if np.isfinite(ratio):
+                ink = "white" if abs(np.log(ratio)) > 0.6 * limit else INK
+                text = _percent(ratio)
+                ax.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
     framed = [[tag in own.get(expert, ()) for tag in languages] for expert in experts]
-    _frame(ax, np.argwhere(framed), 2.2 if has_room else 1.2)
+    for row, column in np.argwhere(framed):
+        box = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=INK, zorder=3)
+        ax.add_patch(box).set(linewidth=2.2 if has_room else 1.2, clip_on=False)
     _cluster_bars(ax, experts.values(), along_rows=True)
     _cluster_bars(ax, languages.values(), along_rows=False)
     upright = has_room and all(len(tag) <= 4 for tag in languages)
@@ -112,22 +120,6 @@ def expert_heatmap(
     ax.spines[:].set_visible(False)
     _ratio_scale(ax, image, farthest, ratios)
     return ax
-
-
-def _write_changes(ax: "Axes", ratios: np.ndarray, strong: float) -> None:
-    """Percentages in the cells; those whose logarithm goes beyond `strong` in white."""
-    for (row, column), ratio in np.ndenumerate(ratios):
-        if np.isfinite(ratio):
-            ink = "white" if abs(np.log(ratio)) > strong else INK
-            ax.text(column, row, _percent(ratio), ha="center", va="center", color=ink, fontsize=8)
-
-
-def _frame(ax: "Axes", cells: np.ndarray, width: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    for row, column in cells:
-        box = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=INK, zorder=3)
-        ax.add_patch(box).set(linewidth=width, clip_on=False)
 
 
 def _cluster_bars(ax: "Axes", colours: Collection[str], *, along_rows: bool) -> None:
@@ -166,7 +158,6 @@ def _ratio_scale(ax: "Axes", image: Any, farthest: float, ratios: np.ndarray) ->
 
 
 def _shortened(name: str) -> str:
-    """A name that leaves room for the picture."""
     return name if len(name) <= _LONGEST_LABEL else name[: _LONGEST_LABEL - 1] + "…"
 
 

@@ -17,8 +17,7 @@ class Missing(NamedTuple):
 
 
 def missing(facts: Facts) -> list[Missing]:
-    """Parts of a complete X-ELM that the RUN lacks, with commands to run in the folder above the
-    RUN."""
+    """Parts of a complete X-ELM that the RUN lacks; commands are for the folder above the RUN."""
     run = shlex.quote(facts.name)
     waiting = [expert for expert in facts.experts if expert.status == "training"]
     branched = [expert.name for expert in waiting if expert.cluster is not None]

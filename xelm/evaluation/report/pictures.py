@@ -73,7 +73,6 @@ def pictures(facts: Facts) -> dict[str, Picture | Missing]:
 
 
 def _tree(clusters: Clustering) -> Picture:
-    """The tree by which languages were joined, for clusters that have one."""
     merges, count = clusters.merges or (), len(clusters.languages)
     words = max(len(english_name(t)) for t in clusters.languages) + max(map(len, clusters.clusters))
     line, font_size = (0.27, 9.5) if count <= _CROWDED else (0.17, 8)
@@ -95,7 +94,6 @@ def _tree(clusters: Clustering) -> Picture:
 
 
 def _distances(clusters: Clustering) -> Picture:
-    """The distances between languages, for clusters that have them."""
     assert clusters.distances is not None
     tags, values = clusters.languages, clusters.distances.values
     rows = [(tags[i], tags[j], float(values[i, j])) for i in range(len(tags)) for j in range(i)]
@@ -115,7 +113,6 @@ def _distances(clusters: Clustering) -> Picture:
 
 
 def _map(clusters: Clustering) -> Picture | Missing:
-    """The map of where the languages are spoken."""
     tags = uriel.known(clusters.languages, "geo")
     if not tags:
         return Missing("")
@@ -136,7 +133,6 @@ def _map(clusters: Clustering) -> Picture | Missing:
 
 
 def _plane(clusters: Clustering, distances: Distances) -> Picture:
-    """The languages in a plane, near ones beside each other."""
     points, shown = maps.scaled(distances.values)
     return Picture(
         title="Near and far in a plane",
@@ -152,7 +148,6 @@ def _plane(clusters: Clustering, distances: Distances) -> Picture:
 
 
 def _composition(clusters: Clustering) -> Picture:
-    """The languages of the documents in each cluster."""
     documents, shares = clusters.documents or {}, clusters.shares or {}
     mostly = (f"{name} mostly {max(part, key=part.__getitem__)}" for name, part in shares.items())
     return Picture(
@@ -206,8 +201,7 @@ def _losses(curves: Sequence[Curve], title: str, caption: str, otherwise: str) -
 def _curve(
     label: str, metrics: Sequence[Mapping[str, Any]], colour: str, *, dashed: bool = False
 ) -> Curve:
-    """The curve of a training; long ones are averaged over equal stretches to keep the page
-    small."""
+    """The curve of a training; long ones are averaged over equal stretches."""
     known = [line for line in metrics if line["loss"] is not None]
     stretch = -(-len(known) // _MOST_POINTS) or 1
     parts = [known[at : at + stretch] for at in range(0, len(known), stretch)]
@@ -221,7 +215,6 @@ def _curve(
 
 
 def _experts_by_language(facts: Facts) -> Picture | Missing:
-    """The perplexity of every expert on every language, compared with the seed."""
     seed = {tag: score.perplexity for tag, score in facts.scores.get(SEED, {}).items()}
     unspelled = facts.marked("?")
     languages = {t: group.colour for group in facts.groups for t in group.languages if t in seed}

@@ -64,8 +64,7 @@ def text_table(facts: Facts) -> list[list[str]]:
 
 
 def certainty_table(facts: Facts) -> list[list[str]]:
-    """Means with intervals, calibration, and statistics of routers, by system; empty before an
-    evaluation."""
+    """Means with intervals, calibration, and statistics of routers, by system."""
     rows = []
     for each in facts.summaries:
         system = System(each.system, each.routing)
@@ -99,17 +98,15 @@ def expert_table(facts: Facts) -> list[dict[str, Any]]:
     """Rows of the experts in use or in training for the first time."""
     rows, single = [], {s.system: s for s in facts.summaries if s.routing is None}
     for expert in facts.experts:
-        summary = single.get(expert.name) if expert.status == "published" else None
         published = expert.status == "published"
+        summary = single.get(expert.name) if published else None
         tokens = expert.tokens if published else facts.tokens(System(expert.name))
         share = "extra" if published else "–"
         if published and expert.cluster is not None and facts.branched_tokens:
             share = f"{100 * tokens / facts.branched_tokens:.1f} %"
-        colour = facts.colour(expert)
-        row = {"expert": expert, "colour": colour, "tokens": tokens, "share": share}
-        forgetting = summary and summary.forgetting
-        gap = summary and summary.transfer_gap
-        row["forgotten"] = "–" if forgetting is None else signed(forgetting.value, 3)
+        row = {"expert": expert, "colour": facts.colour(expert), "tokens": tokens, "share": share}
+        lost, gap = (summary.forgetting, summary.transfer_gap) if summary else (None, None)
+        row["forgotten"] = "–" if lost is None else signed(lost.value, 3)
         row["gap"] = "–" if gap is None else f"{signed(100 * gap.value)} %"
         rows.append(row)
     return rows

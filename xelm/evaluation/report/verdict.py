@@ -45,8 +45,7 @@ class Comparison:
         return [after[tag].perplexity / before[tag].perplexity for tag in self.languages]
 
     def change_over(self, languages: Sequence[str], baseline: System | None = None) -> float | None:
-        """As `change`, but over other languages or from another baseline; None if a score is
-        missing."""
+        """As `change`, of other languages or from another baseline; None if a score is missing."""
         before = self.scores.get(baseline or self.baseline, {})
         after = self.scores[self.ensemble]
         if not languages or any(tag not in before or tag not in after for tag in languages):
@@ -56,22 +55,17 @@ class Comparison:
 
 
 def compare(facts: Facts) -> Comparison | None:
-    """Compares the ensemble by the default routing with dense, or else with the seed; None if
-    either was not evaluated."""
+    """Compares the ensemble with dense, or else with the seed; None if there are no scores."""
     baseline = next((system for system in (DENSE, SEED) if system in facts.scores), None)
-    languages = [
-        tag
-        for tag in facts.evaluated
-        if tag in facts.languages and all(tag in facts.scores[s] for s in facts.systems)
-    ]
-    languages = [tag for tag in languages if tag not in facts.marked("?")]
+    shared = [t for t in facts.evaluated if all(t in facts.scores[s] for s in facts.systems)]
+    unspelled = facts.marked("?")
+    languages = [tag for tag in shared if tag in facts.languages and tag not in unspelled]
     if baseline is None or not facts.ensembles or not languages:
         return None
-    means = {system: _mean(facts.scores[system], languages) for system in facts.systems}
     return Comparison(
         scores=facts.scores,
         languages=languages,
-        means=means,
+        means={system: _mean(facts.scores[system], languages) for system in facts.systems},
         baseline=baseline,
         ensemble=facts.ensembles[0],
     )
@@ -100,22 +94,17 @@ def verdict(facts: Facts, comparison: Comparison | None) -> list[str]:
 
 def _doubts(facts: Facts) -> Iterator[str]:
     """Sentences on faults of the evaluated text, which come before any score."""
-    trained = facts.marked("!")
+    texts = facts.texts
+    trained = [f"{language_name(t)} {texts[t].trained_share or 0:.0%}" for t in facts.marked("!")]
     if trained:
-        shares = [
-            f"{language_name(tag)} {facts.texts[tag].trained_share or 0:.0%}" for tag in trained
-        ]
         yield (
             "These figures are not of held-out text: documents are in the text that was trained "
-            f"on, as they are or nearly so ({listed(shares)}). They are marked !."
+            f"on, as they are or nearly so ({listed(trained)}). They are marked !."
         )
-    unspelled = facts.marked("?")
-    if unspelled:
-        shares = [
-            f"{language_name(tag)} {facts.texts[tag].unknown_share or 0:.0%}" for tag in unspelled
-        ]
+    unknown = [f"{language_name(t)} {texts[t].unknown_share or 0:.0%}" for t in facts.marked("?")]
+    if unknown:
         yield (
-            f"The tokenizer does not know the characters of {listed(shares)}: perplexities there "
+            f"The tokenizer does not know the characters of {listed(unknown)}: perplexities there "
             "mean nothing, are marked ? and are in no mean."
         )
 
@@ -181,7 +170,6 @@ def _given(ensemble: System) -> str:
 
 
 def _compute(facts: Facts, comparison: Comparison) -> Iterator[str]:
-    """Sentences on whether both sides had the same compute."""
     experts, dense = facts.branched_tokens, facts.tokens(DENSE)
     if comparison.baseline == SEED:
         yield (
@@ -197,7 +185,6 @@ def _compute(facts: Facts, comparison: Comparison) -> Iterator[str]:
 
 
 def _outside(facts: Facts, comparison: Comparison) -> Iterator[str]:
-    """Sentences on the languages that are not in the means."""
     if facts.grown:
         yield (
             f"The ensemble also holds {plural(len(facts.grown), 'grown expert')} "

@@ -103,8 +103,7 @@ def writable_as(config: ModelConfig) -> str:
 
 
 def hub_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
-    """Contents of config.json for a new model; UserError if a setting would not be read back from a
-    checkpoint of this family."""
+    """Contents of config.json for a new model; UserError for what this family cannot express."""
     kind = family(model_type)
     if kind.write is None:
         written_ones = ", ".join(name for name, known in FAMILIES.items() if known.write)

@@ -12,6 +12,7 @@ from xelm.models.families.family import (
     activation,
     linear,
     norm,
+    require,
     shape,
     table,
     want,
@@ -20,12 +21,7 @@ from xelm.models.families.family import (
 
 def _read_bert(hub: Any) -> ModelConfig:
     # An untied head has a second bias; nobody publishes one.
-    for name, wanted in {
-        "is_decoder": False,
-        "add_cross_attention": False,
-        "tie_word_embeddings": True,
-    }.items():
-        want(name, getattr(hub, name), [wanted])
+    require(hub, is_decoder=False, add_cross_attention=False, tie_word_embeddings=True)
     kind = getattr(hub, "position_embedding_type", "absolute")
     want("position_embedding_type", kind, ["absolute"])
     return ModelConfig(
@@ -54,15 +50,11 @@ def _read_xlm_roberta(hub: Any) -> ModelConfig:
         raise UserError("pad_token_id must be a number; config.json has None")
     # Positions count from one after the padding's id, as in fairseq; the table has room for that.
     config, offset = _read_bert(hub), hub.pad_token_id + 1
-    return replace(
-        config,
-        max_length=config.max_length - offset,
-        position_offset=offset,
-        positions_skip_padding=True,
-    )
+    length = config.max_length - offset
+    return replace(config, max_length=length, position_offset=offset, positions_skip_padding=True)
 
 
-def _tensors(body: str, dense: str, head_norm: str, head: str) -> dict[str, Tensor]:
+def _tensors(body: str, head: str, dense: str, head_norm: str) -> dict[str, Tensor]:
     layer = f"{body}.encoder.layer.{{}}"
     return {
         **table(f"{body}.embeddings.word_embeddings.weight", "embedding"),
@@ -77,8 +69,8 @@ def _tensors(body: str, dense: str, head_norm: str, head: str) -> dict[str, Tens
         **linear(f"{layer}.intermediate.dense", "blocks/up"),
         **linear(f"{layer}.output.dense", "blocks/down"),
         **norm(f"{layer}.output.LayerNorm", "blocks/feedforward_norm"),
-        **linear(dense, "transform/dense"),
-        **norm(head_norm, "transform/norm"),
+        **linear(f"{head}.{dense}", "transform/dense"),
+        **norm(f"{head}.{head_norm}", "transform/norm"),
         **table(f"{head}.bias", "head_bias"),
         **table(f"{head}.decoder.weight", "head"),
     }
@@ -89,12 +81,7 @@ _IGNORED = (".pooler.", "cls.seq_relationship.", ".embeddings.position_ids")
 # Devlin et al. 2019, arXiv 1810.04805.
 BERT = Family(
     read=_read_bert,
-    tensors=_tensors(
-        "bert",
-        "cls.predictions.transform.dense",
-        "cls.predictions.transform.LayerNorm",
-        "cls.predictions",
-    ),
+    tensors=_tensors("bert", "cls.predictions", "transform.dense", "transform.LayerNorm"),
     prefix="bert.",
     with_head="google-bert/bert-base-multilingual-cased",
     ignored=_IGNORED,
@@ -104,7 +91,7 @@ BERT = Family(
 # Conneau et al. 2020, arXiv 1911.02116.
 XLM_ROBERTA = Family(
     read=_read_xlm_roberta,
-    tensors=_tensors("roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head"),
+    tensors=_tensors("roberta", "lm_head", "dense", "layer_norm"),
     prefix="roberta.",
     with_head="FacebookAI/xlm-roberta-base",
     ignored=_IGNORED,

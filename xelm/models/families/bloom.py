@@ -3,12 +3,11 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import BIASED, Family, linear, norm, shape, table, want
+from xelm.models.families.family import BIASED, QKV, Family, linear, norm, require, shape, table
 
 
 def _read(hub: Any) -> ModelConfig:
-    name = "apply_residual_connection_post_layernorm"
-    want(name, getattr(hub, name), [False])
+    require(hub, apply_residual_connection_post_layernorm=False)
     return ModelConfig(
         **shape(hub),
         **BIASED,
@@ -31,13 +30,7 @@ BLOOM = Family(
         **table("lm_head.weight", "head"),
         **norm("transformer.ln_f", "norm"),
         **norm("transformer.h.{}.input_layernorm", "blocks/attention_norm"),
-        **linear(
-            "transformer.h.{}.self_attention.query_key_value",
-            "blocks/query",
-            "blocks/key",
-            "blocks/value",
-            by_head=True,
-        ),
+        **linear("transformer.h.{}.self_attention.query_key_value", *QKV, by_head=True),
         **linear("transformer.h.{}.self_attention.dense", "blocks/output"),
         **norm("transformer.h.{}.post_attention_layernorm", "blocks/feedforward_norm"),
         **linear("transformer.h.{}.mlp.dense_h_to_4h", "blocks/up"),

@@ -38,11 +38,9 @@ class Family:
     """All checkpoints of one `model_type` of the Hub."""
 
     read: Callable[[Any], ModelConfig]
-    """Turns the configuration that transformers makes of config.json into a ModelConfig; refuses
-    settings that are not supported."""
+    """Turns transformers' configuration into a ModelConfig; refuses unsupported settings."""
     write: Callable[[ModelConfig], dict[str, Any]] | None = None
-    """Turns a ModelConfig into the contents of config.json; None if no new seeds are made in this
-    family."""
+    """Turns a ModelConfig into a config.json; None if no new seeds are made in this family."""
     tensors: Mapping[str, Tensor]
     """Tensors by name; `{}` stands for the layer number."""
     prefix: str = ""
@@ -58,8 +56,7 @@ class Family:
     """Ends of tensor names in old checkpoints, with the ends that the table has instead."""
 
     def name(self, stored: str, prefixed: bool) -> str:
-        """The name that the table has for a tensor of a checkpoint. prefixed: whether names in the
-        checkpoint have the family's prefix."""
+        """The table's name of a stored tensor. prefixed: whether stored names have the prefix."""
         for old, new in self.renamed.items():
             if stored.endswith(old):
                 stored = stored.removesuffix(old) + new
@@ -87,6 +84,8 @@ def table(name: str, path: str) -> dict[str, Tensor]:
     """Row of the table for an embedding, or for a bias without a weight."""
     return {name: Tensor(paths=(path,))}
 
+
+QKV = ("blocks/query", "blocks/key", "blocks/value")
 
 BIASED: Mapping[str, Any] = {
     "norm": "layer",
@@ -121,6 +120,12 @@ def want(name: str, value: Any, known: Sequence[Any]) -> Any:
     return value
 
 
+def require(hub: Any, **settings: Any) -> None:
+    """Raises UserError unless a configuration has these settings."""
+    for name, value in settings.items():
+        want(name, getattr(hub, name), [value])
+
+
 def activation(name: str, value: str) -> Activation:
     """Our name of an activation; UserError if it is not known."""
     return ACTIVATIONS[want(name, value, list(ACTIVATIONS))]
@@ -150,8 +155,7 @@ def rope(found: Mapping[str, Any]) -> Rope:
 
 
 def _yarn_amplitude(found: Mapping[str, Any], factor: float) -> float:
-    """Factor of cosines and sines (Peng et al. 2023, eq. 22), or the quotient of two such factors
-    in configurations of DeepSeek."""
+    """Factor of cosines and sines (Peng et al. 2023, eq. 22), or DeepSeek's quotient of two."""
     if found.get("attention_factor") is not None:
         return float(found["attention_factor"])
 

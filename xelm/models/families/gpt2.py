@@ -3,16 +3,22 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import BIASED, Family, activation, linear, norm, shape, table, want
+from xelm.models.families.family import (
+    BIASED,
+    QKV,
+    Family,
+    activation,
+    linear,
+    norm,
+    require,
+    shape,
+    table,
+)
 
 
 def _read(hub: Any) -> ModelConfig:
-    for name, wanted in {
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }.items():
-        want(name, getattr(hub, name), [wanted])
+    require(hub, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    require(hub, add_cross_attention=False)
     return ModelConfig(
         **shape(hub),
         **BIASED,
@@ -33,13 +39,7 @@ GPT2 = Family(
         **table("lm_head.weight", "head"),
         **norm("transformer.ln_f", "norm"),
         **norm("transformer.h.{}.ln_1", "blocks/attention_norm"),
-        **linear(
-            "transformer.h.{}.attn.c_attn",
-            "blocks/query",
-            "blocks/key",
-            "blocks/value",
-            inputs_first=True,
-        ),
+        **linear("transformer.h.{}.attn.c_attn", *QKV, inputs_first=True),
         **linear("transformer.h.{}.attn.c_proj", "blocks/output", inputs_first=True),
         **norm("transformer.h.{}.ln_2", "blocks/feedforward_norm"),
         **linear("transformer.h.{}.mlp.c_fc", "blocks/up", inputs_first=True),

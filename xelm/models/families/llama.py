@@ -17,18 +17,16 @@ def llama_like(hub: Any, **settings: Any) -> ModelConfig:
     }
     if getattr(hub, "head_dim", None):
         found["head_size"] = hub.head_dim
+    if "activation" not in settings:
+        found["activation"] = activation("hidden_act", hub.hidden_act)
+    if "rope" not in settings:
+        found["rope"] = rope(hub.rope_parameters)
     return ModelConfig(**found | settings)
 
 
 def _read_llama(hub: Any) -> ModelConfig:
-    return llama_like(
-        hub,
-        activation=activation("hidden_act", hub.hidden_act),
-        query_bias=hub.attention_bias,
-        output_bias=hub.attention_bias,
-        feedforward_bias=hub.mlp_bias,
-        rope=rope(hub.rope_parameters),
-    )
+    biased = hub.attention_bias
+    return llama_like(hub, query_bias=biased, output_bias=biased, feedforward_bias=hub.mlp_bias)
 
 
 def _write_llama(config: ModelConfig) -> dict[str, Any]:
@@ -67,45 +65,25 @@ def _write_rope(rope: Rope) -> dict[str, Any]:
 
 
 def _read_mistral(hub: Any) -> ModelConfig:
-    return llama_like(
-        hub,
-        activation=activation("hidden_act", hub.hidden_act),
-        rope=rope(hub.rope_parameters),
-        # All layers or none. With layer_types, transformers makes a Ministral of it.
-        **local(hub.sliding_window, ["sliding_attention"] * hub.num_hidden_layers),
-    )
+    # All layers or none. With layer_types, transformers makes a Ministral of it.
+    kinds = ["sliding_attention"] * hub.num_hidden_layers
+    return llama_like(hub, **local(hub.sliding_window, kinds))
 
 
 def _read_ministral(hub: Any) -> ModelConfig:
     if hub.head_dim is None:  # transformers ends in a TypeError
         raise UserError("head_dim must be a number for this model; config.json has None")
-    return llama_like(
-        hub,
-        activation=activation("hidden_act", hub.hidden_act),
-        rope=rope(hub.rope_parameters),
-        **local(hub.sliding_window, hub.layer_types),
-    )
+    return llama_like(hub, **local(hub.sliding_window, hub.layer_types))
 
 
 def _read_qwen2(hub: Any) -> ModelConfig:
-    return llama_like(
-        hub,
-        activation=activation("hidden_act", hub.hidden_act),
-        query_bias=True,
-        rope=rope(hub.rope_parameters),
-        **local(hub.sliding_window, hub.layer_types),
-    )
+    return llama_like(hub, query_bias=True, **local(hub.sliding_window, hub.layer_types))
 
 
 def _read_qwen3(hub: Any) -> ModelConfig:
+    settings = local(hub.sliding_window, hub.layer_types) | {"head_norm": True}
     return llama_like(
-        hub,
-        activation=activation("hidden_act", hub.hidden_act),
-        query_bias=hub.attention_bias,
-        output_bias=hub.attention_bias,
-        head_norm=True,
-        rope=rope(hub.rope_parameters),
-        **local(hub.sliding_window, hub.layer_types),
+        hub, query_bias=hub.attention_bias, output_bias=hub.attention_bias, **settings
     )
 
 

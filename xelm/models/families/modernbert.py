@@ -4,6 +4,7 @@ from typing import Any
 
 from xelm.models.config import ModelConfig
 from xelm.models.families.family import (
+    QKV,
     Family,
     activation,
     linear,
@@ -51,7 +52,7 @@ MODERNBERT = Family(
         **norm("model.embeddings.norm", "embedding_norm"),
         **norm("model.final_norm", "norm"),
         **norm("model.layers.{}.attn_norm", "blocks/attention_norm"),
-        **linear("model.layers.{}.attn.Wqkv", "blocks/query", "blocks/key", "blocks/value"),
+        **linear("model.layers.{}.attn.Wqkv", *QKV),
         **linear("model.layers.{}.attn.Wo", "blocks/output"),
         **norm("model.layers.{}.mlp_norm", "blocks/feedforward_norm"),
         # What passes the activation comes first.

@@ -3,11 +3,21 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import BIASED, Family, activation, linear, norm, shape, table, want
+from xelm.models.families.family import (
+    BIASED,
+    Family,
+    activation,
+    linear,
+    norm,
+    require,
+    shape,
+    table,
+    want,
+)
 
 
 def _read(hub: Any) -> ModelConfig:
-    want("add_cross_attention", hub.add_cross_attention, [False])
+    require(hub, add_cross_attention=False)
     # Another id would be the number of a position, which then is a zero vector.
     want("pad_token_id", hub.pad_token_id, [None, 0, 1])
     return ModelConfig(
