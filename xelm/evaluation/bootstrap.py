@@ -1,8 +1,7 @@
 """Bootstrap over documents: intervals of sums and of their ratios (Efron 1979).
 
 The documents of a language are drawn with replacement, as many as there are, and the same ones for
-all systems, so that differences between systems are differences on the same text.
-"""
+all systems, so that differences between systems are differences on the same text."""
 
 import zlib
 

@@ -15,8 +15,7 @@ class Reliability:
     """Choices by their confidence; those of several texts add up.
 
     The fields are the sums of which the expected calibration error is computed (Guo et al. 2017,
-    arXiv 1706.04599, equation 3), so the error is exact however texts are grouped.
-    """
+    arXiv 1706.04599, equation 3), so the error is exact however texts are grouped."""
 
     counts: Float[np.ndarray, " BINS"]
     """Number of choices in each bin of confidence."""

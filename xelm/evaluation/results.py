@@ -1,8 +1,7 @@
 """Results of an evaluation: rows by system and language, and summaries over languages.
 
 Plain values and their JSON, with the keys of results.json. Imports no JAX, so that tables and
-reports stay quick.
-"""
+reports stay quick."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -105,8 +105,7 @@ def summarise(
     """Rows of every system in every language, and the summary of each system.
 
     measured: language -> system -> what was measured. tokens, sizes: language -> number of
-    predicted tokens and of bytes of each document.
-    """
+    predicted tokens and of bytes of each document."""
     rows: dict[System, list[Row]] = {}
     samples: dict[tuple[System, str], np.ndarray] = {}
     for tag, found in measured.items():
@@ -236,7 +235,8 @@ class _Table:
 
 def total_of(parts: Sequence[Sums]) -> Sums | None:
     """The sums of several parts, field by field; None if there are none."""
-    add = functools.partial(map, operator.add)
-    return (
-        functools.reduce(lambda one, other: type(one)(*add(one, other)), parts) if parts else None
-    )
+
+    def add(one: Any, other: Any) -> Any:
+        return type(one)(*map(operator.add, one, other))
+
+    return functools.reduce(add, parts) if parts else None

@@ -1,8 +1,5 @@
-"""Continues sequences in parallel, token by token, each by the experts that carry weight for it.
-
-In a step every expert is run once, for all the sequences for which it has weight: requests in many
-languages are sorted by expert, not looped over. Sequences are added and removed at any step.
-"""
+"""Continues sequences in parallel, token by token: in a step every expert is run once, for all the
+sequences for which it has weight. Sequences are added and removed at any step."""
 
 import functools
 from collections import Counter
@@ -80,11 +77,9 @@ class RunningSequence:
 
 
 class Engine:
-    """The sequences that are running, and what the experts have read of them.
-
-    An expert reads a sequence only while it carries weight there, and then all that it has not read
-    yet. A step that raises leaves the engine unusable: make another.
-    """
+    """The sequences that are running, and what the experts have read of them. An expert reads a
+    sequence only while it carries weight there, and then all that it has not read yet. A step that
+    raises leaves the engine unusable: make another."""
 
     def __init__(self, pool: Pool):
         self.sequences: list[RunningSequence] = []

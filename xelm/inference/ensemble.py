@@ -69,8 +69,7 @@ class Ensemble(Pool):
         languages: of each text, where it is known; if an expert serves it, that expert alone reads
         the text. contexts: text that each text continues without a break. Both become tokens as one
         text, of which those with any character of the text are counted, each predicted from at
-        least half of `window` where there is as much. Texts alone are read as by `evaluate`.
-        """
+        least half of `window` where there is as much. Texts alone are read as by `evaluate`."""
         languages = _as_many("languages", languages, texts)
         if contexts is None:
             encoded = [(ids, 0) for ids in self.tokenizer.encode(texts)]
@@ -114,8 +113,7 @@ class Ensemble(Pool):
         """-log p of continuations that do not end. For decoders.
 
         contexts, continuations: ids, read as they are; each context has at least one. user_masks:
-        by which ids of each context the router goes, as in `GenerationRequest`.
-        """
+        by which ids of each context the router goes, as in `GenerationRequest`."""
         if not self.model.causal:
             raise UserError("these experts are encoders, which continue no text")
         _as_many("continuations", continuations, contexts)

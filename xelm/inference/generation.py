@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -67,16 +67,6 @@ class Continuation:
         return taken
 
 
-class Delta(NamedTuple):
-    """What a step adds to a continuation."""
-
-    continuation: Continuation
-    text: str
-    """Text that is final now; may be empty."""
-    weights: Float[np.ndarray, " M"]
-    """Weights of the models for the new token."""
-
-
 class Generator:
     """Generates sequences in parallel, step by step; they are added and removed at any time."""
 
@@ -112,14 +102,15 @@ class Generator:
         del self._running[continuation.sequence]
         self.engine.remove(continuation.sequence)
 
-    def step(self) -> list[Delta]:
-        """Draws a token of every continuation; those that end with it are removed."""
+    def step(self) -> list[tuple[Continuation, str, Float[np.ndarray, " M"]]]:
+        """Draws a token of every continuation, and removes those that end. Returns each with the
+        text that is final now, which may be empty, and the models' weights for the token."""
         steps, now = self.engine.step(), time.monotonic()
         return [self._added(sequence, token, own, now) for sequence, token, own in steps]
 
     def _added(
         self, sequence: RunningSequence, token: int, weights: np.ndarray, now: float
-    ) -> Delta:
+    ) -> tuple[Continuation, str, np.ndarray]:
         one = self._running[sequence]
         one.weights += weights
         if sequence.likelihood is not None:
@@ -133,7 +124,7 @@ class Generator:
         if one.finish_reason:
             text += one.detokenizer.rest()
             self.remove(one)
-        return Delta(one, text, weights)
+        return one, text, weights
 
 
 def generate(

@@ -15,8 +15,7 @@ class ParameterCache(Sequence):
     """Parameters of models, each loaded on the device when it is indexed.
 
     Where the device's budget is used up, the least recently used model is moved to the host's
-    memory, and from there it is dropped, to be loaded again when it is needed.
-    """
+    memory, and from there it is dropped, to be loaded again when it is needed."""
 
     def __init__(
         self,

@@ -43,8 +43,7 @@ def predict_documents(
 
     models: functions that return parameters `for_inference`. targets: N tokens in all, of each
     document some of its `scoring.targets`, from number `first` on. mixtures: log weights of the
-    models at each token. options: those of `score_documents`.
-    """
+    models at each token. options: those of `score_documents`."""
     ways, size = len(mixtures), len(models)
     step = max(1, min(TOKENS_AT_ONCE, VALUES_AT_ONCE // model.vocabulary_size // (ways + 2)))
     probabilities = _probabilities(model, options.get("dtype", "float32"))

@@ -3,8 +3,7 @@
 The models are weighed by a router at each token. Prompts are read in overlapping windows, so that
 no model reads positions that its training had not. Arrays as wide as the vocabulary exist for a few
 hundred tokens at a time; for all tokens that are scored there are the states before the output
-head, D numbers a token and model.
-"""
+head, D numbers a token and model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -45,8 +44,7 @@ def score_prompts(
     nothing, and its log probability is nan.
 
     routers, languages: one for each prompt, which is routed token by token. alternatives: number of
-    likeliest tokens that are named at each place.
-    """
+    likeliest tokens that are named at each place."""
     ids = [np.asarray(prompt, np.int64) for prompt in prompts]
     walks = [
         Walk.along(router, language, own, np.arange(1, len(own)), routing_mask(pool.tokenizer, own))
@@ -98,10 +96,10 @@ def score_ends(
         walk.decide(own[: walk.router.experts], pool.limits, len(models))
         for walk, own in zip(walks, scores)
     ]
-    weights = [np.exp(decision.log_weights).sum(axis=0) for decision in decisions]
     for model in models:
-        weighed = [n for n, sums in enumerate(weights) if sums[model] and n not in needed[model]]
-        read(model, weighed, scored=False)
+        weighed = [np.isfinite(decision.log_weights[:, model]).any() for decision in decisions]
+        read(model, sorted({*np.flatnonzero(weighed).tolist()} - {*needed[model]}), scored=False)
+    weights = [np.exp(decision.log_weights).sum(axis=0) for decision in decisions]
     log_weights = np.concatenate([decision.log_weights for decision in decisions])
     found = _mixed(pool, states, np.concatenate(wanted), log_weights, alternatives)
     return [

@@ -3,8 +3,7 @@
 A router knows two running sums of a text: its *state*, to which each token adds a term of its own,
 and, if it needs them, the *log-likelihoods* that the experts gave to the tokens. The weights are a
 function of both. So the weights at all positions of a known text come from one cumulative sum,
-those of a growing text cost one term a token, and both ways agree.
-"""
+those of a growing text cost one term a token, and both ways agree."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -173,7 +172,9 @@ def log_likelihoods_along(
 
 
 def routing_mask(
-    tokenizer: Tokenizer, ids: Sequence[int], user_mask: Sequence[bool] | None = None
+    tokenizer: Tokenizer,
+    ids: Sequence[int] | Int[np.ndarray, " T"],
+    user_mask: Sequence[bool] | None = None,
 ) -> Bool[np.ndarray, " T"]:
     """Which tokens of a prompt a router goes by: those in `user_mask` or, where that is None, all
     but the one that starts texts. UserError for a mask of another length."""

@@ -1,8 +1,7 @@
 """Log probability of every token of many documents under one model, in a few compiled batches.
 
 Documents are cut into windows of at most T read tokens, which overlap or not, and packed into rows,
-where they do not see each other.
-"""
+where they do not see each other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,8 +68,7 @@ def score_documents(
     measure: Measure = target_log_probabilities,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> list[Float[np.ndarray, "_ ..."]]:
-    """Log probabilities, in nats, of the `targets` of each document, or what else is measured of
-    them; parameters `for_inference`.
+    """Log probabilities, in nats, of the `targets` of each document; parameters `for_inference`.
 
     A decoder predicts each token from those before. An encoder predicts each from all others, as in
     pseudo-perplexity (Salazar et al. 2020, arXiv 1910.14659), except that every `APART`-th token is
@@ -78,10 +76,9 @@ def score_documents(
 
     context_length: tokens that the model reads at once. A longer document is read in windows of so
     many, each `stride` tokens after the one before; each token is predicted once, after the first
-    window from at least context_length - stride tokens. stride: None is context_length, so that
-    windows share no more than a token. text_format: special tokens around each document.
-    progress: called with numbers of tokens that were scored.
-    """
+    window from at least context_length - stride tokens. stride: None is context_length.
+    text_format: special tokens around each document. measure: what is measured of each target
+    instead, such as `final_states`. progress: called with numbers of tokens that were scored."""
     start, mask_id = text_format.start_ids, text_format.mask_id
     framed = [text_format.framed(ids) for ids in documents]
     value = {final_states: (model.width,), states_and_scores: (model.width + 1,)}.get(measure, ())
@@ -102,11 +99,10 @@ def score_documents(
             predicted = np.zeros((count, size), bool)
             places = []
             for r, row in enumerate(rows[first : first + count]):
-                for s, (window, column) in enumerate(row, 1):
+                for segment, (window, column) in enumerate(row, 1):
                     where = slice(column, column + window.size)
                     tokens[r, where] = framed[window.document][window.begin : window.end]
-                    segments[r, where] = s
-                    positions[r, where] = np.arange(window.size)
+                    segments[r, where], positions[r, where] = segment, np.arange(window.size)
                     # Not what another window predicts, nor an encoder's end.
                     last = min(window.end, len(start) + counts[window.document])
                     at = column - window.begin

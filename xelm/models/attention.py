@@ -2,8 +2,7 @@
 
 Scores exist for one block of queries at a time, and the backward pass computes them again (as in
 FlashAttention: Dao et al. 2022, arXiv 2205.14135): a layer keeps its queries, keys, values and
-result, and nothing that grows with the square of the length.
-"""
+result, and nothing that grows with the square of the length."""
 
 import functools
 from typing import Any, NamedTuple
@@ -48,8 +47,7 @@ def attend(
     mask: whether a query attends to a key. A query that attends to none gets a mean of some values
     and gives no gradient; nor does `bias`. cap: a score s becomes cap * tanh(s / cap) (Gemma Team
     2024, arXiv 2408.00118, section 2). causal: whether the mask excludes all later positions, for
-    which no scores are then computed.
-    """
+    which no scores are then computed."""
     batch, length, heads, size = query.shape
     groups = heads // key.shape[1]
     query = (query * scale).reshape(batch, length, key.shape[1], groups, size)

@@ -16,8 +16,7 @@ class Cache(NamedTuple):
     """Keys and values of the tokens of R sequences, by layer; a token's slot is its position.
 
     Each layer has arrays of its own, with heads before positions, so that nothing is copied when
-    attention reads them.
-    """
+    attention reads them."""
 
     keys: tuple[Float[Array, "R K S H"], ...]
     values: tuple[Float[Array, "R K S H"], ...]
@@ -44,8 +43,7 @@ def store(
     """The cache of one layer with these keys and values at `slots` of `rows`, and those rows of it.
 
     rows: None if the sequences are all rows of the cache, in order. A row or slot beyond the last
-    is dropped, and a row beyond the last is read as some other row.
-    """
+    is dropped, and a row beyond the last is read as some other row."""
     places = (jnp.arange(len(key)) if rows is None else rows)[:, None]
     keys = cache[0].at[places, :, slots].set(key.astype(cache[0].dtype), mode="drop")
     values = cache[1].at[places, :, slots].set(value.astype(cache[1].dtype), mode="drop")

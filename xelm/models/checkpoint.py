@@ -62,8 +62,7 @@ def save_model(
     config.json, tokenizer files and the dtype of the weights are those of the checkpoint that the
     model was loaded from, or of the checkpoint `like`, which must have the same shape. A model that
     was not loaded gets a new config.json, which is possible for shapes of Llama and XGLM, and no
-    tokenizer. dtype: dtype of the weights instead.
-    """
+    tokenizer. dtype: dtype of the weights instead."""
     origin, parameters = model.origin, parameters_of(model)
     if like is not None or origin is None:
         dtype = dtype or (None if like is None else stored_dtype(like))
@@ -203,8 +202,7 @@ def write_checkpoint(
     config.json is `source`, or is made for `model_type` (None: the first that can express the
     shape) with `special_ids` ("bos_token_id" and so on). Files in `extra` are copied too. dtype:
     dtype of the weights; None leaves them as they are. writes: False on hosts that only take part
-    in gathering parameters, which are spread over several hosts, for the one that writes.
-    """
+    in gathering parameters, which are spread over several hosts, for the one that writes."""
     if like is not None:
         source, tokenizer = read_hub_config(like), like
     if source is None:

@@ -2,8 +2,7 @@
 
 The letters used for array dimensions everywhere in xelm:
 B batch, T tokens, S key positions, D width, F feed-forward, N heads, K key heads, H head size,
-V vocabulary, L layers, E experts, C clusters.
-"""
+V vocabulary, L layers, E experts, C clusters."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal

@@ -1,8 +1,7 @@
 """The output head: scores over the vocabulary, and log-probabilities of given tokens.
 
 Multilingual vocabularies are huge (XGLM: 256,008), so logits exist only for a chunk of positions at
-a time: [B, T, V] in float32 would dwarf the model. Dimension letters: see `xelm.models.config`.
-"""
+a time: [B, T, V] in float32 would dwarf the model. Dimension letters: see `xelm.models.config`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,8 +1,7 @@
 """Layers of the transformer: dense layers and norms, each with its parameters.
 
 Parameters are stacked over the layers of the transformer on a leading axis, except where a layer
-count of None says that there is a single one.
-"""
+count of None says that there is a single one."""
 
 from collections.abc import Callable, Mapping
 
@@ -27,8 +26,7 @@ class Linear(nnx.Module):
     """Dense layer: x @ weight + bias. `axes` name the weight's dimensions for sharding.
 
     It works on [B*T, D]: with a [B, T, D] operand, XLA on CPUs computes the weight gradient on a
-    transposed copy and misses its fast kernels.
-    """
+    transposed copy and misses its fast kernels."""
 
     outputs_first: bool = False
     """Whether the weight is [outputs, inputs], as in the layout of inference."""
@@ -60,8 +58,7 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last dimension, computed in float32.
 
-    of_heads: RMSNorm of every head of queries or keys (Dehghani et al. 2023, arXiv 2302.05442).
-    """
+    of_heads: RMSNorm of every head of queries or keys (Dehghani et al. 2023, arXiv 2302.05442)."""
 
     def __init__(
         self, config: ModelConfig, layers: int | None, dtype: DTypeLike, *, of_heads: bool = False

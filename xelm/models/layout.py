@@ -1,8 +1,7 @@
 """The layout of our parameters in the tensors of a checkpoint, on plain arrays.
 
 Ours have weights as [inputs, outputs]; most checkpoints have [outputs, inputs], and some put
-several weights into one tensor.
-"""
+several weights into one tensor."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

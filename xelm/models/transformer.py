@@ -2,8 +2,7 @@
 
 The parts are in modules of their own: `layers` (dense layers and norms), `block` (one layer of the
 transformer), `attention`, `cache`, `context` (masks and positions) and `head`. They know arrays and
-nothing of files, experts or training. Dimension letters: see `xelm.models.config`.
-"""
+nothing of files, experts or training. Dimension letters: see `xelm.models.config`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -146,8 +145,7 @@ class Transformer(nnx.Module):
 
         counts: number of tokens of each row of `tokens` that belong to its sequence, from the left;
         states of the others mean nothing. rows: where each sequence lies in the cache, no two in
-        one row; for a row beyond the last nothing is kept. None: they are all of it, in order.
-        """
+        one row; for a row beyond the last nothing is kept. None: they are all of it, in order."""
         context = contexts.of_cached(self.config, tokens, cache, rows)
         states, layers = self._forward(tokens, context, cache)
         if rows is None:

@@ -1,8 +1,7 @@
 """The weights of a checkpoint: tensors in safetensors, one file or several, never a pickle.
 
 The family's table says which of our parameters a tensor holds. The Hub has one tensor a layer, and
-most weights as [outputs, inputs].
-"""
+most weights as [outputs, inputs]."""
 
 import itertools
 import math

@@ -2,8 +2,7 @@
 
 Each plot takes data and `ax`, or makes a figure of its own, and returns the axes; none saves or
 shows. Trees, distances and compositions are plotted by `clustering.figures`, whose palette all
-share.
-"""
+share."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,8 +88,7 @@ def expert_heatmap(
     centred at "same as the seed": blue is better, red is worse.
 
     experts and languages: name -> colour of the cluster, in the order of rows and columns. own:
-    expert -> its languages, which are framed. Not-a-number is left grey.
-    """
+    expert -> its languages, which are framed. Not-a-number is left grey."""
     from matplotlib.patches import Rectangle
 
     ax = ax or new_axes()

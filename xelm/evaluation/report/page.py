@@ -1,6 +1,5 @@
 """The page and the figures as files: fills report.html.j2 with what the other modules found, and
-draws with matplotlib, never with pyplot, whose state is global. Equal data give equal bytes.
-"""
+draws with matplotlib, never with pyplot, whose state is global. Equal data give equal bytes."""
 
 import csv
 import io
