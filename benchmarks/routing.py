@@ -172,7 +172,7 @@ def _route(run, routing, texts, ids, scores, names) -> None:
         nats, unsure = [], []
         for document, found in zip(ids[kind], scores[kind]):
             own = found[columns]
-            weights, _, needed = Walk.along(router, None, document).decide(own, routing)
+            weights, _, needed = Walk(router, None, document).decide(own, routing)
             nats.append(-mixture(weights, own).sum())
             active = np.where(needed, router.experts, np.isfinite(weights).sum(axis=1))
             models_read += active.tolist()

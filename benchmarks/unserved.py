@@ -142,7 +142,7 @@ def _row(routers, names, documents, scores, sizes, some, experts) -> list[float]
         nats, count = 0.0, 0
         for n in some:
             own = scores[n][: router.experts]
-            weights, by, needed = Walk.along(router, None, documents[n]).decide(own, LIMITS)
+            weights, by, needed = Walk(router, None, documents[n]).decide(own, LIMITS)
             nats -= mixture(weights, own).sum()
             count += np.where(needed, router.experts, np.isfinite(weights).sum(axis=1)).sum()
             if name == "learned":
@@ -166,7 +166,7 @@ def _print_beginnings(routers, names, tags, documents, scores, unserved) -> None
                 bits[model] -= found[:FIRST].sum()
             for name in BEGINNINGS[2:]:
                 ids, own = documents[n][:FIRST], scores[n][: routers[name].experts, :FIRST]
-                found = Walk.along(routers[name], None, ids).decide(own, LIMITS)
+                found = Walk(routers[name], None, ids).decide(own, LIMITS)
                 bits[name] -= mixture(found.log_weights, own).sum()
         total = np.log(2) * sum(len(documents[n][:FIRST]) for n in some)
         rows.append([bits[name] / total for name in BEGINNINGS])
@@ -214,7 +214,7 @@ def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
     alone, mixed, models_read, sums = [], [], [], []
     for ids, found in zip(documents, scores):
         own = found[: inner.experts]
-        weights = Walk.along(inner, None, ids).decide(own, LIMITS).log_weights
+        weights = Walk(inner, None, ids).decide(own, LIMITS).log_weights
         alone.append(mixture(weights, own))
         models_read.append(np.isfinite(weights).sum(axis=1))
         evidence = log_likelihoods_along(mixing.mixture, found)[:-1]

@@ -75,7 +75,7 @@ def _row(run: Run, texts: list[tuple[int | None, str]]) -> str:
         nats = 0.0
         for document, found in zip(targets, scores):
             own = found[: one.experts]
-            weights, by, _ = Walk.along(one, None, document).decide(own, LIMITS)
+            weights, by, _ = Walk(one, None, document).decide(own, LIMITS)
             nats -= mixture(weights, own).sum()
             mixed += by.count(MIXTURE)
         bits.append(nats / total)

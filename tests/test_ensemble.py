@@ -102,7 +102,7 @@ class Hesitant:
 def along(router, language, ids, scores, top_m=None, least=0.0):
     """Log weights before every token of a text."""
     limits = RoutingLimits(top_m=top_m, least_weight=least)
-    return Walk.along(router, language, ids).decide(scores, limits).log_weights
+    return Walk(router, language, ids).decide(scores, limits).log_weights
 
 
 @pytest.fixture(scope="module")

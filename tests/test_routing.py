@@ -71,7 +71,7 @@ ROUTERS = {
 
 def along(router, ids=IDS, scores=SCORES, language=None):
     """Log weights before every token of a text."""
-    return Walk.along(router, language, ids).decide(scores).log_weights
+    return Walk(router, language, ids).decide(scores).log_weights
 
 
 def at_language(name):

@@ -1,7 +1,5 @@
-"""Bootstrap over documents: intervals of sums and of their ratios (Efron 1979).
-
-The documents of a language are drawn with replacement, as many as there are, and the same ones for
-all systems, so that differences between systems are differences on the same text."""
+"""Bootstrap over documents: intervals of sums and of their ratios (Efron 1979). All systems share
+draws, so that differences between systems are differences on the same text."""
 
 import zlib
 

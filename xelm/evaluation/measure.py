@@ -23,9 +23,6 @@ from xelm.models.checkpoint import read_for_inference
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
 
-Scores = Mapping[str, Mapping[str, Sequence[np.ndarray]]]
-"""Model -> language -> log probabilities of the tokens of each document."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasurementPlan:
@@ -78,7 +75,10 @@ class MeasurementPlan:
         return found
 
     def _measure_routings(
-        self, tag: str, models: Mapping[System, Measurement], scores: Scores
+        self,
+        tag: str,
+        models: Mapping[System, Measurement],
+        scores: Mapping[str, Mapping[str, Any]],
     ) -> tuple[dict[System, Measurement], dict[System, list[np.ndarray]]]:
         """The ensemble under every routing, with the log weights of the tokens in the sample."""
         wanted, first = self._targets(tag), self._first
@@ -99,7 +99,7 @@ class MeasurementPlan:
                 some = by_model[: router.experts]
                 own = np.stack([unknown if one is None else one[number] for one in some])
                 positions = np.arange(first, len(target))
-                walk = Walk.along(router, tag if by_language else None, target, positions)
+                walk = Walk(router, tag if by_language else None, target, positions)
                 log_weights, _, needed = walk.decide(own, self.options.limits)
                 nats.append(-mixture(log_weights, own[:, first:]).sum(dtype=np.float64))
                 stats.append(_router_sums(np.exp(log_weights), expert, needed))

@@ -12,10 +12,8 @@ BINS = 15
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reliability:
-    """Choices by their confidence; those of several texts add up.
-
-    The fields are the sums of which the expected calibration error is computed (Guo et al. 2017,
-    arXiv 1706.04599, equation 3), so the error is exact however texts are grouped."""
+    """Choices by their confidence: the sums that the expected calibration error is computed of (Guo
+    et al. 2017, arXiv 1706.04599, equation 3). Those of several texts add up."""
 
     counts: Float[np.ndarray, " BINS"]
     """Number of choices in each bin of confidence."""

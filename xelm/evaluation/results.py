@@ -1,7 +1,5 @@
-"""Results of an evaluation: rows by system and language, and summaries over languages.
-
-Plain values and their JSON, with the keys of results.json. Imports no JAX, so that tables and
-reports stay quick."""
+"""Results of an evaluation: rows by system and language, summaries over languages, and their JSON.
+Imports no JAX, so that tables and reports stay quick."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -159,15 +159,8 @@ class _Table:
     def summary(self, system: System) -> Summary | None:
         """The summary of a system; None if it was scored on no language of the RUN's corpus."""
         common = [tag for tag in self.background.languages if tag in self.measured]
-        shared = [
-            tag
-            for tag in common
-            if all(
-                other in self.measured[tag]
-                for other in dict.fromkeys(other for other, _ in self.rows)
-                if other[0] not in self.background.experts
-            )
-        ]
+        general = [other for other, _ in self.rows if other[0] not in self.background.experts]
+        shared = [tag for tag in common if all(s in self.measured[tag] for s in general)]
         mine = [tag for tag in shared if (system, tag) in self.rows]
         mine = mine or [tag for tag in common if (system, tag) in self.rows]
         if not mine:

@@ -146,7 +146,7 @@ class Ensemble(Pool):
         at = np.arange(context, len(target))
         if self.limits.route_per != "token":
             at = np.full(len(at), context if self.limits.route_per == "prompt" else document)
-        return Walk.along(self.router, language, target, at, mask)
+        return Walk(self.router, language, target, at, mask)
 
     def generate(
         self,

@@ -57,7 +57,7 @@ def fill(pool: Pool, text: str, count: int, language: str | None) -> Filling:
             f"space for {len(ids) - excess}"
         )
     given = ids[ids != tokenizer.mask_id]
-    walk = Walk.along(pool.router, language, given, np.asarray([len(given)]))
+    walk = Walk(pool.router, language, given, np.asarray([len(given)]))
     (found,), *_ = decide_along(pool, [walk], [given], pool.reading)
     (log_weights,) = found.log_weights
     size = min(padded(len(framed)), pool.window)  # few compiled shapes

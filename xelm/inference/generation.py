@@ -72,12 +72,8 @@ class Generator:
 
     def __init__(self, pool: Pool):
         self._pool, self.engine = pool, Engine(pool)
-        self._running: dict[RunningSequence, Continuation] = {}
-
-    @property
-    def running(self) -> list[Continuation]:
-        """Continuations that have not ended."""
-        return list(self._running.values())
+        self.running: dict[RunningSequence, Continuation] = {}
+        """Continuations that have not ended, by their sequences."""
 
     def add(
         self,
@@ -94,12 +90,12 @@ class Generator:
             deadline=deadline,
             weights=np.zeros(len(self._pool.names)),
         )
-        self._running[sequence] = continuation
+        self.running[sequence] = continuation
         return continuation
 
     def remove(self, continuation: Continuation) -> None:
         """Gives up a continuation that is running."""
-        del self._running[continuation.sequence]
+        del self.running[continuation.sequence]
         self.engine.remove(continuation.sequence)
 
     def step(self) -> list[tuple[Continuation, str, Float[np.ndarray, " M"]]]:
@@ -111,7 +107,7 @@ class Generator:
     def _added(
         self, sequence: RunningSequence, token: int, weights: np.ndarray, now: float
     ) -> tuple[Continuation, str, np.ndarray]:
-        one = self._running[sequence]
+        one = self.running[sequence]
         one.weights += weights
         if sequence.likelihood is not None:
             one.likelihoods.append(sequence.likelihood)

@@ -12,10 +12,9 @@ import jax
 
 
 class ParameterCache(Sequence):
-    """Parameters of models, each loaded on the device when it is indexed.
-
-    Where the device's budget is used up, the least recently used model is moved to the host's
-    memory, and from there it is dropped, to be loaded again when it is needed."""
+    """Parameters of models, each loaded on the device when it is indexed. Where the device's budget
+    is used up, the least recently used model moves to the host's memory, and is dropped from there
+    in the end."""
 
     def __init__(
         self,

@@ -1,9 +1,8 @@
 """How probable tokens of given prompts are to an ensemble, and which tokens were likelier.
 
-The models are weighed by a router at each token. Prompts are read in overlapping windows, so that
-no model reads positions that its training had not. Arrays as wide as the vocabulary exist for a few
-hundred tokens at a time; for all tokens that are scored there are the states before the output
-head, D numbers a token and model."""
+Prompts are read in overlapping windows, so that no model reads positions that its training had not.
+Arrays as wide as the vocabulary exist for a few hundred tokens at a time; for all tokens that are
+scored there are the states before the output head, D numbers a token and model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -47,7 +46,7 @@ def score_prompts(
     likeliest tokens that are named at each place."""
     ids = [np.asarray(prompt, np.int64) for prompt in prompts]
     walks = [
-        Walk.along(router, language, own, np.arange(1, len(own)), routing_mask(pool.tokenizer, own))
+        Walk(router, language, own, np.arange(1, len(own)), routing_mask(pool.tokenizer, own))
         for own, router, language in zip(ids, routers, languages)
     ]
     found = score_ends(pool, ids, walks, alternatives)

@@ -2,12 +2,10 @@
 
 A router knows two running sums of a text: its *state*, to which each token adds a term of its own,
 and, if it needs them, the *log-likelihoods* that the experts gave to the tokens. The weights are a
-function of both. So the weights at all positions of a known text come from one cumulative sum,
-those of a growing text cost one term a token, and both ways agree."""
+function of both, so known texts take one cumulative sum, and growing texts one term a token."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -95,31 +93,22 @@ def decide(
     return Decision(among(kept, models or router.experts), router.decided_by(states), needed)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Walk:
-    """A known text of T tokens, and the places along it where a router weighs models."""
+    """A known text of T tokens, and the P places along it where a router weighs models."""
 
-    router: Router
-    states: Float[np.ndarray, "T1 Z"]
-    """The router's states before each token and after all of them."""
-    positions: Int[np.ndarray, " P"]
-    """Index of the state by which each weight is decided."""
-    mask: Bool[np.ndarray, " T"] | None = None
-    """Which tokens count, as in `states_along`."""
-
-    @classmethod
-    def along(
-        cls,
+    def __init__(
+        self,
         router: Router,
         language: str | None,
         ids: Int[np.ndarray, " T"],
         positions: Int[np.ndarray, " P"] | None = None,
         mask: Bool[np.ndarray, " T"] | None = None,
-    ) -> "Walk":
-        """The walk along a text in `language`, if known. positions: None is before every token."""
-        states = states_along(router, router.start(language), ids, mask)
-        at = np.arange(len(ids)) if positions is None else positions
-        return cls(router=router, states=states, positions=at, mask=mask)
+    ):
+        """language: of the text, if it is known. positions: index of the state by which each weight
+        is decided; None is before every token. mask: as in `states_along`."""
+        self.router, self.mask = router, mask
+        self.states = states_along(router, router.start(language), ids, mask)
+        self.positions = np.arange(len(ids)) if positions is None else positions
 
     @property
     def needs_log_likelihoods(self) -> bool:

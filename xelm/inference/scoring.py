@@ -1,7 +1,5 @@
 """Log probability of every token of many documents under one model, in a few compiled batches.
-
-Documents are cut into windows of at most T read tokens, which overlap or not, and packed into rows,
-where they do not see each other."""
+Documents are cut into windows, which are packed into rows and do not see each other there."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -13,10 +13,8 @@ LayerCache = tuple[Float[Array, "_ K S H"], Float[Array, "_ K S H"]]
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens of R sequences, by layer; a token's slot is its position.
-
-    Each layer has arrays of its own, with heads before positions, so that nothing is copied when
-    attention reads them."""
+    """Keys and values of the tokens of R sequences, by layer; a token's slot is its position. Each
+    layer has its arrays, heads before positions, so that attention reads them without a copy."""
 
     keys: tuple[Float[Array, "R K S H"], ...]
     values: tuple[Float[Array, "R K S H"], ...]

@@ -1,8 +1,7 @@
-"""Layers of the transformer: dense layers and norms, each with its parameters.
+"""Dense layers and norms of the transformer. Their parameters are stacked over its layers on a
+leading axis, except where a layer count of None says that there is a single one."""
 
-Parameters are stacked over the layers of the transformer on a leading axis, except where a layer
-count of None says that there is a single one."""
-
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -12,7 +11,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from xelm.models.config import ModelConfig
-from xelm.models.products import by_rows_of
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -22,11 +20,34 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 
 
-class Linear(nnx.Module):
-    """Dense layer: x @ weight + bias. `axes` name the weight's dimensions for sharding.
+FEW = 64
+"""Number of rows up to which the matrix stands on the left."""
 
-    It works on [B*T, D]: with a [B, T, D] operand, XLA on CPUs computes the weight gradient on a
-    transposed copy and misses its fast kernels."""
+
+def by_rows_of(
+    x: Float[Array, "M I"], matrix: Float[Array, "O I"], dtype: DTypeLike | None = None
+) -> Float[Array, "M O"]:
+    """The product x @ matrix.T, in `dtype`.
+
+    XLA's product for CPUs packs its right operand and reads the left one in place. For 2 to 64 rows
+    the matrix therefore stands on the left, where it is read up to twice as fast
+    (benchmarks/few_rows.py); the barriers keep XLA from exchanging the two."""
+    plain = functools.partial(jnp.einsum, "MI,OI->MO", preferred_element_type=dtype)
+    if not 1 < len(x) <= FEW:
+        return plain(x, matrix)
+
+    def matrix_first(x, matrix):
+        columns = jax.lax.optimization_barrier(x.T)
+        found = jnp.einsum("OI,IM->OM", matrix, columns, preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(found).T
+
+    return jax.lax.platform_dependent(x, matrix, cpu=matrix_first, default=plain)
+
+
+class Linear(nnx.Module):
+    """Dense layer: x @ weight + bias. `axes` name the weight's dimensions for sharding. It works
+    on [B*T, D]: with a [B, T, D] operand, XLA on CPUs computes the weight gradient on a transposed
+    copy and misses its fast kernels."""
 
     outputs_first: bool = False
     """Whether the weight is [outputs, inputs], as in the layout of inference."""
@@ -56,9 +77,8 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the last dimension, computed in float32.
-
-    of_heads: RMSNorm of every head of queries or keys (Dehghani et al. 2023, arXiv 2302.05442)."""
+    """RMSNorm or LayerNorm over the last dimension, computed in float32. of_heads: RMSNorm of every
+    head of queries or keys (Dehghani et al. 2023, arXiv 2302.05442)."""
 
     def __init__(
         self, config: ModelConfig, layers: int | None, dtype: DTypeLike, *, of_heads: bool = False

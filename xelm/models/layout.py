@@ -1,7 +1,5 @@
-"""The layout of our parameters in the tensors of a checkpoint, on plain arrays.
-
-Ours have weights as [inputs, outputs]; most checkpoints have [outputs, inputs], and some put
-several weights into one tensor."""
+"""The layout of our parameters in the tensors of a checkpoint, on plain arrays: our weights are
+[inputs, outputs], most checkpoints' [outputs, inputs], and some put several into one tensor."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

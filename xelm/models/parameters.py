@@ -81,7 +81,7 @@ def parameters_of(model: Transformer) -> dict[str, Any]:
 def for_inference(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters in the layout of inference. "blocks" is a tuple with the parameters of each layer,
     since those of a stacked layer would be copied each time it is computed. Weights are [outputs,
-    inputs], as in most checkpoints, which is read faster for a few tokens (`products`)."""
+    inputs], as in most checkpoints, which is read faster for a few tokens (`by_rows_of`)."""
     flat = by_path(parameters)
     turned = unflatten_dict({p: a.mT if is_weight(p) else a for p, a in flat.items()}, sep="/")
     blocks, take = turned["blocks"], operator.itemgetter

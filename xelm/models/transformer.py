@@ -1,8 +1,6 @@
-"""One transformer in flax.nnx, decoder or encoder: embeddings, layers and final norm.
-
-The parts are in modules of their own: `layers` (dense layers and norms), `block` (one layer of the
-transformer), `attention`, `cache`, `context` (masks and positions) and `head`. They know arrays and
-nothing of files, experts or training. Dimension letters: see `xelm.models.config`."""
+"""One transformer in flax.nnx, decoder or encoder: embeddings, layers and final norm. Its parts, in
+modules of their own, know arrays and nothing of files, experts or training. Dimension letters: see
+`xelm.models.config`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,18 +19,16 @@ from xelm.models.block import Block
 from xelm.models.cache import Cache
 from xelm.models.config import ModelConfig
 from xelm.models.head import Head, HeadTransform
-from xelm.models.layers import Norm
+from xelm.models.layers import Norm, by_rows_of
 from xelm.models.positions import sinusoidal
-from xelm.models.products import by_rows_of
 
 # What a layer keeps for the backward pass, by `rematerialise`: products of dense layers and results
 # of attention, so that only what is cheap is computed twice; or the latter alone.
-_KEPT = {
-    False: jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(KEPT),
-    ),
-    True: jax.checkpoint_policies.save_only_these_names(KEPT),
+_ATTENDED = jax.checkpoint_policies.save_only_these_names(KEPT)
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_POLICIES = {
+    False: jax.checkpoint_policies.save_from_both_policies(_PRODUCTS, _ATTENDED),
+    True: _ATTENDED,
 }
 
 Lookup = Callable[[Array, Array], Array]
@@ -148,10 +144,8 @@ class Transformer(nnx.Module):
         one row; for a row beyond the last nothing is kept. None: they are all of it, in order."""
         context = contexts.of_cached(self.config, tokens, cache, rows)
         states, layers = self._forward(tokens, context, cache)
-        if rows is None:
-            length = cache.length + counts
-        else:
-            length = cache.length.at[rows].add(counts, mode="drop")
+        had = cache.length
+        length = had + counts if rows is None else had.at[rows].add(counts, mode="drop")
         keys, values = zip(*layers)
         return states, Cache(keys, values, length)
 
@@ -192,7 +186,7 @@ class Transformer(nnx.Module):
                 return h, measure(h)
 
             # Inside a scan nothing is found common to both ways, so that need not be prevented.
-            policy = _KEPT[self.rematerialise]
+            policy = _POLICIES[self.rematerialise]
             layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
             h, found = jax.lax.scan(layer, h, (parameters, numbers, local))
         else:

@@ -1,7 +1,5 @@
-"""The weights of a checkpoint: tensors in safetensors, one file or several, never a pickle.
-
-The family's table says which of our parameters a tensor holds. The Hub has one tensor a layer, and
-most weights as [outputs, inputs]."""
+"""The weights of a checkpoint: tensors in safetensors, one file or several, never a pickle. The Hub
+has one tensor a layer; the family's table says which of our parameters it holds."""
 
 import itertools
 import math

@@ -1,8 +1,5 @@
-"""Plots of losses, and of the experts on every language.
-
-Each plot takes data and `ax`, or makes a figure of its own, and returns the axes; none saves or
-shows. Trees, distances and compositions are plotted by `clustering.figures`, whose palette all
-share."""
+"""Plots of losses, and of experts on every language. Each takes data and `ax`, or makes a figure
+of its own, and returns the axes; none saves or shows. `clustering.figures` has the others."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
