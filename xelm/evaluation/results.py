@@ -79,8 +79,7 @@ class Row:
     documents: int
     """Number of documents scored."""
     tokens: int
-    """Number of predicted tokens: the end of each document is one, its first token is not unless a
-    start token stands before it."""
+    """Number of predicted tokens: the ends of documents, too; first tokens behind a start token."""
     bytes: int
     """Number of UTF-8 bytes of the documents."""
     nll: float

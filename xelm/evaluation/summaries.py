@@ -107,6 +107,7 @@ def summarise(
     measured: language -> system -> what was measured. tokens, sizes: language -> number of
     predicted tokens and of bytes of each document."""
     rows: dict[System, list[Row]] = {}
+    by_key: dict[tuple[System, str], Row] = {}
     samples: dict[tuple[System, str], np.ndarray] = {}
     for tag, found in measured.items():
         nats = [one.nats for one in found.values()]
@@ -133,13 +134,9 @@ def summarise(
                 router=one.router and one.router.stats(regret),
             )
             rows.setdefault(system, []).append(row)
+            if tag not in background.unspelled:
+                by_key[system, tag] = row
     measured = {tag: found for tag, found in measured.items() if tag not in background.unspelled}
-    by_key = {
-        (system, row.language): row
-        for system, some in rows.items()
-        for row in some
-        if row.language in measured
-    }
     table = _Table(rows=by_key, samples=samples, measured=measured, background=background)
     return Results(
         rows=[row for some in rows.values() for row in some],

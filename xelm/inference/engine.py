@@ -33,8 +33,7 @@ class GenerationRequest:
     number: int = 0
     """Number among the sequences of one request; their random draws differ by it."""
     alternatives: int | None = None
-    """Number of likeliest tokens that are named with each token's log probability; None: no log
-    probabilities are wanted."""
+    """Number of likeliest tokens to name with each log probability; None: none are wanted."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)

@@ -76,10 +76,7 @@ class Generator:
         """Continuations that have not ended, by their sequences."""
 
     def add(
-        self,
-        request: GenerationRequest,
-        router: Router | None = None,
-        deadline: float = math.inf,
+        self, request: GenerationRequest, router: Router | None = None, deadline: float = math.inf
     ) -> Continuation:
         """Adds a prompt that `check_prompt` accepts. router: as in `Engine.add`. deadline: as in
         `Continuation`."""
@@ -124,9 +121,7 @@ class Generator:
 
 
 def generate(
-    pool: Pool,
-    requests: Sequence[GenerationRequest],
-    stream: Stream = lambda number, piece: None,
+    pool: Pool, requests: Sequence[GenerationRequest], stream: Stream = lambda number, piece: None
 ) -> list[Generation]:
     """Continues each prompt until an end token, a stop string or `max_new_tokens`; each `number` is
     its place among the requests. UserError for a prompt that leaves no space for so many tokens."""

@@ -20,20 +20,17 @@ class Pool:
     model: ModelConfig
     """Shape of every model."""
     parameters: Sequence[Any]
-    """Parameters of each model, `for_inference`; indexed only when the model is read, so that they
-    can be loaded then (`ParameterCache`)."""
+    """Parameters of each model, `for_inference`; indexed when it is read (`ParameterCache`)."""
     router: Router
     """Weighs the experts."""
     limits: RoutingLimits = field(default_factory=RoutingLimits)
-    """How many of the weighed experts are read, and how often the router decides; may be the whole
-    `Routing` that the router was made by."""
+    """How many experts are read, and how often the router decides; may be its whole `Routing`."""
     tokenizer: Tokenizer
     """Tokenizer of the seed."""
     dtype: str = "float32"
     """Dtype of parameters and of matrix products."""
     context_length: int | None = None
-    """Tokens that are read at once where a text is scored; None is the model's own length. (A text
-    that is generated may go on to `longest`.)"""
+    """Tokens that are read at once where a text is scored; None is the model's own length."""
     stride: int | None = None
     """Tokens from one window of a longer text to the next, as in `score_documents`."""
 

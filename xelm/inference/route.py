@@ -28,8 +28,7 @@ class Router(Protocol):
 
     @property
     def memory(self) -> float:
-        """Factor by which log-likelihoods are multiplied at each further token, before it adds to
-        them; 1 keeps all."""
+        """Factor of the log-likelihoods so far at each further token; 1 keeps all."""
         ...
 
     def start(self, language: str | None) -> Float[np.ndarray, " Z"]:
@@ -144,9 +143,7 @@ def states_along(
 
 
 def log_likelihoods_along(
-    router: Router,
-    scores: Float[np.ndarray, "E T"],
-    mask: Bool[np.ndarray, " T"] | None = None,
+    router: Router, scores: Float[np.ndarray, "E T"], mask: Bool[np.ndarray, " T"] | None = None
 ) -> Float[np.ndarray, "T1 E"]:
     """The experts' log-likelihoods of a text before each token and after all of them, as far as the
     router remembers. scores: log probability of each token. mask: as in `states_along`."""
@@ -195,8 +192,7 @@ def keep_largest(
     if count is None or count >= experts:
         return log_weights
     order = np.argsort(-log_weights, axis=-1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.broadcast_to(np.arange(experts), order.shape), axis=-1)
+    ranks = np.argsort(order, axis=-1)
     return normalised(np.where(ranks < count, log_weights, -np.inf))
 
 

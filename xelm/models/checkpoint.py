@@ -167,17 +167,17 @@ def read_for_inference(
 ) -> dict[str, Any]:
     """The weights of a checkpoint on the host, in `dtype` and the layout `for_inference`."""
     weights = Weights(directory, _shape_and_family(directory)[1], config)
-    whole: dict[str, Any] = {}
-    layers: list[dict[str, Any]] = [{} for _ in range(config.layer_count)]
-    for path in by_path(shapes(config)):
-        if not stacked(path):
-            whole[path] = weights.for_inference(path, None, np.dtype(dtype))
-            continue
-        for number, layer in enumerate(layers):
-            found = weights.for_inference(path, number, np.dtype(dtype))
-            layer[path.removeprefix("blocks/")] = found
-    blocks = tuple(unflatten_dict(layer, sep="/") for layer in layers)
-    return {**unflatten_dict(whole, sep="/"), "blocks": blocks}
+    paths = by_path(shapes(config))
+
+    def read(layer: int | None) -> dict[str, Any]:
+        found = {
+            path.removeprefix("blocks/"): weights.for_inference(path, layer, np.dtype(dtype))
+            for path in paths
+            if stacked(path) == (layer is not None)
+        }
+        return unflatten_dict(found, sep="/")
+
+    return {**read(None), "blocks": tuple(read(layer) for layer in range(config.layer_count))}
 
 
 def write_checkpoint(

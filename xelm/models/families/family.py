@@ -48,8 +48,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Parts of the names of tensors that some checkpoints have and a language model never uses."""
     copies: Mapping[str, str] = field(default_factory=dict)
-    """Tensors that some checkpoints have twice: name -> name of the tensor that it must equal. A
-    tied head need not be named here."""
+    """Tensor that some checkpoints have twice -> the one that it must equal; beside a tied head."""
     with_head: str = ""
     """An encoder's checkpoint on the Hub that has its masked-language-model head."""
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -87,14 +86,9 @@ def table(name: str, path: str) -> dict[str, Tensor]:
 
 QKV = ("blocks/query", "blocks/key", "blocks/value")
 
-BIASED: Mapping[str, Any] = {
-    "norm": "layer",
-    "norm_bias": True,
-    "gated": False,
-    "query_bias": True,
-    "output_bias": True,
-    "feedforward_bias": True,
-}
+BIASED: Mapping[str, Any] = {"norm": "layer", "gated": False} | dict.fromkeys(
+    ("norm_bias", "query_bias", "output_bias", "feedforward_bias"), True
+)
 """Settings of the families from before Llama, decoders and encoders."""
 
 
