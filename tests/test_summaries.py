@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -143,7 +143,8 @@ def test_what_is_written_is_what_is_read():
         nats=nats("x", "en"), router=RouterSums(some, 0.3, 2.0)
     )
     results = summarise(measured, TOKENS, BYTES, EXPECTED)
-    texts = {tag: TextStats(language=tag, documents=1, tokens=1, bytes=1) for tag in BYTES}
+    counts = {field.name: 1 for field in fields(TextStats)}
+    texts = {tag: TextStats(**counts | {"language": tag}) for tag in BYTES}
     again = Results.from_json(json.loads(json.dumps(replace(results, texts=texts).to_json())))
     assert (again.rows, again.summaries) == (results.rows, results.summaries)
     rows, _ = by_key(results)
