@@ -83,7 +83,8 @@ class Ensemble(Pool):
         walks = []
         for context, document, language in zip(before, ids, languages):
             target = targets(self.model, document, self.tokenizer.text_format)
-            walks.append(self._walk(language, target, context, len(document)))
+            at = self._positions(context, len(document), len(target))
+            walks.append(Walk(self.router, language, target, at))
         reading = self.reading
         if contexts is not None:
             reading["stride"] = self.overlapping_stride
@@ -127,26 +128,20 @@ class Ensemble(Pool):
             check_ids(document, self.model)
             mask = np.ones(len(document), bool)
             mask[: len(context)] = routing_mask(self.tokenizer, context, user)
-            walks.append(self._walk(language, document, len(context), len(document), mask))
+            at = self._positions(len(context), len(document), len(document))
+            walks.append(Walk(self.router, language, document, at, mask))
         found = score_ends(self, ids, walks, alternatives=1)
         return Likelihoods(
             nats=np.asarray([-sum(t.log_probability for t in one.tokens) for one in found], float),
             greedy=np.asarray([all(t.top[0][0] == t.token for t in one.tokens) for one in found]),
         )
 
-    def _walk(
-        self,
-        language: str | None,
-        target: np.ndarray,
-        context: int,
-        document: int,
-        mask: np.ndarray | None = None,
-    ) -> Walk:
-        """The walk along a text whose tokens after the context are weighed."""
-        at = np.arange(context, len(target))
-        if self.limits.route_per != "token":
-            at = np.full(len(at), context if self.limits.route_per == "prompt" else document)
-        return Walk(self.router, language, target, at, mask)
+    def _positions(self, context: int, document: int, target: int) -> np.ndarray:
+        """Index of the router's state that decides each token after the context."""
+        if self.limits.route_per == "token":
+            return np.arange(context, target)
+        at = context if self.limits.route_per == "prompt" else document
+        return np.full(target - context, at)
 
     def generate(
         self,

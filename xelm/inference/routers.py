@@ -118,6 +118,17 @@ class _Either:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Stated(_Single, _Stateless):
+    """Gives all weight to the expert whose index plus one is the first number of the state."""
+
+    name: ClassVar[str] = "language"
+    experts: int
+
+    def log_weights(self, states, log_likelihoods):
+        return np.where(np.arange(self.experts) == states[:, :1] - 1, 0.0, -np.inf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ByLanguage(_Either):
     """Gives all weight to the expert that serves the language that is given for a text. Where none
     is given, or no expert serves it, another router decides.
@@ -161,14 +172,9 @@ class ByLanguage(_Either):
         return np.concatenate([nothing, self.otherwise.terms(before, ids)], axis=1)
 
     def _parts(self, states):
-        given = states[:, 0]
-        parts: list[tuple[Router, np.ndarray, np.ndarray]] = [
-            (only(int(number) - 1, self.experts, "language"), given == number, states)
-            for number in np.unique(given[given > 0])
-        ]
-        if self.otherwise is not None:
-            parts.append((self.otherwise, given == 0, states[:, 1:]))
-        return parts
+        given = states[:, 0] > 0
+        stated = _Stated(experts=self.experts), given, states
+        return [stated] + ([(self.otherwise, ~given, states[:, 1:])] if self.otherwise else [])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,10 +23,9 @@ def graph(
     lookup: Lookup = rows_of,
     rematerialise: bool = False,
 ) -> nnx.GraphDef:
-    """The model without parameters; allocates nothing.
-
-    lookup: looks up rows of the tables of tokens and positions, which may be spread over devices.
-    rematerialise: the backward pass computes all of a layer but attention again, to save memory."""
+    """The model without parameters; allocates nothing. lookup: looks up rows of tables, maybe
+    spread over devices. rematerialise: the backward pass computes all of a layer but attention
+    again, to save memory."""
     model = _abstract(config, compute_dtype)
     model.lookup, model.rematerialise = lookup, rematerialise
     return nnx.split(model)[0]
