@@ -8,11 +8,12 @@ import hashlib
 import json
 import os
 import secrets
-import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -109,9 +110,10 @@ def _reading(path: str | os.PathLike[str], form: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    # TypeError is NumPy's for an .npy; bytes that are not UTF-8 are a ValueError.
-    except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    # TypeError is NumPy's for an .npy, RuntimeError that of archives with other features; bytes
+    # that are not UTF-8 are a ValueError.
+    except (ValueError, EOFError, TypeError, RuntimeError, BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is not {form}: {error}") from error
 
 

@@ -133,6 +133,21 @@ def test_pickles_are_neither_written_nor_run(tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_damaged_archive_is_refused_wherever_the_damage_is(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", a=np.arange(99) % 7)
+    content = (tmp_path / "a.npz").read_bytes()
+    refused = 0
+    for place, byte in enumerate(content):
+        damaged = content[:place] + bytes([byte ^ 255]) + content[place + 1 :]
+        (tmp_path / "b.npz").write_bytes(damaged)
+        try:
+            files.read_arrays(tmp_path / "b.npz")  # nothing depends on a few bytes
+        except UserError as error:
+            assert "None" not in str(error)
+            refused += 1
+    assert refused > len(content) / 2
+
+
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")
