@@ -7,6 +7,7 @@ import time
 from functools import partial
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from serving import served, until
@@ -137,6 +138,11 @@ def test_what_fails_fails_what_is_under_way_and_nothing_later(
     assert refused.json()["error"]["message"] == "generation failed; try again"
     assert server.post(body).status_code == 200
     assert "a step failed" in capfd.readouterr().err
+
+
+def test_only_weights_that_round_to_zero_are_left_out_of_an_answer():
+    found = batch_module._weights_by_name(["a", "b", "c"], np.array([0.99966, 0.0003, 0.00004]))
+    assert found == {"a": 0.9997, "b": 0.0003}
 
 
 def test_metrics_count_requests_and_contain_no_text(chatty, tiny, capfd):

@@ -87,6 +87,14 @@ class Request(GenerationRequest):
     cancelled: bool = False
 
 
+def still_waiting(request: Request, emit: Callable[[Request, Event], None]) -> bool:
+    """Whether a request that waits is kept; it fails when its time is up."""
+    if request.deadline < time.monotonic() and not request.cancelled:
+        emit(request, Failed(503, LATE))
+        return False
+    return not request.cancelled
+
+
 class Batch:
     """Requests that one set of models answers together; they join and leave at any token."""
 
@@ -124,15 +132,7 @@ class Batch:
             if request.cancelled:
                 del self._generating[continuation]
                 self._generator.remove(continuation)
-        now, kept = time.monotonic(), deque()
-        for request in self._to_score:
-            if request.cancelled:
-                continue
-            if request.deadline < now:
-                self._emit(request, Failed(503, LATE))
-            else:
-                kept.append(request)
-        self._to_score = kept
+        self._to_score = deque(r for r in self._to_score if still_waiting(r, self._emit))
 
     def score_some(self, most: int) -> None:
         """Scores prompts of at most so many tokens, or one prompt, and begins to continue them."""

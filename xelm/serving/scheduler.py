@@ -5,12 +5,11 @@ Requests join and leave a batch at any token (continuous batching: Yu et al. 202
 
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from xelm.serving.batch import LATE, Batch, Event, Failed, Request
+from xelm.serving.batch import Batch, Event, Failed, Request, still_waiting
 from xelm.serving.limits import Limits
 from xelm.serving.models import ServedModels
 
@@ -142,18 +141,12 @@ class Scheduler:
             for batch in self._batches:
                 batch.remove_abandoned()
             self._retire()
-            now, kept = time.monotonic(), deque()
-            for request in self._queue:
-                if request.cancelled:
-                    continue
-                if request.deadline < now:
-                    self._emit(request, Failed(503, LATE))
-                elif self.running < self._limits.max_sequences:
-                    self.count("prompt", len(request.ids))
-                    self._batches[-1].add(request)
-                else:
-                    kept.append(request)
-            self._queue = kept
+            self._queue = deque(r for r in self._queue if still_waiting(r, self._emit))
+            while self._queue and self.running < self._limits.max_sequences:
+                request = self._queue[0]  # stays there until it is added, or an error loses it
+                self.count("prompt", len(request.ids))
+                self._batches[-1].add(request)
+                self._queue.popleft()
         return True
 
     def _retire(self) -> None:
