@@ -35,6 +35,7 @@ def compare_with_training(
             )
             return found
         known += theirs.values()
+    assert mine is not None  # as the first name, "train", has shown
     parts = [
         Fingerprints(*(np.asarray(part[:max_documents]) for part in mine[tag])) for tag in found
     ]
