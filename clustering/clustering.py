@@ -279,14 +279,14 @@ class Clustering(ArrayValue):
         json_path, arrays_path = Path(directory) / JSON_NAME, Path(directory) / ARRAYS_NAME
         value = files.read_json(json_path, newest_format=FORMAT)
         arrays: dict[str, np.ndarray] = {}
-        if value.get("arrays"):
-            if files.sha256(arrays_path) != value["arrays"].get("sha256"):
-                raise UserError(
-                    f"{arrays_path} is not the file that {JSON_NAME} beside it was written with; "
-                    "cluster again"
-                )
-            arrays = files.read_arrays(arrays_path)
         try:
+            if recorded := value.get("arrays"):
+                if recorded["sha256"] != files.sha256(arrays_path):
+                    raise UserError(
+                        f"{arrays_path} is not the file that {JSON_NAME} beside it was written "
+                        "with; cluster again"
+                    )
+                arrays = files.read_arrays(arrays_path)
             return cls.from_json(value, arrays)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{json_path} is damaged: {type(error).__name__}: {error}") from error

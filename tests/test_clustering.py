@@ -121,8 +121,9 @@ def test_files_of_two_clusterings_are_not_mixed(tmp_path, monkeypatch):
         ({"format": 2}, "is of format 2"),
         ({"clusters": {"../../home": ["en"]}, "languages": ["en"]}, "cluster names must"),
         ({"clusters": {"a": ["en"], "b": ["en"]}, "languages": ["en"]}, "en is in several"),
-        ({"clusters": None}, "damaged"),
-        ({"merges": [{}]}, "damaged"),
+        ({"clusters": None}, "json is damaged"),
+        ({"merges": [{}]}, "json is damaged"),
+        ({"arrays": True}, "json is damaged"),
         ({"languages": ["en", "fr"]}, "no cluster|not listed"),
     ],
 )
