@@ -76,10 +76,8 @@ def score_ends(
         if not numbers:
             return
         measure = states_and_scores if scored else final_states
-        some = [prompts[n] for n in numbers]
-        found = score_documents(
-            pool.model, pool.parameters[model], some, measure=measure, **reading
-        )
+        some, parameters = [prompts[n] for n in numbers], pool.parameters[model]
+        found = score_documents(pool.model, parameters, some, measure=measure, **reading)
         kept = states.setdefault(model, np.zeros((ends[-1], width), np.float32))
         for n, ids, own in zip(numbers, some, found):
             # Without the end of the document, which is not scored.

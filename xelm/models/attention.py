@@ -118,9 +118,8 @@ def _backward(form, kept, cotangent):
     value_gradient: Any = None
     query_gradients = []
     # What a row's softmax takes from each of its scores' gradients.
-    common = jnp.sum(
-        cotangent.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1, keepdims=True
-    )
+    common = cotangent.astype(jnp.float32) * mixed.astype(jnp.float32)
+    common = common.sum(axis=-1, keepdims=True)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     for rows, seen in form.spans(query.shape[3], key.shape[2]):
         part, given = query[..., rows, :], cotangent[..., rows, :]

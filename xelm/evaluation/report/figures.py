@@ -89,12 +89,11 @@ def expert_heatmap(
     from matplotlib.patches import Rectangle
 
     ax = ax or new_axes()
-    largest = np.exp(np.nanmax(np.abs(np.log(ratios)), initial=0.0))
+    logs = np.log(ratios)
+    largest = np.exp(np.nanmax(np.abs(logs), initial=0.0))
     farthest = next((step for step in _STEPS if largest <= step), _STEPS[-1])
     limit, has_room = np.log(farthest), len(languages) <= ROOM_FOR_NUMBERS
-    image = ax.imshow(
-        np.log(ratios), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", zorder=1
-    )
+    image = ax.imshow(logs, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", zorder=1)
     if has_room:
         for (row, column), ratio in np.ndenumerate(ratios):
             if np.isfinite(ratio):
