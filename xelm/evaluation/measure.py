@@ -154,7 +154,7 @@ class MeasurementPlan:
                 parameters = jax.device_put(read_for_inference(path, self.model))
                 tags = self.languages[name]
                 documents = [ids for tag in tags for ids in self.documents[tag]]
-                options = self._reading | {"progress": progress.update}
+                options: dict[str, Any] = {**self._reading, "progress": progress.update}
                 found = iter(score_documents(self.model, parameters, documents, **options))
                 scores[name] = {tag: [next(found) for _ in self.documents[tag]] for tag in tags}
         return scores
