@@ -196,6 +196,7 @@ MISTAKES = [
     ),
     ("init new --corpus corpus --clusters missing", "missing/clusters.json does not exist"),
     ("init new --corpus corpus --clusters clusters", "not in the RUN: es, fr"),
+    ("init new --corpus corpus --clusters clusters --dry-run", "not in the RUN: es, fr"),
     ("init file --corpus corpus", "file is a file; give a new or empty directory"),
     ("init clusters --corpus corpus", "clusters exists and is no RUN"),
     (

@@ -41,7 +41,8 @@ class Run(runs.Run):
         directory that `xelm cluster` saved it in."""
         from xelm.runs.branch import branch
 
-        return branch(self, _loaded(clusters))
+        loaded = clusters if isinstance(clusters, Clustering) else Clustering.load(clusters)
+        return branch(self, loaded)
 
     def train(self, *names: str, dense: bool = False, options: LaunchOptions | None = None) -> None:
         """Trains and publishes experts, or goes on with trainings that were interrupted.
@@ -206,14 +207,13 @@ def init(
     config: "RunConfig",
     options: InitOptions | None = None,
     *,
-    clusters: "Clustering | str | Path | None" = None,
+    clusters: Clustering | None = None,
 ) -> Run:
     """Makes a RUN, or goes on with one that was interrupted: tokenizer, tokenised corpus and seed.
-    Arguments as in `xelm.runs.init.init`; clusters: to branch on at once, as in `Run.branch`."""
+    Arguments as in `xelm.runs.init.init`."""
     from xelm.runs.init import init as make
 
-    branched = None if clusters is None else _loaded(clusters)
-    return _with_methods(make(directory, corpus, config, options, clusters=branched))
+    return _with_methods(make(directory, corpus, config, options, clusters=clusters))
 
 
 def quickstart(directory: str | Path = "xelm-quickstart") -> Run:
@@ -226,7 +226,3 @@ def quickstart(directory: str | Path = "xelm-quickstart") -> Run:
 
 def _with_methods(run: runs.Run) -> Run:
     return Run(directory=run.directory, record=run.record, settings=run.settings)
-
-
-def _loaded(clusters: Clustering | str | Path) -> Clustering:
-    return clusters if isinstance(clusters, Clustering) else Clustering.load(clusters)

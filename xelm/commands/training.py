@@ -98,6 +98,7 @@ def _init_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _init(options: argparse.Namespace) -> None:
+    from clustering.clustering import Clustering
     from xelm import api, tables
     from xelm.config import override
     from xelm.data.text_stats import text_stats
@@ -113,11 +114,12 @@ def _init(options: argparse.Namespace) -> None:
     config = override(PRESETS[preset](), options.settings)
     corpus = corpus_of(options)
     assert corpus is not None  # the option is required
+    clusters = Clustering.load(options.clusters) if options.clusters else None
     if options.dry_run:
-        plans, texts = plan_init(options.run, corpus, config, given)
+        plans, texts = plan_init(options.run, corpus, config, given, clusters=clusters)
         _print_plans(options, plans, texts, f"Nothing was written to {options.run}")
         return
-    run = api.init(options.run, corpus, config, given, clusters=options.clusters or None)
+    run = api.init(options.run, corpus, config, given, clusters=clusters)
     store = run.store()
     table = tables.texts(list(text_stats(store).values()))
     facts = {"run": str(run.directory), "languages": store.record["languages"]}

@@ -46,9 +46,7 @@ def init(
     the defaults. clusters: to branch on at once.
     """
     options = options or InitOptions()
-    given, seed = _given(corpus, config, options), options.seed
-    if clusters is not None:
-        check_languages(given.contents.languages or (), clusters)
+    given, seed = _given(corpus, config, options, clusters), options.seed
     files_of_run(directory)
     Path(directory).mkdir(parents=True, exist_ok=True)
     with locked(directory, "init"):
@@ -77,12 +75,17 @@ def init(
 
 
 def plan_init(
-    directory: str | Path, corpus: AnyCorpus, config: RunConfig, options: InitOptions | None = None
+    directory: str | Path,
+    corpus: AnyCorpus,
+    config: RunConfig,
+    options: InitOptions | None = None,
+    *,
+    clusters: Clustering | None = None,
 ) -> tuple[list[Plan], list[TextStats]]:
     """What the trainings of a RUN would cost, and its text. The tokenizer is trained, and the
     corpus tokenised, in a temporary folder; nothing else is written. Arguments as in `init`."""
     options = options or InitOptions()
-    given = _given(corpus, config, options)
+    given = _given(corpus, config, options, clusters)
     with TemporaryDirectory() as folder:
         run = create_run(Path(folder) / "RUN", given.config, given.facts)
         if given.tokenizer is None:
@@ -107,12 +110,16 @@ class _Given(NamedTuple):
     """What run.json records of the arguments."""
 
 
-def _given(corpus: AnyCorpus, config: RunConfig, options: InitOptions) -> _Given:
+def _given(
+    corpus: AnyCorpus, config: RunConfig, options: InitOptions, clusters: Clustering | None
+) -> _Given:
     corpus, seed, base_model = Corpus.of(corpus), options.seed, options.base_model
     if options.languages is not None and not options.languages:
         raise UserError("--languages names no language; wanted those of the corpus to use")
     tags = canonical_all(options.languages or languages_of(corpus))
     contents = contents_of(corpus.pinned(), tags)
+    if clusters is not None:
+        check_languages(contents.languages or (), clusters)
     parts, tokenizer = {"experts": config.experts, "grow": config.grow}, None
     if seed is None:
         if base_model is not None:
