@@ -69,12 +69,13 @@ def choices(
             continue  # no clusters of such sizes
         labels = _labels(clusters)
         totals = np.bincount(labels, weights)
+        joins = [merge.distance for merge in clusters.merges or ()]  # the last k-1 are not made
         agreed = [adjusted_rand_score(labels, _labels(clusters_of(drawn, k))) for drawn in again]
         found.append(
             Choice(
                 k=k,
                 silhouette=float(silhouette_score(distances.values, labels, metric="precomputed")),
-                gap=_gap(clusters),
+                gap=joins[1 - k] - joins[-k],
                 balance=float(totals.max() / totals.mean()),
                 stability=float(np.mean(agreed)) if agreed else None,
                 standard_error=float(np.std(agreed) / np.sqrt(len(agreed))) if agreed else 0.0,
@@ -108,9 +109,3 @@ def reason(found: Sequence[Choice]) -> str:
 def _labels(clusters: Clustering) -> np.ndarray:
     names = list(clusters.clusters)
     return np.array([names.index(name) for name in clusters.cluster_by_language.values()])
-
-
-def _gap(clusters: Clustering) -> float:
-    assert clusters.merges is not None
-    made = len(clusters.languages) - len(clusters.clusters)
-    return clusters.merges[made].distance - clusters.merges[made - 1].distance

@@ -42,13 +42,10 @@ def weight_files(directory: Path | str) -> list[str]:
 def split_weights(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     """File name -> names of the tensors in it, for tensors of these sizes in bytes, in order."""
     parts: list[list[str]] = [[]]
-    left = SHARD_BYTES
     for name, size in sizes.items():
-        if parts[-1] and size > left:
+        if parts[-1] and size + sum(sizes[other] for other in parts[-1]) > SHARD_BYTES:
             parts.append([])
-            left = SHARD_BYTES
         parts[-1].append(name)
-        left -= size
     if len(parts) == 1:
         return {WEIGHTS: parts[0]}
     count = len(parts)

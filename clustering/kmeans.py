@@ -213,9 +213,9 @@ def _shortest_path(
         shorter = undone & (through < distances)
         distances[shorter], before[shorter] = through[shorter], nearest
     path = [nearest]
-    while before[path[-1]] >= 0:
-        path.append(int(before[path[-1]]))
-    return path[::-1], distances
+    while before[path[0]] >= 0:
+        path.insert(0, int(before[path[0]]))
+    return path, distances
 
 
 def _annealed(

@@ -46,8 +46,7 @@ def world_map(home: Mapping[str, str], names: Sequence[str], ax: "Axes | None" =
     tags = uriel.known(list(home), "geo")
     if not tags:
         raise UserError("URIEL has no place for any of these languages")
-    north_east = geography.coordinates(tags)
-    points = north_east[:, ::-1]
+    points = geography.coordinates(tags)[:, ::-1]
     west, east = _range(points[:, 0], -180.0, 180.0)
     south, north = _range(points[:, 1], -90.0, 90.0)
     height = 8.5 * (north - south) / (east - west)

@@ -98,16 +98,10 @@ def observed(
     return ~np.isnan(_values(sets, languages, codes_with_data(languages, set_name)))
 
 
-@functools.cache
-def _sha256(name: str) -> str:
-    return files.sha256(_data_file(name))
-
-
 def made_from(set_name: str) -> dict[str, str]:
     """Name -> version of lang2vec, or SHA-256 of the data files that a set is read from."""
     names = dict.fromkeys(FEATURE_SETS[part][0] for part in _parts(set_name))
-    hashes = {name: _sha256(name) for name in names}
-    return {"lang2vec": _distribution().version} | hashes
+    return {"lang2vec": _distribution().version} | {name: _sha256(name) for name in names}
 
 
 def _parts(set_name: str) -> list[str]:
@@ -160,6 +154,11 @@ def _read(part: str) -> tuple[np.ndarray, dict[str, int], list[str]]:
 @functools.lru_cache(maxsize=1)
 def _unpacked(file_name: str) -> dict[str, np.ndarray]:
     return files.read_arrays(_data_file(file_name))
+
+
+@functools.cache
+def _sha256(name: str) -> str:
+    return files.sha256(_data_file(name))
 
 
 def _data_file(name: str) -> Path:
