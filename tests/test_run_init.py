@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from shared import SEED, snapshot
 
 from clustering.files import write_json
+from xelm.data import contents
 from xelm.data import tokenizer as tokenizers
 from xelm.data.parts import Part
 from xelm.runs.run import open_run
@@ -33,8 +34,12 @@ def test_a_seed_with_a_sentencepiece_model_alone_gets_a_tokenizer_json(
     assert copied.encode(texts) == given.encode(texts)
 
 
-def test_init_hashes_each_file_and_loads_each_tokenizer_once(xelm, place, monkeypatch, tmp_path):
-    hashed, loaded = [], []
+def test_init_lists_and_hashes_a_corpus_and_loads_each_tokenizer_once(
+    xelm, place, monkeypatch, tmp_path
+):
+    hashed, loaded, listed = [], [], []
+    listing = contents.list_files
+    monkeypatch.setattr(contents, "list_files", lambda s: listed.append(s.path) or listing(s))
     digest, load = Part.digest, tokenizers.load
     monkeypatch.setattr(Part, "digest", lambda part: hashed.append(part.name) or digest(part))
     monkeypatch.setattr(tokenizers, "load", lambda path, *a: loaded.append(path) or load(path, *a))
@@ -42,6 +47,7 @@ def test_init_hashes_each_file_and_loads_each_tokenizer_once(xelm, place, monkey
     outcome = xelm("init", tmp_path / "new", "--corpus", "corpus", *SEED)
     assert outcome.code == 0, outcome.err
     assert sorted(hashed) == sorted(path.name for path in Path("corpus").iterdir())
+    assert listed == ["corpus"]
     assert loaded == [Path("run/seed"), tmp_path / "new" / "seed"]  # the copy is read as well
 
 

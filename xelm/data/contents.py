@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from clustering.errors import UserError
-from clustering.languages import canonical
+from clustering.languages import canonical, canonical_all
 from xelm.data.corpus import AnyCorpus, Corpus, Source
 from xelm.data.corpus_files import OTHER_LANGUAGE, UNKNOWN_LANGUAGE, list_files
 from xelm.data.hub import SCHEME, Address
@@ -192,19 +192,27 @@ def _refuse_empty(parts: Sequence[Part]) -> None:
 
 
 def languages_of(corpus: AnyCorpus) -> list[str]:
-    """Canonical tags of the languages of a corpus, each once, in the order of its parts. Parts
-    whose names say no language are read to find the languages of their records.
+    """Canonical tags of the languages of a corpus, as `contents_in` finds them."""
+    return list(contents_in(corpus).languages or ())
 
-    UserError for files whose language nothing says, and for a data set of the Hub that would have
-    to be read to its end.
+
+def contents_in(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> Contents:
+    """Contents of a corpus, at the newest commits of data sets of the Hub, in these languages, or
+    else in all that it has: parts whose names say no language are read to find those of their
+    records. The result has their canonical tags, each once, in the order of the parts.
+
+    UserError as `contents_of`, for files whose language nothing says, and for a data set of the Hub
+    that would have to be read to its end.
     """
     corpus = Corpus.of(corpus)
+    if languages is not None:
+        return contents_of(corpus.pinned(), canonical_all(languages))
     for source in corpus.sources:
         if source.path.startswith(SCHEME) and not source.language:
             config = Address.of(source.path).config
             if not config or not _language_of_config(source, config):
                 raise UserError(f"name the languages to take from {source.path} with --languages")
-    found = contents_of(corpus)
+    found = contents_of(corpus.pinned())
     found.check()
     tags: list[str] = []
     unusable = UnusableRecords()
@@ -215,7 +223,8 @@ def languages_of(corpus: AnyCorpus) -> list[str]:
             tags += dict.fromkeys(document.language for document in part.documents(unusable))
     if not tags:
         raise no_documents([], unusable)
-    return list(dict.fromkeys(tags))
+    found.languages = list(dict.fromkeys(tags))
+    return found
 
 
 def _no_language(corpus: Corpus, names: Sequence[str]) -> UserError:

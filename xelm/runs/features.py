@@ -6,9 +6,8 @@ import numpy as np
 
 from clustering.errors import UserError
 from clustering.internal import States
-from clustering.languages import canonical_all
 from experts.verify import hash_directory
-from xelm.data.contents import contents_of, languages_of
+from xelm.data.contents import contents_in
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.parts import no_documents
 from xelm.data.unusable import UnusableRecords
@@ -38,8 +37,8 @@ def features(
     if documents < 1:
         raise UserError(f"documents must be at least 1; got {documents}")
     corpus, unusable = Corpus.of(corpus or run.record["corpus"]), UnusableRecords()
-    tags = canonical_all(languages_of(corpus) if languages is None else languages)
-    contents, tokenizer = contents_of(corpus.pinned(), tags), run.tokenizer()
+    contents = contents_in(corpus, languages)
+    tags, tokenizer = tuple(contents.languages or ()), run.tokenizer()
     texts: dict[str, list[str]] = {tag: [] for tag in tags}
     for document in contents.first_documents(tags, documents, unusable):
         texts[document.language].append(document.text)

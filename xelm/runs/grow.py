@@ -12,7 +12,7 @@ from experts.expert import SEED, Expert, parse_reference
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
 from xelm.config import Budget, TrainConfig
-from xelm.data.contents import contents_of
+from xelm.data.contents import contents_in, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
@@ -104,7 +104,7 @@ def _prepared(
     registry = grow_registry(registry, tag, origin, reason=reason, settings=settings)
     expert = registry.expert(tag)
     check_parents(run, [parent_directory(run, expert)])
-    contents = contents_of(Corpus.of(corpus or run.record["corpus"]).pinned(), [tag])
+    contents = contents_in(corpus or run.record["corpus"], [tag])
     store = tokenise(place, contents, tag, workers=options.workers)
     for line in lines:
         print(line, file=sys.stderr)

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 from clustering.clustering import Clustering
 from clustering.errors import UserError
-from clustering.languages import canonical_all
 from experts import manifest
 from experts.lock import locked
 from experts.registry import Registry
 from experts.verify import hash_directory
 from xelm.config import RunConfig
-from xelm.data.contents import Contents, contents_of, languages_of
-from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.contents import Contents, contents_in
+from xelm.data.corpus import AnyCorpus
 from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.data.tokenizer import Tokenizer
@@ -113,11 +112,10 @@ class _Given(NamedTuple):
 def _given(
     corpus: AnyCorpus, config: RunConfig, options: InitOptions, clusters: Clustering | None
 ) -> _Given:
-    corpus, seed, base_model = Corpus.of(corpus), options.seed, options.base_model
+    seed, base_model = options.seed, options.base_model
     if options.languages is not None and not options.languages:
         raise UserError("--languages names no language; wanted those of the corpus to use")
-    tags = canonical_all(options.languages or languages_of(corpus))
-    contents = contents_of(corpus.pinned(), tags)
+    contents = contents_in(corpus, options.languages)
     if clusters is not None:
         check_languages(contents.languages or (), clusters)
     parts, tokenizer = {"experts": config.experts, "grow": config.grow}, None
@@ -132,7 +130,7 @@ def _given(
         model, tokenizer = check_seed(Path(seed), config.start_token, parts)
         config = replace(config, model=None)  # the seed has one
     facts = {
-        "languages": list(tags),
+        "languages": list(contents.languages or ()),
         "seed_from": None if seed is None else str(Path(seed).resolve()),
         "base_model": base_model,
         "corpus": contents.corpus.to_json(),

@@ -9,19 +9,8 @@ from clustering.errors import UserError
 from clustering.files import read_arrays
 from experts.expert import Expert
 from experts.registry import Registry
+from xelm.inference import routers
 from xelm.inference.route import Router
-from xelm.inference.routers import (
-    Abstaining,
-    ByLanguage,
-    Detected,
-    Fixed,
-    OrMixture,
-    Posterior,
-    Tfidf,
-    mixture_of,
-    only,
-    uniform,
-)
 from xelm.inference.routing import Routing
 from xelm.runs.fit import identifier, learned, novelty_of, pieces
 from xelm.runs.publish import CENTRE
@@ -36,20 +25,20 @@ def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router
     expert that serves it; only fixed weights stay as given."""
     served = serving(run.registry(), experts)
     if routing.name == "language":
-        return ByLanguage(experts=len(experts), serving=served)
+        return routers.ByLanguage(experts=len(experts), serving=served)
     router = _router(run, experts, routing, served)
     if routing.abstain is not None:
         count = len(experts)
-        instead = Posterior(prior=uniform(count).weights)
+        instead = routers.Posterior(prior=routers.uniform(count).weights)
         if routing.abstain_to != "posterior":
-            instead = only(count, count + 1, routing.abstain_to)
-        router = Abstaining(router=router, threshold=routing.abstain, instead=instead)
+            instead = routers.only(count, count + 1, routing.abstain_to)
+        router = routers.Abstaining(router=router, threshold=routing.abstain, instead=instead)
     elif routing.name in OR_MIXTURE and (found := novelty_of(run, served)) is not None:
-        mixture = mixture_of(len(experts) + len(models_behind(run, routing)))
-        router = OrMixture(router=router, novelty=found, pieces=pieces(run), mixture=mixture)
+        mixed = routers.mixture_of(len(experts) + len(models_behind(run, routing)))
+        router = routers.OrMixture(router=router, novelty=found, pieces=pieces(run), mixture=mixed)
     if routing.name == "fixed":
         return router
-    return ByLanguage(experts=router.experts, serving=served, otherwise=router)
+    return routers.ByLanguage(experts=router.experts, serving=served, otherwise=router)
 
 
 def models_behind(run: Run, routing: Routing) -> dict[str, Path]:
@@ -79,12 +68,12 @@ def _router(
 ) -> Router:
     count = len(experts)
     if routing.name == "uniform":
-        return uniform(count)
+        return routers.uniform(count)
     if routing.name == "fixed":
-        return Fixed(weights=_fixed([expert.name for expert in experts], routing.weights))
+        return routers.Fixed(weights=_fixed([expert.name for expert in experts], routing.weights))
     if routing.name == "posterior":
         memory = 1.0 if routing.memory is None else routing.memory
-        return Posterior(prior=uniform(count).weights, memory=memory)
+        return routers.Posterior(prior=routers.uniform(count).weights, memory=memory)
     if routing.name == "detected":
         if not served:
             raise UserError(
@@ -92,12 +81,12 @@ def _router(
                 "nothing to go by"
             )
         found, names = identifier(run), pieces(run)
-        return Detected(experts=count, identifier=found, pieces=names, serving=served)
+        return routers.Detected(experts=count, identifier=found, pieces=names, serving=served)
     if routing.name == "learned":
         return learned(run, experts)
     temperature, distance_power = routing.tfidf
     centres = [read_arrays(e.directory(run.directory) / CENTRE)["centre"] for e in experts]
-    return Tfidf(
+    return routers.Tfidf(
         vectoriser=run.vectoriser(),
         centres=np.stack(centres),
         temperature=temperature,

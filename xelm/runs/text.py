@@ -109,9 +109,8 @@ def fit_vectoriser(run: Run, store: Store) -> None:
     )
     size, config = run.tokenizer().size, run.config
     fitted = tfidf.fit(documents, size, config.vectoriser_dimensions, config.seed.random_seed)
-    write_arrays(
-        run.directory / "vectoriser.npz", {"idf": fitted.idf, "projection": fitted.projection}
-    )
+    arrays = {"idf": fitted.idf, "projection": fitted.projection}
+    write_arrays(run.directory / "vectoriser.npz", arrays)
     manifest.record(run.directory, ["vectoriser.npz"], again=True)
 
 

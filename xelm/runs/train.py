@@ -19,14 +19,7 @@ from xelm.runs.check import check_models
 from xelm.runs.publish import publish, write_centre, write_model
 from xelm.runs.run import Run
 from xelm.runs.shares import cluster_shares, dense_shares
-from xelm.training.hosts import (
-    SharedError,
-    first_does,
-    first_error_shared,
-    is_first,
-    several,
-    wait_for_all,
-)
+from xelm.training import hosts
 from xelm.training.loop import train_together
 from xelm.training.trainer import TrainingSpec
 
@@ -61,7 +54,7 @@ def try_experts(
     for another process that is training one of them."""
     plans = plans_of(run, names, estimate=False)
     together, failures = run.config.experts.runtime.mesh_expert, {}
-    first_does(functools.partial(check_disk, run.directory, plans, together=together))
+    hosts.first_does(functools.partial(check_disk, run.directory, plans, together=together))
     for first in range(0, len(names), together):
         group = names[first : first + together]
         try:
@@ -96,18 +89,18 @@ def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[st
         try:
             jobs = [_job(run, expert) for expert in experts]
             plans = plans_of_jobs(run, jobs)
-            first_does(functools.partial(announce, plans))
+            hosts.first_does(functools.partial(announce, plans))
             failures = train_checkpoints(run, jobs)
             for expert, job in zip(experts, jobs):
                 if expert.name not in failures:
                     share = sum(source.share for source in job.sources)
                     facts = {"share of the total tokens": f"{share:.4f}"}
-                    first_does(functools.partial(publish, run, expert, facts))
+                    hosts.first_does(functools.partial(publish, run, expert, facts))
         except UserError as error:
-            if several() and not isinstance(error, SharedError):
+            if hosts.several() and not isinstance(error, hosts.SharedError):
                 raise
             failures = dict.fromkeys(names, error)
-        for name, error in failures.items() if is_first() else ():
+        for name, error in failures.items() if hosts.is_first() else ():
             run.training(name).parent.mkdir(exist_ok=True)
             run.failure(name).write_text(str(error), encoding="utf-8")
     return failures
@@ -118,9 +111,9 @@ def _held(run: Run, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
     """The lock of a training, which the first host acquires for all hosts."""
     with ExitStack() as stack:
         lock = locked(run.directory, f"train-{name}", wait_seconds=wait_seconds)
-        first_does(lambda: stack.enter_context(lock))
+        hosts.first_does(lambda: stack.enter_context(lock))
         yield
-        wait_for_all(f"{name} is written")
+        hosts.wait_for_all(f"{name} is written")
 
 
 def _job(run: Run, expert: Expert) -> Job:
@@ -143,13 +136,13 @@ def train_dense(run: Run) -> None:
     """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
     job = _dense_job(run)
     plans = plans_of_jobs(run, [] if run.dense.exists() else [job])
-    first_does(functools.partial(check_disk, run.directory, plans))
+    hosts.first_does(functools.partial(check_disk, run.directory, plans))
     with _held(run, "dense"):
-        first_does(functools.partial(announce, plans))
+        hosts.first_does(functools.partial(announce, plans))
         before = run.dense.exists()
         for error in train_checkpoints(run, [job]).values():
             raise error
-        first_does(lambda: manifest.record(run.directory, ["dense"], again=not before))
+        hosts.first_does(lambda: manifest.record(run.directory, ["dense"], again=not before))
 
 
 def _dense_job(run: Run) -> Job:
@@ -166,14 +159,14 @@ def _dense_job(run: Run) -> Job:
 def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
     """Trains several jobs in one program and writes their checkpoints; jobs whose checkpoint exists
     are skipped. Returns why jobs failed, by name."""
-    for job in jobs if is_first() else ():
+    for job in jobs if hosts.is_first() else ():
         run.failure(job.name).unlink(missing_ok=True)
         if job.target.exists():
             shutil.rmtree(run.training(job.name), ignore_errors=True)
     jobs = [job for job in jobs if not job.target.exists()]
     if not jobs:
         return {}
-    first_does(functools.partial(check_parents, run, [job.parent for job in jobs]))
+    hosts.first_does(functools.partial(check_parents, run, [job.parent for job in jobs]))
     model = read_config(jobs[0].parent)
     trainings = [
         TrainingSpec(
@@ -191,9 +184,9 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
         if isinstance(found, UserError):
             failures[job.name] = found
             continue
-        first_does(functools.partial(write_centre, run, job.name, job.sources))
-        with first_error_shared():
-            write_model(run, job.name, job.target, model, found.parameters, is_first())
+        hosts.first_does(functools.partial(write_centre, run, job.name, job.sources))
+        with hosts.first_error_shared():
+            write_model(run, job.name, job.target, model, found.parameters, hosts.is_first())
     return failures
 
 
