@@ -138,7 +138,7 @@ def test_a_growth_goes_on_with_the_tokens_it_began_with(xelm, copy):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
-        patch.setattr("xelm.runs.grow.train_checkpoints", interrupt)
+        patch.setattr("xelm.runs.train.train_checkpoints", interrupt)
         assert xelm(*arguments, "--set", "grow.tokens=512").code == 130
     for dry in ([], ["--dry-run"]):
         for setting, value in (("grow.tokens=256", 256), ("grow.max_passes=2", 2.0)):

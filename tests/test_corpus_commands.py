@@ -63,7 +63,7 @@ def test_growing_reads_the_corpus_of_the_run_as_it_was_described(xelm, copy, mon
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xelm.runs.grow.train_checkpoints", interrupt)
+    monkeypatch.setattr("xelm.runs.train.train_checkpoints", interrupt)
     text = copy.directory.parent / "text"
     text.mkdir()
     lines = [json.dumps({"body": text}) for text in documents_of(copy.corpus, "pt")]

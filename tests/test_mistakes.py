@@ -407,7 +407,7 @@ def test_a_child_in_training_stays_on_its_corpus(xelm, place, tiny, monkeypatch,
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xelm.runs.grow.train_checkpoints", interrupt)
+    monkeypatch.setattr("xelm.runs.train.train_checkpoints", interrupt)
     shutil.copytree(place / "run", tmp_path / "RUN")
     shutil.copytree(tiny.corpus, tmp_path / "other")
     (tmp_path / "other" / "pt.jsonl").write_bytes((tiny.corpus / "es.jsonl").read_bytes())

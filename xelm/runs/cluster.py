@@ -75,13 +75,9 @@ def documents_of_run(
 ) -> Clustering:
     """Clusters the documents of a RUN's corpus by TF-IDF over the seed's subwords, for branching.
     languages: None takes all. engine: one of `clustering.engines.ENGINES`, which reads them."""
-    return tfidf.cluster(
-        run.documents(languages, engine),
-        run.vectoriser(),
-        k,
-        random_seed,
-        made_from={"corpus": run.store().record["corpus_sha256"]},
-    )
+    made_from = {"corpus": run.store().record["corpus_sha256"]}
+    documents, vectoriser = run.documents(languages, engine), run.vectoriser()
+    return tfidf.cluster(documents, vectoriser, k, random_seed, made_from=made_from)
 
 
 def documents_of_corpus(

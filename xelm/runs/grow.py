@@ -17,19 +17,13 @@ from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
+from xelm.runs import train
 from xelm.runs.budget import Plan, announce, check_disk, passes
 from xelm.runs.nearest import DEFAULT, nearest_expert
 from xelm.runs.options import GrowOptions
+from xelm.runs.publish import publish
 from xelm.runs.run import Run
 from xelm.runs.text import tokenise
-from xelm.runs.train import (
-    Job,
-    check_parents,
-    parent_directory,
-    plans_of_jobs,
-    publish,
-    train_checkpoints,
-)
 
 
 def grow(
@@ -53,10 +47,10 @@ def grow(
                 registry, tag, expert.parent, reason=expert.reason, settings=expert.settings
             ),
         )
-        plans = plans_of_jobs(run, [job])
+        plans = train.plans_of_jobs(run, [job])
         announce(plans)
         check_disk(run.directory, plans)
-        for error in train_checkpoints(run, [job]).values():
+        for error in train.train_checkpoints(run, [job]).values():
             raise error
         publish(run, expert, {} if expert.reason is None else {"parent chosen": expert.reason})
     return run.registry().expert(expert.name)
@@ -73,7 +67,7 @@ def plan_growth(
         run.tokenizer().hub.save_pretrained(place.training("tokenizer"))
         tag, options = canonical(language), options or GrowOptions()
         run, expert, store = _prepared(run, tag, corpus, options, place)
-        (plan,) = plans_of_jobs(run, [_job(run, expert, store)])
+        (plan,) = train.plans_of_jobs(run, [_job(run, expert, store)])
         check_disk(run.directory, [plan])
         return expert, plan, text_stats(store)[tag]
 
@@ -103,7 +97,7 @@ def _prepared(
     settings = _own_settings(run)
     registry = grow_registry(registry, tag, origin, reason=reason, settings=settings)
     expert = registry.expert(tag)
-    check_parents(run, [parent_directory(run, expert)])
+    train.check_parents(run, [train.parent_directory(run, expert)])
     contents = contents_in(corpus or run.record["corpus"], [tag])
     store = tokenise(place, contents, tag, workers=options.workers)
     for line in lines:
@@ -153,7 +147,7 @@ def _resumed(
     return replace(run, settings=[*run.settings, *again]), started, store
 
 
-def _job(run: Run, expert: Expert, store: Store) -> Job:
+def _job(run: Run, expert: Expert, store: Store) -> train.Job:
     """The training of a grown expert on its language and those of its parent."""
     (tag,) = expert.languages
     sources = [LanguageShare(ids=store.languages[tag], share=1 - run.config.donor_share)]
@@ -161,10 +155,10 @@ def _job(run: Run, expert: Expert, store: Store) -> Job:
     # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
     random_seed = run.config.grow.random_seed + expert.round - 2
     config = _within_passes(tag, sources, run.config.grow)
-    return Job(
+    return train.Job(
         name=expert.name,
         part="grow",
-        parent=parent_directory(run, expert),
+        parent=train.parent_directory(run, expert),
         target=expert.directory(run.directory),
         sources=sources,
         config=replace(config, random_seed=random_seed),

@@ -30,7 +30,6 @@ def read(run: Run) -> Facts:
     for row in results.rows:
         score = Score(row.perplexity, row.bits_per_byte)
         scores.setdefault(System(row.system, row.routing), {})[row.language] = score
-    model = read_object(config) if config.exists() else None
     newest = {expert.name: expert for expert in (*registry.training(), *registry.published())}
     order = {name: place for place, name in enumerate(clusters.clusters if clusters else ())}
     place = {name: order.get(e.cluster or "", len(order)) for name, e in newest.items()}
@@ -44,7 +43,7 @@ def read(run: Run) -> Facts:
         registry=registry,
         experts=experts,
         has_dense=run.dense.exists(),
-        model=None if model is None else model_config(model),
+        model=model_config(read_object(config)) if config.exists() else None,
         clusters=clusters,
         results=results.record,
         scores=scores,

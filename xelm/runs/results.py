@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -35,10 +36,9 @@ def write_results(run: Run, corpus: str, options: Mapping[str, Any], results: Re
     record = {"format": 1, "xelm": __version__, "corpus": corpus, **options, **results.to_json()}
     with locked(run.directory, "evaluate", wait_seconds=60.0):
         if path.exists():
-            try:
+            before = {}
+            with suppress(UserError):  # a damaged file is kept under another name
                 before = read_json(path)
-            except UserError:  # a damaged file is replaced
-                before = {}
             if any(before.get(name) != value for name, value in options.items()):
                 kept = path.with_name(f"results-{sha256(path)[:8]}.json")
                 path.rename(kept)

@@ -102,7 +102,6 @@ def _newest_checkpoint(folder: Path) -> tuple[int, float] | None:
     """Step, and when it was saved."""
     found = [path for path in folder.glob("*") if path.name.isdigit()]
     newest = max(found, key=lambda path: int(path.name), default=None)
-    try:
+    with suppress(FileNotFoundError):  # it was deleted meanwhile
         return newest and (int(newest.name), newest.stat().st_mtime)
-    except FileNotFoundError:  # deleted meanwhile
-        return None
+    return None

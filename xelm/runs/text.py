@@ -12,6 +12,7 @@ from clustering.errors import UserError
 from clustering.files import sha256, write_arrays
 from experts import manifest
 from experts.lock import locked
+from xelm.config import differences
 from xelm.data.contents import Contents
 from xelm.data.reading import Reading
 from xelm.data.store import Store
@@ -83,15 +84,11 @@ def _check_trained_on(store: Store, facts: Mapping[str, Any]) -> None:
     """Raises UserError unless a store that experts were trained on has the wanted contents; their
     clusters and centres refer to its documents by number."""
     before = {**store.record, "languages_wanted": sorted(store.languages)}
-    differ = [
-        f"{key} was {before.get(key)}, now {facts[key]}"
-        for key in ("corpus_sha256", "tokenizer_sha256", "languages_wanted")
-        if before.get(key) != facts[key]
-    ]
-    if differ:
+    names = ("corpus_sha256", "tokenizer_sha256", "languages_wanted")
+    if differ := "; ".join(differences(before, {name: facts[name] for name in names})):
         raise UserError(
             f"{store.directory} is the text that experts are trained on, and is not made again: "
-            f"{'; '.join(differ)}"
+            f"{differ}"
         )
 
 
