@@ -224,6 +224,8 @@ def contents_in(corpus: AnyCorpus, languages: Sequence[str] | None = None) -> Co
     if not tags:
         raise no_documents([], unusable)
     found.languages = list(dict.fromkeys(tags))
+    # A file whose name says a language may have records in further ones.
+    found.parts = [replace(part, languages=found.languages) for part in found.parts]
     return found
 
 

@@ -20,6 +20,7 @@ MOST_PASSES = 4.0
 text, and more teach less and less (Muennighoff et al. 2023, arXiv 2305.16264)."""
 UTILISATION = 0.3
 """Share of a device's peak that an estimate assumes where nothing was measured."""
+_UNKNOWN = "unknown until its first steps (xelm status)"
 _LISTED = 8
 
 
@@ -65,14 +66,18 @@ def plan(
     """The cost of training `name` on these sources with these settings, which are the
     configuration's `part`. estimate: whether to estimate the time on this machine's devices if no
     training in the RUN tells it."""
-    seconds, basis, estimated = _time(run, name, config, model if estimate else None)
+    lines = read_metrics(run.training(name) / "metrics.jsonl")
+    left = (config.steps - (lines[-1]["step"] if lines else 0)) * config.tokens_per_step
+    found = _measured(run, name, config)
+    estimated = found is None and estimate
+    rate, basis = found or (_estimated(config, model) if estimated else (None, _UNKNOWN))
     return Plan(
         name=name,
         part=part,
         tokens=config.steps * config.tokens_per_step,
         steps=config.steps,
         passes=passes(sources, config),
-        seconds=seconds,
+        seconds=None if rate is None else left / rate,
         estimated=estimated,
         basis=basis,
         checkpoint_bytes=_checkpoint_bytes(config, model),
@@ -188,23 +193,9 @@ def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
     return kept * (4 + averages) * model.parameter_count
 
 
-def _time(
-    run: Run, name: str, config: TrainConfig, model: ModelConfig | None
-) -> tuple[float | None, str, bool]:
-    """Seconds left of a training, their source, and whether they are an estimate."""
-    lines = read_metrics(run.training(name) / "metrics.jsonl")
-    left = (config.steps - (lines[-1]["step"] if lines else 0)) * config.tokens_per_step
-    if found := _measured(run, name, config):
-        return left / found[0], f"as fast as {found[1]}", False
-    if model is None:
-        return None, "unknown until its first steps (xelm status)", False
-    rate, basis = _estimated_rate(config, model)
-    return left / rate, f"estimated from {basis}", True
-
-
 def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | None:
     """Positions per second of the training so far or, if it has not begun, of a training in the RUN
-    with similar rows and batches."""
+    with similar rows and batches; and which it is."""
     trainings, rates = [(name, run.training(name), config)], []
     if (run.directory / "registry.json").exists():
         for expert in reversed(run.registry().published()):
@@ -218,10 +209,11 @@ def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | N
             continue
         rate = lines[-1]["step"] * its.tokens_per_step / seconds
         if other == name or _shape(its) == _shape(config):
-            return rate, f"{other} was here" if other != name else "it was until now"
+            whose = "it was until now" if other == name else f"{other} was here"
+            return rate, f"as fast as {whose}"
         same_length = its.sequence_length == config.sequence_length
         if same_length and its.runtime.dtype == config.runtime.dtype:
-            rates.append((rate, f"{other} was here, in batches of {its.batch_size}"))
+            rates.append((rate, f"as fast as {other} was here, in batches of {its.batch_size}"))
     return rates[0] if rates else None
 
 
@@ -233,7 +225,7 @@ def _shape(config: TrainConfig) -> tuple:
     return *rows, where.dtype, where.rematerialise, *mesh
 
 
-def _estimated_rate(config: TrainConfig, model: ModelConfig) -> tuple[float, str]:
+def _estimated(config: TrainConfig, model: ModelConfig) -> tuple[float, str]:
     """Positions per second of this machine's devices, and what the estimate is made from: their
     peak if it is known, or else the speed of one layer."""
     import jax
@@ -246,6 +238,7 @@ def _estimated_rate(config: TrainConfig, model: ModelConfig) -> tuple[float, str
     most = peak(config.runtime.dtype, devices)
     if most is None:
         rate = estimated_rate(model, config)
-        return devices * rate, "one layer's forward and backward pass, measured here"
-    rate = UTILISATION * most / of_a_token(model, config.sequence_length)
-    return rate, f"{UTILISATION:.0%} of the peak of {devices} x {jax.devices()[0].device_kind}"
+        made = "estimated from one layer's forward and backward pass, measured here"
+        return devices * rate, made
+    rate, kind = UTILISATION * most / of_a_token(model, config.sequence_length), jax.devices()[0]
+    return rate, f"estimated from {UTILISATION:.0%} of the peak of {devices} x {kind.device_kind}"

@@ -14,12 +14,11 @@ from xelm.runs.run import Run
 def discard(run: Run, name: str) -> Expert | Path | None:
     """Deletes the checkpoints of an unfinished training: of "dense", or of an expert by name.
 
-    A grown expert, or a further version of one, leaves the registry as well, with the text that was
-    tokenised for it alone. The first version of a branched expert stays in the registry, since its
-    cluster belongs to the RUN, and its next training begins anew. Of a growth that ended before its
-    expert was in the registry, the tokenised text is deleted. Returns the expert whose record was
-    removed, or the folder of such a text, or None. UserError if nothing of that name is in
-    training, or while another process trains it.
+    A grown expert, or a further version of one, leaves the registry with the text that was
+    tokenised for it alone. The first version of a branched expert stays, since its cluster belongs
+    to the RUN. Of a growth that ended before its expert was in the registry, the text is deleted.
+    Returns the expert whose record was removed, or the folder of such a text, or None. UserError if
+    nothing of that name is in training, or while another process trains it.
     """
     if name == "dense":
         with locked(run.directory, "train-dense"):
