@@ -105,9 +105,8 @@ class Harness(TemplateLM):
     ) -> str:
         """A rendered chat, which `tok_encode` recognises by its first character. The user's text is
         marked in it, since the router goes by that alone."""
-        return self.ensemble.tokenizer.special.render(
-            chat_history, add_generation_prompt=add_generation_prompt
-        )
+        special = self.ensemble.tokenizer.special
+        return special.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     def _user_mask(self, string: str | None, count: int) -> list[bool] | None:
         """Whether the router goes by each of the last `count` ids of a context: in a chat by those

@@ -14,7 +14,7 @@ from typing import Any
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
 from experts.expert import SEED, Expert
-from experts.verify import Fault, verify_expert, verify_recorded, verify_seed
+from experts.verify import verify_expert, verify_recorded, verify_seed
 from xelm.models.checkpoint import check_checkpoint, read_config
 from xelm.models.weights import tensor_without_numbers
 from xelm.progress import bar
@@ -48,7 +48,6 @@ def check_models(
                     f"{name}: {tensor} in {file} has NaN or infinite values; put back the "
                     "file as it was published"
                 )
-        faults: list[Fault] = []
         if name in by_reference:
             faults = verify_expert(run.directory, by_reference[name], digest)
         elif name == SEED:

@@ -147,8 +147,7 @@ def _others(measures: Sequence[str], sources: Sources, served: Sequence[str]) ->
     if run is None:
         return languages_of("+".join(measures), sources)
     listed = languages_of("+".join(measures), replace(sources, corpus=None))
-    of_run = canonical_all(listed) == canonical_all(run.languages)
-    return served if of_run and served else listed
+    return served if served and canonical_all(listed) == run.languages else listed
 
 
 def _served(run: Run) -> tuple[dict[str, int], dict[str, str]]:

@@ -42,9 +42,8 @@ def licence_of(seed: Path) -> dict[str, str]:
         try:
             metadata = metadata_load(seed / README) or {}
         except Exception as error:  # YAML's errors have no common type with the Hub's
-            raise UserError(
-                f"{seed / README} has a front matter that is no YAML: {first_line(error)}"
-            ) from error
+            message = f"{seed / README} has a front matter that is no YAML: {first_line(error)}"
+            raise UserError(message) from error
     if metadata.get("license"):
         return {key: str(metadata[key]) for key in _LICENCE_KEYS if metadata.get(key)}
     files = sorted(p.name for p in seed.iterdir() if p.name.lower().startswith(LICENCES[:2]))

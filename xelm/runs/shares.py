@@ -61,5 +61,4 @@ def expert_shares(run: Run, expert: Expert) -> list[LanguageShare]:
     its donors."""
     if expert.cluster is not None:
         return cluster_shares(run, expert.cluster)
-    grown = {tag: run.store(tag).languages[tag] for tag in expert.languages}
-    return [LanguageShare(ids=ids, share=1.0) for ids in grown.values()]
+    return [LanguageShare(ids=run.store(t).languages[t], share=1.0) for t in expert.languages]

@@ -26,8 +26,6 @@ VECTORISER_DOCUMENTS = 20_000
 """Number of documents, of all languages together, that the TF-IDF vectors are fitted on."""
 WAIT_SECONDS = 3600.0
 """Longest wait for another command that is tokenising the same corpus, whose work is then used."""
-_SAME = ("corpus_sha256", "languages", "keep_duplicates")
-"""Facts of run.json that two RUNs with the same tokenised corpus share."""
 
 
 def tokenise(
@@ -117,8 +115,9 @@ def link_from_sibling(run: Run, sibling: Path) -> None:
     if not (sibling / "run.json").exists() or (run.directory / "corpus" / "train").exists():
         return
     other, text = open_run(sibling, finished=False), sibling / "corpus" / "train"
+    same = ("corpus_sha256", "languages", "keep_duplicates")
     if (
-        any(other.record.get(key) != run.record.get(key) for key in _SAME)
+        any(other.record.get(key) != run.record.get(key) for key in same)
         or other.config.vectoriser_dimensions != run.config.vectoriser_dimensions
         or not ((text / "store.json").exists() and (sibling / "vectoriser.npz").exists())
     ):

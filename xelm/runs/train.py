@@ -88,8 +88,7 @@ def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[st
         experts = [expert for expert in run.registry().training() if expert.name in names]
         try:
             jobs = [_job(run, expert) for expert in experts]
-            plans = plans_of_jobs(run, jobs)
-            hosts.first_does(functools.partial(announce, plans))
+            hosts.first_does(functools.partial(announce, plans_of_jobs(run, jobs)))
             failures = train_checkpoints(run, jobs)
             for expert, job in zip(experts, jobs):
                 if expert.name not in failures:
