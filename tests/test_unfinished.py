@@ -31,6 +31,16 @@ from xelm.training import checkpoint, preemption, trainer
 from xelm.training.metrics import MetricsLog
 from xelm.training.preemption import Preempted
 
+UNRAISABLE = "ignore::pytest.PytestUnraisableExceptionWarning"
+
+
+@pytest.fixture
+def collected():
+    """Readers of damaged checkpoints leave futures to a loop that has ended, and say so when they
+    are collected: here, and not in another test."""
+    yield
+    gc.collect()
+
 
 @pytest.mark.parametrize("steps", [(3,), (7,), (12,), (8, 9, 20)])
 def test_resumed_equals_uninterrupted_bit_for_bit(trained, steps):
@@ -175,6 +185,8 @@ def progress_of(run) -> int:
     return sum(path.read_bytes().count(b"\n") for path in found)
 
 
+@pytest.mark.usefixtures("collected")
+@pytest.mark.filterwarnings(UNRAISABLE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     trained, tmp_path, monkeypatch, capsys
 ):
@@ -241,9 +253,8 @@ def test_neither_saving_nor_going_on_reads_the_checkpoints_files(trained, tmp_pa
     trained(folder="half")
 
 
-# Readers of a file that is not there leave futures to a loop that has ended, and say so when they
-# are collected: here, and not in another test.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("collected")
+@pytest.mark.filterwarnings(UNRAISABLE)
 @pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
 def test_any_change_of_a_checkpoint_is_noticed(trained, tmp_path, monkeypatch, capsys, harm):
     whole, _ = trained(folder="whole")
@@ -257,7 +268,6 @@ def test_any_change_of_a_checkpoint_is_noticed(trained, tmp_path, monkeypatch, c
         content[len(content) // 2] ^= 1  # a single bit
         spoilt.write_bytes(content if harm == "flipped" else content[:-1])
     again, _ = trained(folder="broken")
-    gc.collect()
     said = capsys.readouterr().err
     assert "the checkpoint of step 12 is damaged (" in said
     assert "test: resumes after step 6" in said
@@ -345,6 +355,8 @@ def half_done(trained, folder: Path) -> list[Path]:
     return sorted(file for file in (folder / "checkpoints").rglob("*") if file.is_file())
 
 
+@pytest.mark.usefixtures("collected")
+@pytest.mark.filterwarnings(UNRAISABLE)
 def test_checkpoints_that_are_all_damaged_are_named_and_left_alone(trained, tmp_path):
     files = half_done(trained, tmp_path / "broken")
     for file in files:
