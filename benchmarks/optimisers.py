@@ -17,7 +17,7 @@ from xelm.config import vary
 from xelm.models.parameters import fresh_parameters
 from xelm.process import prepare
 from xelm.runs.run import Run, open_run
-from xelm.runs.shares import dense_shares
+from xelm.runs.shares import dense_text
 from xelm.training.loop import train
 from xelm.training.metrics import read_metrics
 from xelm.training.trainer import TrainingSpec
@@ -61,7 +61,7 @@ def _loss(run: Run, tokens: int, changes: dict) -> float:
         training = TrainingSpec(
             label="model",
             start=functools.partial(fresh_parameters, model, 0),
-            sources=dense_shares(run),
+            sources=dense_text(run).sources,
             config=config,
             directory=Path(folder),
         )

@@ -76,6 +76,10 @@ def _rows(
     expert: Expert, registry: Registry, facts: Mapping[str, str | int | float]
 ) -> list[tuple[str, str]]:
     shown = [(key, str(facts[key])) for key in facts if key not in FRONT_MATTER_FACTS]
+    for tag, bits in (expert.evaluation or {}).get("own", {}).items():
+        parent = "" if expert.parent == SEED else f"its parent {bits['parent']:.3f}, "
+        figures = f"{bits['expert']:.3f} bits a byte ({parent}the seed {bits['seed']:.3f})"
+        shown.append((f"held-out text in {tag}", figures))
     return [
         ("version", str(expert.version)),
         ("languages", ", ".join(_languages(expert))),

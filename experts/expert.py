@@ -37,6 +37,7 @@ _OPTIONAL_JSON_TYPES = {
     "replaces": int,
     "reason": str,
     "settings": dict,
+    "evaluation": dict,
 }
 
 
@@ -72,9 +73,12 @@ class Expert:
     """Version of the same name that it replaced when it was published; None if there was none."""
     reason: str | None = None
     """Why a grown expert has its parent; None for a branched expert, or if not given."""
-    settings: dict[str, int | float | None] | None = None
+    settings: dict[str, int | float | str | None] | None = None
     """Settings of a grown expert's training that differ from the RUN's: name, such as `grow.tokens`
     -> value."""
+    evaluation: dict[str, dict[str, dict[str, float]]] | None = None
+    """Bits a byte on held-out text when it was published: "own" languages or "others" -> language
+    -> "expert", "parent", "seed", and "documents", their number; None if it was not measured."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further keys of its record in registry.json, kept as they are."""
 
@@ -131,8 +135,8 @@ class Expert:
         check_types(where, optional, {key: _OPTIONAL_JSON_TYPES[key] for key in optional})
         documents, settings = optional.get("documents", {}), optional.get("settings", {})
         check_types(f"{where}: documents", documents, dict.fromkeys(documents, int))
-        numbers = {name: number for name, number in settings.items() if number is not None}
-        check_types(f"{where}: settings", numbers, dict.fromkeys(numbers, int | float))
+        given = {name: setting for name, setting in settings.items() if setting is not None}
+        check_types(f"{where}: settings", given, dict.fromkeys(given, int | float | str))
         ours = {key: value[key] for key in _JSON_TYPES} | {"languages": tuple(value["languages"])}
         more = {key: value[key] for key in value if key not in _JSON_TYPES | _OPTIONAL_JSON_TYPES}
         return cls(**ours, **optional, more=more)

@@ -20,7 +20,7 @@ def grow(
     name: str | None = None,
     *,
     reason: str | None = None,
-    settings: Mapping[str, int | float | None] | None = None,
+    settings: Mapping[str, int | float | str | None] | None = None,
 ) -> Registry:
     """The registry with a child of `parent` in training for `language`; other records stay as is.
 

@@ -187,13 +187,17 @@ class Registry:
         )
         return self.add(following)
 
-    def publish(self, name: str, version: int, *, sha256: Mapping[str, str], tokens: int) -> Self:
+    def publish(
+        self, name: str, version: int, *, sha256: Mapping[str, str], tokens: int, **facts: Any
+    ) -> Self:
         """The registry with a version published, and the one of that name published before retired.
 
+        facts: further fields of its record, such as its evaluation.
         Publishing the same hashes again changes nothing. UserError for any other version that is
         not in training, since a published version never changes."""
         expert = self.expert(name, version)
-        finished = replace(expert, sha256=dict(sha256), tokens=tokens, status="published")
+        facts |= {"sha256": dict(sha256), "tokens": tokens}
+        finished = replace(expert, **facts, status="published")
         if expert == finished:
             return self
         if expert.status != "training":

@@ -310,12 +310,13 @@ def parameters():
 def trained(parameters, tmp_path):
     """A function that trains in a folder of the test, and what metrics.jsonl says of it."""
 
-    def run(config=CONFIG, folder="training", sources=SOURCES, start=parameters):
+    def run(config=CONFIG, folder="training", sources=SOURCES, start=parameters, held_out=()):
         training = TrainingSpec(
             label="test",
             start=lambda shardings: jax.device_put(start, shardings),
             sources=sources,
             config=config,
+            held_out=held_out,
             directory=tmp_path / folder,
         )
         result = train(training, MODEL, TEXT)

@@ -72,6 +72,7 @@ def source(language: str, documents: int = 40, length: int = 23) -> LanguageShar
         stream_ends=stream_ends,
         ends=np.arange(1, documents + 1) * length,
         bytes=np.full(documents, length),
+        hashes=draw.integers(0, 2**63, (documents, 2)).astype(np.uint64),
     )
     return LanguageShare(ids=ids, share=SHARES[language])
 

@@ -261,12 +261,13 @@ def test_trainings_one_after_the_other_need_the_checkpoints_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "bytes_a_parameter"),
     [
-        ({}, 3 * (4 + 8)),  # 20 steps, saved after every 6: two are kept, and one is being written
-        ({"runtime.moments_dtype": "bfloat16"}, 3 * (4 + 4)),
-        ({"optimizer.name": "adafactor"}, 3 * (4 + 4)),
-        ({"optimizer.name": "adafactor", "optimizer.beta1": 0.0}, 3 * 4),
-        ({"runtime.checkpoint_every": 20}, 4 + 8),
-        ({"runtime.keep_every": 12}, 4 * (4 + 8)),
+        # 20 steps, saved after every 6: two are kept and the best, and one is being written
+        ({}, 4 * (4 + 8)),
+        ({"runtime.moments_dtype": "bfloat16"}, 4 * (4 + 4)),
+        ({"optimizer.name": "adafactor"}, 4 * (4 + 4)),
+        ({"optimizer.name": "adafactor", "optimizer.beta1": 0.0}, 4 * 4),
+        ({"runtime.checkpoint_every": 20}, 2 * (4 + 8)),
+        ({"runtime.keep_every": 12}, 5 * (4 + 8)),
     ],
 )
 def test_checkpoints_are_of_masters_and_averages(initialised, changes, bytes_a_parameter):

@@ -76,7 +76,8 @@ def batch_of(
 
 
 def losses_on(mesh, model, *, config=CONFIG, steps=3):
-    """float [steps, experts], and the parameters of each after them."""
+    """Losses of the steps and, last, that which is measured after them, float [steps + 1, experts];
+    and the parameters of each expert after them."""
     experts = mesh[0]
     config = configured(mesh, config)
     devices = make_mesh(config, experts)
@@ -96,13 +97,14 @@ def losses_on(mesh, model, *, config=CONFIG, steps=3):
             batch = jax.device_put(batch, functions.batch_sharding)
             state, metrics = functions.step(state, batch, np.full(experts, 3e-3, np.float32))
             found.append(np.asarray(metrics.loss))
+        found.append(measured(functions, state, batch))
         assert np.asarray(functions.finite(state.parameters)).tolist() == [True] * experts
     return np.stack(found), [masters_of(functions, state, each) for each in range(experts)]
 
 
 @functools.cache
 def alone(model, number: int, config):
-    """Losses and parameters of an expert on one device."""
+    """The same of an expert on one device."""
     config = configured((1, 1, 1, 1), config)
     devices = make_mesh(config)
     functions = compile_steps(model, config, devices)
@@ -114,7 +116,16 @@ def alone(model, number: int, config):
             batch = jax.device_put(batch_of(model, number, step), functions.batch_sharding)
             state, metrics = functions.step(state, batch, np.full(1, 3e-3, np.float32))
             found.append(np.asarray(metrics.loss)[0])
+        found.append(measured(functions, state, batch)[0])
     return found, masters_of(functions, state, 0)
+
+
+def measured(functions, state, batch):
+    """Mean loss of each expert over its part of a batch."""
+    nats, targets = functions.measure(state.parameters, batch)
+    experts = len(functions.alone)
+    assert np.asarray(targets).sum() > 0
+    return np.reshape(nats, (experts, -1)).sum(1) / np.reshape(targets, (experts, -1)).sum(1)
 
 
 def masters_of(functions, state, number):

@@ -129,7 +129,7 @@ MISTAKES = [
     *(
         (f"init new --corpus corpus --set {name}=3", f"setting {name!r}; the nearest is {nearest}")
         for name, nearest in (
-            ("nothing", "model.tie_embeddings"),
+            ("nothing", "gate.others"),
             ("experts.learning_rate", "experts.optimizer.learning_rate"),
             ("seed.optimizer", "seed.optimizer.name"),
             ("grow.optimizer.dtype", "grow.runtime.dtype"),

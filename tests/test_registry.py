@@ -53,6 +53,7 @@ def test_registry_json_has_the_documented_form(tmp_path):
                 "replaces": None,
                 "reason": None,
                 "settings": None,
+                "evaluation": None,
             }
         ],
     }

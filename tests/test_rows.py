@@ -27,6 +27,7 @@ def language_ids(language: str) -> TokenizedLanguage:
         ids=np.arange(base, base + sum(lengths), dtype=np.uint16),
         ends=np.cumsum(lengths),
         bytes=np.asarray(lengths),
+        hashes=np.asarray([[97 * n % 13, n] for n in range(len(lengths))], np.uint64),
         order=order,
         stream_ends=stream_ends,
     )

@@ -16,7 +16,7 @@ from experts.registry import Registry
 from xelm import open_run
 from xelm.data import store_writer
 from xelm.runs import publish, text
-from xelm.runs.shares import cluster_shares, dense_shares
+from xelm.runs.shares import dense_text, expert_text
 from xelm.training.metrics import MetricsLog, read_metrics
 
 
@@ -189,15 +189,18 @@ def test_shares_of_clusters_are_parts_of_one_whole(tiny, tmp_path, exponent):
     record["config"]["experts"]["data"]["sampling_exponent"] = exponent
     (tmp_path / "RUN" / "run.json").write_text(json.dumps(record))
     run = open_run(tmp_path / "RUN")
-    tokens = {tag: len(ids.ids) for tag, ids in run.store().languages.items()}
+    whole = dense_text(run)
+    tokens = {s.ids.language: int(s.ids.lengths[s.documents].sum()) for s in whole.sources}
+    held_out = {s.ids.language: len(s.documents) for s in whole.held_out}
+    assert held_out == dict.fromkeys(LANGUAGES, 8)
     total = sum(count**exponent for count in tokens.values())
     found = {
         source.ids.language: source.share
-        for name in run.clusters().clusters
-        for source in cluster_shares(run, name)
+        for expert in run.registry().experts
+        for source in expert_text(run, expert).sources
     }
     assert found == pytest.approx({tag: n**exponent / total for tag, n in tokens.items()})
-    assert found == {s.ids.language: s.share for s in dense_shares(run)}
+    assert found == {s.ids.language: s.share for s in whole.sources}
 
 
 def test_clusters_that_leave_out_what_dense_was_trained_on_are_refused(
@@ -320,8 +323,9 @@ def by_document(xelm, initialised, tmp_path_factory):
 
 def test_clusters_partition_the_documents(by_document):
     seen: dict[str, list[int]] = {}
-    for name in by_document.clusters().clusters:
-        for source in cluster_shares(by_document, name):
+    for expert in by_document.registry().experts:
+        text = expert_text(by_document, expert)
+        for source in [*text.sources, *text.held_out]:
             seen.setdefault(source.ids.language, []).extend(source.documents.tolist())
     assert {tag: sorted(found) for tag, found in seen.items()} == {
         tag: list(range(60)) for tag in LANGUAGES
@@ -331,8 +335,8 @@ def test_clusters_partition_the_documents(by_document):
 def test_shares_of_clusters_of_documents_add_up_to_one(by_document):
     shares = [
         source.share
-        for name in by_document.clusters().clusters
-        for source in cluster_shares(by_document, name)
+        for expert in by_document.registry().experts
+        for source in expert_text(by_document, expert).sources
     ]
     assert sum(shares) == pytest.approx(1.0)
     assert min(shares) > 0

@@ -174,6 +174,12 @@ class Run(runs.Run):
 
         return verify(self.directory)
 
+    def publish(self, name: str) -> "Expert":
+        """Publishes a trained expert although it is worse than the gate allows."""
+        from xelm.runs.publish import publish_anyway
+
+        return publish_anyway(self, name)
+
     def rollback(self, name: str, version: int | None = None) -> "Expert":
         """Publishes an earlier version of an expert again; None takes the one in use before."""
         from experts.lock import update

@@ -6,6 +6,7 @@ Imports no JAX, so that the command line starts quickly.
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import json
@@ -63,6 +64,20 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """How a training is measured on held-out text while it runs. The weights of the best
+    measurement are its result."""
+
+    every: int | None = None
+    """Steps between measurements; null takes a tenth of the training's."""
+    tokens: int = 20_000
+    """Most tokens of held-out text of each language that are read for a measurement."""
+    patience: int | None = None
+    """A training ends after so many measurements in a row that are not better than the best before
+    them; null trains to the end of the budget."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
     """Where and how a training runs. These settings may change whenever it is resumed."""
 
@@ -111,6 +126,9 @@ class Budget:
     tokens: int
     """Token budget, in positions of the rows of all steps, rounded to whole steps. The first token
     of each document and the padding of last rows count, although they are not predicted."""
+    passes: float | None = None
+    """Passes over all text, in place of `tokens`; of a grown expert, over its own language's text.
+    null: `tokens`."""
     max_passes: float | None = None
     """Most passes over the text of a language; null sets no limit. What a language may not have,
     the others get (with data.sampling_exponent 0, UniMax); a grown expert reads fewer tokens."""
@@ -131,17 +149,23 @@ class TrainConfig(Budget):
     """Optimiser and learning-rate schedule."""
     data: DataConfig = DataConfig()
     """Mixture of languages, and masking."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Measurements on held-out text."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Precision, devices, checkpoints and logs, which may change when the training is resumed."""
 
     def __post_init__(self) -> None:
         faults = [
             *_faults(self, ("tokens", "sequence_length", "batch_size"), *_POSITIVE),
-            *_faults(self, ("max_passes",), lambda x: x is None or 0 < x < math.inf, "above 0"),
+            *_faults(
+                self, ("passes", "max_passes"), lambda x: x is None or 0 < x < math.inf, "above 0"
+            ),
             *_faults(self, ("random_seed",), *_NOT_NEGATIVE),
             *_optimizer_faults(self.optimizer),
             *_faults(self.data, ("sampling_exponent",), *_SHARE, "data."),
             *_faults(self.data, ("mask_share",), lambda x: 0 < x < 1, "between 0 and 1", "data."),
+            *_faults(self.evaluation, ("every", "patience"), *_POSITIVE_OR_NONE, "evaluation."),
+            *_faults(self.evaluation, ("tokens",), *_POSITIVE, "evaluation."),
             *_runtime_faults(self.runtime),
         ]
         parts, every = self.runtime.accumulation_steps, self.runtime.checkpoint_every
@@ -173,10 +197,16 @@ class TrainConfig(Budget):
         """Number of optimiser steps that fill the budget, at least one."""
         return max(1, round(self.tokens / self.tokens_per_step))
 
+    @property
+    def steps_between_measurements(self) -> int:
+        """Steps from one measurement on held-out text to the next."""
+        return self.evaluation.every or max(1, round(self.steps / 10))
+
 
 _POSITIVE = (lambda x: x >= 1), "at least 1"
 _POSITIVE_OR_NONE = (lambda x: x is None or x >= 1), "at least 1"
 _NOT_NEGATIVE = (lambda x: 0 <= x < 2**31), "at least 0"
+_NOT_NEGATIVE_OR_NONE = (lambda x: x is None or x >= 0), "at least 0"
 _SHARE = (lambda x: 0 <= x <= 1), "between 0 and 1"
 
 
@@ -213,6 +243,32 @@ def _runtime_faults(config: RuntimeConfig) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutConfig:
+    """Text of the corpus that no training reads, on which all trainings are measured."""
+
+    share: float = 0.01
+    """Share of the documents of each language; 0 holds nothing out, and nothing is measured."""
+    least_documents: int = 8
+    """Least number of documents of a language, but at most a fifth of them."""
+    most_tokens: int = 100_000
+    """Most tokens of a language."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateConfig:
+    """What an expert must hold to be published: bits a byte on held-out text, against its parent
+    and against the seed."""
+
+    worse: float | None = 0.01
+    """Most that it may be worse on any of its languages, as a share of the other's figure; null
+    allows anything."""
+    others: float | None = None
+    """The same for its parent's figures on all other languages of the RUN; null allows anything."""
+    tokens: int = 50_000
+    """Most tokens of held-out text of each language that are read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Settings of one X-ELM: its seed, its experts and what is grown later."""
 
@@ -242,6 +298,10 @@ class RunConfig:
     weights_dtype: Literal["seed", "float32", "bfloat16"] = "seed"
     """Precision of the published weights of experts and dense baseline, which are rounded to it
     from the float32 of training; seed: that of the seed's weights."""
+    held_out: HeldOutConfig = HeldOutConfig()
+    """Text that no training reads."""
+    gate: GateConfig = GateConfig()
+    """What an expert must hold to be published."""
     vectoriser_dimensions: int = 100
     """Dimensions of the TF-IDF vectors that clusters of documents and TF-IDF routing use."""
 
@@ -268,6 +328,11 @@ class RunConfig:
                 raise ValueError(f"{name} is one model; {name}.runtime.mesh_expert must be 1")
         faults = _faults(self, ("vectoriser_dimensions",), *_POSITIVE)
         faults += _faults(self, ("tokenizer_exponent",), *_SHARE)
+        counts, share = ("least_documents", "most_tokens"), (lambda x: 0 <= x <= 0.5)
+        faults += _faults(self.held_out, ("share",), share, "between 0 and .5", "held_out.")
+        faults += _faults(self.held_out, counts, *_POSITIVE, "held_out.")
+        faults += _faults(self.gate, ("worse", "others"), *_NOT_NEGATIVE_OR_NONE, "gate.")
+        faults += _faults(self.gate, ("tokens",), *_POSITIVE, "gate.")
         if faults:
             raise ValueError("; ".join(faults))
         try:
@@ -380,19 +445,30 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield f"{path} was {before!s:.80}, now {value!s:.80}"
 
 
-def check_resumable(settings: Iterable[str], part: str) -> None:
+def check_changeable(settings: Iterable[str], part: str, *, begins: bool = False) -> None:
     """Raises UserError for a setting that cannot change once a RUN is made: all but those of
-    `RuntimeConfig` in the part "experts" or "grow" and, in "grow", of `Budget`."""
-    runtime = [field.name for field in dataclasses.fields(RuntimeConfig)]
-    budget = [f"grow.{field.name}" for field in dataclasses.fields(Budget)] * (part == "grow")
-    for setting in settings:
-        name = setting.partition("=")[0]
-        if name not in {*budget, *(f"{part}.runtime.{one}" for one in runtime)}:
+    `RuntimeConfig` in the part "experts" or "grow", and of the gate. begins: whether the settings
+    are of a training that may begin now, which can have any settings of that part."""
+    allowed = [f"{part}.runtime.", "gate."] + [f"{part}.", "donor_share"] * begins
+    runtime = ", ".join(field.name for field in dataclasses.fields(RuntimeConfig))
+    for name in (setting.partition("=")[0] for setting in settings):
+        if not name.startswith(tuple(allowed)):
+            wanted = f"{part}.NAME, donor_share" if begins else f"{part}.runtime.NAME"
+            names = "" if begins else f", where NAME is one of {runtime}"
             raise UserError(
-                f"{name} cannot change once a RUN is made; here "
-                f"{', '.join([*budget, f'{part}.runtime.NAME'])} may be set, where NAME is one of "
-                f"{', '.join(runtime)}"
+                f"{name} cannot change once a RUN is made; here {wanted} and gate.NAME may be set"
+                f"{names}"
             )
+
+
+def own_settings(config: Any, settings: Iterable[str], part: str) -> dict[str, Any]:
+    """Name and value of those settings that make a training another one than its RUN plans: all but
+    those of its runtime and of the gate."""
+    found = {}
+    for name in (setting.partition("=")[0] for setting in settings):
+        if not name.startswith((f"{part}.runtime.", "gate.")):
+            found[name] = functools.reduce(getattr, name.split("."), config)
+    return found
 
 
 def _paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from xelm.config import DataConfig, OptimizerConfig, RunConfig, RuntimeConfig, TrainConfig
+from xelm.config import (
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrainConfig,
+)
 from xelm.models.config import ModelConfig
 
 
@@ -27,7 +34,7 @@ def quickstart() -> RunConfig:
         experts=experts,
         dense_learning_rate=1.6e-2,
         dense_batch_size=16,
-        grow=replace(experts, tokens=250_000, random_seed=2),
+        grow=_grown(experts, tokens=250_000, random_seed=2),
     )
 
 
@@ -49,7 +56,7 @@ def tiny() -> RunConfig:
         experts=experts,
         dense_learning_rate=5e-4,
         dense_batch_size=64,
-        grow=replace(experts, tokens=1_000_000, random_seed=2),
+        grow=_grown(experts, tokens=1_000_000, random_seed=2),
     )
 
 
@@ -71,7 +78,7 @@ def small() -> RunConfig:
         experts=experts,
         dense_learning_rate=5e-4,
         dense_batch_size=64,
-        grow=replace(experts, tokens=100_000_000, random_seed=2),
+        grow=_grown(experts, tokens=100_000_000, random_seed=2),
     )
 
 
@@ -94,7 +101,7 @@ def hub() -> RunConfig:
         experts=train,
         dense_learning_rate=1e-4,
         dense_batch_size=32,
-        grow=replace(train, tokens=100_000_000, random_seed=1),
+        grow=_grown(train, tokens=100_000_000, random_seed=1),
     )
 
 
@@ -104,6 +111,13 @@ PRESETS: Mapping[str, Callable[[], RunConfig]] = {
     "small": small,
     "hub": hub,
 }
+
+
+def _grown(experts: TrainConfig, *, tokens: int, random_seed: int) -> TrainConfig:
+    """Settings of a grown expert. Its text may be little, so that its training ends when more of it
+    helps no longer; trainings at equal compute go on to the end."""
+    patience = EvaluationConfig(patience=3)
+    return replace(experts, tokens=tokens, random_seed=random_seed, evaluation=patience)
 
 
 def _llama(

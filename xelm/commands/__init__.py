@@ -35,6 +35,7 @@ COMMANDS = {
     "status": maintenance.STATUS,
     "report": maintenance.REPORT,
     "verify": maintenance.VERIFY,
+    "publish": maintenance.PUBLISH,
     "rollback": maintenance.ROLLBACK,
     "discard": maintenance.DISCARD,
     "merge": maintenance.MERGE,

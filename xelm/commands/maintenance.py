@@ -68,6 +68,22 @@ def _verify(options: argparse.Namespace) -> None:
 VERIFY = Command("check every file that inference reads", _verify)
 
 
+def _publish_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "name", metavar="NAME", help="expert that is trained, and that the gate kept back"
+    )
+
+
+def _publish(options: argparse.Namespace) -> None:
+    published = run_of(options).publish(options.name)
+    show(options, {"published": published.reference}, f"published: {published.reference}")
+
+
+PUBLISH = Command(
+    "publish a trained expert although it is worse than the gate allows", _publish, _publish_options
+)
+
+
 def _rollback_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name", metavar="NAME", help="expert whose earlier version is published again"

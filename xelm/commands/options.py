@@ -190,6 +190,17 @@ def add_settings(parser: argparse.ArgumentParser, summary: str) -> None:
     )
 
 
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """Adds --tokens and --passes, how much one training reads."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--tokens", metavar="N", help="tokens to train on, such as 3e6 (default: the RUN's setting)"
+    )
+    group.add_argument(
+        "--passes", metavar="X", help="passes over the expert's own text, in place of --tokens"
+    )
+
+
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """Adds the option `--dry-run` to a command that trains."""
     parser.add_argument(

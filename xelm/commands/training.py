@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from clustering.errors import UserError
 from xelm.commands.options import (
     Command,
+    add_budget,
     add_corpus,
     add_dry_run,
     add_fields,
@@ -189,7 +190,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from xelm import tables
-    from xelm.config import check_resumable
+    from xelm.config import check_changeable
     from xelm.runs.budget import check_disk
     from xelm.runs.launch import launch
     from xelm.training.hosts import ending_alone, is_first, join
@@ -199,7 +200,7 @@ def _train(options: argparse.Namespace) -> None:
         if where.jobs > 1 or where.engine == "ray":
             raise UserError("--hosts goes with neither --jobs nor --engine ray")
         join()
-    check_resumable(options.settings, "experts")
+    check_changeable(options.settings, "experts")
     run = run_of(options)
     names = _names_to_train(run, options)
     if options.dry_run:
@@ -244,6 +245,7 @@ def _grow_options(parser: argparse.ArgumentParser) -> None:
         help="language of the new expert, as a code such as sv",
     )
     add_corpus(parser, "text that includes the language (default: the RUN's corpus)")
+    add_budget(parser)
     add_dry_run(parser)
     add_workers(parser)
     add_fields(parser, GrowOptions, "parent", "by", title="parent")
@@ -251,10 +253,13 @@ def _grow_options(parser: argparse.ArgumentParser) -> None:
 
 def _grow(options: argparse.Namespace) -> None:
     from xelm import tables
-    from xelm.config import check_resumable
+    from xelm.config import check_changeable
     from xelm.data.text_stats import text_stats
 
-    check_resumable(options.settings, "grow")
+    for name in ("tokens", "passes"):
+        if (value := getattr(options, name)) is not None:
+            options.settings.append(f"grow.{name}={value}")
+    check_changeable(options.settings, "grow", begins=True)
     run, corpus = run_of(options), corpus_of(options)
     given = GrowOptions(**given_fields(options, GrowOptions), workers=options.workers)
     if options.dry_run:

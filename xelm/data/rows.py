@@ -36,6 +36,13 @@ class LanguageShare:
     documents: Int[np.ndarray, " documents"] | None = None
     """Numbers of the documents to use; None means all."""
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of one pass over these documents, special tokens included."""
+        if self.documents is None:
+            return int(self.ids.stream_ends[-1]) if len(self.ids) else 0
+        return int((self.ids.lengths[self.documents] + FRAME).sum())
+
 
 class LanguageRows:
     """Random access to the packed rows of one language; a grain data source."""

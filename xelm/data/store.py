@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Int, Integer, UInt64
 
 from clustering.errors import UserError
 from clustering.files import read_json
@@ -31,6 +31,9 @@ from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, Fingerprints, finge
 FORMAT = 2
 FRAME = 2
 """Number of special tokens of each document in a stream: start (not in all RUNs) and end."""
+_MAPPED = 2**16
+"""Size in bytes above which a file is mapped, which keeps it open: a store of hundreds of languages
+has more files than a process may have open."""
 # Number of documents in a part of a store; parts are read on several machines.
 PART_DOCUMENTS = 50_000
 
@@ -47,6 +50,8 @@ class TokenizedLanguage:
     """Index in `ids` at which each document ends."""
     bytes: Int[np.ndarray, " documents"]
     """UTF-8 bytes of each document's text."""
+    hashes: UInt64[np.ndarray, "documents 2"]
+    """Hash of each document's text."""
     order: Int[np.ndarray, " documents"]
     """Numbers of all documents, shuffled."""
     stream_ends: Int[np.ndarray, " documents"]
@@ -93,7 +98,7 @@ class Store:
             return None
         return {
             tag: Fingerprints(
-                _mapped(self.directory / f"{tag}.hashes", "<u8", len(ids), HASH_WORDS),
+                ids.hashes,
                 _mapped(self.directory / f"{tag}.signatures", "<u4", len(ids), SIGNATURE_SIZE),
             )
             for tag, ids in self.languages.items()
@@ -155,7 +160,7 @@ def _open_language(directory: Path, language: str, record: Mapping[str, Any]) ->
     def numbers(name: str) -> Int[np.ndarray, " documents"]:
         path = directory / f"{language}.{name}.npy"
         try:
-            found = np.load(path, mmap_mode="r")
+            found = np.load(path, mmap_mode="r" if path.stat().st_size > _MAPPED else None)
         except (ValueError, EOFError, FileNotFoundError):  # a file that is shorter than it says
             raise _mismatch(path) from None
         if found.shape != (counts["documents"],):
@@ -167,6 +172,7 @@ def _open_language(directory: Path, language: str, record: Mapping[str, Any]) ->
         ids=_mapped(directory / f"{language}.ids", record["dtype"], counts["tokens"]),
         ends=numbers("ends"),
         bytes=numbers("bytes"),
+        hashes=_mapped(directory / f"{language}.hashes", "<u8", counts["documents"], HASH_WORDS),
         order=numbers("order"),
         stream_ends=numbers("stream"),
     )
@@ -176,8 +182,9 @@ def _mapped(path: Path, dtype: str, *shape: int) -> np.ndarray:
     size = np.dtype(dtype).itemsize * math.prod(shape)
     if not path.exists() or path.stat().st_size != size:
         raise _mismatch(path)
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, "r", shape=shape) if size else np.empty(shape, dtype)
+    if size <= _MAPPED:
+        return np.fromfile(path, dtype).reshape(shape)
+    return np.memmap(path, dtype, "r", shape=shape)
 
 
 def _mismatch(path: Path) -> UserError:

@@ -9,7 +9,6 @@ from pathlib import Path
 from clustering.errors import UserError
 from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare
-from xelm.data.store import FRAME
 from xelm.models.config import ModelConfig
 from xelm.progress import duration
 from xelm.runs.run import Run
@@ -89,12 +88,10 @@ def passes(sources: Sequence[LanguageShare], config: TrainConfig) -> dict[str, f
     """Number of passes over the text of each language in a training."""
     total, found = sum(source.share for source in sources), {}
     for source in sources:
-        rows, ids = config.steps * config.batch_size * source.share / total, source.ids
-        part = source.documents
-        tokens = ids.stream_ends[-1] if part is None else (ids.lengths[part] + FRAME).sum()
+        rows = config.steps * config.batch_size * source.share / total
         # As many as `LanguageRows` has, of which the last is filled up.
-        whole = max(1, -(-(int(tokens) - 1) // config.sequence_length))
-        found[ids.language] = found.get(ids.language, 0.0) + rows / whole
+        whole = max(1, -(-(source.tokens - 1) // config.sequence_length))
+        found[source.ids.language] = found.get(source.ids.language, 0.0) + rows / whole
     return found
 
 
@@ -186,8 +183,9 @@ def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
     optimizer, runtime = config.optimizer, config.runtime
     average = 2 if runtime.moments_dtype == "bfloat16" else 4
     averages = 2 * average if optimizer.name == "adamw" else average * (optimizer.beta1 > 0)
-    saved = -(-config.steps // runtime.checkpoint_every)
-    kept = min(saved, runtime.keep_checkpoints + 1)
+    # The one with the best measurement is kept too.
+    saved = -(-config.steps // runtime.checkpoint_every) + 1
+    kept = min(saved, runtime.keep_checkpoints + 2)
     if runtime.keep_every is not None:
         kept = min(saved, kept + config.steps // runtime.keep_every)
     return kept * (4 + averages) * model.parameter_count

@@ -27,7 +27,7 @@ from xelm.data.store import TokenizedLanguage
 from xelm.inference.routers import Learned
 from xelm.models.checkpoint import read_config
 from xelm.runs.run import Run
-from xelm.runs.shares import expert_shares
+from xelm.runs.shares import expert_text
 
 FITTED_TOKENS = 300_000
 """Largest number of tokens of each language or expert to fit on; more change little."""
@@ -160,13 +160,13 @@ def _languages(run: Run) -> dict[str, TokenizedLanguage]:
     """Text of every language: that of the RUN's corpus, and of each grown expert."""
     found = dict(run.store().languages)
     for expert in run.registry().published():
-        for source in expert_shares(run, expert):
+        for source in expert_text(run, expert).sources:
             found.setdefault(source.ids.language, source.ids)
     return found
 
 
 def _documents_of(run: Run, expert: Expert) -> Iterable[np.ndarray]:
-    sources = expert_shares(run, expert)
+    sources = expert_text(run, expert).sources
     for source in sources:
         numbers = source.ids.order
         if source.documents is not None:

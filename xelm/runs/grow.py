@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,9 +11,10 @@ from clustering.languages import canonical
 from experts.expert import SEED, Expert, parse_reference
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
-from xelm.config import Budget, TrainConfig
+from xelm.config import TrainConfig, own_settings
 from xelm.data.contents import contents_in, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.held_out import divide
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
@@ -23,6 +24,7 @@ from xelm.runs.nearest import DEFAULT, nearest_expert
 from xelm.runs.options import GrowOptions
 from xelm.runs.publish import publish
 from xelm.runs.run import Run
+from xelm.runs.shares import parent_directory, with_passes
 from xelm.runs.text import tokenise
 
 
@@ -52,7 +54,7 @@ def grow(
         check_disk(run.directory, plans)
         for error in train.train_checkpoints(run, [job]).values():
             raise error
-        publish(run, expert, {} if expert.reason is None else {"parent chosen": expert.reason})
+        publish(run, expert)
     return run.registry().expert(expert.name)
 
 
@@ -94,22 +96,15 @@ def _prepared(
         nearest = nearest_expert(run, tag, options.by or DEFAULT, corpus or run.record["corpus"])
         origin, reason = nearest.expert.name, nearest.reason
         lines = (*nearest.warnings, f"{tag} grows from {origin}, which {reason}")
-    settings = _own_settings(run)
+    settings = own_settings(run.config, run.settings, "grow")
     registry = grow_registry(registry, tag, origin, reason=reason, settings=settings)
     expert = registry.expert(tag)
-    train.check_parents(run, [train.parent_directory(run, expert)])
+    train.check_parents(run, [parent_directory(run, expert)])
     contents = contents_in(corpus or run.record["corpus"], [tag])
     store = tokenise(place, contents, tag, workers=options.workers)
     for line in lines:
         print(line, file=sys.stderr)
     return run, expert, store
-
-
-def _own_settings(run: Run) -> dict[str, int | float | None]:
-    """Settings that were given for this growth alone: name, such as `grow.tokens`, to value."""
-    given = {setting.partition("=")[0] for setting in run.settings}
-    budget = {f"grow.{field.name}": field.name for field in fields(Budget)}
-    return {name: getattr(run.config.grow, budget[name]) for name in budget if name in given}
 
 
 def _resumed(
@@ -118,7 +113,8 @@ def _resumed(
     """The same for a growth that has begun; UserError for another corpus, parent or setting than it
     began with."""
     (tag,) = started.languages
-    store, parent, by, settings = run.store(tag), options.parent, options.by, _own_settings(run)
+    store, parent, by = run.store(tag), options.parent, options.by
+    settings = own_settings(run.config, run.settings, "grow")
     other = None
     if corpus and contents_of(corpus, [tag]).fingerprint() != store.record["corpus_sha256"]:
         other = (
@@ -129,9 +125,10 @@ def _resumed(
         other = f"from {started.parent}; go on with that parent"
     elif by is not None and f"the nearest language by {by}," not in (started.reason or ""):
         other = f"from {started.parent} ({started.reason}); go on without --by"
-    began, of_run = started.settings or {}, replace(run, settings=()).config.grow
+    began = started.settings or {}
+    of_run = own_settings(replace(run, settings=()).config, run.settings, "grow")
     for name, value in settings.items():
-        before = began.get(name, getattr(of_run, name.partition(".")[2]))
+        before = began.get(name, of_run[name])
         if value != before:
             other = other or f"with {name}={before}; got {value}. Go on without it"
     if other:
@@ -154,13 +151,16 @@ def _job(run: Run, expert: Expert, store: Store) -> train.Job:
     sources += _donors(run, expert)
     # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
     random_seed = run.config.grow.random_seed + expert.round - 2
-    config = _within_passes(tag, sources, run.config.grow)
+    text = divide(sources, run.config.held_out)
+    own = text.sources[0]
+    config = with_passes(run.config.grow, own.tokens / own.share)
+    config = _within_passes(tag, text.sources, config)
     return train.Job(
         name=expert.name,
         part="grow",
-        parent=train.parent_directory(run, expert),
+        parent=parent_directory(run, expert),
         target=expert.directory(run.directory),
-        sources=sources,
+        text=text,
         config=replace(config, random_seed=random_seed),
     )
 

@@ -26,7 +26,7 @@ from xelm.runs.options import InitOptions
 from xelm.runs.origin import base_model_of
 from xelm.runs.run import Run, create_run, files_of_run
 from xelm.runs.seed import check_seed, fresh_model, length_faults, train_seed, train_tokenizer
-from xelm.runs.shares import all_shares
+from xelm.runs.shares import all_text, with_passes
 from xelm.runs.text import fit_vectoriser, link_from_sibling, tokenise
 
 
@@ -147,5 +147,7 @@ def _plans(run: Run, store: Store, model: ModelConfig) -> list[Plan]:
     if run.record["seed_from"] is None and not run.seed.exists():
         parts = {"seed": run.config.seed, **parts}
     return [
-        plan(run, name, name, all_shares(part, store), part, model) for name, part in parts.items()
+        plan(run, name, name, text.sources, with_passes(part, text.tokens), model)
+        for name, part in parts.items()
+        for text in [all_text(part, store, run.config.held_out)]
     ]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from xelm.data.duplicates import Fingerprints, overlap
+from xelm.data.held_out import held_out
 from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.runs.run import Run
@@ -15,7 +16,8 @@ def compare_with_training(
     run: Run, store: Store, max_documents: int | None = None
 ) -> dict[str, TextStats]:
     """Statistics of an evaluated text by language, with the documents that are in any text that the
-    RUN was trained on: its corpus, and the text of the grown experts in its registry.
+    RUN was trained on: its corpus, and the text of the grown experts in its registry, but for what
+    was held out there.
 
     max_documents: number of documents of each language to compare, the first ones; None: all.
     Where the training text is missing or cannot be compared, one line on stderr says so.
@@ -23,18 +25,22 @@ def compare_with_training(
     found = text_stats(store)
     # Text that was tokenised for a growth that did not begin to train is not among these.
     grown = {tag for e in run.registry().experts if e.cluster is None for tag in e.languages}
-    mine, known = store.fingerprints(), []
+    mine: dict[str, Fingerprints] | None = store.fingerprints()
+    known: list[Fingerprints] = []
     for name in ("train", *sorted(grown)):
         folder = run.directory / "corpus" / name
-        theirs = run.store(name).fingerprints() if (folder / "store.json").exists() else None
-        if mine is None or theirs is None:
+        trained = run.store(name) if (folder / "store.json").exists() else None
+        theirs = None if trained is None else trained.fingerprints()
+        if trained is None or mine is None or theirs is None:
             print(
                 f"whether this text was trained on is unknown: {folder} is missing, or its "
                 "documents were compared by another method",
                 file=sys.stderr,
             )
             return found
-        known += theirs.values()
+        for tag, prints in theirs.items():
+            away = held_out(trained.languages[tag], run.config.held_out)
+            known.append(Fingerprints(*(np.delete(part, away, axis=0) for part in prints)))
     assert mine is not None  # as the first name, "train", has shown
     parts = [
         Fingerprints(*(np.asarray(part[:max_documents]) for part in mine[tag])) for tag in found

@@ -8,19 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from clustering.errors import UserError
 from clustering.files import replace as replace_file
 from clustering.files import sha256, write_arrays
 from experts import manifest
 from experts.card import card
 from experts.expert import Expert
-from experts.lock import update
+from experts.lock import locked, update
 from experts.verify import hash_directory
+from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
 from xelm.models.checkpoint import README, read_config, stored_dtype, write_checkpoint
 from xelm.models.config import ModelConfig
+from xelm.runs.gate import check_gate, evaluate_held_out
 from xelm.runs.origin import origin_facts
 from xelm.runs.run import Run
-from xelm.training.metrics import read_metrics
+from xelm.runs.shares import expert_text
+from xelm.training.metrics import HELD_OUT, METRICS, trained_tokens
 
 CENTRE = "centre.npz"
 """Mean TF-IDF vector of an expert's documents, [D], by which TF-IDF routing finds it."""
@@ -59,7 +63,7 @@ def write_model(
         model,
         parameters,
         like=run.seed,
-        extra=[work / "metrics.jsonl", work / CENTRE],
+        extra=[work / name for name in (METRICS, HELD_OUT, CENTRE) if (work / name).exists()],
         dtype=stored_dtype(run.seed) if dtype == "seed" else dtype,
         writes=writes,
     )
@@ -67,24 +71,57 @@ def write_model(
         shutil.rmtree(work, ignore_errors=True)
 
 
-def publish(run: Run, expert: Expert, facts: Mapping[str, str | int | float]) -> None:
-    """Adds the model card to a trained expert's files, and publishes it in the registry with their
-    hashes. The card states the hashes of the other files. facts: further lines of the card."""
-    directory = expert.directory(run.directory)
-    tokens = read_metrics(directory / "metrics.jsonl")[-1]["tokens"]
+def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
+    """Publishes a trained expert, with the hashes of its files, if it passes the gate: figures are
+    measured on held-out text, a model card is added to its files, and the registry has both.
+    UserError if it does not pass; anyway: publish it all the same."""
+    directory, text = expert.directory(run.directory), expert_text(run, expert)
+    evaluation = evaluate_held_out(run, expert, text.held_out)
+    if not anyway:
+        check_gate(run, expert, evaluation)
+    tokens = trained_tokens(directory)
     readme = directory / README
     readme.unlink(missing_ok=True)  # from a publication that was interrupted
     files = hash_directory(directory)
-    described = replace(expert, sha256=files, tokens=tokens)
-    facts = {**origin_facts(run), **facts}
-    if run.settings:
-        facts["set for its training"] = " ".join(run.settings)
-    page = card(described, run.registry(), facts, masked=not read_config(run.seed).causal)
+    described = replace(expert, sha256=files, tokens=tokens, evaluation=evaluation)
+    facts, masked = _facts(run, expert, text), not read_config(run.seed).causal
+    page = card(described, run.registry(), facts, masked=masked)
     replace_file(readme, lambda file: file.write(page.encode()))
     files[README] = sha256(readme)
     # Before the registry, since `verify` compares every published expert with this record.
     manifest.record_expert(run.directory, replace(described, sha256=files))
     update(
         run.directory,
-        lambda registry: registry.publish(expert.name, expert.version, sha256=files, tokens=tokens),
+        lambda registry: registry.publish(
+            expert.name, expert.version, sha256=files, tokens=tokens, evaluation=evaluation
+        ),
     )
+
+
+def publish_anyway(run: Run, name: str) -> Expert:
+    """Publishes the version of an expert that is trained, and that the gate kept back. UserError if
+    there is none, or while another process trains it."""
+    with locked(run.directory, f"train-{name}"):
+        known = run.registry().versions(name)
+        expert = next((e for e in known if e.status == "training"), None)
+        if expert is None or not expert.directory(run.directory).exists():
+            listed = ", ".join(f"v{e.version} ({e.status})" for e in known)
+            raise UserError(
+                f"{name} has no version that is trained and not published; it has {listed}"
+            )
+        publish(run, expert, anyway=True)
+        run.failure(name).unlink(missing_ok=True)
+    return run.registry().expert(name)
+
+
+def _facts(run: Run, expert: Expert, text: TrainingText) -> dict[str, str]:
+    """Lines of the model card that the registry does not have."""
+    facts = origin_facts(run)
+    if expert.cluster is not None:
+        facts["share of the total tokens"] = f"{text.share:.4f}"
+    elif expert.reason is not None:
+        facts["parent chosen"] = expert.reason
+    own = [f"{name}={value}" for name, value in (expert.settings or {}).items()]
+    if settings := dict.fromkeys([*own, *run.settings]):
+        facts["set for its training"] = " ".join(settings)
+    return facts

@@ -24,8 +24,9 @@ from xelm.models.parameters import fresh_parameters
 from xelm.models.weights import tensor_without_numbers, weight_files
 from xelm.runs.origin import licence_of
 from xelm.runs.run import Run
-from xelm.runs.shares import all_shares
+from xelm.runs.shares import all_text, with_passes
 from xelm.training.loop import train
+from xelm.training.metrics import HELD_OUT, METRICS
 from xelm.training.trainer import TrainingSpec
 
 
@@ -102,14 +103,15 @@ def train_seed(run: Run, store: Store) -> None:
     """Trains a fresh model on the corpus and writes it to RUN/seed, unless one is there."""
     if run.seed.exists():
         return
-    config = run.config
-    model = fresh_model(config)
+    config, work = run.config, run.training("seed")
+    model, text = fresh_model(config), all_text(config.seed, store, config.held_out)
     training = TrainingSpec(
         label="seed",
         start=functools.partial(fresh_parameters, model, config.seed.random_seed),
-        sources=all_shares(config.seed, store),
-        config=config.seed,
-        directory=run.training("seed"),
+        sources=text.sources,
+        held_out=text.held_out,
+        config=with_passes(config.seed, text.tokens),
+        directory=work,
         logs=run.logs(run.seed),
     )
     trained = train(training, model, run.tokenizer().text_format)
@@ -120,9 +122,9 @@ def train_seed(run: Run, store: Store) -> None:
         model_type=config.model_type,
         tokenizer=run.tokenizer_directory(),
         special_ids=tokenizer_training.SPECIAL_IDS,
-        extra=[run.training("seed") / "metrics.jsonl"],
+        extra=[path for name in (METRICS, HELD_OUT) if (path := work / name).exists()],
     )
-    shutil.rmtree(run.training("seed"), ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def fresh_model(config: RunConfig) -> ModelConfig:

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from clustering.errors import UserError
 from experts import manifest
-from experts.expert import SEED, Expert, parse_reference
+from experts.expert import SEED, Expert
 from experts.lock import locked
 from xelm.config import TrainConfig
-from xelm.data.rows import LanguageShare
+from xelm.data.held_out import TrainingText
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.check import check_models
 from xelm.runs.publish import publish, write_centre, write_model
 from xelm.runs.run import Run
-from xelm.runs.shares import cluster_shares, dense_shares
+from xelm.runs.shares import dense_text, expert_text, parent_directory, with_passes
 from xelm.training import hosts
 from xelm.training.loop import train_together
 from xelm.training.trainer import TrainingSpec
@@ -36,7 +36,7 @@ class Job:
     """Checkpoint to start from."""
     target: Path
     """Checkpoint to write."""
-    sources: Sequence[LanguageShare]
+    text: TrainingText
     config: TrainConfig
 
 
@@ -78,7 +78,9 @@ def plans_of(
 def plans_of_jobs(run: Run, jobs: Sequence[Job], *, estimate: bool = True) -> list[Plan]:
     """Cost of each job."""
     model = read_config(run.seed)
-    return [plan(run, j.name, j.part, j.sources, j.config, model, estimate=estimate) for j in jobs]
+    return [
+        plan(run, j.name, j.part, j.text.sources, j.config, model, estimate=estimate) for j in jobs
+    ]
 
 
 def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[str, UserError]:
@@ -90,11 +92,12 @@ def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[st
             jobs = [_job(run, expert) for expert in experts]
             hosts.first_does(functools.partial(announce, plans_of_jobs(run, jobs)))
             failures = train_checkpoints(run, jobs)
-            for expert, job in zip(experts, jobs):
+            for expert in experts:
                 if expert.name not in failures:
-                    share = sum(source.share for source in job.sources)
-                    facts = {"share of the total tokens": f"{share:.4f}"}
-                    hosts.first_does(functools.partial(publish, run, expert, facts))
+                    try:
+                        hosts.first_does(functools.partial(publish, run, expert))
+                    except UserError as error:
+                        failures[expert.name] = error
         except UserError as error:
             if hosts.several() and not isinstance(error, hosts.SharedError):
                 raise
@@ -119,15 +122,15 @@ def _job(run: Run, expert: Expert) -> Job:
     if expert.cluster is None:
         command = f"xelm grow {run.directory} --language {expert.languages[0]}"
         raise UserError(f"{expert.name} is a grown expert; resume its training with: {command}")
-    sources, config = cluster_shares(run, expert.cluster), run.config.experts
-    share = sum(source.share for source in sources)
+    text, whole = expert_text(run, expert), dense_text(run)
+    config = with_passes(run.config.experts, whole.tokens)
     return Job(
         name=expert.name,
         part="experts",
         parent=parent_directory(run, expert),
         target=expert.directory(run.directory),
-        sources=sources,
-        config=replace(config, tokens=max(1, round(config.tokens * share))),
+        text=text,
+        config=replace(config, tokens=max(1, round(config.tokens * text.share))),
     )
 
 
@@ -145,13 +148,14 @@ def train_dense(run: Run) -> None:
 
 
 def _dense_job(run: Run) -> Job:
+    text = dense_text(run)
     return Job(
         name="dense",
         part="dense",
         parent=run.seed,
         target=run.dense,
-        sources=dense_shares(run),
-        config=run.config.dense,
+        text=text,
+        config=with_passes(run.config.dense, text.tokens),
     )
 
 
@@ -171,7 +175,8 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
         TrainingSpec(
             label=job.name,
             start=functools.partial(load_parameters, job.parent, model),
-            sources=job.sources,
+            sources=job.text.sources,
+            held_out=job.text.held_out,
             config=job.config,
             directory=run.training(job.name),
             logs=run.logs(job.target),
@@ -183,7 +188,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
         if isinstance(found, UserError):
             failures[job.name] = found
             continue
-        hosts.first_does(functools.partial(write_centre, run, job.name, job.sources))
+        hosts.first_does(functools.partial(write_centre, run, job.name, job.text.sources))
         with hosts.first_error_shared():
             write_model(run, job.name, job.target, model, found.parameters, hosts.is_first())
     return failures
@@ -195,10 +200,3 @@ def check_parents(run: Run, parents: Iterable[Path]) -> None:
     parents = set(parents)
     experts = [e for e in run.registry().experts if e.directory(run.directory) in parents]
     check_models(run, experts, {SEED: run.seed} if run.seed in parents else None)
-
-
-def parent_directory(run: Run, expert: Expert) -> Path:
-    """The checkpoint that an expert starts from."""
-    if expert.parent == SEED:
-        return run.seed
-    return run.registry().expert(*parse_reference(expert.parent)).directory(run.directory)

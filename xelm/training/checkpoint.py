@@ -5,13 +5,15 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from clustering.errors import UserError, first_line
 from xelm.training.fingerprint import fingerprints
@@ -28,9 +30,15 @@ class Checkpoints:
     def __init__(self, directory: str | Path, keep: int = 2, keep_every: int | None = None):
         """Keeps the `keep` newest, and those of every multiple of `keep_every` steps if given."""
         self.directory = Path(directory).absolute()
+        self.best: int | None = None
+        """Step of a checkpoint that is kept too."""
+        policies = [LatestN(keep), _Best(self)]
+        policies += [EveryNSteps(keep_every)] if keep_every else []
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(policies)
+            ),
         )
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
@@ -42,6 +50,19 @@ class Checkpoints:
             with self._saving():
                 self._manager.save(step, args=args)
 
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """State and facts of the checkpoint of a step. like: shapes and shardings of the state.
+        UserError if it is missing or damaged."""
+        try:
+            return self._read(step, lambda facts: like)
+        except Exception as error:
+            if not _of_the_file(error):
+                raise
+            raise UserError(
+                f"{self.directory}: the checkpoint of step {step}, the best on held-out text, is "
+                f"damaged ({first_line(error)}); delete the folder to start over"
+            ) from error
+
     def newest(
         self, like: Callable[[dict[str, Any]], Any]
     ) -> tuple[int, Any, dict[str, Any]] | None:
@@ -52,11 +73,7 @@ class Checkpoints:
         damaged = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                facts = self._restored(step, facts=ocp.args.JsonRestore())
-                if facts.pop(_SEAL, None) != _seal(facts):
-                    raise ValueError("facts are not as they were written")
-                state = self._restored(step, state=ocp.args.StandardRestore(like(facts)))
-                _check_state(facts, state)
+                state, facts = self._read(step, like)
             except Exception as error:
                 if not _of_the_file(error):
                     raise
@@ -86,6 +103,14 @@ class Checkpoints:
         wait_for_all(f"{folder} was moved")
         self._manager.reload()
 
+    def _read(self, step: int, like: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Any]]:
+        facts = self._restored(step, facts=ocp.args.JsonRestore())
+        if facts.pop(_SEAL, None) != _seal(facts):
+            raise ValueError("facts are not as they were written")
+        state = self._restored(step, state=ocp.args.StandardRestore(like(facts)))
+        _check_state(facts, state)
+        return state, facts
+
     def _restored(self, step: int, **what: Any) -> Any:
         (name,) = what
         return self._manager.restore(step, args=ocp.args.Composite(**what))[name]
@@ -110,6 +135,16 @@ class Checkpoints:
                 f"cannot save a checkpoint in {self.directory}: {first_line(error)}; the last "
                 "complete one is kept"
             ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Best:
+    """Orbax's policy that keeps the best checkpoint."""
+
+    checkpoints: Checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [each.step == self.checkpoints.best for each in checkpoints]
 
 
 def _seal(facts: dict[str, Any]) -> str:

@@ -37,6 +37,9 @@ class CompiledSteps(NamedTuple):
     step: Any
     """(stacked TrainState, batches, learning rates [E]) -> (stacked TrainState in the same memory,
     StepMetrics of [E])"""
+    measure: Any
+    """(stacked parameters, batches) -> sums of losses and numbers of targets of the rows, as
+    `TrainStep.measure`, [E * rows] each"""
     finite: Any
     """stacked parameters -> whether all of an expert are finite, [E]"""
     master_weights: Any
@@ -78,6 +81,10 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
         one = jax.tree.map(lambda x, like: x.reshape(like.shape), states, alone[0])
         return jax.tree.map(jnp.atleast_1d, step(one, batches, rates[0]))
 
+    def measure(parameters, batches):
+        one = jax.tree.map(lambda x, like: x.reshape(like.shape), parameters, alone[0].parameters)
+        return step.measure(one, batches)
+
     def finite(parameters):
         return jnp.isfinite(norm(parameters))[None]
 
@@ -94,6 +101,11 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
             donate_argnums=0,
             in_shardings=(placed, None, None),
             out_shardings=(placed, NamedSharding(mesh, expert)),
+        ),
+        measure=jax.jit(
+            by_expert(measure),
+            in_shardings=(placed.parameters, None),
+            out_shardings=NamedSharding(mesh, PartitionSpec()),
         ),
         finite=jax.jit(by_expert(finite)),
         master_weights=jax.jit(join_weights),

@@ -1,6 +1,7 @@
 """The training loop: data, step, metrics, checkpoint. Several trainings of one model shape may
 share one program; nothing here knows of clusters or registries."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -12,12 +13,12 @@ import numpy as np
 from clustering.errors import UserError
 from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
-from xelm.training.compiled import compile_steps
+from xelm.training.compiled import CompiledSteps, compile_steps
 from xelm.training.expert_axis import stack, unstack
 from xelm.training.hosts import placed
 from xelm.training.preemption import preemption
 from xelm.training.sharding import make_mesh
-from xelm.training.step import StepMetrics
+from xelm.training.step import StepMetrics, TrainState
 from xelm.training.trainer import Trainer, TrainingSpec, resume
 
 
@@ -66,6 +67,7 @@ def train_together(
         opened.enter_context(jax.set_mesh(mesh))
         state, states = stack(states, compiled.state), []
         ending = opened.enter_context(preemption(", ".join(spec.label for spec in specs)))
+        _measure(trainers, compiled, state)
         while active := {n: trainer for n, trainer in enumerate(trainers) if trainer.active}:
             batch, rates = _next_batch(trainers)
             batch = placed(batch, compiled.batch_sharding)
@@ -74,6 +76,7 @@ def train_together(
             for number, trainer in active.items():
                 if ends or trainer.reports:
                     trainer.report(StepMetrics(*(np.asarray(each)[number] for each in metrics)))
+            _measure(trainers, compiled, state)
             saving = {n: t for n, t in active.items() if (ends or t.saves) and not t.failed}
             finite = np.asarray(compiled.finite(state.parameters)) if saving else ()
             for number, trainer in saving.items():
@@ -83,26 +86,51 @@ def train_together(
                 break
         for trainer in trainers:
             trainer.checkpoints.wait()
-    results: list[Trained | UserError] = []
-    for number, trainer in enumerate(trainers):
-        one = unstack(state, compiled.alone[number])
-        results.append(
-            trainer.failed
-            or Trained(
-                parameters=compiled.master_weights(one.parameters, one.remainders),
-                tokens=trainer.tokens,
-                language_tokens=trainer.language_tokens,
-            )
-        )
-    return results
+    last = [unstack(state, alone) for alone in compiled.alone]
+    return [t.failed or _trained(t, compiled, its) for t, its in zip(trainers, last)]
+
+
+def _trained(trainer: Trainer, compiled: CompiledSteps, last: TrainState) -> Trained:
+    """The result of a trainer that is done. last: its state after its last step."""
+    state = trainer.result(last)
+    return Trained(
+        parameters=compiled.master_weights(state.parameters, state.remainders),
+        tokens=trainer.tokens,
+        language_tokens=trainer.language_tokens,
+    )
+
+
+def _measure(trainers: Sequence[Trainer], compiled: CompiledSteps, state: TrainState) -> None:
+    """Measures those trainers on their held-out text that are to be measured now."""
+    measuring = [trainer if trainer.measures else None for trainer in trainers]
+    texts = [trainer.held_out.batches if trainer else [] for trainer in measuring]
+    sums: list[list[Any]] = []
+    for parts in itertools.zip_longest(*texts):
+        batch = _joined(parts)
+        sums.append(compiled.measure(state.parameters, placed(batch, compiled.batch_sharding)))
+    if not sums:
+        return
+    # [batches, experts * rows] -> [experts, batches * rows]
+    rows = [np.stack([np.asarray(each, np.float64) for each in part]) for part in zip(*sums)]
+    nats, targets = (
+        np.concatenate(np.split(part, len(trainers), axis=1)).reshape(len(trainers), -1)
+        for part in rows
+    )
+    for number, trainer in enumerate(measuring):
+        if trainer:
+            trainer.measured(nats[number], targets[number])
 
 
 def _next_batch(trainers: Sequence[Trainer]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Batches of all trainers, one after the other, and their learning rates. A trainer without
     further steps gets rows without text and a rate of 0, which change no parameter."""
     found = [trainer.next_batch() if trainer.active else None for trainer in trainers]
-    like = next(batch for batch, _ in filter(None, found))
+    batch = _joined([each and each[0] for each in found])
+    return batch, np.asarray([each[1] if each else 0.0 for each in found], np.float32)
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray] | None]) -> dict[str, np.ndarray]:
+    """The batches of all trainers, one after the other; None is one of empty rows."""
+    like = next(filter(None, parts))
     empty = {name: np.zeros_like(array) for name, array in like.items()}
-    parts, rates = zip(*(each or (empty, 0.0) for each in found))
-    batch = {name: np.concatenate([part[name] for part in parts]) for name in like}
-    return batch, np.asarray(rates, np.float32)
+    return {name: np.concatenate([(part or empty)[name] for part in parts]) for name in like}

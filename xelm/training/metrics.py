@@ -2,6 +2,7 @@
 the same for TensorBoard and Weights & Biases."""
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 from clustering.files import replace
 
+METRICS, HELD_OUT = "metrics.jsonl", "held_out.jsonl"
+"""Names of the files with the metrics of steps and with the measurements on held-out text."""
 _PATIENCE = 60.0
 """Seconds that Weights & Biases may take at the end of a training to send what it has."""
 
@@ -32,16 +35,18 @@ class MetricsLog:
         of the other logs; None takes that of the JSONL file. wandb: arguments of `wandb.init`; None
         starts no run."""
         path = Path(path)
-        kept = [line for line in read_metrics(path) if line["step"] <= last_step]
-        content = "".join(json.dumps(line) + "\n" for line in kept).encode()
-        replace(path, lambda file: file.write(content))
+        held_out = path.with_name(HELD_OUT)
+        for each in (path, *([held_out] if held_out.exists() else [])):
+            kept = [line for line in read_metrics(each) if line["step"] <= last_step != 0]
+            content = "".join(json.dumps(line) + "\n" for line in kept).encode()
+            replace(each, lambda file, content=content: file.write(content))
         self._others: list[_TensorBoard | _WeightsAndBiases] = []
         if tensorboard:
             self._others.append(_TensorBoard(logs or path.parent, last_step))
         if wandb is not None:
             remembered = path.with_name("wandb-id")
             self._others.append(_WeightsAndBiases(logs or path.parent, remembered, wandb))
-        self._file = path.open("a")
+        self._file, self._held_out = path.open("a"), held_out
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes a line: numbers by name, or by two names, with its "step"."""
@@ -49,6 +54,15 @@ class MetricsLog:
         self._file.flush()
         for other in self._others:
             other.write(_scalars(line), line["step"])
+
+    def write_held_out(self, line: dict[str, Any]) -> None:
+        """Writes a measurement on held-out text to held_out.jsonl and, as "held_out", to the other
+        logs."""
+        with self._held_out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        measured = {name: value for name, value in line.items() if name not in ("step", "tokens")}
+        for other in self._others:
+            other.write(_scalars({"held_out": measured}), line["step"])
 
     def close(self) -> None:
         """Closes all logs."""
@@ -123,7 +137,7 @@ class _WeightsAndBiases:
 def _scalars(line: Mapping[str, Any]) -> dict[str, int | float]:
     found = {name: value for name, value in line.items() if isinstance(value, int | float)}
     for name in [name for name, value in line.items() if isinstance(value, Mapping)]:
-        found |= {f"{name}/{inner}": each for inner, each in line[name].items()}
+        found |= {f"{name}/{inner}": each for inner, each in _scalars(line[name]).items()}
     return found
 
 
@@ -134,6 +148,25 @@ def seconds_of(lines: Sequence[Mapping[str, Any]]) -> float | None:
     if not lines or min(rates) <= 0:
         return None
     return sum((now - before) / rate for before, now, rate in zip([0, *tokens], tokens, rates))
+
+
+def trained_tokens(folder: Path) -> int:
+    """Number of tokens that the result of a training was trained on, from its two files."""
+    found = best(read_metrics(folder / HELD_OUT)) or read_metrics(folder / METRICS)[-1]
+    return found["tokens"]
+
+
+def best(measurements: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The measurement with the lowest loss after step 0, the earliest of equal ones; None if there
+    is none with a finite loss."""
+    found = [each for each in measurements if each["step"] and each["loss"] is not None]
+    return min(found, key=lambda each: each["loss"], default=None)
+
+
+def without_improvement(measurements: Sequence[Mapping[str, Any]]) -> int:
+    """Number of measurements since the one with the lowest loss, that of step 0 among them."""
+    losses = [math.inf if each["loss"] is None else each["loss"] for each in measurements]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

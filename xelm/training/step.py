@@ -14,7 +14,7 @@ from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph
 from xelm.training.lookups import spread_lookup, states_at
-from xelm.training.loss import cross_entropy
+from xelm.training.loss import cross_entropy, token_losses
 from xelm.training.master_weights import Remainders, join_weights, split_weights
 from xelm.training.optimizer import clipped, optimizer
 from xelm.training.sharding import BATCH
@@ -122,7 +122,28 @@ class TrainStep:
 
         return jax.lax.scan(add, (jnp.zeros(()), zeros), parts)[0]
 
+    def measure(
+        self, parameters: Any, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """For each row of a batch: the sum of -log p over its targets, in nats, and their number;
+        float32 [rows]."""
+        count = self.config.runtime.accumulation_steps
+
+        def of(part):
+            losses = token_losses(*self._predictions(parameters, part), spread=self.spread)
+            weights = self._weights(part).astype(jnp.float32)
+            return (losses * weights).sum(axis=1), weights.sum(axis=1)
+
+        parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+        parts = jax.lax.with_sharding_constraint(parts, PartitionSpec(None, BATCH))
+        return jax.tree.map(jnp.ravel, jax.lax.map(of, parts))
+
     def _loss(self, parameters, part, total):
+        states, head, targets = self._predictions(parameters, part)
+        return cross_entropy(states, head, targets, self._weights(part) / total, spread=self.spread)
+
+    def _predictions(self, parameters, part):
+        """States from which the targets are predicted, the output head, and the targets."""
         dtype, rematerialise = self.config.runtime.dtype, self.config.runtime.rematerialise
         shape = graph(self.model, dtype, lookup=spread_lookup, rematerialise=rematerialise)
         network = bind(shape, parameters)
@@ -134,9 +155,7 @@ class TrainStep:
             # Few tokens are predicted, and vocabularies are large.
             hidden = states_at(hidden, part["places"])
             targets = jnp.take_along_axis(part["tokens"], part["places"], axis=1)
-        states, head = network.output(hidden)
-        weights = self._weights(part) / total
-        return cross_entropy(states, head, targets, weights, spread=self.spread)
+        return *network.output(hidden), targets
 
     def _weights(self, part):
         return target_weights(part["segments"]) if self.model.causal else part["chosen"]

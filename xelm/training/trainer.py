@@ -22,12 +22,13 @@ from xelm.progress import bar
 from xelm.training.checkpoint import Checkpoints
 from xelm.training.compiled import CompiledSteps, state_of
 from xelm.training.flops import of_a_token, peak
+from xelm.training.held_out import HeldOutText
 from xelm.training.hosts import is_first
-from xelm.training.metrics import MetricsLog
+from xelm.training.metrics import MetricsLog, best, without_improvement
 from xelm.training.optimizer import schedule
 from xelm.training.step import StepMetrics, TrainState, target_weights
 
-_FORMAT = 5
+_FORMAT = 6
 """Version of what a checkpoint contains, and of the rows that follow it."""
 _DTYPES = ("dtype", "moments_dtype")
 
@@ -47,6 +48,9 @@ class TrainingSpec:
     sources: Sequence[LanguageShare]
     """Documents, with the share of each source in the rows."""
     config: TrainConfig
+    held_out: Sequence[LanguageShare] = ()
+    """Documents that are not trained on, by which the training is measured; without any, its last
+    weights are its result."""
     directory: Path
     """Folder for checkpoints and metrics.jsonl."""
     logs: Path | None = None
@@ -77,6 +81,10 @@ class Trainer:
         self._config, self._model, self._format = config, model, text_format
         self._facts, self._rates = facts, schedule(config)
         self._languages = list(self.language_tokens)
+        self.held_out = HeldOutText(spec.held_out, config, model, text_format)
+        self.measurements: list[dict[str, Any]] = list(facts["measurements"])
+        """Lines of held_out.jsonl."""
+        self._improved = False
         self._rows = batches(spec.sources, config, text_format, first_step=step)
         self._batch: Mapping[str, np.ndarray] = {}
         self._log = None
@@ -105,8 +113,35 @@ class Trainer:
 
     @property
     def active(self) -> bool:
-        """Whether steps remain."""
-        return self.step < self._config.steps and not self.failed
+        """Whether steps remain, and further ones may be of use."""
+        return self.step < self._config.steps and not self.failed and not self._stopped
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether the measurements on held-out text end the training before its budget does."""
+        patience = self._config.evaluation.patience
+        return patience is not None and without_improvement(self.measurements) >= patience
+
+    @property
+    def measures(self) -> bool:
+        """Whether the parameters after the current step are measured on held-out text."""
+        every, last = self._config.steps_between_measurements, self._config.steps
+        due = self.step % every == 0 or self.step == last
+        known = bool(self.measurements) and self.measurements[-1]["step"] == self.step
+        return bool(self.held_out.batches) and due and not known and not self.failed
+
+    def measured(self, nats: np.ndarray, targets: np.ndarray) -> None:
+        """Adds the measurement of the current step: sums over the rows of all held-out batches."""
+        before = best(self.measurements)
+        line = {
+            "step": self.step,
+            "tokens": self.tokens,
+            **self.held_out.measurement(nats, targets),
+        }
+        self.measurements.append(line)
+        self._improved = best(self.measurements) is not before
+        if self._log is not None:
+            self._log.write_held_out(line)
 
     def next_batch(self) -> tuple[dict[str, np.ndarray], float]:
         """Arrays and learning rate of the next step, which becomes the current one."""
@@ -127,7 +162,8 @@ class Trainer:
     def saves(self) -> bool:
         """Whether the state is saved after the current step."""
         every = self._config.runtime.checkpoint_every
-        return self.step % every == 0 or self.step == self._config.steps
+        due = self.step % every == 0 or self.step == self._config.steps
+        return due or self._improved or self._stopped
 
     @property
     def reports(self) -> bool:
@@ -176,10 +212,36 @@ class Trainer:
     def save(self, state: TrainState, finite: bool) -> None:
         """Saves the state after the current step; sets `failed` unless it is `finite`."""
         if finite:
-            facts = {**self._facts, "language_tokens": dict(self.language_tokens)}
+            facts = {
+                **self._facts,
+                "language_tokens": dict(self.language_tokens),
+                "measurements": self.measurements,
+            }
+            self._keep_best()
             self.checkpoints.save(self.step, state, facts)
+            self._improved = False
         else:
             self.failed = self._diverged(f"its parameters are not finite after step {self.step}")
+
+    def _keep_best(self) -> None:
+        found = best(self.measurements)
+        self.checkpoints.best = None if found is None else found["step"]
+
+    def result(self, state: TrainState) -> TrainState:
+        """The state whose weights are the result of the training: that of the best measurement or,
+        without measurements, `state`, the last one. `state` is deleted where another takes its
+        place."""
+        self.checkpoints.wait()
+        found = best(self.measurements)
+        if found is None or found["step"] == self.step:
+            return state
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        jax.tree.map(lambda x: x.delete(), state)
+        state, facts = self.checkpoints.restore(found["step"], like)
+        self.step, self.language_tokens = found["step"], facts["language_tokens"]
+        return state
 
     def close(self) -> None:
         """Closes checkpoints, logs and the progress bar."""
@@ -215,6 +277,7 @@ def resume(
         "config": to_json(config),
         "model": to_json(model),
         "language_tokens": {source.ids.language: 0 for source in spec.sources},
+        "measurements": [],
     }
     mesh = alone.step.sharding.mesh
 
@@ -229,7 +292,7 @@ def resume(
         stack.callback(checkpoints.close)
         if found := checkpoints.newest(saved):
             step, state, before = found
-            facts["language_tokens"] = before["language_tokens"]
+            facts |= {name: before[name] for name in ("language_tokens", "measurements")}
             now, then = facts["config"]["runtime"], before["config"]["runtime"]
             others = [name for name in _DTYPES if now[name] != then[name]]
             if is_first():

@@ -1,0 +1,116 @@
+"""The gate before publication: an expert is compared with its parent and the seed on held-out
+text."""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clustering.errors import UserError
+from experts.expert import SEED, Expert
+from xelm.data.rows import LanguageShare
+from xelm.inference.scoring import score_documents
+from xelm.models.checkpoint import read_config, read_for_inference
+from xelm.progress import bar
+from xelm.runs.run import Run
+from xelm.runs.shares import held_out_text, parent_directory
+
+_QUIET_TOKENS = 20_000
+"""Number of tokens that are read without a progress bar."""
+Figures = dict[str, dict[str, float]]
+"""Language -> model -> bits a byte on held-out text; and "documents", how many were read."""
+
+
+def evaluate_held_out(
+    run: Run, expert: Expert, text: Sequence[LanguageShare]
+) -> dict[str, Figures]:
+    """Figures of a trained expert, its parent and the seed, "expert", "parent" and "seed": "own" on
+    its own languages and, if the gate asks for them, "others" on the other languages of the RUN.
+
+    text: held-out documents that the expert is for. Measured as by `xelm evaluate`, on the first
+    documents of each language up to `gate.tokens`.
+    """
+    gate, parent = run.config.gate, parent_directory(run, expert)
+    models = {"expert": expert.directory(run.directory), "parent": parent, "seed": run.seed}
+    found = {"own": _bits_per_byte(run, models, text, gate.tokens)}
+    languages = expert.languages or tuple(expert.documents or ())
+    if gate.others is not None:
+        others = held_out_text(run, but=languages)
+        models = {"expert": models["expert"], "parent": parent}
+        found["others"] = _bits_per_byte(run, models, others, gate.tokens)
+    missing = [tag for tag in languages if tag not in found["own"]]
+    if missing:
+        print(
+            f"{expert.reference}: no text of {', '.join(missing)} is held out, so that it is not "
+            "compared with its parent there",
+            file=sys.stderr,
+        )
+    return found
+
+
+def check_gate(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> None:
+    """Raises UserError, with the figures, for an expert that is worse than the gate allows, and
+    keeps the reason for `xelm status`."""
+    gate = run.config.gate
+    faults = [
+        *_faults(figures["own"], "parent", expert.parent, gate.worse),
+        *_faults(figures["own"], "seed", SEED, gate.worse if expert.parent != SEED else None),
+        *_faults(figures.get("others", {}), "parent", expert.parent, gate.others),
+    ]
+    if faults:
+        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        reason = (
+            f"{expert.reference} is not published: on held-out text it has "
+            f"{'; '.join(faults[:5])}{more}; its checkpoint is kept: publish it all the same with "
+            f"xelm publish {run.directory} {expert.name}, or delete it with xelm discard"
+        )
+        run.failure(expert.name).parent.mkdir(exist_ok=True)
+        run.failure(expert.name).write_text(reason, encoding="utf-8")
+        raise UserError(reason)
+
+
+def _faults(figures: Figures, model: str, name: str, allowed: float | None) -> Iterator[str]:
+    for tag, found in figures.items():
+        worse = found["expert"] / found[model] - 1
+        if allowed is not None and not worse <= allowed:
+            yield (
+                f"{found['expert']:.3f} bits a byte in {tag}, and {name} {found[model]:.3f} "
+                f"({worse:+.1%}, at most {allowed:+.1%} wanted)"
+            )
+
+
+def _bits_per_byte(
+    run: Run, models: Mapping[str, Path], text: Sequence[LanguageShare], most_tokens: int
+) -> Figures:
+    shape, text_format = read_config(run.seed), run.tokenizer().text_format
+    chosen = {source.ids.language: _first(source, most_tokens) for source in text}
+    found: Figures = {tag: {"documents": len(numbers)} for tag, numbers in chosen.items()}
+    paths = dict.fromkeys(models.values()) if text else {}
+    size = sum(int(source.ids.lengths[chosen[source.ids.language]].sum()) for source in text)
+    with bar(len(paths), "held-out text", "model", shown=size > _QUIET_TOKENS) as progress:
+        for path in paths:
+            parameters = read_for_inference(path, shape)
+            for source in text:
+                ids, tag = source.ids, source.ids.language
+                scores = score_documents(
+                    shape,
+                    parameters,
+                    [ids.document(number) for number in chosen[tag]],
+                    text_format=text_format,
+                    context_length=run.context_length(),
+                )
+                nats = -math.fsum(float(each.sum(dtype=np.float64)) for each in scores)
+                bits = nats / math.log(2) / max(1, int(ids.bytes[chosen[tag]].sum()))
+                found[tag] |= {name: bits for name, other in models.items() if other == path}
+            progress.update(1)
+    return found
+
+
+def _first(source: LanguageShare, most_tokens: int) -> np.ndarray:
+    """Numbers of the first documents of a source, up to so many tokens but at least one."""
+    numbers = source.documents
+    assert numbers is not None
+    fitting = int((np.cumsum(source.ids.lengths[numbers]) <= most_tokens).sum())
+    return numbers[: max(1, fitting)]

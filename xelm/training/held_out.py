@@ -1,0 +1,74 @@
+"""Held-out text of a training: its batches, and the loss on it at some of the steps."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xelm.config import TrainConfig
+from xelm.data.masking import mask_tokens
+from xelm.data.rows import ORIGIN, LanguageRows, LanguageShare
+from xelm.data.text_format import TextFormat
+from xelm.models.config import ModelConfig
+
+
+class HeldOutText:
+    """Held-out documents of a training, packed into batches as its own text is."""
+
+    def __init__(
+        self,
+        sources: Sequence[LanguageShare],
+        config: TrainConfig,
+        model: ModelConfig,
+        text_format: TextFormat,
+    ):
+        """sources: documents by language; of each, the first `config.evaluation.tokens` are read.
+        The rows of an encoder are masked in the same way in every measurement."""
+        length, rows = config.sequence_length, []
+        self.languages = [source.ids.language for source in sources]
+        self._shares = np.asarray([source.share for source in sources])
+        for index, source in enumerate(sources):
+            packed = LanguageRows(source, config, text_format, index)
+            count = min(len(packed), -(-config.evaluation.tokens // length))
+            rows += [packed[row] for row in range(count)]
+        self._row_languages = np.asarray([row["language"] for row in rows], int)
+        self._bits_per_nat = np.asarray([_bits_per_nat(source) for source in sources])
+        self.batches: list[dict[str, np.ndarray]] = []
+        """Arrays of the rows, as a step reads them; the last batch is filled up with empty rows."""
+        for first in range(0, len(rows), config.batch_size):
+            part = rows[first : first + config.batch_size]
+            filled = [(0, config.batch_size - len(part)), (0, 0)]
+            names = [name for name in part[0] if name not in ORIGIN]
+            batch = {name: np.pad([row[name] for row in part], filled) for name in names}
+            if not model.causal:
+                batch = mask_tokens(batch, config, text_format, first)
+            self.batches.append(batch)
+
+    def measurement(self, nats: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+        """The line of held_out.jsonl for these sums over the rows of all batches, [rows]: "loss",
+        nats a target, the mean over languages by their shares, and "bits_per_byte" by language. A
+        loss that is not finite is None."""
+        count = len(self._row_languages)
+        sums, counts = (
+            np.bincount(self._row_languages, each[:count], len(self.languages))
+            for each in (nats, targets)
+        )
+        means = sums / np.maximum(counts, 1)
+        known = np.where(counts > 0, self._shares, 0.0)
+        loss = float((means * known).sum() / known.sum())
+        bits = dict(zip(self.languages, (means * self._bits_per_nat).tolist()))
+        if not math.isfinite(loss):
+            return {"loss": None, "bits_per_byte": {}}
+        return {
+            "loss": loss,
+            "bits_per_byte": {tag: bits[tag] for tag, n in zip(self.languages, counts) if n},
+        }
+
+
+def _bits_per_nat(source: LanguageShare) -> float:
+    """Bits a byte of text for one nat a target; each document has a target more, its end."""
+    ids, numbers = source.ids, source.documents
+    numbers = np.arange(len(ids)) if numbers is None else numbers
+    targets = int(ids.lengths[numbers].sum()) + len(numbers)
+    return targets / max(1, int(ids.bytes[numbers].sum())) / math.log(2)
