@@ -28,10 +28,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from xelm.config import RuntimeConfig, TrainConfig, vary
+from xelm.config import RuntimeConfig, TrainConfig
 from xelm.data.masking import masked_per_row
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
+from xelm.settings import vary
 from xelm.training.compiled import compile_steps
 from xelm.training.sharding import AXES
 

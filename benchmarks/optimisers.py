@@ -13,11 +13,11 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from xelm.config import vary
 from xelm.models.parameters import fresh_parameters
 from xelm.process import prepare
 from xelm.runs.run import Run, open_run
 from xelm.runs.shares import dense_text
+from xelm.settings import vary
 from xelm.training.loop import train
 from xelm.training.metrics import read_metrics
 from xelm.training.trainer import TrainingSpec

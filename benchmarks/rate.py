@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xelm.config import TrainConfig, vary
+from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import fresh_parameters
 from xelm.presets import quickstart
 from xelm.process import prepare
+from xelm.settings import vary
 from xelm.training.compiled import compile_steps
 from xelm.training.expert_axis import stack
 from xelm.training.flops import of_a_token

@@ -44,7 +44,7 @@ from workers import workers
 
 from clustering import typology
 from clustering.files import write_json
-from xelm.config import RunConfig, override
+from xelm.config import RunConfig
 from xelm.data.contents import contents_of
 from xelm.evaluation.results import Row
 from xelm.presets import tiny
@@ -53,6 +53,7 @@ from xelm.runs.grow import grow
 from xelm.runs.init import init
 from xelm.runs.options import GrowOptions, InitOptions
 from xelm.runs.run import Run, open_run
+from xelm.settings import override
 from xelm.training.trainer import DivergedError
 
 # Peak rate and rows a step from which the search for better ones sets out.

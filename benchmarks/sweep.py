@@ -29,12 +29,13 @@ from systems import (
 from workers import workers
 
 from clustering.files import write_json
-from xelm.config import RunConfig, override
+from xelm.config import RunConfig
 from xelm.presets import tiny
 from xelm.process import prepare
 from xelm.runs.init import init
 from xelm.runs.options import InitOptions
 from xelm.runs.run import Run
+from xelm.settings import override
 
 
 def main() -> None:

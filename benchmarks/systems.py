@@ -9,7 +9,7 @@ from pathlib import Path
 from clustering import control, tfidf, typology
 from clustering.clustering import Clustering
 from clustering.control import by_hand
-from xelm.config import RunConfig, vary
+from xelm.config import RunConfig
 from xelm.data.contents import contents_of
 from xelm.data.reading import read
 from xelm.data.unusable import UnusableRecords
@@ -22,6 +22,7 @@ from xelm.runs.options import InitOptions
 from xelm.runs.results import read_results
 from xelm.runs.run import Run
 from xelm.runs.train import train_dense, train_experts
+from xelm.settings import vary
 
 Setting = tuple[float, int]
 """Peak learning rate and rows a step."""

@@ -10,7 +10,6 @@ from shared import documents_of, snapshot
 from small_training import CONFIG, MODEL, SHARES, SOURCES, source
 
 from clustering.errors import UserError
-from xelm.config import vary
 from xelm.data.rows import LanguageRows
 from xelm.data.text_format import TextFormat
 from xelm.presets import quickstart
@@ -19,6 +18,7 @@ from xelm.runs import budget
 from xelm.runs.budget import Plan, check_disk, needed_bytes, passes, plan, table, warnings
 from xelm.runs.run import open_run
 from xelm.runs.train import plans_of
+from xelm.settings import vary
 from xelm.training import rate
 from xelm.training.flops import of_a_token
 from xelm.training.metrics import read_metrics

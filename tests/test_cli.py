@@ -115,7 +115,7 @@ def test_a_reader_that_left_is_no_error(tiny):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_settings_change_what_they_name_and_nothing_else(preset):
-    from xelm.config import from_json, override, to_json
+    from xelm.settings import from_json, override, to_json
 
     config = PRESETS[preset]()
     changed = override(
@@ -130,7 +130,8 @@ def test_settings_change_what_they_name_and_nothing_else(preset):
 
 
 def test_a_part_and_its_fields_vary_together():
-    from xelm.config import OptimizerConfig, TrainConfig, vary
+    from xelm.config import OptimizerConfig, TrainConfig
+    from xelm.settings import vary
 
     changes = {"optimizer": OptimizerConfig(beta1=0.8), "optimizer.beta2": 0.9}
     wanted = OptimizerConfig(beta1=0.8, beta2=0.9)
@@ -138,7 +139,7 @@ def test_a_part_and_its_fields_vary_together():
 
 
 def test_settings_that_need_each_other_come_in_any_order():
-    from xelm.config import override
+    from xelm.settings import override
 
     settings = ["model.head_count=3", "model.key_head_count=3", "seed.runtime.tensorboard=true"]
     for order in (settings, settings[::-1]):

@@ -13,10 +13,11 @@ import yaml
 from xelm.cli import parser
 from xelm.commands import COMMANDS
 from xelm.commands.options import given_fields
-from xelm.config import RunConfig, from_json, to_json
+from xelm.config import RunConfig
 from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
 from xelm.presets import PRESETS
+from xelm.settings import from_json, to_json
 
 
 def actions(command):

@@ -9,10 +9,10 @@ from clustering.errors import UserError
 from experts.expert import Expert
 from experts.verify import verify
 from xelm.api import open_run
-from xelm.config import override, to_json
 from xelm.runs import gate
 from xelm.runs.gate import evaluate_held_out
 from xelm.runs.shares import expert_text
+from xelm.settings import override, to_json
 from xelm.training.metrics import read_metrics, trained_tokens
 
 GROWN = "pt"

@@ -18,12 +18,13 @@ from small_training import (
     source,
 )
 
-from xelm.config import HeldOutConfig, vary
+from xelm.config import HeldOutConfig
 from xelm.data.held_out import divide, held_out
 from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage, shuffled
 from xelm.inference.scoring import score_documents
 from xelm.models.parameters import for_inference
+from xelm.settings import vary
 from xelm.training.held_out import HeldOutText
 from xelm.training.loop import train_together
 from xelm.training.metrics import best, without_improvement

@@ -12,7 +12,6 @@ from shared import LANGUAGES, documents_of
 from clustering import files, internal
 from clustering.errors import UserError
 from clustering.internal import States, Updates
-from xelm.config import vary
 from xelm.data.rows import LanguageShare
 from xelm.inference.states import document_states
 from xelm.models.checkpoint import load_parameters, read_config
@@ -21,6 +20,7 @@ from xelm.runs import updates
 from xelm.runs.distances import Sources, measured
 from xelm.runs.features import features
 from xelm.runs.run import open_run
+from xelm.settings import vary
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 

@@ -16,10 +16,10 @@ from clustering.errors import UserError
 from clustering.files import read_json, write_json
 from experts import manifest
 from experts.lock import locked, owner
-from xelm.config import to_json, vary
 from xelm.runs import launch
 from xelm.runs.run import open_run
 from xelm.runs.status import progress
+from xelm.settings import to_json, vary
 from xelm.training.metrics import read_metrics
 
 NAMES = ("de-fr", "en-es")

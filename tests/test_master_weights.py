@@ -19,7 +19,7 @@ from small_training import (
 )
 
 from clustering.errors import UserError
-from xelm.config import vary
+from xelm.settings import vary
 from xelm.training.compiled import compile_steps, state_of
 from xelm.training.lookups import spread_lookup
 from xelm.training.master_weights import join_weights, split_weights

@@ -23,9 +23,9 @@ from small_training import (
 )
 
 from clustering.errors import UserError
-from xelm.config import vary
 from xelm.data.masking import masked_per_row
 from xelm.models.parameters import fresh_parameters
+from xelm.settings import vary
 from xelm.training.compiled import compile_steps
 from xelm.training.expert_axis import expert_mesh, stack, unstack
 from xelm.training.loop import train, train_together

@@ -8,7 +8,7 @@ from small_training import CONFIG, Interrupt, interrupt_at
 from tensorboardX.proto.event_pb2 import Event
 from wandb.proto.wandb_internal_pb2 import Record
 
-from xelm.config import vary
+from xelm.settings import vary
 from xelm.training.metrics import MetricsLog
 
 LINE = {"step": 3, "loss": None, "grad_norm": 0.5, "language_tokens": {"de": 7, "el": 5}}

@@ -24,7 +24,6 @@ from clustering.files import write_json
 from clustering.vectoriser import Vectoriser
 from experts.expert import Expert
 from experts.registry import Registry
-from xelm.config import to_json
 from xelm.evaluation.report import figures
 from xelm.evaluation.report.missing import missing
 from xelm.evaluation.report.pictures import _curve, pictures
@@ -35,6 +34,7 @@ from xelm.models.families import family
 from xelm.presets import quickstart
 from xelm.runs.report import read, report
 from xelm.runs.run import open_run
+from xelm.settings import to_json
 
 ROOT = Path(__file__).parent.parent
 SHA = {"model.safetensors": "a" * 64}

@@ -16,9 +16,9 @@ from small_training import (
 )
 
 from clustering.errors import UserError
-from xelm.config import vary
 from xelm.data.rows import ORIGIN, batches
 from xelm.data.text_format import TextFormat
+from xelm.settings import vary
 from xelm.training import loop, spike_guard
 from xelm.training.compiled import compile_steps
 from xelm.training.expert_axis import stack

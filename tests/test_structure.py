@@ -16,14 +16,7 @@ import pytest
 import clustering
 import experts
 import xelm
-from xelm.config import (
-    Budget,
-    DataConfig,
-    OptimizerConfig,
-    RunConfig,
-    RuntimeConfig,
-    TrainConfig,
-)
+from xelm.config import Budget, DataConfig, OptimizerConfig, RunConfig, RuntimeConfig, TrainConfig
 from xelm.models.config import ModelConfig, Rope
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +48,7 @@ LAYERS = (
     ("clustering.typology", "clustering.choice", "clustering.ngrams"),
     ("experts",),
     ("xelm.version", "xelm.process", "xelm.progress"),
-    ("xelm.models",),
+    ("xelm.settings", "xelm.models"),
     ("xelm.config", "xelm.presets"),
     ("xelm.data",),
     ("xelm.training",),
@@ -69,7 +62,14 @@ LAYERS = (
     ("xelm.cli", "xelm.__main__"),
 )
 # A plain language-model trainer: of the packages below it knows mistakes, files and language codes.
-TRAINER = ("xelm.models", "xelm.config", "xelm.presets", "xelm.data", "xelm.training")
+TRAINER = (
+    "xelm.models",
+    "xelm.settings",
+    "xelm.config",
+    "xelm.presets",
+    "xelm.data",
+    "xelm.training",
+)
 TRAINER_MAY_IMPORT = (
     "clustering.errors",
     "clustering.files",

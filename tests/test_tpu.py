@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh
 from small_training import CONFIG, MODEL
 from test_meshes import AXES, ENCODER, batch_of, collectives, crossing
 
-from xelm.config import vary
+from xelm.settings import vary
 from xelm.training.compiled import compile_steps
 
 pytest.importorskip("libtpu")

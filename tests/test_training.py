@@ -14,7 +14,7 @@ from small_training import (
     source,
 )
 
-from xelm.config import vary
+from xelm.settings import vary
 from xelm.training.compiled import compile_steps
 from xelm.training.sharding import make_mesh
 

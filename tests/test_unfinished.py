@@ -26,7 +26,7 @@ from small_training import (
 )
 
 from clustering.errors import UserError
-from xelm.config import vary
+from xelm.settings import vary
 from xelm.training import checkpoint, preemption, trainer
 from xelm.training.metrics import MetricsLog
 from xelm.training.preemption import Preempted

@@ -1,4 +1,4 @@
-"""Complete configurations by name. Vary one with `xelm.config.vary` or `--set`."""
+"""Complete configurations by name. Vary one with `xelm.settings.vary` or `--set`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

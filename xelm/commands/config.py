@@ -20,8 +20,8 @@ def _config_options(parser: argparse.ArgumentParser) -> None:
 
 def _config(options: argparse.Namespace) -> None:
     from clustering.errors import UserError
-    from xelm.config import explained, override, to_json
     from xelm.runs.run import open_run
+    from xelm.settings import explained, override, to_json
 
     if options.name is None:
         if options.settings:

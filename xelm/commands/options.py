@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from clustering.errors import UserError
-from xelm.config import field_notes
 from xelm.process import cores
+from xelm.settings import field_notes
 
 if TYPE_CHECKING:
     from xelm.api import Run

@@ -101,9 +101,9 @@ def _init_options(parser: argparse.ArgumentParser) -> None:
 def _init(options: argparse.Namespace) -> None:
     from clustering.clustering import Clustering
     from xelm import api, tables
-    from xelm.config import override
     from xelm.data.text_stats import text_stats
     from xelm.runs.init import plan_init
+    from xelm.settings import override
 
     given = InitOptions(**given_fields(options, InitOptions), workers=options.workers)
     unused = [s for s in options.settings if given.seed and s.startswith(_OF_FRESH_SEEDS)]

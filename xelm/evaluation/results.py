@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
-from xelm.config import from_json
 from xelm.data.text_stats import TextStats
+from xelm.settings import from_json
 
 _MOST_NATS = 700.0
 """Nats per token above which the exponential is not a finite number."""

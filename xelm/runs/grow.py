@@ -11,7 +11,7 @@ from clustering.languages import canonical
 from experts.expert import SEED, Expert, parse_reference
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
-from xelm.config import TrainConfig, own_settings
+from xelm.config import TrainConfig
 from xelm.data.contents import contents_in, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.held_out import divide
@@ -26,6 +26,7 @@ from xelm.runs.publish import publish
 from xelm.runs.run import Run
 from xelm.runs.shares import parent_directory, with_passes
 from xelm.runs.text import tokenise
+from xelm.settings import own_settings
 
 
 def grow(

@@ -16,7 +16,8 @@ from clustering.files import read_arrays, read_json, write_json
 from clustering.languages import canonical_all
 from clustering.vectoriser import Vectoriser
 from experts.registry import Registry
-from xelm.config import RunConfig, StartToken, differences, from_json, override, to_json
+from xelm.config import RunConfig, StartToken
+from xelm.settings import differences, from_json, override, to_json
 
 if TYPE_CHECKING:
     from xelm.data.store import Store

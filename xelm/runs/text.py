@@ -12,7 +12,6 @@ from clustering.errors import UserError
 from clustering.files import sha256, write_arrays
 from experts import manifest
 from experts.lock import locked
-from xelm.config import differences
 from xelm.data.contents import Contents
 from xelm.data.reading import Reading
 from xelm.data.store import Store
@@ -21,6 +20,7 @@ from xelm.data.tokenise import build_store
 from xelm.models.checkpoint import all_or_nothing
 from xelm.progress import bar
 from xelm.runs.run import Run, open_run
+from xelm.settings import differences
 
 VECTORISER_DOCUMENTS = 20_000
 """Number of documents, of all languages together, that the TF-IDF vectors are fitted on."""

@@ -17,11 +17,12 @@ from clustering.internal import Updates
 from clustering.languages import canonical_all
 from experts.lock import locked
 from experts.verify import hash_directory
-from xelm.config import TrainConfig, to_json, vary
+from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.run import Run
+from xelm.settings import to_json, vary
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 

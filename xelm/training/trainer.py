@@ -13,12 +13,13 @@ import jax
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig, differences, to_json, vary
+from xelm.config import TrainConfig
 from xelm.data.masking import mask_tokens
 from xelm.data.rows import ORIGIN, LanguageShare, batches
 from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
+from xelm.settings import differences, to_json, vary
 from xelm.training.checkpoint import Checkpoints
 from xelm.training.compiled import CompiledSteps, state_of
 from xelm.training.flops import of_a_token, peak
