@@ -98,7 +98,11 @@ def test_the_configuration_of_a_run_is_shown(xelm, tiny):
 
 
 @pytest.mark.parametrize(
-    "setting", ["seed.tokens=7", "model.width=64", "model_type=xglm", "tokenizer_exponent=1"]
+    "setting",
+    [
+        *("seed.tokens=7", "model.width=64", "model_type=xglm"),
+        *("tokenizer_exponent=1", "tokenizer_algorithm=unigram"),
+    ],
 )
 def test_a_setting_that_a_given_seed_makes_no_use_of_is_refused(xelm, tiny, tmp_path, setting):
     outcome = xelm(

@@ -34,6 +34,10 @@ HARD = [
     "\u00a0no-break \u200bzero-width \u3000wide",
     "never seen: 🐟🇩🇪 ሰላም ᚠᚢᚦ \U0001f469\u200d\U0001f469\u200d\U0001f467",
     "</s> <s> <unk> <pad> <0x41><0xFF> [MASK]",
+    "def f(x):\n\tif x  ==  1:\n        return [x] * 2  # \t\t two\n",
+    "==== ---- .... \n\n\n aaaaaaa ananananana",
+    "हिन्दी में क्ष्म और कि़ताब, ज़्यादा",
+    unicodedata.normalize("NFD", "한국어는 받침이 있다. Été à Đà Nẵng"),
     "1234567890 3.14159 ½ Ⅷ ﬁ",
     "x" * 500,
 ]
@@ -52,10 +56,10 @@ def texts(seed: int = 0, documents: int = 30) -> dict[str, list[str]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def directory(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer_training.train(texts(), 640, path)
+    tokenizer_training.train(texts(), 640, path, algorithm=request.param)
     return path
 
 
@@ -71,9 +75,10 @@ def reference(directory):
 
 @pytest.mark.parametrize("text", [*SENTENCES.values(), *HARD])
 def test_ids_are_those_of_sentencepiece_and_decode_to_the_text(tokenizer, reference, text):
-    (ids,) = tokenizer.encode([text])
-    assert ids == reference.encode(text)
-    assert tokenizer.decode(ids) == text
+    (ids,), composed = tokenizer.encode([text]), unicodedata.normalize("NFC", text)
+    by_transformers = tokenizer.hub.encode(text, split_special_tokens=True)
+    assert ids == reference.encode(composed) == by_transformers[1:]
+    assert tokenizer.decode(ids) == composed
 
 
 def test_ids_of_mixed_documents_are_those_of_sentencepiece(tokenizer, reference):
@@ -111,10 +116,26 @@ def test_transformers_loads_it_and_puts_the_start_token_first(directory, tokeniz
         assert hub.decode(hub(text)["input_ids"], skip_special_tokens=True) == text
 
 
-def test_the_same_texts_give_the_same_files(directory, tmp_path):
-    tokenizer_training.train(texts(), 640, tmp_path)
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_the_same_texts_give_the_same_files(tmp_path, algorithm):
+    for name in ("one", "other"):
+        tokenizer_training.train(texts(), 640, tmp_path / name, algorithm=algorithm)
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-        assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
+        one, other = ((tmp_path / folder / name).read_bytes() for folder in ("one", "other"))
+        assert one == other
+
+
+def test_joins_of_a_bpe_tokenizer_are_those_of_sentencepiece_where_pieces_are_repeated(tmp_path):
+    """There, a piece may be joined from different halves."""
+    tokenizer_training.train(texts(), 900, tmp_path)
+    bpe = tokenizers.load(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    draw = random.Random(0)
+    pieces = [reference.id_to_piece(i).replace("▁", " ") for i in range(300, 900)]
+    repeated = (draw.choice(pieces) * draw.randrange(1, 4) for _ in range(3000))
+    documents = [unicodedata.normalize("NFC", "".join(some)) for some in zip(*[repeated] * 3)]
+    assert bpe.encode(documents) == [reference.encode(text) for text in documents]
+    assert bpe.special.plain.model.__class__.__name__ == "BPE"
 
 
 @pytest.mark.parametrize("every", [1, 40])
@@ -173,14 +194,18 @@ def test_the_tokenizer_of_a_run_hears_all_of_a_corpus_and_its_true_sizes(
 ):
     heard = {}
 
-    def train(texts, vocabulary_size, directory, *, sizes, **options):
-        heard.update(texts=texts, sizes=sizes)
+    def train(texts, vocabulary_size, directory, *, algorithm, sizes, **options):
+        heard.update(texts=texts, sizes=sizes, algorithm=algorithm)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tokenizer_training, "train", train)
     monkeypatch.setattr(tokenizer_training, "TRAINING_BYTES", 3000)
     command = ["--corpus", tiny_corpus, "--languages", "de,fr", *tiny_settings()]
+    unigram = ("--set", "tokenizer_algorithm=unigram")
+    assert xelm("init", tmp_path / "other", *command, *unigram).code == 130
+    assert heard["algorithm"] == "unigram"
     assert xelm("init", tmp_path / "RUN", *command).code == 130
+    assert heard["algorithm"] == "bpe"
     for language in ("de", "fr"):
         lines = (tiny_corpus / f"{language}.jsonl").read_text().splitlines()
         documents = [json.loads(line)["text"] for line in lines]
@@ -316,8 +341,8 @@ def test_a_tokenizer_of_unknown_ids_alone_is_a_users_mistake(directory, tmp_path
     shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["model"]["vocab"] = [[f"#{n}#", -1.0] for n in range(3)] + [["<unk>", 0.0]]
-    content["model"] |= {"unk_id": 3, "byte_fallback": False}
+    pieces = [[f"#{n}#", -1.0] for n in range(3)] + [["<unk>", 0.0]]
+    content["model"] = {"type": "Unigram", "vocab": pieces, "unk_id": 3, "byte_fallback": False}
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"'sea' and 'old' both become \[3\]"):
         tokenizers.load(tmp_path)

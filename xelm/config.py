@@ -14,6 +14,7 @@ from xelm.models.config import ModelConfig
 from xelm.settings import vary
 
 StartToken = Literal["tokenizer", "bos", "eos", "config"]
+TokenizerAlgorithm = Literal["bpe", "unigram"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,6 +268,9 @@ class RunConfig:
     """Shape of a fresh seed; null where the seed is a Hugging Face checkpoint."""
     model_type: Literal["llama", "xglm"] = "llama"
     """Family that a fresh seed is written as."""
+    tokenizer_algorithm: TokenizerAlgorithm = "bpe"
+    """How a fresh tokenizer divides words, with bytes for unknown characters: "bpe" joins the most
+    frequent pairs; "unigram" finds the likeliest division, which llama.cpp does not."""
     tokenizer_exponent: float = 0.3
     """A language's share of the tokenizer's training text is its bytes ** this."""
     start_token: StartToken = "tokenizer"

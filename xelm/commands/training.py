@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from xelm.runs.run import Run
 
 # Settings that have no effect where the seed is a given checkpoint.
-_OF_FRESH_SEEDS = ("model", "seed.", "tokenizer_exponent")
+_OF_FRESH_SEEDS = ("model", "seed.", "tokenizer_")
 
 
 def _quickstart_options(parser: argparse.ArgumentParser) -> None:

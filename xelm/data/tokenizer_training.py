@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clustering.errors import UserError
+from xelm.config import TokenizerAlgorithm
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
@@ -27,15 +28,17 @@ def train(
     vocabulary_size: int,
     directory: str | Path,
     *,
+    algorithm: TokenizerAlgorithm = "bpe",
     sizes: Mapping[str, int] | None = None,
     exponent: float = 0.3,
     random_seed: int = 0,
 ) -> None:
-    """Trains a unigram model with byte fallback and writes tokenizer files into `directory`.
+    """Trains a tokenizer with byte fallback and writes its files into `directory`.
 
-    texts: documents by language. sizes: UTF-8 bytes of each language, of which `texts` may be a
-    sample; None counts those of `texts`. A language's share of the training text is its share of
-    the bytes to the power `exponent` (Conneau et al. 2020, XLM-R, section 3.1).
+    algorithm: as `RunConfig.tokenizer_algorithm`. texts: documents by language. sizes: UTF-8 bytes
+    of each language, of which `texts` may be a sample; None counts those of `texts`. A language's
+    share of the training text is its share of the bytes to the power
+    `exponent` (Conneau et al. 2020, XLM-R, section 3.1).
     """
     import sentencepiece
 
@@ -46,7 +49,7 @@ def train(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(list(_sample(texts, sizes, exponent, random_seed))),
             model_writer=model,
-            model_type="unigram",
+            model_type=algorithm,
             vocab_size=vocabulary_size,
             byte_fallback=True,
             character_coverage=0.9995,
@@ -74,7 +77,7 @@ def train(
             f"corpus: {reason}"
         ) from error
     Path(directory).mkdir(parents=True, exist_ok=True)
-    _write(model.getvalue(), Path(directory))
+    _write(model.getvalue(), algorithm, Path(directory))
 
 
 class EvenSample:
@@ -121,15 +124,14 @@ def _sample(
             wanted -= len(document.encode())
 
 
-def _write(model: bytes, directory: Path) -> None:
+def _write(model: bytes, algorithm: TokenizerAlgorithm, directory: Path) -> None:
     """Writes tokenizer.model, and the same model as tokenizer.json with its configuration."""
     import sentencepiece
     import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import decoders, normalizers, pre_tokenizers, processors
 
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    vocabulary = [(pieces.id_to_piece(i), _score(pieces, i)) for i in range(pieces.vocab_size())]
-    fast = tokenizers.Tokenizer(models.Unigram(vocabulary, UNK, byte_fallback=True))
+    fast = tokenizers.Tokenizer(_bpe(pieces) if algorithm == "bpe" else _unigram(pieces))
     # As sentencepiece does: one more space in front, whatever the text begins with.
     fast.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -156,7 +158,38 @@ def _write(model: bytes, directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _score(pieces: Any, number: int) -> float:
-    # The tokenizers library finds "<0x41>" and "</s>" in a text like any piece; never as the best.
-    plain = not (pieces.is_byte(number) or pieces.is_control(number) or pieces.is_unknown(number))
-    return pieces.get_score(number) if plain else -1e4
+def _bpe(pieces: Any) -> Any:
+    """The pieces of a sentencepiece model as a BPE model of the tokenizers library.
+
+    sentencepiece joins the two neighbours whose join is the piece of the best score. tokenizers has
+    a ranked list of pairs instead, so every division of a piece into two becomes a pair.
+    """
+    from tokenizers import models
+
+    ids = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    joined = sorted(
+        (piece for piece, i in ids.items() if len(piece) > 1 and _is_text(pieces, i)),
+        key=lambda piece: pieces.get_score(ids[piece]),
+        reverse=True,
+    )
+    halves = ((piece[:n], piece[n:]) for piece in joined for n in range(1, len(piece)))
+    merges = [(a, b) for a, b in halves if a in ids and b in ids]
+    return models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True)
+
+
+def _unigram(pieces: Any) -> Any:
+    """The pieces of a sentencepiece model as a unigram model of the tokenizers library, which finds
+    "<0x41>" and "</s>" in a text like any piece: their scores are such that it never chooses them.
+    """
+    from tokenizers import models
+
+    scored = [
+        (pieces.id_to_piece(i), pieces.get_score(i) if _is_text(pieces, i) else -1e4)
+        for i in range(pieces.vocab_size())
+    ]
+    return models.Unigram(scored, UNK, byte_fallback=True)
+
+
+def _is_text(pieces: Any, number: int) -> bool:
+    """Whether a piece stands for its own characters."""
+    return not (pieces.is_byte(number) or pieces.is_control(number) or pieces.is_unknown(number))

@@ -93,6 +93,7 @@ def train_tokenizer(run: Run, contents: Contents) -> None:
             {language: sample.documents for language, sample in samples.items()},
             vocabulary_size,
             partial,
+            algorithm=config.tokenizer_algorithm,
             sizes={language: sample.bytes for language, sample in samples.items()},
             exponent=config.tokenizer_exponent,
             random_seed=config.seed.random_seed,
