@@ -70,7 +70,8 @@ def test_an_expert_that_is_worse_is_kept_back_with_its_figures_and_published_by_
     assert registry.published() == before.published()
     (kept,) = [expert for expert in registry.experts if expert not in before.experts]
     assert (kept.status, kept.directory(run.directory).is_dir()) == ("training", True)
-    assert "is not published" in xelm("status", copy.directory, "--json").out
+    (state,) = [e for e in xelm("status", copy.directory, "--json").json() if e["name"] == GROWN]
+    assert (state["state"], "is not published" in state["note"]) == ("kept back", True)
     assert verify(run.directory) == []
     # Again: nothing is trained again, and the answer is the same.
     assert grow(xelm, copy).err.splitlines()[-1] == refused.err.splitlines()[-1]

@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib
 import numpy as np
@@ -30,6 +31,7 @@ from xelm.evaluation.report.pictures import _curve, pictures
 from xelm.evaluation.report.tables import cluster_table, expert_table
 from xelm.evaluation.report.verdict import compare, verdict
 from xelm.evaluation.report.words import perplexity, signed
+from xelm.evaluation.results import SEED
 from xelm.models.families import family
 from xelm.presets import quickstart
 from xelm.runs.report import read, report
@@ -508,19 +510,28 @@ def test_damaged_results_are_the_users_to_mend(tmp_path):
 
 def test_long_trainings_are_averaged():
     lines = [{"tokens": 10 * n, "loss": float(n % 2)} for n in range(1, 1001)]
-    curve = _curve("seed", lines, "#000000")
+    held_out = [
+        {"tokens": 0, "loss": 4.0},
+        {"tokens": 9, "loss": None},
+        {"tokens": 20, "loss": 3.0},
+    ]
+    facts = Mock(metrics={SEED: lines}, held_out={SEED: held_out})
+    curve = _curve(facts, SEED, "seed", "#000000")
     assert len(curve.tokens) == 334 and curve.tokens[-1] == 10_000
     assert curve.losses[0] == pytest.approx(2 / 3)
+    assert curve.held_out == [(0, 4.0), (20, 3.0)]
 
 
 def test_curves_are_drawn_in_their_colours_on_the_axes_given():
     ax = figures.new_axes((4, 3))
     dense = figures.Curve(label="dense", tokens=[1, 2], losses=[3.0, 2.0], colour="#222222")
     expert = figures.Curve(label="a", tokens=[1, 4], losses=[3.0, math.nan], colour="#ddcc77")
-    curves = [replace(dense, dashed=True), expert]
+    curves = [replace(dense, dashed=True, held_out=[(0, 4.0), (2, 2.5)]), expert]
     assert figures.loss_curves(curves, ax) is ax
     assert [line.get_color() for line in ax.lines] == ["#222222", "#ddcc77"]
     assert [line.get_xdata().tolist() for line in ax.lines] == [[1, 2], [1, 4]]
+    (circles,) = ax.collections
+    assert circles.get_offsets().tolist() == [[0, 4.0], [2, 2.5]]
     assert ax.get_xlim()[0] == 0
     assert ax.get_ylabel() == "loss (nats per predicted token)"
 

@@ -1,6 +1,7 @@
 """`xelm report`: reads a RUN, finished or not, and writes one self-contained HTML page about it."""
 
 from pathlib import Path
+from typing import Any
 
 from clustering.files import read_object
 from experts.registry import Registry
@@ -10,7 +11,7 @@ from xelm.evaluation.results import DENSE, SEED, System
 from xelm.models.families import model_config
 from xelm.runs.results import read_results
 from xelm.runs.run import Run
-from xelm.training.metrics import read_metrics
+from xelm.training.metrics import HELD_OUT, METRICS, read_metrics
 
 
 def report(run: Run) -> Path:
@@ -49,10 +50,12 @@ def read(run: Run) -> Facts:
         scores=scores,
         summaries=results.summaries,
         texts=results.texts,
-        metrics={
-            system: read_metrics(folder / "metrics.jsonl")
-            or read_metrics(run.training(system.name) / "metrics.jsonl")
-            for system, folder in folders.items()
-        },
+        metrics={each: _lines(run, each, path, METRICS) for each, path in folders.items()},
+        held_out={each: _lines(run, each, path, HELD_OUT) for each, path in folders.items()},
         groups=list(grouped(run.languages, clusters, experts, scores)),
     )
+
+
+def _lines(run: Run, system: System, folder: Path, name: str) -> list[dict[str, Any]]:
+    """Lines of a file of a training, finished or not."""
+    return read_metrics(folder / name) or read_metrics(run.training(system.name) / name)

@@ -17,9 +17,9 @@ class Progress:
     """Progress of one training."""
 
     name: str
-    state: Literal["done", "training", "stopped", "failed", "waiting", "retired"]
-    """stopped: begun, and no process is training it. waiting: not begun. retired: trained, and no
-    version of that expert is in use."""
+    state: Literal["done", "training", "stopped", "failed", "waiting", "kept back", "retired"]
+    """stopped: begun, and no process is training it. waiting: not begun. kept back: trained, and
+    worse than the gate allows. retired: trained, and no version of that expert is in use."""
     version: int | None
     """Version of an expert; None for the seed and dense."""
     step: int
@@ -53,8 +53,12 @@ def progress(run: Run) -> list[Progress]:
     names = {expert.name for expert in shown}
     shown += {e.name: e for e in registry.experts if e.name not in names}.values()
     for expert in sorted(shown, key=lambda e: (e.round, e.name, e.version)):
-        done = expert.directory(run.directory) if expert.status != "training" else None
+        directory, failure = expert.directory(run.directory), run.failure(expert.name)
+        kept_back = expert.status == "training" and directory.exists() and failure.exists()
+        done = directory if kept_back or expert.status != "training" else None
         each = _progress(run, expert.name, expert.version, done)
+        if kept_back:
+            each = replace(each, state="kept back", note=failure.read_text(encoding="utf-8"))
         newest = registry.versions(expert.name)[-1]
         if expert.status == "retired":
             each = replace(each, state="retired")

@@ -63,6 +63,8 @@ class Facts:
     """Statistics of the evaluated text, by language; none before an evaluation."""
     metrics: Mapping[System, list[dict[str, Any]]]
     """Seed, dense or expert -> lines of its metrics.jsonl, finished or not; may be empty."""
+    held_out: Mapping[System, list[dict[str, Any]]]
+    """The same of its held_out.jsonl."""
     groups: list[Group]
     """Groups of languages; every language is in one."""
 

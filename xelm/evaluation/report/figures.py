@@ -32,6 +32,8 @@ class Curve:
     """Number of tokens seen at each point."""
     losses: Sequence[float]
     """Loss at each point, in nats per token; NaN leaves a gap."""
+    held_out: Sequence[tuple[float, float]] = ()
+    """Tokens and loss of each measurement on held-out text."""
     colour: str
     """Colour as `#rrggbb`."""
     dashed: bool = False
@@ -46,7 +48,8 @@ def new_axes(size: tuple[float, float] | None = None) -> "Axes":
 
 
 def loss_curves(curves: Sequence[Curve], ax: "Axes | None" = None) -> "Axes":
-    """Training losses against tokens, with a legend below."""
+    """Training losses against tokens, and circles for losses on held-out text, with a legend
+    below."""
     from matplotlib.colors import to_hex, to_rgb
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import FuncFormatter
@@ -62,6 +65,9 @@ def loss_curves(curves: Sequence[Curve], ax: "Axes | None" = None) -> "Axes":
             red, green, blue = (0.65 * part for part in to_rgb(curve.colour))
             edge = withStroke(linewidth=3, foreground=to_hex((red, green, blue)))
             line.set_path_effects([edge])
+        circles = {"s": 14, "facecolors": "white", "edgecolors": curve.colour, "zorder": 3}
+        if curve.held_out:
+            ax.scatter(*zip(*curve.held_out), **circles)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     ax.set_xlim(left=0)
     ax.set(xlabel="tokens seen in this training", ylabel="loss (nats per predicted token)")

@@ -1,6 +1,6 @@
 """Figures of a RUN: the data, the caption and the description of each."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ def pictures(facts: Facts) -> dict[str, Picture | Missing]:
         if clusters.distances is not None:
             distances, plane = _distances(clusters), _plane(clusters, clusters.distances)
         places = _map(clusters)
-    seed = _curve(SEED.name, facts.metrics[SEED], INK)
+    seed = _curve(facts, SEED, SEED.name, INK)
     given = facts.record.get("seed_from") is not None
     unknown = "" if given else "The training of the seed is not recorded here."
     return {
@@ -168,10 +168,10 @@ def _composition(clusters: Clustering) -> Picture:
 def _expert_losses(facts: Facts) -> Picture | Missing:
     waiting = " (in training)"
     label = DENSE.name + ("" if facts.has_dense else waiting)
-    curves = [_curve(label, facts.metrics[DENSE], INK, dashed=True)]
+    curves = [_curve(facts, DENSE, label, INK, dashed=True)]
     for expert in facts.experts:
         label = expert.name + ("" if expert.status == "published" else waiting)
-        curves.append(_curve(label, facts.metrics[System(expert.name)], facts.colour(expert)))
+        curves.append(_curve(facts, System(expert.name), label, facts.colour(expert)))
     return _losses(
         curves,
         "Training of the experts" + (" and of dense" if facts.metrics[DENSE] else ""),
@@ -187,28 +187,32 @@ def _losses(curves: Sequence[Curve], title: str, caption: str, otherwise: str) -
     if not curves:
         return Missing(otherwise)
     ends = (f"{c.label} from {c.losses[0]:.2f} to {c.losses[-1]:.2f}" for c in curves)
+    if any(curve.held_out for curve in curves):
+        caption += " Circles are of held-out text; an expert has the weights of its lowest."
+    points = [(c.label, "training", *point) for c in curves for point in zip(c.tokens, c.losses)]
+    points += [(c.label, "held-out", *point) for c in curves for point in c.held_out]
     return Picture(
         title=title,
         alt=f"Curves of the loss in nats per predicted token against tokens: {', '.join(ends)}.",
         caption=caption,
-        columns=("system", "tokens", "loss"),
-        rows=[(c.label, *point) for c in curves for point in zip(c.tokens, c.losses)],
+        columns=("system", "text", "tokens", "loss"),
+        rows=points,
         draw=partial(figures.loss_curves, curves),
         size=(5.2, 3.5 + 0.2 * -(-len(curves) // LEGEND_COLUMNS)),
     )
 
 
-def _curve(
-    label: str, metrics: Sequence[Mapping[str, Any]], colour: str, *, dashed: bool = False
-) -> Curve:
+def _curve(facts: Facts, system: System, label: str, colour: str, *, dashed: bool = False) -> Curve:
     """The curve of a training; long ones are averaged over equal stretches."""
-    known = [line for line in metrics if line["loss"] is not None]
+    known = [line for line in facts.metrics[system] if line["loss"] is not None]
+    measured = [line for line in facts.held_out[system] if line["loss"] is not None]
     stretch = -(-len(known) // _MOST_POINTS) or 1
     parts = [known[at : at + stretch] for at in range(0, len(known), stretch)]
     return Curve(
         label=label,
         tokens=[part[-1]["tokens"] for part in parts],
         losses=[sum(line["loss"] for line in part) / len(part) for part in parts],
+        held_out=[(line["tokens"], line["loss"]) for line in measured],
         colour=colour,
         dashed=dashed,
     )
