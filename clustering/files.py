@@ -4,6 +4,7 @@ Nothing is ever pickled: loading somebody's file must not run their code.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -138,6 +139,13 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise
         raise UserError(f"{path} was not written: {reason}; nothing was changed") from error
     _sync(path.parent)  # so that the new name, too, survives a power cut
+
+
+def remove_unfinished(path: Path) -> None:
+    """Deletes what a killed process left when it was about to replace a file. The caller has the
+    lock under which the file is written."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        temporary.unlink(missing_ok=True)
 
 
 def flush(folder: Path) -> None:

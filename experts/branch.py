@@ -39,9 +39,10 @@ def _experts(clustering: Clustering) -> list[Expert]:
 
 
 def _identity(expert: Expert) -> tuple[object, ...]:
-    """Name, languages and documents of a cluster, without their order."""
+    """Name, languages and documents of a cluster, without their order; its expert may have another
+    name by now."""
     documents = None if expert.documents is None else frozenset(expert.documents.items())
-    return expert.name, frozenset(expert.languages), documents
+    return expert.cluster, frozenset(expert.languages), documents
 
 
 def _describe(experts: Sequence[Expert]) -> str:

@@ -38,6 +38,7 @@ _OPTIONAL_JSON_TYPES = {
     "reason": str,
     "settings": dict,
     "evaluation": dict,
+    "published_as": str,
 }
 
 
@@ -79,6 +80,9 @@ class Expert:
     evaluation: dict[str, dict[str, dict[str, float]]] | None = None
     """Bits a byte on held-out text when it was published: "own" languages or "others" -> language
     -> "expert", "parent", "seed", and "documents", their number; None if it was not measured."""
+    published_as: str | None = None
+    """Reference under which it was published, if it was renamed since then; its directory keeps
+    that name."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further keys of its record in registry.json, kept as they are."""
 
@@ -107,6 +111,8 @@ class Expert:
             yield f"path must lie inside the RUN; got {self.path!r}"
         if self.status not in get_args(Status):
             yield f"status must be one of {', '.join(get_args(Status))}; got {self.status!r}"
+        if self.published_as is not None and not _REFERENCE.fullmatch(self.published_as):
+            yield f"it was published as NAME@v1; got {self.published_as!r}"
         if self.status == "published" and not self.sha256:
             yield "it is published without hashes"
         yield from hash_faults(self.sha256)
@@ -115,6 +121,11 @@ class Expert:
     def reference(self) -> str:
         """Name and version, 'NAME@vN', as in `parent` of its children."""
         return f"{self.name}@v{self.version}"
+
+    @property
+    def first_reference(self) -> str:
+        """Reference that stays the same when it is renamed."""
+        return self.published_as or self.reference
 
     def directory(self, run: Path | str) -> Path:
         """Directory of its checkpoint, which may not be there yet."""

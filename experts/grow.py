@@ -78,6 +78,8 @@ def _published_parent(registry: Registry, parent: str) -> str:
         return SEED
     known = registry.expert(*parse_reference(parent)) if "@" in parent else registry.expert(parent)
     if known.status != "published":
+        if known.status == "retired":
+            registry.in_use(known.name)  # refuses an expert that can be brought back, and says how
         raise UserError(
             f"{known.reference} is {known.status}; only a published expert can be a parent"
         )
@@ -85,10 +87,10 @@ def _published_parent(registry: Registry, parent: str) -> str:
 
 
 def _free_version(registry: Registry, language: str, name: str) -> int:
-    """Version 1 for a new name, else the version after the retired ones for this same language."""
+    """Version 1 for a new name, else that after the retired ones for this same language."""
     versions = [expert for expert in registry.experts if expert.name == name]
     if any(expert.languages != (language,) for expert in versions):
         raise UserError(
             f"the name {name!r} is taken by an expert of other languages; give another name"
         )
-    return 1 + max((expert.version for expert in versions), default=0)
+    return registry.next_version(name)

@@ -6,19 +6,21 @@ not).
 """
 
 import os
-import shlex
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from clustering.errors import UserError
+from clustering.files import remove_unfinished
 from experts.expert import stays_inside
-from experts.registry import Registry
+from experts.history import command_line, event_of_now
+from experts.registry import FILE_NAME, Registry
 
 FOLDER = ".locks"
 
@@ -74,21 +76,47 @@ def owner(run: Path | str, name: str) -> str | None:
 
 
 def update(
-    run: Path | str, change: Callable[[Registry], Registry], *, wait_seconds: float = 30.0
+    run: Path | str,
+    change: Callable[[Registry], Registry],
+    action: str,
+    facts: Mapping[str, Any] | None = None,
+    *,
+    wait_seconds: float = 30.0,
 ) -> Registry:
-    """The registry of a RUN after `change`, saved, while no other process can change it.
+    """The registry of a RUN after `change`, saved with an event in its history, while no other
+    process can change it.
 
-    If nothing changes, the file is not written. UserError if the lock is not free within
-    `wait_seconds`."""
+    action, facts: as in `history.Event`. If nothing changes, the file is not written. UserError if
+    the lock is not free within `wait_seconds`."""
     with locked(run, wait_seconds=wait_seconds):
+        remove_unfinished(Path(run) / FILE_NAME)
         before = Registry.load(run)
         after = change(before)
         if after != before:
+            event = event_of_now(action, _changes(before, after), facts)
+            after = replace(after, history=(*after.history, event))
             after.save(run)
     return after
 
 
+def record(run: Path | str, action: str, references: Iterable[str]) -> None:
+    """Records what happens to expert versions, and changes no status, in the history of a RUN."""
+    with locked(run, wait_seconds=30.0):
+        registry = Registry.load(run)
+        statuses = {expert.reference: expert.status for expert in registry.experts}
+        event = event_of_now(action, {name: statuses[name] for name in references})
+        replace(registry, history=(*registry.history, event)).save(run)
+
+
+def _changes(before: Registry, after: Registry) -> dict[str, str | None]:
+    """Reference -> status, of versions that were added or have another status; None for those that
+    were removed."""
+    old = {expert.reference: expert.status for expert in before.experts}
+    new = {expert.reference: expert.status for expert in after.experts}
+    changed = {name: status for name, status in new.items() if old.get(name) != status}
+    return changed | {name: None for name in old if name not in new}
+
+
 def _this_process() -> str:
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     since = datetime.now(UTC).isoformat(timespec="seconds")
-    return f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})"
+    return f"process {os.getpid()} on {socket.gethostname()} since {since} ({command_line()})"

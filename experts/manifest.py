@@ -14,9 +14,10 @@ from copy import deepcopy
 from pathlib import Path
 
 from clustering.errors import UserError
-from clustering.files import read_json, sha256, write_json
-from experts.expert import Expert, check_types, hash_faults
+from clustering.files import read_json, remove_unfinished, sha256, write_json
+from experts.expert import SEED, Expert, check_types, hash_faults, parse_reference
 from experts.lock import locked
+from experts.registry import Registry
 
 FILE_NAME = "hashes.json"
 FORMAT = 1
@@ -38,11 +39,16 @@ def recorded_experts(run: Path | str) -> dict[str, str]:
     return _read(run)["experts"]
 
 
-def digest(expert: Expert) -> str:
+def digest(expert: Expert, registry: Registry) -> str:
     """SHA-256 of the part of an expert's record that never changes once it is published: all but
-    its status and the version that it replaced."""
-    facts = expert.to_json()
-    changing = ("status", "replaces", *expert.more)
+    its status and the version that it replaced, with the names that it and its parent had when they
+    were published. registry: has its parent."""
+    name, version = parse_reference(expert.first_reference)
+    facts = expert.to_json() | {"name": name, "version": version}
+    if expert.parent != SEED:
+        parent = registry.expert(*parse_reference(expert.parent))
+        facts["parent"] = parent.first_reference
+    changing = ("status", "replaces", "published_as", *expert.more)
     kept = {key: facts[key] for key in facts if key not in changing and facts[key] is not None}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -50,7 +56,7 @@ def digest(expert: Expert) -> str:
 def record_expert(run: Path | str, expert: Expert) -> None:
     """Records the `digest` of a version that is about to be published."""
     with _changed(Path(run)) as (_, experts):
-        experts[expert.reference] = digest(expert)
+        experts[expert.first_reference] = digest(expert, Registry.load(run))
 
 
 def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> None:
@@ -76,6 +82,7 @@ def _changed(run: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     """Context in which no other process writes the manifest, with its hashes of files and of
     experts; these are written at the end."""
     with locked(run, "hashes", wait_seconds=30.0):
+        remove_unfinished(run / FILE_NAME)
         found = _read(run)
         before = deepcopy(found)
         # A deleted router is fitted again.

@@ -15,9 +15,11 @@ from clustering.errors import UserError
 from clustering.files import read_json, write_json
 from clustering.languages import lookup
 from experts.expert import SEED, Expert, check_types, hash_faults, parse_reference, stays_inside
+from experts.history import Event, about, name_now
 
 FORMAT = 1
 FILE_NAME = "registry.json"
+_KEYS = ("format", "seed", "experts", "history")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -31,6 +33,8 @@ class Registry:
     """File, relative to `seed_path` -> hexadecimal SHA-256."""
     experts: tuple[Expert, ...] = ()
     """Versions of experts, in the order in which they were added."""
+    history: tuple[Event, ...] = ()
+    """What changed the experts, oldest first; `lock.update` adds to it."""
     seed_more: dict[str, Any] = field(default_factory=dict)
     """Further keys under "seed" in registry.json, kept as they are."""
     more: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +90,8 @@ class Registry:
     @classmethod
     def _from_json(cls, value: Any) -> Self:
         check_types("registry", value, {"seed": dict, "experts": list})
-        seed = value["seed"]
+        seed, history = value["seed"], value.get("history", [])
+        check_types("registry", {"history": history}, {"history": list})
         check_types("seed", seed, {"path": str, "sha256": dict})
         check_types("seed", seed["sha256"], dict.fromkeys(seed["sha256"], str))
         return cls(
@@ -96,8 +101,11 @@ class Registry:
                 Expert.from_json(record, f"experts[{i}]")
                 for i, record in enumerate(value["experts"])
             ),
+            history=tuple(
+                Event.from_json(event, f"history[{i}]") for i, event in enumerate(history)
+            ),
             seed_more={key: seed[key] for key in seed if key not in ("path", "sha256")},
-            more={key: value[key] for key in value if key not in ("format", "seed", "experts")},
+            more={key: value[key] for key in value if key not in _KEYS},
         )
 
     def save(self, run: Path | str) -> None:
@@ -110,6 +118,7 @@ class Registry:
             "format": FORMAT,
             "seed": {"path": self.seed_path, "sha256": self.seed_sha256} | self.seed_more,
             "experts": [expert.to_json() for expert in self.experts],
+            "history": [event.to_json() for event in self.history],
         } | self.more
 
     def published(self) -> tuple[Expert, ...]:
@@ -127,7 +136,9 @@ class Registry:
         found = sorted((e for e in self.experts if e.name == name), key=lambda e: e.version)
         if not found:
             known = ", ".join(sorted({expert.name for expert in self.experts})) or "none"
-            raise UserError(f"there is no expert {name!r}; known: {known}")
+            now = name_now(self.history, name)
+            renamed = f"it was renamed to {now!r}; " if now != name else ""
+            raise UserError(f"there is no expert {name!r}; {renamed}known: {known}")
         return tuple(found)
 
     def expert(self, name: str, version: int | None = None) -> Expert:
@@ -140,6 +151,14 @@ class Registry:
                 return expert
         raise UserError(f"expert {name!r} has no version {version}; it has {_listed(versions)}")
 
+    def in_use(self, name: str) -> Expert:
+        """The published version of an expert; UserError if it is retired or in training."""
+        expert = self.expert(name)
+        if expert.status != "published":
+            retired = [e for e in self.versions(name) if e.status == "retired" and e.sha256]
+            raise UserError(_not_in_use([expert, *retired][-1]))
+        return expert
+
     def for_language(self, language: str) -> Expert:
         """The published expert that serves a language, of several that of the latest round.
 
@@ -148,9 +167,12 @@ class Registry:
         served = sorted({tag for expert in self.published() for tag in expert.languages})
         tag = lookup(language, served)
         if tag is None:
-            raise UserError(
-                f"no published expert serves {language!r}; served: {', '.join(served) or 'none'}"
-            )
+            known = f"served: {', '.join(served) or 'none'}"
+            for expert in reversed(self.experts):
+                if expert.status == "retired" and lookup(language, expert.languages):
+                    known = f"{_not_in_use(expert)}; {known}"
+                    break
+            raise UserError(f"no published expert serves {language!r}; {known}")
         serving = [expert for expert in self.published() if tag in expert.languages]
         return max(serving, key=lambda e: e.round)
 
@@ -161,6 +183,13 @@ class Registry:
     def add(self, *experts: Expert) -> Self:
         """The registry with these records after the others."""
         return replace(self, experts=self.experts + experts)
+
+    def next_version(self, name: str) -> int:
+        """Number of the next version of an expert of this name: one more than any that has, or that
+        was published under, the name, since those directories are in use."""
+        firsts = [parse_reference(expert.first_reference) for expert in self.experts]
+        numbers = [version for other, version in firsts if other == name]
+        return 1 + max(numbers + [e.version for e in self.experts if e.name == name], default=0)
 
     def start(self, name: str, *, parent: str | None = None) -> Self:
         """The registry with the next version of an expert in training, for the same languages and
@@ -176,7 +205,7 @@ class Registry:
         origin = last.parent if parent is None else parent
         following = Expert(
             name=name,
-            version=last.version + 1,
+            version=self.next_version(name),
             parent=origin,
             round=self.round_after(origin, name),
             languages=last.languages,
@@ -213,7 +242,8 @@ class Registry:
 
         version: None takes the one that the present version replaced, which is not always the next
         lower one: that may have been rolled back itself. Nothing is deleted, so the newer version
-        can come back in the same way. UserError if there is no such version."""
+        can come back in the same way. A version that is published already changes nothing.
+        UserError if there is no such version."""
         if version is None:
             present = self.expert(name)
             version = present.replaces if present.status == "published" else None
@@ -221,12 +251,85 @@ class Registry:
             known = _listed(self.versions(name))
             raise UserError(f"expert {name!r} has no version to go back to; it has {known}")
         expert = self.expert(name, version)
+        if expert.status == "published":
+            return self
         if expert.status != "retired" or not expert.sha256:
             raise UserError(
                 f"{expert.reference} is {expert.status}; "
                 "only a version published before can come back"
             )
         return self._retire_published(name)._with(replace(expert, status="published"))
+
+    def retire_expert(self, name: str) -> Self:
+        """The registry without a published version of an expert, which is then neither served nor a
+        parent of new experts; its records, hashes and files stay, and so do its children.
+
+        A retired expert changes nothing. UserError for an expert that was never published, and for
+        the last published one: there would be nothing to serve or to grow from."""
+        if not any(expert.sha256 for expert in self.versions(name)):
+            raise UserError(f"{name} was never published; give it up with: xelm discard RUN {name}")
+        if [expert.name for expert in self.published()] == [name]:
+            raise UserError(
+                f"{name} is the last published expert; without it there is nothing to serve"
+            )
+        return self._retire_published(name)
+
+    def restore(self, name: str, version: int | None = None) -> Self:
+        """The registry with a retired expert published again.
+
+        version: None takes the one that was in use when the expert was retired. An expert that is
+        published in this version changes nothing. UserError if another version is published, or if
+        there is no such version."""
+        present = self.expert(name)
+        if present.status == "published":
+            if version in (None, present.version):
+                return self
+            raise UserError(
+                f"{present.reference} is published; go back to v{version} with: xelm rollback RUN "
+                f"{name} --version {version}"
+            )
+        version = self._last_in_use(name) if version is None else version
+        if version is None:
+            known = _listed(self.versions(name))
+            raise UserError(
+                f"it is not known which version of {name} was in use last; name one with "
+                f"--version; it has {known}"
+            )
+        return self.rollback(name, version)
+
+    def _last_in_use(self, name: str) -> int | None:
+        """The version that was published when an expert was retired; None if it is not known."""
+        retired = [expert.version for expert in self.versions(name) if expert.sha256]
+        if len(retired) == 1:
+            return retired[0]
+        events = [event for event in about(self.history, name) if event.action == "retire"]
+        found = [parse_reference(reference)[1] for event in events for reference in event.experts]
+        return found[-1] if found else None
+
+    def rename(self, names: Mapping[str, str]) -> Self:
+        """The registry with experts renamed, in all versions and as parents. Their directories keep
+        their names, so that the files and their hashes stay as they are.
+
+        names: present -> new name. A pair that was renamed already changes nothing. UserError for
+        an expert in training, whose files are found by its name, and for a name that is taken."""
+        done = {old for old, new in names.items() if self._was_renamed(old, new)}
+        names = {old: new for old, new in names.items() if old not in done}
+        for old, new in names.items():
+            for expert in self.versions(old):
+                if expert.status == "training":
+                    raise UserError(
+                        f"{expert.reference} is in training; finish it or give it up, and rename "
+                        f"{old} then"
+                    )
+            if any(expert.name.lower() == new.lower() != old.lower() for expert in self.experts):
+                raise UserError(f"{new!r} names another expert already; give another name")
+        if len(set(names.values())) < len(names):
+            raise UserError(f"two experts cannot have one name; got {', '.join(names.values())}")
+        return replace(self, experts=tuple(_renamed(expert, names) for expert in self.experts))
+
+    def _was_renamed(self, old: str, new: str) -> bool:
+        present = {expert.name for expert in self.experts}
+        return old not in present and new in present and name_now(self.history, old) == new
 
     def discard(self, name: str) -> Self:
         """The registry without the version of that name in training; UserError if there is none.
@@ -258,6 +361,24 @@ class Registry:
 def _repeated(values: Iterable[str]) -> list[tuple[str, int]]:
     """The values that occur more than once, and how often."""
     return [(value, count) for value, count in Counter(values).items() if count > 1]
+
+
+def _renamed(expert: Expert, names: Mapping[str, str]) -> Expert:
+    """The expert with its own name and that of its parent replaced where they are in `names`."""
+    parent, name = expert.parent, names.get(expert.name, expert.name)
+    if parent != SEED:
+        of, version = parse_reference(parent)
+        parent = f"{names.get(of, of)}@v{version}"
+    first = expert.first_reference
+    new = replace(expert, name=name, parent=parent)
+    return replace(new, published_as=None if first == new.reference else first)
+
+
+def _not_in_use(expert: Expert) -> str:
+    """Why an expert that was asked for cannot be used, and how it can be."""
+    if expert.status == "retired" and expert.sha256:
+        return f"{expert.reference} is retired; bring it back with: xelm restore RUN {expert.name}"
+    return f"{expert.reference} is {expert.status}, not published"
 
 
 def _listed(versions: Iterable[Expert]) -> str:

@@ -69,7 +69,7 @@ def _records(run: Path, registry: Registry) -> list[Fault]:
             detail=f"the record of {expert.reference} changed after it was published",
         )
         for expert in registry.experts
-        if expert.sha256 and wanted.get(expert.reference) != manifest.digest(expert)
+        if expert.sha256 and wanted.get(expert.first_reference) != manifest.digest(expert, registry)
     ]
 
 

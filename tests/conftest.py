@@ -273,7 +273,7 @@ def place(tiny, initialised, tmp_path_factory):
     shutil.copytree(initialised[0], folder / "unfinished")
     (folder / "unfinished" / "registry.json").unlink()
     shutil.copytree(tiny.directory, folder / "growing")
-    update(folder / "growing", lambda registry: grow(registry, "pt", "en-es"))
+    update(folder / "growing", lambda registry: grow(registry, "pt", "en-es"), "grow")
     (folder / "half").mkdir()
     (folder / "half" / "run.json").write_text('{"format": 2}')
     return folder

@@ -82,7 +82,7 @@ def test_a_training_that_cannot_be_is_refused_by_name(tiny):
 
 def test_an_expert_that_grow_trains_is_refused_before_dense_is_trained(copy):
     shutil.rmtree(copy.directory / "dense")
-    update(copy.directory, lambda registry: grow(registry, "pt", "en-es"))
+    update(copy.directory, lambda registry: grow(registry, "pt", "en-es"), "grow")
     with pytest.raises(UserError, match=r"pt is a grown expert; .*: xelm grow \S+ --language pt"):
         open_run(copy.directory).train("pt", dense=True)
     assert not (copy.directory / "dense").exists()

@@ -243,7 +243,7 @@ def test_clusters_are_renamed_from_the_command_line(xelm, tmp_path, undrawn):
         (["far-east=größe"], "'größe' cannot name an expert"),
         (["far-east=Dense"], "names another system of a RUN"),
         (["far-east"], "OLD=NEW wanted, such as en-plus7=germanic; got far-east"),
-        (["far-east=a", "far-east=b"], "a cluster is renamed twice"),
+        (["far-east=a", "far-east=b"], "a cluster or an expert is renamed twice"),
         (["near=a"], "no cluster near; there are"),
     ):
         refused = xelm("rename", tmp_path / "out", *names)

@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -54,7 +55,8 @@ def test_a_wrong_corpus_is_given_up_and_the_right_one_gives_what_it_would_have(
             not (run / left / "checkpoints").exists() and not (run / left / "store.json").exists()
         )
     before, after = (open_run(r).registry() for r in (tiny.directory, run))
-    assert before == after
+    assert [event.action for event in after.history[len(before.history) :]] == ["grow", "discard"]
+    assert replace(after, history=before.history) == before
     assert xelm(*grow).code == 0
     shutil.copytree(tiny.directory, tmp_path / "straight")
     assert xelm("grow", tmp_path / "straight", *grow[2:]).code == 0
@@ -120,7 +122,7 @@ def test_what_is_published_before_the_lock_is_free_is_left_alone(
         weights.parent.mkdir(parents=True)
         weights.write_text("weights")
         sha256 = hash_directory(weights.parent)
-        update(run, lambda registry: registry.publish("pt", 1, sha256=sha256, tokens=1))
+        update(run, lambda registry: registry.publish("pt", 1, sha256=sha256, tokens=1), "publish")
         with locked(*arguments, **options):
             yield
 

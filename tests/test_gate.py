@@ -82,9 +82,17 @@ def test_an_expert_that_is_worse_is_kept_back_with_its_figures_and_published_by_
     assert expert.status == "published" and set(expert.evaluation["own"]) == {GROWN}
     assert "grow.tokens=512" in (expert.directory(run.directory) / "README.md").read_text()
     assert not run.failure(GROWN).exists()
+    event = run.history()[-1]
+    assert (event.action, event.experts) == ("publish", {f"{GROWN}@v1": "published"})
+    assert "bits a byte in pt, and en-es@v1" in event.facts["refusal"]
+    done = run.registry()
     again = xelm("publish", copy.directory, GROWN)
-    assert again.code == 2
-    assert "has no version that is trained and not published; it has v1 (published)" in again.err
+    assert (again.code, again.out) == (0, f"published: {GROWN}@v1\n")
+    assert run.registry() == done
+    run.retire(GROWN)
+    retired = xelm("publish", copy.directory, GROWN)
+    assert retired.code == 2
+    assert "has no version that is trained and not published; it has v1 (retired)" in retired.err
 
 
 FIGURES = {"own": {"sv": {"documents": 5, "expert": 4.3, "parent": 4.2, "seed": 4.5}}}

@@ -61,12 +61,14 @@ def test_growing_leaves_every_other_byte_of_the_run(tmp_path):
     record = Registry.load(tmp_path).expert("slavic").to_json()
     before = hash_directory(tmp_path)
 
-    lock.update(tmp_path, lambda registry: grow(registry, "pl", "slavic"))
+    lock.update(tmp_path, lambda registry: grow(registry, "pl", "slavic"), "grow")
     child = tmp_path / "experts/pl/v1"
     child.mkdir(parents=True)
     (child / "model.safetensors").write_bytes(b"polish")
     hashes = hash_directory(child)
-    lock.update(tmp_path, lambda registry: registry.publish("pl", 1, sha256=hashes, tokens=5))
+    lock.update(
+        tmp_path, lambda registry: registry.publish("pl", 1, sha256=hashes, tokens=5), "publish"
+    )
 
     after = hash_directory(tmp_path)
     others = [file for file in before if file != "registry.json"]

@@ -32,7 +32,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 for number in range(30):
     expert = Expert(name=f"{sys.argv[2]}{number}", languages=("en",))
-    update(sys.argv[1], lambda registry: registry.add(expert))
+    update(sys.argv[1], lambda registry: registry.add(expert), "grow")
 """
 
 
@@ -98,18 +98,18 @@ def test_the_lock_excludes_its_own_process_too(tmp_path):
 def test_waiting_ends(tmp_path):
     EMPTY.save(tmp_path)
     with locked(tmp_path), pytest.raises(UserError, match="in use"):
-        update(tmp_path, lambda registry: registry, wait_seconds=0.1)
+        update(tmp_path, lambda registry: registry, "grow", wait_seconds=0.1)
 
 
 def test_a_change_that_fails_or_changes_nothing_leaves_the_file_alone(tmp_path):
     EMPTY.save(tmp_path)
     before = (tmp_path / FILE_NAME).stat()
-    assert update(tmp_path, lambda registry: registry) == EMPTY
+    assert update(tmp_path, lambda registry: registry, "grow") == EMPTY
     with pytest.raises(UserError, match="no expert 'x'"):
-        update(tmp_path, lambda registry: registry.retire("x", 1))
+        update(tmp_path, lambda registry: registry.retire("x", 1), "retire")
     assert (tmp_path / FILE_NAME).stat().st_ino == before.st_ino
     assert update(
-        tmp_path, lambda registry: registry.add(Expert(name="a", languages=("en",)))
+        tmp_path, lambda registry: registry.add(Expert(name="a", languages=("en",))), "grow"
     ).experts
     assert Registry.load(tmp_path).experts[0].name == "a"
 

@@ -142,7 +142,7 @@ def test_a_publication_that_was_interrupted_behind_its_card_is_finished(copy, xe
     from experts.lock import update
     from xelm.runs import publish
 
-    update(copy.directory, lambda registry: registry.start("de-fr", parent="de-fr@v1"))
+    update(copy.directory, lambda registry: registry.start("de-fr", parent="de-fr@v1"), "train")
     with monkeypatch.context() as patch:
         patch.setattr(publish, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert xelm("train", copy.directory, "de-fr").code != 0

@@ -54,8 +54,10 @@ def test_registry_json_has_the_documented_form(tmp_path):
                 "reason": None,
                 "settings": None,
                 "evaluation": None,
+                "published_as": None,
             }
         ],
+        "history": [],
     }
 
 

@@ -125,9 +125,9 @@ def test_nearest_and_growing_are_of_one_mind_with_the_same_corpus(xelm, copy, tm
 
 
 def test_a_served_language_without_data_does_not_stop_the_next(copy):
-    update(copy.directory, lambda r: grow(r, "kok", "de-fr", reason="named by hand"))
+    update(copy.directory, lambda r: grow(r, "kok", "de-fr", reason="named by hand"), "grow")
     done = {"sha256": {"model.safetensors": "a" * 64}, "tokens": 1}
-    update(copy.directory, lambda r: r.publish("kok", 1, **done))
+    update(copy.directory, lambda r: r.publish("kok", 1, **done), "publish")
     run = open_run(copy.directory)
     parent = nearest_expert(run, "pt", "typology")
     assert "es" in parent.expert.languages
@@ -246,7 +246,7 @@ def test_verify_finds_one_changed_byte(xelm, copy):
 
 
 def test_rolling_back_publishes_the_earlier_version_and_touches_no_weights(xelm, copy):
-    update(copy.directory, lambda registry: registry.start("de-fr", parent="de-fr@v1"))
+    update(copy.directory, lambda registry: registry.start("de-fr", parent="de-fr@v1"), "train")
     assert xelm("train", copy.directory, "de-fr").code == 0
     before = snapshot(copy.directory)
     registry = Registry.load(copy.directory)

@@ -39,7 +39,7 @@ def test_a_full_disk_leaves_no_half_expert(xelm, initialised, tiny, tmp_path, mo
 
 
 def test_a_full_disk_leaves_the_registry_as_it_was(xelm, copy):
-    update(copy.directory, lambda registry: registry.start("de-fr", parent="de-fr@v1"))
+    update(copy.directory, lambda registry: registry.start("de-fr", parent="de-fr@v1"), "train")
     assert xelm("train", copy.directory, "de-fr").code == 0
     before = snapshot(copy.directory)
     with pytest.MonkeyPatch.context() as patch:

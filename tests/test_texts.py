@@ -247,7 +247,7 @@ def test_text_of_a_growth_that_never_began_was_not_trained_on(xelm, copy):
     tokenise(run, contents_of(copy.corpus, ["pt"]), "pt")
     options = EvaluationOptions(routings=["language"], max_documents=10)
     assert evaluate(run, copy.corpus, options, save=False).texts["pt"].exact == 0
-    update(copy.directory, lambda registry: grow(registry, "pt", "en-es"))
+    update(copy.directory, lambda registry: grow(registry, "pt", "en-es"), "grow")
     assert evaluate(run, copy.corpus, options, save=False).texts["pt"].exact == 9
 
 

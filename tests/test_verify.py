@@ -261,7 +261,7 @@ def test_a_record_of_a_published_expert_that_was_changed_is_named(xelm, copy, ke
 
 
 def test_rolling_back_and_keys_of_others_do_not_change_what_was_published(run):
-    update(run, lambda registry: registry.rollback("a"))
+    update(run, lambda registry: registry.rollback("a"), "rollback")
     assert verify(run) == []
     value = json.loads((run / "registry.json").read_text())
     value["experts"][0]["note"] = "of somebody's own"

@@ -4,7 +4,7 @@ Each method does what the command of its name does; the modules of `xelm.runs` d
 method imports what it needs when it is called.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from xelm.runs.options import GrowOptions, InitOptions, LaunchOptions
 if TYPE_CHECKING:
     from clustering.internal import States, Updates
     from experts.expert import Expert
+    from experts.history import Event
     from experts.registry import Registry
     from experts.verify import Fault
     from xelm.config import RunConfig
@@ -180,11 +181,45 @@ class Run(runs.Run):
 
         return publish_anyway(self, name)
 
+    def retire(self, name: str) -> "Expert":
+        """Takes an expert out of use: it is neither served nor a parent of new experts. Its files
+        stay, and `restore` brings it back."""
+        from experts.lock import update
+
+        registry = update(self.directory, lambda r: r.retire_expert(name), "retire")
+        return registry.expert(name)
+
+    def restore(self, name: str, version: int | None = None) -> "Expert":
+        """Publishes a retired expert again; None takes the version that was in use."""
+        from experts.lock import update
+
+        change = update(self.directory, lambda r: r.restore(name, version), "restore")
+        return change.expert(name)
+
+    def rename(self, names: Mapping[str, str]) -> "Registry":
+        """Renames experts, in all their versions and as parents. names: present -> new name."""
+        from xelm.runs.rename import rename
+
+        return rename(self, names)
+
+    def history(self, name: str | None = None) -> "list[Event]":
+        """What changed the experts, oldest first. name: of one expert, with what happened under its
+        earlier names; None: of all."""
+        from experts.history import about
+
+        registry = self.registry()
+        if name is None:
+            return list(registry.history)
+        found = about(registry.history, name)
+        if not found:
+            registry.versions(name)  # refuses a name that no expert has
+        return found
+
     def rollback(self, name: str, version: int | None = None) -> "Expert":
         """Publishes an earlier version of an expert again; None takes the one in use before."""
         from experts.lock import update
 
-        return update(self.directory, lambda r: r.rollback(name, version)).expert(name)
+        return update(self.directory, lambda r: r.rollback(name, version), "rollback").expert(name)
 
     def discard(self, name: str) -> "Expert | Path | None":
         """Gives up an unfinished training, of an expert or of "dense", and deletes its checkpoints.

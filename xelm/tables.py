@@ -12,6 +12,7 @@ from xelm.inference.routing import DEFAULT
 from xelm.progress import duration
 
 if TYPE_CHECKING:
+    from experts.history import Event
     from xelm.data.text_stats import TextStats
     from xelm.evaluation.results import Results, Summary
     from xelm.runs.nearest import Relatives
@@ -211,6 +212,30 @@ def status(found: "Sequence[Progress]") -> str:
         lines.append(f"{name:19} {each.state:10}{_cells(cells, widths)}  {saved}")
     said = [each for each in found if each.state in ("failed", "done") and each.note]
     return "\n".join([*lines, *(f"{each.name}: {each.note}" for each in said)])
+
+
+def history(events: "Sequence[Event]") -> str:
+    """One line an event: when, what, the experts with their status after it, what else belongs to
+    it, and the command."""
+    rows = [("time (UTC)", "action", "experts", "command")]
+    for event in events:
+        # A rename removes no expert.
+        shown = {ref: each for ref, each in event.experts.items() if each or not event.renamed}
+        experts = [f"{name} {status or 'removed'}" for name, status in shown.items()]
+        experts += [f"{old} is now {new}" for old, new in event.renamed.items()]
+        others = {key: event.facts[key] for key in event.facts if key != "renamed"}
+        experts += [f"{key}: {value}" for key, value in others.items()]
+        time = event.time.removesuffix("+00:00").replace("T", " ")
+        rows.append((time, event.action, ", ".join(experts), event.command))
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, of which the first is the head, in columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
 
 
 def _name(tag: str) -> str:

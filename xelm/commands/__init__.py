@@ -10,6 +10,7 @@ from xelm.commands import (
     evaluation,
     features,
     inference,
+    lifecycle,
     maintenance,
     nearest,
     serving,
@@ -37,6 +38,9 @@ COMMANDS = {
     "verify": maintenance.VERIFY,
     "publish": maintenance.PUBLISH,
     "rollback": maintenance.ROLLBACK,
+    "retire": lifecycle.RETIRE,
+    "restore": lifecycle.RESTORE,
     "discard": maintenance.DISCARD,
+    "history": lifecycle.HISTORY,
     "merge": maintenance.MERGE,
 }

@@ -1,4 +1,4 @@
-"""The commands that make clusters of languages or documents, and rename them."""
+"""The commands that make clusters of languages or documents, and rename clusters and experts."""
 
 import argparse
 import sys
@@ -208,31 +208,44 @@ def _number(text: str) -> int | str:
 
 
 def _rename_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("clusters", metavar="DIR", help="directory that xelm cluster wrote")
     parser.add_argument(
-        "names", metavar="OLD=NEW", nargs="+", help="name of a cluster and its new name"
+        "clusters", metavar="DIR", help="directory that xelm cluster wrote, or a RUN"
+    )
+    parser.add_argument(
+        "names",
+        metavar="OLD=NEW",
+        nargs="+",
+        help="name of a cluster or an expert, and the new one",
     )
 
 
 def _rename(options: argparse.Namespace) -> None:
     from clustering.clustering import Clustering
+    from xelm.api import open_run
     from xelm.runs.cluster import save_with_figures
 
-    if (Path(options.clusters) / "run.json").exists():
-        raise UserError(
-            f"{options.clusters} is a RUN, whose clusters have experts; rename clusters before "
-            "xelm branch"
-        )
     pairs = [given.partition("=") for given in options.names]
     for old, equals, new in pairs:
         if not equals or not old:
             raise UserError(f"OLD=NEW wanted, such as en-plus7=germanic; got {old}{equals}{new}")
         check_name(new)
     if len({old for old, _, _ in pairs}) < len(pairs):
-        raise UserError(f"a cluster is renamed twice: {', '.join(options.names)}")
-    clustering = Clustering.load(options.clusters).renamed({old: new for old, _, new in pairs})
+        raise UserError(f"a cluster or an expert is renamed twice: {', '.join(options.names)}")
+    new_names = {old: new for old, _, new in pairs}
+    if (Path(options.clusters) / "run.json").exists():
+        registry = open_run(options.clusters).rename(new_names)
+        lines = [f"{old} is now {new}" for old, new in new_names.items()]
+        facts = [e.reference for e in registry.experts if e.name in new_names.values()]
+        show(options, {"renamed": new_names, "experts": facts}, "\n".join(lines))
+        return
+    clustering = Clustering.load(options.clusters).renamed(new_names)
     save_with_figures(clustering, Path(options.clusters), overwrite=True)
     show(options, {"clusters": clustering.clusters}, clustering)
 
 
-RENAME = Command("rename clusters, before xelm branch", _rename, _rename_options, on_run=False)
+RENAME = Command(
+    "rename clusters before xelm branch, or the experts of a RUN",
+    _rename,
+    _rename_options,
+    on_run=False,
+)

@@ -34,7 +34,9 @@ def branch(run: Run, clustering: Clustering) -> Registry:
             "baseline was trained; make another RUN without those languages"
         )
     with locked(run.directory, "branch"):
-        registry = update(run.directory, lambda registry: branch_registry(registry, clustering))
+        registry = update(
+            run.directory, lambda registry: branch_registry(registry, clustering), "branch"
+        )
         if not branched:
             clustering.save(run.directory)
         path = run.directory / "assignments.npz"

@@ -1,10 +1,12 @@
 """`xelm discard`: gives up an unfinished training and deletes what it left."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from clustering.errors import UserError
 from experts.expert import Expert
+from experts.history import about
 from experts.lock import locked, update
 from experts.registry import Registry
 from xelm.data.parts import tag_of
@@ -17,8 +19,9 @@ def discard(run: Run, name: str) -> Expert | Path | None:
     A grown expert, or a further version of one, leaves the registry with the text that was
     tokenised for it alone. The first version of a branched expert stays, since its cluster belongs
     to the RUN. Of a growth that ended before its expert was in the registry, the text is deleted.
-    Returns the expert whose record was removed, or the folder of such a text, or None. UserError if
-    nothing of that name is in training, or while another process trains it.
+    Returns the expert whose record was removed, or the folder of such a text, or None. An expert
+    that was discarded already changes nothing. UserError if nothing of that name is in training, or
+    while another process trains it.
     """
     if name == "dense":
         with locked(run.directory, "train-dense"):
@@ -30,37 +33,62 @@ def discard(run: Run, name: str) -> Expert | Path | None:
     with locked(run.directory, f"train-{name}"):
         # Read under the lock: a process that trains the expert publishes it under the same lock.
         registry = run.registry()
-        if text := _text_alone(run, registry, name):
-            for folder in text:
-                shutil.rmtree(folder)
-            return run.directory / "corpus" / name
+        text = run.directory / "corpus" / name
+        if _is_text_alone(run, registry, name):
+            _delete(text)
+            return text
+        if _was_discarded(registry, name):
+            return None
         registry.discard(name)  # refuses what is not in training
         expert = next(e for e in registry.training() if e.name == name)
         # The record goes last: a discard that was interrupted can be run again.
         _delete_work(run, name)
-        shutil.rmtree(expert.directory(run.directory), ignore_errors=True)
+        directory = expert.directory(run.directory)
+        _delete(directory)
+        with suppress(OSError):  # other versions are in it, or it was never made
+            directory.parent.rmdir()
         if expert.cluster is not None and expert.version == 1:
             return None
-        registry = update(run.directory, lambda r: r.discard(name))
+        registry = update(run.directory, lambda r: r.discard(name), "discard")
         used = {tag for other in registry.experts for tag in other.languages}
         for tag in expert.languages:
             if tag not in used and tag not in run.languages:
-                shutil.rmtree(run.directory / "corpus" / tag, ignore_errors=True)
+                _delete(run.directory / "corpus" / tag)
     return expert
 
 
-def _text_alone(run: Run, registry: Registry, name: str) -> list[Path]:
-    """Folders with text, finished or not, that was tokenised to grow an expert of this name which
-    does not exist."""
+def _was_discarded(registry: Registry, name: str) -> bool:
+    events = about(registry.history, name)
+    unknown = all(expert.name != name for expert in registry.experts)
+    return unknown and bool(events) and events[-1].action == "discard"
+
+
+def _is_text_alone(run: Run, registry: Registry, name: str) -> bool:
+    """Whether there is text, finished or not, that was tokenised to grow an expert of this name
+    which does not exist."""
     if name in run.languages or tag_of(name) != name:
-        return []  # the RUN's own text, or that of an evaluation
+        return False  # the RUN's own text, or that of an evaluation
     if any(name == e.name or name in e.languages for e in registry.experts):
-        return []
-    corpus = run.directory / "corpus"
-    # What a store is written into before it gets its name.
-    return [path for path in (corpus / name, corpus / f".{name}.partial") if path.is_dir()]
+        return False
+    text = run.directory / "corpus" / name
+    return text.is_dir() or _partial(text).is_dir()
 
 
 def _delete_work(run: Run, name: str) -> None:
-    shutil.rmtree(run.training(name), ignore_errors=True)
+    _delete(run.training(name))
     run.failure(name).unlink(missing_ok=True)
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a folder, if it exists. It gets another name first: if this is interrupted, nothing
+    takes what is left for the whole."""
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    if folder.exists():
+        folder.rename(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(folder: Path) -> Path:
+    """Name of a folder that is being written, or deleted."""
+    return folder.with_name(f".{folder.name}.partial")

@@ -90,7 +90,7 @@ def _plan(
     """Which model is scored on which language, and the routers."""
     checkpoints = general_models(run)
     checkpoints |= {expert.name: expert.directory(run.directory) for expert in experts}
-    serves, routings = serving(run.registry(), experts), options.routing
+    serves, routings = serving(experts), options.routing
     if not serves:  # experts of clusters of documents
         routings = [routing for routing in routings if routing.name != "detected"]
     found = {tag: lookup(tag, serves) for tag in documents}

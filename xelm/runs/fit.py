@@ -133,7 +133,7 @@ def learned(run: Run, experts: Sequence[Expert]) -> Learned:
     if len(experts) == 1:
         arrays = {"weights": np.zeros((vectoriser.dimensions + 1, 1)), "bias": np.zeros(1)}
     else:
-        facts = [[expert.reference, expert.sha256] for expert in experts]
+        facts = [[expert.first_reference, expert.sha256] for expert in experts]
         arrays = _fitted(run, "learned", facts, make, save, _read_learned)
     return Learned(vectoriser=vectoriser, weights=arrays["weights"], bias=arrays["bias"])
 

@@ -53,22 +53,27 @@ def evaluate_held_out(
 def check_gate(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> None:
     """Raises UserError, with the figures, for an expert that is worse than the gate allows, and
     keeps the reason for `xelm status`."""
+    if faults := faults_of(run, expert, figures):
+        reason = (
+            f"{expert.reference} is not published: on held-out text it has {faults}; its "
+            f"checkpoint is kept: publish it all the same with xelm publish {run.directory} "
+            f"{expert.name}, or delete it with xelm discard"
+        )
+        run.failure(expert.name).parent.mkdir(exist_ok=True)
+        run.failure(expert.name).write_text(reason, encoding="utf-8")
+        raise UserError(reason)
+
+
+def faults_of(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> str | None:
+    """Figures in which an expert is worse than the gate allows; None if there are none."""
     gate = run.config.gate
     faults = [
         *_faults(figures["own"], "parent", expert.parent, gate.worse),
         *_faults(figures["own"], "seed", SEED, gate.worse if expert.parent != SEED else None),
         *_faults(figures.get("others", {}), "parent", expert.parent, gate.others),
     ]
-    if faults:
-        more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-        reason = (
-            f"{expert.reference} is not published: on held-out text it has "
-            f"{'; '.join(faults[:5])}{more}; its checkpoint is kept: publish it all the same with "
-            f"xelm publish {run.directory} {expert.name}, or delete it with xelm discard"
-        )
-        run.failure(expert.name).parent.mkdir(exist_ok=True)
-        run.failure(expert.name).write_text(reason, encoding="utf-8")
-        raise UserError(reason)
+    more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+    return "; ".join(faults[:5]) + more or None
 
 
 def _faults(figures: Figures, model: str, name: str, allowed: float | None) -> Iterator[str]:

@@ -49,6 +49,7 @@ def grow(
             lambda registry: grow_registry(
                 registry, tag, expert.parent, reason=expert.reason, settings=expert.settings
             ),
+            "grow",
         )
         plans = train.plans_of_jobs(run, [job])
         announce(plans)

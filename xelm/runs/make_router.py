@@ -8,7 +8,6 @@ import numpy as np
 from clustering.errors import UserError
 from clustering.files import read_arrays
 from experts.expert import Expert
-from experts.registry import Registry
 from xelm.inference import routers
 from xelm.inference.route import Router
 from xelm.inference.routing import Routing
@@ -23,7 +22,7 @@ OR_MIXTURE = ("learned", "detected")
 def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
     """The router over these experts. With every routing, a text whose language is given goes to the
     expert that serves it; only fixed weights stay as given."""
-    served = serving(run.registry(), experts)
+    served = serving(experts)
     if routing.name == "language":
         return routers.ByLanguage(experts=len(experts), serving=served)
     router = _router(run, experts, routing, served)
@@ -108,8 +107,11 @@ def _fixed(names: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
         return np.log(found / found.sum())
 
 
-def serving(registry: Registry, experts: Sequence[Expert]) -> dict[str, int]:
-    """Language -> index of the expert that serves it."""
-    names = [expert.name for expert in experts]
+def serving(experts: Sequence[Expert]) -> dict[str, int]:
+    """Language -> index of the expert that serves it, of several that of the latest round, as
+    `Registry.for_language` has it. The registry may have changed since `experts` were read."""
     tags = dict.fromkeys(tag for expert in experts for tag in expert.languages)
-    return {tag: names.index(registry.for_language(tag).name) for tag in tags}
+    rounds = {
+        tag: [expert.round if tag in expert.languages else 0 for expert in experts] for tag in tags
+    }
+    return {tag: found.index(max(found)) for tag, found in rounds.items()}

@@ -13,6 +13,6 @@ def merge(run: Run, out: str | Path, names: Sequence[str] = ()) -> Path:
     """Writes the average of these experts, or of all published ones, into `out`, as
     `experts.merge.average` does; returns `out`."""
     registry = run.registry()
-    experts = [registry.expert(name) for name in names] or published(run)
+    experts = [registry.in_use(name) for name in names] or published(run)
     check_models(run, experts)
     return average([expert.directory(run.directory) for expert in experts], out=out)

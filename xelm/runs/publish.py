@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from clustering.errors import UserError
+from clustering.files import remove_unfinished, sha256, write_arrays
 from clustering.files import replace as replace_file
-from clustering.files import sha256, write_arrays
 from experts import manifest
 from experts.card import card
 from experts.expert import Expert
@@ -20,7 +20,7 @@ from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
 from xelm.models.checkpoint import README, read_config, stored_dtype, write_checkpoint
 from xelm.models.config import ModelConfig
-from xelm.runs.gate import check_gate, evaluate_held_out
+from xelm.runs.gate import check_gate, evaluate_held_out, faults_of
 from xelm.runs.origin import origin_facts
 from xelm.runs.run import Run
 from xelm.runs.shares import expert_text
@@ -81,7 +81,9 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
         check_gate(run, expert, evaluation)
     tokens = trained_tokens(directory)
     readme = directory / README
-    readme.unlink(missing_ok=True)  # from a publication that was interrupted
+    # Both are from a publication that was interrupted.
+    readme.unlink(missing_ok=True)
+    remove_unfinished(readme)
     files = hash_directory(directory)
     described = replace(expert, sha256=files, tokens=tokens, evaluation=evaluation)
     facts, masked = _facts(run, expert, text), not read_config(run.seed).causal
@@ -90,20 +92,27 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     files[README] = sha256(readme)
     # Before the registry, since `verify` compares every published expert with this record.
     manifest.record_expert(run.directory, replace(described, sha256=files))
+    refusal = faults_of(run, expert, evaluation)  # that was overridden
     update(
         run.directory,
         lambda registry: registry.publish(
             expert.name, expert.version, sha256=files, tokens=tokens, evaluation=evaluation
         ),
+        "publish",
+        {"refusal": refusal} if refusal else None,
     )
 
 
 def publish_anyway(run: Run, name: str) -> Expert:
-    """Publishes the version of an expert that is trained, and that the gate kept back. UserError if
-    there is none, or while another process trains it."""
+    """Publishes the version of an expert that is trained, and that the gate kept back; where that
+    is done already, nothing changes. UserError if there is none, or while another process trains
+    it."""
     with locked(run.directory, f"train-{name}"):
         known = run.registry().versions(name)
         expert = next((e for e in known if e.status == "training"), None)
+        if expert is None and known[-1].status == "published":
+            run.failure(name).unlink(missing_ok=True)
+            return known[-1]
         if expert is None or not expert.directory(run.directory).exists():
             listed = ", ".join(f"v{e.version} ({e.status})" for e in known)
             raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from clustering.errors import UserError
 from experts import manifest
 from experts.expert import SEED, Expert
-from experts.lock import locked
+from experts.lock import locked, record
 from xelm.config import TrainConfig
 from xelm.data.held_out import TrainingText
 from xelm.models.checkpoint import load_parameters, read_config
@@ -91,6 +91,7 @@ def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[st
         try:
             jobs = [_job(run, expert) for expert in experts]
             hosts.first_does(functools.partial(announce, plans_of_jobs(run, jobs)))
+            hosts.first_does(functools.partial(_record_beginning, run, experts))
             failures = train_checkpoints(run, jobs)
             for expert in experts:
                 if expert.name not in failures:
@@ -106,6 +107,17 @@ def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[st
             run.training(name).parent.mkdir(exist_ok=True)
             run.failure(name).write_text(str(error), encoding="utf-8")
     return failures
+
+
+def _record_beginning(run: Run, experts: Sequence[Expert]) -> None:
+    """Records in the history that trainings begin, but for those that are resumed."""
+    begun = [
+        expert.reference
+        for expert in experts
+        if not expert.directory(run.directory).exists() and not run.training(expert.name).exists()
+    ]
+    if begun:
+        record(run.directory, "train", begun)
 
 
 @contextmanager
