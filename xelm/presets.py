@@ -19,7 +19,7 @@ def quickstart() -> RunConfig:
     Languages are sampled in proportion to their tokens: with more passes over the smallest, the
     model would overfit it."""
     seed = TrainConfig(
-        tokens=1_000_000,
+        tokens=960_000,
         sequence_length=128,
         batch_size=16,
         optimizer=OptimizerConfig(learning_rate=3e-3),

@@ -136,7 +136,7 @@ def warnings(plans: Sequence[Plan]) -> list[str]:
         fewer = f"make the RUN with fewer tokens (xelm init --set {part}.tokens=N)"
         if part == "grow":
             other = f"--set grow.max_passes={MOST_PASSES:g}"
-            fewer = f"begin on fewer tokens (xelm grow --set grow.tokens=N, or {other})"
+            fewer = f"begin on fewer tokens (xelm grow --tokens N, or {other})"
         lines.append(
             f"{each.name}: passes over the same text: {which}. More than "
             f"{MOST_PASSES:g} teach little and may do harm; give more text, or {fewer}"
