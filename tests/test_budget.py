@@ -105,9 +105,7 @@ def test_the_advice_to_grow_on_fewer_tokens_can_be_followed(xelm, copy, tmp_path
     corpus = few(tmp_path / "few", copy.corpus, count=1)
     arguments = ("grow", copy.directory, "--language", "pt", "--corpus", corpus)
     told = xelm(*arguments, "--dry-run")
-    assert "begin on fewer tokens (xelm grow --tokens N, or --set grow.max_passes=4)" in (
-        told.err
-    )
+    assert "begin on fewer tokens (xelm grow --tokens N, or --set grow.max_passes=4)" in (told.err)
     fewer = ("--set", "grow.tokens=256")
     rows = {
         line.split()[0]: line

@@ -13,7 +13,7 @@ from xelm.runs import gate
 from xelm.runs.gate import evaluate_held_out
 from xelm.runs.shares import expert_text
 from xelm.settings import override, to_json
-from xelm.training.metrics import read_metrics, trained_tokens
+from xelm.training.metrics import HELD_OUT, best, read_metrics, trained_tokens
 
 GROWN = "pt"
 HARMFUL = ("--set", "grow.optimizer.learning_rate=.3")
@@ -153,3 +153,25 @@ def test_tokens_of_an_expert_are_those_of_its_best_weights(tmp_path):
     assert trained_tokens(tmp_path) == 40
     (tmp_path / "held_out.jsonl").write_text("")
     assert trained_tokens(tmp_path) == read_metrics(tmp_path / "metrics.jsonl")[-1]["tokens"]
+
+
+def test_from_25_sentences_no_worse_expert_is_published(xelm, copy, tmp_path):
+    """Forty passes learn them by heart; what is published is from before that."""
+    text = tmp_path / "few"
+    text.mkdir()
+    lines = (copy.corpus / f"{GROWN}.jsonl").read_text().splitlines()[:25]
+    (text / f"{GROWN}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    rate = ("--set", "grow.optimizer.learning_rate=2e-2")
+    outcome = xelm(
+        "grow", copy.directory, "--language", GROWN, "--corpus", text, "--passes", 40, *rate
+    )
+    run = open_run(copy.directory)
+    measured = read_metrics(run.registry().expert(GROWN).directory(run.directory) / HELD_OUT)
+    assert outcome.code == 0, outcome.err
+    expert = run.registry().expert(GROWN)
+    assert expert.settings == {"grow.passes": 40.0, "grow.optimizer.learning_rate": 0.02}
+    assert expert.evaluation is not None
+    found = expert.evaluation["own"][GROWN]
+    assert found["documents"] == 5 and found["expert"] < min(found["parent"], found["seed"])
+    assert expert.tokens == best(measured)["tokens"] < measured[-1]["tokens"]
+    assert measured[-1]["loss"] > best(measured)["loss"]
