@@ -27,7 +27,7 @@ from xelm.models.parameters import for_inference
 from xelm.settings import vary
 from xelm.training.held_out import HeldOutText
 from xelm.training.loop import train_together
-from xelm.training.metrics import best, without_improvement
+from xelm.training.metrics import best, read_metrics, without_improvement
 from xelm.training.trainer import TrainingSpec
 
 # Four documents are learned by heart; the others are of the same kind.
@@ -42,6 +42,22 @@ OVERFITTED = vary(
         "evaluation.every": 10,
     },
 )
+
+
+@pytest.fixture(scope="module")
+def whole(parameters, tmp_path_factory):
+    """A training that goes on to its end, its result, and its measurements."""
+    folder = tmp_path_factory.mktemp("whole")
+    spec = TrainingSpec(
+        label="whole",
+        start=lambda shardings: jax.device_put(parameters, shardings),
+        sources=LEARNED,
+        config=OVERFITTED,
+        held_out=HELD_OUT,
+        directory=folder / "training",
+    )
+    result = train_together([spec], MODEL, TEXT)[0]
+    return result, read_metrics(folder / "training" / "metrics.jsonl"), lines(folder)
 
 
 def lines(tmp_path, folder="training"):
@@ -69,47 +85,45 @@ def test_a_measurement_is_what_inference_gives(trained, parameters, tmp_path):
         assert line["loss"] == pytest.approx(mean, rel=1e-5)
 
 
-def test_the_result_has_the_weights_of_the_best_measurement(trained, tmp_path):
-    result, metrics = trained(OVERFITTED, sources=LEARNED, held_out=HELD_OUT)
-    measured = lines(tmp_path)
+def test_the_result_has_the_weights_of_the_best_measurement(whole, trained, tmp_path):
+    result, metrics, measured = whole
     assert [line["step"] for line in measured] == list(range(0, 81, 10))
     found = best(measured)
     # Learned by heart, other text becomes less likely.
     assert 0 < found["step"] < 80 and measured[-1]["loss"] > found["loss"] + 0.1
     assert metrics[-1]["step"] == 80
     assert result.tokens == found["tokens"] < metrics[-1]["tokens"]
-    trained(CONFIG, "again", LEARNED, result.parameters, HELD_OUT)
+    trained(replace(CONFIG, tokens=128), "again", LEARNED, result.parameters, HELD_OUT)
     assert lines(tmp_path, "again")[0]["loss"] == found["loss"]
 
 
 def test_patience_ends_a_training_after_so_many_measurements_without_a_better_one(
-    trained, tmp_path
+    whole, trained, tmp_path
 ):
-    whole, _ = trained(OVERFITTED, "whole", LEARNED, held_out=HELD_OUT)
+    result, _, measured = whole
     patient = vary(OVERFITTED, {"evaluation.patience": 2})
     ended, metrics = trained(patient, "ended", LEARNED, held_out=HELD_OUT)
-    found = best(lines(tmp_path, "whole"))
-    assert metrics[-1]["step"] == found["step"] + 20
-    assert lines(tmp_path, "ended")[-1]["step"] == found["step"] + 20
-    assert_same_bits(ended, whole)
+    last = best(measured)["step"] + 20
+    assert metrics[-1]["step"] == last == lines(tmp_path, "ended")[-1]["step"]
+    assert_same_bits(ended, result)
     # Once more: it is known that it has ended.
     again, _ = trained(patient, "ended", LEARNED, held_out=HELD_OUT)
-    assert_same_bits(again, whole)
+    assert_same_bits(again, result)
 
 
 @pytest.mark.parametrize("step", [9, 61])
 def test_a_training_that_was_killed_ends_with_the_same_best_weights(
-    step, trained, tmp_path, monkeypatch
+    step, whole, trained, tmp_path, monkeypatch
 ):
+    result, _, measured = whole
     config = vary(OVERFITTED, {"runtime.checkpoint_every": 25})
-    whole, _ = trained(config, "whole", LEARNED, held_out=HELD_OUT)
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
         with pytest.raises(Interrupt):
             trained(config, "killed", LEARNED, held_out=HELD_OUT)
     resumed, _ = trained(config, "killed", LEARNED, held_out=HELD_OUT)
-    assert_same_bits(resumed, whole)
-    assert lines(tmp_path, "killed") == lines(tmp_path, "whole")
+    assert_same_bits(resumed, result)
+    assert lines(tmp_path, "killed") == measured
 
 
 def test_experts_of_one_program_end_as_they_would_alone(trained, parameters, tmp_path):
