@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+from functools import partial
 
 import pytest
 from small_corpora import HABARI, MANN, arrow, lines, parquet, texts, write
@@ -136,13 +137,15 @@ def test_damaged_arrow_gives_what_it_holds_and_says_so(tmp_path):
     assert faults.places == {reason: [f"sw.arrow after row {len(found)}"]}
 
 
-@pytest.mark.parametrize("pack", [lzma.compress, bz2.compress])
-def test_other_compressions_cut_short_say_so(tmp_path, pack):
-    name = f"de.jsonl.{'xz' if pack is lzma.compress else 'bz2'}"
-    many = lines(*({"text": os.urandom(16).hex()} for _ in range(100_000)))
-    write(tmp_path, {name: pack(many)[: len(pack(many)) // 2]})
+@pytest.mark.parametrize(
+    ("ending", "pack"), [("xz", partial(lzma.compress, preset=0)), ("bz2", bz2.compress)]
+)
+def test_other_compressions_cut_short_say_so(tmp_path, ending, pack):
+    name = f"de.jsonl.{ending}"
+    packed = pack(lines(*({"text": os.urandom(16).hex()} for _ in range(60_000))))
+    write(tmp_path, {name: packed[: len(packed) // 2]})
     faults = UnusableRecords()
     count = len(list(read(tmp_path, faults)))
     (reason,) = faults.counts
-    assert reason.startswith("a damaged file (") and 0 < count < 100_000
+    assert reason.startswith("a damaged file (") and 0 < count < 60_000
     assert faults.places[reason] == [f"{name} after line {count}"] or faults.total() == 2
