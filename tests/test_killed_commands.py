@@ -1,0 +1,144 @@
+"""A command that changes the registry is killed before each of its operations on files.
+
+Whatever the moment, the RUN is whole, and the same command, run again, gives what it would have
+given undisturbed.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from killing import killed_everywhere
+from shared import snapshot
+
+from experts import manifest
+from experts.expert import Expert
+from experts.registry import Registry
+from experts.verify import hash_directory, verify
+from xelm.models.checkpoint import README
+
+
+def registry_of(files: dict[str, bytes]) -> dict:
+    """registry.json without the times and the command lines of its history."""
+    value = json.loads(files["registry.json"])
+    for event in value["history"]:
+        del event["time"], event["command"]
+    return value
+
+
+@pytest.fixture(scope="module")
+def living(tiny, tmp_path_factory):
+    """A RUN whose de-fr has a version 2, in training though written, and whose en-es has a grown
+    child `pt`; neither was trained here."""
+    run = tmp_path_factory.mktemp("living") / "RUN"
+    shutil.copytree(tiny.directory, run)
+    for folder in (run / ".locks", run / "routers"):
+        shutil.rmtree(folder, ignore_errors=True)
+    registry = Registry.load(run)
+    shutil.copytree(run / "experts/en-es/v1", run / "experts/pt/v1")
+    pt = Expert(name="pt", languages=("pt",), parent="en-es@v1", round=2)
+    registry = registry.add(pt).publish(
+        "pt", 1, sha256=hash_directory(run / "experts/pt/v1"), tokens=9
+    )
+    shutil.copytree(run / "experts/de-fr/v1", run / "experts/de-fr/v2")
+    (run / "experts/de-fr/v2" / README).unlink()
+    registry = registry.start("de-fr")
+    registry.save(run)
+    manifest.record_expert(run, registry.expert("pt"))
+    (run / "train").mkdir(exist_ok=True)
+    (run / "train/de-fr.failed.txt").write_text("worse")
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(living, tmp_path_factory):
+    """The same RUN without a version in training, and with two versions of en-es."""
+    run = tmp_path_factory.mktemp("finished") / "RUN"
+    shutil.copytree(living, run)
+    registry = Registry.load(run).discard("de-fr").start("en-es")
+    shutil.rmtree(run / "experts/de-fr/v2")
+    shutil.copytree(run / "experts/en-es/v1", run / "experts/en-es/v2")
+    hashes = hash_directory(run / "experts/en-es/v2")
+    registry = registry.publish("en-es", 2, sha256=hashes, tokens=9)
+    registry.save(run)
+    manifest.record_expert(run, registry.expert("en-es"))
+    assert verify(run) == []
+    return run
+
+
+def checked(template, folder, *command) -> Iterator[tuple[dict, dict]]:
+    """Statuses of experts right after each kill, and the files of the undisturbed run."""
+    assert verify(template) == []
+    before = {e.reference: e.status for e in Registry.load(template).experts}
+    *killed, whole = killed_everywhere(template, folder, *command)
+    wanted = snapshot(folder / str(len(killed)))
+    assert (whole["code"], whole["faults"]) == (0, [])
+    assert len(killed) > 5  # the lock, and the replacement of a file, take as many
+    for number, outcome in enumerate(killed):
+        assert outcome["faults"] == [], (number, outcome)
+        assert outcome["statuses"] in (before, whole["statuses"]), (number, outcome)
+        assert (outcome["again"], outcome["faults at last"]) == (0, []), (number, outcome)
+        came = snapshot(folder / str(number))
+        assert came.keys() == wanted.keys(), number
+        assert registry_of(came) == registry_of(wanted), number
+        others = came.keys() - {"registry.json"}
+        assert [name for name in others if came[name] != wanted[name]] == [], number
+        yield outcome["statuses"], wanted
+
+
+def test_publishing(living, tmp_path):
+    seen = list(checked(living, tmp_path, "publish", "RUN", "de-fr"))
+    assert {statuses["de-fr@v2"] for statuses, _ in seen} == {"training", "published"}
+    _, wanted = seen[-1]
+    (event,) = registry_of(wanted)["history"][-1:]
+    assert event["action"] == "publish" and "5.000 bits a byte in de" in event["refusal"]
+    assert event["experts"] == {"de-fr@v1": "retired", "de-fr@v2": "published"}
+    assert "train/de-fr.failed.txt" not in wanted
+
+
+def test_rolling_back(finished, tmp_path):
+    seen = list(checked(finished, tmp_path, "rollback", "RUN", "en-es", "--version", "1"))
+    assert {(s["en-es@v1"], s["en-es@v2"]) for s, _ in seen} == {
+        ("retired", "published"),
+        ("published", "retired"),
+    }
+
+
+def test_retiring(finished, tmp_path):
+    seen = list(checked(finished, tmp_path, "retire", "RUN", "en-es"))
+    assert {statuses["en-es@v2"] for statuses, _ in seen} == {"published", "retired"}
+
+
+def test_restoring(finished, tmp_path):
+    retired = tmp_path / "retired"
+    shutil.copytree(finished, retired)
+    Registry.load(finished).retire_expert("pt").save(retired)
+    seen = list(checked(retired, tmp_path / "copies", "restore", "RUN", "pt"))
+    assert {statuses["pt@v1"] for statuses, _ in seen} == {"published", "retired"}
+
+
+def test_renaming(finished, tmp_path):
+    seen = list(checked(finished, tmp_path, "rename", "RUN", "en-es=western"))
+    names = {frozenset(reference.partition("@")[0] for reference in s) for s, _ in seen}
+    assert names == {frozenset(["de-fr", "en-es", "pt"]), frozenset(["de-fr", "western", "pt"])}
+    _, wanted = seen[-1]
+    parents = {e["name"]: e["parent"] for e in registry_of(wanted)["experts"]}
+    assert parents["pt"] == "western@v1"
+
+
+def test_discarding(finished, tmp_path):
+    run = tmp_path / "growing"
+    shutil.copytree(finished, run)
+    registry = Registry.load(run)
+    sv = Expert(name="sv", languages=("sv",), parent="en-es@v2", round=2)
+    replace(registry, experts=(*registry.experts, sv)).save(run)
+    shutil.copytree(run / "experts/en-es/v1", run / "experts/sv/v1")
+    for name in ("train/sv/checkpoints/4/data", "corpus/sv/store.json", "train/sv.failed.txt"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}")
+    seen = list(checked(run, tmp_path / "copies", "discard", "RUN", "sv"))
+    assert {"sv@v1" in statuses for statuses, _ in seen} == {True, False}
+    _, wanted = seen[-1]
+    assert not [name for name in wanted if "sv" in name.split("/")]
