@@ -127,6 +127,11 @@ class Registry:
         newest = {expert.name: expert for expert in by_version if expert.status == "published"}
         return _in_order(newest.values())
 
+    def retired(self) -> tuple[str, ...]:
+        """Names of the experts that were published, and of which no version is in use."""
+        names = dict.fromkeys(expert.name for expert in self.experts if expert.sha256)
+        return tuple(n for n in names if all(e.status == "retired" for e in self.versions(n)))
+
     def training(self) -> tuple[Expert, ...]:
         """The versions whose training is not finished, in order of round and name."""
         return _in_order(expert for expert in self.experts if expert.status == "training")
@@ -168,13 +173,17 @@ class Registry:
         tag = lookup(language, served)
         if tag is None:
             known = f"served: {', '.join(served) or 'none'}"
-            for expert in reversed(self.experts):
-                if expert.status == "retired" and lookup(language, expert.languages):
-                    known = f"{_not_in_use(expert)}; {known}"
-                    break
-            raise UserError(f"no published expert serves {language!r}; {known}")
+            retired = self.retired_for(language)
+            more = f"{_not_in_use(retired)}; " if retired else ""
+            raise UserError(f"no published expert serves {language!r}; {more}{known}")
         serving = [expert for expert in self.published() if tag in expert.languages]
         return max(serving, key=lambda e: e.round)
+
+    def retired_for(self, language: str) -> Expert | None:
+        """The newest version of a retired expert for a language; None if there is none."""
+        experts = [self.expert(name) for name in self.retired()]
+        found = (expert for expert in experts if lookup(language, expert.languages))
+        return next(found, None)
 
     def round_after(self, parent: str, name: str) -> int:
         """The round of an expert `name` that starts from `parent`, which is 'seed' or 'NAME@vN'."""

@@ -100,7 +100,9 @@ def _main(template: Path, folder: Path, words: list[str]) -> None:
         first = _forked(functools.partial(command, run), number)
         faults = [str(fault) for fault in verify(run)]
         statuses = {e.reference: e.status for e in Registry.load(run).experts}
-        found = {"killed": first == KILLED, "code": first, "faults": faults, "statuses": statuses}
+        files = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
+        found = {"killed": first == KILLED, "code": first, "faults": faults}
+        found |= {"statuses": statuses, "files": files}
         if first == KILLED:
             found["again"] = _forked(functools.partial(command, run))
         found["faults at last"] = [str(fault) for fault in verify(run)]

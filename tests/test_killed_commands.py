@@ -69,7 +69,7 @@ def finished(living, tmp_path_factory):
 
 
 def checked(template, folder, *command) -> Iterator[tuple[dict, dict]]:
-    """Statuses of experts right after each kill, and the files of the undisturbed run."""
+    """What was found right after each kill, and the files of the undisturbed run."""
     assert verify(template) == []
     before = {e.reference: e.status for e in Registry.load(template).experts}
     *killed, whole = killed_everywhere(template, folder, *command)
@@ -85,12 +85,12 @@ def checked(template, folder, *command) -> Iterator[tuple[dict, dict]]:
         assert registry_of(came) == registry_of(wanted), number
         others = came.keys() - {"registry.json"}
         assert [name for name in others if came[name] != wanted[name]] == [], number
-        yield outcome["statuses"], wanted
+        yield outcome, wanted
 
 
 def test_publishing(living, tmp_path):
     seen = list(checked(living, tmp_path, "publish", "RUN", "de-fr"))
-    assert {statuses["de-fr@v2"] for statuses, _ in seen} == {"training", "published"}
+    assert {found["statuses"]["de-fr@v2"] for found, _ in seen} == {"training", "published"}
     _, wanted = seen[-1]
     (event,) = registry_of(wanted)["history"][-1:]
     assert event["action"] == "publish" and "5.000 bits a byte in de" in event["refusal"]
@@ -100,7 +100,8 @@ def test_publishing(living, tmp_path):
 
 def test_rolling_back(finished, tmp_path):
     seen = list(checked(finished, tmp_path, "rollback", "RUN", "en-es", "--version", "1"))
-    assert {(s["en-es@v1"], s["en-es@v2"]) for s, _ in seen} == {
+    statuses = [found["statuses"] for found, _ in seen]
+    assert {(each["en-es@v1"], each["en-es@v2"]) for each in statuses} == {
         ("retired", "published"),
         ("published", "retired"),
     }
@@ -108,7 +109,7 @@ def test_rolling_back(finished, tmp_path):
 
 def test_retiring(finished, tmp_path):
     seen = list(checked(finished, tmp_path, "retire", "RUN", "en-es"))
-    assert {statuses["en-es@v2"] for statuses, _ in seen} == {"published", "retired"}
+    assert {found["statuses"]["en-es@v2"] for found, _ in seen} == {"published", "retired"}
 
 
 def test_restoring(finished, tmp_path):
@@ -116,12 +117,15 @@ def test_restoring(finished, tmp_path):
     shutil.copytree(finished, retired)
     Registry.load(finished).retire_expert("pt").save(retired)
     seen = list(checked(retired, tmp_path / "copies", "restore", "RUN", "pt"))
-    assert {statuses["pt@v1"] for statuses, _ in seen} == {"published", "retired"}
+    assert {found["statuses"]["pt@v1"] for found, _ in seen} == {"published", "retired"}
 
 
 def test_renaming(finished, tmp_path):
     seen = list(checked(finished, tmp_path, "rename", "RUN", "en-es=western"))
-    names = {frozenset(reference.partition("@")[0] for reference in s) for s, _ in seen}
+    names = {
+        frozenset(reference.partition("@")[0] for reference in found["statuses"])
+        for found, _ in seen
+    }
     assert names == {frozenset(["de-fr", "en-es", "pt"]), frozenset(["de-fr", "western", "pt"])}
     _, wanted = seen[-1]
     parents = {e["name"]: e["parent"] for e in registry_of(wanted)["experts"]}
@@ -139,6 +143,13 @@ def test_discarding(finished, tmp_path):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("{}")
     seen = list(checked(run, tmp_path / "copies", "discard", "RUN", "sv"))
-    assert {"sv@v1" in statuses for statuses, _ in seen} == {True, False}
+    assert {"sv@v1" in found["statuses"] for found, _ in seen} == {True, False}
+    # A part of a checkpoint or of a text would be taken for the whole.
+    there = snapshot(run)
+    for folder in ("experts/sv/v1/", "train/sv/", "corpus/sv/"):
+        whole = {name for name in there if name.startswith(folder)}
+        left = [whole.intersection(found["files"]) for found, _ in seen]
+        assert whole in left and set() in left
+        assert all(names in (whole, set()) for names in left)
     _, wanted = seen[-1]
     assert not [name for name in wanted if "sv" in name.split("/")]

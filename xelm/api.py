@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xelm.evaluation.results import Results
     from xelm.inference.ensemble import Ensemble
     from xelm.runs.budget import Plan
+    from xelm.runs.compare import Comparison, ListedExpert
     from xelm.runs.nearest import Relatives
     from xelm.runs.status import Progress
 
@@ -195,6 +196,19 @@ class Run(runs.Run):
 
         change = update(self.directory, lambda r: r.restore(name, version), "restore")
         return change.expert(name)
+
+    def experts(self) -> "list[ListedExpert]":
+        """All versions of all experts, with what is recorded of them."""
+        from xelm.runs.compare import list_experts
+
+        return list_experts(self)
+
+    def diff(self, first: str, second: str) -> "Comparison":
+        """How two models differ: figures, data, settings, parent, tokens. first, second: 'NAME',
+        'NAME@vN' or 'seed'."""
+        from xelm.runs.compare import compare
+
+        return compare(self, first, second)
 
     def rename(self, names: Mapping[str, str]) -> "Registry":
         """Renames experts, in all their versions and as parents. names: present -> new name."""

@@ -1,7 +1,7 @@
 """Tables for the terminal."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from experts.history import Event
     from xelm.data.text_stats import TextStats
     from xelm.evaluation.results import Results, Summary
+    from xelm.runs.compare import Comparison, ListedExpert
     from xelm.runs.nearest import Relatives
     from xelm.runs.status import Progress
 
@@ -230,11 +231,57 @@ def history(events: "Sequence[Event]") -> str:
     return _table(rows)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, of which the first is the head, in columns as wide as they need."""
+def experts(found: "Sequence[ListedExpert]") -> str:
+    """One line a version: name, status, parent, languages, tokens, size, and bits a byte on
+    held-out text of the expert, its parent and the seed."""
+    figures = ("expert", "parent", "seed")
+    rows = [("expert", "status", "parent", "languages", "tokens", "MB", *figures)]
+    for each in found:
+        bits = [f"{each.figures[name]:.3f}" if each.figures else "-" for name in figures]
+        reference, size = f"{each.name}@v{each.version}", f"{each.bytes / 1e6:,.1f}"
+        languages = " ".join(each.languages)
+        rows.append(
+            (reference, each.status, each.parent, languages, f"{each.tokens:,}", size, *bits)
+        )
+    note = "expert, parent, seed: bits a byte on held-out text, mean over the expert's languages"
+    return f"{_table(rows, right=range(4, 9))}\n{note}"
+
+
+def comparison(found: "Comparison") -> str:
+    """One line for each fact in which two models differ, with the difference of numbers."""
+    rows = [("", found.first, found.second, "change")]
+    for each in found.differences:
+        values = (each.first, each.second)
+        change = ""
+        if all(isinstance(value, int | float) for value in values):
+            change = _number(each.second - each.first, "+")
+        rows.append((each.name, *map(_value, values), change))
+    if not found.differences:
+        return f"{found.first} and {found.second} do not differ in anything that is recorded"
+    return _table(rows, right=(3,))
+
+
+def _value(value: object) -> str:
+    if isinstance(value, int | float):
+        return _number(value)
+    text = "-" if value is None or value == "" else str(value)
+    return text if len(text) <= 60 else f"{text[:12]}..." if " " not in text else f"{text[:57]}..."
+
+
+def _number(value: float, sign: str = "") -> str:
+    if isinstance(value, float):
+        return f"{value:{sign}.3f}" if abs(value) >= 0.001 or not value else f"{value:{sign}.3g}"
+    return f"{value:{sign},}"
+
+
+def _table(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> str:
+    """Rows of cells, of which the first is the head, in columns as wide as they need. right:
+    columns of which cells are at the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
+    sides = [">" if column in right else "<" for column in range(len(widths))]
     return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows
+        "  ".join(f"{cell:{s}{w}}" for cell, s, w in zip(row, sides, widths)).rstrip()
+        for row in rows
     )
 
 

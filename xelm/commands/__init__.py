@@ -41,6 +41,8 @@ COMMANDS = {
     "retire": lifecycle.RETIRE,
     "restore": lifecycle.RESTORE,
     "discard": maintenance.DISCARD,
+    "experts": lifecycle.EXPERTS,
+    "diff": lifecycle.DIFF,
     "history": lifecycle.HISTORY,
     "merge": maintenance.MERGE,
 }

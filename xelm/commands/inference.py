@@ -106,7 +106,11 @@ def _report_routing(
     """Prints on stderr, unless stdout has it as JSON, the experts' weights and what decided them;
     in any case, that no expert serves the language that was given."""
     if options.language is not None and routing != "language":
-        print(f"no expert serves {options.language}: routed by {routing} instead", file=sys.stderr)
+        why = f"no expert serves {options.language}"
+        if (retired := run_of(options).registry().retired_for(options.language)) is not None:
+            how = f"xelm restore {options.run} {retired.name}"
+            why = f"{retired.name}, the expert for it, is retired (bring it back with: {how})"
+        print(f"{why}: routed by {routing} instead", file=sys.stderr)
     if not options.json:
         ordered = sorted(weights.items(), key=lambda item: -item[1])
         shown = [f"{name} {weight:.2f}" for name, weight in ordered if weight >= 0.005]

@@ -1,6 +1,7 @@
 """The commands for the life of experts: in and out of use, and what happened to them."""
 
 import argparse
+import dataclasses
 
 from xelm.commands.options import Command, run_of, show
 
@@ -19,6 +20,32 @@ def _history(options: argparse.Namespace) -> None:
 
 
 HISTORY = Command("show what changed the experts, when, and how", _history, _history_options)
+
+
+def _experts(options: argparse.Namespace) -> None:
+    from xelm import tables
+
+    found = run_of(options).experts()
+    show(options, [dataclasses.asdict(each) for each in found], tables.experts(found))
+
+
+EXPERTS = Command("list all versions of all experts", _experts)
+
+
+def _diff_options(parser: argparse.ArgumentParser) -> None:
+    model = "NAME (the version in use), NAME@v1, or seed"
+    parser.add_argument("first", metavar="A", help=f"model to compare: {model}")
+    parser.add_argument("second", metavar="B", help="model to compare it with")
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from xelm import tables
+
+    found = run_of(options).diff(options.first, options.second)
+    show(options, dataclasses.asdict(found), tables.comparison(found))
+
+
+DIFF = Command("show how two experts, or an expert and the seed, differ", _diff, _diff_options)
 
 
 def _retire_options(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """The routers: the state that each keeps of a text, and how it weighs the experts by it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -141,6 +141,8 @@ class ByLanguage(_Either):
     """Tag of a language -> expert; `languages.lookup` finds it for the language that is given."""
     otherwise: Router | None = None
     """The other router, over E models; None: each text must have a language that is served."""
+    retired: Mapping[str, str] = field(default_factory=dict)
+    """Tag of a language that only a retired expert serves -> name of that expert."""
 
     @property
     def memory(self):
@@ -160,6 +162,13 @@ class ByLanguage(_Either):
             raise UserError("routing by language needs the language of the text; give --language")
         if expert is None:
             served = ", ".join(sorted(self.serving)) or "none, since experts are of documents"
+            retired = lookup(language, self.retired)
+            if retired is not None:
+                name = self.retired[retired]
+                raise UserError(
+                    f"{name}, the expert for {language!r}, is retired; bring it back with: xelm "
+                    f"restore RUN {name}; served: {served}"
+                )
             raise UserError(
                 f"no expert serves {language!r}; served: {served}. Grow one, or use another routing"
             )

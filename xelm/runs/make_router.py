@@ -1,6 +1,6 @@
 """Makes routers over the published experts of a RUN from what is fitted on its text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from clustering.errors import UserError
 from clustering.files import read_arrays
 from experts.expert import Expert
+from experts.registry import Registry
 from xelm.inference import routers
 from xelm.inference.route import Router
 from xelm.inference.routing import Routing
@@ -24,7 +25,8 @@ def make_router(run: Run, experts: Sequence[Expert], routing: Routing) -> Router
     expert that serves it; only fixed weights stay as given."""
     served = serving(experts)
     if routing.name == "language":
-        return routers.ByLanguage(experts=len(experts), serving=served)
+        retired = _retired(run.registry(), served)
+        return routers.ByLanguage(experts=len(experts), serving=served, retired=retired)
     router = _router(run, experts, routing, served)
     if routing.abstain is not None:
         count = len(experts)
@@ -105,6 +107,12 @@ def _fixed(names: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
         raise UserError(f"weights must be at least 0 and one of them above; got {given}")
     with np.errstate(divide="ignore"):
         return np.log(found / found.sum())
+
+
+def _retired(registry: Registry, served: Collection[str]) -> dict[str, str]:
+    """Language that only a retired expert serves -> name of that expert."""
+    experts = [registry.expert(name) for name in registry.retired()]
+    return {tag: each.name for each in experts for tag in each.languages if tag not in served}
 
 
 def serving(experts: Sequence[Expert]) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """The models that a server has at a time: every published expert of a RUN, alone and together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,8 @@ class ServedModels:
     """Name of a model in requests -> the router that weighs the ensemble's models for it."""
     versions: Mapping[str, str]
     """Expert -> its version, such as "en-es@v2"."""
+    retired: Collection[str]
+    """Experts that are retired."""
     detector: Detected
     """Detects the language of prompts, which answers and metrics name."""
 
@@ -86,5 +88,6 @@ def open_served_models(
         ensemble=ensemble,
         routers={ENSEMBLE: ensemble.router} | alone,
         versions={expert.name: expert.reference for expert in experts},
+        retired=run.registry().retired(),
         detector=Detected(experts=1, identifier=identifier(run), pieces=pieces(run), serving={}),
     )

@@ -256,5 +256,7 @@ def _check_content_type(given: str) -> None:
 def check_model(name: str, models: ServedModels) -> None:
     """Raises Refused for a model that is not served."""
     if name not in models.routers:
-        message = f"there is no model {name[:80]!r}; there are: {', '.join(models.routers)}"
+        retired = name.removeprefix(f"{ENSEMBLE}:") in models.retired
+        what = f"{name} is retired" if retired else f"there is no model {name[:80]!r}"
+        message = f"{what}; there are: {', '.join(models.routers)}"
         raise Refused(404, message, "model", "model_not_found")
