@@ -71,6 +71,26 @@ def test_a_resumed_training_goes_on_from_its_checkpoint(trained, tmp_path, monke
     assert [line["step"] for line in metrics] == list(range(1, 21))
 
 
+def test_facts_may_be_changed_once_their_checkpoint_is_saved(tmp_path, monkeypatch):
+    """The checkpoint is written in the background, later than they are hashed."""
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    facts, state = {"measurements": [1]}, {"weight": jax.device_put(jnp.ones(3), place)}
+    save = ocp.CheckpointManager.save
+
+    def later(manager, *arguments, **options):
+        facts["measurements"].append(2)
+        return save(manager, *arguments, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", later)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(1, state, facts)
+    checkpoints.wait()
+    restored, found = checkpoints.restore(1, state)
+    checkpoints.close()
+    assert found["measurements"] == [1] and restored["weight"].tolist() == [1.0, 1.0, 1.0]
+
+
 def test_a_finished_training_run_again_gives_the_same_at_once(trained, monkeypatch):
     first, metrics = trained()
     with monkeypatch.context() as patch:

@@ -42,9 +42,10 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        """Saves arrays and a JSON value; returns when the arrays may be changed again."""
+        """Saves arrays and a JSON value; returns when both may be changed again."""
         if step != self._manager.latest_step():
-            facts = {**facts, _FINGERPRINTS: fingerprints(state)}
+            # A copy, as it is written later than it is hashed.
+            facts = json.loads(json.dumps({**facts, _FINGERPRINTS: fingerprints(state)}))
             sealed = ocp.args.JsonSave({**facts, _SEAL: _seal(facts)})
             args = ocp.args.Composite(state=ocp.args.StandardSave(state), facts=sealed)
             with self._saving():
