@@ -342,12 +342,12 @@ def test_a_language_that_is_told_is_routed_by(run, tiny, routing):
 def test_a_template_and_a_system_prompt_do_not_move_the_posterior(copy, memory):
     """English ones, around what a German user says: the evidence is that of the user's tokens."""
     english, german = (documents_of(copy.held_out, tag)[0].split() for tag in ("en", "de"))
-    template = " ".join(english[:5]) + " {% for m in messages %}{{ m['content'] }} {% endfor %}"
-    template += " ".join(english[5:10])
+    template = " ".join(english[:4]) + " {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    template += " ".join(english[4:8])
     (copy.directory / "seed" / "chat_template.jinja").write_text(template)
     ensemble = open_run(copy.directory).ensemble(Routing(name="posterior", memory=memory))
     messages = [
-        {"role": "system", "content": " ".join(english[10:14])},
+        {"role": "system", "content": " ".join(english[8:12])},
         {"role": "user", "content": " ".join(german[:4])},
     ]
     ids, mask = ensemble.tokenizer.chat(messages)

@@ -43,9 +43,10 @@ def bare(xelm, tiny, tiny_settings, tmp_path_factory):
     content["post_processor"] = None
     # In the place of bytes that no text here has, so that the embedding has rows for them.
     names = dict(zip(("<|im_start|>", "<|im_end|>"), (START, END)))
+    pieces = content["model"]["vocab"]
     for name, id in names.items():
-        assert content["model"]["vocab"][id][0].startswith("<0x")
-        content["model"]["vocab"][id][0] = name
+        assert pieces.pop(f"<0x{id - 4:02X}>") == id  # after the four special tokens
+        pieces[name] = id
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         content["added_tokens"].append({"id": id, "content": name, **flags, "special": True})
     (seed / "tokenizer.json").write_text(json.dumps(content))
