@@ -9,6 +9,7 @@
 The record:
     registry    Registry: load, published, expert, for_language, rollback, ...
     expert      Expert, one version of one expert
+    history     Event, what changed the experts and when
 
 Changes of a registry, which return a new one:
     branch      one expert for each cluster
@@ -29,7 +30,18 @@ from typing import Any
 
 # The names are submodules, loaded when first used.
 # pyright: reportUnsupportedDunderAll=false
-__all__ = ["branch", "card", "expert", "grow", "lock", "manifest", "merge", "registry", "verify"]
+__all__ = [
+    "branch",
+    "card",
+    "expert",
+    "grow",
+    "history",
+    "lock",
+    "manifest",
+    "merge",
+    "registry",
+    "verify",
+]
 
 
 def __dir__() -> list[str]:

@@ -7,6 +7,7 @@ import shutil
 import httpx
 from serving import served, until
 
+from experts.lock import record
 from experts.registry import Registry
 from xelm import open_run
 from xelm.inference.routing import Routing
@@ -160,3 +161,51 @@ def test_a_new_version_and_rolling_it_back_are_picked_up(chatty, tmp_path, xelm)
         assert xelm("rollback", directory, "de-fr").code == 0
         found.watcher.check()
         assert found.scheduler.models.versions == before.versions and said("xelm:de-fr") == first
+
+
+def test_experts_are_retired_restored_and_renamed_while_the_server_runs(chatty, tmp_path, slow):
+    directory = tmp_path / "RUN"
+    shutil.copytree(chatty, directory)
+    run = open_run(directory)
+    with served(directory) as found:
+        asked = {"model": "xelm:de-fr", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+        client = found.client()
+
+        def said(model):
+            return found.post(asked | {"model": model})
+
+        text = said("xelm:de-fr").json()["choices"][0]["text"]
+        for change, gone, message, there in (
+            (lambda: run.retire("de-fr"), "xelm:de-fr", "xelm:de-fr is retired; there", None),
+            (lambda: run.restore("de-fr"), None, "", "xelm:de-fr"),
+            (lambda: run.rename({"de-fr": "middle"}), "xelm:de-fr", "there is no", "xelm:middle"),
+        ):
+            model = "xelm:en-es" if gone is None else gone
+            alone = said(model).json()["choices"][0]["text"]
+            slow["seconds"] = 0.2
+            stream = client.completions.create(**asked | {"model": model}, stream=True)
+            pieces = [next(stream).choices[0].text]
+            change()
+            found.watcher.check()
+            if gone:
+                refused = said(gone)
+                assert refused.status_code == 404 and message in refused.text
+                assert gone not in [model.id for model in client.models.list()]
+            # The request that began before ends as it would have.
+            assert found.scheduler.running == 1
+            slow["seconds"] = 0
+            assert "".join([*pieces, *(part.choices[0].text for part in stream)]) == alone
+            if there:
+                assert said(there).json()["choices"][0]["text"] == text
+        assert said("xelm").status_code == 200
+
+
+def test_an_event_that_changes_no_version_in_use_opens_nothing(chatty, tmp_path, monkeypatch):
+    directory = tmp_path / "RUN"
+    shutil.copytree(chatty, directory)
+    with served(directory) as found:
+        before, opened = found.scheduler.models, []
+        monkeypatch.setattr(models, "open_ensemble", lambda *_, **__: opened.append(1))
+        record(directory, "train", ["de-fr@v1"])
+        found.watcher.check()
+        assert found.scheduler.models is before and not opened

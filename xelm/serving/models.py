@@ -68,9 +68,13 @@ def open_served_models(
     run: Run, routing: Routing, *, dtype: str = "auto", before: ServedModels | None = None
 ) -> ServedModels:
     """The models that a RUN has published now. before: the models served until now, with which
-    parameters that stay are shared. UserError for encoders, and if the files of a model are not
-    those that were published or contain NaN or infinity."""
+    parameters that stay are shared, and which are returned if the same versions are published.
+    UserError for encoders, and if the files of a model are not those that were published or contain
+    NaN or infinity."""
     experts = published(run)
+    versions = {expert.name: expert.reference for expert in experts}
+    if before is not None and before.versions == versions:
+        return before
     if not read_config(run.seed).causal:
         raise UserError(f"{run.directory} has encoders, which generate no text: nothing to serve")
     ensemble = open_ensemble(
@@ -87,7 +91,7 @@ def open_served_models(
     return ServedModels(
         ensemble=ensemble,
         routers={ENSEMBLE: ensemble.router} | alone,
-        versions={expert.name: expert.reference for expert in experts},
+        versions=versions,
         retired=run.registry().retired(),
         detector=Detected(experts=1, identifier=identifier(run), pieces=pieces(run), serving={}),
     )
