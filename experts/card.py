@@ -27,6 +27,7 @@ def card(
         f"# {expert.name}",
         _introduction(expert),
         _table(("", ""), _rows(expert, registry, facts)),
+        *(("## Text", _text(expert)) if expert.data else ()),
         "## Use",
         _USE.format(model="AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"),
         "## Files",
@@ -77,8 +78,10 @@ def _rows(
 ) -> list[tuple[str, str]]:
     shown = [(key, str(facts[key])) for key in facts if key not in FRONT_MATTER_FACTS]
     for tag, bits in (expert.evaluation or {}).get("own", {}).items():
-        parent = "" if expert.parent == SEED else f"its parent {bits['parent']:.3f}, "
-        figures = f"{bits['expert']:.3f} bits a byte ({parent}the seed {bits['seed']:.3f})"
+        others = "" if expert.parent == SEED else f"its parent {bits['parent']:.3f}, "
+        if "present" in bits:
+            others += f"the version before {bits['present']:.3f}, "
+        figures = f"{bits['expert']:.3f} bits a byte ({others}the seed {bits['seed']:.3f})"
         shown.append((f"held-out text in {tag}", figures))
     return [
         ("version", str(expert.version)),
@@ -90,6 +93,26 @@ def _rows(
         ("tokens of training", f"{expert.tokens:,}"),
         *shown,
     ]
+
+
+def _text(expert: Expert) -> str:
+    """Table of the text that the expert was trained on, by language and source, with what the
+    data cards say."""
+    rows = []
+    for tag, texts in (expert.data or {}).items():
+        for text in texts:
+            counts = (
+                f"{text['documents']:,} documents ({text['held_out']:,} more held out), "
+                f"{text['tokens']:,} tokens, {text['bytes']:,} bytes; SHA-256 {text['sha256']}"
+            )
+            rows.append((f"{tag}: {text['text']}", counts))
+            for source in text["sources"] or ():
+                card = source["card"] or {"": "no data card"}
+                said = [f"{name}: {value}" if name else value for name, value in card.items()]
+                rows.append((f"{tag}: {source['source']}", "; ".join(said)))
+            if text["sources"] is None:
+                rows.append((f"{tag}: {text['corpus']}", "not recorded whether it has a data card"))
+    return _table(("text", "origin"), rows)
 
 
 def _lineage(expert: Expert, registry: Registry) -> list[str]:

@@ -39,6 +39,9 @@ _OPTIONAL_JSON_TYPES = {
     "settings": dict,
     "evaluation": dict,
     "published_as": str,
+    "corpora": list,
+    "donor": str,
+    "data": dict,
 }
 
 
@@ -79,10 +82,21 @@ class Expert:
     -> value."""
     evaluation: dict[str, dict[str, dict[str, float]]] | None = None
     """Bits a byte on held-out text when it was published: "own" languages or "others" -> language
-    -> "expert", "parent", "seed", and "documents", their number; None if it was not measured."""
+    -> "expert", "parent", "seed", "present" (the version that it replaces, if that is not its
+    parent), and "documents", their number; None if it was not measured."""
     published_as: str | None = None
     """Reference under which it was published, if it was renamed since then; its directory keeps
     that name."""
+    corpora: tuple[str, ...] | None = None
+    """Names of the tokenised corpora under RUN/corpus, beside that of the RUN, whose text in its
+    languages it was trained on; None in records of experts of clusters with the RUN's text alone,
+    and of experts that were grown before this was recorded."""
+    donor: str | None = None
+    """Expert 'NAME@vN' whose languages are a part of the rows of a grown expert's further version,
+    or 'seed' for none; None: the parent."""
+    data: dict[str, list[dict[str, Any]]] | None = None
+    """Language -> one entry for each corpus with the text that it was trained on: its counts, its
+    hash and its data cards; None if it was not recorded."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further keys of its record in registry.json, kept as they are."""
 
@@ -107,6 +121,10 @@ class Expert:
             yield f"a language is empty or has spaces: {', '.join(map(repr, self.languages))}"
         if len(set(self.languages)) < len(self.languages):
             yield f"a language is named twice: {', '.join(self.languages)}"
+        if self.corpora and any(not stays_inside(n) or "/" in n for n in self.corpora):
+            yield f"corpora must be names of folders; got {', '.join(map(repr, self.corpora))}"
+        if self.donor not in (None, SEED) and not _REFERENCE.fullmatch(self.donor or ""):
+            yield f"donor must be 'seed' or NAME@v1; got {self.donor!r}"
         if not stays_inside(self.path):
             yield f"path must lie inside the RUN; got {self.path!r}"
         if self.status not in get_args(Status):
@@ -127,6 +145,14 @@ class Expert:
         """Reference that stays the same when it is renamed."""
         return self.published_as or self.reference
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Names of the tokenised corpora under RUN/corpus that have text in its languages; a grown
+        expert's first was named after its language before names were recorded."""
+        if self.cluster is not None:
+            return ("train", *(self.corpora or ()))
+        return self.languages if self.corpora is None else self.corpora
+
     def directory(self, run: Path | str) -> Path:
         """Directory of its checkpoint, which may not be there yet."""
         return Path(run) / self.path
@@ -134,7 +160,8 @@ class Expert:
     def to_json(self) -> dict[str, Any]:
         """Its record in registry.json."""
         value = {key: getattr(self, key) for key in _JSON_TYPES | _OPTIONAL_JSON_TYPES}
-        return value | {"languages": list(self.languages)} | self.more
+        corpora = None if self.corpora is None else list(self.corpora)
+        return value | {"languages": list(self.languages), "corpora": corpora} | self.more
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
@@ -148,6 +175,12 @@ class Expert:
         check_types(f"{where}: documents", documents, dict.fromkeys(documents, int))
         given = {name: setting for name, setting in settings.items() if setting is not None}
         check_types(f"{where}: settings", given, dict.fromkeys(given, int | float | str))
+        if "corpora" in optional:
+            names = dict(enumerate(optional["corpora"]))
+            check_types(f"{where}: corpora", names, dict.fromkeys(names, str))
+            optional["corpora"] = tuple(optional["corpora"])
+        data = optional.get("data", {})
+        check_types(f"{where}: data", data, dict.fromkeys(data, list))
         ours = {key: value[key] for key in _JSON_TYPES} | {"languages": tuple(value["languages"])}
         more = {key: value[key] for key in value if key not in _JSON_TYPES | _OPTIONAL_JSON_TYPES}
         return cls(**ours, **optional, more=more)

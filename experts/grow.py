@@ -19,15 +19,16 @@ def grow(
     parent: str,
     name: str | None = None,
     *,
+    corpora: tuple[str, ...] | None = None,
     reason: str | None = None,
     settings: Mapping[str, int | float | str | None] | None = None,
 ) -> Registry:
     """The registry with a child of `parent` in training for `language`; other records stay as is.
 
-    `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `reason` and `settings` are
-    those of `Expert`. `name` is the language's tag if None. Growing the same child again while it
-    is in training changes nothing. UserError if another expert serves the language, if the parent
-    is not published, or if the name is taken."""
+    `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `corpora`, `reason` and
+    `settings` are those of `Expert`. `name` is the language's tag if None. Growing the same child
+    again while it is in training changes nothing. UserError if another expert serves the language,
+    if the parent is not published, or if the name is taken."""
     language = canonical(language)
     name = language if name is None else name
     for expert in registry.training():
@@ -36,9 +37,7 @@ def grow(
             return registry
     for expert in registry.experts:
         if find(language, expert.languages) and expert.status != "retired":
-            raise UserError(
-                f"{language!r} is served already, by {expert.reference} ({expert.status})"
-            )
+            raise served_already(language, expert)
     origin = _published_parent(registry, parent)
     child = Expert(
         name=name,
@@ -46,10 +45,21 @@ def grow(
         parent=origin,
         round=registry.round_after(origin, name),
         languages=(language,),
+        corpora=corpora,
         reason=reason,
         settings=dict(settings) if settings else None,
     )
     return registry.add(child)
+
+
+def served_already(language: str, expert: Expert) -> UserError:
+    """The error for a language that an expert serves, or is trained for: what can be done."""
+    more = ""
+    if expert.status == "published":
+        more = f"; to train it on more text: xelm train RUN {expert.name} --again --corpus MORE"
+    return UserError(
+        f"{language!r} is served already, by {expert.reference} ({expert.status}){more}"
+    )
 
 
 def choose_parent(

@@ -41,13 +41,13 @@ def recorded_experts(run: Path | str) -> dict[str, str]:
 
 def digest(expert: Expert, registry: Registry) -> str:
     """SHA-256 of the part of an expert's record that never changes once it is published: all but
-    its status and the version that it replaced, with the names that it and its parent had when they
-    were published. registry: has its parent."""
+    its status and the version that it replaced, with the names that it, its parent and its donor
+    had when they were published. registry: has these."""
     name, version = parse_reference(expert.first_reference)
     facts = expert.to_json() | {"name": name, "version": version}
-    if expert.parent != SEED:
-        parent = registry.expert(*parse_reference(expert.parent))
-        facts["parent"] = parent.first_reference
+    for key in ("parent", "donor"):
+        if facts[key] not in (None, SEED):
+            facts[key] = registry.expert(*parse_reference(facts[key])).first_reference
     changing = ("status", "replaces", "published_as", *expert.more)
     kept = {key: facts[key] for key in facts if key not in changing and facts[key] is not None}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -200,30 +200,33 @@ class Registry:
         numbers = [version for other, version in firsts if other == name]
         return 1 + max(numbers + [e.version for e in self.experts if e.name == name], default=0)
 
-    def start(self, name: str, *, parent: str | None = None) -> Self:
-        """The registry with the next version of an expert in training, for the same languages and
-        with the same settings.
+    def start(self, name: str, *, parent: str | None = None, **facts: Any) -> Self:
+        """The registry with the next version of an expert in training, which is as the version in
+        use, or else the newest: for the same languages, on the same text, with the same settings.
 
-        `parent` is 'NAME@vN' or 'seed'; None takes the parent of the newest version."""
+        `parent` is 'NAME@vN' or 'seed'; None takes the parent of that version. facts: further
+        fields of its record that differ, such as its settings."""
         for expert in self.training():
             if expert.name == name:
                 raise UserError(
                     f"{expert.reference} is in training already; finish or retire it first"
                 )
-        last = self.versions(name)[-1]
-        origin = last.parent if parent is None else parent
+        before = self.expert(name)
+        origin = before.parent if parent is None else parent
         following = Expert(
             name=name,
             version=self.next_version(name),
             parent=origin,
             round=self.round_after(origin, name),
-            languages=last.languages,
-            cluster=last.cluster,
-            documents=last.documents,
-            reason=last.reason if origin == last.parent else None,
-            settings=last.settings,
+            languages=before.languages,
+            cluster=before.cluster,
+            documents=before.documents,
+            reason=before.reason if origin == before.parent else None,
+            settings=before.settings,
+            corpora=before.corpora,
+            donor=(before.donor or before.parent) if before.cluster is None else None,
         )
-        return self.add(following)
+        return self.add(replace(following, **facts))
 
     def publish(
         self, name: str, version: int, *, sha256: Mapping[str, str], tokens: int, **facts: Any
@@ -373,13 +376,21 @@ def _repeated(values: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _renamed(expert: Expert, names: Mapping[str, str]) -> Expert:
-    """The expert with its own name and that of its parent replaced where they are in `names`."""
-    parent, name = expert.parent, names.get(expert.name, expert.name)
-    if parent != SEED:
-        of, version = parse_reference(parent)
-        parent = f"{names.get(of, of)}@v{version}"
-    first = expert.first_reference
-    new = replace(expert, name=name, parent=parent)
+    """The expert with its own name and those of its parent and its donor replaced where they are in
+    `names`."""
+
+    def now(reference: str) -> str:
+        of, version = parse_reference(reference)
+        return f"{names.get(of, of)}@v{version}"
+
+    parent, donor = expert.parent, expert.donor
+    first, name = expert.first_reference, names.get(expert.name, expert.name)
+    new = replace(
+        expert,
+        name=name,
+        parent=SEED if parent == SEED else now(parent),
+        donor=donor if donor in (None, SEED) else now(donor),
+    )
     return replace(new, published_as=None if first == new.reference else first)
 
 

@@ -54,6 +54,13 @@ def test_passes_are_the_rows_that_are_read_over_the_rows_there_are():
         assert found[tag] == pytest.approx(20 * 8 * SHARES[tag] / len(rows))
 
 
+def test_texts_of_one_language_in_several_stores_are_counted_together():
+    first, second = (replace(source("sw", documents=n, length=64), share=0.5) for n in (25, 75))
+    found = passes([first, second], quickstart().grow)
+    whole = passes([replace(source("sw", documents=100, length=64), share=1.0)], quickstart().grow)
+    assert found["sw"] == pytest.approx(whole["sw"], rel=0.05)
+
+
 def test_25_sentences_are_passed_over_more_than_a_hundred_times_by_the_quickstart():
     # 25 documents of 64 tokens and the two that frame each: 13 rows of 128.
     sources = [

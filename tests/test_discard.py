@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from conftest import write_corpus
 
 from clustering.errors import UserError
 from experts.expert import Expert
@@ -21,7 +22,8 @@ def growing_wrongly(xelm, copy, tmp_path):
     right, wrong = tmp_path / "right", tmp_path / "wrong"
     right.mkdir(), wrong.mkdir()
     shutil.copy(copy.corpus / "pt.jsonl", right)
-    shutil.copy(copy.corpus / "de.jsonl", wrong / "pt.jsonl")
+    write_corpus(tmp_path / "other", ["nl"], documents=60, seed=0)
+    shutil.copy(tmp_path / "other" / "nl.jsonl", wrong / "pt.jsonl")
     write = MetricsLog.write
     with pytest.MonkeyPatch.context() as patch:
 

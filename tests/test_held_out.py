@@ -168,6 +168,23 @@ def test_only_so_many_tokens_are_read_and_each_language_counts_by_its_share():
     assert text.measurement(np.full(16, np.nan), np.ones(16))["loss"] is None
 
 
+def test_texts_of_one_language_in_several_stores_are_one_figure():
+    first, second, third = HELD_OUT
+    tag = first.ids.language
+    again = replace(second, ids=replace(second.ids, language=tag))
+    apart = HeldOutText(HELD_OUT, CONFIG, MODEL, TEXT)
+    count = sum(int((batch["segments"].max(axis=1) > 0).sum()) for batch in apart.batches)
+    nats, targets = np.linspace(1, 9, count), np.full(count, 3.0)
+    bits = apart.measurement(nats, targets)["bits_per_byte"]
+    found = HeldOutText([first, again, third], CONFIG, MODEL, TEXT).measurement(nats, targets)
+    sizes = [int(s.ids.bytes[s.documents].sum()) for s in (first, second)]
+    values = [bits[tag], bits[second.ids.language]]
+    assert found["bits_per_byte"] == {
+        tag: pytest.approx(np.average(values, weights=sizes)),
+        third.ids.language: bits[third.ids.language],
+    }
+
+
 def test_the_best_is_the_earliest_lowest_and_never_the_beginning():
     measured = [{"step": n, "loss": loss} for n, loss in enumerate([1.0, 3.0, None, 2.0, 2.0])]
     assert best(measured)["step"] == 3

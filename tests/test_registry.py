@@ -55,6 +55,9 @@ def test_registry_json_has_the_documented_form(tmp_path):
                 "settings": None,
                 "evaluation": None,
                 "published_as": None,
+                "corpora": None,
+                "donor": None,
+                "data": None,
             }
         ],
         "history": [],

@@ -10,6 +10,7 @@ from small_training import (
     GOLDEN,
     MODEL,
     SHARES,
+    SOURCES,
     losses,
     source,
 )
@@ -104,6 +105,17 @@ def test_languages_are_seen_in_their_shares_and_counted(trained):
         assert result.language_tokens[language] / result.tokens == pytest.approx(share, rel=0.01)
     # Of 24 tokens to predict, one starts a document and is no target.
     assert result.tokens == pytest.approx(100 * 128 * 24 / 25, rel=0.01)
+
+
+def test_texts_of_one_language_in_several_stores_add_up(trained):
+    first, second, third = SOURCES
+    again = replace(second, ids=replace(second.ids, language=first.ids.language))
+    config = vary(CONFIG, {"tokens": 100 * 128, "runtime.checkpoint_every": 1000})
+    result, _ = trained(config, sources=[first, again, third])
+    assert set(result.language_tokens) == {first.ids.language, third.ids.language}
+    shares = {language: count / result.tokens for language, count in result.language_tokens.items()}
+    assert shares[first.ids.language] == pytest.approx(first.share + second.share, rel=0.01)
+    assert shares[third.ids.language] == pytest.approx(third.share, rel=0.01)
 
 
 def test_metrics_say_what_happened(trained):

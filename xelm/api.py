@@ -14,7 +14,7 @@ from clustering.errors import UserError
 from xelm.evaluation.options import EvaluationOptions
 from xelm.inference.routing import DEFAULT, Routing
 from xelm.runs import run as runs
-from xelm.runs.options import GrowOptions, InitOptions, LaunchOptions
+from xelm.runs.options import AgainOptions, GrowOptions, InitOptions, LaunchOptions
 
 if TYPE_CHECKING:
     from clustering.internal import States, Updates
@@ -68,6 +68,24 @@ class Run(runs.Run):
         if not names and not dense:
             names = tuple(self.untrained())
         return plans_of(self, names, dense=dense)
+
+    def train_again(
+        self, name: str, corpus: "AnyCorpus | None" = None, options: AgainOptions | None = None
+    ) -> "Expert":
+        """Trains and publishes the next version of an expert, on more text; no other expert
+        changes. Arguments as in `xelm.runs.again.train_again`."""
+        from xelm.runs.again import train_again
+
+        return train_again(self, name, corpus, options)
+
+    def plan_again(
+        self, name: str, corpus: "AnyCorpus | None" = None, options: AgainOptions | None = None
+    ) -> "tuple[Expert, Plan, list[TextStats]]":
+        """The version that `train_again` would make with these arguments, what its training would
+        cost, and the text that it adds; nothing in the RUN changes."""
+        from xelm.runs.again import plan_again
+
+        return plan_again(self, name, corpus, options)
 
     def grow(
         self, language: str, corpus: "AnyCorpus | None" = None, options: GrowOptions | None = None

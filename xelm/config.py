@@ -347,11 +347,12 @@ def check_changeable(settings: Iterable[str], part: str, *, begins: bool = False
     """Raises UserError for a setting that cannot change once a RUN is made: all but those of
     `RuntimeConfig` in the part "experts" or "grow", and of the gate. begins: whether the settings
     are of a training that may begin now, which can have any settings of that part."""
-    allowed = [f"{part}.runtime.", "gate."] + [f"{part}.", "donor_share"] * begins
+    donors = ["donor_share"] if part == "grow" else []
+    allowed = [f"{part}.runtime.", "gate."] + [f"{part}.", *donors] * begins
     runtime = ", ".join(field.name for field in dataclasses.fields(RuntimeConfig))
     for name in (setting.partition("=")[0] for setting in settings):
         if not name.startswith(tuple(allowed)):
-            wanted = f"{part}.NAME, donor_share" if begins else f"{part}.runtime.NAME"
+            wanted = ", ".join([f"{part}.NAME", *donors] if begins else [f"{part}.runtime.NAME"])
             names = "" if begins else f", where NAME is one of {runtime}"
             raise UserError(
                 f"{name} cannot change once a RUN is made; here {wanted} and gate.NAME may be set"

@@ -22,7 +22,7 @@ from xelm.commands.options import (
     show,
 )
 from xelm.presets import PRESETS
-from xelm.runs.options import GrowOptions, InitOptions, LaunchOptions
+from xelm.runs.options import AgainOptions, GrowOptions, InitOptions, LaunchOptions
 
 if TYPE_CHECKING:
     from experts.expert import Expert
@@ -178,6 +178,22 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
     )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="train the next version of the published expert NAME; the version in use is then "
+        "retired",
+    )
+    parser.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="model that the next version starts from: seed, parent, or NAME@vN (default: the "
+        "version in use)",
+    )
+    add_corpus(parser, "text that the next version is trained on too")
+    add_budget(parser)
+    add_workers(parser)
     add_dry_run(parser)
     parser.add_argument(
         "--hosts",
@@ -196,6 +212,13 @@ def _train(options: argparse.Namespace) -> None:
     from xelm.training.hosts import ending_alone, is_first, join
 
     where = LaunchOptions(**given_fields(options, LaunchOptions))
+    if options.again:
+        _train_again(options, where)
+        return
+    for name in ("start", "corpus", "tokens", "passes"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{'from' if name == 'start' else name} goes with --again")
+    corpus_of(options)  # which refuses the options that go with --corpus
     if options.hosts:
         if where.jobs > 1 or where.engine == "ray":
             raise UserError("--hosts goes with neither --jobs nor --engine ray")
@@ -216,6 +239,37 @@ def _train(options: argparse.Namespace) -> None:
         show(options, [dataclasses.asdict(each) for each in found], tables.status(found))
     if failures:
         raise UserError("; ".join(dict.fromkeys(failures.values())))
+
+
+def _train_again(options: argparse.Namespace, where: LaunchOptions) -> None:
+    from xelm.config import check_changeable
+    from xelm.runs.jobs import part_of
+
+    if len(options.names) != 1 or options.all or options.dense or options.hosts:
+        raise UserError("--again trains the next version of one expert; name it alone")
+    if where != LaunchOptions():
+        raise UserError("--again trains in this process; it goes with neither --jobs nor --engine")
+    (name,) = options.names
+    part = part_of(run_of(argparse.Namespace(run=options.run)).registry().expert(name))
+    _add_budget(options, part)
+    check_changeable(options.settings, part, begins=True)
+    run, corpus = run_of(options), corpus_of(options)
+    given = AgainOptions(start=options.start, workers=options.workers)
+    if options.dry_run:
+        expert, plan, texts = run.plan_again(name, corpus, given)
+        last = f"{expert.reference} would start from {expert.parent}; nothing was changed"
+        _print_plans(options, [plan], texts, last)
+        return
+    expert = run.train_again(name, corpus, given)
+    origin = f"from {expert.parent}, {expert.tokens:,} tokens"
+    show(options, _facts(expert), f"{expert.reference} {origin}")
+
+
+def _add_budget(options: argparse.Namespace, part: str) -> None:
+    """Adds the settings that `--tokens` or `--passes` stands for."""
+    for name in ("tokens", "passes"):
+        if (value := getattr(options, name)) is not None:
+            options.settings.append(f"{part}.{name}={value}")
 
 
 def _names_to_train(run: "Run", options: argparse.Namespace) -> list[str]:
@@ -256,9 +310,7 @@ def _grow(options: argparse.Namespace) -> None:
     from xelm.config import check_changeable
     from xelm.data.text_stats import text_stats
 
-    for name in ("tokens", "passes"):
-        if (value := getattr(options, name)) is not None:
-            options.settings.append(f"grow.{name}={value}")
+    _add_budget(options, "grow")
     check_changeable(options.settings, "grow", begins=True)
     run, corpus = run_of(options), corpus_of(options)
     given = GrowOptions(**given_fields(options, GrowOptions), workers=options.workers)

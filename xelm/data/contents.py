@@ -12,6 +12,7 @@ from clustering.errors import UserError
 from clustering.languages import canonical, canonical_all
 from xelm.data.corpus import AnyCorpus, Corpus, Source
 from xelm.data.corpus_files import OTHER_LANGUAGE, UNKNOWN_LANGUAGE, list_files
+from xelm.data.data_card import card_of, read_card
 from xelm.data.hub import SCHEME, Address
 from xelm.data.parts import Document, Part, no_documents, tag_of
 from xelm.data.path_names import code_in, is_other_split, language_in
@@ -35,10 +36,19 @@ class Contents:
     """Location -> hash of each part that was hashed before."""
 
     def check(self) -> None:
-        """Raises UserError for files without a language, and for languages without any bytes."""
+        """Raises UserError for files without a language, for languages without any bytes, and for
+        broken data cards."""
         if self.without_language:
             raise _no_language(self.corpus, self.without_language)
         _refuse_empty(self.parts)
+        cards = {
+            card_of(part, tag)
+            for part in self.parts
+            for tag in ([part.language] if part.named else self.languages or [])
+            if tag is not None
+        }
+        for path in sorted(path for path in cards if path is not None):
+            read_card(path)
 
     def parts_of(self, languages: Sequence[str]) -> list[Part]:
         """The parts that may have text in one of these languages."""
@@ -72,7 +82,7 @@ class Contents:
         for part in self.parts if languages is None else self.parts_of(languages):
             if isinstance(part.location, Path):
                 whole.update(part.name.encode() + b"\0")
-            options = part.source.options()
+            options = {k: v for k, v in part.source.options().items() if k != "card"}
             if part.language and language_in(stem(part.name.rpartition("/")[2])) != part.language:
                 # The name of a folder says the language, which may be the folder of the corpus.
                 options["language"] = part.language

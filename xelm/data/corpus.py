@@ -36,6 +36,8 @@ class Source:
     unit: str | None = None
     """Unit of a plain text file that is a document: paragraph, line or file. None takes paragraphs,
     or lines if there is no blank line."""
+    card: str | None = None
+    """File with the data card of this text; None: as `data_card` finds one."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -99,6 +101,8 @@ class Corpus:
         for one in found:
             if not one["path"].startswith(SCHEME):
                 one["path"] = os.path.abspath(one["path"])
+            if "card" in one:
+                one["card"] = os.path.abspath(one["card"])
         return found[0]["path"] if list(map(len, found)) == [1] else {"sources": found}
 
     def __str__(self) -> str:
@@ -111,7 +115,7 @@ AnyCorpus = Corpus | str | Path | Mapping[str, Any]
 
 def read_languages(path: str | Path) -> dict[str, str | None]:
     """The language map of a YAML file with lines such as `als: gsw`; UserError for another file."""
-    return _languages(_yaml(Path(path)), path)
+    return _languages(read_yaml(Path(path)), path)
 
 
 def _languages(found: Any, path: str | Path) -> dict[str, str | None]:
@@ -125,7 +129,8 @@ def _languages(found: Any, path: str | Path) -> dict[str, str | None]:
     return dict(found)
 
 
-def _yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; UserError where it is none, or cannot be read."""
     import yaml
 
     try:
@@ -137,7 +142,7 @@ def _yaml(path: Path) -> Any:
 
 
 def _read(path: Path) -> Corpus:
-    found = _yaml(path)
+    found = read_yaml(path)
     if not isinstance(found, Mapping) or not found.get("sources"):
         raise UserError(f"{path} describes no corpus; wanted 'sources:' with a list of paths")
     defaults = {name: value for name, value in found.items() if name != "sources"}
@@ -164,4 +169,7 @@ def _source(what: Any, folder: Path) -> Source:
     if isinstance(path, str) and not path.startswith(SCHEME):
         path = os.path.join(folder, path)
     languages = _languages(given.get("languages") or {}, "languages")
-    return Source(**{**given, "path": path, "languages": languages})
+    own = {"path": path, "languages": languages}
+    if isinstance(given.get("card"), str):
+        own["card"] = os.path.join(folder, given["card"])
+    return Source(**{**given, **own})

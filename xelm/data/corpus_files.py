@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from clustering.errors import UserError
 from clustering.languages import canonical
 from xelm.data.corpus import Source
+from xelm.data.data_card import is_card
 from xelm.data.path_names import (
     MAIN_SPLITS,
     OTHER_SPLITS,
@@ -147,6 +148,8 @@ def _check_parts(folder: Path, names: Iterable[str]) -> None:
 
 def _is_text(path: Path, name: str, skipped: dict[str, list[str]]) -> bool:
     if path.name in _RECORDS_OF_ARROW and any(path.parent.rglob("*.arrow")):
+        return False
+    if is_card(path.name):
         return False
     if format_of(path.name) is None:
         skipped[UNKNOWN_FORMAT].append(name)

@@ -78,6 +78,21 @@ def copies(hashes: UInt64[np.ndarray, "documents 2"]) -> Bool[np.ndarray, " docu
     return again
 
 
+def contained(
+    hashes: UInt64[np.ndarray, "documents 2"], others: UInt64[np.ndarray, "others 2"]
+) -> Bool[np.ndarray, " documents"]:
+    """Whether each document is an exact copy of one of the others, which may be memory-mapped."""
+    found, known = np.zeros(len(hashes), bool), {row.tobytes() for row in hashes}
+    there: set[bytes] = set()
+    for first in range(0, len(others), _CHUNK):
+        some = np.asarray(others[first : first + _CHUNK])
+        likely = some[np.isin(some[:, 0], hashes[:, 0])]
+        there |= known & {row.tobytes() for row in likely}
+    if there:
+        found[:] = [row.tobytes() in there for row in hashes]
+    return found
+
+
 class Overlap(NamedTuple):
     """Documents that also occur in other text."""
 

@@ -4,10 +4,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from xelm.data.contents import Contents, contents_of
 from xelm.data.corpus import AnyCorpus
 from xelm.data.corpus_files import describe
+from xelm.data.data_card import card_of, read_card
 from xelm.data.parts import Document, Survey
 from xelm.data.unusable import UnusableRecords
 
@@ -36,6 +39,34 @@ class Reading:
             self.surveys.append(survey)
             yield from survey.read(part)
             self.unusable.include(survey.unusable)
+
+    def origins(self) -> dict[str, Any]:
+        """Language -> origin of its text, as JSON: number of files, `Contents.fingerprint`, and for
+        each source and data card the numbers of files and of documents that were read, copies
+        included; "card" is None where there is no card."""
+        groups: dict[str, dict[tuple[str, Path | None], list[int]]] = {}
+        for part, survey in zip(self.contents.parts, self.surveys):
+            for tag, count in survey.documents.items():
+                place = part.source.path, card_of(part, tag)
+                group = groups.setdefault(tag, {}).setdefault(place, [0, 0])
+                group[0] += 1
+                group[1] += count
+        return {
+            tag: {
+                "files": sum(files for files, _ in group.values()),
+                "sha256": self.contents.fingerprint([tag]),
+                "sources": [
+                    {
+                        "source": source,
+                        "files": files,
+                        "read": read,
+                        "card": path and read_card(path).to_json(),
+                    }
+                    for (source, path), (files, read) in group.items()
+                ],
+            }
+            for tag, group in groups.items()
+        }
 
     def table(self) -> str:
         """Table for people with a row for each language of each file or group of files: name,

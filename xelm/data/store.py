@@ -56,6 +56,8 @@ class TokenizedLanguage:
     """Numbers of all documents, shuffled."""
     stream_ends: Int[np.ndarray, " documents"]
     """Index at which each document, in that order, ends in a stream with `FRAME` tokens each."""
+    directory: Path = Path()
+    """Directory of the store."""
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -175,6 +177,7 @@ def _open_language(directory: Path, language: str, record: Mapping[str, Any]) ->
         hashes=_mapped(directory / f"{language}.hashes", "<u8", counts["documents"], HASH_WORDS),
         order=numbers("order"),
         stream_ends=numbers("stream"),
+        directory=directory,
     )
 
 

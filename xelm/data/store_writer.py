@@ -17,7 +17,7 @@ import numpy as np
 from clustering.errors import UserError
 from clustering.files import flush, read_json, write_json
 from xelm.data.coverage import CoverageCounts
-from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, copies
+from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, contained, copies
 from xelm.data.parts import no_documents
 from xelm.data.store import shuffled
 from xelm.data.unusable import UnusableRecords
@@ -117,17 +117,31 @@ class StoreWriter:
         unusable: UnusableRecords,
         drop_duplicates: bool,
         record: Mapping[str, Any],
+        known: Mapping[str, Sequence[np.ndarray]] | None = None,
     ) -> None:
         """Gives the files of these languages (None: all) the form that a store has, and writes
-        store.json: `record`, the counts of each language, and the unusable records. UserError for
-        languages without documents."""
+        store.json: `record`, the counts of each language, and the unusable records. known: hashes
+        by language of documents, copies of which are left out; "known" in store.json has their
+        numbers. UserError for languages without documents, and where none is left."""
         self.finished = True
         order = sorted(self._languages) if languages is None else languages
         missing = [language for language in order if language not in self._languages]
         if missing or not order:
             raise no_documents(missing, unusable)
         (self._folder / "building.json").unlink(missing_ok=True)
-        counts = {tag: self._languages[tag].finish(drop_duplicates) for tag in order}
+        counts, left_out = {}, {}
+        for tag in order:
+            counts[tag], left_out[tag] = self._languages[tag].finish(
+                drop_duplicates, (known or {}).get(tag, ())
+            )
+        if known is not None:
+            counts = {tag: count for tag, count in counts.items() if count["documents"]}
+            record = {**record, "known": left_out}
+            if not counts:
+                raise UserError(
+                    f"every document of the corpus in {', '.join(order)} is known already: it has "
+                    f"{sum(left_out.values()):,} copies of documents of the text before"
+                )
         found = {"languages": counts, "left_out": unusable.to_json()}
         write_json(self._folder / "store.json", {**record, **found})
 
@@ -190,16 +204,24 @@ class _LanguageWriter:
                         os.fsync(file.fileno())
                 waiting.clear()
 
-    def finish(self, drop_duplicates: bool) -> dict[str, int]:
-        """Gives the files the form that a store has; returns counts for store.json."""
+    def finish(
+        self, drop_duplicates: bool, known: Sequence[np.ndarray] = ()
+    ) -> tuple[dict[str, int], int]:
+        """Gives the files the form that a store has, without documents that have one of the `known`
+        hashes; returns counts for store.json, and the number of those documents."""
         self.append()
         names = dict(zip(_KINDS, self.waiting))
-        again = copies(np.fromfile(names["hashes"], "<u8").reshape(-1, HASH_WORDS))
-        if drop_duplicates and again.any():
+        hashes = np.fromfile(names["hashes"], "<u8").reshape(-1, HASH_WORDS)
+        elsewhere = np.zeros(len(hashes), bool)
+        for others in known:
+            elsewhere |= contained(hashes, others)
+        again = copies(hashes) & ~elsewhere
+        left_out = elsewhere | again if drop_duplicates else elsewhere
+        if left_out.any():
             sizes = self.dtype.itemsize * np.fromfile(names["lengths"], np.int64)
-            _keep(names["ids"], sizes, ~again)
+            _keep(names["ids"], sizes, ~left_out)
             for kind, row in zip(_KINDS[1:], _ROW_BYTES):
-                _keep(names[kind], np.full_like(sizes, row), ~again)
+                _keep(names[kind], np.full_like(sizes, row), ~left_out)
         lengths, sizes = (np.fromfile(names[kind], np.int64) for kind in ("lengths", "sizes"))
         order, stream_ends = shuffled(self.language, lengths)
         arrays = {"ends": lengths.cumsum(), "bytes": sizes, "order": order, "stream": stream_ends}
@@ -208,13 +230,14 @@ class _LanguageWriter:
         counts = np.fromfile(names["counts"], np.int32).reshape(-1, len(CoverageCounts._fields))
         for kind in ("lengths", "sizes", "counts"):
             names[kind].unlink()
-        return {
+        found = {
             "documents": len(lengths),
             "tokens": int(lengths.sum()),
             "bytes": int(sizes.sum()),
             **CoverageCounts(*counts.sum(axis=0, dtype=np.int64).tolist())._asdict(),
             "duplicates": int(again.sum()),
         }
+        return found, int(elsewhere.sum())
 
 
 def _keep(path: Path, sizes: np.ndarray, kept: np.ndarray) -> None:

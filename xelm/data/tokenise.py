@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt64
 
 from clustering.errors import UserError
 from xelm.data import tokenizer as tokenizers
@@ -46,6 +47,8 @@ def build_store(
     workers: int = 1,
     coverage: Coverage | None = None,
     drop_duplicates: bool = False,
+    known: Mapping[str, Sequence[UInt64[np.ndarray, "documents 2"]]] | None = None,
+    described: Callable[[], Mapping[str, Any]] = dict,
     progress: Callable[[int], object] = lambda documents: None,
 ) -> Store:
     """Tokenises `documents` into `directory`, which appears complete or not at all.
@@ -55,7 +58,9 @@ def build_store(
     store.json that tell a corpus and a tokenizer from others; with them, the next call continues
     one that was killed. workers: number of processes that tokenise; 1 is this one. coverage: None
     takes that of the tokenizer. drop_duplicates: leaves out every document that is an exact copy of
-    an earlier one in its language; copies are counted either way. progress: is called with the
+    an earlier one in its language; copies are counted either way. known: language -> hashes of
+    documents, copies of which are left out too, and counted. described: makes further entries of
+    store.json, once all documents are read. progress: is called with the
     number of documents in each batch.
     """
     target, coverage = Path(directory), coverage or Coverage(tokenizer)
@@ -74,7 +79,8 @@ def build_store(
                 writer.add(document.language, ids, len(document.text.encode()), *found)
             progress(len(batch))
             writer.note_progress()
-        writer.finish(languages, unusable, drop_duplicates, {"format": FORMAT, **made_of})
+        record = {"format": FORMAT, **made_of, **described()}
+        writer.finish(languages, unusable, drop_duplicates, record, known)
     return open_store(target)
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +87,14 @@ def plan(
 
 def passes(sources: Sequence[LanguageShare], config: TrainConfig) -> dict[str, float]:
     """Number of passes over the text of each language in a training."""
-    total, found = sum(source.share for source in sources), {}
+    total = sum(source.share for source in sources)
+    read, there = defaultdict[str, float](float), defaultdict[str, int](int)
     for source in sources:
-        rows = config.steps * config.batch_size * source.share / total
+        tag = source.ids.language
+        read[tag] += config.steps * config.batch_size * source.share / total
         # As many as `LanguageRows` has, of which the last is filled up.
-        whole = max(1, -(-(source.tokens - 1) // config.sequence_length))
-        found[source.ids.language] = found.get(source.ids.language, 0.0) + rows / whole
-    return found
+        there[tag] += max(1, -(-(source.tokens - 1) // config.sequence_length))
+    return {tag: read[tag] / there[tag] for tag in read}
 
 
 def announce(plans: Sequence[Plan]) -> None:

@@ -133,12 +133,16 @@ def _facts(run: Run, registry: Registry, model: Expert | None) -> Iterator[tuple
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Name -> value of nested records, with names such as "data.sv.documents"."""
+    """Name -> value of nested records, with names such as "data.sv.sv-v2.documents"."""
     for key, value in record.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         elif isinstance(value, list) and all(isinstance(each, str) for each in value):
             yield f"{prefix}{key}", " ".join(value)
+        elif isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+            for each in value:  # texts and sources of `provenance`, by name
+                named = str(each.get("text") or each.get("source"))
+                yield from _flat(each, f"{prefix}{key}.{named}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -11,6 +11,7 @@ from experts.lock import locked, update
 from experts.registry import Registry
 from xelm.data.parts import tag_of
 from xelm.runs.run import Run
+from xelm.runs.shares import unused_text
 
 
 def discard(run: Run, name: str) -> Expert | Path | None:
@@ -18,10 +19,10 @@ def discard(run: Run, name: str) -> Expert | Path | None:
 
     A grown expert, or a further version of one, leaves the registry with the text that was
     tokenised for it alone. The first version of a branched expert stays, since its cluster belongs
-    to the RUN. Of a growth that ended before its expert was in the registry, the text is deleted.
-    Returns the expert whose record was removed, or the folder of such a text, or None. An expert
-    that was discarded already changes nothing. UserError if nothing of that name is in training, or
-    while another process trains it.
+    to the RUN. Of a growth or a further version that ended before it was in the registry, the text
+    is deleted. Returns the expert whose record was removed, or the folder of such a text, or None.
+    An expert that was discarded already changes nothing. UserError if nothing of that name is in
+    training, or while another process trains it.
     """
     if name == "dense":
         with locked(run.directory, "train-dense"):
@@ -33,8 +34,7 @@ def discard(run: Run, name: str) -> Expert | Path | None:
     with locked(run.directory, f"train-{name}"):
         # Read under the lock: a process that trains the expert publishes it under the same lock.
         registry = run.registry()
-        text = run.directory / "corpus" / name
-        if _is_text_alone(run, registry, name):
+        if text := _text_alone(run, registry, name):
             _delete(text)
             return text
         if _was_discarded(registry, name):
@@ -50,10 +50,9 @@ def discard(run: Run, name: str) -> Expert | Path | None:
         if expert.cluster is not None and expert.version == 1:
             return None
         registry = update(run.directory, lambda r: r.discard(name), "discard")
-        used = {tag for other in registry.experts for tag in other.languages}
-        for tag in expert.languages:
-            if tag not in used and tag not in run.languages:
-                _delete(run.directory / "corpus" / tag)
+        used = {"train", *(text for other in registry.experts for text in other.texts)}
+        for text in sorted(set(expert.texts) - used):
+            _delete(run.directory / "corpus" / text)
     return expert
 
 
@@ -63,15 +62,19 @@ def _was_discarded(registry: Registry, name: str) -> bool:
     return unknown and bool(events) and events[-1].action == "discard"
 
 
-def _is_text_alone(run: Run, registry: Registry, name: str) -> bool:
-    """Whether there is text, finished or not, that was tokenised to grow an expert of this name
-    which does not exist."""
-    if name in run.languages or tag_of(name) != name:
-        return False  # the RUN's own text, or that of an evaluation
-    if any(name == e.name or name in e.languages for e in registry.experts):
-        return False
-    text = run.directory / "corpus" / name
-    return text.is_dir() or _partial(text).is_dir()
+def _text_alone(run: Run, registry: Registry, name: str) -> Path | None:
+    """Folder with text, finished or not, that was tokenised for an expert or a version of this name
+    which does not exist; None if there is none."""
+    versions = [expert for expert in registry.experts if expert.name == name]
+    if any(expert.status == "training" for expert in versions):
+        return None
+    names = [f"{name}-v{registry.next_version(name)}"] if versions else []
+    served = any(name in e.languages and e.status != "retired" for e in registry.experts)
+    # Other names are of the RUN's own text, and of evaluations.
+    if name not in run.languages and tag_of(name) == name and not served:
+        names.append(name)
+    texts = [run.directory / "corpus" / unused_text(registry, wanted) for wanted in names]
+    return next((text for text in texts if text.is_dir() or _partial(text).is_dir()), None)
 
 
 def _delete_work(run: Run, name: str) -> None:

@@ -238,11 +238,10 @@ def _subwords_of(
     read."""
     counts: dict[str, lexical.Counts] = {}
     made_from: dict[str, str] = {}
+    for tag, texts in run.texts(languages).items():
+        documents = (ids.document(number) for ids in texts for number in range(len(ids)))
+        counts[tag] = lexical.subwords(itertools.islice(documents, sources.documents))
     for name, store in run.stores(languages).items():
-        for tag in filter(store.languages.__contains__, languages):
-            ids = store.languages[tag]
-            number = min(len(ids), sources.documents)
-            counts[tag] = lexical.subwords(map(ids.document, range(number)))
         made_from["corpus" if name == "train" else name] = store.record["corpus_sha256"]
     missing = [tag for tag in languages if tag not in counts]
     if sources.corpus and missing:

@@ -124,8 +124,10 @@ def _background(run: Run, experts: Sequence[Expert], unspelled: Sequence[str]) -
 
 
 def _trained(registry: Registry, expert: Expert) -> list[str]:
-    """Languages that an expert and its ancestors were trained on, after the seed."""
+    """Languages that an expert, its donor and its ancestors were trained on, after the seed."""
     found = list(expert.languages)
+    if expert.donor not in (None, SEED):
+        found += registry.expert(*parse_reference(expert.donor)).languages
     while expert.parent != SEED:
         expert = registry.expert(*parse_reference(expert.parent))
         found += expert.languages

@@ -27,7 +27,7 @@ from xelm.data.store import TokenizedLanguage
 from xelm.inference.routers import Learned
 from xelm.models.checkpoint import read_config
 from xelm.runs.run import Run
-from xelm.runs.shares import expert_text
+from xelm.runs.shares import all_languages, expert_text
 
 FITTED_TOKENS = 300_000
 """Largest number of tokens of each language or expert to fit on; more change little."""
@@ -46,44 +46,50 @@ def pieces(run: Run) -> list[str]:
     return [piece or "" for piece in run.tokenizer().hub.convert_ids_to_tokens(ids)]
 
 
-def identifier(run: Run) -> Identifier:
+def identifier(run: Run, *, keep: bool = True) -> Identifier:
     """The language identifier of a RUN, by the subwords of its tokenizer; it knows the languages of
-    the corpus and of grown experts."""
-    languages = _languages(run)
+    the corpus and of grown experts. keep: whether it is kept in the RUN if it is fitted now."""
+    languages = run.texts(all_languages(run))
 
     def make() -> Identifier:
         names = run.tokenizer().hub.convert_ids_to_tokens
 
-        def texts(ids: TokenizedLanguage, held_out: bool) -> Iterator[str]:
-            for document in _some(ids, ids.order, held_out=held_out):
+        def texts(stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[str]:
+            for document in _all(stores, held_out):
                 yield "".join(names(document.tolist()))
 
-        fitted = identify.fit({tag: texts(ids, False) for tag, ids in languages.items()})
+        fitted = identify.fit({tag: texts(some, False) for tag, some in languages.items()})
         # Calibrated where it is needed: at the beginnings of texts.
         draw = np.random.default_rng(0)
-        held_out = {tag: texts(ids, True) for tag, ids in languages.items()}
+        held_out = {tag: texts(some, True) for tag, some in languages.items()}
         return fitted.calibrated(
             {t: (x[: int(draw.geometric(0.05))] for x in some) for t, some in held_out.items()}
         )
 
-    return _fitted(run, "languages", _sizes(languages), make, Identifier.save, Identifier.load)
+    facts = _sizes(languages)
+    return _fitted(run, "languages", facts, make, Identifier.save, Identifier.load, keep=keep)
 
 
-def _sizes(languages: Mapping[str, TokenizedLanguage]) -> list[list[object]]:
+def _sizes(languages: Mapping[str, Sequence[TokenizedLanguage]]) -> list[list[object]]:
     """Sizes of the text of each language, by which a change of the text is noticed at no cost."""
-    return [[tag, len(ids), len(ids.ids)] for tag, ids in languages.items()]
+    return [
+        [tag, *(size for ids in some for size in (len(ids), len(ids.ids)))]
+        for tag, some in languages.items()
+    ]
 
 
-def novelty_of(run: Run, served: Collection[str]) -> Novelty | None:
+def novelty_of(run: Run, served: Collection[str], *, keep: bool = True) -> Novelty | None:
     """The detector of texts in languages that no expert serves; None where too few languages are
     served to fit it, or too few of them have a document that can be held out, which is printed on
     stderr. served: canonical tags; empty for clusters of documents, where all languages of the RUN
-    count as served."""
-    languages = _languages(run)
+    count as served. keep: as in `identifier`."""
+    languages = run.texts(all_languages(run))
     known = [tag for tag in languages if tag in (served or languages)]
     if len(known) < novelty.FEWEST:
         return None
-    held_out = [tag for tag in known if np.count_nonzero(languages[tag].lengths) > 1]
+    held_out = [
+        tag for tag in known if sum(np.count_nonzero(ids.lengths) for ids in languages[tag]) > 1
+    ]
     if len(held_out) < novelty.FEWEST:
         print(
             f"{len(held_out)} of the languages that the experts of {run.directory} know have two "
@@ -92,16 +98,16 @@ def novelty_of(run: Run, served: Collection[str]) -> Novelty | None:
             file=sys.stderr,
         )
         return None
-    found = identifier(run)
+    found = identifier(run, keep=keep)
 
     def make() -> Novelty:
-        texts = {tag: _some(languages[tag], languages[tag].order, held_out=False) for tag in known}
-        others = {tag: _some(ids, ids.order, held_out=True) for tag, ids in languages.items()}
+        texts = {tag: _all(languages[tag], False) for tag in known}
+        others = {tag: _all(some, True) for tag, some in languages.items()}
         return novelty.fit(found, known, pieces(run), texts, others)
 
     facts = [known, _sizes(languages), novelty.SHORT, novelty.MOST_FALSE]
     load = partial(Novelty.load, identifier=found)
-    return _fitted(run, "novelty", facts, make, Novelty.save, load)
+    return _fitted(run, "novelty", facts, make, Novelty.save, load, keep=keep)
 
 
 def learned(run: Run, experts: Sequence[Expert]) -> Learned:
@@ -156,13 +162,10 @@ def _read_learned(path: Path) -> Mapping[str, np.ndarray]:
     return arrays
 
 
-def _languages(run: Run) -> dict[str, TokenizedLanguage]:
-    """Text of every language: that of the RUN's corpus, and of each grown expert."""
-    found = dict(run.store().languages)
-    for expert in run.registry().published():
-        for source in expert_text(run, expert).sources:
-            found.setdefault(source.ids.language, source.ids)
-    return found
+def _all(stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[np.ndarray]:
+    """`_some` documents of one language in all its stores."""
+    for ids in stores:
+        yield from _some(ids, ids.order, tokens=FITTED_TOKENS // len(stores), held_out=held_out)
 
 
 def _documents_of(run: Run, expert: Expert) -> Iterable[np.ndarray]:
@@ -203,9 +206,12 @@ def _fitted(
     make: Callable[[], T],
     save: Callable[[T, Path], object],
     load: Callable[[Path], T],
+    *,
+    keep: bool = True,
 ) -> T:
     """The fit in RUN/routers that was made from these facts, or else what `make` makes, which is
-    saved in place of fits from other facts; where that is impossible, a line on stderr says so."""
+    saved in place of fits from other facts if `keep`; where that is impossible, a line on stderr
+    says so."""
     origin = [_FORMAT, run.registry().seed_sha256, run.record.get("corpus_sha256"), facts]
     key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
     path = run.directory / "routers" / f"{name}-{key}.npz"
@@ -216,6 +222,8 @@ def _fitted(
             print(f"{path} was changed since it was fitted; it is fitted again", file=sys.stderr)
         except UserError as error:
             print(f"{error}; it is fitted again", file=sys.stderr)
+    if not keep:
+        return make()
     print(f"fitting {path}, once for these experts", file=sys.stderr, flush=True)
     fitted = make()
     try:

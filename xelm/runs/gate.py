@@ -3,6 +3,7 @@ text."""
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from clustering.errors import UserError
 from experts.expert import SEED, Expert
 from xelm.data.rows import LanguageShare
+from xelm.data.store import TokenizedLanguage
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.progress import bar
@@ -26,14 +28,17 @@ Figures = dict[str, dict[str, float]]
 def evaluate_held_out(
     run: Run, expert: Expert, text: Sequence[LanguageShare]
 ) -> dict[str, Figures]:
-    """Figures of a trained expert, its parent and the seed, "expert", "parent" and "seed": "own" on
-    its own languages and, if the gate asks for them, "others" on the other languages of the RUN.
+    """Figures of a trained expert, its parent and the seed, "expert", "parent" and "seed", and of
+    the version in use, "present", if that is another than its parent: "own" on its own languages
+    and, if the gate asks for them, "others" on the other languages of the RUN.
 
     text: held-out documents that the expert is for. Measured as by `xelm evaluate`, on the first
     documents of each language up to `gate.tokens`.
     """
     gate, parent = run.config.gate, parent_directory(run, expert)
     models = {"expert": expert.directory(run.directory), "parent": parent, "seed": run.seed}
+    if present := in_use(run, expert):
+        models["present"] = present.directory(run.directory)
     found = {"own": _bits_per_byte(run, models, text, gate.tokens)}
     languages = expert.languages or tuple(expert.documents or ())
     if gate.others is not None:
@@ -48,6 +53,13 @@ def evaluate_held_out(
             file=sys.stderr,
         )
     return found
+
+
+def in_use(run: Run, expert: Expert) -> Expert | None:
+    """The published version that an expert would replace; None if it is its parent, or there is
+    none."""
+    published = [e for e in run.registry().published() if e.name == expert.name]
+    return next((e for e in published if e.reference != expert.parent), None)
 
 
 def check_gate(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> None:
@@ -72,6 +84,9 @@ def faults_of(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> str |
         *_faults(figures["own"], "seed", SEED, gate.worse if expert.parent != SEED else None),
         *_faults(figures.get("others", {}), "parent", expert.parent, gate.others),
     ]
+    measured = any("present" in found for found in figures["own"].values())
+    if measured and (present := in_use(run, expert)):
+        faults += _faults(figures["own"], "present", present.reference, gate.worse)
     more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
     return "; ".join(faults[:5]) + more or None
 
@@ -90,24 +105,31 @@ def _bits_per_byte(
     run: Run, models: Mapping[str, Path], text: Sequence[LanguageShare], most_tokens: int
 ) -> Figures:
     shape, text_format = read_config(run.seed), run.tokenizer().text_format
-    chosen = {source.ids.language: _first(source, most_tokens) for source in text}
-    found: Figures = {tag: {"documents": len(numbers)} for tag, numbers in chosen.items()}
+    sources = Counter(source.ids.language for source in text)
+    chosen: dict[str, list[tuple[TokenizedLanguage, np.ndarray]]] = {tag: [] for tag in sources}
+    for source in text:  # a language may have several
+        tag = source.ids.language
+        chosen[tag].append((source.ids, _first(source, most_tokens // sources[tag])))
+    found: Figures = {
+        tag: {"documents": sum(len(numbers) for _, numbers in some)} for tag, some in chosen.items()
+    }
     paths = dict.fromkeys(models.values()) if text else {}
-    size = sum(int(source.ids.lengths[chosen[source.ids.language]].sum()) for source in text)
+    parts = [part for some in chosen.values() for part in some]
+    size = sum(int(ids.lengths[numbers].sum()) for ids, numbers in parts)
     with bar(len(paths), "held-out text", "model", shown=size > _QUIET_TOKENS) as progress:
         for path in paths:
             parameters = read_for_inference(path, shape)
-            for source in text:
-                ids, tag = source.ids, source.ids.language
+            for tag, some in chosen.items():
                 scores = score_documents(
                     shape,
                     parameters,
-                    [ids.document(number) for number in chosen[tag]],
+                    [ids.document(number) for ids, numbers in some for number in numbers],
                     text_format=text_format,
                     context_length=run.context_length(),
                 )
                 nats = -math.fsum(float(each.sum(dtype=np.float64)) for each in scores)
-                bits = nats / math.log(2) / max(1, int(ids.bytes[chosen[tag]].sum()))
+                count = sum(int(ids.bytes[numbers].sum()) for ids, numbers in some)
+                bits = nats / math.log(2) / max(1, count)
                 found[tag] |= {name: bits for name, other in models.items() if other == path}
             progress.update(1)
     return found

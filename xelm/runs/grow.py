@@ -1,30 +1,27 @@
 """`xelm grow`: an expert for a new language from its nearest relative; no other expert changes."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from clustering.errors import UserError
 from clustering.languages import canonical
-from experts.expert import SEED, Expert, parse_reference
+from experts.expert import Expert
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
-from xelm.config import TrainConfig
 from xelm.data.contents import contents_in, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
-from xelm.data.held_out import divide
-from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.runs import train
-from xelm.runs.budget import Plan, announce, check_disk, passes
+from xelm.runs.budget import Plan, check_disk
+from xelm.runs.jobs import expert_job, other_settings
+from xelm.runs.language import check_language
 from xelm.runs.nearest import DEFAULT, nearest_expert
 from xelm.runs.options import GrowOptions
-from xelm.runs.publish import publish
 from xelm.runs.run import Run
-from xelm.runs.shares import parent_directory, with_passes
+from xelm.runs.shares import as_recorded, parent_directory, unused_text
 from xelm.runs.text import tokenise
 from xelm.settings import own_settings
 
@@ -42,22 +39,21 @@ def grow(
     """
     tag, options = canonical(language), options or GrowOptions()
     with locked(run.directory, f"train-{tag}"):
-        run, expert, store = _prepared(run, tag, corpus, options, run)
-        job = _job(run, expert, store)  # what cannot be trained is refused
+        run, expert, _ = _prepared(run, tag, corpus, options, run)
+        job = expert_job(run, expert)  # what cannot be trained is refused
         update(
             run.directory,
             lambda registry: grow_registry(
-                registry, tag, expert.parent, reason=expert.reason, settings=expert.settings
+                registry,
+                tag,
+                expert.parent,
+                corpora=expert.corpora,
+                reason=expert.reason,
+                settings=expert.settings,
             ),
             "grow",
         )
-        plans = train.plans_of_jobs(run, [job])
-        announce(plans)
-        check_disk(run.directory, plans)
-        for error in train.train_checkpoints(run, [job]).values():
-            raise error
-        publish(run, expert)
-    return run.registry().expert(expert.name)
+        return train.finish(run, expert, job)
 
 
 def plan_growth(
@@ -71,7 +67,8 @@ def plan_growth(
         run.tokenizer().hub.save_pretrained(place.training("tokenizer"))
         tag, options = canonical(language), options or GrowOptions()
         run, expert, store = _prepared(run, tag, corpus, options, place)
-        (plan,) = train.plans_of_jobs(run, [_job(run, expert, store)])
+        new = dict.fromkeys(expert.texts, store)
+        (plan,) = train.plans_of_jobs(run, [expert_job(run, expert, new)])
         check_disk(run.directory, [plan])
         return expert, plan, text_stats(store)[tag]
 
@@ -91,7 +88,7 @@ def _prepared(
     if not registry.published():
         raise UserError(f"{run.directory} has no published expert to grow from; train some first")
     for expert in registry.training():
-        if expert.cluster is None and expert.languages == (tag,):
+        if expert.languages == (tag,) and expert.cluster is None and expert.donor is None:
             return _resumed(run, expert, corpus, options)
     origin, reason, lines = options.parent, "named by hand", ()
     if origin == "auto":
@@ -99,13 +96,17 @@ def _prepared(
         origin, reason = nearest.expert.name, nearest.reason
         lines = (*nearest.warnings, f"{tag} grows from {origin}, which {reason}")
     settings = own_settings(run.config, run.settings, "grow")
-    registry = grow_registry(registry, tag, origin, reason=reason, settings=settings)
+    name = unused_text(registry, tag)
+    registry = grow_registry(
+        registry, tag, origin, corpora=(name,), reason=reason, settings=settings
+    )
     expert = registry.expert(tag)
     train.check_parents(run, [parent_directory(run, expert)])
     contents = contents_in(corpus or run.record["corpus"], [tag])
-    store = tokenise(place, contents, tag, workers=options.workers)
+    store = tokenise(place, contents, name, workers=options.workers)
     for line in lines:
         print(line, file=sys.stderr)
+    check_language(run, store)
     return run, expert, store
 
 
@@ -115,8 +116,8 @@ def _resumed(
     """The same for a growth that has begun; UserError for another corpus, parent or setting than it
     began with."""
     (tag,) = started.languages
-    store, parent, by = run.store(tag), options.parent, options.by
-    settings = own_settings(run.config, run.settings, "grow")
+    (name,) = started.texts
+    store, parent, by = run.store(name), options.parent, options.by
     other = None
     if corpus and contents_of(corpus, [tag]).fingerprint() != store.record["corpus_sha256"]:
         other = (
@@ -127,69 +128,11 @@ def _resumed(
         other = f"from {started.parent}; go on with that parent"
     elif by is not None and f"the nearest language by {by}," not in (started.reason or ""):
         other = f"from {started.parent} ({started.reason}); go on without --by"
-    began = started.settings or {}
-    of_run = own_settings(replace(run, settings=()).config, run.settings, "grow")
-    for name, value in settings.items():
-        before = began.get(name, of_run[name])
-        if value != before:
-            other = other or f"with {name}={before}; got {value}. Go on without it"
+    elif found := other_settings(run, started):
+        other = f"{found}. Go on without it"
     if other:
         raise UserError(
             f"{started.reference} is in training already, {other}, or give it up with: xelm "
             f"discard {run.directory} {started.name}"
         )
-    again = [
-        f"{name}={'null' if value is None else value}"
-        for name, value in began.items()
-        if name not in settings
-    ]
-    return replace(run, settings=[*run.settings, *again]), started, store
-
-
-def _job(run: Run, expert: Expert, store: Store) -> train.Job:
-    """The training of a grown expert on its language and those of its parent."""
-    (tag,) = expert.languages
-    sources = [LanguageShare(ids=store.languages[tag], share=1 - run.config.donor_share)]
-    sources += _donors(run, expert)
-    # Rounds count from 2; no child sees its donors' rows in the order its parent saw them.
-    random_seed = run.config.grow.random_seed + expert.round - 2
-    text = divide(sources, run.config.held_out)
-    own = text.sources[0]
-    config = with_passes(run.config.grow, own.tokens / own.share)
-    config = _within_passes(tag, text.sources, config)
-    return train.Job(
-        name=expert.name,
-        part="grow",
-        parent=parent_directory(run, expert),
-        target=expert.directory(run.directory),
-        text=text,
-        config=replace(config, random_seed=random_seed),
-    )
-
-
-def _within_passes(tag: str, sources: Sequence[LanguageShare], config: TrainConfig) -> TrainConfig:
-    """The configuration with the largest number of steps that passes over no language more often
-    than `max_passes`, if there is such a limit."""
-    if config.max_passes is None:
-        return config
-    most = max(passes(sources, config).values()) / config.steps
-    steps = int(config.max_passes / most + 1e-9)
-    if steps >= config.steps:
-        return config
-    if not steps:
-        raise UserError(
-            f"{tag}: one step passes over its text or its parent's {most:.3g} times, and "
-            f"grow.max_passes is {config.max_passes:g}; give more text, or raise grow.max_passes"
-        )
-    return replace(config, tokens=steps * config.tokens_per_step)
-
-
-def _donors(run: Run, expert: Expert) -> Sequence[LanguageShare]:
-    """Text of the parent's languages, in equal parts of the donors' share."""
-    share = run.config.donor_share
-    if share == 0 or expert.parent == SEED:
-        return []
-    origin = run.registry().expert(*parse_reference(expert.parent))
-    tags = origin.languages or tuple(origin.documents or ())
-    known = {t: ids for s in run.stores(tags).values() for t, ids in s.languages.items()}
-    return [LanguageShare(ids=known[tag], share=share / len(tags)) for tag in tags]
+    return as_recorded(run, started), started, store

@@ -11,7 +11,7 @@ from clustering.distances import Relative
 from clustering.errors import UserError
 from clustering.languages import canonical, canonical_all, english_name
 from experts.expert import Expert
-from experts.grow import choose_parent
+from experts.grow import choose_parent, served_already
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.runs.distances import Sources, languages_of, measured
 from xelm.runs.run import Run
@@ -122,7 +122,7 @@ def nearest_expert(
     tag, registry = canonical(language), run.registry()
     served = list(dict.fromkeys(tag for e in registry.published() for tag in e.languages))
     if tag in served:
-        raise UserError(f"{tag!r} is served already, by {registry.for_language(tag).reference}")
+        raise served_already(tag, registry.for_language(tag))
     try:
         found = relatives(tag, [by], Sources(run=run, corpus=corpus))
         ranked = [(each.language, each.by_measure[by].distance) for each in found]
@@ -158,6 +158,5 @@ def _served(run: Run) -> tuple[dict[str, int], dict[str, str]]:
     grown = [tag for e in registry.published() for tag in e.languages if tag not in run.languages]
     served = dict.fromkeys([*(tag for tag in run.languages if tag in tags), *grown])
     experts = {tag: registry.for_language(tag).reference for tag in served}
-    stores = run.stores(experts).values()
-    counts = {t: n for store in stores for t, n in store.record["languages"].items()}
-    return {tag: count["tokens"] for tag, count in counts.items()}, experts
+    texts = run.texts(dict.fromkeys([*run.languages, *experts]))
+    return {tag: sum(len(ids.ids) for ids in some) for tag, some in texts.items()}, experts

@@ -52,6 +52,17 @@ class LaunchOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AgainOptions:
+    """How the next version of an expert is trained."""
+
+    start: str | None = None
+    """Model whose weights it starts from: seed, parent (that of the version in use), or a version
+    NAME@vN. None: the version in use."""
+    workers: int = 1
+    """Number of processes that tokenise, as in `InitOptions`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GrowOptions:
     """How an expert is grown."""
 

@@ -16,18 +16,18 @@ def compare_with_training(
     run: Run, store: Store, max_documents: int | None = None
 ) -> dict[str, TextStats]:
     """Statistics of an evaluated text by language, with the documents that are in any text that the
-    RUN was trained on: its corpus, and the text of the grown experts in its registry, but for what
-    was held out there.
+    RUN was trained on: its corpus, and the further text of the experts in its registry, but for
+    what was held out there.
 
     max_documents: number of documents of each language to compare, the first ones; None: all.
     Where the training text is missing or cannot be compared, one line on stderr says so.
     """
     found = text_stats(store)
     # Text that was tokenised for a growth that did not begin to train is not among these.
-    grown = {tag for e in run.registry().experts if e.cluster is None for tag in e.languages}
+    texts = {name for expert in run.registry().experts for name in expert.texts}
     mine: dict[str, Fingerprints] | None = store.fingerprints()
     known: list[Fingerprints] = []
-    for name in ("train", *sorted(grown)):
+    for name in ("train", *sorted(texts - {"train"})):
         folder = run.directory / "corpus" / name
         trained = run.store(name) if (folder / "store.json").exists() else None
         theirs = None if trained is None else trained.fingerprints()

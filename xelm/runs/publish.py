@@ -21,7 +21,9 @@ from xelm.data.rows import LanguageShare
 from xelm.models.checkpoint import README, read_config, stored_dtype, write_checkpoint
 from xelm.models.config import ModelConfig
 from xelm.runs.gate import check_gate, evaluate_held_out, faults_of
+from xelm.runs.jobs import expert_job
 from xelm.runs.origin import origin_facts
+from xelm.runs.provenance import provenance
 from xelm.runs.run import Run
 from xelm.runs.shares import expert_text
 from xelm.training.metrics import HELD_OUT, METRICS, trained_tokens
@@ -76,6 +78,7 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     measured on held-out text, a model card is added to its files, and the registry has both.
     UserError if it does not pass; anyway: publish it all the same."""
     directory, text = expert.directory(run.directory), expert_text(run, expert)
+    data = provenance(expert_job(run, expert).text)
     evaluation = evaluate_held_out(run, expert, text.held_out)
     if not anyway:
         check_gate(run, expert, evaluation)
@@ -85,9 +88,10 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     readme.unlink(missing_ok=True)
     remove_unfinished(readme)
     files = hash_directory(directory)
-    described = replace(expert, sha256=files, tokens=tokens, evaluation=evaluation)
-    facts, masked = _facts(run, expert, text), not read_config(run.seed).causal
-    page = card(described, run.registry(), facts, masked=masked)
+    facts: dict[str, Any] = {"tokens": tokens, "evaluation": evaluation, "data": data}
+    described = replace(expert, sha256=files, **facts)
+    shown, masked = _facts(run, expert, text), not read_config(run.seed).causal
+    page = card(described, run.registry(), shown, masked=masked)
     replace_file(readme, lambda file: file.write(page.encode()))
     files[README] = sha256(readme)
     # Before the registry, since `verify` compares every published expert with this record.
@@ -95,9 +99,7 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     refusal = faults_of(run, expert, evaluation)  # that was overridden
     update(
         run.directory,
-        lambda registry: registry.publish(
-            expert.name, expert.version, sha256=files, tokens=tokens, evaluation=evaluation
-        ),
+        lambda registry: registry.publish(expert.name, expert.version, sha256=files, **facts),
         "publish",
         {"refusal": refusal} if refusal else None,
     )
@@ -126,7 +128,7 @@ def publish_anyway(run: Run, name: str) -> Expert:
 def _facts(run: Run, expert: Expert, text: TrainingText) -> dict[str, str]:
     """Lines of the model card that the registry does not have."""
     facts = origin_facts(run)
-    if expert.cluster is not None:
+    if expert.cluster is not None and expert.version == 1:
         facts["share of the total tokens"] = f"{text.share:.4f}"
     elif expert.reason is not None:
         facts["parent chosen"] = expert.reason

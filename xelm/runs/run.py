@@ -20,7 +20,7 @@ from xelm.config import RunConfig, StartToken
 from xelm.settings import differences, from_json, override, to_json
 
 if TYPE_CHECKING:
-    from xelm.data.store import Store
+    from xelm.data.store import Store, TokenizedLanguage
     from xelm.data.tokenizer import Tokenizer
 
 _SHOWN_LANGUAGES = 8
@@ -125,17 +125,33 @@ class Run:
         return max(self.config.seed.sequence_length, self.config.experts.sequence_length)
 
     def store(self, name: str = "train") -> "Store":
-        """The tokenised corpus of the RUN, or of a grown language."""
+        """The tokenised corpus of the RUN, or one that was added later."""
         from xelm.data.store import open_store
 
-        return open_store(self.directory / "corpus" / name)
+        return open_store(self._corpus / name)
 
     def stores(self, languages: Iterable[str] = ()) -> "dict[str, Store]":
-        """The tokenised corpus of the RUN, and those of the grown ones of these languages, by
-        name."""
-        names = [tag for tag in languages if tag not in self.languages]
-        grown = [name for name in names if (self.directory / "corpus" / name).is_dir()]
-        return {name: self.store(name) for name in ["train", *grown]}
+        """The tokenised corpus of the RUN, and those that published experts of these languages were
+        trained on, as far as they are there, by name."""
+        wanted, names = set(languages), ["train"]
+        for expert in self.registry().published() if wanted else ():
+            names += expert.texts if wanted & set(expert.languages) else ()
+        there = [name for name in dict.fromkeys(names) if (self._corpus / name).is_dir()]
+        return {name: self.store(name) for name in there}
+
+    def texts(self, languages: Iterable[str]) -> "dict[str, list[TokenizedLanguage]]":
+        """Text of these languages in each of their `stores`; languages without any are missing."""
+        found: dict[str, list[TokenizedLanguage]] = {}
+        languages = list(languages)
+        stores = self.stores(languages).values()
+        for tag in languages:
+            if some := [store.languages[tag] for store in stores if tag in store.languages]:
+                found[tag] = some
+        return found
+
+    @property
+    def _corpus(self) -> Path:
+        return self.directory / "corpus"
 
     def documents(self, languages: Sequence[str] | None = None, engine: Engine = map) -> Documents:
         """The tokenised documents of the RUN's corpus in these languages (None: in all), to be

@@ -1,6 +1,7 @@
 """Which documents each model of a RUN is trained on, in which shares, and which are held out."""
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import numpy as np
 
 from clustering.files import read_arrays
 from experts.expert import SEED, Expert, parse_reference
+from experts.registry import Registry
 from xelm.config import HeldOutConfig, TrainConfig
 from xelm.data.held_out import TrainingText, divide, held_out
 from xelm.data.rows import LanguageShare, sampling_shares
-from xelm.data.store import FRAME, Store
+from xelm.data.store import FRAME, Store, TokenizedLanguage
 from xelm.runs.run import Run
 
 
@@ -27,27 +29,65 @@ def dense_text(run: Run) -> TrainingText:
     return divide(_dense_shares(run), run.config.held_out)
 
 
-def expert_text(run: Run, expert: Expert) -> TrainingText:
+def expert_text(run: Run, expert: Expert, new: Mapping[str, Store] | None = None) -> TrainingText:
     """The documents of the languages or the cluster that an expert is trained for, without those of
-    its donors. Shares of a cluster are parts of those of `dense_text`, and sum to the cluster's
-    part of the whole budget."""
+    its donors. Shares of a cluster that is trained on the RUN's corpus alone are parts of those of
+    `dense_text`, and sum to the cluster's part of the whole budget; others sum to 1. new: stores by
+    name that are not in the RUN yet."""
+    if expert.cluster is not None and not expert.corpora:
+        return divide(_cluster_shares(run, expert.cluster), run.config.held_out)
+    run = as_recorded(run, expert)
+    stores = [(new or {}).get(name) or run.store(name) for name in expert.texts]
+    texts = {
+        tag: [store.languages[tag] for store in stores if tag in store.languages]
+        for tag in expert.languages
+    }
+    shares = dict.fromkeys(texts, 1 / len(texts))
     if expert.cluster is not None:
-        sources = _cluster_shares(run, expert.cluster)
-    else:
-        grown = {tag: run.store(tag).languages[tag] for tag in expert.languages}
-        sources = [LanguageShare(ids=ids, share=1.0) for ids in grown.values()]
+        config, away = run.config.experts, run.config.held_out
+        tokens = {
+            tag: sum(_trained_tokens(ids, away) for ids in some) for tag, some in texts.items()
+        }
+        budget = with_passes(config, sum(tokens.values())).tokens
+        exponent, most = config.data.sampling_exponent, config.max_passes
+        shares = sampling_shares(tokens, exponent, budget=budget, max_passes=most)
+    sources = [one for tag in texts for one in spread(texts[tag], shares[tag], run)]
     return divide(sources, run.config.held_out)
+
+
+def spread(texts: Sequence[TokenizedLanguage], share: float, run: Run) -> list[LanguageShare]:
+    """The texts of one language, which have a share of a training together, each by its number of
+    tokens that are not held out, so that all are read equally often."""
+    tokens = [_trained_tokens(ids, run.config.held_out) for ids in texts]
+    whole = max(1, sum(tokens))
+    return [LanguageShare(ids=ids, share=share * (n / whole)) for ids, n in zip(texts, tokens) if n]
+
+
+def donor_text(run: Run, expert: Expert) -> list[LanguageShare]:
+    """Text of the languages of a grown expert's donor, in equal parts of the `donor_share`."""
+    share, reference = run.config.donor_share, expert.donor or expert.parent
+    if share == 0 or reference == SEED:
+        return []
+    donor = run.registry().expert(*parse_reference(reference))
+    tags = donor.languages or tuple(donor.documents or ())
+    stores = [run.store(name) for name in donor.texts]
+    known = {tag: [s.languages[tag] for s in stores if tag in s.languages] for tag in tags}
+    return [one for tag in tags for one in spread(known[tag], share / len(tags), run)]
 
 
 def held_out_text(run: Run, but: Collection[str] = ()) -> list[LanguageShare]:
     """The held-out documents of all languages of the corpus and of published grown experts, `but`
     for these."""
-    languages = dict(run.store().languages)
-    for expert in run.registry().published():
-        if expert.cluster is None:
-            languages |= {tag: run.store(tag).languages[tag] for tag in expert.languages}
-    sources = [LanguageShare(ids=ids, share=1.0) for t, ids in languages.items() if t not in but]
+    tags = [tag for tag in all_languages(run) if tag not in but]
+    texts = [ids for some in run.texts(tags).values() for ids in some]
+    sources = [LanguageShare(ids=ids, share=1.0) for ids in texts]
     return divide(sources, run.config.held_out).held_out
+
+
+def all_languages(run: Run) -> list[str]:
+    """Languages of the corpus, and those of published experts beside them."""
+    served = [tag for expert in run.registry().published() for tag in expert.languages]
+    return list(dict.fromkeys([*run.languages, *served]))
 
 
 def parent_directory(run: Run, expert: Expert) -> Path:
@@ -55,6 +95,26 @@ def parent_directory(run: Run, expert: Expert) -> Path:
     if expert.parent == SEED:
         return run.seed
     return run.registry().expert(*parse_reference(expert.parent)).directory(run.directory)
+
+
+def unused_text(registry: Registry, wanted: str) -> str:
+    """Name for a tokenised corpus under RUN/corpus that is that of no expert: `wanted`, or else one
+    with a number."""
+    used = {"train", *(name for expert in registry.experts for name in expert.texts)}
+    numbered = (f"{wanted}-{number}" for number in itertools.count(2))
+    return next(name for name in itertools.chain([wanted], numbered) if name not in used)
+
+
+def as_recorded(run: Run, expert: Expert) -> Run:
+    """The RUN with the settings that are recorded with an expert, unless it has others of the same
+    names."""
+    given = {setting.partition("=")[0] for setting in run.settings}
+    kept = [
+        f"{name}={'null' if value is None else value}"
+        for name, value in (expert.settings or {}).items()
+        if name not in given
+    ]
+    return replace(run, settings=[*run.settings, *kept])
 
 
 def with_passes(config: TrainConfig, tokens: float) -> TrainConfig:
@@ -76,10 +136,7 @@ def _all_shares(
     languages = {tag: ids for tag, ids in store.languages.items() if tag not in left_out}
     whole = [LanguageShare(ids=ids, share=1.0) for ids in languages.values()]
     shares = sampling_shares(
-        {
-            tag: len(ids.ids) - int(ids.lengths[held_out(ids, away)].sum())
-            for tag, ids in languages.items()
-        },
+        {tag: _trained_tokens(ids, away) for tag, ids in languages.items()},
         config.data.sampling_exponent,
         budget=with_passes(config, divide(whole, away).tokens).tokens,
         max_passes=config.max_passes,
@@ -105,3 +162,8 @@ def _cluster_shares(run: Run, cluster: str) -> list[LanguageShare]:
         if len(documents):
             sources.append(replace(source, share=source.share * part, documents=documents))
     return sources
+
+
+def _trained_tokens(ids: TokenizedLanguage, away: HeldOutConfig) -> int:
+    """Number of tokens of the documents that are not held out."""
+    return len(ids.ids) - int(ids.lengths[held_out(ids, away)].sum())

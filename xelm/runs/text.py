@@ -29,12 +29,19 @@ WAIT_SECONDS = 3600.0
 
 
 def tokenise(
-    run: Run, contents: Contents, name: str, *, workers: int = 1, training: bool = True
+    run: Run,
+    contents: Contents,
+    name: str,
+    *,
+    workers: int = 1,
+    training: bool = True,
+    older: Mapping[str, Store] | None = None,
 ) -> Store:
     """The tokenised corpus RUN/corpus/`name`, made now unless it is there for these contents and
     the RUN's tokenizer; what is left out is printed on stderr. workers: number of processes.
     training: whether to train on it, without exact copies of documents unless the RUN keeps
-    them."""
+    them. older: stores by name that it is added to; copies of their documents are left out, and it
+    may lack some of the languages."""
     directory, corpus = run.directory / "corpus" / name, contents.corpus
     facts = {
         "corpus": corpus.to_json(),
@@ -44,6 +51,13 @@ def tokenise(
         # Files may contain more languages than are wanted.
         "languages_wanted": None if contents.languages is None else sorted(contents.languages),
     }
+    known = None
+    if older is not None:
+        facts["older"] = {name: store.record["corpus_sha256"] for name, store in older.items()}
+        known = {
+            tag: [store.languages[tag].hashes for store in older.values() if tag in store.languages]
+            for tag in contents.languages or ()
+        }
     drop_duplicates = training and not run.record.get("keep_duplicates", False)
     with locked(run.directory, f"corpus-{name}", wait_seconds=WAIT_SECONDS):
         if (directory / "store.json").exists():
@@ -63,16 +77,21 @@ def tokenise(
                 reading.documents(),
                 run.tokenizer(),
                 reading.unusable,
-                languages=contents.languages,
+                languages=contents.languages if older is None else None,
                 facts=facts,
                 workers=workers,
                 drop_duplicates=drop_duplicates,
+                known=known,
+                described=lambda: {"origins": reading.origins()},
                 progress=progress.update,
             )
     print(reading.table(), file=sys.stderr)
     texts = text_stats(store)
     notes = [str(reading.unusable)] if reading.unusable else []
     notes += duplicate_notes(texts, drop_duplicates) + (warnings(texts) if training else [])
+    if left_out := {tag: n for tag, n in store.record.get("known", {}).items() if n}:
+        which = ", ".join(f"{tag} {count:,}" for tag, count in left_out.items())
+        notes.append(f"exact copies of documents of the text before ({which}); left out")
     for note in notes:
         print(f"{corpus}: {note}", file=sys.stderr)
     return store

@@ -4,40 +4,21 @@ import functools
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clustering.errors import UserError
 from experts import manifest
 from experts.expert import SEED, Expert
 from experts.lock import locked, record
-from xelm.config import TrainConfig
-from xelm.data.held_out import TrainingText
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.check import check_models
+from xelm.runs.jobs import Job, dense_job, expert_job
 from xelm.runs.publish import publish, write_centre, write_model
 from xelm.runs.run import Run
-from xelm.runs.shares import dense_text, expert_text, parent_directory, with_passes
 from xelm.training import hosts
 from xelm.training.loop import train_together
 from xelm.training.trainer import TrainingSpec
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """A training of one checkpoint from another."""
-
-    name: str
-    """Name of the expert, or dense."""
-    part: str
-    """Part of the configuration with its settings: experts, dense or grow."""
-    parent: Path
-    """Checkpoint to start from."""
-    target: Path
-    """Checkpoint to write."""
-    text: TrainingText
-    config: TrainConfig
 
 
 def train_experts(run: Run, names: Sequence[str]) -> None:
@@ -69,8 +50,10 @@ def plans_of(
 ) -> list[Plan]:
     """Costs of training the dense baseline and the named experts, as far as they are not trained.
     estimate: as in `budget.plan`."""
-    experts = [run.registry().expert(name) for name in names]
-    jobs = [_dense_job(run)] if dense and not run.dense.exists() else []
+    registry = run.registry()
+    unfinished = {expert.name: expert for expert in registry.training()}
+    experts = [unfinished.get(name) or registry.expert(name) for name in names]
+    jobs = [dense_job(run)] if dense and not run.dense.exists() else []
     jobs += [_job(run, expert) for expert in experts if expert.status == "training"]
     return plans_of_jobs(run, jobs, estimate=estimate)
 
@@ -133,22 +116,27 @@ def _held(run: Run, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
 def _job(run: Run, expert: Expert) -> Job:
     if expert.cluster is None:
         command = f"xelm grow {run.directory} --language {expert.languages[0]}"
+        if expert.donor is not None:
+            command = f"xelm train {run.directory} {expert.name} --again"
         raise UserError(f"{expert.name} is a grown expert; resume its training with: {command}")
-    text, whole = expert_text(run, expert), dense_text(run)
-    config = with_passes(run.config.experts, whole.tokens)
-    return Job(
-        name=expert.name,
-        part="experts",
-        parent=parent_directory(run, expert),
-        target=expert.directory(run.directory),
-        text=text,
-        config=replace(config, tokens=max(1, round(config.tokens * text.share))),
-    )
+    return expert_job(run, expert)
+
+
+def finish(run: Run, expert: Expert, job: Job) -> Expert:
+    """Trains an expert that is in the registry, or resumes its training, and publishes it; returns
+    its new record."""
+    plans = plans_of_jobs(run, [job])
+    announce(plans)
+    check_disk(run.directory, plans)
+    for error in train_checkpoints(run, [job]).values():
+        raise error
+    publish(run, expert)
+    return run.registry().expert(expert.name, expert.version)
 
 
 def train_dense(run: Run) -> None:
     """Trains the baseline: the seed, on all languages, for the tokens of all experts together."""
-    job = _dense_job(run)
+    job = dense_job(run)
     plans = plans_of_jobs(run, [] if run.dense.exists() else [job])
     hosts.first_does(functools.partial(check_disk, run.directory, plans))
     with _held(run, "dense"):
@@ -157,18 +145,6 @@ def train_dense(run: Run) -> None:
         for error in train_checkpoints(run, [job]).values():
             raise error
         hosts.first_does(lambda: manifest.record(run.directory, ["dense"], again=not before))
-
-
-def _dense_job(run: Run) -> Job:
-    text = dense_text(run)
-    return Job(
-        name="dense",
-        part="dense",
-        parent=run.seed,
-        target=run.dense,
-        text=text,
-        config=with_passes(run.config.dense, text.tokens),
-    )
 
 
 def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:

@@ -27,13 +27,14 @@ class HeldOutText:
         The rows of an encoder are masked in the same way in every measurement."""
         length, rows = config.sequence_length, []
         self.languages = [source.ids.language for source in sources]
+        """Language of each source; several may have the same."""
         self._shares = np.asarray([source.share for source in sources])
         for index, source in enumerate(sources):
             packed = LanguageRows(source, config, text_format, index)
             count = min(len(packed), -(-config.evaluation.tokens // length))
             rows += [packed[row] for row in range(count)]
         self._row_languages = np.asarray([row["language"] for row in rows], int)
-        self._bits_per_nat = np.asarray([_bits_per_nat(source) for source in sources])
+        self._targets, self._bytes = np.asarray([_sizes(s) for s in sources]).reshape(-1, 2).T
         self.batches: list[dict[str, np.ndarray]] = []
         """Arrays of the rows, as a step reads them; the last batch is filled up with empty rows."""
         for first in range(0, len(rows), config.batch_size):
@@ -57,18 +58,19 @@ class HeldOutText:
         means = sums / np.maximum(counts, 1)
         known = np.where(counts > 0, self._shares, 0.0)
         loss = float((means * known).sum() / known.sum())
-        bits = dict(zip(self.languages, (means * self._bits_per_nat).tolist()))
         if not math.isfinite(loss):
             return {"loss": None, "bits_per_byte": {}}
-        return {
-            "loss": loss,
-            "bits_per_byte": {tag: bits[tag] for tag, n in zip(self.languages, counts) if n},
-        }
+        bits = {}
+        for tag in dict.fromkeys(self.languages):
+            own = (np.asarray(self.languages) == tag) & (counts > 0)
+            if own.any():
+                nats_of_all = (means * self._targets)[own].sum()
+                bits[tag] = float(nats_of_all / max(1, self._bytes[own].sum()) / math.log(2))
+        return {"loss": loss, "bits_per_byte": bits}
 
 
-def _bits_per_nat(source: LanguageShare) -> float:
-    """Bits a byte of text for one nat a target; each document has a target more, its end."""
+def _sizes(source: LanguageShare) -> tuple[int, int]:
+    """Targets and bytes of the documents of a source; each document has a target more, its end."""
     ids, numbers = source.ids, source.documents
     numbers = np.arange(len(ids)) if numbers is None else numbers
-    targets = int(ids.lengths[numbers].sum()) + len(numbers)
-    return targets / max(1, int(ids.bytes[numbers].sum())) / math.log(2)
+    return int(ids.lengths[numbers].sum()) + len(numbers), int(ids.bytes[numbers].sum())

@@ -81,7 +81,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self._config, self._model, self._format = config, model, text_format
         self._facts, self._rates = facts, schedule(config)
-        self._languages = list(self.language_tokens)
+        self._languages = [source.ids.language for source in spec.sources]
         self.held_out = HeldOutText(spec.held_out, config, model, text_format)
         self.measurements: list[dict[str, Any]] = list(facts["measurements"])
         """Lines of held_out.jsonl."""

@@ -1,0 +1,143 @@
+"""Trainings of a RUN: what each starts from, its text, its settings and what it writes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from clustering.errors import UserError
+from experts.expert import Expert
+from xelm.config import TrainConfig
+from xelm.data.held_out import TrainingText, divide
+from xelm.data.rows import LanguageShare
+from xelm.data.store import Store
+from xelm.runs.budget import passes
+from xelm.runs.run import Run
+from xelm.runs.shares import (
+    as_recorded,
+    dense_text,
+    donor_text,
+    expert_text,
+    parent_directory,
+    with_passes,
+)
+from xelm.settings import own_settings
+
+_VERSION_SEEDS = 1000
+"""Distance of the random seeds of two versions; those of rounds are 1 apart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A training of one checkpoint from another."""
+
+    name: str
+    """Name of the expert, or dense."""
+    part: str
+    """Part of the configuration with its settings: experts, dense or grow."""
+    parent: Path
+    """Checkpoint to start from."""
+    target: Path
+    """Checkpoint to write."""
+    text: TrainingText
+    config: TrainConfig
+
+
+def dense_job(run: Run) -> Job:
+    """The training of the dense baseline."""
+    text = dense_text(run)
+    return Job(
+        name="dense",
+        part="dense",
+        parent=run.seed,
+        target=run.dense,
+        text=text,
+        config=with_passes(run.config.dense, text.tokens),
+    )
+
+
+def expert_job(run: Run, expert: Expert, new: Mapping[str, Store] | None = None) -> Job:
+    """The training of an expert, with the settings of its record and of the RUN. new: stores by
+    name that are not in the RUN yet."""
+    run = as_recorded(run, expert)
+    job = _branched if expert.cluster is not None else _grown
+    text, config = job(run, expert, new)
+    # No version reads its rows in the order of the one before.
+    random_seed = config.random_seed + _VERSION_SEEDS * (expert.version - 1)
+    return Job(
+        name=expert.name,
+        part=part_of(expert),
+        parent=parent_directory(run, expert),
+        target=expert.directory(run.directory),
+        text=text,
+        config=replace(config, random_seed=random_seed),
+    )
+
+
+def part_of(expert: Expert) -> str:
+    """Name of the part of the configuration with the settings of an expert's training."""
+    return "grow" if expert.cluster is None else "experts"
+
+
+def other_settings(run: Run, expert: Expert) -> str | None:
+    """What the settings of a RUN say of the training of an expert that has begun with others, as in
+    "with grow.tokens=7; got 8"; None if they agree."""
+    part, began = part_of(expert), expert.settings or {}
+    of_run = own_settings(replace(run, settings=()).config, run.settings, part)
+    for name, value in own_settings(run.config, run.settings, part).items():
+        before = began.get(name, of_run[name])
+        if value != before:
+            return f"with {name}={before}; got {value}"
+    return None
+
+
+def _branched(
+    run: Run, expert: Expert, new: Mapping[str, Store] | None
+) -> tuple[TrainingText, TrainConfig]:
+    """Text and settings of an expert of a cluster: the first version has its part of the tokens of
+    all experts together; further ones have a budget of their own in their record."""
+    text, config = expert_text(run, expert, new), run.config.experts
+    if {"experts.tokens", "experts.passes"} & set(expert.settings or ()):
+        return text, with_passes(config, text.tokens)
+    config = with_passes(config, dense_text(run).tokens)
+    return text, replace(config, tokens=max(1, round(config.tokens * text.share)))
+
+
+def _grown(
+    run: Run, expert: Expert, new: Mapping[str, Store] | None
+) -> tuple[TrainingText, TrainConfig]:
+    """Text and settings of a grown expert, which reads its donor's languages too."""
+    own, donors = (
+        expert_text(run, expert, new),
+        divide(donor_text(run, expert), run.config.held_out),
+    )
+    share = 1 - run.config.donor_share
+    text = TrainingText(
+        sources=[*_parts(own.sources, share), *donors.sources],
+        held_out=[*_parts(own.held_out, share), *donors.held_out],
+    )
+    # Passes are over its own text.
+    config = with_passes(run.config.grow, own.tokens * text.share / (own.share * share))
+    config = _within_passes(expert.languages[0], text.sources, config)
+    # Rounds count from 2; no child sees its donor's rows in the order its parent saw them.
+    return text, replace(config, random_seed=config.random_seed + expert.round - 2)
+
+
+def _parts(sources: Sequence[LanguageShare], share: float) -> list[LanguageShare]:
+    return [replace(source, share=source.share * share) for source in sources]
+
+
+def _within_passes(tag: str, sources: Sequence[LanguageShare], config: TrainConfig) -> TrainConfig:
+    """The configuration with the largest number of steps that passes over no language more often
+    than `max_passes`, if there is such a limit."""
+    if config.max_passes is None:
+        return config
+    most = max(passes(sources, config).values()) / config.steps
+    steps = int(config.max_passes / most + 1e-9)
+    if steps >= config.steps:
+        return config
+    if not steps:
+        raise UserError(
+            f"{tag}: one step passes over its text or its parent's {most:.3g} times, and "
+            f"grow.max_passes is {config.max_passes:g}; give more text, or raise grow.max_passes"
+        )
+    return replace(config, tokens=steps * config.tokens_per_step)
