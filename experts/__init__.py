@@ -19,7 +19,9 @@ Files:
     lock        locks of a RUN; update changes its registry
     manifest    hashes of the other files of a RUN
     verify      compare all files with their hashes
-    merge       average checkpoints
+    merge       merge checkpoints into one
+    merge_methods
+                the methods of merging, each with its paper
     card        the model card of an expert
 
 Models are not run here: neither JAX nor transformers is imported.
@@ -39,6 +41,7 @@ __all__ = [
     "lock",
     "manifest",
     "merge",
+    "merge_methods",
     "registry",
     "verify",
 ]

@@ -197,6 +197,16 @@ def check_name(name: str) -> None:
         raise UserError(f"{name!r} cannot name an expert: it names another system of a RUN")
 
 
+def is_name(name: str) -> bool:
+    """Whether `name` is a safe folder name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def is_reference(name: str) -> bool:
+    """Whether `name` looks like a version of an expert, 'NAME@v1'."""
+    return _REFERENCE.fullmatch(name) is not None
+
+
 def parse_reference(reference: str) -> tuple[str, int]:
     """Name and version from 'NAME@vN'; UserError for anything else."""
     match = _REFERENCE.fullmatch(reference)

@@ -23,8 +23,10 @@ FILE_NAME = "hashes.json"
 FORMAT = 1
 FILES = ("run.json", "clusters.json", "clusters.npz", "vectoriser.npz", "assignments.npz")
 """Files of the RUN's own folder that are recorded."""
-FOLDERS = ("dense", "routers")
-"""Folders whose files are recorded; those of routers may be deleted, and are then fitted again."""
+MERGES = "merges"
+"""Folder of merged models, one folder each."""
+FOLDERS = ("dense", "routers", MERGES)
+"""Folders whose files are recorded."""
 
 
 def recorded(run: Path | str) -> dict[str, str]:
@@ -85,14 +87,21 @@ def _changed(run: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
         remove_unfinished(run / FILE_NAME)
         found = _read(run)
         before = deepcopy(found)
-        # A deleted router is fitted again.
-        for file in [n for n in found["files"] if n.startswith("routers/")]:
-            if not (run / file).exists():
-                del found["files"][file]
+        for file in [n for n in found["files"] if is_given_up(run, n)]:
+            del found["files"][file]
         yield found["files"], found["experts"]
         if found != before:
             hashes = {key: dict(sorted(part.items())) for key, part in found.items() if part}
             write_json(run / FILE_NAME, {"format": FORMAT, "files": {}} | hashes)
+
+
+def is_given_up(run: Path | str, name: str) -> bool:
+    """Whether a recorded file was deleted in a way that is no fault: a router, which is fitted
+    again, or the whole folder of a merged model."""
+    folder, *inside = name.split("/")
+    if folder == "routers":
+        return not (Path(run) / name).exists()
+    return folder == MERGES and not (Path(run) / folder / inside[0]).exists()
 
 
 def _read(run: Path | str) -> dict[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Merging: the average of the weights of checkpoints of one architecture.
+"""Merging: one checkpoint of several of one architecture, by the methods in `merge_methods`.
 
 Safetensors files are read as NumPy arrays, tensor by tensor, and one file of the result is in
 memory at a time, so that the memory depends neither on the number of checkpoints nor on their size.
@@ -7,9 +7,10 @@ memory at a time, so that the memory depends neither on the number of checkpoint
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, where safetensors looks it up
 import numpy as np
@@ -18,8 +19,9 @@ from safetensors.numpy import save_file
 
 from clustering import hub_files
 from clustering.errors import UserError
-from clustering.files import flush, read_object, sha256, write_json
+from clustering.files import flush, read_json, read_object, sha256, write_json
 from clustering.hub_files import INDEX, LICENCES, TEMPLATES, WEIGHTS, weight_files
+from experts.merge_methods import METHODS, Inputs, MergeOptions, check_models
 
 RECORD = "merge.json"
 
@@ -36,62 +38,118 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
 
 
-def average(
-    paths: Sequence[Path | str], *, out: Path | str, weights: Sequence[float] | None = None
+class Source(NamedTuple):
+    """A checkpoint that is merged."""
+
+    name: str
+    """Name for messages and for the record."""
+    directory: Path
+    """Directory with one safetensors file or a sharded set."""
+
+
+def merge(
+    sources: Sequence[Source],
+    out: Path | str,
+    options: MergeOptions | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: Source | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes the weighted average of Hugging Face checkpoints into `out`, and returns `out`.
+    """Writes one checkpoint, merged of Hugging Face checkpoints, into `out`, and returns `out`.
 
-    `paths` are directories, with one safetensors file or a sharded set; `weights` are not negative
-    and are scaled to sum 1, and None means equal ones. Floating tensors are averaged in float64 and
-    rounded once to their stored dtype; a value that is equal in all checkpoints keeps its bits.
-    Other tensors must be equal. config.json and the tokenizer are those of the first checkpoint;
-    merge.json names the sources, their hashes and weights.
+    options: None: the linear mean. weights: one for each source, as the method uses them; None: 1
+    each. base: checkpoint from which differences are taken, for methods that work on differences.
+    facts: further keys of merge.json.
 
-    UserError if `out` has weights already, or if tensors, shapes, dtypes, or configurations differ.
+    Floating tensors are computed in float64 and rounded once to their stored dtype. A value that is
+    equal in all checkpoints keeps its bits (but for slerp, which turns whole tensors). Other
+    tensors must be equal. config.json and the tokenizer are those of the first checkpoint;
+    merge.json names method, parameters, sources, their hashes and weights.
+
+    UserError if `out` has weights already, or if tensors, shapes, dtypes, configurations or
+    vocabularies differ, or if the method does not take what is given.
     """
-    directories = [Path(path) for path in paths]
-    shares = _shares(weights, len(directories))
-    out = Path(out)
+    options, out = options or MergeOptions(), Path(out)
+    method = METHODS[options.method]
+    weights = check_models(options, weights, len(sources))
+    if method.has_base != (base is not None):
+        raise UserError(f"{options.method} {'needs a' if method.has_base else 'takes no'} base")
     for there in (out / WEIGHTS, out / INDEX):
         if there.exists():
             raise UserError(f"{there} exists already; nothing is overwritten")
     # A merge.json without weights is left by an interrupted merge.
     if out.exists() and any(out.iterdir()) and not (out / RECORD).exists():
         raise UserError(f"{out} has other files in it; nothing is overwritten")
-    # Equal shapes can mean different functions.
-    configs = [read_object(directory / "config.json") for directory in directories]
-    configs = [{key: c[key] for key in c if key not in FREE_CONFIG_KEYS} for c in configs]
-    _check_equal("checkpoints of different configurations", directories, configs, in_both=True)
-    checkpoints = [_open(directory) for directory in directories]
-    tensors = [{name: _describe(c[name].get_slice(name)) for name in c} for c in checkpoints]
-    _check_equal("checkpoints that differ", directories, tensors)
-    weighted = [(c, share) for c, share in zip(checkpoints, shares, strict=True) if share > 0]
-    sources = [
-        {
-            "path": str(directory),
-            "weight": share,
-            "sha256": {name: sha256(directory / name) for name in weight_files(directory)},
-        }
-        for directory, share in zip(directories, shares, strict=True)
-    ]
-    record = {"format": 1, "sources": sources}
-    _write(checkpoints[0], lambda name: _mean(name, weighted), record, directories[0], out)
+    checkpoints = _open_equal([*sources, *([base] if base else [])])
+    opened = checkpoints[: len(sources)]
+    # A weight of 0 leaves a model out, and with it what is not finite there.
+    used = [n for n, weight in enumerate(weights) if weight != 0 or method.least > 1]
+    combination = _Combination(
+        models=[opened[n] for n in used],
+        weights=[weights[n] for n in used],
+        base=checkpoints[-1] if base else None,
+        options=options,
+    )
+    record = {
+        "format": 1,
+        "method": options.method,
+        "parameters": options.parameters,
+        **({"base": _facts(base)} if base else {}),
+        "sources": [
+            {**_facts(source), "weight": weight}
+            for source, weight in zip(sources, weights, strict=True)
+        ],
+        **(facts or {}),
+    }
+    _write(opened[0], combination.tensor, record, sources[0].directory, out)
     return out
 
 
-def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
-    if count == 0:
-        raise UserError("there is no checkpoint to average")
-    weights = [1] * count if weights is None else weights
-    if len(weights) != count:
-        raise UserError(
-            f"there should be one weight for each of {count} checkpoints; got {len(weights)}"
-        )
-    if not (all(weight >= 0 for weight in weights) and 0 < sum(weights) < math.inf):
-        raise UserError(
-            f"weights must not be negative nor all zero; got {', '.join(map(str, weights))}"
-        )
-    return [weight / math.fsum(weights) for weight in weights]
+def read_record(directory: Path) -> dict[str, Any]:
+    """The merge.json of a merged checkpoint."""
+    return read_json(directory / RECORD)
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    directory = source.directory
+    hashes = {name: sha256(directory / name) for name in weight_files(directory)}
+    return {"name": source.name, "path": str(directory), "sha256": hashes}
+
+
+def _open_equal(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """The tensors of each checkpoint; UserError unless all have the same configuration, vocabulary,
+    names of tensors, shapes and dtypes."""
+    names = [source.name for source in sources]
+    # Equal shapes can mean different functions.
+    configs = [read_object(source.directory / "config.json") for source in sources]
+    configs = [{key: c[key] for key in c if key not in FREE_CONFIG_KEYS} for c in configs]
+    _check_equal("checkpoints of different configurations", names, configs, in_both=True)
+    vocabularies = [vocabulary(source.directory) for source in sources]
+    known = [(name, v) for name, v in zip(names, vocabularies, strict=True) if v]
+    if known:
+        _check_equal("checkpoints of different vocabularies", *zip(*known, strict=True))
+    checkpoints = [_open(source.directory) for source in sources]
+    tensors = [{name: _describe(c[name].get_slice(name)) for name in c} for c in checkpoints]
+    _check_equal("checkpoints that differ", names, tensors)
+    return checkpoints
+
+
+def vocabulary(directory: Path) -> dict[str, int]:
+    """Piece -> id, of a checkpoint's tokenizer.json; empty for a checkpoint without one."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return {}
+    content = read_object(path)
+    try:
+        pieces = content["model"]["vocab"]
+        # Unigram models list pieces with scores, others map pieces to ids.
+        if isinstance(pieces, list):
+            pieces = {piece: number for number, (piece, _) in enumerate(pieces)}
+        added = {each["content"]: each["id"] for each in content.get("added_tokens") or ()}
+        return {**pieces, **added}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} has no vocabulary that can be read: {error!r}") from error
 
 
 def _open(directory: Path) -> dict[str, Any]:
@@ -107,54 +165,82 @@ def _open(directory: Path) -> dict[str, Any]:
 
 
 def _check_equal(
-    what: str, directories: list[Path], tables: list[dict[str, Any]], *, in_both: bool = False
+    what: str, names: Sequence[str], tables: Sequence[dict[str, Any]], *, in_both: bool = False
 ) -> None:
-    """Raises UserError unless the tables, one of each directory, have equal values. in_both: keys
+    """Raises UserError unless the tables, one of each checkpoint, have equal values. in_both: keys
     that a table lacks do not count."""
     first, *others = tables
     faults = [
-        f"{name} is {first.get(name, 'missing')} in {directories[0]} "
-        f"and {other.get(name, 'missing')} in {directory}"
-        for directory, other in zip(directories[1:], others, strict=True)
-        for name in sorted(first.keys() & other.keys() if in_both else first.keys() | other.keys())
-        if first.get(name) != other.get(name)
+        f"{key} is {first.get(key, 'missing')} in {names[0]} "
+        f"and {other.get(key, 'missing')} in {name}"
+        for name, other in zip(names[1:], others, strict=True)
+        for key in sorted(first.keys() & other.keys() if in_both else first.keys() | other.keys())
+        if first.get(key) != other.get(key)
     ]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise UserError(f"{what} cannot be averaged: {'; '.join(faults[:5])}{more}")
+        raise UserError(f"{what} cannot be merged: {'; '.join(faults[:5])}{more}")
 
 
 def _describe(tensor: Any) -> str:
     return f"{tensor.get_dtype()}{tensor.get_shape()}"
 
 
-def _mean(name: str, weighted: list[tuple[dict[str, Any], float]]) -> np.ndarray:
-    """The average of a tensor; a value that is equal in all keeps its bits, even NaN or -0."""
-    like = weighted[0][0][name]
-    dtype = like.get_slice(name).get_dtype()
-    if dtype not in FLOATS + INTEGERS:
-        raise UserError(f"{name} has the dtype {dtype}, which cannot be averaged")
-    first = like.get_tensor(name)
-    agree = np.ones(first.shape, dtype=bool)
-    total = np.zeros(first.shape, dtype=np.float64)
-    with np.errstate(invalid="ignore", over="ignore"):  # non-finite values are checked below
-        for checkpoint, share in weighted:
-            part = checkpoint[name].get_tensor(name)
-            agree &= _bits(part) == _bits(first)
-            if dtype in FLOATS:
-                total += share * part.astype(np.float64)
+class _Tensors(Sequence[np.ndarray]):
+    """One tensor of each checkpoint in float64, read whenever it is indexed."""
+
+    def __init__(self, name: str, checkpoints: Sequence[dict[str, Any]]):
+        self._name, self._checkpoints = name, checkpoints
+
+    def __len__(self) -> int:
+        return len(self._checkpoints)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._checkpoints[number][self._name].get_tensor(self._name).astype(np.float64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Combination:
+    """Checkpoints that are merged, and how."""
+
+    models: Sequence[dict[str, Any]]
+    weights: Sequence[float]
+    base: dict[str, Any] | None
+    options: MergeOptions
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor of the result; a value that is equal in all checkpoints keeps its bits, even
+        NaN or -0. UserError for integers that differ and for a result that is not finite."""
+        like = self.models[0][name]
+        dtype = like.get_slice(name).get_dtype()
+        if dtype not in FLOATS + INTEGERS:
+            raise UserError(f"{name} has the dtype {dtype}, which cannot be merged")
+        first = like.get_tensor(name)
+        agree = np.ones(first.shape, dtype=bool)
+        for checkpoint in (*self.models[1:], *([self.base] if self.base else [])):
+            agree &= _bits(checkpoint[name].get_tensor(name)) == _bits(first)
         if agree.all():
             return first
         if dtype not in FLOATS:
             raise UserError(
-                f"{name} has integers that differ between checkpoints and cannot be averaged"
+                f"{name} has integers that differ between checkpoints and cannot be merged"
             )
-        mean = np.where(agree, first, total.astype(first.dtype))
-    if not np.isfinite(mean[~agree]).all():
-        raise UserError(
-            f"{name} has values that are not finite in some checkpoints and cannot be averaged"
+        method, base = METHODS[self.options.method], self.base
+        inputs = Inputs(
+            models=_Tensors(name, self.models),
+            weights=self.weights,
+            base=None if base is None else base[name].get_tensor(name).astype(np.float64),
+            name=name,
+            **self.options.parameters,
         )
-    return mean
+        with np.errstate(invalid="ignore", over="ignore"):  # non-finite values are checked below
+            made = method.combine(inputs).astype(first.dtype)
+        kept = agree & method.by_entry
+        if not np.isfinite(made[~kept]).all():
+            raise UserError(
+                f"{name} has values that are not finite in some checkpoints and cannot be merged"
+            )
+        return np.where(kept, first, made)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
@@ -163,7 +249,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 def _write(
     like: dict[str, Any],
-    mean: Callable[[str], np.ndarray],
+    tensor: Callable[[str], np.ndarray],
     record: dict[str, Any],
     directory: Path,
     out: Path,
@@ -178,7 +264,7 @@ def _write(
     try:
         partial.mkdir(parents=True)
         for file, names in files.items():
-            save_file({name: mean(name) for name in names}, partial / file, {"format": "pt"})
+            save_file({name: tensor(name) for name in names}, partial / file, {"format": "pt"})
             # The library makes files that only their owner can read, whatever the umask.
             shutil.copymode(directory / "config.json", partial / file)
         if len(files) > 1:

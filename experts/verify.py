@@ -102,8 +102,7 @@ def _others(run: Path) -> list[Fault]:
     except UserError as error:
         return [Fault(kind="broken", file=manifest.FILE_NAME, detail=str(error))]
     present = [file for file in [*manifest.FILES, *inside] if (run / file).exists()]
-    # A deleted router is fitted again.
-    kept = [file for file in wanted if not file.startswith("routers/")]
+    kept = [file for file in wanted if not manifest.is_given_up(run, file)]
     return _faults(run, {file: wanted.get(file) for file in {*kept, *present}})
 
 

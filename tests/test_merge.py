@@ -19,10 +19,15 @@ from clustering import hub_files
 from clustering.errors import UserError
 from clustering.files import sha256
 from experts import merge
-from experts.merge import average
+from experts.merge import Source
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "transformers_version": "5.0"}
+
+
+def average(paths, out, **options):
+    """The linear mean unless options say otherwise."""
+    return merge.merge([Source(str(path), Path(path)) for path in paths], out, **options)
 
 
 def _save(directory: Path, tensors: dict[str, np.ndarray], **config) -> Path:
@@ -160,12 +165,12 @@ def test_a_large_average_is_written_in_files_that_are_no_larger_than_one_may_be(
     paths = [_save(tmp_path / name, _tree(seed)) for seed, name in enumerate("ab")]
     whole = load_file(average(paths, out=tmp_path / "one") / "model.safetensors")
     held, most = set(), []
-    mean, save = merge._mean, merge.save_file
+    tensor, save = merge._Combination.tensor, merge.save_file
 
-    def made(name, weighted):
+    def made(combination, name):
         held.add(name)
         most.append(len(held))
-        return mean(name, weighted)
+        return tensor(combination, name)
 
     def saved(tensors, *options):
         assert tensors.keys() == held
@@ -173,7 +178,7 @@ def test_a_large_average_is_written_in_files_that_are_no_larger_than_one_may_be(
         return save(tensors, *options)
 
     monkeypatch.setattr(hub_files, "SHARD_BYTES", 100)
-    monkeypatch.setattr(merge, "_mean", made)
+    monkeypatch.setattr(merge._Combination, "tensor", made)
     monkeypatch.setattr(merge, "save_file", saved)
     out = average(paths, out=tmp_path / "many")
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -204,8 +209,9 @@ def test_terms_and_templates_come_along(tmp_path):
 
 def test_configuration_and_tokenizer_of_the_first_come_along_and_code_does_not(tmp_path):
     paths = [_save(tmp_path / name, _tree(1)) for name in "ab"]
+    for number, path in enumerate(paths):
+        (path / "tokenizer.json").write_text(f'{{"model": {{"vocab": {{"a": 0}}}}, "n": {number}}}')
     for name in (
-        "tokenizer.json",
         "sentencepiece.bpe.model",
         "tokenizer_bad.py",
         "optimizer.bin",
@@ -221,7 +227,7 @@ def test_configuration_and_tokenizer_of_the_first_come_along_and_code_does_not(t
         "sentencepiece.bpe.model",
         "tokenizer.json",
     ]
-    assert (out / "tokenizer.json").read_text() == "first tokenizer.json"
+    assert json.loads((out / "tokenizer.json").read_text())["n"] == 0
     sources = json.loads((out / "merge.json").read_text())["sources"]
     assert [source["weight"] for source in sources] == [0.25, 0.75]
     assert sources[1]["path"] == str(paths[1])
@@ -270,7 +276,7 @@ def test_whole_numbers_that_differ_have_no_average(tmp_path):
 
 def test_dtypes_that_numpy_lacks_are_refused(tmp_path):
     path = _save(tmp_path / "a", {"w": np.ones(2, ml_dtypes.float8_e4m3fn)})
-    with pytest.raises(UserError, match="w has the dtype F8_E4M3, which cannot be averaged"):
+    with pytest.raises(UserError, match="w has the dtype F8_E4M3, which cannot be merged"):
         average([path], out=tmp_path / "out")
 
 
@@ -285,10 +291,10 @@ def test_values_that_are_not_finite_do_not_spread(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([1], "one weight for each of 2 checkpoints; got 1"),
+        ([1], "one weight for each of 2 models; got 1"),
         ([2, -1], "not be negative nor all zero; got 2, -1"),
         ([0, 0], "nor all zero"),
-        ([1, np.nan], "nor all zero; got 1, nan"),
+        ([1, np.nan], "weights must be finite; got 1, nan"),
     ],
 )
 def test_impossible_weights_are_refused(tmp_path, weights, message):
@@ -300,7 +306,7 @@ def test_impossible_weights_are_refused(tmp_path, weights, message):
 def test_what_is_no_checkpoint_is_a_users_mistake(tmp_path):
     good = _save(tmp_path / "good", _tree(1))
     bad = _save(tmp_path / "bad", _tree(1))
-    with pytest.raises(UserError, match="no checkpoint to average"):
+    with pytest.raises(UserError, match="linear merges 1 or more models; got 0"):
         average([], out=tmp_path / "out")
     (bad / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(UserError, match=r"bad/model.safetensors cannot be read as safetensors"):
@@ -367,6 +373,7 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
 
 _DIE_BEFORE_REPLACING = """
 import os, signal, sys
+from pathlib import Path
 from experts import merge
 
 replace = os.replace
@@ -376,7 +383,7 @@ def die(source, target):
     replace(source, target)
 
 os.replace = die
-merge.average([sys.argv[1]], out=sys.argv[2])
+merge.merge([merge.Source("a", Path(sys.argv[1]))], sys.argv[2])
 """
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clustering.internal import States, Updates
     from experts.expert import Expert
     from experts.history import Event
+    from experts.merge_methods import MergeOptions
     from experts.registry import Registry
     from experts.verify import Fault
     from xelm.config import RunConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble
     from xelm.runs.budget import Plan
     from xelm.runs.compare import Comparison, ListedExpert
+    from xelm.runs.merge import Merged
     from xelm.runs.nearest import Relatives
     from xelm.runs.status import Progress
 
@@ -260,12 +262,21 @@ class Run(runs.Run):
 
         return discard(self, name)
 
-    def merge(self, out: str | Path, names: Sequence[str] = ()) -> Path:
-        """Writes the average of the weights of experts, by default of all published ones, as one
-        Hugging Face checkpoint; returns `out`."""
+    def merge(
+        self,
+        *names: str,
+        options: "MergeOptions | None" = None,
+        weights: "str | Sequence[float]" = "equal",
+        base: str | None = None,
+        name: str | None = None,
+        out: str | Path | None = None,
+    ) -> "Merged":
+        """Merges models, by default all published experts, into one Hugging Face checkpoint: into
+        RUN/merges/`name`, where `evaluate` measures it too, or into the directory `out`. Arguments
+        as in `xelm.runs.merge.merge`."""
         from xelm.runs.merge import merge
 
-        return merge(self, out, names)
+        return merge(self, names, options, weights=weights, base=base, name=name, out=out)
 
 
 def open_run(directory: str | Path, *, settings: Sequence[str] = ()) -> Run:

@@ -8,6 +8,7 @@ import numpy as np
 
 from clustering.languages import english_name
 from xelm.evaluation.cells import router_cells, score_cells, text_cells
+from xelm.evaluation.results import System
 from xelm.inference.routing import DEFAULT
 from xelm.progress import duration
 
@@ -33,12 +34,16 @@ def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[
     """All tables of an evaluation; the default routing comes first. seed_languages: the RUN's."""
     routings = sorted(routings, key=lambda routing: routing != DEFAULT)
     length, stride = (found.record[name] for name in ("context_length", "stride"))
+    single = [s.system for s in found.summaries if s.routing is None]
+    merged = [name for name in single if System(name).is_merged]
+    experts = [name for name in single if name not in ("seed", "dense", *merged)]
     tables = [
         _by_language(found, routings, seed_languages),
         texts(list(found.texts.values())) if found.texts else "",
         _systems(found.summaries),
         _routers(found.summaries),
-        *_by_expert(found, seed_languages),
+        *_by_model("bits/B", found, seed_languages, merged, ["seed", "dense"]),
+        *_by_model("bits/B by expert", found, seed_languages, experts, ["seed"]),
         f"Documents were read {length} tokens at once, longer ones in windows {stride} apart.",
     ]
     return "\n\n".join(table for table in tables if table)
@@ -100,15 +105,18 @@ def texts(found: "Sequence[TextStats]") -> str:
 
 
 def _systems(summaries: "Sequence[Summary]") -> str:
-    """Means with intervals, and calibration, of seed, dense and ensembles."""
-    shown = [each for each in summaries if each.system in ("seed", "dense", "ensemble")]
+    """Means with intervals, and calibration, of seed, dense, merged models and ensembles."""
+    general = ("seed", "dense", "ensemble")
+    shown = [s for s in summaries if s.system in general or System(s.system).is_merged]
     shown.sort(key=lambda each: (each.system == "ensemble", each.routing not in (None, DEFAULT)))
     if not shown:
         return ""
     titles = ("bits/B", "in 95 %", "above dense", "in 95 %", "right", "ECE", "Brier")
     widths = (8, 15, 13, 17, 8, 7, 7)
-    lines = [_line(_title(each), score_cells(each), widths) for each in shown]
-    return "\n".join([_line(f"mean of {len(shown[0].languages)}", titles, widths), *lines])
+    rows = [(f"mean of {len(shown[0].languages)}", titles)]
+    rows += [(_title(each), score_cells(each)) for each in shown]
+    room = max(18, *(len(name) + 1 for name, _ in rows))
+    return "\n".join(f"{name:{room}}{_cells(cells, widths)}".rstrip() for name, cells in rows)
 
 
 def _routers(summaries: "Sequence[Summary]") -> str:
@@ -122,26 +130,32 @@ def _routers(summaries: "Sequence[Summary]") -> str:
     return "\n".join([_line("router", titles, widths), *lines])
 
 
-def _by_expert(found: "Results", seed_languages: Sequence[str]) -> Iterator[str]:
-    """Bits per byte of every expert in every language, with what it forgot below; as many experts
-    beside each other as a terminal holds."""
+def _by_model(
+    title: str,
+    found: "Results",
+    seed_languages: Sequence[str],
+    models: Sequence[str],
+    beside: Sequence[str],
+) -> Iterator[str]:
+    """Bits per byte of these models in every language, with what they forgot below; as many as a
+    terminal holds. beside: models that stand in each table, if they were measured."""
     summaries = {each.system: each for each in found.summaries if each.routing is None}
-    experts = [name for name in summaries if name not in ("seed", "dense")]
+    beside, models = [name for name in beside if name in summaries], list(models)
     bits = {(r.system, r.language): r.bits_per_byte for r in found.rows if r.routing is None}
     languages = list(dict.fromkeys(row.language for row in found.rows))
     languages.sort(key=lambda tag: tag not in seed_languages)
-    width_of = {name: max(8, len(name) + 2) for name in ["seed", *experts]}
+    width_of = {name: max(8, len(name) + 2) for name in [*beside, *models]}
     best = {
         tag: min(value for (name, t), value in bits.items() if t == tag and name in width_of)
-        for tag in (languages if experts else ())
+        for tag in (languages if models else ())
         if tag not in found.texts or not found.texts[tag].unspelled
     }
-    while experts:
-        part = ["seed", experts.pop(0)]
-        while experts and sum(width_of[n] for n in [*part, experts[0]]) <= _PAGE - 18:
-            part.append(experts.pop(0))
+    while models:
+        part = [*beside, models.pop(0)]
+        while models and sum(width_of[n] for n in [*part, models[0]]) <= _PAGE - 18:
+            part.append(models.pop(0))
         widths = [width_of[name] for name in part]
-        lines = [_line("bits/B by expert", part, widths)]
+        lines = [_line(title, part, widths)]
         for tag in languages:
             values = [bits.get((name, tag)) for name in part]
             marked = [v is not None and tag in best and v <= best[tag] for v in values]
@@ -149,13 +163,13 @@ def _by_expert(found: "Results", seed_languages: Sequence[str]) -> Iterator[str]
             lines.append(_line(_name(tag), cells, widths))
         forgotten = [summaries[name].forgetting for name in part]
         gaps = [summaries[name].transfer_gap for name in part]
-        for title, estimates, form in (
+        for name, estimates, form in (
             ("forgotten", forgotten, "+.3f"),
             ("transfer gap", gaps, "+.1%"),
         ):
             if any(estimates):
                 cells = ["" if e is None else f"{e.value:{form}} " for e in estimates]
-                lines.append(_line(title, cells, widths))
+                lines.append(_line(name, cells, widths))
         yield "\n".join(lines)
 
 

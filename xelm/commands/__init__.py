@@ -12,6 +12,7 @@ from xelm.commands import (
     inference,
     lifecycle,
     maintenance,
+    merge,
     nearest,
     serving,
     training,
@@ -44,5 +45,5 @@ COMMANDS = {
     "experts": lifecycle.EXPERTS,
     "diff": lifecycle.DIFF,
     "history": lifecycle.HISTORY,
-    "merge": maintenance.MERGE,
+    "merge": merge.MERGE,
 }

@@ -127,22 +127,3 @@ def _discard(options: argparse.Namespace) -> None:
 
 
 DISCARD = Command("discard an unfinished training", _discard, _discard_options)
-
-
-def _merge_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="experts to average (default: all published ones)"
-    )
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="directory for the averaged checkpoint"
-    )
-
-
-def _merge(options: argparse.Namespace) -> None:
-    run = run_of(options)
-    out, registry = run.merge(options.out, options.names), run.registry()
-    experts = [registry.expert(name) for name in options.names] or registry.published()
-    show(options, {"out": str(out), "experts": [each.reference for each in experts]}, out)
-
-
-MERGE = Command("average the weights of experts into one checkpoint", _merge, _merge_options)

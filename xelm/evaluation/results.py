@@ -21,7 +21,7 @@ class System(NamedTuple):
     """What is measured: a single model, or the ensemble under a routing."""
 
     name: str
-    """seed, dense, the name of an expert, or ensemble."""
+    """seed, dense, the name of an expert, merges/NAME (a merged model), or ensemble."""
     routing: str | None = None
     """Routing of the ensemble; None for a single model."""
 
@@ -29,6 +29,11 @@ class System(NamedTuple):
     def title(self) -> str:
         """Name for readers, such as `ensemble by learned`."""
         return f"{self.name} by {self.routing}" if self.routing else self.name
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is a merged model; no expert has a name with a slash."""
+        return self.name.startswith("merges/")
 
 
 SEED, DENSE = System("seed"), System("dense")

@@ -30,8 +30,8 @@ def check_models(
     run: Run, experts: Iterable[Expert], others: Mapping[str, Path] | None = None
 ) -> None:
     """Raises UserError, which names the model and its file or tensor, unless all of these have
-    finite weights and the files whose hashes are in the registry. others: the seed or the dense
-    baseline, by name."""
+    finite weights and the files whose hashes are in the registry. others: the seed, the dense
+    baseline or merged models, by name."""
     memory, experts, others = _Memory(run.directory), list(experts), dict(others or {})
     folders = {expert.reference: expert.directory(run.directory) for expert in experts} | others
     memory.read(file for folder in folders.values() for file in sorted(folder.rglob("*")))
@@ -55,7 +55,7 @@ def check_models(
             found = verify_seed(run.directory, run.registry(), digest)
             faults = [fault for fault in found if fault.kind != "unknown"]
         else:
-            faults = verify_recorded(run.directory, folder.name, digest)
+            faults = verify_recorded(run.directory, memory.name_of(folder), digest)
         if faults:
             raise UserError(f"{name}: {faults[0]}")
         if check_checkpoint(folder) != shape:
@@ -82,13 +82,13 @@ class _Memory:
             ThreadPoolExecutor() as pool,
         ):
             for file, entry in zip(new, pool.map(_looked_at, new)):
-                self._files[self._name(file)] = entry
+                self._files[self.name_of(file)] = entry
                 progress.update(entry["size"])
 
     def __getitem__(self, file: Path) -> dict[str, Any]:
         """Facts about a file that was read: its `sha256`, and in `without_numbers` the name of a
         tensor with NaN or infinity, or None."""
-        return self._files[self._name(file)]
+        return self._files[self.name_of(file)]
 
     def save(self) -> None:
         """Writes the cache for later commands, if the RUN is writable."""
@@ -97,11 +97,12 @@ class _Memory:
             with suppress(UserError, OSError):
                 write_json(self._path, {"format": 1, "files": there})
 
-    def _name(self, file: Path) -> str:
+    def name_of(self, file: Path) -> str:
+        """Path of a file or folder relative to the RUN."""
         return file.relative_to(self._directory).as_posix()
 
     def _known(self, file: Path) -> bool:
-        return _stamp(file).items() <= self._files.get(self._name(file), {}).items()
+        return _stamp(file).items() <= self._files.get(self.name_of(file), {}).items()
 
 
 def _stamp(file: Path) -> dict[str, int]:

@@ -29,8 +29,8 @@ def open_ensemble(
     """The ensemble of the experts and of the models that the router weighs behind them; each is
     loaded when it is first read.
 
-    experts: None: those that are published now. every_model: whether the seed and the dense
-    baseline are among the models in any case. dtype: of parameters and products; see
+    experts: None: those that are published now. every_model: whether the seed, the dense baseline
+    and merged models are among the models in any case. dtype: of parameters and products; see
     `common_dtype`. before: an ensemble of the same RUN, whose dtype and loaded parameters are used
     again. UserError if the files of a model are not those that were published.
     """
@@ -38,7 +38,7 @@ def open_ensemble(
     check_top_m(routing.top_m, len(experts))
     others = models_behind(run, routing)
     if every_model:
-        others |= general_models(run)
+        others |= general_models(run) | run.merged()
     check_models(run, experts, others)
     paths = {expert.name: expert.directory(run.directory) for expert in experts} | others
     model = read_config(run.seed)

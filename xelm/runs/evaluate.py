@@ -38,9 +38,9 @@ def evaluate(
     languages: Sequence[str] | None = None,
     save: bool = True,
 ) -> Results:
-    """Scores the seed, the dense baseline if there is one, every published expert, and their
-    ensemble under each routing. With routing by language alone, each expert is scored only on the
-    languages that it serves, at the cost of one model.
+    """Scores the seed, the dense baseline if there is one, merged models, every published expert,
+    and the ensemble of the experts under each routing. With routing by language alone, each expert
+    is scored only on the languages that it serves, at the cost of one model.
 
     options: None: the defaults. languages: of the corpus, to measure on; None: all. save: write
     RUN/results/results.json, and keep one of other text or options under another name. Prints on
@@ -52,7 +52,7 @@ def evaluate(
     check_windows(read_config(run.seed), *options.windows)
     if experts:
         check_top_m(options.top_m, len(experts))
-    check_models(run, experts, general_models(run))
+    check_models(run, experts, general_models(run) | run.merged())
     corpus = Corpus.of(corpus)
     name = f"evaluation-{hashlib.sha256(str(corpus).encode()).hexdigest()[:8]}"
     tags = None if languages is None else canonical_all(languages)
@@ -90,6 +90,7 @@ def _plan(
     """Which model is scored on which language, and the routers."""
     checkpoints = general_models(run)
     checkpoints |= {expert.name: expert.directory(run.directory) for expert in experts}
+    checkpoints |= run.merged()  # behind those that routers weigh
     serves, routings = serving(experts), options.routing
     if not serves:  # experts of clusters of documents
         routings = [routing for routing in routings if routing.name != "detected"]

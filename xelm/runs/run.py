@@ -15,6 +15,7 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, read_json, write_json
 from clustering.languages import canonical_all
 from clustering.vectoriser import Vectoriser
+from experts.manifest import MERGES, recorded
 from experts.registry import Registry
 from xelm.config import RunConfig, StartToken
 from xelm.settings import differences, from_json, override, to_json
@@ -75,6 +76,12 @@ class Run:
     def results(self) -> Path:
         """Directory of results.json, figures and report."""
         return self.directory / "results"
+
+    def merged(self) -> dict[str, Path]:
+        """Name, "merges/NAME", and checkpoint of each merged model of the RUN."""
+        known = {"/".join(file.split("/")[:2]) for file in recorded(self.directory)}
+        places = sorted(place for place in known if place.startswith(f"{MERGES}/"))
+        return {name: self.directory / name for name in places if (self.directory / name).exists()}
 
     def training(self, name: str) -> Path:
         """Checkpoints and metrics of an unfinished training."""

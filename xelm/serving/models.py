@@ -27,7 +27,7 @@ class ServedModels:
     """Models by name; an immutable value, which is replaced as a whole."""
 
     ensemble: Ensemble
-    """All models: the experts, then the seed and the dense baseline."""
+    """All models: the experts, then the seed, the dense baseline and merged models."""
     routers: Mapping[str, Router]
     """Name of a model in requests -> the router that weighs the ensemble's models for it."""
     versions: Mapping[str, str]

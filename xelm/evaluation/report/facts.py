@@ -96,8 +96,10 @@ class Facts:
 
     @property
     def systems(self) -> list[System]:
-        """Evaluated systems that are not single experts: seed, dense, the ensembles."""
-        return [system for system in (SEED, DENSE) if system in self.scores] + self.ensembles
+        """Evaluated systems that are not single experts: seed, dense, merged models, ensembles."""
+        merged = sorted(system for system in self.scores if system.is_merged)
+        general = [system for system in (SEED, DENSE, *merged) if system in self.scores]
+        return general + self.ensembles
 
     @property
     def evaluated(self) -> list[str]:
