@@ -12,8 +12,9 @@ from clustering.errors import UserError
 from clustering.files import sha256
 from experts.merge_methods import MergeOptions
 from experts.registry import Registry
-from xelm import open_run
+from xelm import Routing, open_run
 from xelm.runs.merge import _shares, _weights
+from xelm.serving.models import open_served_models
 
 
 def _tensors(directory):
@@ -103,6 +104,14 @@ def test_merged_models_are_evaluated_beside_the_others(xelm, merged, plain, tiny
     assert "bits/B by expert      seed   de-fr   en-es\n" in shown
     assert xelm("report", run).code == 0
     assert "merges/mean" in (run / "results/report.html").read_text()
+
+
+def test_a_server_has_merged_models(merged):
+    served = open_served_models(open_run(merged[0]), Routing())
+    names = ["de-fr", "en-es", "seed", "dense", "merges/mean", "merges/sum"]
+    assert list(served.routers) == ["xelm", *(f"xelm:{name}" for name in names)]
+    alone = served.routers["xelm:merges/mean"]
+    np.testing.assert_array_equal(alone.weights, [-np.inf] * 4 + [0.0, -np.inf])
 
 
 def test_one_expert_merged_alone_has_its_figures(xelm, copy):
