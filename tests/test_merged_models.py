@@ -183,7 +183,7 @@ def test_a_retired_version_is_merged_by_its_reference_only(copy, tmp_path):
     registry = Registry.load(copy.directory)
     registry.retire("en-es", 1).save(copy.directory)
     run = open_run(copy.directory)
-    with pytest.raises(UserError, match="en-es has no published version; name a version, such as"):
+    with pytest.raises(UserError, match="en-es@v1 is retired"):
         run.merge("en-es", out=tmp_path / "out")
     made = run.merge("en-es@v1", out=tmp_path / "out")
     assert made.weights == {"en-es@v1": 1.0}

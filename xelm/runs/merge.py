@@ -194,12 +194,12 @@ def _shares(run: Run, experts: Sequence[Expert]) -> list[float]:
         each.documents or dict.fromkeys(each.languages, 1) for each in experts
     ]
     tags = sorted({tag for part in parts for tag in part})
-    sizes = {
-        tag: len(store.languages[tag].ids)
-        for store in run.stores(tags).values()
-        for tag in tags
-        if tag in store.languages
-    }
+    texts = run.texts(tags)
+    if missing := [tag for tag in tags if tag not in texts]:
+        raise UserError(
+            f"{run.directory} has no text of {', '.join(missing)} any more; give numbers as weights"
+        )
+    sizes = {tag: sum(len(text.ids) for text in found) for tag, found in texts.items()}
     shares = sampling_shares(sizes, run.config.experts.data.sampling_exponent)
     totals = {tag: sum(part.get(tag, 0) for part in parts) for tag in tags}
     return [
