@@ -153,3 +153,22 @@ def test_discarding(finished, tmp_path):
         assert all(names in (whole, set()) for names in left)
     _, wanted = seen[-1]
     assert not [name for name in wanted if "sv" in name.split("/")]
+
+
+def test_branching(initialised, tiny, tmp_path):
+    """Only that the hashes of the clusters are not recorded yet can be found in between."""
+    template = tmp_path / "template"
+    shutil.copytree(initialised[0], template)
+    command = ("branch", "RUN", "--clusters", str(tiny.clusters))
+    *killed, whole = killed_everywhere(template, tmp_path / "copies", *command)
+    wanted = snapshot(tmp_path / "copies" / str(len(killed)))
+    for number, outcome in enumerate(killed):
+        found = {fault.split(": ", 1)[1] for fault in outcome["faults"]}
+        assert found <= {f"clusters.{end}: no hash of it is recorded" for end in ("json", "npz")}
+        assert (outcome["again"], outcome["faults at last"]) == (0, [])
+        assert outcome["statuses"] in ({}, whole["statuses"])
+        came = snapshot(tmp_path / "copies" / str(number))
+        assert registry_of(came) == registry_of(wanted)
+        assert {n: came[n] for n in came if n != "registry.json"} == {
+            n: wanted[n] for n in wanted if n != "registry.json"
+        }

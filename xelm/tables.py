@@ -249,7 +249,8 @@ def experts(found: "Sequence[ListedExpert]") -> str:
     """One line a version: name, status, parent, languages, tokens, size, and bits a byte on
     held-out text of the expert, its parent and the seed."""
     figures = ("expert", "parent", "seed")
-    rows = [("expert", "status", "parent", "languages", "tokens", "MB", *figures)]
+    head = ("expert", "status", "parent", "languages", "tokens", "MB", *figures)
+    rows: list[tuple[str, ...]] = [head]
     for each in found:
         bits = [f"{each.figures[name]:.3f}" if each.figures else "-" for name in figures]
         reference, size = f"{each.name}@v{each.version}", f"{each.bytes / 1e6:,.1f}"
@@ -263,7 +264,7 @@ def experts(found: "Sequence[ListedExpert]") -> str:
 
 def comparison(found: "Comparison") -> str:
     """One line for each fact in which two models differ, with the difference of numbers."""
-    rows = [("", found.first, found.second, "change")]
+    rows: list[tuple[str, ...]] = [("", found.first, found.second, "change")]
     for each in found.differences:
         values = (each.first, each.second)
         change = ""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from clustering.clustering import Clustering
 from clustering.errors import UserError
-from clustering.files import write_arrays
+from clustering.files import remove_unfinished, write_arrays
 from experts import manifest
 from experts.branch import branch as branch_registry
 from experts.lock import locked, update
@@ -33,7 +33,10 @@ def branch(run: Run, clustering: Clustering) -> Registry:
             f"these clusters leave out {', '.join(clustering.unassigned)}, on which the dense "
             "baseline was trained; make another RUN without those languages"
         )
+    written = ["clusters.json", "clusters.npz", "assignments.npz"]
     with locked(run.directory, "branch"):
+        for name in written:
+            remove_unfinished(run.directory / name)
         registry = update(
             run.directory, lambda registry: branch_registry(registry, clustering), "branch"
         )
@@ -44,7 +47,6 @@ def branch(run: Run, clustering: Clustering) -> Registry:
             texts = run.store().languages.items()
             labels = {t: clustering.assign(map(x.document, range(len(x)))) for t, x in texts}
             write_arrays(path, labels)
-        written = ["clusters.json", "clusters.npz", "assignments.npz"]
         manifest.record(run.directory, written, again=not branched)
     return registry
 
