@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from xelm.inference.ensemble import Ensemble
     from xelm.runs.budget import Plan
     from xelm.runs.compare import Comparison, ListedExpert
+    from xelm.runs.export import GgufExport
     from xelm.runs.merge import Merged
     from xelm.runs.nearest import Relatives
     from xelm.runs.status import Progress
@@ -261,6 +262,23 @@ class Run(runs.Run):
         from xelm.runs.discard import discard
 
         return discard(self, name)
+
+    def export(self, name: str, out: str | Path) -> Path:
+        """Copies the checkpoint of a model into the new directory `out`, and returns `out`. name:
+        an expert, NAME@vN for a certain version of it, "seed", "dense", or "merges/NAME" of a
+        merged model."""
+        from xelm.runs.export import export
+
+        return export(self, name, out)
+
+    def export_gguf(
+        self, name: str, out: str | Path, converter: str | Path | None = None
+    ) -> "GgufExport":
+        """Writes a model as a GGUF file for llama.cpp, if that reads it as xelm reads the model.
+        Arguments as in `xelm.runs.export.export_gguf`."""
+        from xelm.runs.export import export_gguf
+
+        return export_gguf(self, name, out, converter)
 
     def merge(
         self,

@@ -8,6 +8,7 @@ from xelm.commands import (
     clusters,
     config,
     evaluation,
+    export,
     features,
     inference,
     lifecycle,
@@ -46,4 +47,5 @@ COMMANDS = {
     "diff": lifecycle.DIFF,
     "history": lifecycle.HISTORY,
     "merge": merge.MERGE,
+    "export": export.EXPORT,
 }
