@@ -18,6 +18,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -292,14 +293,14 @@ class MergeOptions:
             raise UserError(f"random_seed must be at least 0; got {self.random_seed}")
 
     @property
-    def parameters(self) -> dict[str, float | int]:
+    def parameters(self) -> dict[str, Any]:
         """Parameters that the method takes -> their values."""
         defaults = parameters_of(METHODS[self.method])
         given = {name: getattr(self, name) for name in defaults}
         return {name: defaults[name] if given[name] is None else given[name] for name in defaults}
 
 
-def parameters_of(method: Method) -> dict[str, float | int]:
+def parameters_of(method: Method) -> dict[str, Any]:
     """Parameters that a method takes, beside weights and base, with their defaults."""
     found = {"scale": method.scale, "density": method.density}
     found["random_seed"] = 0 if method.random else None

@@ -155,7 +155,8 @@ def test_results_for_machines(xelm, copy, tmp_path):
     run = copy.directory
     assert xelm("report", run, "--json").json() == {"report": str(run / "results/report.html")}
     merged = xelm("merge", run, "--out", tmp_path / "merged", "--json").json()
-    assert merged == {"out": str(tmp_path / "merged"), "experts": ["de-fr@v1", "en-es@v1"]}
+    weights = {"de-fr@v1": 0.5, "en-es@v1": 0.5}
+    assert merged == {"out": str(tmp_path / "merged"), "weights": weights}
     branched = xelm("branch", run, "--clusters", copy.clusters, "--json").json()
     assert {e["name"]: e["status"] for e in branched} == dict.fromkeys(
         ["de-fr", "en-es"], "published"
