@@ -160,8 +160,7 @@ class Registry:
         """The published version of an expert; UserError if it is retired or in training."""
         expert = self.expert(name)
         if expert.status != "published":
-            retired = [e for e in self.versions(name) if e.status == "retired" and e.sha256]
-            raise UserError(_not_in_use([expert, *retired][-1]))
+            raise UserError(_not_in_use(self.last_in_use(name) or expert))
         return expert
 
     def for_language(self, language: str) -> Expert:
@@ -181,7 +180,7 @@ class Registry:
 
     def retired_for(self, language: str) -> Expert | None:
         """The newest version of a retired expert for a language; None if there is none."""
-        experts = [self.expert(name) for name in self.retired()]
+        experts = [self.last_in_use(name) or self.expert(name) for name in self.retired()]
         found = (expert for expert in experts if lookup(language, expert.languages))
         return next(found, None)
 
@@ -300,23 +299,26 @@ class Registry:
                 f"{present.reference} is published; go back to v{version} with: xelm rollback RUN "
                 f"{name} --version {version}"
             )
-        version = self._last_in_use(name) if version is None else version
         if version is None:
-            known = _listed(self.versions(name))
-            raise UserError(
-                f"it is not known which version of {name} was in use last; name one with "
-                f"--version; it has {known}"
-            )
+            last = self.last_in_use(name)
+            if last is None:
+                known = _listed(self.versions(name))
+                raise UserError(
+                    f"it is not known which version of {name} was in use last; name one with "
+                    f"--version; it has {known}"
+                )
+            version = last.version
         return self.rollback(name, version)
 
-    def _last_in_use(self, name: str) -> int | None:
-        """The version that was published when an expert was retired; None if it is not known."""
-        retired = [expert.version for expert in self.versions(name) if expert.sha256]
-        if len(retired) == 1:
-            return retired[0]
+    def last_in_use(self, name: str) -> Expert | None:
+        """The version that was published when an expert was last retired; None if it is not
+        known."""
+        weighed = [expert for expert in self.versions(name) if expert.sha256]
+        if len(weighed) == 1:
+            return weighed[0]
         events = [event for event in about(self.history, name) if event.action == "retire"]
         found = [parse_reference(reference)[1] for event in events for reference in event.experts]
-        return found[-1] if found else None
+        return self.expert(name, found[-1]) if found else None
 
     def rename(self, names: Mapping[str, str]) -> Self:
         """The registry with experts renamed, in all versions and as parents. Their directories keep

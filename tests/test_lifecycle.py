@@ -106,7 +106,9 @@ def test_a_retired_expert_is_out_of_use_and_comes_back_in_the_version_that_was_i
     saved(tmp_path, registry_of_two().rollback("a", 1))
     retired = update(tmp_path, lambda r: r.retire_expert("a"), "retire")
     assert [e.name for e in retired.published()] == ["b"] and retired.retired() == ("a",)
-    hint = "a@v2 is retired; bring it back with: xelm restore RUN a"
+    found = (retired.last_in_use("a"), retired.retired_for("en"))
+    assert [each.version for each in found if each] == [1, 1]
+    hint = "a@v1 is retired; bring it back with: xelm restore RUN a"
     for use in (
         lambda: retired.for_language("en"),
         lambda: retired.in_use("a"),
@@ -234,7 +236,9 @@ def test_history_is_printed(xelm, grown, monkeypatch):
         ["retire", "pt@v1 retired", "xelm ..."],
         ["rename", "portuguese@v1 retired, pt is now portuguese", "xelm ..."],
     ]
-    shown = xelm("history", grown, "--json").json()
+    update(grown, lambda r: r.restore("portuguese"), "restore", {"refusal": "3.1 bits"})
+    assert xelm("history", grown).out.splitlines()[-1] == "  refusal: 3.1 bits"
+    shown = xelm("history", grown, "--json").json()[:-1]
     assert [event["action"] for event in shown[-2:]] == ["retire", "rename"]
     assert xelm("history", grown, "nobody").code == 2
 

@@ -209,7 +209,7 @@ class Run(runs.Run):
         from experts.lock import update
 
         registry = update(self.directory, lambda r: r.retire_expert(name), "retire")
-        return registry.expert(name)
+        return registry.last_in_use(name) or registry.expert(name)
 
     def restore(self, name: str, version: int | None = None) -> "Expert":
         """Publishes a retired expert again; None takes the version that was in use."""

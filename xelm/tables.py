@@ -230,19 +230,20 @@ def status(found: "Sequence[Progress]") -> str:
 
 
 def history(events: "Sequence[Event]") -> str:
-    """One line an event: when, what, the experts with their status after it, what else belongs to
-    it, and the command."""
-    rows = [("time (UTC)", "action", "experts", "command")]
+    """One line an event: when, what, the experts with their status after it, and the command; below
+    it what else belongs to it, such as figures of a gate that was overridden."""
+    rows, notes = [("time (UTC)", "action", "experts", "command")], [[]]
     for event in events:
         # A rename removes no expert.
         shown = {ref: each for ref, each in event.experts.items() if each or not event.renamed}
         experts = [f"{name} {status or 'removed'}" for name, status in shown.items()]
         experts += [f"{old} is now {new}" for old, new in event.renamed.items()]
         others = {key: event.facts[key] for key in event.facts if key != "renamed"}
-        experts += [f"{key}: {value}" for key, value in others.items()]
         time = event.time.removesuffix("+00:00").replace("T", " ")
         rows.append((time, event.action, ", ".join(experts), event.command))
-    return _table(rows)
+        notes.append([f"  {key}: {value}" for key, value in others.items()])
+    lines = zip(_table(rows).splitlines(), notes, strict=True)
+    return "\n".join(line for first, more in lines for line in (first, *more))
 
 
 def experts(found: "Sequence[ListedExpert]") -> str:
