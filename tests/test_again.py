@@ -75,13 +75,13 @@ def test_the_documents_held_out_before_stay_held_out(second):
     run = open_run(second[0])
     text = fit.expert_text(run, run.registry().expert("pt"))
     first, new = (run.store(name).languages["pt"] for name in ("pt", "pt-v2"))
-    away = {s.ids.directory.name: s.documents.tolist() for s in text.held_out}
+    away = {s.ids.directory.name: np.asarray(s.documents).tolist() for s in text.held_out}
     assert away == {
         "pt": held_out(first, run.config.held_out).tolist(),
         "pt-v2": held_out(new, run.config.held_out).tolist(),
     }
     hashes = {h.tobytes() for h in first.hashes[away["pt"]]}
-    trained = [s.ids.hashes[n] for s in text.sources for n in s.documents]
+    trained = [s.ids.hashes[n] for s in text.sources for n in np.asarray(s.documents)]
     assert not hashes & {h.tobytes() for h in trained}
     # Both texts are read equally often.
     tokens = [source.tokens for source in text.sources]
@@ -231,6 +231,7 @@ def test_the_expert_of_a_cluster_may_have_more_text_than_the_run(xelm, grown, mo
         ("en-es-v2",),
     )
     # The budget is that of version 1, whose part of all tokens was about a half.
+    assert v2.settings is not None and v1.evaluation is not None
     tokens = v2.settings["experts.tokens"]
     assert planned["trainings"][0]["tokens"] == tokens == pytest.approx(2048, abs=128)
     assert (
@@ -240,7 +241,7 @@ def test_the_expert_of_a_cluster_may_have_more_text_than_the_run(xelm, grown, mo
     seen = read_metrics(v2.directory(run) / "metrics.jsonl")[-1]["language_tokens"]
     assert set(seen) == {"en", "es"}
     assert set(opened.store("en-es-v2").languages) == {"es"}
-    own = v2.evaluation["own"]
+    own = (v2.evaluation or {})["own"]
     assert {"expert", "parent", "seed", "present", "documents"} == set(own["es"])
     assert own["es"]["documents"] == 8 + 8 and own["en"]["documents"] == 8
     assert own["en"]["present"] == v1.evaluation["own"]["en"]["expert"]
@@ -343,6 +344,16 @@ def test_versions_of_clusters_of_documents_have_the_text_of_their_cluster(
     assert v1.data == v2.data
 
 
+def test_a_donor_may_be_renamed(xelm, second, tmp_path):
+    run = tmp_path / "RUN"
+    shutil.copytree(second[0], run)
+    open_run(run).rename({"en-es": "western"})
+    expert = open_run(run).registry().expert("pt")
+    assert (expert.donor, expert.parent) == ("western@v1", "pt@v1")
+    assert verify(run) == []
+    assert fit_seed(run=open_run(run), version=2) == fit_seed(open_run(second[0]), 2)
+
+
 def test_versions_differ_by_their_text_figures_and_parent(xelm, second):
     found = xelm("diff", second[0], "pt@v1", "pt@v2", "--json").json()["differences"]
     values = {each["name"]: (each["first"], each["second"]) for each in found}
@@ -366,7 +377,7 @@ def test_the_python_api_does_the_same(xelm, grown, more, second, tmp_path):
 def test_the_record_says_what_it_was_trained_on(second, more, tiny):
     run = open_run(second[0])
     expert = run.registry().expert("pt")
-    assert list(expert.data) == ["pt", "en", "es"]
+    assert expert.data is not None and list(expert.data) == ["pt", "en", "es"]
     first, new = expert.data["pt"]
     assert (first["text"], new["text"]) == ("pt", "pt-v2")
     assert new["corpus"] == str(more) and first["corpus"] == str(tiny.corpus)

@@ -92,7 +92,7 @@ def test_a_run_with_few_documents_in_every_language_is_usable(
     copy, monkeypatch, capsys, routing, count
 ):
     run = open_run(copy.directory)
-    few = {tag: with_documents(ids, count) for tag, ids in run.store().languages.items()}
+    few = {tag: [with_documents(ids, count)] for tag, ids in run.store().languages.items()}
     monkeypatch.setattr("xelm.runs.fit._languages", lambda run: few)
     ensemble = run.ensemble(routing)
     assert ensemble.generate("abc", max_new_tokens=2, temperature=0).weights

@@ -49,7 +49,7 @@ def pieces(run: Run) -> list[str]:
 def identifier(run: Run, *, keep: bool = True) -> Identifier:
     """The language identifier of a RUN, by the subwords of its tokenizer; it knows the languages of
     the corpus and of grown experts. keep: whether it is kept in the RUN if it is fitted now."""
-    languages = run.texts(all_languages(run))
+    languages = _languages(run)
 
     def make() -> Identifier:
         names = run.tokenizer().hub.convert_ids_to_tokens
@@ -83,7 +83,7 @@ def novelty_of(run: Run, served: Collection[str], *, keep: bool = True) -> Novel
     served to fit it, or too few of them have a document that can be held out, which is printed on
     stderr. served: canonical tags; empty for clusters of documents, where all languages of the RUN
     count as served. keep: as in `identifier`."""
-    languages = run.texts(all_languages(run))
+    languages = _languages(run)
     known = [tag for tag in languages if tag in (served or languages)]
     if len(known) < novelty.FEWEST:
         return None
@@ -160,6 +160,11 @@ def _read_learned(path: Path) -> Mapping[str, np.ndarray]:
     if not {"weights", "bias"} <= set(arrays):
         raise UserError(f"{path} is damaged: it has {', '.join(arrays)}")
     return arrays
+
+
+def _languages(run: Run) -> dict[str, list[TokenizedLanguage]]:
+    """Text of every language: that of the RUN's corpus, and what experts were trained on beside."""
+    return run.texts(all_languages(run))
 
 
 def _all(stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[np.ndarray]:

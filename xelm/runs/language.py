@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def check_language(run: Run, store: Store) -> None:
 
 
 def recognised(
-    detector: Novelty, names: Sequence[str], documents: Iterable[np.ndarray]
+    detector: Novelty, names: list[str], documents: Iterable[np.ndarray]
 ) -> tuple[Counter[str], Counter[str]]:
     """Number of documents, given by their ids, that a detector takes for each of its languages, and
     number that are nearest to it, known or not. names: the characters of each id."""
