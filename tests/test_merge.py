@@ -352,7 +352,8 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_weights(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a"]  # nothing half-written
 
 
-def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
+@pytest.mark.parametrize("method", ["linear", "ties", "dare-ties", "model-stock"])
+def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path, method):
     draw = np.random.default_rng(0)
     tensors, shape = 64, (64, 64)
     paths = [
@@ -364,7 +365,9 @@ def test_memory_does_not_grow_with_the_number_of_checkpoints(tmp_path):
     ]
     tracemalloc.start()
     try:
-        average(paths, out=tmp_path / "out")
+        options = merge.MergeOptions(method=method)
+        base = Source("base", paths[0]) if merge.METHODS[method].has_base else None
+        average(paths, out=tmp_path / "out", options=options, base=base)
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
