@@ -275,7 +275,7 @@ def place(tiny, initialised, tmp_path_factory):
     shutil.copytree(tiny.directory, folder / "growing")
     update(folder / "growing", lambda registry: grow(registry, "pt", "en-es"), "grow")
     (folder / "half").mkdir()
-    (folder / "half" / "run.json").write_text('{"format": 2}')
+    (folder / "half" / "run.json").write_text('{"format": 3}')
     return folder
 
 

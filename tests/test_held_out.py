@@ -228,21 +228,54 @@ def test_what_is_held_out_follows_the_text_and_not_its_place():
     assert set(hashes[order][again]) == chosen
 
 
-def test_no_more_tokens_are_held_out_than_the_limit_but_one_document():
+def test_no_more_tokens_are_held_out_than_the_limit_or_a_third_of_all():
     ids = of_lengths([60, 50, 40, 30, 20], [0, 1, 2, 3, 4])
     half = HeldOutConfig(share=0.5, most_tokens=115)
-    assert held_out(ids, half).tolist() == [0, 1]
-    assert held_out(ids, replace(half, most_tokens=10)).tolist() == [0]
+    assert held_out(ids, half).tolist() == [0]  # with the next it would be half of the text
+    assert held_out(ids, replace(half, most_tokens=55)).tolist() == [1]
+    assert held_out(ids, replace(half, most_tokens=10)).tolist() == []
     assert held_out(ids, replace(half, share=0.0)).tolist() == []
+    long = of_lengths([1_000_000] + [100] * 24, np.arange(25))
+    assert held_out(long, HeldOutConfig()).tolist() == [1, 2, 3, 4]
 
 
 def test_documents_are_trained_on_or_held_out_and_never_both():
     hashes = np.random.default_rng(2).permutation(100)
     ids = of_lengths([3] * 100, hashes)
     evens = LanguageShare(ids=ids, share=0.7, documents=np.arange(0, 100, 2))
-    text = divide([evens, LanguageShare(ids=of_lengths([3], [0]), share=0.3)], HeldOutConfig())
+    text = divide([evens, LanguageShare(ids=of_lengths([3], [1000]), share=0.3)], HeldOutConfig())
     training, alone = text.sources
     (measured,) = text.held_out
     assert measured.documents.tolist() == sorted(n for n in range(0, 100, 2) if hashes[n] < 8)
     assert sorted([*training.documents, *measured.documents]) == evens.documents.tolist()
     assert (training.share, measured.share, alone.documents) == (0.7, 0.7, None)
+
+
+def test_copies_of_held_out_documents_are_never_trained_on():
+    """In the same language, where copies are kept, and in another one."""
+    hashes = np.repeat(np.arange(50), 3)
+    threefold, other = of_lengths([5] * 150, hashes), of_lengths([5] * 80, np.arange(20, 100))
+    away = held_out(threefold, HeldOutConfig())
+    assert set(hashes[away]) == {0, 1, 2} and len(away) == 9
+    sources = [LanguageShare(ids=ids, share=0.5) for ids in (threefold, other)]
+    elsewhere = np.asarray([40], np.uint64)
+    text = divide(sources, HeldOutConfig(), elsewhere)
+    measured = {int(h) for s in text.held_out for h in s.ids.hashes[s.documents, 0]}
+    trained = {int(h) for s in text.sources for h in s.ids.hashes[s.documents, 0]}
+    assert measured == {0, 1, 2, *range(20, 28)}
+    assert trained == set(range(100)) - measured - {40}
+
+
+def test_the_best_weights_are_found_after_a_change_of_precision(trained, tmp_path, monkeypatch):
+    """Killed in float32 after its best measurement, and resumed in bfloat16."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 61)
+        with pytest.raises(Interrupt):
+            trained(OVERFITTED, "killed", LEARNED, held_out=HELD_OUT)
+    before = lines(tmp_path, "killed")
+    other = vary(OVERFITTED, {"runtime.dtype": "bfloat16", "runtime.moments_dtype": "bfloat16"})
+    resumed, _ = trained(other, "killed", LEARNED, held_out=HELD_OUT)
+    measured = lines(tmp_path, "killed")
+    assert measured[: len(before)] == before and best(measured) in before
+    trained(replace(CONFIG, tokens=128), "again", LEARNED, resumed.parameters, HELD_OUT)
+    assert lines(tmp_path, "again")[0]["loss"] == best(measured)["loss"]

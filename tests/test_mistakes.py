@@ -235,7 +235,7 @@ MISTAKES = [
         for run, message in (
             ("missing", "missing"),
             ("empty", "empty is no RUN"),
-            ("newer-run.json", "run.json is of format 99, this xelm reads up to 2; upgrade xelm"),
+            ("newer-run.json", "run.json is of format 99, this xelm reads up to 3; upgrade xelm"),
             ("half", "half/run.json lacks"),
         )
     ],
@@ -532,4 +532,4 @@ def test_a_run_of_an_earlier_format_is_refused(xelm, place, tmp_path):
     (tmp_path / "old" / "run.json").write_text(json.dumps(record | {"format": 1, "xelm": "0.0.1"}))
     outcome = xelm("train", tmp_path / "old", "--dense")
     assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert "run.json is of format 1, of xelm 0.0.1, and this xelm reads format 2" in outcome.err
+    assert "run.json is of format 1, of xelm 0.0.1, and this xelm reads format 3" in outcome.err

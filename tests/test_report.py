@@ -122,7 +122,7 @@ def fake_run(
     config = to_json(quickstart())
     facts = {"corpus": "CORPUS", "corpus_sha256": "c" * 64, "seed_from": None}
     facts |= {"languages": list(languages), "command": "xelm init RUN", "xelm": "0.1.0"}
-    write_json(directory / "run.json", {"format": 2, "config": config, **facts, **(record or {})})
+    write_json(directory / "run.json", {"format": 3, "config": config, **facts, **(record or {})})
     write_json(directory / "seed" / "config.json", family("llama").write(quickstart().model))
     write_metrics(directory / "seed", 5000)
     experts = []

@@ -83,7 +83,8 @@ def with_documents(ids, count, empty=0):
     """The first documents of a language, and some that are empty."""
     ends = ids.ends[[*range(count), *[count - 1] * empty]]
     order = np.arange(count + empty)[::-1]
-    return replace(ids, ends=ends, bytes=ids.bytes[: len(order)], order=order)
+    hashes = np.asarray(ids.hashes[: len(order)])
+    return replace(ids, ends=ends, bytes=ids.bytes[: len(order)], hashes=hashes, order=order)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 9])

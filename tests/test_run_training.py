@@ -37,7 +37,7 @@ def test_init_tells_what_it_read(tiny):
 
 def test_a_run_says_how_it_was_made(tiny):
     record = json.loads((tiny.directory / "run.json").read_text())
-    assert record["format"] == 2
+    assert record["format"] == 3
     assert record["corpus"] == str(tiny.corpus)
     assert record["config"]["experts"]["tokens"] == 4096
     assert open_run(tiny.directory).config.model.vocabulary_size == 384

@@ -185,8 +185,10 @@ def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
     optimizer, runtime = config.optimizer, config.runtime
     average = 2 if runtime.moments_dtype == "bfloat16" else 4
     averages = 2 * average if optimizer.name == "adamw" else average * (optimizer.beta1 > 0)
-    # The one with the best measurement is kept too.
-    saved = -(-config.steps // runtime.checkpoint_every) + 1
+    # The one with the best measurement is kept too, and each that is better than those before it is
+    # saved.
+    saved = -(-config.steps // runtime.checkpoint_every)
+    saved += config.steps // config.steps_between_measurements
     kept = min(saved, runtime.keep_checkpoints + 2)
     if runtime.keep_every is not None:
         kept = min(saved, kept + config.steps // runtime.keep_every)

@@ -23,6 +23,8 @@ from clustering.novelty import Novelty
 from clustering.vectoriser import Vectoriser
 from experts import manifest
 from experts.expert import Expert
+from xelm.data.held_out import divide
+from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
 from xelm.inference.routers import Learned
 from xelm.models.checkpoint import read_config
@@ -31,7 +33,7 @@ from xelm.runs.shares import all_languages, expert_text
 
 FITTED_TOKENS = 300_000
 """Largest number of tokens of each language or expert to fit on; more change little."""
-_FORMAT = 2
+_FORMAT = 3
 """Version of the fits; raised when the same facts give another fit."""
 _HELD_OUT = 10
 """One document in so many is held out, to calibrate the fit; of fewer documents, one."""
@@ -55,7 +57,7 @@ def identifier(run: Run, *, keep: bool = True) -> Identifier:
         names = run.tokenizer().hub.convert_ids_to_tokens
 
         def texts(stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[str]:
-            for document in _all(stores, held_out):
+            for document in _all(run, stores, held_out):
                 yield "".join(names(document.tolist()))
 
         fitted = identify.fit({tag: texts(some, False) for tag, some in languages.items()})
@@ -101,8 +103,8 @@ def novelty_of(run: Run, served: Collection[str], *, keep: bool = True) -> Novel
     found = identifier(run, keep=keep)
 
     def make() -> Novelty:
-        texts = {tag: _all(languages[tag], False) for tag in known}
-        others = {tag: _all(some, True) for tag, some in languages.items()}
+        texts = {tag: _all(run, languages[tag], False) for tag in known}
+        others = {tag: _all(run, some, True) for tag, some in languages.items()}
         return novelty.fit(found, known, pieces(run), texts, others)
 
     facts = [known, _sizes(languages), novelty.SHORT, novelty.MOST_FALSE]
@@ -167,10 +169,15 @@ def _languages(run: Run) -> dict[str, list[TokenizedLanguage]]:
     return run.texts(all_languages(run))
 
 
-def _all(stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[np.ndarray]:
-    """`_some` documents of one language in all its stores."""
-    for ids in stores:
-        yield from _some(ids, ids.order, tokens=FITTED_TOKENS // len(stores), held_out=held_out)
+def _all(run: Run, stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[np.ndarray]:
+    """`_some` documents of one language in all its stores, but for those that no training reads."""
+    most = FITTED_TOKENS // len(stores)
+    whole = [LanguageShare(ids=ids, share=1.0) for ids in stores]
+    for source in divide(whole, run.config.held_out).sources:
+        numbers = source.ids.order
+        if source.documents is not None:
+            numbers = numbers[np.isin(numbers, source.documents)]
+        yield from _some(source.ids, numbers, tokens=most, held_out=held_out)
 
 
 def _documents_of(run: Run, expert: Expert) -> Iterable[np.ndarray]:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from clustering.errors import UserError
@@ -93,8 +94,8 @@ def faults_of(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> str |
 
 def _faults(figures: Figures, model: str, name: str, allowed: float | None) -> Iterator[str]:
     for tag, found in figures.items():
-        worse = found["expert"] / found[model] - 1
-        if allowed is not None and not worse <= allowed:
+        if allowed is not None and not found["expert"] <= found[model] * (1 + allowed):
+            worse = found["expert"] / max(found[model], 1e-9) - 1
             yield (
                 f"{found['expert']:.3f} bits a byte in {tag}, and {name} {found[model]:.3f} "
                 f"({worse:+.1%}, at most {allowed:+.1%} wanted)"
@@ -118,7 +119,7 @@ def _bits_per_byte(
     size = sum(int(ids.lengths[numbers].sum()) for ids, numbers in parts)
     with bar(len(paths), "held-out text", "model", shown=size > _QUIET_TOKENS) as progress:
         for path in paths:
-            parameters = read_for_inference(path, shape)
+            parameters = jax.device_put(read_for_inference(path, shape))
             for tag, some in chosen.items():
                 scores = score_documents(
                     shape,

@@ -7,7 +7,7 @@ from pathlib import Path
 from clustering.errors import UserError
 from experts.expert import Expert
 from xelm.config import TrainConfig
-from xelm.data.held_out import TrainingText, divide
+from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.runs.budget import passes
@@ -15,6 +15,7 @@ from xelm.runs.run import Run
 from xelm.runs.shares import (
     as_recorded,
     dense_text,
+    divided,
     donor_text,
     expert_text,
     parent_directory,
@@ -106,10 +107,7 @@ def _grown(
     run: Run, expert: Expert, new: Mapping[str, Store] | None
 ) -> tuple[TrainingText, TrainConfig]:
     """Text and settings of a grown expert, which reads its donor's languages too."""
-    own, donors = (
-        expert_text(run, expert, new),
-        divide(donor_text(run, expert), run.config.held_out),
-    )
+    own, donors = expert_text(run, expert, new), divided(run, donor_text(run, expert))
     share = 1 - run.config.donor_share
     text = TrainingText(
         sources=[*_parts(own.sources, share), *donors.sources],

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _SHOWN_LANGUAGES = 8
 
-FORMAT = 2
-"""Format of run.json; 1 had flat settings of trainings."""
+FORMAT = 3
+"""Format of run.json; 1 had flat settings of trainings, 2 held no text out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)

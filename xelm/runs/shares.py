@@ -11,7 +11,7 @@ from clustering.files import read_arrays
 from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
 from xelm.config import HeldOutConfig, TrainConfig
-from xelm.data.held_out import TrainingText, divide, held_out
+from xelm.data.held_out import TrainingText, divide, held_out, held_out_hashes
 from xelm.data.rows import LanguageShare, sampling_shares
 from xelm.data.store import FRAME, Store, TokenizedLanguage
 from xelm.runs.run import Run
@@ -26,7 +26,7 @@ def all_text(config: TrainConfig, store: Store, away: HeldOutConfig) -> Training
 def dense_text(run: Run) -> TrainingText:
     """The documents of the corpus, each language in its share of the tokens of the dense baseline
     and of all experts together: both see each language equally often, and none of `unassigned`."""
-    return divide(_dense_shares(run), run.config.held_out)
+    return divided(run, _dense_shares(run))
 
 
 def expert_text(run: Run, expert: Expert, new: Mapping[str, Store] | None = None) -> TrainingText:
@@ -35,7 +35,7 @@ def expert_text(run: Run, expert: Expert, new: Mapping[str, Store] | None = None
     `dense_text`, and sum to the cluster's part of the whole budget; others sum to 1. new: stores by
     name that are not in the RUN yet."""
     if expert.cluster is not None and not expert.corpora:
-        return divide(_cluster_shares(run, expert.cluster), run.config.held_out)
+        return divided(run, _cluster_shares(run, expert.cluster))
     run = as_recorded(run, expert)
     stores = [(new or {}).get(name) or run.store(name) for name in expert.texts]
     texts = {
@@ -52,7 +52,15 @@ def expert_text(run: Run, expert: Expert, new: Mapping[str, Store] | None = None
         exponent, most = config.data.sampling_exponent, config.max_passes
         shares = sampling_shares(tokens, exponent, budget=budget, max_passes=most)
     sources = [one for tag in texts for one in spread(texts[tag], shares[tag], run)]
-    return divide(sources, run.config.held_out)
+    return divided(run, sources)
+
+
+def divided(run: Run, sources: Sequence[LanguageShare]) -> TrainingText:
+    """The documents of some sources, divided into those to train on and those held out; copies of
+    what is held out in any language of the RUN are in neither part."""
+    away = run.config.held_out
+    texts = [ids for some in run.texts(all_languages(run)).values() for ids in some]
+    return divide(sources, away, held_out_hashes(texts, away))
 
 
 def spread(texts: Sequence[TokenizedLanguage], share: float, run: Run) -> list[LanguageShare]:
@@ -107,12 +115,18 @@ def unused_text(registry: Registry, wanted: str) -> str:
 
 def as_recorded(run: Run, expert: Expert) -> Run:
     """The RUN with the settings that are recorded with an expert, unless it has others of the same
-    names."""
+    names. A budget in tokens that was given for an expert is in place of the RUN's in passes."""
     given = {setting.partition("=")[0] for setting in run.settings}
     kept = [
         f"{name}={'null' if value is None else value}"
         for name, value in (expert.settings or {}).items()
         if name not in given
+    ]
+    names = {setting.partition("=")[0] for setting in (*run.settings, *kept)}
+    kept += [
+        f"{part}.passes=null"
+        for part in ("experts", "grow")
+        if f"{part}.tokens" in names and f"{part}.passes" not in names
     ]
     return replace(run, settings=[*run.settings, *kept])
 
@@ -134,11 +148,11 @@ def _all_shares(
     config: TrainConfig, store: Store, away: HeldOutConfig, left_out: Collection[str] = ()
 ) -> list[LanguageShare]:
     languages = {tag: ids for tag, ids in store.languages.items() if tag not in left_out}
-    whole = [LanguageShare(ids=ids, share=1.0) for ids in languages.values()]
+    tokens = {tag: _trained_tokens(ids, away) for tag, ids in languages.items()}
     shares = sampling_shares(
-        {tag: _trained_tokens(ids, away) for tag, ids in languages.items()},
+        tokens,
         config.data.sampling_exponent,
-        budget=with_passes(config, divide(whole, away).tokens).tokens,
+        budget=with_passes(config, sum(tokens.values())).tokens,
         max_passes=config.max_passes,
     )
     return [LanguageShare(ids=ids, share=shares[tag]) for tag, ids in languages.items()]

@@ -138,6 +138,7 @@ def link_from_sibling(run: Run, sibling: Path) -> None:
     if (
         any(other.record.get(key) != run.record.get(key) for key in same)
         or other.config.vectoriser_dimensions != run.config.vectoriser_dimensions
+        or other.config.held_out != run.config.held_out
         or not ((text / "store.json").exists() and (sibling / "vectoriser.npz").exists())
     ):
         return

@@ -18,6 +18,7 @@ from clustering.languages import canonical_all
 from experts.lock import locked
 from experts.verify import hash_directory
 from xelm.config import TrainConfig
+from xelm.data.held_out import divide
 from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
 from xelm.models.checkpoint import load_parameters, read_config
@@ -73,7 +74,7 @@ def _moved(
     training = TrainingSpec(
         label=ids.language,
         start=functools.partial(load_parameters, run.seed, model),
-        sources=[LanguageShare(ids=ids, share=1.0)],
+        sources=divide([LanguageShare(ids=ids, share=1.0)], run.config.held_out).sources,
         config=config,
         directory=work,
     )

@@ -51,11 +51,13 @@ class Checkpoints:
             with self._saving():
                 self._manager.save(step, args=args)
 
-    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """State and facts of the checkpoint of a step. like: shapes and shardings of the state.
-        UserError if it is missing or damaged."""
+    def restore(
+        self, step: int, like: Callable[[dict[str, Any]], Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """State and facts of the checkpoint of a step. like: as in `newest`. UserError if it is
+        missing or damaged."""
         try:
-            return self._read(step, lambda facts: like)
+            return self._read(step, like)
         except Exception as error:
             if not _of_the_file(error):
                 raise

@@ -24,17 +24,23 @@ class HeldOutText:
         text_format: TextFormat,
     ):
         """sources: documents by language; of each, the first `config.evaluation.tokens` are read.
-        The rows of an encoder are masked in the same way in every measurement."""
+        They are fewer, but at least 1024, where a measurement would read more than a thirtieth of
+        the training's tokens. Rows of an encoder are masked alike in every measurement."""
         length, rows = config.sequence_length, []
+        budget = config.steps * config.tokens_per_step // (30 * max(1, len(sources)))
+        most = min(config.evaluation.tokens, max(1024, budget))
         self.languages = [source.ids.language for source in sources]
         """Language of each source; several may have the same."""
         self._shares = np.asarray([source.share for source in sources])
         for index, source in enumerate(sources):
             packed = LanguageRows(source, config, text_format, index)
-            count = min(len(packed), -(-config.evaluation.tokens // length))
+            count = min(len(packed), -(-most // length))
             rows += [packed[row] for row in range(count)]
         self._row_languages = np.asarray([row["language"] for row in rows], int)
-        self._targets, self._bytes = np.asarray([_sizes(s) for s in sources]).reshape(-1, 2).T
+        # An encoder predicts the tokens of a document; a decoder its end too, and its first token
+        # only after a start.
+        more = int(model.causal) - int(model.causal and text_format.start_id is None)
+        self._targets, self._bytes = np.asarray([_sizes(s, more) for s in sources]).reshape(-1, 2).T
         self.batches: list[dict[str, np.ndarray]] = []
         """Arrays of the rows, as a step reads them; the last batch is filled up with empty rows."""
         for first in range(0, len(rows), config.batch_size):
@@ -69,8 +75,9 @@ class HeldOutText:
         return {"loss": loss, "bits_per_byte": bits}
 
 
-def _sizes(source: LanguageShare) -> tuple[int, int]:
-    """Targets and bytes of the documents of a source; each document has a target more, its end."""
+def _sizes(source: LanguageShare, more: int) -> tuple[int, int]:
+    """Targets and bytes of the documents of a source. more: targets of a document beyond its
+    tokens."""
     ids, numbers = source.ids, source.documents
     numbers = np.arange(len(ids)) if numbers is None else numbers
-    return int(ids.lengths[numbers].sum()) + len(numbers), int(ids.bytes[numbers].sum())
+    return int(ids.lengths[numbers].sum()) + more * len(numbers), int(ids.bytes[numbers].sum())

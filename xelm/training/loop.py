@@ -90,9 +90,13 @@ def train_together(
     return [t.failed or _trained(t, compiled, its) for t, its in zip(trainers, last)]
 
 
-def _trained(trainer: Trainer, compiled: CompiledSteps, last: TrainState) -> Trained:
-    """The result of a trainer that is done. last: its state after its last step."""
-    state = trainer.result(last)
+def _trained(trainer: Trainer, compiled: CompiledSteps, last: TrainState) -> Trained | UserError:
+    """The result of a trainer that is done, or why there is none. last: its state after its last
+    step."""
+    try:
+        state = trainer.result(last)
+    except UserError as error:
+        return error
     return Trained(
         parameters=compiled.master_weights(state.parameters, state.remainders),
         tokens=trainer.tokens,

@@ -70,8 +70,10 @@ class Trainer:
         step: int,
         facts: dict[str, Any],
         devices: int,
+        restore: Callable[[int], tuple[TrainState, dict[str, Any]]],
     ):
-        """step: steps done before. facts: JSON saved beside the state. devices: number of them."""
+        """step: steps done before. facts: JSON saved beside the state. devices: number of them.
+        restore: state and facts of the checkpoint of a step, in the dtypes of this training."""
         config = spec.config
         self.label, self.step = spec.label, step
         self.failed: UserError | None = None
@@ -80,7 +82,7 @@ class Trainer:
         """Language -> targets predicted so far (of an encoder, tokens read)."""
         self.checkpoints = checkpoints
         self._config, self._model, self._format = config, model, text_format
-        self._facts, self._rates = facts, schedule(config)
+        self._facts, self._rates, self._restore = facts, schedule(config), restore
         self._languages = [source.ids.language for source in spec.sources]
         self.held_out = HeldOutText(spec.held_out, config, model, text_format)
         self.measurements: list[dict[str, Any]] = list(facts["measurements"])
@@ -236,11 +238,8 @@ class Trainer:
         found = best(self.measurements)
         if found is None or found["step"] == self.step:
             return state
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-        )
         jax.tree.map(lambda x: x.delete(), state)
-        state, facts = self.checkpoints.restore(found["step"], like)
+        state, facts = self._restore(found["step"])
         self.step, self.language_tokens = found["step"], facts["language_tokens"]
         return state
 
@@ -304,7 +303,13 @@ def resume(
         else:
             shardings = jax.tree.map(lambda array: array.sharding, alone.parameters)
             step, state = 0, compiled.create[number](spec.start(shardings))
-        trainer = Trainer(spec, model, text_format, checkpoints, step, facts, mesh.size)
+
+        def restore(step: int) -> tuple[TrainState, dict[str, Any]]:
+            with jax.set_mesh(mesh):
+                state, before = checkpoints.restore(step, saved)
+                return compiled.convert[number](state), before
+
+        trainer = Trainer(spec, model, text_format, checkpoints, step, facts, mesh.size, restore)
         stack.pop_all()  # the trainer closes its checkpoints from now on
         return trainer, state
 
