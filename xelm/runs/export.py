@@ -143,7 +143,8 @@ def _texts(text: TrainingText, tokenizer: Tokenizer) -> list[str]:
         documents = found.setdefault(source.ids.language, [])
         wanted = _TEXTS - len(documents)
         for number in numbers[:: max(1, len(numbers) // max(1, wanted))][:wanted]:
-            documents.append(tokenizer.decode(source.ids.document(int(number))[:_TEXT_TOKENS]))
+            ids = source.ids.document(int(number))[:_TEXT_TOKENS].tolist()
+            documents.append(tokenizer.decode(ids))
     in_turn = (one for some in zip_longest(*found.values()) for one in some)
     return [normalised(one) for one in (*in_turn, *HARD_TEXTS) if one]
 
