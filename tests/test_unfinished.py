@@ -86,7 +86,7 @@ def test_facts_may_be_changed_once_their_checkpoint_is_saved(tmp_path, monkeypat
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(1, state, facts)
     checkpoints.wait()
-    restored, found = checkpoints.restore(1, state)
+    restored, found = checkpoints.restore(1, lambda facts: state)
     checkpoints.close()
     assert found["measurements"] == [1] and restored["weight"].tolist() == [1.0, 1.0, 1.0]
 
