@@ -78,6 +78,7 @@ for part, tokens in {"seed": 2048, "experts": 4096, "grow": 1024}.items():
         f"{part}.tokens": tokens,
         f"{part}.sequence_length": 32,
         f"{part}.batch_size": 4,
+        f"{part}.evaluation.every": 16,
         f"{part}.runtime.mesh_data": 1,
         f"{part}.runtime.checkpoint_every": 4,
         f"{part}.runtime.log_every": 1,

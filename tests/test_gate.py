@@ -155,6 +155,7 @@ def test_tokens_of_an_expert_are_those_of_its_best_weights(tmp_path):
     assert trained_tokens(tmp_path) == read_metrics(tmp_path / "metrics.jsonl")[-1]["tokens"]
 
 
+@pytest.mark.slow
 def test_from_25_sentences_no_worse_expert_is_published(xelm, copy, tmp_path):
     """Forty passes learn them by heart; what is published is from before that."""
     text = tmp_path / "few"

@@ -126,6 +126,7 @@ def test_a_training_that_was_killed_ends_with_the_same_best_weights(
     assert lines(tmp_path, "killed") == measured
 
 
+@pytest.mark.slow
 def test_experts_of_one_program_end_as_they_would_alone(trained, parameters, tmp_path):
     """One ends early, with weights of its best measurement; the other goes on to its end."""
     config = vary(OVERFITTED, {"evaluation.patience": 2})
@@ -266,6 +267,7 @@ def test_copies_of_held_out_documents_are_never_trained_on():
     assert trained == set(range(100)) - measured - {40}
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_found_after_a_change_of_precision(trained, tmp_path, monkeypatch):
     """Killed in float32 after its best measurement, and resumed in bfloat16."""
     with monkeypatch.context() as patch:

@@ -12,6 +12,7 @@ from shared import LANGUAGES, documents_of
 from clustering import files, internal
 from clustering.errors import UserError
 from clustering.internal import States, Updates
+from xelm.data.held_out import divide
 from xelm.data.rows import LanguageShare
 from xelm.inference.states import document_states
 from xelm.models.checkpoint import load_parameters, read_config
@@ -187,7 +188,9 @@ def test_updates_of_a_run_are_what_training_changed(tiny, tmp_path):
         training = TrainingSpec(
             label=tag,
             start=lambda shardings: load_parameters(run.seed, model, shardings),
-            sources=[LanguageShare(ids=run.store().languages[tag], share=1.0)],
+            sources=divide(
+                [LanguageShare(ids=run.store().languages[tag], share=1.0)], run.config.held_out
+            ).sources,
             config=config,
             directory=tmp_path / tag,
         )

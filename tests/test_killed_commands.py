@@ -88,6 +88,7 @@ def checked(template, folder, *command) -> Iterator[tuple[dict, dict]]:
         yield outcome, wanted
 
 
+@pytest.mark.slow
 def test_publishing(living, tmp_path):
     seen = list(checked(living, tmp_path, "publish", "RUN", "de-fr"))
     assert {found["statuses"]["de-fr@v2"] for found, _ in seen} == {"training", "published"}
@@ -120,6 +121,7 @@ def test_restoring(finished, tmp_path):
     assert {found["statuses"]["pt@v1"] for found, _ in seen} == {"published", "retired"}
 
 
+@pytest.mark.slow
 def test_renaming(finished, tmp_path):
     seen = list(checked(finished, tmp_path, "rename", "RUN", "en-es=western"))
     names = {
@@ -132,6 +134,7 @@ def test_renaming(finished, tmp_path):
     assert parents["pt"] == "western@v1"
 
 
+@pytest.mark.slow
 def test_discarding(finished, tmp_path):
     run = tmp_path / "growing"
     shutil.copytree(finished, run)
@@ -155,6 +158,7 @@ def test_discarding(finished, tmp_path):
     assert not [name for name in wanted if "sv" in name.split("/")]
 
 
+@pytest.mark.slow
 def test_branching(initialised, tiny, tmp_path):
     """Only that the hashes of the clusters are not recorded yet can be found in between."""
     template = tmp_path / "template"

@@ -48,7 +48,7 @@ def renamed(run, old, new):
         return new if value == old else value
 
     for name in ("run.json", "registry.json", "clusters.json", "corpus/train/store.json"):
-        write_json(run / name, spelt(read_json(run / name, newest_format=2)))
+        write_json(run / name, spelt(read_json(run / name, newest_format=3)))
     for path in (run / "corpus" / "train").glob(f"{old}.*"):
         path.rename(path.with_name(path.name.replace(f"{old}.", f"{new}.", 1)))
 
