@@ -101,12 +101,7 @@ def merge(
         path = files.merge(sources, out, options, weights=numbers, base=start, facts=facts)
         return _merged(path)
     assert name is not None
-    if not is_name(name):
-        raise UserError(
-            f"{name!r} cannot name a merged model: use up to 100 letters a-z or A-Z, digits, "
-            "'-', '_' and '.', with no '-' or '.' in front"
-        )
-    place = f"{MERGES}/{name}"
+    place = _place(name)
     path = run.directory / place
     with locked(run.directory, f"merge-{name}"):
         if place in run.merged():
@@ -116,6 +111,16 @@ def merge(
         files.merge(sources, path, options, weights=numbers, base=start, facts=facts)
         record(run.directory, [place], again=True)
     return _merged(path)
+
+
+def _place(name: str) -> str:
+    """Directory of a merged model, relative to the RUN; UserError for an impossible name."""
+    if not is_name(name):
+        raise UserError(
+            f"{name!r} cannot name a merged model: use up to 100 letters a-z or A-Z, digits, "
+            "'-', '_' and '.', with no '-' or '.' in front"
+        )
+    return f"{MERGES}/{name}"
 
 
 def _merged(path: Path) -> Merged:

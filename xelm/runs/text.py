@@ -3,9 +3,11 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from clustering import codes, tfidf
 from clustering.errors import UserError
@@ -51,13 +53,8 @@ def tokenise(
         # Files may contain more languages than are wanted.
         "languages_wanted": None if contents.languages is None else sorted(contents.languages),
     }
-    known = None
     if older is not None:
         facts["older"] = {name: store.record["corpus_sha256"] for name, store in older.items()}
-        known = {
-            tag: [store.languages[tag].hashes for store in older.values() if tag in store.languages]
-            for tag in contents.languages or ()
-        }
     drop_duplicates = training and not run.record.get("keep_duplicates", False)
     with locked(run.directory, f"corpus-{name}", wait_seconds=WAIT_SECONDS):
         if (directory / "store.json").exists():
@@ -81,20 +78,34 @@ def tokenise(
                 facts=facts,
                 workers=workers,
                 drop_duplicates=drop_duplicates,
-                known=known,
+                known=None if older is None else _hashes(older, contents.languages or ()),
                 described=lambda: {"origins": reading.origins()},
                 progress=progress.update,
             )
     print(reading.table(), file=sys.stderr)
-    texts = text_stats(store)
     notes = [str(reading.unusable)] if reading.unusable else []
-    notes += duplicate_notes(texts, drop_duplicates) + (warnings(texts) if training else [])
+    for note in [*notes, *_notes(store, drop_duplicates, training)]:
+        print(f"{corpus}: {note}", file=sys.stderr)
+    return store
+
+
+def _hashes(stores: Mapping[str, Store], languages: Sequence[str]) -> dict[str, list[np.ndarray]]:
+    """Hashes of the documents of some stores by language."""
+    return {
+        tag: [store.languages[tag].hashes for store in stores.values() if tag in store.languages]
+        for tag in languages
+    }
+
+
+def _notes(store: Store, drop_duplicates: bool, training: bool) -> list[str]:
+    """Lines on a text that was just tokenised: copies that were found or left out and, where it is
+    for training, which languages the tokenizer suits badly."""
+    texts = text_stats(store)
+    notes = [*duplicate_notes(texts, drop_duplicates), *(warnings(texts) if training else ())]
     if left_out := {tag: n for tag, n in store.record.get("known", {}).items() if n}:
         which = ", ".join(f"{tag} {count:,}" for tag, count in left_out.items())
         notes.append(f"exact copies of documents of the text before ({which}); left out")
-    for note in notes:
-        print(f"{corpus}: {note}", file=sys.stderr)
-    return store
+    return notes
 
 
 def _check_trained_on(store: Store, facts: Mapping[str, Any]) -> None:
