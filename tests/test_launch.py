@@ -35,7 +35,7 @@ def branched(xelm, initialised, tiny, tmp_path):
 
 def configure(run: Path, changes) -> None:
     """Other settings of the experts in run.json."""
-    record = read_json(run / "run.json", newest_format=2)
+    record = read_json(run / "run.json", newest_format=3)
     record["config"]["experts"] = to_json(vary(open_run(run).config.experts, changes))
     write_json(run / "run.json", record)
     manifest.record(run, ["run.json"], again=True)
