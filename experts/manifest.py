@@ -23,9 +23,11 @@ FILE_NAME = "hashes.json"
 FORMAT = 1
 FILES = ("run.json", "clusters.json", "clusters.npz", "vectoriser.npz", "assignments.npz")
 """Files of the RUN's own folder that are recorded."""
-MERGES = "merges"
-"""Folder of merged models, one folder each."""
-FOLDERS = ("dense", "routers", MERGES)
+MERGES, STUDENTS, MIXES = "merges", "students", "mixes"
+"""Folders of merged models, of distilled ones, and of mixtures of experts, one folder each."""
+COMBINED = (MERGES, STUDENTS, MIXES)
+"""Folders of all models that are made of several experts."""
+FOLDERS = ("dense", "routers", *COMBINED)
 """Folders whose files are recorded."""
 
 
@@ -97,11 +99,11 @@ def _changed(run: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
 
 def is_given_up(run: Path | str, name: str) -> bool:
     """Whether a recorded file was deleted in a way that is no fault: a router, which is fitted
-    again, or the whole folder of a merged model."""
+    again, or the whole folder of a merged model or of another of `COMBINED`."""
     folder, *inside = name.split("/")
     if folder == "routers":
         return not (Path(run) / name).exists()
-    return folder == MERGES and not (Path(run) / folder / inside[0]).exists()
+    return folder in COMBINED and not (Path(run) / folder / inside[0]).exists()
 
 
 def _read(run: Path | str) -> dict[str, dict[str, str]]:

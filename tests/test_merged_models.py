@@ -135,9 +135,9 @@ def test_verify_compares_merged_models_and_one_may_be_deleted(xelm, merged, tmp_
     assert refused.code == 2 and "merges/mean: changed" in refused.err
     shutil.rmtree(run / "merges/mean")
     assert xelm("verify", run).code == 0
-    assert list(open_run(run).merged()) == ["merges/sum"]
+    assert list(open_run(run).combined()) == ["merges/sum"]
     assert xelm("merge", run, "--name", "mean").code == 0
-    assert list(open_run(run).merged()) == ["merges/mean", "merges/sum"]
+    assert list(open_run(run).combined()) == ["merges/mean", "merges/sum"]
 
 
 def test_a_merge_that_was_interrupted_is_made_again(merged, tmp_path):
@@ -147,7 +147,7 @@ def test_a_merge_that_was_interrupted_is_made_again(merged, tmp_path):
     hashes["files"] = {n: h for n, h in hashes["files"].items() if not n.startswith("merges/mean")}
     (run / "hashes.json").write_text(json.dumps(hashes))  # killed before the hashes were recorded
     (run / "merges/mean/model.safetensors").write_bytes(b"")
-    assert list(open_run(run).merged()) == ["merges/sum"]
+    assert list(open_run(run).combined()) == ["merges/sum"]
     open_run(run).merge(name="mean")
     assert (run / "merges/mean/model.safetensors").read_bytes() == (
         merged[0] / "merges/mean/model.safetensors"

@@ -35,14 +35,14 @@ def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[
     routings = sorted(routings, key=lambda routing: routing != DEFAULT)
     length, stride = (found.record[name] for name in ("context_length", "stride"))
     single = [s.system for s in found.summaries if s.routing is None]
-    merged = [name for name in single if System(name).is_merged]
-    experts = [name for name in single if name not in ("seed", "dense", *merged)]
+    combined = [name for name in single if System(name).is_combined]
+    experts = [name for name in single if name not in ("seed", "dense", *combined)]
     tables = [
         _by_language(found, routings, seed_languages),
         texts(list(found.texts.values())) if found.texts else "",
         _systems(found.summaries),
         _routers(found.summaries),
-        *_by_model("bits/B", found, seed_languages, merged, ["seed", "dense"]),
+        *_by_model("bits/B", found, seed_languages, combined, ["seed", "dense"]),
         *_by_model("bits/B by expert", found, seed_languages, experts, ["seed"]),
         f"Documents were read {length} tokens at once, longer ones in windows {stride} apart.",
     ]
@@ -107,7 +107,7 @@ def texts(found: "Sequence[TextStats]") -> str:
 def _systems(summaries: "Sequence[Summary]") -> str:
     """Means with intervals, and calibration, of seed, dense, merged models and ensembles."""
     general = ("seed", "dense", "ensemble")
-    shown = [s for s in summaries if s.system in general or System(s.system).is_merged]
+    shown = [s for s in summaries if s.system in general or System(s.system).is_combined]
     shown.sort(key=lambda each: (each.system == "ensemble", each.routing not in (None, DEFAULT)))
     if not shown:
         return ""

@@ -21,7 +21,8 @@ class System(NamedTuple):
     """What is measured: a single model, or the ensemble under a routing."""
 
     name: str
-    """seed, dense, the name of an expert, merges/NAME (a merged model), or ensemble."""
+    """seed, dense, the name of an expert, that of a model which is made of several (merges/NAME,
+    students/NAME, mixes/NAME), or ensemble."""
     routing: str | None = None
     """Routing of the ensemble; None for a single model."""
 
@@ -31,9 +32,10 @@ class System(NamedTuple):
         return f"{self.name} by {self.routing}" if self.routing else self.name
 
     @property
-    def is_merged(self) -> bool:
-        """Whether it is a merged model; no expert has a name with a slash."""
-        return self.name.startswith("merges/")
+    def is_combined(self) -> bool:
+        """Whether it is one model that is made of several: merged, distilled or mixed. No expert
+        has a name with a slash."""
+        return "/" in self.name
 
 
 SEED, DENSE = System("seed"), System("dense")

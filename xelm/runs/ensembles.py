@@ -38,7 +38,7 @@ def open_ensemble(
     check_top_m(routing.top_m, len(experts))
     others = models_behind(run, routing)
     if every_model:
-        others |= general_models(run) | run.merged()
+        others |= general_models(run) | run.combined()
     check_models(run, experts, others)
     paths = {expert.name: expert.directory(run.directory) for expert in experts} | others
     model = read_config(run.seed)

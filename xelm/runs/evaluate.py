@@ -52,7 +52,7 @@ def evaluate(
     check_windows(read_config(run.seed), *options.windows)
     if experts:
         check_top_m(options.top_m, len(experts))
-    check_models(run, experts, general_models(run) | run.merged())
+    check_models(run, experts, general_models(run) | run.combined())
     corpus = Corpus.of(corpus)
     name = f"evaluation-{hashlib.sha256(str(corpus).encode()).hexdigest()[:8]}"
     tags = None if languages is None else canonical_all(languages)
@@ -90,7 +90,7 @@ def _plan(
     """Which model is scored on which language, and the routers."""
     checkpoints = general_models(run)
     checkpoints |= {expert.name: expert.directory(run.directory) for expert in experts}
-    checkpoints |= run.merged()  # behind those that routers weigh
+    checkpoints |= run.combined()  # behind those that routers weigh
     serves, routings = serving(experts), options.routing
     if not serves:  # experts of clusters of documents
         routings = [routing for routing in routings if routing.name != "detected"]

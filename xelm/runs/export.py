@@ -108,7 +108,7 @@ def export_gguf(
 
 def _model(run: Run, name: str) -> _Model:
     """A model by name, whose files are as they were published."""
-    general = {SEED: run.seed, "dense": run.dense, **run.merged()}
+    general = {SEED: run.seed, "dense": run.dense, **run.combined()}
     if name in general:
         if not general[name].is_dir():
             raise UserError(

@@ -104,7 +104,7 @@ def merge(
     place = _place(name)
     path = run.directory / place
     with locked(run.directory, f"merge-{name}"):
-        if place in run.merged():
+        if place in run.combined():
             raise UserError(f"{path} exists already; nothing is overwritten")
         if (path / files.RECORD).exists():  # of a merge that was interrupted
             shutil.rmtree(path)
@@ -139,8 +139,8 @@ def _find(run: Run, name: str) -> _Model:
                 f"{run.directory} has no dense baseline; run: xelm train {run.directory} --dense"
             )
         return _Model(source=files.Source(name, run.dense))
-    if name in (merged := run.merged()):
-        return _Model(source=files.Source(name, merged[name]))
+    if name in (combined := run.combined()):
+        return _Model(source=files.Source(name, combined[name]))
     if is_reference(name):
         return _of_expert(run, registry.expert(*parse_reference(name)))
     if not any(expert.name == name for expert in registry.experts):

@@ -15,7 +15,7 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, read_json, write_json
 from clustering.languages import canonical_all
 from clustering.vectoriser import Vectoriser
-from experts.manifest import MERGES, recorded
+from experts.manifest import COMBINED, recorded
 from experts.registry import Registry
 from xelm.config import RunConfig, StartToken
 from xelm.settings import differences, from_json, override, to_json
@@ -77,15 +77,17 @@ class Run:
         """Directory of results.json, figures and report."""
         return self.directory / "results"
 
-    def merged(self) -> dict[str, Path]:
-        """Name, "merges/NAME", and checkpoint of each merged model of the RUN."""
+    def combined(self) -> dict[str, Path]:
+        """Name and checkpoint of each model of the RUN that is made of several experts: merged
+        ("merges/NAME"), distilled ("students/NAME") or a mixture of experts ("mixes/NAME")."""
         known = {"/".join(file.split("/")[:2]) for file in recorded(self.directory)}
-        places = sorted(place for place in known if place.startswith(f"{MERGES}/"))
+        places = sorted(place for place in known if place.split("/")[0] in COMBINED)
         return {name: self.directory / name for name in places if (self.directory / name).exists()}
 
     def training(self, name: str) -> Path:
-        """Checkpoints and metrics of an unfinished training."""
-        return self.directory / "train" / name
+        """Checkpoints and metrics of an unfinished training. name: of an expert or of a model of
+        `combined`, whose slash no expert's name can have."""
+        return self.directory / "train" / name.replace("/", "+")
 
     def logs(self, target: Path) -> Path:
         """Directory for TensorBoard and Weights & Biases, for the training of a checkpoint."""
@@ -93,7 +95,7 @@ class Run:
 
     def failure(self, name: str) -> Path:
         """File with the reason why a training failed, until it is tried again."""
-        return self.directory / "train" / f"{name}.failed.txt"
+        return self.training(f"{name}.failed.txt")
 
     def registry(self) -> Registry:
         """The registry of the experts."""

@@ -96,9 +96,10 @@ class Facts:
 
     @property
     def systems(self) -> list[System]:
-        """Evaluated systems that are not single experts: seed, dense, merged models, ensembles."""
-        merged = sorted(system for system in self.scores if system.is_merged)
-        general = [system for system in (SEED, DENSE, *merged) if system in self.scores]
+        """Evaluated systems that are not single experts: seed, dense, merged models and other
+        combined ones, ensembles."""
+        combined = sorted(system for system in self.scores if system.is_combined)
+        general = [system for system in (SEED, DENSE, *combined) if system in self.scores]
         return general + self.ensembles
 
     @property
