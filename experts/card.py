@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from experts.expert import SEED, Expert
 from experts.registry import Registry
@@ -102,8 +103,9 @@ def _text(expert: Expert) -> str:
     for tag, texts in (expert.data or {}).items():
         for text in texts:
             counts = (
-                f"{text['documents']:,} documents ({text['held_out']:,} more held out), "
-                f"{text['tokens']:,} tokens, {text['bytes']:,} bytes; SHA-256 {text['sha256']}"
+                f"{_role(text)}{text['documents']:,} documents "
+                f"({text['held_out']:,} more held out), {text['tokens']:,} tokens, "
+                f"{text['bytes']:,} bytes; SHA-256 {text['sha256']}"
             )
             rows.append((f"{tag}: {text['text']}", counts))
             for source in text["sources"] or ():
@@ -113,6 +115,15 @@ def _text(expert: Expert) -> str:
             if text["sources"] is None:
                 rows.append((f"{tag}: {text['corpus']}", "not recorded whether it has a data card"))
     return _table(("text", "origin"), rows)
+
+
+def _role(text: Mapping[str, Any]) -> str:
+    """What a text is in the training, if that is recorded."""
+    share = f"{text.get('share', 0):.1%} of the rows; "
+    return {
+        "replay": f"replayed against forgetting, {share}",
+        "donor": f"of the parent's languages, {share}",
+    }.get(text.get("role", ""), "")
 
 
 def _lineage(expert: Expert, registry: Registry) -> list[str]:

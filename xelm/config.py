@@ -53,6 +53,10 @@ class DataConfig:
     """A language is sampled in proportion to (its tokens) ** this: 0 is uniform, 1 proportional."""
     mask_share: float = 0.15
     """Share of the tokens that an encoder predicts (.15 in BERT, .3 in ModernBERT)."""
+    replay_share: float = 0.0
+    """Share of an expert's rows that replay the other languages of the RUN's corpus, which are
+    neither its own nor its donor's, so that it forgets less of them. They are mixed by
+    `sampling_exponent`. A seed has no other languages, and dense none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +160,7 @@ class TrainConfig(Budget):
             *_optimizer_faults(self.optimizer),
             *_faults(self.data, ("sampling_exponent",), *_SHARE, "data."),
             *_faults(self.data, ("mask_share",), lambda x: 0 < x < 1, "between 0 and 1", "data."),
+            *_faults(self.data, ("replay_share",), lambda x: 0 <= x < 1, "in 0..1", "data."),
             *_faults(self.evaluation, ("every", "patience"), *_POSITIVE_OR_NONE, "evaluation."),
             *_faults(self.evaluation, ("tokens",), *_POSITIVE, "evaluation."),
             *_runtime_faults(self.runtime),
@@ -303,6 +308,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.donor_share < 1:
             raise ValueError(f"donor_share must be in 0..1, below 1; got {self.donor_share}")
+        if self.seed.data.replay_share:
+            raise ValueError("seed.data.replay_share must be 0: a seed has no other languages")
+        if self.donor_share + self.grow.data.replay_share >= 1:
+            raise ValueError(
+                "donor_share and grow.data.replay_share must be below 1 together; got "
+                f"{self.donor_share} and {self.grow.data.replay_share}"
+            )
         if self.model is not None and self.seed.random_seed == self.experts.random_seed:
             raise ValueError(
                 "experts.random_seed must differ from seed.random_seed, or experts and dense see "

@@ -19,6 +19,7 @@ from xelm.runs.shares import (
     donor_text,
     expert_text,
     parent_directory,
+    replay_text,
     with_passes,
 )
 from xelm.settings import own_settings
@@ -40,6 +41,11 @@ class Job:
     target: Path
     """Checkpoint to write."""
     text: TrainingText
+    """Documents of all rows, replayed ones too."""
+    own: TrainingText
+    """Those of `text` that the model is for."""
+    replayed: tuple[str, ...] = ()
+    """Languages of `text` that are replayed against forgetting."""
     config: TrainConfig
 
 
@@ -52,6 +58,7 @@ def dense_job(run: Run) -> Job:
         parent=run.seed,
         target=run.dense,
         text=text,
+        own=text,
         config=with_passes(run.config.dense, text.tokens),
     )
 
@@ -61,7 +68,8 @@ def expert_job(run: Run, expert: Expert, new: Mapping[str, Store] | None = None)
     name that are not in the RUN yet."""
     run = as_recorded(run, expert)
     job = _branched if expert.cluster is not None else _grown
-    text, config = job(run, expert, new)
+    own = expert_text(run, expert, new)
+    text, replayed, config = job(run, expert, own)
     # No version reads its rows in the order of the one before.
     random_seed = config.random_seed + _VERSION_SEEDS * (expert.version - 1)
     return Job(
@@ -70,6 +78,8 @@ def expert_job(run: Run, expert: Expert, new: Mapping[str, Store] | None = None)
         parent=parent_directory(run, expert),
         target=expert.directory(run.directory),
         text=text,
+        own=own,
+        replayed=tuple(dict.fromkeys(source.ids.language for source in replayed.sources)),
         config=replace(config, random_seed=random_seed),
     )
 
@@ -92,32 +102,56 @@ def other_settings(run: Run, expert: Expert) -> str | None:
 
 
 def _branched(
-    run: Run, expert: Expert, new: Mapping[str, Store] | None
-) -> tuple[TrainingText, TrainConfig]:
-    """Text and settings of an expert of a cluster: the first version has its part of the tokens of
-    all experts together; further ones have a budget of their own in their record."""
-    text, config = expert_text(run, expert, new), run.config.experts
+    run: Run, expert: Expert, own: TrainingText
+) -> tuple[TrainingText, TrainingText, TrainConfig]:
+    """All text, its replayed part, and settings of an expert of a cluster: the first version has
+    its part of the tokens of all experts together; further ones have a budget of their own in their
+    record."""
+    config = run.config.experts
+    replayed = divided(run, replay_text(run, expert, config.data, own.share))
+    text = _mixed(own, replayed)
     if {"experts.tokens", "experts.passes"} & set(expert.settings or ()):
-        return text, with_passes(config, text.tokens)
+        return text, replayed, with_passes(config, _tokens_of_passes(own, text))
     config = with_passes(config, dense_text(run).tokens)
-    return text, replace(config, tokens=max(1, round(config.tokens * text.share)))
+    return text, replayed, replace(config, tokens=max(1, round(config.tokens * text.share)))
 
 
 def _grown(
-    run: Run, expert: Expert, new: Mapping[str, Store] | None
-) -> tuple[TrainingText, TrainConfig]:
-    """Text and settings of a grown expert, which reads its donor's languages too."""
-    own, donors = expert_text(run, expert, new), divided(run, donor_text(run, expert))
-    share = 1 - run.config.donor_share
-    text = TrainingText(
-        sources=[*_parts(own.sources, share), *donors.sources],
-        held_out=[*_parts(own.held_out, share), *donors.held_out],
-    )
-    # Passes are over its own text.
-    config = with_passes(run.config.grow, own.tokens * text.share / (own.share * share))
+    run: Run, expert: Expert, own: TrainingText
+) -> tuple[TrainingText, TrainingText, TrainConfig]:
+    """All text, its replayed part, and settings of a grown expert, which reads its donor's
+    languages too."""
+    config = run.config.grow
+    donors = divided(run, donor_text(run, expert))
+    replayed = divided(run, replay_text(run, expert, config.data, own.share))
+    text = _mixed(own, donors, replayed)
+    config = with_passes(config, _tokens_of_passes(own, text))
     config = _within_passes(expert.languages[0], text.sources, config)
     # Rounds count from 2; no child sees its donor's rows in the order its parent saw them.
-    return text, replace(config, random_seed=config.random_seed + expert.round - 2)
+    random_seed = config.random_seed + expert.round - 2
+    return text, replayed, replace(config, random_seed=random_seed)
+
+
+def _mixed(own: TrainingText, *others: TrainingText) -> TrainingText:
+    """The own text with others, which have their shares of the rows; the sum of the shares stays
+    that of the own text."""
+    share = 1 - sum(other.share for other in others) / own.share
+    return TrainingText(
+        sources=[
+            *_parts(own.sources, share),
+            *(source for other in others for source in other.sources),
+        ],
+        held_out=[
+            *_parts(own.held_out, share),
+            *(source for other in others for source in other.held_out),
+        ],
+    )
+
+
+def _tokens_of_passes(own: TrainingText, text: TrainingText) -> float:
+    """Number of tokens of a training in which its own text is read once."""
+    rows = sum(each.share for each in text.sources[: len(own.sources)])
+    return own.tokens * text.share / rows
 
 
 def _parts(sources: Sequence[LanguageShare], share: float) -> list[LanguageShare]:

@@ -78,7 +78,7 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     measured on held-out text, a model card is added to its files, and the registry has both.
     UserError if it does not pass; anyway: publish it all the same."""
     directory, text = expert.directory(run.directory), expert_text(run, expert)
-    data = provenance(expert_job(run, expert).text)
+    data = provenance(expert_job(run, expert))
     evaluation = evaluate_held_out(run, expert, text.held_out)
     if not anyway:
         check_gate(run, expert, evaluation)

@@ -10,7 +10,7 @@ import numpy as np
 from clustering.files import read_arrays
 from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
-from xelm.config import HeldOutConfig, TrainConfig
+from xelm.config import DataConfig, HeldOutConfig, TrainConfig
 from xelm.data.held_out import TrainingText, divide, held_out, held_out_hashes
 from xelm.data.rows import LanguageShare, sampling_shares
 from xelm.data.store import FRAME, Store, TokenizedLanguage
@@ -73,14 +73,47 @@ def spread(texts: Sequence[TokenizedLanguage], share: float, run: Run) -> list[L
 
 def donor_text(run: Run, expert: Expert) -> list[LanguageShare]:
     """Text of the languages of a grown expert's donor, in equal parts of the `donor_share`."""
-    share, reference = run.config.donor_share, expert.donor or expert.parent
-    if share == 0 or reference == SEED:
+    share, donor = run.config.donor_share, _donor(run, expert)
+    if share == 0 or donor is None:
         return []
-    donor = run.registry().expert(*parse_reference(reference))
-    tags = donor.languages or tuple(donor.documents or ())
+    tags = _donor_languages(run, expert)
     stores = [run.store(name) for name in donor.texts]
     known = {tag: [s.languages[tag] for s in stores if tag in s.languages] for tag in tags}
     return [one for tag in tags for one in spread(known[tag], share / len(tags), run)]
+
+
+def _donor(run: Run, expert: Expert) -> Expert | None:
+    """The expert whose languages a grown expert reads too; None if that is the seed, or for the
+    expert of a cluster."""
+    reference = expert.donor or expert.parent
+    if expert.cluster is not None or reference == SEED:
+        return None
+    return run.registry().expert(*parse_reference(reference))
+
+
+def _donor_languages(run: Run, expert: Expert) -> tuple[str, ...]:
+    """Languages of the donor of a grown expert, if it reads them."""
+    donor = _donor(run, expert) if run.config.donor_share else None
+    return () if donor is None else donor.languages or tuple(donor.documents or ())
+
+
+def replay_text(run: Run, expert: Expert, config: DataConfig, whole: float) -> list[LanguageShare]:
+    """Text that an expert replays against forgetting: the languages of the RUN's corpus that are
+    neither its own nor its donor's, mixed by `sampling_exponent`, in `replay_share` of a training
+    whose shares sum to `whole`. Empty if there is no other language."""
+    if config.replay_share == 0:
+        return []
+    left_out = {*expert.languages, *(expert.documents or ()), *_donor_languages(run, expert)}
+    left_out |= set(unassigned(run))
+    others = {tag: ids for tag, ids in run.store().languages.items() if tag not in left_out}
+    tokens = {tag: _trained_tokens(ids, run.config.held_out) for tag, ids in others.items()}
+    others = {tag: ids for tag, ids in others.items() if tokens[tag]}
+    known = {tag: tokens[tag] for tag in others}
+    if not others:
+        return []
+    shares = sampling_shares(known, config.sampling_exponent)
+    part = config.replay_share * whole
+    return [LanguageShare(ids=ids, share=part * shares[tag]) for tag, ids in others.items()]
 
 
 def held_out_text(run: Run, but: Collection[str] = ()) -> list[LanguageShare]:

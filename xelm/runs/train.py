@@ -176,7 +176,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
         if isinstance(found, UserError):
             failures[job.name] = found
             continue
-        hosts.first_does(functools.partial(write_centre, run, job.name, job.text.sources))
+        hosts.first_does(functools.partial(write_centre, run, job.name, job.own.sources))
         with hosts.first_error_shared():
             write_model(run, job.name, job.target, model, found.parameters, hosts.is_first())
     return failures
