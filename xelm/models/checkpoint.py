@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 
 from clustering.errors import UserError
 from clustering.files import flush, read_object, write_json
-from clustering.hub_files import INDEX, WEIGHTS, weight_files
+from clustering.hub_files import INDEX, LICENCES, WEIGHTS, weight_files
+from xelm.models.adapters import Adapter
 from xelm.models.companions import companions, copy_companions
 from xelm.models.config import ModelConfig
 from xelm.models.families import (
@@ -30,6 +31,8 @@ from xelm.models.families import (
 from xelm.models.families.family import Family
 from xelm.models.layout import Range
 from xelm.models.parameters import bind, by_path, graph, parameters_of, shapes, stacked
+from xelm.models.peft import ADAPTER_FILES, Product, chained, read_products, write_adapter
+from xelm.models.stored import BASE, chain, own_weight_files, root, write_base
 from xelm.models.transformer import Origin, Transformer
 from xelm.models.weights import Weights, stored_tensors, write_weights
 
@@ -41,6 +44,7 @@ def load_model(directory: str | Path, dtype: str = "auto") -> Transformer:
     `inference_dtype`). It remembers the checkpoint for `save_model`."""
     config, dtype = read_config(directory), inference_dtype(directory, dtype)
     model = bind(graph(config, dtype), load_parameters(directory, config, dtype=dtype))
+    directory = root(directory)
     model.origin = Origin(
         config=json.dumps(read_hub_config(directory)),
         dtype=stored_dtype(directory),
@@ -90,24 +94,24 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 
 def _shape_and_family(directory: str | Path) -> tuple[ModelConfig, Family]:
-    source = read_hub_config(directory)
+    source, based = read_hub_config(directory), (Path(directory) / BASE).is_file()
     if "quantization_config" in source:
         raise UserError(f"{directory}: quantised weights are not supported; use the original ones")
-    if (Path(directory) / "adapter_config.json").is_file():
+    if (Path(directory) / "adapter_config.json").is_file() and not based:
         raise UserError(
             f"{directory} has an adapter (adapter_config.json), which transformers would apply to "
             "the weights; merge the two (merge_and_unload of peft), or remove the adapter's files"
         )
     try:
-        hub = read_auto_config(directory)
+        hub = read_auto_config(root(directory))
         return shape_of(hub), family(hub.model_type)
     except UserError as error:
         raise UserError(f"{directory}/config.json: {error}") from None
 
 
 def read_hub_config(directory: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint's config.json."""
-    path = Path(directory) / "config.json"
+    """The contents of a checkpoint's config.json; that of its base where it has none."""
+    path = root(directory) / "config.json"
     if not Path(directory).is_dir():
         raise UserError(
             f"there is no directory {directory}; a checkpoint of the Hub comes with: "
@@ -232,6 +236,45 @@ def write_checkpoint(
                 pass
 
 
+def write_adapted(
+    directory: str | Path,
+    base: str | Path,
+    adapter: Adapter,
+    *,
+    base_name: str | None = None,
+    extra: Sequence[Path] = (),
+) -> None:
+    """Writes an adapter of the checkpoint `base` as a directory that stands for the adapted model:
+    the files of PEFT, the name of the base with its hashes, and the base's terms of use; completely
+    or not at all. base_name: name of the base for PEFT; None: its path. extra: as in
+    `write_checkpoint`."""
+    config, kind = _shape_and_family(base)
+    with all_or_nothing(Path(directory)) as partial:
+        write_base(partial, Path(directory), base)
+        name = base_name or read_object(partial / BASE)["base"]
+        write_adapter(partial, config, kind, adapter, base=name)
+        for name in companions(root(base)):
+            if name.lower().startswith(LICENCES):
+                shutil.copyfile(root(base) / name, partial / name)
+        for path in extra:
+            shutil.copyfile(path, partial / path.name)
+
+
+def read_chain_adapter(directory: str | Path) -> dict[str, Product]:
+    """The changes of all adapters from a directory down to the complete checkpoint at the end of
+    its chain of bases, as one adapter of that. UserError where a directory in between replaces
+    whole tensors."""
+    _, kind = _shape_and_family(directory)
+    products: dict[str, Product] = {}
+    for folder in reversed(chain(directory)[:-1]):
+        if other := [name for name in own_weight_files(folder) if name not in ADAPTER_FILES]:
+            raise UserError(f"{folder} replaces whole tensors ({other[0]}), which no adapter does")
+        products = chained(products, read_products(folder, kind))
+    if not products:
+        raise UserError(f"{directory} is a complete checkpoint, and no adapter of another one")
+    return products
+
+
 def check_checkpoint(directory: str | Path) -> ModelConfig:
     """The shape of a checkpoint; UserError unless its weights exist and match its config.json."""
     config, kind = _shape_and_family(directory)
@@ -239,13 +282,25 @@ def check_checkpoint(directory: str | Path) -> ModelConfig:
     return config
 
 
+def write_whole(source: str | Path, directory: str | Path) -> None:
+    """Writes what a checkpoint directory stands for as a complete checkpoint, with the tokenizer
+    and in the dtype of the checkpoint at the end of its chain of bases."""
+    config = read_config(source)
+    parameters = load_parameters(source, config)
+    write_checkpoint(directory, config, parameters, like=root(source), dtype=stored_dtype(source))
+
+
 def copy_checkpoint(
     source: str | Path, directory: str | Path, save_tokenizer: Callable[[Path], object]
 ) -> None:
     """Copies the files of a checkpoint byte for byte, all of them or none. UserError if its weights
     do not match its config.json; other files of `source` are not copied. save_tokenizer: writes
-    tokenizer.json into a folder, for a checkpoint that has none."""
+    tokenizer.json into a folder, for a checkpoint that has none. A directory that stores
+    differences from a base becomes a complete checkpoint (`write_whole`)."""
     check_checkpoint(source)
+    if (Path(source) / BASE).is_file():
+        write_whole(source, directory)
+        return
     with all_or_nothing(Path(directory)) as partial:
         for name in weight_files(source):
             shutil.copyfile(Path(source) / name, partial / name)

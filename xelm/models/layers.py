@@ -45,12 +45,16 @@ def by_rows_of(
 
 
 class Linear(nnx.Module):
-    """Dense layer: x @ weight + bias. `axes` name the weight's dimensions for sharding. It works
-    on [B*T, D]: with a [B, T, D] operand, XLA on CPUs computes the weight gradient on a transposed
-    copy and misses its fast kernels."""
+    """Dense layer: x @ weight + bias, and where it has an adapter, x @ (weight + scale * A @ B)
+    + bias, without that matrix being made. `axes` name the weight's dimensions for sharding. It
+    works on [B*T, D]: with a [B, T, D] operand, XLA on CPUs computes the weight gradient on a
+    transposed copy and misses its fast kernels."""
 
     outputs_first: bool = False
-    """Whether the weight is [outputs, inputs], as in the layout of inference."""
+    """Whether the weight is [outputs, inputs], and the adapter's factors [rank, inputs] and
+    [outputs, rank], as in the layout of inference."""
+    lora_scale: float = 1.0
+    """Factor of the adapter's product."""
 
     def __init__(
         self,
@@ -69,10 +73,25 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(weight.astype(dtype), axes=(*stacked, *axes))
         zeros = jnp.zeros((*stack, outputs), dtype) if bias else None
         self.bias = None if zeros is None else nnx.Param(zeros, axes=(*stacked, axes[1]))
+        # The factors of an adapter, where `adapt` gives it one.
+        self.lora_a: nnx.Param | None = nnx.data(None)
+        self.lora_b: nnx.Param | None = nnx.data(None)
+
+    def adapt(self, scale: float = 1.0) -> None:
+        """Gives the layer an adapter, whose factors come with the parameters that a model of this
+        graph is bound to."""
+        self.lora_scale = scale
+        self.lora_a, self.lora_b = (
+            nnx.Param(jax.ShapeDtypeStruct((), jnp.float32)) for _ in range(2)
+        )
 
     def __call__(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
         weight = self.weight[...].astype(x.dtype)
         y = by_rows_of(x, weight) if self.outputs_first else x @ weight
+        if self.lora_a is not None and self.lora_b is not None:
+            a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+            few = x @ (a.T if self.outputs_first else a) * self.lora_scale
+            y = y + few @ (b.T if self.outputs_first else b)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)[None]
 
 

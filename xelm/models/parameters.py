@@ -3,7 +3,7 @@ weights as [inputs, outputs]; and the layout of inference."""
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import jax
@@ -22,18 +22,30 @@ def graph(
     *,
     lookup: Lookup = rows_of,
     rematerialise: bool = False,
+    adapted: Collection[str] = (),
+    scale: float = 1.0,
 ) -> nnx.GraphDef:
     """The model without parameters; allocates nothing. lookup: looks up rows of tables, maybe
     spread over devices. rematerialise: the backward pass computes all of a layer but attention
-    again, to save memory."""
+    again, to save memory. adapted: paths of the dense layers with an adapter, "blocks/query" and so
+    on, whose factors are parameters then (`xelm.models.adapters`), with this scale."""
     model = _abstract(config, compute_dtype)
+    _adapt(model, adapted, scale)
     model.lookup, model.rematerialise = lookup, rematerialise
     return nnx.split(model)[0]
 
 
-def inference_graph(config: ModelConfig, compute_dtype: str = "float32") -> nnx.GraphDef:
-    """The model without parameters, for parameters in the layout of `for_inference`."""
+def inference_graph(
+    config: ModelConfig,
+    compute_dtype: str = "float32",
+    *,
+    adapted: Collection[str] = (),
+    scale: float = 1.0,
+) -> nnx.GraphDef:
+    """The model without parameters, for parameters in the layout of `for_inference`. adapted,
+    scale: as in `graph`."""
     model = _abstract(config, compute_dtype)
+    _adapt(model, adapted, scale)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             module.outputs_first = True
@@ -94,8 +106,8 @@ def stacked(path: str) -> bool:
 
 
 def is_weight(path: str) -> bool:
-    """Whether the parameter at a path is the matrix of a dense layer."""
-    return path.endswith("/weight")
+    """Whether the parameter at a path is a dense layer's matrix, or a factor of its adapter."""
+    return path.endswith(("/weight", "/lora_a", "/lora_b"))
 
 
 def shapes(config: ModelConfig) -> dict[str, Any]:
@@ -133,6 +145,13 @@ def matrices(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of a tree of parameters by their path, with slashes."""
     return cast(dict[str, Any], flatten_dict(tree, sep="/"))
+
+
+def _adapt(model: Transformer, adapted: Collection[str], scale: float) -> None:
+    for path in adapted:
+        layer = functools.reduce(getattr, path.split("/"), model)
+        assert isinstance(layer, Linear)
+        layer.adapt(scale)
 
 
 def _abstract(config: ModelConfig, compute_dtype: str) -> Transformer:

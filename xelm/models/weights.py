@@ -15,11 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from clustering.errors import UserError
-from clustering.hub_files import INDEX, split_weights, weight_files, write_index
+from clustering.hub_files import split_weights, write_index
 from xelm.models.config import ModelConfig
 from xelm.models.families.family import Family, Tensor
 from xelm.models.layout import Range, join, stored_shape, take
 from xelm.models.parameters import by_path, is_weight, shapes, stacked
+from xelm.models.stored import open_tensors
 
 ROWS_COMPARED = 4096
 """Rows of two large tables that are compared at once."""
@@ -30,8 +31,6 @@ _EXPONENTS = {"F64": 0x7FF << 52, "F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C
 VALUES_CHECKED = 2**24
 """Values of a tensor that are checked at once."""
 NARROW = {"BF16": "bfloat16", "F16": "float16"}
-POINTER = b"version https://git-lfs"
-"""Beginning of a file that git-lfs has not fetched."""
 GATHERED_BYTES = 2**28
 """Bytes of a parameter that are gathered from several hosts at once; each device holds as many."""
 
@@ -44,9 +43,7 @@ class Weights:
         wanted = {path: leaf.shape for path, leaf in by_path(shapes(config)).items()}
         self._config = config
         self._layers = _layer_shapes(wanted)
-        stored = _open(directory)
-        prefixed = any(name.startswith(kind.prefix) for name in stored)
-        self._stored = {kind.name(name, prefixed): value for name, value in stored.items()}
+        self._stored = open_tensors(directory, kind)
         self._rows = _compare(directory, kind, wanted, config, self._stored)
         self._homes = {path: (name, row) for name, row in self._rows.items() for path in row.paths}
 
@@ -223,26 +220,6 @@ def _compare(
             f"{directory} does not match its config.json: {'; '.join(faults[:5])}{more}"
         )
     return rows
-
-
-def _open(directory: str | Path) -> dict[str, Any]:
-    """Lazy slices of tensors by name, from one file or several."""
-    readers = {}
-    for name in weight_files(directory):
-        path = Path(directory) / name
-        if not path.is_file():
-            raise UserError(f"{Path(directory) / INDEX} names {name}, which is missing")
-        try:
-            with path.open("rb") as start:
-                fetched = start.read(len(POINTER)) != POINTER
-            file = safe_open(path, framework="np") if fetched else None
-        except Exception as error:
-            raise UserError(f"{path} is not readable as safetensors: {error}") from error
-        if file is None:
-            raise UserError(f"{path} is a pointer of git-lfs: fetch the weights, git lfs pull")
-        for key in file.keys():  # noqa: SIM118 (not a dictionary)
-            readers[key] = file.get_slice(key)
-    return readers
 
 
 def _table_rows(kind: Family, paths: Mapping[str, Any]) -> dict[str, Tensor]:

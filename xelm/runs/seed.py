@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from clustering.errors import UserError
+from clustering.hub_files import weight_files
 from xelm.config import RunConfig, StartToken, TrainConfig
 from xelm.data import tokenizer as tokenizers
 from xelm.data import tokenizer_training
@@ -21,7 +22,7 @@ from xelm.models.checkpoint import all_or_nothing, check_checkpoint, write_check
 from xelm.models.config import ModelConfig
 from xelm.models.families import hub_config
 from xelm.models.parameters import fresh_parameters
-from xelm.models.weights import tensor_without_numbers, weight_files
+from xelm.models.weights import tensor_without_numbers
 from xelm.runs.origin import licence_of
 from xelm.runs.run import Run
 from xelm.runs.shares import all_text, with_passes
