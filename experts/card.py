@@ -84,14 +84,16 @@ def _rows(
             others += f"the version before {bits['present']:.3f}, "
         figures = f"{bits['expert']:.3f} bits a byte ({others}the seed {bits['seed']:.3f})"
         shown.append((f"held-out text in {tag}", figures))
+    origin = "grown from its parent" if expert.made is None else "not trained in this RUN"
+    adopted = expert.made is not None and not expert.tokens
     return [
         ("version", str(expert.version)),
         ("languages", ", ".join(_languages(expert))),
-        ("cluster", expert.cluster or "none: grown from its parent"),
+        ("cluster", expert.cluster or f"none: {origin}"),
         ("parent", expert.parent),
         ("lineage", " ← ".join(_lineage(expert, registry))),
         ("round", str(expert.round)),
-        ("tokens of training", f"{expert.tokens:,}"),
+        ("tokens of training", "not known" if adopted else f"{expert.tokens:,}"),
         *shown,
     ]
 

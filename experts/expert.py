@@ -42,6 +42,7 @@ _OPTIONAL_JSON_TYPES = {
     "corpora": list,
     "donor": str,
     "data": dict,
+    "made": dict,
 }
 
 
@@ -97,6 +98,9 @@ class Expert:
     data: dict[str, list[dict[str, Any]]] | None = None
     """Language -> one entry for each corpus with the text that it was trained on: its counts, its
     hash and its data cards; None if it was not recorded."""
+    made: dict[str, Any] | None = None
+    """How its weights were made, if this version was not trained here: "by", such as "adopt",
+    "from", the directory or version, and what else belongs to it; None if it was trained."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further keys of its record in registry.json, kept as they are."""
 

@@ -14,7 +14,7 @@ from clustering.errors import UserError
 from xelm.evaluation.options import EvaluationOptions
 from xelm.inference.routing import DEFAULT, Routing
 from xelm.runs import run as runs
-from xelm.runs.options import AgainOptions, GrowOptions, InitOptions, LaunchOptions
+from xelm.runs.options import AdoptOptions, AgainOptions, GrowOptions, InitOptions, LaunchOptions
 
 if TYPE_CHECKING:
     from clustering.internal import States, Updates
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from xelm.data.text_stats import TextStats
     from xelm.evaluation.results import Results
     from xelm.inference.ensemble import Ensemble
+    from xelm.runs.adopt import Adoption
     from xelm.runs.budget import Plan
     from xelm.runs.compare import Comparison, ListedExpert
     from xelm.runs.export import GgufExport
@@ -107,6 +108,32 @@ class Run(runs.Run):
         from xelm.runs.grow import plan_growth
 
         return plan_growth(self, language, corpus, options)
+
+    def adopt(
+        self,
+        checkpoint: str | Path,
+        languages: Sequence[str] = (),
+        corpus: "AnyCorpus | None" = None,
+        options: AdoptOptions | None = None,
+    ) -> "Expert":
+        """Makes an expert, or the next version of one, of a checkpoint that was trained elsewhere;
+        no other expert changes. Arguments as in `xelm.runs.adopt.adopt`."""
+        from xelm.runs.adopt import adopt
+
+        return adopt(self, checkpoint, languages, corpus, options)
+
+    def plan_adoption(
+        self,
+        checkpoint: str | Path,
+        languages: Sequence[str] = (),
+        corpus: "AnyCorpus | None" = None,
+        options: AdoptOptions | None = None,
+    ) -> "Adoption":
+        """What `adopt` would make with these arguments, and what was checked; nothing in the RUN
+        changes."""
+        from xelm.runs.adopt import plan_adoption
+
+        return plan_adoption(self, checkpoint, languages, corpus, options)
 
     def evaluate(
         self,

@@ -5,6 +5,7 @@ progress to stderr.
 """
 
 from xelm.commands import (
+    adoption,
     clusters,
     config,
     evaluation,
@@ -31,6 +32,7 @@ COMMANDS = {
     "branch": training.BRANCH,
     "train": training.TRAIN,
     "grow": training.GROW,
+    "adopt": adoption.ADOPT,
     "evaluate": evaluation.EVALUATE,
     "generate": inference.GENERATE,
     "fill": inference.FILL,

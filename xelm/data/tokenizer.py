@@ -28,12 +28,17 @@ _PIECES = (
 PROBES = ("sea", "old")
 
 
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a checkpoint's directory has the pieces of a tokenizer."""
+    return any((Path(directory) / name).is_file() for name in _PIECES)
+
+
 def load(directory: str | Path, start_token: StartToken = "tokenizer") -> "Tokenizer":
     """The tokenizer in a checkpoint's directory; code in that directory is never run. UserError for
     one that reads no text. start_token: as `RunConfig.start_token`."""
     import transformers
 
-    if not any((Path(directory) / name).is_file() for name in _PIECES):
+    if not has_tokenizer(directory):
         tekken = (Path(directory) / "tekken.json").is_file()
         fetch = f"hf download OWNER/NAME --include 'tokenizer*' --local-dir {directory}"
         raise UserError(

@@ -1,6 +1,6 @@
 """The routers: the state that each keeps of a text, and how it weighs the experts by it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -285,6 +285,41 @@ class Learned(_Single, _SumsVectors):
 
     def log_weights(self, states, log_likelihoods):
         return normalised(self.features(states) @ self.weights + self.bias)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfSome:
+    """A router over some of the experts; the others have no weight, as nothing is known of the text
+    that they are for."""
+
+    router: Router
+    """Weighs those that it knows."""
+    places: Sequence[int]
+    """Index of each of these among all experts."""
+    experts: int
+    """Number of all experts, E."""
+
+    @property
+    def memory(self):
+        return self.router.memory
+
+    def start(self, language):
+        return self.router.start(language)
+
+    def terms(self, before, ids):
+        return self.router.terms(before, ids)
+
+    def needs_log_likelihoods(self, states):
+        return self.router.needs_log_likelihoods(states)
+
+    def log_weights(self, states, log_likelihoods):
+        found = np.full((len(states), self.experts), -np.inf)
+        own = log_likelihoods[:, self.places] if log_likelihoods.shape[1] else log_likelihoods
+        found[:, self.places] = self.router.log_weights(states, own)
+        return found
+
+    def decided_by(self, states):
+        return self.router.decided_by(states)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.runs import train
 from xelm.runs.budget import Plan, check_disk
-from xelm.runs.jobs import expert_job, other_settings, part_of
+from xelm.runs.jobs import expert_job, made_elsewhere, other_settings, part_of
 from xelm.runs.language import check_language
 from xelm.runs.options import AgainOptions
 from xelm.runs.run import Run
@@ -114,6 +114,8 @@ def _resumed(
 ) -> tuple[Run, Expert, dict[str, Store]]:
     """The same for a training that has begun; UserError for another corpus, start or setting than
     it began with, and for a version that did not begin in this way."""
+    if begun.made is not None:
+        raise made_elsewhere(run, begun)
     if begun.version == 1 or (begun.cluster is None and begun.donor is None):
         command = f"xelm train {run.directory} {begun.name}"
         if begun.cluster is None:

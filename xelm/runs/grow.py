@@ -88,7 +88,8 @@ def _prepared(
     if not registry.published():
         raise UserError(f"{run.directory} has no published expert to grow from; train some first")
     for expert in registry.training():
-        if expert.languages == (tag,) and expert.cluster is None and expert.donor is None:
+        grown = expert.cluster is None and expert.donor is None and expert.made is None
+        if expert.languages == (tag,) and grown:
             return _resumed(run, expert, corpus, options)
     origin, reason, lines = options.parent, "named by hand", ()
     if origin == "auto":

@@ -89,6 +89,16 @@ def part_of(expert: Expert) -> str:
     return "grow" if expert.cluster is None else "experts"
 
 
+def made_elsewhere(run: Run, expert: Expert) -> UserError:
+    """The error for a version in training that is not trained here, such as an adopted one."""
+    by = (expert.made or {}).get("by")
+    return UserError(
+        f"{expert.reference} is not trained here: it was begun with xelm {by}. Go on with that "
+        f"command, publish it with xelm publish {run.directory} {expert.name}, or give it up with "
+        f"xelm discard"
+    )
+
+
 def other_settings(run: Run, expert: Expert) -> str | None:
     """What the settings of a RUN say of the training of an expert that has begun with others, as in
     "with grow.tokens=7; got 8"; None if they agree."""
@@ -122,6 +132,11 @@ def _grown(
     """All text, its replayed part, and settings of a grown expert, which reads its donor's
     languages too."""
     config = run.config.grow
+    if not own.sources:
+        raise UserError(
+            f"{expert.reference} has no text in {', '.join(expert.languages)} to train on; give "
+            "some with --corpus"
+        )
     donors = divided(run, donor_text(run, expert))
     replayed = divided(run, replay_text(run, expert, config.data, own.share))
     text = _mixed(own, donors, replayed)

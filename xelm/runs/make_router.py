@@ -83,6 +83,20 @@ def _router(
             )
         found, names = identifier(run), pieces(run)
         return routers.Detected(experts=count, identifier=found, pieces=names, serving=served)
+    places = [place for place, expert in enumerate(experts) if expert.texts]
+    if not places:
+        raise UserError(
+            f"no expert of {run.directory} has text by which {routing.name} routing could know it; "
+            "use routing by language, posterior or uniform"
+        )
+    found = _by_text(run, [experts[place] for place in places], routing)
+    if len(places) == count:
+        return found
+    return routers.OfSome(router=found, places=places, experts=count)
+
+
+def _by_text(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
+    """The learned router, or that by TF-IDF, over experts that have text."""
     if routing.name == "learned":
         return learned(run, experts)
     temperature, distance_power = routing.tfidf

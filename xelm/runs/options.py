@@ -72,3 +72,17 @@ class GrowOptions:
     """Measure of the nearest language, as in xelm nearest; not with `parent`. None: mixture."""
     workers: int = 1
     """Number of processes that tokenise, as in `InitOptions`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdoptOptions:
+    """How a model from elsewhere becomes an expert."""
+
+    name: str | None = None
+    """Name of the expert; the name of one that exists makes its next version. None: the languages,
+    joined by -."""
+    parent: str | None = None
+    """Model that it was trained from: an expert NAME or NAME@v1, or seed. None: the one that the
+    checkpoint says it was trained from, if that is a model of the RUN, and otherwise the seed."""
+    workers: int = 1
+    """Number of processes that tokenise, as in `InitOptions`."""

@@ -34,9 +34,9 @@ CENTRE_DOCUMENTS = 2000
 """Largest number of documents of a language that a centre is the mean of: more hardly move it."""
 
 
-def write_centre(run: Run, name: str, sources: Sequence[LanguageShare]) -> None:
-    """Writes the mean TF-IDF vector of a training's documents, [D], among its files; each language
-    counts by its share."""
+def write_centre(run: Run, name: str, sources: Sequence[LanguageShare]) -> Path:
+    """Writes the mean TF-IDF vector of a training's documents, [D], among its files, and returns
+    the file; each language counts by its share."""
     vectoriser = run.vectoriser()
     total = sum(source.share for source in sources)
     centre = np.zeros(vectoriser.dimensions)
@@ -45,7 +45,10 @@ def write_centre(run: Run, name: str, sources: Sequence[LanguageShare]) -> None:
         step = -(-len(numbers) // CENTRE_DOCUMENTS)
         documents = (source.ids.document(int(number)) for number in numbers[::step])
         centre += source.share / total * vectoriser.transform(documents).mean(axis=0)
-    write_arrays(run.training(name) / CENTRE, {"centre": centre.astype(np.float32)})
+    path = run.training(name) / CENTRE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(path, {"centre": centre.astype(np.float32)})
+    return path
 
 
 def write_model(
@@ -78,11 +81,13 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     measured on held-out text, a model card is added to its files, and the registry has both.
     UserError if it does not pass; anyway: publish it all the same."""
     directory, text = expert.directory(run.directory), expert_text(run, expert)
-    data = provenance(expert_job(run, expert))
+    if expert.made is None:
+        data, tokens = provenance(expert_job(run, expert)), trained_tokens(directory)
+    else:
+        data, tokens = expert.data, expert.tokens
     evaluation = evaluate_held_out(run, expert, text.held_out)
     if not anyway:
         check_gate(run, expert, evaluation)
-    tokens = trained_tokens(directory)
     readme = directory / README
     # Both are from a publication that was interrupted.
     readme.unlink(missing_ok=True)
@@ -127,8 +132,12 @@ def publish_anyway(run: Run, name: str) -> Expert:
 
 def _facts(run: Run, expert: Expert, text: TrainingText) -> dict[str, str]:
     """Lines of the model card that the registry does not have."""
-    facts = origin_facts(run)
-    if expert.cluster is not None and expert.version == 1:
+    made = expert.made or {}
+    facts = origin_facts(run) | made.get("licence", {})
+    if made:
+        shown = {key: made[key] for key in made if key not in ("licence", "sha256")}
+        facts["made"] = ", ".join(f"{key} {value}" for key, value in shown.items())
+    elif expert.cluster is not None and expert.version == 1:
         facts["share of the total tokens"] = f"{text.share:.4f}"
     elif expert.reason is not None:
         facts["parent chosen"] = expert.reason

@@ -103,7 +103,8 @@ class Run:
 
     def untrained(self) -> list[str]:
         """Names of the experts of clusters that are not trained yet."""
-        return [e.name for e in self.registry().training() if e.cluster is not None]
+        training = self.registry().training()
+        return [e.name for e in training if e.cluster is not None and e.made is None]
 
     def clusters(self) -> Clustering:
         """The clusters that the RUN was branched on; UserError before that."""

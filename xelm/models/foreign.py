@@ -1,0 +1,127 @@
+"""Checkpoints that somebody else made: checked against the shape of a RUN's models, and copied
+without any code. Only config.json, safetensors and tokenizer files are read."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, where safetensors looks it up
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from clustering.errors import UserError
+from clustering.files import write_json
+from clustering.hub_files import INDEX, split_weights, weight_files, write_index
+from xelm.models.checkpoint import (
+    all_or_nothing,
+    check_checkpoint,
+    read_config,
+    read_hub_config,
+)
+from xelm.models.companions import TOKENIZER_FILES, copy_companions
+from xelm.models.config import ModelConfig
+from xelm.models.families import differences
+from xelm.models.weights import NARROW, tensor_without_numbers
+
+_NAMES = NARROW | {"F32": "float32", "F64": "float64"}
+_CODE = "auto_map"
+"""Key of config.json that names Python files of the checkpoint."""
+
+
+def faults_of(directory: str | Path, wanted: ModelConfig) -> list[str]:
+    """What is wrong with a checkpoint that is to stand beside models of a shape, one line each:
+    another shape, tensors that are missing, unknown or misshapen, and values that are not finite.
+    UserError if it cannot be read as a checkpoint at all."""
+    directory = Path(directory)
+    shape = read_config(directory)
+    if misfits := differences(shape, wanted):
+        more = f" (and {len(misfits) - 5} more)" if len(misfits) > 5 else ""
+        return [f"{directory} is of another shape: {', '.join(misfits[:5])}{more}"]
+    faults = []
+    try:
+        check_checkpoint(directory)
+    except UserError as error:
+        faults.append(str(error))
+    for name in weight_files(directory):
+        if (tensor := tensor_without_numbers(directory / name)) is not None:
+            faults.append(f"{tensor} in {directory / name} has NaN or infinite values")
+    return faults
+
+
+def code_of(directory: str | Path) -> list[str]:
+    """Names of files with code beside a checkpoint, none of which is run or copied."""
+    named = read_hub_config(directory).get(_CODE)
+    found = [path.name for path in sorted(Path(directory).glob("*.py"))]
+    return found or ([f"{_CODE} of config.json"] if named else [])
+
+
+def dtypes_of(directory: str | Path) -> tuple[str, ...]:
+    """Names of the dtypes of a checkpoint's tensors, as in NumPy, sorted."""
+    found = set()
+    for name in weight_files(directory):
+        with safe_open(Path(directory) / name, framework="np") as file:
+            kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            found |= {_NAMES.get(kind, kind) for kind in kinds}
+    return tuple(sorted(found))
+
+
+def copy_foreign(
+    source: str | Path,
+    directory: Path,
+    like: str | Path,
+    *,
+    dtype: str | None = None,
+    extra: Sequence[Path] = (),
+) -> None:
+    """Copies a checkpoint into the new folder `directory`, all of it or nothing: its weights byte
+    for byte or, if a dtype is given, each rounded to it once; config.json without references to
+    code; its tokenizer, or that of the checkpoint `like` if it brings none; its terms of use; and
+    the files in `extra`."""
+    source = Path(source)
+    config = {key: value for key, value in read_hub_config(source).items() if key != _CODE}
+    if dtype is not None:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"}
+        config["dtype"] = dtype
+    with all_or_nothing(directory) as partial:
+        write_json(partial / "config.json", config)
+        if not any((source / name).is_file() for name in TOKENIZER_FILES[:1]):
+            copy_companions(like, partial)
+        copy_companions(source, partial)
+        if dtype is None:
+            for name in weight_files(source):
+                shutil.copyfile(source / name, partial / name)
+            if len(weight_files(source)) > 1:
+                shutil.copyfile(source / INDEX, partial / INDEX)
+        else:
+            _write_rounded(source, partial, dtype)
+        for path in extra:
+            shutil.copyfile(path, partial / path.name)
+
+
+def _write_rounded(source: Path, partial: Path, dtype: str) -> None:
+    """Writes the tensors of a checkpoint in a dtype, one file of them in memory at a time."""
+    homes = {}
+    for name in weight_files(source):
+        file = safe_open(source / name, framework="np")
+        homes |= dict.fromkeys(file.keys(), file)
+    width = np.dtype(dtype).itemsize
+    sizes = {
+        name: width * int(np.prod(file.get_slice(name).get_shape())) for name, file in homes.items()
+    }
+    files = split_weights(sizes)
+    if len(files) > 1:
+        write_index(partial, files, sum(sizes.values()))
+    for target, names in files.items():
+        tensors = {name: _rounded(name, homes[name].get_tensor(name), dtype) for name in names}
+        save_file(tensors, partial / target, {"format": "pt"})
+        # The library makes files that only their owner can read, whatever the umask.
+        shutil.copymode(partial / "config.json", partial / target)
+
+
+def _rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):  # checked below
+        found = np.ascontiguousarray(tensor.astype(dtype))
+    if not np.isfinite(found.astype(np.float32)).all():
+        raise UserError(f"{name} has values beyond the range of {dtype}, the dtype of the RUN")
+    return found
