@@ -1,7 +1,7 @@
 """The model card of an expert: Markdown with the front matter that the Hugging Face Hub reads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experts.expert import SEED, Expert
@@ -24,19 +24,44 @@ def card(
     'license', 'license_name' and 'license_link' go into the front matter instead, if they are
     given: the Hub refuses made-up values. `masked`: the expert is an encoder, which fills masks."""
     sections = (
-        _front_matter(expert, facts, "fill-mask" if masked else "text-generation"),
+        _front_matter(_languages(expert), facts, masked=masked),
         f"# {expert.name}",
         _introduction(expert),
         _table(("", ""), _rows(expert, registry, facts)),
         *(("## Text", _text(expert)) if expert.data else ()),
+        *_use_and_files(expert.sha256, masked=masked),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def combined_card(
+    name: str,
+    introduction: str,
+    languages: Sequence[str],
+    facts: Mapping[str, str | int | float],
+    sha256: Mapping[str, str],
+) -> str:
+    """The text of README.md for a model that continues text in several languages and was made of
+    several experts. introduction: its first paragraph. `facts` are as in `card`."""
+    rows = [("languages", ", ".join(languages)), *_shown(facts)]
+    sections = (
+        _front_matter(languages, facts, masked=False),
+        f"# {name}",
+        introduction,
+        _table(("", ""), rows),
+        *_use_and_files(sha256, masked=False),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _use_and_files(sha256: Mapping[str, str], *, masked: bool) -> tuple[str, ...]:
+    """Sections that say how to load a model, and list its files with their hashes."""
+    return (
         "## Use",
         _USE.format(model="AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"),
         "## Files",
-        _table(
-            ("file", "SHA-256"), [(f"`{f}`", f"`{h}`") for f, h in sorted(expert.sha256.items())]
-        ),
+        _table(("file", "SHA-256"), [(f"`{f}`", f"`{h}`") for f, h in sorted(sha256.items())]),
     )
-    return "\n\n".join(sections) + "\n"
 
 
 _USE = """\
@@ -49,10 +74,13 @@ tokenizer = AutoTokenizer.from_pretrained(directory)
 ```"""
 
 
-def _front_matter(expert: Expert, facts: Mapping[str, str | int | float], task: str) -> str:
+def _front_matter(
+    languages: Sequence[str], facts: Mapping[str, str | int | float], *, masked: bool
+) -> str:
+    task = "fill-mask" if masked else "text-generation"
     # JSON strings are YAML strings; unquoted, the language "no" would be the truth value false.
     lines = ["---"]
-    lines += ["language:", *(f"- {json.dumps(language)}" for language in _languages(expert))]
+    lines += ["language:", *(f"- {json.dumps(language)}" for language in languages)]
     lines += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- xelm"]
     lines += [f"{key}: {json.dumps(str(facts[key]))}" for key in FRONT_MATTER_FACTS if key in facts]
     return "\n".join([*lines, "---"])
@@ -77,7 +105,7 @@ def _introduction(expert: Expert) -> str:
 def _rows(
     expert: Expert, registry: Registry, facts: Mapping[str, str | int | float]
 ) -> list[tuple[str, str]]:
-    shown = [(key, str(facts[key])) for key in facts if key not in FRONT_MATTER_FACTS]
+    shown = _shown(facts)
     for tag, bits in (expert.evaluation or {}).get("own", {}).items():
         others = "" if expert.parent == SEED else f"its parent {bits['parent']:.3f}, "
         if "present" in bits:
@@ -96,6 +124,11 @@ def _rows(
         ("tokens of training", "not known" if adopted else f"{expert.tokens:,}"),
         *shown,
     ]
+
+
+def _shown(facts: Mapping[str, str | int | float]) -> list[tuple[str, str]]:
+    """Rows of the facts that do not stand in the front matter."""
+    return [(key, str(facts[key])) for key in facts if key not in FRONT_MATTER_FACTS]
 
 
 def _text(expert: Expert) -> str:

@@ -25,14 +25,15 @@ class Event:
     """Time in UTC, to the second, such as 2026-11-30T08:00:00+00:00."""
     action: str
     """What was done: branch, train, again (a further version is begun), grow, adopt, publish,
-    rollback, retire, restore, rename, discard."""
+    rollback, retire, restore, rename, discard, distil."""
     experts: dict[str, str | None]
     """Reference 'NAME@vN' -> its status after the event; None for a record that was removed."""
     command: str
     """Command line of the process that made the change."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What else belongs to the action, such as "refusal", why the gate refused an expert that was
-    published all the same, or "renamed": earlier name -> new name."""
+    published all the same, "renamed": earlier name -> new name, or "model", which was made of
+    experts and is none."""
 
     def to_json(self) -> dict[str, Any]:
         """Its record in registry.json."""

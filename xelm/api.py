@@ -14,7 +14,14 @@ from clustering.errors import UserError
 from xelm.evaluation.options import EvaluationOptions
 from xelm.inference.routing import DEFAULT, Routing
 from xelm.runs import run as runs
-from xelm.runs.options import AdoptOptions, AgainOptions, GrowOptions, InitOptions, LaunchOptions
+from xelm.runs.options import (
+    AdoptOptions,
+    AgainOptions,
+    DistilOptions,
+    GrowOptions,
+    InitOptions,
+    LaunchOptions,
+)
 
 if TYPE_CHECKING:
     from clustering.internal import States, Updates
@@ -306,6 +313,30 @@ class Run(runs.Run):
         from xelm.runs.export import export_gguf
 
         return export_gguf(self, name, out, converter)
+
+    def distil(
+        self,
+        name: str = "student",
+        options: DistilOptions | None = None,
+        routing: Routing | None = None,
+    ) -> Path:
+        """Trains one model for all languages, RUN/students/`name`, to predict what the ensemble
+        predicts, or goes on with one that was interrupted. Arguments as in
+        `xelm.runs.distil.distil`."""
+        from xelm.runs.distil import distil
+
+        return distil(self, name, options, routing)
+
+    def plan_distil(
+        self,
+        name: str = "student",
+        options: DistilOptions | None = None,
+        routing: Routing | None = None,
+    ) -> "Plan":
+        """What `distil` would cost with these arguments; nothing is written."""
+        from xelm.runs.distil import plan_distil
+
+        return plan_distil(self, name, options, routing)
 
     def merge(
         self,

@@ -7,6 +7,7 @@ progress to stderr.
 from xelm.commands import (
     adoption,
     clusters,
+    combine,
     config,
     evaluation,
     export,
@@ -49,5 +50,6 @@ COMMANDS = {
     "diff": lifecycle.DIFF,
     "history": lifecycle.HISTORY,
     "merge": merge.MERGE,
+    "distil": combine.DISTIL,
     "export": export.EXPORT,
 }

@@ -118,7 +118,7 @@ def _init(options: argparse.Namespace) -> None:
     clusters = Clustering.load(options.clusters) if options.clusters else None
     if options.dry_run:
         plans, texts = plan_init(options.run, corpus, config, given, clusters=clusters)
-        _print_plans(options, plans, texts, f"Nothing was written to {options.run}")
+        print_plans(options, plans, texts, f"Nothing was written to {options.run}")
         return
     run = api.init(options.run, corpus, config, given, clusters=clusters)
     store = run.store()
@@ -127,7 +127,7 @@ def _init(options: argparse.Namespace) -> None:
     show(options, facts, f"{table}\n\nRUN: {run.directory}")
 
 
-def _print_plans(
+def print_plans(
     options: argparse.Namespace,
     plans: "Sequence[Plan]",
     texts: "Sequence[TextStats]" = (),
@@ -229,7 +229,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.dry_run:
         together = max(where.jobs, run.config.experts.runtime.mesh_expert)
         plans = run.plan_training(*names, dense=options.dense)
-        _print_plans(options, plans)
+        print_plans(options, plans)
         check_disk(run.directory, plans, together=together)
         return
     with ending_alone() if options.hosts else nullcontext():
@@ -258,7 +258,7 @@ def _train_again(options: argparse.Namespace, where: LaunchOptions) -> None:
     if options.dry_run:
         expert, plan, texts = run.plan_again(name, corpus, given)
         last = f"{expert.reference} would start from {expert.parent}; nothing was changed"
-        _print_plans(options, [plan], texts, last)
+        print_plans(options, [plan], texts, last)
         return
     expert = run.train_again(name, corpus, given)
     origin = f"from {expert.parent}, {expert.tokens:,} tokens"
@@ -317,7 +317,7 @@ def _grow(options: argparse.Namespace) -> None:
     if options.dry_run:
         expert, plan, text = run.plan_growth(options.language, corpus, given)
         last = f"{expert.reference} would start from {expert.parent}; nothing was changed"
-        _print_plans(options, [plan], [text], last)
+        print_plans(options, [plan], [text], last)
         return
     expert = run.grow(options.language, corpus, given)
     (tag,) = expert.languages

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from clustering.errors import UserError
 from xelm.config import TrainConfig
 from xelm.data.store import FRAME, TokenizedLanguage
+from xelm.data.teacher import TeacherText
 from xelm.data.text_format import TextFormat
 
 ORIGIN = ("language", "row")
@@ -35,6 +36,13 @@ class LanguageShare:
     """Share of the rows of the training, relative to the other shares."""
     documents: Int[np.ndarray, " documents"] | None = None
     """Numbers of the documents to use; None means all."""
+    teacher: TeacherText | None = None
+    """What a teacher predicts along these documents, if it is distilled."""
+
+    @property
+    def numbers(self) -> Int[np.ndarray, " documents"]:
+        """Numbers of the documents."""
+        return np.arange(len(self.ids)) if self.documents is None else self.documents
 
     @property
     def tokens(self) -> int:
@@ -51,8 +59,9 @@ class LanguageRows:
         self, source: LanguageShare, config: TrainConfig, text_format: TextFormat, index: int = 0
     ):
         """index: that of the language among those of the training."""
-        self.ids = ids = source.ids
+        self.ids, self.teacher = source.ids, source.teacher
         self.text_format = text_format
+        ids = source.ids
         frame = len(text_format.framed([]))
         if source.documents is None:
             self.order, self.ends = ids.order, ids.stream_ends
@@ -79,22 +88,35 @@ class LanguageRows:
 
     def __getitem__(self, record_key: SupportsIndex) -> dict[str, Any]:
         """tokens, segments, positions: int32 [T + 1]. Segment 0 is padding; positions count from
-        the start of the document or of the row, whichever is later. And the two of `ORIGIN`."""
+        the start of the document or of the row, whichever is later. And the two of `ORIGIN`.
+
+        With a teacher, also what it predicts of the tokens from the second on: teacher_ids, int32
+        [T, n], teacher_log_probabilities, float16 [T, n], and its teacher_share, float32."""
         size = self.sequence_length + 1
         start = int(record_key) * self.sequence_length
         tokens = np.zeros(size, np.int32)
         segments = np.zeros(size, np.int32)
         positions = np.zeros(size, np.int32)
+        predicted = self._predicted(size)
         document = int(np.searchsorted(self.ends, start, side="right"))
         filled, segment = 0, 0
         while filled < size and document < len(self.ends):
             begin = int(self.ends[document - 1]) if document else 0
             framed = self.text_format.framed(self.ids.document(self.order[document]))
-            piece = framed[start + filled - begin :][: size - filled]
+            offset = start + filled - begin
+            piece = framed[offset:][: size - filled]
             segment += 1
             part = slice(filled, filled + len(piece))
             tokens[part], segments[part] = piece, segment
             positions[part] = np.arange(len(piece))
+            if self.teacher is not None:
+                # Its first target is the token after the start.
+                start_tokens = len(self.text_format.start_ids)
+                lead = max(0, start_tokens - offset)
+                first, count = offset + lead - start_tokens, len(piece) - lead
+                found = self.teacher.document(int(self.order[document]))
+                for array, values in zip(predicted.values(), found):
+                    array[part][lead:] = values[first : first + count]
             filled += len(piece)
             document += 1
         return {
@@ -103,7 +125,44 @@ class LanguageRows:
             "positions": positions,
             "language": np.int32(self.language_index),
             "row": np.int64(record_key),
+            **{name: array[1:] for name, array in predicted.items()},
+            **({} if self.teacher is None else {"teacher_share": np.float32(self.teacher.share)}),
         }
+
+    def _predicted(self, size: int) -> dict[str, np.ndarray]:
+        """Arrays for what a teacher predicts of so many tokens; none without a teacher."""
+        if self.teacher is None:
+            return {}
+        shape = (size, self.teacher.ids.shape[1])
+        return {
+            "teacher_ids": np.zeros(shape, np.int32),
+            "teacher_log_probabilities": np.zeros(shape, np.float16),
+        }
+
+
+def documents_read(
+    source: LanguageShare, rows: int, config: TrainConfig, text_format: TextFormat
+) -> Int[np.ndarray, " documents"]:
+    """Numbers of the documents, ascending, of which a training reads a part in its first `rows`
+    rows of a source."""
+    packed = LanguageRows(source, config, text_format)
+    if rows >= len(packed):
+        return np.sort(packed.order)
+    shuffled = _shuffled(grain.MapDataset.range(len(packed)), packed)
+    chosen = np.asarray([shuffled[number] for number in range(rows)], int)
+    starts = chosen * packed.sequence_length
+    first = np.searchsorted(packed.ends, starts, side="right")
+    # A row ends with the token at which the next one starts.
+    last = np.searchsorted(packed.ends, starts + packed.sequence_length, side="right")
+    edges = np.zeros(len(packed.order) + 1, int)
+    np.add.at(edges, first, 1)
+    np.add.at(edges, np.minimum(last, len(packed.order) - 1) + 1, -1)
+    return np.sort(packed.order[np.cumsum(edges[:-1]) > 0])
+
+
+def _shuffled(dataset: Any, rows: LanguageRows) -> Any:
+    """The rows of a language without end, shuffled anew in every pass over them."""
+    return dataset.seed(rows.row_seed).shuffle().repeat()
 
 
 def batches(
@@ -124,9 +183,7 @@ def batches(
             raise ValueError(f"no document to train on in {source.ids.language}")
         # Grain's types want more methods; it uses only these two.
         source_of_rows = cast(grain.sources.RandomAccessDataSource, rows)
-        datasets.append(
-            grain.MapDataset.source(source_of_rows).seed(rows.row_seed).shuffle().repeat()
-        )
+        datasets.append(_shuffled(grain.MapDataset.source(source_of_rows), rows))
         shares.append(source.share)
     interleaved = _Interleaved(shares, count, batch_size, config.random_seed)
     mixed = grain.MapDataset.select_from_datasets(datasets, interleaved)

@@ -1,7 +1,8 @@
 """Predictions of models and of their mixtures: what their whole distributions say at each token,
-not only the probability of the token that came."""
+not only the probability of the token that came; and the tokens that a mixture finds likeliest."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -73,6 +74,56 @@ def predict_documents(
     return Predictions(*found)
 
 
+class Likeliest(NamedTuple):
+    """The n most probable tokens at each of T places."""
+
+    ids: Int[np.ndarray, "T n"]
+    """The most probable first."""
+    log_probabilities: Float[np.ndarray, "T n"]
+
+
+def likeliest_of_mixture(
+    model: ModelConfig,
+    models: Sequence[Callable[[], Any]],
+    documents: Sequence[Int[np.ndarray, " _"]],
+    log_weights: Sequence[Float[np.ndarray, "_ M"]],
+    top: int,
+    **options: Any,
+) -> list[Likeliest]:
+    """The `top` most probable tokens under a mixture of M models at the last `scoring.targets` of
+    each document: at as many as there are log weights. Only models with weight read a document.
+    models, options: as in `predict_documents`."""
+    ends = np.cumsum([0, *map(len, log_weights)])
+    weights = np.concatenate([np.zeros((0, len(models))), *log_weights]).astype(np.float32)
+    states: dict[int, np.ndarray] = {}
+    for index, parameters in enumerate(models):
+        weighed = [n for n, own in enumerate(log_weights) if np.isfinite(own[:, index]).any()]
+        if not weighed:
+            continue
+        some = [documents[number] for number in weighed]
+        found = score_documents(model, parameters(), some, measure=final_states, **options)
+        states[index] = np.zeros((len(weights), model.width), np.float32)
+        for number, own in zip(weighed, found):
+            count = len(log_weights[number])
+            states[index][ends[number] : ends[number + 1]] = own[len(own) - count :]
+    step = max(1, min(TOKENS_AT_ONCE, VALUES_AT_ONCE // model.vocabulary_size // 3))
+    probabilities = _probabilities(model, options.get("dtype", "float32"))
+    parts = [Likeliest(np.zeros((0, top), np.int32), np.zeros((0, top), np.float32))]
+    for begin in range(0, len(weights), step):
+        part = slice(begin, min(begin + step, len(weights)))
+        padding = [(0, step - (part.stop - begin)), (0, 0)]
+        mixed = jnp.zeros((1, step, model.vocabulary_size))
+        for index, known in states.items():
+            if np.isfinite(weights[part, index]).any():
+                own = probabilities(models[index](), np.pad(known[part], padding))
+                padded = np.pad(weights[part, index][None], [(0, 0), padding[0]])
+                mixed = _added(mixed, own, padded)
+        found = _likeliest(mixed[0], top)
+        parts.append(Likeliest(*(np.asarray(each)[: part.stop - begin] for each in found)))
+    joined = [np.concatenate(each) for each in zip(*parts)]
+    return [Likeliest(*(each[a:b] for each in joined)) for a, b in itertools.pairwise(ends)]
+
+
 @compiled_by_model()
 def _probabilities(network, states):
     logits = network.output_head().logits(states.astype(network.compute_dtype))
@@ -82,6 +133,12 @@ def _probabilities(network, states):
 @functools.partial(jax.jit, donate_argnums=0)
 def _added(mixed, probabilities, log_weights):
     return mixed + jnp.exp(log_weights)[:, :, None] * probabilities[None]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _likeliest(probabilities, top):
+    values, ids = jax.lax.top_k(probabilities, top)
+    return ids, jnp.log(values)
 
 
 @jax.jit

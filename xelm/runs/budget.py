@@ -46,11 +46,13 @@ class Plan:
     """Bytes of the checkpoints that are kept and of the one being written."""
     model_bytes: int
     """Largest number of bytes of the published weights."""
+    teacher_bytes: int = 0
+    """Bytes of a teacher's predictions that are not written yet; they are deleted in the end."""
 
     @property
     def disk_bytes(self) -> int:
         """Largest number of bytes on disk at any time."""
-        return self.checkpoint_bytes + self.model_bytes
+        return self.checkpoint_bytes + self.model_bytes + self.teacher_bytes
 
 
 def plan(
@@ -121,8 +123,10 @@ def needed_bytes(directory: Path, plans: Sequence[Plan], together: int = 1) -> i
     are deleted when a training is done, weights stay."""
     left = []
     for each in plans:
-        written = [file for file in (directory / "train" / each.name).rglob("*") if file.is_file()]
-        left.append(max(0, each.checkpoint_bytes - sum(file.stat().st_size for file in written)))
+        folder = directory / "train" / each.name.replace("/", "+")
+        written = [file for file in (folder / "checkpoints").rglob("*") if file.is_file()]
+        bytes_left = max(0, each.checkpoint_bytes - sum(file.stat().st_size for file in written))
+        left.append(bytes_left + each.teacher_bytes)
     return sum(p.model_bytes for p in plans) + sum(sorted(left, reverse=True)[:together])
 
 

@@ -15,7 +15,8 @@ from xelm.runs.shares import unused_text
 
 
 def discard(run: Run, name: str) -> Expert | Path | None:
-    """Deletes the checkpoints of an unfinished training: of "dense", or of an expert by name.
+    """Deletes the checkpoints of an unfinished training: of "dense", of a student or mixture
+    ("students/NAME", "mixes/NAME"), or of an expert by name.
 
     A grown expert, or a further version of one, leaves the registry with the text that was
     tokenised for it alone. The first version of a branched expert stays, since its cluster belongs
@@ -24,12 +25,16 @@ def discard(run: Run, name: str) -> Expert | Path | None:
     An expert that was discarded already changes nothing. UserError if nothing of that name is in
     training, or while another process trains it.
     """
-    if name == "dense":
-        with locked(run.directory, "train-dense"):
-            if run.dense.exists() or not run.training(name).exists():
-                state = "trained to the end" if run.dense.exists() else "not in training"
-                raise UserError(f"the dense baseline of {run.directory} is {state}")
+    if name == "dense" or "/" in name:
+        with locked(run.directory, f"train-{run.training(name).name}"):
+            done = name in run.combined() or (name == "dense" and run.dense.exists())
+            if done or not run.training(name).exists():
+                state = "trained to the end" if done else "not in training"
+                what = "the dense baseline" if name == "dense" else name
+                raise UserError(f"{what} of {run.directory} is {state}")
             _delete_work(run, name)
+            if "/" in name:  # written, and not recorded yet
+                _delete(run.directory / name)
         return None
     with locked(run.directory, f"train-{name}"):
         # Read under the lock: a process that trains the expert publishes it under the same lock.

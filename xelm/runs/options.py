@@ -52,6 +52,24 @@ class LaunchOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistilOptions:
+    """How a student learns from the ensemble."""
+
+    top: int = 16
+    """Number of the teacher's likeliest tokens at each position whose probabilities the student
+    learns; all other tokens are one more outcome."""
+    teacher_share: float = 1.0
+    """Weight of the divergence from the teacher in the loss, from 0 to 1; the cross-entropy of the
+    text has the rest."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UserError(f"top must be at least 1; got {self.top}")
+        if not 0 <= self.teacher_share <= 1:
+            raise UserError(f"teacher_share must be between 0 and 1; got {self.teacher_share}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class AgainOptions:
     """How the next version of an expert is trained."""
 

@@ -20,6 +20,7 @@ from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
 from xelm.models.checkpoint import README, read_config, stored_dtype, write_checkpoint
 from xelm.models.config import ModelConfig
+from xelm.runs.combined import RECIPE
 from xelm.runs.gate import check_gate, evaluate_held_out, faults_of
 from xelm.runs.jobs import expert_job
 from xelm.runs.origin import origin_facts
@@ -32,6 +33,9 @@ CENTRE = "centre.npz"
 """Mean TF-IDF vector of an expert's documents, [D], by which TF-IDF routing finds it."""
 CENTRE_DOCUMENTS = 2000
 """Largest number of documents of a language that a centre is the mean of: more hardly move it."""
+
+_KEPT = (METRICS, HELD_OUT, CENTRE, RECIPE)
+"""Files of a training that go with its checkpoint."""
 
 
 def write_centre(run: Run, name: str, sources: Sequence[LanguageShare]) -> Path:
@@ -68,7 +72,7 @@ def write_model(
         model,
         parameters,
         like=run.seed,
-        extra=[work / name for name in (METRICS, HELD_OUT, CENTRE) if (work / name).exists()],
+        extra=[work / file for file in _KEPT if (work / file).exists()],
         dtype=stored_dtype(run.seed) if dtype == "seed" else dtype,
         writes=writes,
     )

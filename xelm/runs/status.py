@@ -45,7 +45,12 @@ def progress(run: Run) -> list[Progress]:
     """Progress of the seed and the dense baseline, where they are trained, and of every expert: the
     version in use and the one in training or, without either, the newest retired one."""
     found, registry = [], run.registry()
-    for name, path in {"seed": run.seed, "dense": run.dense}.items():
+    unfinished = sorted((run.directory / "train").glob("*+*"))
+    others = run.combined() | {
+        name: run.directory / name
+        for name in (path.name.replace("+", "/") for path in unfinished if path.is_dir())
+    }
+    for name, path in ({"seed": run.seed, "dense": run.dense} | others).items():
         finished = (path / "metrics.jsonl").exists()
         if finished or run.training(name).exists():
             found.append(_progress(run, name, None, path if finished else None))
@@ -77,7 +82,7 @@ def _progress(run: Run, name: str, version: int | None, done: Path | None) -> Pr
     if done:
         seconds = seconds_of(lines)
         rate = tokens / seconds if seconds else None
-    who = None if done else owner(run.directory, f"train-{name}")
+    who = None if done else owner(run.directory, f"train-{work.name}")
     why = ""
     if not (done or who):
         with suppress(FileNotFoundError):

@@ -1,10 +1,13 @@
-"""Cross-entropy for very large vocabularies, computed for a chunk of positions at a time."""
+"""Cross-entropy, and the divergence from a teacher, for very large vocabularies: computed for a
+chunk of positions at a time."""
 
 import functools
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import xlogy
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -34,9 +37,50 @@ def cross_entropy(
     vocabulary over `fsdp` and `tensor` (as in Megatron-LM: Shoeybi et al. 2019, arXiv 1909.08053,
     section 3). data x fsdp must divide the first dimension of `states`.
     """
-    flat = states.reshape(-1, states.shape[-1])
-    constant = jax.lax.stop_gradient(weights.reshape(-1))
-    return _summed(spread, flat, head, targets.reshape(-1), constant)
+    return _sum(spread, states, head, targets, weights, None)
+
+
+class Teacher(NamedTuple):
+    """A teacher's predictions at some positions."""
+
+    ids: Int[Array, "*B n"]
+    """Its n likeliest tokens, all different."""
+    log_probabilities: Float[Array, "*B n"]
+    """Their log probabilities; what their probabilities leave to 1 is that of all other tokens."""
+    share: Float[Array, "*B"]
+    """Weight of the divergence from the teacher; the cross-entropy has the rest to 1."""
+
+
+@jax.named_scope("loss")
+def distillation(
+    states: Float[Array, "*B D"],
+    head: Head,
+    targets: Int[Array, "*B"],
+    weights: Float[Array, "*B"],
+    teacher: Teacher,
+    *,
+    spread: bool = False,
+) -> Float[Array, ""]:
+    """Sum over positions of weight * ((1 - share) * -log q(target) + share * KL), in nats.
+
+    KL is the forward divergence of the student q from the teacher p, with all tokens but the
+    teacher's n likeliest in one bin: sum_i p_i log(p_i / q_i) + r log(r / s), with r = 1 - sum_i
+    p_i and s = 1 - sum_i q_i. It is 0 where both agree on the n probabilities, and never above the
+    divergence over the vocabulary, whose first term it is in Dasgupta et al. 2026 (arXiv
+    2602.20816); with n = V it is that. The mixture with the cross-entropy is that of Hinton et al.
+    2015 (arXiv 1503.02531), in pre-training as in Peng et al. 2024 (arXiv 2410.16215).
+
+    By the logits the gradient is q - (1 - share) [target] - share * t, where t is p on the n tokens
+    and r q / s on all others. Memory, arguments and `spread` are as in `cross_entropy`."""
+    return _sum(spread, states, head, targets, weights, teacher)
+
+
+def _sum(spread, states, head, targets, weights, teacher):
+    def flat(array):
+        return array.reshape(-1, *array.shape[targets.ndim :])
+
+    constants = jax.lax.stop_gradient((weights, teacher))
+    return _summed(spread, flat(states), head, flat(targets), *jax.tree.map(flat, constants))
 
 
 @jax.named_scope("loss")
@@ -80,22 +124,20 @@ def _losses_over_mesh(states, head, targets):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(spread, states, head, targets, weights):
-    return _forward(spread, states, head, targets, weights)[0]
+def _summed(spread, states, head, targets, weights, teacher):
+    return _forward(spread, states, head, targets, weights, teacher)[0]
 
 
-def _forward(spread, states, head, targets, weights):
-    if not spread:
-        loss, gradients = _loss_of_part(states, head, targets, weights)
-    else:
-        loss, gradients = _loss_over_mesh(states, head, targets, weights)
+def _forward(spread, states, head, targets, weights, teacher):
+    compute = _loss_over_mesh if spread else _loss_of_part
+    loss, gradients = compute(states, head, targets, weights, teacher)
     state_gradient, head_gradient = gradients
     like = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), head_gradient, head)
     # Both at once, or XLA would keep the head's in float32 during the whole backward pass.
     return loss, jax.lax.optimization_barrier((state_gradient.astype(states.dtype), like))
 
 
-def _loss_of_part(states, head, targets, weights, first=0, size=None, across=()):
+def _loss_of_part(states, head, targets, weights, teacher, first=0, size=None, across=()):
     """The loss, and its gradients by states and head.
 
     `head` may be a part of the vocabulary: entries from `first` on, of which those at `size` and
@@ -105,10 +147,13 @@ def _loss_of_part(states, head, targets, weights, first=0, size=None, across=())
     entries = first + jnp.arange(head.matrix.shape[0])
 
     def chunk(head_gradient, inputs):
-        part, wanted, weight = inputs
+        part, wanted, weight, *predicted = inputs
         logits, hot, scaled, total, losses = _softmax(part, wanted, head, entries, size, across)
+        likely = scaled / total
+        if predicted:
+            losses, hot = _taught(Teacher(*predicted), losses, hot, likely, first, size, across)
         loss = (losses * weight).sum()
-        error = (scaled / total - hot) * weight[:, None]
+        error = (likely - hot) * weight[:, None]
         if head.cap is not None:
             # The slope of tanh; 0 where there is no token.
             error = error * (1 - jnp.square(jnp.maximum(logits, -head.cap) / head.cap))
@@ -124,7 +169,7 @@ def _loss_of_part(states, head, targets, weights, first=0, size=None, across=())
         return sums, (loss, state_gradient)
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
-    chunks = in_chunks(head.matrix.shape[0], states, targets, weights)
+    chunks = in_chunks(head.matrix.shape[0], states, targets, weights, *(teacher or ()))
     head_gradient, (losses, state_gradients) = jax.lax.scan(chunk, zero, chunks)
     state_gradient = state_gradients.reshape(-1, states.shape[1])[: states.shape[0]]
     return losses.sum(), (state_gradient, head_gradient)
@@ -146,16 +191,45 @@ def _softmax(part, wanted, head, entries, size, across):
     return logits, hot, scaled, total, (top + jnp.log(total) - chosen)[:, 0]
 
 
-def _loss_over_mesh(states, head, targets, weights):
+def _taught(teacher, losses, hot, likely, first, size, across):
+    """The losses of a chunk of positions with their divergence from a teacher, and what the model's
+    probabilities, `likely`, are to become there. The other arguments are as in `_loss_of_part`; of
+    `losses` and `hot`, those of the targets."""
+    count, vocabulary = teacher.ids.shape[-1], size or likely.shape[-1]
+    top = jnp.exp(teacher.log_probabilities.astype(jnp.float32))
+    total = top.sum(axis=-1, keepdims=True)
+    # Rounded values may sum to more than 1; those of all tokens do sum to 1.
+    top = top / (total if count == vocabulary else jnp.maximum(total, 1))
+    rest = jnp.zeros_like(total) if count == vocabulary else 1 - top.sum(axis=-1, keepdims=True)
+    # Of the tokens on other devices, which are dropped, none may count from the end.
+    places = teacher.ids - first
+    places = jnp.where(places < 0, likely.shape[-1], places)
+    rows = jnp.arange(len(likely))[:, None]
+    wanted = jnp.zeros_like(likely).at[rows, places].set(top, mode="drop")
+    named = jnp.zeros(likely.shape, bool).at[rows, places].set(True, mode="drop")
+    least = jnp.finfo(jnp.float32).tiny
+    others = jax.lax.psum(jnp.where(named, 0, likely).sum(axis=-1, keepdims=True), across)
+    others = jnp.maximum(others, least)
+    crossed = jnp.where(named, wanted * jnp.log(jnp.maximum(likely, least)), 0).sum(axis=-1)
+    divergence = xlogy(top, top).sum(axis=-1) + xlogy(rest, rest / others)[:, 0]
+    divergence = divergence - jax.lax.psum(crossed, across)
+    wanted = jnp.where(named, wanted, rest * likely / others)
+    share = teacher.share.astype(jnp.float32)
+    hot = (1 - share[:, None]) * hot + share[:, None] * wanted
+    return (1 - share) * losses + share * divergence, hot
+
+
+def _loss_over_mesh(states, head, targets, weights, teacher):
     size, padded = head.matrix.shape[0], _padded(head, states.dtype)
 
-    def part(states, head, targets, weights):
+    def part(states, head, *others):
         # The vocabulary is split over `fsdp`, so each device needs the positions of all of these.
-        every = [jax.lax.all_gather(x, "fsdp", tiled=True) for x in (states, targets, weights)]
+        states, targets, weights, *teacher = (
+            jax.lax.all_gather(x, "fsdp", tiled=True) for x in (states, *others)
+        )
         first = jax.lax.axis_index(_VOCABULARY) * head.matrix.shape[0]
-        states, targets, weights = every
         loss, (state_gradient, head_gradient) = _loss_of_part(
-            states, head, targets, weights, first, size, _VOCABULARY
+            states, head, targets, weights, teacher, first, size, _VOCABULARY
         )
         state_gradient = jax.lax.psum(state_gradient, "tensor")
         state_gradient = jax.lax.psum_scatter(state_gradient, "fsdp", tiled=True)
@@ -164,11 +238,11 @@ def _loss_over_mesh(states, head, targets, weights):
 
     loss, (state_gradient, head_gradient) = jax.shard_map(
         part,
-        in_specs=(_ROWS, _ENTRIES, _ROWS, _ROWS),
+        in_specs=(_ROWS, _ENTRIES, *[_ROWS] * (2 + len(teacher or ()))),
         out_specs=(PartitionSpec(), (_ROWS, _ENTRIES)),
         axis_names={*_POSITIONS, *_VOCABULARY},
         check_vma=False,
-    )(states, padded, targets, weights)
+    )(states, padded, targets, weights, *(teacher or ()))
     return loss, (state_gradient, jax.tree.map(lambda x: x[:size], head_gradient))
 
 
@@ -186,7 +260,7 @@ def _padded(head, dtype):
 def _backward(spread, gradients, cotangent):
     scale = cotangent.astype(jnp.float32)
     scaled = jax.tree.map(lambda gradient: (gradient * scale).astype(gradient.dtype), gradients)
-    return (*scaled, None, None)
+    return (*scaled, None, None, None)
 
 
 _summed.defvjp(_forward, _backward)

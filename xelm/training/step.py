@@ -14,7 +14,7 @@ from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph
 from xelm.training.lookups import spread_lookup, states_at
-from xelm.training.loss import cross_entropy, token_losses
+from xelm.training.loss import Teacher, cross_entropy, distillation, token_losses
 from xelm.training.master_weights import Remainders, join_weights, split_weights
 from xelm.training.optimizer import clipped, optimizer
 from xelm.training.sharding import BATCH
@@ -140,7 +140,12 @@ class TrainStep:
 
     def _loss(self, parameters, part, total):
         states, head, targets = self._predictions(parameters, part)
-        return cross_entropy(states, head, targets, self._weights(part) / total, spread=self.spread)
+        weights = self._weights(part) / total
+        if "teacher_ids" in part:
+            share = jnp.broadcast_to(part["teacher_share"][:, None], targets.shape)
+            teacher = Teacher(part["teacher_ids"], part["teacher_log_probabilities"], share)
+            return distillation(states, head, targets, weights, teacher, spread=self.spread)
+        return cross_entropy(states, head, targets, weights, spread=self.spread)
 
     def _predictions(self, parameters, part):
         """States from which the targets are predicted, the output head, and the targets."""
