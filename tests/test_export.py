@@ -86,7 +86,7 @@ def test_a_model_that_cannot_be_used_is_not_copied(xelm, copy, tmp_path):
     assert xelm("retire", copy.directory, "de-fr").code == 0
     assert "de-fr@v1 is retired; bring it back with: xelm restore" in said("de-fr")
     update(copy.directory, lambda registry: grow(registry, "pt", "en-es"), "grow")
-    assert "pt@v1 is in training: it has no published weights to export" in said("pt@v1")
+    assert "pt@v1 is in training: it has no published weights" in said("pt@v1")
     weights = copy.directory / "dense" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"1234")
     assert "dense: " in said("dense")

@@ -171,6 +171,13 @@ class Run(runs.Run):
             chosen = replace(chosen, top_m=top_m)
         return open_ensemble(self, chosen, dtype=dtype)
 
+    def model(self, name: str, *, dtype: str = "auto") -> "Ensemble":
+        """One model of the RUN, which scores, continues and fills text alone. name: as in `export`.
+        dtype: as in `ensemble`."""
+        from xelm.runs.ensembles import open_model
+
+        return open_model(self, name, dtype=dtype)
+
     def report(self) -> Path:
         """Writes one self-contained HTML page about the RUN, and its figures; returns its path."""
         from xelm.runs.report import report
@@ -299,8 +306,8 @@ class Run(runs.Run):
 
     def export(self, name: str, out: str | Path) -> Path:
         """Copies the checkpoint of a model into the new directory `out`, and returns `out`. name:
-        an expert, NAME@vN for a certain version of it, "seed", "dense", or "merges/NAME" of a
-        merged model."""
+        an expert, NAME@vN for a certain version of it, "seed", "dense", or the name of a model that
+        is made of several, such as "merges/NAME"."""
         from xelm.runs.export import export
 
         return export(self, name, out)

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from clustering.errors import UserError
 from xelm.commands.options import Command, add_fields, given_fields, run_of, show
 from xelm.commands.routing import add_language, add_routing, routing_of
+from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ _SEED_DEFAULTS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="text to continue")
     add_language(parser, "prompt")
+    _add_model(parser)
     parser.add_argument(
         "--chat", action="store_true", help="take the prompt as the user's message in a chat"
     )
@@ -66,6 +69,7 @@ def _fill_options(parser: argparse.ArgumentParser) -> None:
         "text", help="text with the mask token of the seed's tokenizer, such as [MASK]"
     )
     add_language(parser, "text")
+    _add_model(parser)
     parser.add_argument(
         "--count",
         type=int,
@@ -94,9 +98,25 @@ def _fill(options: argparse.Namespace) -> None:
 FILL = Command("predict the masked tokens of a text (encoders)", _fill, _fill_options)
 
 
-def _open_ensemble(options: argparse.Namespace) -> "Ensemble":
-    from xelm.runs.ensembles import open_ensemble
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="run one model alone: an expert (or NAME@vN), seed, dense, or one that was made of "
+        "several, such as students/NAME (default: the ensemble)",
+    )
 
+
+def _open_ensemble(options: argparse.Namespace) -> "Ensemble":
+    from xelm.runs.ensembles import open_ensemble, open_model
+
+    if options.model is not None:
+        if given_fields(options, Routing) or options.language is not None:
+            raise UserError(
+                "--model runs one model alone, which nothing routes to; leave out the "
+                "options of routing, or --model"
+            )
+        return open_model(run_of(options), options.model, dtype=options.dtype)
     return open_ensemble(run_of(options), routing_of(options), dtype=options.dtype)
 
 
@@ -111,7 +131,7 @@ def _report_routing(
             how = f"xelm restore {options.run} {retired.name}"
             why = f"{retired.name}, the expert for it, is retired (bring it back with: {how})"
         print(f"{why}: routed by {routing} instead", file=sys.stderr)
-    if not options.json:
+    if not options.json and options.model is None:
         ordered = sorted(weights.items(), key=lambda item: -item[1])
         shown = [f"{name} {weight:.2f}" for name, weight in ordered if weight >= 0.005]
         print(f"experts: {', '.join(shown)} (routing: {routing})", file=sys.stderr)

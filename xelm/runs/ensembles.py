@@ -9,11 +9,13 @@ from clustering.errors import UserError
 from experts.expert import Expert
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.routers import only
 from xelm.inference.routing import Routing
 from xelm.inference.sampling import read_sampling_params
 from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
 from xelm.runs.check import check_models
 from xelm.runs.make_router import general_models, make_router, models_behind
+from xelm.runs.named import find_model
 from xelm.runs.run import Run
 
 
@@ -59,6 +61,23 @@ def open_ensemble(
         tokenizer=run.tokenizer(),
         # Experts that were given a weight by hand are read, however small it is.
         limits=replace(routing, least_weight=0.0) if routing.name == "fixed" else routing,
+        context_length=run.context_length(),
+        sampling=read_sampling_params(run.seed)[0],
+    )
+
+
+def open_model(run: Run, name: str, *, dtype: str = "auto") -> Ensemble:
+    """One model of a RUN as an ensemble of itself alone; its shape may be another than that of the
+    experts. name: as in `find_model`. dtype: as in `open_ensemble`."""
+    path = find_model(run, name).directory
+    model, dtype = read_config(path), inference_dtype(path, dtype)
+    return Ensemble(
+        names=[name],
+        model=model,
+        parameters=ParameterCache([partial(read_for_inference, path, model, dtype)]),
+        dtype=dtype,
+        router=only(0, 1, "fixed"),
+        tokenizer=run.tokenizer(),
         context_length=run.context_length(),
         sampling=read_sampling_params(run.seed)[0],
     )

@@ -16,7 +16,6 @@ from flax import nnx
 
 from clustering.errors import UserError
 from clustering.files import flush
-from experts.expert import SEED, is_reference, parse_reference
 from xelm.data.held_out import TrainingText, divide
 from xelm.data.rows import LanguageShare
 from xelm.data.tokenizer import Tokenizer
@@ -24,7 +23,7 @@ from xelm.data.unicode import normalised
 from xelm.models.checkpoint import copy_checkpoint, load_model, read_config, stored_dtype
 from xelm.models.transformer import Transformer
 from xelm.runs import llama_cpp
-from xelm.runs.check import check_models
+from xelm.runs.named import find_model
 from xelm.runs.run import Run
 from xelm.runs.shares import dense_text, expert_text
 
@@ -68,8 +67,8 @@ class _Model(NamedTuple):
 
 
 def export(run: Run, name: str, out: str | Path) -> Path:
-    """Copies a model's checkpoint into the new directory `out`, and returns `out`. name: an expert,
-    NAME@vN for a certain version of it, "seed", "dense", or "merges/NAME" of a merged model."""
+    """Copies a model's checkpoint into the new directory `out`, and returns `out`. name: as in
+    `find_model`."""
     copy_checkpoint(_model(run, name).directory, out, run.tokenizer().hub.save_pretrained)
     return Path(out)
 
@@ -108,24 +107,10 @@ def export_gguf(
 
 def _model(run: Run, name: str) -> _Model:
     """A model by name, whose files are as they were published."""
-    general = {SEED: run.seed, "dense": run.dense, **run.combined()}
-    if name in general:
-        if not general[name].is_dir():
-            raise UserError(
-                f"{run.directory} has no dense baseline; run: xelm train {run.directory} --dense"
-            )
-        check_models(run, (), {name: general[name]})
-        return _Model(general[name], dense_text(run) if name == "dense" else _corpus(run))
-    registry = run.registry()
-    if is_reference(name):
-        expert = registry.expert(*parse_reference(name))
-    else:
-        expert = registry.in_use(name)
-    if not expert.sha256 or not expert.directory(run.directory).exists():
-        state = "in training" if expert.status == "training" else "not on disk any more"
-        raise UserError(f"{expert.reference} is {state}: it has no published weights to export")
-    check_models(run, [expert])
-    return _Model(expert.directory(run.directory), expert_text(run, expert))
+    found = find_model(run, name)
+    if found.expert is not None:
+        return _Model(found.directory, expert_text(run, found.expert))
+    return _Model(found.directory, dense_text(run) if name == "dense" else _corpus(run))
 
 
 def _corpus(run: Run) -> TrainingText:

@@ -1,4 +1,4 @@
-"""A model of a RUN by its name: the seed, the dense baseline, an expert or a version of one, or a model
+"""A model of a RUN by its name: the seed, the dense baseline, an expert or a version of one, or one
 that is made of several."""
 
 from pathlib import Path
