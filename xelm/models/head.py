@@ -56,6 +56,8 @@ class Head:
     """Float [V], or None."""
     cap: float | None = field(default=None, metadata={"static": True})
     """Cap of the logits, as `ModelConfig.logit_cap`."""
+    known: Any = None
+    """Number of the first ids that can come; the scores of the others are -inf. None: all."""
 
     @jax.named_scope("head")
     def logits(
@@ -68,6 +70,8 @@ class Head:
             scores = scores + self.bias.astype(jnp.float32)[None]
         if self.cap is not None:
             scores = self.cap * jnp.tanh(scores / self.cap)
+        if self.known is not None:
+            scores = jnp.where(jnp.arange(scores.shape[-1])[None] < self.known, scores, -jnp.inf)
         return scores.reshape(*states.shape[:-1], -1)
 
 

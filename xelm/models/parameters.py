@@ -15,6 +15,10 @@ from xelm.models.config import ModelConfig
 from xelm.models.layers import Linear
 from xelm.models.transformer import Lookup, Transformer, rows_of
 
+KNOWN = "known"
+"""Name, among parameters `for_inference`, of the number of ids that a model knows, where that is
+less than its table has rows; the probability of the others is zero."""
+
 
 def graph(
     config: ModelConfig,
@@ -55,10 +59,14 @@ def inference_graph(
 
 def bind(network: nnx.GraphDef, parameters: Mapping[str, Any]) -> Transformer:
     """The model of a graph with these parameters, in the layout that the graph is for."""
+    known = parameters.get(KNOWN)
+    parameters = {name: values for name, values in parameters.items() if name != KNOWN}
     blocks = parameters["blocks"]
     if isinstance(blocks, tuple):
         parameters = {**parameters, "blocks": dict(enumerate(blocks))}
-    return nnx.merge(network, nnx.State(cast(Any, jax.tree.map(nnx.Param, parameters))))
+    model = nnx.merge(network, nnx.State(cast(Any, jax.tree.map(nnx.Param, parameters))))
+    model.known = known
+    return model
 
 
 def compiled_by_model(

@@ -87,6 +87,8 @@ class Transformer(nnx.Module):
         self.compute_dtype = compute_dtype
         self.lookup: Lookup = rows_of
         self.rematerialise = False
+        self.known: Any = nnx.data(None)
+        """Number of ids that it knows, as `parameters.KNOWN`; None: all."""
         self.origin: Origin | None = None
 
     def __call__(
@@ -166,7 +168,7 @@ class Transformer(nnx.Module):
         """The output head. Its matrix is the embedding where the two are tied."""
         matrix = (self.embedding if self.head is None else self.head)[...]
         bias = None if self.head_bias is None else self.head_bias[...]
-        return Head(matrix, bias, self.config.logit_cap)
+        return Head(matrix, bias, self.config.logit_cap, self.known)
 
     def _forward(self, tokens, context, cache=None, measure=lambda h: None) -> tuple[Any, Any]:
         """Final states [B, T, D], and one value for each layer: in the layout of inference its

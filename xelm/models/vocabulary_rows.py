@@ -1,0 +1,170 @@
+"""Tables of a model for more or fewer ids than it has: rows of new pieces, before training and in
+models that never had them.
+
+A new row is a linear combination of the rows of old ids, the same one for the embedding and the
+output head: a matrix [new, old], which is mostly zero. Each method makes that matrix."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from jaxtyping import Float, Int
+
+from xelm.models.config import ModelConfig
+from xelm.models.parameters import KNOWN
+
+TABLES = ("embedding", "head", "head_bias")
+"""Parameters with one row for each id."""
+DIMENSIONS, WINDOW = 64, 4
+"""Size of the auxiliary vectors, and tokens on either side that are a token's context."""
+ANCHORS = 16
+"""Largest number of rows that are combined by `omp_weights`."""
+
+Combination = scipy.sparse.csr_array
+"""Weights [new, old]."""
+
+
+def mean_weights(expansions: Sequence[Sequence[int]], old: int) -> Combination:
+    """The mean of the pieces that a new one stands for (Hewitt 2021, "Initializing new word
+    embeddings", of all rows; Gee et al. 2022, arXiv 2210.08277, section 3.2, of these)."""
+    sizes = np.asarray([max(1, len(ids)) for ids in expansions])
+    ends = np.cumsum([0, *map(len, expansions)])
+    columns = np.asarray([id for ids in expansions for id in ids], np.int64)
+    values = np.repeat(1 / sizes, [len(ids) for ids in expansions])
+    return Combination((values, columns, ends), shape=(len(expansions), old))
+
+
+def focus_weights(
+    vectors: Float[np.ndarray, "V A"], counts: Int[np.ndarray, " V"], mean: Combination
+) -> Combination:
+    """Similar old pieces, by the sparsemax of cosines in an auxiliary space (FOCUS: Dobler & de
+    Melo 2023, arXiv 2305.14481, section 3; the space there is fastText's). Pieces that the text
+    lacks have their `mean`.
+
+    vectors, counts: of all old and new ids, as by `auxiliary_vectors`."""
+
+    def combined(target: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+        return _sparsemax(anchors @ target)
+
+    return _combined(vectors, counts, mean, combined)
+
+
+def omp_weights(
+    vectors: Float[np.ndarray, "V A"], counts: Int[np.ndarray, " V"], mean: Combination
+) -> Combination:
+    """Few old pieces whose auxiliary vectors add up to the new one's, found by orthogonal matching
+    pursuit (Goddard & Fernandes Neto 2025, arXiv 2506.06607, section 3.2; vectors there are a donor
+    model's embeddings). Arguments as in `focus_weights`."""
+
+    def combined(target: np.ndarray, anchors: np.ndarray) -> np.ndarray:
+        chosen: list[int] = []
+        rest, solution = target, np.zeros(0)
+        for _ in range(min(ANCHORS, len(anchors))):
+            scores = np.abs(anchors @ rest)
+            scores[chosen] = -1
+            chosen.append(int(scores.argmax()))
+            solution = np.linalg.lstsq(anchors[chosen].T, target)[0]
+            rest = target - anchors[chosen].T @ solution
+            if np.linalg.norm(rest) < 1e-4:
+                break
+        found = np.zeros(len(anchors))
+        found[chosen] = solution
+        return found
+
+    return _combined(vectors, counts, mean, combined)
+
+
+def auxiliary_vectors(
+    documents: Sequence[Int[np.ndarray, " _"]], size: int
+) -> tuple[Float[np.ndarray, "V A"], Int[np.ndarray, " V"]]:
+    """Unit vectors of ids by the company they keep in some documents, and how often each occurs: a
+    truncated SVD of positive pointwise mutual information (Levy & Goldberg 2014)."""
+    counts = np.zeros(size, np.int64)
+    pairs = scipy.sparse.csr_array((size, size))
+    for ids in documents:
+        ids = np.asarray(ids, np.int64)
+        counts += np.bincount(ids, minlength=size)
+        for distance in range(1, min(WINDOW, len(ids) - 1) + 1):
+            found = (np.ones(len(ids) - distance), (ids[:-distance], ids[distance:]))
+            pairs = pairs + scipy.sparse.coo_array(found, shape=(size, size)).tocsr()
+    pairs = (pairs + pairs.T).tocoo()
+    sums = np.maximum(pairs.sum(axis=1), 1)
+    values = np.log(pairs.data * pairs.sum() / sums[pairs.row] / sums[pairs.col])
+    kept = values > 0
+    places = (pairs.row[kept], pairs.col[kept])
+    matrix = scipy.sparse.csr_array((values[kept], places), shape=(size, size))
+    rank = min(DIMENSIONS, size - 1)
+    start = np.random.default_rng(0).normal(size=size)
+    left, strengths, _ = scipy.sparse.linalg.svds(matrix, rank, v0=start)
+    vectors = left * np.sqrt(strengths)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-9), counts
+
+
+def _combined(
+    vectors: np.ndarray,
+    counts: np.ndarray,
+    mean: Combination,
+    combine: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> Combination:
+    """For each new id that occurs, the weights of the old ids that occur."""
+    new, old = mean.shape
+    seen = np.flatnonzero((counts[:old] > 0) & vectors[:old].any(axis=1))
+    found = mean.tolil()
+    for number in range(new):
+        target = vectors[old + number]
+        if counts[old + number] and target.any() and len(seen):
+            weights = combine(target, vectors[seen])
+            chosen = np.flatnonzero(weights)
+            found.rows[number] = seen[chosen].tolist()
+            found.data[number] = weights[chosen].tolist()
+    return found.tocsr()
+
+
+def _sparsemax(scores: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The nearest probabilities to some scores (Martins & Astudillo 2016, arXiv 1602.02068)."""
+    ordered = np.sort(scores)[::-1]
+    sums = np.cumsum(ordered) - 1
+    support = int((ordered * np.arange(1, len(ordered) + 1) > sums).sum())
+    return np.maximum(scores - sums[support - 1] / support, 0)
+
+
+def with_new_rows(
+    parameters: Mapping[str, Any], first: int, weights: Combination
+) -> dict[str, Any]:
+    """Parameters with rows of new ids from `first` on, on the host. Ids between the last row and
+    that one, which no text has, get the mean of all rows."""
+    found = dict(parameters)
+    for name in TABLES:
+        if name in parameters:
+            table = np.asarray(parameters[name], np.float32)
+            between = np.repeat(table.mean(axis=0, keepdims=True), first - len(table), axis=0)
+            new = weights[:, : len(table)] @ table
+            whole = np.concatenate([table, between, new]).astype(np.float32)
+            found[name] = whole.astype(parameters[name].dtype)
+    return found
+
+
+def in_vocabulary(
+    parameters: Mapping[str, Any], known: int, size: int, expansions: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Parameters of a model for reading text in a vocabulary of `size` ids, of which it knows the
+    first `known`. An id beyond them is read as the mean of its expansion in the model's own table,
+    and its probability is zero.
+
+    expansions: of the last ids of the vocabulary, by ids that the model knows."""
+    first = size - len(expansions)
+    found = {
+        name: table[:known] if name in TABLES else table for name, table in parameters.items()
+    }
+    if known == size:
+        return found
+    extended = with_new_rows(found, first, mean_weights(expansions, first))
+    return extended | {KNOWN: np.int32(known)}
+
+
+def resized(model: ModelConfig, size: int) -> ModelConfig:
+    """The shape with another number of ids."""
+    return replace(model, vocabulary_size=size)
