@@ -43,6 +43,7 @@ _OPTIONAL_JSON_TYPES = {
     "donor": str,
     "data": dict,
     "made": dict,
+    "vocabulary": dict,
 }
 
 
@@ -101,6 +102,11 @@ class Expert:
     made: dict[str, Any] | None = None
     """How its weights were made, if this version was not trained here: "by", such as "adopt",
     "from", the directory or version, and what else belongs to it; None if it was trained."""
+    vocabulary: dict[str, Any] | None = None
+    """How its vocabulary was extended: "pieces", their number; "initialise", the method that made
+    their rows; "text", the corpus under RUN/corpus whose folder has the tokenizer; and
+    "tokens_per_character" of that text, by the seed's tokenizer and by its own. None: it has the
+    seed's."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further keys of its record in registry.json, kept as they are."""
 

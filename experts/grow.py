@@ -6,6 +6,7 @@ from the parent's weights one round later, and no other expert changes.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from clustering.errors import UserError
 from clustering.languages import canonical, find
@@ -22,13 +23,14 @@ def grow(
     corpora: tuple[str, ...] | None = None,
     reason: str | None = None,
     settings: Mapping[str, int | float | str | None] | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
 ) -> Registry:
     """The registry with a child of `parent` in training for `language`; other records stay as is.
 
-    `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `corpora`, `reason` and
-    `settings` are those of `Expert`. `name` is the language's tag if None. Growing the same child
-    again while it is in training changes nothing. UserError if another expert serves the language,
-    if the parent is not published, or if the name is taken."""
+    `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `corpora`, `reason`, `settings`
+    and `vocabulary` are those of `Expert`. `name` is the language's tag if None. Growing the same
+    child again while it is in training changes nothing. UserError if another expert serves the
+    language, if the parent is not published, or if the name is taken."""
     language = canonical(language)
     name = language if name is None else name
     for expert in registry.training():
@@ -48,6 +50,7 @@ def grow(
         corpora=corpora,
         reason=reason,
         settings=dict(settings) if settings else None,
+        vocabulary=dict(vocabulary) if vocabulary else None,
     )
     return registry.add(child)
 

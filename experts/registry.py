@@ -224,6 +224,7 @@ class Registry:
             settings=before.settings,
             corpora=before.corpora,
             donor=(before.donor or before.parent) if before.cluster is None else None,
+            vocabulary=before.vocabulary,
         )
         return self.add(replace(following, **facts))
 

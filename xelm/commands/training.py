@@ -22,7 +22,7 @@ from xelm.commands.options import (
     show,
 )
 from xelm.presets import PRESETS
-from xelm.runs.options import AgainOptions, GrowOptions, InitOptions, LaunchOptions
+from xelm.runs.options import INITIALISE, AgainOptions, GrowOptions, InitOptions, LaunchOptions
 
 if TYPE_CHECKING:
     from experts.expert import Expert
@@ -303,6 +303,13 @@ def _grow_options(parser: argparse.ArgumentParser) -> None:
     add_dry_run(parser)
     add_workers(parser)
     add_fields(parser, GrowOptions, "parent", "by", title="parent")
+    add_fields(
+        parser,
+        GrowOptions,
+        *("extend_vocabulary", "initialise"),
+        title="vocabulary",
+        choices={"initialise": INITIALISE},
+    )
 
 
 def _grow(options: argparse.Namespace) -> None:

@@ -52,11 +52,16 @@ def fingerprint_method() -> dict[str, str | int]:
     }
 
 
-def fingerprints(texts: Sequence[str]) -> Fingerprints:
-    """Fingerprints of texts (Broder 1997, On the resemblance and containment of documents)."""
+def text_hashes(texts: Sequence[str]) -> UInt64[np.ndarray, "documents 2"]:
+    """Hashes of texts as they are."""
     size = 8 * HASH_WORDS
     digests = [hashlib.blake2b(text.encode(), digest_size=size).digest() for text in texts]
-    hashes = np.frombuffer(b"".join(digests), "<u8").reshape(len(texts), HASH_WORDS)
+    return np.frombuffer(b"".join(digests), "<u8").reshape(len(texts), HASH_WORDS)
+
+
+def fingerprints(texts: Sequence[str]) -> Fingerprints:
+    """Fingerprints of texts (Broder 1997, On the resemblance and containment of documents)."""
+    hashes = text_hashes(texts)
     shingles, ends = _shingles([" ".join(text.split()).casefold() for text in texts])
     offsets = np.concatenate([[0], ends]).astype(np.uint64)
     matrix = _minhash().digest_matrix_from_flat_token_hashes(shingles, offsets, SIGNATURE_SIZE, 1)

@@ -94,4 +94,5 @@ def in_pieces_of(ids: TokenizedLanguage, key: str) -> TokenizedLanguage:
     place = place_in(ids.directory, key)
     if not place.is_dir():
         return ids
-    return replace(open_store(place).languages[ids.language], directory=place)
+    # What is known of the documents' origin is in the store of the seed's ids.
+    return replace(open_store(place).languages[ids.language], directory=ids.directory)

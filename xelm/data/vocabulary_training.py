@@ -12,10 +12,10 @@ likelihood are dropped until as many are left as are wanted (Kudo 2018, arXiv 18
 """
 
 import heapq
+import itertools
 import json
 import math
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +41,13 @@ _FILLER = "\ufdd5"
 text has."""
 _WORD = re.compile("\n|▁*[^▁\n]+|▁+")
 _OTHER_FORMS = (
-    *("tokenizer.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "added_tokens.json"),
+    *(
+        "tokenizer.model",
+        "sentencepiece.bpe.model",
+        "vocab.json",
+        "merges.txt",
+        "added_tokens.json",
+    ),
     "tekken.json",
 )
 """Files that hold the pieces a second time."""
@@ -50,15 +56,13 @@ _OTHER_FORMS = (
 def extend(
     base: Tokenizer, source: Path, texts: Iterable[str], count: int, first: int, directory: Path
 ) -> None:
-    """Writes a tokenizer with `count` more pieces, learned on `texts`, into a new `directory`.
+    """Writes a tokenizer with `count` more pieces, learned on `texts`, into a `directory`.
 
     base, source: the tokenizer, and the checkpoint with its files. first: id of the first new
     piece; ids between the last old one and it get names that no text has. tokenizer.json is that of
     `source` with more entries in `vocab` and, for BPE, at the end of `merges`; a tokenizer.model is
     extended the same way, and other files with pieces are left out. UserError for a tokenizer that
     is neither BPE nor unigram, and for more pieces than the text has."""
-    if count < 1:
-        raise UserError(f"--extend-vocabulary must be at least 1; got {count}")
     content = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     kind = kind_of(content["model"])
     words = words_of(base, texts)
@@ -70,7 +74,7 @@ def extend(
             f"least {LEAST} times; give more text, or ask for fewer"
         )
     _add(content, pieces, first)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     copy_companions(source, directory)
     for name in _OTHER_FORMS:
         (directory / name).unlink(missing_ok=True)
@@ -122,7 +126,9 @@ def _bpe_pieces(
             if symbol not in known:
                 rare[symbol] += times
     characters = _frequent(rare, count)
-    return dict.fromkeys([*characters, *_merges(cut, known, characters, count - len(characters))], 0)
+    return dict.fromkeys(
+        [*characters, *_merges(cut, known, characters, count - len(characters))], 0
+    )
 
 
 def _symbols(base: Tokenizer, model: Mapping[str, Any], word: str) -> list[str]:
@@ -167,7 +173,7 @@ def _merges(
     words = [(symbols, times) for symbols, times in cut if len(symbols) > 1]
     counts, places = Counter[tuple[str, str]](), defaultdict[tuple[str, str], set[int]](set)
     for number, (symbols, times) in enumerate(words):
-        for pair in zip(symbols, symbols[1:]):
+        for pair in itertools.pairwise(symbols):
             counts[pair] += times
             places[pair].add(number)
     made: list[str] = []
@@ -189,12 +195,12 @@ def _merges(
         for division in [(piece[:n], piece[n:]) for n in range(1, len(piece))]:
             for number in list(places.get(division, ())):
                 symbols, often = words[number]
-                for old in zip(symbols, symbols[1:]):
+                for old in itertools.pairwise(symbols):
                     counts[old] -= often
                     places[old].discard(number)
                     changed.add(old)
                 _join(symbols, division)
-                for fresh in zip(symbols, symbols[1:]):
+                for fresh in itertools.pairwise(symbols):
                     counts[fresh] += often
                     places[fresh].add(number)
                     changed.add(fresh)
@@ -219,7 +225,7 @@ def _unigram_pieces(
     base: Tokenizer, model: Mapping[str, Any], words: Counter[str], count: int
 ) -> dict[str, float]:
     """New pieces with their scores, the best first."""
-    known = {piece: score for piece, score in model["vocab"]}
+    known: dict[str, float] = dict(model["vocab"])
     rare = Counter[str]()
     for word, times in words.items():
         for character in word:
@@ -351,7 +357,9 @@ def _extend_sentencepiece(
     model = protobuf.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString((source / "tokenizer.model").read_bytes())
     is_bpe = isinstance(vocab, dict)
-    names = {id: name for name, id in vocab.items()} if is_bpe else dict(enumerate(p for p, _ in vocab))
+    names = (
+        {id: name for name, id in vocab.items()} if is_bpe else dict(enumerate(p for p, _ in vocab))
+    )
     if any(names.get(id) != piece.piece for id, piece in enumerate(model.pieces)):
         return
     kinds = protobuf.ModelProto.SentencePiece  # type: ignore[attr-defined]

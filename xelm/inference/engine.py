@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from xelm.inference.decoder import Decoder, capacity, padded
 from xelm.inference.pool import Pool
-from xelm.inference.route import Router, decide, routing_mask
+from xelm.inference.route import IMPOSSIBLE, Router, decide, routing_mask
 from xelm.inference.sampling import TokenLikelihood, likeliest, penalised, sample
 from xelm.inference.sampling_params import GREEDY, SamplingParams
 
@@ -256,7 +256,7 @@ class Engine:
             first = max(1, lengths[sequence.row])  # the very first token follows nothing
             counts = np.asarray(sequence.mask[first:], bool)
             scores = found[sequence.rows[expert]]
-            scores = scores[len(scores) - len(counts) :][counts]
+            scores = np.maximum(scores[len(scores) - len(counts) :][counts], IMPOSSIBLE)
             memory, own = sequence.router.memory, sequence.log_likelihoods
             assert own is not None
             powers = memory ** np.arange(len(scores) - 1, -1, -1)

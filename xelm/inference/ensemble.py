@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clustering.errors import UserError
+from xelm.data.tokenizer import Tokenizer
 from xelm.inference.engine import GenerationRequest
 from xelm.inference.fill import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate
@@ -17,6 +18,7 @@ from xelm.inference.route import Walk, mixture, routing_mask
 from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import check_ids, decide_along, score_models, targets, unpredicted
+from xelm.inference.vocabularies import choose
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or the messages of a chat: {"role": "user", "content": "Habari?"}."""
@@ -52,6 +54,8 @@ class Ensemble(Pool):
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Defaults of generation: those of the seed's generation_config.json."""
+    further: "Sequence[Ensemble]" = ()
+    """As in `Pool`."""
 
     def __repr__(self) -> str:
         limits, router = self.limits, type(self.router).__name__
@@ -69,12 +73,48 @@ class Ensemble(Pool):
         languages: of each text, where it is known; if an expert serves it, that expert alone reads
         the text. contexts: text that each text continues without a break. Both become tokens as one
         text, of which those with any character of the text are counted, each predicted from at
-        least half of `window` where there is as much. Texts alone are read as by `evaluate`."""
+        least half of `window` where there is as much. Texts alone are read as by `evaluate`. Where
+        experts have vocabularies of their own, `choose` says in which each text is read, by the
+        context if there is one."""
         languages = _as_many("languages", languages, texts)
+        if contexts is not None:
+            _as_many("contexts", contexts, texts)
+        pools = self._pools(texts if contexts is None else contexts, languages)
+        found: list[tuple[Any, ...]] = [()] * len(texts)
+        for pool, numbers in _grouped(pools):
+            given = contexts and [contexts[number] for number in numbers]
+            parts = pool._scored(
+                [texts[number] for number in numbers],
+                [languages[number] for number in numbers],
+                given,
+            )
+            for number, one in zip(numbers, parts):
+                found[number] = one
+        nats, tokens, weights, routing = zip(*found) if found else ((), (), (), ())
+        return Scores(
+            nats=np.asarray(nats),
+            tokens=np.asarray(tokens, int),
+            weights=dict(zip(self.names, np.asarray(weights).reshape(-1, len(self.names)).T)),
+            routing=list(routing),
+        )
+
+    def _pools(self, texts: Sequence[str], languages: Sequence[str | None]) -> "list[Ensemble]":
+        """The ensemble in whose vocabulary each text is read."""
+        if not self.further:
+            return [self] * len(texts)
+        start = self.tokenizer.text_format.start_ids
+        return choose(self, [[*start, *ids] for ids in self.tokenizer.encode(texts)], languages)
+
+    def _scored(
+        self,
+        texts: Sequence[str],
+        languages: Sequence[str | None],
+        contexts: Sequence[str] | None,
+    ) -> list[tuple[float, int, np.ndarray, str]]:
+        """Nats, tokens, mean weights and router of each text, in this vocabulary."""
         if contexts is None:
             encoded = [(ids, 0) for ids in self.tokenizer.encode(texts)]
         else:
-            _as_many("contexts", contexts, texts)
             encoded = [self.tokenizer.encode_after(c, x) for c, x in zip(contexts, texts)]
         ids = [np.asarray(document, np.int64) for document, _ in encoded]
         # The first token is predicted only if one stands before it.
@@ -97,12 +137,8 @@ class Ensemble(Pool):
             -mixture(decision.log_weights, found[:, context:]).sum()
             for decision, found, context in zip(decisions, scores, before)
         ]
-        return Scores(
-            nats=np.asarray(nats),
-            tokens=np.asarray([len(walk.positions) for walk in walks]),
-            weights=dict(zip(self.names, np.asarray(weights).reshape(-1, len(self.names)).T)),
-            routing=[decision.router for decision in decisions],
-        )
+        tokens = [len(walk.positions) for walk in walks]
+        return list(zip(nats, tokens, weights, [decision.router for decision in decisions]))
 
     def likelihoods(
         self,
@@ -113,7 +149,8 @@ class Ensemble(Pool):
     ) -> Likelihoods:
         """-log p of continuations that do not end. For decoders.
 
-        contexts, continuations: ids, read as they are; each context has at least one. user_masks:
+        contexts, continuations: ids of this ensemble's vocabulary, read as they are; each context
+        has at least one. user_masks:
         by which ids of each context the router goes, as in `GenerationRequest`."""
         if not self.model.causal:
             raise UserError("these experts are encoders, which continue no text")
@@ -198,12 +235,12 @@ class Ensemble(Pool):
     ) -> list[Generation]:
         """Continues prompts. settings: those of `SamplingParams` that differ from `sampling`; the
         number of new tokens otherwise is one for which all prompts leave space, or 1."""
-        encoded = [
-            (self.tokenizer.begin(prompt), None)
-            if isinstance(prompt, str)
-            else self.tokenizer.chat(prompt)
-            for prompt in prompts
-        ]
+        encoded = [_encoded(self.tokenizer, prompt) for prompt in prompts]
+        pools = [self] * len(prompts)
+        if self.further:
+            ids, masks = zip(*encoded) if encoded else ((), ())
+            pools = choose(self, ids, languages, masks)
+            encoded = [_encoded(pool.tokenizer, prompt) for pool, prompt in zip(pools, prompts)]
         most = self.longest - max((len(ids) for ids, _ in encoded), default=0)
         most = max(1, min(self.sampling.max_new_tokens, most))
         sampling = replace(self.sampling, **{"max_new_tokens": most, **settings})
@@ -211,12 +248,35 @@ class Ensemble(Pool):
             GenerationRequest(ids=ids, sampling=sampling, language=language, user_mask=mask)
             for (ids, mask), language in zip(encoded, languages)
         ]
-        return generate(self, requests, stream)
+        found: dict[int, Generation] = {}
+        for pool, numbers in _grouped(pools):
+            some = generate(
+                pool,
+                [requests[number] for number in numbers],
+                lambda number, piece, numbers=numbers: stream(numbers[number], piece),
+            )
+            found |= dict(zip(numbers, some))
+        return [found[number] for number in range(len(requests))]
 
     def fill(self, text: str, *, count: int = 5, language: str | None = None) -> Filling:
         """The `count` most probable tokens at each mask of a text, which is routed by the rest of
         it. For encoders."""
         return fill(self, text, count, language)
+
+
+def _encoded(tokenizer: Tokenizer, prompt: Prompt) -> tuple[list[int], list[bool] | None]:
+    """Ids of a prompt, and for a chat the mask of the user's text."""
+    if isinstance(prompt, str):
+        return tokenizer.begin(prompt), None
+    return tokenizer.chat(prompt)
+
+
+def _grouped(pools: "Sequence[Ensemble]") -> "list[tuple[Ensemble, list[int]]]":
+    """Each of some ensembles, with the numbers of the places where it stands."""
+    groups: dict[int, list[int]] = {}
+    for number, pool in enumerate(pools):
+        groups.setdefault(id(pool), []).append(number)
+    return [(pools[numbers[0]], numbers) for numbers in groups.values()]
 
 
 def _as_many(name: str, given: Sequence[Any] | None, texts: Sequence[Any]) -> Sequence[Any]:

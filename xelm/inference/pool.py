@@ -1,11 +1,12 @@
 """The models that are run together with the router over them: a plain value, which runs nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
+from xelm.data.vocabulary import Vocabulary
 from xelm.inference.route import Router
 from xelm.inference.routing import RoutingLimits
 from xelm.models.config import ModelConfig
@@ -26,13 +27,20 @@ class Pool:
     limits: RoutingLimits = field(default_factory=RoutingLimits)
     """How many experts are read, and how often the router decides; may be its whole `Routing`."""
     tokenizer: Tokenizer
-    """Tokenizer of the seed."""
+    """Tokenizer of the seed, or of `vocabulary`."""
     dtype: str = "float32"
     """Dtype of parameters and of matrix products."""
     context_length: int | None = None
     """Tokens that are read at once where a text is scored; None is the model's own length."""
     stride: int | None = None
     """Tokens from one window of a longer text to the next, as in `score_documents`."""
+    vocabulary: Vocabulary | None = None
+    """Vocabulary of the text that is read; None: the seed's."""
+    owners: Collection[int] = ()
+    """Models that have it, where it is not the seed's."""
+    further: "Sequence[Pool]" = ()
+    """Pools of the same models for text in the other vocabularies that some of them have
+    (`inference.vocabularies`)."""
 
     def __post_init__(self) -> None:
         check_windows(self.model, self.window, self.stride)

@@ -16,6 +16,9 @@ from xelm.data.tokenizer import Tokenizer
 from xelm.inference.routing import RoutingLimits
 
 _NO_LIMITS = RoutingLimits()
+IMPOSSIBLE = -1e4
+"""Log-likelihood that routers count where an expert gives a token probability zero; finite, so that
+one that forgets can forget it."""
 
 
 class Router(Protocol):
@@ -149,7 +152,8 @@ def log_likelihoods_along(
     router remembers. scores: log probability of each token. mask: as in `states_along`."""
     if mask is not None:
         return log_likelihoods_along(router, scores[:, mask])[_counted(mask)]
-    sums = np.concatenate([np.zeros((1, len(scores))), scores.T.astype(float)])
+    counted = np.maximum(scores.T.astype(float), IMPOSSIBLE)
+    sums = np.concatenate([np.zeros((1, len(scores))), counted])
     if router.memory == 1:
         return np.cumsum(sums, axis=0)
     for position in range(1, len(sums)):

@@ -76,6 +76,14 @@ def omp_weights(
     return _combined(vectors, counts, mean, combined)
 
 
+METHODS: Mapping[str, Callable[..., Combination] | None] = {
+    "mean": None,
+    "focus": focus_weights,
+    "omp": omp_weights,
+}
+"""Method by name; None takes the mean alone."""
+
+
 def auxiliary_vectors(
     documents: Sequence[Int[np.ndarray, " _"]], size: int
 ) -> tuple[Float[np.ndarray, "V A"], Int[np.ndarray, " V"]]:
@@ -156,9 +164,7 @@ def in_vocabulary(
 
     expansions: of the last ids of the vocabulary, by ids that the model knows."""
     first = size - len(expansions)
-    found = {
-        name: table[:known] if name in TABLES else table for name, table in parameters.items()
-    }
+    found = {name: table[:known] if name in TABLES else table for name, table in parameters.items()}
     if known == size:
         return found
     extended = with_new_rows(found, first, mean_weights(expansions, first))

@@ -7,16 +7,20 @@ from pathlib import Path
 
 from clustering.errors import UserError
 from experts.expert import Expert
+from xelm.data.vocabulary import Vocabulary
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.routers import only
 from xelm.inference.routing import Routing
 from xelm.inference.sampling import read_sampling_params
+from xelm.inference.vocabularies import InPieces, loader
 from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
+from xelm.models.vocabulary_rows import resized
 from xelm.runs.check import check_models
 from xelm.runs.make_router import general_models, make_router, models_behind
 from xelm.runs.named import find_model
 from xelm.runs.run import Run
+from xelm.runs.vocabulary import vocabulary_of
 
 
 def open_ensemble(
@@ -45,17 +49,27 @@ def open_ensemble(
     paths = {expert.name: expert.directory(run.directory) for expert in experts} | others
     model = read_config(run.seed)
     dtype = before.dtype if before else common_dtype(paths.values(), dtype)
-    loaders = [partial(read_for_inference, path, model, dtype) for path in paths.values()]
-    places = [str(path) for path in paths.values()]
-    if before is None:
-        cache = ParameterCache(loaders, names=places)
-    else:
-        assert isinstance(before.parameters, ParameterCache)
-        cache = before.parameters.with_experts(loaders, places)
-    return Ensemble(
+    own = [vocabulary_of(run, path) for path in paths.values()]
+    cache = None if before is None else before.parameters
+
+    def parameters(vocabulary: Vocabulary | None) -> ParameterCache:
+        nonlocal cache
+        loaders, places = [], []
+        for path, theirs in zip(paths.values(), own):
+            read = partial(read_for_inference, path, dtype=dtype)
+            loaders.append(loader(read, model, theirs, vocabulary))
+            same = (theirs and theirs.key) == (vocabulary and vocabulary.key)
+            places.append(str(path) if same else f"{path} in {vocabulary and vocabulary.key}")
+        if cache is None:
+            cache = ParameterCache(loaders, names=places)
+            return cache
+        assert isinstance(cache, ParameterCache)
+        return cache.with_experts(loaders, places)
+
+    ensemble = Ensemble(
         names=list(paths),
         model=model,
-        parameters=cache,
+        parameters=parameters(None),
         dtype=dtype,
         router=make_router(run, experts, routing),
         tokenizer=run.tokenizer(),
@@ -64,6 +78,27 @@ def open_ensemble(
         context_length=run.context_length(),
         sampling=read_sampling_params(run.seed)[0],
     )
+    further = []
+    for vocabulary in {one.key: one for one in own if one is not None}.values():
+        keys = [one and one.key for one in own]
+        owners = [number for number, key in enumerate(keys) if key == vocabulary.key]
+        further.append(
+            replace(
+                ensemble,
+                model=resized(model, vocabulary.size),
+                parameters=parameters(vocabulary),
+                router=InPieces(
+                    router=ensemble.router,
+                    vocabulary=vocabulary,
+                    owners=owners,
+                    given=routing.name == "fixed",
+                ),
+                tokenizer=vocabulary.tokenizer,
+                vocabulary=vocabulary,
+                owners=owners,
+            )
+        )
+    return replace(ensemble, further=further)
 
 
 def open_model(run: Run, name: str, *, dtype: str = "auto") -> Ensemble:

@@ -14,11 +14,13 @@ from clustering.errors import UserError
 from experts.expert import SEED, Expert
 from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
+from xelm.data.vocabulary import in_pieces_of
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.progress import bar
 from xelm.runs.run import Run
 from xelm.runs.shares import held_out_text, parent_directory
+from xelm.runs.vocabulary import vocabulary_of
 
 _QUIET_TOKENS = 20_000
 """Number of tokens that are read without a progress bar."""
@@ -105,7 +107,7 @@ def _faults(figures: Figures, model: str, name: str, allowed: float | None) -> I
 def _bits_per_byte(
     run: Run, models: Mapping[str, Path], text: Sequence[LanguageShare], most_tokens: int
 ) -> Figures:
-    shape, text_format = read_config(run.seed), run.tokenizer().text_format
+    text_format = run.tokenizer().text_format
     sources = Counter(source.ids.language for source in text)
     chosen: dict[str, list[tuple[TokenizedLanguage, np.ndarray]]] = {tag: [] for tag in sources}
     for source in text:  # a language may have several
@@ -119,12 +121,16 @@ def _bits_per_byte(
     size = sum(int(ids.lengths[numbers].sum()) for ids, numbers in parts)
     with bar(len(paths), "held-out text", "model", shown=size > _QUIET_TOKENS) as progress:
         for path in paths:
+            shape, vocabulary = read_config(path), vocabulary_of(run, path)
             parameters = jax.device_put(read_for_inference(path, shape))
             for tag, some in chosen.items():
+                read = some
+                if vocabulary is not None:
+                    read = [(in_pieces_of(ids, vocabulary.key), numbers) for ids, numbers in some]
                 scores = score_documents(
                     shape,
                     parameters,
-                    [ids.document(number) for ids, numbers in some for number in numbers],
+                    [ids.document(number) for ids, numbers in read for number in numbers],
                     text_format=text_format,
                     context_length=run.context_length(),
                 )

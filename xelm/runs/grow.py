@@ -23,6 +23,7 @@ from xelm.runs.options import GrowOptions
 from xelm.runs.run import Run
 from xelm.runs.shares import as_recorded, parent_directory, unused_text
 from xelm.runs.text import tokenise
+from xelm.runs.vocabulary import check_extension, with_vocabulary
 from xelm.settings import own_settings
 
 
@@ -50,6 +51,7 @@ def grow(
                 corpora=expert.corpora,
                 reason=expert.reason,
                 settings=expert.settings,
+                vocabulary=expert.vocabulary,
             ),
             "grow",
         )
@@ -91,6 +93,7 @@ def _prepared(
         grown = expert.cluster is None and expert.donor is None and expert.made is None
         if expert.languages == (tag,) and grown:
             return _resumed(run, expert, corpus, options)
+    check_extension(run, options)
     origin, reason, lines = options.parent, "named by hand", ()
     if origin == "auto":
         nearest = nearest_expert(run, tag, options.by or DEFAULT, corpus or run.record["corpus"])
@@ -108,7 +111,7 @@ def _prepared(
     for line in lines:
         print(line, file=sys.stderr)
     check_language(run, store)
-    return run, expert, store
+    return run, with_vocabulary(run, expert, store, contents, options), store
 
 
 def _resumed(
@@ -129,6 +132,8 @@ def _resumed(
         other = f"from {started.parent}; go on with that parent"
     elif by is not None and f"the nearest language by {by}," not in (started.reason or ""):
         other = f"from {started.parent} ({started.reason}); go on without --by"
+    elif found := _other_vocabulary(started, options):
+        other = f"{found}. Go on without these options"
     elif found := other_settings(run, started):
         other = f"{found}. Go on without it"
     if other:
@@ -137,3 +142,15 @@ def _resumed(
             f"discard {run.directory} {started.name}"
         )
     return as_recorded(run, started), started, store
+
+
+def _other_vocabulary(started: Expert, options: GrowOptions) -> str | None:
+    """How the vocabulary of an expert differs from what options ask for; None if it does not."""
+    began = started.vocabulary or {}
+    asked = {"pieces": options.extend_vocabulary, "initialise": options.initialise}
+    differ = [
+        f"{name} {began.get(name, 'none')}; got {value}"
+        for name, value in asked.items()
+        if value is not None and value != began.get(name)
+    ]
+    return f"with {differ[0]}" if differ else None

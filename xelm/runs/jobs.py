@@ -22,6 +22,7 @@ from xelm.runs.shares import (
     replay_text,
     with_passes,
 )
+from xelm.runs.vocabulary import read_by, start_of
 from xelm.settings import own_settings
 
 _VERSION_SEEDS = 1000
@@ -68,14 +69,14 @@ def expert_job(run: Run, expert: Expert, new: Mapping[str, Store] | None = None)
     name that are not in the RUN yet."""
     run = as_recorded(run, expert)
     job = _branched if expert.cluster is not None else _grown
-    own = expert_text(run, expert, new)
-    text, replayed, config = job(run, expert, own)
+    own, parent = expert_text(run, expert, new), parent_directory(run, expert)
+    text, replayed, config = job(run, expert, read_by(run, expert, own, new))
     # No version reads its rows in the order of the one before.
     random_seed = config.random_seed + _VERSION_SEEDS * (expert.version - 1)
     return Job(
         name=expert.name,
         part=part_of(expert),
-        parent=parent_directory(run, expert),
+        parent=start_of(run, expert, parent, new),
         target=expert.directory(run.directory),
         text=text,
         own=own,

@@ -7,6 +7,9 @@ from typing import Literal
 
 from clustering.errors import UserError
 
+INITIALISE = ("focus", "mean", "omp")
+"""Methods of `GrowOptions.initialise`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitOptions:
@@ -88,9 +91,21 @@ class GrowOptions:
     """Expert to start from; auto is the one that serves the nearest language."""
     by: str | None = None
     """Measure of the nearest language, as in xelm nearest; not with `parent`. None: mixture."""
+    extend_vocabulary: int | None = None
+    """Number of pieces that are learned on the new text and added to the expert's vocabulary.
+    None: it has that of its parent."""
+    initialise: str | None = None
+    """Method that makes the rows of these pieces, with `extend_vocabulary`. None: focus."""
     workers: int = 1
     """Number of processes that tokenise, as in `InitOptions`."""
 
+    def __post_init__(self) -> None:
+        if self.extend_vocabulary is not None and self.extend_vocabulary < 1:
+            raise UserError(f"--extend-vocabulary must be at least 1; got {self.extend_vocabulary}")
+        if self.initialise not in (None, *INITIALISE):
+            raise UserError(
+                f"initialise must be one of {', '.join(INITIALISE)}; got {self.initialise!r}"
+            )
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdoptOptions:

@@ -62,16 +62,18 @@ def write_model(
     model: ModelConfig,
     parameters: Mapping[str, Any],
     writes: bool,
+    *,
+    like: Path,
 ) -> None:
     """Writes a trained model as the checkpoint `target`, rounded to the dtype of the seed's weights
     unless the configuration sets another, and deletes the training's own files. writes: whether
-    this host writes."""
+    this host writes. like: checkpoint with its configuration and tokenizer."""
     work, dtype = run.training(name), run.config.weights_dtype
     write_checkpoint(
         target,
         model,
         parameters,
-        like=run.seed,
+        like=like,
         extra=[work / file for file in _KEPT if (work / file).exists()],
         dtype=stored_dtype(run.seed) if dtype == "seed" else dtype,
         writes=writes,

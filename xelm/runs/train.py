@@ -16,6 +16,8 @@ from xelm.runs.check import check_models
 from xelm.runs.jobs import Job, dense_job, expert_job, made_elsewhere
 from xelm.runs.publish import publish, write_centre, write_model
 from xelm.runs.run import Run
+from xelm.runs.shares import parent_directory
+from xelm.runs.vocabulary import write_start
 from xelm.training import hosts
 from xelm.training.loop import train_together
 from xelm.training.trainer import TrainingSpec
@@ -130,6 +132,11 @@ def finish(run: Run, expert: Expert, job: Job) -> Expert:
     plans = plans_of_jobs(run, [job])
     announce(plans)
     check_disk(run.directory, plans)
+    if not job.target.exists():
+        parent = parent_directory(run, expert)
+        check_parents(run, [parent])
+        if job.parent != parent:
+            write_start(run, expert, parent, job.text.sources)
     for error in train_checkpoints(run, [job]).values():
         raise error
     publish(run, expert)
@@ -180,7 +187,11 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
             continue
         hosts.first_does(functools.partial(write_centre, run, job.name, job.own.sources))
         with hosts.first_error_shared():
-            write_model(run, job.name, job.target, model, found.parameters, hosts.is_first())
+            same = model.vocabulary_size == read_config(run.seed).vocabulary_size
+            like = run.seed if same else job.parent
+            write_model(
+                run, job.name, job.target, model, found.parameters, hosts.is_first(), like=like
+            )
     return failures
 
 

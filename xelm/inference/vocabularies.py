@@ -1,0 +1,144 @@
+"""Text for models of several vocabularies: each text is read in one of them.
+
+A pool has one vocabulary. Where some of its models have more pieces than the others, there is a
+further pool of the same models for each such vocabulary (`Pool.further`). A model that lacks some
+of a pool's ids gives them probability zero and reads them as the mean of what they stand for; one
+that has ids which a pool lacks gives those of the pool all its probability."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from xelm.data.vocabulary import Vocabulary
+from xelm.inference.pool import Pool
+from xelm.inference.route import Router, Walk, normalised, routing_mask
+from xelm.inference.scoring import decide_along
+from xelm.models.config import ModelConfig
+from xelm.models.vocabulary_rows import in_vocabulary, resized
+
+LEAST_OF_OWNERS = 2 / 3
+"""Smallest weight, in a pool for text with further pieces, of the expert with the largest weight
+among those that have these pieces. A text is read in its pieces where a router prefers it, and
+otherwise a piece might follow while a router still looks for the language, or keeps only others."""
+_CONTEXT = 16
+"""Ids before a token that a router reads for it; few of them are enough for its n-grams."""
+
+P = TypeVar("P", bound=Pool)
+
+
+def choose(
+    pool: P,
+    prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
+    languages: Sequence[str | None],
+    user_masks: Sequence[Sequence[bool] | None] | None = None,
+    routers: Sequence[Router] | None = None,
+) -> list[P]:
+    """The pool in whose vocabulary each prompt is to be read: that of the expert with the largest
+    weight after the prompt. So a language that is stated, and serves an expert, decides alone.
+
+    prompts: in the seed's ids, with the token that starts texts. user_masks: as in
+    `GenerationRequest`. routers: one for each prompt; None: the pool's."""
+    if not pool.further:
+        return [pool] * len(prompts)
+    walks, documents = [], []
+    for number, prompt in enumerate(prompts):
+        ids = np.asarray(prompt, np.int64)
+        mask = routing_mask(pool.tokenizer, ids, user_masks and user_masks[number])
+        router = routers[number] if routers else pool.router
+        walks.append(Walk(router, languages[number], ids, np.asarray([len(ids)]), mask))
+        documents.append(ids)
+    reading = {**pool.reading, "text_format": replace(pool.tokenizer.text_format, start_id=None)}
+    decisions, *_ = decide_along(pool, walks, documents, reading)
+    return [pool_of(pool, int(decision.log_weights[0].argmax())) for decision in decisions]
+
+
+def pool_of(pool: P, model: int) -> P:
+    """The pool with the vocabulary of a model."""
+    return next((one for one in pool.further if model in one.owners), pool)  # type: ignore[misc]
+
+
+def loader(
+    read: Callable[[ModelConfig], Any],
+    model: ModelConfig,
+    own: Vocabulary | None,
+    pool: Vocabulary | None,
+) -> Callable[[], Any]:
+    """A function that returns the parameters of a model with one vocabulary, for a pool with
+    another. read: returns the parameters on the host, of a shape. model: the seed's shape."""
+    shape = model if own is None else resized(model, own.size)
+    if (own and own.key) == (pool and pool.key):
+        return partial(read, shape)
+
+    def load() -> Any:
+        size = model.vocabulary_size if pool is None else pool.size
+        expansions = () if pool is None else pool.expansions
+        return in_vocabulary(read(shape), model.vocabulary_size, size, expansions)
+
+    return load
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InPieces:
+    """A router for text with further pieces: it goes by the seed's ids that they stand for."""
+
+    router: Router
+    """The router by the seed's ids."""
+    vocabulary: Vocabulary
+    """The pieces."""
+    owners: Sequence[int]
+    """Experts that have them; the best of these has a weight of at least `LEAST_OF_OWNERS`."""
+    given: bool = False
+    """Whether weights were given by hand, and stay as they are."""
+
+    @property
+    def experts(self):
+        return self.router.experts
+
+    @property
+    def memory(self):
+        return self.router.memory
+
+    def start(self, language):
+        return self.router.start(language)
+
+    def terms(self, before, ids):
+        expand = self.vocabulary.expand
+        terms = self.router.terms(expand(before[-_CONTEXT:]), expand(ids))
+        if not len(ids):
+            return terms
+        counts = self.vocabulary.counts(ids)
+        return np.add.reduceat(terms, np.cumsum(counts) - counts, axis=0)
+
+    def needs_log_likelihoods(self, states):
+        return self.router.needs_log_likelihoods(states)
+
+    def decided_by(self, states):
+        return self.router.decided_by(states)
+
+    def log_weights(self, states, log_likelihoods):
+        found = self.router.log_weights(states, log_likelihoods)
+        owners = [owner for owner in self.owners if owner < found.shape[1]]
+        return found if self.given or not owners else _with_owners(found, owners)
+
+
+def _with_owners(
+    log_weights: Float[np.ndarray, "T E"], owners: Sequence[int]
+) -> Float[np.ndarray, "T E"]:
+    """The same weights, where the best owner has at least `LEAST_OF_OWNERS`, and the rest goes to
+    the others as it was among them."""
+    best = np.asarray(owners)[log_weights[:, list(owners)].argmax(axis=1)]
+    is_best = np.arange(log_weights.shape[1]) == best[:, None]
+    too_little = np.exp(log_weights[is_best]) < LEAST_OF_OWNERS
+    if not too_little.any():
+        return log_weights
+    # Where the best owner has less, the others have some weight.
+    others = np.where(is_best, -np.inf, log_weights)
+    others = np.where(too_little[:, None], others, 0.0)
+    raised = np.where(
+        is_best, np.log(LEAST_OF_OWNERS), normalised(others) + np.log(1 - LEAST_OF_OWNERS)
+    )
+    return np.where(too_little[:, None], raised, log_weights)
