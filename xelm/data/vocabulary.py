@@ -22,6 +22,8 @@ class Vocabulary:
 
     tokenizer: Tokenizer
     """The extended tokenizer."""
+    directory: Path
+    """Folder with its files."""
     key: str
     """Beginning of the hash of its tokenizer.json, by which vocabularies are told apart."""
     base_size: int
@@ -78,7 +80,11 @@ def load_vocabulary(
     names = extended.hub.convert_ids_to_tokens(list(range(base_size, extended.size)))
     expansions = [[token.id for token in backend.model.tokenize(name)] for name in names]
     return Vocabulary(
-        tokenizer=extended, key=key_of(directory), base_size=base_size, expansions=expansions
+        tokenizer=extended,
+        directory=Path(directory),
+        key=key_of(directory),
+        base_size=base_size,
+        expansions=expansions,
     )
 
 

@@ -1,10 +1,9 @@
 """Measuring: every model scores every document once, and all routings are computed from those
 scores. Calibration is measured on a sample of the tokens, by whole distributions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.predictions import predict_documents
 from xelm.inference.route import Router, Walk, mixture
 from xelm.inference.scoring import score_documents, targets, unpredicted
-from xelm.models.checkpoint import read_for_inference
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
 
@@ -32,8 +30,8 @@ class MeasurementPlan:
     """Shape of every model."""
     tokenizer: Tokenizer
     """Tokenizer of every model."""
-    checkpoints: Mapping[str, Path]
-    """Checkpoint of each single model by name."""
+    models: Mapping[str, Callable[[], Any]]
+    """Functions that return the parameters of each model on the host, by name."""
     experts: Sequence[str]
     """Names of the experts that the routers weigh."""
     serving: Mapping[str, int]
@@ -46,6 +44,8 @@ class MeasurementPlan:
     """Model -> languages that it is scored on."""
     options: EvaluationOptions
     """How documents are read, and which of the weighed experts are kept at each token."""
+    mixed: Collection[str] | None = None
+    """Languages in which ensembles are measured, and every model is; None: all languages."""
 
     def token_counts(self) -> dict[str, np.ndarray]:
         """Language -> number of predicted tokens of each document."""
@@ -57,9 +57,7 @@ class MeasurementPlan:
     def measure(self) -> dict[str, dict[System, Measurement]]:
         """Language -> what is measured of every model and of the ensemble under every routing."""
         scores = self._scores()
-        cache = ParameterCache(
-            [partial(read_for_inference, path, self.model) for path in self.checkpoints.values()]
-        )
+        cache = ParameterCache(list(self.models.values()))
         found: dict[str, dict[System, Measurement]] = {}
         with bar(len(self.documents), "routing", "language") as progress:
             for tag in self.documents:
@@ -68,7 +66,9 @@ class MeasurementPlan:
                     for name, known in scores.items()
                     if tag in known
                 }
-                ensembles, log_weights = self._measure_routings(tag, models, scores)
+                ensembles, log_weights = {}, {}
+                if self.mixed is None or tag in self.mixed:
+                    ensembles, log_weights = self._measure_routings(tag, models, scores)
                 found[tag] = models | ensembles
                 self._add_calibration(tag, found[tag], log_weights, cache)
                 progress.update(1)
@@ -91,6 +91,7 @@ class MeasurementPlan:
             if by_language and tag not in self.serving:
                 continue
             system, nats, stats = System("ensemble", routing), [], []
+            preferred: list[int] = []
             samples[system] = []
             expert = self._expert_for(tag, models)
             for number, target in enumerate(wanted):
@@ -103,9 +104,16 @@ class MeasurementPlan:
                 log_weights, _, needed = walk.decide(own, self.options.limits)
                 nats.append(-mixture(log_weights, own[:, first:]).sum(dtype=np.float64))
                 stats.append(_router_sums(np.exp(log_weights), expert, needed))
+                last = log_weights[-1:] if len(log_weights) else np.zeros((1, 1))
+                preferred.append(int(last.argmax()))
                 if number < len(sample):
                     samples[system].append(log_weights[: sample[number]])
-            found[system] = Measurement(nats=np.asarray(nats), router=total_of(stats))
+            found[system] = Measurement(
+                nats=np.asarray(nats),
+                router=total_of(stats),
+                routed=stats,
+                preferred=np.asarray(preferred, int),
+            )
         return found, samples
 
     def _add_calibration(
@@ -121,7 +129,7 @@ class MeasurementPlan:
         sizes = self._sample([len(target) - first for target in wanted])
         if not sizes:
             return
-        models = {name: n for n, name in enumerate(self.checkpoints) if System(name) in found}
+        models = {name: n for n, name in enumerate(self.models) if System(name) in found}
         names = list(models)
         mixtures = np.full((len(samples), sum(sizes), len(names)), -np.inf, np.float32)
         for way, parts in enumerate(samples.values()):
@@ -150,9 +158,12 @@ class MeasurementPlan:
         total = sum(sizes[tag] for tags in self.languages.values() for tag in tags)
         scores: dict[str, dict[str, list[np.ndarray]]] = {}
         with bar(total, "evaluate", "tok") as progress:
-            for name, path in self.checkpoints.items():
-                parameters = jax.device_put(read_for_inference(path, self.model))
+            for name, load in self.models.items():
                 tags = self.languages[name]
+                if not tags:
+                    scores[name] = {}
+                    continue
+                parameters = jax.device_put(load())
                 documents = [ids for tag in tags for ids in self.documents[tag]]
                 options: dict[str, Any] = {**self._reading, "progress": progress.update}
                 found = iter(score_documents(self.model, parameters, documents, **options))
@@ -174,7 +185,7 @@ class MeasurementPlan:
     @property
     def _weighed(self) -> list[str]:
         """Models in the order in which routers weigh them: the experts, then those behind them."""
-        return [*self.experts, *(name for name in self.checkpoints if name not in self.experts)]
+        return [*self.experts, *(name for name in self.models if name not in self.experts)]
 
     def _targets(self, tag: str) -> list[np.ndarray]:
         """Tokens that a model predicts of each document of a language, the first one included."""
@@ -192,6 +203,47 @@ class MeasurementPlan:
         before = np.cumsum([0, *sizes])
         left = self.options.calibration_tokens - before[:-1]
         return np.minimum(sizes, left)[left > 0].tolist()
+
+
+def in_own_pieces(
+    measured: dict[str, dict[System, Measurement]],
+    further: Mapping[str, Mapping[System, Measurement]],
+    tokens: Mapping[str, np.ndarray],
+    owners: Collection[int],
+    names: Collection[str],
+) -> None:
+    """Puts what was measured in further pieces in the place of what was measured in the seed's: of
+    the models that have these pieces, and of ensembles on the documents after which one of those
+    models has the largest weight. Ensembles have no calibration where documents are read in several
+    vocabularies.
+
+    further: as `measured`. tokens: language -> number of predicted tokens of each document in these
+    pieces. owners, names: the models that have them, as routers number them and by name."""
+    for tag, found in further.items():
+        for system, one in found.items():
+            one.tokens, before = tokens[tag], measured[tag].get(system)
+            if system.name in names:
+                measured[tag][system] = one
+            elif before is not None and before.preferred is not None:
+                chosen = np.isin(before.preferred, list(owners))
+                measured[tag][system] = _chosen(before, one, chosen)
+
+
+def _chosen(before: Measurement, other: Measurement, chosen: np.ndarray) -> Measurement:
+    """One measurement on some documents, and another on the others."""
+    if not chosen.any():
+        return before
+    assert other.tokens is not None
+    routed = [b if c else a for a, b, c in zip(before.routed, other.routed, chosen)]
+    counts = np.asarray([sums.reliability.total for sums in before.routed])
+    return Measurement(
+        nats=np.where(chosen, other.nats, before.nats),
+        calibration=other.calibration if chosen.all() else None,
+        router=total_of(routed),
+        tokens=np.where(chosen, other.tokens, counts if before.tokens is None else before.tokens),
+        routed=routed,
+        preferred=before.preferred,
+    )
 
 
 def _nats(scores: Sequence[np.ndarray]) -> np.ndarray:

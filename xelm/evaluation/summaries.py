@@ -79,6 +79,13 @@ class Measurement:
     """Calibration on a sample of the tokens, if there was a sample."""
     router: RouterSums | None = None
     """Statistics of the router of an ensemble."""
+    tokens: Int[np.ndarray, " documents"] | None = None
+    """Number of predicted tokens of each document, where the system reads it in pieces of its own;
+    None: in those of the seed."""
+    routed: Sequence[RouterSums] = ()
+    """For an ensemble, the parts of `router`, one for each document."""
+    preferred: Int[np.ndarray, " documents"] | None = None
+    """For an ensemble, the model with the largest weight after each document."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +118,8 @@ def summarise(
     samples: dict[tuple[System, str], np.ndarray] = {}
     for tag, found in measured.items():
         nats = [one.nats for one in found.values()]
-        sums = resampled(np.stack([*nats, tokens[tag], sizes[tag]]), tag)
+        spelled = [tokens[tag] if one.tokens is None else one.tokens for one in found.values()]
+        sums = resampled(np.stack([*nats, *spelled, sizes[tag]]), tag)
         sums[-1] = np.maximum(sums[-1], 1)  # where only empty documents were drawn
         total = int(sizes[tag].sum())
         best = [found[name].nats.sum() for name in map(System, background.experts) if name in found]
@@ -125,10 +133,12 @@ def summarise(
                 routing=system[1],
                 language=tag,
                 documents=len(one.nats),
-                tokens=int(tokens[tag].sum()),
+                tokens=int(spelled[number].sum()),
                 bytes=total,
                 nll=nll,
-                perplexity_95=interval(np.exp(sums[number] / sums[-2]), len(one.nats)),
+                perplexity_95=interval(
+                    np.exp(sums[number] / sums[len(nats) + number]), len(one.nats)
+                ),
                 bits_per_byte_95=interval(samples[system, tag], len(one.nats)),
                 calibration=one.calibration and one.calibration.calibration(),
                 router=one.router and one.router.stats(regret),

@@ -3,8 +3,11 @@ ensemble; opens the RUN and the text, has them measured, and writes the results.
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +16,17 @@ from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
 from xelm.data.contents import contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
+from xelm.data.store import Store
 from xelm.data.text_stats import warnings
-from xelm.evaluation.measure import MeasurementPlan
+from xelm.data.vocabulary import Vocabulary
+from xelm.evaluation.measure import MeasurementPlan, in_own_pieces
 from xelm.evaluation.options import EvaluationOptions
-from xelm.evaluation.results import Results
-from xelm.evaluation.summaries import Background, summarise
+from xelm.evaluation.results import Results, System
+from xelm.evaluation.summaries import Background, Measurement, summarise
 from xelm.inference.pool import check_windows
-from xelm.models.checkpoint import read_config
+from xelm.inference.vocabularies import InPieces, loader
+from xelm.models.checkpoint import read_config, read_for_inference
+from xelm.models.vocabulary_rows import resized
 from xelm.runs.check import check_models
 from xelm.runs.ensembles import check_top_m
 from xelm.runs.make_router import general_models, make_router, serving
@@ -28,6 +35,7 @@ from xelm.runs.results import write_results
 from xelm.runs.run import Run
 from xelm.runs.shares import unassigned
 from xelm.runs.text import tokenise
+from xelm.runs.vocabulary import in_vocabulary, vocabulary_of
 
 
 def evaluate(
@@ -54,21 +62,21 @@ def evaluate(
         check_top_m(options.top_m, len(experts))
     check_models(run, experts, general_models(run) | run.combined())
     corpus = Corpus.of(corpus)
+    contents = contents_of(corpus.pinned(), None if languages is None else canonical_all(languages))
     name = f"evaluation-{hashlib.sha256(str(corpus).encode()).hexdigest()[:8]}"
-    tags = None if languages is None else canonical_all(languages)
-    store = tokenise(run, contents_of(corpus.pinned(), tags), name, training=False)
+    store = tokenise(run, contents, name, training=False)
     stats = compare_with_training(run, store, options.max_documents)
     for line in warnings(stats):
         print(line, file=sys.stderr)
     scored = slice(options.max_documents)
-    documents = {
-        tag: [ids.document(n) for n in range(len(ids))[scored]]
-        for tag, ids in store.languages.items()
-    }
     sizes = {tag: ids.bytes[scored] for tag, ids in store.languages.items()}
-    plan = _plan(run, experts, documents, options)
+    plan = _plan(run, experts, _documents(store, scored), options)
+    measured = plan.measure()
+    for vocabulary in {one.key: one for one in _vocabularies(run, experts) if one}.values():
+        spelled = in_vocabulary(run, store, contents, vocabulary.directory)
+        _measure_in(run, experts, vocabulary, _documents(spelled, scored), plan, measured)
     background = _background(run, experts, [tag for tag, text in stats.items() if text.unspelled])
-    results = summarise(plan.measure(), plan.token_counts(), sizes, background)
+    results = summarise(measured, plan.token_counts(), sizes, background)
     results = replace(results, texts=stats)
     if not save:
         return results
@@ -88,9 +96,7 @@ def _plan(
     options: EvaluationOptions,
 ) -> MeasurementPlan:
     """Which model is scored on which language, and the routers."""
-    checkpoints = general_models(run)
-    checkpoints |= {expert.name: expert.directory(run.directory) for expert in experts}
-    checkpoints |= run.combined()  # behind those that routers weigh
+    checkpoints = _checkpoints(run, experts)
     serves, routings = serving(experts), options.routing
     if not serves:  # experts of clusters of documents
         routings = [routing for routing in routings if routing.name != "detected"]
@@ -103,7 +109,7 @@ def _plan(
     return MeasurementPlan(
         model=read_config(run.seed),
         tokenizer=run.tokenizer(),
-        checkpoints=checkpoints,
+        models=_loaders(run, checkpoints, None),
         experts=[expert.name for expert in experts],
         serving=served,
         routers={r.name: make_router(run, experts, r) for r in routings} if experts else {},
@@ -111,6 +117,82 @@ def _plan(
         documents=documents,
         languages=languages,
     )
+
+
+def _checkpoints(run: Run, experts: Sequence[Expert]) -> dict[str, Path]:
+    """Name and checkpoint of every model that is measured."""
+    own = {expert.name: expert.directory(run.directory) for expert in experts}
+    return general_models(run) | own | run.combined()  # behind those that routers weigh
+
+
+def _loaders(
+    run: Run, checkpoints: Mapping[str, Path], vocabulary: Vocabulary | None
+) -> dict[str, Callable[[], Any]]:
+    """Functions that return the parameters of models for text in a vocabulary."""
+    model = read_config(run.seed)
+    return {
+        name: loader(partial(read_for_inference, path), model, vocabulary_of(run, path), vocabulary)
+        for name, path in checkpoints.items()
+    }
+
+
+def _documents(store: Store, scored: slice) -> dict[str, list[np.ndarray]]:
+    """Language -> ids of its first documents."""
+    return {
+        tag: [ids.document(n) for n in range(len(ids))[scored]]
+        for tag, ids in store.languages.items()
+    }
+
+
+def _vocabularies(run: Run, experts: Sequence[Expert]) -> list[Vocabulary | None]:
+    """The vocabulary of each expert; None for the seed's."""
+    return [vocabulary_of(run, expert.directory(run.directory)) for expert in experts]
+
+
+def _measure_in(
+    run: Run,
+    experts: Sequence[Expert],
+    vocabulary: Vocabulary,
+    documents: Mapping[str, Sequence[np.ndarray]],
+    plan: MeasurementPlan,
+    measured: dict[str, dict[System, Measurement]],
+) -> None:
+    """Measures in the pieces of a vocabulary the experts that have it, and the ensembles in the
+    languages of documents that are read in it; puts this in the place of what `plan` measured in
+    the seed's. documents: language -> ids of its documents in these pieces."""
+    found = _vocabularies(run, experts)
+    owners = [n for n, own in enumerate(found) if own is not None and own.key == vocabulary.key]
+    names = [experts[number].name for number in owners]
+    mixed = [
+        tag
+        for tag, systems in measured.items()
+        if any(
+            one.preferred is not None and np.isin(one.preferred, owners).any()
+            for one in systems.values()
+        )
+    ]
+    checkpoints = _checkpoints(run, experts)
+    routers = {
+        name: InPieces(router=router, vocabulary=vocabulary, owners=owners, given=name == "fixed")
+        for name, router in plan.routers.items()
+    }
+    languages = {
+        name: plan.languages[name]
+        if name in names
+        else [tag for tag in plan.languages[name] if tag in mixed]
+        for name in checkpoints
+    }
+    further = replace(
+        plan,
+        model=resized(plan.model, vocabulary.size),
+        tokenizer=vocabulary.tokenizer,
+        models=_loaders(run, checkpoints, vocabulary),
+        routers=routers,
+        documents=documents,
+        languages=languages,
+        mixed=mixed,
+    )
+    in_own_pieces(measured, further.measure(), further.token_counts(), owners, names)
 
 
 def _background(run: Run, experts: Sequence[Expert], unspelled: Sequence[str]) -> Background:
