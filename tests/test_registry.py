@@ -58,6 +58,7 @@ def test_registry_json_has_the_documented_form(tmp_path):
                 "corpora": None,
                 "donor": None,
                 "data": None,
+                "made": None,
                 "vocabulary": None,
             }
         ],

@@ -107,6 +107,7 @@ class GrowOptions:
                 f"initialise must be one of {', '.join(INITIALISE)}; got {self.initialise!r}"
             )
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdoptOptions:
     """How a model from elsewhere becomes an expert."""
