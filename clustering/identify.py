@@ -81,6 +81,25 @@ class Identifier:
 
         return replace(self, temperature=float(max(np.geomspace(0.5, 64, 43), key=likelihood)))
 
+    def joined(self, other: "Identifier") -> "Identifier":
+        """The identifier that knows the languages of another too, in columns behind its own."""
+        columns = (self.log_likelihoods, other.log_likelihoods)
+        return replace(
+            self,
+            languages=self.languages + other.languages,
+            log_likelihoods=np.concatenate(columns, axis=1),
+        )
+
+    def without(self, languages: Iterable[str]) -> "Identifier":
+        """The identifier without the columns of some languages; the others stay as they are."""
+        gone = set(languages)
+        kept = [column for column, tag in enumerate(self.languages) if tag not in gone]
+        return replace(
+            self,
+            languages=tuple(self.languages[column] for column in kept),
+            log_likelihoods=self.log_likelihoods[:, kept],
+        )
+
     def save(self, path: Path) -> None:
         """Writes an .npz file, atomically."""
         arrays = {

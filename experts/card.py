@@ -1,7 +1,7 @@
 """The model card of an expert: Markdown with the front matter that the Hugging Face Hub reads."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experts.expert import SEED, Expert
@@ -27,7 +27,7 @@ def card(
         _front_matter(_languages(expert), facts, masked=masked),
         f"# {expert.name}",
         _introduction(expert),
-        _table(("", ""), _rows(expert, registry, facts)),
+        table(("", ""), _rows(expert, registry, facts)),
         *(("## Text", _text(expert)) if expert.data else ()),
         *_use_and_files(expert.sha256, masked=masked),
     )
@@ -48,7 +48,7 @@ def combined_card(
         _front_matter(languages, facts, masked=False),
         f"# {name}",
         introduction,
-        _table(("", ""), rows),
+        table(("", ""), rows),
         *_use_and_files(sha256, masked=False),
     )
     return "\n\n".join(sections) + "\n"
@@ -60,7 +60,7 @@ def _use_and_files(sha256: Mapping[str, str], *, masked: bool) -> tuple[str, ...
         "## Use",
         _USE.format(model="AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"),
         "## Files",
-        _table(("file", "SHA-256"), [(f"`{f}`", f"`{h}`") for f, h in sorted(sha256.items())]),
+        table(("file", "SHA-256"), [(f"`{f}`", f"`{h}`") for f, h in sorted(sha256.items())]),
     )
 
 
@@ -149,7 +149,7 @@ def _text(expert: Expert) -> str:
                 rows.append((f"{tag}: {source['source']}", "; ".join(said)))
             if text["sources"] is None:
                 rows.append((f"{tag}: {text['corpus']}", "not recorded whether it has a data card"))
-    return _table(("text", "origin"), rows)
+    return table(("text", "origin"), rows)
 
 
 def _role(text: Mapping[str, Any]) -> str:
@@ -171,9 +171,10 @@ def _lineage(expert: Expert, registry: Registry) -> list[str]:
     return [*line, SEED]
 
 
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    cells = [head, ("---", "---"), *((_cell(key), _cell(value)) for key, value in rows)]
-    return "\n".join(f"| {left} | {right} |" for left, right in cells)
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; cells become one line each."""
+    cells = [head, ["---"] * len(head), *([_cell(text) for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _cell(text: str) -> str:

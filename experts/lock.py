@@ -102,15 +102,16 @@ def update(
 def record(
     run: Path | str,
     action: str,
-    references: Iterable[str],
+    references: Iterable[str] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Records what happens to expert versions or to other models, and changes no status, in the
-    history of a RUN. facts: as in `history.Event`."""
+    """Records what happens to a RUN or to expert versions, and changes no status, in its history.
+    facts: as in `history.Event`."""
     with locked(run, wait_seconds=30.0):
         registry = Registry.load(run)
         statuses = {expert.reference: expert.status for expert in registry.experts}
-        event = event_of_now(action, {name: statuses[name] for name in references}, facts)
+        known = {name: statuses[name] for name in references if name in statuses}
+        event = event_of_now(action, known, facts)
         replace(registry, history=(*registry.history, event)).save(run)
 
 

@@ -14,7 +14,7 @@ from experts.lock import update
 from xelm import EvaluationOptions, GrowOptions, InitOptions, Run, open_run, plan_init
 from xelm.commands import COMMANDS
 
-ON_NO_RUN = {"quickstart", "init", "cluster", "rename", "config"}
+ON_NO_RUN = {"quickstart", "init", "cluster", "rename", "config", "pull"}
 BY_THE_ENSEMBLE = {"generate", "fill", "serve"}
 
 
@@ -24,6 +24,7 @@ def test_every_command_on_a_run_is_a_method():
     assert callable(Run.ensemble)
     assert callable(xelm.init)
     assert callable(xelm.quickstart)
+    assert callable(xelm.pull)
 
 
 def test_help_shows_what_can_be_done_with_a_run():

@@ -11,6 +11,7 @@ A RUN, one X-ELM on disk (the directory that most commands take):
     init            make one from a corpus, with a configuration of xelm.presets
     plan_init       what that would cost, without making it
     open_run        open one
+    pull            download one from the Hugging Face Hub
     quickstart      make a small one on the embedded sample corpus
     Run             what these return: help(xelm.Run) lists what can be done with it
     InitOptions, LaunchOptions, GrowOptions, EvaluationOptions, Routing
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
         Run,
         init,
         open_run,
+        pull,
         quickstart,
     )
     from xelm.models.checkpoint import load_model, save_model
@@ -62,6 +64,7 @@ __all__ = [
     "load_model",
     "open_run",
     "plan_init",
+    "pull",
     "quickstart",
     "save_model",
 ]

@@ -21,6 +21,7 @@ from xelm.runs.options import (
     GrowOptions,
     InitOptions,
     LaunchOptions,
+    PushOptions,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from xelm.runs.export import GgufExport
     from xelm.runs.merge import Merged
     from xelm.runs.nearest import Relatives
+    from xelm.runs.pull import Pulled
+    from xelm.runs.push import Pushed
     from xelm.runs.status import Progress
 
 
@@ -361,6 +364,23 @@ class Run(runs.Run):
 
         return merge(self, names, options, weights=weights, base=base, name=name, out=out)
 
+    def push(
+        self, to: str, name: str | None = None, options: PushOptions | None = None
+    ) -> "Pushed":
+        """Writes an expert, or (None) the whole RUN without its text, into the repository `to`,
+        OWNER/REPO, of the Hugging Face Hub. Arguments as in `xelm.runs.push.push`."""
+        from xelm.runs.push import push
+
+        return push(self, to, name, options)
+
+    def plan_push(
+        self, to: str, name: str | None = None, options: PushOptions | None = None
+    ) -> "Pushed":
+        """The files that `push` would write with these arguments; reaches no host."""
+        from xelm.runs.push import plan_push
+
+        return plan_push(self, to, name, options)
+
 
 def open_run(directory: str | Path, *, settings: Sequence[str] = ()) -> Run:
     """The RUN in a directory; UserError if there is none, or an unfinished one. settings: such as
@@ -381,6 +401,14 @@ def init(
     from xelm.runs.init import init as make
 
     return _with_methods(make(directory, corpus, config, options, clusters=clusters))
+
+
+def pull(name: str, directory: str | Path, revision: str | None = None) -> "Pulled":
+    """Downloads a RUN that was pushed to the Hugging Face Hub as OWNER/REPO into a new directory.
+    Arguments as in `xelm.runs.pull.pull`."""
+    from xelm.runs.pull import pull as download
+
+    return download(name, directory, revision)
 
 
 def quickstart(directory: str | Path = "xelm-quickstart") -> Run:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from xelm.evaluation.results import Results, Summary
     from xelm.runs.compare import Comparison, ListedExpert
     from xelm.runs.nearest import Relatives
+    from xelm.runs.push import Pushed
     from xelm.runs.status import Progress
 
 _WIDTH = 15
@@ -244,6 +245,24 @@ def history(events: "Sequence[Event]") -> str:
         notes.append([f"  {key}: {value}" for key, value in others.items()])
     lines = zip(_table(rows).splitlines(), notes, strict=True)
     return "\n".join(line for first, more in lines for line in (first, *more))
+
+
+def pushed(done: "Pushed") -> str:
+    """One line a file with its size, and what was done with it; last where they are."""
+    if done.uploaded is None:
+        state = dict.fromkeys(done.files, "")
+    else:
+        state = {file: "uploaded" if file in done.uploaded else "" for file in done.files}
+    rows = [(name, f"{size:,}", state[name]) for name, size in done.files.items()]
+    rows += [(name, "", "deleted") for name in done.deleted or ()]
+    whole = f"{len(done.files)} files, {sum(done.files.values()) / 1e6:,.1f} MB"
+    place = f"{done.repository}, {done.url}"
+    last = f"{whole}, would be in {place}"
+    if done.uploaded is not None:
+        last = f"{whole}, are in {place}, commit {done.commit}"
+        if not (done.uploaded or done.deleted):
+            last += "; all of them were there already, and nothing was uploaded"
+    return f"{_table([('file', 'bytes', ''), *rows], right=[1])}\n{last}"
 
 
 def experts(found: "Sequence[ListedExpert]") -> str:

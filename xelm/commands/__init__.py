@@ -12,6 +12,7 @@ from xelm.commands import (
     evaluation,
     export,
     features,
+    hub,
     inference,
     lifecycle,
     maintenance,
@@ -52,4 +53,6 @@ COMMANDS = {
     "merge": merge.MERGE,
     "distil": combine.DISTIL,
     "export": export.EXPORT,
+    "push": hub.PUSH,
+    "pull": hub.PULL,
 }

@@ -3,9 +3,10 @@ is written only if llama.cpp reads it as xelm reads the model."""
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -62,14 +63,14 @@ class _Model(NamedTuple):
     """A model of a RUN."""
 
     directory: Path
-    text: TrainingText
-    """Text that it was trained on."""
+    text: Callable[[], TrainingText]
+    """Returns the text that it was trained on."""
 
 
 def export(run: Run, name: str, out: str | Path) -> Path:
     """Copies a model's checkpoint into the new directory `out`, and returns `out`. name: as in
     `find_model`."""
-    copy_checkpoint(_model(run, name).directory, out, run.tokenizer().hub.save_pretrained)
+    copy_checkpoint(find_model(run, name).directory, out, run.tokenizer().hub.save_pretrained)
     return Path(out)
 
 
@@ -89,15 +90,15 @@ def export_gguf(
     command = llama_cpp.find_converter(converter)
     llama_cpp.check_reader()
     dtype, tokenizer = stored_dtype(model.directory), run.tokenizer()
-    texts = _texts(model.text, tokenizer)
+    texts = _texts(model.text(), tokenizer)
     ids = [tokenizer.begin(text) for text in texts]
     prompt_tokens = min(_PROMPT_TOKENS, run.context_length() // 2)
     new = min(_NEW_TOKENS, run.context_length() - prompt_tokens)
     prompts = [some[:prompt_tokens] for some in ids[:_PROMPTS]]
-    with _complete(Path(out)) as partial:
-        llama_cpp.convert(command, model.directory, partial, dtype=dtype, name=name)
+    with _complete(Path(out)) as file:
+        llama_cpp.convert(command, model.directory, file, dtype=dtype, name=name)
         questions = llama_cpp.Questions(texts=texts, prompts=prompts, new_tokens=new)
-        answers = llama_cpp.read(partial, questions)
+        answers = llama_cpp.read(file, questions)
         _check_ids(tokenizer, texts, ids, answers.ids)
         loaded = load_model(model.directory, "float32")
         tie = _TIES.get(dtype, _TIE_OF_16_BITS)
@@ -109,8 +110,8 @@ def _model(run: Run, name: str) -> _Model:
     """A model by name, whose files are as they were published."""
     found = find_model(run, name)
     if found.expert is not None:
-        return _Model(found.directory, expert_text(run, found.expert))
-    return _Model(found.directory, dense_text(run) if name == "dense" else _corpus(run))
+        return _Model(found.directory, partial(expert_text, run, found.expert))
+    return _Model(found.directory, partial(dense_text if name == "dense" else _corpus, run))
 
 
 def _corpus(run: Run) -> TrainingText:

@@ -50,16 +50,24 @@ def pieces(run: Run) -> list[str]:
 
 def identifier(run: Run, *, keep: bool = True) -> Identifier:
     """The language identifier of a RUN, by the subwords of its tokenizer; it knows the languages of
-    the corpus and of grown experts. keep: whether it is kept in the RUN if it is fitted now."""
+    the corpus and of grown experts. keep: whether it is kept in the RUN if it is fitted now.
+
+    A RUN without its text has that which was fitted before, and learns the languages of later text
+    on its own; UserError if it has none."""
     languages = _languages(run)
 
-    def make() -> Identifier:
+    def texts(stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[str]:
         names = run.tokenizer().hub.convert_ids_to_tokens
+        for document in _all(run, stores, held_out):
+            yield "".join(names(document.tolist()))
 
-        def texts(stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[str]:
-            for document in _all(run, stores, held_out):
-                yield "".join(names(document.tolist()))
+    if not run.has_text:
+        kept = _kept(run, "languages", Identifier.load)
+        new = {tag: some for tag, some in languages.items() if tag not in kept.languages}
+        more = identify.fit({tag: texts(some, False) for tag, some in new.items()}) if new else None
+        return kept if more is None else kept.joined(more)
 
+    def make() -> Identifier:
         fitted = identify.fit({tag: texts(some, False) for tag, some in languages.items()})
         # Calibrated where it is needed: at the beginnings of texts.
         draw = np.random.default_rng(0)
@@ -84,7 +92,13 @@ def novelty_of(run: Run, served: Collection[str], *, keep: bool = True) -> Novel
     """The detector of texts in languages that no expert serves; None where too few languages are
     served to fit it, or too few of them have a document that can be held out, which is printed on
     stderr. served: canonical tags; empty for clusters of documents, where all languages of the RUN
-    count as served. keep: as in `identifier`."""
+    count as served. keep: as in `identifier`. A RUN without its text has that which was fitted
+    before, or none."""
+    if not run.has_text:
+        if not _files_of(run, "novelty"):
+            return None
+        load = partial(Novelty.load, identifier=identifier(run))
+        return _kept(run, "novelty", load)
     languages = _languages(run)
     known = [tag for tag in languages if tag in (served or languages)]
     if len(known) < novelty.FEWEST:
@@ -211,6 +225,22 @@ def _some(
             return
 
 
+def _files_of(run: Run, name: str) -> list[Path]:
+    return sorted((run.directory / "routers").glob(f"{name}-*.npz"))
+
+
+def _kept(run: Run, name: str, load: Callable[[Path], T]) -> T:
+    """The fit of this name in a RUN that has no text to fit it again; UserError if it is not there,
+    or is not as it was recorded."""
+    files = _files_of(run, name)
+    if len(files) != 1 or not manifest.is_recorded(run.directory, f"routers/{files[0].name}"):
+        raise UserError(
+            f"{run.directory}/routers has no whole {name}-*.npz, and the RUN has no text to fit it "
+            "on; use --routing posterior"
+        )
+    return load(files[0])
+
+
 def _fitted(
     run: Run,
     name: str,
@@ -234,6 +264,11 @@ def _fitted(
             print(f"{path} was changed since it was fitted; it is fitted again", file=sys.stderr)
         except UserError as error:
             print(f"{error}; it is fitted again", file=sys.stderr)
+    if not run.has_text:
+        raise UserError(
+            f"{run.directory} has no {name} router for its present experts, and no text to fit it "
+            "on; use --routing posterior"
+        )
     if not keep:
         return make()
     print(f"fitting {path}, once for these experts", file=sys.stderr, flush=True)

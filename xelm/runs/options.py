@@ -1,4 +1,4 @@
-"""Options of `init`, `train` and `grow`, as plain values. Imports nothing heavy."""
+"""Options of `init`, `train`, `grow` and `push`, as plain values. Imports nothing heavy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,3 +120,13 @@ class AdoptOptions:
     checkpoint says it was trained from, if that is a model of the RUN, and otherwise the seed."""
     workers: int = 1
     """Number of processes that tokenise, as in `InitOptions`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushOptions:
+    """How a repository of the Hugging Face Hub is written."""
+
+    private: bool = False
+    """Whether to make the repository private, if it is made now."""
+    revision: str = "main"
+    """Branch to write to, which is made if it is not there."""

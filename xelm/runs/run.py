@@ -134,10 +134,21 @@ class Run:
             return read_config(self.seed).max_length
         return max(self.config.seed.sequence_length, self.config.experts.sequence_length)
 
+    @property
+    def has_text(self) -> bool:
+        """Whether the tokenised corpus of the RUN is there; a RUN is pulled without it."""
+        return (self._corpus / "train" / "store.json").exists()
+
     def store(self, name: str = "train") -> "Store":
-        """The tokenised corpus of the RUN, or one that was added later."""
+        """The tokenised corpus of the RUN, or one that was added later; UserError if it is not
+        there."""
         from xelm.data.store import open_store
 
+        if not (self._corpus / name / "store.json").exists():
+            raise UserError(
+                f"{self._corpus / name} is not there: this needs the tokenised text, which a RUN "
+                "from the Hub does not have"
+            )
         return open_store(self._corpus / name)
 
     def stores(self, languages: Iterable[str] = ()) -> "dict[str, Store]":

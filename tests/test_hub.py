@@ -1,0 +1,317 @@
+"""Experts and RUNs are pushed to, and pulled from, a stand-in for the Hugging Face Hub."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+from hub_server import serving
+from shared import snapshot
+
+from experts import package
+from experts.registry import Registry
+from experts.verify import verify
+
+# Of the library's HTTP client, in another thread.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
+
+
+@contextlib.contextmanager
+def standing_in():
+    """Context with the stand-in, and the library set to it; a token that may write is set."""
+    with serving() as found, pytest.MonkeyPatch.context() as patch:
+        address = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
+        given = {
+            "ENDPOINT": found.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address.replace(
+                "https://huggingface.co", found.endpoint
+            ),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,  # the stand-in has the other way to upload large files
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        }
+        for name, value in given.items():
+            patch.setattr(huggingface_hub.constants, name, value)
+        patch.setenv("HF_TOKEN", "hf_writer")
+        huggingface_hub.close_session()
+        yield found
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def hub():
+    with standing_in() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, xelm, tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """A RUN that was pushed, and the files of its repository."""
+    run = tmp_path_factory.mktemp("pushed") / "RUN"
+    shutil.copytree(tiny.directory, run)
+    (run / "results").mkdir(exist_ok=True)
+    (run / "results/results.json").write_text("{}")
+    with standing_in() as found:
+        assert xelm("push", run, "--to", "jane/all", "--private").code == 0
+        assert found.repo("jane/all").private
+        return run, found.repo("jane/all").head()
+
+
+@pytest.fixture
+def pushed(hub, whole):
+    """The repository jane/all with a whole RUN."""
+    return hub.make("jane/all", whole[1])
+
+
+def test_an_expert_is_pushed_whole_and_a_second_push_uploads_nothing(xelm, copy, hub):
+    run = copy.directory
+    done = xelm("push", run, "en-es", "--to", "jane/western", "--json").json()
+    expert = Registry.load(run).expert("en-es")
+    there = hub.repo("jane/western").head()
+    for file in expert.sha256:
+        assert there[file] == (run / expert.path / file).read_bytes()
+    assert set(there) == {*expert.sha256, package.FILE_NAME, ".gitattributes"}
+    assert sorted(done["uploaded"]) == sorted({*expert.sha256, package.FILE_NAME})
+    assert hub.requests["commit"] == 1
+    before = dict(hub.requests)
+    again = xelm("push", run, "en-es", "--to", "jane/western")
+    assert (
+        again.code == 0 and "all of them were there already, and nothing was uploaded" in again.out
+    )
+    for kind in ("commit", "upload", "batch", "create", "preupload"):
+        assert hub.requests[kind] == before[kind]
+    pushes = [event for event in Registry.load(run).history if event.action == "push"]
+    assert [event.facts["to"] for event in pushes] == ["jane/western"]
+    assert pushes[0].facts["commit"] == done["commit"] and pushes[0].experts == {
+        "en-es@v1": "published"
+    }
+    assert verify(run) == []
+
+
+def test_a_run_is_pulled_as_it_was_pushed_and_works_without_its_text(
+    xelm, copy, hub, whole, tmp_path
+):
+    run, (_, pushed), there = copy.directory, whole, tmp_path / "theirs"
+    hub.make("jane/all", pushed)
+    assert not [name for name in pushed if name.split("/")[0] in ("corpus", "train", "logs")]
+    assert {name.split("/")[0] for name in pushed} >= {"seed", "dense", "experts", "routers"}
+    done = xelm("pull", "jane/all", there, "--json").json()
+    assert done["experts"] == ["de-fr@v1", "en-es@v1"]
+    files = snapshot(there)
+    for name in files.keys() - {"registry.json"}:
+        assert files[name] == pushed[name], name
+    assert set(pushed) - set(files) == {package.FILE_NAME, ".gitattributes"}
+    mine, theirs = Registry.load(run), Registry.load(there)
+    assert theirs.experts == mine.experts
+    assert [event.action for event in theirs.history][-1] == "pull"
+    assert "push" not in [event.action for event in theirs.history]
+    assert verify(there) == []
+    # What this gives here, it gives there.
+    prompt = ("generate", "--max-new-tokens", "5", "--temperature", "0", "--json")
+    for routing in ("learned", "detected", "tfidf"):
+        found = [
+            xelm(prompt[0], place, "abc", *prompt[1:], "--routing", routing).json()
+            for place in (run, there)
+        ]
+        assert found[0] == found[1]
+    measure = ("--corpus", copy.held_out, "--routing", "language", "--json")
+    found = [xelm("evaluate", place, *measure).json()["rows"] for place in (run, there)]
+    rows = [
+        [(row["system"], row["language"], row["documents"], row["nll"]) for row in each]
+        for each in found
+    ]
+    assert rows[0] == rows[1]
+    # What needs the text says so.
+    for command in (("train", there, "en-es", "--again"), ("train", there, "--dense")):
+        outcome = xelm(*command)
+        assert outcome.code == 2 and outcome.err.count("\n") == 1, outcome.err
+        assert (
+            "this needs the tokenised text, which a RUN from the Hub does not have" in outcome.err
+        )
+    assert xelm("export", there, "en-es", "--out", tmp_path / "exported").code == 0
+    assert verify(there) == []
+
+
+def test_the_card_of_a_run_has_what_the_hub_reads(whole, tmp_path):
+    run, there = whole
+    (tmp_path / "card.md").write_bytes(there["README.md"])
+    card, facts = there["README.md"].decode(), huggingface_hub.metadata_load(tmp_path / "card.md")
+    assert facts["language"] == ["de", "en", "es", "fr"] and facts["library_name"] == "xelm"
+    expert = Registry.load(run).expert("en-es")
+    bits = expert.evaluation["own"]["en"]
+    row = f"| [en-es@v1](experts/en-es/v1) | en es | seed | {expert.tokens:,} | en "
+    assert f"{row}{bits['expert']:.3f} (seed {bits['seed']:.3f})" in card
+    assert "xelm pull jane/all experts" in card and "`dense`" in card
+    assert there["results/results.json"] == b"{}"
+
+
+def test_what_is_gone_here_is_deleted_there_in_the_same_commit(xelm, hub, whole, tmp_path):
+    run = tmp_path / "RUN"
+    shutil.copytree(whole[0], run)
+    hub.make("jane/all", whole[1] | {"LICENSE": b"CC0"})
+    again = xelm("push", run, "--to", "jane/all", "--json").json()
+    assert (again["uploaded"], again["deleted"], hub.requests["commit"]) == ([], [], 0)
+    xelm("retire", run, "en-es")
+    done = xelm("push", run, "--to", "jane/all", "--json").json()
+    there = hub.repo("jane/all").head()
+    assert not [name for name in there if name.startswith("experts/en-es/")]
+    assert {"experts/en-es/v1/model.safetensors"} < set(done["deleted"])
+    assert there["LICENSE"] == b"CC0" and hub.requests["commit"] == 1
+    statuses = [each["status"] for each in json.loads(there["registry.json"])["experts"]]
+    assert sorted(statuses) == ["published", "retired"]
+
+
+def test_a_dry_run_lists_the_files_and_reaches_no_host(xelm, copy, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    before = snapshot(copy.directory)
+    planned = xelm("push", copy.directory, "en-es", "--to", "jane/w", "--dry-run", "--json").json()
+    expert = Registry.load(copy.directory).expert("en-es")
+    weights = copy.directory / expert.path / "model.safetensors"
+    assert planned["files"]["model.safetensors"] == weights.stat().st_size
+    assert set(planned["files"]) == {*expert.sha256, package.FILE_NAME}
+    assert planned["url"] == f"{hub.endpoint}/jane/w" and planned["commit"] is None
+    whole = xelm("push", copy.directory, "--to", "jane/all", "--dry-run").out
+    assert "vectoriser.npz" in whole and "would be in jane/all" in whole
+    assert not hub.requests and snapshot(copy.directory) == before
+
+
+def fails(outcome, message):
+    assert outcome.code == 2 and message in outcome.err, outcome
+    assert outcome.err.splitlines()[-1].startswith("xelm: ") and "Traceback" not in outcome.err
+
+
+def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_made(xelm, copy, hub, monkeypatch):
+    run = copy.directory
+    push = ("push", run, "en-es", "--to", "jane/w")
+    for token, message in (
+        ("hf_reader", "cannot create jane/w: the token has no right to do this"),
+        ("hf_wrong", "the token is missing or not valid"),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        fails(xelm(*push), message)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    fails(xelm(*push), "writing to the Hub needs a token: log in with hf auth login")
+    fails(xelm("pull", "jane/none", run.parent / "x"), "there is no such repository, or it is")
+    monkeypatch.undo()
+    assert hub.repos == {}
+
+
+def test_a_push_is_whole_or_not_at_all(xelm, copy, hub):
+    run = copy.directory
+    push = ("push", run, "en-es", "--to", "jane/w")
+    for kind, status, message in (
+        ("upload", 403, "cannot write jane/w: the token has no right to do this"),
+        ("commit", 413, "cannot write jane/w: the Hub answered 413"),
+        ("info", 429, "cannot read jane/w: the Hub wants fewer requests"),
+    ):
+        hub.refuse = {kind: status}
+        fails(xelm(*push), message)
+        assert set(hub.repo("jane/w").head()) == {".gitattributes"}
+    hub.refuse = {}
+    hub.before_commit = lambda: hub.repo("jane/w").add("main", {"README.md": b"theirs"})
+    fails(xelm(*push), "jane/w: it was changed at the same time; nothing was written")
+    assert hub.repo("jane/w").head() == {"README.md": b"theirs"}
+    assert "push" not in [event.action for event in Registry.load(run).history]
+    hub.before_commit = lambda: None
+    assert xelm(*push).code == 0
+    fails(xelm("push", run, "de-fr", "--to", "jane/w"), "jane/w has the expert en-es@v1 (en es)")
+    fails(xelm("push", run, "--to", "jane/w"), "jane/w has the expert en-es@v1 (en es)")
+    hub.make("jane/other", {"model.safetensors": b"x"})
+    fails(xelm("push", run, "--to", "jane/other"), "has files that xelm did not push: model.safe")
+    weights = run / "experts/en-es/v1/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    fails(xelm(*push), "en-es@v1 is not as it was published: changed: experts/en-es/v1/model.safe")
+
+
+def test_a_name_that_no_repository_has_is_refused(xelm, place, tmp_path):
+    for name in ("w", "a/b/c", "a b/c", "a--b/c", "../b", ""):
+        fails(xelm("push", place / "run", "--to", name), "a repository is OWNER/REPO, such as")
+        fails(xelm("pull", name, tmp_path / "x"), "a repository is OWNER/REPO, such as")
+
+
+@pytest.mark.slow  # the library waits before it tries again
+def test_an_interrupted_download_goes_on_where_it_ended(xelm, pushed, hub, tmp_path):
+    there = tmp_path / "theirs"
+    hub.break_after = 21
+    outcome = xelm("pull", "jane/all", there)
+    assert outcome.code == 2 and not there.exists(), outcome
+    hub.break_after, first = None, set(hub.sent[1:20])
+    hub.sent.clear()
+    assert xelm("pull", "jane/all", there).code == 0
+    # xelm.json is read each time.
+    assert len(hub.sent) < 30 and not first & set(hub.sent) - {package.FILE_NAME}
+    assert verify(there) == []
+    assert [path.name for path in tmp_path.iterdir() if "theirs" in path.name] == ["theirs"]
+    fails(xelm("pull", "jane/all", there), "exists already; give a new or empty directory")
+
+
+def test_a_tampered_file_is_not_pulled(xelm, pushed, hub, tmp_path):
+    there, files = tmp_path / "theirs", pushed.head()
+    good = dict(files)
+    files["seed/model.safetensors"] = good["seed/model.safetensors"][:-1] + b"x"
+    fails(xelm("pull", "jane/all", there), "seed/model.safetensors is not as it was pushed: wanted")
+    assert not there.exists()
+    # A whole list of new hashes does not help: the registry has them too.
+    value = json.loads(good["xelm.json"])
+    value["files"]["seed/model.safetensors"] = hashlib.sha256(
+        files["seed/model.safetensors"]
+    ).hexdigest()
+    pushed.add("main", files | {"xelm.json": json.dumps(value).encode()})
+    fails(xelm("pull", "jane/all", there), "jane/all is damaged: changed: seed/model.safetensors")
+    pushed.add("main", good)
+    assert xelm("pull", "jane/all", there).code == 0 and verify(there) == []
+
+
+def test_what_could_run_code_or_lies_elsewhere_is_not_downloaded(xelm, pushed, hub, tmp_path):
+    files, there = dict(pushed.head()), tmp_path / "theirs"
+    for file, message in (
+        ("seed/pytorch_model.bin", "seed/pytorch_model.bin could run code and is not read"),
+        ("seed/weights.PT", "seed/weights.PT could run code and is not read"),
+        ("seed/modeling.py", "seed/modeling.py could run code and is not read"),
+        ("../../evil.json", "the file '../../evil.json' leaves its directory"),
+        ("seed/gone.json", "jane/all lacks seed/gone.json, which it lists"),
+    ):
+        value = json.loads(files["xelm.json"])
+        value["files"][file] = hashlib.sha256(b"evil").hexdigest()
+        more = {} if "gone" in file else {file: b"evil"}
+        pushed.add("main", files | {"xelm.json": json.dumps(value).encode()} | more)
+        hub.sent.clear()
+        fails(xelm("pull", "jane/all", there), message)
+        assert hub.sent == [package.FILE_NAME]
+    # What xelm.json does not list is not downloaded either.
+    pushed.add("main", files | {"seed/pytorch_model.bin": b"evil", "seed/modeling.py": b"evil"})
+    assert xelm("pull", "jane/all", there).code == 0
+    assert not [name for name in hub.sent if name.endswith((".bin", ".py"))]
+
+
+def test_what_cannot_be_pulled_is_told_in_one_line(xelm, pushed, hub, whole, tmp_path, monkeypatch):
+    there = tmp_path / "theirs"
+    fails(xelm("pull", "jane/all", there, "--revision", "v9"), "it has no such revision")
+    hub.make("jane/plain", {"model.safetensors": b"x"})
+    fails(xelm("pull", "jane/plain", there), "jane/plain has no xelm.json: xelm push did not write")
+    xelm("push", whole[0], "en-es", "--to", "jane/w")
+    fails(
+        xelm("pull", "jane/w", there), "is a single expert; pull it with: xelm pull jane/w --into"
+    )
+    free = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    fails(xelm("pull", "jane/all", there), "0.1 MB are free there")
+    monkeypatch.undo()
+    assert not there.exists()
+
+
+def test_a_host_that_does_not_answer_is_named(xelm, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    huggingface_hub.close_session()
+    for command in (("pull", "jane/all", tmp_path / "x"), ("push", place / "run", "--to", "a/b")):
+        fails(xelm(*command), "http://127.0.0.1:9 does not answer")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.close_session()
+    fails(xelm("pull", "jane/all", tmp_path / "x"), "HF_HUB_OFFLINE is set")
