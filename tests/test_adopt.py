@@ -26,7 +26,7 @@ def foreign(run, folder, change=lambda tensors: tensors, **config):
     """A checkpoint of the seed's shape, with tensors of its own and no tokenizer."""
     folder.mkdir()
     tensors = load_file(run / "seed/model.safetensors")
-    tensors[SCALE] = tensors[SCALE] * np.float32(1.0009765625)
+    tensors = {name: values * np.float32(1.0009765625) for name, values in tensors.items()}
     save_file(change(tensors), folder / "model.safetensors", {"format": "pt"})
     own = json.loads((run / "seed/config.json").read_text())
     (folder / "config.json").write_text(json.dumps(own | config))

@@ -17,6 +17,7 @@ from xelm.runs import run as runs
 from xelm.runs.options import (
     AdoptOptions,
     AgainOptions,
+    CompressOptions,
     DistilOptions,
     GrowOptions,
     InitOptions,
@@ -144,6 +145,13 @@ class Run(runs.Run):
         from xelm.runs.adopt import plan_adoption
 
         return plan_adoption(self, checkpoint, languages, corpus, options)
+
+    def compress(self, name: str, options: CompressOptions) -> "Expert":
+        """Makes the next version of an expert, of which less is stored; no other expert changes.
+        Arguments as in `xelm.runs.compress.compress`."""
+        from xelm.runs.compress import compress
+
+        return compress(self, name, options)
 
     def evaluate(
         self,

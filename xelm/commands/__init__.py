@@ -35,6 +35,7 @@ COMMANDS = {
     "train": training.TRAIN,
     "grow": training.GROW,
     "adopt": adoption.ADOPT,
+    "compress": adoption.COMPRESS,
     "evaluate": evaluation.EVALUATE,
     "generate": inference.GENERATE,
     "fill": inference.FILL,

@@ -1,4 +1,4 @@
-"""The command that makes an expert of a model from elsewhere."""
+"""The commands that make experts without training: of a model from elsewhere, and smaller ones."""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from xelm.commands.options import (
     run_of,
     show,
 )
-from xelm.runs.options import AdoptOptions
+from xelm.runs.options import AdoptOptions, CompressOptions
 
 if TYPE_CHECKING:
     from experts.expert import Expert
@@ -77,3 +77,22 @@ def _figures(expert: "Expert") -> str:
 
 
 ADOPT = Command("make an expert of a checkpoint that was trained elsewhere", _adopt, _adopt_options)
+
+
+def _compress_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="expert whose next version is made")
+    fields = ("rank", "energy", "revert")
+    add_fields(parser, CompressOptions, *fields, title="what is stored of its difference")
+
+
+def _compress(options: argparse.Namespace) -> None:
+    given = CompressOptions(**given_fields(options, CompressOptions))
+    expert = run_of(options).compress(options.name, given)
+    made = expert.made or {}
+    facts = _facts(expert)
+    show(options, facts, f"{expert.reference} compressed from {made['from']}{_figures(expert)}")
+
+
+COMPRESS = Command(
+    "make a smaller version of an expert: a low rank, or fewer layers", _compress, _compress_options
+)

@@ -109,6 +109,11 @@ def _shape_and_family(directory: str | Path) -> tuple[ModelConfig, Family]:
         raise UserError(f"{directory}/config.json: {error}") from None
 
 
+def family_of(directory: str | Path) -> Family:
+    """The family of a checkpoint directory."""
+    return _shape_and_family(directory)[1]
+
+
 def read_hub_config(directory: str | Path) -> dict[str, Any]:
     """The contents of a checkpoint's config.json; that of its base where it has none."""
     path = root(directory) / "config.json"

@@ -1,7 +1,8 @@
 """The tensors of a checkpoint directory as they are stored, read a part at a time. A directory
 with `base.json` stores only what differs from another one, its base: tensors of its own in place of
-the base's, and an adapter whose products are added. The chain of bases is followed here, and only
-here: whoever opens a checkpoint directory reads a complete model."""
+the base's, and products of thin matrices that are added, of an adapter or of `low_rank`. The chain
+of bases is followed here, and only here: whoever opens a checkpoint directory reads a complete
+model."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,8 @@ from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
 from clustering.hub_files import INDEX, WEIGHTS, weight_files
 from xelm.models.families.family import Family
-from xelm.models.peft import ADAPTER_FILES, FACTORS, Product, read_products
+from xelm.models.low_rank import LOW_RANK, read_low_rank
+from xelm.models.peft import ADAPTER_FILES, CONFIG, FACTORS, Product, read_products
 
 BASE = "base.json"
 FORMAT = 1
@@ -58,8 +60,8 @@ def own_weight_files(directory: str | Path) -> list[str]:
     if not (directory / BASE).is_file():
         return weight_files(directory)
     whole = (directory / WEIGHTS).is_file() or (directory / INDEX).is_file()
-    adapter = [name for name in ADAPTER_FILES if (directory / name).is_file()]
-    return [*(weight_files(directory) if whole else ()), *adapter]
+    added = [name for name in (*ADAPTER_FILES, LOW_RANK) if (directory / name).is_file()]
+    return [*(weight_files(directory) if whole else ()), *added]
 
 
 def write_base(
@@ -93,17 +95,35 @@ def open_tensors(directory: str | Path, kind: Family) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for folder in reversed(chain(directory)):
         based = bool(tensors)
-        own = own_weight_files(folder)
-        files = [name for name in own if name not in ADAPTER_FILES]
-        if files:
-            stored = _open(folder, files)
-            prefixed = any(name.startswith(kind.prefix) for name in stored)
-            if based:  # of tensors that differ, perhaps none has the prefix
-                prefixed = True
-            tensors |= {kind.name(name, prefixed): value for name, value in stored.items()}
-        if len(own) > len(files):
+        tensors |= replaced_by(folder, kind, based=based)
+        if (folder / LOW_RANK).is_file():
+            tensors |= _added(folder, tensors)
+        if (folder / CONFIG).is_file() and based:
             tensors |= _adapted(folder, kind, tensors)
     return tensors
+
+
+def replaced_by(folder: Path, kind: Family, *, based: bool = True) -> dict[str, Any]:
+    """Lazy slices of the whole tensors in a directory itself, by their names in the family's table.
+    based: whether it has a base."""
+    files = [name for name in own_weight_files(folder) if name not in (*ADAPTER_FILES, LOW_RANK)]
+    if not files:
+        return {}
+    stored = _open(folder, files)
+    # Of tensors that differ from a base's, perhaps none has the prefix.
+    prefixed = based or any(name.startswith(kind.prefix) for name in stored)
+    return {kind.name(name, prefixed): value for name, value in stored.items()}
+
+
+def _added(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors to which a directory adds low-rank products, changed."""
+    found = {}
+    for name, product in read_low_rank(folder).items():
+        shape = (len(product.b), product.a.shape[1])
+        if name not in tensors or tuple(tensors[name].get_shape()) != shape:
+            raise UserError(f"{folder / LOW_RANK} changes {name} by {shape}, unlike its base's")
+        found[name] = _Sum.of(tensors[name], product)
+    return found
 
 
 def _adapted(folder: Path, kind: Family, tensors: Mapping[str, Any]) -> dict[str, Any]:

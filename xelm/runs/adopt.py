@@ -26,6 +26,7 @@ from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import Store
 from xelm.data.unusable import UnusableRecords
 from xelm.models.checkpoint import README, read_config, stored_dtype
+from xelm.models.difference import store
 from xelm.models.foreign import code_of, copy_foreign, dtypes_of, faults_of
 from xelm.runs import train
 from xelm.runs.language import check_language
@@ -91,8 +92,11 @@ def adopt(
         if not target.exists():
             sources = expert_text(run, expert).sources
             extra = [write_centre(run, name, sources)] if sources else []
-            copy_foreign(source, target, run.seed, dtype=found.dtype, extra=extra)
-            shutil.rmtree(run.training(name), ignore_errors=True)
+            whole = run.training(name) / "whole"
+            shutil.rmtree(whole, ignore_errors=True)  # of a call that was interrupted
+            copy_foreign(source, whole, run.seed, dtype=found.dtype, extra=extra)
+            store(whole, parent_directory(run, expert), target, extra=extra)
+            shutil.rmtree(run.training(name))
         publish(run, expert)
         run.failure(name).unlink(missing_ok=True)
     return run.registry().expert(expert.name, expert.version)

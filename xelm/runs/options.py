@@ -130,3 +130,27 @@ class PushOptions:
     """Whether to make the repository private, if it is made now."""
     revision: str = "main"
     """Branch to write to, which is made if it is not there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompressOptions:
+    """What is stored of an expert's difference to its parent."""
+
+    rank: int | None = None
+    """Largest rank of the difference of each matrix. None: the difference stays as it is."""
+    energy: float | None = None
+    """In place of a rank: the share of the sum of the squared singular values that is kept of each
+    matrix at least, such as .9. None: the difference stays as it is."""
+    revert: str | None = None
+    """Layers that are set back to those of the parent, counted from 0, such as 4-7 or 2,4-5. None:
+    no layer is."""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.energy is not None:
+            raise UserError("give a rank or an energy, and not both")
+        if self.rank is None and self.energy is None and self.revert is None:
+            raise UserError("say how to compress: --rank R, --energy X or --revert LAYERS")
+        if self.rank is not None and self.rank < 1:
+            raise UserError(f"a rank must be at least 1; got {self.rank}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UserError(f"an energy must be above 0 and at most 1; got {self.energy}")
