@@ -14,7 +14,6 @@ from hub_models import CONFIGS, random_model
 
 from clustering.errors import UserError
 from xelm.models.adapters import (
-    TARGETS,
     Adapter,
     check_rank,
     chosen_targets,
@@ -31,6 +30,7 @@ from xelm.models.checkpoint import (
     write_adapted,
     write_whole,
 )
+from xelm.models.config import TARGETS
 from xelm.models.families import FAMILIES
 from xelm.models.layers import Linear
 from xelm.models.parameters import by_path, for_inference, shapes

@@ -84,10 +84,9 @@ def losses_on(mesh, model, *, config=CONFIG, steps=3):
     assert tuple(devices.shape.items()) == tuple(zip(AXES, mesh))
     functions = compile_steps(model, config, devices)
     states, found = [], []
-    for number, alone in enumerate(functions.alone):
+    for number, placed in enumerate(functions.whole):
         with jax.set_mesh(expert_mesh(devices, number)):
             fresh = jax.tree.map(np.asarray, fresh_parameters(model, number))
-            placed = jax.tree.map(lambda array: array.sharding, alone.parameters)
             states.append(functions.create[number](jax.device_put(fresh, placed)))
     with jax.set_mesh(devices):
         state = stack(states, functions.state)
@@ -122,7 +121,7 @@ def alone(model, number: int, config):
 
 def measured(functions, state, batch):
     """Mean loss of each expert over its part of a batch."""
-    nats, targets = functions.measure(state.parameters, batch)
+    nats, targets = functions.measure(state, batch)
     experts = len(functions.alone)
     assert np.asarray(targets).sum() > 0
     return np.reshape(nats, (experts, -1)).sum(1) / np.reshape(targets, (experts, -1)).sum(1)
@@ -186,6 +185,16 @@ def test_half_precision_is_spread():
     found, _ = losses_on((2, 1, 2, 2), MODEL, config=config)
     for number in range(2):
         np.testing.assert_allclose(found[:, number], alone(MODEL, number, config)[0], rtol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora.rank": 4}, {"frozen_layers": "1"}, {"optimizer.pull": 5.0}],
+    ids=["adapters", "frozen layers", "pull"],
+)
+def test_what_is_trained_and_what_is_fixed_are_spread(changes):
+    assert_as_alone((2, 1, 2, 2), MODEL, vary(CONFIG, changes))
 
 
 def test_parameters_are_spread_as_the_mesh_says():

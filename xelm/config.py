@@ -5,12 +5,13 @@ Imports no JAX, so that the command line starts quickly.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from clustering.errors import UserError
-from xelm.models.config import ModelConfig
+from xelm.models.config import TARGETS, ModelConfig
 from xelm.settings import vary
 
 StartToken = Literal["tokenizer", "bos", "eos", "config"]
@@ -36,6 +37,9 @@ class OptimizerConfig:
     """Rate at the last step, as a share of the peak."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
+    pull: float | None = None
+    """Decay of all trained parameters toward those that the training starts from, in place of
+    weight_decay, which is toward zero; null: weight_decay. It takes 4 bytes a parameter."""
     beta1: float = 0.9
     """Decay of the running average of gradients (adamw) or of updates (adafactor). adafactor keeps
     no such average if this is 0."""
@@ -43,6 +47,26 @@ class OptimizerConfig:
     """Decay of adamw's running average of squared gradients; .95 is usual for language models."""
     clip_norm: float = 1.0
     """Gradients are scaled down to at most this global norm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters in place of whole weights (LoRA: Hu et al. 2021, arXiv 2106.09685): each
+    weight W of the targets becomes W + alpha / rank * A B, and A and B are trained alone. Such an
+    expert is published as an adapter of its parent."""
+
+    rank: int | None = None
+    """Columns of A and rows of B; null trains the weights themselves."""
+    alpha: float | None = None
+    """Factor of A B, which is divided by the rank; null takes twice the rank."""
+    targets: str = "all"
+    """Dense layers with an adapter: all, or some of q,k,v,o (attention) and gate,up,down
+    (feed-forward)."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of A B: alpha / rank."""
+        return 2.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +167,11 @@ class TrainConfig(Budget):
     another on the same text needs another seed, or it sees the same rows in the same order."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimiser and learning-rate schedule."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters that are trained in place of the weights."""
+    frozen_layers: str | None = None
+    """Layers that are not trained, counted from 0, such as 4-7 or 2,4-5; "middle" is the middle
+    third, and null none. Embeddings are trained all the same."""
     data: DataConfig = DataConfig()
     """Mixture of languages, and masking."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -158,6 +187,7 @@ class TrainConfig(Budget):
             ),
             *_faults(self, ("random_seed",), *_NOT_NEGATIVE),
             *_optimizer_faults(self.optimizer),
+            *_part_faults(self),
             *_faults(self.data, ("sampling_exponent",), *_SHARE, "data."),
             *_faults(self.data, ("mask_share",), lambda x: 0 < x < 1, "between 0 and 1", "data."),
             *_faults(self.data, ("replay_share",), lambda x: 0 <= x < 1, "in 0..1", "data."),
@@ -227,7 +257,34 @@ def _optimizer_faults(config: OptimizerConfig) -> list[str]:
         *_faults(config, shares, *_SHARE, "optimizer."),
         *_faults(config, averages, lambda x: 0 <= x < 1, "at least 0 and below 1", "optimizer."),
         *_faults(config, ("weight_decay",), *_NOT_NEGATIVE, "optimizer."),
+        *_faults(config, ("pull",), *_NOT_NEGATIVE_OR_NONE, "optimizer."),
     ]
+
+
+def _part_faults(config: TrainConfig) -> list[str]:
+    """Faults in the settings of what is trained."""
+    lora, frozen = config.lora, config.frozen_layers
+    faults = [
+        *_faults(lora, ("rank",), *_POSITIVE_OR_NONE, "lora."),
+        *_faults(lora, ("alpha",), lambda x: x is None or 0 < x < math.inf, "above 0", "lora."),
+    ]
+    unknown = [name for name in lora.targets.split(",") if name.strip() not in TARGETS]
+    if unknown and lora.targets != "all":
+        faults.append(
+            f"lora.targets must be all, or some of {','.join(TARGETS)}; got {lora.targets}"
+        )
+    if frozen is not None and not re.fullmatch(r"middle|\d+(-\d+)?(,\d+(-\d+)?)*", frozen):
+        faults.append(
+            f"frozen_layers must be middle, or numbers such as 4-7 or 2,4-5; got {frozen}"
+        )
+    if lora.rank is not None and frozen is not None:
+        faults.append("lora.rank and frozen_layers exclude each other: adapters freeze all layers")
+    if lora.rank is not None and config.optimizer.pull is not None:
+        faults.append(
+            "lora.rank and optimizer.pull exclude each other: weight_decay draws adapters to "
+            "nothing, which is where they start"
+        )
+    return faults
 
 
 def _runtime_faults(config: RuntimeConfig) -> list[str]:
@@ -330,6 +387,11 @@ class RunConfig:
                     "grown experts see rows of their parents again in the same order; got "
                     f"{self.grow.random_seed} and {other}"
                 )
+        if _of_parts(self.seed) != _of_parts(TrainConfig(tokens=1)):
+            raise ValueError(
+                "a fresh seed has no weights to start from: seed.lora, seed.frozen_layers and "
+                "seed.optimizer.pull must be as they are by default"
+            )
         for name, one in {"seed": self.seed, "grow": self.grow}.items():
             if one.runtime.mesh_expert != 1:
                 raise ValueError(f"{name} is one model; {name}.runtime.mesh_expert must be 1")
@@ -350,9 +412,14 @@ class RunConfig:
     @property
     def dense(self) -> TrainConfig:
         """Training of the dense baseline: the tokens of all experts together, sampled in the same
-        shares, with a learning rate and a batch size of its own."""
-        changes = {"batch_size": self.dense_batch_size, "runtime.mesh_expert": 1}
+        shares, with a learning rate and a batch size of its own. All its weights are trained."""
+        changes: dict[str, Any] = {"batch_size": self.dense_batch_size, "runtime.mesh_expert": 1}
+        changes |= {"lora": LoraConfig(), "frozen_layers": None, "optimizer.pull": None}
         return vary(self.experts, changes | {"optimizer.learning_rate": self.dense_learning_rate})
+
+
+def _of_parts(config: TrainConfig) -> tuple[Any, ...]:
+    return config.lora, config.frozen_layers, config.optimizer.pull
 
 
 def check_changeable(settings: Iterable[str], part: str, *, begins: bool = False) -> None:

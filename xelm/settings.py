@@ -158,6 +158,8 @@ def _parsed(hint: Any, text: str, setting: str) -> Any:
         if text not in known:
             raise UserError(f"{setting!r}: wanted {' or '.join(known)}")
         return text
+    if hint is str:
+        return text
     if hint is bool:
         if text not in ("true", "false"):
             raise UserError(f"{setting!r}: wanted true or false")

@@ -10,22 +10,11 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from clustering.errors import UserError
-from xelm.models.config import ModelConfig
+from xelm.models.config import TARGETS, ModelConfig
 from xelm.models.parameters import by_path, shapes
 
 A, B = "lora_a", "lora_b"
 """Names of the factors beside the weight that they change: [inputs, rank] and [rank, outputs]."""
-TARGETS: Mapping[str, str] = {
-    "q": "blocks/query",
-    "k": "blocks/key",
-    "v": "blocks/value",
-    "o": "blocks/output",
-    "gate": "blocks/gate",
-    "up": "blocks/up",
-    "down": "blocks/down",
-}
-"""Dense layers that can have an adapter: queries, keys, values and output of attention, and the
-matrices of the feed-forward (`gate` only where the model has one)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

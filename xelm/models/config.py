@@ -4,6 +4,7 @@ The letters used for array dimensions everywhere in xelm:
 B batch, T tokens, S key positions, D width, F feed-forward, N heads, K key heads, H head size,
 V vocabulary, L layers, E experts, C clusters."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
@@ -47,6 +48,19 @@ class Rope:
                 raise ValueError(
                     f"slowest must be below fastest; got {self.slowest} and {self.fastest}"
                 )
+
+
+TARGETS: Mapping[str, str] = {
+    "q": "blocks/query",
+    "k": "blocks/key",
+    "v": "blocks/value",
+    "o": "blocks/output",
+    "gate": "blocks/gate",
+    "up": "blocks/up",
+    "down": "blocks/down",
+}
+"""Dense layers that can have an adapter, by short names: queries, keys, values and output of
+attention, and the matrices of the feed-forward (`gate` only where the model has one)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,13 +28,18 @@ def graph(
     rematerialise: bool = False,
     adapted: Collection[str] = (),
     scale: float = 1.0,
+    stacks: int = 1,
 ) -> nnx.GraphDef:
     """The model without parameters; allocates nothing. lookup: looks up rows of tables, maybe
     spread over devices. rematerialise: the backward pass computes all of a layer but attention
     again, to save memory. adapted: paths of the dense layers with an adapter, "blocks/query" and so
-    on, whose factors are parameters then (`xelm.models.adapters`), with this scale."""
+    on, whose factors are parameters then (`xelm.models.adapters`), with this scale. stacks:
+    number of stacks of consecutive layers; for several, "blocks" of the parameters is a tuple."""
     model = _abstract(config, compute_dtype)
     _adapt(model, adapted, scale)
+    if stacks > 1:
+        model.blocks = nnx.List([nnx.clone(model.blocks) for _ in range(stacks)])
+        model.stacked = True
     model.lookup, model.rematerialise = lookup, rematerialise
     return nnx.split(model)[0]
 

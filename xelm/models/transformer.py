@@ -73,7 +73,7 @@ class Transformer(nnx.Module):
 
         vocabulary = config.vocabulary_size
         self.embedding = table(vocabulary, "vocabulary")
-        # Stacked layers, or in the layout of inference a list of them.
+        # Stacked layers, or several such stacks, or in the layout of inference a list of layers.
         self.blocks: Block | nnx.List = Block(config, rngs, dtype)
         self.norm = Norm(config, None, dtype) if config.final_norm else None
         self.head = None if config.tie_embeddings else table(vocabulary, "vocabulary")
@@ -89,6 +89,7 @@ class Transformer(nnx.Module):
         self.rematerialise = False
         self.known: Any = nnx.data(None)
         """Number of ids that it knows, as `parameters.KNOWN`; None: all."""
+        self.stacked = False
         self.origin: Origin | None = None
 
     def __call__(
@@ -177,20 +178,9 @@ class Transformer(nnx.Module):
         numbers = np.arange(self.config.layer_count)
         local = jnp.asarray(np.isin(numbers, self.config.local_layers))
         numbers = jnp.asarray(numbers)
-        if isinstance(self.blocks, Block):
+        if isinstance(self.blocks, Block) or self.stacked:
             assert cache is None
-            graph, parameters = nnx.split(self.blocks)
-
-            @jax.named_scope("layer")
-            def layer(h, inputs):
-                parameters, number, local = inputs
-                h, _ = nnx.merge(graph, parameters)(h, context, number, local)
-                return h, measure(h)
-
-            # Inside a scan nothing is found common to both ways, so that need not be prevented.
-            policy = _POLICIES[self.rematerialise]
-            layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
-            h, found = jax.lax.scan(layer, h, (parameters, numbers, local))
+            h, found = self._scanned(h, context, numbers, local, measure)
         else:
             found = []
             caches = [None] * len(numbers) if cache is None else zip(cache.keys, cache.values)
@@ -201,6 +191,28 @@ class Transformer(nnx.Module):
                 found.append(longer)
         h = h if self.norm is None else self.norm(h)
         return h.reshape(*tokens.shape, -1), found
+
+    def _scanned(self, h, context, numbers, local, measure) -> tuple[Any, Any]:
+        """The same by stacked layers, of which a single one is compiled for each stack."""
+        blocks = [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
+        first, found = 0, []
+        for block in blocks:
+            graph, parameters = nnx.split(block)
+
+            @jax.named_scope("layer")
+            def layer(h, inputs, graph=graph):
+                parameters, number, local = inputs
+                h, _ = nnx.merge(graph, parameters)(h, context, number, local)
+                return h, measure(h)
+
+            # Inside a scan nothing is found common to both ways, so that need not be prevented.
+            policy = _POLICIES[self.rematerialise]
+            layer = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+            last = first + len(jax.tree.leaves(parameters)[0])
+            inputs = parameters, numbers[first:last], local[first:last]
+            h, some = jax.lax.scan(layer, h, inputs)
+            first, found = last, [*found, some]
+        return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
     @jax.named_scope("embedding")
     def _embed(self, tokens, positions):

@@ -17,6 +17,7 @@ from xelm.training.expert_axis import expert_mesh, stacked_shape
 from xelm.training.master_weights import join_weights
 from xelm.training.sharding import BATCH, parameter_shardings
 from xelm.training.step import TrainState, TrainStep, norm
+from xelm.training.trainable import Fixed, check_trainable
 
 _RATES = ("learning_rate", "schedule", "warmup_share", "decay_share", "final_rate_share")
 _LOGISTICS = (
@@ -31,19 +32,27 @@ class CompiledSteps(NamedTuple):
     of all experts, by `expert_axis.stack`."""
 
     create: tuple[Any, ...]
-    """For each expert a function: float32 parameters -> its TrainState"""
+    """For each expert a function: (float32 parameters of the whole model, random seed of adapters)
+    -> its TrainState"""
     convert: tuple[Any, ...]
-    """For each expert a function: its TrainState in other dtypes -> its TrainState"""
+    """For each expert a function: its SavedState in other dtypes -> its SavedState"""
+    fixed: tuple[Any, ...]
+    """For each expert a function: float32 parameters of the whole model -> what no step changes"""
+    completed: tuple[Any, ...]
+    """For each expert a function: (its float32 trained parameters, those of the whole model that it
+    started from) -> those of the whole model, where layers are frozen"""
     step: Any
     """(stacked TrainState, batches, learning rates [E]) -> (stacked TrainState in the same memory,
     StepMetrics of [E])"""
     measure: Any
-    """(stacked parameters, batches) -> sums of losses and numbers of targets of the rows, as
+    """(stacked TrainState, batches) -> sums of losses and numbers of targets of the rows, as
     `TrainStep.measure`, [E * rows] each"""
     finite: Any
     """stacked parameters -> whether all of an expert are finite, [E]"""
     master_weights: Any
     """(parameters, remainders) of an expert -> its float32 parameters"""
+    whole: tuple[Any, ...]
+    """For each expert the shardings of the float32 parameters of a whole model."""
     state: TrainState
     """Shapes and shardings of the stacked TrainState."""
     alone: tuple[TrainState, ...]
@@ -59,6 +68,8 @@ def compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compil
         tokens=1,
         batch_size=config.batch_size,
         optimizer=_with_defaults(config.optimizer, _RATES),
+        lora=config.lora,
+        frozen_layers=config.frozen_layers,
         runtime=_with_defaults(config.runtime, _LOGISTICS),
     )
     return _compile_steps(model, same, mesh)
@@ -74,6 +85,8 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
     experts = mesh.shape["expert"]
     step = TrainStep(model, config, spread=mesh.size > experts)
     alone = tuple(state_of(model, config, expert_mesh(mesh, number)) for number in range(experts))
+    parts = [expert_mesh(mesh, number) for number in range(experts)]
+    whole = tuple(parameter_shardings(model, part) for part in parts)
     state = jax.tree.map(functools.partial(stacked_shape, mesh), alone[0])
     placed = _shardings(state)
 
@@ -81,8 +94,8 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
         one = jax.tree.map(lambda x, like: x.reshape(like.shape), states, alone[0])
         return jax.tree.map(jnp.atleast_1d, step(one, batches, rates[0]))
 
-    def measure(parameters, batches):
-        one = jax.tree.map(lambda x, like: x.reshape(like.shape), parameters, alone[0].parameters)
+    def measure(states, batches):
+        one = jax.tree.map(lambda x, like: x.reshape(like.shape), states, alone[0])
         return step.measure(one, batches)
 
     def finite(parameters):
@@ -95,7 +108,9 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
 
     return CompiledSteps(
         create=tuple(jax.jit(step.begin, out_shardings=_shardings(one)) for one in alone),
-        convert=tuple(jax.jit(step.convert, out_shardings=_shardings(one)) for one in alone),
+        convert=tuple(jax.jit(step.convert, out_shardings=_shardings(one.saved)) for one in alone),
+        fixed=tuple(jax.jit(step.fixed, out_shardings=_shardings(one.fixed)) for one in alone),
+        completed=tuple(jax.jit(step.completed, out_shardings=each) for each in whole),
         step=jax.jit(
             by_expert(each),
             donate_argnums=0,
@@ -104,11 +119,12 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
         ),
         measure=jax.jit(
             by_expert(measure),
-            in_shardings=(placed.parameters, None),
+            in_shardings=(placed, None),
             out_shardings=NamedSharding(mesh, PartitionSpec()),
         ),
         finite=jax.jit(by_expert(finite)),
         master_weights=jax.jit(join_weights),
+        whole=whole,
         state=state,
         alone=alone,
         batch_sharding=NamedSharding(mesh, PartitionSpec(("expert", *BATCH))),
@@ -118,9 +134,11 @@ def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compi
 def state_of(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes and shardings of the TrainState of an expert on its part of a mesh. Remainders, and
     averages of the shape of their parameters, lie where those do; every device has all the rest."""
+    check_trainable(config, model)
     step = TrainStep(model, config, spread=mesh.size > 1)
     state = jax.eval_shape(step.begin, shapes(model))
-    placed, everywhere = parameter_shardings(model, mesh), NamedSharding(mesh, PartitionSpec())
+    placed = parameter_shardings(model, mesh, state.parameters)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     moments = optax.tree_map_params(
         step.optimizer,
         lambda moment, like, sharding: sharding if moment.shape == like.shape else everywhere,
@@ -135,9 +153,10 @@ def state_of(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> TrainState:
         optimizer=moments,
         step=everywhere,
         guard=jax.tree.map(lambda _: everywhere, state.guard),
+        fixed=Fixed(*(parameter_shardings(model, mesh, part) for part in state.fixed)),
     )
     return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
 
 
-def _shardings(state: TrainState) -> TrainState:
+def _shardings(state: Any) -> Any:
     return jax.tree.map(lambda array: array.sharding, state)

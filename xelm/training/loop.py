@@ -27,7 +27,8 @@ class Trained:
     """Result of a training."""
 
     parameters: Any
-    """Nested dictionary of arrays on the devices of the training, float32."""
+    """Nested dictionary of arrays on the devices of the training, float32; with adapters, their
+    factors alone."""
     tokens: int
     """Targets predicted over all steps (of an encoder, tokens read)."""
     language_tokens: Mapping[str, int]
@@ -87,18 +88,27 @@ def train_together(
         for trainer in trainers:
             trainer.checkpoints.wait()
     last = [unstack(state, alone) for alone in compiled.alone]
-    return [t.failed or _trained(t, compiled, its) for t, its in zip(trainers, last)]
+    return [
+        trainer.failed or _trained(trainer, specs[n], compiled, n, last[n])
+        for n, trainer in enumerate(trainers)
+    ]
 
 
-def _trained(trainer: Trainer, compiled: CompiledSteps, last: TrainState) -> Trained | UserError:
+def _trained(
+    trainer: Trainer, spec: TrainingSpec, compiled: CompiledSteps, number: int, last: TrainState
+) -> Trained | UserError:
     """The result of a trainer that is done, or why there is none. last: its state after its last
     step."""
     try:
-        state = trainer.result(last)
+        state = trainer.result(last.saved)
     except UserError as error:
         return error
+    parameters = compiled.master_weights(state.parameters, state.remainders)
+    if spec.config.frozen_layers is not None:
+        start = spec.start(compiled.whole[number])
+        parameters = compiled.completed[number](parameters, start)
     return Trained(
-        parameters=compiled.master_weights(state.parameters, state.remainders),
+        parameters=parameters,
         tokens=trainer.tokens,
         language_tokens=trainer.language_tokens,
     )
@@ -111,7 +121,7 @@ def _measure(trainers: Sequence[Trainer], compiled: CompiledSteps, state: TrainS
     sums: list[list[Any]] = []
     for parts in itertools.zip_longest(*texts):
         batch = _joined(parts)
-        sums.append(compiled.measure(state.parameters, placed(batch, compiled.batch_sharding)))
+        sums.append(compiled.measure(state, placed(batch, compiled.batch_sharding)))
     if not sums:
         return
     # [batches, experts * rows] -> [experts, batches * rows]

@@ -26,6 +26,7 @@ def cross_entropy(
     weights: Float[Array, "*B"],
     *,
     spread: bool = False,
+    frozen_head: bool = False,
 ) -> Float[Array, ""]:
     """Sum over positions of weight * -log p(target), in nats. [*B, V] never exists in memory.
 
@@ -36,8 +37,10 @@ def cross_entropy(
     spread: whether to compute over the mesh that is set: positions over its axis `data`, the
     vocabulary over `fsdp` and `tensor` (as in Megatron-LM: Shoeybi et al. 2019, arXiv 1909.08053,
     section 3). data x fsdp must divide the first dimension of `states`.
+
+    frozen_head: whether the head is a constant too, by which no gradient is computed.
     """
-    return _sum(spread, states, head, targets, weights, None)
+    return _sum((spread, frozen_head), states, head, targets, weights, None)
 
 
 class Teacher(NamedTuple):
@@ -60,6 +63,7 @@ def distillation(
     teacher: Teacher,
     *,
     spread: bool = False,
+    frozen_head: bool = False,
 ) -> Float[Array, ""]:
     """Sum over positions of weight * ((1 - share) * -log q(target) + share * KL), in nats.
 
@@ -71,16 +75,16 @@ def distillation(
     2015 (arXiv 1503.02531), in pre-training as in Peng et al. 2024 (arXiv 2410.16215).
 
     By the logits the gradient is q - (1 - share) [target] - share * t, where t is p on the n tokens
-    and r q / s on all others. Memory, arguments and `spread` are as in `cross_entropy`."""
-    return _sum(spread, states, head, targets, weights, teacher)
+    and r q / s on all others. Memory and the other arguments are as in `cross_entropy`."""
+    return _sum((spread, frozen_head), states, head, targets, weights, teacher)
 
 
-def _sum(spread, states, head, targets, weights, teacher):
+def _sum(form, states, head, targets, weights, teacher):
     def flat(array):
         return array.reshape(-1, *array.shape[targets.ndim :])
 
     constants = jax.lax.stop_gradient((weights, teacher))
-    return _summed(spread, flat(states), head, flat(targets), *jax.tree.map(flat, constants))
+    return _summed(form, flat(states), head, flat(targets), *jax.tree.map(flat, constants))
 
 
 @jax.named_scope("loss")
@@ -124,21 +128,25 @@ def _losses_over_mesh(states, head, targets):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed(spread, states, head, targets, weights, teacher):
-    return _forward(spread, states, head, targets, weights, teacher)[0]
+def _summed(form, states, head, targets, weights, teacher):
+    return _forward(form, states, head, targets, weights, teacher)[0]
 
 
-def _forward(spread, states, head, targets, weights, teacher):
+def _forward(form, states, head, targets, weights, teacher):
+    spread, frozen_head = form
     compute = _loss_over_mesh if spread else _loss_of_part
-    loss, gradients = compute(states, head, targets, weights, teacher)
-    state_gradient, head_gradient = gradients
-    like = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), head_gradient, head)
+    loss, gradients = compute(states, head, targets, weights, teacher, frozen_head=frozen_head)
+    state_gradient, like = gradients
+    if not frozen_head:
+        like = jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), like, head)
     # Both at once, or XLA would keep the head's in float32 during the whole backward pass.
     return loss, jax.lax.optimization_barrier((state_gradient.astype(states.dtype), like))
 
 
-def _loss_of_part(states, head, targets, weights, teacher, first=0, size=None, across=()):
-    """The loss, and its gradients by states and head.
+def _loss_of_part(
+    states, head, targets, weights, teacher, first=0, size=None, across=(), *, frozen_head=False
+):
+    """The loss, and its gradients by states and head (None for a frozen one).
 
     `head` may be a part of the vocabulary: entries from `first` on, of which those at `size` and
     above are no tokens. The other parts lie on other devices `across` these mesh axes, and the
@@ -157,6 +165,9 @@ def _loss_of_part(states, head, targets, weights, teacher, first=0, size=None, a
         if head.cap is not None:
             # The slope of tanh; 0 where there is no token.
             error = error * (1 - jnp.square(jnp.maximum(logits, -head.cap) / head.cap))
+        if frozen_head:
+            error = error.astype(part.dtype)
+            return None, (loss, error @ head.matrix.astype(part.dtype))
         bias_gradient = head_gradient.bias
         if bias_gradient is not None:
             bias_gradient = bias_gradient + error.sum(axis=0)
@@ -169,6 +180,7 @@ def _loss_of_part(states, head, targets, weights, teacher, first=0, size=None, a
         return sums, (loss, state_gradient)
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+    zero = None if frozen_head else zero
     chunks = in_chunks(head.matrix.shape[0], states, targets, weights, *(teacher or ()))
     head_gradient, (losses, state_gradients) = jax.lax.scan(chunk, zero, chunks)
     state_gradient = state_gradients.reshape(-1, states.shape[1])[: states.shape[0]]
@@ -219,7 +231,7 @@ def _taught(teacher, losses, hot, likely, first, size, across):
     return (1 - share) * losses + share * divergence, hot
 
 
-def _loss_over_mesh(states, head, targets, weights, teacher):
+def _loss_over_mesh(states, head, targets, weights, teacher, *, frozen_head):
     size, padded = head.matrix.shape[0], _padded(head, states.dtype)
 
     def part(states, head, *others):
@@ -228,8 +240,9 @@ def _loss_over_mesh(states, head, targets, weights, teacher):
             jax.lax.all_gather(x, "fsdp", tiled=True) for x in (states, *others)
         )
         first = jax.lax.axis_index(_VOCABULARY) * head.matrix.shape[0]
+        constants = targets, weights, teacher, first, size, _VOCABULARY
         loss, (state_gradient, head_gradient) = _loss_of_part(
-            states, head, targets, weights, teacher, first, size, _VOCABULARY
+            states, head, *constants, frozen_head=frozen_head
         )
         state_gradient = jax.lax.psum(state_gradient, "tensor")
         state_gradient = jax.lax.psum_scatter(state_gradient, "fsdp", tiled=True)
@@ -257,7 +270,7 @@ def _padded(head, dtype):
     )
 
 
-def _backward(spread, gradients, cotangent):
+def _backward(form, gradients, cotangent):
     scale = cotangent.astype(jnp.float32)
     scaled = jax.tree.map(lambda gradient: (gradient * scale).astype(gradient.dtype), gradients)
     return (*scaled, None, None, None)

@@ -64,7 +64,9 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     if settings.name == "adafactor":
         factored = optax.scale_by_factored_rms(decay_rate_fn=_share_kept)
         moving = [factored, optax.stateless(_clipped_each), *moving]
-    decay = optax.add_decayed_weights(settings.weight_decay, mask=matrices)
+    # A pull, which takes the place of the decay, is the step's.
+    decay_of = settings.weight_decay if settings.pull is None else 0.0
+    decay = optax.add_decayed_weights(decay_of, mask=matrices)
     return optax.chain(*moving, decay, optax.scale(-1.0))
 
 

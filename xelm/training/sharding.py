@@ -2,16 +2,19 @@
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clustering.errors import UserError
 from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import logical_axes, shapes
+from xelm.models.parameters import by_path, logical_axes, shapes
+from xelm.training.trainable import axes_of
 
 AXES = ("expert", "data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
@@ -21,6 +24,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "width": ("fsdp",),
     **dict.fromkeys(("layers", "vocabulary", "head", "positions", "types", "transformed"), ()),
+    "rank": (),
 }
 """Logical axis of a parameter -> mesh axes over which it is split. fsdp splits what tensor leaves
 whole. Tables of embeddings are split by columns, since vocabulary sizes divide by nothing."""
@@ -78,11 +82,16 @@ def mesh_of_devices(devices: np.ndarray) -> Mesh:
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+def parameter_shardings(
+    config: ModelConfig, mesh: Mesh, like: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The sharding of each parameter of an expert on its part of a mesh. Raises UserError for a
-    dimension that its mesh axes do not divide."""
+    dimension that its mesh axes do not divide. like: a tree of `trainable.divide`; None: that of
+    all parameters."""
+    known = by_path(logical_axes(config))
 
-    def place(shape, axes):
+    def place(path, shape):
+        axes = axes_of(path, known)
         names = [RULES[axis] for axis in axes]
         used = [name for some in names for name in some]
         if len(used) != len(set(used)):
@@ -96,4 +105,5 @@ def parameter_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
                 )
         return NamedSharding(mesh, PartitionSpec(*(some or None for some in names)))
 
-    return jax.tree.map(place, shapes(config), logical_axes(config))
+    tree = by_path(shapes(config) if like is None else like)
+    return unflatten_dict({path: place(path, leaf) for path, leaf in tree.items()}, sep="/")

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from xelm.config import TrainConfig
+from xelm.models.adapters import chosen_targets
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph
 from xelm.training.lookups import spread_lookup, states_at
@@ -19,13 +20,23 @@ from xelm.training.master_weights import Remainders, join_weights, split_weights
 from xelm.training.optimizer import clipped, optimizer
 from xelm.training.sharding import BATCH
 from xelm.training.spike_guard import accepts, new_guard, updated
+from xelm.training.trainable import (
+    NOTHING_FIXED,
+    Fixed,
+    completed,
+    divide,
+    pulled,
+    stacks,
+    together,
+)
 
 
-class TrainState(NamedTuple):
-    """All that a step changes."""
+class SavedState(NamedTuple):
+    """All that a step changes, and that a checkpoint has."""
 
     parameters: Any
-    """Nested dictionary; float32, or with matrices in bfloat16."""
+    """Nested dictionary of what is trained (`trainable.divide`); float32, or with matrices in
+    bfloat16."""
     remainders: Remainders
     """Lower halves of the master weights of matrices in bfloat16."""
     optimizer: Any
@@ -34,6 +45,22 @@ class TrainState(NamedTuple):
     """int32, steps done, skipped ones included."""
     guard: Any
     """`SpikeGuard`."""
+
+
+class TrainState(NamedTuple):
+    """What a step gets and returns: the fields of `SavedState`, and what it does not change."""
+
+    parameters: Any
+    remainders: Remainders
+    optimizer: Any
+    step: Any
+    guard: Any
+    fixed: Fixed = NOTHING_FIXED
+
+    @property
+    def saved(self) -> SavedState:
+        """The part of a checkpoint."""
+        return SavedState(*self[:5])
 
 
 class StepMetrics(NamedTuple):
@@ -63,13 +90,24 @@ class TrainStep:
         """The optimiser of the master weights."""
         return optimizer(self.config)
 
-    def begin(self, masters: Mapping[str, Any]) -> TrainState:
-        """The state before the first step, from float32 parameters."""
+    def begin(self, start: Mapping[str, Any], random_seed: Any = 0) -> TrainState:
+        """The state before the first step, from the float32 parameters of a whole model.
+        random_seed: that of new adapters."""
+        masters, fixed = divide(start, self.config, self.model, random_seed)
         parameters, remainders = split_weights(masters, self.config.runtime.dtype)
         step = jnp.zeros((), jnp.int32)
-        return TrainState(parameters, remainders, self.optimizer.init(masters), step, new_guard())
+        moments = self.optimizer.init(masters)
+        return TrainState(parameters, remainders, moments, step, new_guard(), fixed)
 
-    def convert(self, state: TrainState) -> TrainState:
+    def fixed(self, start: Mapping[str, Any]) -> Fixed:
+        """What no step changes, from the float32 parameters of a whole model."""
+        return divide(start, self.config, self.model)[1]
+
+    def completed(self, trained: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
+        """All parameters of a model of which some were trained, the others as in `start`."""
+        return completed(trained, start, self.config, self.model)
+
+    def convert(self, state: SavedState) -> SavedState:
         """The state of a training in other dtypes, converted to those of this one."""
         masters = join_weights(state.parameters, state.remainders)
         like = jax.eval_shape(self.optimizer.init, masters)
@@ -81,7 +119,7 @@ class TrainStep:
         self, state: TrainState, batch: Mapping[str, jax.Array], rate: jax.Array
     ) -> tuple[TrainState, StepMetrics]:
         """The state after a step on a batch at a learning rate, and the metrics of the step."""
-        loss, gradients = self._gradients(state.parameters, batch)
+        loss, gradients = self._gradients(state.parameters, state.fixed.frozen, batch)
         size = norm(gradients)
         made = accepts(state.guard, loss, size)
 
@@ -91,6 +129,7 @@ class TrainStep:
             updates, moments = self.optimizer.update(scaled, moments, masters)
             updates = jax.tree.map(lambda u: u * rate, updates)
             masters = jax.tree.map(jnp.add, masters, updates)
+            masters = pulled(masters, state.fixed.start, self.config, rate)
             return *split_weights(masters, self.config.runtime.dtype), moments
 
         # A choice between whole states, element by element, would hold both.
@@ -99,9 +138,10 @@ class TrainStep:
         )
         guard = updated(state.guard, loss, made)
         metrics = StepMetrics(loss, size, guard.skipped, guard.most_in_a_row)
-        return TrainState(parameters, remainders, moments, state.step + 1, guard), metrics
+        step = state.step + 1
+        return TrainState(parameters, remainders, moments, step, guard, state.fixed), metrics
 
-    def _gradients(self, parameters, batch):
+    def _gradients(self, parameters, frozen, batch):
         """Loss and gradients, computed in as many parts as configured, and summed in float32."""
         count = self.config.runtime.accumulation_steps
         # Over all parts: those with fewer targets weigh less, as in an undivided batch. A batch may
@@ -109,7 +149,7 @@ class TrainStep:
         total = jnp.maximum(self._weights(batch).sum(), 1).astype(jnp.float32)
 
         def of(part):
-            return jax.value_and_grad(self._loss)(parameters, part, total)
+            return jax.value_and_grad(self._loss)(parameters, frozen, part, total)
 
         parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
         parts = jax.lax.with_sharding_constraint(parts, PartitionSpec(None, BATCH))
@@ -123,14 +163,15 @@ class TrainStep:
         return jax.lax.scan(add, (jnp.zeros(()), zeros), parts)[0]
 
     def measure(
-        self, parameters: Any, batch: Mapping[str, jax.Array]
+        self, state: TrainState, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         """For each row of a batch: the sum of -log p over its targets, in nats, and their number;
         float32 [rows]."""
         count = self.config.runtime.accumulation_steps
 
         def of(part):
-            losses = token_losses(*self._predictions(parameters, part), spread=self.spread)
+            found = self._predictions(state.parameters, state.fixed.frozen, part)
+            losses = token_losses(*found, spread=self.spread)
             weights = self._weights(part).astype(jnp.float32)
             return (losses * weights).sum(axis=1), weights.sum(axis=1)
 
@@ -138,20 +179,30 @@ class TrainStep:
         parts = jax.lax.with_sharding_constraint(parts, PartitionSpec(None, BATCH))
         return jax.tree.map(jnp.ravel, jax.lax.map(of, parts))
 
-    def _loss(self, parameters, part, total):
-        states, head, targets = self._predictions(parameters, part)
+    def _loss(self, parameters, frozen, part, total):
+        states, head, targets = self._predictions(parameters, frozen, part)
         weights = self._weights(part) / total
+        # Adapters leave the head as it is.
+        form = {"spread": self.spread, "frozen_head": self.config.lora.rank is not None}
         if "teacher_ids" in part:
             share = jnp.broadcast_to(part["teacher_share"][:, None], targets.shape)
             teacher = Teacher(part["teacher_ids"], part["teacher_log_probabilities"], share)
-            return distillation(states, head, targets, weights, teacher, spread=self.spread)
-        return cross_entropy(states, head, targets, weights, spread=self.spread)
+            return distillation(states, head, targets, weights, teacher, **form)
+        return cross_entropy(states, head, targets, weights, **form)
 
-    def _predictions(self, parameters, part):
+    def _predictions(self, parameters, frozen, part):
         """States from which the targets are predicted, the output head, and the targets."""
-        dtype, rematerialise = self.config.runtime.dtype, self.config.runtime.rematerialise
-        shape = graph(self.model, dtype, lookup=spread_lookup, rematerialise=rematerialise)
-        network = bind(shape, parameters)
+        dtype, lora = self.config.runtime.dtype, self.config.lora
+        shape = graph(
+            self.model,
+            dtype,
+            lookup=spread_lookup,
+            rematerialise=self.config.runtime.rematerialise,
+            adapted=() if lora.rank is None else chosen_targets(lora.targets, self.model),
+            scale=lora.scale,
+            stacks=len(stacks(self.config, self.model)),
+        )
+        network = bind(shape, together(parameters, frozen))
         if self.model.causal:
             read = [part[name][:, :-1] for name in ("tokens", "positions", "segments")]
             hidden, targets = network.hidden(*read), part["tokens"][:, 1:]

@@ -27,7 +27,7 @@ from xelm.training.held_out import HeldOutText
 from xelm.training.hosts import is_first
 from xelm.training.metrics import MetricsLog, best, without_improvement
 from xelm.training.optimizer import schedule
-from xelm.training.step import StepMetrics, TrainState, target_weights
+from xelm.training.step import SavedState, StepMetrics, TrainState, target_weights
 
 _FORMAT = 6
 """Version of what a checkpoint contains, and of the rows that follow it."""
@@ -70,7 +70,7 @@ class Trainer:
         step: int,
         facts: dict[str, Any],
         devices: int,
-        restore: Callable[[int], tuple[TrainState, dict[str, Any]]],
+        restore: Callable[[int], tuple[SavedState, dict[str, Any]]],
     ):
         """step: steps done before. facts: JSON saved beside the state. devices: number of them.
         restore: state and facts of the checkpoint of a step, in the dtypes of this training."""
@@ -221,7 +221,7 @@ class Trainer:
                 "measurements": self.measurements,
             }
             self._keep_best()
-            self.checkpoints.save(self.step, state, facts)
+            self.checkpoints.save(self.step, state.saved, facts)
             self._improved = False
         else:
             self.failed = self._diverged(f"its parameters are not finite after step {self.step}")
@@ -230,7 +230,7 @@ class Trainer:
         found = best(self.measurements)
         self.checkpoints.best = None if found is None else found["step"]
 
-    def result(self, state: TrainState) -> TrainState:
+    def result(self, state: SavedState) -> SavedState:
         """The state whose weights are the result of the training: that of the best measurement or,
         without measurements, `state`, the last one. `state` is deleted where another takes its
         place."""
@@ -281,17 +281,17 @@ def resume(
     }
     mesh = alone.step.sharding.mesh
 
-    def saved(found: dict[str, Any]) -> TrainState:
+    def saved(found: dict[str, Any]) -> SavedState:
         _check_same_training(facts, found, spec.directory)
         dtypes = {f"runtime.{name}": found["config"]["runtime"][name] for name in _DTYPES}
-        return state_of(model, vary(config, dtypes), mesh)
+        return state_of(model, vary(config, dtypes), mesh).saved
 
     with jax.set_mesh(mesh), ExitStack() as stack:
         keep = config.runtime.keep_checkpoints, config.runtime.keep_every
         checkpoints = Checkpoints(spec.directory / "checkpoints", *keep)
         stack.callback(checkpoints.close)
         if found := checkpoints.newest(saved):
-            step, state, before = found
+            step, changed, before = found
             facts |= {name: before[name] for name in ("language_tokens", "measurements")}
             now, then = facts["config"]["runtime"], before["config"]["runtime"]
             others = [name for name in _DTYPES if now[name] != then[name]]
@@ -299,12 +299,16 @@ def resume(
                 changes = "".join(f", {name} {now[name]} (was {then[name]})" for name in others)
                 print(f"{spec.label}: resumes after step {step}{changes}", file=sys.stderr)
             if others:
-                state = compiled.convert[number](state)
+                changed = compiled.convert[number](changed)
+            fixed = alone.fixed
+            if jax.tree.leaves(fixed):
+                fixed = compiled.fixed[number](spec.start(compiled.whole[number]))
+            state = TrainState(*changed, fixed=fixed)
         else:
-            shardings = jax.tree.map(lambda array: array.sharding, alone.parameters)
-            step, state = 0, compiled.create[number](spec.start(shardings))
+            step, start = 0, spec.start(compiled.whole[number])
+            state = compiled.create[number](start, config.random_seed)
 
-        def restore(step: int) -> tuple[TrainState, dict[str, Any]]:
+        def restore(step: int) -> tuple[SavedState, dict[str, Any]]:
             with jax.set_mesh(mesh):
                 state, before = checkpoints.restore(step, saved)
                 return compiled.convert[number](state), before
