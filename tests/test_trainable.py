@@ -151,6 +151,7 @@ def test_what_is_trained_alone_has_masters_and_averages():
         assert sum(moments) == 2 * sizes[name]
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_resumed_to_the_bit(trained, parameters, monkeypatch):
     held_out = hold_out(SOURCES, HeldOutConfig(share=0.2)).held_out
     config = vary(LORA, {"evaluation.every": 5})
