@@ -10,7 +10,14 @@ from small_training import MODEL
 from clustering.errors import UserError
 from experts.verify import verify
 from xelm import open_run
-from xelm.models.checkpoint import check_checkpoint, load_parameters, write_checkpoint, write_whole
+from xelm.inference.scoring import score_documents
+from xelm.models.checkpoint import (
+    check_checkpoint,
+    load_parameters,
+    read_for_inference,
+    write_checkpoint,
+    write_whole,
+)
 from xelm.models.difference import compressed, difference, reverted, store, write_difference
 from xelm.models.low_rank import LOW_RANK, truncated
 from xelm.models.parameters import by_path
@@ -160,8 +167,21 @@ def test_a_compressed_version_is_published_with_its_figures(copy):
     assert [e.action for e in run.history("en-es")][-2:] == ["compress", "publish"]
     sizes = {e.version: e.bytes for e in run.experts() if e.name == "en-es"}
     assert sizes[2] < sizes[1] / 2
-    score = run.ensemble("language").score(["a text"], languages=["en"])
-    assert score.weights["en-es"][0] == 1
+    # A mixture of the compressed expert, which shares the seed's arrays, and a complete one.
+    ensemble, text = run.ensemble("uniform"), "en text"
+    alone = [
+        score_documents(
+            ensemble.model,
+            read_for_inference(
+                run.registry().expert(name).directory(copy.directory), ensemble.model
+            ),
+            [np.asarray(ids) for ids in ensemble.tokenizer.encode([text])],
+            **ensemble.reading,
+        )[0]
+        for name in ensemble.names
+    ]
+    wanted = -np.logaddexp(*alone).sum() + len(alone[0]) * np.log(2)
+    assert ensemble.score([text]).nats[0] == pytest.approx(wanted, rel=1e-5)
     assert run.rollback("en-es").reference == "en-es@v1"
 
 

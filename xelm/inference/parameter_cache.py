@@ -1,14 +1,33 @@
-"""Cache of experts' parameters: those used last lie on the device, within a memory budget."""
+"""Cache of experts' parameters: those used last lie on the device, within a memory budget. What
+several experts share, their base, lies there once."""
 
 import contextlib
 import copy
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from xelm.models.shared import overlaid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overlay:
+    """How the parameters of a model are loaded that shares arrays with its base."""
+
+    base_name: Hashable
+    """Name of the base in the cache, under which other models share it."""
+    base: Callable[[], Any]
+    """Returns the parameters of the base, on the host."""
+    part: Callable[[], Any]
+    """Returns what the model has in place of them or beside them, as `read_part`."""
+
+
+Loader = Callable[[], Any] | Overlay
 
 
 class ParameterCache(Sequence):
@@ -18,25 +37,27 @@ class ParameterCache(Sequence):
 
     def __init__(
         self,
-        loaders: Sequence[Callable[[], Any]],
+        loaders: Sequence[Loader],
         *,
         names: Sequence[Hashable] | None = None,
         device_bytes: float | None = None,
         host_bytes: float | None = None,
     ):
-        """loaders: functions that return the parameters of one model each, on the host. names: one
-        for each loader; None numbers them. device_bytes, host_bytes: bytes of parameters at most
-        (the model in use lies on the device in any case); None: those of `memory_budget`."""
+        """loaders: functions that return the parameters of one model each, on the host, or an
+        `Overlay`. names: one for each loader; None numbers them. device_bytes, host_bytes: bytes of
+        parameters at most (the model in use lies on the device in any case); None: those of
+        `memory_budget`."""
         device_budget, host_budget = memory_budget()
         self._names = list(range(len(loaders)) if names is None else names)
         self._loaders = list(loaders)
         self._device: OrderedDict[Hashable, Any] = OrderedDict()
         self._host: OrderedDict[Hashable, Any] = OrderedDict()
+        self._whole: dict[Hashable, Any] = {}  # overlays; they hold no arrays of their own
         self._device_bytes = device_budget if device_bytes is None else device_bytes
         self._host_bytes = host_budget if host_bytes is None else host_bytes
 
     def with_experts(
-        self, loaders: Sequence[Callable[[], Any]], names: Sequence[Hashable]
+        self, loaders: Sequence[Loader], names: Sequence[Hashable]
     ) -> "ParameterCache":
         """A cache of other models within the same memory: models of one name are loaded once."""
         other = copy.copy(self)
@@ -45,8 +66,9 @@ class ParameterCache(Sequence):
 
     def evict_others(self) -> None:
         """Drops what only other caches of the same memory (`with_experts`) use."""
-        for place in (self._device, self._host):
-            for name in [name for name in place if name not in self._names]:
+        bases = [each.base_name for each in self._loaders if isinstance(each, Overlay)]
+        for place in (self._device, self._host, self._whole):
+            for name in [name for name in place if name not in (*self._names, *bases)]:
                 del place[name]
 
     def __len__(self) -> int:
@@ -54,11 +76,23 @@ class ParameterCache(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
-        name = self._names[index]
+        name, loader = self._names[index], self._loaders[index]
+        if not isinstance(loader, Overlay):
+            return self._loaded(name, loader)
+        base = self._loaded(loader.base_name, loader.base)
+        part = self._loaded(name, loader.part, beside=loader.base_name)
+        if name not in self._whole:
+            self._whole[name] = overlaid(base, part)
+        return self._whole[name]
+
+    def _loaded(
+        self, name: Hashable, load: Callable[[], Any], beside: Hashable | None = None
+    ) -> Any:
+        """What has this name, on the device. beside: name of what is to stay there in any case."""
         if name not in self._device:
             found = self._host.pop(name, None)
-            found = self._loaders[index]() if found is None else found
-            self._evict(_size(found))
+            found = load() if found is None else found
+            self._evict(_size(found), beside)
             self._device[name] = jax.device_put(found)
         self._device.move_to_end(name)
         return self._device[name]
@@ -73,10 +107,14 @@ class ParameterCache(Sequence):
         """Names of the models in the host's memory and not on the device."""
         return tuple(self._host)
 
-    def _evict(self, wanted: int) -> None:
-        """Frees so many bytes of the device's budget."""
-        while self._device and wanted + sum(map(_size, self._device.values())) > self._device_bytes:
-            name, evicted = self._device.popitem(last=False)
+    def _evict(self, wanted: int, kept: Hashable | None) -> None:
+        """Frees so many bytes of the device's budget, but not those of `kept`."""
+        while wanted + sum(map(_size, self._device.values())) > self._device_bytes:
+            name = next((name for name in self._device if name != kept), None)
+            if name is None:
+                return
+            evicted = self._device.pop(name)
+            self._whole.clear()  # they refer to arrays that are to be freed
             if _size(evicted) > self._host_bytes:
                 continue
             while sum(map(_size, self._host.values())) + _size(evicted) > self._host_bytes:

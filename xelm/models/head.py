@@ -58,6 +58,9 @@ class Head:
     """Cap of the logits, as `ModelConfig.logit_cap`."""
     known: Any = None
     """Number of the first ids that can come; the scores of the others are -inf. None: all."""
+    factors: Any = None
+    """Two thin matrices, a [rank, D] and b [V, rank], whose product b @ a is added to the matrix
+    without being made; None: there are none."""
 
     @jax.named_scope("head")
     def logits(
@@ -65,7 +68,11 @@ class Head:
     ) -> Float[Array, "*B V"]:
         """Scores over the vocabulary, float32."""
         matrix = self.matrix.astype(states.dtype)
-        scores = product(states.reshape(-1, states.shape[-1]), matrix, jnp.float32)
+        flat = states.reshape(-1, states.shape[-1])
+        scores = product(flat, matrix, jnp.float32)
+        if self.factors is not None:
+            a, b = (factor.astype(states.dtype) for factor in self.factors)
+            scores = scores + product(flat @ a.T, b, jnp.float32)
         if self.bias is not None:
             scores = scores + self.bias.astype(jnp.float32)[None]
         if self.cap is not None:

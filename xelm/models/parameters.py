@@ -19,6 +19,10 @@ KNOWN = "known"
 """Name, among parameters `for_inference`, of the number of ids that a model knows, where that is
 less than its table has rows; the probability of the others is zero."""
 
+EMBEDDING_FACTORS = "embedding_factors"
+"""Name, among parameters `for_inference`, of two thin matrices, "b" [V, rank] and "a" [rank, D],
+whose product is added to the embedding (and so to a tied output head) without being made."""
+
 
 def graph(
     config: ModelConfig,
@@ -64,22 +68,25 @@ def inference_graph(
 
 def bind(network: nnx.GraphDef, parameters: Mapping[str, Any]) -> Transformer:
     """The model of a graph with these parameters, in the layout that the graph is for."""
-    known = parameters.get(KNOWN)
-    parameters = {name: values for name, values in parameters.items() if name != KNOWN}
+    known, factors = parameters.get(KNOWN), parameters.get(EMBEDDING_FACTORS)
+    apart = (KNOWN, EMBEDDING_FACTORS)
+    parameters = {name: values for name, values in parameters.items() if name not in apart}
     blocks = parameters["blocks"]
     if isinstance(blocks, tuple):
         parameters = {**parameters, "blocks": dict(enumerate(blocks))}
     model = nnx.merge(network, nnx.State(cast(Any, jax.tree.map(nnx.Param, parameters))))
     model.known = known
+    model.embedding_factors = None if factors is None else (factors["a"], factors["b"])
     return model
 
 
 def compiled_by_model(
-    network: Callable[[ModelConfig, str], nnx.GraphDef] = inference_graph, **options: Any
+    network: Callable[..., nnx.GraphDef] = inference_graph, **options: Any
 ) -> Callable[[Callable[..., Any]], Callable[[ModelConfig, str], Callable[..., Any]]]:
     """Decorator of a function of a model, bound to parameters, and more. It becomes a function of
     (shape, compute dtype) that returns the compiled function of (parameters, and more). network:
-    the graph that the parameters are for. options: those of `jax.jit`."""
+    the graph that the parameters are for; factors of adapters may be among those `for_inference`.
+    options: those of `jax.jit`."""
 
     def decorate(function):
         @functools.lru_cache(maxsize=8)
@@ -88,7 +95,10 @@ def compiled_by_model(
 
             @functools.wraps(function)
             def bound(parameters, *arguments, **more):
-                return function(bind(model, parameters), *arguments, **more)
+                adapted = _adapted_layers(parameters)
+                # Compiled once for each structure of the parameters.
+                own = network(config, compute_dtype, adapted=adapted) if adapted else model
+                return function(bind(own, parameters), *arguments, **more)
 
             return jax.jit(bound, **options)
 
@@ -158,6 +168,13 @@ def matrices(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of a tree of parameters by their path, with slashes."""
     return cast(dict[str, Any], flatten_dict(tree, sep="/"))
+
+
+def _adapted_layers(parameters: Mapping[str, Any]) -> list[str]:
+    """Paths of the dense layers that have factors among parameters `for_inference`."""
+    blocks = parameters["blocks"]
+    names = blocks[0] if isinstance(blocks, tuple) else {}
+    return [f"blocks/{name}" for name, values in names.items() if "lora_a" in values]
 
 
 def _adapt(model: Transformer, adapted: Collection[str], scale: float) -> None:

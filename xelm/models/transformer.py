@@ -88,6 +88,7 @@ class Transformer(nnx.Module):
         self.lookup: Lookup = rows_of
         self.rematerialise = False
         self.known: Any = nnx.data(None)
+        self.embedding_factors: Any = nnx.data(None)
         """Number of ids that it knows, as `parameters.KNOWN`; None: all."""
         self.stacked = False
         self.origin: Origin | None = None
@@ -169,7 +170,8 @@ class Transformer(nnx.Module):
         """The output head. Its matrix is the embedding where the two are tied."""
         matrix = (self.embedding if self.head is None else self.head)[...]
         bias = None if self.head_bias is None else self.head_bias[...]
-        return Head(matrix, bias, self.config.logit_cap, self.known)
+        factors = self.embedding_factors if self.head is None else None
+        return Head(matrix, bias, self.config.logit_cap, self.known, factors)
 
     def _forward(self, tokens, context, cache=None, measure=lambda h: None) -> tuple[Any, Any]:
         """Final states [B, T, D], and one value for each layer: in the layout of inference its
@@ -217,7 +219,11 @@ class Transformer(nnx.Module):
     @jax.named_scope("embedding")
     def _embed(self, tokens, positions):
         config = self.config
-        h = self.lookup(self.embedding[...], tokens).astype(self.compute_dtype)
+        h = self.lookup(self.embedding[...], tokens)
+        if self.embedding_factors is not None:
+            a, b = self.embedding_factors
+            h = h + self.lookup(b, tokens) @ a
+        h = h.astype(self.compute_dtype)
         if config.embedding_scale != 1.0:
             h = h * jnp.asarray(config.embedding_scale, self.compute_dtype)
         if self.types is not None:

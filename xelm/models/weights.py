@@ -72,9 +72,14 @@ class Weights:
         found = self._take(path, layer, [(0, size) for size in self._layers[path]])
         return np.ascontiguousarray(found.T if is_weight(path) else found, dtype)
 
+    def name_of(self, path: str, layer: int | None) -> str:
+        """Name in the family's table of the tensor that has a parameter, of one layer if it is
+        stacked."""
+        name, _ = self._homes[path]
+        return name if layer is None else name.format(layer)
+
     def _take(self, path: str, layer: int | None, ranges: Sequence[Range]) -> np.ndarray:
-        name, tensor = self._homes[path]
-        name = name if layer is None else name.format(layer)
+        (_, tensor), name = self._homes[path], self.name_of(path, layer)
         if name not in self._stored:
             # The norm that the first layer may lack; nothing reads it.
             return np.full([b - a for a, b in ranges], 1 - self._config.norm_offset)

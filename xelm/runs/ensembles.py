@@ -1,20 +1,24 @@
 """Opens the ensemble of a RUN: its published experts with a router over them."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from clustering.errors import UserError
 from experts.expert import Expert
 from xelm.data.vocabulary import Vocabulary
 from xelm.inference.ensemble import Ensemble
-from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.parameter_cache import Loader, Overlay, ParameterCache
 from xelm.inference.routers import only
 from xelm.inference.routing import Routing
 from xelm.inference.sampling import read_sampling_params
 from xelm.inference.vocabularies import InPieces, loader
 from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
+from xelm.models.shared import read_part
+from xelm.models.stored import root
 from xelm.models.vocabulary_rows import resized
 from xelm.runs.check import check_models
 from xelm.runs.make_router import general_models, make_router, models_behind
@@ -57,9 +61,11 @@ def open_ensemble(
         loaders, places = [], []
         for path, theirs in zip(paths.values(), own):
             read = partial(read_for_inference, path, dtype=dtype)
-            loaders.append(loader(read, model, theirs, vocabulary))
+            load = loader(read, model, theirs, vocabulary)
             same = (theirs and theirs.key) == (vocabulary and vocabulary.key)
-            places.append(str(path) if same else f"{path} in {vocabulary and vocabulary.key}")
+            loaders.append(_sharing(path, load, dtype) if same else load)
+            name = _place(path)
+            places.append(name if same else f"{name} in {vocabulary and vocabulary.key}")
         if cache is None:
             cache = ParameterCache(loaders, names=places)
             return cache
@@ -99,6 +105,25 @@ def open_ensemble(
             )
         )
     return replace(ensemble, further=further)
+
+
+def _place(path: Path) -> str:
+    """Name of a checkpoint in a cache of parameters, the same for each way to write its path."""
+    return os.path.normpath(path.absolute())
+
+
+def _sharing(path: Path, load: Callable[[], Any], dtype: str) -> Loader:
+    """How a model is loaded that stores a difference: beside the complete checkpoint that it
+    shares arrays with. load: returns the parameters of any other model."""
+    base = root(path)
+    if base == path:
+        return load
+    shape = read_config(path)
+    return Overlay(
+        base_name=_place(base),
+        base=partial(read_for_inference, base, shape, dtype),
+        part=partial(read_part, path, shape, dtype),
+    )
 
 
 def open_model(run: Run, name: str, *, dtype: str = "auto") -> Ensemble:
