@@ -41,6 +41,7 @@ from xelm.models.checkpoint import (
 )
 from xelm.models.vocabulary_rows import (
     METHODS,
+    Combination,
     auxiliary_vectors,
     mean_weights,
     resized,
@@ -275,6 +276,22 @@ def start_of(
     return run.training(expert.name) / START
 
 
+def weights_of(method: str, vocabulary: Vocabulary, documents: Iterable[np.ndarray]) -> Combination:
+    """What the rows of new pieces are made of, by a method of `vocabulary_rows`. documents: the new
+    text in ids of the vocabulary, by which pieces are compared."""
+    mean = mean_weights(vocabulary.expansions, vocabulary.base_size)
+    made = METHODS[method]
+    if made is None:
+        return mean
+    read, left = [], COMPARED_TOKENS
+    for ids in documents:
+        read.append(ids)
+        left -= len(ids)
+        if left <= 0:
+            break
+    return made(*auxiliary_vectors(read, vocabulary.size), mean)
+
+
 def write_start(run: Run, expert: Expert, parent: Path, sources: Sequence[LanguageShare]) -> None:
     """Writes the checkpoint that the training of an expert with an extended vocabulary starts from,
     unless it is there. sources: text in its ids, by which new pieces are compared with old ones."""
@@ -284,16 +301,12 @@ def write_start(run: Run, expert: Expert, parent: Path, sources: Sequence[Langua
     assert expert.vocabulary is not None
     vocabulary, model = vocabulary_of(run, folder), read_config(parent)
     assert vocabulary is not None
-    weights = mean_weights(vocabulary.expansions, vocabulary.base_size)
-    if (method := METHODS[expert.vocabulary["initialise"]]) is not None:
-        documents, left = [], COMPARED_TOKENS
-        for source in sources:
-            numbers = range(len(source.ids)) if source.documents is None else source.documents
-            for number in numbers:
-                if left > 0:
-                    documents.append(source.ids.document(int(number)))
-                    left -= len(documents[-1])
-        weights = method(*auxiliary_vectors(documents, vocabulary.size), weights)
+    documents = (
+        source.ids.document(int(number))
+        for source in sources
+        for number in (range(len(source.ids)) if source.documents is None else source.documents)
+    )
+    weights = weights_of(expert.vocabulary["initialise"], vocabulary, documents)
     parameters = with_new_rows(load_parameters(parent, model), vocabulary.base_size, weights)
     write_checkpoint(
         target,
