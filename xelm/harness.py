@@ -25,6 +25,7 @@ from xelm.inference.engine import GenerationRequest
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
 from xelm.inference.routing import Routing
+from xelm.inference.vocabularies import pool_told
 from xelm.runs.ensembles import open_ensemble
 from xelm.runs.run import open_run
 
@@ -50,7 +51,8 @@ class Harness(TemplateLM):
         **router: Any,
     ):
         """run: a RUN. model: an expert, the seed or the dense baseline alone, instead of the
-        ensemble. language: language of all texts, as in `Ensemble.score`. router: further options
+        ensemble. language: language of all texts, as in `Ensemble.score`; only where it or a model
+        is given are texts read in further pieces that an expert has. router: further options
         of `Routing`. batch_size: number of texts that are generated together. max_batch_size and
         device, which the harness gives, are not used."""
         super().__init__()
@@ -61,12 +63,13 @@ class Harness(TemplateLM):
             chosen = Routing(name="uniform", abstain=1.0, abstain_to=model)
         else:
             chosen = Routing(name="fixed", weights={model: 1.0})
-        self.ensemble: Ensemble = open_ensemble(open_run(run), chosen, dtype=dtype)
+        # One model alone is used for every language.
+        self._language = language if model is None else None
+        ensemble = open_ensemble(open_run(run), chosen, dtype=dtype)
+        self.ensemble: Ensemble = pool_told(ensemble, self._language)
         if not self.ensemble.model.causal:
             raise UserError(f"{run} has encoders, which the harness cannot evaluate")
         self.tokenizer = self.ensemble.tokenizer.hub
-        # One model alone is used for every language.
-        self._language = language if model is None else None
         self._max_gen_toks = max_gen_toks
         self._batch = int(batch_size) if str(batch_size).isdecimal() else 32
 

@@ -36,12 +36,15 @@ def choose(
     languages: Sequence[str | None],
     user_masks: Sequence[Sequence[bool] | None] | None = None,
     routers: Sequence[Router] | None = None,
+    *,
+    reads: bool = True,
 ) -> list[P]:
     """The pool in whose vocabulary each prompt is to be read: that of the expert with the largest
     weight after the prompt. So a language that is stated, and serves an expert, decides alone.
 
     prompts: in the seed's ids, with the token that starts texts. user_masks: as in
-    `GenerationRequest`. routers: one for each prompt; None: the pool's."""
+    `GenerationRequest`. routers: one for each prompt; None: the pool's. reads: whether models may
+    read the prompts; otherwise those whose router asks for it are read in the seed's vocabulary."""
     if not pool.further:
         return [pool] * len(prompts)
     walks, documents = [], []
@@ -51,14 +54,32 @@ def choose(
         router = routers[number] if routers else pool.router
         walks.append(Walk(router, languages[number], ids, np.asarray([len(ids)]), mask))
         documents.append(ids)
-    reading = {**pool.reading, "text_format": replace(pool.tokenizer.text_format, start_id=None)}
-    decisions, *_ = decide_along(pool, walks, documents, reading)
-    return [pool_of(pool, int(decision.log_weights[0].argmax())) for decision in decisions]
+    found, reading = [pool] * len(prompts), dict(pool.reading)
+    reading["text_format"] = replace(pool.tokenizer.text_format, start_id=None)
+    for number, (walk, ids) in enumerate(zip(walks, documents)):
+        if reads or not walk.needs_log_likelihoods:
+            # One after the other: their routers may differ.
+            (decision,), *_ = decide_along(
+                replace(pool, router=walk.router), [walk], [ids], reading
+            )
+            found[number] = pool_of(pool, int(decision.log_weights[0].argmax()))
+    return found
 
 
 def pool_of(pool: P, model: int) -> P:
     """The pool with the vocabulary of a model."""
     return next((one for one in pool.further if model in one.owners), pool)  # type: ignore[misc]
+
+
+def pool_told(pool: P, language: str | None) -> P:
+    """The pool with the vocabulary of the expert that serves a language, or of the model that has
+    all weight by hand; otherwise the pool itself."""
+    walk = Walk(pool.router, language, np.zeros(0, np.int64), np.zeros(1, np.int64))
+    if walk.needs_log_likelihoods:
+        return pool
+    decision = walk.decide(np.zeros((pool.router.experts, 0)), pool.limits, len(pool.names))
+    told = decision.router in ("language", "fixed")
+    return pool_of(pool, int(decision.log_weights[0].argmax())) if told else pool
 
 
 def loader(

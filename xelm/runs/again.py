@@ -22,6 +22,7 @@ from xelm.runs.options import AgainOptions
 from xelm.runs.run import Run
 from xelm.runs.shares import as_recorded, parent_directory, unused_text
 from xelm.runs.text import tokenise
+from xelm.runs.vocabulary import add_pieces
 from xelm.settings import own_settings
 
 
@@ -102,6 +103,7 @@ def _prepared(
         contents = _contents(corpus, before.languages)
         new[text] = tokenise(place, contents, text, workers=options.workers, older=older)
         check_language(run, new[text])
+        add_pieces(run, expert, [new[text]], contents, workers=options.workers)
     return as_recorded(run, expert), expert, new
 
 

@@ -131,13 +131,14 @@ def open_model(run: Run, name: str, *, dtype: str = "auto") -> Ensemble:
     experts. name: as in `find_model`. dtype: as in `open_ensemble`."""
     path = find_model(run, name).directory
     model, dtype = read_config(path), inference_dtype(path, dtype)
+    vocabulary = vocabulary_of(run, path)
     return Ensemble(
         names=[name],
         model=model,
         parameters=ParameterCache([partial(read_for_inference, path, model, dtype)]),
         dtype=dtype,
         router=only(0, 1, "fixed"),
-        tokenizer=run.tokenizer(),
+        tokenizer=vocabulary.tokenizer if vocabulary else run.tokenizer(),
         context_length=run.context_length(),
         sampling=read_sampling_params(run.seed)[0],
     )

@@ -27,6 +27,7 @@ from xelm.runs import llama_cpp
 from xelm.runs.named import find_model
 from xelm.runs.run import Run
 from xelm.runs.shares import dense_text, expert_text
+from xelm.runs.vocabulary import vocabulary_of
 
 HARD_TEXTS = (
     "  two  in front,  two behind  ",
@@ -89,8 +90,9 @@ def export_gguf(
         raise UserError(f"{out} exists already and is left as it was")
     command = llama_cpp.find_converter(converter)
     llama_cpp.check_reader()
-    dtype, tokenizer = stored_dtype(model.directory), run.tokenizer()
-    texts = _texts(model.text(), tokenizer)
+    dtype, vocabulary = stored_dtype(model.directory), vocabulary_of(run, model.directory)
+    tokenizer = vocabulary.tokenizer if vocabulary else run.tokenizer()
+    texts = _texts(model.text(), run.tokenizer())
     ids = [tokenizer.begin(text) for text in texts]
     prompt_tokens = min(_PROMPT_TOKENS, run.context_length() // 2)
     new = min(_NEW_TOKENS, run.context_length() - prompt_tokens)

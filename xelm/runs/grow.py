@@ -93,7 +93,6 @@ def _prepared(
         grown = expert.cluster is None and expert.donor is None and expert.made is None
         if expert.languages == (tag,) and grown:
             return _resumed(run, expert, corpus, options)
-    check_extension(run, options)
     origin, reason, lines = options.parent, "named by hand", ()
     if origin == "auto":
         nearest = nearest_expert(run, tag, options.by or DEFAULT, corpus or run.record["corpus"])
@@ -105,6 +104,7 @@ def _prepared(
         registry, tag, origin, corpora=(name,), reason=reason, settings=settings
     )
     expert = registry.expert(tag)
+    check_extension(run, expert, options)
     train.check_parents(run, [parent_directory(run, expert)])
     contents = contents_in(corpus or run.record["corpus"], [tag])
     store = tokenise(place, contents, name, workers=options.workers)

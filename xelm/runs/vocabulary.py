@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,8 +89,8 @@ def _first_new(run: Run) -> int:
     return max(read_config(run.seed).vocabulary_size, last + 1)
 
 
-def check_extension(run: Run, options: GrowOptions) -> None:
-    """Raises UserError for options that ask for what this RUN's models cannot have."""
+def check_extension(run: Run, expert: Expert, options: GrowOptions) -> None:
+    """Raises UserError for options that ask for what a new grown expert cannot have."""
     if options.extend_vocabulary is None:
         if options.initialise is not None:
             raise UserError("--initialise goes with --extend-vocabulary")
@@ -99,6 +100,18 @@ def check_extension(run: Run, options: GrowOptions) -> None:
         raise UserError(
             f"{run.directory} has encoders; --extend-vocabulary is for models that continue text"
         )
+    if _of_parent(run, expert) is not None:
+        raise UserError(
+            f"the vocabulary of {expert.parent} is extended already, and its children have it; "
+            "grow without --extend-vocabulary, or from another parent"
+        )
+
+
+def _of_parent(run: Run, expert: Expert) -> dict[str, Any] | None:
+    """The record of the vocabulary of an expert's parent; None for the seed's."""
+    if expert.parent == SEED:
+        return None
+    return run.registry().expert(*parse_reference(expert.parent)).vocabulary
 
 
 def with_vocabulary(
@@ -107,20 +120,10 @@ def with_vocabulary(
     """A new grown expert with the record of its vocabulary: its parent's, or that extended as the
     options say. Makes the tokenizer, and the text in its ids, beside those of `store`, the
     expert's text in the seed's ids."""
-    parent = None
-    if expert.parent != SEED:
-        parent = run.registry().expert(*parse_reference(expert.parent)).vocabulary
     if options.extend_vocabulary is None:
-        if parent is None:
-            return expert
-        expert = replace(expert, vocabulary=parent)
+        expert = replace(expert, vocabulary=_of_parent(run, expert))
         add_pieces(run, expert, [store], contents, workers=options.workers)
         return expert
-    if parent is not None:
-        raise UserError(
-            f"the vocabulary of {expert.parent} is extended already, and its children have it; "
-            "grow without --extend-vocabulary, or from another parent"
-        )
     (name,), (tag,) = expert.texts, expert.languages
     _learn(run, store, contents, options.extend_vocabulary)
     record = {

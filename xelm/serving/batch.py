@@ -84,6 +84,8 @@ class Request(GenerationRequest):
     """Called with each event, in order."""
     deadline: float
     """Time, by time.monotonic, after which the request ends."""
+    vocabulary: str | None = None
+    """Key of the vocabulary in which the prompt is; None: the seed's."""
     cancelled: bool = False
 
 
@@ -101,7 +103,8 @@ class Batch:
     def __init__(self, models: ServedModels, emit: Callable[[Request, Event], None]):
         """emit: called with each event and its request."""
         self.models, self._emit = models, emit
-        self._generator = Generator(models.ensemble)
+        self._pools = models.pools
+        self._generators = {key: Generator(pool) for key, pool in self._pools.items()}
         self._generating: dict[Continuation, Request] = {}
         self._to_score: deque[Request] = deque()
         """Requests whose prompts are scored before they are continued."""
@@ -121,7 +124,7 @@ class Batch:
 
     def add(self, request: Request) -> None:
         """Adds a request to the batch."""
-        if request.scores_prompt and request.model in self.models.routers:
+        if request.scores_prompt and self.models.router(request.model, request.vocabulary):
             self._to_score.append(request)
         else:
             self._generate(request)
@@ -131,7 +134,7 @@ class Batch:
         for continuation, request in list(self._generating.items()):
             if request.cancelled:
                 del self._generating[continuation]
-                self._generator.remove(continuation)
+                self._generators[request.vocabulary].remove(continuation)
         self._to_score = deque(r for r in self._to_score if still_waiting(r, self._emit))
 
     def score_some(self, most: int) -> None:
@@ -139,15 +142,16 @@ class Batch:
         part, tokens = [], 0
         for request in self._to_score:
             tokens += len(request.ids)
-            if part and tokens > most:
+            if part and (tokens > most or request.vocabulary != part[0].vocabulary):
                 break
             part.append(request)
         if not part:
             return
+        routers = (self.models.router(request.model, request.vocabulary) for request in part)
         scores = score_prompts(
-            self.models.ensemble,
+            self._pools[part[0].vocabulary],
             [request.ids for request in part],
-            [self.models.routers[request.model] for request in part],
+            [router for router in routers if router is not None],
             [request.language for request in part],
             max(request.alternatives or 0 for request in part),
         )
@@ -161,7 +165,7 @@ class Batch:
 
     def _generate(self, request: Request, unless: Finished | None = None) -> None:
         """Begins to continue a prompt. unless: the event where no token is to be generated."""
-        router = self.models.routers.get(request.model)
+        router = self.models.router(request.model, request.vocabulary)
         if router is None:  # withdrawn while the request waited
             self._emit(request, Failed(404, f"the model {request.model!r} is no longer served"))
             return
@@ -169,7 +173,8 @@ class Batch:
             self._emit(request, unless or Finished("length", 0, {}, ""))
             return
         try:
-            continuation = self._generator.add(request, router, request.deadline)
+            generator = self._generators[request.vocabulary]
+            continuation = generator.add(request, router, request.deadline)
         except UserError as error:
             self._emit(request, Failed(400, str(error)))
             return
@@ -177,7 +182,8 @@ class Batch:
 
     def step(self) -> int:
         """Generates a token of every sequence; returns how many these are."""
-        deltas = self._generator.step()
+        running = [each for each in self._generators.values() if each.running]
+        deltas = [delta for generator in running for delta in generator.step()]
         names = self.models.ensemble.names
         for one, text, weights in deltas:
             request, router = self._generating[one], one.sequence.routing

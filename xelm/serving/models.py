@@ -44,19 +44,42 @@ class ServedModels:
         return self.ensemble.parameters
 
     @property
+    def pools(self) -> dict[str | None, Ensemble]:
+        """The ensemble by the key of the vocabulary in which it reads; None is the seed's."""
+        further = {one.vocabulary.key: one for one in self.ensemble.further if one.vocabulary}
+        return {None: self.ensemble, **further}
+
+    def router(self, model: str, vocabulary: str | None) -> Router | None:
+        """The router for a model in requests, where it reads in this vocabulary; None if it is not
+        served, or not in this vocabulary any more."""
+        pool = self.pools.get(vocabulary)
+        if pool is None or model not in self.routers:
+            return None
+        return pool.router if model == ENSEMBLE else self.routers[model]
+
+    @property
     def max_characters(self) -> int:
         """Length of the longest prompt that is tokenised: the models cannot read longer ones. Twice
         what the longest tokens give, since some characters become no token."""
         longest = max(map(len, self.detector.pieces), default=1)
+        for pool in self.ensemble.further:
+            longest = max(longest, *map(len, pool.tokenizer.hub.get_vocab()))
         return 2 * longest * self.ensemble.longest
 
     def language_of(
-        self, ids: Sequence[int], user_mask: Sequence[bool] | None = None
+        self,
+        ids: Sequence[int],
+        user_mask: Sequence[bool] | None = None,
+        pool: Ensemble | None = None,
     ) -> str | None:
         """The most probable language of a prompt, by its first ids in `user_mask` (as in
-        `Request`); None where there are none but the token that starts texts."""
+        `Request`); None where there are none but the token that starts texts. pool: the one in
+        whose vocabulary it is; None: the ensemble, in the seed's."""
         mask = routing_mask(self.ensemble.tokenizer, ids, user_mask)
-        counted = np.asarray(ids, np.int64)[mask][:_TOKENS_FOR_LANGUAGE]
+        counted = np.asarray(ids, np.int64)[mask]
+        if pool is not None and pool.vocabulary is not None:
+            counted = pool.vocabulary.expand(counted)
+        counted = counted[:_TOKENS_FOR_LANGUAGE]
         if not len(counted):
             return None
         states = states_along(self.detector, self.detector.start(None), counted)

@@ -13,6 +13,7 @@ from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response, StreamingResponse
 
 from clustering.errors import UserError
+from xelm.data.tokenizer import Tokenizer
 from xelm.inference.sampling_params import SamplingParams
 from xelm.serving.batch import Event, Failed, Finished, Request, TextDelta
 from xelm.serving.errors import Refused, error_body
@@ -74,7 +75,8 @@ class Completions:
     limits: Limits
     tokenizing: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the prompts of a request are tokenised: one request at a time."""
-    names: TokenNames | None = None
+    names: dict[Tokenizer, TokenNames] = field(default_factory=dict)
+    """Names of tokens by the tokenizers of the models that are served."""
 
     async def respond(self, http_request: HTTPRequest, kind: type[Body]) -> Response:
         """The response to a request with a body of this kind. Raises Refused."""
@@ -104,7 +106,7 @@ class Completions:
             sequences = enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
             in_flight = _InFlight(
                 body=body,
-                responses=ResponseBodies(body, self._token_names(models), tokens),
+                responses=ResponseBodies(body, self._token_names, tokens),
                 choices=[Choice(index=i, prompt=one, text=one.echo) for i, one in sequences],
                 started=started,
                 metrics=self.metrics,
@@ -123,13 +125,14 @@ class Completions:
         return in_flight
 
     def _request(self, in_flight: _InFlight, choice: Choice, sampling: SamplingParams) -> Request:
-        body = in_flight.body
+        body, vocabulary = in_flight.body, choice.prompt.pool.vocabulary
         return Request(
             model=body.model,
             ids=choice.prompt.ids,
             user_mask=choice.prompt.user_mask,
             sampling=sampling,
             language=body.language if body.model == ENSEMBLE else None,
+            vocabulary=vocabulary and vocabulary.key,
             number=choice.index,
             alternatives=body.alternatives,
             scores_prompt=body.scores_prompt,
@@ -138,10 +141,12 @@ class Completions:
             deadline=in_flight.started + self.limits.max_seconds,
         )
 
-    def _token_names(self, models: ServedModels) -> TokenNames:
-        if self.names is None or self.names.tokenizer is not models.ensemble.tokenizer:
-            self.names = TokenNames(models.ensemble.tokenizer)
-        return self.names
+    def _token_names(self, tokenizer: Tokenizer) -> TokenNames:
+        if tokenizer not in self.names:
+            served = {pool.tokenizer for pool in self.scheduler.models.pools.values()}
+            self.names = {each: names for each, names in self.names.items() if each in served}
+            self.names[tokenizer] = TokenNames(tokenizer)
+        return self.names[tokenizer]
 
     async def _respond(self, http_request: HTTPRequest, in_flight: _InFlight) -> Response:
         disconnected = asyncio.create_task(_disconnected(http_request))

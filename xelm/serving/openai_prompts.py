@@ -14,11 +14,13 @@ from clustering.errors import UserError
 from clustering.languages import canonical
 from xelm.data.chat_template import template_options
 from xelm.data.tokenizer import Tokenizer
+from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import check_prompt
 from xelm.inference.sampling_params import SamplingParams
+from xelm.inference.vocabularies import choose
 from xelm.serving.errors import Refused
 from xelm.serving.limits import MOST_LOG_PROBABILITIES, Limits
-from xelm.serving.models import ServedModels
+from xelm.serving.models import ENSEMBLE, ServedModels
 from xelm.serving.openai_requests import Body, ChatRequest, CompletionRequest, fault
 
 
@@ -30,6 +32,8 @@ class TokenizedPrompt:
     """Token ids, as the models read them."""
     user_mask: Sequence[bool] | None
     """Whether the router goes by each id, as in `batch.Request`."""
+    pool: Ensemble
+    """The ensemble in whose vocabulary it is."""
     language: str | None
     """Language that the request states, otherwise the detected one; None where there is no text."""
     echo: str = ""
@@ -51,13 +55,13 @@ def prepare(
 ) -> tuple[list[TokenizedPrompt], SamplingParams]:
     """Tokenises the prompts of a request, each of which is continued `n` times. Raises UserError or
     Refused where these models cannot answer it, or where it exceeds the limits."""
-    prompts, masks = _tokenize(request, models)
+    prompts, masks, pools = _tokenize(request, models)
     ensemble, most = models.ensemble, limits.max_sequences + limits.max_waiting
     if (count := len(prompts) * (request.n or 1)) > most:
         message = f"a request may have {most} sequences, prompts times n; got {count}"
         raise Refused(400, message)
-    for ids in prompts:
-        check_prompt(ensemble, ids, 1 if request.most_tokens is None else request.most_tokens)
+    for ids, pool in zip(prompts, pools):
+        check_prompt(pool, ids, 1 if request.most_tokens is None else request.most_tokens)
     space = ensemble.longest - max(map(len, prompts))
     sampling = request.sampling(ensemble.sampling, min(space, limits.max_tokens))
     if sampling.max_new_tokens > limits.max_tokens:
@@ -72,19 +76,21 @@ def prepare(
         TokenizedPrompt(
             ids=ids,
             user_mask=mask,
-            language=language or models.language_of(ids, mask),
-            **_echo(request, index, ids, ensemble.tokenizer),
+            pool=pool,
+            language=language or models.language_of(ids, mask, pool),
+            **_echo(request, index, ids, pool.tokenizer),
         )
-        for index, (ids, mask) in enumerate(zip(prompts, masks))
+        for index, (ids, mask, pool) in enumerate(zip(prompts, masks, pools))
     ]
     return tokenized, sampling
 
 
 def _tokenize(
     request: Body, models: ServedModels
-) -> tuple[list[list[int]], list[list[bool] | None]]:
-    """Token ids of each prompt, and for a chat the mask of the user's text. Text follows the token
-    that starts texts; ids are taken as they are."""
+) -> tuple[list[list[int]], list[list[bool] | None], list[Ensemble]]:
+    """Token ids of each prompt, for a chat the mask of the user's text, and the ensemble in whose
+    vocabulary they are. Text follows the token that starts texts; ids are taken as they are, those
+    for the ensemble as the seed's."""
     tokenizer = models.ensemble.tokenizer
     longest = max(map(len, request.texts), default=0)
     if longest > models.max_characters:
@@ -96,10 +102,37 @@ def _tokenize(
         if not tokenizer.hub.chat_template:
             raise UserError("the seed has no chat template; use /v1/completions")
         messages = [{"role": m.role, "content": m.text} for m in request.messages]
-        ids, mask = tokenizer.chat(messages, _template_options(request, tokenizer))
-        return [ids], [mask]
+        options = _template_options(request, tokenizer)
+        ids, mask = tokenizer.chat(messages, options)
+        (pool,) = _pools(request, models, [ids], [mask])
+        if pool is not models.ensemble:
+            ids, mask = pool.tokenizer.chat(messages, options)
+        return [ids], [mask], [pool]
     prompts = [tokenizer.begin(p) if isinstance(p, str) else p for p in request.prompts]
-    return prompts, [None] * len(prompts)
+    pools = _pools(request, models, prompts, [None] * len(prompts))
+    if request.model == ENSEMBLE:
+        texts = [isinstance(prompt, str) for prompt in request.prompts]
+        pools = [pool if text else models.ensemble for pool, text in zip(pools, texts)]
+    for number, (given, pool) in enumerate(zip(request.prompts, pools)):
+        if isinstance(given, str) and pool is not models.ensemble:
+            prompts[number] = pool.tokenizer.begin(given)
+    return prompts, [None] * len(prompts), pools
+
+
+def _pools(
+    request: Body,
+    models: ServedModels,
+    prompts: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[bool] | None],
+) -> list[Ensemble]:
+    """The ensemble in whose vocabulary each prompt is read. No model reads it for that: they belong
+    to the scheduler's thread."""
+    language = request.language if request.model == ENSEMBLE else None
+    router = models.routers[request.model]
+    count = len(prompts)
+    return choose(
+        models.ensemble, prompts, [language] * count, masks, [router] * count, reads=False
+    )
 
 
 def _template_options(request: ChatRequest, tokenizer: Tokenizer) -> dict[str, Any]:

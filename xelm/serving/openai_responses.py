@@ -9,7 +9,7 @@ import re
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +76,9 @@ class Choice:
 class ResponseBodies:
     """The response to one request: its JSON body, or the chunks of its stream."""
 
-    def __init__(self, request: Body, names: TokenNames, prompt_tokens: int):
-        """prompt_tokens: number of tokens of all prompts."""
+    def __init__(self, request: Body, names: Callable[[Tokenizer], TokenNames], prompt_tokens: int):
+        """names: returns the names of a tokenizer's tokens. prompt_tokens: number of tokens of all
+        prompts."""
         self._request, self._names, self._prompt_tokens = request, names, prompt_tokens
         self._chat = isinstance(request, ChatRequest)
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -93,7 +94,7 @@ class ResponseBodies:
             body: dict[str, Any] = {"text": choice.text}
             if self._chat:
                 body = {"message": {"role": "assistant", "content": choice.text}}
-            logprobs = self._logprobs(choice.index, choice.likelihoods, choice.text)
+            logprobs = self._logprobs(choice, choice.likelihoods, choice.text)
             body |= {"logprobs": logprobs, "finish_reason": choice.end.reason}
             bodies.append({"index": choice.index, **body, "xelm": self._xelm(choice, choice.end)})
         kind = "chat.completion" if self._chat else "text_completion"
@@ -119,7 +120,7 @@ class ResponseBodies:
         if self._chat:
             body = {"delta": {"content": text} if text else {}}
         tokens = choice.tokens_of(event)
-        body["logprobs"] = self._logprobs(choice.index, tokens, text) if tokens else None
+        body["logprobs"] = self._logprobs(choice, tokens, text) if tokens else None
         body["finish_reason"] = event.reason if isinstance(event, Finished) else None
         if not isinstance(event, PromptScored):
             body["xelm"] = self._xelm(choice, event)
@@ -145,37 +146,31 @@ class ResponseBodies:
         }
 
     def _logprobs(
-        self, index: int, tokens: Sequence[TokenLikelihood], text: str
+        self, choice: Choice, tokens: Sequence[TokenLikelihood], text: str
     ) -> dict[str, Any] | None:
         """Log probabilities of a choice's next tokens, which make this text; None if not wanted."""
         if self._request.alternatives is None:
             return None
+        index, names = choice.index, self._names(choice.prompt.pool.tokenizer)
         if self._chat:
-            return {"content": [self._chat_logprob(token) for token in tokens], "refusal": None}
+            content = [_chat_logprob(token, names) for token in tokens]
+            return {"content": content, "refusal": None}
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
         offsets = []
         for token in tokens:
-            name = self._names(token.token)[0]
+            name = names(token.token)[0]
             if index not in self._lengths and name.startswith(" ") and not text.startswith(" "):
                 self._lengths[index] = -1  # the space before a first word is not in the text
             offsets.append(max(0, self._lengths[index]))
-            self._lengths[index] += 0 if token.token in self._names.special else len(name)
+            self._lengths[index] += 0 if token.token in names.special else len(name)
             own = _finite(token.log_probability)
             top = {name: own}
             for other, value in token.top:
-                top.setdefault(self._names(other)[0], _finite(value))
+                top.setdefault(names(other)[0], _finite(value))
             found["tokens"].append(name)
             found["token_logprobs"].append(own)
             found["top_logprobs"].append(None if own is None else top)
         return {**found, "text_offset": offsets}
-
-    def _chat_logprob(self, token: TokenLikelihood) -> dict[str, Any]:
-        def entry(token: int, value: float) -> dict[str, Any]:
-            name, utf8 = self._names(token)
-            return {"token": name, "logprob": _finite(value), "bytes": utf8}
-
-        own = entry(token.token, token.log_probability)
-        return {**own, "top_logprobs": [entry(other, value) for other, value in token.top]}
 
     def _body(self, kind: str, **more: Any) -> dict[str, Any]:
         head = {"id": self._id, "object": kind, "created": self._created}
@@ -184,6 +179,15 @@ class ResponseBodies:
     def _usage(self, choices: Sequence[Choice]) -> dict[str, int]:
         prompts, new = self._prompt_tokens, sum(each.end.tokens for each in choices if each.end)
         return {"prompt_tokens": prompts, "completion_tokens": new, "total_tokens": prompts + new}
+
+
+def _chat_logprob(token: TokenLikelihood, names: TokenNames) -> dict[str, Any]:
+    def entry(token: int, value: float) -> dict[str, Any]:
+        name, utf8 = names(token)
+        return {"token": name, "logprob": _finite(value), "bytes": utf8}
+
+    own = entry(token.token, token.log_probability)
+    return {**own, "top_logprobs": [entry(other, value) for other, value in token.top]}
 
 
 def server_sent(body: Any) -> str:
