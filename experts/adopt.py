@@ -31,7 +31,7 @@ def adopt(
         raise UserError("name the languages of the new expert, such as --languages sv")
     name = "-".join(tags) if name is None else name
     check_name(name)
-    origin = _parent(registry, parent)
+    origin = parent_of(registry, parent)
     if any(expert.name == name for expert in registry.experts):
         return _next_version(registry, name, tags, origin, corpora, made)
     for tag in tags:
@@ -70,7 +70,9 @@ def _next_version(
     return registry.start(name, parent=origin, corpora=kept, made=dict(made), reason=None)
 
 
-def _parent(registry: Registry, parent: str) -> str:
+def parent_of(registry: Registry, parent: str) -> str:
+    """Reference of the model that 'NAME' (its published version), 'NAME@vN' or 'seed' names;
+    UserError if it has no weights."""
     if parent == SEED:
         return SEED
     if "@" not in parent:

@@ -16,6 +16,9 @@ from experts.verify import verify
 from xelm import open_run
 from xelm.inference import routers
 from xelm.inference.routing import Routing
+from xelm.models.adapters import Adapter
+from xelm.models.checkpoint import family_of, load_parameters, read_config
+from xelm.models.peft import write_adapter
 from xelm.runs.options import AdoptOptions
 
 H = {name: {"model.safetensors": name * 64} for name in "0123456789abcdef"}
@@ -212,6 +215,92 @@ def test_pickles_are_refused_and_other_tokenizers_are_told_apart(initialised, tm
     (given / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(UserError, match=r"its .bin files can run code and are not read"):
         run.plan_adoption(given, ["pt"])
+
+
+@pytest.fixture
+def lora(initialised, tmp_path):
+    """An adapter of the seed in PEFT's files, with nothing of ours beside them."""
+    directory, _ = initialised
+    shape, draw = read_config(directory / "seed"), np.random.default_rng(0)
+    factors = {
+        "blocks/query": (
+            draw.normal(size=(2, 16, 4)).astype(np.float32) / 100,
+            draw.normal(size=(2, 4, 16)).astype(np.float32) / 100,
+        )
+    }
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    given = Adapter(scale=0.5, factors=factors)
+    write_adapter(folder, shape, family_of(directory / "seed"), given, base="some/model")
+    return folder, given
+
+
+def changed(folder, **settings):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_an_adapter_of_peft_becomes_an_expert_with_its_files_as_they_are(copy, lora):
+    run, (folder, given) = open_run(copy.directory), lora
+    changed(folder, use_rslora=True)  # alpha 2 of rank 4: 2 / sqrt(4) in place of 2 / 4
+    expert = run.adopt(folder, ["pt"])
+    assert (expert.parent, expert.made["dtype"]) == ("seed", "float32")
+    published = expert.directory(copy.directory)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (published / name).read_bytes() == (folder / name).read_bytes()
+    assert set(expert.sha256) >= {"base.json", "centre.npz", "README.md"}
+    shape = read_config(run.seed)
+    before = load_parameters(run.seed, shape)["blocks"]
+    after = load_parameters(published, shape)["blocks"]
+    a, b = given.factors["blocks/query"]
+    wanted = np.asarray(before["query"]["weight"]) + 1.0 * np.matmul(a, b)
+    np.testing.assert_allclose(after["query"]["weight"], wanted, atol=1e-6)
+    np.testing.assert_array_equal(after["key"]["weight"], before["key"]["weight"])
+    assert verify(copy.directory) == []
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        ({"peft_type": "IA3"}, "peft_type must be LORA; got IA3"),
+        ({"use_dora": True}, "use_dora must not be set; only plain LoRA is read"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save must not be set"),
+        ({"bias": "all"}, "bias must be none; got all"),
+        (
+            {"base_model_name_or_path": "SEED-TUNED"},
+            r"is an adapter of .*, and no model of the RUN",
+        ),
+    ],
+)
+def test_an_adapter_that_would_not_be_exact_is_refused(initialised, lora, tmp_path, settings, line):
+    run, (folder, _) = open_run(initialised[0]), lora
+    if "base_model_name_or_path" in settings:
+        settings = {"base_model_name_or_path": str(foreign(initialised[0], tmp_path / "tuned"))}
+    changed(folder, **settings)
+    with pytest.raises(UserError, match=line) as refused:
+        run.plan_adoption(folder, ["pt"])
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_of_another_shape_or_without_safetensors_is_refused(initialised, lora):
+    run, (folder, _) = open_run(initialised[0]), lora
+    changed(folder, base_model_name_or_path=str(run.seed))
+    found = run.plan_adoption(folder, ["pt"]).checks
+    assert found["adapter"] == "LoRA of rank 4 on q_proj"
+    assert found["parent"] == "seed, which the adapter names as its base"
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, values, line in (
+        (next(iter(tensors)), np.full((4, 16), np.nan, np.float32), "has NaN or infinite values"),
+        (next(iter(tensors)), np.zeros((4, 20), np.float32), r"by a matrix of \(16, 20\); that of"),
+        ("base_model.model.model.layers.7.x.lora_A.weight", np.zeros((4, 16)), "do not match"),
+    ):
+        save_file(tensors | {name: values}, path)
+        with pytest.raises(UserError, match=line):
+            run.plan_adoption(folder, ["pt"])
+    path.rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"no adapter_model.safetensors; adapters in other files"):
+        run.plan_adoption(folder, ["pt"])
 
 
 def test_the_registry_says_what_can_be_done_instead():

@@ -26,7 +26,7 @@ def _adopt_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="DIR",
         help="directory of a checkpoint of the Hub (config.json and safetensors) of the shape and "
-        "vocabulary of the RUN's models",
+        "vocabulary of the RUN's models, or of a LoRA adapter of PEFT for one of them",
     )
     add_languages(
         parser, "languages that it serves; may be left out for the next version of an expert"

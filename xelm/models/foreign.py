@@ -1,9 +1,10 @@
-"""Checkpoints that somebody else made: checked against the shape of a RUN's models, and copied
-without any code. Only config.json, safetensors and tokenizer files are read."""
+"""Checkpoints and adapters that somebody else made: checked against the shape of a RUN's models,
+and copied without any code. Only configurations, safetensors and tokenizer files are read."""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, where safetensors looks it up
 import numpy as np
@@ -11,17 +12,20 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from clustering.errors import UserError
-from clustering.files import write_json
-from clustering.hub_files import INDEX, split_weights, weight_files, write_index
+from clustering.files import read_object, write_json
+from clustering.hub_files import INDEX, LICENCES, split_weights, weight_files, write_index
 from xelm.models.checkpoint import (
     all_or_nothing,
     check_checkpoint,
+    family_of,
     read_config,
     read_hub_config,
 )
-from xelm.models.companions import TOKENIZER_FILES, copy_companions
+from xelm.models.companions import TOKENIZER_FILES, companions, copy_companions
 from xelm.models.config import ModelConfig
 from xelm.models.families import differences
+from xelm.models.peft import ADAPTER_FILES, CONFIG, FACTORS, read_products
+from xelm.models.stored import write_base
 from xelm.models.weights import NARROW, tensor_without_numbers
 
 _NAMES = NARROW | {"F32": "float32", "F64": "float64"}
@@ -56,10 +60,17 @@ def code_of(directory: str | Path) -> list[str]:
     return found or ([f"{_CODE} of config.json"] if named else [])
 
 
+def files_of(directory: str | Path) -> list[str]:
+    """Names of the files that make the weights of a checkpoint, or an adapter."""
+    return list(ADAPTER_FILES) if is_adapter(directory) else weight_files(directory)
+
+
 def dtypes_of(directory: str | Path) -> tuple[str, ...]:
-    """Names of the dtypes of a checkpoint's tensors, as in NumPy, sorted."""
+    """Names of the dtypes of the tensors of a checkpoint or an adapter, as in NumPy, sorted."""
     found = set()
-    for name in weight_files(directory):
+    for name in files_of(directory):
+        if name == CONFIG:
+            continue
         with safe_open(Path(directory) / name, framework="np") as file:
             kinds = {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
             found |= {_NAMES.get(kind, kind) for kind in kinds}
@@ -97,6 +108,60 @@ def copy_foreign(
             _write_rounded(source, partial, dtype)
         for path in extra:
             shutil.copyfile(path, partial / path.name)
+
+
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory has an adapter of PEFT alone."""
+    directory = Path(directory)
+    return (directory / CONFIG).is_file() and not (directory / "config.json").is_file()
+
+
+def check_adapter(directory: str | Path, base: str | Path) -> str:
+    """Describes an adapter of PEFT for the model of another directory; UserError for one that is
+    no plain LoRA, that changes what the base does not have, or that has values that are not
+    finite."""
+    directory = Path(directory)
+    with TemporaryDirectory() as folder:
+        place = Path(folder) / "adapter"
+        place.mkdir()
+        _copy_adapter(directory, place, place, base)
+        check_checkpoint(place)
+    if (tensor := tensor_without_numbers(directory / FACTORS)) is not None:
+        raise UserError(f"{tensor} in {directory / FACTORS} has NaN or infinite values")
+    products = read_products(directory, family_of(base))
+    ranks = sorted({len(each.a) for each in products.values()})
+    targets = sorted({name.rpartition(".")[2] for name in products})
+    return f"LoRA of rank {' and '.join(map(str, ranks))} on {', '.join(targets)}"
+
+
+def declared_base(directory: str | Path) -> str:
+    """Name or path of the model that an adapter of PEFT says it is for; empty if it says none."""
+    found = read_object(Path(directory) / CONFIG).get("base_model_name_or_path")
+    return found if isinstance(found, str) else ""
+
+
+def copy_adapter(
+    source: str | Path, directory: Path, base: str | Path, *, extra: Sequence[Path] = ()
+) -> None:
+    """Copies an adapter of PEFT byte for byte into the new folder `directory`, all of it or
+    nothing, as what a model differs in from its base; with its terms of use and the files in
+    `extra`."""
+    source = Path(source)
+    with all_or_nothing(directory) as partial:
+        _copy_adapter(source, partial, directory, base)
+        for name in companions(source):
+            if name.lower().startswith(LICENCES):
+                shutil.copyfile(source / name, partial / name)
+        for path in extra:
+            shutil.copyfile(path, partial / path.name)
+
+
+def _copy_adapter(source: Path, partial: Path, place: Path, base: str | Path) -> None:
+    for name in ADAPTER_FILES:
+        if not (source / name).is_file():
+            raise UserError(f"{source} has no {name}; adapters in other files can run code")
+        shutil.copyfile(source / name, partial / name)
+    write_base(partial, place, base)
 
 
 def _write_rounded(source: Path, partial: Path, dtype: str) -> None:

@@ -1,5 +1,5 @@
-"""`xelm adopt`: a checkpoint that was trained elsewhere becomes an expert of a RUN, or the next
-version of one. Its files are checked and copied; no code in them is run."""
+"""`xelm adopt`: a checkpoint, or an adapter of PEFT, that was trained elsewhere becomes an expert
+of a RUN, or the next version of one. Its files are checked and copied; no code in them is run."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ from clustering.files import read_object, sha256
 from clustering.hub_files import weight_files
 from clustering.languages import canonical_all
 from experts.adopt import adopt as adopt_registry
+from experts.adopt import parent_of
 from experts.expert import SEED, Expert, is_reference, parse_reference
 from experts.lock import locked, update
 from experts.registry import Registry
@@ -27,7 +28,17 @@ from xelm.data.store import Store
 from xelm.data.unusable import UnusableRecords
 from xelm.models.checkpoint import README, read_config, stored_dtype
 from xelm.models.difference import store
-from xelm.models.foreign import code_of, copy_foreign, dtypes_of, faults_of
+from xelm.models.foreign import (
+    check_adapter,
+    code_of,
+    copy_adapter,
+    copy_foreign,
+    declared_base,
+    dtypes_of,
+    faults_of,
+    files_of,
+    is_adapter,
+)
 from xelm.runs import train
 from xelm.runs.language import check_language
 from xelm.runs.options import AdoptOptions
@@ -74,11 +85,12 @@ def adopt(
     gate; no other expert changes.
 
     checkpoint: a directory with config.json and safetensors, of the shape and the vocabulary of the
-    RUN's models. languages: those that the expert serves; none for the next version of an expert,
-    which is named in `options`. corpus: text in these languages, by which routers find the expert,
-    and of which a part is held out to compare it with its parent; None: that of the RUN, as far as
-    it has any. UserError names everything that is wrong with the checkpoint, and nothing is changed
-    then. An expert that does not pass the gate stays in training, as in `publish`.
+    RUN's models, or with adapter_config.json and adapter_model.safetensors, a LoRA of one of them.
+    languages: those that the expert serves; none for the next version of an expert, which is named
+    in `options`. corpus: text in these languages, by which routers find the expert, and of which a
+    part is held out to compare it with its parent; None: that of the RUN, as far as it has any.
+    UserError names everything that is wrong with the checkpoint, and nothing is changed then. An
+    expert that does not pass the gate stays in training, as in `publish`.
     """
     source, options = Path(checkpoint), options or AdoptOptions()
     name = _name(languages, options)
@@ -92,14 +104,26 @@ def adopt(
         if not target.exists():
             sources = expert_text(run, expert).sources
             extra = [write_centre(run, name, sources)] if sources else []
-            whole = run.training(name) / "whole"
-            shutil.rmtree(whole, ignore_errors=True)  # of a call that was interrupted
-            copy_foreign(source, whole, run.seed, dtype=found.dtype, extra=extra)
-            store(whole, parent_directory(run, expert), target, extra=extra)
-            shutil.rmtree(run.training(name))
+            _write(run, source, expert, found.dtype, extra)
+            shutil.rmtree(run.training(name), ignore_errors=True)
         publish(run, expert)
         run.failure(name).unlink(missing_ok=True)
     return run.registry().expert(expert.name, expert.version)
+
+
+def _write(
+    run: Run, source: Path, expert: Expert, dtype: str | None, extra: Sequence[Path]
+) -> None:
+    """Writes the files of an expert, with those in `extra`: complete, or what it differs in from
+    its parent."""
+    parent, target = parent_directory(run, expert), expert.directory(run.directory)
+    if is_adapter(source):
+        copy_adapter(source, target, parent, extra=extra)
+        return
+    whole = run.training(expert.name) / "whole"
+    shutil.rmtree(whole, ignore_errors=True)  # of a call that was interrupted
+    copy_foreign(source, whole, run.seed, dtype=dtype, extra=extra)
+    store(whole, parent, target, extra=extra)
 
 
 def plan_adoption(
@@ -139,13 +163,17 @@ def _prepared(
     place: Run,
 ) -> _Prepared:
     """Everything that is checked before an adoption begins; text is tokenised in `place`."""
-    checks, dtype = _checked(run, source)
     registry, name = run.registry(), _name(languages, options)
-    parent, why = _parent_of(run, registry, source, options.parent)
+    if is_adapter(source):
+        parent, why = _base_of(run, registry, source, options.parent)
+        checks, dtype = _checked_adapter(run, registry, source, parent), None
+    else:
+        checks, dtype = _checked(run, source)
+        parent, why = _parent_of(run, registry, source, options.parent)
     made = {
         "by": "adopt",
         "from": str(source),
-        "sha256": {file: sha256(source / file) for file in weight_files(source)},
+        "sha256": {file: sha256(source / file) for file in files_of(source)},
         "dtype": " ".join(dtypes_of(source)),
     }
     if licence := licence_of(source):
@@ -210,6 +238,41 @@ def _checked(run: Run, source: Path) -> tuple[dict[str, str], str | None]:
     if code := code_of(source):
         checks["code"] = f"{', '.join(code[:5])}: neither run nor copied"
     return checks, wanted if rounded else None
+
+
+def _checked_adapter(run: Run, registry: Registry, source: Path, parent: str) -> dict[str, str]:
+    """What was found of an adapter; UserError for what is wrong with it."""
+    reference = parent_of(registry, parent)
+    base = run.seed
+    if reference != SEED:
+        base = registry.expert(*parse_reference(reference)).directory(run.directory)
+    train.check_parents(run, [base])
+    described = check_adapter(source, base)
+    return {
+        "adapter": described,
+        "vocabulary": _vocabulary(run, source),
+        "values": "all finite",
+        "dtype": f"{' '.join(dtypes_of(source))}; kept bit for bit",
+    }
+
+
+def _base_of(run: Run, registry: Registry, source: Path, given: str | None) -> tuple[str, str]:
+    """Reference of the model that an adapter is for, and how it is known; UserError where it says
+    that it is for another model than those of the RUN."""
+    if given is not None:
+        return given, f"{given}, as given"
+    name, seed = declared_base(source), run.record.get("base_model")
+    if (found := _model_called(run, registry, name)) is not None:
+        return found, f"{found}, which the adapter names as its base"
+    if name and name == seed:
+        return SEED, f"seed, which is {name}, the base that the adapter names"
+    if name and (seed or Path(name).is_dir()):
+        own = f"the seed is {seed}" if seed else "no model of the RUN has its weights"
+        raise UserError(
+            f"{source} is an adapter of {name}, and {own}; if it is the same model, name it with "
+            "--parent, such as --parent seed"
+        )
+    return SEED, f"seed; it is not known whether that is {name or 'its base, which is not named'}"
 
 
 def _vocabulary(run: Run, source: Path) -> str:
