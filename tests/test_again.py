@@ -108,6 +108,7 @@ def test_other_experts_keep_their_files_records_and_rows(grown, second):
     assert (rows[0].log_likelihoods[:, own] != rows[1].log_likelihoods[:, own]).any()
 
 
+@pytest.mark.slow
 def test_rolling_back_brings_the_bytes_and_figures_of_before(xelm, tiny, grown, second, tmp_path):
     run = tmp_path / "RUN"
     shutil.copytree(second[0], run)
@@ -157,6 +158,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.slow
 def test_what_was_killed_goes_on_to_the_same_weights(
     xelm, grown, second, more, moment, tmp_path, monkeypatch
 ):

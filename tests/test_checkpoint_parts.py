@@ -78,6 +78,7 @@ def test_every_shard_holds_its_part_and_is_read_once(name, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["llama-grouped", "gpt2", "xlm-roberta"])
+@pytest.mark.slow
 def test_what_several_hosts_hold_is_gathered_layer_by_layer_and_never_beyond_the_bound(
     name, tmp_path, monkeypatch
 ):

@@ -170,6 +170,7 @@ def encoders(tmp_path_factory, xelm, tiny_corpus, tiny_settings, tiny):
     return run
 
 
+@pytest.mark.slow
 def test_experts_guess_better_than_their_seed(encoders):
     rows = json.loads((encoders / "results" / "results.json").read_text())["rows"]
     nats = {(r["system"], r["routing"], r["language"]): r["nll"] / r["tokens"] for r in rows}
@@ -178,6 +179,7 @@ def test_experts_guess_better_than_their_seed(encoders):
         assert nats["ensemble", "posterior", language] < nats["seed", None, language] - 0.5
 
 
+@pytest.mark.slow
 def test_an_expert_of_an_encoder_is_an_ordinary_checkpoint(encoders):
     expert = open_run(encoders).registry().for_language("de").directory(encoders)
     words = (encoders.parent / "seed" / "tokenizer.json").read_text()
@@ -201,6 +203,7 @@ def test_an_expert_of_an_encoder_is_an_ordinary_checkpoint(encoders):
     assert again.config.hidden_size == 24
 
 
+@pytest.mark.slow
 def test_the_mixture_at_a_mask_is_the_sum_of_the_experts(encoders):
     run = open_run(encoders)
     text = "[MASK] and [MASK]"
@@ -216,6 +219,7 @@ def test_the_mixture_at_a_mask_is_the_sum_of_the_experts(encoders):
     assert set(uniform.weights.values()) == {0.5}
 
 
+@pytest.mark.slow
 def test_a_piece_reads_as_it_does_within_a_text(encoders):
     tokenizer = open_run(encoders).tokenizer()
     words = tokenizer.hub.get_vocab()
@@ -225,6 +229,7 @@ def test_a_piece_reads_as_it_does_within_a_text(encoders):
     assert tokenizer.piece(words[inner[2:]]) == f" {inner[2:]}"
 
 
+@pytest.mark.slow
 def test_a_text_is_filled_as_far_as_texts_are_scored(encoders):
     """A seed that was trained here reads as many tokens as its rows in training had."""
     ensemble = replace(open_run(encoders).ensemble("uniform"), context_length=12)
@@ -236,6 +241,7 @@ def test_a_text_is_filled_as_far_as_texts_are_scored(encoders):
         ensemble.fill(f"{word} {text}")
 
 
+@pytest.mark.slow
 def test_masks_are_filled_on_the_command_line(encoders, xelm):
     outcome = xelm("fill", encoders, "[MASK] [MASK]", "--count", 2, "--routing", "posterior")
     assert outcome.code == 0 and outcome.err.startswith("experts: ")
@@ -250,6 +256,7 @@ def test_masks_are_filled_on_the_command_line(encoders, xelm):
     assert long.code == 2 and "has space for 62" in long.err
 
 
+@pytest.mark.slow
 def test_the_report_of_encoders_says_what_their_perplexity_is(encoders, xelm):
     assert xelm("report", encoders).code == 0
     page = (encoders / "results" / "report.html").read_text()
@@ -257,12 +264,14 @@ def test_the_report_of_encoders_says_what_their_perplexity_is(encoders, xelm):
     assert "is not recorded here" not in page  # the training of a seed that was given
 
 
+@pytest.mark.slow
 def test_decoders_fill_and_encoders_continue_nothing(encoders, tiny, xelm):
     assert "fill no masks; use generate" in xelm("fill", tiny.directory, "[MASK]").err
     outcome = xelm("generate", encoders, "abc")
     assert outcome.code == 2 and "encoders, which continue no text; use fill" in outcome.err
 
 
+@pytest.mark.slow
 def test_an_encoder_whose_tokenizer_has_no_mask_is_refused(encoders):
     tokenizer = open_run(encoders).tokenizer()
     tokenizer.mask_id = None

@@ -130,6 +130,7 @@ def test_a_gguf_file_is_written_if_llama_cpp_reads_it_as_xelm_does(
         ("end", "otherwise; nothing was written. It ends after 2 of 4 tokens"),
     ],
 )
+@pytest.mark.slow
 def test_a_gguf_file_that_llama_cpp_reads_otherwise_is_refused(
     xelm, tiny, tmp_path, converter, llama, monkeypatch, change, said
 ):
@@ -159,6 +160,7 @@ def test_a_gguf_file_that_llama_cpp_reads_otherwise_is_refused(
     assert list(out.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_nearly_as_likely_token_is_no_other_continuation(
     xelm, tiny, tmp_path, converter, llama, monkeypatch
 ):

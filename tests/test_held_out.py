@@ -111,7 +111,7 @@ def test_patience_ends_a_training_after_so_many_measurements_without_a_better_on
     assert_same_bits(again, result)
 
 
-@pytest.mark.parametrize("step", [9, 61])
+@pytest.mark.parametrize("step", [pytest.param(9, marks=pytest.mark.slow), 61])
 def test_a_training_that_was_killed_ends_with_the_same_best_weights(
     step, whole, trained, tmp_path, monkeypatch
 ):

@@ -244,6 +244,7 @@ def test_interrupted_updates_go_on_with_the_languages_that_are_left(tiny, tmp_pa
     np.testing.assert_array_equal(again.values, whole.values)
 
 
+@pytest.mark.slow
 def test_updates_from_the_command_line(xelm, tiny, tmp_path):
     path = tmp_path / "updates.npz"
     command = ("features", tiny.directory, "--of", "updates", "--languages", "en,de,es", "--out")

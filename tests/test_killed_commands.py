@@ -108,11 +108,13 @@ def test_rolling_back(finished, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_retiring(finished, tmp_path):
     seen = list(checked(finished, tmp_path, "retire", "RUN", "en-es"))
     assert {found["statuses"]["en-es@v2"] for found, _ in seen} == {"published", "retired"}
 
 
+@pytest.mark.slow
 def test_restoring(finished, tmp_path):
     retired = tmp_path / "retired"
     shutil.copytree(finished, retired)

@@ -150,6 +150,7 @@ def test_state_takes_the_bytes_that_it_should(changes, bytes_each):
 # Going on in other dtypes
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_in_other_dtypes(trained, capsys):
     """And once more after an interruption in the new ones, bit for bit."""
     for folder, stops in {"once": (), "twice": (15,)}.items():

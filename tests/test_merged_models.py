@@ -69,6 +69,7 @@ def test_merge_json_says_how_it_was_made(merged):
         }
 
 
+@pytest.mark.slow
 def test_nothing_else_of_the_run_changes(merged, plain):
     directory, before = merged
     after = snapshot(directory)

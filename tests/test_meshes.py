@@ -387,6 +387,7 @@ def apart(tmp_path_factory):
     return [train(each, MODEL, TEXT) for each in both(tmp_path_factory.mktemp("apart"))]
 
 
+@pytest.mark.slow
 def test_each_ends_as_it_would_alone(apart, tmp_path):
     found = train_together(both(tmp_path), MODEL, TEXT)
     for one, other in zip(found, apart, strict=True):

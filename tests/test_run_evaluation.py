@@ -218,6 +218,7 @@ def test_with_routing_by_language_alone_experts_are_scored_on_their_own_language
     assert "that expert is the best of all" not in page
 
 
+@pytest.mark.slow
 def test_results_of_other_options_are_kept(xelm, evaluated, copy):
     command = ("evaluate", copy.directory, "--corpus", copy.held_out)
     results = copy.directory / "results"

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import httpx
+import pytest
 from serving import served, until
 
 from experts.lock import record
@@ -163,6 +164,7 @@ def test_a_new_version_and_rolling_it_back_are_picked_up(chatty, tmp_path, xelm)
         assert found.scheduler.models.versions == before.versions and said("xelm:de-fr") == first
 
 
+@pytest.mark.slow
 def test_experts_are_retired_restored_and_renamed_while_the_server_runs(chatty, tmp_path, slow):
     directory = tmp_path / "RUN"
     shutil.copytree(chatty, directory)

@@ -1,6 +1,7 @@
 """The command line: parses arguments, runs a command, and reports a user's mistake in one line."""
 
 import argparse
+import functools
 import os
 import signal
 import sys
@@ -60,7 +61,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     if rest and ("names" not in options or any(name.startswith("-") for name in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.names += rest
+        options.names = [*options.names, *rest]
     return options
 
 
@@ -71,6 +72,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+@functools.cache
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands with their options."""
     top = _Parser(

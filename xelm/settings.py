@@ -36,7 +36,8 @@ def explained(config: Any, indent: str = "") -> Iterator[str]:
             yield f"{indent}{field.name}: {text.strip()}"
 
 
-def field_notes(kind: type) -> dict[str, str]:
+@functools.cache
+def field_notes(kind: type) -> Mapping[str, str]:
     """Explanation of each field: the string below it in the source, which Python does not keep."""
     found = {}
     for one in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
