@@ -24,12 +24,12 @@ def card(
     'license', 'license_name' and 'license_link' go into the front matter instead, if they are
     given: the Hub refuses made-up values. `masked`: the expert is an encoder, which fills masks."""
     sections = (
-        _front_matter(_languages(expert), facts, masked=masked),
+        _front_matter(_languages(expert), facts, masked=masked, adapter=expert.stored == "adapter"),
         f"# {expert.name}",
         _introduction(expert),
         table(("", ""), _rows(expert, registry, facts)),
         *(("## Text", _text(expert)) if expert.data else ()),
-        *_use_and_files(expert.sha256, masked=masked),
+        *_use_and_files(_use(expert), expert.sha256, masked=masked),
     )
     return "\n\n".join(sections) + "\n"
 
@@ -49,16 +49,16 @@ def combined_card(
         f"# {name}",
         introduction,
         table(("", ""), rows),
-        *_use_and_files(sha256, masked=False),
+        *_use_and_files(_USE, sha256, masked=False),
     )
     return "\n\n".join(sections) + "\n"
 
 
-def _use_and_files(sha256: Mapping[str, str], *, masked: bool) -> tuple[str, ...]:
+def _use_and_files(use: str, sha256: Mapping[str, str], *, masked: bool) -> tuple[str, ...]:
     """Sections that say how to load a model, and list its files with their hashes."""
     return (
         "## Use",
-        _USE.format(model="AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"),
+        use.format(model="AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"),
         "## Files",
         table(("file", "SHA-256"), [(f"`{f}`", f"`{h}`") for f, h in sorted(sha256.items())]),
     )
@@ -74,14 +74,42 @@ tokenizer = AutoTokenizer.from_pretrained(directory)
 ```"""
 
 
+_USE_ADAPTER = """\
+This directory has an adapter of the library PEFT. It is for PARENT, which is another checkpoint:
+
+```python
+from peft import PeftModel
+from transformers import {model}, AutoTokenizer
+
+base = "BASE"  # the directory of PARENT
+model = PeftModel.from_pretrained({model}.from_pretrained(base), ".")
+tokenizer = AutoTokenizer.from_pretrained(base)
+```"""
+_USE_DIFFERENCE = """\
+This directory has only what differs from PARENT, and other programs cannot load it: `xelm export`
+writes a complete checkpoint."""
+
+
+def _use(expert: Expert) -> str:
+    """How an expert is loaded, with {model} for the class of transformers."""
+    parent = "the seed" if expert.parent == SEED else f"the expert {expert.parent}"
+    kinds = {"adapter": _USE_ADAPTER, "difference": _USE_DIFFERENCE}
+    return kinds.get(expert.stored or "", _USE).replace("PARENT", parent)
+
+
 def _front_matter(
-    languages: Sequence[str], facts: Mapping[str, str | int | float], *, masked: bool
+    languages: Sequence[str],
+    facts: Mapping[str, str | int | float],
+    *,
+    masked: bool,
+    adapter: bool = False,
 ) -> str:
     task = "fill-mask" if masked else "text-generation"
     # JSON strings are YAML strings; unquoted, the language "no" would be the truth value false.
     lines = ["---"]
     lines += ["language:", *(f"- {json.dumps(language)}" for language in languages)]
-    lines += ["library_name: transformers", f"pipeline_tag: {task}", "tags:", "- xelm"]
+    lines += [f"library_name: {'peft' if adapter else 'transformers'}", f"pipeline_tag: {task}"]
+    lines += ["tags:", "- xelm"]
     lines += [f"{key}: {json.dumps(str(facts[key]))}" for key in FRONT_MATTER_FACTS if key in facts]
     return "\n".join([*lines, "---"])
 
@@ -119,6 +147,7 @@ def _rows(
         ("languages", ", ".join(_languages(expert))),
         ("cluster", expert.cluster or f"none: {origin}"),
         ("parent", expert.parent),
+        *([("stored as", f"{expert.stored} of {expert.parent}")] if expert.stored else []),
         ("lineage", " ← ".join(_lineage(expert, registry))),
         ("round", str(expert.round)),
         ("tokens of training", "not known" if adopted else f"{expert.tokens:,}"),

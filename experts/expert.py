@@ -15,6 +15,8 @@ Status = Literal["training", "published", "retired"]
 # Names of other systems in results.json, which no expert may have.
 RESERVED_NAMES = (SEED, "dense", "ensemble")
 
+STORED = ("adapter", "difference")
+
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _REFERENCE = re.compile(rf"({_NAME.pattern})@v([1-9][0-9]*)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -44,6 +46,7 @@ _OPTIONAL_JSON_TYPES = {
     "data": dict,
     "made": dict,
     "vocabulary": dict,
+    "stored": str,
 }
 
 
@@ -107,6 +110,9 @@ class Expert:
     their rows; "text", the corpus under RUN/corpus whose folder has the tokenizer; and
     "tokens_per_character" of that text, by the seed's tokenizer and by its own. None: it has the
     seed's."""
+    stored: str | None = None
+    """What its directory has: "adapter", or "difference", to be composed with its parent's; None: a
+    complete checkpoint."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further keys of its record in registry.json, kept as they are."""
 
@@ -133,6 +139,8 @@ class Expert:
             yield f"a language is named twice: {', '.join(self.languages)}"
         if self.corpora and any(not stays_inside(n) or "/" in n for n in self.corpora):
             yield f"corpora must be names of folders; got {', '.join(map(repr, self.corpora))}"
+        if self.stored not in (None, *STORED):
+            yield f"stored must be null, {' or '.join(STORED)}; got {self.stored!r}"
         if self.donor not in (None, SEED) and not _REFERENCE.fullmatch(self.donor or ""):
             yield f"donor must be 'seed' or NAME@v1; got {self.donor!r}"
         if not stays_inside(self.path):

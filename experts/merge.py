@@ -45,6 +45,8 @@ class Source(NamedTuple):
     """Name for messages and for the record."""
     directory: Path
     """Directory with one safetensors file or a sharded set."""
+    origin: Path | None = None
+    """Directory that it was composed from, for the record; None: it is complete itself."""
 
 
 def merge(
@@ -112,8 +114,10 @@ def read_record(directory: Path) -> dict[str, Any]:
 
 
 def _facts(source: Source) -> dict[str, Any]:
-    directory = source.directory
-    hashes = {name: sha256(directory / name) for name in weight_files(directory)}
+    directory = source.origin or source.directory
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    names = names if source.origin else weight_files(directory)
+    hashes = {name: sha256(directory / name) for name in names}
     return {"name": source.name, "path": str(directory), "sha256": hashes}
 
 

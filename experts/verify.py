@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from clustering.errors import UserError
-from clustering.files import sha256
+from clustering.files import read_object, sha256
 from experts import manifest
-from experts.expert import Expert
+from experts.expert import SEED, Expert, parse_reference
 from experts.registry import FILE_NAME, Registry
+
+BASE = "base.json"
+"""File that names the base of a directory that is no complete checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +53,7 @@ def verify(run: Path | str) -> list[Fault]:
         return [Fault(kind="broken", file=FILE_NAME, detail=str(error))]
     faults = verify_seed(run, registry)
     for expert in registry.experts:
-        faults += verify_expert(run, expert)
+        faults += verify_expert(run, expert) + verify_base(run, registry, expert)
     faults += _records(run, registry) + _unknown(run, registry)
     return faults + _others(run) + _links(run, registry)
 
@@ -130,6 +133,29 @@ def verify_expert(
     if not expert.sha256 or (expert.status == "retired" and gone):
         return []
     return _compare(Path(run), expert.path, expert.sha256, digest)
+
+
+def verify_base(run: Path | str, registry: Registry, expert: Expert) -> list[Fault]:
+    """The fault of an expert that was made on another base than its parent's checkpoint; none for
+    one that is complete, or whose files are gone."""
+    path = expert.directory(run) / BASE
+    if not expert.stored or not expert.sha256 or not path.is_file():
+        return []
+    wanted, place = registry.seed_sha256, registry.seed_path
+    if expert.parent != SEED:
+        parent = registry.expert(*parse_reference(expert.parent))
+        wanted, place = parent.sha256, parent.path
+    try:
+        made_on = read_object(path)
+        base = Path(os.path.normpath(path.parent / made_on["base"]))
+        other = {n: h for n, h in dict(made_on["sha256"]).items() if wanted.get(n) != h}
+        if base.absolute() == (Path(run) / place).absolute() and not other:
+            return []
+        detail = f"{', '.join(sorted(other)) or base} is another than that of {expert.parent}"
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        detail = f"it names no base: {error}"
+    detail = f"{expert.reference} was made on another base ({expert.stored}): {detail}"
+    return [Fault(kind="changed", file=f"{expert.path}/{BASE}", detail=detail)]
 
 
 def verify_seed(

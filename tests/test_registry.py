@@ -60,6 +60,7 @@ def test_registry_json_has_the_documented_form(tmp_path):
                 "data": None,
                 "made": None,
                 "vocabulary": None,
+                "stored": None,
             }
         ],
         "history": [],

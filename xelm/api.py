@@ -323,6 +323,13 @@ class Run(runs.Run):
 
         return export(self, name, out)
 
+    def export_adapter(self, name: str, out: str | Path) -> Path:
+        """Writes an expert that was trained as an adapter into the new directory `out`, in PEFT's
+        files, and returns the checkpoint that it is an adapter of. name: an expert, or NAME@vN."""
+        from xelm.runs.export import export_adapter
+
+        return export_adapter(self, name, out)
+
     def export_gguf(
         self, name: str, out: str | Path, converter: str | Path | None = None
     ) -> "GgufExport":

@@ -16,6 +16,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument("--out", metavar="DIR", help="directory for a copy of the checkpoint")
     form.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="directory for an expert that was trained as an adapter, in the files of PEFT, as one "
+        "adapter of the checkpoint that its chain of parents begins with",
+    )
+    form.add_argument(
         "--gguf",
         metavar="FILE",
         help="GGUF file for llama.cpp, written only if that makes the same ids of texts and the "
@@ -31,9 +37,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     run = run_of(options)
+    if options.gguf is None and options.converter is not None:
+        raise UserError("--converter goes with --gguf")
+    if options.adapter is not None:
+        base = run.export_adapter(options.name, options.adapter)
+        facts = {"name": options.name, "adapter": options.adapter, "base": str(base)}
+        show(options, facts, f"{options.adapter}: an adapter of {base}")
+        return
     if options.out is not None:
-        if options.converter is not None:
-            raise UserError("--converter goes with --gguf")
         out = run.export(options.name, options.out)
         show(options, {"name": options.name, "out": str(out)}, out)
         return

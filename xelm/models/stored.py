@@ -64,6 +64,15 @@ def own_weight_files(directory: str | Path) -> list[str]:
     return [*(weight_files(directory) if whole else ()), *added]
 
 
+def stored_as(directory: str | Path) -> str | None:
+    """What a directory has: "adapter", or "difference", to be composed with its base; None: a
+    complete checkpoint."""
+    if not (Path(directory) / BASE).is_file():
+        return None
+    names = own_weight_files(directory)
+    return "adapter" if set(names) == set(ADAPTER_FILES) else "difference"
+
+
 def write_base(
     directory: Path, place: Path, base: str | Path, hashes: Mapping[str, str] | None = None
 ) -> None:

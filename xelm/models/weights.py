@@ -124,11 +124,11 @@ def stored_tensors(
     time, so every host must take all tensors."""
     for name, layer, tensor in _named(_table_rows(kind, flat), config):
         parts = [flat[path] if layer is None else flat[path][layer] for path in tensor.paths]
-        arrays = [_narrowed(name, _on_host(part, dtype), dtype) for part in parts]
+        arrays = [_narrowed(name, on_host(part, dtype), dtype) for part in parts]
         yield name, join(tensor, arrays, config.head_size)
 
 
-def _on_host(array: Any, dtype: str) -> np.ndarray:
+def on_host(array: Any, dtype: str) -> np.ndarray:
     """A complete array on this host; gathered in `dtype` if it is spread over several hosts, except
     for float16, whose range `_narrowed` checks."""
     if not _on_other_hosts(array):

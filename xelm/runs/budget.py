@@ -83,7 +83,7 @@ def plan(
         estimated=estimated,
         basis=basis,
         checkpoint_bytes=_checkpoint_bytes(config, model),
-        model_bytes=4 * model.parameter_count,
+        model_bytes=4 * _written_count(config, model),
     )
 
 
@@ -196,7 +196,20 @@ def _checkpoint_bytes(config: TrainConfig, model: ModelConfig) -> int:
     kept = min(saved, runtime.keep_checkpoints + 2)
     if runtime.keep_every is not None:
         kept = min(saved, kept + config.steps // runtime.keep_every)
-    return kept * (4 + averages) * model.parameter_count
+    return kept * (4 + averages) * _trained_count(config, model)
+
+
+def _trained_count(config: TrainConfig, model: ModelConfig) -> int:
+    if config.lora.rank is None and config.frozen_layers is None:
+        return model.parameter_count
+    from xelm.training.trainable import trained_count
+
+    return trained_count(config, model)
+
+
+def _written_count(config: TrainConfig, model: ModelConfig) -> int:
+    """Number of values in a published expert, of which frozen layers are a part."""
+    return model.parameter_count if config.lora.rank is None else _trained_count(config, model)
 
 
 def _measured(run: Run, name: str, config: TrainConfig) -> tuple[float, str] | None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
-from experts.expert import SEED, Expert
-from experts.verify import verify_expert, verify_recorded, verify_seed
+from experts.expert import SEED, Expert, parse_reference
+from experts.verify import verify_base, verify_expert, verify_recorded, verify_seed
 from xelm.models.checkpoint import check_checkpoint, read_config
 from xelm.models.weights import tensor_without_numbers
 from xelm.progress import bar
@@ -33,7 +33,10 @@ def check_models(
     """Raises UserError, which names the model and its file or tensor, unless all of these have
     finite weights and the files whose hashes are in the registry. others: the seed, the dense
     baseline or merged models, by name."""
-    memory, experts, others = _Memory(run.directory), list(experts), dict(others or {})
+    memory, others = _Memory(run.directory), dict(others or {})
+    experts, based = _with_bases(run, experts)
+    if based:
+        others.setdefault(SEED, run.seed)
     folders = {expert.reference: expert.directory(run.directory) for expert in experts} | others
     memory.read(file for folder in folders.values() for file in sorted(folder.rglob("*")))
     by_reference = {expert.reference: expert for expert in experts}
@@ -51,6 +54,7 @@ def check_models(
                 )
         if name in by_reference:
             faults = verify_expert(run.directory, by_reference[name], digest)
+            faults += verify_base(run.directory, run.registry(), by_reference[name])
         elif name == SEED:
             # A file of somebody's own beside the seed, such as a chat template, changes no weight.
             found = verify_seed(run.directory, run.registry(), digest)
@@ -65,6 +69,19 @@ def check_models(
         if found != shape:
             raise UserError(f"{name}: {folder} is a model of another shape than the seed's")
     memory.save()
+
+
+def _with_bases(run: Run, experts: Iterable[Expert]) -> tuple[list[Expert], bool]:
+    """Experts and those whose checkpoints they are composed with, and whether the seed is one of
+    these."""
+    found, registry, seed = list(experts), run.registry(), False
+    for expert in found:  # which grows
+        if expert.stored and expert.parent == SEED:
+            seed = True
+        elif expert.stored:
+            parent = registry.expert(*parse_reference(expert.parent))
+            found += [] if parent in found else [parent]
+    return found, seed
 
 
 class _Memory:

@@ -21,7 +21,18 @@ from xelm.data.held_out import TrainingText, divide
 from xelm.data.rows import LanguageShare
 from xelm.data.tokenizer import Tokenizer
 from xelm.data.unicode import normalised
-from xelm.models.checkpoint import copy_checkpoint, load_model, read_config, stored_dtype
+from xelm.models.checkpoint import (
+    all_or_nothing,
+    copy_checkpoint,
+    family_of,
+    load_model,
+    read_chain_adapter,
+    read_config,
+    stored_dtype,
+    write_whole,
+)
+from xelm.models.peft import write_products
+from xelm.models.stored import root, stored_as
 from xelm.models.transformer import Transformer
 from xelm.runs import llama_cpp
 from xelm.runs.named import find_model
@@ -75,6 +86,20 @@ def export(run: Run, name: str, out: str | Path) -> Path:
     return Path(out)
 
 
+def export_adapter(run: Run, name: str, out: str | Path) -> Path:
+    """Writes an expert that was trained as an adapter, of its parent or of a chain of such parents,
+    into the new directory `out` as one adapter, in PEFT's files, of the complete checkpoint that
+    the chain begins with; ranks add up. Returns the path of that checkpoint. name: as in `export`.
+    UserError for a model that is no adapter."""
+    directory = _model(run, name).directory
+    products, whole = read_chain_adapter(directory), root(directory)
+    base = run.record.get("base_model") if whole == run.seed.absolute() else None
+    with all_or_nothing(Path(out)) as partial:
+        shape, kind = read_config(directory), family_of(directory)
+        write_products(partial, shape, kind, products, base=base or str(whole))
+    return whole
+
+
 def export_gguf(
     run: Run, name: str, out: str | Path, converter: str | Path | None = None
 ) -> GgufExport:
@@ -98,7 +123,13 @@ def export_gguf(
     new = min(_NEW_TOKENS, run.context_length() - prompt_tokens)
     prompts = [some[:prompt_tokens] for some in ids[:_PROMPTS]]
     with _complete(Path(out)) as file:
-        llama_cpp.convert(command, model.directory, file, dtype=dtype, name=name)
+        whole = model.directory
+        if stored_as(whole) is not None:
+            whole = file.with_name("whole")
+            write_whole(model.directory, whole)
+        llama_cpp.convert(command, whole, file, dtype=dtype, name=name)
+        if whole != model.directory:
+            shutil.rmtree(whole)
         questions = llama_cpp.Questions(texts=texts, prompts=prompts, new_tokens=new)
         answers = llama_cpp.read(file, questions)
         _check_ids(tokenizer, texts, ids, answers.ids)

@@ -10,6 +10,7 @@ from xelm.config import TrainConfig
 from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
+from xelm.models.checkpoint import read_config
 from xelm.runs.budget import passes
 from xelm.runs.run import Run
 from xelm.runs.shares import (
@@ -73,16 +74,36 @@ def expert_job(run: Run, expert: Expert, new: Mapping[str, Store] | None = None)
     text, replayed, config = job(run, expert, read_by(run, expert, own, new))
     # No version reads its rows in the order of the one before.
     random_seed = config.random_seed + _VERSION_SEEDS * (expert.version - 1)
+    start = start_of(run, expert, parent, new)
+    _check_trainable(run, expert, config, extended=start != parent)
     return Job(
         name=expert.name,
         part=part_of(expert),
-        parent=start_of(run, expert, parent, new),
+        parent=start,
         target=expert.directory(run.directory),
         text=text,
         own=own,
         replayed=tuple(dict.fromkeys(source.ids.language for source in replayed.sources)),
         config=replace(config, random_seed=random_seed),
     )
+
+
+def _check_trainable(run: Run, expert: Expert, config: TrainConfig, *, extended: bool) -> None:
+    """Raises UserError for adapters and frozen layers that the model cannot have. extended: whether
+    the training begins with new pieces."""
+    if config.lora.rank is None and config.frozen_layers is None:
+        return
+    from xelm.training.trainable import check_trainable
+
+    if extended and config.lora.rank is not None:
+        raise UserError(
+            f"{expert.reference} begins with new pieces, whose embeddings adapters would freeze; "
+            "train it without lora.rank"
+        )
+    try:
+        check_trainable(config, read_config(run.seed))
+    except UserError as error:
+        raise UserError(f"{part_of(expert)}.{error}") from None
 
 
 def part_of(expert: Expert) -> str:

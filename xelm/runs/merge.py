@@ -11,8 +11,10 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from clustering.errors import UserError
@@ -22,7 +24,8 @@ from experts.lock import locked
 from experts.manifest import MERGES, record
 from experts.merge_methods import METHODS, MergeOptions
 from xelm.data.rows import sampling_shares
-from xelm.models.checkpoint import check_checkpoint
+from xelm.models.checkpoint import check_checkpoint, write_whole
+from xelm.models.stored import stored_as
 from xelm.runs.check import check_models
 from xelm.runs.ensembles import published
 from xelm.runs.run import Run
@@ -91,12 +94,37 @@ def merge(
     if twice := sorted({each for each in given if given.count(each) > 1}):
         raise UserError(f"{', '.join(twice)} is named twice; give it a larger weight instead")
     numbers = _weights(run, models, weights)
+    with ExitStack() as folders:
+        sources = [_complete(each.source, folders) for each in models]
+        start = _complete(origin.source, folders) if origin else None
+        return _write(run, (sources, start), options, numbers, weights, name, out)
+
+
+def _complete(source: files.Source, folders: ExitStack) -> files.Source:
+    """A source as a complete checkpoint: one that is stored as a difference from a base is composed
+    in a temporary folder."""
+    if stored_as(source.directory) is None:
+        return source
+    whole = Path(folders.enter_context(TemporaryDirectory())) / "whole"
+    write_whole(source.directory, whole)
+    return files.Source(source.name, whole, source.directory)
+
+
+def _write(
+    run: Run,
+    models: tuple[Sequence[files.Source], files.Source | None],
+    options: MergeOptions,
+    numbers: Sequence[float] | None,
+    weights: str | Sequence[float],
+    name: str | None,
+    out: str | Path | None,
+) -> Merged:
+    sources, start = models
     facts = {
         "weights": weights if isinstance(weights, str) else "given",
         "xelm": __version__,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-    sources, start = [each.source for each in models], origin and origin.source
     if out is not None:
         path = files.merge(sources, out, options, weights=numbers, base=start, facts=facts)
         return _merged(path)

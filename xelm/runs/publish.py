@@ -18,11 +18,20 @@ from experts.lock import locked, update
 from experts.verify import hash_directory
 from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
-from xelm.models.checkpoint import README, read_config, stored_dtype, write_checkpoint
+from xelm.models.adapters import Adapter, factors_of
+from xelm.models.checkpoint import (
+    README,
+    read_config,
+    stored_dtype,
+    write_adapted,
+    write_checkpoint,
+)
 from xelm.models.config import ModelConfig
+from xelm.models.stored import stored_as
+from xelm.models.weights import on_host
 from xelm.runs.combined import RECIPE
 from xelm.runs.gate import check_gate, evaluate_held_out, faults_of
-from xelm.runs.jobs import expert_job
+from xelm.runs.jobs import Job, expert_job
 from xelm.runs.origin import origin_facts
 from xelm.runs.provenance import provenance
 from xelm.runs.run import Run
@@ -82,6 +91,26 @@ def write_model(
         shutil.rmtree(work, ignore_errors=True)
 
 
+def write_expert_adapter(run: Run, job: Job, factors: Mapping[str, Any], writes: bool) -> None:
+    """Writes the factors of a trained adapter as the directory `job.target`, as PEFT's files, and
+    deletes the training's own files. writes: whether this host writes."""
+    work = run.training(job.name)
+    pairs = {
+        path: tuple(on_host(each, "float32") for each in pair)
+        for path, pair in factors_of(factors).items()
+    }
+    if not writes:
+        return
+    write_adapted(
+        job.target,
+        job.parent,
+        Adapter(scale=job.config.lora.scale, factors=pairs),
+        base_name=run.record.get("base_model") if job.parent == run.seed else None,
+        extra=[work / file for file in _KEPT if (work / file).exists()],
+    )
+    shutil.rmtree(work, ignore_errors=True)
+
+
 def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     """Publishes a trained expert, with the hashes of its files, if it passes the gate: figures are
     measured on held-out text, a model card is added to its files, and the registry has both.
@@ -100,6 +129,7 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     remove_unfinished(readme)
     files = hash_directory(directory)
     facts: dict[str, Any] = {"tokens": tokens, "evaluation": evaluation, "data": data}
+    facts["stored"] = stored_as(directory)
     described = replace(expert, sha256=files, **facts)
     shown, masked = _facts(run, expert, text), not read_config(run.seed).causal
     page = card(described, run.registry(), shown, masked=masked)

@@ -14,7 +14,7 @@ from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.check import check_models
 from xelm.runs.jobs import Job, dense_job, expert_job, made_elsewhere
-from xelm.runs.publish import publish, write_centre, write_model
+from xelm.runs.publish import publish, write_centre, write_expert_adapter, write_model
 from xelm.runs.run import Run
 from xelm.runs.shares import parent_directory
 from xelm.runs.vocabulary import write_start
@@ -187,6 +187,9 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
             continue
         hosts.first_does(functools.partial(write_centre, run, job.name, job.own.sources))
         with hosts.first_error_shared():
+            if job.config.lora.rank is not None:
+                write_expert_adapter(run, job, found.parameters, hosts.is_first())
+                continue
             same = model.vocabulary_size == read_config(run.seed).vocabulary_size
             like = run.seed if same else job.parent
             write_model(

@@ -15,17 +15,18 @@ PEAKS = {
 """Words of a device's name -> FLOP/s of dense bfloat16 products, by its maker's data sheet."""
 
 
-def of_a_token(model: ModelConfig, length: int) -> float:
+def of_a_token(model: ModelConfig, length: int, trained: float = 1.0) -> float:
     """Operations for a position of a row of `length`, forward and backward: 6 for each parameter
     in a product, and 12 H S for each layer's attention, of H values in its heads and S keys that a
     query sees on average (Chowdhery et al. 2022, arXiv 2204.02311, appendix B, which has no mask).
-    Rematerialised computations do not count; an encoder's head counts for all positions."""
+    Rematerialised computations do not count; an encoder's head counts for all positions. trained:
+    share of the parameters that are trained; the others take 4 operations."""
     tables = (model.position_rows + model.token_types) * model.width
     if not model.tie_embeddings:
         tables += model.vocabulary_size * model.width
     heads = model.head_count * model.head_size
     keys = sum(_keys(model, layer, length) for layer in range(model.layer_count))
-    return 6.0 * (model.parameter_count - tables) + 12.0 * heads * keys
+    return (4.0 + 2.0 * trained) * (model.parameter_count - tables) + 12.0 * heads * keys
 
 
 def _keys(model: ModelConfig, layer: int, length: int) -> float:

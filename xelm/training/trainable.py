@@ -13,7 +13,7 @@ from clustering.errors import UserError
 from xelm.config import TrainConfig
 from xelm.models.adapters import A, B, as_parameters, check_rank, chosen_targets
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import by_path, matrices, stacked
+from xelm.models.parameters import by_path, matrices, shapes, stacked
 
 
 class Fixed(NamedTuple):
@@ -96,6 +96,12 @@ def stacks(config: TrainConfig, model: ModelConfig) -> list[tuple[int, int, bool
         numbers = list(some)
         found.append((numbers[0], numbers[-1] + 1, is_frozen))
     return found
+
+
+def trained_count(config: TrainConfig, model: ModelConfig) -> int:
+    """Number of values that a training trains."""
+    found = jax.eval_shape(lambda parameters: divide(parameters, config, model)[0], shapes(model))
+    return sum(leaf.size for leaf in jax.tree.leaves(found))
 
 
 def together(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from xelm.training.hosts import is_first
 from xelm.training.metrics import MetricsLog, best, without_improvement
 from xelm.training.optimizer import schedule
 from xelm.training.step import SavedState, StepMetrics, TrainState, target_weights
+from xelm.training.trainable import trained_count
 
 _FORMAT = 6
 """Version of what a checkpoint contains, and of the rows that follow it."""
@@ -103,7 +104,8 @@ class Trainer:
         tokens = config.tokens_per_step
         self._bar = bar(config.steps * tokens, self.label, "tok", shown=is_first())
         self._bar.update(step * tokens)
-        self._flops = of_a_token(model, config.sequence_length) * tokens
+        share = trained_count(config, model) / model.parameter_count
+        self._flops = of_a_token(model, config.sequence_length, share) * tokens
         self._peak = peak(config.runtime.dtype, devices)
         # Since the last line of metrics: seconds spent on batches, and where it was then.
         self._preparing = 0.0
