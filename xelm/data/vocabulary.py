@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from clustering.files import sha256
 from xelm.config import StartToken
@@ -42,14 +42,14 @@ class Vocabulary:
         counts = np.asarray([len(ids) for ids in self.expansions], np.int64)
         return counts, np.asarray([id for ids in self.expansions for id in ids], np.int64)
 
-    def counts(self, ids: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
+    def counts(self, ids: Integer[np.ndarray, " T"]) -> Int[np.ndarray, " T"]:
         """Number of ids of the seed that each id stands for."""
         new = ids >= self.base_size
         found = np.ones(len(ids), np.int64)
         found[new] = self._table[0][np.asarray(ids)[new] - self.base_size]
         return found
 
-    def expand(self, ids: Int[np.ndarray, " T"]) -> Int[np.ndarray, " T1"]:
+    def expand(self, ids: Integer[np.ndarray, " T"]) -> Int[np.ndarray, " T1"]:
         """The same text in the seed's ids: each new id is replaced by its expansion."""
         ids = np.asarray(ids, np.int64)
         if not len(ids) or ids.max() < self.base_size:

@@ -50,7 +50,8 @@ def choose(
     walks, documents = [], []
     for number, prompt in enumerate(prompts):
         ids = np.asarray(prompt, np.int64)
-        mask = routing_mask(pool.tokenizer, ids, user_masks and user_masks[number])
+        user_mask = None if user_masks is None else user_masks[number]
+        mask = routing_mask(pool.tokenizer, ids, user_mask)
         router = routers[number] if routers else pool.router
         walks.append(Walk(router, languages[number], ids, np.asarray([len(ids)]), mask))
         documents.append(ids)

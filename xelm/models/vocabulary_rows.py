@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import KNOWN
@@ -85,7 +85,7 @@ METHODS: Mapping[str, Callable[..., Combination] | None] = {
 
 
 def auxiliary_vectors(
-    documents: Sequence[Int[np.ndarray, " _"]], size: int
+    documents: Sequence[Integer[np.ndarray, " _"]], size: int
 ) -> tuple[Float[np.ndarray, "V A"], Int[np.ndarray, " V"]]:
     """Unit vectors of ids by the company they keep in some documents, and how often each occurs: a
     truncated SVD of positive pointwise mutual information (Levy & Goldberg 2014)."""
@@ -118,6 +118,7 @@ def _combined(
     combine: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> Combination:
     """For each new id that occurs, the weights of the old ids that occur."""
+    assert mean.shape is not None
     new, old = mean.shape
     seen = np.flatnonzero((counts[:old] > 0) & vectors[:old].any(axis=1))
     found = mean.tolil()

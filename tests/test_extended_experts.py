@@ -1,0 +1,212 @@
+"""An expert with more pieces than the seed, from `xelm grow --extend-vocabulary` to what others do
+with it; the other experts stay as they were."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import write_corpus
+from serving import served
+
+from xelm import load_model, open_run
+from xelm.data.vocabulary import key_of
+
+pytestmark = pytest.mark.slow
+PIECES = 40
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory, tiny, xelm):
+    """The tiny RUN before and after a language joined it, whose text has letters of its own."""
+    folder = tmp_path_factory.mktemp("extended")
+    corpus = write_corpus(folder / "corpus", ["eu"], 300, 1)
+    table = str.maketrans("abcdefghijklmnopqrstuvwxyz", "աբգդեզէըթժիլխծկհձղճմյնշոչպ")
+    text = (corpus / "eu.jsonl").read_text(encoding="utf-8")
+    (corpus / "eu.jsonl").unlink()
+    lines = [json.loads(line)["text"].translate(table) for line in text.splitlines()]
+    for name, some in {"hy": lines[:200], "held/hy": lines[200:]}.items():
+        path = corpus / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in some))
+    held = corpus / "held"
+    held.rename(folder / "held")
+    held = folder / "held"
+    for tag in ("en", "de", "es"):
+        shutil.copy(tiny.held_out / f"{tag}.jsonl", held)
+    run = folder / "RUN"
+    shutil.copytree(tiny.directory, run)
+    before = hashes(run / "experts")
+    evaluated = xelm("evaluate", run, "--corpus", held, "--routing", "language,tfidf", "--json")
+    command = ("grow", run, "--language", "hy", "--corpus", corpus, "--parent", "en-es")
+    command = (*command, "--extend-vocabulary", PIECES)
+    return SimpleNamespace(
+        run=run,
+        corpus=corpus,
+        held=held,
+        texts=lines[200:],
+        before=before,
+        evaluated=evaluated.json(),
+        dry=xelm(*command, "--dry-run", "--json"),
+        after_dry=hashes(run / "experts"),
+        outcome=xelm(*command, "--json"),
+        command=command,
+    )
+
+
+def test_a_dry_run_says_how_many_tokens_a_character_has(grown):
+    assert grown.after_dry == grown.before
+    assert "tokens a character; with 40 more pieces" in grown.dry.err
+    grown.dry.json()
+
+
+def test_the_expert_is_published_with_its_pieces(grown):
+    record = grown.outcome.json()
+    spelled = record["vocabulary"].pop("tokens_per_character")
+    assert record["vocabulary"] == {"pieces": PIECES, "initialise": "focus", "text": "hy"}
+    assert spelled[1] < 0.6 * spelled[0]
+    run = open_run(grown.run)
+    config = json.loads((grown.run / "experts/hy/v1/config.json").read_text())
+    seed = json.loads((run.seed / "config.json").read_text())
+    assert config == {**seed, "vocab_size": seed["vocab_size"] + PIECES}
+    assert run.verify() == []
+
+
+def test_other_experts_stay_as_they_were(grown, xelm):
+    after = hashes(grown.run / "experts")
+    assert {name: after[name] for name in grown.before} == grown.before
+    found = xelm(
+        "evaluate", grown.run, "--corpus", grown.held, "--routing", "language,tfidf", "--json"
+    ).json()
+    rows = {(r["system"], r["routing"], r["language"]): r for r in found["rows"]}
+    compared = 0
+    for row in grown.evaluated["rows"]:
+        key = row["system"], row["routing"], row["language"]
+        if row["routing"] != "tfidf" and row["language"] != "hy":
+            assert rows[key]["nll"] == row["nll"] and rows[key]["tokens"] == row["tokens"], key
+            compared += 1
+    assert compared >= 12
+    # Its own language is read in its pieces, by it and by the ensembles.
+    alone, told, routed = (
+        rows[key]
+        for key in (("hy", None, "hy"), *(("ensemble", r, "hy") for r in ("language", "tfidf")))
+    )
+    assert alone["tokens"] == told["tokens"] < 0.6 * rows["seed", None, "hy"]["tokens"]
+    assert told["nll"] == pytest.approx(alone["nll"], rel=1e-6)
+    assert routed["tokens"] < 0.7 * rows["seed", None, "hy"]["tokens"]
+    assert alone["nll"] < rows["seed", None, "hy"]["nll"]
+
+
+def test_an_export_is_an_ordinary_checkpoint(grown, xelm, tmp_path):
+    assert xelm("export", grown.run, "hy", "--out", tmp_path / "hy").code == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "hy"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "hy"))
+    run = open_run(grown.run)
+    ours = run.ensemble("language").further[0].tokenizer
+    text = grown.texts[0]
+    ids = tokenizer(text)["input_ids"]
+    assert ids == ours.begin(text)
+    with torch.no_grad():
+        theirs = model(torch.tensor([ids])).logits[0].numpy()
+    own = load_model(tmp_path / "hy", dtype="float32")
+    np.testing.assert_allclose(own(jnp.asarray([ids]))[0], theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_ensemble_reads_each_text_in_the_vocabulary_of_its_expert(grown):
+    ensemble = open_run(grown.run).ensemble("tfidf")
+    old = json.loads((grown.held / "es.jsonl").read_text().splitlines()[0])["text"]
+    found = ensemble.score([grown.texts[0], old, grown.texts[1]])
+    pool = ensemble.further[0]
+    lengths = [len(pool.tokenizer.encode([t])[0]) + 1 for t in (grown.texts[0], grown.texts[1])]
+    assert found.tokens[[0, 2]].tolist() == lengths
+    assert found.tokens[1] == len(ensemble.tokenizer.encode([old])[0]) + 1
+    # A continuation of a text is scored in the pieces that its context chose.
+    context, rest = grown.texts[0][:30], grown.texts[0][30:]
+    whole = pool.tokenizer.encode_after(context, rest)
+    after = ensemble.score([rest], contexts=[context])
+    assert after.tokens.tolist() == [len(whole[0]) - whole[1] + 1]
+
+
+def test_a_server_counts_and_streams_in_the_vocabulary_of_the_expert(grown):
+    run = open_run(grown.run)
+    pool = run.ensemble("language").further[0]
+    text = grown.texts[2][:24]
+    with served(grown.run, "tfidf") as server:
+        body = {"prompt": text, "max_tokens": 5, "temperature": 0, "logprobs": 1, "echo": True}
+        alone = server.post({"model": "xelm:hy", **body}).json()
+        assert alone["usage"]["prompt_tokens"] == len(pool.tokenizer.begin(text))
+        wanted = pool.generate(text, language="hy", max_new_tokens=5, temperature=0.0)
+        (choice,) = alone["choices"]
+        assert choice["text"] == text + wanted.text
+        assert choice["xelm"]["weights"] == {"hy": 1.0}
+        names = choice["logprobs"]["tokens"]
+        pieces = [pool.tokenizer.piece(token) for token in wanted.ids]
+        assert names[-len(pieces) :] == pieces
+        streamed = server.client().completions.create(
+            model="xelm",
+            prompt=text,
+            max_tokens=5,
+            temperature=0,
+            stream=True,
+            extra_body={"language": "hy"},
+        )
+        assert "".join(part.choices[0].text for part in streamed) == wanted.text
+        # Two prompts of one request, in two vocabularies.
+        old = json.loads((grown.held / "es.jsonl").read_text().splitlines()[0])["text"][:20]
+        both = {"model": "xelm", **body, "prompt": [text, old], "echo": False}
+        found = server.post(both).json()
+        tokens = len(pool.tokenizer.begin(text)) + len(run.tokenizer().begin(old))
+        assert found["usage"]["prompt_tokens"] == tokens
+
+
+def test_further_versions_and_children_keep_the_vocabulary(grown, xelm):
+    more = write_corpus(grown.corpus / "more", ["pt"], 60, 3)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in grown.texts[:50])
+    (more / "hy.jsonl").write_text(lines)
+    again = xelm("train", grown.run, "hy", "--again", "--corpus", more, "--set", "gate.worse=null")
+    assert again.code == 0, again.err
+    first, second = (grown.run / f"experts/hy/v{version}" for version in (1, 2))
+    assert key_of(first) == key_of(second) != key_of(grown.run / "seed")
+    refused = xelm(
+        *grown.command[:2],
+        "--language",
+        "et",
+        "--parent",
+        "hy",
+        "--corpus",
+        more,
+        "--extend-vocabulary",
+        5,
+    )
+    assert refused.code == 2
+    assert "the vocabulary of hy@v2 is extended already" in refused.err
+    assert not (grown.run / "corpus" / "et").exists()
+    assert "merge" in xelm("merge", grown.run, "hy", "en-es", "--name", "x").err
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (("--extend-vocabulary", 0), "--extend-vocabulary must be at least 1; got 0"),
+        (("--initialise", "mean"), "--initialise goes with --extend-vocabulary"),
+        (("--extend-vocabulary", 99999), "the text has "),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(grown, xelm, options, why):
+    corpus = grown.corpus / "et"
+    if not corpus.exists():
+        write_corpus(corpus, ["et"], 30, 5)
+    found = xelm("grow", grown.run, "--language", "et", "--corpus", corpus, *options)
+    assert found.code == 2 and why in found.err and "Traceback" not in found.err
+    assert all(expert.name != "et" for expert in open_run(grown.run).registry().experts)
