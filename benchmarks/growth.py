@@ -13,9 +13,9 @@ same command goes on where it was interrupted, and ends with the table of all th
     farthest   the same from the expert of the farthest language
     replay     as nearest, and a quarter of the rows replays all other languages in equal parts
 
-Each reads the same number of positions, and the weights with the lowest loss on held-out text are
-its result. Figures are bits a byte on the first tokens of each language of `corpus_valid`. The
-random seed of an arm draws the order of its rows; the RUN is the same.
+Each reads the same number of positions, and the weights with the lowest loss on held-out text, of
+five measurements, are its result. Figures are bits a byte on the first tokens of each language of
+`corpus_valid`. The random seed of an arm draws the order of its rows; the RUN is the same.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from xelm.training.trainer import TrainingSpec
 LANGUAGES = "az,he,pl,sv,hy,eu,kk"
 ARMS = ("lapt", "seed", "nearest", "farthest", "replay")
 REPLAY_SHARE = 0.25
-OLD_TOKENS, NEW_TOKENS = 4_000, 8_000
+OLD_TOKENS, NEW_TOKENS = 2_000, 8_000
 """Number of tokens of each old language, and of the new one, that are scored."""
 _T_OF_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Number of random seeds -> factor of the standard error in a 95% interval (Student's t)."""
@@ -142,6 +142,7 @@ def job_of(run: Run, trial: Mapping[str, Any]) -> tuple[Job, str]:
         f"grow.tokens={trial['tokens']}",
         f"grow.random_seed={run.config.grow.random_seed + 100 * trial['random_seed']}",
         "grow.evaluation.patience=null",
+        f"grow.evaluation.every={max(1, trial['tokens'] // run.config.grow.tokens_per_step // 5)}",
         "grow.data.sampling_exponent=0",
         f"grow.data.replay_share={REPLAY_SHARE if arm == 'replay' else 0}",
         f"donor_share={0 if alone else run.config.donor_share}",

@@ -1,11 +1,14 @@
-"""Distances by family tree, from URIEL's set `fam` (Glottolog's families as lang2vec has them)."""
+"""Families, and distances by family tree, from URIEL's set `fam` (Glottolog's families as lang2vec
+has them)."""
 
+import difflib
 from collections.abc import Sequence
 
 import numpy as np
 
 from clustering import uriel
 from clustering.distances import Distances
+from clustering.errors import UserError
 from clustering.languages import canonical_all
 
 
@@ -34,3 +37,22 @@ def distances(languages: Sequence[str]) -> Distances:
         },
         made_from=uriel.made_from("fam"),
     )
+
+
+def of_family(family: str, languages: Sequence[str]) -> list[str]:
+    """Those of the languages that descend from a family or a branch of one, such as Turkic or North
+    Germanic, in their order; capitals, spaces, hyphens and underscores do not matter. UserError for
+    a family that URIEL does not know."""
+    tags = canonical_all(languages)
+    values, names = uriel.features(tags, "fam")
+    known = {_plain(name.removeprefix("F_")): place for place, name in enumerate(names)}
+    place = known.get(_plain(family))
+    if place is None:
+        near = difflib.get_close_matches(_plain(family), known, 1)
+        guess = f"; the nearest is {names[known[near[0]]][2:].replace('_', ' ')}" if near else ""
+        raise UserError(f"URIEL knows no language family {family!r}{guess}")
+    return [tag for tag, value in zip(tags, values[:, place]) if value > 0]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())

@@ -14,7 +14,12 @@ def branch(registry: Registry, clustering: Clustering) -> Registry:
     In clusters of documents, a language is served by the expert whose cluster has most of its
     documents. UserError if the registry has experts of other clusters."""
     wanted = _experts(clustering)
-    existing = [expert for expert in registry.experts if expert.cluster is not None]
+    # Of further versions, which languages may have joined, the first is compared.
+    firsts: dict[str, Expert] = {}
+    for expert in registry.experts:
+        if expert.cluster is not None and not expert.intermediate:
+            firsts.setdefault(expert.cluster, expert)
+    existing = list(firsts.values())
     if not existing:
         return registry.add(*wanted)
     if {_identity(expert) for expert in existing} != {_identity(expert) for expert in wanted}:

@@ -47,6 +47,9 @@ _OPTIONAL_JSON_TYPES = {
     "made": dict,
     "vocabulary": dict,
     "stored": str,
+    "joined": list,
+    "round_clusters": int,
+    "awaits": str,
 }
 
 
@@ -113,6 +116,14 @@ class Expert:
     stored: str | None = None
     """What its directory has: "adapter", or "difference", to be composed with its parent's; None: a
     complete checkpoint."""
+    joined: tuple[str, ...] | None = None
+    """Those of its languages that joined the expert with this version; None if none did."""
+    round_clusters: int | None = None
+    """Number of clusters of the round of training that it belongs to, for an intermediate expert,
+    from which those of the next round start; it is never in use itself. None for all others."""
+    awaits: str | None = None
+    """Name of the intermediate expert that it is to start from, until that is trained; None:
+    `parent`."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further keys of its record in registry.json, kept as they are."""
 
@@ -137,6 +148,10 @@ class Expert:
             yield f"a language is empty or has spaces: {', '.join(map(repr, self.languages))}"
         if len(set(self.languages)) < len(self.languages):
             yield f"a language is named twice: {', '.join(self.languages)}"
+        if self.joined is not None and not set(self.joined) < set(self.languages):
+            yield f"{', '.join(self.joined)} joined, and it serves {', '.join(self.languages)}"
+        if self.round_clusters is not None and self.status == "published":
+            yield "it is intermediate, and published"
         if self.corpora and any(not stays_inside(n) or "/" in n for n in self.corpora):
             yield f"corpora must be names of folders; got {', '.join(map(repr, self.corpora))}"
         if self.stored not in (None, *STORED):
@@ -159,6 +174,16 @@ class Expert:
         return f"{self.name}@v{self.version}"
 
     @property
+    def intermediate(self) -> bool:
+        """Whether it is only the parent of experts of a later round."""
+        return self.round_clusters is not None
+
+    @property
+    def state(self) -> str:
+        """Status to be shown: "parent" for an intermediate expert that is trained."""
+        return "parent" if self.intermediate and self.sha256 else self.status
+
+    @property
     def first_reference(self) -> str:
         """Reference that stays the same when it is renamed."""
         return self.published_as or self.reference
@@ -178,8 +203,11 @@ class Expert:
     def to_json(self) -> dict[str, Any]:
         """Its record in registry.json."""
         value = {key: getattr(self, key) for key in _JSON_TYPES | _OPTIONAL_JSON_TYPES}
-        corpora = None if self.corpora is None else list(self.corpora)
-        return value | {"languages": list(self.languages), "corpora": corpora} | self.more
+        for key in ("languages", "corpora", "joined"):
+            value[key] = None if value[key] is None else list(value[key])
+        # Keys that few records have are absent elsewhere, as in registries before them.
+        rare = [key for key in ("joined", "round_clusters", "awaits") if value[key] is None]
+        return {key: value[key] for key in value if key not in rare} | self.more
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> Self:
@@ -193,10 +221,10 @@ class Expert:
         check_types(f"{where}: documents", documents, dict.fromkeys(documents, int))
         given = {name: setting for name, setting in settings.items() if setting is not None}
         check_types(f"{where}: settings", given, dict.fromkeys(given, int | float | str))
-        if "corpora" in optional:
-            names = dict(enumerate(optional["corpora"]))
-            check_types(f"{where}: corpora", names, dict.fromkeys(names, str))
-            optional["corpora"] = tuple(optional["corpora"])
+        for key in optional.keys() & {"corpora", "joined"}:
+            names = dict(enumerate(optional[key]))
+            check_types(f"{where}: {key}", names, dict.fromkeys(names, str))
+            optional[key] = tuple(optional[key])
         data = optional.get("data", {})
         check_types(f"{where}: data", data, dict.fromkeys(data, list))
         ours = {key: value[key] for key in _JSON_TYPES} | {"languages": tuple(value["languages"])}

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clustering.errors import UserError
-from clustering.languages import canonical, find
+from clustering.languages import canonical_all, find
+from clustering.names import name_clusters
 from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
 
 
 def grow(
     registry: Registry,
-    language: str,
+    languages: str | Sequence[str],
     parent: str,
     name: str | None = None,
     *,
@@ -25,34 +26,43 @@ def grow(
     settings: Mapping[str, int | float | str | None] | None = None,
     vocabulary: Mapping[str, Any] | None = None,
 ) -> Registry:
-    """The registry with a child of `parent` in training for `language`; other records stay as is.
+    """The registry with a child of `parent` in training for a language, or for several that form a
+    cluster; other records stay as is.
 
     `parent` is 'NAME' (its published version), 'NAME@vN' or 'seed'; `corpora`, `reason`, `settings`
-    and `vocabulary` are those of `Expert`. `name` is the language's tag if None. Growing the same
-    child again while it is in training changes nothing. UserError if another expert serves the
-    language, if the parent is not published, or if the name is taken."""
-    language = canonical(language)
-    name = language if name is None else name
+    and `vocabulary` are those of `Expert`. `name` is that of a cluster of the languages if None:
+    the tag of a single one. Growing the same child again while it is in training changes nothing.
+    UserError if another expert serves a language, if the parent is not published, or if the name is
+    taken."""
+    tags = canonical_all([languages] if isinstance(languages, str) else languages)
+    if name is None:
+        (name,) = name_clusters([tags])
     for expert in registry.training():
         wanted = (expert.parent, expert.parent.partition("@")[0])
-        if expert.name == name and expert.languages == (language,) and parent in wanted:
+        if expert.name == name and expert.languages == tags and parent in wanted:
             return registry
-    for expert in registry.experts:
-        if find(language, expert.languages) and expert.status != "retired":
-            raise served_already(language, expert)
+    for tag in tags:
+        refuse_served(registry, tag)
     origin = _published_parent(registry, parent)
     child = Expert(
         name=name,
-        version=_free_version(registry, language, name),
+        version=_free_version(registry, tags, name),
         parent=origin,
         round=registry.round_after(origin, name),
-        languages=(language,),
+        languages=tags,
         corpora=corpora,
         reason=reason,
         settings=dict(settings) if settings else None,
         vocabulary=dict(vocabulary) if vocabulary else None,
     )
     return registry.add(child)
+
+
+def refuse_served(registry: Registry, language: str) -> None:
+    """Raises UserError for a language that an expert serves, or is trained for."""
+    for expert in registry.experts:
+        if find(language, expert.languages) and expert.status != "retired":
+            raise served_already(language, expert)
 
 
 def served_already(language: str, expert: Expert) -> UserError:
@@ -86,6 +96,21 @@ def choose_parent(
     return registry.for_language(language), language, distance
 
 
+def begun_with(registry: Registry, expert: Expert) -> list[Expert]:
+    """The experts that the same command began to grow as this one, which is among them, in the
+    order of the registry."""
+    known = {each.reference: each for each in registry.experts}
+    for event in reversed(registry.history):
+        if event.action == "grow" and expert.reference in event.experts:
+            return [known[name] for name in event.experts if name in known]
+    return [expert]
+
+
+def is_grown(expert: Expert) -> bool:
+    """Whether an expert is the first version of one that was grown for new languages."""
+    return all(each is None for each in (expert.cluster, expert.donor, expert.joined, expert.made))
+
+
 def _published_parent(registry: Registry, parent: str) -> str:
     if parent == SEED:
         return SEED
@@ -99,10 +124,10 @@ def _published_parent(registry: Registry, parent: str) -> str:
     return known.reference
 
 
-def _free_version(registry: Registry, language: str, name: str) -> int:
-    """Version 1 for a new name, else that after the retired ones for this same language."""
+def _free_version(registry: Registry, tags: tuple[str, ...], name: str) -> int:
+    """Version 1 for a new name, else that after the retired ones for these same languages."""
     versions = [expert for expert in registry.experts if expert.name == name]
-    if any(expert.languages != (language,) for expert in versions):
+    if any(expert.languages != tags for expert in versions):
         raise UserError(
             f"the name {name!r} is taken by an expert of other languages; give another name"
         )

@@ -109,7 +109,7 @@ def record(
     facts: as in `history.Event`."""
     with locked(run, wait_seconds=30.0):
         registry = Registry.load(run)
-        statuses = {expert.reference: expert.status for expert in registry.experts}
+        statuses = {expert.reference: expert.state for expert in registry.experts}
         known = {name: statuses[name] for name in references if name in statuses}
         event = event_of_now(action, known, facts)
         replace(registry, history=(*registry.history, event)).save(run)
@@ -118,8 +118,8 @@ def record(
 def _changes(before: Registry, after: Registry) -> dict[str, str | None]:
     """Reference -> status, of versions that were added or have another status; None for those that
     were removed."""
-    old = {expert.reference: expert.status for expert in before.experts}
-    new = {expert.reference: expert.status for expert in after.experts}
+    old = {expert.reference: expert.state for expert in before.experts}
+    new = {expert.reference: expert.state for expert in after.experts}
     changed = {name: status for name, status in new.items() if old.get(name) != status}
     return changed | {name: None for name in old if name not in new}
 

@@ -129,7 +129,8 @@ class Registry:
 
     def retired(self) -> tuple[str, ...]:
         """Names of the experts that were published, and of which no version is in use."""
-        names = dict.fromkeys(expert.name for expert in self.experts if expert.sha256)
+        weighed = (e for e in self.experts if e.sha256 and not e.intermediate)
+        names = dict.fromkeys(expert.name for expert in weighed)
         return tuple(n for n in names if all(e.status == "retired" for e in self.versions(n)))
 
     def training(self) -> tuple[Expert, ...]:
@@ -238,7 +239,9 @@ class Registry:
         not in training, since a published version never changes."""
         expert = self.expert(name, version)
         facts |= {"sha256": dict(sha256), "tokens": tokens}
-        finished = replace(expert, **facts, status="published")
+        # An intermediate expert is a parent alone, and never in use.
+        status = "retired" if expert.intermediate else "published"
+        finished = replace(expert, **facts, status=status)
         if expert == finished:
             return self
         if expert.status != "training":
@@ -247,6 +250,8 @@ class Registry:
             )
         present = self.expert(name)
         replaces = present.version if present.status == "published" else None
+        if expert.intermediate:
+            return self._with(finished)
         return self._retire_published(name)._with(replace(finished, replaces=replaces))
 
     def rollback(self, name: str, version: int | None = None) -> Self:
@@ -265,6 +270,8 @@ class Registry:
         expert = self.expert(name, version)
         if expert.status == "published":
             return self
+        if expert.intermediate:
+            raise UserError(_not_in_use(expert))
         if expert.status != "retired" or not expert.sha256:
             raise UserError(
                 f"{expert.reference} is {expert.status}; "
@@ -399,6 +406,11 @@ def _renamed(expert: Expert, names: Mapping[str, str]) -> Expert:
 
 def _not_in_use(expert: Expert) -> str:
     """Why an expert that was asked for cannot be used, and how it can be."""
+    if expert.intermediate:
+        return (
+            f"{expert.reference} is the intermediate expert of a round of training; it is only the "
+            "parent of others, and never in use"
+        )
     if expert.status == "retired" and expert.sha256:
         return f"{expert.reference} is retired; bring it back with: xelm restore RUN {expert.name}"
     return f"{expert.reference} is {expert.status}, not published"

@@ -280,7 +280,7 @@ def test_a_worse_version_from_the_seed_does_not_replace_the_one_in_use(xelm, gro
         (("pt", "--again", "--from", "pt@v9"), "expert 'pt' has no version 9"),
         (
             ("pt", "--again", "--set", "experts.tokens=9"),
-            "here grow.NAME, donor_share and gate.NAM",
+            "here grow.NAME, donor_share, kept_share and gate.NAM",
         ),
         (("en-es", "--again", "--set", "donor_share=0"), "here experts.NAME and gate.NAME may be"),
         (("pt", "--again", "--tokens", "1", "--set", "grow.max_passes=.001"), "one step passes ov"),

@@ -64,7 +64,8 @@ def test_documents_of_a_run_are_clustered_as_by_the_command(xelm, tiny, tmp_path
 def test_what_commands_would_cost_is_known_beforehand(copy):
     run = open_run(copy.directory)
     assert run.plan_training() == []  # every expert is trained
-    expert, plan, text = run.plan_growth("pt", copy.corpus, GrowOptions(parent="en-es"))
+    growth = run.plan_growth("pt", copy.corpus, GrowOptions(parent="en-es"))
+    (expert,), (plan,), (text,) = growth.experts, growth.plans, growth.texts
     assert (expert.reference, expert.parent) == ("pt@v1", "en-es@v1")
     assert (plan.part, text.language) == ("grow", "pt")
     assert plan.steps == run.config.grow.steps

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from xelm.runs.budget import Plan
     from xelm.runs.compare import Comparison, ListedExpert
     from xelm.runs.export import GgufExport
+    from xelm.runs.grow import Growth
     from xelm.runs.merge import Merged
     from xelm.runs.nearest import Relatives
     from xelm.runs.pull import Pulled
@@ -102,23 +103,47 @@ class Run(runs.Run):
 
         return plan_again(self, name, corpus, options)
 
+    def train_in_rounds(
+        self, counts: Sequence[int], *, dense: bool = False, options: LaunchOptions | None = None
+    ) -> None:
+        """Trains all experts in rounds, or goes on with that: those of few clusters first, from
+        which those of the next round start. counts: number of clusters of each round, such as
+        (1, 4, 8). UserError names every training that failed."""
+        from xelm.runs.rounds import train_rounds
+
+        failures = train_rounds(self, counts, options, dense=dense)
+        if failures:
+            raise UserError("; ".join(dict.fromkeys(failures.values())))
+
+    def plan_rounds(self, counts: Sequence[int], *, dense: bool = False) -> "list[Plan]":
+        """What `train_in_rounds` would cost with these arguments; nothing is trained."""
+        from xelm.runs.rounds import plan_rounds
+
+        return plan_rounds(self, counts, dense=dense)
+
     def grow(
-        self, language: str, corpus: "AnyCorpus | None" = None, options: GrowOptions | None = None
-    ) -> "Expert":
-        """Trains and publishes an expert for a new language; no other expert changes. Arguments as
-        in `xelm.runs.grow.grow`."""
+        self,
+        languages: str | Sequence[str] = (),
+        corpus: "AnyCorpus | None" = None,
+        options: GrowOptions | None = None,
+    ) -> "list[Expert]":
+        """Trains and publishes experts for new languages; no other expert changes. Arguments as in
+        `xelm.runs.grow.grow`."""
         from xelm.runs.grow import grow
 
-        return grow(self, language, corpus, options)
+        return grow(self, languages, corpus, options)
 
     def plan_growth(
-        self, language: str, corpus: "AnyCorpus | None" = None, options: GrowOptions | None = None
-    ) -> "tuple[Expert, Plan, TextStats]":
-        """The expert that `grow` would make with these arguments, what its training would cost, and
-        its text; nothing in the RUN changes."""
+        self,
+        languages: str | Sequence[str] = (),
+        corpus: "AnyCorpus | None" = None,
+        options: GrowOptions | None = None,
+    ) -> "Growth":
+        """The experts that `grow` would make with these arguments, what their training would cost,
+        and their text; nothing in the RUN changes."""
         from xelm.runs.grow import plan_growth
 
-        return plan_growth(self, language, corpus, options)
+        return plan_growth(self, languages, corpus, options)
 
     def adopt(
         self,

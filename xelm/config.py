@@ -352,6 +352,9 @@ class RunConfig:
     """Training of one grown expert."""
     donor_share: float = 0.25
     """Share of a grown expert's rows that are in its parent's languages."""
+    kept_share: float = 0.5
+    """Share of an expert's former languages in the rows of its own text in the version with which
+    others join it."""
     weights_dtype: Literal["seed", "float32", "bfloat16"] = "seed"
     """Precision of the published weights of experts and dense baseline, which are rounded to it
     from the float32 of training; seed: that of the seed's weights."""
@@ -365,6 +368,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.donor_share < 1:
             raise ValueError(f"donor_share must be in 0..1, below 1; got {self.donor_share}")
+        if not 0 < self.kept_share < 1:
+            raise ValueError(f"kept_share must be between 0 and 1; got {self.kept_share}")
         if self.seed.data.replay_share:
             raise ValueError("seed.data.replay_share must be 0: a seed has no other languages")
         if self.donor_share + self.grow.data.replay_share >= 1:
@@ -426,7 +431,7 @@ def check_changeable(settings: Iterable[str], part: str, *, begins: bool = False
     """Raises UserError for a setting that cannot change once a RUN is made: all but those of
     `RuntimeConfig` in the part "experts" or "grow", and of the gate. begins: whether the settings
     are of a training that may begin now, which can have any settings of that part."""
-    donors = ["donor_share"] if part == "grow" else []
+    donors = ["donor_share", "kept_share"] if part == "grow" else []
     allowed = [f"{part}.runtime.", "gate."] + [f"{part}.", *donors] * begins
     runtime = ", ".join(field.name for field in dataclasses.fields(RuntimeConfig))
     for name in (setting.partition("=")[0] for setting in settings):

@@ -18,6 +18,7 @@ from xelm.commands.options import (
     add_workers,
     corpus_of,
     given_fields,
+    names,
     run_of,
     show,
 )
@@ -179,6 +180,13 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         "--dense", action="store_true", help="train the dense baseline at the experts' total tokens"
     )
     parser.add_argument(
+        "--rounds",
+        type=_counts,
+        metavar="K,K,...",
+        help="train all experts in rounds: those of fewer, larger clusters first, from which those "
+        "of the next round start. Numbers of clusters, such as 1,4,8; the last is that of the RUN",
+    )
+    parser.add_argument(
         "--again",
         action="store_true",
         help="train the next version of the published expert NAME; the version in use is then "
@@ -209,6 +217,7 @@ def _train(options: argparse.Namespace) -> None:
     from xelm.config import check_changeable
     from xelm.runs.budget import check_disk
     from xelm.runs.launch import launch
+    from xelm.runs.rounds import train_rounds
     from xelm.training.hosts import ending_alone, is_first, join
 
     where = LaunchOptions(**given_fields(options, LaunchOptions))
@@ -219,21 +228,31 @@ def _train(options: argparse.Namespace) -> None:
         if getattr(options, name) is not None:
             raise UserError(f"--{'from' if name == 'start' else name} goes with --again")
     corpus_of(options)  # which refuses the options that go with --corpus
+    if options.rounds and (options.names or options.all or options.hosts):
+        raise UserError(
+            "--rounds trains all experts; it goes with neither names, --all nor --hosts"
+        )
     if options.hosts:
         if where.jobs > 1 or where.engine == "ray":
             raise UserError("--hosts goes with neither --jobs nor --engine ray")
         join()
     check_changeable(options.settings, "experts")
     run = run_of(options)
-    names = _names_to_train(run, options)
+    names = [] if options.rounds else _names_to_train(run, options)
     if options.dry_run:
         together = max(where.jobs, run.config.experts.runtime.mesh_expert)
-        plans = run.plan_training(*names, dense=options.dense)
+        if options.rounds:
+            plans = run.plan_rounds(options.rounds, dense=options.dense)
+        else:
+            plans = run.plan_training(*names, dense=options.dense)
         print_plans(options, plans)
         check_disk(run.directory, plans, together=together)
         return
     with ending_alone() if options.hosts else nullcontext():
-        failures = launch(run, names, where, dense=options.dense)
+        if options.rounds:
+            failures = train_rounds(run, options.rounds, where, dense=options.dense)
+        else:
+            failures = launch(run, names, where, dense=options.dense)
     if not options.hosts or is_first():
         found = run.status()
         show(options, [dataclasses.asdict(each) for each in found], tables.status(found))
@@ -241,16 +260,24 @@ def _train(options: argparse.Namespace) -> None:
         raise UserError("; ".join(dict.fromkeys(failures.values())))
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"numbers of clusters such as 1,4,8 wanted; got {text!r}")
+    return tuple(map(int, parts))
+
+
 def _train_again(options: argparse.Namespace, where: LaunchOptions) -> None:
     from xelm.config import check_changeable
-    from xelm.runs.jobs import part_of
 
-    if len(options.names) != 1 or options.all or options.dense or options.hosts:
+    others = options.all or options.dense or options.hosts or options.rounds
+    if len(options.names) != 1 or others:
         raise UserError("--again trains the next version of one expert; name it alone")
     if where != LaunchOptions():
         raise UserError("--again trains in this process; it goes with neither --jobs nor --engine")
     (name,) = options.names
-    part = part_of(run_of(argparse.Namespace(run=options.run)).registry().expert(name))
+    known = run_of(argparse.Namespace(run=options.run)).registry().expert(name)
+    part = "grow" if known.cluster is None else "experts"
     _add_budget(options, part)
     check_changeable(options.settings, part, begins=True)
     run, corpus = run_of(options), corpus_of(options)
@@ -294,14 +321,19 @@ def _grow_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--language",
-        required=True,
-        metavar="XX",
-        help="language of the new expert, as a code such as sv",
+        dest="languages",
+        type=names,
+        action="extend",
+        default=[],
+        metavar="XX,...",
+        help="language of the new expert, as a code such as sv, or several, which form clusters "
+        "with an expert each",
     )
     add_corpus(parser, "text that includes the language (default: the RUN's corpus)")
     add_budget(parser)
     add_dry_run(parser)
     add_workers(parser)
+    add_fields(parser, GrowOptions, "family", "clusters", "into", title="several languages")
     add_fields(parser, GrowOptions, "parent", "by", title="parent")
     add_fields(
         parser,
@@ -322,15 +354,22 @@ def _grow(options: argparse.Namespace) -> None:
     run, corpus = run_of(options), corpus_of(options)
     given = GrowOptions(**given_fields(options, GrowOptions), workers=options.workers)
     if options.dry_run:
-        expert, plan, text = run.plan_growth(options.language, corpus, given)
-        last = f"{expert.reference} would start from {expert.parent}; nothing was changed"
-        print_plans(options, [plan], [text], last)
+        found = run.plan_growth(options.languages, corpus, given)
+        lines = [f"{each.reference} would start from {each.parent}" for each in found.experts]
+        last = f"{'; '.join(lines)}; nothing was changed"
+        print_plans(options, found.plans, found.texts, last)
         return
-    expert = run.grow(options.language, corpus, given)
-    (tag,) = expert.languages
-    print(tables.texts([text_stats(run.store(tag))[tag]]), file=sys.stderr)
-    origin = f"from {expert.parent}, round {expert.round}, {expert.tokens:,} tokens"
-    show(options, _facts(expert), f"{expert.reference} {origin}")
+    experts = run.grow(options.languages, corpus, given)
+    texts = [text for each in experts for text in text_stats(run.store(each.texts[-1])).values()]
+    print(tables.texts(texts), file=sys.stderr)
+    lines = []
+    for each in experts:
+        which = f" ({' '.join(each.languages)})" if len(each.languages) > 1 else ""
+        origin = f"from {each.parent}, round {each.round}, {each.tokens:,} tokens"
+        lines.append(f"{each.reference}{which} {origin}")
+    facts = [_facts(expert) for expert in experts]
+    several = given.family is not None or len(options.languages) > 1
+    show(options, facts if several else facts[0], "\n".join(lines))
 
 
 def _facts(expert: "Expert") -> dict[str, Any]:
@@ -338,4 +377,4 @@ def _facts(expert: "Expert") -> dict[str, Any]:
     return {key: value for key, value in expert.to_json().items() if key != "sha256"}
 
 
-GROW = Command("add an expert for a new language; no other expert changes", _grow, _grow_options)
+GROW = Command("add experts for new languages; no other expert changes", _grow, _grow_options)

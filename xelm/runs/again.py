@@ -16,7 +16,7 @@ from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.runs import train
 from xelm.runs.budget import Plan, check_disk
-from xelm.runs.jobs import expert_job, made_elsewhere, other_settings, part_of
+from xelm.runs.jobs import command_of, expert_job, made_elsewhere, other_settings
 from xelm.runs.language import check_language
 from xelm.runs.options import AgainOptions
 from xelm.runs.run import Run
@@ -118,12 +118,15 @@ def _resumed(
     it began with, and for a version that did not begin in this way."""
     if begun.made is not None:
         raise made_elsewhere(run, begun)
-    if begun.version == 1 or (begun.cluster is None and begun.donor is None):
-        command = f"xelm train {run.directory} {begun.name}"
-        if begun.cluster is None:
-            command = f"xelm grow {run.directory} --language {begun.languages[0]}"
+    if begun.joined:
         raise UserError(
-            f"{begun.reference} is in training for the first time; go on with: {command}"
+            f"{begun.reference} is in training, since {' '.join(begun.joined)} joins it; go on "
+            f"with: {command_of(run, begun)}"
+        )
+    if begun.version == 1 or (begun.cluster is None and begun.donor is None):
+        raise UserError(
+            f"{begun.reference} is in training for the first time; go on with: "
+            f"{command_of(run, begun)}"
         )
     registry = run.registry()
     others = {text for e in registry.experts if e != begun for text in e.texts}
@@ -162,9 +165,11 @@ def _origin(registry: Registry, before: Expert, start: str | None) -> str:
 
 def _settings(run: Run, before: Expert) -> dict[str, int | float | str | None] | None:
     """Settings of the version after another: those of that one, but for what the RUN is given."""
-    part = part_of(before)
+    part = "grow" if before.cluster is None else "experts"
     given = own_settings(run.config, run.settings, part)
-    kept = dict(before.settings or {})
+    # A version that languages joined was trained with those of `grow`.
+    others = ("grow.", "donor_share", "kept_share") if part == "experts" else ()
+    kept = {name: v for name, v in (before.settings or {}).items() if not name.startswith(others)}
     tokens, passes = f"{part}.tokens", f"{part}.passes"
     if before.cluster is not None and not {tokens, passes} & set(kept):
         # Of the first version these were those of all experts together.

@@ -22,6 +22,7 @@ class ListedExpert:
     name: str
     version: int
     status: str
+    """Status, or "parent" for the intermediate expert of a round that is trained."""
     parent: str
     languages: tuple[str, ...]
     """Languages that it serves; in clusters of documents, those that it was trained on."""
@@ -41,7 +42,7 @@ def list_experts(run: Run) -> list[ListedExpert]:
         ListedExpert(
             name=expert.name,
             version=expert.version,
-            status=expert.status,
+            status=expert.state,
             parent=expert.parent,
             languages=expert.languages or tuple(expert.documents or ()),
             tokens=expert.tokens,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +29,7 @@ from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
 from xelm.inference.routers import Learned
 from xelm.models.checkpoint import read_config
+from xelm.runs.columns import PENALTY, added_columns
 from xelm.runs.run import Run
 from xelm.runs.shares import all_languages, expert_text
 
@@ -126,28 +128,38 @@ def novelty_of(run: Run, served: Collection[str], *, keep: bool = True) -> Novel
     return _fitted(run, "novelty", facts, make, Novelty.save, load, keep=keep)
 
 
-def learned(run: Run, experts: Sequence[Expert]) -> Learned:
-    """The learned router: logistic regression on TF-IDF vectors of beginnings of documents."""
-    vectoriser = run.vectoriser()
+def learned(run: Run, experts: Sequence[Expert], *, keep: bool = True) -> Learned:
+    """The learned router: logistic regression on TF-IDF vectors of beginnings of documents.
+
+    Where it was fitted for most of these experts before, their columns stay as they are to the bit,
+    and only those of the others are fitted; the column of an expert that is not in use any more is
+    left out. keep: as in `identifier`."""
+    vectoriser, names = run.vectoriser(), [_identity(expert) for expert in experts]
 
     def make() -> Mapping[str, np.ndarray]:
-        from sklearn.linear_model import LogisticRegression
-
-        draw, states, labels = np.random.default_rng(0), [], []
-        for label, expert in enumerate(experts):
-            for document in _documents_of(run, expert):
-                sums = _beginnings(vectoriser, document, draw)
-                states.append(sums)
-                labels += [label] * len(sums)
-        model = LogisticRegression(C=100.0, max_iter=300, class_weight="balanced")
-        # The products are small: threads that wait for each other, or for a model that is served
-        # at the same time, take up to forty times as long.
-        with threadpool_limits(1):
-            model.fit(Learned.features(np.concatenate(states)), labels)
-        weights, bias = np.asarray(model.coef_), np.asarray(model.intercept_)
-        if len(experts) == 2:  # one row for both
-            weights, bias = np.concatenate([-weights, weights]) / 2, np.append(-bias, bias) / 2
-        return {"weights": weights.T.astype(np.float32), "bias": bias.astype(np.float32)}
+        before = _learned_before(run)
+        known = [number for number, name in enumerate(names) if name in before]
+        weights = np.zeros((vectoriser.dimensions + 1, 0), np.float32)
+        bias = np.zeros(0, np.float32)
+        if known:
+            columns = [before[names[number]] for number in known]
+            weights, bias = (
+                np.stack([c[:-1] for c in columns], 1),
+                np.array([c[-1] for c in columns]),
+            )
+        if len(known) < len(names):
+            # The products are small: threads that wait for each other, or for a model that is
+            # served at the same time, take up to forty times as long.
+            with threadpool_limits(1):
+                features, labels = examples(run, experts)
+                if len(known) < max(2, len(names) / 2):
+                    weights, bias = all_columns(features, labels)
+                else:
+                    print(f"the columns of {len(known)} experts stay as they are", file=sys.stderr)
+                    weights, bias = added_columns(
+                        features, labels, known, weights, bias, len(names)
+                    )
+        return {"weights": weights, "bias": bias, "experts": np.array(names)}
 
     def save(arrays: Mapping[str, np.ndarray], path: Path) -> None:
         write_arrays(path, arrays)
@@ -156,8 +168,53 @@ def learned(run: Run, experts: Sequence[Expert]) -> Learned:
         arrays = {"weights": np.zeros((vectoriser.dimensions + 1, 1)), "bias": np.zeros(1)}
     else:
         facts = [[expert.first_reference, expert.sha256] for expert in experts]
-        arrays = _fitted(run, "learned", facts, make, save, _read_learned)
+        arrays = _fitted(run, "learned", facts, make, save, _read_learned, keep=keep)
     return Learned(vectoriser=vectoriser, weights=arrays["weights"], bias=arrays["bias"])
+
+
+def _identity(expert: Expert) -> str:
+    """Name of an expert's column, which stays when it is renamed."""
+    files = json.dumps(expert.sha256, sort_keys=True).encode()
+    return f"{expert.first_reference} {hashlib.sha256(files).hexdigest()}"
+
+
+def _learned_before(run: Run) -> dict[str, np.ndarray]:
+    """Identity of each expert -> its column of the learned router, weights and then bias, as they
+    were fitted last; empty if none were."""
+    for path in (run.directory / "routers").glob("learned-*.npz"):
+        with suppress(UserError):
+            if manifest.is_recorded(run.directory, f"routers/{path.name}"):
+                arrays = _read_learned(path)
+                # Before they were recorded, nobody knew whose the columns were.
+                names = arrays.get("experts", np.array([])).tolist()
+                columns = np.concatenate([arrays["weights"], arrays["bias"][None]])
+                return dict(zip(names, columns.T))
+    return {}
+
+
+def examples(run: Run, experts: Sequence[Expert]) -> tuple[np.ndarray, np.ndarray]:
+    """Features of beginnings of documents, [N, D1], and the index of the expert of each, [N]."""
+    vectoriser, draw = run.vectoriser(), np.random.default_rng(0)
+    states, labels = [], []
+    for label, expert in enumerate(experts):
+        for document in _documents_of(run, expert):
+            sums = _beginnings(vectoriser, document, draw)
+            states.append(sums)
+            labels += [label] * len(sums)
+    return Learned.features(np.concatenate(states)), np.array(labels)
+
+
+def all_columns(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights, [D1, E], and bias, [E], of logistic regression over all experts that `labels`
+    name."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=PENALTY, max_iter=300, class_weight="balanced")
+    model.fit(features, labels)
+    weights, bias = np.asarray(model.coef_), np.asarray(model.intercept_)
+    if len(bias) == 1:  # one row for both
+        weights, bias = np.concatenate([-weights, weights]) / 2, np.append(-bias, bias) / 2
+    return weights.T.astype(np.float32), bias.astype(np.float32)
 
 
 def _beginnings(

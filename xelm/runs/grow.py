@@ -1,24 +1,28 @@
-"""`xelm grow`: an expert for a new language from its nearest relative; no other expert changes."""
+"""`xelm grow`: experts for new languages from their nearest relatives; no other expert changes."""
 
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from clustering.errors import UserError
-from clustering.languages import canonical
 from experts.expert import Expert
+from experts.grow import begun_with, is_grown
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
+from experts.registry import Registry
 from xelm.data.contents import contents_in, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
-from xelm.runs import train
+from xelm.runs import join, train
 from xelm.runs.budget import Plan, check_disk
 from xelm.runs.jobs import expert_job, other_settings
 from xelm.runs.language import check_language
 from xelm.runs.nearest import DEFAULT, nearest_expert
+from xelm.runs.new_languages import groups_of, languages_to_grow
 from xelm.runs.options import GrowOptions
 from xelm.runs.run import Run
 from xelm.runs.shares import as_recorded, parent_directory, unused_text
@@ -27,103 +31,210 @@ from xelm.runs.vocabulary import check_extension, with_vocabulary
 from xelm.settings import own_settings
 
 
-def grow(
-    run: Run, language: str, corpus: AnyCorpus | None = None, options: GrowOptions | None = None
-) -> Expert:
-    """Trains and publishes an expert for `language` (HMR, X-ELM section 5), or resumes its
-    training.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Growth:
+    """What a growth would make."""
 
-    corpus: has documents of the language; None takes that of the RUN. options: None: the defaults.
-    A part of the rows, the configuration's `donor_share`, is of the parent's languages. The
-    settings `grow.tokens` and `grow.max_passes` of the RUN are recorded when a training begins, and
-    used when it resumes. UserError for a training that began with other arguments.
+    experts: list[Expert]
+    """The new experts, or the next version of one that languages join."""
+    plans: list[Plan]
+    """What the training of each costs."""
+    texts: list[TextStats]
+    """Statistics of the new text, by language."""
+
+
+def grow(
+    run: Run,
+    languages: str | Sequence[str] = (),
+    corpus: AnyCorpus | None = None,
+    options: GrowOptions | None = None,
+) -> list[Expert]:
+    """Trains and publishes experts for new languages (HMR, X-ELM section 5), or resumes their
+    training. Several languages form clusters first, with an expert for each.
+
+    corpus: has documents of the languages; None takes that of the RUN. options: None: the defaults.
+    Parts of the rows, the configuration's `donor_share` and `grow.data.replay_share`, are of the
+    parent's languages and of all others. The settings of `grow` that the RUN has are recorded when
+    a training begins, and used when it resumes. UserError for a training that began with other
+    arguments, and, once all were tried, for experts that could not be trained or published.
     """
-    tag, options = canonical(language), options or GrowOptions()
-    with locked(run.directory, f"train-{tag}"):
-        run, expert, _ = _prepared(run, tag, corpus, options, run)
-        job = expert_job(run, expert)  # what cannot be trained is refused
-        update(
-            run.directory,
-            lambda registry: grow_registry(
+    options = options or GrowOptions()
+    given = [languages] if isinstance(languages, str) else languages
+    tags = languages_to_grow(run, given, corpus, options.family)
+    if options.into is not None:
+        return [join.join(run, options.into, tags, corpus, options)]
+    with ExitStack() as stack:
+        for name in _names(run, tags, corpus, options):
+            stack.enter_context(locked(run.directory, f"train-{name}"))
+        prepared = _prepared(run, tags, corpus, options, run)
+        # What cannot be trained is refused before anything is recorded.
+        jobs = [expert_job(its, expert) for its, expert, _ in prepared]
+        experts = [expert for _, expert, _ in prepared]
+        update(run.directory, lambda registry: _with(registry, experts), "grow")
+        found, errors = [], []
+        for (its, expert, _), job in zip(prepared, jobs):
+            if expert.status == "published":
+                found.append(expert)
+                continue
+            try:
+                found.append(train.finish(its, expert, job))
+            except UserError as error:
+                errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserError("; ".join(map(str, errors)))
+    return found
+
+
+def plan_growth(
+    run: Run,
+    languages: str | Sequence[str] = (),
+    corpus: AnyCorpus | None = None,
+    options: GrowOptions | None = None,
+) -> Growth:
+    """The experts that `grow` would make, what their training costs, and statistics of their text,
+    which is tokenised in a temporary folder; nothing in the RUN changes. UserError where `grow`
+    raises it before it trains."""
+    options = options or GrowOptions()
+    given = [languages] if isinstance(languages, str) else languages
+    tags = languages_to_grow(run, given, corpus, options.family)
+    with TemporaryDirectory() as folder:
+        place = replace(run, directory=Path(folder))
+        run.tokenizer().hub.save_pretrained(place.training("tokenizer"))
+        if options.into is not None:
+            prepared = [join.prepared(run, options.into, tags, corpus, options, place)]
+        else:
+            prepared = _prepared(run, tags, corpus, options, place)
+        left = [each for each in prepared if each[1].status != "published"]
+        plans = [
+            plan
+            for its, expert, new in left
+            for plan in train.plans_of_jobs(its, [expert_job(its, expert, new)])
+        ]
+        check_disk(run.directory, plans)
+        texts = [stats for _, _, new in left for store in new.values() for stats in _stats(store)]
+        return Growth(experts=[expert for _, expert, _ in prepared], plans=plans, texts=texts)
+
+
+def _stats(store: Store) -> Sequence[TextStats]:
+    return list(text_stats(store).values())
+
+
+def _names(
+    run: Run, tags: Sequence[str], corpus: AnyCorpus | None, options: GrowOptions
+) -> list[str]:
+    """Names of the experts of a growth, begun or not."""
+    _check_parents_exist(run)
+    begun = _begun(run, tags)
+    return [e.name for e in begun] or list(groups_of(run, tags, corpus, options))
+
+
+def _check_parents_exist(run: Run) -> None:
+    if not run.registry().published():
+        raise UserError(f"{run.directory} has no published expert to grow from; train some first")
+
+
+def _prepared(
+    run: Run, tags: Sequence[str], corpus: AnyCorpus | None, options: GrowOptions, place: Run
+) -> list[tuple[Run, Expert, Mapping[str, Store]]]:
+    """For each expert of a growth the RUN with its settings, the expert, which is not in the
+    registry where the growth is to begin, and its new text by name, which is tokenised in `place`
+    then. UserError for what cannot be grown, before it costs anything."""
+    _check_parents_exist(run)
+    if begun := _begun(run, tags):
+        if options.clusters not in (None, len(begun)):
+            raise UserError(
+                f"{', '.join(e.name for e in begun)} are in training already, {len(begun)} experts "
+                f"for {' '.join(tags)}; go on without --clusters"
+            )
+        return [_resumed(run, expert, corpus, options) for expert in begun]
+    registry, lines, names = run.registry(), [], []
+    settings = own_settings(run.config, run.settings, "grow")
+    for name, members in groups_of(run, tags, corpus, options).items():
+        origin, reason = options.parent, "named by hand"
+        if origin == "auto":
+            by = options.by or DEFAULT
+            nearest = nearest_expert(run, members, by, corpus or run.record["corpus"])
+            origin, reason = nearest.expert.name, nearest.reason
+            # Of a cluster of languages the name may not say which.
+            which = name if len(members) == 1 else f"{name} ({' '.join(members)})"
+            lines += [*nearest.warnings, f"{which} grows from {origin}, which {reason}"]
+        registry = grow_registry(
+            registry,
+            members,
+            origin,
+            name,
+            corpora=(unused_text(registry, name),),
+            reason=reason,
+            settings=settings,
+        )
+        names.append(name)
+    experts = [next(e for e in registry.training() if e.name == name) for name in names]
+    for expert in experts:
+        check_extension(run, expert, options)
+    train.check_parents(run, [parent_directory(run, expert) for expert in experts])
+    contents = {e.name: contents_in(corpus or run.record["corpus"], e.languages) for e in experts}
+    stores = {}
+    for expert in experts:
+        (text,) = expert.texts
+        stores[text] = tokenise(place, contents[expert.name], text, workers=options.workers)
+    for line in lines:
+        print(line, file=sys.stderr)
+    for store in stores.values():
+        check_language(run, store)
+    found = []
+    for expert in experts:
+        (text,) = expert.texts
+        own = with_vocabulary(run, expert, stores[text], contents[expert.name], options)
+        found.append((run, own, {text: stores[text]}))
+    return found
+
+
+def _with(registry: Registry, experts: Sequence[Expert]) -> Registry:
+    """The registry with these experts in training, all at once; nothing changes if it has them."""
+    known = {expert.reference for expert in registry.experts}
+    for expert in experts:
+        if expert.reference not in known:
+            registry = grow_registry(
                 registry,
-                tag,
+                expert.languages,
                 expert.parent,
+                expert.name,
                 corpora=expert.corpora,
                 reason=expert.reason,
                 settings=expert.settings,
                 vocabulary=expert.vocabulary,
-            ),
-            "grow",
-        )
-        return train.finish(run, expert, job)
+            )
+    return registry
 
 
-def plan_growth(
-    run: Run, language: str, corpus: AnyCorpus | None = None, options: GrowOptions | None = None
-) -> tuple[Expert, Plan, TextStats]:
-    """The expert that `grow` would make, what its training costs, and statistics of its text, which
-    is tokenised in a temporary folder; nothing in the RUN changes. UserError where `grow` raises it
-    before it trains."""
-    with TemporaryDirectory() as folder:
-        place = replace(run, directory=Path(folder))
-        run.tokenizer().hub.save_pretrained(place.training("tokenizer"))
-        tag, options = canonical(language), options or GrowOptions()
-        run, expert, store = _prepared(run, tag, corpus, options, place)
-        new = dict.fromkeys(expert.texts, store)
-        (plan,) = train.plans_of_jobs(run, [expert_job(run, expert, new)])
-        check_disk(run.directory, [plan])
-        return expert, plan, text_stats(store)[tag]
-
-
-def _prepared(
-    run: Run, tag: str, corpus: AnyCorpus | None, options: GrowOptions, place: Run
-) -> tuple[Run, Expert, Store]:
-    """The RUN with the settings of a growth, its expert, which is not in the registry where the
-    growth is to begin, and its text, which is tokenised in `place` then. UserError for what cannot
-    be grown, before it costs anything."""
-    if options.by is not None and options.parent != "auto":
-        raise UserError(
-            f"--by {options.by} chooses a parent, and --parent {options.parent} names one; give "
-            "one of them"
-        )
+def _begun(run: Run, tags: Sequence[str]) -> list[Expert]:
+    """The experts of a growth of these languages that has begun and is not done; empty if there is
+    none. UserError for a growth of other languages with one of them."""
     registry = run.registry()
-    if not registry.published():
-        raise UserError(f"{run.directory} has no published expert to grow from; train some first")
     for expert in registry.training():
-        grown = expert.cluster is None and expert.donor is None and expert.made is None
-        if expert.languages == (tag,) and grown:
-            return _resumed(run, expert, corpus, options)
-    origin, reason, lines = options.parent, "named by hand", ()
-    if origin == "auto":
-        nearest = nearest_expert(run, tag, options.by or DEFAULT, corpus or run.record["corpus"])
-        origin, reason = nearest.expert.name, nearest.reason
-        lines = (*nearest.warnings, f"{tag} grows from {origin}, which {reason}")
-    settings = own_settings(run.config, run.settings, "grow")
-    name = unused_text(registry, tag)
-    registry = grow_registry(
-        registry, tag, origin, corpora=(name,), reason=reason, settings=settings
-    )
-    expert = registry.expert(tag)
-    check_extension(run, expert, options)
-    train.check_parents(run, [parent_directory(run, expert)])
-    contents = contents_in(corpus or run.record["corpus"], [tag])
-    store = tokenise(place, contents, name, workers=options.workers)
-    for line in lines:
-        print(line, file=sys.stderr)
-    check_language(run, store)
-    return run, with_vocabulary(run, expert, store, contents, options), store
+        if not (is_grown(expert) and set(expert.languages) & set(tags)):
+            continue
+        group = begun_with(registry, expert)
+        languages = [tag for one in group for tag in one.languages]
+        if set(languages) != set(tags):
+            raise UserError(
+                f"{expert.reference} is in training already, for {' '.join(expert.languages)}; go "
+                f"on with: xelm grow {run.directory} --language {','.join(languages)}, or give it "
+                f"up with: xelm discard {run.directory} {expert.name}"
+            )
+        return group
+    return []
 
 
 def _resumed(
     run: Run, started: Expert, corpus: AnyCorpus | None, options: GrowOptions
-) -> tuple[Run, Expert, Store]:
-    """The same for a growth that has begun; UserError for another corpus, parent or setting than it
-    began with."""
-    (tag,) = started.languages
+) -> tuple[Run, Expert, Mapping[str, Store]]:
+    """The same for an expert whose growth has begun; UserError for another corpus, parent or
+    setting than it began with."""
     (name,) = started.texts
     store, parent, by = run.store(name), options.parent, options.by
     other = None
-    if corpus and contents_of(corpus, [tag]).fingerprint() != store.record["corpus_sha256"]:
+    if corpus and not _same_text(corpus, started, store):
         other = (
             f"on {Corpus.of(store.record['corpus'])}; {Corpus.of(corpus)} holds something else. "
             "Go on without --corpus"
@@ -141,7 +252,12 @@ def _resumed(
             f"{started.reference} is in training already, {other}, or give it up with: xelm "
             f"discard {run.directory} {started.name}"
         )
-    return as_recorded(run, started), started, store
+    return as_recorded(run, started), started, {name: store}
+
+
+def _same_text(corpus: AnyCorpus, expert: Expert, store: Store) -> bool:
+    contents = contents_of(corpus, list(expert.languages))
+    return contents.fingerprint() == store.record["corpus_sha256"]
 
 
 def _other_vocabulary(started: Expert, options: GrowOptions) -> str | None:

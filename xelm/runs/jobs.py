@@ -6,6 +6,8 @@ from pathlib import Path
 
 from clustering.errors import UserError
 from experts.expert import Expert
+from experts.grow import begun_with
+from experts.rounds import rounds_of
 from xelm.config import TrainConfig
 from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
@@ -69,7 +71,7 @@ def expert_job(run: Run, expert: Expert, new: Mapping[str, Store] | None = None)
     """The training of an expert, with the settings of its record and of the RUN. new: stores by
     name that are not in the RUN yet."""
     run = as_recorded(run, expert)
-    job = _branched if expert.cluster is not None else _grown
+    job = _branched if part_of(expert) == "experts" else _grown
     own, parent = expert_text(run, expert, new), parent_directory(run, expert)
     text, replayed, config = job(run, expert, read_by(run, expert, own, new))
     # No version reads its rows in the order of the one before.
@@ -107,8 +109,25 @@ def _check_trainable(run: Run, expert: Expert, config: TrainConfig, *, extended:
 
 
 def part_of(expert: Expert) -> str:
-    """Name of the part of the configuration with the settings of an expert's training."""
-    return "grow" if expert.cluster is None else "experts"
+    """Name of the part of the configuration with the settings of an expert's training; a version
+    that languages join is trained as one that is grown."""
+    return "grow" if expert.cluster is None or expert.joined else "experts"
+
+
+def command_of(run: Run, expert: Expert) -> str:
+    """The command that goes on with the training of an expert."""
+    if expert.joined:
+        joined = ",".join(expert.joined)
+        return f"xelm grow {run.directory} --language {joined} --into {expert.name}"
+    if expert.intermediate or expert.awaits:
+        counts = ",".join(map(str, rounds_of(run.registry())))
+        return f"xelm train {run.directory} --rounds {counts}"
+    if expert.cluster is None and expert.donor is None:
+        group = begun_with(run.registry(), expert)
+        tags = ",".join(tag for one in group for tag in one.languages)
+        return f"xelm grow {run.directory} --language {tags}"
+    again = " --again" if expert.version > 1 else ""
+    return f"xelm train {run.directory} {expert.name}{again}"
 
 
 def made_elsewhere(run: Run, expert: Expert) -> UserError:
@@ -140,6 +159,8 @@ def _branched(
     its part of the tokens of all experts together; further ones have a budget of their own in their
     record."""
     config = run.config.experts
+    # No round reads its rows in the order of the one before.
+    config = replace(config, random_seed=config.random_seed + expert.round - 1)
     replayed = divided(run, replay_text(run, expert, config.data, own.share))
     text = _mixed(own, replayed)
     if {"experts.tokens", "experts.passes"} & set(expert.settings or ()):
@@ -163,7 +184,7 @@ def _grown(
     replayed = divided(run, replay_text(run, expert, config.data, own.share))
     text = _mixed(own, donors, replayed)
     config = with_passes(config, _tokens_of_passes(own, text))
-    config = _within_passes(expert.languages[0], text.sources, config)
+    config = _within_passes(" ".join(expert.languages), text.sources, config)
     # Rounds count from 2; no child sees its donor's rows in the order its parent saw them.
     random_seed = config.random_seed + expert.round - 2
     return text, replayed, replace(config, random_seed=random_seed)

@@ -2,16 +2,17 @@
 the expert that a new language is grown from, which is that of the nearest relative."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from clustering.distances import Relative
 from clustering.errors import UserError
 from clustering.languages import canonical, canonical_all, english_name
 from experts.expert import Expert
-from experts.grow import choose_parent, served_already
+from experts.grow import choose_parent, refuse_served
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.runs.distances import Sources, languages_of, measured
 from xelm.runs.run import Run
@@ -111,34 +112,53 @@ class Parent(NamedTuple):
 
 
 def nearest_expert(
-    run: Run, language: str, by: str = DEFAULT, corpus: AnyCorpus | None = None
+    run: Run, languages: str | Sequence[str], by: str = DEFAULT, corpus: AnyCorpus | None = None
 ) -> Parent:
     """The published expert that serves the nearest relative of a language by a measure, as
-    `relatives` ranks them.
+    `relatives` ranks them; of several languages, the nearest on average.
 
-    corpus: may have text in the language, whose subwords are compared with those of the RUN's.
-    UserError if the language is served already, and if nothing is known of it.
+    corpus: may have text in the languages, whose subwords are compared with those of the RUN's.
+    UserError if a language is served already, and if nothing is known of it.
     """
-    tag, registry = canonical(language), run.registry()
-    served = list(dict.fromkeys(tag for e in registry.published() for tag in e.languages))
-    if tag in served:
-        raise served_already(tag, registry.for_language(tag))
+    tags = canonical_all([languages] if isinstance(languages, str) else languages)
+    registry, found = run.registry(), {}
+    for tag in tags:
+        refuse_served(registry, tag)
     try:
-        found = relatives(tag, [by], Sources(run=run, corpus=corpus))
-        ranked = [(each.language, each.by_measure[by].distance) for each in found]
-        if all(math.isnan(far) for _, far in ranked):
-            raise UserError(f"{by} knows nothing of how near {tag} is to any language served")
+        for tag in tags:
+            found[tag] = relatives(tag, [by], Sources(run=run, corpus=corpus))
+            if all(math.isnan(each.by_measure[by].distance) for each in found[tag]):
+                raise UserError(f"{by} knows nothing of how near {tag} is to any language served")
+        ranked = _mean_distances(found.values(), by)
         expert, relative, distance = choose_parent(registry, ranked)
     except UserError as error:
         raise UserError(f"{error}; name an expert to grow from with --parent") from error
-    warnings = [little_known(tag, found, by)]
-    if unknown := ", ".join(other for other, far in ranked if math.isnan(far)):
-        warnings.insert(0, f"{by} knows nothing of how near {tag} is to {unknown}: not considered")
-    reason = (
-        f"serves {relative}, the nearest language by {by}, at distance {distance:.3f}, of which "
-        f"{found[0].by_measure[by].coverage:.0%} is known"
-    )
+    warnings = []
+    for tag, near in found.items():
+        far = [each.language for each in near if math.isnan(each.by_measure[by].distance)]
+        if far:
+            warnings.append(
+                f"{by} knows nothing of how near {tag} is to {', '.join(far)}: not considered"
+            )
+        warnings.append(little_known(tag, near, by))
+    known = f"of which {found[tags[0]][0].by_measure[by].coverage:.0%} is known"
+    if len(tags) > 1:
+        known = f"the mean of {' '.join(tags)}"
+    reason = f"serves {relative}, the nearest language by {by}, at distance {distance:.3f}, {known}"
     return Parent(expert, reason, tuple(filter(None, warnings)))
+
+
+def _mean_distances(found: Iterable[Sequence[Relatives]], by: str) -> list[tuple[str, float]]:
+    """Other languages with their mean distance, by a measure, of those that it knows, nearest
+    first; NaN where it knows none."""
+    distances: dict[str, list[float]] = {}
+    for near in found:
+        for each in near:
+            known = distances.setdefault(each.language, [])
+            if not math.isnan(far := each.by_measure[by].distance):
+                known.append(far)
+    means = {tag: fmean(known) if known else math.nan for tag, known in distances.items()}
+    return sorted(means.items(), key=lambda pair: (math.isnan(pair[1]), pair[1]))
 
 
 def _others(measures: Sequence[str], sources: Sources, served: Sequence[str]) -> Sequence[str]:

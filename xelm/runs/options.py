@@ -87,10 +87,19 @@ class AgainOptions:
 class GrowOptions:
     """How an expert is grown."""
 
+    family: str | None = None
+    """Language family, or a branch of one, such as Turkic: all languages of it that the corpus has
+    and no expert serves, in place of languages by name."""
+    clusters: int | None = None
+    """Number of experts for several languages, which are clustered. None: so many that they serve
+    as many languages on average as those of the RUN."""
+    into: str | None = None
+    """Expert that the languages join, as its next version; not with `parent`, `by` and
+    `clusters`. None: they get experts of their own."""
     parent: str = "auto"
     """Expert to start from; auto is the one that serves the nearest language."""
     by: str | None = None
-    """Measure of the nearest language, as in xelm nearest; not with `parent`. None: mixture."""
+    """Measure of how near languages are, as in xelm nearest; not with `parent`. None: mixture."""
     extend_vocabulary: int | None = None
     """Number of pieces that are learned on the new text and added to the expert's vocabulary.
     None: it has that of its parent."""
@@ -100,6 +109,25 @@ class GrowOptions:
     """Number of processes that tokenise, as in `InitOptions`."""
 
     def __post_init__(self) -> None:
+        others = {
+            "--parent": self.parent != "auto",
+            "--by": self.by,
+            "--clusters": self.clusters,
+            "--extend-vocabulary": self.extend_vocabulary,
+        }
+        for name, given in others.items() if self.into is not None else ():
+            if given:
+                raise UserError(
+                    f"--into {self.into} trains the next version of that expert, which starts from "
+                    f"the one before; {name} goes with experts of their own"
+                )
+        if self.by is not None and self.parent != "auto":
+            raise UserError(
+                f"--by {self.by} chooses a parent, and --parent {self.parent} names one; give "
+                "one of them"
+            )
+        if self.clusters is not None and self.clusters < 1:
+            raise UserError(f"--clusters must be at least 1; got {self.clusters}")
         if self.extend_vocabulary is not None and self.extend_vocabulary < 1:
             raise UserError(f"--extend-vocabulary must be at least 1; got {self.extend_vocabulary}")
         if self.initialise not in (None, *INITIALISE):

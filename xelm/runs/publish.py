@@ -153,7 +153,8 @@ def publish_anyway(run: Run, name: str) -> Expert:
     with locked(run.directory, f"train-{name}"):
         known = run.registry().versions(name)
         expert = next((e for e in known if e.status == "training"), None)
-        if expert is None and known[-1].status == "published":
+        done = known[-1].status == "published" or (known[-1].intermediate and known[-1].sha256)
+        if expert is None and done:
             run.failure(name).unlink(missing_ok=True)
             return known[-1]
         if expert is None or not expert.directory(run.directory).exists():

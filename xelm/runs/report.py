@@ -31,7 +31,8 @@ def read(run: Run) -> Facts:
     for row in results.rows:
         score = Score(row.perplexity, row.bits_per_byte)
         scores.setdefault(System(row.system, row.routing), {})[row.language] = score
-    newest = {expert.name: expert for expert in (*registry.training(), *registry.published())}
+    shown = (*registry.training(), *registry.published())
+    newest = {expert.name: expert for expert in shown if not expert.intermediate}
     order = {name: place for place, name in enumerate(clusters.clusters if clusters else ())}
     place = {name: order.get(e.cluster or "", len(order)) for name, e in newest.items()}
     experts = sorted(newest.values(), key=lambda e: (e.round, place[e.name], e.name))

@@ -35,22 +35,32 @@ def expert_text(run: Run, expert: Expert, new: Mapping[str, Store] | None = None
     `dense_text`, and sum to the cluster's part of the whole budget; others sum to 1. new: stores by
     name that are not in the RUN yet."""
     if expert.cluster is not None and not expert.corpora:
-        return divided(run, _cluster_shares(run, expert.cluster))
+        return divided(run, _cluster_shares(run, expert))
     run = as_recorded(run, expert)
     stores = [(new or {}).get(name) or run.store(name) for name in expert.texts]
     texts = {
         tag: [store.languages[tag] for store in stores if tag in store.languages]
         for tag in expert.languages
     }
-    shares = dict.fromkeys(texts, 1 / len(texts))
-    if expert.cluster is not None:
-        config, away = run.config.experts, run.config.held_out
-        tokens = {
-            tag: sum(_trained_tokens(ids, away) for ids in some) for tag, some in texts.items()
-        }
-        budget = with_passes(config, sum(tokens.values())).tokens
-        exponent, most = config.data.sampling_exponent, config.max_passes
+    away = run.config.held_out
+    tokens = {
+        tag: max(1, sum(_trained_tokens(ids, away) for ids in some)) for tag, some in texts.items()
+    }
+    joined = set(expert.joined or ())
+    config = run.config.experts if expert.cluster is not None and not joined else run.config.grow
+    exponent = config.data.sampling_exponent
+    if joined:
+        kept = run.config.kept_share
+        parts = {False: kept, True: 1 - kept}
+        shares = {}
+        for joins, part in parts.items():
+            some = {tag: count for tag, count in tokens.items() if (tag in joined) == joins}
+            shares |= {tag: part * one for tag, one in sampling_shares(some, exponent).items()}
+    elif expert.cluster is not None:
+        budget, most = with_passes(config, sum(tokens.values())).tokens, config.max_passes
         shares = sampling_shares(tokens, exponent, budget=budget, max_passes=most)
+    else:  # whose steps are limited by its passes
+        shares = sampling_shares(tokens, exponent)
     sources = [one for tag in texts for one in spread(texts[tag], shares[tag], run)]
     return divided(run, sources)
 
@@ -74,9 +84,9 @@ def spread(texts: Sequence[TokenizedLanguage], share: float, run: Run) -> list[L
 def donor_text(run: Run, expert: Expert) -> list[LanguageShare]:
     """Text of the languages of a grown expert's donor, in equal parts of the `donor_share`."""
     share, donor = run.config.donor_share, _donor(run, expert)
-    if share == 0 or donor is None:
-        return []
     tags = _donor_languages(run, expert)
+    if donor is None or not tags:
+        return []
     stores = [run.store(name) for name in donor.texts]
     known = {tag: [s.languages[tag] for s in stores if tag in s.languages] for tag in tags}
     return [one for tag in tags for one in spread(known[tag], share / len(tags), run)]
@@ -92,9 +102,10 @@ def _donor(run: Run, expert: Expert) -> Expert | None:
 
 
 def _donor_languages(run: Run, expert: Expert) -> tuple[str, ...]:
-    """Languages of the donor of a grown expert, if it reads them."""
+    """Languages of the donor of a grown expert, if it reads them, but for its own."""
     donor = _donor(run, expert) if run.config.donor_share else None
-    return () if donor is None else donor.languages or tuple(donor.documents or ())
+    tags = () if donor is None else donor.languages or tuple(donor.documents or ())
+    return tuple(tag for tag in tags if tag not in expert.languages)
 
 
 def replay_text(run: Run, expert: Expert, config: DataConfig, whole: float) -> list[LanguageShare]:
@@ -196,12 +207,12 @@ def _dense_shares(run: Run) -> list[LanguageShare]:
     return _all_shares(config.experts, run.store(), config.held_out, unassigned(run))
 
 
-def _cluster_shares(run: Run, cluster: str) -> list[LanguageShare]:
+def _cluster_shares(run: Run, expert: Expert) -> list[LanguageShare]:
     clustering, languages = run.clusters(), {each.ids.language: each for each in _dense_shares(run)}
     if not clustering.of_documents:
-        return [languages[tag] for tag in clustering.clusters[cluster]]
+        return [languages[tag] for tag in expert.languages]
     labels = read_arrays(run.directory / "assignments.npz")
-    index, sources = list(clustering.clusters).index(cluster), []
+    index, sources = list(clustering.clusters).index(expert.cluster or ""), []
     for tag, source in languages.items():
         documents, ids = np.flatnonzero(labels[tag] == index), source.ids
         # A document counts by its tokens and those that frame it, as in the packed rows.

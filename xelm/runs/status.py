@@ -17,9 +17,12 @@ class Progress:
     """Progress of one training."""
 
     name: str
-    state: Literal["done", "training", "stopped", "failed", "waiting", "kept back", "retired"]
+    state: Literal[
+        "done", "training", "stopped", "failed", "waiting", "kept back", "retired", "parent"
+    ]
     """stopped: begun, and no process is training it. waiting: not begun. kept back: trained, and
-    worse than the gate allows. retired: trained, and no version of that expert is in use."""
+    worse than the gate allows. retired: trained, and no version of that expert is in use. parent:
+    the intermediate expert of a round of training, which is trained and never in use."""
     version: int | None
     """Version of an expert; None for the seed and dense."""
     step: int
@@ -66,7 +69,9 @@ def progress(run: Run) -> list[Progress]:
             each = replace(each, state="kept back", note=failure.read_text(encoding="utf-8"))
         newest = registry.versions(expert.name)[-1]
         if expert.status == "retired":
-            each = replace(each, state="retired")
+            each = replace(each, state=expert.state)
+        elif expert.awaits and each.state == "waiting":
+            each = replace(each, note=f"to start from {expert.awaits}")
         elif newest.status == "retired":  # rolled back from that one
             each = replace(each, note=f"in use again: v{newest.version} is retired")
         found.append(each)

@@ -13,7 +13,7 @@ from experts.lock import locked, record
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.check import check_models
-from xelm.runs.jobs import Job, dense_job, expert_job, made_elsewhere
+from xelm.runs.jobs import Job, command_of, dense_job, expert_job, made_elsewhere, part_of
 from xelm.runs.publish import publish, write_centre, write_expert_adapter, write_model
 from xelm.runs.run import Run
 from xelm.runs.shares import parent_directory
@@ -118,11 +118,12 @@ def _held(run: Run, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
 def _job(run: Run, expert: Expert) -> Job:
     if expert.made is not None:
         raise made_elsewhere(run, expert)
-    if expert.cluster is None:
-        command = f"xelm grow {run.directory} --language {expert.languages[0]}"
-        if expert.donor is not None:
-            command = f"xelm train {run.directory} {expert.name} --again"
+    if part_of(expert) == "grow":
+        command = command_of(run, expert)
         raise UserError(f"{expert.name} is a grown expert; resume its training with: {command}")
+    if expert.awaits:
+        command = command_of(run, expert)
+        raise UserError(f"{expert.name} is to start from {expert.awaits}; go on with: {command}")
     return expert_job(run, expert)
 
 

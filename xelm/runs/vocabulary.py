@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ def with_vocabulary(
         expert = replace(expert, vocabulary=_of_parent(run, expert))
         add_pieces(run, expert, [store], contents, workers=options.workers)
         return expert
-    (name,), (tag,) = expert.texts, expert.languages
+    (name,) = expert.texts
     _learn(run, store, contents, options.extend_vocabulary)
     record = {
         "pieces": options.extend_vocabulary,
@@ -134,13 +135,18 @@ def with_vocabulary(
     expert = replace(expert, vocabulary=record)
     add_pieces(run, expert, [store], contents, workers=options.workers, new={name: store})
     own = open_store(place_in(store.directory, key_of(store.directory / FOLDER)))
-    spelled = [round(text_stats(one)[tag].tokens_per_character, 4) for one in (store, own)]
+    spelled = [_tokens_per_character(one) for one in (store, own)]
     print(
-        f"{tag}: {spelled[0]:.3f} tokens a character; with {options.extend_vocabulary:,} more "
+        f"{name}: {spelled[0]:.3f} tokens a character; with {options.extend_vocabulary:,} more "
         f"pieces {spelled[1]:.3f}",
         file=sys.stderr,
     )
     return replace(expert, vocabulary={**record, "tokens_per_character": spelled})
+
+
+def _tokens_per_character(store: Store) -> float:
+    """Mean number of tokens a character of the languages of a store."""
+    return round(fmean(each.tokens_per_character for each in text_stats(store).values()), 4)
 
 
 def tokenizer_folder(

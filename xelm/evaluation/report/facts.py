@@ -85,8 +85,10 @@ class Facts:
 
     @property
     def branched_tokens(self) -> int:
-        """Number of tokens that the experts of clusters were trained on together."""
-        return sum(expert.tokens for expert in self.published if expert.cluster is not None)
+        """Number of tokens that the experts of clusters were trained on together, in all rounds."""
+        trained = [expert for expert in self.published if expert.cluster is not None]
+        trained += [expert for expert in self.registry.experts if expert.intermediate]
+        return sum(expert.tokens for expert in trained)
 
     @property
     def ensembles(self) -> list[System]:

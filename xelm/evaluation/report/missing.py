@@ -39,7 +39,7 @@ def missing(facts: Facts) -> list[Missing]:
             (
                 expert.cluster is None,
                 f"The grown expert {expert.name} is not trained to the end.",
-                f"grow {run} --language {shlex.quote(expert.name)} --corpus DIR",
+                f"grow {run} --language {shlex.quote(','.join(expert.languages))} --corpus DIR",
             )
             for expert in waiting
         ),
