@@ -45,7 +45,7 @@ LAYERS = (
     ("clustering.figures", "clustering.maps"),
     ("clustering.clustering",),
     ("clustering.grouping", "clustering.control", "clustering.tfidf"),
-    ("clustering.typology", "clustering.choice", "clustering.ngrams"),
+    ("clustering.typology", "clustering.choice", "clustering.ngrams", "clustering.nested"),
     ("experts",),
     ("xelm.version", "xelm.process", "xelm.progress"),
     ("xelm.settings", "xelm.models"),
