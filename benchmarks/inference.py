@@ -1,6 +1,6 @@
 """Ensemble inference: experts run together, against one dense model, one by one, and transformers.
 
-    python benchmarks/inference.py [--shape 8x512] [--experts 1,4,8,16] [--batches 1,32]
+    python benchmarks/inference.py [--shape 8x512] [--experts 1,4,8,16] [--batches 1,32] [--rank R]
 
 Requests ask for as many new tokens each, greedily, after prompts of one length, and are dealt out
 to the experts in turn, as in traffic of mixed languages. Systems: one dense model in our engine;
@@ -9,6 +9,10 @@ other, each by its expert; and transformers, which has each expert continue its
 requests in one batch (LlamaForCausalLM, the same checkpoints). Where all take the same expert or
 the largest token of the same one, the tokens are compared, and must be the same for nine requests
 in ten (products of another shape round otherwise, and random models have many equals).
+
+With `--rank`, the experts are LoRA adapters of that rank, of all dense layers of one model: the
+systems "merged" have a full copy of the weights for each, and "beside the base" share those of the
+base, whose products with the factors are added. transformers is left out then.
 
 Ours run in one process and transformers in another, which take turns in every round. The time of a
 system over the dense model's is of the same round: median (smallest to largest). A step of decoding
@@ -31,6 +35,7 @@ from typing import Any
 import numpy as np
 
 DENSE, ONE_BY_ONE, PEER = "dense", "top-1, one by one", "transformers, top-1"
+BESIDE = "beside the base"
 
 
 def main() -> None:
@@ -43,6 +48,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rank", type=int, help="experts are adapters of this rank")
     parser.add_argument("--seeds", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.seeds:
@@ -60,12 +66,26 @@ def main() -> None:
 
 
 def _write(options: argparse.Namespace, folder: Path, count: int) -> None:
-    from xelm.models.checkpoint import write_checkpoint
+    from xelm.models.checkpoint import write_adapted, write_checkpoint
     from xelm.models.parameters import fresh_parameters
 
-    for number in range(count):
+    for number in range(1 if options.rank else count):
         parameters = fresh_parameters(_shape(options), number)
         write_checkpoint(folder / str(number), _shape(options), parameters, model_type="llama")
+    for number in range(1, count if options.rank else 0):
+        write_adapted(folder / str(number), folder / "0", _adapter(options, number))
+
+
+def _adapter(options: argparse.Namespace, number: int) -> Any:
+    from xelm.models.adapters import Adapter, chosen_targets
+    from xelm.models.parameters import by_path, shapes
+
+    draw, factors = np.random.default_rng(number), {}
+    for path in chosen_targets("all", _shape(options)):
+        layers, inputs, outputs = by_path(shapes(_shape(options)))[f"{path}/weight"].shape
+        sizes = (layers, inputs, options.rank), (layers, options.rank, outputs)
+        factors[path] = tuple(0.05 * draw.standard_normal(s, np.float32) for s in sizes)
+    return Adapter(scale=1.0, factors=factors)
 
 
 def _shape(options: argparse.Namespace) -> Any:
@@ -95,6 +115,7 @@ def _compare(
     import jax
 
     from xelm.models.checkpoint import read_for_inference
+    from xelm.models.shared import overlaid, read_part
 
     config, dtype = _shape(options), options.dtype
     experts = [
@@ -102,6 +123,10 @@ def _compare(
         for n in range(max(counts))
     ]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(experts[0]))
+    beside, parts = [], []
+    for number in range(1, max(counts) if options.rank else 0):
+        parts.append(jax.device_put(read_part(folder / str(number), config, dtype)))
+        beside.append(overlaid(experts[0], parts[-1]))
     limit = _bandwidth()
     print(
         f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores; decoder "
@@ -115,6 +140,8 @@ def _compare(
         prompts = _prompts(options, batch)
         for count in counts:
             systems = _systems(options, experts[:count], prompts, peer)
+            if beside and count > 1:
+                systems = _of_adapters(options, experts[:count], beside[: count - 1], prompts)
             found = _rounds(systems, options.rounds)
             _check(found)
             for name, runs in found.items():
@@ -122,6 +149,12 @@ def _compare(
                 if name == ONE_BY_ONE:
                     read = size * batch
                 _print(options, name, batch, count, runs, found[DENSE], read)
+    if parts:
+        small = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
+        print(
+            f"\nweights of {max(counts)} experts: {size * len(experts) / 1e9:.2f} GB merged, "
+            f"{(size + small) / 1e9:.2f} GB beside the base"
+        )
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     held = peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
@@ -147,8 +180,20 @@ def _systems(
     return found
 
 
+def _of_adapters(
+    options: argparse.Namespace, merged: list, beside: list, prompts: list
+) -> dict[str, Any]:
+    """What is timed of adapters, by name; the base is no expert."""
+    count = len(beside)
+    found = {DENSE: lambda: _ours(options, merged[:1], 1, prompts)}
+    for name, experts in (("merged", merged[1:]), (BESIDE, beside)):
+        found[f"top-1, {name}"] = lambda experts=experts: _ours(options, experts, 1, prompts)
+        found[f"all, {name}"] = lambda experts=experts: _ours(options, experts, count, prompts)
+    return found
+
+
 def _experts_run(name: str, count: int) -> int:
-    return {"top-2": 2, "all": count}.get(name, 1)
+    return {"top-2": 2, "all": count}.get(name.partition(",")[0], 1)
 
 
 def _rounds(systems: dict[str, Any], rounds: int) -> dict[str, list[dict]]:
@@ -164,6 +209,12 @@ def _rounds(systems: dict[str, Any], rounds: int) -> dict[str, list[dict]]:
 
 def _check(found: dict[str, list[dict]]) -> None:
     """Ends the benchmark unless systems that run the same expert generate the same tokens."""
+    if f"top-1, {BESIDE}" in found:
+        pair = (found[f"top-1, {name}"][0]["tokens"] for name in ("merged", BESIDE))
+        same = np.mean([a == b for a, b in zip(*pair)])
+        if same < 0.9:
+            sys.exit(f"merged and {BESIDE} agree on {same:.0%} of the requests")
+        return
     if "top-1" not in found:
         found = {"top-1": found[DENSE], **found}
     wanted = found["top-1"][0]["tokens"]
