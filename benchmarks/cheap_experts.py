@@ -9,6 +9,7 @@ OUT/results.jsonl; the same command goes on where it was interrupted, and ends w
     full         the expert that is there
     again        the same training, with its rows in another order: what chance does
     lora-R       adapters of rank R of all dense layers are trained in place of the weights
+    lora-RxN     the same at N times the learning rate
     frozen-L     all but the layers L is trained, such as frozen-1 or frozen-4-7
     pull-X       all is trained, with a decay of X toward the seed
     svd-R        `full`, each matrix with a difference of rank R to the seed
@@ -39,7 +40,7 @@ from xelm.runs.shares import expert_text
 from xelm.training.trainable import divide
 
 ARMS = (
-    *("full", "again", "lora-4", "lora-16", "frozen-1", "pull-0.1"),
+    *("full", "again", "lora-4", "lora-16", "lora-16x3", "lora-64", "frozen-1", "pull-10"),
     *("svd-4", "svd-8", "svd-16", "svd-24", "energy-0.9", "reverted-1"),
 )
 # Every version is published, whatever its figures, which are measured on all languages.
@@ -73,12 +74,17 @@ def main() -> None:
 
 def _measured(place: Path, name: str, arm: str) -> dict[str, Any]:
     kind, _, value = arm.partition("-")
+    rate = open_run(place).config.experts.optimizer.learning_rate
+    rank, _, times = value.partition("x")
     settings = {
-        "lora": f"experts.lora.rank={value}",
-        "frozen": f"experts.frozen_layers={value}",
-        "pull": f"experts.optimizer.pull={value}",
+        "lora": [
+            f"experts.lora.rank={rank}",
+            f"experts.optimizer.learning_rate={rate * float(times or 1)}",
+        ],
+        "frozen": [f"experts.frozen_layers={value}"],
+        "pull": [f"experts.optimizer.pull={value}"],
     }
-    run = open_run(place, settings=[*_GATE, *([settings[kind]] if kind in settings else [])])
+    run = open_run(place, settings=[*_GATE, *settings.get(kind, [])])
     if run.registry().expert(name).version != 1:
         run.rollback(name, 1)
     expert = run.registry().expert(name, 1)
