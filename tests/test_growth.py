@@ -3,11 +3,13 @@
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import write_corpus
 from shared import snapshot
 
 from clustering.errors import UserError
+from clustering.files import read_arrays
 from experts.expert import Expert
 from experts.grow import begun_with, grow
 from experts.lock import update
@@ -15,10 +17,12 @@ from experts.registry import Registry
 from experts.verify import verify
 from xelm.api import open_run
 from xelm.data.contents import contents_in
-from xelm.runs import train
+from xelm.runs import fit, train
+from xelm.runs.discard import _names_languages
 from xelm.runs.jobs import command_of, expert_job
 from xelm.runs.new_languages import default_clusters, groups_of, languages_to_grow
 from xelm.runs.options import GrowOptions
+from xelm.runs.shares import expert_text
 from xelm.runs.text import tokenise
 
 NEW = ("it", "pt", "sv")
@@ -150,7 +154,17 @@ def test_experts_that_one_command_began_belong_together(tmp_path):
     assert groups == {"pl-cs": ["pl-cs", "uk"], "uk": ["pl-cs", "uk"], "be": ["be"]}
 
 
+@pytest.mark.parametrize(("name", "is_one"), [("az-kk", True), ("az-plus5", True), ("sv", True)])
+def test_text_of_a_cluster_is_known_by_its_name(name, is_one):
+    assert _names_languages(name) == is_one
+    assert not _names_languages(f"evaluation-{name}") and not _names_languages(f"{name}-v2")
+
+
 FEW = ("--tokens", 128, "--set", "gate.worse=null")
+
+
+def stop(*arguments, **options):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +175,6 @@ def several(xelm, tiny, corpus, tmp_path_factory):
     shutil.copytree(tiny.directory, directory)
     before = snapshot(directory)
     command = ("grow", directory, "--language", "it,pt", "--language", "sv", *FEW)
-
-    def stop(*arguments, **options):
-        raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
         # The first is published, and the second has not begun.
@@ -210,3 +221,99 @@ def test_growing_several_leaves_every_other_file_and_record(several, tiny):
     assert others == {"registry.json", "hashes.json"} and before.keys() <= after.keys()
     old, now = Registry.load(tiny.directory), Registry.load(directory)
     assert now.experts[: len(old.experts)] == old.experts
+
+
+def test_a_growth_that_ended_before_its_record_leaves_text_that_can_be_discarded(
+    xelm, place, corpus, tmp_path, monkeypatch
+):
+    run = tmp_path / "RUN"
+    shutil.copytree(place.directory, run)
+    before = snapshot(run)
+    monkeypatch.setattr("xelm.runs.grow.update", stop)
+    assert xelm("grow", run, "--language", "it,pt", "--corpus", corpus).code == 130
+    assert (run / "corpus" / "it-pt").exists()
+    assert xelm("discard", run, "it-pt").code == 0
+    assert snapshot(run) == before
+
+
+def columns(run):
+    """Identity of each expert -> its column of the learned router, as it lies in the RUN."""
+    run.ensemble("learned")
+    (path,) = (run.directory / "routers").glob("learned-*.npz")
+    arrays = read_arrays(path)
+    names = [name.partition(" ")[0] for name in arrays["experts"].tolist()]
+    return dict(
+        zip(names, np.concatenate([arrays["weights"], arrays["bias"][None]]).T, strict=True)
+    )
+
+
+def bits(run, tiny):
+    found = run.evaluate(tiny.held_out).rows
+    return {(r.system, r.language): r.bits_per_byte for r in found if r.routing is None}
+
+
+@pytest.mark.slow
+def test_who_joins_an_expert_changes_that_expert_alone(xelm, several, tiny, corpus, tmp_path):
+    directory = tmp_path / "RUN"
+    shutil.copytree(several[0], directory)
+    run = open_run(directory)
+    rows, scores, before = columns(run), bits(run, tiny), snapshot(directory)
+    text = write_corpus(tmp_path / "text", ["ca"], 40, seed=3)
+    command = ("grow", directory, "--language", "ca", "--into", "it-pt", "--corpus", text, *FEW)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("xelm.runs.train.train_checkpoints", stop)
+        assert xelm(*command).code == 130
+    again = xelm("train", directory, "it-pt", "--again")
+    assert "since ca joins it; go on with: xelm grow" in again.err
+    assert "--language ca --into it-pt" in xelm(*command[:3], "sv", *command[4:]).err
+    outcome = xelm(*command)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("it-pt@v2 (it pt ca) from it-pt@v1, round 2, ")
+    run = open_run(directory)
+    expert = run.registry().expert("it-pt")
+    assert (expert.joined, expert.corpora) == (("ca",), ("it-pt", "it-pt-v2"))
+    assert run.registry().for_language("ca") == run.registry().for_language("it") == expert
+    shares = {tag: entries[0]["share"] for tag, entries in (expert.data or {}).items()}
+    assert shares["ca"] == pytest.approx(shares["it"] + shares["pt"], abs=0.001)
+    # Files, records, evaluations and columns of all others are the same to the last bit.
+    after = snapshot(directory)
+    own = ("experts/it-pt/v2/", "corpus/it-pt-v2/")
+    assert all(after[name] == before[name] for name in before if name.startswith("experts/"))
+    changed = {name for name in after if name not in before and not name.startswith(own)}
+    assert not [name for name in changed if name.startswith(("experts/", "corpus/it", "train/"))]
+    found = bits(run, tiny)
+    others = [key for key in scores if key[0] != "it-pt"]
+    assert others and all(found[key] == scores[key] for key in others)
+    now = columns(run)
+    assert set(now) == {*rows, "it-pt@v2"} - {"it-pt@v1"}
+    assert all((now[name] == rows[name]).all() for name in now if name in rows)
+    # One that is retired loses its column, and no other moves.
+    assert xelm("retire", directory, "sv").code == 0
+    left = columns(open_run(directory))
+    assert set(left) == {*now} - {"sv@v1"} and all((left[n] == now[n]).all() for n in left)
+
+
+@pytest.mark.slow
+def test_the_learned_router_gets_a_column_for_a_new_expert_and_finds_it(
+    xelm, tiny, corpus, tmp_path
+):
+    directory = tmp_path / "RUN"
+    shutil.copytree(tiny.directory, directory)
+    rows = columns(open_run(directory))
+    command = ("grow", directory, "--language", "sv", "--corpus", corpus, *FEW)
+    assert xelm(*command).code == 0
+    run = open_run(directory)
+    now = columns(run)
+    assert set(now) == {*rows, "sv@v1"}
+    assert all((now[name] == rows[name]).all() for name in rows)
+    experts = run.registry().published()
+    router = fit.learned(run, experts)
+    names = [expert.name for expert in experts]
+    right = []
+    for expert in experts:
+        for source in expert_text(run, expert).held_out:
+            for number in source.documents:
+                sums = run.vectoriser().sums([source.ids.document(int(number))])
+                found = int(np.argmax(router.log_weights(sums, None)[0]))
+                right.append(names[found] == expert.name)
+    assert np.mean(right) > 0.9

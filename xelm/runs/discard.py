@@ -1,5 +1,6 @@
 """`xelm discard`: gives up an unfinished training and deletes what it left."""
 
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -76,10 +77,20 @@ def _text_alone(run: Run, registry: Registry, name: str) -> Path | None:
     names = [f"{name}-v{registry.next_version(name)}"] if versions else []
     served = any(name in e.languages and e.status != "retired" for e in registry.experts)
     # Other names are of the RUN's own text, and of evaluations.
-    if name not in run.languages and tag_of(name) == name and not served:
+    if name not in run.languages and _names_languages(name) and not served:
         names.append(name)
     texts = [run.directory / "corpus" / unused_text(registry, wanted) for wanted in names]
     return next((text for text in texts if text.is_dir() or _partial(text).is_dir()), None)
+
+
+def _names_languages(name: str) -> bool:
+    """Whether a name is that of a language or of a cluster of them, such as az-kk or az-plus5."""
+    if tag_of(name) == name:
+        return True
+    first, *others = name.partition("_")[0].split("-")
+    return tag_of(first) == first and all(
+        tag_of(part) == part or re.fullmatch("plus[0-9]+", part) for part in others
+    )
 
 
 def _delete_work(run: Run, name: str) -> None:
