@@ -95,6 +95,14 @@ CONFIGS: dict[str, Any] = {
         sliding_window=9,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     ),
+    "mixtral": hub.MixtralConfig(**_LLAMA, num_local_experts=5, num_experts_per_tok=2, head_dim=12),
+    "mixtral-local-one-expert-tied": hub.MixtralConfig(
+        **_LLAMA,
+        num_local_experts=3,
+        num_experts_per_tok=1,
+        sliding_window=9,
+        tie_word_embeddings=True,
+    ),
     "qwen2-yarn": hub.Qwen2Config(**_LLAMA, rope_parameters={"rope_type": "yarn", **_ROPE}),
     "qwen2-partly-local-tied": hub.Qwen2Config(
         **_LLAMA,
@@ -150,6 +158,7 @@ FAMILIES = (
         "llama3",
         "mistral-local",
         "ministral",
+        "mixtral",
         "qwen2-partly-local-tied",
         "qwen3",
         "gemma2",
@@ -200,6 +209,24 @@ def random_model(config: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def gradients_of(model: Any) -> dict[str, np.ndarray]:
+    """Gradients by the names of stored tensors. Ties have two names; transformers joins matrices of
+    Mixtral's experts, which are stored one by one."""
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        gradient = found[name] = parameter.grad.numpy()
+        if model.config.model_type == "mixtral" and ".mlp." in name:
+            stem = name.replace(".mlp.", ".block_sparse_moe.")
+            found[stem] = gradient
+            for number, one in enumerate(gradient):
+                expert = f"{stem.rpartition('.')[0]}.{number}"
+                if "down" in name:
+                    found[f"{expert}.w2.weight"] = one
+                elif "gate_up" in name:
+                    found[f"{expert}.w1.weight"], found[f"{expert}.w3.weight"] = np.split(one, 2)
+    return found
 
 
 def saved(config: Any, directory: Path) -> Pair:

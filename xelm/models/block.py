@@ -1,5 +1,8 @@
 """One layer of the transformer: attention and feed-forward, with norms and residuals."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,18 +13,28 @@ from xelm.models.attention import attend
 from xelm.models.cache import LayerCache, store
 from xelm.models.config import ModelConfig
 from xelm.models.context import Context
-from xelm.models.layers import ACTIVATIONS, Linear, Norm
+from xelm.models.layers import ACTIVATIONS, FEW, Linear, Norm
 from xelm.models.positions import rotate
 
-Result = tuple[Float[Array, "M D"], LayerCache | None]
-"""States, and the cache of the layer, None if there is none."""
+Result = tuple[Float[Array, "M D"], LayerCache | None, Any]
+"""States; the cache of the layer, None if there is none; and what was observed."""
+
+
+class Expert(nnx.Module):
+    """One of several feed-forwards of a layer."""
+
+    def __init__(self, config: ModelConfig, linear: Callable[..., Linear], scale: float):
+        width, ffn, bias = config.width, config.feedforward_width, config.feedforward_bias
+        self.gate = linear(width, ffn, ("width", "ffn"), bias) if config.gated else None
+        self.up = linear(width, ffn, ("width", "ffn"), bias)
+        self.down = linear(ffn, width, ("ffn", "width"), bias, scale)
 
 
 class Block(nnx.Module):
     """A transformer layer: made with the stacked parameters of all, called with those of one."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: DTypeLike):
-        layers, width, ffn = config.layer_count, config.width, config.feedforward_width
+        layers, width = config.layer_count, config.width
         heads = config.head_count * config.head_size
         keys = config.key_head_count * config.head_size
         # 0.02 is the initialiser of GPT-2, Llama and XGLM; residual outputs shrink with depth as
@@ -43,10 +56,12 @@ class Block(nnx.Module):
         self.key_norm = Norm(config, layers, dtype, of_heads=True) if normed else None
         self.output = linear(heads, width, ("heads", "width"), config.output_bias, outer)
         self.feedforward_norm = Norm(config, layers, dtype)
-        bias = config.feedforward_bias
-        self.gate = linear(width, ffn, ("width", "ffn"), bias) if config.gated else None
-        self.up = linear(width, ffn, ("width", "ffn"), bias)
-        self.down = linear(ffn, width, ("ffn", "width"), bias, outer)
+        count = config.expert_count
+        self.router = linear(width, count, ("width", "experts"), False) if count else None
+        only = None if count else Expert(config, linear, outer)
+        self.gate, self.up, self.down = (only.gate, only.up, only.down) if only else (None,) * 3
+        for number in range(count):
+            setattr(self, f"expert_{number}", Expert(config, linear, outer))
         around = config.norm_placement == "around"
         self.attention_result_norm = Norm(config, layers, dtype) if around else None
         self.feedforward_result_norm = Norm(config, layers, dtype) if around else None
@@ -58,13 +73,15 @@ class Block(nnx.Module):
         number: Int[Array, ""],
         local: Bool[Array, ""],
         cache: LayerCache | None = None,
+        observe: Callable[["Block", Float[Array, "M D"]], Any] = lambda block, h: None,
     ) -> Result:
-        """States after layer `number`, which is `local` or global, and its cache with the tokens of
-        this pass."""
+        """States after layer `number`, which is `local` or global, its cache with the tokens of
+        this pass, and what `observe` makes of the layer and the input of its feed-forward."""
         if self.config.norm_placement == "after":
             attended, cache = self._attention(x, context, local, cache)
             x = self.attention_norm(x + attended)
-            return self.feedforward_norm(x + self._feedforward(x)), cache
+            found = observe(self, x)
+            return self.feedforward_norm(x + self._feedforward(x)), cache, found
         h = self.attention_norm(x)
         if not self.config.first_norm:
             h = jnp.where(number == 0, x, h)
@@ -72,10 +89,11 @@ class Block(nnx.Module):
         if self.attention_result_norm is not None:
             attended = self.attention_result_norm(attended)
         x = x + attended
-        fed = self._feedforward(self.feedforward_norm(x))
+        h = self.feedforward_norm(x)
+        found, fed = observe(self, h), self._feedforward(h)
         if self.feedforward_result_norm is not None:
             fed = self.feedforward_result_norm(fed)
-        return x + fed, cache
+        return x + fed, cache, found
 
     @jax.named_scope("attention")
     def _attention(self, h, context, local, cache):
@@ -107,6 +125,44 @@ class Block(nnx.Module):
 
     @jax.named_scope("feedforward")
     def _feedforward(self, h):
+        if self.router is None:
+            return self._fed(self, h)
+        _, weights = self.route(h)
+
+        def passed(number):
+            expert, own = getattr(self, f"expert_{number}"), weights[:, number, None]
+            own = own.astype(h.dtype)
+
+            def compute(h):
+                return own * self._fed(expert, h)
+
+            # All tokens pass all experts, which keeps shapes static, and most of that is for
+            # nothing. Few tokens take as long as the parameters take to be read: only those of
+            # experts with weight are.
+            if len(h) > FEW:
+                return compute(h)
+            return jax.lax.cond((own > 0).any(), compute, jnp.zeros_like, h)
+
+        return sum(passed(number) for number in range(self.config.expert_count))
+
+    def _fed(self, layer, h):
         activate = ACTIVATIONS[self.config.activation]
-        hidden = activate(self.up(h)) if self.gate is None else activate(self.gate(h)) * self.up(h)
-        return self.down(hidden)
+        up = layer.up(h)
+        return layer.down(activate(up) if layer.gate is None else activate(layer.gate(h)) * up)
+
+    @jax.named_scope("router")
+    def route(self, h: Float[Array, "M D"]) -> tuple[Float[Array, "M E"], Float[Array, "M E"]]:
+        """The router's probabilities of the experts, and the weights with which their results are
+        added: the probabilities of the `experts_per_token` most probable, scaled to sum 1 (Jiang et
+        al. 2024, arXiv 2401.04088, section 2.1). float32."""
+        assert self.router is not None
+        probabilities = jax.nn.softmax(self.router(h).astype(jnp.float32), axis=-1)
+        chosen = most_probable(probabilities, self.config.experts_per_token)
+        kept = probabilities * chosen
+        return probabilities, kept / kept.sum(axis=-1, keepdims=True)
+
+
+def most_probable(probabilities: Float[Array, "*B E"], count: int) -> Float[Array, "*B E"]:
+    """1 for each of the `count` largest of each row, of equal ones the first, and 0 for others."""
+    _, numbers = jax.lax.top_k(probabilities, count)
+    return jax.nn.one_hot(numbers, probabilities.shape[-1]).sum(axis=-2)

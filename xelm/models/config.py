@@ -112,6 +112,11 @@ class ModelConfig:
     """Feed-forward is down(act(gate(x)) * up(x)) when true, down(act(up(x))) when false."""
     feedforward_bias: bool = False
     """Feed-forward projections carry a bias."""
+    expert_count: int = 0
+    """E, feed-forwards of each layer, between which a router chooses for each token (Mixtral); 0:
+    one, without a router."""
+    experts_per_token: int = 0
+    """Number of them that a token passes."""
 
     query_bias: bool = False
     """Query, key and value projections carry a bias."""
@@ -165,6 +170,11 @@ class ModelConfig:
                 f"head_count must be a multiple of key_head_count; got {self.head_count} and "
                 f"{self.key_head_count}"
             )
+        if not min(1, self.expert_count) <= self.experts_per_token <= self.expert_count:
+            raise ValueError(
+                "experts_per_token must be between 1 and expert_count, "
+                f"{self.expert_count}, or 0 with 0; got {self.experts_per_token}"
+            )
         if self.positions == "rope" and self.head_size % 2:
             raise ValueError(f"head_size must be even for rotary positions; got {self.head_size}")
         if self.local_layers and (self.local_window is None or self.local_window < 1):
@@ -177,6 +187,15 @@ class ModelConfig:
     @property
     def parameter_count(self) -> int:
         """Number of trainable values, the embedding included."""
+        return self._count(self.expert_count)
+
+    @property
+    def active_parameter_count(self) -> int:
+        """Number of those that one token uses: of the experts, `experts_per_token`."""
+        return self._count(self.experts_per_token)
+
+    def _count(self, experts: int) -> int:
+        """Number of parameters with so many of the experts of each layer."""
         d, f, heads = self.width, self.feedforward_width, self.head_count * self.head_size
         keys = self.key_head_count * self.head_size
         norm = d * (1 + self.norm_bias)
@@ -185,6 +204,8 @@ class ModelConfig:
         attention += 2 * self.head_norm * self.head_size
         feedforward = d * f * (2 + self.gated)
         feedforward += self.feedforward_bias * (f * (1 + self.gated) + d)
+        if self.expert_count:
+            feedforward = experts * feedforward + d * self.expert_count
         norms = 4 if self.norm_placement == "around" else 2
         layers = self.layer_count * (attention + feedforward + norms * norm)
         layers -= 0 if self.first_norm else norm

@@ -117,6 +117,28 @@ class Transformer(nnx.Module):
         context = contexts.of_sequences(self.config, tokens, positions, segments, valid)
         return self._forward(tokens, context)[0]
 
+    def routed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T E"]]:
+        """Final states as `hidden`, and the probabilities that the router of each layer gives to
+        its experts; for models with experts."""
+        context = contexts.of_sequences(self.config, tokens, positions, segments, None)
+        states, found = self._forward(tokens, context, observe=lambda block, h: block.route(h)[0])
+        return states, found.reshape(len(found), *tokens.shape, -1)
+
+    def feedforward_moments(
+        self, tokens: Int[Array, "B T"], *, valid: Bool[Array, "B T"]
+    ) -> tuple[Float[Array, "L D"], Float[Array, "L D D"]]:
+        """Sums over the `valid` positions of the input of each layer's feed-forward, and of its
+        products with itself, in float32."""
+
+        def moments(block, h):
+            h = h.astype(jnp.float32) * valid.reshape(-1, 1)
+            return h.sum(axis=0), h.T @ h
+
+        context = contexts.of_sequences(self.config, tokens, None, None, valid)
+        return self._forward(tokens, context, observe=moments)[1]
+
     def means(
         self, tokens: Int[Array, "B T"], *, valid: Bool[Array, "B T"]
     ) -> Float[Array, "L B D"]:
@@ -173,28 +195,31 @@ class Transformer(nnx.Module):
         factors = self.embedding_factors if self.head is None else None
         return Head(matrix, bias, self.config.logit_cap, self.known, factors)
 
-    def _forward(self, tokens, context, cache=None, measure=lambda h: None) -> tuple[Any, Any]:
+    def _forward(
+        self, tokens, context, cache=None, measure=lambda h: None, observe=lambda block, h: None
+    ) -> tuple[Any, Any]:
         """Final states [B, T, D], and one value for each layer: in the layout of inference its
-        longer cache (None without `cache`), otherwise what `measure` makes of its states."""
+        longer cache (None without `cache`), otherwise what `measure` makes of its states or
+        `observe` of the layer and the input of its feed-forward."""
         h = self._embed(tokens, context.positions)
         numbers = np.arange(self.config.layer_count)
         local = jnp.asarray(np.isin(numbers, self.config.local_layers))
         numbers = jnp.asarray(numbers)
         if isinstance(self.blocks, Block) or self.stacked:
             assert cache is None
-            h, found = self._scanned(h, context, numbers, local, measure)
+            h, found = self._scanned(h, context, numbers, local, measure, observe)
         else:
             found = []
             caches = [None] * len(numbers) if cache is None else zip(cache.keys, cache.values)
             for place, inputs in enumerate(zip(self.blocks, numbers, local, caches)):
                 block, number, is_local, past = inputs
                 with jax.named_scope(f"layer_{place}"):
-                    h, longer = block(h, context, number, is_local, past)
+                    h, longer, _ = block(h, context, number, is_local, past)
                 found.append(longer)
         h = h if self.norm is None else self.norm(h)
         return h.reshape(*tokens.shape, -1), found
 
-    def _scanned(self, h, context, numbers, local, measure) -> tuple[Any, Any]:
+    def _scanned(self, h, context, numbers, local, measure, observe) -> tuple[Any, Any]:
         """The same by stacked layers, of which a single one is compiled for each stack."""
         blocks = [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
         first, found = 0, []
@@ -204,8 +229,9 @@ class Transformer(nnx.Module):
             @jax.named_scope("layer")
             def layer(h, inputs, graph=graph):
                 parameters, number, local = inputs
-                h, _ = nnx.merge(graph, parameters)(h, context, number, local)
-                return h, measure(h)
+                block = nnx.merge(graph, parameters)
+                h, _, found = block(h, context, number, local, observe=observe)
+                return h, measure(h) if found is None else found
 
             # Inside a scan nothing is found common to both ways, so that need not be prevented.
             policy = _POLICIES[self.rematerialise]

@@ -15,7 +15,7 @@ from xelm.models.families.bloom import BLOOM
 from xelm.models.families.family import Family
 from xelm.models.families.gemma import GEMMA2, GEMMA3
 from xelm.models.families.gpt2 import GPT2
-from xelm.models.families.llama import LLAMA, MINISTRAL, MISTRAL, QWEN2, QWEN3
+from xelm.models.families.llama import LLAMA, MINISTRAL, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from xelm.models.families.modernbert import MODERNBERT
 from xelm.models.families.xglm import XGLM
 
@@ -23,6 +23,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "ministral": MINISTRAL,
+    "mixtral": MIXTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "gemma2": GEMMA2,

@@ -4,7 +4,17 @@ from typing import Any
 
 from clustering.errors import UserError
 from xelm.models.config import ModelConfig, Rope
-from xelm.models.families.family import Family, activation, linear, local, norm, rope, shape, table
+from xelm.models.families.family import (
+    Family,
+    activation,
+    linear,
+    local,
+    norm,
+    require,
+    rope,
+    shape,
+    table,
+)
 
 
 def llama_like(hub: Any, **settings: Any) -> ModelConfig:
@@ -70,6 +80,30 @@ def _read_mistral(hub: Any) -> ModelConfig:
     return llama_like(hub, **local(hub.sliding_window, kinds))
 
 
+def _read_mixtral(hub: Any) -> ModelConfig:
+    require(hub, hidden_act="silu")
+    experts = {
+        "expert_count": hub.num_local_experts,
+        "experts_per_token": hub.num_experts_per_tok,
+    }
+    kinds = ["sliding_attention"] * hub.num_hidden_layers
+    return llama_like(hub, **local(hub.sliding_window, kinds), **experts)
+
+
+def _write_mixtral(config: ModelConfig) -> dict[str, Any]:
+    written = _write_llama(config)
+    for name in ("attention_bias", "mlp_bias"):
+        del written[name]
+    return written | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": config.expert_count,
+        "num_experts_per_tok": config.experts_per_token,
+        "sliding_window": config.local_window,
+        "output_router_logits": False,
+    }
+
+
 def _read_ministral(hub: Any) -> ModelConfig:
     if hub.head_dim is None:  # transformers ends in a TypeError
         raise UserError("head_dim must be a number for this model; config.json has None")
@@ -103,11 +137,29 @@ TENSORS = {
     **linear("model.layers.{}.mlp.up_proj", "blocks/up"),
     **linear("model.layers.{}.mlp.down_proj", "blocks/down"),
 }
+MOST_EXPERTS = 128
+"""Largest number of experts of a layer that has a name in the table."""
+_MOE = "model.layers.{}.block_sparse_moe"
+_EXPERTS = {
+    name: tensor
+    for number in range(MOST_EXPERTS)
+    for stored, own in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+    for name, tensor in linear(
+        f"{_MOE}.experts.{number}.{stored}", f"blocks/expert_{number}/{own}", bias=False
+    ).items()
+}
 _COMMON: dict[str, Any] = {
     "tensors": TENSORS,
     "prefix": "model.",
     "ignored": ("rotary_emb.inv_freq",),
 }
+# Jiang et al. 2024, arXiv 2401.04088: Mistral with several feed-forwards in each layer.
+MIXTRAL = Family(
+    read=_read_mixtral,
+    write=_write_mixtral,
+    tensors=TENSORS | linear(f"{_MOE}.gate", "blocks/router", bias=False) | _EXPERTS,
+    prefix="model.",
+)
 # Touvron et al. 2023, arXiv 2302.13971; Llama Team 2024, arXiv 2407.21783.
 LLAMA = Family(read=_read_llama, write=_write_llama, **_COMMON)
 # Jiang et al. 2023, arXiv 2310.06825.
