@@ -26,7 +26,7 @@ class Event:
     action: str
     """What was done: branch, train, again (a further version is begun), grow, join (languages
     join an expert), rounds, next round, adopt, compress, publish, rollback, retire, restore,
-    rename, discard, distil."""
+    rename, discard, distil, mix."""
     experts: dict[str, str | None]
     """Reference 'NAME@vN' -> its status after the event; None for a record that was removed."""
     command: str

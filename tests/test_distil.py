@@ -124,8 +124,10 @@ def test_what_the_student_is_to_become_sums_to_one_and_keeps_the_rest_in_proport
 
 
 def test_probabilities_whose_rounded_sum_is_above_one_leave_nothing_to_the_rest():
-    states, head, targets, weights, teacher, _ = inputs(9, 20, 3, share=1.0)
-    sure = teacher._replace(log_probabilities=jnp.log(jnp.asarray([[0.7, 0.2, 0.102]] * 9)))
+    states, head, targets, weights, teacher, p = inputs(200, 40, 12, share=1.0)
+    top = np.sort(p, axis=1)[:, ::-1][:, :12]
+    sure = 1.001 * top / top.sum(axis=1, keepdims=True)
+    sure = teacher._replace(log_probabilities=jnp.log(jnp.asarray(sure, jnp.float32)))
     found, gradients = with_gradients(loss_of, states, head, targets, weights, sure)
     assert np.isfinite(found) and all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 

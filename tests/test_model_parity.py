@@ -133,7 +133,6 @@ def test_loss_and_gradients_equal_transformers(family_pair):
     write_checkpoint(directory.parent / "gradients", config, gradients, like=directory)
     stored = load_file(directory.parent / "gradients" / "model.safetensors")
     named = gradients_of(reference)
-    assert {name for name, _ in reference.named_parameters()} <= {*stored, *named}
     assert sum(gradient.size for gradient in stored.values()) == reference.num_parameters()
     for name, gradient in stored.items():
         np.testing.assert_allclose(gradient, named[name], atol=1e-4, rtol=1e-4, err_msg=name)

@@ -22,6 +22,7 @@ from xelm.runs.options import (
     GrowOptions,
     InitOptions,
     LaunchOptions,
+    MixOptions,
     PushOptions,
 )
 
@@ -387,6 +388,19 @@ class Run(runs.Run):
         from xelm.runs.distil import plan_distil
 
         return plan_distil(self, name, options, routing)
+
+    def mix(self, name: str, options: MixOptions | None = None) -> Path:
+        """Mixes all published experts into one mixture of experts, RUN/mixes/`name`, and trains it,
+        or goes on with one that was interrupted. Arguments as in `xelm.runs.mix.mix`."""
+        from xelm.runs.mix import mix
+
+        return mix(self, name, options)
+
+    def plan_mix(self, name: str, options: MixOptions | None = None) -> "Plan":
+        """What `mix` would cost with these arguments; nothing is written."""
+        from xelm.runs.mix import plan_mix
+
+        return plan_mix(self, name, options)
 
     def merge(
         self,

@@ -98,6 +98,16 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MixtureConfig:
+    """How a mixture of experts is trained; other models have no router. `xelm mix` sets these."""
+
+    trained: Literal["all", "router"] = "all"
+    """Which weights: all, or those of the routers."""
+    balance: float = 0.01
+    """Weight of the loss that spreads the tokens over the experts of each layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RuntimeConfig:
     """Where and how a training runs. These settings may change whenever it is resumed."""
 
@@ -176,6 +186,8 @@ class TrainConfig(Budget):
     """Mixture of languages, and masking."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Measurements on held-out text."""
+    mixture: MixtureConfig = MixtureConfig()
+    """Training of mixtures of experts."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Precision, devices, checkpoints and logs, which may change when the training is resumed."""
 

@@ -53,6 +53,7 @@ COMMANDS = {
     "history": lifecycle.HISTORY,
     "merge": merge.MERGE,
     "distil": combine.DISTIL,
+    "mix": combine.MIX,
     "export": export.EXPORT,
     "push": hub.PUSH,
     "pull": hub.PULL,

@@ -14,7 +14,7 @@ from xelm.commands.options import (
 )
 from xelm.commands.training import print_plans
 from xelm.inference.routing import ROUTINGS, Routing
-from xelm.runs.options import DistilOptions
+from xelm.runs.options import DistilOptions, MixOptions
 
 
 def _distil_options(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,38 @@ def _distil(options: argparse.Namespace) -> None:
         return
     path = run.distil(options.name, given, routing)
     show(options, {"model": f"students/{options.name}", "out": str(path)}, path)
+
+
+def _mix_options(parser: argparse.ArgumentParser) -> None:
+    add_settings(
+        parser,
+        "change a setting for this command, such as experts.runtime.mesh_fsdp=4; may be repeated",
+    )
+    parser.add_argument(
+        "--name", metavar="NAME", required=True, help="name of the model, which is RUN/mixes/NAME"
+    )
+    add_dry_run(parser)
+    add_fields(parser, MixOptions, title="mixture")
+
+
+def _mix(options: argparse.Namespace) -> None:
+    from xelm.config import check_changeable
+
+    check_changeable(options.settings, "experts")
+    run, given = run_of(options), MixOptions(**given_fields(options, MixOptions))
+    if options.dry_run:
+        plan = run.plan_mix(options.name, given)
+        print_plans(options, [plan], last="Nothing was written")
+        return
+    path = run.mix(options.name, given)
+    show(options, {"model": f"mixes/{options.name}", "out": str(path)}, path)
+
+
+MIX = Command(
+    "make one mixture of experts of the experts, in the architecture of Mixtral",
+    _mix,
+    _mix_options,
+)
 
 
 def _set_budget(options: argparse.Namespace) -> None:

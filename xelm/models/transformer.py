@@ -127,16 +127,16 @@ class Transformer(nnx.Module):
         return states, found.reshape(len(found), *tokens.shape, -1)
 
     def feedforward_moments(
-        self, tokens: Int[Array, "B T"], *, valid: Bool[Array, "B T"]
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
     ) -> tuple[Float[Array, "L D"], Float[Array, "L D D"]]:
-        """Sums over the `valid` positions of the input of each layer's feed-forward, and of its
-        products with itself, in float32."""
+        """Sums of the input of each layer's feed-forward, and of its products with itself, over all
+        positions but padding (segment 0), in float32."""
 
         def moments(block, h):
-            h = h.astype(jnp.float32) * valid.reshape(-1, 1)
+            h = jnp.where(segments.reshape(-1, 1) > 0, h.astype(jnp.float32), 0)
             return h.sum(axis=0), h.T @ h
 
-        context = contexts.of_sequences(self.config, tokens, None, None, valid)
+        context = contexts.of_sequences(self.config, tokens, positions, segments, None)
         return self._forward(tokens, context, observe=moments)[1]
 
     def means(

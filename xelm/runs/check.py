@@ -15,6 +15,7 @@ from typing import Any
 from clustering.errors import UserError
 from clustering.files import read_json, sha256, write_json
 from experts.expert import SEED, Expert, parse_reference
+from experts.manifest import MIXES
 from experts.verify import verify_base, verify_expert, verify_recorded, verify_seed
 from xelm.models.checkpoint import check_checkpoint, read_config
 from xelm.models.weights import tensor_without_numbers
@@ -66,6 +67,8 @@ def check_models(
         found = check_checkpoint(folder)
         if name in by_reference and by_reference[name].vocabulary is not None:
             found = replace(found, vocabulary_size=shape.vocabulary_size)
+        if is_mixture(name):  # of the same experts, in a shape of its own
+            found = replace(found, expert_count=0, experts_per_token=0)
         if found != shape:
             raise UserError(f"{name}: {folder} is a model of another shape than the seed's")
     memory.save()
@@ -82,6 +85,11 @@ def _with_bases(run: Run, experts: Iterable[Expert]) -> tuple[list[Expert], bool
             parent = registry.expert(*parse_reference(expert.parent))
             found += [] if parent in found else [parent]
     return found, seed
+
+
+def is_mixture(name: str) -> bool:
+    """Whether a model of `Run.combined` is a mixture of experts, whose shape is its own."""
+    return name.startswith(f"{MIXES}/")
 
 
 class _Memory:

@@ -39,7 +39,7 @@ def join(
     }
     facts: dict[str, Any] = {
         **origin_facts(run),
-        "made of": ", ".join(recipe["teacher"]),
+        "made of": ", ".join(recipe["made_of"]),
         "tokens of training": f"{tokens:,}",
         **{f"held-out text in {tag}": value for tag, value in bits.items()},
     }

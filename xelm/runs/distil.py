@@ -137,8 +137,8 @@ def _prepared(
     recipe = {
         "format": _FORMAT,
         "method": "distil",
-        "teacher": [expert.reference for expert in experts],
-        "teacher_records": {e.reference: digest(e, run.registry()) for e in experts},
+        "made_of": [expert.reference for expert in experts],
+        "records": {e.reference: digest(e, run.registry()) for e in experts},
         "routing": {k: v for k, v in asdict(routing).items() if v not in (None, {})},
         **asdict(options),
         "targets": targets,
@@ -229,6 +229,6 @@ def _introduction(recipe: dict[str, Any]) -> str:
     return (
         "A student of an ensemble of cross-lingual experts (X-ELM, [Blevins et al. 2024]"
         f"(https://arxiv.org/abs/2401.10440)): it was trained from the seed to predict what "
-        f"{len(recipe['teacher'])} experts predict together. It is one model for all languages, of "
+        f"{len(recipe['made_of'])} experts predict together. It is one model for all languages, of "
         "the size of one expert."
     )

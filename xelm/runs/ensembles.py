@@ -20,7 +20,7 @@ from xelm.models.checkpoint import inference_dtype, read_config, read_for_infere
 from xelm.models.shared import read_part
 from xelm.models.stored import root
 from xelm.models.vocabulary_rows import resized
-from xelm.runs.check import check_models
+from xelm.runs.check import check_models, is_mixture
 from xelm.runs.make_router import general_models, make_router, models_behind
 from xelm.runs.named import find_model
 from xelm.runs.run import Run
@@ -48,7 +48,9 @@ def open_ensemble(
     check_top_m(routing.top_m, len(experts))
     others = models_behind(run, routing)
     if every_model:
-        others |= general_models(run) | run.combined()
+        # Mixtures of experts have another shape, and are run alone.
+        of_one_shape = {n: path for n, path in run.combined().items() if not is_mixture(n)}
+        others |= general_models(run) | of_one_shape
     check_models(run, experts, others)
     paths = {expert.name: expert.directory(run.directory) for expert in experts} | others
     model = read_config(run.seed)

@@ -27,7 +27,7 @@ from xelm.inference.pool import check_windows
 from xelm.inference.vocabularies import InPieces, loader
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.vocabulary_rows import resized
-from xelm.runs.check import check_models
+from xelm.runs.check import check_models, is_mixture
 from xelm.runs.ensembles import check_top_m
 from xelm.runs.make_router import general_models, make_router, serving
 from xelm.runs.overlap import compare_with_training
@@ -72,6 +72,8 @@ def evaluate(
     sizes = {tag: ids.bytes[scored] for tag, ids in store.languages.items()}
     plan = _plan(run, experts, _documents(store, scored), options)
     measured = plan.measure()
+    for name in filter(is_mixture, run.combined()):
+        _measure_alone(run, name, plan, measured)
     for vocabulary in {one.key: one for one in _vocabularies(run, experts) if one}.values():
         spelled = in_vocabulary(run, store, contents, vocabulary.directory)
         _measure_in(run, experts, vocabulary, _documents(spelled, scored), plan, measured)
@@ -122,7 +124,26 @@ def _plan(
 def _checkpoints(run: Run, experts: Sequence[Expert]) -> dict[str, Path]:
     """Name and checkpoint of every model that is measured."""
     own = {expert.name: expert.directory(run.directory) for expert in experts}
-    return general_models(run) | own | run.combined()  # behind those that routers weigh
+    combined = {n: path for n, path in run.combined().items() if not is_mixture(n)}
+    return general_models(run) | own | combined  # behind those that routers weigh
+
+
+def _measure_alone(
+    run: Run, name: str, plan: MeasurementPlan, measured: dict[str, dict[System, Measurement]]
+) -> None:
+    """Adds the measurement of a model of another shape, on the documents of `plan`."""
+    path = run.combined()[name]
+    shape = read_config(path)
+    alone = replace(
+        plan,
+        model=shape,
+        models={name: partial(read_for_inference, path, shape)},
+        experts=(),
+        routers={},
+        languages={name: list(plan.documents)},
+    )
+    for tag, found in alone.measure().items():
+        measured[tag] |= found
 
 
 def _loaders(

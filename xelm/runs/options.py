@@ -1,5 +1,6 @@
 """Options of `init`, `train`, `grow` and `push`, as plain values. Imports nothing heavy."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class DistilOptions:
     top: int = 16
     """Number of the teacher's likeliest tokens at each position whose probabilities the student
     learns; all other tokens are one more outcome."""
-    teacher_share: float = 1.0
+    teacher_share: float = 0.5
     """Weight of the divergence from the teacher in the loss, from 0 to 1; the cross-entropy of the
     text has the rest."""
 
@@ -70,6 +71,28 @@ class DistilOptions:
             raise UserError(f"top must be at least 1; got {self.top}")
         if not 0 <= self.teacher_share <= 1:
             raise UserError(f"teacher_share must be between 0 and 1; got {self.teacher_share}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixOptions:
+    """How experts become one mixture of experts, and how that is trained."""
+
+    top: int = 2
+    """Number of the experts' feed-forwards that a token passes in each layer."""
+    tokens: int | None = None
+    """Tokens of the training. None: a twentieth of those of all experts together."""
+    train: Literal["router", "all"] = "all"
+    """What is trained: the routers alone, or all weights, as in the paper."""
+    balance: float = 0.01
+    """Weight of the loss that spreads the tokens over the experts; 0 leaves them to the router."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UserError(f"top must be at least 1; got {self.top}")
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(f"tokens must be at least 1; got {self.tokens}")
+        if not 0 <= self.balance < math.inf:
+            raise UserError(f"balance must be at least 0; got {self.balance}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from experts import manifest
 from experts.expert import SEED, Expert
 from experts.lock import locked, record
 from xelm.models.checkpoint import load_parameters, read_config
+from xelm.models.config import ModelConfig
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.check import check_models
 from xelm.runs.jobs import Job, command_of, dense_job, expert_job, made_elsewhere, part_of
@@ -60,9 +61,11 @@ def plans_of(
     return plans_of_jobs(run, jobs, estimate=estimate)
 
 
-def plans_of_jobs(run: Run, jobs: Sequence[Job], *, estimate: bool = True) -> list[Plan]:
-    """Cost of each job."""
-    model = read_config(run.seed)
+def plans_of_jobs(
+    run: Run, jobs: Sequence[Job], *, estimate: bool = True, model: ModelConfig | None = None
+) -> list[Plan]:
+    """Cost of each job. model: shape of the models; None: the seed's."""
+    model = model or read_config(run.seed)
     return [
         plan(run, j.name, j.part, j.text.sources, j.config, model, estimate=estimate) for j in jobs
     ]
@@ -191,8 +194,7 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
             if job.config.lora.rank is not None:
                 write_expert_adapter(run, job, found.parameters, hosts.is_first())
                 continue
-            same = model.vocabulary_size == read_config(run.seed).vocabulary_size
-            like = run.seed if same else job.parent
+            like = run.seed if model == read_config(run.seed) else job.parent
             write_model(
                 run, job.name, job.target, model, found.parameters, hosts.is_first(), like=like
             )

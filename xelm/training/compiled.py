@@ -70,6 +70,7 @@ def compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compil
         optimizer=_with_defaults(config.optimizer, _RATES),
         lora=config.lora,
         frozen_layers=config.frozen_layers,
+        mixture=config.mixture,
         runtime=_with_defaults(config.runtime, _LOGISTICS),
     )
     return _compile_steps(model, same, mesh)

@@ -212,7 +212,8 @@ def _taught(teacher, losses, hot, likely, first, size, across):
     total = top.sum(axis=-1, keepdims=True)
     # Rounded values may sum to more than 1; those of all tokens do sum to 1.
     top = top / (total if count == vocabulary else jnp.maximum(total, 1))
-    rest = jnp.zeros_like(total) if count == vocabulary else 1 - top.sum(axis=-1, keepdims=True)
+    rest = jnp.maximum(1 - top.sum(axis=-1, keepdims=True), 0)
+    rest = jnp.zeros_like(rest) if count == vocabulary else rest
     # Of the tokens on other devices, which are dropped, none may count from the end.
     places = teacher.ids - first
     places = jnp.where(places < 0, likely.shape[-1], places)

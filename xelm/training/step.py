@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
 
 from xelm.config import TrainConfig
 from xelm.models.adapters import chosen_targets
+from xelm.models.block import most_probable
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph
 from xelm.training.lookups import spread_lookup, states_at
@@ -170,7 +172,7 @@ class TrainStep:
         count = self.config.runtime.accumulation_steps
 
         def of(part):
-            found = self._predictions(state.parameters, state.fixed.frozen, part)
+            found = self._predictions(state.parameters, state.fixed.frozen, part)[:3]
             losses = token_losses(*found, spread=self.spread)
             weights = self._weights(part).astype(jnp.float32)
             return (losses * weights).sum(axis=1), weights.sum(axis=1)
@@ -180,7 +182,7 @@ class TrainStep:
         return jax.tree.map(jnp.ravel, jax.lax.map(of, parts))
 
     def _loss(self, parameters, frozen, part, total):
-        states, head, targets = self._predictions(parameters, frozen, part)
+        states, head, targets, unequal = self._predictions(parameters, frozen, part)
         weights = self._weights(part) / total
         # Adapters leave the head as it is.
         form = {"spread": self.spread, "frozen_head": self.config.lora.rank is not None}
@@ -188,10 +190,13 @@ class TrainStep:
             share = jnp.broadcast_to(part["teacher_share"][:, None], targets.shape)
             teacher = Teacher(part["teacher_ids"], part["teacher_log_probabilities"], share)
             return distillation(states, head, targets, weights, teacher, **form)
-        return cross_entropy(states, head, targets, weights, **form)
+        loss = cross_entropy(states, head, targets, weights, **form)
+        parts = self.config.runtime.accumulation_steps
+        return loss + self.config.mixture.balance * unequal / parts
 
     def _predictions(self, parameters, frozen, part):
-        """States from which the targets are predicted, the output head, and the targets."""
+        """States from which the targets are predicted, the output head, the targets, and how
+        unequally the experts of a mixture are used (`balance`; 0 for other models)."""
         dtype, lora = self.config.runtime.dtype, self.config.lora
         shape = graph(
             self.model,
@@ -205,13 +210,18 @@ class TrainStep:
         network = bind(shape, together(parameters, frozen))
         if self.model.causal:
             read = [part[name][:, :-1] for name in ("tokens", "positions", "segments")]
-            hidden, targets = network.hidden(*read), part["tokens"][:, 1:]
+            targets, unequal = part["tokens"][:, 1:], 0.0
+            if self.model.expert_count:
+                hidden, chances = network.routed(*read)
+                unequal = balance(chances, read[2] > 0, self.model.experts_per_token)
+            else:
+                hidden = network.hidden(*read)
         else:
             hidden = network.hidden(part["inputs"], part["positions"], part["segments"])
             # Few tokens are predicted, and vocabularies are large.
-            hidden = states_at(hidden, part["places"])
+            hidden, unequal = states_at(hidden, part["places"]), 0.0
             targets = jnp.take_along_axis(part["tokens"], part["places"], axis=1)
-        return *network.output(hidden), targets
+        return *network.output(hidden), targets, unequal
 
     def _weights(self, part):
         return target_weights(part["segments"]) if self.model.causal else part["chosen"]
@@ -220,6 +230,19 @@ class TrainStep:
 def target_weights(segments):
     """bool [..., T]: whether each next token is a target: of the same document, and no padding."""
     return (segments[..., 1:] == segments[..., :-1]) & (segments[..., 1:] > 0)
+
+
+def balance(
+    probabilities: Float[Array, "L B T E"], valid: Bool[Array, "B T"], per_token: int
+) -> Float[Array, ""]:
+    """How unequally the experts of a mixture are used: E sum_e f_e P_e, the mean over layers, with
+    the share f_e of the valid tokens that pass expert e, and its mean probability P_e there (Fedus
+    et al. 2022, arXiv 2101.03961, equation 4). It is `per_token` where all are used equally. Of the
+    probabilities, from the routers of L layers, those of `valid` positions count."""
+    shares = valid / jnp.maximum(valid.sum(), 1)
+    passed = most_probable(probabilities, per_token)
+    used, expected = (jnp.einsum("LBTE,BT->LE", each, shares) for each in (passed, probabilities))
+    return probabilities.shape[-1] * (used * expected).sum(axis=1).mean()
 
 
 def norm(tree: Any) -> jax.Array:

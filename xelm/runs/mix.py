@@ -1,0 +1,250 @@
+"""`xelm mix`: the experts of a RUN as one mixture of experts, a checkpoint of Mixtral's
+architecture (Branch-Train-MiX: Sukhbaatar et al. 2024, arXiv 2403.07816), with a short training.
+
+A mixture is a model for all languages, in RUN/mixes/NAME. It reads a text at the cost of a few
+feed-forwards a layer, whatever the number of experts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clustering.errors import UserError
+from clustering.files import read_json, write_json
+from experts.expert import Expert, is_name
+from experts.lock import locked
+from experts.manifest import MIXES, digest
+from xelm.config import MixtureConfig, TrainConfig
+from xelm.data.held_out import TrainingText
+from xelm.data.rows import batches
+from xelm.models.checkpoint import (
+    load_parameters,
+    read_config,
+    read_hub_config,
+    stored_dtype,
+    write_checkpoint,
+)
+from xelm.models.config import ModelConfig
+from xelm.models.families import hub_config
+from xelm.models.mixture import (
+    Moments,
+    discriminants,
+    mean_of,
+    mixed,
+    mixture_shape,
+    with_feedforward,
+)
+from xelm.models.parameters import compiled_by_model, graph
+from xelm.progress import bar
+from xelm.runs import train
+from xelm.runs.budget import Plan, announce, check_disk
+from xelm.runs.check import check_models
+from xelm.runs.combined import RECIPE, join
+from xelm.runs.ensembles import published
+from xelm.runs.jobs import Job, dense_job
+from xelm.runs.options import MixOptions
+from xelm.runs.run import Run
+from xelm.runs.shares import expert_text
+from xelm.settings import differences, to_json
+
+_FORMAT = 1
+_SHORT = 0.05
+"""Tokens of the training, as a share of those of all experts together."""
+_ROUTER_TOKENS = 2**15
+"""Tokens of each expert's text from which the routers are computed."""
+_RANDOM_SEED = 500
+"""Distance of the random seed from that of the experts, who have read the same text in its
+order."""
+_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """The parameters of checkpoints of one shape, each loaded when it is read."""
+
+    directories: Sequence[Path]
+    model: ModelConfig
+
+    def __len__(self) -> int:
+        return len(self.directories)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (load_parameters(directory, self.model) for directory in self.directories)
+
+
+def mix(run: Run, name: str, options: MixOptions | None = None) -> Path:
+    """Mixes all published experts into RUN/mixes/`name` and trains the mixture, or goes on where
+    that was interrupted; returns its checkpoint.
+
+    The training reads the text of the dense baseline in the same shares, with the same settings,
+    and keeps the best of its measurements on held-out text. UserError for experts whose
+    architecture Mixtral's cannot express, and for a mixture that exists, or began otherwise."""
+    options, place = options or MixOptions(), f"{MIXES}/{name}"
+    with locked(run.directory, f"train-{_check(run, place).name}"):
+        if place in run.combined():
+            raise UserError(f"{run.directory / place} exists already; nothing is overwritten")
+        experts = published(run)
+        job = _job(run, place, experts, options)
+        if not job.target.exists():
+            plan = _plan(run, job, experts, options)
+            announce([plan])
+            check_disk(run.directory, [plan])
+            _begin(run, job, experts, options)
+            _write_start(run, job, experts, options)
+            for error in train.train_checkpoints(run, [job]).values():
+                raise error
+        join(run, place, job.text.sources, _introduction(experts, options), "mix")
+    return job.target
+
+
+def plan_mix(run: Run, name: str, options: MixOptions | None = None) -> Plan:
+    """What `mix` would cost with these arguments; nothing is written."""
+    options, place, experts = options or MixOptions(), f"{MIXES}/{name}", published(run)
+    _check(run, place)
+    plan = _plan(run, _job(run, place, experts, options), experts, options)
+    check_disk(run.directory, [plan])
+    return plan
+
+
+def shape_of_mixture(run: Run, experts: Sequence[Expert], options: MixOptions) -> ModelConfig:
+    """The shape of the mixture of some experts; UserError if it cannot be."""
+    model, count = read_config(run.seed), len(experts)
+    if count < 2:
+        raise UserError(f"a mixture is made of two experts or more; {run.directory} has {count}")
+    if options.top > count:
+        raise UserError(f"top must be at most the {count} experts; got {options.top}")
+    for expert in experts:
+        if read_config(expert.directory(run.directory)) != model:
+            raise UserError(f"{expert.reference} is of another shape than the seed")
+    shape = mixture_shape(model, count, options.top)
+    try:
+        hub_config("mixtral", shape)
+    except UserError as error:
+        raise UserError(
+            f"the experts of {run.directory} are of an architecture that Mixtral's cannot express "
+            f"({error}); xelm merge and xelm distil make one model of them too"
+        ) from None
+    return shape
+
+
+def _check(run: Run, place: str) -> Path:
+    """The folder of a mixture's training; UserError for an impossible name."""
+    name = place.split("/", 1)[1]
+    if not is_name(name):
+        raise UserError(
+            f"{name!r} cannot name a mixture: use up to 100 letters a-z or A-Z, digits, '-', '_' "
+            "and '.', with no '-' or '.' in front"
+        )
+    return run.training(place)
+
+
+def _job(run: Run, place: str, experts: Sequence[Expert], options: MixOptions) -> Job:
+    shape_of_mixture(run, experts, options)
+    job = dense_job(run)
+    tokens = options.tokens or max(1, round(_SHORT * job.config.tokens))
+    config = replace(
+        job.config,
+        tokens=tokens,
+        random_seed=job.config.random_seed + _RANDOM_SEED,
+        mixture=MixtureConfig(trained=options.train, balance=options.balance),
+    )
+    return replace(
+        job,
+        name=place,
+        parent=run.training(place) / "start",
+        target=run.directory / place,
+        config=config,
+    )
+
+
+def _plan(run: Run, job: Job, experts: Sequence[Expert], options: MixOptions) -> Plan:
+    return train.plans_of_jobs(run, [job], model=shape_of_mixture(run, experts, options))[0]
+
+
+def _begin(run: Run, job: Job, experts: Sequence[Expert], options: MixOptions) -> None:
+    """Writes the recipe, or compares it with that of a mixture that has begun."""
+    path, shape = run.training(job.name) / RECIPE, shape_of_mixture(run, experts, options)
+    recipe = {
+        "format": _FORMAT,
+        "method": "mix",
+        "made_of": [expert.reference for expert in experts],
+        "records": {each.reference: digest(each, run.registry()) for each in experts},
+        **asdict(options),
+        "parameters": shape.parameter_count,
+        "active_parameters": shape.active_parameter_count,
+        "config": to_json(job.config),
+    }
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, recipe)
+    begun = read_json(path, _FORMAT)
+    others = [d for d in differences(begun, recipe) if not d.startswith("config.runtime.")]
+    if others:
+        raise UserError(
+            f"{job.name} was begun otherwise ({'; '.join(others[:3])}); go on as it began, or give "
+            f"it up with: xelm discard {run.directory} {job.name}"
+        )
+
+
+def _write_start(run: Run, job: Job, experts: Sequence[Expert], options: MixOptions) -> None:
+    """Writes the mixture before its training, if it is not there."""
+    if job.parent.exists():
+        return
+    check_models(run, experts)
+    model, shape = read_config(run.seed), shape_of_mixture(run, experts, options)
+    models = _Parameters([each.directory(run.directory) for each in experts], model)
+    mean, moments = mean_of(models), []
+    with bar(len(experts), "routers", "expert") as progress:
+        for expert, parameters in zip(experts, models):
+            alone = with_feedforward(mean, parameters)
+            moments.append(_moments(run, model, alone, expert_text(run, expert), job.config))
+            progress.update(1)
+    known = read_hub_config(run.seed)
+    special = {name: known[name] for name in _SPECIAL_IDS if known.get(name) is not None}
+    write_checkpoint(
+        job.parent,
+        shape,
+        mixed(mean, models, discriminants(moments)),
+        model_type="mixtral",
+        special_ids=special,
+        tokenizer=run.seed,
+        dtype=stored_dtype(run.seed),
+    )
+
+
+def _moments(
+    run: Run,
+    model: ModelConfig,
+    parameters: Mapping[str, Any],
+    text: TrainingText,
+    config: TrainConfig,
+) -> Moments:
+    """What the routers see of an expert's text, where all of it is routed to that expert."""
+    compiled = _observed(model, "float32")
+    size = (model.layer_count, model.width)
+    count, sums, products = 0, np.zeros(size), np.zeros((*size, model.width))
+    some = replace(config, tokens=_ROUTER_TOKENS)
+    for batch in batches(text.sources, some, run.tokenizer().text_format):
+        read = [batch[name][:, :-1] for name in ("tokens", "positions", "segments")]
+        first, second = compiled(parameters, *read)
+        count += int((read[2] > 0).sum())
+        sums, products = sums + np.asarray(first), products + np.asarray(second)
+    return Moments(count, sums, products)
+
+
+@compiled_by_model(graph)
+def _observed(network, tokens, positions, segments):
+    return network.feedforward_moments(tokens, positions, segments)
+
+
+def _introduction(experts: Sequence[Expert], options: MixOptions) -> str:
+    return (
+        f"A mixture of {len(experts)} cross-lingual experts (X-ELM, [Blevins et al. 2024]"
+        "(https://arxiv.org/abs/2401.10440)), made as in Branch-Train-MiX ([Sukhbaatar et al. 2024]"
+        f"(https://arxiv.org/abs/2403.07816)): their feed-forwards, of which each token passes "
+        f"{options.top} in each layer, and the mean of all their other weights. It is one model "
+        "for all languages."
+    )
