@@ -5,8 +5,8 @@ A mixture is a model for all languages, in RUN/mixes/NAME. It reads a text at th
 feed-forwards a layer, whatever the number of experts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,17 @@ order."""
 _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-@dataclass(frozen=True, slots=True)
-class _Parameters:
-    """The parameters of checkpoints of one shape, each loaded when it is read."""
+class _Parameters(Sequence):
+    """The parameters of checkpoints of one shape, each loaded when it is indexed."""
 
-    directories: Sequence[Path]
-    model: ModelConfig
+    def __init__(self, directories: Sequence[Path], model: ModelConfig):
+        self._directories, self._model = directories, model
 
     def __len__(self) -> int:
-        return len(self.directories)
+        return len(self._directories)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (load_parameters(directory, self.model) for directory in self.directories)
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        return load_parameters(self._directories[index], self._model)
 
 
 def mix(run: Run, name: str, options: MixOptions | None = None) -> Path:

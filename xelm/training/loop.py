@@ -104,7 +104,7 @@ def _trained(
     except UserError as error:
         return error
     parameters = compiled.master_weights(state.parameters, state.remainders)
-    if spec.config.frozen_layers is not None:
+    if spec.config.frozen_layers is not None or spec.config.mixture.trained == "router":
         start = spec.start(compiled.whole[number])
         parameters = compiled.completed[number](parameters, start)
     return Trained(

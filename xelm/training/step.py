@@ -184,8 +184,9 @@ class TrainStep:
     def _loss(self, parameters, frozen, part, total):
         states, head, targets, unequal = self._predictions(parameters, frozen, part)
         weights = self._weights(part) / total
-        # Adapters leave the head as it is.
-        form = {"spread": self.spread, "frozen_head": self.config.lora.rank is not None}
+        # Adapters and routers leave the head as it is.
+        router = self.config.mixture.trained == "router"
+        form = {"spread": self.spread, "frozen_head": router or self.config.lora.rank is not None}
         if "teacher_ids" in part:
             share = jnp.broadcast_to(part["teacher_share"][:, None], targets.shape)
             teacher = Teacher(part["teacher_ids"], part["teacher_log_probabilities"], share)

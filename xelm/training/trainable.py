@@ -27,6 +27,8 @@ class Fixed(NamedTuple):
 
 
 NOTHING_FIXED = Fixed({}, {})
+ROUTER = "blocks/router/weight"
+"""Path of the routers of a mixture of experts."""
 
 
 def frozen_layers(config: TrainConfig, layer_count: int) -> tuple[int, ...]:
@@ -51,7 +53,12 @@ def frozen_layers(config: TrainConfig, layer_count: int) -> tuple[int, ...]:
 
 
 def check_trainable(config: TrainConfig, model: ModelConfig) -> None:
-    """Raises UserError for adapters and frozen layers that this model cannot have."""
+    """Raises UserError for adapters and frozen layers that this model cannot have, and for the
+    training of routers that it lacks."""
+    if config.mixture.trained == "router" and not model.expert_count:
+        raise UserError(
+            "mixture.trained=router is for mixtures of experts; this model has no router"
+        )
     frozen_layers(config, model.layer_count)
     if config.lora.rank is not None:
         check_rank(config.lora.rank, chosen_targets(config.lora.targets, model), model)
@@ -65,7 +72,8 @@ def divide(
     With adapters, their factors are trained alone. The first is random, uniform within 1 over the
     square root of its inputs, and the second zero, so that the training starts from the very
     parameters. With frozen layers, "blocks" becomes several stacks of consecutive layers, by their
-    place, which are trained or frozen as a whole."""
+    place, which are trained or frozen as a whole. Of a mixture of experts, the routers may be
+    trained alone."""
     dtype = config.runtime.dtype
     if config.lora.rank is not None:
         trained = _new_factors(parameters, config, model, random_seed)
@@ -82,6 +90,14 @@ def divide(
             }
             (frozen if is_frozen else trained).update(part)
         trained, frozen = (unflatten_dict(part, sep="/") for part in (trained, frozen))
+        frozen = cast(frozen, dtype)
+    elif config.mixture.trained == "router":
+        flat = by_path(parameters)
+        parts = (
+            {path: leaf for path, leaf in flat.items() if (path == ROUTER) == wanted}
+            for wanted in (True, False)
+        )
+        trained, frozen = (unflatten_dict(part, sep="/") for part in parts)
         frozen = cast(frozen, dtype)
     else:
         trained, frozen = dict(parameters), {}
@@ -121,6 +137,8 @@ def completed(
     """The parameters that were trained, with all layers stacked, of which the frozen ones are those
     of `start`, the parameters that the training started from."""
     flat, before = by_path(trained), by_path(start)
+    if config.mixture.trained == "router":
+        return unflatten_dict({**before, **flat}, sep="/")
     found = {path: leaf for path, leaf in flat.items() if not stacked(path)}
     for path in before:
         if stacked(path):
