@@ -177,7 +177,7 @@ def test_a_model_that_no_fresh_config_describes_wants_one_to_be_like(tmp_path):
     model = load_model(saved(CONFIGS["bloom"], tmp_path / "hub").directory)
     with pytest.raises(UserError, match="such as the one it was loaded from, with like="):
         write_checkpoint(tmp_path / "out", model.config, parameters_of(model))
-    with pytest.raises(UserError, match="fresh models are made as llama, xglm; got bloom"):
+    with pytest.raises(UserError, match="fresh models are made as llama, mixtral, xglm; got bloom"):
         write_checkpoint(tmp_path / "out", model.config, parameters_of(model), model_type="bloom")
     assert not (tmp_path / "out").exists()
 
