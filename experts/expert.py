@@ -45,6 +45,7 @@ _OPTIONAL_JSON_TYPES = {
     "donor": str,
     "data": dict,
     "made": dict,
+    "removed": str,
     "vocabulary": dict,
     "stored": str,
     "joined": list,
@@ -124,6 +125,9 @@ class Expert:
     awaits: str | None = None
     """Name of the intermediate expert that it is to start from, until that is trained; None:
     `parent`."""
+    removed: str | None = None
+    """Time in UTC when it was removed with its files; its record stays, with little else, only as
+    long as other experts descend from it. None: it was not removed."""
     more: dict[str, Any] = field(default_factory=dict)
     """Further keys of its record in registry.json, kept as they are."""
 
@@ -164,6 +168,8 @@ class Expert:
             yield f"status must be one of {', '.join(get_args(Status))}; got {self.status!r}"
         if self.published_as is not None and not _REFERENCE.fullmatch(self.published_as):
             yield f"it was published as NAME@v1; got {self.published_as!r}"
+        if self.removed is not None and self.status != "retired":
+            yield f"it was removed and is {self.status}"
         if self.status == "published" and not self.sha256:
             yield "it is published without hashes"
         yield from hash_faults(self.sha256)
@@ -180,7 +186,10 @@ class Expert:
 
     @property
     def state(self) -> str:
-        """Status to be shown: "parent" for an intermediate expert that is trained."""
+        """Status to be shown: "parent" for an intermediate expert that is trained, "removed" for
+        what stays of a version that was removed."""
+        if self.removed is not None:
+            return "removed"
         return "parent" if self.intermediate and self.sha256 else self.status
 
     @property
@@ -195,6 +204,16 @@ class Expert:
         if self.cluster is not None:
             return ("train", *(self.corpora or ()))
         return self.languages if self.corpora is None else self.corpora
+
+    def stub(self, when: str) -> "Expert":
+        """The record of this version after it was removed: what its descendants need, and nothing
+        of its text, its settings and its evaluation. when: time in UTC."""
+        kept = ("name", "version", "parent", "round", "languages", "cluster", "path", "sha256")
+        more = ("tokens", "published_as", "replaces", "round_clusters")
+        facts = {key: getattr(self, key) for key in (*kept, *more)}
+        if not self.languages:
+            facts["documents"] = dict.fromkeys(self.documents or (), 0)
+        return Expert(**facts, status="retired", removed=when)
 
     def directory(self, run: Path | str) -> Path:
         """Directory of its checkpoint, which may not be there yet."""

@@ -118,8 +118,10 @@ def record(
 def _changes(before: Registry, after: Registry) -> dict[str, str | None]:
     """Reference -> status, of versions that were added or have another status; None for those that
     were removed."""
-    old = {expert.reference: expert.state for expert in before.experts}
-    new = {expert.reference: expert.state for expert in after.experts}
+    old, new = (
+        {e.reference: None if e.removed else e.state for e in registry.experts}
+        for registry in (before, after)
+    )
     changed = {name: status for name, status in new.items() if old.get(name) != status}
     return changed | {name: None for name in old if name not in new}
 

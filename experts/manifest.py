@@ -63,6 +63,16 @@ def record_expert(run: Path | str, expert: Expert) -> None:
         experts[expert.first_reference] = digest(expert, Registry.load(run))
 
 
+def forget_removed(run: Path | str) -> None:
+    """Drops the hashes of records that the registry does not have any more, or only as stubs of
+    experts that were removed."""
+    with _changed(Path(run)) as (_, experts):
+        # Versions in training are recorded before they are published.
+        known = {e.first_reference for e in Registry.load(run).experts if e.removed is None}
+        for reference in experts.keys() - known:
+            del experts[reference]
+
+
 def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> None:
     """Records hashes of files and folders of a RUN, named relative to it, as they are now.
 

@@ -129,7 +129,7 @@ class Registry:
 
     def retired(self) -> tuple[str, ...]:
         """Names of the experts that were published, and of which no version is in use."""
-        weighed = (e for e in self.experts if e.sha256 and not e.intermediate)
+        weighed = (e for e in self.experts if e.sha256 and e.removed is None and not e.intermediate)
         names = dict.fromkeys(expert.name for expert in weighed)
         return tuple(n for n in names if all(e.status == "retired" for e in self.versions(n)))
 
@@ -270,7 +270,7 @@ class Registry:
         expert = self.expert(name, version)
         if expert.status == "published":
             return self
-        if expert.intermediate:
+        if expert.intermediate or expert.removed is not None:
             raise UserError(_not_in_use(expert))
         if expert.status != "retired" or not expert.sha256:
             raise UserError(
@@ -300,6 +300,8 @@ class Registry:
         published in this version changes nothing. UserError if another version is published, or if
         there is no such version."""
         present = self.expert(name)
+        if present.removed is not None:
+            raise UserError(_not_in_use(present))
         if present.status == "published":
             if version in (None, present.version):
                 return self
@@ -321,12 +323,13 @@ class Registry:
     def last_in_use(self, name: str) -> Expert | None:
         """The version that was published when an expert was last retired; None if it is not
         known."""
-        weighed = [expert for expert in self.versions(name) if expert.sha256]
+        weighed = [e for e in self.versions(name) if e.sha256 and e.removed is None]
         if len(weighed) == 1:
             return weighed[0]
         events = [event for event in about(self.history, name) if event.action == "retire"]
         found = [parse_reference(reference)[1] for event in events for reference in event.experts]
-        return self.expert(name, found[-1]) if found else None
+        known = {expert.version: expert for expert in weighed}
+        return known.get(found[-1]) if found else None
 
     def rename(self, names: Mapping[str, str]) -> Self:
         """The registry with experts renamed, in all versions and as parents. Their directories keep
@@ -362,6 +365,42 @@ class Registry:
             known = _listed(self.versions(name))
             raise UserError(f"expert {name!r} is not in training; it has {known}")
         return replace(self, experts=tuple(e for e in self.experts if e not in unfinished))
+
+    def remove(self, name: str, when: str) -> Self:
+        """The registry without an expert, in all its versions. Of versions from which other experts
+        descend, or whose languages are a part of their rows, a stub stays until they are removed
+        too. when: time in UTC.
+
+        UserError if there is no such expert, or if a version of it is published."""
+        if any(expert.status == "published" for expert in self.versions(name)):
+            raise UserError(f"{name} is published; retire it first: xelm retire RUN {name}")
+        kept = set(self.needed(name))
+        experts = (
+            expert.stub(when) if expert.name == name and expert.removed is None else expert
+            for expert in self.experts
+            if expert.name != name or expert.reference in kept
+        )
+        left = replace(self, experts=tuple(experts))
+        for stub in {expert.name for expert in left.experts if expert.removed is not None} - {name}:
+            if not left.needed(stub):  # the last that descended from it is gone now
+                return left.remove(stub, when)
+        return left
+
+    def needed(self, name: str) -> dict[str, list[str]]:
+        """Versions of an expert from which other experts descend, or whose languages are a part of
+        their rows -> references of these experts."""
+        known = {expert.reference: expert for expert in self.experts}
+        found: dict[str, list[str]] = {}
+        for expert in self.experts:
+            if expert.name == name:
+                continue
+            for origin in (expert.parent, expert.donor):
+                while origin in known and origin != SEED:
+                    if known[origin].name == name:
+                        others = found.setdefault(origin, [])
+                        others += [expert.reference] * (expert.reference not in others)
+                    origin = known[origin].parent
+        return found
 
     def retire(self, name: str, version: int) -> Self:
         """The registry with a version retired. Its record, its hashes and its files stay."""
@@ -406,6 +445,8 @@ def _renamed(expert: Expert, names: Mapping[str, str]) -> Expert:
 
 def _not_in_use(expert: Expert) -> str:
     """Why an expert that was asked for cannot be used, and how it can be."""
+    if expert.removed is not None:
+        return f"{expert.reference} was removed on {expert.removed[:10]}"
     if expert.intermediate:
         return (
             f"{expert.reference} is the intermediate expert of a round of training; it is only the "

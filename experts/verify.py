@@ -72,16 +72,18 @@ def _records(run: Path, registry: Registry) -> list[Fault]:
             detail=f"the record of {expert.reference} changed after it was published",
         )
         for expert in registry.experts
-        if expert.sha256 and wanted.get(expert.first_reference) != manifest.digest(expert, registry)
+        if expert.sha256
+        and expert.removed is None
+        and wanted.get(expert.first_reference) != manifest.digest(expert, registry)
     ]
 
 
 def _unknown(run: Path, registry: Registry) -> list[Fault]:
     """Faults of files and folders in experts/ that belong to no version in the registry."""
     known = {Path(expert.path) for expert in registry.experts}
-    unfinished = [Path(e.path) for e in registry.experts if e.status == "training"]
-    # A version is written into such a folder before it is renamed.
-    known |= {path.with_name(f".{path.name}.partial") for path in unfinished}
+    others = [Path(e.path) for e in registry.experts if e.status != "published"]
+    # A version is written into such a folder before it is renamed, and deleted in one.
+    known |= {path.with_name(f".{path.name}.partial") for path in others}
     parents = {parent for path in known for parent in path.parents}
     found, folders = [], [Path("experts")] if (run / "experts").is_dir() else []
     while folders:

@@ -225,7 +225,7 @@ def test_a_push_is_whole_or_not_at_all(xelm, copy, hub):
     fails(xelm("push", run, "--to", "jane/other"), "has files that xelm did not push: model.safe")
     weights = run / "experts/en-es/v1/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    fails(xelm(*push), "en-es@v1 is not as it was published: changed: experts/en-es/v1/model.safe")
+    fails(xelm(*push), "en-es@v1: changed: experts/en-es/v1/model.safetensors: wanted sha256")
 
 
 def test_a_name_that_no_repository_has_is_refused(xelm, place, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from killing import killed_everywhere
 from shared import snapshot
 
+from clustering.files import write_json
 from experts import manifest
 from experts.expert import Expert
 from experts.registry import Registry
@@ -25,6 +26,8 @@ def registry_of(files: dict[str, bytes]) -> dict:
     value = json.loads(files["registry.json"])
     for event in value["history"]:
         del event["time"], event["command"]
+    for expert in value["experts"]:
+        expert["removed"] = expert["removed"] and "a time"
     return value
 
 
@@ -68,8 +71,9 @@ def finished(living, tmp_path_factory):
     return run
 
 
-def checked(template, folder, *command) -> Iterator[tuple[dict, dict]]:
-    """What was found right after each kill, and the files of the undisturbed run."""
+def checked(template, folder, *command, between=None) -> Iterator[tuple[dict, dict]]:
+    """What was found right after each kill, and the files of the undisturbed run. between: statuses
+    that differ from those before, in a state between before and after."""
     assert verify(template) == []
     before = {e.reference: e.status for e in Registry.load(template).experts}
     *killed, whole = killed_everywhere(template, folder, *command)
@@ -78,7 +82,8 @@ def checked(template, folder, *command) -> Iterator[tuple[dict, dict]]:
     assert len(killed) > 5  # the lock, and the replacement of a file, take as many
     for number, outcome in enumerate(killed):
         assert outcome["faults"] == [], (number, outcome)
-        assert outcome["statuses"] in (before, whole["statuses"]), (number, outcome)
+        known = (before, before | (between or {}), whole["statuses"])
+        assert outcome["statuses"] in known, (number, outcome)
         assert (outcome["again"], outcome["faults at last"]) == (0, []), (number, outcome)
         came = snapshot(folder / str(number))
         assert came.keys() == wanted.keys(), number
@@ -178,3 +183,38 @@ def test_branching(initialised, tiny, tmp_path):
         assert {n: came[n] for n in came if n != "registry.json"} == {
             n: wanted[n] for n in wanted if n != "registry.json"
         }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pt", "en-es"])
+def test_removing(name, finished, tmp_path):
+    """en-es has a child, for which a stub stays."""
+    run = tmp_path / "RUN"
+    shutil.copytree(finished, run)
+    for file in (f"train/{name}.log", f"train/{name}/metrics.jsonl", f"logs/experts/{name}/v1/x"):
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).write_text("its")
+    shutil.copytree(run / "corpus/train", run / "corpus/pt")
+    (run / "results").mkdir(exist_ok=True)
+    rows = [{"system": system, "nll": 1} for system in ("seed", "en-es", "pt")]
+    write_json(run / "results/results.json", {"format": 1, "rows": rows, "summaries": rows})
+    retired = {f"{name}@v{number}": "retired" for number in ((1,) if name == "pt" else (1, 2))}
+    command = ("remove", "RUN", name, "--yes")
+    seen = list(checked(run, tmp_path / "copies", *command, between=retired))
+    # Published, then retired, then gone.
+    states = {found["statuses"].get(f"{name}@v1", "gone") for found, _ in seen}
+    assert states == ({"published", "retired", "gone"} if name == "pt" else {"retired"})
+    _, wanted = seen[-1]
+    left = [file for file in wanted if name in file.split("/") or file.startswith(f"train/{name}")]
+    assert left == []
+    tables = json.loads(wanted["results/results.json"])
+    assert [row["system"] for row in tables["rows"]] == ["seed", *({"en-es", "pt"} - {name})]
+    records = {e["name"]: e for e in registry_of(wanted)["experts"]}
+    assert ("pt" in records, "en-es" in records) == (name == "en-es", True)
+    hashes = json.loads(wanted["hashes.json"])["experts"]
+    assert not [reference for reference in hashes if reference.startswith(f"{name}@")]
+    if name == "en-es":
+        assert records["en-es"]["removed"] and not records["en-es"]["data"]
+        assert not [
+            file for file in wanted if file.startswith(("corpus/train/en", "corpus/train/es"))
+        ]

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from xelm.runs.nearest import Relatives
     from xelm.runs.pull import Pulled
     from xelm.runs.push import Pushed
+    from xelm.runs.remove import Removal
     from xelm.runs.status import Progress
 
 
@@ -340,6 +341,19 @@ class Run(runs.Run):
         from xelm.runs.discard import discard
 
         return discard(self, name)
+
+    def remove(self, name: str) -> "Removal":
+        """Deletes an expert for good, with its text in the RUN and its other traces. Says what
+        remains elsewhere."""
+        from xelm.runs.remove import remove
+
+        return remove(self, name)
+
+    def plan_removal(self, name: str) -> "Removal":
+        """What `remove` would delete and what would remain; nothing changes."""
+        from xelm.runs.remove import plan_removal
+
+        return plan_removal(self, name)
 
     def export(self, name: str, out: str | Path) -> Path:
         """Copies the checkpoint of a model into the new directory `out`, and returns `out`. name:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from xelm.runs.compare import Comparison, ListedExpert
     from xelm.runs.nearest import Relatives
     from xelm.runs.push import Pushed
+    from xelm.runs.remove import Removal
     from xelm.runs.status import Progress
 
 _WIDTH = 15
@@ -245,6 +246,19 @@ def history(events: "Sequence[Event]") -> str:
         notes.append([f"  {key}: {value}" for key, value in others.items()])
     lines = zip(_table(rows).splitlines(), notes, strict=True)
     return "\n".join(line for first, more in lines for line in (first, *more))
+
+
+def removal(found: "Removal", *, done: bool) -> str:
+    """What was deleted of an expert, or would be, and what remains, one line each."""
+    if not found.versions:
+        return f"{found.name} was removed already"
+    verbs = (
+        ("removed", "deleted", "remains") if done else ("to remove", "to delete", "would remain")
+    )
+    lines = [f"{verbs[0]}: {', '.join(found.versions)}"]
+    for verb, some in zip(verbs[1:], (found.deleted, found.remains)):
+        lines += [f"{verb}:", *(f"  {line}" for line in some)]
+    return "\n".join(lines)
 
 
 def pushed(done: "Pushed") -> str:

@@ -48,6 +48,7 @@ COMMANDS = {
     "retire": lifecycle.RETIRE,
     "restore": lifecycle.RESTORE,
     "discard": maintenance.DISCARD,
+    "remove": lifecycle.REMOVE,
     "experts": lifecycle.EXPERTS,
     "diff": lifecycle.DIFF,
     "history": lifecycle.HISTORY,

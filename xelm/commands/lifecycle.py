@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import sys
 
+from clustering.errors import UserError
 from xelm.commands.options import Command, run_of, show
 
 
@@ -82,3 +84,41 @@ def _restore(options: argparse.Namespace) -> None:
 
 
 RESTORE = Command("publish a retired expert again", _restore, _restore_options)
+
+
+def _remove_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="expert to delete in all its versions")
+    parser.add_argument("--yes", action="store_true", help="delete it without asking")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list what would be deleted and what would remain"
+    )
+
+
+def _remove(options: argparse.Namespace) -> None:
+    from xelm import tables
+
+    run = run_of(options)
+    found = run.plan_removal(options.name)
+    if not options.dry_run:
+        if not options.yes and found.versions:
+            _confirm(options.name, tables.removal(found, done=False))
+        found = run.remove(options.name)
+    text = tables.removal(found, done=not options.dry_run)
+    show(options, dataclasses.asdict(found) | {"done": not options.dry_run}, text)
+
+
+def _confirm(name: str, plan: str) -> None:
+    """Asks on the terminal whether to go on; UserError unless the answer is the name."""
+    if not sys.stdin.isatty():
+        raise UserError(f"{name} is deleted for good; give --yes, or --dry-run to see what that is")
+    print(plan, file=sys.stderr)
+    print(f"Type {name} to delete it for good: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip() != name:
+        raise UserError(f"nothing was deleted: the answer was not {name}")
+
+
+REMOVE = Command(
+    "delete an expert for good, with its text and its other traces, and list what remains",
+    _remove,
+    _remove_options,
+)

@@ -4,10 +4,11 @@ Until it is finished, a store is a hidden folder beside its place. building.json
 how many documents are on disk; what the files contain beyond that is cut off on resuming.
 """
 
+import glob
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from clustering.files import flush, read_json, write_json
 from xelm.data.coverage import CoverageCounts
 from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, contained, copies
 from xelm.data.parts import no_documents
-from xelm.data.store import shuffled
+from xelm.data.store import FORMAT, shuffled
 from xelm.data.unusable import UnusableRecords
 
 # Seconds between records of the progress in building.json.
@@ -255,3 +256,24 @@ def _keep(path: Path, sizes: np.ndarray, kept: np.ndarray) -> None:
                 target.write(piece)
                 left -= len(piece)
     os.replace(partial, path)
+
+
+def drop_languages(directory: Path, languages: Collection[str]) -> list[str]:
+    """Deletes the text of some languages from a tokenised corpus, and returns those of which it
+    has or had files. If this is interrupted, the corpus is without them, and the next call deletes
+    what is left."""
+    path = directory / "store.json"
+    record = read_json(path, FORMAT)
+    parts = ("languages", "origins", "languages_wanted")
+    kept = dict(record)
+    for part in parts:
+        if isinstance(record.get(part), dict):
+            kept[part] = {tag: one for tag, one in record[part].items() if tag not in languages}
+        elif part in record:
+            kept[part] = [tag for tag in record[part] if tag not in languages]
+    if kept != record:
+        write_json(path, kept)
+    files = [file for tag in languages for file in directory.glob(f"{glob.escape(tag)}.*")]
+    for file in files:
+        file.unlink()
+    return [tag for tag in languages if any(file.name.startswith(f"{tag}.") for file in files)]

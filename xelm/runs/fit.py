@@ -321,11 +321,6 @@ def _fitted(
             print(f"{path} was changed since it was fitted; it is fitted again", file=sys.stderr)
         except UserError as error:
             print(f"{error}; it is fitted again", file=sys.stderr)
-    if not run.has_text:
-        raise UserError(
-            f"{run.directory} has no {name} router for its present experts, and no text to fit it "
-            "on; use --routing posterior"
-        )
     if not keep:
         return make()
     print(f"fitting {path}, once for these experts", file=sys.stderr, flush=True)

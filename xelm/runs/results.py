@@ -45,3 +45,27 @@ def write_results(run: Run, corpus: str, options: Mapping[str, Any], results: Re
                 print(f"results of other text or options are kept in {kept}", file=sys.stderr)
         write_json(path, record)
     return replace(results, record=record)
+
+
+def change_systems(run: Run, names: Mapping[str, str | None], *, change: bool = True) -> list[str]:
+    """Gives systems in all tables of evaluations of a RUN other names, and returns the names of the
+    files that have any of them. names: present -> new name; None removes the rows, and the file
+    says that it was measured with this expert. change: whether to write. The caller has the lock
+    "evaluate"."""
+    found = []
+    for path in sorted(run.results.glob("results*.json")):
+        with suppress(UserError):  # a damaged file has no names
+            record = read_json(path)
+            changed = dict(record)
+            for part in ("rows", "summaries"):
+                each = [row for row in record.get(part, ()) if isinstance(row, dict)]
+                named = [row | {"system": names.get(row["system"], row["system"])} for row in each]
+                changed[part] = [row for row in named if row["system"] is not None]
+            if all(changed[part] == record.get(part, []) for part in ("rows", "summaries")):
+                continue
+            found.append(path.name)
+            if gone := [name for name, new in names.items() if new is None]:
+                changed["removed"] = sorted({*record.get("removed", ()), *gone})
+            if change:
+                write_json(path, changed)
+    return found

@@ -30,12 +30,17 @@ _STYLE: dict[Any, Any] = {
     "savefig.pad_inches": 0.08,
 }
 
+PAGE = "report.html"
+"""Name of the page."""
+FIGURES = "figures"
+"""Folder of its figures, beside it."""
+
 
 def write_report(facts: Facts, directory: Path) -> Path:
     """Writes report.html and figures into a directory; returns the page's path."""
     found, drawn = pictures(facts), {}
     for name, picture in found.items():
-        path = directory / "figures" / f"{name}.svg"
+        path = directory / FIGURES / f"{name}.svg"
         if isinstance(picture, Missing):
             for ending in ("svg", "png", "csv"):  # of a report before the RUN changed
                 path.with_suffix(f".{ending}").unlink(missing_ok=True)
@@ -44,7 +49,7 @@ def write_report(facts: Facts, directory: Path) -> Path:
             for ending, content in made.items():
                 _write(path.with_suffix(f".{ending}"), content)
             drawn[name] = inline(made["svg"], name)
-    path = directory / "report.html"
+    path = directory / PAGE
     _write(path, _page(facts, found, drawn).encode())
     return path
 
