@@ -24,9 +24,9 @@ class Event:
     time: str
     """Time in UTC, to the second, such as 2026-11-30T08:00:00+00:00."""
     action: str
-    """What was done: branch, train, again (a further version is begun), grow, join (languages
+    """What was done: init, branch, train, again (a further version is begun), grow, join (languages
     join an expert), rounds, next round, adopt, compress, publish, rollback, retire, restore,
-    rename, discard, distil, mix."""
+    """What was done: init, rename, discard, distil, mix, remove, merge, push, pull."""
     experts: dict[str, str | None]
     """Reference 'NAME@vN' -> its status after the event; None for a record that was removed."""
     command: str

@@ -5,7 +5,7 @@ and leaves other files as they are; a pull reads what it lists and nothing else.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self, get_args
 
@@ -34,6 +34,8 @@ class Package:
     """File, relative to the repository -> hexadecimal SHA-256; of all files but xelm.json."""
     seed: Mapping[str, str]
     """Files of the seed -> hexadecimal SHA-256: of which seed all experts are."""
+    parent: Mapping[str, str] = field(default_factory=dict)
+    """Files of the model that an expert started from -> hexadecimal SHA-256; empty for a RUN."""
     expert: Expert | None = None
     """Record of the expert in the registry that it comes from; None for a RUN."""
 
@@ -50,7 +52,10 @@ class Package:
 
     def to_json(self) -> dict[str, Any]:
         """The content of xelm.json."""
-        of_expert = {} if self.expert is None else {"expert": self.expert.to_json()}
+        of_expert: dict[str, Any] = {}
+        if self.expert is not None:
+            parent = dict(sorted(self.parent.items()))
+            of_expert = {"expert": self.expert.to_json(), "parent": parent}
         files, seed = dict(sorted(self.files.items())), dict(sorted(self.seed.items()))
         facts = {"format": FORMAT, "kind": self.kind, "xelm": self.xelm, **of_expert}
         return facts | {"seed": seed, "files": files}
@@ -63,12 +68,14 @@ class Package:
         check_types(FILE_NAME, value, {"kind": str, "xelm": str, "files": dict, "seed": dict})
         for hashes in (value["files"], value["seed"]):
             check_types(FILE_NAME, hashes, dict.fromkeys(hashes, str))
-        expert = None
+        expert, parent = None, {}
         if value["kind"] == "expert":
-            check_types(FILE_NAME, value, {"expert": dict})
+            check_types(FILE_NAME, value, {"expert": dict, "parent": dict})
+            parent = value["parent"]
+            check_types(FILE_NAME, parent, dict.fromkeys(parent, str))
             expert = Expert.from_json(value["expert"], f"{FILE_NAME}: expert")
         kept = {key: value[key] for key in ("kind", "xelm", "files", "seed")}
-        return cls(**kept, expert=expert)
+        return cls(**kept, expert=expert, parent=parent)
 
 
 def is_unsafe(name: str) -> bool:

@@ -258,11 +258,16 @@ class Registry:
         """The registry with a retired version published again, and the present one retired.
 
         version: None takes the one that the present version replaced, which is not always the next
-        lower one: that may have been rolled back itself. Nothing is deleted, so the newer version
-        can come back in the same way. A version that is published already changes nothing.
-        UserError if there is no such version."""
+        lower one: that may have been rolled back itself. Directly after a rollback it changes
+        nothing, so that a command that was interrupted can be run again; to go further back, name
+        the version. Nothing is deleted, so the newer version can come back in the same way. A
+        version that is published already changes nothing. UserError if there is no such version."""
         if version is None:
             present = self.expert(name)
+            actions = [event.action for event in about(self.history, name)]
+            lasting = [action for action in actions if action not in ("push", "rename")]
+            if present.status == "published" and lasting[-1:] == ["rollback"]:
+                return self
             version = present.replaces if present.status == "published" else None
         if version is None:
             known = _listed(self.versions(name))

@@ -14,7 +14,7 @@ from experts.lock import update
 from xelm import EvaluationOptions, GrowOptions, InitOptions, Run, open_run, plan_init
 from xelm.commands import COMMANDS
 
-ON_NO_RUN = {"quickstart", "init", "cluster", "rename", "config", "pull"}
+ON_NO_RUN = {"quickstart", "init", "cluster", "rename", "config"}
 BY_THE_ENSEMBLE = {"generate", "fill", "serve"}
 
 

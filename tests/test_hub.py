@@ -8,13 +8,18 @@ from pathlib import Path
 
 import huggingface_hub
 import huggingface_hub.constants
+import numpy as np
 import pytest
 from hub_server import serving
+from safetensors.numpy import load, load_file, save_file
 from shared import snapshot
 
-from experts import package
+from clustering.files import sha256
+from experts import manifest, package
+from experts.grow import grow
 from experts.registry import Registry
-from experts.verify import verify
+from experts.verify import hash_directory, verify
+from xelm.models.stored import write_base
 
 # Of the library's HTTP client, in another thread.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")
@@ -315,3 +320,69 @@ def test_a_host_that_does_not_answer_is_named(xelm, place, tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     huggingface_hub.close_session()
     fails(xelm("pull", "jane/all", tmp_path / "x"), "HF_HUB_OFFLINE is set")
+
+
+@pytest.mark.slow
+def test_an_expert_from_the_hub_joins_a_run(xelm, copy, hub, tiny, tmp_path):
+    run, theirs = copy.directory, tmp_path / "theirs"
+    shutil.copytree(tiny.directory, theirs)
+    shutil.copytree(theirs / "experts/en-es/v1", theirs / "experts/pt/v1")
+    registry = grow(Registry.load(theirs), "pt", "en-es")
+    weights = theirs / "experts/pt/v1/model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] *= np.float32(1.001)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    registry.publish("pt", 1, sha256=hash_directory(theirs / "experts/pt/v1"), tokens=9).save(
+        theirs
+    )
+    assert xelm("push", theirs, "pt", "--to", "jane/pt").code == 0
+    before = snapshot(run)
+    joined = xelm("pull", "jane/pt", "--into", run, "--corpus", tiny.corpus, "--json")
+    assert joined.json() == {"published": "pt@v1"}
+    expert = Registry.load(run).expert("pt")
+    assert (expert.status, expert.parent, expert.languages) == ("published", "en-es@v1", ("pt",))
+    assert expert.made["from"] == "jane/pt"
+    assert expert.made["sha256"] == {"model.safetensors": sha256(weights)}
+    assert verify(run) == []
+    after = snapshot(run)
+    kept = [name for name in before if name.startswith(("experts/", "seed/", "dense/"))]
+    assert kept and all(after[name] == before[name] for name in kept)
+    assert not list(run.glob(".pulled*"))
+    registered = (run / "registry.json").read_bytes()
+    assert xelm("pull", "jane/pt", "--into", run).out == "published: pt@v1\n"
+    assert (run / "registry.json").read_bytes() == registered
+    files = dict(hub.repo("jane/pt").head())
+    value = json.loads(files["xelm.json"])
+    value["seed"]["model.safetensors"] = "0" * 64
+    hub.repo("jane/pt").add("main", files | {"xelm.json": json.dumps(value).encode()})
+    fails(xelm("pull", "jane/pt", "--into", run), "jane/pt is an expert of another seed than that")
+    fails(xelm("pull", "jane/pt"), "give a new directory for a whole RUN, or --into RUN")
+    xelm("push", run, "--to", "jane/all")
+    fails(xelm("pull", "jane/all", "--into", run), "jane/all is a whole RUN; pull it with: xelm pu")
+
+
+def test_an_expert_that_is_stored_as_differences_is_pushed_whole(xelm, copy, hub):
+    run = copy.directory
+    folder = run / "experts/pt/v1"
+    folder.mkdir(parents=True)
+    tensors = load_file(run / "experts/en-es/v1/model.safetensors")
+    changed = {"model.norm.weight": tensors["model.norm.weight"] * np.float32(1.5)}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    write_base(folder, folder, run / "experts/en-es/v1")
+    (folder / "README.md").write_text("card")
+    registry = grow(Registry.load(run), "pt", "en-es")
+    registry = registry.publish("pt", 1, sha256=hash_directory(folder), tokens=9)
+    registry.save(run)
+    manifest.record_expert(run, registry.expert("pt"))
+    assert verify(run) == []
+    assert xelm("push", run, "pt", "--to", "jane/pt").code == 0
+    there = hub.repo("jane/pt").head()
+    assert {"config.json", "tokenizer.json", "README.md"} < set(there) and "base.json" not in there
+    pushed = load(there["model.safetensors"])
+    assert set(pushed) == set(tensors)
+    wanted = tensors | changed
+    assert all(np.array_equal(pushed[name], wanted[name]) for name in wanted)
+    # With the whole RUN goes what it differs from, even when that is out of use.
+    xelm("retire", run, "en-es")
+    files = xelm("push", run, "--to", "jane/all", "--dry-run", "--json").json()["files"]
+    assert {"experts/en-es/v1/model.safetensors", "experts/pt/v1/base.json"} < set(files)

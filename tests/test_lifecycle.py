@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from clustering.errors import UserError
+from clustering.files import write_json
 from experts import manifest
 from experts.branch import branch
 from experts.expert import Expert
@@ -223,6 +224,16 @@ def test_commands_retire_restore_and_rename(xelm, grown):
     assert names == ["de-fr", "en-es", "portuguese"]
 
 
+def test_rows_of_evaluations_are_renamed(xelm, grown):
+    rows = [{"system": system, "nll": 1.0} for system in ("seed", "pt", "en-es")]
+    write_json(grown / "results/results.json", {"format": 1, "rows": rows, "summaries": rows})
+    for _ in range(2):  # the second call finds it done
+        xelm("rename", grown, "pt=portuguese")
+        tables = json.loads((grown / "results/results.json").read_text())
+        assert [row["system"] for row in tables["rows"]] == ["seed", "portuguese", "en-es"]
+        assert tables["summaries"] == tables["rows"] and "removed" not in tables
+
+
 def test_history_is_printed(xelm, grown, monkeypatch):
     monkeypatch.setattr("sys.argv", ["xelm", "..."])
     xelm("retire", grown, "pt")
@@ -230,6 +241,10 @@ def test_history_is_printed(xelm, grown, monkeypatch):
     trained = open_run(grown).history("en-es")
     assert [event.action for event in trained] == ["branch", "train", "publish"]
     assert trained[-1].experts == {"en-es@v1": "published"}
+    whole = open_run(grown).history()
+    assert [event.action for event in whole][:2] == ["init", "branch"]
+    dense = [event for event in whole if event.facts.get("model") == "dense"]
+    assert [event.action for event in dense] == ["train"]
     lines = xelm("history", grown, "portuguese").out.splitlines()
     assert lines[0].split() == ["time", "(UTC)", "action", "experts", "command"]
     assert [re.split(r"\s{2,}", line)[1:] for line in lines[1:]] == [

@@ -4,6 +4,7 @@ import pytest
 
 from clustering.errors import UserError
 from experts.expert import Expert
+from experts.lock import record, update
 from experts.registry import Registry
 
 
@@ -76,3 +77,22 @@ def test_where_no_version_is_in_use_one_has_to_be_named():
     with pytest.raises(UserError, match=r"no version to go back to; it has v1 \(retired\), v2"):
         unused.rollback("a")
     assert unused.rollback("a", 3) == _with_versions(3)
+
+
+def test_a_rollback_that_is_run_again_goes_no_further(tmp_path):
+    _with_versions(3).save(tmp_path)
+
+    def rolled(version=None):
+        after = update(tmp_path, lambda r: r.rollback("a", version), "rollback")
+        return after.expert("a").version
+
+    assert [rolled(), rolled(), rolled()] == [2, 2, 2]
+    registry = Registry.load(tmp_path)
+    assert [event.action for event in registry.history] == ["rollback"]
+    # What is pushed or renamed in between changes no version.
+    record(tmp_path, "push", ["a@v2"], {"to": "jane/a", "commit": "0"})
+    assert rolled() == 2
+    assert rolled(1) == 1
+    # A version that was published since then can be rolled back.
+    update(tmp_path, lambda r: r.rollback("a", 3), "publish")
+    assert rolled() == 2

@@ -449,6 +449,16 @@ class Run(runs.Run):
 
         return plan_push(self, to, name, options)
 
+    def pull(
+        self, name: str, corpus: "AnyCorpus | None" = None, revision: str | None = None
+    ) -> "Expert":
+        """Makes an expert of the RUN from the repository `name`, OWNER/REPO, of the Hugging Face
+        Hub; no other expert changes. Arguments as in `xelm.runs.pull.pull_into`. (`xelm.pull`
+        downloads a whole RUN.)"""
+        from xelm.runs.pull import pull_into
+
+        return pull_into(self, name, corpus, revision)
+
 
 def open_run(directory: str | Path, *, settings: Sequence[str] = ()) -> Run:
     """The RUN in a directory; UserError if there is none, or an unfinished one. settings: such as

@@ -4,7 +4,16 @@ import argparse
 import dataclasses
 from typing import Any
 
-from xelm.commands.options import Command, add_fields, given_fields, run_of, show
+from clustering.errors import UserError
+from xelm.commands.options import (
+    Command,
+    add_corpus,
+    add_fields,
+    corpus_of,
+    given_fields,
+    run_of,
+    show,
+)
 from xelm.runs.options import PushOptions
 
 
@@ -38,15 +47,25 @@ PUSH = Command(
 
 def _pull_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="OWNER/REPO", help="repository that xelm push wrote")
-    parser.add_argument("out", metavar="DIR", help="new directory for the RUN")
+    parser.add_argument("out", metavar="DIR", nargs="?", help="new directory for a whole RUN")
+    parser.add_argument("--into", metavar="RUN", help="RUN that a single expert joins")
+    add_corpus(parser, "with --into: text in the languages of the expert (default: the RUN's)")
     parser.add_argument(
         "--revision", metavar="R", help="branch, tag or commit to read (default: main)"
     )
 
 
 def _pull(options: argparse.Namespace) -> None:
-    from xelm.api import pull
+    from xelm.api import open_run, pull
 
+    if (options.out is None) == (options.into is None):
+        raise UserError("give a new directory for a whole RUN, or --into RUN for a single expert")
+    if options.into is not None:
+        expert = open_run(options.into).pull(options.name, corpus_of(options), options.revision)
+        show(options, {"published": expert.reference}, f"{expert.status}: {expert.reference}")
+        return
+    if corpus_of(options) is not None:
+        raise UserError("--corpus goes with --into")
     done = pull(options.name, options.out, options.revision)
     facts: dict[str, Any] = dataclasses.asdict(done) | {"directory": str(done.directory)}
     text = (
@@ -57,7 +76,7 @@ def _pull(options: argparse.Namespace) -> None:
 
 
 PULL = Command(
-    "read a whole RUN from the Hugging Face Hub into a new directory",
+    "read a whole RUN from the Hugging Face Hub, or an expert that joins a RUN",
     _pull,
     _pull_options,
     on_run=False,

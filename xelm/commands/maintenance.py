@@ -92,13 +92,19 @@ def _rollback_options(parser: argparse.ArgumentParser) -> None:
         "--version",
         type=int,
         metavar="N",
-        help="version to publish (default: the one before the version in use)",
+        help="version to publish (default: the one before the version in use; directly after a "
+        "rollback, none)",
     )
 
 
 def _rollback(options: argparse.Namespace) -> None:
-    published = run_of(options).rollback(options.name, options.version).reference
-    show(options, {"published": published}, f"published: {published}")
+    run = run_of(options)
+    before = run.registry().expert(options.name).reference
+    published = run.rollback(options.name, options.version).reference
+    text = f"published: {published}"
+    if published == before and options.version is None:
+        text += ", as after the last rollback; to go further back, give --version N"
+    show(options, {"published": published}, text)
 
 
 ROLLBACK = Command("publish an earlier version of an expert again", _rollback, _rollback_options)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clustering.errors import UserError
-from clustering.files import flush, read_json, write_json
+from clustering.files import flush, read_json, remove_unfinished, write_json
 from xelm.data.coverage import CoverageCounts
 from xelm.data.duplicates import HASH_WORDS, SIGNATURE_SIZE, contained, copies
 from xelm.data.parts import no_documents
@@ -263,6 +263,7 @@ def drop_languages(directory: Path, languages: Collection[str]) -> list[str]:
     has or had files. If this is interrupted, the corpus is without them, and the next call deletes
     what is left."""
     path = directory / "store.json"
+    remove_unfinished(path)
     record = read_json(path, FORMAT)
     parts = ("languages", "origins", "languages_wanted")
     kept = dict(record)

@@ -80,6 +80,8 @@ def adopt(
     languages: Sequence[str] = (),
     corpus: AnyCorpus | None = None,
     options: AdoptOptions | None = None,
+    *,
+    origin: str | None = None,
 ) -> Expert:
     """Makes an expert of a checkpoint that was trained elsewhere, and publishes it if it passes the
     gate; no other expert changes.
@@ -89,13 +91,14 @@ def adopt(
     languages: those that the expert serves; none for the next version of an expert, which is named
     in `options`. corpus: text in these languages, by which routers find the expert, and of which a
     part is held out to compare it with its parent; None: that of the RUN, as far as it has any.
-    UserError names everything that is wrong with the checkpoint, and nothing is changed then. An
-    expert that does not pass the gate stays in training, as in `publish`.
+    origin: where the record says that the checkpoint is from; None: its directory. UserError names
+    everything that is wrong with the checkpoint, and nothing is changed then. An expert that does
+    not pass the gate stays in training, as in `publish`.
     """
     source, options = Path(checkpoint), options or AdoptOptions()
     name = _name(languages, options)
     with locked(run.directory, f"train-{name}"):
-        found = _prepared(run, source, languages, corpus, options, run)
+        found = _prepared(run, source, languages, corpus, options, run, origin)
         expert = found.expert
         for what, line in found.checks.items():
             print(f"{what}: {line}", file=sys.stderr)
@@ -161,6 +164,7 @@ def _prepared(
     corpus: AnyCorpus | None,
     options: AdoptOptions,
     place: Run,
+    origin: str | None = None,
 ) -> _Prepared:
     """Everything that is checked before an adoption begins; text is tokenised in `place`."""
     registry, name = run.registry(), _name(languages, options)
@@ -172,7 +176,7 @@ def _prepared(
         parent, why = _parent_of(run, registry, source, options.parent)
     made = {
         "by": "adopt",
-        "from": str(source),
+        "from": origin or str(source),
         "sha256": {file: sha256(source / file) for file in files_of(source)},
         "dtype": " ".join(dtypes_of(source)),
     }
@@ -383,7 +387,7 @@ def _text(
         store = tokenise(place, contents, name, workers=options.workers, older=older)
         check_language(run, store)
         return store, (name,)
-    known = [tag for tag in tags if tag in run.store().languages]
+    known = [tag for tag in tags if run.has_text and tag in run.store().languages]
     corpora = ("train",) if known else ()
     store = None
     if (missing := [tag for tag in tags if tag not in known]) and (own := _own_corpus(run)):

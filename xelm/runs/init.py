@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from clustering.clustering import Clustering
 from clustering.errors import UserError
 from experts import manifest
+from experts.history import event_of_now
 from experts.lock import locked
 from experts.registry import Registry
 from experts.verify import hash_directory
@@ -67,7 +68,9 @@ def init(
         fit_vectoriser(run, store)
         manifest.record(run.directory, ["run.json", "vectoriser.npz"])
         if not (run.directory / "registry.json").exists():
-            Registry(seed_path="seed", seed_sha256=hash_directory(run.seed)).save(run.directory)
+            made = event_of_now("init", {})
+            hashes = hash_directory(run.seed)
+            Registry(seed_path="seed", seed_sha256=hashes, history=(made,)).save(run.directory)
     if clusters is not None:
         branch(run, clusters)
     return run

@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from clustering.errors import UserError
+from experts import lock
 from experts import merge as files
 from experts.expert import Expert, is_name, is_reference, parse_reference
-from experts.lock import locked
 from experts.manifest import MERGES, record
 from experts.merge_methods import METHODS, MergeOptions
 from xelm.data.rows import sampling_shares
@@ -131,13 +131,14 @@ def _write(
     assert name is not None
     place = _place(name)
     path = run.directory / place
-    with locked(run.directory, f"merge-{name}"):
+    with lock.locked(run.directory, f"merge-{name}"):
         if place in run.combined():
             raise UserError(f"{path} exists already; nothing is overwritten")
         if (path / files.RECORD).exists():  # of a merge that was interrupted
             shutil.rmtree(path)
         files.merge(sources, path, options, weights=numbers, base=start, facts=facts)
         record(run.directory, [place], again=True)
+        lock.record(run.directory, "merge", (), {"model": place, "of": given})
     return _merged(path)
 
 

@@ -14,12 +14,17 @@ from tempfile import TemporaryDirectory
 from clustering.errors import UserError
 from clustering.files import flush, sha256
 from experts import package
+from experts.expert import SEED, Expert
 from experts.lock import FOLDER as LOCKS
 from experts.lock import locked, record
 from experts.package import Package
 from experts.verify import verify
+from xelm.data.corpus import AnyCorpus
+from xelm.models.foreign import files_of
+from xelm.runs.adopt import adopt
 from xelm.runs.hub import MAIN, Commit, Repository
-from xelm.runs.run import open_run
+from xelm.runs.options import AdoptOptions
+from xelm.runs.run import Run, open_run
 
 # The library's notes of what is downloaded already, in the folder that it downloads to.
 _NOTES = ".cache"
@@ -70,6 +75,41 @@ def pull(name: str, directory: str | Path, revision: str | None = None) -> Pulle
         bytes=sum(commit.files[file].size for file in packed.files),
         experts=tuple(experts),
     )
+
+
+def pull_into(
+    run: Run, name: str, corpus: AnyCorpus | None = None, revision: str | None = None
+) -> Expert:
+    """Makes an expert of a RUN, or the next version of one, from a repository with one, if it
+    passes the gate; no other expert changes.
+
+    name: OWNER/REPO, to which `push` wrote an expert of a RUN with the same seed. corpus: text in
+    its languages, as in `adopt`. An expert that is there already changes nothing. UserError as
+    `pull` and `adopt` raise it, and for an expert of another seed."""
+    repository = Repository(name=name, revision=revision or MAIN)
+    registry = run.registry()
+    place = run.directory / f"pulled-{repository.name.replace('/', '--')}"
+    with downloaded(repository, place, "expert") as (folder, _, packed):
+        expert = packed.expert
+        assert expert is not None
+        if packed.seed != registry.seed_sha256:
+            raise UserError(
+                f"{repository} is an expert of another seed than that of {run.directory}; a model "
+                "of the same shape and vocabulary can join it by: hf download, then xelm adopt"
+            )
+        weights = {file: packed.files[file] for file in files_of(folder)}
+        for known in registry.experts:
+            # One that joined the RUN in this way may be stored as differences.
+            of = (known.made or {}).get("sha256", known.sha256)
+            if weights.items() <= of.items() and known.sha256:
+                return known
+        named = any(known.name == expert.name for known in registry.experts)
+        parent = next(
+            (e.reference for e in registry.experts if e.sha256 and e.sha256 == packed.parent), SEED
+        )
+        options = AdoptOptions(name=expert.name, parent=parent)
+        languages = () if named else expert.languages
+        return adopt(run, folder, languages, corpus, options, origin=str(repository))
 
 
 @contextmanager

@@ -6,22 +6,27 @@ those here afterwards. The tokenised text, unfinished trainings, logs and locks 
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from clustering.errors import UserError
 from clustering.files import sha256
 from clustering.hub_files import LICENCES
 from experts import manifest, package
+from experts.expert import SEED, parse_reference
 from experts.lock import record
 from experts.package import Package
 from experts.registry import FILE_NAME as REGISTRY
 from experts.registry import Registry
 from experts.run_card import run_card
-from experts.verify import verify
+from experts.verify import hash_directory, verify
 from xelm.inference.routing import Routing
-from xelm.models.checkpoint import README, read_config
+from xelm.models.checkpoint import README, read_config, write_whole
+from xelm.models.foreign import is_adapter
+from xelm.models.stored import base_of, chain
 from xelm.runs.hub import Commit, Repository, require_token
 from xelm.runs.make_router import OR_MIXTURE, make_router
 from xelm.runs.named import find_model
@@ -66,7 +71,24 @@ def push(run: Run, to: str, name: str | None = None, options: PushOptions | None
     require_token()
     if name is None:
         _fit_routers(run)
-    files, packed = _files(run, to, name)
+    with TemporaryDirectory() as scratch:
+        files, packed = _files(run, to, name, Path(scratch))
+        return _write(run, repository, options, files, packed)
+
+
+def plan_push(
+    run: Run, to: str, name: str | None = None, options: PushOptions | None = None
+) -> Pushed:
+    """What `push` would write with these arguments, but for routers that are to be fitted; reaches
+    no host, and changes nothing."""
+    repository = Repository(name=to, revision=(options or PushOptions()).revision)
+    with TemporaryDirectory() as scratch:
+        return _pushed(repository, _files(run, to, name, Path(scratch))[0])
+
+
+def _write(
+    run: Run, repository: Repository, options: PushOptions, files: Files, packed: Package
+) -> Pushed:
     before = repository.commit()
     if before is None:
         repository.create(private=options.private)
@@ -75,8 +97,8 @@ def push(run: Run, to: str, name: str | None = None, options: PushOptions | None
             raise UserError(f"{repository} was made and cannot be read; check the token's rights")
     if options.private and not before.private:
         raise UserError(
-            f"{to} is there and public; make it private on {repository.url}/settings, or push "
-            "without --private"
+            f"{repository.name} is there and public; make it private on {repository.url}/settings, "
+            "or push without --private"
         )
     theirs = _compatible(repository, before, packed)
     new = {f: files[f] for f in sorted(files) if _differs(before, f, files[f], packed)}
@@ -95,35 +117,39 @@ def push(run: Run, to: str, name: str | None = None, options: PushOptions | None
     return replace(planned, uploaded=tuple(new), deleted=tuple(gone), commit=commit)
 
 
-def plan_push(
-    run: Run, to: str, name: str | None = None, options: PushOptions | None = None
-) -> Pushed:
-    """What `push` would write with these arguments, but for routers that are to be fitted; reaches
-    no host, and changes nothing."""
-    repository = Repository(name=to, revision=(options or PushOptions()).revision)
-    return _pushed(repository, _files(run, to, name)[0])
-
-
 def _pushed(repository: Repository, files: Files) -> Pushed:
     sizes = {name: _size(files[name]) for name in sorted(files)}
     return Pushed(repository=str(repository), url=repository.url, files=sizes)
 
 
-def _files(run: Run, to: str, name: str | None) -> tuple[Files, Package]:
-    return _of_run(run, to) if name is None else _of_expert(run, name)
+def _files(run: Run, to: str, name: str | None, scratch: Path) -> tuple[Files, Package]:
+    """The files of a repository, and what its xelm.json says of them. scratch: an empty folder for
+    files that are made now."""
+    return _of_run(run, to) if name is None else _of_expert(run, name, scratch)
 
 
-def _of_expert(run: Run, name: str) -> tuple[Files, Package]:
-    """The files of an expert's repository: its checkpoint, and xelm.json."""
+def _of_expert(run: Run, name: str, scratch: Path) -> tuple[Files, Package]:
+    """The files of an expert's repository: its checkpoint or adapter, and xelm.json."""
     directory, expert = find_model(run, name)
     if expert is None:
         raise UserError(f"experts and whole RUNs are pushed; got {name}, which xelm export copies")
-    files: dict[str, Path | bytes] = {file: directory / file for file in expert.sha256}
+    hashes, registry = expert.sha256, run.registry()
+    if base_of(directory) is not None and not is_adapter(directory):
+        # What differs from another checkpoint is of no use without that.
+        write_whole(directory, scratch / "whole")
+        shutil.copyfile(directory / README, scratch / "whole" / README)
+        directory = scratch / "whole"
+        hashes = hash_directory(directory)
+    parent = registry.seed_sha256
+    if expert.parent != SEED:
+        parent = registry.expert(*parse_reference(expert.parent)).sha256
+    files: dict[str, Path | bytes] = {file: directory / file for file in hashes}
     packed = Package(
         kind="expert",
         xelm=__version__,
-        files=expert.sha256,
-        seed=run.registry().seed_sha256,
+        files=hashes,
+        seed=registry.seed_sha256,
+        parent=parent,
         expert=expert,
     )
     return files | {package.FILE_NAME: _bytes(packed.to_json())}, packed
@@ -131,7 +157,8 @@ def _of_expert(run: Run, name: str) -> tuple[Files, Package]:
 
 def _of_run(run: Run, to: str) -> tuple[Files, Package]:
     """The files of a whole RUN's repository: what `verify` compares, but for the versions of
-    experts that are not in use; the tables of evaluations; a card; and xelm.json."""
+    experts that are neither in use nor the base of one that is; the tables of evaluations; a card;
+    and xelm.json."""
     if faults := verify(run.directory):
         raise UserError(f"{run.directory} is damaged: {faults[0]}")
     # In this order: a version is recorded in the manifest before it is in the registry.
@@ -143,7 +170,12 @@ def _of_run(run: Run, to: str) -> tuple[Files, Package]:
         if not manifest.is_given_up(run.directory, file)
     }
     folders = {registry.seed_path: registry.seed_sha256}
-    folders |= {expert.path: expert.sha256 for expert in registry.published()}
+    # The weights of some are stored as differences from others, which may be out of use.
+    places = {expert.directory(run.directory).absolute(): expert for expert in registry.experts}
+    for expert in registry.published():
+        for directory in chain(expert.directory(run.directory)):
+            if (found := places.get(directory.absolute())) is not None:
+                folders[found.path] = found.sha256
     for folder, inside in folders.items():
         hashes |= {f"{folder}/{file}": digest for file, digest in inside.items()}
     files: dict[str, Path | bytes] = {file: run.directory / file for file in hashes}

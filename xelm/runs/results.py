@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from clustering.errors import UserError
-from clustering.files import read_json, sha256, write_json
+from clustering.files import read_json, remove_unfinished, sha256, write_json
 from experts.lock import locked
 from xelm.evaluation.results import Results
 from xelm.runs.run import Run
@@ -54,6 +54,8 @@ def change_systems(run: Run, names: Mapping[str, str | None], *, change: bool = 
     "evaluate"."""
     found = []
     for path in sorted(run.results.glob("results*.json")):
+        if change:
+            remove_unfinished(path)
         with suppress(UserError):  # a damaged file has no names
             record = read_json(path)
             changed = dict(record)

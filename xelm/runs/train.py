@@ -108,6 +108,13 @@ def _record_beginning(run: Run, experts: Sequence[Expert]) -> None:
         record(run.directory, "train", begun)
 
 
+def _record_dense(run: Run) -> None:
+    """Records in the history that the dense baseline was trained, unless it says so."""
+    facts = {"model": run.dense.name}
+    if all(event.facts != facts for event in run.registry().history):
+        record(run.directory, "train", (), facts)
+
+
 @contextmanager
 def _held(run: Run, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
     """The lock of a training, which the first host acquires for all hosts."""
@@ -158,6 +165,7 @@ def train_dense(run: Run) -> None:
         for error in train_checkpoints(run, [job]).values():
             raise error
         hosts.first_does(lambda: manifest.record(run.directory, ["dense"], again=not before))
+        hosts.first_does(functools.partial(_record_dense, run))
 
 
 def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
