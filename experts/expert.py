@@ -225,7 +225,8 @@ class Expert:
         for key in ("languages", "corpora", "joined"):
             value[key] = None if value[key] is None else list(value[key])
         # Keys that few records have are absent elsewhere, as in registries before them.
-        rare = [key for key in ("joined", "round_clusters", "awaits") if value[key] is None]
+        seldom = ("joined", "round_clusters", "awaits", "removed")
+        rare = [key for key in seldom if value[key] is None]
         return {key: value[key] for key in value if key not in rare} | self.more
 
     @classmethod

@@ -138,7 +138,7 @@ def _write(
             shutil.rmtree(path)
         files.merge(sources, path, options, weights=numbers, base=start, facts=facts)
         record(run.directory, [place], again=True)
-        lock.record(run.directory, "merge", (), {"model": place, "of": given})
+        lock.record(run.directory, "merge", (), {"model": place, "of": [s.name for s in sources]})
     return _merged(path)
 
 
