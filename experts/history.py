@@ -26,7 +26,7 @@ class Event:
     action: str
     """What was done: init, branch, train, again (a further version is begun), grow, join (languages
     join an expert), rounds, next round, adopt, compress, publish, rollback, retire, restore,
-    """What was done: init, rename, discard, distil, mix, remove, merge, push, pull."""
+    rename, discard, remove, merge, distil, mix, push, pull."""
     experts: dict[str, str | None]
     """Reference 'NAME@vN' -> its status after the event; None for a record that was removed."""
     command: str
