@@ -43,8 +43,14 @@ SETTINGS = {
     "bfloat16": {"runtime.dtype": "bfloat16"},
     "averages too": SMALL,
     "adafactor": {**SMALL, "optimizer.name": "adafactor"},
+    "pull": {"optimizer.pull": 10.0},
+    "middle frozen": {"frozen_layers": "middle"},
+    "lora 64": {"lora.rank": 64},
+    "lora 16": {"lora.rank": 16},
+    "lora 4": {"lora.rank": 4},
+    "lora 16, bfloat16": {"lora.rank": 16, **SMALL},
 }
-"""Name -> settings of `TrainConfig`, each taking less than the one before."""
+"""Name -> settings of `TrainConfig`; the first four each take less than the one before."""
 # As in the config.json of each.
 CONFIGS = {
     "XLM-R base": {
@@ -94,7 +100,7 @@ CONFIGS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS)[:4])
     parser.add_argument("--devices", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--tpu", metavar="SLICE", help="such as v5e:4x4; needs xelm[tpu]")
     options = parser.parse_args()

@@ -105,6 +105,22 @@ def test_a_merge_takes_what_an_adapter_stands_for(run, xelm, tmp_path):
     )
 
 
+def test_frozen_layers_are_stored_once_and_read_to_the_bit(run, xelm):
+    settings = ("--set", "grow.lora.rank=null", "--set", "grow.frozen_layers=1")
+    gate = ("--set", "gate.worse=null")
+    found = xelm("train", run.directory, "pt", "--again", "--from", "seed", *settings, *gate)
+    assert found.code == 0, found.err
+    expert = run.registry().expert("pt")
+    directory = expert.directory(run.directory)
+    assert (expert.version, expert.parent, expert.stored) == (3, "seed", "difference")
+    assert not any("layers.1." in name for name in load_file(directory / "model.safetensors"))
+    shape = read_config(directory)
+    blocks, before = (load_parameters(d, shape)["blocks"] for d in (directory, run.seed))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), blocks, before)
+    assert (blocks["query"]["weight"][0] != before["query"]["weight"][0]).any()
+    assert xelm("verify", run.directory).code == 0
+
+
 def test_a_changed_base_is_refused(run, xelm):
     path = run.directory / run.registry().expert("pt", 1).path / "adapter_model.safetensors"
     factors = load_file(path)

@@ -1,5 +1,7 @@
 """The chunked cross-entropy: optax's values and gradients, without optax's memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -63,6 +65,22 @@ def test_the_loss_and_its_gradients_equal_those_of_optax(positions, vocabulary):
     wanted, references = with_gradients(reference)(*arguments)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert_close(gradients, references)
+
+
+def test_a_frozen_head_gives_the_same_gradient_by_states_and_needs_none_of_its_own():
+    vocabulary = 1000
+    arguments = inputs(100, vocabulary, bias=True, cap=2.0)
+    frozen = functools.partial(cross_entropy, frozen_head=True)
+    made = {name: with_gradients(loss) for name, loss in (("all", cross_entropy), ("head", frozen))}
+    (one, (states, _)), (other, (found, head)) = (each(*arguments) for each in made.values())
+    assert one == other
+    np.testing.assert_array_equal(found, states)
+    assert not np.asarray(head.matrix).any() and not np.asarray(head.bias).any()
+    sums = f"f32[{vocabulary},{WIDTH}]"
+    by_states = jax.jit(jax.grad(frozen))
+    assert " dot(" in (text := by_states.lower(*arguments).compile().as_text())
+    products = [line for line in text.splitlines() if " dot(" in line]
+    assert not any(sums in line.partition(" dot(")[0] for line in products)
 
 
 @pytest.mark.parametrize(("bias", "cap"), [(True, None), (False, 2.0), (True, 2.0)])

@@ -27,6 +27,7 @@ from xelm.models.checkpoint import (
     write_checkpoint,
 )
 from xelm.models.config import ModelConfig
+from xelm.models.difference import store
 from xelm.models.stored import stored_as
 from xelm.models.weights import on_host
 from xelm.runs.combined import RECIPE
@@ -73,20 +74,28 @@ def write_model(
     writes: bool,
     *,
     like: Path,
+    base: Path | None = None,
 ) -> None:
     """Writes a trained model as the checkpoint `target`, rounded to the dtype of the seed's weights
     unless the configuration sets another, and deletes the training's own files. writes: whether
-    this host writes. like: checkpoint with its configuration and tokenizer."""
+    this host writes. like: checkpoint with its configuration and tokenizer. base: checkpoint of
+    which it has whole layers; what differs from it is stored alone, if that is less."""
     work, dtype = run.training(name), run.config.weights_dtype
+    extra = [work / file for file in _KEPT if (work / file).exists()]
+    whole = target if base is None else work / "whole"
+    if writes and base is not None:
+        shutil.rmtree(whole, ignore_errors=True)  # of a call that was interrupted
     write_checkpoint(
-        target,
+        whole,
         model,
         parameters,
         like=like,
-        extra=[work / file for file in _KEPT if (work / file).exists()],
+        extra=extra,
         dtype=stored_dtype(run.seed) if dtype == "seed" else dtype,
         writes=writes,
     )
+    if writes and base is not None:
+        store(whole, base, target, extra=extra)
     if writes:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -202,9 +202,18 @@ def train_checkpoints(run: Run, jobs: Sequence[Job]) -> dict[str, UserError]:
             if job.config.lora.rank is not None:
                 write_expert_adapter(run, job, found.parameters, hosts.is_first())
                 continue
-            like = run.seed if model == read_config(run.seed) else job.parent
+            same = model == read_config(run.seed)
+            like = run.seed if same else job.parent
+            frozen = same and job.config.frozen_layers is not None
             write_model(
-                run, job.name, job.target, model, found.parameters, hosts.is_first(), like=like
+                run,
+                job.name,
+                job.target,
+                model,
+                found.parameters,
+                hosts.is_first(),
+                like=like,
+                base=job.parent if frozen else None,
             )
     return failures
 
