@@ -78,9 +78,9 @@ def test_a_frozen_head_gives_the_same_gradient_by_states_and_needs_none_of_its_o
     assert not np.asarray(head.matrix).any() and not np.asarray(head.bias).any()
     sums = f"f32[{vocabulary},{WIDTH}]"
     by_states = jax.jit(jax.grad(frozen))
-    assert " dot(" in (text := by_states.lower(*arguments).compile().as_text())
+    text = by_states.lower(*arguments).compile().as_text()
     products = [line for line in text.splitlines() if " dot(" in line]
-    assert not any(sums in line.partition(" dot(")[0] for line in products)
+    assert products and not any(sums in line.partition(" dot(")[0] for line in products)
 
 
 @pytest.mark.parametrize(("bias", "cap"), [(True, None), (False, 2.0), (True, 2.0)])
