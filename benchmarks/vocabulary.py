@@ -95,7 +95,7 @@ def measured(
         budget = f"grow.passes={FEW}"
     if trial["budget"] == "compute":
         rest = [one for one in known if one["language"] == language and one["budget"] == "text"]
-        most = max(rest, key=lambda one: one["pieces"])
+        most = max(rest, key=lambda one: (one["pieces"], one["operations"]))
         cost = of_a_token(read_config(place / "seed"), 128)
         budget = f"grow.tokens={round(most['operations'] / cost)}"
     run = open_run(place, settings=[budget, "gate.worse=null"])

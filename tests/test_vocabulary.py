@@ -45,8 +45,14 @@ def texts(letters: str, count: int, seed: int = 0) -> list[str]:
 
 
 OLD_TEXT = texts("abcdefghijklmno", 200)
-NEW_TEXT = texts("աբգդեզէըթժիլխծկ", 300)
-UNSEEN = texts("աբգդեզէըթժիլխծկ", 40, seed=1) + texts("abcdefghijklmno", 40, seed=1) + ["", "ա"]
+# With Latin words too: their new pieces are of old ones.
+NEW_TEXT = texts("աբգդեզէըթժիլխծկ", 300) + texts("abcdeponm", 150)
+UNSEEN = [
+    *texts("աբգդեզէըթժիլխծկ", 40, seed=1),
+    *texts("abcdefghijklmno", 40, seed=1),
+    *texts("abcdeponm", 40, seed=1),
+    *("", "ա"),
+]
 
 
 @pytest.fixture(scope="module")

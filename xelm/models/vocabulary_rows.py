@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
+import scipy.sparse.linalg
 from jaxtyping import Float, Int, Integer
 
 from xelm.models.config import ModelConfig
@@ -19,16 +20,13 @@ TABLES = ("embedding", "head", "head_bias")
 """Parameters with one row for each id."""
 DIMENSIONS, WINDOW = 64, 4
 """Size of the auxiliary vectors, and tokens on either side that are a token's context."""
-ANCHORS = 16
-"""Largest number of rows that are combined by `omp_weights`."""
 
 Combination = scipy.sparse.csr_array
 """Weights [new, old]."""
 
 
 def mean_weights(expansions: Sequence[Sequence[int]], old: int) -> Combination:
-    """The mean of the pieces that a new one stands for (Hewitt 2021, "Initializing new word
-    embeddings", of all rows; Gee et al. 2022, arXiv 2210.08277, section 3.2, of these)."""
+    """The mean of the pieces that a new one stands for (Gee et al. 2022, arXiv 2402.09977)."""
     sizes = np.asarray([max(1, len(ids)) for ids in expansions])
     ends = np.cumsum([0, *map(len, expansions)])
     columns = np.asarray([id for ids in expansions for id in ids], np.int64)
@@ -44,42 +42,23 @@ def focus_weights(
     lacks have their `mean`.
 
     vectors, counts: of all old and new ids, as by `auxiliary_vectors`."""
-
-    def combined(target: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-        return _sparsemax(anchors @ target)
-
-    return _combined(vectors, counts, mean, combined)
-
-
-def omp_weights(
-    vectors: Float[np.ndarray, "V A"], counts: Int[np.ndarray, " V"], mean: Combination
-) -> Combination:
-    """Few old pieces whose auxiliary vectors add up to the new one's, found by orthogonal matching
-    pursuit (Goddard & Fernandes Neto 2025, arXiv 2506.06607, section 3.2; vectors there are a donor
-    model's embeddings). Arguments as in `focus_weights`."""
-
-    def combined(target: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-        chosen: list[int] = []
-        rest, solution = target, np.zeros(0)
-        for _ in range(min(ANCHORS, len(anchors))):
-            scores = np.abs(anchors @ rest)
-            scores[chosen] = -1
-            chosen.append(int(scores.argmax()))
-            solution = np.linalg.lstsq(anchors[chosen].T, target)[0]
-            rest = target - anchors[chosen].T @ solution
-            if np.linalg.norm(rest) < 1e-4:
-                break
-        found = np.zeros(len(anchors))
-        found[chosen] = solution
-        return found
-
-    return _combined(vectors, counts, mean, combined)
+    assert mean.shape is not None
+    new, old = mean.shape
+    seen = np.flatnonzero((counts[:old] > 0) & vectors[:old].any(axis=1))
+    found = mean.tolil()
+    for number in range(new):
+        target = vectors[old + number]
+        if counts[old + number] and target.any() and len(seen):
+            weights = _sparsemax(vectors[seen] @ target)
+            chosen = np.flatnonzero(weights)
+            found.rows[number] = seen[chosen].tolist()
+            found.data[number] = weights[chosen].tolist()
+    return found.tocsr()
 
 
 METHODS: Mapping[str, Callable[..., Combination] | None] = {
     "mean": None,
     "focus": focus_weights,
-    "omp": omp_weights,
 }
 """Method by name; None takes the mean alone."""
 
@@ -89,14 +68,15 @@ def auxiliary_vectors(
 ) -> tuple[Float[np.ndarray, "V A"], Int[np.ndarray, " V"]]:
     """Unit vectors of ids by the company they keep in some documents, and how often each occurs: a
     truncated SVD of positive pointwise mutual information (Levy & Goldberg 2014)."""
-    counts = np.zeros(size, np.int64)
+    ids = np.concatenate([np.zeros(0, np.int64), *documents])
+    numbers = np.repeat(np.arange(len(documents)), [len(each) for each in documents])
+    counts = np.bincount(ids, minlength=size)
     pairs = scipy.sparse.csr_array((size, size))
-    for ids in documents:
-        ids = np.asarray(ids, np.int64)
-        counts += np.bincount(ids, minlength=size)
-        for distance in range(1, min(WINDOW, len(ids) - 1) + 1):
-            found = (np.ones(len(ids) - distance), (ids[:-distance], ids[distance:]))
-            pairs = pairs + scipy.sparse.coo_array(found, shape=(size, size)).tocsr()
+    for distance in range(1, WINDOW + 1):
+        together = numbers[:-distance] == numbers[distance:]
+        places = (ids[:-distance][together], ids[distance:][together])
+        found = scipy.sparse.coo_array((np.ones(together.sum()), places), shape=(size, size))
+        pairs = pairs + found.tocsr()
     pairs = (pairs + pairs.T).tocoo()
     sums = np.maximum(pairs.sum(axis=1), 1)
     values = np.log(pairs.data * pairs.sum() / sums[pairs.row] / sums[pairs.col])
@@ -109,27 +89,6 @@ def auxiliary_vectors(
     vectors = left * np.sqrt(strengths)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 1e-9), counts
-
-
-def _combined(
-    vectors: np.ndarray,
-    counts: np.ndarray,
-    mean: Combination,
-    combine: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> Combination:
-    """For each new id that occurs, the weights of the old ids that occur."""
-    assert mean.shape is not None
-    new, old = mean.shape
-    seen = np.flatnonzero((counts[:old] > 0) & vectors[:old].any(axis=1))
-    found = mean.tolil()
-    for number in range(new):
-        target = vectors[old + number]
-        if counts[old + number] and target.any() and len(seen):
-            weights = combine(target, vectors[seen])
-            chosen = np.flatnonzero(weights)
-            found.rows[number] = seen[chosen].tolist()
-            found.data[number] = weights[chosen].tolist()
-    return found.tocsr()
 
 
 def _sparsemax(scores: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from clustering.errors import UserError
 
-INITIALISE = ("focus", "mean", "omp")
+INITIALISE = ("focus", "mean")
 """Methods of `GrowOptions.initialise`."""
 
 
