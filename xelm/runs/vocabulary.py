@@ -41,6 +41,7 @@ from xelm.models.checkpoint import (
     stored_dtype,
     write_checkpoint,
 )
+from xelm.models.stored import root
 from xelm.models.vocabulary_rows import (
     METHODS,
     Combination,
@@ -66,6 +67,7 @@ COMPARED_TOKENS = 2_000_000
 
 def vocabulary_of(run: Run, directory: Path) -> Vocabulary | None:
     """The vocabulary of a checkpoint, or of a folder with a tokenizer; None for the seed's."""
+    directory = root(directory)  # an adapter reads as its base does
     if not (directory / "tokenizer.json").is_file():
         return None
     key, base = key_of(directory), run.seed
@@ -164,7 +166,7 @@ def tokenizer_folder(
         known.append(
             run.registry().expert(*parse_reference(expert.parent)).directory(run.directory)
         )
-    found = (each for each in known if (each / "tokenizer.json").is_file())
+    found = (each for each in map(root, known) if (each / "tokenizer.json").is_file())
     place = next((each for each in found if key_of(each) != key_of(run.seed)), None)
     if place is None:
         raise UserError(f"the tokenizer of {expert.reference} is missing; wanted {folder / FOLDER}")
@@ -280,7 +282,7 @@ def start_of(
     """The checkpoint that a training starts from: its parent's or, where that lacks the expert's
     pieces, the one that `write_start` makes."""
     folder = tokenizer_folder(run, expert, new)
-    if folder is None or key_of(folder) == key_of(parent):
+    if folder is None or key_of(folder) == key_of(root(parent)):
         return parent
     return run.training(expert.name) / START
 
