@@ -104,7 +104,7 @@ def measured(
         extend_vocabulary=trial["pieces"] or None,
         initialise=trial["method"],
     )
-    expert = run.grow(language, str(corpus), grow)
+    (expert,) = run.grow(language, str(corpus), grow)
     directory = expert.directory(place)
     vocabulary, model = vocabulary_of(run, directory), read_config(directory)
     tokenizer = vocabulary.tokenizer if vocabulary else run.tokenizer()
