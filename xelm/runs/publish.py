@@ -105,8 +105,8 @@ def write_expert_adapter(run: Run, job: Job, factors: Mapping[str, Any], writes:
     deletes the training's own files. writes: whether this host writes."""
     work = run.training(job.name)
     pairs = {
-        path: tuple(on_host(each, "float32") for each in pair)
-        for path, pair in factors_of(factors).items()
+        path: (on_host(a, "float32"), on_host(b, "float32"))
+        for path, (a, b) in factors_of(factors).items()
     }
     if not writes:
         return
