@@ -14,7 +14,7 @@ from xelm.data.held_out import divide as hold_out
 from xelm.models.adapters import Adapter, factors_of, merged
 from xelm.models.config import TARGETS
 from xelm.models.parameters import bind, by_path, fresh_parameters, graph
-from xelm.settings import vary
+from xelm.settings import to_json, vary
 from xelm.training.compiled import compile_steps, state_of
 from xelm.training.sharding import make_mesh
 from xelm.training.trainable import (
@@ -247,3 +247,22 @@ def test_memory_falls_by_the_compilers_account():
     # Weights, gradients and two averages are 16 bytes a parameter; frozen ones take 4.
     assert used["adapters"] < 0.45 * used["all"]
     assert used["frozen"] < 0.75 * used["all"]
+
+
+@pytest.mark.slow
+def test_a_training_that_began_before_these_settings_existed_goes_on(trained):
+    whole, _ = trained(replace(CONFIG, tokens=10 * 128))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
+        interrupt_at(patch, 9)
+        patch.setattr("xelm.training.trainer.to_json", _without_newer_settings)
+        trained(replace(CONFIG, tokens=10 * 128), "other")
+    again, _ = trained(replace(CONFIG, tokens=10 * 128), "other")
+    assert_same_bits(whole, again)
+
+
+def _without_newer_settings(config):
+    found = to_json(config)
+    for name in ("lora", "frozen_layers"):
+        found.pop(name, None)
+    found.get("optimizer", {}).pop("pull", None)
+    return found

@@ -217,6 +217,14 @@ def open_run(directory: str | Path, *, finished: bool = True, settings: Sequence
     return run
 
 
+def _with_newer_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recorded configuration, with settings that xelm did not have yet as they are by default."""
+    try:
+        return to_json(from_json(RunConfig, config))
+    except UserError:
+        return config
+
+
 def files_of_run(directory: str | Path) -> set[str]:
     """Names of what is in the directory of a RUN that is to be made or to be resumed; UserError for
     a file, and for a directory that is not empty and is no RUN."""
@@ -240,7 +248,8 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
         run = open_run(directory, finished=False)
         # What a corpus contains counts, not where it lies; the seed's training may be resumed
         # elsewhere and otherwise.
-        found = differences(run.record, {**wanted, "corpus": run.record["corpus"]})
+        before = {**run.record, "config": _with_newer_settings(run.record["config"])}
+        found = differences(before, {**wanted, "corpus": run.record["corpus"]})
         named = [each.removeprefix("config.") for each in found]
         differ = [each for each in named if not each.startswith("seed.runtime.")]
         if not differ:

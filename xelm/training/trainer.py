@@ -19,7 +19,7 @@ from xelm.data.rows import ORIGIN, LanguageShare, batches
 from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
-from xelm.settings import differences, to_json, vary
+from xelm.settings import differences, from_json, to_json, vary
 from xelm.training.checkpoint import Checkpoints
 from xelm.training.compiled import CompiledSteps, state_of
 from xelm.training.flops import of_a_token, peak
@@ -320,6 +320,15 @@ def resume(
         return trainer, state
 
 
+def _with_newer_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a checkpoint, with those that xelm did not have yet as they are by
+    default."""
+    try:
+        return to_json(from_json(TrainConfig, config))
+    except UserError:
+        return config
+
+
 def _check_same_training(wanted: dict[str, Any], found: dict[str, Any], directory: Path) -> None:
     """Raises UserError unless a checkpoint is of this training, but for its runtime settings."""
     if found.get("state") != wanted["state"]:
@@ -327,6 +336,7 @@ def _check_same_training(wanted: dict[str, Any], found: dict[str, Any], director
             f"{directory} contains an unfinished training of another version of xelm; finish it "
             "with that, or delete the folder to start over"
         )
+    found = {**found, "config": _with_newer_settings(found["config"])}
     parts = [differences(found[part], wanted[part]) for part in ("config", "model")]
     differ = [each for part in parts for each in part if not each.startswith("runtime.")]
     if set(wanted["language_tokens"]) != set(found["language_tokens"]):
