@@ -10,6 +10,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
+from xelm import cli
 from xelm.cli import parser
 from xelm.commands import COMMANDS
 from xelm.commands.options import given_fields
@@ -199,3 +200,11 @@ def test_reading_a_file_asks_no_host(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "a host was looked up" not in done.stderr
+
+
+def test_a_command_leaves_nothing_to_the_next_in_the_same_process():
+    first = cli._parsed(["train", "RUN", "--all"])
+    first.settings.append("experts.tokens=7")
+    first.names.append("sv")
+    second = cli._parsed(["train", "RUN", "--all"])
+    assert second.settings == [] and second.names == []

@@ -62,7 +62,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.names = [*options.names, *rest]
-    return options
+    # A list may be the default of the parser, which further commands of this process use too.
+    copies = {name: list(x) if isinstance(x, list) else x for name, x in vars(options).items()}
+    return argparse.Namespace(**copies)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -91,7 +91,7 @@ def _set_budget(options: argparse.Namespace) -> None:
     if options.tokens is not None:
         options.settings += [f"experts.tokens={options.tokens}", "experts.passes=null"]
     if options.passes is not None:
-        options.settings = [*options.settings, f"experts.passes={options.passes}"]
+        options.settings.append(f"experts.passes={options.passes}")
 
 
 DISTIL = Command(

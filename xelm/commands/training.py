@@ -296,8 +296,7 @@ def _add_budget(options: argparse.Namespace, part: str) -> None:
     """Adds the settings that `--tokens` or `--passes` stands for."""
     for name in ("tokens", "passes"):
         if (value := getattr(options, name)) is not None:
-            # The list may be the parser's default.
-            options.settings = [*options.settings, f"{part}.{name}={value}"]
+            options.settings.append(f"{part}.{name}={value}")
 
 
 def _names_to_train(run: "Run", options: argparse.Namespace) -> list[str]:
