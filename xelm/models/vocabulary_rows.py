@@ -42,8 +42,8 @@ def focus_weights(
     lacks have their `mean`.
 
     vectors, counts: of all old and new ids, as by `auxiliary_vectors`."""
-    assert mean.shape is not None
-    new, old = mean.shape
+    new = len(mean.indptr) - 1
+    old = len(vectors) - new
     seen = np.flatnonzero((counts[:old] > 0) & vectors[:old].any(axis=1))
     found = mean.tolil()
     for number in range(new):

@@ -50,6 +50,8 @@ class Job:
     """Those of `text` that the model is for."""
     replayed: tuple[str, ...] = ()
     """Languages of `text` that are replayed against forgetting."""
+    pieces: int = 0
+    """Number of pieces that its model has more than the seed."""
     config: TrainConfig
 
 
@@ -86,6 +88,7 @@ def expert_job(run: Run, expert: Expert, new: Mapping[str, Store] | None = None)
         text=text,
         own=own,
         replayed=tuple(dict.fromkeys(source.ids.language for source in replayed.sources)),
+        pieces=(expert.vocabulary or {}).get("pieces", 0),
         config=replace(config, random_seed=random_seed),
     )
 

@@ -187,6 +187,11 @@ def _facts(run: Run, expert: Expert, text: TrainingText) -> dict[str, str]:
         facts["share of the total tokens"] = f"{text.share:.4f}"
     elif expert.reason is not None:
         facts["parent chosen"] = expert.reason
+    if expert.vocabulary is not None:
+        facts["vocabulary"] = (
+            f"{expert.vocabulary['pieces']:,} pieces more than the seed's, with rows by "
+            f"{expert.vocabulary['initialise']}"
+        )
     own = [f"{name}={value}" for name, value in (expert.settings or {}).items()]
     if settings := dict.fromkeys([*own, *run.settings]):
         facts["set for its training"] = " ".join(settings)

@@ -12,6 +12,7 @@ from experts.expert import SEED, Expert
 from experts.lock import locked, record
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.models.config import ModelConfig
+from xelm.models.vocabulary_rows import resized
 from xelm.runs.budget import Plan, announce, check_disk, plan
 from xelm.runs.check import check_models
 from xelm.runs.jobs import Job, command_of, dense_job, expert_job, made_elsewhere, part_of
@@ -64,11 +65,14 @@ def plans_of(
 def plans_of_jobs(
     run: Run, jobs: Sequence[Job], *, estimate: bool = True, model: ModelConfig | None = None
 ) -> list[Plan]:
-    """Cost of each job. model: shape of the models; None: the seed's."""
+    """Cost of each job. model: shape of the models but for further pieces; None: the seed's."""
     model = model or read_config(run.seed)
-    return [
-        plan(run, j.name, j.part, j.text.sources, j.config, model, estimate=estimate) for j in jobs
-    ]
+    found = []
+    for job in jobs:
+        shape = resized(model, model.vocabulary_size + job.pieces)
+        facts = (job.name, job.part, job.text.sources, job.config, shape)
+        found.append(plan(run, *facts, estimate=estimate))
+    return found
 
 
 def _train_group(run: Run, names: Sequence[str], wait_seconds: float) -> dict[str, UserError]:
