@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, Integer
 
+from clustering.errors import UserError
 from clustering.files import sha256
 from xelm.config import StartToken
 from xelm.data import tokenizer as tokenizers
@@ -74,8 +75,16 @@ def load_vocabulary(
     directory: str | Path, base: Tokenizer, base_size: int, start_token: StartToken
 ) -> Vocabulary:
     """The vocabulary of a directory that `vocabulary_training.extend` wrote. base: the seed's
-    tokenizer. base_size: V. start_token: as `RunConfig.start_token`."""
+    tokenizer. base_size: V. start_token: as `RunConfig.start_token`. UserError if its ids are not
+    those of the seed and more."""
     extended = tokenizers.load(directory, start_token)
+    before, after = base.hub.get_vocab(), extended.hub.get_vocab()
+    moved = [piece for piece, id in before.items() if after.get(piece) != id]
+    if moved or sorted(after.values())[base_size:] != list(range(base_size, len(after))):
+        raise UserError(
+            f"the tokenizer of {directory} is not that of the seed with more pieces"
+            + (f": {moved[0]!r} has another id" if moved else "")
+        )
     backend = base.special.plain
     names = extended.hub.convert_ids_to_tokens(list(range(base_size, extended.size)))
     expansions = [[token.id for token in backend.model.tokenize(name)] for name in names]

@@ -73,7 +73,7 @@ def extend(
             f"--extend-vocabulary {count}: the text has {len(pieces)} more pieces that occur at "
             f"least {LEAST} times; give more text, or ask for fewer"
         )
-    _add(content, pieces, first)
+    _add(content, pieces, first, {id: piece for piece, id in base.hub.get_vocab().items()})
     directory.mkdir(parents=True, exist_ok=True)
     copy_companions(source, directory)
     for name in _OTHER_FORMS:
@@ -324,11 +324,13 @@ def _without(piece: str, scores: Mapping[str, float]) -> float:
     return best[-1]
 
 
-def _add(content: dict[str, Any], pieces: Mapping[str, float], first: int) -> None:
-    """Adds pieces to the content of tokenizer.json, the first one with the id `first`."""
+def _add(
+    content: dict[str, Any], pieces: Mapping[str, float], first: int, names: Mapping[int, str]
+) -> None:
+    """Adds pieces to the content of tokenizer.json, the first one with the id `first`. names: of
+    the ids before; added tokens, also those that only transformers knows, are numbered behind the
+    model's pieces, unless the model has them as pieces."""
     model = content["model"]
-    # Added tokens are numbered behind the model's pieces, unless the model has them as pieces.
-    names = {token["id"]: token["content"] for token in content.get("added_tokens", ())}
     if isinstance(model["vocab"], dict):
         taken = {*model["vocab"].values()}
         for id in range(first):
