@@ -273,6 +273,7 @@ def test_a_killed_mixture_goes_on_and_ends_with_the_same_bits(
         ("--name a --top 0", "top must be at least 1; got 0"),
         ("--name a --tokens 0", "tokens must be at least 1; got 0"),
         ("--name a --balance -1", "balance must be at least 0; got -1.0"),
+        ("--name a --learning-rate 0", "learning_rate must be above 0; got 0.0"),
         ("", "the following arguments are required: --name"),
     ],
 )

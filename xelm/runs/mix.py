@@ -48,11 +48,14 @@ from xelm.runs.jobs import Job, dense_job
 from xelm.runs.options import MixOptions
 from xelm.runs.run import Run
 from xelm.runs.shares import expert_text
-from xelm.settings import differences, to_json
+from xelm.settings import differences, to_json, vary
 
 _FORMAT = 1
 _SHORT = 0.05
 """Tokens of the training, as a share of those of all experts together."""
+_RATE = 0.25
+"""Peak learning rate, as a part of the dense baseline's: the experts' feed-forwards are trained
+already. On the quickstart's RUN it was better than a half of that, and than the whole."""
 _ROUTER_TOKENS = 2**15
 """Tokens of each expert's text from which the routers are computed."""
 _RANDOM_SEED = 500
@@ -78,8 +81,8 @@ def mix(run: Run, name: str, options: MixOptions | None = None) -> Path:
     """Mixes all published experts into RUN/mixes/`name` and trains the mixture, or goes on where
     that was interrupted; returns its checkpoint.
 
-    The training reads the text of the dense baseline in the same shares, with the same settings,
-    and keeps the best of its measurements on held-out text. UserError for experts whose
+    The training reads the text of the dense baseline in the same shares, with its settings but for
+    the learning rate, and keeps the best of its measurements on held-out text. UserError for experts whose
     architecture Mixtral's cannot express, and for a mixture that exists, or began otherwise."""
     options, place = options or MixOptions(), f"{MIXES}/{name}"
     with locked(run.directory, f"train-{_check(run, place).name}"):
@@ -144,8 +147,9 @@ def _job(run: Run, place: str, experts: Sequence[Expert], options: MixOptions) -
     shape_of_mixture(run, experts, options)
     job = dense_job(run)
     tokens = options.tokens or max(1, round(_SHORT * job.config.tokens))
+    usual = job.config.optimizer.learning_rate * _RATE
     config = replace(
-        job.config,
+        vary(job.config, {"optimizer.learning_rate": options.learning_rate or usual}),
         tokens=tokens,
         random_seed=job.config.random_seed + _RANDOM_SEED,
         mixture=MixtureConfig(trained=options.train, balance=options.balance),

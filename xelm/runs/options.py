@@ -85,6 +85,8 @@ class MixOptions:
     """What is trained: the routers alone, or all weights, as in the paper."""
     balance: float = 0.01
     """Weight of the loss that spreads the tokens over the experts; 0 leaves them to the router."""
+    learning_rate: float | None = None
+    """Peak learning rate. None: a quarter of the dense baseline's."""
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -93,6 +95,8 @@ class MixOptions:
             raise UserError(f"tokens must be at least 1; got {self.tokens}")
         if not 0 <= self.balance < math.inf:
             raise UserError(f"balance must be at least 0; got {self.balance}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise UserError(f"learning_rate must be above 0; got {self.learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
