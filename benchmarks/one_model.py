@@ -84,10 +84,8 @@ def _costs(run: Run, system: System) -> list[str]:
     ours = sum(expert.tokens for expert in experts)
     one = read_config(run.seed).parameter_count
     if system.routing:
-        return [f"{len(experts) * one:,}", "" if system.routing == "learned" else f"{one:,}"] + [
-            f"{ours:,}",
-            "",
-        ]
+        active = "" if system.routing == "learned" else f"{one:,}"
+        return [f"{len(experts) * one:,}", active, f"{ours:,}", ""]
     if system.name == "seed":
         return [f"{one:,}", f"{one:,}", "0", ""]
     if system.name == "dense":

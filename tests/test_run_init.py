@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from shared import SEED, snapshot
 
+from clustering.errors import UserError
 from clustering.files import write_json
 from xelm.data import contents
 from xelm.data import tokenizer as tokenizers
 from xelm.data.parts import Part
-from xelm.runs.run import open_run
+from xelm.runs.run import create_run, open_run
 
 
 def test_a_seed_with_a_sentencepiece_model_alone_gets_a_tokenizer_json(
@@ -137,3 +139,18 @@ def test_text_that_experts_were_trained_on_is_never_made_again(xelm, place, tmp_
     assert f"{folder} is the text that experts are trained on" in refused.err
     assert "tokenizer_sha256 was of another, now " in refused.err
     assert snapshot(folder) == before
+
+
+def test_a_run_that_began_before_a_setting_existed_is_resumed(initialised, tmp_path):
+    record = json.loads((initialised[0] / "run.json").read_text())
+    facts = {k: v for k, v in record.items() if k not in ("format", "xelm", "command", "config")}
+    config = open_run(initialised[0]).config
+    for part in ("seed", "experts", "grow"):
+        del record["config"][part]["mixture"]
+    del record["config"]["model"]["expert_count"], record["config"]["model"]["experts_per_token"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "other").touch()  # it has begun
+    assert create_run(tmp_path, config, facts).config == config
+    other = replace(config, vectoriser_dimensions=13)
+    with pytest.raises(UserError, match="vectoriser_dimensions was 12, now 13"):
+        create_run(tmp_path, other, facts)

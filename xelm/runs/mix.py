@@ -82,8 +82,9 @@ def mix(run: Run, name: str, options: MixOptions | None = None) -> Path:
     that was interrupted; returns its checkpoint.
 
     The training reads the text of the dense baseline in the same shares, with its settings but for
-    the learning rate, and keeps the best of its measurements on held-out text. UserError for experts whose
-    architecture Mixtral's cannot express, and for a mixture that exists, or began otherwise."""
+    the learning rate, and keeps the best of its measurements on held-out text. UserError for
+    experts whose architecture Mixtral's cannot express, and for a mixture that exists, or began
+    otherwise."""
     options, place = options or MixOptions(), f"{MIXES}/{name}"
     with locked(run.directory, f"train-{_check(run, place).name}"):
         if place in run.combined():
