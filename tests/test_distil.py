@@ -19,6 +19,7 @@ from xelm.data.rows import LanguageRows, batches, documents_read
 from xelm.data.teacher import TeacherStore, TeacherText, bytes_of
 from xelm.data.text_format import TextFormat
 from xelm.inference import teaching
+from xelm.inference.predictions import likeliest_of_mixture, read_upto
 from xelm.inference.teaching import teach
 from xelm.models import head as output_head
 from xelm.models.head import Head
@@ -257,7 +258,32 @@ def test_the_teacher_predicts_what_the_ensemble_does(tiny):
         np.testing.assert_allclose(-found.log_probabilities[5, rank], likely.nats[0], rtol=1e-4)
     (few,) = teach(ensemble, ids, 4).predictions
     np.testing.assert_array_equal(few.ids, found.ids[:, :4])
-    assert lesson.tokens_read == 2 * len(wanted)  # two experts, both with weight
+    assert len(ids[0]) < lesson.tokens_read <= 2 * len(ids[0])  # two experts, one to its end
+
+
+def test_models_read_a_text_up_to_where_they_have_weight(tiny):
+    run, draw = open_run(tiny.directory), np.random.default_rng(0)
+    ensemble = run.ensemble("uniform")
+    documents = [draw.integers(4, 300, length) for length in (30, 12)]
+    weights = [np.zeros((31, 2)), np.zeros((13, 2))]
+    weights[0][5:, 0] = -np.inf  # the first reads a beginning of the one, nothing of the other
+    weights[1][:, 0] = -np.inf
+    models = [lambda n=n: ensemble.parameters[n] for n in range(2)]
+    arguments = (ensemble.model, models, documents)
+    found = likeliest_of_mixture(*arguments, weights, 3, **ensemble.reading)
+    alone = [np.where([[True, False]], -np.inf, np.zeros_like(w)) for w in weights]
+    second = likeliest_of_mixture(*arguments, alone, 3, **ensemble.reading)
+    wanted = likeliest_of_mixture(
+        *arguments, [np.zeros_like(w) for w in weights], 3, **ensemble.reading
+    )
+    assert read_upto(ensemble.model, documents, [w[:, 0] for w in weights]) == {0: 5}
+    assert read_upto(ensemble.model, documents, [w[:, 1] for w in weights]) == {0: 30, 1: 12}
+    np.testing.assert_array_equal(found[0].ids[:5], wanted[0].ids[:5])
+    np.testing.assert_allclose(
+        found[0].log_probabilities[:5], wanted[0].log_probabilities[:5], atol=1e-5
+    )
+    np.testing.assert_array_equal(found[1].ids, second[1].ids)
+    assert not np.array_equal(found[0].ids[5:], wanted[0].ids[5:])
 
 
 def test_encoders_are_refused_in_one_line(tiny, monkeypatch):

@@ -91,21 +91,23 @@ def likeliest_of_mixture(
     **options: Any,
 ) -> list[Likeliest]:
     """The `top` most probable tokens under a mixture of M models at the last `scoring.targets` of
-    each document: at as many as there are log weights. Only models with weight read a document.
-    models, options: as in `predict_documents`."""
+    each document: at as many as there are log weights. A model reads a document up to the last
+    place where it has weight (a decoder; an encoder all of it). models, options: as in
+    `predict_documents`."""
     ends = np.cumsum([0, *map(len, log_weights)])
     weights = np.concatenate([np.zeros((0, len(models))), *log_weights]).astype(np.float32)
     states: dict[int, np.ndarray] = {}
     for index, parameters in enumerate(models):
-        weighed = [n for n, own in enumerate(log_weights) if np.isfinite(own[:, index]).any()]
-        if not weighed:
+        upto = read_upto(model, documents, [own[:, index] for own in log_weights])
+        if not upto:
             continue
-        some = [documents[number] for number in weighed]
+        some = [documents[number][:length] for number, length in upto.items()]
         found = score_documents(model, parameters(), some, measure=final_states, **options)
         states[index] = np.zeros((len(weights), model.width), np.float32)
-        for number, own in zip(weighed, found):
-            count = len(log_weights[number])
-            states[index][ends[number] : ends[number + 1]] = own[len(own) - count :]
+        for number, own in zip(upto, found):
+            first = len(documents[number]) + model.causal - len(log_weights[number])
+            known = own[first:]
+            states[index][ends[number] : ends[number] + len(known)] = known
     step = max(1, min(TOKENS_AT_ONCE, VALUES_AT_ONCE // model.vocabulary_size // 3))
     probabilities = _probabilities(model, options.get("dtype", "float32"))
     parts = [Likeliest(np.zeros((0, top), np.int32), np.zeros((0, top), np.float32))]
@@ -122,6 +124,23 @@ def likeliest_of_mixture(
         parts.append(Likeliest(*(np.asarray(each)[: part.stop - begin] for each in found)))
     joined = [np.concatenate(each) for each in zip(*parts)]
     return [Likeliest(*(each[a:b] for each in joined)) for a, b in itertools.pairwise(ends)]
+
+
+def read_upto(
+    model: ModelConfig,
+    documents: Sequence[Int[np.ndarray, " _"]],
+    log_weights: Sequence[Float[np.ndarray, " _"]],
+) -> dict[int, int]:
+    """Number of a document -> how many of its ids a model reads that has these log weights at the
+    last targets of each document; documents where it has none are missing."""
+    found = {}
+    for number, own in enumerate(log_weights):
+        weighed = np.flatnonzero(np.isfinite(own))
+        if len(weighed):
+            length = len(documents[number])
+            last = length + model.causal - len(own) + int(weighed[-1])  # number of that target
+            found[number] = min(last + 1, length) if model.causal else length
+    return found
 
 
 @compiled_by_model()

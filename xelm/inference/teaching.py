@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from xelm.inference.pool import Pool
-from xelm.inference.predictions import Likeliest, likeliest_of_mixture
+from xelm.inference.predictions import Likeliest, likeliest_of_mixture, read_upto
 from xelm.inference.route import Walk
 from xelm.inference.scoring import decide_along, targets, unpredicted
 
@@ -54,6 +54,8 @@ def teach(
     found = likeliest_of_mixture(pool.model, models, documents, log_weights, top, **pool.reading)
     padding = ((first, 0), (0, 0))
     padded = [Likeliest(*(np.pad(each, padding) for each in one)) for one in found]
-    weighed = [set(np.flatnonzero(np.isfinite(w).any(axis=0)).tolist()) for w in log_weights]
-    count = sum(len(t) * (len(r) + len(w)) for t, r, w in zip(wanted, read, weighed))
+    count = sum(len(ids) * len(models) for ids, models in zip(documents, read))
+    for index in range(len(pool.names)):
+        upto = read_upto(pool.model, documents, [weights[:, index] for weights in log_weights])
+        count += sum(upto.values())
     return Lesson(padded, count)
