@@ -11,7 +11,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="expert, NAME@vN for a certain version of it, seed, dense, or merges/NAME",
+        help="expert, NAME@vN for a certain version of it, seed, dense, merges/NAME, "
+        "students/NAME, or mixes/NAME",
     )
     form = parser.add_mutually_exclusive_group(required=True)
     form.add_argument("--out", metavar="DIR", help="directory for a copy of the checkpoint")

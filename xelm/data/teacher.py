@@ -135,7 +135,6 @@ class TeacherWriter:
             if file.seek(0, os.SEEK_END) < size:
                 raise _mismatch(store.directory / name)
             # What a process wrote that was killed before it was counted is written again.
-            file.truncate(size)
             file.seek(size)
 
     def append(
