@@ -87,11 +87,12 @@ def test_with_all_tokens_it_is_the_divergence_over_the_vocabulary():
     states, head, targets, weights, teacher, p = inputs(40, 30, 30, share=1.0)
     log_q = jax.nn.log_softmax(states @ head.matrix.T)
     wanted = (weights * (p * (np.log(p) - log_q)).sum(axis=1)).sum()
-    found = loss_of(states, head, targets, weights, teacher)
+    value = jax.jit(loss_of)
+    found = value(states, head, targets, weights, teacher)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     # With fewer it is less: tokens in one bin cannot differ from each other.
     fewer = Teacher(teacher.ids[:, :5], teacher.log_probabilities[:, :5], teacher.share)
-    assert 0 < loss_of(states, head, targets, weights, fewer) < 0.95 * wanted
+    assert 0 < value(states, head, targets, weights, fewer) < 0.95 * wanted
 
 
 def test_it_is_zero_where_the_student_is_the_teacher_and_nowhere_else():
@@ -115,7 +116,7 @@ def test_what_the_student_is_to_become_sums_to_one_and_keeps_the_rest_in_proport
 
     logits = jnp.asarray(states @ head.matrix.T)
     q = np.asarray(jax.nn.softmax(logits))
-    wanted = q - np.asarray(jax.grad(loss)(logits)) / weights[:, None]
+    wanted = q - np.asarray(jax.jit(jax.grad(loss))(logits)) / weights[:, None]
     np.testing.assert_allclose(wanted.sum(axis=1), 1, rtol=1e-5)
     for row, ids, values in zip(range(9), teacher.ids, np.exp(teacher.log_probabilities)):
         np.testing.assert_allclose(wanted[row, ids], values, atol=1e-5)

@@ -114,7 +114,8 @@ def _discard_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="expert whose training is unfinished, dense, or a language whose expert was not begun",
+        help="expert whose training is unfinished, dense, students/NAME, mixes/NAME, or a language "
+        "whose expert was not begun",
     )
 
 
