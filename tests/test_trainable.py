@@ -262,7 +262,7 @@ def test_a_training_that_began_before_these_settings_existed_goes_on(trained):
 
 def _without_newer_settings(config):
     found = to_json(config)
-    for name in ("lora", "frozen_layers"):
+    for name in ("lora", "frozen_layers", "mixture", "expert_count", "experts_per_token"):
         found.pop(name, None)
     found.get("optimizer", {}).pop("pull", None)
     return found

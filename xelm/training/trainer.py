@@ -320,11 +320,11 @@ def resume(
         return trainer, state
 
 
-def _with_newer_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a checkpoint, with those that xelm did not have yet as they are by
-    default."""
+def _with_newer_settings(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a checkpoint, of a configuration of this type, with those that xelm did not
+    have yet as they are by default."""
     try:
-        return to_json(from_json(TrainConfig, config))
+        return to_json(from_json(kind, config))
     except UserError:
         return config
 
@@ -336,7 +336,8 @@ def _check_same_training(wanted: dict[str, Any], found: dict[str, Any], director
             f"{directory} contains an unfinished training of another version of xelm; finish it "
             "with that, or delete the folder to start over"
         )
-    found = {**found, "config": _with_newer_settings(found["config"])}
+    kinds = {"config": TrainConfig, "model": ModelConfig}
+    found = found | {part: _with_newer_settings(kind, found[part]) for part, kind in kinds.items()}
     parts = [differences(found[part], wanted[part]) for part in ("config", "model")]
     differ = [each for part in parts for each in part if not each.startswith("runtime.")]
     if set(wanted["language_tokens"]) != set(found["language_tokens"]):
