@@ -85,7 +85,7 @@ def _planned(run: Run, counts: Sequence[int]) -> Registry:
 def _with_budget(run: Run, expert: Expert, tokens: float) -> Expert:
     """The expert with its part of the tokens of a round in its settings."""
     own = max(1, round(tokens * expert_text(run, expert).share))
-    settings = {"experts.tokens": own}
+    settings: dict[str, int | float | str | None] = {"experts.tokens": own}
     if run.config.experts.passes is not None:
         settings["experts.passes"] = None
     return replace(expert, settings=settings)
