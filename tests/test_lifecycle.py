@@ -206,6 +206,9 @@ def test_commands_retire_restore_and_rename(xelm, grown):
     for refused in (
         ("grow", grown, "--language", "ca", "--parent", "pt"),
         ("merge", grown, "pt", "--out", grown.parent / "merged"),
+        ("generate", grown, "abc", "--routing", "fixed", "--weights", "pt=1"),
+        ("push", grown, "pt", "--to", "jane/pt", "--dry-run"),
+        ("export", grown, "pt", "--out", grown.parent / "exported"),
     ):
         outcome = xelm(*refused)
         assert outcome.code == 2

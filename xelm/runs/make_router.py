@@ -71,7 +71,9 @@ def _router(
     if routing.name == "uniform":
         return routers.uniform(count)
     if routing.name == "fixed":
-        return routers.Fixed(weights=_fixed([expert.name for expert in experts], routing.weights))
+        return routers.Fixed(
+            weights=_fixed(run, [expert.name for expert in experts], routing.weights)
+        )
     if routing.name == "posterior":
         memory = 1.0 if routing.memory is None else routing.memory
         return routers.Posterior(prior=routers.uniform(count).weights, memory=memory)
@@ -109,9 +111,12 @@ def _by_text(run: Run, experts: Sequence[Expert], routing: Routing) -> Router:
     )
 
 
-def _fixed(names: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
+def _fixed(run: Run, names: Sequence[str], weights: Mapping[str, float]) -> np.ndarray:
     unknown = [name for name in weights if name not in names]
     if unknown:
+        registry = run.registry()
+        if unknown[0] in registry.retired():
+            registry.in_use(unknown[0])  # says how it comes back
         raise UserError(
             f"there is no published expert {unknown[0]!r} to weigh; there are: {', '.join(names)}"
         )
