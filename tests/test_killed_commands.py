@@ -167,6 +167,25 @@ def test_discarding(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_compressing(finished, tmp_path):
+    """The gate, whose figures are set here, keeps the version back; it is published as above."""
+    copies, name = tmp_path / "copies", "en-es@v3"
+    *killed, whole = killed_everywhere(finished, copies, "compress", "RUN", "en-es", "--rank", "4")
+    assert (whole["code"], whole["faults"], whole["statuses"][name]) == (2, [], "training")
+    assert len(killed) > 10
+    wanted = snapshot(copies / str(len(killed)))
+    # The reason why it was kept back names the copy of the RUN.
+    others = wanted.keys() - {"registry.json", "train/en-es.failed.txt"}
+    for number, outcome in enumerate(killed):
+        assert outcome["faults"] == [], (number, outcome)
+        assert outcome["statuses"].get(name, "training") == "training"
+        assert (outcome["again"], outcome["faults at last"]) == (2, []), (number, outcome)
+        came = snapshot(copies / str(number))
+        assert came.keys() == wanted.keys(), number
+        assert [file for file in others if came[file] != wanted[file]] == [], number
+
+
+@pytest.mark.slow
 def test_branching(initialised, tiny, tmp_path):
     """Only that the hashes of the clusters are not recorded yet can be found in between."""
     template = tmp_path / "template"
