@@ -125,7 +125,8 @@ def _print(lines: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> None:
     experts = {each["expert"] for each in lines}
     rows = {arm: [each for each in lines if each["arm"] == arm] for arm in arms}
     rows = {arm: some for arm, some in rows.items() if {e["expert"] for e in some} == experts}
-    for arm, some in {"seed": rows.get("full", []), **rows}.items():
+    seed = {"seed": rows["full"]} if "full" in rows else {}
+    for arm, some in {**seed, **rows}.items():
         model = "seed" if arm == "seed" else "expert"
         own, others = _mean(some, "own", model), _mean(some, "others", model)
         forgotten = others - _mean(some, "others", "parent" if model == "expert" else model)

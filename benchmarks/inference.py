@@ -12,7 +12,8 @@ in ten (products of another shape round otherwise, and random models have many e
 
 With `--rank`, the experts are LoRA adapters of that rank, of all dense layers of one model: the
 systems "merged" have a full copy of the weights for each, and "beside the base" share those of the
-base, whose products with the factors are added. transformers is left out then.
+base, whose products with the factors are added; their time is over that of the merged ones.
+transformers is left out then.
 
 Ours run in one process and transformers in another, which take turns in every round. The time of a
 system over the dense model's is of the same round: median (smallest to largest). A step of decoding
@@ -148,7 +149,9 @@ def _compare(
                 read = size * min(batch * _experts_run(name, count), count if name != DENSE else 1)
                 if name == ONE_BY_ONE:
                     read = size * batch
-                _print(options, name, batch, count, runs, found[DENSE], read)
+                # Of adapters, the price of the products: over the same experts, merged.
+                other = found.get(name.replace(BESIDE, "merged") if BESIDE in name else DENSE)
+                _print(options, name, batch, count, runs, other, read)
     if parts:
         small = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
         print(
