@@ -1,5 +1,6 @@
 """One layer of the transformer: attention and feed-forward, with norms and residuals."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -143,7 +144,8 @@ class Block(nnx.Module):
                 return compute(h)
             return jax.lax.cond((own > 0).any(), compute, jnp.zeros_like, h)
 
-        return sum(passed(number) for number in range(self.config.expert_count))
+        parts = (passed(number) for number in range(self.config.expert_count))
+        return functools.reduce(jnp.add, parts)
 
     def _fed(self, layer, h):
         activate = ACTIVATIONS[self.config.activation]
