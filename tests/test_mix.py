@@ -13,7 +13,7 @@ import torch
 from flax.traverse_util import unflatten_dict
 from hub_models import auto_model
 from safetensors.numpy import load_file
-from small_training import CONFIG, MODEL
+from small_training import CONFIG, MODEL, SOURCES, TEXT
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from clustering.errors import UserError
@@ -32,8 +32,12 @@ from xelm.models.mixture import (
 from xelm.models.parameters import bind, by_path, graph, shapes
 from xelm.runs import mix as mixing
 from xelm.runs.options import MixOptions
+from xelm.settings import vary
+from xelm.training.loop import train
+from xelm.training.metrics import read_metrics
 from xelm.training.step import balance
 from xelm.training.trainable import completed, divide
+from xelm.training.trainer import TrainingSpec
 
 
 def moments_of(texts) -> list[Moments]:
@@ -158,6 +162,36 @@ def test_routers_are_trained_alone_where_that_is_wanted(models):
     found = by_path(completed(changed, whole, config, shape))
     for path, array in by_path(whole).items():
         np.testing.assert_array_equal(found[path], array + (path == "blocks/router/weight"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["all", "router"])
+def test_a_mixture_is_trained_alike_on_one_device_and_on_eight(models, tmp_path, trained):
+    shape = mixture_shape(MODEL, 2, 1)
+    whole = mixed(mean_of(models[:2]), models[:2], np.ones((2, 16, 2)) * [1, -1])
+    found = []
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        config = replace(
+            CONFIG, tokens=6 * 128, mixture=MixtureConfig(trained=trained, balance=0.1)
+        )
+        names = ("data", "fsdp", "tensor")
+        config = vary(config, {f"runtime.mesh_{n}": size for n, size in zip(names, mesh)})
+        spec = TrainingSpec(
+            label="mixture",
+            start=lambda shardings: jax.tree.map(jax.device_put, whole, shardings),
+            sources=SOURCES,
+            config=config,
+            directory=tmp_path / str(mesh),
+        )
+        result = train(spec, shape, TEXT)
+        lines = read_metrics(spec.directory / "metrics.jsonl")
+        found.append(([line["loss"] for line in lines], by_path(result.parameters)))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4)
+    assert found[0][0][0] - found[0][0][-1] > (0.02 if trained == "all" else -1)
+    for path, array in by_path(whole).items():
+        np.testing.assert_allclose(found[0][1][path], found[1][1][path], atol=2e-4)
+        changed = not np.array_equal(found[0][1][path], array)
+        assert changed == (trained == "all" or path == "blocks/router/weight"), path
 
 
 @pytest.fixture(scope="module")
