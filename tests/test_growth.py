@@ -288,6 +288,11 @@ def test_who_joins_an_expert_changes_that_expert_alone(xelm, several, tiny, corp
     now = columns(run)
     assert set(now) == {*rows, "it-pt@v2"} - {"it-pt@v1"}
     assert all((now[name] == rows[name]).all() for name in now if name in rows)
+    # From then on all its languages are its own.
+    third = xelm("train", directory, "it-pt", "--again", "--dry-run", "--json").json()
+    (training,) = third["trainings"]
+    assert set(training["passes"]) == {"it", "pt", "ca", "en", "es"}
+    assert training["tokens"] == 128
     # One that is retired loses its column, and no other moves.
     assert xelm("retire", directory, "sv").code == 0
     left = columns(open_run(directory))

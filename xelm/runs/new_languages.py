@@ -30,10 +30,11 @@ def languages_to_grow(
         raise UserError("name the languages to grow, or their family, and not both")
     if family is None:
         return canonical_all(languages)
-    corpus, registry = corpus or run.record["corpus"], run.registry()
-    members = of_family(family, languages_of(corpus))
+    text: AnyCorpus = run.record["corpus"] if corpus is None else corpus
+    registry = run.registry()
+    members = of_family(family, languages_of(text))
     if not members:
-        raise UserError(f"{Corpus.of(corpus)} has no text in a {family} language")
+        raise UserError(f"{Corpus.of(text)} has no text in a {family} language")
     for expert in registry.training():
         group = begun_with(registry, expert)
         tags = tuple(tag for one in group for tag in one.languages)
@@ -44,7 +45,7 @@ def languages_to_grow(
     if found := tuple(tag for tag in members if tag not in served):
         return found
     shown = ", ".join(f"{english_name(tag)} by {served[tag].name}" for tag in members)
-    raise UserError(f"all {family} languages of {Corpus.of(corpus)} are served: {shown}")
+    raise UserError(f"all {family} languages of {Corpus.of(text)} are served: {shown}")
 
 
 def groups_of(
@@ -60,7 +61,8 @@ def groups_of(
         raise UserError(f"{len(tags)} languages cannot form {count} clusters")
     if count == len(tags) or count == 1:
         return name_clusters([[tag] for tag in tags] if count > 1 else [tags])
-    rule = run.clusters().parameters.get("rule") or "pairs"
+    branched = (run.directory / "clusters.json").exists()  # its experts may all be adopted
+    rule = (run.clusters().parameters.get("rule") if branched else None) or "pairs"
     measure, sources = options.by or DEFAULT, Sources(run=run, corpus=corpus)
     found = by_measure(measure, count, sources, languages=tags, rule=rule)
     if found.unassigned:
