@@ -32,8 +32,11 @@ class Repo:
     """Hash -> path -> content."""
     branches: dict[str, str] = field(default_factory=dict)
 
-    def head(self, revision: str = "main") -> dict[str, bytes] | None:
-        return self.commits.get(self.branches.get(revision, revision))
+    def has(self, revision: str) -> bool:
+        return self.branches.get(revision, revision) in self.commits
+
+    def head(self, revision: str = "main") -> dict[str, bytes]:
+        return self.commits[self.branches.get(revision, revision)]
 
     def add(self, branch: str, files: dict[str, bytes]) -> str:
         sha = hashlib.sha1(f"{self.name} {branch} {len(self.commits)}".encode()).hexdigest()
@@ -60,6 +63,8 @@ class Hub:
         self.sent: list[str] = []
         """Paths of the files that were downloaded."""
         self.before_commit = lambda: None
+        self.spoilt = ""
+        """Path of a file that is changed as it is committed."""
         self.endpoint = ""
 
     def repo(self, name: str) -> Repo:
@@ -172,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo is None:
             # Who is not logged in is not told whether there is one.
             self.error(404 if self.headers.get("Authorization") else 401, "RepoNotFound")
-        elif repo.head(revision) is None:
+        elif not repo.has(revision):
             self.error(404, "RevisionNotFound")
         else:
             return repo.head(revision)
@@ -243,7 +248,7 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, name, revision, wanted):
         if not self.allowed("preupload", write=True):
             return
-        there = self.hub.repos[name].head(revision) or {}
+        there = self.hub.repos[name].head(revision)
         found = []
         for file in wanted["files"]:
             path = file["path"]
@@ -272,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.hub.before_commit()
         repo = self.hub.repos[name]
-        files = dict(repo.head(branch) or {})
+        files = dict(repo.head(branch))
         for line in body.splitlines():
             item = json.loads(line)
             kind, value = item["key"], item["value"]
@@ -285,6 +290,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.objects[value["oid"]]
             elif kind == "deletedFile":
                 del files[value["path"]]
+        if self.hub.spoilt in files:
+            files[self.hub.spoilt] += b" "
         sha = repo.add(branch, files)
         url = f"{self.hub.endpoint}/{name}/commit/{sha}"
         self.answer(200, {"commitOid": sha, "commitUrl": url, "hookOutput": ""})

@@ -147,6 +147,7 @@ def test_the_card_of_a_run_has_what_the_hub_reads(whole, tmp_path):
     card, facts = there["README.md"].decode(), huggingface_hub.metadata_load(tmp_path / "card.md")
     assert facts["language"] == ["de", "en", "es", "fr"] and facts["library_name"] == "xelm"
     expert = Registry.load(run).expert("en-es")
+    assert expert.evaluation is not None
     bits = expert.evaluation["own"]["en"]
     row = f"| [en-es@v1](experts/en-es/v1) | en es | seed | {expert.tokens:,} | en "
     assert f"{row}{bits['expert']:.3f} (seed {bits['seed']:.3f})" in card
@@ -223,7 +224,10 @@ def test_a_push_is_whole_or_not_at_all(xelm, copy, hub):
     assert hub.repo("jane/w").head() == {"README.md": b"theirs"}
     assert "push" not in [event.action for event in Registry.load(run).history]
     hub.before_commit = lambda: None
-    assert xelm(*push).code == 0
+    hub.spoilt = "config.json"
+    fails(xelm(*push), "jane/w has another content than was sent in config.json")
+    hub.spoilt = ""
+    assert xelm(*push, "--json").json()["uploaded"] == ["config.json"]
     fails(xelm("push", run, "de-fr", "--to", "jane/w"), "jane/w has the expert en-es@v1 (en es)")
     fails(xelm("push", run, "--to", "jane/w"), "jane/w has the expert en-es@v1 (en es)")
     hub.make("jane/other", {"model.safetensors": b"x"})
@@ -341,7 +345,7 @@ def test_an_expert_from_the_hub_joins_a_run(xelm, copy, hub, tiny, tmp_path):
     assert joined.json() == {"published": "pt@v1"}
     expert = Registry.load(run).expert("pt")
     assert (expert.status, expert.parent, expert.languages) == ("published", "en-es@v1", ("pt",))
-    assert expert.made["from"] == "jane/pt"
+    assert expert.made is not None and expert.made["from"] == "jane/pt"
     assert expert.made["sha256"] == {"model.safetensors": sha256(weights)}
     assert verify(run) == []
     after = snapshot(run)

@@ -17,6 +17,18 @@ from experts.registry import Registry
 from experts.verify import hash_directory, verify
 from xelm import open_run
 from xelm.data.store import open_store
+from xelm.runs.fit import learned
+
+
+def write_store(train, folder):
+    """A store with the French text as Portuguese."""
+    folder.mkdir()
+    record = json.loads((train / "store.json").read_text())
+    for part in ("languages", "origins"):
+        record[part] = {"pt": record[part]["fr"]}
+    write_json(folder / "store.json", record | {"languages_wanted": ["pt"]})
+    for file in train.glob("fr.*"):
+        shutil.copy(file, folder / file.name.replace("fr.", "pt.", 1))
 
 
 @pytest.fixture
@@ -26,7 +38,7 @@ def grown(copy):
     run = copy.directory
     shutil.rmtree(run / "routers", ignore_errors=True)
     shutil.copytree(run / "experts/en-es/v1", run / "experts/pt/v1")
-    shutil.copytree(run / "corpus/train", run / "corpus/pt")
+    write_store(run / "corpus/train", run / "corpus/pt")
     hashes = hash_directory(run / "experts/pt/v1")
     data = {"pt": [{"text": "pt", "corpus": "/their/text", "sources": None}]}
     registry = grow(Registry.load(run), "pt", "en-es", corpora=("pt",))
@@ -178,6 +190,19 @@ def test_a_language_leaves_the_identifier_and_others_stay_to_the_bit(grown):
     open_run(grown).remove("pt")
     (kept,) = (grown / "routers").glob("languages-*.npz")
     assert Identifier.load(kept).languages == ("en", "de") and verify(grown) == []
+
+
+def test_the_learned_router_loses_a_column_and_others_stay_to_the_bit(grown):
+    run = open_run(grown)
+    before = learned(run, run.registry().published())
+    names = [expert.name for expert in run.registry().published()]
+    assert names == ["de-fr", "en-es", "pt"]
+    run.remove("pt")
+    (file,) = (grown / "routers").glob("learned-*.npz")
+    after = learned(run, run.registry().published())
+    assert np.array_equal(after.weights, before.weights[:, :2]) and before.weights.any()
+    assert np.array_equal(after.bias, before.bias[:2])
+    assert "pt@v1" not in str(np.load(file)["experts"].tolist()) and verify(grown) == []
 
 
 def test_languages_are_dropped_from_a_store_and_the_rest_stays(tiny, tmp_path):
