@@ -144,7 +144,10 @@ def test_a_run_is_pulled_as_it_was_pushed_and_works_without_its_text(
 def test_the_card_of_a_run_has_what_the_hub_reads(whole, tmp_path):
     run, there = whole
     (tmp_path / "card.md").write_bytes(there["README.md"])
-    card, facts = there["README.md"].decode(), huggingface_hub.metadata_load(tmp_path / "card.md")
+    card, facts = (
+        there["README.md"].decode(),
+        huggingface_hub.metadata_load(tmp_path / "card.md") or {},
+    )
     assert facts["language"] == ["de", "en", "es", "fr"] and facts["library_name"] == "xelm"
     expert = Registry.load(run).expert("en-es")
     assert expert.evaluation is not None
