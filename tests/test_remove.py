@@ -163,12 +163,22 @@ def test_a_base_of_another_expert_is_not_removed(xelm, grown):
     assert (grown / "experts/en-es/v1/model.safetensors").exists()
 
 
-def test_pushes_are_among_what_remains(grown):
+def test_pushes_and_models_that_were_made_of_it_are_among_what_remains(grown):
     from experts.lock import record
 
     record(grown, "push", ["pt@v1"], {"to": "jane/pt", "commit": "a" * 40})
     record(grown, "push", ["en-es@v1"], {"to": "jane/en", "commit": "b" * 40})
+    records = {
+        "merges/a/merge.json": {"format": 1, "sources": [{"name": "pt@v1"}, {"name": "seed"}]},
+        "merges/b/merge.json": {"format": 1, "sources": [{"name": "en-es@v1"}]},
+        "students/c/recipe.json": {"format": 1, "made_of": ["de-fr@v1", "pt@v1"]},
+    }
+    for file, value in records.items():
+        write_json(grown / file, value)
+    manifest.record(grown, ["merges", "students"])
     remains = "\n".join(open_run(grown).plan_removal("pt").remains)
+    assert "merges/a: made of it" in remains and "students/c: made of it" in remains
+    assert "merges/b" not in remains
     assert "jane/pt: pushed there as commit aaaaaaaaaaaa" in remains and "jane/en" not in remains
 
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from clustering.errors import UserError
+from clustering.files import read_object
 from clustering.identify import Identifier
 from experts import manifest
 from experts.expert import Expert, parse_reference
@@ -23,6 +24,7 @@ from xelm.data.store_writer import drop_languages
 from xelm.evaluation.report.page import FIGURES, PAGE
 from xelm.models.stored import chain
 from xelm.runs.check import REMEMBERED
+from xelm.runs.combined import RECIPE
 from xelm.runs.fit import learned
 from xelm.runs.results import change_systems
 from xelm.runs.run import Run
@@ -214,10 +216,8 @@ def _remains(run: Run, registry: Registry, name: str) -> Iterator[str]:
     if trained and run.dense.exists():
         yield f"dense: trained on text in {' '.join(trained)} too"
     for model, path in run.combined().items():
-        with suppress(UserError, OSError, KeyError):
-            sources = [str(each["name"]).partition("@")[0] for each in read_record(path)["sources"]]
-            if name in sources:
-                yield f"{model}: made of its weights; delete the folder"
+        if name in _made_of(path):
+            yield f"{model}: made of it; delete the folder, and make it again of the others"
     descended: dict[str, None] = {}
     for origin, others in registry.needed(name).items():
         for other in others:
@@ -253,6 +253,16 @@ def _remains(run: Run, registry: Registry, name: str) -> Iterator[str]:
     yield from (f"{source}: the text itself, outside the RUN" for source in sources)
     yield "history: that it was there, and when"
     yield "what is not known here: exported copies, pulled RUNs, backups"
+
+
+def _made_of(path: Path) -> set[str]:
+    """Names of the experts that a merged model, a student or a mixture was made of, as the record
+    in its folder says."""
+    with suppress(UserError, KeyError):
+        return {str(each["name"]).partition("@")[0] for each in read_record(path)["sources"]}
+    with suppress(UserError, KeyError):
+        return {str(each).partition("@")[0] for each in read_object(path / RECIPE)["made_of"]}
+    return set()
 
 
 def _names(versions: tuple[Expert, ...]) -> list[str]:
