@@ -258,8 +258,9 @@ def test_trainings_one_after_the_other_need_the_checkpoints_of_one(tmp_path):
     assert needed_bytes(tmp_path, two) == 2_000_000 + 5_000_000
     assert needed_bytes(tmp_path, two, together=2) == 2_000_000 + 8_000_000
     # What is written already needs no room any more.
-    (tmp_path / "train" / "da").mkdir(parents=True)
-    (tmp_path / "train" / "da" / "state").write_bytes(b"0" * 4_000_000)
+    checkpoints = tmp_path / "train" / "da" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "state").write_bytes(b"0" * 4_000_000)
     assert needed_bytes(tmp_path, two) == 2_000_000 + 3_000_000
 
 
