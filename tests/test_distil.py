@@ -327,9 +327,17 @@ def test_a_plan_names_the_disk_space_and_writes_nothing(xelm, tiny):
 def distilled(tiny, xelm, tmp_path_factory):
     directory = tmp_path_factory.mktemp("distilled") / "RUN"
     shutil.copytree(tiny.directory, directory)
-    outcome = xelm("distil", directory, "--name", "half", "--teacher-share", ".5", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        small_parts(patch)
+        outcome = xelm("distil", directory, "--name", "half", "--teacher-share", ".5", "--json")
     assert outcome.code == 0, outcome.err
     return directory, outcome
+
+
+def small_parts(patch):
+    """The teacher's predictions are written after every few documents."""
+    for name in ("_LEAST_TOKENS", "_MOST_TOKENS"):
+        patch.setattr(teaching, name, 500)
 
 
 @pytest.mark.slow
@@ -372,8 +380,7 @@ def test_a_killed_distillation_goes_on_and_ends_with_the_same_bits(
     directory = tmp_path / "RUN"
     shutil.copytree(tiny.directory, directory)
     run, arguments = open_run(directory), ("--name", "half", "--teacher-share", ".5")
-    monkeypatch.setattr(teaching, "_MOST_TOKENS", 500)
-    monkeypatch.setattr(teaching, "_LEAST_TOKENS", 500)
+    small_parts(monkeypatch)
     calls = []
 
     def killed(*given):
@@ -399,6 +406,7 @@ def test_a_killed_distillation_goes_on_and_ends_with_the_same_bits(
         run.distil("half", distillation.DistilOptions(teacher_share=0.5))
     assert not run.combined()
     monkeypatch.undo()
+    small_parts(monkeypatch)
     assert xelm("distil", directory, *arguments).code == 0
     names = [p.name for p in (directory / "students/half").iterdir() if p.suffix == ".safetensors"]
     for name in names:

@@ -190,10 +190,13 @@ def _teach(run: Run, found: Distillation, experts: Sequence[Expert], routing: Ro
         progress.update(writer.written)
         for source, (numbers, counts) in zip(found.job.text.sources, found.documents):
             ends = first + np.cumsum(counts)
-            left = int(np.searchsorted(ends, writer.written, side="right"))
             language = source.ids.language if routing.name == "language" else None
-            for part in _parts(numbers[left:], counts[left:], tokens_at_once(ensemble)):
-                documents = [source.ids.document(int(number)) for number in part]
+            # In the same parts after an interruption, as their sizes decide how sums are rounded.
+            for part in _parts(counts, tokens_at_once(ensemble)):
+                left = numbers[part][ends[part] > writer.written]
+                if not len(left):
+                    continue
+                documents = [source.ids.document(int(number)) for number in left]
                 lesson = teach(ensemble, documents, store.top, language)
                 before = writer.written
                 for one in lesson.predictions:
@@ -209,10 +212,11 @@ def _record_cost(run: Run, found: Distillation) -> None:
     write_json(path, read_json(path) | {"teacher_tokens_read": found.store.tokens_read})
 
 
-def _parts(numbers: np.ndarray, counts: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Documents in parts of at least so many tokens."""
+def _parts(counts: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Indices of documents with so many targets each, in parts of about so many tokens."""
     at = np.cumsum(counts) // tokens
-    return np.split(numbers, np.flatnonzero(np.diff(at)) + 1) if len(numbers) else []
+    places = np.arange(len(counts))
+    return np.split(places, np.flatnonzero(np.diff(at)) + 1) if len(counts) else []
 
 
 def _with_teacher(found: Distillation, options: DistilOptions) -> Job:
