@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.optimize import minimize
-from scipy.special import logsumexp
 
 PENALTY = 100.0
 """Inverse strength of the L2 penalty (`C` of scikit-learn), of the fit of all columns too."""
@@ -36,7 +35,7 @@ def added_columns(
     """
     new = [number for number in range(experts) if number not in known]
     scores = features @ np.asarray(weights, float) + np.asarray(bias, float)
-    fixed, counts = logsumexp(scores, axis=1), PENALTY * balanced(labels, experts)
+    fixed, counts = np.logaddexp.reduce(scores, axis=1), PENALTY * balanced(labels, experts)
     # The logit of an example's own expert matters where that is a new one; else it is a constant.
     own = labels[:, None] == np.asarray(new)
     width, size = len(new), features.shape[1]
@@ -44,7 +43,7 @@ def added_columns(
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         columns = flat.reshape(size + 1, width)
         logits = features @ columns[:-1] + columns[-1]
-        total = np.logaddexp(fixed, logsumexp(logits, axis=1))
+        total = np.logaddexp(fixed, np.logaddexp.reduce(logits, axis=1))
         value = counts @ (total - np.where(own, logits, 0.0).sum(axis=1))
         error = counts[:, None] * (np.exp(logits - total[:, None]) - own)
         slope = np.concatenate([features.T @ error + columns[:-1], error.sum(axis=0)[None]])
