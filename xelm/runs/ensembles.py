@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from xelm.inference.routing import Routing
 from xelm.inference.sampling import read_sampling_params
 from xelm.inference.vocabularies import InPieces, loader
 from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
+from xelm.models.config import ModelConfig
 from xelm.models.shared import read_part
 from xelm.models.stored import root
 from xelm.models.vocabulary_rows import resized
@@ -54,31 +55,18 @@ def open_ensemble(
     check_models(run, experts, others)
     paths = {expert.name: expert.directory(run.directory) for expert in experts} | others
     model = read_config(run.seed)
-    dtype = before.dtype if before else common_dtype(paths.values(), dtype)
-    own = [vocabulary_of(run, path) for path in paths.values()]
-    cache = None if before is None else before.parameters
-
-    def parameters(vocabulary: Vocabulary | None) -> ParameterCache:
-        nonlocal cache
-        loaders, places = [], []
-        for path, theirs in zip(paths.values(), own):
-            read = partial(read_for_inference, path, dtype=dtype)
-            load = loader(read, model, theirs, vocabulary)
-            same = (theirs and theirs.key) == (vocabulary and vocabulary.key)
-            loaders.append(_sharing(path, load, dtype) if same else load)
-            name = _place(path)
-            places.append(name if same else f"{name} in {vocabulary and vocabulary.key}")
-        if cache is None:
-            cache = ParameterCache(loaders, names=places)
-            return cache
-        assert isinstance(cache, ParameterCache)
-        return cache.with_experts(loaders, places)
-
+    models = _Models(
+        paths=list(paths.values()),
+        vocabularies=[vocabulary_of(run, path) for path in paths.values()],
+        model=model,
+        dtype=before.dtype if before else common_dtype(paths.values(), dtype),
+    )
+    parameters = models.parameters(None, before.parameters if before else None)
     ensemble = Ensemble(
         names=list(paths),
         model=model,
-        parameters=parameters(None),
-        dtype=dtype,
+        parameters=parameters,
+        dtype=models.dtype,
         router=make_router(run, experts, routing),
         tokenizer=run.tokenizer(),
         # Experts that were given a weight by hand are read, however small it is.
@@ -86,27 +74,58 @@ def open_ensemble(
         context_length=run.context_length(),
         sampling=read_sampling_params(run.seed)[0],
     )
-    further = []
-    for vocabulary in {one.key: one for one in own if one is not None}.values():
-        keys = [one and one.key for one in own]
-        owners = [number for number, key in enumerate(keys) if key == vocabulary.key]
-        further.append(
-            replace(
-                ensemble,
-                model=resized(model, vocabulary.size),
-                parameters=parameters(vocabulary),
-                router=InPieces(
-                    router=ensemble.router,
-                    vocabulary=vocabulary,
-                    owners=owners,
-                    given=routing.name == "fixed",
-                ),
-                tokenizer=vocabulary.tokenizer,
-                vocabulary=vocabulary,
-                owners=owners,
-            )
-        )
+    vocabularies = {one.key: one for one in models.vocabularies if one is not None}
+    further = [
+        _in_vocabulary(ensemble, models, one, given=routing.name == "fixed")
+        for one in vocabularies.values()
+    ]
     return replace(ensemble, further=further)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Models:
+    """The checkpoints of an ensemble, and how they are loaded for text in a vocabulary."""
+
+    paths: Sequence[Path]
+    vocabularies: Sequence[Vocabulary | None]
+    """That of each model; None is the seed's."""
+    model: ModelConfig
+    """Shape of the seed."""
+    dtype: str
+
+    def parameters(self, vocabulary: Vocabulary | None, cache: Any) -> ParameterCache:
+        """Parameters of all models for a vocabulary, in the memory of another cache, if any."""
+        loaders, places = [], []
+        for path, own in zip(self.paths, self.vocabularies):
+            read = partial(read_for_inference, path, dtype=self.dtype)
+            load = loader(read, self.model, own, vocabulary)
+            same = (own and own.key) == (vocabulary and vocabulary.key)
+            loaders.append(_sharing(path, load, self.dtype) if same else load)
+            name = _place(path)
+            places.append(name if same else f"{name} in {vocabulary and vocabulary.key}")
+        if cache is None:
+            return ParameterCache(loaders, names=places)
+        assert isinstance(cache, ParameterCache)
+        return cache.with_experts(loaders, places)
+
+
+def _in_vocabulary(
+    ensemble: Ensemble, models: _Models, vocabulary: Vocabulary, *, given: bool
+) -> Ensemble:
+    """An ensemble of the same models for text in a vocabulary of some of them. given: whether
+    weights were given by hand."""
+    keys = [one and one.key for one in models.vocabularies]
+    owners = [number for number, key in enumerate(keys) if key == vocabulary.key]
+    router = InPieces(router=ensemble.router, vocabulary=vocabulary, owners=owners, given=given)
+    return replace(
+        ensemble,
+        model=resized(models.model, vocabulary.size),
+        parameters=models.parameters(vocabulary, ensemble.parameters),
+        router=router,
+        tokenizer=vocabulary.tokenizer,
+        vocabulary=vocabulary,
+        owners=owners,
+    )
 
 
 def _place(path: Path) -> str:
