@@ -18,13 +18,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 
 from clustering.files import sha256
-from xelm.config import RuntimeConfig, TrainConfig
 from xelm.models.checkpoint import read_for_inference, write_checkpoint
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import fresh_parameters
 from xelm.models.weights import tensor_without_numbers
 from xelm.training.fingerprint import fingerprints
 from xelm.training.sharding import make_mesh, parameter_shardings
+from xelm.training_config import RuntimeConfig, TrainConfig
 
 
 def main() -> None:

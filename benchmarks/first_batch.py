@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from clustering.files import write_json
-from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare, batches
 from xelm.data.store import FORMAT, open_store, shuffled
 from xelm.data.text_format import TextFormat
+from xelm.training_config import TrainConfig
 
 
 def main() -> None:

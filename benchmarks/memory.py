@@ -28,13 +28,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from xelm.config import RuntimeConfig, TrainConfig
 from xelm.data.masking import masked_per_row
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
 from xelm.settings import vary
 from xelm.training.compiled import compile_steps
 from xelm.training.sharding import AXES
+from xelm.training_config import RuntimeConfig, TrainConfig
 
 LENGTH = 2048
 SMALL = {"runtime.dtype": "bfloat16", "runtime.moments_dtype": "bfloat16"}

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import fresh_parameters
 from xelm.presets import quickstart
@@ -27,6 +26,7 @@ from xelm.training.expert_axis import stack
 from xelm.training.flops import of_a_token
 from xelm.training.rate import estimated_rate, measured_layer
 from xelm.training.sharding import make_mesh
+from xelm.training_config import TrainConfig
 
 
 def main() -> None:

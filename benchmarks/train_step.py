@@ -176,7 +176,7 @@ def _batch(rows: int, length: int, vocabulary: int) -> Any:
 
 
 def _config(options: argparse.Namespace, length: int) -> Any:
-    from xelm.config import RuntimeConfig, TrainConfig
+    from xelm.training_config import RuntimeConfig, TrainConfig
 
     return TrainConfig(
         tokens=options.tokens * 1000,

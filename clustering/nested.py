@@ -62,5 +62,8 @@ def _coarser(finer: Clusters, clustering: Clustering, count: int) -> Clusters:
     if sizes := clustering.parameters.get("sizes"):
         more = {"sizes": np.array([sum(sizes[t] for t in m) for m in finer.values()], float)}
     found = RULES[rule](tuple(finer), values, count, **more)
-    unions = [sorted((t for n in names for t in finer[n]), key=place.get) for names in found.groups]
+    unions = [
+        sorted((t for n in names for t in finer[n]), key=place.__getitem__)
+        for names in found.groups
+    ]
     return name_clusters(sorted(unions, key=lambda tags: place[tags[0]]))

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -214,6 +214,37 @@ class Expert:
         if not self.languages:
             facts["documents"] = dict.fromkeys(self.documents or (), 0)
         return Expert(**facts, status="retired", removed=when)
+
+    @property
+    def why_unused(self) -> str:
+        """Why it cannot be used, and how it can be."""
+        if self.removed is not None:
+            return f"{self.reference} was removed on {self.removed[:10]}"
+        if self.intermediate:
+            return (
+                f"{self.reference} is the intermediate expert of a round of training; it is only "
+                "the parent of others, and never in use"
+            )
+        if self.status == "retired" and self.sha256:
+            return f"{self.reference} is retired; bring it back with: xelm restore RUN {self.name}"
+        return f"{self.reference} is {self.status}, not published"
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The expert with its own name and those of its parent and its donor replaced where they
+        are in `names`."""
+
+        def now(reference: str) -> str:
+            of, version = parse_reference(reference)
+            return f"{names.get(of, of)}@v{version}"
+
+        first, name = self.first_reference, names.get(self.name, self.name)
+        new = replace(
+            self,
+            name=name,
+            parent=SEED if self.parent == SEED else now(self.parent),
+            donor=self.donor if self.donor in (None, SEED) else now(self.donor),
+        )
+        return replace(new, published_as=None if first == new.reference else first)
 
     def directory(self, run: Path | str) -> Path:
         """Directory of its checkpoint, which may not be there yet."""

@@ -161,7 +161,7 @@ class Registry:
         """The published version of an expert; UserError if it is retired or in training."""
         expert = self.expert(name)
         if expert.status != "published":
-            raise UserError(_not_in_use(self.last_in_use(name) or expert))
+            raise UserError((self.last_in_use(name) or expert).why_unused)
         return expert
 
     def for_language(self, language: str) -> Expert:
@@ -174,7 +174,7 @@ class Registry:
         if tag is None:
             known = f"served: {', '.join(served) or 'none'}"
             retired = self.retired_for(language)
-            more = f"{_not_in_use(retired)}; " if retired else ""
+            more = f"{retired.why_unused}; " if retired else ""
             raise UserError(f"no published expert serves {language!r}; {more}{known}")
         serving = [expert for expert in self.published() if tag in expert.languages]
         return max(serving, key=lambda e: e.round)
@@ -276,7 +276,7 @@ class Registry:
         if expert.status == "published":
             return self
         if expert.intermediate or expert.removed is not None:
-            raise UserError(_not_in_use(expert))
+            raise UserError(expert.why_unused)
         if expert.status != "retired" or not expert.sha256:
             raise UserError(
                 f"{expert.reference} is {expert.status}; "
@@ -306,7 +306,7 @@ class Registry:
         there is no such version."""
         present = self.expert(name)
         if present.removed is not None:
-            raise UserError(_not_in_use(present))
+            raise UserError(present.why_unused)
         if present.status == "published":
             if version in (None, present.version):
                 return self
@@ -355,7 +355,7 @@ class Registry:
                 raise UserError(f"{new!r} names another expert already; give another name")
         if len(set(names.values())) < len(names):
             raise UserError(f"two experts cannot have one name; got {', '.join(names.values())}")
-        return replace(self, experts=tuple(_renamed(expert, names) for expert in self.experts))
+        return replace(self, experts=tuple(expert.renamed(names) for expert in self.experts))
 
     def _was_renamed(self, old: str, new: str) -> bool:
         present = {expert.name for expert in self.experts}
@@ -427,39 +427,6 @@ class Registry:
 def _repeated(values: Iterable[str]) -> list[tuple[str, int]]:
     """The values that occur more than once, and how often."""
     return [(value, count) for value, count in Counter(values).items() if count > 1]
-
-
-def _renamed(expert: Expert, names: Mapping[str, str]) -> Expert:
-    """The expert with its own name and those of its parent and its donor replaced where they are in
-    `names`."""
-
-    def now(reference: str) -> str:
-        of, version = parse_reference(reference)
-        return f"{names.get(of, of)}@v{version}"
-
-    parent, donor = expert.parent, expert.donor
-    first, name = expert.first_reference, names.get(expert.name, expert.name)
-    new = replace(
-        expert,
-        name=name,
-        parent=SEED if parent == SEED else now(parent),
-        donor=donor if donor in (None, SEED) else now(donor),
-    )
-    return replace(new, published_as=None if first == new.reference else first)
-
-
-def _not_in_use(expert: Expert) -> str:
-    """Why an expert that was asked for cannot be used, and how it can be."""
-    if expert.removed is not None:
-        return f"{expert.reference} was removed on {expert.removed[:10]}"
-    if expert.intermediate:
-        return (
-            f"{expert.reference} is the intermediate expert of a round of training; it is only the "
-            "parent of others, and never in use"
-        )
-    if expert.status == "retired" and expert.sha256:
-        return f"{expert.reference} is retired; bring it back with: xelm restore RUN {expert.name}"
-    return f"{expert.reference} is {expert.status}, not published"
 
 
 def _listed(versions: Iterable[Expert]) -> str:

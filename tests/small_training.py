@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 
-from xelm.config import OptimizerConfig, RuntimeConfig, TrainConfig
 from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage, shuffled
 from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
 from xelm.training.metrics import MetricsLog
+from xelm.training_config import OptimizerConfig, RuntimeConfig, TrainConfig
 
 MODEL = ModelConfig(
     vocabulary_size=48,

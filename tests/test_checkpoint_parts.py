@@ -158,7 +158,7 @@ import jax, jax.numpy as jnp
 from xelm.models.checkpoint import load_parameters, read_config
 from xelm.models.parameters import shapes
 from xelm.training.sharding import make_mesh, parameter_shardings
-from xelm.config import RuntimeConfig, TrainConfig
+from xelm.training_config import RuntimeConfig, TrainConfig
 
 def anonymous():
     status = Path("/proc/self/status").read_text()

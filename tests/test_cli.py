@@ -130,8 +130,8 @@ def test_settings_change_what_they_name_and_nothing_else(preset):
 
 
 def test_a_part_and_its_fields_vary_together():
-    from xelm.config import OptimizerConfig, TrainConfig
     from xelm.settings import vary
+    from xelm.training_config import OptimizerConfig, TrainConfig
 
     changes = {"optimizer": OptimizerConfig(beta1=0.8), "optimizer.beta2": 0.9}
     wanted = OptimizerConfig(beta1=0.8, beta2=0.9)

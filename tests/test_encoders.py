@@ -12,11 +12,11 @@ from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFa
 
 from clustering.errors import UserError
 from xelm import open_run
-from xelm.config import DataConfig, TrainConfig
 from xelm.data.masking import mask_tokens
 from xelm.data.text_format import TextFormat
 from xelm.inference.scoring import APART, score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
+from xelm.training_config import DataConfig, TrainConfig
 
 MASKED = TextFormat(start_id=1, end_id=2, mask_id=3, ordinary_ids=np.arange(4, 50))
 

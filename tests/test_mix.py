@@ -18,7 +18,6 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from clustering.errors import UserError
 from xelm import open_run
-from xelm.config import MixtureConfig
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.mixture import (
@@ -38,6 +37,7 @@ from xelm.training.metrics import read_metrics
 from xelm.training.step import balance
 from xelm.training.trainable import completed, divide
 from xelm.training.trainer import TrainingSpec
+from xelm.training_config import MixtureConfig
 
 
 def moments_of(texts) -> list[Moments]:

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from xelm.config import TrainConfig
 from xelm.presets import tiny
 from xelm.settings import vary
 from xelm.training.optimizer import _share_kept, clipped, optimizer, schedule
+from xelm.training_config import TrainConfig
 
 
 def config(**changes) -> TrainConfig:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig
 from xelm.data import rows as row_module
 from xelm.data.rows import LanguageRows, LanguageShare, batches, sampling_shares
 from xelm.data.store import TokenizedLanguage, shuffled
 from xelm.data.text_format import TextFormat
 from xelm.training.step import target_weights
+from xelm.training_config import TrainConfig
 
 START, END = 1, 2
 LENGTHS = {"de": [5, 1, 17, 3, 0, 40, 2, 2, 9], "el": [12, 4, 4, 30], "sw": [1]}

@@ -16,8 +16,9 @@ import pytest
 import clustering
 import experts
 import xelm
-from xelm.config import Budget, DataConfig, OptimizerConfig, RunConfig, RuntimeConfig, TrainConfig
+from xelm.config import RunConfig
 from xelm.models.config import ModelConfig, Rope
+from xelm.training_config import Budget, DataConfig, OptimizerConfig, RuntimeConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("clustering", "experts", "xelm")
@@ -47,9 +48,9 @@ LAYERS = (
     ("clustering.grouping", "clustering.control", "clustering.tfidf"),
     ("clustering.typology", "clustering.choice", "clustering.ngrams", "clustering.nested"),
     ("experts",),
-    ("xelm.version", "xelm.process", "xelm.progress"),
+    ("xelm.version", "xelm.process", "xelm.progress", "xelm.bounds"),
     ("xelm.settings", "xelm.models"),
-    ("xelm.config", "xelm.presets"),
+    ("xelm.training_config", "xelm.config", "xelm.presets"),
     ("xelm.data",),
     ("xelm.training",),
     ("xelm.inference",),
@@ -57,7 +58,7 @@ LAYERS = (
     ("xelm.runs",),
     ("xelm.serving",),
     ("xelm.harness", "xelm.quickstart"),
-    ("xelm.api", "xelm.tables"),
+    ("xelm.lifecycle", "xelm.api", "xelm.tables"),
     ("xelm.commands",),
     ("xelm.cli", "xelm.__main__"),
 )
@@ -65,6 +66,8 @@ LAYERS = (
 TRAINER = (
     "xelm.models",
     "xelm.settings",
+    "xelm.bounds",
+    "xelm.training_config",
     "xelm.config",
     "xelm.presets",
     "xelm.data",

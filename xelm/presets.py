@@ -3,15 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from xelm.config import (
+from xelm.config import RunConfig
+from xelm.models.config import ModelConfig
+from xelm.training_config import (
     DataConfig,
     EvaluationConfig,
     OptimizerConfig,
-    RunConfig,
     RuntimeConfig,
     TrainConfig,
 )
-from xelm.models.config import ModelConfig
 
 
 def quickstart() -> RunConfig:

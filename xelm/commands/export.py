@@ -49,6 +49,7 @@ def _export(options: argparse.Namespace) -> None:
         out = run.export(options.name, options.out)
         show(options, {"name": options.name, "out": str(out)}, out)
         return
+    assert options.gguf is not None  # one of the three is required
     made = run.export_gguf(options.name, options.gguf, options.converter)
     facts = {"name": options.name, **dataclasses.asdict(made), "file": str(made.file)}
     text = (

@@ -49,7 +49,7 @@ def _pull_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="OWNER/REPO", help="repository that xelm push wrote")
     parser.add_argument("out", metavar="DIR", nargs="?", help="new directory for a whole RUN")
     parser.add_argument("--into", metavar="RUN", help="RUN that a single expert joins")
-    add_corpus(parser, "with --into: text in the languages of the expert (default: the RUN's)")
+    add_corpus(parser, "text in the languages of the expert, with --into (default: the RUN's)")
     parser.add_argument(
         "--revision", metavar="R", help="branch, tag or commit to read (default: main)"
     )

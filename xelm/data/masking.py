@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from xelm.config import TrainConfig
 from xelm.data.text_format import TextFormat
+from xelm.training_config import TrainConfig
 
 # Shares of the chosen tokens that become the mask and a random id; the others stay as they are
 # (Devlin et al. 2019, section 3.1).

@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Int
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig
 from xelm.data.store import FRAME, TokenizedLanguage
 from xelm.data.teacher import TeacherText
 from xelm.data.text_format import TextFormat
+from xelm.training_config import TrainConfig
 
 ORIGIN = ("language", "row")
 """Entries of a batch with the index of each row's language, and the row's number there."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig
 from xelm.data.rows import LanguageShare
 from xelm.models.config import ModelConfig
 from xelm.progress import duration
 from xelm.runs.run import Run
 from xelm.training.metrics import read_metrics, seconds_of
+from xelm.training_config import TrainConfig
 
 MOST_PASSES = 4.0
 """Passes over a language's text above which a warning is given: up to four are about as good as new

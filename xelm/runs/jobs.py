@@ -8,7 +8,6 @@ from clustering.errors import UserError
 from experts.expert import Expert
 from experts.grow import begun_with
 from experts.rounds import rounds_of
-from xelm.config import TrainConfig
 from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
@@ -27,6 +26,7 @@ from xelm.runs.shares import (
 )
 from xelm.runs.vocabulary import read_by, start_of
 from xelm.settings import own_settings
+from xelm.training_config import TrainConfig
 
 _VERSION_SEEDS = 1000
 """Distance of the random seeds of two versions; those of rounds are 1 apart."""

@@ -17,7 +17,6 @@ from clustering.files import read_json, write_json
 from experts.expert import Expert, is_name
 from experts.lock import locked
 from experts.manifest import MIXES, digest
-from xelm.config import MixtureConfig, TrainConfig
 from xelm.data.held_out import TrainingText
 from xelm.data.rows import batches
 from xelm.models.checkpoint import (
@@ -49,6 +48,7 @@ from xelm.runs.options import MixOptions
 from xelm.runs.run import Run
 from xelm.runs.shares import expert_text
 from xelm.settings import differences, to_json, vary
+from xelm.training_config import MixtureConfig, TrainConfig
 
 _FORMAT = 1
 _SHORT = 0.05

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clustering.errors import UserError
 from clustering.hub_files import weight_files
-from xelm.config import RunConfig, StartToken, TrainConfig
+from xelm.config import RunConfig, StartToken
 from xelm.data import tokenizer as tokenizers
 from xelm.data import tokenizer_training
 from xelm.data.contents import Contents
@@ -29,6 +29,7 @@ from xelm.runs.shares import all_text, with_passes
 from xelm.training.loop import train
 from xelm.training.metrics import HELD_OUT, METRICS
 from xelm.training.trainer import TrainingSpec
+from xelm.training_config import TrainConfig
 
 
 def check_seed(

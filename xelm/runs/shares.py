@@ -10,11 +10,12 @@ import numpy as np
 from clustering.files import read_arrays
 from experts.expert import SEED, Expert, parse_reference
 from experts.registry import Registry
-from xelm.config import DataConfig, HeldOutConfig, TrainConfig
+from xelm.config import HeldOutConfig
 from xelm.data.held_out import TrainingText, divide, held_out, held_out_hashes
 from xelm.data.rows import LanguageShare, sampling_shares
 from xelm.data.store import FRAME, Store, TokenizedLanguage
 from xelm.runs.run import Run
+from xelm.training_config import DataConfig, TrainConfig
 
 
 def all_text(config: TrainConfig, store: Store, away: HeldOutConfig) -> TrainingText:

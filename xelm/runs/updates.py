@@ -17,7 +17,6 @@ from clustering.internal import Updates
 from clustering.languages import canonical_all
 from experts.lock import locked
 from experts.verify import hash_directory
-from xelm.config import TrainConfig
 from xelm.data.held_out import divide
 from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
@@ -26,6 +25,7 @@ from xelm.runs.run import Run
 from xelm.settings import to_json, vary
 from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
+from xelm.training_config import TrainConfig
 
 WEIGHTS = ("up", "gate", "down")
 """The feed-forward weights, whose movement the authors of Group then Scale compare."""

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import by_path, shapes
 from xelm.training.expert_axis import expert_mesh, stacked_shape
@@ -18,6 +17,7 @@ from xelm.training.master_weights import join_weights
 from xelm.training.sharding import BATCH, parameter_shardings
 from xelm.training.step import TrainState, TrainStep, norm
 from xelm.training.trainable import Fixed, check_trainable
+from xelm.training_config import TrainConfig
 
 _RATES = ("learning_rate", "schedule", "warmup_share", "decay_share", "final_rate_share")
 _LOGISTICS = (

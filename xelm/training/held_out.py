@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from xelm.config import TrainConfig
 from xelm.data.masking import mask_tokens
 from xelm.data.rows import ORIGIN, LanguageRows, LanguageShare
 from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
+from xelm.training_config import TrainConfig
 
 
 class HeldOutText:

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from xelm.config import TrainConfig
 from xelm.models.parameters import matrices
+from xelm.training_config import TrainConfig
 
 
 def schedule(config: TrainConfig) -> Float[np.ndarray, " steps"]:

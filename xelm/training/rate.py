@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xelm.config import DataConfig, RuntimeConfig, TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph, shapes
 from xelm.training.flops import of_a_token
 from xelm.training.loss import cross_entropy
 from xelm.training.master_weights import split_weights
+from xelm.training_config import DataConfig, RuntimeConfig, TrainConfig
 
 _MOST_OPERATIONS = 2e10
 """Most operations in one measurement: a few tenths of a second on two CPU cores."""

@@ -11,10 +11,10 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import by_path, logical_axes, shapes
 from xelm.training.trainable import axes_of
+from xelm.training_config import TrainConfig
 
 AXES = ("expert", "data", "fsdp", "tensor")
 RULES: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,6 @@ import optax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from xelm.config import TrainConfig
 from xelm.models.adapters import chosen_targets
 from xelm.models.block import most_probable
 from xelm.models.config import ModelConfig
@@ -31,6 +30,7 @@ from xelm.training.trainable import (
     stacks,
     together,
 )
+from xelm.training_config import TrainConfig
 
 
 class SavedState(NamedTuple):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig
 from xelm.models.adapters import A, B, as_parameters, check_rank, chosen_targets
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import by_path, matrices, shapes, stacked
+from xelm.training_config import TrainConfig
 
 
 class Fixed(NamedTuple):

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.config import TrainConfig
 from xelm.data.masking import mask_tokens
 from xelm.data.rows import ORIGIN, LanguageShare, batches
 from xelm.data.text_format import TextFormat
@@ -29,6 +28,7 @@ from xelm.training.metrics import MetricsLog, best, without_improvement
 from xelm.training.optimizer import schedule
 from xelm.training.step import SavedState, StepMetrics, TrainState, target_weights
 from xelm.training.trainable import trained_count
+from xelm.training_config import TrainConfig
 
 _FORMAT = 6
 """Version of what a checkpoint contains, and of the rows that follow it."""
