@@ -1,7 +1,6 @@
 """The command line: parses arguments, runs a command, and reports a user's mistake in one line."""
 
 import argparse
-import functools
 import os
 import signal
 import sys
@@ -62,9 +61,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.names = [*options.names, *rest]
-    # A list may be the default of the parser, which further commands of this process use too.
-    copies = {name: list(x) if isinstance(x, list) else x for name, x in vars(options).items()}
-    return argparse.Namespace(**copies)
+    return options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +71,6 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-@functools.cache
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of all commands with their options."""
     top = _Parser(
