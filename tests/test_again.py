@@ -215,6 +215,7 @@ def test_a_version_given_up_leaves_the_one_before_in_use(xelm, grown, more, tmp_
     }
 
 
+@pytest.mark.slow
 def test_the_expert_of_a_cluster_may_have_more_text_than_the_run(xelm, grown, more, tmp_path):
     run = tmp_path / "RUN"
     shutil.copytree(grown, run)

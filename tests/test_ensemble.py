@@ -356,6 +356,7 @@ def test_texts_read_in_pieces_have_the_scores_of_the_whole(model, experts, docum
         assert following[row, 2] == pytest.approx(wanted[number][-1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_many_texts_read_together_and_apart_are_what_they_are_alone(model, experts):
     """Twenty that come, grow by pieces of any length in any company, and go."""
     draw = np.random.default_rng(3)

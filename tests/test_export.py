@@ -99,6 +99,7 @@ def test_a_model_that_cannot_be_used_is_not_copied(xelm, copy, tmp_path):
     assert xelm("export", copy.directory, "de-fr@v1", "--out", tmp_path / "copy").code == 0
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_written_if_llama_cpp_reads_it_as_xelm_does(
     xelm, tiny, tmp_path, converter, llama
 ):

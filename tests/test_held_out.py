@@ -97,6 +97,7 @@ def test_the_result_has_the_weights_of_the_best_measurement(whole, trained, tmp_
     assert lines(tmp_path, "again")[0]["loss"] == found["loss"]
 
 
+@pytest.mark.slow
 def test_patience_ends_a_training_after_so_many_measurements_without_a_better_one(
     whole, trained, tmp_path
 ):

@@ -210,6 +210,7 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_made(xelm, copy, h
     assert hub.repos == {}
 
 
+@pytest.mark.slow
 def test_a_push_is_whole_or_not_at_all(xelm, copy, hub):
     run = copy.directory
     push = ("push", run, "en-es", "--to", "jane/w")

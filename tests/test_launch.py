@@ -66,6 +66,7 @@ def test_side_by_side_they_are_what_they_are_in_turn(xelm, branched, tiny):
         assert f"{name}: done" in outcome.err and name in log.read_text()
 
 
+@pytest.mark.slow
 def test_in_one_program_they_are_what_they_are_in_turn(xelm, branched, tiny):
     outcome = xelm("train", branched, "--all", "--set", "experts.runtime.mesh_expert=2")
     assert outcome.code == 0, outcome.err

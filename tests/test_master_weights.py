@@ -78,6 +78,7 @@ def test_vectors_are_not_halved_and_nothing_is_for_float32(parameters):
     }
 
 
+@pytest.mark.slow
 def test_half_precision_stays_close_to_full(trained):
     _, metrics = trained(vary(CONFIG, HALF))
     assert losses(metrics) != pytest.approx(GOLDEN, abs=1e-6)

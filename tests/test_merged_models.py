@@ -88,6 +88,7 @@ def test_nothing_else_of_the_run_changes(merged, plain):
         np.testing.assert_array_equal(*scores)
 
 
+@pytest.mark.slow
 def test_merged_models_are_evaluated_beside_the_others(xelm, merged, plain, tiny, tmp_path):
     run = tmp_path / "RUN"
     shutil.copytree(merged[0], run)

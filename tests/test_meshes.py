@@ -396,6 +396,7 @@ def test_each_ends_as_it_would_alone(apart, tmp_path):
     assert steps == [20, 9]
 
 
+@pytest.mark.slow
 def test_experts_that_were_interrupted_together_go_on_apart(apart, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
         interrupt_at(patch, 15)

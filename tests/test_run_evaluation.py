@@ -317,6 +317,7 @@ def test_tfidf_routing_sends_a_text_to_the_expert_of_its_language(tiny):
             assert scores.weights[name].mean() > 0.6
 
 
+@pytest.mark.slow
 def test_a_file_of_many_languages_is_measured_on_those_asked_for_each_time(xelm, copy, tmp_path):
     rows = [
         json.dumps({"text": text, "language": tag})

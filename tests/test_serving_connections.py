@@ -74,7 +74,13 @@ def loris(server, count, begun):
             process.kill()
 
 
-@pytest.mark.parametrize("begun", HALVES.values(), ids=HALVES)
+@pytest.mark.parametrize(
+    "begun",
+    [
+        pytest.param(half, id=name, marks=[] if name == "half a body" else pytest.mark.slow)
+        for name, half in HALVES.items()
+    ],
+)
 def test_800_unfinished_requests_keep_nobody_waiting(server, begun):
     with loris(server, 800, begun):
         began = time.monotonic()

@@ -32,6 +32,7 @@ def german(tiny):
     return documents_of(tiny.held_out, "de")[0][:20]
 
 
+@pytest.mark.slow
 def test_a_full_queue_refuses_and_what_was_taken_is_done(chatty, slow):
     limits = Limits(max_sequences=2, max_waiting=3)
     with served(chatty, limits=limits) as found:
