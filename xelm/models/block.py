@@ -149,8 +149,11 @@ class Block(nnx.Module):
 
     def _fed(self, layer, h):
         activate = ACTIVATIONS[self.config.activation]
-        up = layer.up(h)
-        return layer.down(activate(up) if layer.gate is None else activate(layer.gate(h)) * up)
+        if layer.gate is None:
+            return layer.down(activate(layer.up(h)))
+        # The gate first: the gradient by h is summed in the order of its uses, and another order
+        # rounds differently, so that trainings would not repeat those of earlier versions.
+        return layer.down(activate(layer.gate(h)) * layer.up(h))
 
     @jax.named_scope("router")
     def route(self, h: Float[Array, "M D"]) -> tuple[Float[Array, "M E"], Float[Array, "M E"]]:
