@@ -72,7 +72,9 @@ def test_every_shard_holds_its_part_and_is_read_once(name, tmp_path, monkeypatch
     # Every shard once, however many devices hold it, and never the whole of a spread table.
     for path, places in reads.items():
         assert len(places) == len(set(places)) <= 4, path
-    assert len(reads["embedding"]) == len(reads["blocks/up/weight"]) == 4
+    each = [f"expert_{number}/" for number in range(config.expert_count)] or [""]
+    for path in ("embedding", *(f"blocks/{one}up/weight" for one in each)):
+        assert len(reads[path]) == 4, path
     assert_equal_trees(spread, load_parameters(directory, config))
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, spread, shardings))
 

@@ -202,7 +202,7 @@ def test_masters_are_the_same_in_other_dtypes(parameters):
         jnp.dtype("int32"),
     }
     jax.tree.map(np.testing.assert_array_equal, back.parameters, parameters)
-    jax.tree.map(lambda a, b: a.dtype == b.dtype or pytest.fail("dtype"), back, state)
+    jax.tree.map(lambda a, b: a.dtype == b.dtype or pytest.fail("dtype"), back, state.saved)
 
 
 def test_another_optimiser_is_not_gone_on_with(trained):
