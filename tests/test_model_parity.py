@@ -19,6 +19,7 @@ from hub_models import (
     saved,
 )
 from safetensors.numpy import load_file
+from small_training import MODEL
 
 from xelm.models.cache import empty_cache
 from xelm.models.checkpoint import (
@@ -29,6 +30,7 @@ from xelm.models.checkpoint import (
     save_model,
     write_checkpoint,
 )
+from xelm.models.layers import Linear
 from xelm.models.parameters import bind, for_inference, graph, inference_graph, parameters_of
 from xelm.training.loss import cross_entropy
 
@@ -182,6 +184,21 @@ def test_the_layout_of_inference_changes_nothing(family_pair, shape):
     tokens = jnp.asarray(random_tokens(shape))
     found = logits_of(network, tokens)
     np.testing.assert_allclose(found, logits_of(model, tokens), atol=1e-4)
+
+
+def test_the_order_within_a_feed_forward_is_that_of_recorded_trainings(parameters, monkeypatch):
+    """The gradient by its input is summed in the order of uses: another order, other bits."""
+    network = bind(inference_graph(MODEL), for_inference(jax.tree.map(jnp.asarray, parameters)))
+    block, called, compute = network.blocks[0], [], Linear.__call__
+    names = {id(getattr(block, name)): name for name in ("gate", "up", "down")}
+
+    def recorded(self, h):
+        called.append(names.get(id(self)))
+        return compute(self, h)
+
+    monkeypatch.setattr(Linear, "__call__", recorded)
+    network.hidden(jnp.asarray(random_tokens((1, 4)) % MODEL.vocabulary_size))
+    assert [name for name in called if name] == ["gate", "up", "down"]
 
 
 def test_segments_do_not_see_each_other(family_pair):
