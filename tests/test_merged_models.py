@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,10 +76,14 @@ def test_nothing_else_of_the_run_changes(merged, plain):
     after = snapshot(directory)
     assert {name for name in after if after[name] != before.get(name)} == {
         "hashes.json",
+        "registry.json",
         *(name for name in after if name.startswith("merges/")),
     }
     found, registry = Registry.load(directory), Registry.load(plain)
-    assert found == registry
+    assert replace(found, history=registry.history) == registry
+    more = found.history[len(registry.history) :]
+    assert [event.action for event in more] == ["merge"] * len(more) and more
+    assert found.history[: len(registry.history)] == registry.history
     assert {t: found.for_language(t).name for t in LANGUAGES} == {
         tag: name for name, tags in NAMES.items() for tag in tags
     }
