@@ -50,7 +50,7 @@ def test_the_command_serves_and_stops_in_peace(chatty, tmp_path):
 @pytest.mark.slow
 def test_under_load_nothing_is_unexpected(tiny):
     load = Path(__file__).parent.parent / "benchmarks" / "load.py"
-    options = ("--clients", "16", "--seconds", "10", "--warm", "5")
+    options = ("--clients", "16", "--seconds", "10", "--warm", "15")
     options += ("--characters", "30", "--tokens", "12")
     command = [sys.executable, str(load), str(tiny.directory), str(tiny.held_out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
