@@ -45,7 +45,7 @@ def main() -> None:
     run = open_run(options.run)
     count = len(run.registry().published())
     for name, (method, values, weights) in MERGES.items():
-        if f"merges/{name}" not in run.merged():
+        if f"merges/{name}" not in run.combined():
             chosen = [1 / count] * count if weights == COUNT else weights
             run.merge(name=name, options=MergeOptions(method=method, **values), weights=chosen)
     measured = EvaluationOptions(

@@ -1,5 +1,6 @@
 """The routers: the state that each keeps of a text, and how it weighs the experts by it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -87,15 +88,15 @@ def only(model: int, models: int, name: str) -> Fixed:
     return Fixed(weights=np.where(np.arange(models) == model, 0.0, -np.inf), name=name)
 
 
-class _Either:
+class _Either(ABC):
     """Router that leaves each row to one of several others, over its first models or all."""
 
     __slots__ = ()
     experts: int
 
+    @abstractmethod
     def _parts(self, states) -> list[tuple[Router, np.ndarray, np.ndarray]]:
         """Other routers, each with the rows that it decides [T] and its states of all rows."""
-        raise NotImplementedError
 
     def needs_log_likelihoods(self, states):
         found = np.zeros(len(states), bool)

@@ -4,10 +4,12 @@ the history, and the hashes of its files. After that it is one of `Run.combined`
 from collections.abc import Sequence
 from typing import Any
 
+from clustering.errors import UserError
 from clustering.files import read_json, remove_unfinished, sha256
 from clustering.files import replace as replace_file
 from experts import manifest
 from experts.card import combined_card
+from experts.expert import is_name
 from experts.lock import record
 from experts.verify import hash_directory
 from xelm.data.rows import LanguageShare
@@ -18,6 +20,15 @@ from xelm.training.metrics import HELD_OUT, METRICS, best, read_metrics, trained
 
 RECIPE = "recipe.json"
 """File of a distilled model or of a mixture of experts that says how it was made."""
+
+
+def check_model_name(name: str, kind: str) -> None:
+    """Raises UserError unless `name` is a safe folder name. kind: of model, for the message."""
+    if not is_name(name):
+        raise UserError(
+            f"{name!r} cannot name a {kind}: use up to 100 letters a-z or A-Z, digits, '-', '_' "
+            "and '.', with no '-' or '.' in front"
+        )
 
 
 def join(

@@ -18,7 +18,7 @@ import numpy as np
 
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
-from experts.expert import Expert, is_name
+from experts.expert import Expert
 from experts.lock import locked
 from experts.manifest import STUDENTS, digest
 from xelm.data.rows import LanguageShare, documents_read
@@ -29,7 +29,7 @@ from xelm.models.checkpoint import read_config
 from xelm.progress import bar
 from xelm.runs import train
 from xelm.runs.budget import Plan, announce, check_disk, size
-from xelm.runs.combined import RECIPE, join
+from xelm.runs.combined import RECIPE, check_model_name, join
 from xelm.runs.ensembles import open_ensemble, published
 from xelm.runs.jobs import Job, dense_job
 from xelm.runs.options import DistilOptions
@@ -105,11 +105,7 @@ def plan_distil(
 def _check(run: Run, place: str) -> Path:
     """The folder of a student's training; UserError for a name that is none, and for encoders."""
     name = place.split("/", 1)[1]
-    if not is_name(name):
-        raise UserError(
-            f"{name!r} cannot name a student: use up to 100 letters a-z or A-Z, digits, '-', '_' "
-            "and '.', with no '-' or '.' in front"
-        )
+    check_model_name(name, "student")
     if not read_config(run.seed).causal:
         raise UserError(
             f"{run.directory} has encoders, whose predictions depend on the masks of each batch; "

@@ -20,13 +20,14 @@ from typing import NamedTuple
 from clustering.errors import UserError
 from experts import lock
 from experts import merge as files
-from experts.expert import Expert, is_name, is_reference, parse_reference
+from experts.expert import Expert, is_reference, parse_reference
 from experts.manifest import MERGES, record
 from experts.merge_methods import METHODS, MergeOptions
 from xelm.data.rows import sampling_shares
 from xelm.models.checkpoint import check_checkpoint, write_whole
 from xelm.models.stored import stored_as
 from xelm.runs.check import check_models
+from xelm.runs.combined import check_model_name
 from xelm.runs.ensembles import published
 from xelm.runs.run import Run
 from xelm.version import __version__
@@ -144,11 +145,7 @@ def _write(
 
 def _place(name: str) -> str:
     """Directory of a merged model, relative to the RUN; UserError for an impossible name."""
-    if not is_name(name):
-        raise UserError(
-            f"{name!r} cannot name a merged model: use up to 100 letters a-z or A-Z, digits, "
-            "'-', '_' and '.', with no '-' or '.' in front"
-        )
+    check_model_name(name, "merged model")
     return f"{MERGES}/{name}"
 
 

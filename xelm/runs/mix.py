@@ -14,7 +14,7 @@ import numpy as np
 
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
-from experts.expert import Expert, is_name
+from experts.expert import Expert
 from experts.lock import locked
 from experts.manifest import MIXES, digest
 from xelm.data.held_out import TrainingText
@@ -41,7 +41,7 @@ from xelm.progress import bar
 from xelm.runs import train
 from xelm.runs.budget import Plan, announce, check_disk
 from xelm.runs.check import check_models
-from xelm.runs.combined import RECIPE, join
+from xelm.runs.combined import RECIPE, check_model_name, join
 from xelm.runs.ensembles import published
 from xelm.runs.jobs import Job, dense_job
 from xelm.runs.options import MixOptions
@@ -136,11 +136,7 @@ def shape_of_mixture(run: Run, experts: Sequence[Expert], options: MixOptions) -
 def _check(run: Run, place: str) -> Path:
     """The folder of a mixture's training; UserError for an impossible name."""
     name = place.split("/", 1)[1]
-    if not is_name(name):
-        raise UserError(
-            f"{name!r} cannot name a mixture: use up to 100 letters a-z or A-Z, digits, '-', '_' "
-            "and '.', with no '-' or '.' in front"
-        )
+    check_model_name(name, "mixture")
     return run.training(place)
 
 
