@@ -33,7 +33,7 @@ from xelm.inference.routers import MIXTURE
 from xelm.inference.routing import Routing, RoutingLimits
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.fit import _languages, _some, pieces
+from xelm.runs.fit import _all, _languages, pieces
 from xelm.runs.make_router import make_router, serving
 from xelm.runs.run import Run
 
@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     run = open_run(options.run)
     experts = run.registry().published()
-    served = serving(run.registry(), experts)
+    served = serving(experts)
     routers = {
         name: make_router(run, experts, Routing(name=name))
         for name in ("uniform", "detected", "learned")
@@ -204,13 +204,13 @@ def _held_out_beginnings(run: Run, found: novelty.Novelty) -> np.ndarray:
     """Sums of beginnings of held-out texts in the languages that `found` knows, from which its
     thresholds are made, [N, size]."""
     known, texts = [found.identifier.languages[n] for n in found.columns], _languages(run)
-    held_out = {t: _some(texts[t], texts[t].order, held_out=True) for t in known}
+    held_out = {t: _all(run, texts[t], held_out=True) for t in known}
     return novelty.beginnings(found, pieces(run), held_out)[0]
 
 
 def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
     inner, mixing = router.otherwise.router, router.otherwise
-    served = serving(run.registry(), run.registry().published())
+    served = serving(run.registry().published())
     alone, mixed, models_read, sums = [], [], [], []
     for ids, found in zip(documents, scores):
         own = found[: inner.experts]

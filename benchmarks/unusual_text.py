@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     run = open_run(options.run)
     experts = run.registry().published()
-    served = serving(run.registry(), experts)
+    served = serving(experts)
     texts = [
         (served[known], text)
         for tag, found in documents_in(run, Path(options.text), options.tokens).items()
