@@ -201,8 +201,12 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_bytes(
 
 def progress_of(run) -> int:
     """Steps whose metrics are on disk, over all experts."""
-    found = [*run.glob("train/*/metrics.jsonl"), *run.glob("experts/*/v1/metrics.jsonl")]
-    return sum(path.read_bytes().count(b"\n") for path in found)
+    while True:
+        found = [*run.glob("train/*/metrics.jsonl"), *run.glob("experts/*/v1/metrics.jsonl")]
+        try:
+            return sum(path.read_bytes().count(b"\n") for path in found)
+        except FileNotFoundError:  # an expert was published between the listing and the reading
+            continue
 
 
 @pytest.mark.usefixtures("collected")
