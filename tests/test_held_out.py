@@ -85,6 +85,7 @@ def test_a_measurement_is_what_inference_gives(trained, parameters, tmp_path):
         assert line["loss"] == pytest.approx(mean, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_result_has_the_weights_of_the_best_measurement(whole, trained, tmp_path):
     result, metrics, measured = whole
     assert [line["step"] for line in measured] == list(range(0, 81, 10))
@@ -112,7 +113,8 @@ def test_patience_ends_a_training_after_so_many_measurements_without_a_better_on
     assert_same_bits(again, result)
 
 
-@pytest.mark.parametrize("step", [pytest.param(9, marks=pytest.mark.slow), 61])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [9, 61])
 def test_a_training_that_was_killed_ends_with_the_same_best_weights(
     step, whole, trained, tmp_path, monkeypatch
 ):

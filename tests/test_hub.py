@@ -97,6 +97,7 @@ def test_an_expert_is_pushed_whole_and_a_second_push_uploads_nothing(xelm, copy,
     assert verify(run) == []
 
 
+@pytest.mark.slow
 def test_a_run_is_pulled_as_it_was_pushed_and_works_without_its_text(
     xelm, copy, hub, whole, tmp_path
 ):
@@ -263,6 +264,7 @@ def test_an_interrupted_download_goes_on_where_it_ended(xelm, pushed, hub, tmp_p
     fails(xelm("pull", "jane/all", there), "exists already; give a new or empty directory")
 
 
+@pytest.mark.slow
 def test_a_tampered_file_is_not_pulled(xelm, pushed, hub, tmp_path):
     there, files = tmp_path / "theirs", pushed.head()
     good = dict(files)

@@ -405,6 +405,7 @@ def test_experts_that_were_interrupted_together_go_on_apart(apart, tmp_path, mon
         assert_same_bits(train(each, MODEL, TEXT), wanted)
 
 
+@pytest.mark.slow
 def test_experts_that_were_interrupted_apart_go_on_together(apart, tmp_path, monkeypatch):
     trainings = both(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Interrupt):
@@ -436,6 +437,7 @@ def test_experts_go_on_together_of_which_one_was_saved_in_another_dtype(tmp_path
         np.testing.assert_allclose(found, wanted, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_one_that_fails_leaves_the_others_alone(apart, tmp_path):
     trainings = both(tmp_path)
     spoilt = jax.tree.map(lambda x: x * np.float32("nan"), fresh_parameters(MODEL, 0))

@@ -77,6 +77,7 @@ def history(folder):
     return runs
 
 
+@pytest.mark.slow
 def test_a_run_of_weights_and_biases_has_the_lines_and_is_gone_on_with(
     trained, tmp_path, offline, monkeypatch
 ):

@@ -63,6 +63,7 @@ def half(tmp_path_factory, xelm, tiny, tiny_settings):
     return run
 
 
+@pytest.mark.slow
 def test_published_weights_have_the_dtype_of_the_seeds(half, tiny):
     """Before training moves them they are the seed's, byte by byte, and as large."""
     seed = half / "seed" / "model.safetensors"
@@ -74,6 +75,7 @@ def test_published_weights_have_the_dtype_of_the_seeds(half, tiny):
     assert stored_dtype(fresh) == "float32"
 
 
+@pytest.mark.slow
 def test_another_dtype_of_published_weights_is_set(half, xelm, tmp_path, tiny):
     settings = ("experts.tokens=128", "experts.sequence_length=32", "experts.runtime.mesh_data=1")
     options = (*with_set(settings), "--set", "experts.batch_size=4", "--languages", "en,de,es,fr")
@@ -88,6 +90,7 @@ def test_another_dtype_of_published_weights_is_set(half, xelm, tmp_path, tiny):
     assert stored_dtype(tmp_path / "RUN" / "experts" / "en-es" / "v1") == "float32"
 
 
+@pytest.mark.slow
 def test_an_average_keeps_the_dtype(half, xelm, tmp_path):
     done = xelm("merge", half, "--out", tmp_path / "merged")
     assert done.code == 0, done.err
@@ -96,6 +99,7 @@ def test_an_average_keeps_the_dtype(half, xelm, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_an_expert_carries_templates_and_licence(half):
     for name in ("experts/en-es/v1", "experts/pt/v1", "dense"):
         for file in BESIDE.keys() - {"README.md"}:
@@ -103,6 +107,7 @@ def test_an_expert_carries_templates_and_licence(half):
     assert (half / "seed" / "README.md").read_text() == README
 
 
+@pytest.mark.slow
 def test_the_card_is_readme_with_what_the_hub_wants(half):
     text = (half / "experts" / "pt" / "v1" / "README.md").read_text()
     _, front, _ = text.split("---\n", 2)
@@ -117,6 +122,7 @@ def test_the_card_is_readme_with_what_the_hub_wants(half):
     }
 
 
+@pytest.mark.slow
 def test_the_registry_has_the_hash_of_the_card_and_the_card_those_of_the_others(half, xelm):
     expert = Registry.load(half).expert("pt")
     folder = expert.directory(half)

@@ -550,6 +550,7 @@ def test_the_heat_map_is_centred_at_the_seed_and_frames_the_own_languages():
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_neither_jax_nor_pyplot_is_imported_and_no_state_is_left(full):
     code = (
         "import sys, xelm.runs.run as run\n"

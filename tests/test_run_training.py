@@ -203,6 +203,7 @@ def test_shares_of_clusters_are_parts_of_one_whole(tiny, tmp_path, exponent):
     assert found == {s.ids.language: s.share for s in whole.sources}
 
 
+@pytest.mark.slow
 def test_clusters_that_leave_out_what_dense_was_trained_on_are_refused(
     xelm, initialised, tmp_path, undrawn
 ):

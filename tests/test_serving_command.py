@@ -15,6 +15,7 @@ import pytest
 PROMPT = "abc de"
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_stops_in_peace(chatty, tmp_path):
     """From outside: SIGTERM while a request runs, which is answered to its end."""
     environment = {**os.environ, "XELM_API_KEY": "k"}

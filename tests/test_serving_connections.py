@@ -91,6 +91,7 @@ def test_800_unfinished_requests_keep_nobody_waiting(server, begun):
         assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_requests_under_way_are_never_closed_for_others(chatty, slow):
     """At the limit the unfinished give way; where all are under way, only health is told."""
     limits = Limits(max_sequences=2, max_waiting=0)

@@ -94,6 +94,7 @@ def test_metrics_count_clients_that_disconnect(chatty, slow):
         assert float(told()['xelm_tokens_total{kind="completion"}']) >= 1
 
 
+@pytest.mark.slow
 def test_a_client_that_disconnects_leaves_the_queue(chatty, slow):
     with served(chatty, limits=Limits(max_sequences=1, max_waiting=4)) as found:
         url = f"{found.url}/v1/completions"
@@ -174,6 +175,7 @@ def test_metrics_count_requests_and_contain_no_text(chatty, tiny, capfd):
     assert secret not in said.out + said.err
 
 
+@pytest.mark.slow
 def test_sequences_join_and_leave_without_a_trace(server, tiny):
     """Thirty requests at once, of different lengths and models: each as if it were alone."""
     documents = [

@@ -28,6 +28,7 @@ def test_models_that_are_opened_are_those_that_are_listed(chatty, monkeypatch):
     assert found.ensemble.names == [first.name, "seed", "dense"]
 
 
+@pytest.mark.slow
 def test_what_is_published_is_picked_up_and_nobody_is_dropped(chatty, tmp_path, slow, xelm, capfd):
     directory = tmp_path / "RUN"
     shutil.copytree(chatty, directory)

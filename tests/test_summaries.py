@@ -98,6 +98,7 @@ def test_a_difference_is_of_the_same_documents():
     assert summaries["x", None].above_dense.interval == pytest.approx((0.25, 0.25))
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     """There are 300 samples of 60 documents from one distribution, whose ratio of sums is known."""
     draw, held = np.random.default_rng(2), 0

@@ -88,6 +88,7 @@ def unspellable(xelm, tiny, tmp_path_factory):
     return folder, made
 
 
+@pytest.mark.slow
 def test_a_language_that_the_tokenizer_cannot_spell_is_told(unspellable):
     folder, made = unspellable
     texts = open_run(folder / "RUN").store().record["languages"]
@@ -98,6 +99,7 @@ def test_a_language_that_the_tokenizer_cannot_spell_is_told(unspellable):
     assert "characters unknown to the tokenizer: hy 100.0%." in made.err
 
 
+@pytest.mark.slow
 def test_its_figures_are_marked_in_no_mean_and_never_the_best(unspellable, xelm):
     folder, _ = unspellable
     arguments = ("evaluate", folder / "RUN", "--corpus", folder / "valid", "--routing", "language")

@@ -34,6 +34,10 @@ from xelm.training.preemption import Preempted
 UNRAISABLE = "ignore::pytest.PytestUnraisableExceptionWarning"
 
 
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 @pytest.fixture
 def collected():
     """Readers of damaged checkpoints leave futures to a loop that has ended, and say so when they
@@ -42,7 +46,7 @@ def collected():
     gc.collect()
 
 
-@pytest.mark.parametrize("steps", [(3,), (7,), (12,), (8, 9, 20)])
+@pytest.mark.parametrize("steps", [(7,), *slow((3,), (12,), (8, 9, 20))])
 def test_resumed_equals_uninterrupted_bit_for_bit(trained, steps):
     whole, metrics = trained(folder="whole")
     for step in steps:
@@ -279,7 +283,7 @@ def test_neither_saving_nor_going_on_reads_the_checkpoints_files(trained, tmp_pa
 
 @pytest.mark.usefixtures("collected")
 @pytest.mark.filterwarnings(UNRAISABLE)
-@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("harm", ["flipped", *slow("cut", "gone")])
 def test_any_change_of_a_checkpoint_is_noticed(trained, tmp_path, monkeypatch, capsys, harm):
     whole, _ = trained(folder="whole")
     half_done(trained, tmp_path / "broken")
@@ -311,8 +315,8 @@ def end_at(monkeypatch, step: int, times: int = 1, by: int = signal.SIGTERM):
     monkeypatch.setattr(MetricsLog, "write", ask)
 
 
-@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [1, 8, 19, 20])
+@pytest.mark.parametrize("by", [signal.SIGTERM, *slow(signal.SIGINT)])
+@pytest.mark.parametrize("step", [8, 19, *slow(1, 20)])
 def test_a_training_that_is_asked_to_end_is_saved_first(trained, tmp_path, step, by):
     whole, metrics = trained(folder="whole")
     before = signal.getsignal(by)
@@ -379,6 +383,7 @@ def half_done(trained, folder: Path) -> list[Path]:
     return sorted(file for file in (folder / "checkpoints").rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("collected")
 @pytest.mark.filterwarnings(UNRAISABLE)
 def test_checkpoints_that_are_all_damaged_are_named_and_left_alone(trained, tmp_path):
