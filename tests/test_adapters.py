@@ -179,6 +179,9 @@ def test_a_second_factor_of_zeros_changes_no_bit(llama, tmp_path):
     ("changes", "message"),
     [
         ({"use_dora": True}, "use_dora must not be set"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config must not be set"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', by which"),
+        ({"init_lora_weights": "olora"}, "PEFT changes the weights of the base too"),
         ({"bias": "all"}, "bias must be none; got all"),
         ({"peft_type": "IA3"}, "peft_type must be LORA; got IA3"),
         ({"lora_alpha": "many"}, "lora_alpha must be a number"),
@@ -192,6 +195,17 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(llama, tmp_path, changes, m
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=re.escape(message)):
         load_parameters(tmp_path / "expert", config)
+
+
+@pytest.mark.parametrize("initial", [True, False, "gaussian", "orthogonal", "eva"])
+def test_an_adapter_may_begin_with_any_factors_beside_the_same_base(llama, tmp_path, initial):
+    config = read_config(llama)
+    write_adapted(tmp_path / "expert", llama, random_adapter(config, ["blocks/query"]))
+    before = load_parameters(tmp_path / "expert", config)
+    path = tmp_path / "expert" / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": initial}))
+    after = load_parameters(tmp_path / "expert", config)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 def test_an_adapter_of_another_shape_is_refused(llama, tmp_path):

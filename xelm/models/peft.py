@@ -32,8 +32,12 @@ _ROOT = "base_model.model."
 _UNSUPPORTED = (
     *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"),
     *("target_parameters", "alora_invocation_tokens", "arrow_config", "use_qalora"),
+    *("use_bdlora", "kasa_config", "monteclora_config"),
 )
 """Settings that make an adapter something else than W + scale * B @ A."""
+_INITIAL = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+"""Values of init_lora_weights with which W is the weight of the base. With others, as PiSSA or
+OLoRA, PEFT has subtracted the product's first value from it."""
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]+\$?")
 """Keys of rank_pattern and alpha_pattern, which PEFT takes for regular expressions, that are names
 of modules."""
@@ -272,6 +276,12 @@ def _check_settings(directory: Path, described: Mapping[str, Any]) -> None:
         raise UserError(f"{path}: peft_type must be LORA; got {described.get('peft_type')}")
     if described.get("bias", "none") != "none":
         raise UserError(f"{path}: bias must be none; got {described['bias']}")
+    if (initial := described.get("init_lora_weights")) not in _INITIAL:
+        raise UserError(
+            f"{path}: init_lora_weights is {initial!r}, by which PEFT changes the weights of the "
+            "base too; save the adapter with path_initial_model_for_weight_conversion, as plain "
+            "LoRA"
+        )
     if other := [name for name in _UNSUPPORTED if described.get(name)]:
         raise UserError(f"{path}: {', '.join(other)} must not be set; only plain LoRA is read")
     alphas = described.get("alpha_pattern") or {}
