@@ -75,7 +75,10 @@ def event_of_now(
 
 def command_line() -> str:
     """The command line of this process, as it would be typed."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    # What `python -m PACKAGE` runs is PACKAGE/__main__.py.
+    package = program.name == "__main__.py" and program.parent.name
+    return shlex.join([*(("python", "-m", package) if package else (program.name,)), *sys.argv[1:]])
 
 
 def about(events: Sequence[Event], name: str) -> list[Event]:

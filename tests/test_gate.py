@@ -127,6 +127,27 @@ def test_the_gate_compares_with_the_parent_and_the_seed(
     assert (tmp_path / "train" / "sv.failed.txt").read_text() == str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "made", "refused"),
+    [
+        ([], None, True),
+        (["held_out.share=0"], None, False),
+        (["gate.worse=null"], None, False),
+        ([], {"by": "adopt"}, False),
+    ],
+)
+def test_an_expert_that_cannot_be_measured_is_not_published_unless_that_was_chosen(
+    settings, made, refused, tiny, tmp_path
+):
+    run = open_run(tiny.directory)
+    config = override(run.config, settings)
+    run = replace(run, directory=tmp_path, record={**run.record, "config": to_json(config)})
+    expert = Expert(name="sv", languages=("sv",), parent="de@v1", round=2, made=made)
+    found = gate.refusal_of(run, expert, {"own": {}})
+    few = "it has so few documents in sv that none is held out, and so nothing says that it is no"
+    assert found == (f"{few} worse than de@v1 (give more text)" if refused else None)
+
+
 def test_other_languages_are_compared_where_the_gate_asks_for_them(xelm, copy):
 
     forgets = grow(xelm, copy, *HARMFUL, "--set", "gate.worse=null", "--set", "gate.others=0")

@@ -60,8 +60,8 @@ def test_a_family_is_its_languages_in_the_corpus_that_nobody_serves(place, corpu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "name the languages to grow, or their family, and not both"),
-        (("--language", "it", "--family", "Romance"), "and not both"),
+        ((), "languages to grow (--language), or their family (--family); got neither"),
+        (("--language", "it", "--family", "Romance"), "or their family (--family); got both"),
         (("--language", "it,en"), "'en' is served already, by en-es@v1 (published); to train it"),
         (("--language", "it,ita"), "languages are given more than once: it (as it, ita)"),
         (("--language", "it,pt", "--clusters", 3), "2 languages cannot form 3 clusters"),
@@ -83,6 +83,11 @@ def test_what_cannot_be_grown_is_said_in_one_line(xelm, place, corpus, arguments
     assert outcome.err.startswith("xelm: ") and outcome.err.count("\n") == 1
     assert message in outcome.err
     assert not (place.directory / "corpus" / "it").exists()
+
+
+def test_a_corpus_that_is_not_there_is_no_matter_of_parents(xelm, place):
+    outcome = xelm("grow", place.directory, "--language", "it", "--corpus", "nowhere", "--dry-run")
+    assert (outcome.code, outcome.err) == (2, "xelm: corpus nowhere does not exist\n")
 
 
 def test_a_family_that_is_served_is_refused_with_the_names_of_who_serves_it(place, tiny):

@@ -17,8 +17,9 @@ from experts.history import Event, about, name_now
 from experts.lock import update
 from experts.registry import FILE_NAME, Registry
 from experts.verify import hash_directory, verify
-from xelm import open_run
+from xelm import open_run, tables
 from xelm.inference.routing import Routing
+from xelm.runs.compare import Comparison, Difference
 from xelm.runs.ensembles import open_ensemble
 
 H = {name: {"model.safetensors": name * 64} for name in "0123456789abcdef"}
@@ -237,6 +238,33 @@ def test_rows_of_evaluations_are_renamed(xelm, grown):
         assert tables["summaries"] == tables["rows"] and "removed" not in tables
 
 
+def test_lines_of_many_experts_and_of_long_paths_fit_a_terminal():
+    many = {f"{name}@v1": "training" for name in "abcdefg"} | {"h@v1": "published"}
+    event = Event(time="2026-11-30T08:00:00+00:00", action="branch", experts=many, command="xelm b")
+    assert tables.history([event]).splitlines()[1].split("  ")[1:] == [
+        "branch",
+        "a@v1, b@v1 and 5 more training, h@v1 published",
+        "xelm b",
+    ]
+    source = "data.sv.sv.sources./home/somebody/texts.files"
+    facts = [
+        ("tokens", 5, None),
+        ("data.sv.sv.corpus", "/home/somebody/texts/of/many/languages", None),
+        ("data.sv.sv.sha256", "a" * 64, "b" * 64),
+        (source, 1, None),
+        ("SHA-256 of w", "a" * 64, "b" * 64),
+    ]
+    found = [Difference(name=name, first=first, second=second) for name, first, second in facts]
+    shown = tables.comparison(Comparison(first="sv@v1", second="seed", differences=found))
+    assert [re.split(r"\s{2,}", line) for line in shown.splitlines()] == [
+        ["", "sv@v1", "seed", "change"],
+        ["tokens", "5", "-"],
+        ["data.sv.sv.corpus", "...xts/of/many/languages", "-"],
+        ["SHA-256 of w", "aaaaaaaaaaaa...", "bbbbbbbbbbbb..."],
+        ["and 2 details of their text, which --json has"],
+    ]
+
+
 def test_history_is_printed(xelm, grown, monkeypatch):
     monkeypatch.setattr("sys.argv", ["xelm", "..."])
     xelm("retire", grown, "pt")
@@ -293,6 +321,7 @@ def test_differences_of_two_models_are_listed(xelm, grown):
     assert "SHA-256 of model.safetensors" in with_seed
     lines = xelm("diff", grown, "en-es", "pt").out.splitlines()
     assert lines[0].split() == ["en-es@v1", "pt@v1", "change"]
+    assert lines[1].startswith("bits a byte in pt")  # what is asked for first
     (bits,) = [line for line in lines if line.startswith("bits a byte in pt")]
     assert bits.split()[-3:] == ["4.000", "3.000", "-1.000"]
     same = xelm("diff", grown, "pt", "pt@v1").out

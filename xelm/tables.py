@@ -1,6 +1,7 @@
 """Tables for the terminal."""
 
 import math
+import re
 from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,11 @@ _WIDTH = 15
 """Characters of a column of perplexities: six columns take a hundred characters or little more."""
 _PAGE = 110
 """Characters beyond which no further expert is put beside the others."""
+_VALUE = 28
+"""Characters of a value in a comparison: a line has a name of about 40 and two values."""
+_HASH = re.compile(r"[0-9a-f]{64}")
+_NAMED_EXPERTS = 2
+"""Number of experts of an event, of one status, that are named: a round of training has many."""
 _MARKS = {
     "?": "? more than 1% of the characters are unknown to the tokenizer: means nothing, in no mean",
     "!": "! more than 1% of the documents are in the text that was trained on",
@@ -236,16 +242,28 @@ def history(events: "Sequence[Event]") -> str:
     it what else belongs to it, such as figures of a gate that was overridden."""
     rows, notes = [("time (UTC)", "action", "experts", "command")], [[]]
     for event in events:
-        # A rename removes no expert.
-        shown = {ref: each for ref, each in event.experts.items() if each or not event.renamed}
-        experts = [f"{name} {status or 'removed'}" for name, status in shown.items()]
-        experts += [f"{old} is now {new}" for old, new in event.renamed.items()]
+        experts = [*_statuses(event), *(f"{a} is now {b}" for a, b in event.renamed.items())]
         others = {key: event.facts[key] for key in event.facts if key != "renamed"}
         time = event.time.removesuffix("+00:00").replace("T", " ")
         rows.append((time, event.action, ", ".join(experts), event.command))
         notes.append([f"  {key}: {value}" for key, value in others.items()])
     lines = zip(_table(rows).splitlines(), notes, strict=True)
     return "\n".join(line for first, more in lines for line in (first, *more))
+
+
+def _statuses(event: "Event") -> list[str]:
+    """The experts of an event by their status after it, such as "sv@v1 retired"; of many the
+    first."""
+    groups: dict[str, list[str]] = {}
+    for reference, status in event.experts.items():
+        if status or not event.renamed:  # a rename removes no expert
+            groups.setdefault(status or "removed", []).append(reference)
+    found = []
+    for status, names in groups.items():
+        left = len(names) - _NAMED_EXPERTS
+        more = f" and {left} more" if left > 0 else ""
+        found.append(f"{', '.join(names[:_NAMED_EXPERTS])}{more} {status}")
+    return found
 
 
 def removal(found: "Removal", *, done: bool) -> str:
@@ -297,9 +315,11 @@ def experts(found: "Sequence[ListedExpert]") -> str:
 
 
 def comparison(found: "Comparison") -> str:
-    """One line for each fact in which two models differ, with the difference of numbers."""
+    """One line for each fact in which two models differ, with the difference of numbers; details of
+    the files of their text are only counted."""
     rows: list[tuple[str, ...]] = [("", found.first, found.second, "change")]
-    for each in found.differences:
+    shown = [each for each in found.differences if not _is_detail(each.name)]
+    for each in shown:
         values = (each.first, each.second)
         change = ""
         if all(isinstance(value, int | float) for value in values):
@@ -307,14 +327,25 @@ def comparison(found: "Comparison") -> str:
         rows.append((each.name, *map(_value, values), change))
     if not found.differences:
         return f"{found.first} and {found.second} do not differ in anything that is recorded"
-    return _table(rows, right=(3,))
+    table, left = _table(rows, right=(3,)), len(found.differences) - len(shown)
+    return f"{table}\nand {left} details of their text, which --json has" if left else table
+
+
+def _is_detail(name: str) -> bool:
+    """Whether a fact is about single sources and hashes of the text of a model."""
+    key = name.rpartition(".")[2]
+    return name.startswith("data.") and (".sources." in name or key in ("text", "sha256"))
 
 
 def _value(value: object) -> str:
     if isinstance(value, int | float):
         return _number(value)
     text = "-" if value is None or value == "" else str(value)
-    return text if len(text) <= 60 else f"{text[:12]}..." if " " not in text else f"{text[:57]}..."
+    if len(text) <= _VALUE:
+        return text
+    if "/" in text and " " not in text:
+        return f"...{text[3 - _VALUE :]}"  # the end of a path says more
+    return f"{text[:12]}..." if _HASH.fullmatch(text) else f"{text[: _VALUE - 3]}..."
 
 
 def _number(value: float, sign: str = "") -> str:

@@ -76,7 +76,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Two models of a RUN, and all that is recorded in which they differ."""
+    """Two models of a RUN, and all that is recorded in which they differ, figures first."""
 
     first: str
     """Reference 'NAME@vN', or 'seed'."""
@@ -94,9 +94,10 @@ def compare(run: Run, first: str, second: str) -> Comparison:
     """
     registry = run.registry()
     models = [_model(registry, name) for name in (first, second)]
-    facts = [dict(_facts(run, registry, model)) for model in models]
-    for one, other, found in zip(models, reversed(models), facts):
-        found |= _figures(one, other)
+    facts = [
+        _figures(model, other) | dict(_facts(run, registry, model))
+        for model, other in zip(models, reversed(models))
+    ]
     names = dict.fromkeys([*facts[0], *facts[1]])
     pairs = [(name, facts[0].get(name), facts[1].get(name)) for name in names]
     return Comparison(

@@ -66,22 +66,30 @@ def in_use(run: Run, expert: Expert) -> Expert | None:
 
 
 def check_gate(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> None:
-    """Raises UserError, with the figures, for an expert that is worse than the gate allows, and
-    keeps the reason for `xelm status`."""
-    if faults := faults_of(run, expert, figures):
+    """Raises UserError, with the figures, for an expert that the gate refuses, and keeps the reason
+    for `xelm status`."""
+    if refusal := refusal_of(run, expert, figures):
         reason = (
-            f"{expert.reference} is not published: on held-out text it has {faults}; its "
-            f"checkpoint is kept: publish it all the same with xelm publish {run.directory} "
-            f"{expert.name}, or delete it with xelm discard"
+            f"{expert.reference} is not published: {refusal}; its checkpoint is kept: publish it "
+            f"all the same with xelm publish {run.directory} {expert.name}, or delete it with xelm "
+            "discard"
         )
         run.failure(expert.name).parent.mkdir(exist_ok=True)
         run.failure(expert.name).write_text(reason, encoding="utf-8")
         raise UserError(reason)
 
 
-def faults_of(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> str | None:
-    """Figures in which an expert is worse than the gate allows; None if there are none."""
+def refusal_of(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> str | None:
+    """Why the gate refuses an expert: figures in which it is worse than allowed, or that it was
+    trained here and none of its text is held out to measure it; None if it passes."""
     gate = run.config.gate
+    measurable = run.config.held_out.share > 0 and expert.made is None
+    if measurable and gate.worse is not None and not figures["own"]:
+        languages = ", ".join(expert.languages or expert.documents or ())
+        return (
+            f"it has so few documents in {languages} that none is held out, and so nothing says "
+            f"that it is no worse than {expert.parent} (give more text)"
+        )
     faults = [
         *_faults(figures["own"], "parent", expert.parent, gate.worse),
         *_faults(figures["own"], "seed", SEED, gate.worse if expert.parent != SEED else None),
@@ -91,7 +99,7 @@ def faults_of(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> str |
     if measured and (present := in_use(run, expert)):
         faults += _faults(figures["own"], "present", present.reference, gate.worse)
     more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-    return "; ".join(faults[:5]) + more or None
+    return f"on held-out text it has {'; '.join(faults[:5])}{more}" if faults else None
 
 
 def _faults(figures: Figures, model: str, name: str, allowed: float | None) -> Iterator[str]:

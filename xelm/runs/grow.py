@@ -147,9 +147,10 @@ def _prepared(
                 f"for {' '.join(tags)}; go on without --clusters"
             )
         return [_resumed(run, expert, corpus, options) for expert in begun]
-    registry, lines, names = run.registry(), [], []
+    registry, lines, names, contents = run.registry(), [], [], {}
     settings = own_settings(run.config, run.settings, "grow")
     for name, members in groups_of(run, tags, corpus, options).items():
+        contents[name] = contents_in(corpus or run.record["corpus"], members)
         origin, reason = options.parent, "named by hand"
         if origin == "auto":
             by = options.by or DEFAULT
@@ -172,7 +173,6 @@ def _prepared(
     for expert in experts:
         check_extension(run, expert, options)
     train.check_parents(run, [parent_directory(run, expert) for expert in experts])
-    contents = {e.name: contents_in(corpus or run.record["corpus"], e.languages) for e in experts}
     stores = {}
     for expert in experts:
         (text,) = expert.texts

@@ -27,7 +27,10 @@ def languages_to_grow(
     begun, its languages. UserError for both or neither, an unknown family, and if there are none.
     """
     if bool(languages) == (family is not None):
-        raise UserError("name the languages to grow, or their family, and not both")
+        came = "both" if languages else "neither"
+        raise UserError(
+            f"name the languages to grow (--language), or their family (--family); got {came}"
+        )
     if family is None:
         return canonical_all(languages)
     text: AnyCorpus = run.record["corpus"] if corpus is None else corpus

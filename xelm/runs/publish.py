@@ -31,7 +31,7 @@ from xelm.models.difference import store
 from xelm.models.stored import stored_as
 from xelm.models.weights import on_host
 from xelm.runs.combined import RECIPE
-from xelm.runs.gate import check_gate, evaluate_held_out, faults_of
+from xelm.runs.gate import check_gate, evaluate_held_out, refusal_of
 from xelm.runs.jobs import Job, expert_job
 from xelm.runs.origin import origin_facts
 from xelm.runs.provenance import provenance
@@ -146,7 +146,7 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     files[README] = sha256(readme)
     # Before the registry, since `verify` compares every published expert with this record.
     manifest.record_expert(run.directory, replace(described, sha256=files))
-    refusal = faults_of(run, expert, evaluation)  # that was overridden
+    refusal = refusal_of(run, expert, evaluation)  # that was overridden
     update(
         run.directory,
         lambda registry: registry.publish(expert.name, expert.version, sha256=files, **facts),
