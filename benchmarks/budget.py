@@ -7,9 +7,6 @@ data sheets; the share of the peak that is reached is assumed, not measured.
 """
 
 import argparse
-import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 from memory import CONFIGS
 
@@ -21,7 +18,7 @@ MACHINES = {"L4": (PEAKS["L4"], 1), "v5e-16": (PEAKS["TPU v5e"], 16)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--share", type=float, default=0.3, help="of the peak")
     share = parser.parse_args().share
     for name in NAMES:

@@ -8,12 +8,9 @@ and, with fingerprints, where it lies.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from pathlib import Path
-
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
@@ -28,10 +25,11 @@ from xelm.training_config import RuntimeConfig, TrainConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--width", type=int, default=1024, help="of a decoder of 16 layers")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     width = options.width
     model = ModelConfig(
         **{"vocabulary_size": 32 * width, "width": width, "feedforward_width": 4 * width},

@@ -33,7 +33,7 @@ RANDOM_SEEDS = (0, 1, 2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", metavar="DIR", required=True)
     parser.add_argument("--documents", type=int, default=750, help="of each language")
     options = parser.parse_args()

@@ -41,7 +41,7 @@ OURS, THEIRS, SCIKIT = "ours", "kernelmachine/balanced-kmeans", "scikit-learn"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", metavar="DIR")
     parser.add_argument("--peer", metavar="DIR")
     parser.add_argument("--documents", type=int, default=20_000, help="of the comparisons")
@@ -192,7 +192,7 @@ def _clusters(vectors: np.ndarray, which: str, options: argparse.Namespace) -> d
         elif which == SCIKIT:
             from sklearn.cluster import KMeans
 
-            model = KMeans(options.k, n_init=1, random_state=options.random_seed)
+            model = KMeans(options.k, random_state=options.random_seed)
             labels = model.fit_predict(vectors)
         else:
             labels = _theirs(vectors, options)

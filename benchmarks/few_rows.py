@@ -7,6 +7,7 @@ takes the time. Ways: x @ W with W as [inputs, outputs], as training has it; x @
 [outputs, inputs]; the same as `xelm.models.layers` has it. Medians of GB/s, in turns.
 """
 
+import argparse
 import statistics
 import time
 from typing import Any
@@ -20,6 +21,7 @@ INPUTS, OUTPUTS, COUNT, ROUNDS = 1024, 4096, 24, 7
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     key = jax.random.key(0)
     turned = list(jax.random.normal(key, (COUNT, OUTPUTS, INPUTS)))
     plain = [jnp.array(matrix.T) for matrix in turned]

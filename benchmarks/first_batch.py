@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from clustering.files import write_json
+from xelm.data.duplicates import HASH_WORDS
 from xelm.data.rows import LanguageShare, batches
 from xelm.data.store import FORMAT, open_store, shuffled
 from xelm.data.text_format import TextFormat
@@ -23,7 +24,7 @@ from xelm.training_config import TrainConfig
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--documents", default="1e6,1e7,1e8")
     options = parser.parse_args()
     print("| documents | order drawn, s | first batch, s |\n|---|---|---|")
@@ -43,8 +44,9 @@ def _make(folder: Path, documents: int) -> float:
     for name, array in arrays.items():
         np.save(folder / f"de.{name}.npy", array)
     tokens = int(lengths.sum())
-    (folder / "de.ids").touch()
-    os.truncate(folder / "de.ids", 2 * tokens)  # zeros that take no room
+    for name, size in {"ids": 2 * tokens, "hashes": 8 * HASH_WORDS * documents}.items():
+        (folder / f"de.{name}").touch()
+        os.truncate(folder / f"de.{name}", size)  # zeros that take no room
     counts = {"documents": documents, "tokens": tokens, "bytes": tokens}
     write_json(
         folder / "store.json", {"format": FORMAT, "dtype": "<u2", "languages": {"de": counts}}

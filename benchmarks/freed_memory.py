@@ -19,7 +19,7 @@ from xelm.process import keep_freed_memory
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="at least one")
     parser.add_argument("--kept", choices=("yes", "no"), help=argparse.SUPPRESS)
@@ -55,17 +55,19 @@ def _measure(kept: bool, steps: int) -> None:
     from xelm.training.sharding import make_mesh
 
     config, draw = tiny(), np.random.default_rng(0)
+    model = config.model
+    assert model is not None
     shape = (config.experts.batch_size, config.experts.sequence_length + 1)
     mesh = make_mesh(config.experts)
     with jax.set_mesh(mesh):
-        functions = compile_steps(config.model, config.experts, mesh)
-        state = functions.create[0](fresh_parameters(config.model, 0))
+        functions = compile_steps(model, config.experts, mesh)
+        state = functions.create[0](fresh_parameters(model, 0))
         state = stack([state], functions.state)
         for step in range(-5, steps):
             if step == 0:  # compiled, and warm
                 began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
             batch = {
-                "tokens": draw.integers(4, config.model.vocabulary_size, shape, np.int32),
+                "tokens": draw.integers(4, model.vocabulary_size, shape, np.int32),
                 "segments": np.ones(shape, np.int32),
                 "positions": np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1)),
             }

@@ -19,7 +19,6 @@ five measurements, are its result. Figures are bits a byte on the first tokens o
 """
 
 import argparse
-import json
 import math
 import shutil
 from collections import defaultdict
@@ -32,6 +31,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from trials import add, interval, read
 
 from experts.expert import SEED, Expert
 from xelm.api import Run, open_run
@@ -51,12 +51,10 @@ ARMS = ("lapt", "seed", "nearest", "farthest", "replay")
 REPLAY_SHARE = 0.25
 OLD_TOKENS, NEW_TOKENS = 2_000, 8_000
 """Number of tokens of each old language, and of the new one, that are scored."""
-_T_OF_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Number of random seeds -> factor of the standard error in a 95% interval (Student's t)."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder with `corpus` and `corpus_valid`")
     parser.add_argument("out", type=Path, help="folder with the RUN, for the results")
     parser.add_argument("--languages", type=names, default=names(LANGUAGES))
@@ -72,9 +70,8 @@ def main() -> None:
             done = {key_of(line) for line in read(results)}
             if key_of(trial) not in done:
                 found = measured(run, options.data, options.out / "work", trial)
-                with results.open("a") as file:
-                    file.write(json.dumps(trial | found) + "\n")
-    print(table(list(read(results))))
+                add(results, trial | found)
+    print(table(read(results)))
 
 
 def trials(
@@ -94,15 +91,6 @@ def trials(
 
 def key_of(line: Mapping[str, Any]) -> tuple:
     return tuple(line[name] for name in ("language", "arm", "tokens", "random_seed"))
-
-
-def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines that were written whole."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
 
 
 def measured(run: Run, data: Path, work: Path, trial: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +194,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         whole = max(len(each) for each in runs.values())
         full = [each for each in runs.values() if len(each) == whole]
         shown = [
-            interval([np.mean([one[part] for one in each]) for each in full]) for part in (1, 2)
+            interval([float(np.mean([one[part] for one in each])) for each in full])
+            for part in (1, 2)
         ]
         tags = " ".join(one[0] for one in full[0])
         rows.append(f"| {count:,} | {arm} | {tags} | {len(full)} | {shown[0]} | {shown[1]} |")
@@ -229,14 +218,6 @@ def by_language(lines: Sequence[Mapping[str, Any]], order: Sequence[str]) -> Ite
             ]
             cells.append(f"{np.mean(found):.3f}" if found else "-")
         yield f"| {count:,} | {arm} | {' | '.join(cells)} |"
-
-
-def interval(values: Sequence[float]) -> str:
-    """Mean and half of a 95% interval."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    half = _T_OF_95[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{np.mean(values):.3f} ± {half:.3f}"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ BESIDE = "beside the base"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", default="8x512", help="layers x width (default: %(default)s)")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--experts", default="1,4,8,16")
@@ -270,7 +270,7 @@ class _Dealt:
     def needs_log_likelihoods(self, states):
         return np.zeros(len(states), bool)
 
-    def log_weights(self, states, evidence):
+    def log_weights(self, states, log_likelihoods):
         return states
 
     def decided_by(self, states):
@@ -364,7 +364,7 @@ def _peer(options: argparse.Namespace) -> None:
 
     def model(number: int) -> Any:
         if number not in loaded:
-            network = transformers.AutoModelForCausalLM.from_pretrained(
+            network: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 f"{options.seeds}/{number}", dtype=getattr(torch, options.dtype)
             )
             loaded[number] = network.to(device).eval()

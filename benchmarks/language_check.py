@@ -9,6 +9,8 @@ nearest to that language; of whole documents, and of their first 100 characters.
 
 import argparse
 
+import numpy as np
+
 from xelm.api import open_run
 from xelm.data.contents import contents_in
 from xelm.data.unusable import UnusableRecords
@@ -17,7 +19,7 @@ from xelm.runs.language import DOCUMENTS, recognised
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", required=True, help="a RUN with published experts")
     parser.add_argument("--corpus", required=True, help="text in its languages and in others")
     options = parser.parse_args()
@@ -36,7 +38,7 @@ def main() -> None:
     for tag, some in sorted(texts.items()):
         shown = []
         for length in (None, 100):
-            documents = tokenizer.encode([text[:length] for text in some])
+            documents = map(np.asarray, tokenizer.encode([text[:length] for text in some]))
             found, nearest = recognised(detector, names, documents)
             other, _ = (found or nearest).most_common(1)[0]
             total = nearest.total()

@@ -195,7 +195,7 @@ def served(run: Path, log: Path, *options: str) -> tuple[subprocess.Popen[bytes]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--clients", type=int, default=64)

@@ -14,14 +14,6 @@ elsewhere, since CPUs compute them in float32.
 import argparse
 import os
 
-# Before anything imports JAX.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-# For libtpu, on machines without one.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,24 +90,34 @@ CONFIGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="*", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS)[:4])
     parser.add_argument("--devices", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--tpu", metavar="SLICE", help="such as v5e:4x4; needs xelm[tpu]")
     options = parser.parse_args()
+    _prepare_devices()
     columns = [(count, name) for count in options.devices for name in options.settings]
     heads = [f"{name}, {f'each of {count}' if count > 1 else 'one'}" for count, name in columns]
     print(f"| GB | parameters | {' | '.join(heads)} |")
     print("|---|---|" + "---|" * len(columns))
-    for name in options.models:
-        model = model_config(CONFIGS[name])
+    for title in options.models:
+        model = model_config(CONFIGS[title])
         cells = [
-            _step_size(model, _devices(count, options.tpu), SETTINGS[s]) for count, s in columns
+            _cell(model, _devices(count, options.tpu), SETTINGS[name]) for count, name in columns
         ]
         print(
-            f"| {name} | {model.parameter_count / 1e6:,.0f} M | {' | '.join(cells)} |", flush=True
+            f"| {title} | {model.parameter_count / 1e6:,.0f} M | {' | '.join(cells)} |", flush=True
         )
+
+
+def _prepare_devices() -> None:
+    """Eight devices of a CPU, and no other; and libtpu's settings on machines without a TPU."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def _devices(count: int, tpu: str | None) -> list:
@@ -124,9 +126,8 @@ def _devices(count: int, tpu: str | None) -> list:
     return topologies.get_topology_desc(platform="tpu", topology_name=tpu).devices[:count]
 
 
-def _step_size(model: ModelConfig, devices: list, settings: dict) -> str:
-    """GB that one device holds at most during a step, by the compiler's account; a dash if that is
-    more than it has."""
+def _cell(model: ModelConfig, devices: list, settings: dict) -> str:
+    """GB that one device holds at most during a step; a dash if that is more than it has."""
     length, count = min(LENGTH, model.max_length), len(devices)
     config = TrainConfig(
         tokens=length,
@@ -136,7 +137,15 @@ def _step_size(model: ModelConfig, devices: list, settings: dict) -> str:
     )
     config = vary(config, settings)
     mesh = Mesh(np.asarray(devices).reshape(1, 1, count, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    used = step_bytes(model, config, mesh)
+    return "-" if used is None else f"{used / 1e9:.1f}"
+
+
+def step_bytes(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> int | None:
+    """Bytes that one device holds at most during a training step, by the compiler's account; None
+    if that is more than the device has. Nothing is allocated."""
     functions = compile_steps(model, config, mesh)
+    length = config.sequence_length
     columns = length + 1 if model.causal else length
     arrays = dict.fromkeys(("tokens", "segments", "positions"), (columns, jnp.int32))
     if not model.causal:
@@ -144,7 +153,9 @@ def _step_size(model: ModelConfig, devices: list, settings: dict) -> str:
         arrays |= {"inputs": (columns, jnp.int32)}
         arrays |= {"places": (hidden, jnp.int32), "chosen": (hidden, bool)}
     batch = {
-        name: jax.ShapeDtypeStruct((count, size), dtype, sharding=functions.batch_sharding)
+        name: jax.ShapeDtypeStruct(
+            (config.batch_size, size), dtype, sharding=functions.batch_sharding
+        )
         for name, (size, dtype) in arrays.items()
     }
     rates = jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -154,12 +165,12 @@ def _step_size(model: ModelConfig, devices: list, settings: dict) -> str:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return "-"
-    if devices[0].platform == "tpu":
-        return f"{used.peak_memory_in_bytes / 1e9:.1f}"
+        return None
+    if mesh.devices.flat[0].platform == "tpu":
+        return used.peak_memory_in_bytes
     # On CPUs the peak is of what is given alone.
     given = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    return f"{(given + used.temp_size_in_bytes) / 1e9:.1f}"
+    return given + used.temp_size_in_bytes
 
 
 if __name__ == "__main__":

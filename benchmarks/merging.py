@@ -37,7 +37,7 @@ MERGES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--corpus", required=True, metavar="CORPUS")
     parser.add_argument("--documents", type=int, metavar="N", help="of each language")

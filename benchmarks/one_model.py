@@ -11,6 +11,7 @@ its experts' included; "teacher" those that the experts read for a student's tea
 
 import argparse
 import json
+from typing import Literal
 
 from xelm.api import Run, open_run
 from xelm.evaluation.options import EvaluationOptions
@@ -26,7 +27,7 @@ STUDENTS = {
     "t16-s1": DistilOptions(teacher_share=1.0),
 }
 """Students by name: number of the teacher's tokens, and its share of the loss."""
-MIXES = {
+MIXES: dict[str, tuple[float, Literal["router", "all"]]] = {
     "routers-.05": (0.05, "router"),
     "all-.05": (0.05, "all"),
     "all-1": (1.0, "all"),
@@ -35,7 +36,7 @@ MIXES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--corpus", required=True, metavar="CORPUS")
     parser.add_argument("--documents", type=int, metavar="N", help="of each language")

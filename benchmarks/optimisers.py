@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from xelm.models.checkpoint import read_config
 from xelm.models.parameters import fresh_parameters
 from xelm.process import prepare
 from xelm.runs.run import Run, open_run
@@ -36,7 +37,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", required=True, help="a RUN whose seed was trained from nothing")
     parser.add_argument("--tokens", type=float, default=4e5)
     parser.add_argument("--rates", nargs="*", type=float, default=[1e-3, 3e-3, 1e-2])
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 def _loss(run: Run, tokens: int, changes: dict) -> float:
-    model = run.config.model
+    model = read_config(run.seed)
     config = vary(run.config.seed, {"tokens": tokens, "runtime.log_every": 1, **changes})
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingSpec(

@@ -8,6 +8,8 @@ one, and the nearest has fewer in common with it than another. `genealogy` alone
 it cannot say which language is nearest where none is related, or several are equally close.
 """
 
+import argparse
+
 import numpy as np
 from langcodes import data_dicts
 
@@ -30,6 +32,7 @@ MIXTURES = (
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     tags = sorted({tag for code in data_dicts.LANGUAGE_ALPHA3 if (tag := _placed(code))})
     values, _ = uriel.features(tags, "fam")
     ancestors = {tag: set(np.flatnonzero(row > 0)) for tag, row in zip(tags, values)}

@@ -18,7 +18,7 @@ from xelm.data.store import open_store
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", required=True, metavar="DIR")
     out = Path(parser.parse_args().out)
     systems = json.loads((out / "table.json").read_text())["systems"]

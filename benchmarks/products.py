@@ -88,14 +88,15 @@ def _torch(product: _Product) -> Callable[[], Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shapes", default="4x256x256,4x256x1024", help="layers x width x length")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=4096, help="of a batch")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     for shape in options.shapes.split(","):
-        products = _products(*map(int, shape.split("x")), options.vocabulary, options.tokens)
+        layers, width, length = map(int, shape.split("x"))
+        products = _products(layers, width, length, options.vocabulary, options.tokens)
         _compare(shape, products, options.rounds)
 
 

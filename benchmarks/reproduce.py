@@ -36,6 +36,7 @@ from systems import (
     evaluated,
     halves,
     kind_of,
+    model_of,
     perplexities,
     routings_of,
     train_system,
@@ -122,7 +123,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", required=True, metavar="DIR")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument(
@@ -160,7 +161,7 @@ def _tune(base: Run, config: RunConfig, corpus: Path, system: str) -> Setting:
     kind = kind_of(system)
     text = contents_of(corpus).fingerprint()[:8]
     path = base.directory.parent / f"tuning-{kind}-{config.experts.tokens}-{text}.json"
-    found = json.loads(path.read_text()) if path.exists() else {"format": 1}
+    found: dict[str, float] = json.loads(path.read_text()) if path.exists() else {"format": 1}
 
     def nats(setting: Setting) -> float:
         name = f"tuning-{kind}-{config.experts.tokens}-rate{setting[0]:g}-rows{setting[1]}"
@@ -231,8 +232,8 @@ def _write(
     rates = {kind: rates[kind] for kind in TUNED if kind in rates}
     tables = {name: tables[name] for name in sorted(tables, key=_place)}
     facts = {
-        "parameters": config.model.parameter_count,
-        "vocabulary": config.model.vocabulary_size,
+        "parameters": model_of(config).parameter_count,
+        "vocabulary": model_of(config).vocabulary_size,
         "seed_tokens": config.seed.tokens,
         "system_tokens": config.experts.tokens,
         "grown_tokens": config.grow.tokens,

@@ -26,7 +26,7 @@ LENGTHS = (5, 10, 20)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", required=True, help="a RUN with published experts")
     parser.add_argument("--experts", type=names, help="experts that are taken for new")
     options = parser.parse_args()

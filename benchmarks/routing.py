@@ -22,14 +22,14 @@ import argparse
 import gzip
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from clustering.languages import canonical
-from xelm import open_run
+from xelm.api import Run, open_run
 from xelm.inference.engine import Engine, GenerationRequest
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.route import Walk, mixture, states_along
@@ -39,14 +39,13 @@ from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.runs.make_router import make_router, models_behind
-from xelm.runs.run import Run
 
 WORDS = 30
 KINDS = ("served", "three words", "switched", "not served")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("text", metavar="TEXT")
     parser.add_argument("--documents", type=int, default=20, help="of each language")
@@ -220,7 +219,7 @@ def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 
             print(f"| {name} | {cells} | {ratio if place else 1:.1f} |", flush=True)
 
 
-def _engine(ensemble: Ensemble, batch: list[tuple[str | None, str]], steps: int) -> Engine:
+def _engine(ensemble: Ensemble, batch: Sequence[tuple[str | None, str]], steps: int) -> Engine:
     """Texts that are to be continued, greedily, in languages that are given or not."""
     engine = Engine(ensemble)
     engine.reserve(len(batch), ensemble.model.max_length)

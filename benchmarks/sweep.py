@@ -22,6 +22,7 @@ from systems import (
     evaluated,
     halves,
     kind_of,
+    model_of,
     perplexities,
     routings_of,
     train_system,
@@ -39,7 +40,7 @@ from xelm.settings import override
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", required=True, metavar="DIR")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--widths", default="64,128", help="of the residual stream")
@@ -80,7 +81,7 @@ def _name(system: str, tokens: int, rates: Rates) -> str:
 
 
 def _seed(data: Path, out: Path, config: RunConfig) -> Run:
-    folder = out / f"width-{config.model.width}"
+    folder = out / f"width-{model_of(config).width}"
     return init(folder / "base", data / "corpus", config, InitOptions(languages=LANGUAGES))
 
 
@@ -101,7 +102,7 @@ def _setting(text: str) -> tuple[float, int]:
 def _of_width(config: RunConfig, width: int) -> RunConfig:
     """The Llama shape at another width, heads of 32."""
     model = replace(
-        config.model,
+        model_of(config),
         width=width,
         feedforward_width=-(-width * 8 // 3 // 8) * 8,
         head_count=width // 32,
@@ -120,7 +121,7 @@ def _write(
     """sweep.json with every figure, sweep.md the table; changes where dense is done already."""
     rows, lines = [], []
     for (width, tokens, system), scores in found.items():
-        model = configs[width].model
+        model = model_of(configs[width])
         row = {
             "width": width,
             "parameters": model.parameter_count,

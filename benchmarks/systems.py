@@ -15,6 +15,7 @@ from xelm.data.reading import read
 from xelm.data.unusable import UnusableRecords
 from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.results import Row
+from xelm.models.config import ModelConfig
 from xelm.runs.branch import branch
 from xelm.runs.evaluate import evaluate
 from xelm.runs.init import init
@@ -87,6 +88,12 @@ def train_system(
     branch(run, run.clusters() if branched else clusters_of(run, system, repetition))
     train_experts(run, run.untrained())
     return run
+
+
+def model_of(config: RunConfig) -> ModelConfig:
+    """The shape of the fresh seed of these experiments."""
+    assert config.model is not None
+    return config.model
 
 
 def kind_of(system: str) -> str:

@@ -26,7 +26,7 @@ from xelm.runs.run import open_run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", required=True, help="a RUN, for its tokenizer")
     parser.add_argument("--corpus", required=True)
     parser.add_argument("--documents", type=int, default=20_000)
@@ -107,8 +107,8 @@ def _peer(run, documents: Sequence[Document], workers: int) -> int:
             load_from_cache_file=False,
             cache_file_name=f"{folder}/ids.arrow",
         )
-        lengths = found.with_format("arrow")["input_ids"].combine_chunks()
-        return int(np.sum(lengths.value_lengths().to_numpy()))
+        lengths = found.data.column("input_ids").combine_chunks().value_lengths()
+        return int(np.sum(lengths.to_numpy()))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ TOKENS = 4096  # of a batch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--shapes",
         default="4x256x256,4x256x1024,6x384x512,8x512x512",
@@ -108,8 +108,10 @@ def _model(layers: int, width: int, length: int, vocabulary: int) -> Any:
 
     from xelm.presets import tiny
 
+    model = tiny().model
+    assert model is not None
     return replace(
-        tiny().model,
+        model,
         vocabulary_size=vocabulary,
         width=width,
         feedforward_width=width * 8 // 3 // 64 * 64,
@@ -190,7 +192,8 @@ def _write_seed(options: argparse.Namespace) -> None:
     from xelm.models.checkpoint import write_checkpoint
     from xelm.models.parameters import fresh_parameters
 
-    model = _model(*map(int, options.shapes.split("x")), options.vocabulary)
+    layers, width, length = map(int, options.shapes.split("x"))
+    model = _model(layers, width, length, options.vocabulary)
     write_checkpoint(Path(options.seed), model, fresh_parameters(model, 0), model_type="llama")
 
 
@@ -240,9 +243,10 @@ def _torch(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callabl
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    network = transformers.AutoModelForCausalLM.from_pretrained(
+    network: Any = transformers.AutoModelForCausalLM.from_pretrained(
         options.seed, attn_implementation="sdpa", dtype=torch.float32
-    ).to(device)
+    )
+    network.to(device)
     matrices = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(

@@ -20,6 +20,7 @@ documents and beginnings, and of those what runs the fewest models on served tex
 import argparse
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,15 +28,16 @@ import numpy as np
 
 from clustering import novelty
 from clustering.languages import canonical, lookup
-from xelm import open_run
-from xelm.inference.route import Walk, log_likelihoods_along, mixture, states_along
-from xelm.inference.routers import MIXTURE
+from experts.expert import Expert
+from xelm.api import Run, open_run
+from xelm.inference.route import Router, Walk, log_likelihoods_along, mixture, states_along
+from xelm.inference.routers import MIXTURE, ByLanguage, OrMixture
 from xelm.inference.routing import Routing, RoutingLimits
 from xelm.inference.scoring import score_documents, targets
 from xelm.models.checkpoint import read_config, read_for_inference
-from xelm.runs.fit import _all, _languages, pieces
+from xelm.runs.fit import documents_to_fit, pieces
 from xelm.runs.make_router import make_router, serving
-from xelm.runs.run import Run
+from xelm.runs.shares import all_languages
 
 COLUMNS = (
     *("seed", "dense", "best expert", "uniform", "posterior"),
@@ -49,7 +51,7 @@ BEGINNINGS = ("seed", "dense", "detected", "learned")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("text", metavar="TEXT")
     parser.add_argument("--tokens", type=int, default=20_000, help="of each language")
@@ -58,14 +60,13 @@ def main() -> None:
     run = open_run(options.run)
     experts = run.registry().published()
     served = serving(experts)
-    routers = {
-        name: make_router(run, experts, Routing(name=name))
-        for name in ("uniform", "detected", "learned")
+    routers: dict[str, Router] = {
+        "uniform": make_router(run, experts, Routing(name="uniform")),
+        "posterior": make_router(run, experts, Routing(name="posterior", memory=0.8)),
     }
-    routers["posterior"] = make_router(run, experts, Routing(name="posterior", memory=0.8))
     for name in ("detected", "learned"):
-        if (mixing := getattr(routers[name], "otherwise", None)) is not None:
-            routers[f"{name}, bare"] = getattr(mixing, "router", mixing)
+        mixing = or_mixture(run, experts, name)
+        routers |= {name: mixing, f"{name}, bare": mixing.router}
     texts = documents_in(run, Path(options.text), options.tokens)
     tags = [tag for tag, some in texts.items() for _ in some]
     flat = [text for some in texts.values() for text in some]
@@ -73,7 +74,9 @@ def main() -> None:
     ids = [np.asarray(some, np.int64) for some in run.tokenizer().encode(flat)]
     names, documents, scores = scores_of(run, ids)
     if options.cross_validate:
-        return _cross_validate(run, routers["learned"], names, tags, documents, scores, sizes)
+        return _cross_validate(
+            run, or_mixture(run, experts, "learned"), names, tags, documents, scores, sizes
+        )
     print(f"| language | {' | '.join(COLUMNS)} | models, bare | models | mixed |")
     print("|---|" + "---|" * (len(COLUMNS) + 3))
     for kind, wanted in (("served", True), ("not served", False)):
@@ -106,6 +109,15 @@ def documents_in(run: Run, folder: Path, most: int) -> dict[str, list[str]]:
                 if left <= 0:
                     break
     return found
+
+
+def or_mixture(run: Run, experts: Sequence[Expert], routing: str) -> OrMixture:
+    """The router of a routing for text without a given language, which mixes all models where no
+    expert fits. SystemExit if the RUN serves too few languages to know such text."""
+    router = make_router(run, experts, Routing(name=routing))
+    if not (isinstance(router, ByLanguage) and isinstance(router.otherwise, OrMixture)):
+        raise SystemExit(f"{run.directory} serves too few languages to know others")
+    return router.otherwise
 
 
 def scores_of(
@@ -203,13 +215,16 @@ class Measured(NamedTuple):
 def _held_out_beginnings(run: Run, found: novelty.Novelty) -> np.ndarray:
     """Sums of beginnings of held-out texts in the languages that `found` knows, from which its
     thresholds are made, [N, size]."""
-    known, texts = [found.identifier.languages[n] for n in found.columns], _languages(run)
-    held_out = {t: _all(run, texts[t], held_out=True) for t in known}
+    known, texts = (
+        [found.identifier.languages[n] for n in found.columns],
+        run.texts(all_languages(run)),
+    )
+    held_out = {t: documents_to_fit(run, texts[t], held_out=True) for t in known}
     return novelty.beginnings(found, pieces(run), held_out)[0]
 
 
-def _cross_validate(run, router, names, tags, documents, scores, sizes) -> None:
-    inner, mixing = router.otherwise.router, router.otherwise
+def _cross_validate(run, mixing, names, tags, documents, scores, sizes) -> None:
+    inner = mixing.router
     served = serving(run.registry().published())
     alone, mixed, models_read, sums = [], [], [], []
     for ids, found in zip(documents, scores):

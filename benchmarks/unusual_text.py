@@ -11,25 +11,24 @@ the share of tokens at which the router mixes all models.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from unserved import LIMITS, documents_in, scores_of
+from unserved import LIMITS, documents_in, or_mixture, scores_of
 
 from clustering.languages import lookup
-from xelm import open_run
+from xelm.api import Run, open_run
 from xelm.inference.route import Walk, mixture
 from xelm.inference.routers import MIXTURE
-from xelm.inference.routing import Routing
-from xelm.runs.make_router import make_router, serving
-from xelm.runs.run import Run
+from xelm.runs.make_router import serving
 
 COLUMNS = ("seed", "dense", "expert", "learned, bare", "learned")
 CODE = sorted(Path(__file__).parents[1].glob("xelm/inference/*.py"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("text", metavar="TEXT")
     parser.add_argument("--tokens", type=int, default=4_000, help="of each language")
@@ -46,7 +45,7 @@ def main() -> None:
     cased = [(expert, text) for expert, text in texts if text.lower() != text.upper()]
     draw = np.random.default_rng(0)
     numbers = [" ".join(map(str, draw.integers(0, 10**6, 60))) for _ in range(40)]
-    kinds: dict[str, list[tuple[int | None, str]]] = {
+    kinds: dict[str, Sequence[tuple[int | None, str]]] = {
         "as it is": cased,
         "small letters": [(expert, text.lower()) for expert, text in cased],
         "capitals": [(expert, text.upper()) for expert, text in cased],
@@ -58,9 +57,9 @@ def main() -> None:
         print(f"| {kind} | {_row(run, some)} |", flush=True)
 
 
-def _row(run: Run, texts: list[tuple[int | None, str]]) -> str:
+def _row(run: Run, texts: Sequence[tuple[int | None, str]]) -> str:
     experts = run.registry().published()
-    router = make_router(run, experts, Routing(name="learned")).otherwise
+    router = or_mixture(run, experts, "learned")
     ids = [np.asarray(i, np.int64) for i in run.tokenizer().encode([text for _, text in texts])]
     names, targets, scores = scores_of(run, ids)
     total = np.log(2) * sum(len(text.encode()) for _, text in texts)

@@ -25,6 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from trials import add, read
 
 from xelm.api import Run, open_run
 from xelm.commands.options import names
@@ -45,7 +46,7 @@ FEW = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("data", type=Path, help="folder with `corpus` and `corpus_valid`")
     parser.add_argument("run", type=Path, help="RUN with the seed")
     parser.add_argument("work", type=Path, help="folder for the results")
@@ -61,10 +62,9 @@ def main() -> None:
         held_out = first_texts(options.data / "corpus_valid", language, SCORED_BYTES)
         for trial in trials(language, [int(each) for each in options.pieces]):
             if not any(trial.items() <= line.items() for line in read(results)):
-                found = measured(options, trial, corpus, held_out, list(read(results)))
-                with results.open("a") as file:
-                    file.write(json.dumps(trial | found) + "\n")
-    print(tables(list(read(results))))
+                found = measured(options, trial, corpus, held_out, read(results))
+                add(results, trial | found)
+    print(tables(read(results)))
 
 
 def trials(language: str, pieces: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -170,12 +170,6 @@ def write_text(folder: Path, language: str, target: Path, most_bytes: int) -> No
     texts = first_texts(folder, language, most_bytes)
     lines = [json.dumps({"text": text, "lang": language}) + "\n" for text in texts]
     (target / f"{language}.jsonl").write_text("".join(lines))
-
-
-def read(results: Path) -> Iterator[dict[str, Any]]:
-    """Lines of the results so far."""
-    if results.exists():
-        yield from (json.loads(line) for line in results.open())
 
 
 def tables(lines: Sequence[dict[str, Any]]) -> str:

@@ -56,11 +56,11 @@ def identifier(run: Run, *, keep: bool = True) -> Identifier:
 
     A RUN without its text has that which was fitted before, and learns the languages of later text
     on its own; UserError if it has none."""
-    languages = _languages(run)
+    languages = run.texts(all_languages(run))
 
     def texts(stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[str]:
         names = run.tokenizer().hub.convert_ids_to_tokens
-        for document in _all(run, stores, held_out):
+        for document in documents_to_fit(run, stores, held_out):
             yield "".join(names(document.tolist()))
 
     if not run.has_text:
@@ -101,7 +101,7 @@ def novelty_of(run: Run, served: Collection[str], *, keep: bool = True) -> Novel
             return None
         load = partial(Novelty.load, identifier=identifier(run))
         return _kept(run, "novelty", load)
-    languages = _languages(run)
+    languages = run.texts(all_languages(run))
     known = [tag for tag in languages if tag in (served or languages)]
     if len(known) < novelty.FEWEST:
         return None
@@ -119,8 +119,8 @@ def novelty_of(run: Run, served: Collection[str], *, keep: bool = True) -> Novel
     found = identifier(run, keep=keep)
 
     def make() -> Novelty:
-        texts = {tag: _all(run, languages[tag], False) for tag in known}
-        others = {tag: _all(run, some, True) for tag, some in languages.items()}
+        texts = {tag: documents_to_fit(run, languages[tag], False) for tag in known}
+        others = {tag: documents_to_fit(run, some, True) for tag, some in languages.items()}
         return novelty.fit(found, known, pieces(run), texts, others)
 
     facts = [known, _sizes(languages), novelty.SHORT, novelty.MOST_FALSE]
@@ -235,13 +235,11 @@ def _read_learned(path: Path) -> Mapping[str, np.ndarray]:
     return arrays
 
 
-def _languages(run: Run) -> dict[str, list[TokenizedLanguage]]:
-    """Text of every language: that of the RUN's corpus, and what experts were trained on beside."""
-    return run.texts(all_languages(run))
-
-
-def _all(run: Run, stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[np.ndarray]:
-    """`_some` documents of one language in all its stores, but for those that no training reads."""
+def documents_to_fit(
+    run: Run, stores: Sequence[TokenizedLanguage], held_out: bool
+) -> Iterator[np.ndarray]:
+    """Documents of one language, from all its stores, that routers are fitted on, or that are held
+    out of the fit to calibrate it; none that is held out of all training."""
     most = FITTED_TOKENS // len(stores)
     whole = [LanguageShare(ids=ids, share=1.0) for ids in stores]
     for source in divide(whole, run.config.held_out).sources:
