@@ -137,6 +137,10 @@ class Registry:
         """The versions whose training is not finished, in order of round and name."""
         return _in_order(expert for expert in self.experts if expert.status == "training")
 
+    def unfinished(self, name: str) -> Expert | None:
+        """The version of an expert whose training is not finished; None if there is none."""
+        return next((expert for expert in self.training() if expert.name == name), None)
+
     def versions(self, name: str) -> tuple[Expert, ...]:
         """All versions of one name, oldest first; UserError if there is none."""
         found = sorted((e for e in self.experts if e.name == name), key=lambda e: e.version)
@@ -206,11 +210,8 @@ class Registry:
 
         `parent` is 'NAME@vN' or 'seed'; None takes the parent of that version. facts: further
         fields of its record that differ, such as its settings."""
-        for expert in self.training():
-            if expert.name == name:
-                raise UserError(
-                    f"{expert.reference} is in training already; finish or retire it first"
-                )
+        if begun := self.unfinished(name):
+            raise UserError(f"{begun.reference} is in training already; finish or discard it first")
         before = self.expert(name)
         origin = before.parent if parent is None else parent
         following = Expert(

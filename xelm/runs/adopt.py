@@ -5,9 +5,8 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import metadata_load
@@ -18,6 +17,7 @@ from clustering.hub_files import weight_files
 from clustering.languages import canonical_all
 from experts.adopt import adopt as adopt_registry
 from experts.adopt import parent_of
+from experts.begin import begin
 from experts.expert import SEED, Expert, is_reference, parse_reference
 from experts.lock import locked, update
 from experts.registry import Registry
@@ -40,13 +40,14 @@ from xelm.models.foreign import (
     is_adapter,
 )
 from xelm.runs import train
+from xelm.runs.jobs import already_begun
 from xelm.runs.language import check_language
 from xelm.runs.options import AdoptOptions
 from xelm.runs.origin import licence_of
 from xelm.runs.publish import publish, write_centre
 from xelm.runs.run import Run
 from xelm.runs.shares import expert_text, parent_directory, unused_text
-from xelm.runs.text import tokenise
+from xelm.runs.text import elsewhere, tokenise
 
 BY_TEXT = ("learned", "tfidf", "detected")
 """Routings that know an expert by text in its languages."""
@@ -102,16 +103,14 @@ def adopt(
         expert = found.expert
         for what, line in found.checks.items():
             print(f"{what}: {line}", file=sys.stderr)
-        update(run.directory, lambda registry: _with(registry, expert), "adopt")
+        update(run.directory, lambda registry: begin(registry, expert), "adopt")
         target = expert.directory(run.directory)
         if not target.exists():
             sources = expert_text(run, expert).sources
             extra = [write_centre(run, name, sources)] if sources else []
             _write(run, source, expert, found.dtype, extra)
             shutil.rmtree(run.training(name), ignore_errors=True)
-        publish(run, expert)
-        run.failure(name).unlink(missing_ok=True)
-    return run.registry().expert(expert.name, expert.version)
+        return publish(run, expert)
 
 
 def _write(
@@ -139,9 +138,7 @@ def plan_adoption(
     """What `adopt` would make, and what was checked; nothing in the RUN changes. UserError where
     `adopt` raises it before the expert is compared with its parent."""
     options = options or AdoptOptions()
-    with TemporaryDirectory() as folder:
-        place = replace(run, directory=Path(folder))
-        run.tokenizer().hub.save_pretrained(place.training("tokenizer"))
+    with elsewhere(run) as place:
         found = _prepared(run, Path(checkpoint), languages, corpus, options, place)
     return Adoption(expert=found.expert, checks=found.checks)
 
@@ -150,11 +147,6 @@ def _name(languages: Sequence[str], options: AdoptOptions) -> str:
     if options.name is None and not languages:
         raise UserError("name the languages of the new expert, such as --languages sv")
     return options.name or "-".join(canonical_all(languages))
-
-
-def _with(registry: Registry, expert: Expert) -> Registry:
-    known = {other.reference for other in registry.experts}
-    return registry if expert.reference in known else registry.add(expert)
 
 
 def _prepared(
@@ -183,8 +175,7 @@ def _prepared(
     if licence := licence_of(source):
         made["licence"] = licence
     checks["parent"] = why
-    begun = next((e for e in registry.training() if e.name == name), None)
-    if begun is not None:
+    if (begun := registry.unfinished(name)) is not None:
         _check_same(run, begun, made, parent, corpus)
         return _Prepared(expert=begun, checks=checks, dtype=dtype)
     with_it = adopt_registry(registry, languages, parent, options.name, made=made)
@@ -355,11 +346,8 @@ def _check_same(
     same = how.get("by") == "adopt" and how.get("sha256") == made["sha256"]
     if same and parent in (begun.parent, begun.parent.partition("@")[0]) and corpus is None:
         return
-    more = "go on without --corpus, and with the same --parent, " if same else ""
-    raise UserError(
-        f"{begun.reference} is in training already{'' if same else ', as something else'}; {more}"
-        f"or give it up with: xelm discard {run.directory} {begun.name}"
-    )
+    same_text = "; go on without --corpus, and with the same --parent"
+    raise already_begun(run, begun, same_text if same else ", as something else; finish it")
 
 
 def _text(

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from clustering.errors import UserError
+from experts.begin import begin
 from experts.expert import SEED, Expert, parse_reference
 from experts.lock import locked, update
 from experts.registry import Registry
@@ -16,12 +15,18 @@ from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.runs import train
 from xelm.runs.budget import Plan, check_disk
-from xelm.runs.jobs import command_of, expert_job, made_elsewhere, other_settings
+from xelm.runs.jobs import (
+    already_begun,
+    command_of,
+    expert_job,
+    made_elsewhere,
+    other_settings,
+)
 from xelm.runs.language import check_language
 from xelm.runs.options import AgainOptions
 from xelm.runs.run import Run
 from xelm.runs.shares import as_recorded, parent_directory, unused_text
-from xelm.runs.text import tokenise
+from xelm.runs.text import elsewhere, tokenise
 from xelm.runs.vocabulary import add_pieces
 from xelm.settings import own_settings
 
@@ -43,7 +48,7 @@ def train_again(
     with locked(run.directory, f"train-{name}"):
         run, expert, _ = _prepared(run, name, corpus, options, run)
         job = expert_job(run, expert)  # what cannot be trained is refused
-        update(run.directory, lambda registry: _with(registry, expert), "again")
+        update(run.directory, lambda registry: begin(registry, expert), "again")
         return train.finish(run, expert, job)
 
 
@@ -53,19 +58,12 @@ def plan_again(
     """The version that `train_again` would make, what its training costs, and statistics of the
     text that is added, which is tokenised in a temporary folder; nothing in the RUN changes.
     UserError where `train_again` raises it before it trains."""
-    with TemporaryDirectory() as folder:
-        place = replace(run, directory=Path(folder))
-        run.tokenizer().hub.save_pretrained(place.training("tokenizer"))
+    with elsewhere(run) as place:
         run, expert, new = _prepared(run, name, corpus, options or AgainOptions(), place)
         (plan,) = train.plans_of_jobs(run, [expert_job(run, expert, new)])
         check_disk(run.directory, [plan])
         texts = [text for store in new.values() for text in text_stats(store).values()]
         return expert, plan, texts
-
-
-def _with(registry: Registry, expert: Expert) -> Registry:
-    known = {other.reference for other in registry.experts}
-    return registry if expert.reference in known else registry.add(expert)
 
 
 def _prepared(
@@ -76,9 +74,8 @@ def _prepared(
     UserError for what cannot be trained, before it costs anything."""
     registry = run.registry()
     before = registry.expert(name)
-    for begun in registry.training():
-        if begun.name == name:
-            return _resumed(run, begun, before, corpus, options)
+    if begun := registry.unfinished(name):
+        return _resumed(run, begun, before, corpus, options)
     before = registry.in_use(name)  # refuses a retired one
     if corpus is not None and before.documents is not None:
         raise UserError(
@@ -142,10 +139,7 @@ def _resumed(
     elif other is None and (found := other_settings(run, begun)):
         other = f"{found}. Go on without it"
     if other:
-        raise UserError(
-            f"{begun.reference} is in training already, {other}, or give it up with: xelm discard "
-            f"{run.directory} {begun.name}"
-        )
+        raise already_begun(run, begun, f", {other}")
     return as_recorded(run, begun), begun, {}
 
 

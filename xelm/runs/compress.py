@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from clustering.errors import UserError
+from experts.begin import begin
 from experts.expert import Expert
 from experts.lock import locked, update
 from experts.registry import Registry
 from xelm.models.checkpoint import read_config, stored_dtype
 from xelm.models.difference import Difference, compressed, difference, reverted, write_difference
 from xelm.runs import train
+from xelm.runs.jobs import already_begun
 from xelm.runs.options import CompressOptions
 from xelm.runs.publish import CENTRE, publish
 from xelm.runs.run import Run
@@ -30,24 +32,19 @@ def compress(run: Run, name: str, options: CompressOptions) -> Expert:
     """
     with locked(run.directory, f"train-{name}"):
         registry = run.registry()
-        expert = next((e for e in registry.training() if e.name == name), None)
-        if expert is None:
-            before = registry.in_use(name)
-            after = _with_version(run, registry, before, options)
-            expert = after.experts[-1]
-        else:
-            before = _begun(run, registry, expert, options)
+        before, begun = registry.in_use(name), registry.unfinished(name)
+        if begun is not None and begun.made != _made(before, options):
+            raise already_begun(run, begun, ", as something else; finish it")
+        expert = begun or _next_version(run, registry, before, options)
         own, parent = before.directory(run.directory), parent_directory(run, before)
         train.check_parents(run, [own, parent])
         target = expert.directory(run.directory)
         if not target.exists():
             found = _difference(own, parent, options)
-            update(run.directory, lambda r: _added(r, expert), "compress")
+            update(run.directory, lambda r: begin(r, expert), "compress")
             extra = [own / CENTRE] if (own / CENTRE).exists() else []
             write_difference(target, found, stored_dtype(run.seed), extra=extra)
-        publish(run, expert)
-        run.failure(name).unlink(missing_ok=True)
-    return run.registry().expert(name, expert.version)
+        return publish(run, expert)
 
 
 def layers_of(text: str, count: int) -> tuple[int, ...]:
@@ -73,34 +70,12 @@ def _made(before: Expert, options: CompressOptions) -> dict[str, Any]:
     return {"by": "compress", "from": before.reference, **given}
 
 
-def _with_version(
-    run: Run, registry: Registry, before: Expert, options: CompressOptions
-) -> Registry:
+def _next_version(run: Run, registry: Registry, before: Expert, options: CompressOptions) -> Expert:
     if options.revert is not None:
         layers_of(options.revert, read_config(run.seed).layer_count)
-    return registry.start(
-        before.name,
-        parent=before.parent,
-        made=_made(before, options),
-        data=before.data,
-        tokens=before.tokens,
-    )
-
-
-def _begun(run: Run, registry: Registry, expert: Expert, options: CompressOptions) -> Expert:
-    """The version that one in training was made from; UserError unless it is of this command."""
-    before = registry.in_use(expert.name)
-    if expert.made != _made(before, options):
-        raise UserError(
-            f"{expert.reference} is in training already, as something else; finish it, or give it "
-            f"up with: xelm discard {run.directory} {expert.name}"
-        )
-    return before
-
-
-def _added(registry: Registry, expert: Expert) -> Registry:
-    known = {other.reference for other in registry.experts}
-    return registry if expert.reference in known else registry.add(expert)
+    facts: dict[str, Any] = {"parent": before.parent, "made": _made(before, options)}
+    facts |= {"data": before.data, "tokens": before.tokens}
+    return registry.start(before.name, **facts).experts[-1]
 
 
 def _difference(own: Path, parent: Path, options: CompressOptions) -> Difference:

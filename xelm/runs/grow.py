@@ -3,30 +3,28 @@
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass
 
 from clustering.errors import UserError
+from experts.begin import begin
 from experts.expert import Expert
 from experts.grow import begun_with, is_grown
 from experts.grow import grow as grow_registry
 from experts.lock import locked, update
-from experts.registry import Registry
 from xelm.data.contents import contents_in, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import Store
 from xelm.data.text_stats import TextStats, text_stats
 from xelm.runs import join, train
 from xelm.runs.budget import Plan, check_disk
-from xelm.runs.jobs import expert_job, other_settings
+from xelm.runs.jobs import already_begun, command_of, expert_job, other_settings
 from xelm.runs.language import check_language
 from xelm.runs.nearest import DEFAULT, nearest_expert
 from xelm.runs.new_languages import groups_of, languages_to_grow
 from xelm.runs.options import GrowOptions
 from xelm.runs.run import Run
 from xelm.runs.shares import as_recorded, parent_directory, unused_text
-from xelm.runs.text import tokenise
+from xelm.runs.text import elsewhere, tokenise
 from xelm.runs.vocabulary import check_extension, with_vocabulary
 from xelm.settings import own_settings
 
@@ -70,7 +68,7 @@ def grow(
         # What cannot be trained is refused before anything is recorded.
         jobs = [expert_job(its, expert) for its, expert, _ in prepared]
         experts = [expert for _, expert, _ in prepared]
-        update(run.directory, lambda registry: _with(registry, experts), "grow")
+        update(run.directory, lambda registry: begin(registry, *experts), "grow")
         found, errors = [], []
         for (its, expert, _), job in zip(prepared, jobs):
             if expert.status == "published":
@@ -97,9 +95,7 @@ def plan_growth(
     options = options or GrowOptions()
     given = [languages] if isinstance(languages, str) else languages
     tags = languages_to_grow(run, given, corpus, options.family)
-    with TemporaryDirectory() as folder:
-        place = replace(run, directory=Path(folder))
-        run.tokenizer().hub.save_pretrained(place.training("tokenizer"))
+    with elsewhere(run) as place:
         if options.into is not None:
             prepared = [join.prepared(run, options.into, tags, corpus, options, place)]
         else:
@@ -147,7 +143,7 @@ def _prepared(
                 f"for {' '.join(tags)}; go on without --clusters"
             )
         return [_resumed(run, expert, corpus, options) for expert in begun]
-    registry, lines, names, contents = run.registry(), [], [], {}
+    registry, lines, contents = run.registry(), [], {}
     settings = own_settings(run.config, run.settings, "grow")
     for name, members in groups_of(run, tags, corpus, options).items():
         contents[name] = contents_in(corpus or run.record["corpus"], members)
@@ -168,8 +164,7 @@ def _prepared(
             reason=reason,
             settings=settings,
         )
-        names.append(name)
-    experts = [next(e for e in registry.training() if e.name == name) for name in names]
+    experts = registry.experts[-len(contents) :]
     for expert in experts:
         check_extension(run, expert, options)
     train.check_parents(run, [parent_directory(run, expert) for expert in experts])
@@ -189,24 +184,6 @@ def _prepared(
     return found
 
 
-def _with(registry: Registry, experts: Sequence[Expert]) -> Registry:
-    """The registry with these experts in training, all at once; nothing changes if it has them."""
-    known = {expert.reference for expert in registry.experts}
-    for expert in experts:
-        if expert.reference not in known:
-            registry = grow_registry(
-                registry,
-                expert.languages,
-                expert.parent,
-                expert.name,
-                corpora=expert.corpora,
-                reason=expert.reason,
-                settings=expert.settings,
-                vocabulary=expert.vocabulary,
-            )
-    return registry
-
-
 def _begun(run: Run, tags: Sequence[str]) -> list[Expert]:
     """The experts of a growth of these languages that has begun and is not done; empty if there is
     none. UserError for a growth of other languages with one of them."""
@@ -217,11 +194,8 @@ def _begun(run: Run, tags: Sequence[str]) -> list[Expert]:
         group = begun_with(registry, expert)
         languages = [tag for one in group for tag in one.languages]
         if set(languages) != set(tags):
-            raise UserError(
-                f"{expert.reference} is in training already, for {' '.join(expert.languages)}; go "
-                f"on with: xelm grow {run.directory} --language {','.join(languages)}, or give it "
-                f"up with: xelm discard {run.directory} {expert.name}"
-            )
+            began = f", for {' '.join(expert.languages)}; go on with: {command_of(run, expert)}"
+            raise already_begun(run, expert, began)
         return group
     return []
 
@@ -248,10 +222,7 @@ def _resumed(
     elif found := other_settings(run, started):
         other = f"{found}. Go on without it"
     if other:
-        raise UserError(
-            f"{started.reference} is in training already, {other}, or give it up with: xelm "
-            f"discard {run.directory} {started.name}"
-        )
+        raise already_begun(run, started, f", {other}")
     return as_recorded(run, started), started, {name: store}
 
 

@@ -143,6 +143,15 @@ def made_elsewhere(run: Run, expert: Expert) -> UserError:
     )
 
 
+def already_begun(run: Run, expert: Expert, how: str) -> UserError:
+    """The error for a version whose training began otherwise than a command says. how: in what it
+    differs, and how to go on, as in ", on another text; go on without --corpus"."""
+    return UserError(
+        f"{expert.reference} is in training already{how}, or give it up with: xelm discard "
+        f"{run.directory} {expert.name}"
+    )
+
+
 def other_settings(run: Run, expert: Expert) -> str | None:
     """What the settings of a RUN say of the training of an expert that has begun with others, as in
     "with grow.tokens=7; got 8"; None if they agree."""

@@ -3,15 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 from clustering.errors import UserError
+from experts.begin import begin
 from experts.expert import Expert
 from experts.grow import refuse_served
 from experts.lock import locked, update
-from experts.registry import Registry
 from xelm.data.contents import contents_in, contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.data.store import Store
 from xelm.runs import train
-from xelm.runs.jobs import command_of, expert_job, other_settings
+from xelm.runs.jobs import already_begun, command_of, expert_job, other_settings
 from xelm.runs.language import check_language
 from xelm.runs.options import GrowOptions
 from xelm.runs.run import Run
@@ -35,7 +35,7 @@ def join(
     with locked(run.directory, f"train-{name}"):
         run, expert, _ = prepared(run, name, tags, corpus, options, run)
         job = expert_job(run, expert)
-        update(run.directory, lambda registry: _with(registry, expert), "join")
+        update(run.directory, lambda registry: begin(registry, expert), "join")
         return train.finish(run, expert, job)
 
 
@@ -52,9 +52,8 @@ def prepared(
     then. UserError for what cannot be trained, before it costs anything."""
     registry = run.registry()
     registry.versions(name)  # refuses an unknown one
-    for begun in registry.training():
-        if begun.name == name:
-            return _resumed(run, begun, tags, corpus)
+    if begun := registry.unfinished(name):
+        return _resumed(run, begun, tags, corpus)
     before = registry.in_use(name)
     for tag in tags:
         refuse_served(registry, tag)
@@ -75,18 +74,13 @@ def prepared(
         reason=f"{joined} joined {before.reference}",
         settings=own_settings(run.config, run.settings, "grow") or None,
     )
-    expert = next(each for each in registry.training() if each.name == name)
+    expert = registry.experts[-1]
     train.check_parents(run, [parent_directory(run, expert)])
     contents = contents_in(corpus or run.record["corpus"], tags)
     store = tokenise(place, contents, text, workers=options.workers)
     check_language(run, store)
     add_pieces(run, expert, [store], contents, workers=options.workers)
     return run, expert, {text: store}
-
-
-def _with(registry: Registry, expert: Expert) -> Registry:
-    known = {other.reference for other in registry.experts}
-    return registry if expert.reference in known else registry.add(expert)
 
 
 def _resumed(
@@ -105,8 +99,5 @@ def _resumed(
         elif found := other_settings(run, begun):
             other = f", {found}. Go on without it"
     if other:
-        raise UserError(
-            f"{begun.reference} is in training already{other}, or give it up with: xelm discard "
-            f"{run.directory} {begun.name}"
-        )
+        raise already_begun(run, begun, other)
     return as_recorded(run, begun), begun, {}

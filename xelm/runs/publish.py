@@ -120,10 +120,10 @@ def write_expert_adapter(run: Run, job: Job, factors: Mapping[str, Any], writes:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
-    """Publishes a trained expert, with the hashes of its files, if it passes the gate: figures are
-    measured on held-out text, a model card is added to its files, and the registry has both.
-    UserError if it does not pass; anyway: publish it all the same."""
+def publish(run: Run, expert: Expert, *, anyway: bool = False) -> Expert:
+    """Publishes a trained expert, with the hashes of its files, if it passes the gate, and returns
+    its new record: figures are measured on held-out text, a model card is added to its files, and
+    the registry has both. UserError if it does not pass; anyway: publish it all the same."""
     directory, text = expert.directory(run.directory), expert_text(run, expert)
     if expert.made is None:
         data, tokens = provenance(expert_job(run, expert)), trained_tokens(directory)
@@ -147,12 +147,14 @@ def publish(run: Run, expert: Expert, *, anyway: bool = False) -> None:
     # Before the registry, since `verify` compares every published expert with this record.
     manifest.record_expert(run.directory, replace(described, sha256=files))
     refusal = refusal_of(run, expert, evaluation)  # that was overridden
-    update(
+    registry = update(
         run.directory,
         lambda registry: registry.publish(expert.name, expert.version, sha256=files, **facts),
         "publish",
         {"refusal": refusal} if refusal else None,
     )
+    run.failure(expert.name).unlink(missing_ok=True)
+    return registry.expert(expert.name, expert.version)
 
 
 def publish_anyway(run: Run, name: str) -> Expert:
@@ -161,7 +163,7 @@ def publish_anyway(run: Run, name: str) -> Expert:
     it."""
     with locked(run.directory, f"train-{name}"):
         known = run.registry().versions(name)
-        expert = next((e for e in known if e.status == "training"), None)
+        expert = run.registry().unfinished(name)
         done = known[-1].status == "published" or (known[-1].intermediate and known[-1].sha256)
         if expert is None and done:
             run.failure(name).unlink(missing_ok=True)
@@ -171,9 +173,7 @@ def publish_anyway(run: Run, name: str) -> Expert:
             raise UserError(
                 f"{name} has no version that is trained and not published; it has {listed}"
             )
-        publish(run, expert, anyway=True)
-        run.failure(name).unlink(missing_ok=True)
-    return run.registry().expert(name)
+        return publish(run, expert, anyway=True)
 
 
 def _facts(run: Run, expert: Expert, text: TrainingText) -> dict[str, str]:

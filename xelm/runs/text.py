@@ -3,8 +3,11 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,16 @@ VECTORISER_DOCUMENTS = 20_000
 """Number of documents, of all languages together, that the TF-IDF vectors are fitted on."""
 WAIT_SECONDS = 3600.0
 """Longest wait for another command that is tokenising the same corpus, whose work is then used."""
+
+
+@contextmanager
+def elsewhere(run: Run) -> Iterator[Run]:
+    """Context with a RUN in a temporary folder, which has the tokenizer of `run`: text that is
+    tokenised there leaves nothing in `run`."""
+    with TemporaryDirectory() as folder:
+        place = replace(run, directory=Path(folder))
+        run.tokenizer().hub.save_pretrained(place.training("tokenizer"))
+        yield place
 
 
 def tokenise(

@@ -154,8 +154,7 @@ def finish(run: Run, expert: Expert, job: Job) -> Expert:
             write_start(run, expert, parent, job.text.sources)
     for error in train_checkpoints(run, [job]).values():
         raise error
-    publish(run, expert)
-    return run.registry().expert(expert.name, expert.version)
+    return publish(run, expert)
 
 
 def train_dense(run: Run) -> None:
