@@ -28,7 +28,11 @@ def begin_rounds(registry: Registry, levels: Sequence[Mapping[str, Sequence[str]
     branched on, and each lies in one cluster of the round before. An intermediate expert is named
     after the number of clusters of its round, as in k4-en-de. UserError if experts of the clusters
     have begun to be trained."""
-    begun = [e.reference for e in registry.experts if e.status != "training" or e.parent != SEED]
+    begun = [
+        expert.reference
+        for expert in registry.experts
+        if expert.status != "training" or expert.parent != SEED or expert.cluster is None
+    ]
     if begun:
         raise UserError(
             f"rounds come before all other training, and {', '.join(begun[:5])} began already; "

@@ -72,6 +72,7 @@ def test_a_family_is_its_languages_in_the_corpus_that_nobody_serves(place, corpu
         (("--language", "it", "--into", "en-es", "--parent", "seed"), "--parent goes with experts"),
         (("--language", "it", "--into", "en-es", "--by", "geography"), "--by goes with experts of"),
         (("--language", "it", "--into", "en-es", "--clusters", 1), "--clusters goes with experts"),
+        (("--language", "it", "--into", "en-es", "--initialise", "mean"), "--initialise goes with"),
         (("--language", "it", "--by", "geography", "--parent", "de-fr"), "give one of them"),
         (("--language", "it", "--clusters", 0), "--clusters must be at least 1; got 0"),
         (("--language", "it", "--parent", "nobody"), "there is no expert 'nobody'"),

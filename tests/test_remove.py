@@ -18,17 +18,18 @@ from experts.verify import hash_directory, verify
 from xelm import open_run
 from xelm.data.store import open_store
 from xelm.runs.fit import learned
+from xelm.runs.jobs import expert_job
 
 
 def write_store(train, folder):
-    """A store with the French text as Portuguese."""
+    """A store with the French text as that of the language that the folder is named after."""
     folder.mkdir()
-    record = json.loads((train / "store.json").read_text())
+    tag, record = folder.name, json.loads((train / "store.json").read_text())
     for part in ("languages", "origins"):
-        record[part] = {"pt": record[part]["fr"]}
-    write_json(folder / "store.json", record | {"languages_wanted": ["pt"]})
+        record[part] = {tag: record[part]["fr"]}
+    write_json(folder / "store.json", record | {"languages_wanted": [tag]})
     for file in train.glob("fr.*"):
-        shutil.copy(file, folder / file.name.replace("fr.", "pt.", 1))
+        shutil.copy(file, folder / file.name.replace("fr.", f"{tag}.", 1))
 
 
 @pytest.fixture
@@ -125,12 +126,26 @@ def test_of_a_removed_parent_a_stub_without_its_data_stays(xelm, grown):
     assert verify(grown) == []
 
 
+def test_a_child_is_trained_again_after_its_parent_was_removed(xelm, grown):
+    """From the seed, as `remove` says, and on no text of the parent, which is gone."""
+    write_store(grown / "corpus/train", grown / "corpus/ca")
+    registry = grow(Registry.load(grown), "ca", "pt", corpora=("ca",))
+    registry.publish("ca", 1, sha256={"x": "1" * 64}, tokens=1).save(grown)
+    remains = xelm("remove", grown, "pt", "--yes", "--json").json()["remains"]
+    assert any("xelm train" in line and "ca --again --from seed" in line for line in remains)
+    run = open_run(grown)
+    again = run.registry().start("ca", parent="seed").expert("ca", 2)
+    job = expert_job(run, again)
+    assert (again.donor, [s.ids.language for s in job.text.sources]) == ("pt@v1", ["ca"])
+
+
 @pytest.mark.parametrize(
     ("change", "name", "message"),
     [
         (lambda r: r, "nobody", "there is no expert 'nobody'; known: de-fr, en-es, pt"),
         (lambda r: r.retire_expert("pt").retire_expert("en-es"), "de-fr", "de-fr is the last publ"),
         (lambda r: grow(r, "ca", "pt"), "ca", "ca was never published; give it up with: xelm disc"),
+        (lambda r: grow(r, "ca", "pt"), "pt", "ca@v1 is in training, and needs pt; finish it, or"),
     ],
 )
 def test_what_cannot_be_removed_is_refused(change, name, message, xelm, grown):

@@ -85,6 +85,10 @@ def test_rounds_come_before_other_training():
     registry = trained(branch(Registry(seed_sha256={}), clustering), "ja")
     with pytest.raises(UserError, match="before all other training, and ja@v1 began already"):
         begin_rounds(registry, LEVELS)
+    adopted = Expert(name="uk", languages=("uk",), made={"by": "adopt"})
+    registry = branch(Registry(seed_sha256={}), clustering).add(adopted)
+    with pytest.raises(UserError, match="before all other training, and uk@v1 began already"):
+        begin_rounds(registry, LEVELS)
 
 
 def test_the_clusters_that_a_run_was_branched_on_are_still_known():

@@ -141,6 +141,7 @@ class GrowOptions:
             "--by": self.by,
             "--clusters": self.clusters,
             "--extend-vocabulary": self.extend_vocabulary,
+            "--initialise": self.initialise,
         }
         for name, given in others.items() if self.into is not None else ():
             if given:
@@ -161,6 +162,8 @@ class GrowOptions:
             raise UserError(
                 f"initialise must be one of {', '.join(INITIALISE)}; got {self.initialise!r}"
             )
+        if self.initialise is not None and self.extend_vocabulary is None:
+            raise UserError("--initialise goes with --extend-vocabulary")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

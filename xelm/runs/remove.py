@@ -15,7 +15,7 @@ from clustering.errors import UserError
 from clustering.files import read_object
 from clustering.identify import Identifier
 from experts import manifest
-from experts.expert import Expert, parse_reference
+from experts.expert import SEED, Expert, parse_reference
 from experts.history import about
 from experts.lock import locked, update
 from experts.merge import read_record
@@ -65,8 +65,8 @@ def remove(run: Run, name: str) -> Removal:
 
     Where other experts descend from it, a stub of its record stays. An expert that was removed
     already changes nothing. UserError if it is the last published one or was never published, if
-    the weights of another expert are stored as differences from its own, and while another process
-    trains it."""
+    the weights of another expert are stored as differences from its own, if one in training needs
+    it, and while another process trains it."""
     with ExitStack() as stack:
         for lock in (f"train-{name}", "evaluate"):
             stack.enter_context(locked(run.directory, lock))
@@ -77,7 +77,7 @@ def remove(run: Run, name: str) -> Removal:
         plan, texts = plan_removal(run, name), _texts(run, registry, name)
         for text in texts:
             stack.enter_context(locked(run.directory, f"corpus-{text}"))
-        retired = update(run.directory, lambda r: r.retire_expert(name), "retire")
+        retired = update(run.directory, lambda r: _retired(run, r, name), "retire")
         versions = [e for e in retired.versions(name) if e.removed is None]
         for expert in versions:
             directory = expert.directory(run.directory)
@@ -108,7 +108,7 @@ def _was_removed(registry: Registry, name: str) -> bool:
 
 
 def _check(run: Run, registry: Registry, name: str) -> None:
-    registry.retire_expert(name)  # refuses the last published one, and one never published
+    _retired(run, registry, name)
     own = {e.directory(run.directory).absolute(): e.reference for e in registry.versions(name)}
     for expert in registry.experts:
         directory = expert.directory(run.directory)
@@ -120,6 +120,19 @@ def _check(run: Run, registry: Registry, name: str) -> None:
                 f"{expert.reference} stores only what differs from {bases[0]}, and cannot be read "
                 f"without it; remove {expert.name} first, or train it again from the seed"
             )
+
+
+def _retired(run: Run, registry: Registry, name: str) -> Registry:
+    """The registry with an expert retired. UserError as `Registry.retire_expert` raises it, and if
+    the training of another expert starts from it or reads its languages."""
+    for expert in registry.training():
+        origins = [each for each in (expert.parent, expert.donor) if each not in (None, SEED)]
+        if expert.name != name and name in [parse_reference(each)[0] for each in origins]:
+            raise UserError(
+                f"{expert.reference} is in training, and needs {name}; finish it, or give it up "
+                f"with: xelm discard {run.directory} {expert.name}"
+            )
+    return registry.retire_expert(name)
 
 
 def _deleted(run: Run, registry: Registry, name: str) -> Iterator[str]:

@@ -94,12 +94,13 @@ def donor_text(run: Run, expert: Expert) -> list[LanguageShare]:
 
 
 def _donor(run: Run, expert: Expert) -> Expert | None:
-    """The expert whose languages a grown expert reads too; None if that is the seed, or for the
-    expert of a cluster."""
+    """The expert whose languages a grown expert reads too; None if that is the seed or was removed,
+    and for the expert of a cluster."""
     reference = expert.donor or expert.parent
     if expert.cluster is not None or reference == SEED:
         return None
-    return run.registry().expert(*parse_reference(reference))
+    donor = run.registry().expert(*parse_reference(reference))
+    return donor if donor.removed is None else None
 
 
 def _donor_languages(run: Run, expert: Expert) -> tuple[str, ...]:

@@ -95,8 +95,6 @@ def _first_new(run: Run) -> int:
 def check_extension(run: Run, expert: Expert, options: GrowOptions) -> None:
     """Raises UserError for options that ask for what a new grown expert cannot have."""
     if options.extend_vocabulary is None:
-        if options.initialise is not None:
-            raise UserError("--initialise goes with --extend-vocabulary")
         return
     kind_of(read_object(run.seed / "tokenizer.json")["model"])
     if not read_config(run.seed).causal:
