@@ -17,14 +17,15 @@ def adopt(
     *,
     corpora: tuple[str, ...] = (),
     made: Mapping[str, Any],
+    vocabulary: Mapping[str, Any] | None = None,
 ) -> Registry:
     """The registry with a further expert, which has its weights from elsewhere, in training.
 
     parent: 'NAME' (its published version), 'NAME@vN' or 'seed'. name: None joins the languages with
     '-'. The name of an expert makes its next version, in place of the version in use: `languages`
-    must be its own then, or empty, and `corpora` are added to those that it has. `corpora` and
-    `made` are those of `Expert`. UserError if another expert serves one of the languages, which
-    says what can be done, and if the parent has no weights.
+    must be its own then, or empty, and `corpora` are added to those that it has. `corpora`, `made`
+    and `vocabulary` are those of `Expert`. UserError if another expert serves one of the languages,
+    which says what can be done, and if the parent has no weights.
     """
     tags = tuple(canonical_all(languages)) if languages else ()
     if name is None and not tags:
@@ -32,8 +33,9 @@ def adopt(
     name = "-".join(tags) if name is None else name
     check_name(name)
     origin = parent_of(registry, parent)
+    facts = {"made": dict(made), "vocabulary": dict(vocabulary) if vocabulary else None}
     if any(expert.name == name for expert in registry.experts):
-        return _next_version(registry, name, tags, origin, corpora, made)
+        return _next_version(registry, name, tags, origin, corpora, facts)
     for tag in tags:
         for expert in registry.experts:
             if find(tag, expert.languages) and expert.status != "retired":
@@ -45,7 +47,7 @@ def adopt(
         round=registry.round_after(origin, name),
         languages=tags,
         corpora=corpora,
-        made=dict(made),
+        **facts,
     )
     return registry.add(expert)
 
@@ -56,7 +58,7 @@ def _next_version(
     tags: tuple[str, ...],
     origin: str,
     corpora: tuple[str, ...],
-    made: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> Registry:
     before = registry.in_use(name)  # refuses one that is retired or in training
     if tags and set(tags) != set(before.languages):
@@ -67,7 +69,7 @@ def _next_version(
         )
     known = (before.corpora or ()) if before.cluster is not None else before.texts
     kept = (*known, *corpora) or (None if before.cluster is not None else ())
-    return registry.start(name, parent=origin, corpora=kept, made=dict(made), reason=None)
+    return registry.start(name, parent=origin, corpora=kept, reason=None, **facts)
 
 
 def parent_of(registry: Registry, parent: str) -> str:

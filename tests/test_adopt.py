@@ -165,6 +165,28 @@ def test_weights_of_another_dtype_are_rounded_once(copy, tmp_path, capsys):
     assert "dtype: bfloat16; rounded to float32, the RUN's" in capsys.readouterr().err
 
 
+def test_weights_are_rounded_to_the_nearest_value_of_a_narrower_dtype(copy, tmp_path):
+    """To the even one of two as near, which cutting bits off would not do."""
+    given = np.float32([1, 1.0078125, 1.00390625, 1.01171875, 1.0087890625, -3, 0, 2])
+    wanted = [1, 1.0078125, 1, 1.015625, 1.0078125, -3, 0, 2]
+    run = open_run(copy.directory, settings=["weights_dtype=bfloat16", "gate.worse=null"])
+
+    def scaled(tensors):
+        return tensors | {SCALE: np.concatenate([given, given])}
+
+    expert = run.adopt(foreign(copy.directory, tmp_path / "given", scaled), ["pt"])
+    assert expert.made["dtype"] == "float32"
+    came = load_file(expert.directory(copy.directory) / "model.safetensors")
+    assert {str(values.dtype) for values in came.values()} == {"bfloat16"}
+    assert came[SCALE].astype(np.float32).tolist() == [*wanted, *wanted]
+
+    def huge(tensors):
+        return tensors | {SCALE: np.full(16, 3.4e38, np.float32)}
+
+    with pytest.raises(UserError, match=f"{SCALE} has values beyond the range of bfloat16"):
+        run.adopt(foreign(copy.directory, tmp_path / "huge", huge), ["gl"])
+
+
 def _nan(tensors):
     tensors[SCALE][3] = np.nan
     return tensors
@@ -280,6 +302,18 @@ def test_an_adapter_that_would_not_be_exact_is_refused(initialised, lora, tmp_pa
     with pytest.raises(UserError, match=line) as refused:
         run.plan_adoption(folder, ["pt"])
     assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_that_names_another_model_of_the_run_is_refused(copy, lora):
+    run, (folder, _) = open_run(copy.directory), lora
+    changed(folder, base_model_name_or_path=str(copy.directory / "experts/de-fr/v1"))
+    named = run.plan_adoption(folder, ["pt"])
+    assert named.checks["parent"] == "de-fr@v1, which the adapter names as its base"
+    for parent in ("de-fr", "de-fr@v1"):
+        given = run.plan_adoption(folder, ["pt"], options=AdoptOptions(parent=parent))
+        assert given.expert.parent == "de-fr@v1"
+    with pytest.raises(UserError, match="an adapter of de-fr@v1, as it says; got --parent en-es"):
+        run.plan_adoption(folder, ["pt"], options=AdoptOptions(parent="en-es"))
 
 
 def test_an_adapter_of_another_shape_or_without_safetensors_is_refused(initialised, lora):

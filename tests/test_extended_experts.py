@@ -195,6 +195,31 @@ def test_further_versions_and_children_keep_the_vocabulary(grown, xelm):
     assert "merge" in xelm("merge", grown.run, "hy", "en-es", "--name", "x").err
 
 
+def test_a_version_from_elsewhere_has_the_vocabulary_of_its_weights(grown, xelm, tmp_path):
+    run = tmp_path / "RUN"
+    shutil.copytree(grown.run, run)
+    pieces = open_run(run).registry().expert("hy").vocabulary
+    assert pieces and pieces["pieces"] == PIECES
+    assert xelm("export", run, "hy", "--out", tmp_path / "own").code == 0
+    for directory, vocabulary in ((tmp_path / "own", pieces), (run / "seed", None)):
+        name = ("--name", "hy", "--parent", "hy") if vocabulary else ("--name", "hy")
+        adopted = xelm("adopt", run, "--checkpoint", directory, *name)
+        expert = open_run(run).registry().unfinished("hy") if not vocabulary else None
+        expert = expert or open_run(run).registry().expert("hy")
+        assert expert.vocabulary == vocabulary and expert.made["from"] == str(directory)
+        assert adopted.code == (0 if vocabulary else 2), adopted.err
+    assert "hy@v3 is not published" in adopted.err  # it has no pieces for this text
+
+
+def test_an_expert_that_has_more_pieces_than_its_parent_is_not_compressed(grown, xelm):
+    before = hashes(grown.run / "experts")
+    for how in (("--revert", 0), ("--rank", 2)):
+        refused = xelm("compress", grown.run, "hy", *how)
+        assert refused.code == 2 and refused.err.count("\n") == 1
+        assert "has pieces that en-es@v1, its parent, has not; train a next" in refused.err
+    assert hashes(grown.run / "experts") == before
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

@@ -19,6 +19,9 @@ from experts import manifest, package
 from experts.grow import grow
 from experts.registry import Registry
 from experts.verify import hash_directory, verify
+from xelm.models.adapters import Adapter
+from xelm.models.checkpoint import family_of, read_config
+from xelm.models.peft import write_adapter
 from xelm.models.stored import write_base
 
 # Of the library's HTTP client, in another thread.
@@ -369,6 +372,42 @@ def test_an_expert_from_the_hub_joins_a_run(xelm, copy, hub, tiny, tmp_path):
     fails(xelm("pull", "jane/pt"), "give a new directory for a whole RUN, or --into RUN")
     xelm("push", run, "--to", "jane/all")
     fails(xelm("pull", "jane/all", "--into", run), "jane/all is a whole RUN; pull it with: xelm pu")
+
+
+def test_an_adapter_joins_a_run_that_has_its_base_alone(xelm, copy, hub, tiny, tmp_path):
+    """The base is found by its weights, since its card is another in each RUN."""
+    run, theirs = copy.directory, tmp_path / "theirs"
+    shutil.copytree(tiny.directory, theirs)
+    base, folder = theirs / "experts/en-es/v1", theirs / "experts/pt/v1"
+    folder.mkdir(parents=True)
+    factors = np.full((2, 16, 4), 0.01, np.float32), np.full((2, 4, 16), 0.01, np.float32)
+    adapter = Adapter(scale=1.0, factors={"blocks/query": factors})
+    write_adapter(folder, read_config(base), family_of(base), adapter, base="en-es")
+    write_base(folder, folder, base)
+    (folder / "README.md").write_text("card")
+    registry = grow(Registry.load(theirs), "pt", "en-es")
+    hashes = hash_directory(folder)
+    registry = registry.publish("pt", 1, sha256=hashes, tokens=9, stored="adapter")
+    registry.save(theirs)
+    manifest.record_expert(theirs, registry.expert("pt"))
+    pushed = xelm("push", theirs, "pt", "--to", "jane/pt")
+    assert pushed.code == 0, pushed.err
+    files = dict(hub.repo("jane/pt").head())
+    value = json.loads(files["xelm.json"])
+
+    def with_parent(**hashes):
+        content = json.dumps(value | {"parent": value["parent"] | hashes}).encode()
+        hub.repo("jane/pt").add("main", files | {"xelm.json": content})
+
+    with_parent(**{"model.safetensors": "0" * 64})
+    before = snapshot(run)
+    fails(xelm("pull", "jane/pt", "--into", run), "jane/pt is an adapter of en-es@v1, whose weight")
+    after = snapshot(run)
+    assert {name: after[name] for name in after if not name.startswith(".pulled")} == before
+    with_parent(**{"README.md": "0" * 64})
+    pulled = xelm("pull", "jane/pt", "--into", run)
+    assert pulled.code == 0, pulled.err
+    assert Registry.load(run).expert("pt").parent == "en-es@v1"
 
 
 def test_an_expert_that_is_stored_as_differences_is_pushed_whole(xelm, copy, hub):

@@ -39,6 +39,7 @@ from xelm.models.foreign import (
     files_of,
     is_adapter,
 )
+from xelm.models.stored import base_hashes, root
 from xelm.runs import train
 from xelm.runs.jobs import already_begun
 from xelm.runs.language import check_language
@@ -48,6 +49,7 @@ from xelm.runs.publish import publish, write_centre
 from xelm.runs.run import Run
 from xelm.runs.shares import expert_text, parent_directory, unused_text
 from xelm.runs.text import elsewhere, tokenise
+from xelm.runs.vocabulary import add_pieces, vocabulary_of
 
 BY_TEXT = ("learned", "tfidf", "detected")
 """Routings that know an expert by text in its languages."""
@@ -124,7 +126,8 @@ def _write(
         return
     whole = run.training(expert.name) / "whole"
     shutil.rmtree(whole, ignore_errors=True)  # of a call that was interrupted
-    copy_foreign(source, whole, run.seed, dtype=dtype, extra=extra)
+    like = run.seed if expert.vocabulary is None else root(parent)
+    copy_foreign(source, whole, like, dtype=dtype, extra=extra)
     store(whole, parent, target, extra=extra)
 
 
@@ -160,12 +163,14 @@ def _prepared(
 ) -> _Prepared:
     """Everything that is checked before an adoption begins; text is tokenised in `place`."""
     registry, name = run.registry(), _name(languages, options)
-    if is_adapter(source):
-        parent, why = _base_of(run, registry, source, options.parent)
-        checks, dtype = _checked_adapter(run, registry, source, parent), None
+    adapter = is_adapter(source)
+    parent, why = (_base_of if adapter else _parent_of)(run, registry, source, options.parent)
+    base = _base(run, registry, parent)
+    if adapter:
+        checks, dtype, like = _checked_adapter(run, source, base), None, base
     else:
-        checks, dtype = _checked(run, source)
-        parent, why = _parent_of(run, registry, source, options.parent)
+        like = _like(run, source, base)
+        checks, dtype = _checked(run, source, like)
     made = {
         "by": "adopt",
         "from": origin or str(source),
@@ -178,14 +183,15 @@ def _prepared(
     if (begun := registry.unfinished(name)) is not None:
         _check_same(run, begun, made, parent, corpus)
         return _Prepared(expert=begun, checks=checks, dtype=dtype)
-    with_it = adopt_registry(registry, languages, parent, options.name, made=made)
-    expert = with_it.experts[-1]
-    train.check_parents(run, [parent_directory(run, expert)])
+    facts: dict[str, Any] = {"made": made}
+    if like != run.seed and (reference := parent_of(registry, parent)) != SEED:
+        facts["vocabulary"] = registry.expert(*parse_reference(reference)).vocabulary
+    expert = adopt_registry(registry, languages, parent, options.name, **facts).experts[-1]
+    train.check_parents(run, [base])
     store, corpora = _text(run, registry, expert, corpus, options, place)
     if corpora:
-        again = {"corpora": corpora, "made": made}
-        with_it = adopt_registry(registry, languages, parent, options.name, **again)
-        expert = with_it.experts[-1]
+        facts["corpora"] = corpora
+        expert = adopt_registry(registry, languages, parent, options.name, **facts).experts[-1]
     checks["text"] = _text_line(run, expert, store)
     return _Prepared(expert=expert, checks=checks, dtype=dtype)
 
@@ -209,13 +215,28 @@ def _text_line(run: Run, expert: Expert, new: Store | None) -> str:
     )
 
 
-def _checked(run: Run, source: Path) -> tuple[dict[str, str], str | None]:
+def _base(run: Run, registry: Registry, parent: str) -> Path:
+    """Directory of the model of a RUN that is a parent; UserError if it has no weights."""
+    reference = parent_of(registry, parent)
+    if reference == SEED:
+        return run.seed
+    return registry.expert(*parse_reference(reference)).directory(run.directory)
+
+
+def _like(run: Run, source: Path, parent: Path) -> Path:
+    """The model whose shape and vocabulary a checkpoint is to have: its parent, where that has more
+    pieces than the seed and the checkpoint as many, and otherwise the seed."""
+    size, extended = read_config(source).vocabulary_size, vocabulary_of(run, parent) is not None
+    return parent if extended and size == read_config(parent).vocabulary_size else run.seed
+
+
+def _checked(run: Run, source: Path, like: Path) -> tuple[dict[str, str], str | None]:
     """What was found of a checkpoint, and the dtype to which it is to be rounded, if to any;
-    UserError names everything that is wrong with it."""
-    shape = read_config(run.seed)
+    UserError names everything that is wrong with it. like: as `_like` found it."""
+    shape = read_config(like)
     faults = faults_of(source, shape)
     try:
-        vocabulary = _vocabulary(run, source)
+        vocabulary = _vocabulary(run, source, like)
     except UserError as error:
         faults.append(str(error))
     if faults:
@@ -235,17 +256,14 @@ def _checked(run: Run, source: Path) -> tuple[dict[str, str], str | None]:
     return checks, wanted if rounded else None
 
 
-def _checked_adapter(run: Run, registry: Registry, source: Path, parent: str) -> dict[str, str]:
-    """What was found of an adapter; UserError for what is wrong with it."""
-    reference = parent_of(registry, parent)
-    base = run.seed
-    if reference != SEED:
-        base = registry.expert(*parse_reference(reference)).directory(run.directory)
+def _checked_adapter(run: Run, source: Path, base: Path) -> dict[str, str]:
+    """What was found of an adapter; UserError for what is wrong with it. base: the model that it is
+    for."""
     train.check_parents(run, [base])
     described = check_adapter(source, base)
     return {
         "adapter": described,
-        "vocabulary": _vocabulary(run, source),
+        "vocabulary": _vocabulary(run, source, base),
         "values": "all finite",
         "dtype": f"{' '.join(dtypes_of(source))}; kept bit for bit",
     }
@@ -253,11 +271,15 @@ def _checked_adapter(run: Run, registry: Registry, source: Path, parent: str) ->
 
 def _base_of(run: Run, registry: Registry, source: Path, given: str | None) -> tuple[str, str]:
     """Reference of the model that an adapter is for, and how it is known; UserError where it says
-    that it is for another model than those of the RUN."""
-    if given is not None:
-        return given, f"{given}, as given"
+    that it is for another model than those of the RUN, or than the given one."""
     name, seed = declared_base(source), run.record.get("base_model")
-    if (found := _model_called(run, registry, name)) is not None:
+    found = _model_called(run, registry, name)
+    if given is not None:
+        known = base_hashes(_base(run, registry, given))
+        if found is not None and known != base_hashes(_base(run, registry, found)):
+            raise UserError(f"{source} is an adapter of {found}, as it says; got --parent {given}")
+        return given, f"{given}, as given"
+    if found is not None:
         return found, f"{found}, which the adapter names as its base"
     if name and name == seed:
         return SEED, f"seed, which is {name}, the base that the adapter names"
@@ -270,28 +292,30 @@ def _base_of(run: Run, registry: Registry, source: Path, given: str | None) -> t
     return SEED, f"seed; it is not known whether that is {name or 'its base, which is not named'}"
 
 
-def _vocabulary(run: Run, source: Path) -> str:
-    """What is said of the tokenizer of a checkpoint; UserError for another than the RUN's."""
-    own = run.tokenizer()
-    size = f"{read_config(run.seed).vocabulary_size} ids"
+def _vocabulary(run: Run, source: Path, like: Path) -> str:
+    """What is said of the tokenizer of a checkpoint; UserError for another than that of the RUN or,
+    where `like` has more pieces, of that model."""
+    more = vocabulary_of(run, like)
+    own, whose = (more.tokenizer, "its parent") if more else (run.tokenizer(), "the RUN")
+    size = f"{read_config(like).vocabulary_size} ids"
     if not tokenizers.has_tokenizer(source):
-        return f"{size}; the checkpoint brings no tokenizer, and gets that of the RUN"
+        return f"{size}; the checkpoint brings no tokenizer, and gets that of {whose}"
     theirs = tokenizers.load(source, run.config.start_token)
     pieces, others = own.hub.get_vocab(), theirs.hub.get_vocab()
     if differing := sorted(p for p in {*pieces, *others} if pieces.get(p) != others.get(p)):
         piece = differing[0]
         raise UserError(
-            f"the tokenizer of {source} is not that of the RUN: {len(differing)} pieces differ, "
+            f"the tokenizer of {source} is not that of {whose}: {len(differing)} pieces differ, "
             f"such as {piece!r}, which is {others.get(piece, 'missing')} there and "
-            f"{pieces.get(piece, 'missing')} in the RUN"
+            f"{pieces.get(piece, 'missing')} in that of {whose}"
         )
     parts = [json.loads(each.hub.backend_tokenizer.to_str()) for each in (own, theirs)]
     if other := [key for key in _CUTTING if parts[0].get(key) != parts[1].get(key)]:
         raise UserError(
-            f"the tokenizer of {source} has the pieces of the RUN's and cuts text otherwise: "
+            f"the tokenizer of {source} has the pieces of that of {whose} and cuts text otherwise: "
             f"{', '.join(other)} of tokenizer.json differ"
         )
-    return f"{size}, and a tokenizer equal to that of the RUN"
+    return f"{size}, and a tokenizer equal to that of {whose}"
 
 
 def _parent_of(run: Run, registry: Registry, source: Path, given: str | None) -> tuple[str, str]:
@@ -374,6 +398,7 @@ def _text(
         contents = contents_in(corpus, tags)
         store = tokenise(place, contents, name, workers=options.workers, older=older)
         check_language(run, store)
+        add_pieces(run, expert, [store], contents, workers=options.workers)
         return store, (name,)
     known = [tag for tag in tags if run.has_text and tag in run.store().languages]
     corpora = ("train",) if known else ()
@@ -381,7 +406,9 @@ def _text(
     if (missing := [tag for tag in tags if tag not in known]) and (own := _own_corpus(run)):
         some = [tag for tag in missing if _has(own, tag)]
         if some:
-            store = tokenise(place, contents_in(own, some), name, workers=options.workers)
+            contents = contents_in(own, some)
+            store = tokenise(place, contents, name, workers=options.workers)
+            add_pieces(run, expert, [store], contents, workers=options.workers)
             corpora = (*corpora, name)
     return store, corpora
 

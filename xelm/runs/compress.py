@@ -37,6 +37,11 @@ def compress(run: Run, name: str, options: CompressOptions) -> Expert:
             raise already_begun(run, begun, ", as something else; finish it")
         expert = begun or _next_version(run, registry, before, options)
         own, parent = before.directory(run.directory), parent_directory(run, before)
+        if read_config(own) != read_config(parent):
+            raise UserError(
+                f"{before.reference} has pieces that {before.parent}, its parent, has not; train a "
+                f"next version, and compress that: xelm train {run.directory} {name} --again"
+            )
         train.check_parents(run, [own, parent])
         target = expert.directory(run.directory)
         if not target.exists():

@@ -18,9 +18,10 @@ from experts.expert import SEED, Expert
 from experts.lock import FOLDER as LOCKS
 from experts.lock import locked, record
 from experts.package import Package
+from experts.registry import Registry
 from experts.verify import verify
 from xelm.data.corpus import AnyCorpus
-from xelm.models.foreign import files_of
+from xelm.models.foreign import files_of, is_adapter
 from xelm.runs.adopt import adopt
 from xelm.runs.hub import MAIN, Commit, Repository
 from xelm.runs.options import AdoptOptions
@@ -85,7 +86,8 @@ def pull_into(
 
     name: OWNER/REPO, to which `push` wrote an expert of a RUN with the same seed. corpus: text in
     its languages, as in `adopt`. An expert that is there already changes nothing. UserError as
-    `pull` and `adopt` raise it, and for an expert of another seed."""
+    `pull` and `adopt` raise it, for an expert of another seed, and for an adapter of an expert that
+    the RUN does not have."""
     repository = Repository(name=name, revision=revision or MAIN)
     registry = run.registry()
     place = run.directory / f"pulled-{repository.name.replace('/', '--')}"
@@ -98,18 +100,35 @@ def pull_into(
                 "of the same shape and vocabulary can join it by: hf download, then xelm adopt"
             )
         weights = {file: packed.files[file] for file in files_of(folder)}
-        for known in registry.experts:
-            # One that joined the RUN in this way may be stored as differences.
-            of = (known.made or {}).get("sha256", known.sha256)
-            if weights.items() <= of.items() and known.sha256:
-                return known
+        if (known := _with_weights(registry, weights)) is not None:
+            return known
         named = any(known.name == expert.name for known in registry.experts)
-        parent = next(
-            (e.reference for e in registry.experts if e.sha256 and e.sha256 == packed.parent), SEED
-        )
+        parent = SEED if packed.parent == registry.seed_sha256 else None
+        if parent is None and (found := _with_weights(registry, _weights(packed.parent))):
+            parent = found.reference
+        if parent is None and is_adapter(folder):
+            raise UserError(
+                f"{repository} is an adapter of {expert.parent}, whose weights {run.directory} "
+                "does not have; pull that expert first, or the whole RUN that they are of"
+            )
         options = AdoptOptions(name=expert.name, parent=parent)
         languages = () if named else expert.languages
         return adopt(run, folder, languages, corpus, options, origin=str(repository))
+
+
+def _with_weights(registry: Registry, weights: Mapping[str, str]) -> Expert | None:
+    """The expert that has files of weights with these hashes; None if there is none."""
+    for known in registry.experts if weights else ():
+        # One that joined the RUN from elsewhere may be stored as differences.
+        of = (known.made or {}).get("sha256", known.sha256)
+        if weights.items() <= of.items() and known.sha256 and known.removed is None:
+            return known
+    return None
+
+
+def _weights(hashes: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of a model's files of weights; its card is another in each RUN."""
+    return {file: digest for file, digest in hashes.items() if file.endswith(".safetensors")}
 
 
 @contextmanager
