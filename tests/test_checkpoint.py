@@ -1,6 +1,7 @@
 """Checkpoints of the Hub, loaded, copied and saved: dtypes, older names, what lies beside them."""
 
 import json
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +19,11 @@ from hub_models import (
     saved,
 )
 from safetensors.numpy import load_file, save_file
+from small_training import MODEL
 from transformers import LlamaModel
 
 from clustering.errors import UserError
+from xelm.models import parameters
 from xelm.models.checkpoint import (
     copy_checkpoint,
     load_model,
@@ -189,3 +192,18 @@ def test_a_loaded_model_computes_on_padded_text_in_bfloat16(llama):
     mask = jnp.asarray([[0] * 3 + [1] * 5])
     positions = jnp.asarray([[0] * 3 + [*range(5)]])
     np.testing.assert_allclose(model(padded, mask, positions)[:, 3:], model(tokens), atol=0.05)
+
+
+def test_a_model_is_traced_once_for_all_that_is_asked_of_its_shape(monkeypatch):
+    config = replace(MODEL, width=48)
+    first = parameters.shapes(config)
+    monkeypatch.setattr(parameters, "Transformer", None)  # no second model can be made
+    assert parameters.shapes(config)["embedding"] == first["embedding"]
+    adapted = parameters.graph(config, adapted=["blocks/query"])
+    assert adapted != parameters.graph(config)
+    first.clear()
+    assert (
+        parameters.shapes(config)["blocks"].keys()
+        == parameters.logical_axes(config)["blocks"].keys()
+    )
+    assert "lora_a" not in parameters.shapes(config)["blocks"]["query"]

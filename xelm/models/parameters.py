@@ -185,6 +185,14 @@ def _adapt(model: Transformer, adapted: Collection[str], scale: float) -> None:
 
 
 def _abstract(config: ModelConfig, compute_dtype: str) -> Transformer:
-    return nnx.eval_shape(
-        lambda: Transformer(config, nnx.Rngs(0), compute_dtype=jnp.dtype(compute_dtype))
-    )
+    """A model of shapes instead of arrays, which the caller may change."""
+    return nnx.merge(*_abstract_parts(config, compute_dtype))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_parts(config: ModelConfig, compute_dtype: str) -> tuple[nnx.GraphDef, Any]:
+    # Kept, since tracing the initialisation takes longer than reading a small checkpoint.
+    def model():
+        return Transformer(config, nnx.Rngs(0), compute_dtype=jnp.dtype(compute_dtype))
+
+    return nnx.split(nnx.eval_shape(model))
