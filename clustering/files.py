@@ -120,7 +120,7 @@ def _reading(path: str | os.PathLike[str], form: str) -> Iterator[None]:
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replaces a file by what `write` writes into a binary file: complete and on disk, or not at
-    all. UserError if the disk is full or may not be written to."""
+    all. UserError if the system does not let it be written, as on a full disk."""
     # In the same folder, since os.replace is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -134,9 +134,8 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0)
-        if reason is None:
-            raise
+        # Errors of writing to an open file do not name it.
+        reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
         raise UserError(f"{path} was not written: {reason}; nothing was changed") from error
     _sync(path.parent)  # so that the new name, too, survives a power cut
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experts.expert import SEED, Expert
+from experts.places import name_of
 from experts.registry import Registry
 
 # Keys of the front matter that only the user knows (https://huggingface.co/docs/hub/model-cards).
@@ -175,9 +176,10 @@ def _text(expert: Expert) -> str:
             for source in text["sources"] or ():
                 card = source["card"] or {"": "no data card"}
                 said = [f"{name}: {value}" if name else value for name, value in card.items()]
-                rows.append((f"{tag}: {source['source']}", "; ".join(said)))
+                rows.append((f"{tag}: {name_of(source['source'])}", "; ".join(said)))
             if text["sources"] is None:
-                rows.append((f"{tag}: {text['corpus']}", "not recorded whether it has a data card"))
+                unknown = "not recorded whether it has a data card"
+                rows.append((f"{tag}: {name_of(text['corpus'])}", unknown))
     return table(("text", "origin"), rows)
 
 

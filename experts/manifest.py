@@ -8,10 +8,11 @@ an expert in the registry is hashed here too when it is published, since it neve
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from clustering.errors import UserError
 from clustering.files import read_json, remove_unfinished, sha256, write_json
@@ -55,6 +56,17 @@ def digest(expert: Expert, registry: Registry) -> str:
     changing = ("status", "replaces", "published_as", *expert.more)
     kept = {key: facts[key] for key in facts if key not in changing and facts[key] is not None}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def to_share(run: Path | str, files: Mapping[str, str], registry: Registry) -> dict[str, Any]:
+    """The content of the manifest of a copy of a RUN. files: file, relative to the RUN -> the hash
+    of the copy, of all files; only those that are recorded here are taken. registry: the
+    copy's."""
+    found = _read(run)
+    known = {expert.first_reference: expert for expert in registry.experts}
+    experts = {name: digest(known[name], registry) for name in found["experts"] if name in known}
+    kept = {name: files.get(name, before) for name, before in found["files"].items()}
+    return _content({"files": kept, "experts": experts})
 
 
 def record_expert(run: Path | str, expert: Expert) -> None:
@@ -103,8 +115,12 @@ def _changed(run: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
             del found["files"][file]
         yield found["files"], found["experts"]
         if found != before:
-            hashes = {key: dict(sorted(part.items())) for key, part in found.items() if part}
-            write_json(run / FILE_NAME, {"format": FORMAT, "files": {}} | hashes)
+            write_json(run / FILE_NAME, _content(found))
+
+
+def _content(found: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    hashes = {key: dict(sorted(part.items())) for key, part in found.items() if part}
+    return {"format": FORMAT, "files": {}} | hashes
 
 
 def is_given_up(run: Path | str, name: str) -> bool:

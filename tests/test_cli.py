@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from xelm import cli, process
+from xelm.commands.options import whole_number
 from xelm.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -183,3 +184,18 @@ def test_freed_memory_is_kept_or_returned_where_that_can_be_said(
     monkeypatch.setattr(process.ctypes, "CDLL", lambda name: Library())
     set_up()
     assert found == (wanted if can else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5", 5), ("1e6", 1_000_000), ("2.5e3", 2500), ("-3", -3), ("9007199254740993", 2**53 + 1)],
+)
+def test_whole_numbers_may_be_written_as_powers_of_ten(text, value):
+    assert whole_number(text) == value
+
+
+@pytest.mark.parametrize("text", ["1.5", "many", "1e-3", "nan", "inf", "", "1e999"])
+def test_what_is_no_whole_number_is_said_with_one_that_is(xelm, text):
+    outcome = xelm("mix", "RUN", "--name", "a", "--tokens", text)
+    wanted = f"argument --tokens: a whole number such as 5 or 1e6 wanted; got {text!r}; see xelm"
+    assert (outcome.code, outcome.out) == (2, "") and wanted in outcome.err

@@ -75,6 +75,11 @@ def test_an_expert_that_is_worse_is_kept_back_with_its_figures_and_published_by_
     assert verify(run.directory) == []
     # Again: nothing is trained again, and the answer is the same.
     assert grow(xelm, copy).err.splitlines()[-1] == refused.err.splitlines()[-1]
+    other = grow(xelm, copy, "--tokens", "64")
+    publishing = f"xelm publish {copy.directory} {GROWN}, or give it up with: xelm discard"
+    assert f"{GROWN}@v1 is trained, and the gate keeps it back; publish it with: {publishing}" in (
+        other.err
+    )
     published = xelm("publish", copy.directory, GROWN)
     assert (published.code, published.out) == (0, f"published: {GROWN}@v1\n")
     assert verify(run.directory) == []

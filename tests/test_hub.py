@@ -17,6 +17,7 @@ from shared import snapshot
 from clustering.files import sha256
 from experts import manifest, package
 from experts.grow import grow
+from experts.places import registry_to_share, without_folders
 from experts.registry import Registry
 from experts.verify import hash_directory, verify
 from xelm.models.adapters import Adapter
@@ -62,7 +63,7 @@ def whole(tiny, xelm, tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     run = tmp_path_factory.mktemp("pushed") / "RUN"
     shutil.copytree(tiny.directory, run)
     (run / "results").mkdir(exist_ok=True)
-    (run / "results/results.json").write_text("{}")
+    (run / "results/results.json").write_text('{"corpus": "/home/jane/texts"}')
     with standing_in() as found:
         assert xelm("push", run, "--to", "jane/all", "--private").code == 0
         assert found.repo("jane/all").private
@@ -115,7 +116,7 @@ def test_a_run_is_pulled_as_it_was_pushed_and_works_without_its_text(
         assert files[name] == pushed[name], name
     assert set(pushed) - set(files) == {package.FILE_NAME, ".gitattributes"}
     mine, theirs = Registry.load(run), Registry.load(there)
-    assert theirs.experts == mine.experts
+    assert theirs.experts == registry_to_share(mine).experts
     assert [event.action for event in theirs.history][-1] == "pull"
     assert "push" not in [event.action for event in theirs.history]
     assert verify(there) == []
@@ -159,7 +160,46 @@ def test_the_card_of_a_run_has_what_the_hub_reads(whole, tmp_path):
     row = f"| [en-es@v1](experts/en-es/v1) | en es | seed | {expert.tokens:,} | en "
     assert f"{row}{bits['expert']:.3f} (seed {bits['seed']:.3f})" in card
     assert "xelm pull jane/all experts" in card and "`dense`" in card
-    assert there["results/results.json"] == b"{}"
+
+
+def test_a_shared_run_has_no_folders_of_the_machine_that_it_comes_from(whole, xelm, hub):
+    run, there = whole
+    home = str(run.parents[1])
+    assert json.loads((run / "run.json").read_text())["corpus"].startswith(home)
+    texts = {name: content for name, content in there.items() if name.endswith((".json", ".md"))}
+    assert len(texts) > 10
+    assert [name for name, content in texts.items() if home.encode() in content] == []
+    assert json.loads(there["results/results.json"]) == {"corpus": "texts"}
+    shared = json.loads(there["run.json"])
+    assert shared["corpus"] == "train"
+    mine, theirs = Registry.load(run), json.loads(there["registry.json"])
+    assert mine.expert("en-es").data["en"][0]["corpus"].startswith(home)
+    assert {
+        text["corpus"] for e in theirs["experts"] for texts in e["data"].values() for text in texts
+    } == {"train"}
+    xelm("push", run, "en-es", "--to", "jane/western")
+    alone = hub.repo("jane/western").head()
+    assert [
+        n for n, c in alone.items() if n.endswith((".json", ".md")) and home.encode() in c
+    ] == []
+
+
+def test_paths_become_names_and_other_texts_stay():
+    value = {
+        "corpus": "/home/jane/texts/sv.jsonl",
+        "hub": "hf://jane/texts",
+        "share": 0.5,
+        "list": ["~/texts", "texts/sv", None],
+        "command": "xelm grow /data/RUN --corpus '/home/my texts/sv' --set=/a/b --tokens 5",
+    }
+    assert without_folders(value) == {
+        "corpus": "sv.jsonl",
+        "hub": "hf://jane/texts",
+        "share": 0.5,
+        "list": ["texts", "texts/sv", None],
+        "command": "xelm grow RUN --corpus sv --set=b --tokens 5",
+    }
+    assert without_folders({"command": "an unclosed ' /a/b"}) == {"command": "an unclosed ' b"}
 
 
 def test_what_is_gone_here_is_deleted_there_in_the_same_commit(xelm, hub, whole, tmp_path):

@@ -9,11 +9,13 @@ import pytest
 
 from xelm.cli import parser
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "log.md")
 
 
-def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", README, re.S)
+def blocks(kind, page=README):
+    return re.findall(rf"```{kind}\n(.*?)```", page, re.S)
 
 
 def test_help_in_the_readme_is_that_of_the_program(monkeypatch):
@@ -21,8 +23,8 @@ def test_help_in_the_readme_is_that_of_the_program(monkeypatch):
     assert blocks("text")[0].rstrip() == parser().format_help().rstrip()
 
 
-def commands():
-    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+def commands(page=README):
+    lines = "\n".join(blocks("(?:ba)?sh", page)).replace("\\\n", " ").splitlines()
     found = [part for line in lines for part in line.split("&&") if "xelm " in part]
     return [shlex.split(part, comments=True) for part in found]
 
@@ -31,6 +33,14 @@ def commands():
 def test_every_command_in_the_readme_is_one_that_the_program_takes(words):
     name = words.index(next(word for word in words if word.endswith("xelm")))
     parser().parse_args(words[name + 1 :])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_in_a_page_is_one_that_the_program_takes(page):
+    for words in commands(page.read_text(encoding="utf-8")):
+        name = next((n for n, word in enumerate(words) if word.endswith("xelm")), None)
+        if name is not None and words[name + 1 :] and words[0] != "pip":
+            parser().parse_args(words[name + 1 :])
 
 
 def test_the_readme_shows_every_job():

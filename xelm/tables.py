@@ -380,4 +380,6 @@ def _cells(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _pair(perplexity: float, bits_per_byte: float) -> str:
-    return f"{perplexity:.1f} {bits_per_byte:6.3f}"
+    # A column has room for five digits: text in a script that a model does not know takes more.
+    shown = f"{perplexity:.1f}" if perplexity < 99_999.95 else f"{perplexity:.1e}"
+    return f"{shown} {bits_per_byte:6.3f}"

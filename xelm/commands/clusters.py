@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from clustering.engines import ENGINES
 from clustering.errors import UserError
 from experts.expert import check_name
-from xelm.commands.options import Command, add_languages, names, show
+from xelm.commands.options import Command, add_languages, names, show, whole_number
 from xelm.commands.sources import add_sources, check_sources, measures_named, sources_of
 from xelm.runs.measures import MEASURES
 
@@ -54,7 +54,7 @@ def _cluster_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--random-seed",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="random seed of the methods random and tfidf (default: 0)",
     )

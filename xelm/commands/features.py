@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 
 from clustering.errors import UserError
-from xelm.commands.options import Command, add_corpus, add_languages, corpus_of, run_of, show
+from xelm.commands.options import (
+    Command,
+    add_corpus,
+    add_languages,
+    corpus_of,
+    run_of,
+    show,
+    whole_number,
+)
 
 
 def _features_options(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +29,13 @@ def _features_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--documents",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="number of documents of each language that are read for states (default: 100)",
     )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="number of training steps on each language for updates (default: 10)",
     )

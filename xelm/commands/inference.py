@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from clustering.errors import UserError
-from xelm.commands.options import Command, add_fields, given_fields, run_of, show
+from xelm.commands.options import Command, add_fields, given_fields, run_of, show, whole_number
 from xelm.commands.routing import add_language, add_routing, routing_of
 from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
@@ -72,7 +72,7 @@ def _fill_options(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument(
         "--count",
-        type=int,
+        type=whole_number,
         default=5,
         metavar="N",
         help="number of predictions shown for each mask (default: %(default)s)",

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 
 from clustering.errors import UserError
-from xelm.commands.options import Command, run_of, show
+from xelm.commands.options import Command, run_of, show, whole_number
 
 
 def _history_options(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +72,7 @@ def _restore_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="retired expert to publish again")
     parser.add_argument(
         "--version",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="version to publish (default: the one that was in use when it was retired)",
     )

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from clustering.errors import UserError
-from xelm.commands.options import Command, run_of, show
+from xelm.commands.options import Command, run_of, show, whole_number
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -90,7 +90,7 @@ def _rollback_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--version",
-        type=int,
+        type=whole_number,
         metavar="N",
         help="version to publish (default: the one before the version in use; directly after a "
         "rollback, none)",

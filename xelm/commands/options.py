@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 import types
 import typing
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from xelm.api import Run
     from xelm.data.corpus import Corpus
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?", re.I | re.A)
 _MOST_WORKERS = 32
 """Number of tokenising processes beyond which the process that writes does not keep up."""
 
@@ -106,8 +108,8 @@ def _value(hint: Any, choices: Sequence[str] | None) -> dict[str, Any]:
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
     return {
-        int: {"type": int, "metavar": "N"},
-        float: {"type": float, "metavar": "X"},
+        int: {"type": whole_number, "metavar": "N"},
+        float: {"type": number, "metavar": "X"},
         bool: {"action": "store_true", "default": None},
         str: {"metavar": "NAME"},
         Path: {"metavar": "PATH"},
@@ -115,6 +117,25 @@ def _value(hint: Any, choices: Sequence[str] | None) -> dict[str, Any]:
         tuple[str, ...]: {"action": "append", "metavar": "TEXT"},
         Mapping[str, float]: {"type": _weights, "metavar": "NAME=X,..."},
     }[hint]
+
+
+def whole_number(text: str) -> int:
+    """Parses a whole number, such as 5 or 1e6."""
+    try:
+        return int(text)  # exact, however large
+    except ValueError:
+        value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"a whole number such as 5 or 1e6 wanted; got {text!r}")
+    return int(value)
+
+
+def number(text: str) -> float:
+    """Parses a number, such as .5."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number such as .5 wanted; got {text!r}") from None
 
 
 def _weights(text: str) -> dict[str, float]:

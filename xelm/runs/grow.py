@@ -143,10 +143,10 @@ def _prepared(
                 f"for {' '.join(tags)}; go on without --clusters"
             )
         return [_resumed(run, expert, corpus, options) for expert in begun]
-    registry, lines, contents = run.registry(), [], {}
+    registry, lines = run.registry(), []
+    groups = groups_of(run, tags, corpus, options)
     settings = own_settings(run.config, run.settings, "grow")
-    for name, members in groups_of(run, tags, corpus, options).items():
-        contents[name] = contents_in(corpus or run.record["corpus"], members)
+    for name, members in groups.items():
         origin, reason = options.parent, "named by hand"
         if origin == "auto":
             by = options.by or DEFAULT
@@ -164,10 +164,11 @@ def _prepared(
             reason=reason,
             settings=settings,
         )
-    experts = registry.experts[-len(contents) :]
+    experts = registry.experts[-len(groups) :]
     for expert in experts:
         check_extension(run, expert, options)
     train.check_parents(run, [parent_directory(run, expert) for expert in experts])
+    contents = {e.name: contents_in(corpus or run.record["corpus"], e.languages) for e in experts}
     stores = {}
     for expert in experts:
         (text,) = expert.texts

@@ -143,12 +143,22 @@ def made_elsewhere(run: Run, expert: Expert) -> UserError:
     )
 
 
+def is_kept_back(run: Run, expert: Expert) -> bool:
+    """Whether an expert is trained, and not published since the gate refused it."""
+    trained = expert.status == "training" and expert.directory(run.directory).exists()
+    return trained and run.failure(expert.name).exists()
+
+
 def already_begun(run: Run, expert: Expert, how: str) -> UserError:
     """The error for a version whose training began otherwise than a command says. how: in what it
-    differs, and how to go on, as in ", on another text; go on without --corpus"."""
+    differs, and how to go on, as in ", on another text; go on without --corpus"; one that was kept
+    back is not trained on."""
+    publish = f"; publish it with: xelm publish {run.directory} {expert.name}"
+    kept_back = f"is trained, and the gate keeps it back{publish}"
+    state = kept_back if is_kept_back(run, expert) else f"is in training already{how}"
     return UserError(
-        f"{expert.reference} is in training already{how}, or give it up with: xelm discard "
-        f"{run.directory} {expert.name}"
+        f"{expert.reference} {state}, or give it up with: xelm discard {run.directory} "
+        f"{expert.name}"
     )
 
 

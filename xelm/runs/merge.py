@@ -7,9 +7,7 @@ as they are.
 """
 
 import math
-import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from clustering.errors import UserError
 from experts import lock
 from experts import merge as files
 from experts.expert import Expert, is_reference, parse_reference
+from experts.history import command_line
 from experts.manifest import MERGES, record
 from experts.merge_methods import METHODS, MergeOptions
 from xelm.data.rows import sampling_shares
@@ -124,7 +123,7 @@ def _write(
     facts = {
         "weights": weights if isinstance(weights, str) else "given",
         "xelm": __version__,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }
     if out is not None:
         path = files.merge(sources, out, options, weights=numbers, base=start, facts=facts)

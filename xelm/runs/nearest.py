@@ -13,6 +13,7 @@ from clustering.errors import UserError
 from clustering.languages import canonical, canonical_all, english_name
 from experts.expert import Expert
 from experts.grow import choose_parent, refuse_served
+from xelm.data.contents import contents_in
 from xelm.data.corpus import AnyCorpus, Corpus
 from xelm.runs.distances import Sources, languages_of, measured
 from xelm.runs.run import Run
@@ -132,6 +133,8 @@ def nearest_expert(
         ranked = _mean_distances(found.values(), by)
         expert, relative, distance = choose_parent(registry, ranked)
     except UserError as error:
+        if corpus is not None and str(error) == _fault_of(corpus, tags):
+            raise
         raise UserError(f"{error}; name an expert to grow from with --parent") from error
     warnings = []
     for tag, near in found.items():
@@ -146,6 +149,15 @@ def nearest_expert(
         known = f"the mean of {' '.join(tags)}"
     reason = f"serves {relative}, the nearest language by {by}, at distance {distance:.3f}, {known}"
     return Parent(expert, reason, tuple(filter(None, warnings)))
+
+
+def _fault_of(corpus: AnyCorpus, languages: Sequence[str]) -> str | None:
+    """Why a corpus cannot be read in some languages; None if it can."""
+    try:
+        contents_in(corpus, languages)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _mean_distances(found: Iterable[Sequence[Relatives]], by: str) -> list[tuple[str, float]]:

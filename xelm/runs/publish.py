@@ -15,6 +15,7 @@ from experts import manifest
 from experts.card import card
 from experts.expert import Expert
 from experts.lock import locked, update
+from experts.places import without_folders
 from experts.verify import hash_directory
 from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
@@ -178,7 +179,7 @@ def publish_anyway(run: Run, name: str) -> Expert:
 
 def _facts(run: Run, expert: Expert, text: TrainingText) -> dict[str, str]:
     """Lines of the model card that the registry does not have."""
-    made = expert.made or {}
+    made = without_folders(expert.made or {})
     facts = origin_facts(run) | made.get("licence", {})
     if made:
         shown = {key: made[key] for key in made if key not in ("licence", "sha256")}

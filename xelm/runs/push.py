@@ -13,12 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from clustering.errors import UserError
-from clustering.files import sha256
+from clustering.files import read_object, sha256
 from clustering.hub_files import LICENCES
 from experts import manifest, package
 from experts.expert import SEED, parse_reference
 from experts.lock import record
+from experts.merge import RECORD
 from experts.package import Package
+from experts.places import registry_to_share, to_share, without_folders
 from experts.registry import FILE_NAME as REGISTRY
 from experts.registry import Registry
 from experts.run_card import run_card
@@ -36,6 +38,8 @@ from xelm.runs.pull import read_package
 from xelm.runs.run import Run
 from xelm.version import __version__
 
+_WITH_PLACES = ("run.json", "clusters.json", RECORD)
+"""Names of files that may say where something lies on this machine, beside tables of results."""
 Files = Mapping[str, Path | bytes]
 """File, relative to the repository -> the file here, or its content."""
 
@@ -150,7 +154,7 @@ def _of_expert(run: Run, name: str, scratch: Path) -> tuple[Files, Package]:
         files=hashes,
         seed=registry.seed_sha256,
         parent=parent,
-        expert=expert,
+        expert=to_share(expert),
     )
     return files | {package.FILE_NAME: _bytes(packed.to_json())}, packed
 
@@ -162,7 +166,7 @@ def _of_run(run: Run, to: str) -> tuple[Files, Package]:
     if faults := verify(run.directory):
         raise UserError(f"{run.directory} is damaged: {faults[0]}")
     # In this order: a version is recorded in the manifest before it is in the registry.
-    registry = _shared_registry(run.registry())
+    registry = registry_to_share(run.registry())
     recorded = manifest.recorded(run.directory)
     hashes = {
         file: digest
@@ -181,21 +185,19 @@ def _of_run(run: Run, to: str) -> tuple[Files, Package]:
     files: dict[str, Path | bytes] = {file: run.directory / file for file in hashes}
     tables = sorted(run.results.glob("results*.json"))
     files |= {file.relative_to(run.directory).as_posix(): file for file in tables}
+    for file in files:
+        if Path(file).name in _WITH_PLACES or run.directory / file in tables:
+            value = read_object(run.directory / file)
+            if (shared := without_folders(value)) != value:
+                files[file] = _bytes(shared)
+                hashes[file] = _sha256(files[file])
     files[REGISTRY] = _bytes(registry.to_json())
-    files[manifest.FILE_NAME] = (run.directory / manifest.FILE_NAME).read_bytes()
+    files[manifest.FILE_NAME] = _bytes(manifest.to_share(run.directory, hashes, registry))
     files[README] = _card(run, registry, to).encode()
     for file in files.keys() - hashes.keys():
         hashes[file] = _sha256(files[file])
     packed = Package(kind="run", xelm=__version__, files=hashes, seed=registry.seed_sha256)
     return files | {package.FILE_NAME: _bytes(packed.to_json())}, packed
-
-
-def _shared_registry(registry: Registry) -> Registry:
-    """The registry without versions in training, whose files stay here, and without its pushes, so
-    that a second push finds the same file."""
-    experts = tuple(expert for expert in registry.experts if expert.status != "training")
-    history = tuple(event for event in registry.history if event.action != "push")
-    return replace(registry, experts=experts, history=history)
 
 
 def _fit_routers(run: Run) -> None:

@@ -1,8 +1,6 @@
 """A RUN: one X-ELM on disk. Its paths and readers; the commands that change it are elsewhere."""
 
 import functools
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from clustering.errors import UserError
 from clustering.files import read_arrays, read_json, write_json
 from clustering.languages import canonical_all
 from clustering.vectoriser import Vectoriser
+from experts.history import command_line
 from experts.manifest import COMBINED, recorded
 from experts.registry import Registry
 from xelm.config import RunConfig, StartToken
@@ -262,7 +261,7 @@ def create_run(directory: str | Path, config: RunConfig, facts: Mapping[str, Any
                 "use the same again, or another directory"
             )
     directory.mkdir(parents=True, exist_ok=True)
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = command_line()
     record = {"format": FORMAT, "xelm": __version__, "command": command, **wanted}
     write_json(directory / "run.json", record)
     return open_run(directory, finished=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experts.lock import owner
+from xelm.runs.jobs import is_kept_back
 from xelm.runs.run import Run
 from xelm.training.metrics import read_metrics, seconds_of
 
@@ -62,7 +63,7 @@ def progress(run: Run) -> list[Progress]:
     shown += {e.name: e for e in registry.experts if e.name not in names}.values()
     for expert in sorted(shown, key=lambda e: (e.round, e.name, e.version)):
         directory, failure = expert.directory(run.directory), run.failure(expert.name)
-        kept_back = expert.status == "training" and directory.exists() and failure.exists()
+        kept_back = is_kept_back(run, expert)
         done = directory if kept_back or expert.status != "training" else None
         each = _progress(run, expert.name, expert.version, done)
         if kept_back:

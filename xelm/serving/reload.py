@@ -79,7 +79,7 @@ class RegistryWatcher(threading.Thread):
         finally:
             self._scheduler.preparing = False
         self._refusal, self._retry_seconds = "", INTERVAL_SECONDS
-        if models is before:
+        if models.versions == before.versions:
             return
         self._scheduler.replace_models(models)
         self._metrics.reloads.labels("accepted").inc()
