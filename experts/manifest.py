@@ -8,7 +8,7 @@ an expert in the registry is hashed here too when it is published, since it neve
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -103,10 +103,28 @@ def record(run: Path | str, names: Iterable[str], *, again: bool = False) -> Non
             known.update({n: sha256(run / n) for n in present if again or n not in known})
 
 
+def write(run: Path | str, name: str, save: Callable[[Path], object]) -> None:
+    """Writes a router, a file of a RUN that is named relative to it, so that it has its recorded
+    hash whenever it is there: it is recorded before it gets its name. save: writes it to a path."""
+    path = Path(run) / name
+    new = Path(run) / "train" / name.replace("/", "+")  # a folder that has nothing recorded
+    remove_unfinished(new)
+    save(new)
+
+    def move() -> None:
+        path.parent.mkdir(exist_ok=True)
+        new.replace(path)
+
+    with _changed(Path(run), move) as (known, _):
+        known[name] = sha256(new)
+
+
 @contextmanager
-def _changed(run: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+def _changed(
+    run: Path, then: Callable[[], object] = lambda: None
+) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     """Context in which no other process writes the manifest, with its hashes of files and of
-    experts; these are written at the end."""
+    experts; these are written at the end, before `then` is called."""
     with locked(run, "hashes", wait_seconds=30.0):
         remove_unfinished(run / FILE_NAME)
         found = _read(run)
@@ -116,6 +134,7 @@ def _changed(run: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
         yield found["files"], found["experts"]
         if found != before:
             write_json(run / FILE_NAME, _content(found))
+        then()
 
 
 def _content(found: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
@@ -145,7 +164,5 @@ def _read(run: Path | str) -> dict[str, dict[str, str]]:
 
 
 def is_recorded(run: Path | str, name: str) -> bool:
-    """Whether a file of a RUN, named relative to it, has its recorded hash; yes if there is
-    none."""
-    wanted = recorded(run).get(name)
-    return wanted is None or sha256(Path(run) / name) == wanted
+    """Whether a file of a RUN, named relative to it, has a recorded hash, and has it still."""
+    return recorded(run).get(name) == sha256(Path(run) / name)

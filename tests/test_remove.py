@@ -13,10 +13,13 @@ from clustering.files import write_json
 from clustering.identify import Identifier
 from experts import manifest
 from experts.grow import grow
+from experts.lock import record
 from experts.registry import Registry
 from experts.verify import hash_directory, verify
 from xelm import open_run
 from xelm.data.store import open_store
+from xelm.runs.combined import made_of
+from xelm.runs.evaluate import _background
 from xelm.runs.fit import learned
 from xelm.runs.jobs import expert_job
 
@@ -179,8 +182,6 @@ def test_a_base_of_another_expert_is_not_removed(xelm, grown):
 
 
 def test_pushes_and_models_that_were_made_of_it_are_among_what_remains(grown):
-    from experts.lock import record
-
     record(grown, "push", ["pt@v1"], {"to": "jane/pt", "commit": "a" * 40})
     record(grown, "push", ["en-es@v1"], {"to": "jane/en", "commit": "b" * 40})
     records = {
@@ -195,6 +196,28 @@ def test_pushes_and_models_that_were_made_of_it_are_among_what_remains(grown):
     assert "merges/a: made of it" in remains and "students/c: made of it" in remains
     assert "merges/b" not in remains
     assert "jane/pt: pushed there as commit aaaaaaaaaaaa" in remains and "jane/en" not in remains
+
+
+def test_what_was_made_of_an_expert_is_known_when_that_is_renamed(grown):
+    run = open_run(grown)
+    for model, of in {"merges/a": "pt@v1", "mixes/b": "en-es@v1"}.items():
+        file, key = ("merge.json", "sources") if model == "merges/a" else ("recipe.json", "made_of")
+        value = [{"name": of}, {"name": "seed"}] if key == "sources" else [of, "de-fr@v1"]
+        write_json(grown / model / file, {"format": 1, key: value})
+        record(grown, "merge", (), {"model": model})
+    manifest.record(grown, ["merges", "mixes"])
+    record(grown, "push", ["pt@v1"], {"to": "jane/pt", "commit": "a" * 40})
+    for names in ({"pt": "x"}, {"x": "portuguese"}, {"en-es": "pt"}):
+        run.rename(names)
+    found = {name: made_of(run, run.registry(), name) for name in run.combined()}
+    assert found == {"merges/a": ("portuguese@v1", "seed"), "mixes/b": ("pt@v1", "de-fr@v1")}
+    remains = "\n".join(run.plan_removal("portuguese").remains)
+    assert "merges/a: made of it" in remains and "mixes/b" not in remains
+    assert "jane/pt: pushed there as commit aaaaaaaaaaaa" in remains
+    # Languages that they were trained on, which their transfer gap is told by.
+    trained = _background(run, run.registry().published(), []).trained
+    assert {*trained["merges/a"]} == {"pt", "en", "es"}  # its parent's too
+    assert {*trained["mixes/b"]} == {"en", "es", "de", "fr"}
 
 
 def test_a_language_leaves_the_identifier_and_others_stay_to_the_bit(grown):

@@ -3,10 +3,13 @@
 import pytest
 
 from clustering.errors import UserError
-from clustering.files import write_json
+from clustering.files import read_json, write_json
+from experts.expert import Expert
+from experts.registry import Registry
 from xelm import tables
-from xelm.evaluation.results import Row
-from xelm.runs.results import read_results
+from xelm.data.text_stats import TextStats
+from xelm.evaluation.results import Results, Row
+from xelm.runs.results import read_results, write_results
 from xelm.runs.run import Run
 
 ROW = {
@@ -56,3 +59,34 @@ def test_the_default_routing_is_the_first_of_the_printed_table(tmp_path):
     assert [head.strip() for head in heads if head.strip()] == [
         *("seed", "by learned", "true language")
     ]
+
+
+def test_an_expert_that_was_measured_on_its_own_language_alone_has_a_column(tmp_path):
+    rows = [ROW, ROW | {"language": "sv"}, ROW | {"language": "sv", "system": "sv", "nll": 10.0}]
+    shown = tables.results(read_results(run_with(tmp_path, rows)), ["language"], ["en"])
+    table = shown.partition("bits/B by expert")[2].splitlines()
+    assert table[0].split() == ["seed", "sv"]
+    assert [line.split()[-2:] for line in table[1:3]] == [["0.721*", "-"], ["0.721", "0.361*"]]
+
+
+def test_an_expert_that_was_removed_while_it_was_measured_is_in_no_table(tmp_path, capsys):
+    hashes = {"x": "1" * 64}
+    names = {"a": "en", "b": "de", "c": "fr"}
+    experts = [Expert(name=name, languages=(tag,)) for name, tag in names.items()]
+    registry = Registry(seed_sha256={}).add(*experts)
+    for name in names:
+        registry = registry.publish(name, 1, sha256=hashes, tokens=1)
+    measured = registry.published()
+    registry = registry.retire_expert("b").remove("b", "2026-11-30T08:00:00+00:00")
+    registry.rename({"c": "d"}).save(tmp_path)
+    rows = [Row(**ROW | {"system": name}) for name in ("seed", "a", "b", "c")]
+    run, options = Run(directory=tmp_path, record={}), {"context_length": 8, "stride": 8}
+    counts = ("documents", "tokens", "bytes", "characters", "visible_characters")
+    counts = dict.fromkeys((*counts, "unknown_characters", "byte_tokens", "duplicates"), 9)
+    results = Results(rows=rows, texts={"en": TextStats(language="en", **counts)})
+    found = write_results(run, "corpus", options, results, measured)
+    kept = read_json(tmp_path / "results/results.json")
+    assert [row.system for row in found.rows] == ["seed", "a", "d"]
+    assert [row["system"] for row in kept["rows"]] == ["seed", "a", "d"]
+    assert kept["removed"] == ["b"]
+    assert "changed while they were measured: b, c" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Verifying a RUN: every byte that the registry vouches for, and nothing beside it."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -13,6 +15,7 @@ from experts.lock import update
 from experts.registry import Registry
 from experts.verify import hash_directory, verify
 from xelm import open_run
+from xelm.runs.fit import learned
 
 
 @pytest.fixture
@@ -290,5 +293,30 @@ def test_a_router_that_was_changed_is_fitted_again(xelm, copy):
     arrays = read_arrays(path)
     write_arrays(path, arrays | {"weights": -arrays["weights"]})
     outcome = xelm("generate", copy.directory, "a", "--max-new-tokens", 1)
-    assert "was changed since it was fitted; it is fitted again" in outcome.err
+    assert "is not as it was recorded; it is fitted again" in outcome.err
     assert path.read_bytes() == before and verify(copy.directory) == []
+
+
+@pytest.mark.parametrize("at", ["sha256", "write_json", "Path.replace"])
+def test_a_fit_that_was_killed_leaves_no_router_that_nobody_recorded(copy, monkeypatch, at):
+    def kill(*arguments, **options):
+        raise KeyboardInterrupt
+
+    shutil.rmtree(copy.directory / "routers", ignore_errors=True)
+    run = open_run(copy.directory)
+    experts = run.registry().published()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"experts.manifest.{at}", kill)
+        learned(run, experts)
+    assert verify(copy.directory) == [] and not list(copy.directory.glob("routers/*"))
+    wanted = learned(run, experts).weights
+    (path,) = (copy.directory / "routers").glob("learned-*.npz")
+    assert verify(copy.directory) == []
+    assert not list((copy.directory / "train").glob("*routers+*"))
+    # What was killed between the two in versions before this one is fitted again.
+    value = json.loads((copy.directory / "hashes.json").read_text())
+    del value["files"][f"routers/{path.name}"]
+    (copy.directory / "hashes.json").write_text(json.dumps(value))
+    assert [fault.kind for fault in verify(copy.directory)] == ["unknown"]
+    np.testing.assert_array_equal(learned(run, experts).weights, wanted)
+    assert verify(copy.directory) == []

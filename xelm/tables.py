@@ -42,7 +42,8 @@ def results(found: "Results", routings: Sequence[str], seed_languages: Sequence[
     """All tables of an evaluation; the default routing comes first. seed_languages: the RUN's."""
     routings = sorted(routings, key=lambda routing: routing != DEFAULT)
     length, stride = (found.record[name] for name in ("context_length", "stride"))
-    single = [s.system for s in found.summaries if s.routing is None]
+    # Not those with summaries alone: a grown expert may be measured on its own language only.
+    single = list(dict.fromkeys(row.system for row in found.rows if row.routing is None))
     combined = [name for name in single if System(name).is_combined]
     experts = [name for name in single if name not in ("seed", "dense", *combined)]
     tables = [
@@ -148,8 +149,9 @@ def _by_model(
     """Bits per byte of these models in every language, with what they forgot below; as many as a
     terminal holds. beside: models that stand in each table, if they were measured."""
     summaries = {each.system: each for each in found.summaries if each.routing is None}
-    beside, models = [name for name in beside if name in summaries], list(models)
     bits = {(r.system, r.language): r.bits_per_byte for r in found.rows if r.routing is None}
+    measured = {name for name, _ in bits}
+    beside, models = [name for name in beside if name in measured], list(models)
     languages = list(dict.fromkeys(row.language for row in found.rows))
     languages.sort(key=lambda tag: tag not in seed_languages)
     width_of = {name: max(8, len(name) + 2) for name in [*beside, *models]}
@@ -169,8 +171,9 @@ def _by_model(
             marked = [v is not None and tag in best and v <= best[tag] for v in values]
             cells = ["-" if v is None else f"{v:.3f}{'* '[not m]}" for v, m in zip(values, marked)]
             lines.append(_line(_name(tag), cells, widths))
-        forgotten = [summaries[name].forgetting for name in part]
-        gaps = [summaries[name].transfer_gap for name in part]
+        known = [summaries.get(name) for name in part]
+        forgotten = [each and each.forgetting for each in known]
+        gaps = [each and each.transfer_gap for each in known]
         for name, estimates, form in (
             ("forgotten", forgotten, "+.3f"),
             ("transfer gap", gaps, "+.1%"),

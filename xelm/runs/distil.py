@@ -19,7 +19,6 @@ import numpy as np
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
 from experts.expert import Expert
-from experts.lock import locked
 from experts.manifest import STUDENTS, digest
 from xelm.data.rows import LanguageShare, documents_read
 from xelm.data.teacher import TeacherStore, bytes_of
@@ -29,12 +28,12 @@ from xelm.models.checkpoint import read_config
 from xelm.progress import bar
 from xelm.runs import train
 from xelm.runs.budget import Plan, announce, check_disk, size
-from xelm.runs.combined import RECIPE, check_model_name, join
+from xelm.runs.combined import RECIPE, begin, check_model_name, join, making
 from xelm.runs.ensembles import open_ensemble, published
 from xelm.runs.jobs import Job, dense_job
 from xelm.runs.options import DistilOptions
 from xelm.runs.run import Run
-from xelm.settings import differences, to_json
+from xelm.settings import to_json
 
 _FORMAT = 1
 
@@ -68,16 +67,15 @@ def distil(
     None: the default. UserError for encoders, for a student that exists, or began otherwise."""
     options, routing = options or DistilOptions(), routing or Routing()
     place = f"{STUDENTS}/{name}"
-    with locked(run.directory, f"train-{_check(run, place).name}"):
-        if place in run.combined():
-            raise UserError(f"{run.directory / place} exists already; nothing is overwritten")
+    _check(run, name)
+    with making(run, place):
         experts = published(run)
         found = _prepared(run, place, experts, options, routing)
         if not found.job.target.exists():
             plan = _plan(run, found)
             announce([plan])
             check_disk(run.directory, [plan])
-            _begin(run, found)
+            begin(run, place, found.recipe)
             _teach(run, found, experts, routing)
             for error in train.train_checkpoints(run, [_with_teacher(found, options)]).values():
                 raise error
@@ -93,7 +91,7 @@ def plan_distil(
 ) -> Plan:
     """What `distil` would cost with these arguments; nothing is written."""
     place = f"{STUDENTS}/{name}"
-    _check(run, place)
+    _check(run, name)
     prepared = _prepared(
         run, place, published(run), options or DistilOptions(), routing or Routing()
     )
@@ -102,16 +100,14 @@ def plan_distil(
     return plan
 
 
-def _check(run: Run, place: str) -> Path:
-    """The folder of a student's training; UserError for a name that is none, and for encoders."""
-    name = place.split("/", 1)[1]
+def _check(run: Run, name: str) -> None:
+    """Raises UserError for a name that no student can have, and for encoders."""
     check_model_name(name, "student")
     if not read_config(run.seed).causal:
         raise UserError(
             f"{run.directory} has encoders, whose predictions depend on the masks of each batch; "
             "distil is for models that continue text"
         )
-    return run.training(place)
 
 
 def _prepared(
@@ -151,21 +147,6 @@ def _plan(run: Run, found: Distillation) -> Plan:
     vocabulary_size = read_config(run.seed).vocabulary_size
     left = found.store.targets - found.store.written
     return replace(plan, teacher_bytes=bytes_of(left, found.store.top, vocabulary_size))
-
-
-def _begin(run: Run, found: Distillation) -> None:
-    """Writes the recipe, or compares it with that of a distillation that has begun."""
-    path = run.training(found.job.name) / RECIPE
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, found.recipe)
-    begun = read_json(path, _FORMAT)
-    others = [d for d in differences(begun, found.recipe) if not d.startswith("config.runtime.")]
-    if others:
-        raise UserError(
-            f"{found.job.name} was begun otherwise ({'; '.join(others[:3])}); go on as it began, "
-            f"or give it up with: xelm discard {run.directory} {found.job.name}"
-        )
 
 
 def _teach(run: Run, found: Distillation, experts: Sequence[Expert], routing: Routing) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from clustering.languages import canonical_all, lookup
 from experts.expert import SEED, Expert, parse_reference
+from experts.manifest import MERGES, STUDENTS
 from experts.registry import Registry
 from xelm.data.contents import contents_of
 from xelm.data.corpus import AnyCorpus, Corpus
@@ -28,6 +29,7 @@ from xelm.inference.vocabularies import InPieces, loader
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.vocabulary_rows import resized
 from xelm.runs.check import check_models, is_mixture
+from xelm.runs.combined import made_of
 from xelm.runs.ensembles import check_top_m
 from xelm.runs.make_router import general_models, make_router, serving
 from xelm.runs.overlap import compare_with_training
@@ -82,13 +84,13 @@ def evaluate(
     results = replace(results, texts=stats)
     if not save:
         return results
-    made_of = {
+    facts = {
         "corpus_sha256": store.record["corpus_sha256"],
         "languages": sorted(store.languages),
         **options.to_json(),
         "start_token": run.config.start_token,
     }
-    return write_results(run, str(corpus), made_of, results)
+    return write_results(run, str(corpus), facts, results, experts)
 
 
 def _plan(
@@ -221,8 +223,11 @@ def _background(run: Run, experts: Sequence[Expert], unspelled: Sequence[str]) -
     of_dense = [tag for tag in run.languages if tag not in unassigned(run)]
     trained: dict[str, Sequence[str]] = {"dense": of_dense}
     if all(expert.languages for expert in experts):
-        trained |= {expert.name: _trained(run.registry(), expert) for expert in experts}
+        registry = run.registry()
+        trained |= {expert.name: _trained(registry, expert) for expert in experts}
         trained["ensemble"] = [tag for expert in experts for tag in expert.languages]
+        known = {name: _trained_together(run, registry, name, of_dense) for name in run.combined()}
+        trained |= {name: tags for name, tags in known.items() if tags is not None}
     names = [expert.name for expert in experts]
     return Background(experts=names, languages=run.languages, trained=trained, unspelled=unspelled)
 
@@ -236,3 +241,24 @@ def _trained(registry: Registry, expert: Expert) -> list[str]:
         expert = registry.expert(*parse_reference(expert.parent))
         found += expert.languages
     return found
+
+
+def _trained_together(
+    run: Run, registry: Registry, name: str, of_dense: Sequence[str]
+) -> list[str] | None:
+    """Languages that a model of `Run.combined`, and what it was made of, were trained on after the
+    seed; None where that is not known. A student reads the text of dense alone."""
+    kind, found = name.partition("/")[0], list[str]()
+    known = {expert.reference: expert for expert in registry.experts}
+    for source in () if kind == STUDENTS else made_of(run, registry, name):
+        tags: list[str] | None = [] if source == SEED else None
+        if source == run.dense.name:
+            tags = list(of_dense)
+        elif source in run.combined():
+            tags = _trained_together(run, registry, source, of_dense)
+        elif source in known:
+            tags = _trained(registry, known[source])
+        if tags is None:
+            return None
+        found += tags
+    return found if kind == MERGES else [*found, *of_dense]

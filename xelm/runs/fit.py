@@ -133,7 +133,10 @@ def learned(run: Run, experts: Sequence[Expert], *, keep: bool = True) -> Learne
 
     Where it was fitted for most of these experts before, their columns stay as they are to the bit,
     and only those of the others are fitted; the column of an expert that is not in use any more is
-    left out. keep: as in `identifier`."""
+    left out. keep: as in `identifier`; what is fitted for other experts than those in use, which
+    may have changed since a command began, takes the place of nothing."""
+    in_use = {expert.reference for expert in run.registry().published()}
+    keep = keep and in_use >= {expert.reference for expert in experts}
     vectoriser, names = run.vectoriser(), [_identity(expert) for expert in experts]
 
     def make() -> Mapping[str, np.ndarray]:
@@ -181,7 +184,8 @@ def _identity(expert: Expert) -> str:
 def _learned_before(run: Run) -> dict[str, np.ndarray]:
     """Identity of each expert -> its column of the learned router, weights and then bias, as they
     were fitted last; empty if none were."""
-    for path in (run.directory / "routers").glob("learned-*.npz"):
+    files = list((run.directory / "routers").glob("learned-*.npz"))
+    for path in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         with suppress(UserError):
             if manifest.is_recorded(run.directory, f"routers/{path.name}"):
                 arrays = _read_learned(path)
@@ -316,7 +320,7 @@ def _fitted(
         try:
             if manifest.is_recorded(run.directory, f"routers/{path.name}"):
                 return load(path)
-            print(f"{path} was changed since it was fitted; it is fitted again", file=sys.stderr)
+            print(f"{path} is not as it was recorded; it is fitted again", file=sys.stderr)
         except UserError as error:
             print(f"{error}; it is fitted again", file=sys.stderr)
     if not keep:
@@ -324,12 +328,10 @@ def _fitted(
     print(f"fitting {path}, once for these experts", file=sys.stderr, flush=True)
     fitted = make()
     try:
-        path.parent.mkdir(exist_ok=True)
-        save(fitted, path)
+        manifest.write(run.directory, f"routers/{path.name}", partial(save, fitted))
         for other in path.parent.glob(f"{name}-*.npz"):
             if other != path:
                 other.unlink(missing_ok=True)  # another process may have deleted it
-        manifest.record(run.directory, [f"routers/{path.name}"], again=True)
     except (OSError, UserError) as error:
         print(f"{path} cannot be written ({error}); it is fitted each time", file=sys.stderr)
     return fitted

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from clustering.errors import UserError
-from clustering.files import read_json, write_json
 from experts.expert import Expert
-from experts.lock import locked
 from experts.manifest import MIXES, digest
 from xelm.data.held_out import TrainingText
 from xelm.data.rows import batches
@@ -41,13 +39,13 @@ from xelm.progress import bar
 from xelm.runs import train
 from xelm.runs.budget import Plan, announce, check_disk
 from xelm.runs.check import check_models
-from xelm.runs.combined import RECIPE, check_model_name, join
+from xelm.runs.combined import begin, check_model_name, join, making
 from xelm.runs.ensembles import published
 from xelm.runs.jobs import Job, dense_job
 from xelm.runs.options import MixOptions
 from xelm.runs.run import Run
 from xelm.runs.shares import expert_text
-from xelm.settings import differences, to_json, vary
+from xelm.settings import to_json, vary
 from xelm.training_config import MixtureConfig, TrainConfig
 
 _FORMAT = 1
@@ -86,16 +84,15 @@ def mix(run: Run, name: str, options: MixOptions | None = None) -> Path:
     experts whose architecture Mixtral's cannot express, and for a mixture that exists, or began
     otherwise."""
     options, place = options or MixOptions(), f"{MIXES}/{name}"
-    with locked(run.directory, f"train-{_check(run, place).name}"):
-        if place in run.combined():
-            raise UserError(f"{run.directory / place} exists already; nothing is overwritten")
+    check_model_name(name, "mixture")
+    with making(run, place):
         experts = published(run)
         job = _job(run, place, experts, options)
         if not job.target.exists():
             plan = _plan(run, job, experts, options)
             announce([plan])
             check_disk(run.directory, [plan])
-            _begin(run, job, experts, options)
+            begin(run, place, _recipe(run, job, experts, options))
             _write_start(run, job, experts, options)
             for error in train.train_checkpoints(run, [job]).values():
                 raise error
@@ -106,7 +103,7 @@ def mix(run: Run, name: str, options: MixOptions | None = None) -> Path:
 def plan_mix(run: Run, name: str, options: MixOptions | None = None) -> Plan:
     """What `mix` would cost with these arguments; nothing is written."""
     options, place, experts = options or MixOptions(), f"{MIXES}/{name}", published(run)
-    _check(run, place)
+    check_model_name(name, "mixture")
     plan = _plan(run, _job(run, place, experts, options), experts, options)
     check_disk(run.directory, [plan])
     return plan
@@ -133,13 +130,6 @@ def shape_of_mixture(run: Run, experts: Sequence[Expert], options: MixOptions) -
     return shape
 
 
-def _check(run: Run, place: str) -> Path:
-    """The folder of a mixture's training; UserError for an impossible name."""
-    name = place.split("/", 1)[1]
-    check_model_name(name, "mixture")
-    return run.training(place)
-
-
 def _job(run: Run, place: str, experts: Sequence[Expert], options: MixOptions) -> Job:
     shape_of_mixture(run, experts, options)
     job = dense_job(run)
@@ -164,10 +154,10 @@ def _plan(run: Run, job: Job, experts: Sequence[Expert], options: MixOptions) ->
     return train.plans_of_jobs(run, [job], model=shape_of_mixture(run, experts, options))[0]
 
 
-def _begin(run: Run, job: Job, experts: Sequence[Expert], options: MixOptions) -> None:
-    """Writes the recipe, or compares it with that of a mixture that has begun."""
-    path, shape = run.training(job.name) / RECIPE, shape_of_mixture(run, experts, options)
-    recipe = {
+def _recipe(run: Run, job: Job, experts: Sequence[Expert], options: MixOptions) -> dict[str, Any]:
+    """Contents of recipe.json."""
+    shape = shape_of_mixture(run, experts, options)
+    return {
         "format": _FORMAT,
         "method": "mix",
         "made_of": [expert.reference for expert in experts],
@@ -177,16 +167,6 @@ def _begin(run: Run, job: Job, experts: Sequence[Expert], options: MixOptions) -
         "active_parameters": shape.active_parameter_count,
         "config": to_json(job.config),
     }
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, recipe)
-    begun = read_json(path, _FORMAT)
-    others = [d for d in differences(begun, recipe) if not d.startswith("config.runtime.")]
-    if others:
-        raise UserError(
-            f"{job.name} was begun otherwise ({'; '.join(others[:3])}); go on as it began, or give "
-            f"it up with: xelm discard {run.directory} {job.name}"
-        )
 
 
 def _write_start(run: Run, job: Job, experts: Sequence[Expert], options: MixOptions) -> None:

@@ -12,19 +12,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from clustering.errors import UserError
-from clustering.files import read_object
 from clustering.identify import Identifier
 from experts import manifest
-from experts.expert import SEED, Expert, parse_reference
+from experts.expert import SEED, parse_reference
 from experts.history import about
 from experts.lock import locked, update
-from experts.merge import read_record
 from experts.registry import Registry
 from xelm.data.store_writer import drop_languages
 from xelm.evaluation.report.page import FIGURES, PAGE
 from xelm.models.stored import chain
 from xelm.runs.check import REMEMBERED
-from xelm.runs.combined import RECIPE
+from xelm.runs.combined import made_of
 from xelm.runs.fit import learned
 from xelm.runs.results import change_systems
 from xelm.runs.run import Run
@@ -212,8 +210,7 @@ def _forget_in_routers(run: Run, registry: Registry, name: str) -> None:
             if not gone & set(known.languages):
                 continue
             path = file.with_name(f"languages-{len(known.languages) - 1}-without-{len(gone)}.npz")
-            known.without(gone).save(path)
-            manifest.record(run.directory, [f"routers/{path.name}"], again=True)
+            manifest.write(run.directory, f"routers/{path.name}", known.without(gone).save)
         file.unlink()
 
 
@@ -228,8 +225,8 @@ def _remains(run: Run, registry: Registry, name: str) -> Iterator[str]:
         yield f"vectoriser.npz: counts of subwords in text in {' '.join(trained)} too"
     if trained and run.dense.exists():
         yield f"dense: trained on text in {' '.join(trained)} too"
-    for model, path in run.combined().items():
-        if name in _made_of(path):
+    for model in run.combined():
+        if any(each.partition("@")[0] == name for each in made_of(run, registry, model)):
             yield f"{model}: made of it; delete the folder, and make it again of the others"
     descended: dict[str, None] = {}
     for origin, others in registry.needed(name).items():
@@ -252,8 +249,8 @@ def _remains(run: Run, registry: Registry, name: str) -> Iterator[str]:
         yield f"clusters.json: the name and the languages of its cluster, {', '.join(clusters)}"
     if any(expert.documents is not None for expert in versions):
         yield "corpus/train: the documents of its cluster, among those of others"
-    for event in registry.history:
-        if event.action == "push" and any(ref in event.experts for ref in _names(versions)):
+    for event in about(registry.history, name):
+        if event.action == "push":
             to, commit = event.facts.get("to"), str(event.facts.get("commit"))[:12]
             yield f"{to}: pushed there as commit {commit}; older commits keep it after a new push"
     sources = dict.fromkeys(
@@ -266,20 +263,6 @@ def _remains(run: Run, registry: Registry, name: str) -> Iterator[str]:
     yield from (f"{source}: the text itself, outside the RUN" for source in sources)
     yield "history: that it was there, and when"
     yield "what is not known here: exported copies, pulled RUNs, backups"
-
-
-def _made_of(path: Path) -> set[str]:
-    """Names of the experts that a merged model, a student or a mixture was made of, as the record
-    in its folder says."""
-    with suppress(UserError, KeyError):
-        return {str(each["name"]).partition("@")[0] for each in read_record(path)["sources"]}
-    with suppress(UserError, KeyError):
-        return {str(each).partition("@")[0] for each in read_object(path / RECIPE)["made_of"]}
-    return set()
-
-
-def _names(versions: tuple[Expert, ...]) -> list[str]:
-    return [name for expert in versions for name in (expert.reference, expert.first_reference)]
 
 
 def _corpus(run: Run) -> Path:
