@@ -133,7 +133,7 @@ def _apart(
     command += ["--random-seed", str(random_seed)]
     command += ["--peer", options.peer] if options.peer else []
     return json.loads(
-        subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1]
+        subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1]
     )
 
 
@@ -230,7 +230,7 @@ def _grown(folder: Path, count: int, k: int) -> None:
 
 
 class _Drawn:
-    """So many documents, each drawn from those given; the same at each reading."""
+    """So many documents of one language, each drawn from those given; the same at each reading."""
 
     def __init__(self, documents: list[np.ndarray], count: int):
         self.documents, self.count = documents, count
@@ -239,7 +239,7 @@ class _Drawn:
         draw = np.random.default_rng(0)
         for _ in range(self.count):
             ids = self.documents[int(draw.integers(len(self.documents)))]
-            yield ids[int(draw.integers(len(ids) // 2 + 1)) :], "und"
+            yield ids[int(draw.integers(len(ids) // 2 + 1)) :], "en"
 
 
 def _documents(folder: Path) -> Iterator[np.ndarray]:
