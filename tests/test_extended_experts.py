@@ -17,6 +17,7 @@ from serving import served
 
 from xelm import load_model, open_run
 from xelm.data.vocabulary import key_of
+from xelm.inference.vocabularies import choose
 
 pytestmark = pytest.mark.slow
 PIECES = 40
@@ -168,6 +169,32 @@ def test_a_server_counts_and_streams_in_the_vocabulary_of_the_expert(grown):
         found = server.post(both).json()
         tokens = len(pool.tokenizer.begin(text)) + len(run.tokenizer().begin(old))
         assert found["usage"]["prompt_tokens"] == tokens
+
+
+@pytest.mark.parametrize("routing", ["posterior", "learned"])
+def test_a_server_reads_a_prompt_in_the_vocabulary_in_which_the_ensemble_does(grown, routing):
+    """Also where models must read the prompt for that, by a router of log-likelihoods."""
+    ensemble = open_run(grown.run).ensemble(routing)
+    old = json.loads((grown.held / "es.jsonl").read_text().splitlines()[0])["text"][:20]
+    texts = [grown.texts[0][:3], old, grown.texts[1][:10]]
+    begun = [ensemble.tokenizer.begin(text) for text in texts]
+    pools = choose(ensemble, begun, [None] * 3)
+    (own,) = ensemble.further
+    assert pools[0] is own and (routing == "posterior" or pools[1] is ensemble)
+    body = {"model": "xelm", "prompt": texts, "max_tokens": 5, "temperature": 0}
+    with served(grown.run, routing) as server:
+        found = server.post({**body, "logprobs": 1, "echo": True}).json()
+    lengths = [len(pool.tokenizer.begin(text)) for pool, text in zip(pools, texts)]
+    assert found["usage"]["prompt_tokens"] == sum(lengths)
+    for text, pool, choice in zip(texts, pools, found["choices"]):
+        wanted = ensemble.generate(text, max_new_tokens=5, temperature=0.0)
+        assert choice["text"] == text + wanted.text
+        start, *ids = pool.tokenizer.begin(text)
+        names = choice["logprobs"]["tokens"]
+        new = [pool.tokenizer.piece(token) for token in wanted.ids]
+        assert names[len(ids) :] == new or len(new) < 5
+        (nats,) = pool.likelihoods([[start]], [ids]).nats
+        assert -sum(choice["logprobs"]["token_logprobs"][: len(ids)]) == pytest.approx(nats, 1e-5)
 
 
 def test_further_versions_and_children_keep_the_vocabulary(grown, xelm):

@@ -13,6 +13,7 @@ import torch
 from flax.traverse_util import unflatten_dict
 from hub_models import auto_model
 from safetensors.numpy import load_file
+from serving import served
 from small_training import CONFIG, MODEL, SOURCES, TEXT
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -247,6 +248,19 @@ def test_a_mixture_is_a_model_of_the_run(mixed_run, xelm, tiny):
     assert xelm("export", directory, "mixes/two", "--out", out).code == 0
     said = xelm("generate", directory, "ab", "--model", "mixes/two", "--max-new-tokens", 5)
     assert said.code == 0 and said.out.startswith("ab")
+    with served(directory, "language") as server:
+        assert [model.id for model in server.client().models.list()][-1] == "xelm:mixes/two"
+        body = {"prompt": ["ab", "cd"], "max_tokens": 5, "temperature": 0, "logprobs": 1}
+        found = server.post({"model": "xelm:mixes/two", "echo": True, **body}).json()["choices"]
+        alone = run.model("mixes/two")
+        for text, choice in zip(("ab", "cd"), found):
+            wanted = alone.generate(text, max_new_tokens=5, temperature=0.0)
+            assert choice["text"] == text + wanted.text
+            assert choice["xelm"]["weights"] == {"mixes/two": 1.0}
+            start, *ids = alone.tokenizer.begin(text)
+            (nats,) = alone.likelihoods([[start]], [ids]).nats
+            read = choice["logprobs"]["token_logprobs"][: len(ids)]
+            assert -sum(read) == pytest.approx(nats, rel=1e-5)
     refused = xelm("merge", directory, "dense", "mixes/two", "--name", "x")
     assert refused.code == 2 and "different configurations" in refused.err
     again = xelm("mix", directory, "--name", "two")

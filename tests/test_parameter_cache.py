@@ -73,6 +73,8 @@ def test_what_others_share_is_read_once_and_leaves_when_they_do(loaded):
     other = held.with_experts([lambda: load(1), lambda: load("new")], [1, "new"])
     assert [value(other[n]) for n in (0, 1)] == [1, 7]
     assert loaded == [0, 1, "new"] and held.on_device == other.on_device == (0, 1, "new")
+    other.evict_others(held)
+    assert held.on_device == (0, 1, "new")
     other.evict_others()
     assert held.on_device == (1, "new")
     assert value(held[0]) == 0 and loaded == [0, 1, "new", 0]

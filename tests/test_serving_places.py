@@ -236,6 +236,8 @@ def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
     assert scheduler.running == 2
     with pytest.raises(QueueFull):
         scheduler.submit([request_for(scheduler, [])])
+    with pytest.raises(QueueFull):
+        scheduler.call(lambda: 1)
     go_on.set()
     until(lambda: len(events) == 4 and scheduler.running == 0)
     assert [type(event) for event in events] == [PromptScored, Finished] * 2
@@ -302,7 +304,13 @@ def test_the_scheduler_delivers_all_events_in_order(chatty):
     scheduler.submit([request_for(scheduler, unscored := [], model="xelm:lost", **scored)])
     until(lambda: unscored)
     assert unscored == lost
+    # What has models read is called in its thread, where they belong, and raises here.
+    assert scheduler.call(lambda: threading.current_thread().name) == "scheduler"
+    with pytest.raises(ZeroDivisionError):
+        scheduler.call(lambda: 1 // 0)
     scheduler.close()
     assert not scheduler.alive
     with pytest.raises(ShuttingDown):
         scheduler.submit([request_for(scheduler, events)])
+    with pytest.raises(ShuttingDown):
+        scheduler.call(lambda: 1)

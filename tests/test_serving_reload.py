@@ -5,9 +5,12 @@ import re
 import shutil
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from serving import served, until
 
+from clustering.files import sha256
 from experts.lock import record
 from experts.registry import Registry
 from xelm import open_run
@@ -26,6 +29,32 @@ def test_models_that_are_opened_are_those_that_are_listed(chatty, monkeypatch):
     found = models.open_served_models(run, Routing(name="uniform"))
     assert list(found.versions) == [first.name]
     assert found.ensemble.names == [first.name, "seed", "dense"]
+
+
+def test_another_expert_under_the_same_name_and_version_is_not_taken_for_the_one_before(
+    chatty, tmp_path
+):
+    """As when an expert is removed and its language grown again while the server is busy."""
+    directory = tmp_path / "RUN"
+    shutil.copytree(chatty, directory)
+    run, routing = open_run(directory), Routing(name="uniform")
+    before = models.open_served_models(run, routing)
+    assert models.open_served_models(run, routing, before=before) is before
+    said = before.ensemble.score([PROMPT], ["de"]).nats
+    file = directory / "experts" / "de-fr" / "v1" / "model.safetensors"
+    known, other = sha256(file), load_file(directory / "experts/en-es/v1/model.safetensors")
+    save_file(other, file, {"format": "pt"})
+    record_file = directory / "registry.json"
+    record_file.write_text(record_file.read_text().replace(known, sha256(file)))
+    after = models.open_served_models(run, routing, before=before)
+    assert after.versions == before.versions and after is not before
+    found = after.ensemble.score([PROMPT, PROMPT], ["de", "en"]).nats
+    np.testing.assert_array_equal(found[0], found[1])
+    assert abs(found[0] - said[0]) > 1e-3
+    # What only the models before used does not stay in memory.
+    held = len(after.parameters.on_device)
+    after.evict_others()
+    assert len(after.parameters.on_device) == held - 1
 
 
 @pytest.mark.slow

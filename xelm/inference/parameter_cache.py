@@ -64,12 +64,17 @@ class ParameterCache(Sequence):
         other._names, other._loaders = list(names), list(loaders)
         return other
 
-    def evict_others(self) -> None:
-        """Drops what only other caches of the same memory (`with_experts`) use."""
-        bases = [each.base_name for each in self._loaders if isinstance(each, Overlay)]
+    def evict_others(self, *kept: "ParameterCache") -> None:
+        """Drops what neither this cache nor those `kept`, of the same memory (`with_experts`),
+        use."""
+        used = {name for cache in (self, *kept) for name in cache._used()}
         for place in (self._device, self._host, self._whole):
-            for name in [name for name in place if name not in (*self._names, *bases)]:
+            for name in [name for name in place if name not in used]:
                 del place[name]
+
+    def _used(self) -> list[Hashable]:
+        bases = [each.base_name for each in self._loaders if isinstance(each, Overlay)]
+        return [*self._names, *bases]
 
     def __len__(self) -> int:
         return len(self._loaders)

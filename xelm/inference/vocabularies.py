@@ -35,36 +35,33 @@ def choose(
     prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
     languages: Sequence[str | None],
     user_masks: Sequence[Sequence[bool] | None] | None = None,
-    routers: Sequence[Router] | None = None,
+    router: Router | None = None,
     *,
-    reads: bool = True,
+    call: Callable[[Callable[[], list[P]]], list[P]] = lambda function: function(),
 ) -> list[P]:
     """The pool in whose vocabulary each prompt is to be read: that of the expert with the largest
     weight after the prompt. So a language that is stated, and serves an expert, decides alone.
 
     prompts: in the seed's ids, with the token that starts texts. user_masks: as in
-    `GenerationRequest`. routers: one for each prompt; None: the pool's. reads: whether models may
-    read the prompts; otherwise those whose router asks for it are read in the seed's vocabulary."""
+    `GenerationRequest`. router: None: the pool's. call: returns what a function returns in which
+    models read prompts, as the router may ask for; for models that belong to another thread."""
     if not pool.further:
         return [pool] * len(prompts)
-    walks, documents = [], []
-    for number, prompt in enumerate(prompts):
-        ids = np.asarray(prompt, np.int64)
-        user_mask = None if user_masks is None else user_masks[number]
-        mask = routing_mask(pool.tokenizer, ids, user_mask)
-        router = routers[number] if routers else pool.router
-        walks.append(Walk(router, languages[number], ids, np.asarray([len(ids)]), mask))
-        documents.append(ids)
-    found, reading = [pool] * len(prompts), dict(pool.reading)
-    reading["text_format"] = replace(pool.tokenizer.text_format, start_id=None)
-    for number, (walk, ids) in enumerate(zip(walks, documents)):
-        if reads or not walk.needs_log_likelihoods:
-            # One after the other: their routers may differ.
-            (decision,), *_ = decide_along(
-                replace(pool, router=walk.router), [walk], [ids], reading
-            )
-            found[number] = pool_of(pool, int(decision.log_weights[0].argmax()))
-    return found
+    router = router or pool.router
+    documents = [np.asarray(prompt, np.int64) for prompt in prompts]
+    masks = [None] * len(prompts) if user_masks is None else user_masks
+    walks = [
+        Walk(router, language, ids, np.asarray([len(ids)]), routing_mask(pool.tokenizer, ids, mask))
+        for ids, language, mask in zip(documents, languages, masks)
+    ]
+    form = replace(pool.tokenizer.text_format, start_id=None)
+
+    def decided() -> list[P]:
+        routed, reading = replace(pool, router=router), pool.reading | {"text_format": form}
+        decisions, *_ = decide_along(routed, walks, documents, reading)
+        return [pool_of(pool, int(one.log_weights[0].argmax())) for one in decisions]
+
+    return call(decided) if any(walk.needs_log_likelihoods for walk in walks) else decided()
 
 
 def pool_of(pool: P, model: int) -> P:

@@ -19,7 +19,7 @@ from xelm.inference.vocabularies import InPieces, loader
 from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
 from xelm.models.config import ModelConfig
 from xelm.models.shared import read_part
-from xelm.models.stored import root
+from xelm.models.stored import chain, own_weight_files, root
 from xelm.models.vocabulary_rows import resized
 from xelm.runs.check import check_models, is_mixture
 from xelm.runs.make_router import general_models, make_router, models_behind
@@ -101,7 +101,7 @@ class _Models:
             load = loader(read, self.model, own, vocabulary)
             same = (own and own.key) == (vocabulary and vocabulary.key)
             loaders.append(_sharing(path, load, self.dtype) if same else load)
-            name = _place(path)
+            name = place_of(path)
             places.append(name if same else f"{name} in {vocabulary and vocabulary.key}")
         if cache is None:
             return ParameterCache(loaders, names=places)
@@ -128,9 +128,13 @@ def _in_vocabulary(
     )
 
 
-def _place(path: Path) -> str:
-    """Name of a checkpoint in a cache of parameters, the same for each way to write its path."""
-    return os.path.normpath(path.absolute())
+def place_of(path: Path) -> str:
+    """Name of a checkpoint in a cache of parameters: its path, the same for each way to write it,
+    with size, time of change and inode of the files that its weights are composed of. Another model
+    may come to lie there, as when an expert is removed and its language grown again."""
+    files = [folder / name for folder in chain(path) for name in own_weight_files(folder)]
+    stamps = [(found.st_size, found.st_mtime_ns, found.st_ino) for found in map(os.stat, files)]
+    return f"{os.path.normpath(path.absolute())} {stamps}"
 
 
 def _sharing(path: Path, load: Callable[[], Any], dtype: str) -> Loader:
@@ -141,22 +145,26 @@ def _sharing(path: Path, load: Callable[[], Any], dtype: str) -> Loader:
         return load
     shape = read_config(path)
     return Overlay(
-        base_name=_place(base),
+        base_name=place_of(base),
         base=partial(read_for_inference, base, shape, dtype),
         part=partial(read_part, path, shape, dtype),
     )
 
 
-def open_model(run: Run, name: str, *, dtype: str = "auto") -> Ensemble:
+def open_model(
+    run: Run, name: str, *, dtype: str = "auto", cache: ParameterCache | None = None
+) -> Ensemble:
     """One model of a RUN as an ensemble of itself alone; its shape may be another than that of the
-    experts. name: as in `find_model`. dtype: as in `open_ensemble`."""
+    experts. name: as in `find_model`. dtype: as in `open_ensemble`. cache: in whose memory the
+    parameters lie; None: one of its own."""
     path = find_model(run, name).directory
     model, dtype = read_config(path), inference_dtype(path, dtype)
     vocabulary = vocabulary_of(run, path)
+    loaders, places = [partial(read_for_inference, path, model, dtype)], [place_of(path)]
     return Ensemble(
         names=[name],
         model=model,
-        parameters=ParameterCache([partial(read_for_inference, path, model, dtype)]),
+        parameters=cache.with_experts(loaders, places) if cache else ParameterCache(loaders),
         dtype=dtype,
         router=only(0, 1, "fixed"),
         tokenizer=vocabulary.tokenizer if vocabulary else run.tokenizer(),

@@ -84,8 +84,8 @@ class Request(GenerationRequest):
     """Called with each event, in order."""
     deadline: float
     """Time, by time.monotonic, after which the request ends."""
-    vocabulary: str | None = None
-    """Key of the vocabulary in which the prompt is; None: the seed's."""
+    pool: str | None = None
+    """Key of the pool that reads the prompt, as in `ServedModels.pools`."""
     cancelled: bool = False
 
 
@@ -124,7 +124,7 @@ class Batch:
 
     def add(self, request: Request) -> None:
         """Adds a request to the batch."""
-        if request.scores_prompt and self.models.router(request.model, request.vocabulary):
+        if request.scores_prompt and self.models.router(request.model, request.pool):
             self._to_score.append(request)
         else:
             self._generate(request)
@@ -134,7 +134,7 @@ class Batch:
         for continuation, request in list(self._generating.items()):
             if request.cancelled:
                 del self._generating[continuation]
-                self._generators[request.vocabulary].remove(continuation)
+                self._generators[request.pool].remove(continuation)
         self._to_score = deque(r for r in self._to_score if still_waiting(r, self._emit))
 
     def score_some(self, most: int) -> None:
@@ -142,14 +142,14 @@ class Batch:
         part, tokens = [], 0
         for request in self._to_score:
             tokens += len(request.ids)
-            if part and (tokens > most or request.vocabulary != part[0].vocabulary):
+            if part and (tokens > most or request.pool != part[0].pool):
                 break
             part.append(request)
         if not part:
             return
-        routers = (self.models.router(request.model, request.vocabulary) for request in part)
+        routers = (self.models.router(request.model, request.pool) for request in part)
         scores = score_prompts(
-            self._pools[part[0].vocabulary],
+            self._pools[part[0].pool],
             [request.ids for request in part],
             [router for router in routers if router is not None],
             [request.language for request in part],
@@ -165,7 +165,7 @@ class Batch:
 
     def _generate(self, request: Request, unless: Finished | None = None) -> None:
         """Begins to continue a prompt. unless: the event where no token is to be generated."""
-        router = self.models.router(request.model, request.vocabulary)
+        router = self.models.router(request.model, request.pool)
         if router is None:  # withdrawn while the request waited
             self._emit(request, Failed(404, f"the model {request.model!r} is no longer served"))
             return
@@ -173,7 +173,7 @@ class Batch:
             self._emit(request, unless or Finished("length", 0, {}, ""))
             return
         try:
-            generator = self._generators[request.vocabulary]
+            generator = self._generators[request.pool]
             continuation = generator.add(request, router, request.deadline)
         except UserError as error:
             self._emit(request, Failed(400, str(error)))
@@ -184,9 +184,9 @@ class Batch:
         """Generates a token of every sequence; returns how many these are."""
         running = [each for each in self._generators.values() if each.running]
         deltas = [delta for generator in running for delta in generator.step()]
-        names = self.models.ensemble.names
         for one, text, weights in deltas:
             request, router = self._generating[one], one.sequence.routing
+            names = self._pools[request.pool].names
             if text:
                 found = _weights_by_name(names, weights)
                 self._emit(request, TextDelta(text, found, router, one.take_likelihoods()))

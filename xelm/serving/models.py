@@ -1,4 +1,4 @@
-"""The models that a server has at a time: every published expert of a RUN, alone and together."""
+"""The models that a server has at a time: those of a RUN alone, and its experts together."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,10 @@ from xelm.inference.route import Router, routing_mask, states_along
 from xelm.inference.routers import Detected, Fixed
 from xelm.inference.routing import Routing
 from xelm.models.checkpoint import read_config
-from xelm.runs.ensembles import open_ensemble, published
+from xelm.runs.check import is_mixture
+from xelm.runs.ensembles import open_ensemble, open_model, place_of, published
 from xelm.runs.fit import identifier, pieces
+from xelm.runs.make_router import general_models
 from xelm.runs.run import Run
 
 ENSEMBLE = "xelm"
@@ -27,11 +29,15 @@ class ServedModels:
     """Models by name; an immutable value, which is replaced as a whole."""
 
     ensemble: Ensemble
-    """All models: the experts, then the seed, the dense baseline and merged models."""
+    """All models of one shape: the experts, then the seed, the dense baseline and merged models."""
+    alone: Mapping[str, Ensemble]
+    """Models of another shape, mixtures of experts, each in a pool of its own, by name."""
     routers: Mapping[str, Router]
-    """Name of a model in requests -> the router that weighs the ensemble's models for it."""
+    """Name of a model in requests -> the router that weighs the models of its pool for it."""
     versions: Mapping[str, str]
     """Expert -> its version, such as "en-es@v2"."""
+    places: Mapping[str, str]
+    """Model -> its checkpoint, as by `place_of`."""
     retired: Collection[str]
     """Experts that are retired."""
     detector: Detected
@@ -45,17 +51,27 @@ class ServedModels:
 
     @property
     def pools(self) -> dict[str | None, Ensemble]:
-        """The ensemble by the key of the vocabulary in which it reads; None is the seed's."""
+        """Pools by their key: the ensemble in the seed's vocabulary (None) and in further ones (by
+        `Vocabulary.key`), and models of another shape (by name)."""
         further = {one.vocabulary.key: one for one in self.ensemble.further if one.vocabulary}
-        return {None: self.ensemble, **further}
+        return {None: self.ensemble, **further, **self.alone}
 
-    def router(self, model: str, vocabulary: str | None) -> Router | None:
-        """The router for a model in requests, where it reads in this vocabulary; None if it is not
-        served, or not in this vocabulary any more."""
-        pool = self.pools.get(vocabulary)
+    def key_of(self, pool: Ensemble) -> str | None:
+        """The key of one of the pools."""
+        return next(key for key, one in self.pools.items() if one is pool)
+
+    def router(self, model: str, key: str | None) -> Router | None:
+        """The router for a model in requests, in the pool with this key; None if the model, or the
+        pool, is not served any more."""
+        pool = self.pools.get(key)
         if pool is None or model not in self.routers:
             return None
         return pool.router if model == ENSEMBLE else self.routers[model]
+
+    def evict_others(self) -> None:
+        """Drops parameters in the same memory that only models served earlier use."""
+        caches = (pool.parameters for pool in self.pools.values())
+        self.parameters.evict_others(*(c for c in caches if isinstance(c, ParameterCache)))
 
     @property
     def max_characters(self) -> int:
@@ -90,13 +106,17 @@ class ServedModels:
 def open_served_models(
     run: Run, routing: Routing, *, dtype: str = "auto", before: ServedModels | None = None
 ) -> ServedModels:
-    """The models that a RUN has published now. before: the models served until now, with which
-    parameters that stay are shared, and which are returned if the same versions are published.
+    """The models that a RUN has now. before: the models served until now, with which parameters
+    that stay are shared, and which are returned if the RUN has the same ones, with the same files.
     UserError for encoders, and if the files of a model are not those that were published or contain
     NaN or infinity."""
     experts = published(run)
     versions = {expert.name: expert.reference for expert in experts}
-    if before is not None and before.versions == versions:
+    mixtures = [name for name in run.combined() if is_mixture(name)]
+    paths = {expert.name: expert.directory(run.directory) for expert in experts}
+    paths |= general_models(run) | run.combined()
+    places = {name: place_of(path) for name, path in paths.items()}
+    if before is not None and (before.versions, before.places) == (versions, places):
         return before
     if not read_config(run.seed).causal:
         raise UserError(f"{run.directory} has encoders, which generate no text: nothing to serve")
@@ -108,13 +128,20 @@ def open_served_models(
         dtype=dtype,
         before=before and before.ensemble,
     )
+    assert isinstance(ensemble.parameters, ParameterCache)
+    alone = {
+        name: open_model(run, name, dtype=dtype, cache=ensemble.parameters) for name in mixtures
+    }
     names = ensemble.names
     log_weights = np.where(np.eye(len(names)), 0.0, -np.inf)
-    alone = {f"{ENSEMBLE}:{name}": Fixed(weights=one) for name, one in zip(names, log_weights)}
+    routers = {f"{ENSEMBLE}:{name}": Fixed(weights=one) for name, one in zip(names, log_weights)}
+    routers |= {f"{ENSEMBLE}:{name}": pool.router for name, pool in alone.items()}
     return ServedModels(
         ensemble=ensemble,
-        routers={ENSEMBLE: ensemble.router} | alone,
+        alone=alone,
+        routers={ENSEMBLE: ensemble.router} | routers,
         versions=versions,
+        places=places,
         retired=run.registry().retired(),
         detector=Detected(experts=1, identifier=identifier(run), pieces=pieces(run), serving={}),
     )

@@ -101,7 +101,8 @@ class Completions:
         models = self.scheduler.models
         try:
             async with self.tokenizing:
-                prompts, sampling = await run_in_threadpool(prepare, body, models, self.limits)
+                given = body, models, self.limits, self.scheduler.call
+                prompts, sampling = await run_in_threadpool(prepare, *given)
             tokens = sum(len(prompt.ids) for prompt in prompts)
             sequences = enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
             in_flight = _InFlight(
@@ -112,7 +113,8 @@ class Completions:
                 metrics=self.metrics,
             )
             in_flight.requests = [
-                self._request(in_flight, choice, sampling) for choice in in_flight.choices
+                self._request(in_flight, choice, sampling, models.key_of(choice.prompt.pool))
+                for choice in in_flight.choices
             ]
             # In a worker thread: the scheduler may hold its lock for a while.
             await run_in_threadpool(self.scheduler.submit, in_flight.requests)
@@ -124,15 +126,17 @@ class Completions:
             raise Refused(429, "too many requests are waiting; try again later") from None
         return in_flight
 
-    def _request(self, in_flight: _InFlight, choice: Choice, sampling: SamplingParams) -> Request:
-        body, vocabulary = in_flight.body, choice.prompt.pool.vocabulary
+    def _request(
+        self, in_flight: _InFlight, choice: Choice, sampling: SamplingParams, pool: str | None
+    ) -> Request:
+        body = in_flight.body
         return Request(
             model=body.model,
             ids=choice.prompt.ids,
             user_mask=choice.prompt.user_mask,
             sampling=sampling,
             language=body.language if body.model == ENSEMBLE else None,
-            vocabulary=vocabulary and vocabulary.key,
+            pool=pool,
             number=choice.index,
             alternatives=body.alternatives,
             scores_prompt=body.scores_prompt,

@@ -4,7 +4,7 @@ All of this takes time that grows with the request, so the server calls it in a 
 never in its event loop, where health checks and other streams would wait for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from xelm.serving.limits import MOST_LOG_PROBABILITIES, Limits
 from xelm.serving.models import ENSEMBLE, ServedModels
 from xelm.serving.openai_requests import Body, ChatRequest, CompletionRequest, fault
 
+Call = Callable[[Callable[[], list[Ensemble]]], list[Ensemble]]
+"""Returns what a function returns in which models read prompts."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedPrompt:
@@ -33,7 +36,7 @@ class TokenizedPrompt:
     user_mask: Sequence[bool] | None
     """Whether the router goes by each id, as in `batch.Request`."""
     pool: Ensemble
-    """The ensemble in whose vocabulary it is."""
+    """The pool that reads it, in whose vocabulary it is."""
     language: str | None
     """Language that the request states, otherwise the detected one; None where there is no text."""
     echo: str = ""
@@ -51,18 +54,20 @@ def parse(kind: type[Body], body: bytes) -> Body:
 
 
 def prepare(
-    request: Body, models: ServedModels, limits: Limits
+    request: Body, models: ServedModels, limits: Limits, call: Call
 ) -> tuple[list[TokenizedPrompt], SamplingParams]:
     """Tokenises the prompts of a request, each of which is continued `n` times. Raises UserError or
-    Refused where these models cannot answer it, or where it exceeds the limits."""
-    prompts, masks, pools = _tokenize(request, models)
+    Refused where these models cannot answer it, or where it exceeds the limits. call: has models
+    read prompts, where the vocabulary of a text depends on that (`vocabularies.choose`)."""
     ensemble, most = models.ensemble, limits.max_sequences + limits.max_waiting
-    if (count := len(prompts) * (request.n or 1)) > most:
+    given = len(request.prompts) if isinstance(request, CompletionRequest) else 1
+    if (count := given * (request.n or 1)) > most:
         message = f"a request may have {most} sequences, prompts times n; got {count}"
         raise Refused(400, message)
+    prompts, masks, pools = _tokenize(request, models, call)
     for ids, pool in zip(prompts, pools):
         check_prompt(pool, ids, 1 if request.most_tokens is None else request.most_tokens)
-    space = ensemble.longest - max(map(len, prompts))
+    space = min(pool.longest - len(ids) for ids, pool in zip(prompts, pools))
     sampling = request.sampling(ensemble.sampling, min(space, limits.max_tokens))
     if sampling.max_new_tokens > limits.max_tokens:
         message = f"max_tokens must be at most {limits.max_tokens}; got {sampling.max_new_tokens}"
@@ -86,11 +91,11 @@ def prepare(
 
 
 def _tokenize(
-    request: Body, models: ServedModels
+    request: Body, models: ServedModels, call: Call
 ) -> tuple[list[list[int]], list[list[bool] | None], list[Ensemble]]:
-    """Token ids of each prompt, for a chat the mask of the user's text, and the ensemble in whose
-    vocabulary they are. Text follows the token that starts texts; ids are taken as they are, those
-    for the ensemble as the seed's."""
+    """Token ids of each prompt, for a chat the mask of the user's text, and the pool that reads
+    them. Text follows the token that starts texts; ids are taken as they are, those for the
+    ensemble as the seed's."""
     tokenizer = models.ensemble.tokenizer
     longest = max(map(len, request.texts), default=0)
     if longest > models.max_characters:
@@ -104,16 +109,18 @@ def _tokenize(
         messages = [{"role": m.role, "content": m.text} for m in request.messages]
         options = _template_options(request, tokenizer)
         ids, mask = tokenizer.chat(messages, options)
-        (pool,) = _pools(request, models, [ids], [mask])
+        (pool,) = _pools(request, models, [ids], [mask], call)
         if pool is not models.ensemble:
             ids, mask = pool.tokenizer.chat(messages, options)
         return [ids], [mask], [pool]
     prompts = [tokenizer.begin(p) if isinstance(p, str) else p for p in request.prompts]
-    pools = _pools(request, models, prompts, [None] * len(prompts))
-    if request.model == ENSEMBLE:
-        texts = [isinstance(prompt, str) for prompt in request.prompts]
-        pools = [pool if text else models.ensemble for pool, text in zip(pools, texts)]
-    for number, (given, pool) in enumerate(zip(request.prompts, pools)):
+    pools = [models.ensemble] * len(prompts)
+    routed = [n for n, given in enumerate(request.prompts) if isinstance(given, str)]
+    if request.model != ENSEMBLE:
+        routed = list(range(len(prompts)))
+    some = [prompts[number] for number in routed]
+    for number, pool in zip(routed, _pools(request, models, some, [None] * len(some), call)):
+        pools[number], given = pool, request.prompts[number]
         if isinstance(given, str) and pool is not models.ensemble:
             prompts[number] = pool.tokenizer.begin(given)
     return prompts, [None] * len(prompts), pools
@@ -124,15 +131,17 @@ def _pools(
     models: ServedModels,
     prompts: Sequence[Sequence[int]],
     masks: Sequence[Sequence[bool] | None],
+    call: Call,
 ) -> list[Ensemble]:
-    """The ensemble in whose vocabulary each prompt is read. No model reads it for that: they belong
-    to the scheduler's thread."""
-    language = request.language if request.model == ENSEMBLE else None
-    router = models.routers[request.model]
-    count = len(prompts)
-    return choose(
-        models.ensemble, prompts, [language] * count, masks, [router] * count, reads=False
-    )
+    """The pool that reads each prompt: of a model of another shape its own, otherwise that of a
+    vocabulary."""
+    name, language = request.model.removeprefix(f"{ENSEMBLE}:"), None
+    if request.model != ENSEMBLE and name in models.alone:
+        return [models.alone[name]] * len(prompts)
+    if request.model == ENSEMBLE:
+        language = request.language
+    router, languages = models.routers[request.model], [language] * len(prompts)
+    return choose(models.ensemble, prompts, languages, masks, router, call=call)
 
 
 def _template_options(request: ChatRequest, tokenizer: Tokenizer) -> dict[str, Any]:

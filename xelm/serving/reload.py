@@ -79,7 +79,7 @@ class RegistryWatcher(threading.Thread):
         finally:
             self._scheduler.preparing = False
         self._refusal, self._retry_seconds = "", INTERVAL_SECONDS
-        if models.versions == before.versions:
+        if models is before:
             return
         self._scheduler.replace_models(models)
         self._metrics.reloads.labels("accepted").inc()

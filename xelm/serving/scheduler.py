@@ -8,6 +8,8 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 from xelm.serving.batch import Batch, Event, Failed, Request, still_waiting
 from xelm.serving.limits import Limits
@@ -17,6 +19,9 @@ TOKENS_SCORED = 4096
 """Largest number of prompt tokens that are scored at a time, unless one prompt has more."""
 TOKENS_SCORED_BETWEEN_STEPS = 512
 """The same while sequences are being generated, which wait meanwhile."""
+
+
+T = TypeVar("T")
 
 
 class QueueFull(Exception):
@@ -40,6 +45,7 @@ class Scheduler:
         self._limits, self._call_soon = limits, call_soon
         self._changed = threading.Condition()
         self._queue: deque[Request] = deque()
+        self._calls: deque[Callable[[], None]] = deque()
         self._batches = [Batch(models, self._emit)]
         """Last the batch that new requests join; before it those of models that were replaced."""
         self._events: list[tuple[Request, Event]] = []
@@ -83,14 +89,36 @@ class Scheduler:
             if request.model in models.routers:  # otherwise it has just been withdrawn
                 models.routers[request.model].start(request.language)
         with self._changed:
-            free = self._limits.max_sequences - self.running
-            dead = self._thread.ident is not None and not self._thread.is_alive()
-            if self._closing or dead:
-                raise ShuttingDown
-            if len(self._queue) + len(requests) > self._limits.max_waiting + free:
-                raise QueueFull
+            self._check_space(len(requests))
             self._queue += requests
             self._changed.notify()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What a function returns in which models read, which belong to the scheduler's thread: it
+        is called there between two steps, and this waits for it. Raises what the function raises,
+        and QueueFull or ShuttingDown where a request would not be queued."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._changed:
+            self._check_space(1)
+            self._calls.append(run)
+            self._changed.notify()
+        return future.result()
+
+    def _check_space(self, count: int) -> None:
+        """Raises QueueFull or ShuttingDown where so many more requests are not queued."""
+        free = self._limits.max_sequences - self.running
+        dead = self._thread.ident is not None and not self._thread.is_alive()
+        if self._closing or dead:
+            raise ShuttingDown
+        if len(self._queue) + count > self._limits.max_waiting + free:
+            raise QueueFull
 
     def cancel(self, requests: Sequence[Request]) -> None:
         """Gives up some requests, whether they wait or are being answered."""
@@ -119,6 +147,8 @@ class Scheduler:
             try:
                 if not self._schedule():
                     return
+                if self._calls:
+                    self._calls.popleft()()
                 for batch in list(self._batches):
                     # Not all prompts at once: running sequences wait for their next token.
                     generating = any(other.generating for other in self._batches)
@@ -133,7 +163,7 @@ class Scheduler:
         """Waits until there is work, removes requests that are over, and moves others from the
         queue into the batch. False when all is done."""
         with self._changed:
-            while not self._queue and not self.running:
+            while not self._queue and not self.running and not self._calls:
                 self._retire()
                 if self._closing:
                     return False
@@ -153,7 +183,7 @@ class Scheduler:
         """Drops the batches of replaced models that are empty, and what only they loaded."""
         batches = [batch for batch in self._batches[:-1] if len(batch)] + self._batches[-1:]
         if len(batches) == 1 < len(self._batches):
-            self.models.parameters.evict_others()
+            self.models.evict_others()
         self._batches = batches
 
     def _fail_all(self, error: Exception) -> None:
@@ -166,7 +196,7 @@ class Scheduler:
                 self._emit(request, Failed(503 if out_of_memory else 500, f"{why}; try again"))
             self._queue.clear()
             self._batches = [Batch(self.models, self._emit)]
-            self.models.parameters.evict_others()
+            self.models.evict_others()
 
     def _unfinished(self) -> list[Request]:
         """All requests in a batch or in the queue, each once."""
