@@ -17,6 +17,7 @@ from serving import served
 
 from xelm import load_model, open_run
 from xelm.data.vocabulary import key_of
+from xelm.harness import Harness
 from xelm.inference.vocabularies import choose
 
 pytestmark = pytest.mark.slow
@@ -195,6 +196,41 @@ def test_a_server_reads_a_prompt_in_the_vocabulary_in_which_the_ensemble_does(gr
         assert names[len(ids) :] == new or len(new) < 5
         (nats,) = pool.likelihoods([[start]], [ids]).nats
         assert -sum(choice["logprobs"]["token_logprobs"][: len(ids)]) == pytest.approx(nats, 1e-5)
+
+
+def test_the_harness_reads_each_text_in_the_vocabulary_in_which_the_ensemble_does(grown):
+    old = json.loads((grown.held / "es.jsonl").read_text().splitlines()[0])["text"]
+    texts = [grown.texts[0][:16], old[:16], grown.texts[1][:16]]
+    rests = [grown.texts[0][16:26], old[16:26], grown.texts[1][16:26]]
+    ensemble = open_run(grown.run).ensemble("learned")
+    (own,) = ensemble.further
+    pools = choose(ensemble, [ensemble.tokenizer.begin(text) for text in texts], [None] * 3)
+    assert pools[0] is own and pools[1] is ensemble and pools[2] is own
+    harness = Harness(str(grown.run))
+    requests = [SimpleNamespace(args=pair) for pair in zip(texts, rests)]
+    found = harness.loglikelihood(requests, disable_tqdm=True)
+    for text, rest, pool, (value, _) in zip(texts, rests, pools, found):
+        # Spaces at its end belong to the continuation.
+        context, ids = pool.tokenizer.begin(text.rstrip()), pool.tokenizer.begin(text + rest)
+        after = pool.likelihoods([context], [ids[len(context) :]])
+        assert value == pytest.approx(-after.nats[0], rel=1e-5)
+    wholes = [SimpleNamespace(args=(text,)) for text in texts]
+    rolling = harness.loglikelihood_rolling(wholes, disable_tqdm=True)
+    for text, pool, value in zip(texts, pools, rolling):
+        start, *ids = pool.tokenizer.begin(text)
+        assert value == pytest.approx(-pool.likelihoods([[start]], [ids]).nats[0], rel=1e-5)
+    options = {"max_gen_toks": 6, "do_sample": False, "until": []}
+    prompts = [SimpleNamespace(args=(text, dict(options))) for text in texts]
+    continued = harness.generate_until(prompts, disable_tqdm=True)
+    wanted = [ensemble.generate(t, max_new_tokens=6, temperature=0.0).text for t in texts]
+    assert continued == wanted
+    # One model alone reads in its own.
+    alone = Harness(str(grown.run), model="hy")
+    ((value, _),) = alone.loglikelihood(requests[:1], disable_tqdm=True)
+    context = own.tokenizer.begin(texts[0].rstrip())
+    ids = own.tokenizer.begin(texts[0] + rests[0])
+    after = open_run(grown.run).model("hy").likelihoods([context], [ids[len(context) :]])
+    assert value == pytest.approx(-after.nats[0], rel=1e-5)
 
 
 def test_further_versions_and_children_keep_the_vocabulary(grown, xelm):

@@ -100,6 +100,19 @@ def test_texts_are_continued_as_by_transformers(pair, texts):
     assert cut == whole[: whole.index(whole[4:6])]
 
 
+def test_the_seed_is_asked_also_where_the_run_has_a_single_expert(copy, texts, xelm):
+    assert xelm("retire", copy.directory, "en-es").code == 0
+    seed = Harness(str(copy.directory), model="seed")
+    assert seed.ensemble.names == ["seed"]
+    alone = open_run(copy.directory).model("seed")
+    start, *ids = alone.tokenizer.begin(texts[0][:40])
+    ((found, _),) = seed._loglikelihood_tokens([(None, [start], ids)], disable_tqdm=True)
+    scores = alone.likelihoods([[start]], [ids])
+    assert found == pytest.approx(-scores.nats[0], rel=1e-6)
+    expert = open_run(copy.directory).model("de-fr").likelihoods([[start]], [ids])
+    assert abs(expert.nats[0] - scores.nats[0]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("routing", "route_per"),
     [("detected", "prompt"), ("posterior", "token"), ("posterior", "prompt")],
@@ -228,8 +241,13 @@ def test_the_same_router_speaks_wherever_none_is_asked_for():
 
 
 def test_mistakes_are_told(tiny, capsys, monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="there is no published expert 'nobody' to weigh"):
+    with pytest.raises(UserError, match="there is no expert 'nobody'"):
         Harness(str(tiny.directory), model="nobody")
+    for more in ({"routing": "posterior"}, {"language": "de"}, {"top_m": 1}):
+        with pytest.raises(UserError, match="model=de-fr runs one model alone, which nothing rout"):
+            Harness(str(tiny.directory), model="de-fr", **more)
+    with pytest.raises(UserError, match="there is no option 'tom_m' of routing; there are top_m, "):
+        Harness(str(tiny.directory), tom_m=1)
     # The harness's own tasks are thousands of files, and none of them is needed here.
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     (tmp_path / "tiny.yaml").write_text(

@@ -7,8 +7,8 @@ The first argument is what the harness calls model_args; all others are its own 
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import lm_eval.__main__
@@ -24,13 +24,15 @@ from xelm.inference.decoder import padded
 from xelm.inference.engine import GenerationRequest
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
-from xelm.inference.routing import Routing
-from xelm.inference.vocabularies import pool_told
-from xelm.runs.ensembles import open_ensemble
+from xelm.inference.routing import DEFAULT, Routing
+from xelm.inference.vocabularies import choose
+from xelm.runs.ensembles import open_ensemble, open_model
 from xelm.runs.run import open_run
 
 TOKENS_AT_ONCE = 16_384
 """Largest number of tokens of the requests that are scored together."""
+CONTEXTS_AT_ONCE = 256
+"""Number of contexts for which a vocabulary is chosen together."""
 
 
 @register_model("xelm")
@@ -50,25 +52,17 @@ class Harness(TemplateLM):
         max_gen_toks: int = 256,
         **router: Any,
     ):
-        """run: a RUN. model: an expert, the seed or the dense baseline alone, instead of the
-        ensemble. language: language of all texts, as in `Ensemble.score`; only where it or a model
-        is given are texts read in further pieces that an expert has. router: further options
-        of `Routing`. batch_size: number of texts that are generated together. max_batch_size and
+        """run: a RUN. model: one model alone instead of the ensemble, by a name of `find_model`.
+        language: language of all texts, as in `Ensemble.score`. router: further options of
+        `Routing`. batch_size: number of texts that are generated together. max_batch_size and
         device, which the harness gives, are not used."""
         super().__init__()
-        if model is None:
-            chosen = Routing(name=routing, **router)
-        elif model in ("seed", "dense"):
-            # A router that is never sure enough leaves every text to that model.
-            chosen = Routing(name="uniform", abstain=1.0, abstain_to=model)
-        else:
-            chosen = Routing(name="fixed", weights={model: 1.0})
-        # One model alone is used for every language.
-        self._language = language if model is None else None
-        ensemble = open_ensemble(open_run(run), chosen, dtype=dtype)
-        self.ensemble: Ensemble = pool_told(ensemble, self._language)
+        self.ensemble: Ensemble = _opened(run, model, routing, language, router, dtype)
         if not self.ensemble.model.causal:
             raise UserError(f"{run} has encoders, which the harness cannot evaluate")
+        self._pool = self.ensemble
+        """The ensemble in whose vocabulary texts are read now."""
+        self._language = language
         self.tokenizer = self.ensemble.tokenizer.hub
         self._max_gen_toks = max_gen_toks
         self._batch = int(batch_size) if str(batch_size).isdecimal() else 32
@@ -80,7 +74,7 @@ class Harness(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token before a text whose first token is predicted."""
-        return self.ensemble.tokenizer.prefix_id
+        return self._pool.tokenizer.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -97,7 +91,7 @@ class Harness(TemplateLM):
     ) -> list[int]:
         """Token ids of a text, after the one that starts texts if there is one, or of a rendered
         chat, whose template contains all special tokens."""
-        tokenizer = self.ensemble.tokenizer
+        tokenizer = self._pool.tokenizer
         if string.startswith(RENDERED):
             return tokenizer.special.encode(string)[0]
         (ids,) = tokenizer.encode([string])
@@ -116,9 +110,47 @@ class Harness(TemplateLM):
         of the user's text; None: by all."""
         if string is None or not string.startswith(RENDERED):
             return None
-        mask = self.ensemble.tokenizer.special.encode(string)[1]
+        mask = self._pool.tokenizer.special.encode(string)[1]
         # If the user's text was cut off, the router goes by the whole context.
         return mask[-count:] if mask and any(mask[-count:]) else None
+
+    def _in_vocabularies(
+        self, contexts: Sequence[str], answer: Callable[[list[int]], Sequence[Any]]
+    ) -> list[Any]:
+        """Answers requests, each in the vocabulary in which the ensemble reads its context, or the
+        text that it is. answer: returns the answers to the requests of these numbers."""
+        distinct = list(dict.fromkeys(contexts)) if self.ensemble.further else []
+        pools: dict[str, Ensemble] = {}
+        for first in range(0, len(distinct), CONTEXTS_AT_ONCE):
+            part = distinct[first : first + CONTEXTS_AT_ONCE]
+            ids = [self.tok_encode(text) or [self.prefix_token_id] for text in part]
+            masks = [self._user_mask(text, len(own)) for text, own in zip(part, ids)]
+            chosen = choose(self.ensemble, ids, [self._language] * len(part), masks)
+            pools |= dict(zip(part, chosen))
+        found: list[Any] = [None] * len(contexts)
+        for pool in (self.ensemble, *self.ensemble.further):
+            numbers = [n for n, text in enumerate(contexts) if pools.get(text, pool) is pool]
+            if not numbers:
+                continue
+            self._pool = pool
+            try:
+                answers = answer(numbers)
+            finally:
+                self._pool = self.ensemble
+            for number, one in zip(numbers, answers):
+                found[number] = one
+        return found
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        contexts = [request.args[0] for request in requests]
+
+        def answer(numbers: list[int]) -> list[tuple[float, bool]]:
+            some = [requests[number] for number in numbers]
+            return super(Harness, self).loglikelihood(some, disable_tqdm)
+
+        return self._in_vocabularies(contexts, answer)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context.startswith(RENDERED):
@@ -145,7 +177,7 @@ class Harness(TemplateLM):
                 longest = sum(map(len, pairs[order[0]]))
                 count = max(1, TOKENS_AT_ONCE // padded(max(longest, 16)))
                 part, order = order[:count], order[count:]
-                likelihoods = self.ensemble.likelihoods(
+                likelihoods = self._pool.likelihoods(
                     [pairs[number][0] for number in part],
                     [pairs[number][1] for number in part],
                     [self._language] * len(part),
@@ -174,6 +206,14 @@ class Harness(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
+        texts = [request.args[0] for request in requests]
+
+        def answer(numbers: list[int]) -> list[float]:
+            return self._rolling([requests[number] for number in numbers], disable_tqdm)
+
+        return self._in_vocabularies(texts, answer)
+
+    def _rolling(self, requests: Sequence[Instance], disable_tqdm: bool) -> list[float]:
         windows: list[list[Any]] = []
         for request in requests:
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -208,9 +248,15 @@ class Harness(TemplateLM):
         return found
 
     def _generate(self, texts: Sequence[str], options: dict[str, Any]) -> list[str]:
+        def answer(numbers: list[int]) -> list[str]:
+            return self._continued([texts[number] for number in numbers], options)
+
+        return self._in_vocabularies(texts, answer)
+
+    def _continued(self, texts: Sequence[str], options: dict[str, Any]) -> list[str]:
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else until
-        ensemble = self.ensemble
+        ensemble = self._pool
         most = min(int(options.get("max_gen_toks", self._max_gen_toks)), ensemble.longest - 1)
         sampled = bool(options.get("do_sample", float(options.get("temperature") or 0) > 0))
         sampling = replace(
@@ -234,6 +280,30 @@ class Harness(TemplateLM):
             for text, ids in zip(texts, prompts)
         ]
         return [one.text for one in generate(ensemble, requests)]
+
+
+def _opened(
+    run: str,
+    model: str | None,
+    routing: str,
+    language: str | None,
+    router: dict[str, Any],
+    dtype: str,
+) -> Ensemble:
+    """The ensemble, or one model alone, which neither a router nor a language concerns."""
+    known = [field.name for field in fields(Routing) if field.name != "name"]
+    if unknown := sorted(router.keys() - {*known}):
+        raise UserError(
+            f"there is no option {unknown[0]!r} of routing; there are {', '.join(known)}"
+        )
+    if model is None:
+        return open_ensemble(open_run(run), Routing(name=routing, **router), dtype=dtype)
+    if router or routing != DEFAULT or language is not None:
+        raise UserError(
+            f"model={model} runs one model alone, which nothing routes to; leave out routing, its "
+            "options and language, or the model"
+        )
+    return open_model(open_run(run), model, dtype=dtype)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -69,17 +69,6 @@ def pool_of(pool: P, model: int) -> P:
     return next((one for one in pool.further if model in one.owners), pool)  # type: ignore[misc]
 
 
-def pool_told(pool: P, language: str | None) -> P:
-    """The pool with the vocabulary of the expert that serves a language, or of the model that has
-    all weight by hand; otherwise the pool itself."""
-    walk = Walk(pool.router, language, np.zeros(0, np.int64), np.zeros(1, np.int64))
-    if walk.needs_log_likelihoods:
-        return pool
-    decision = walk.decide(np.zeros((pool.router.experts, 0)), pool.limits, len(pool.names))
-    told = decision.router in ("language", "fixed")
-    return pool_of(pool, int(decision.log_weights[0].argmax())) if told else pool
-
-
 def loader(
     read: Callable[[ModelConfig], Any],
     model: ModelConfig,
