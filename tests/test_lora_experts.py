@@ -69,6 +69,48 @@ def test_what_is_trained_is_what_is_read(run, xelm):
     assert xelm("generate", run.directory, "a", "--max-new-tokens", 2).code == 0
 
 
+def test_experts_of_clusters_are_adapters_of_the_seed_where_init_says_so(
+    tiny, tiny_settings, xelm, tmp_path
+):
+    """From init on, through training beside a dense baseline without adapters, to what is read."""
+    directory = tmp_path / "RUN"
+    given = tiny_settings(experts__lora__rank=4, experts__optimizer__learning_rate=0.03)
+    for command in (
+        ("init", directory, "--corpus", tiny.corpus, "--languages", "en,de,es,fr", *given),
+        ("branch", directory, "--clusters", tiny.clusters),
+        ("train", directory, "--all", "--dense"),
+        ("train", directory, "en-es", "--again", "--set", "gate.worse=null"),
+    ):
+        outcome = xelm(*command)
+        assert outcome.code == 0, outcome.err
+    run = open_run(directory)
+    first, second = run.registry().versions("en-es")
+    assert [(e.stored, e.parent) for e in (first, second)] == [
+        ("adapter", "seed"),
+        ("adapter", "en-es@v1"),
+    ]
+    factors = load_file(first.directory(directory) / "adapter_model.safetensors")
+    assert sum(each.size for each in factors.values()) == 2 * 4 * (4 * 32 + 3 * 40)
+    assert (run.dense / "model.safetensors").exists() and not (run.dense / "base.json").exists()
+    command = ("evaluate", directory, "--corpus", tiny.held_out, "--routing", "language", "--json")
+    found = xelm(*command).json()
+    bits = {(r["system"], r["language"]): r["nll"] / r["bytes"] for r in found["rows"]}
+    for tag in ("en", "es"):
+        assert bits["en-es", tag] == bits["ensemble", tag] < bits["seed", tag]
+    # An exported expert scores as the RUN's does.
+    assert xelm("export", directory, "en-es", "--out", tmp_path / "whole").code == 0
+    shape, published = read_config(run.seed), second.directory(directory)
+    found, wanted = load_parameters(tmp_path / "whole", shape), load_parameters(published, shape)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    chained = xelm("export", directory, "en-es", "--adapter", tmp_path / "adapter", "--json")
+    assert chained.json()["base"] == str(run.seed)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 8  # of both versions
+    language = ("--routing", "language", "--language", "es", "--max-new-tokens", 2)
+    assert "es" in xelm("generate", directory, "a", *language).err
+    assert xelm("verify", directory).code == 0
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_an_export_is_a_complete_checkpoint_and_an_adapter_of_the_whole_chain(run, xelm, tmp_path):
     directory = run.registry().expert("pt").directory(run.directory)

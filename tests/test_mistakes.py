@@ -190,6 +190,15 @@ MISTAKES = [
         "--set experts.sequence_length=128 --set grow.sequence_length=128)",
     ),
     (
+        "init new --corpus corpus --set experts.lora.rank=999",
+        "experts.lora.rank must be at most 128, the smaller dimension of",
+    ),
+    (
+        "init new --corpus corpus --seed run/seed --set grow.sequence_length=32 --set "
+        "experts.sequence_length=32 --set grow.frozen_layers=0-2",
+        "grow.frozen_layers must be some of the layers 0 to 1 of this model",
+    ),
+    (
         "init new --corpus corpus --seed run/seed --set experts.sequence_length=65",
         "experts.sequence_length and grow.sequence_length must be at most the model's max_length, "
         "64; got 65 and 1024 (add --set experts.sequence_length=64 --set grow.sequence_length=64)",

@@ -23,6 +23,7 @@ from xelm.models.checkpoint import copy_checkpoint
 from xelm.models.config import ModelConfig
 from xelm.runs.branch import branch, check_languages
 from xelm.runs.budget import Plan, announce, check_disk, plan
+from xelm.runs.jobs import check_part
 from xelm.runs.options import InitOptions
 from xelm.runs.origin import base_model_of
 from xelm.runs.run import Run, create_run, files_of_run
@@ -132,6 +133,8 @@ def _given(
         base_model = base_model_of(seed, base_model)
         model, tokenizer = check_seed(Path(seed), config.start_token, parts)
         config = replace(config, model=None)  # the seed has one
+    for name, part in parts.items():
+        check_part(name, part, model)
     facts = {
         "languages": list(contents.languages or ()),
         "seed_from": None if seed is None else str(Path(seed).resolve()),

@@ -12,6 +12,7 @@ from xelm.data.held_out import TrainingText
 from xelm.data.rows import LanguageShare
 from xelm.data.store import Store
 from xelm.models.checkpoint import read_config
+from xelm.models.config import ModelConfig
 from xelm.runs.budget import passes
 from xelm.runs.run import Run
 from xelm.runs.shares import (
@@ -96,19 +97,25 @@ def expert_job(run: Run, expert: Expert, new: Mapping[str, Store] | None = None)
 def _check_trainable(run: Run, expert: Expert, config: TrainConfig, *, extended: bool) -> None:
     """Raises UserError for adapters and frozen layers that the model cannot have. extended: whether
     the training begins with new pieces."""
-    if config.lora.rank is None and config.frozen_layers is None:
-        return
-    from xelm.training.trainable import check_trainable
-
     if extended and config.lora.rank is not None:
         raise UserError(
             f"{expert.reference} begins with new pieces, whose embeddings adapters would freeze; "
             "train it without lora.rank"
         )
+    check_part(part_of(expert), config, read_config(run.seed))
+
+
+def check_part(part: str, config: TrainConfig, model: ModelConfig) -> None:
+    """Raises UserError for adapters and frozen layers of a part of the configuration, such as
+    "grow", that a model of this shape cannot have."""
+    if config.lora.rank is None and config.frozen_layers is None:
+        return
+    from xelm.training.trainable import check_trainable
+
     try:
-        check_trainable(config, read_config(run.seed))
+        check_trainable(config, model)
     except UserError as error:
-        raise UserError(f"{part_of(expert)}.{error}") from None
+        raise UserError(f"{part}.{error}") from None
 
 
 def part_of(expert: Expert) -> str:
