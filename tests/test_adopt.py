@@ -135,7 +135,7 @@ def test_a_version_that_the_gate_refuses_can_be_published_or_discarded(copy, tmp
     for again in (lambda: run.train("pt"), lambda: run.train_again("pt")):
         with pytest.raises(UserError, match=r"pt@v1 is not trained here: it was begun with xelm"):
             again()
-    with pytest.raises(UserError, match="pt@v1 is in training already, as something else"):
+    with pytest.raises(UserError, match="pt@v1 is trained, and the gate keeps it back; publish"):
         run.adopt(copy.directory / "seed", ["pt"])
     assert run.discard("pt").reference == "pt@v1"
     assert not (copy.directory / "experts/pt").exists()

@@ -390,6 +390,6 @@ def test_the_record_says_what_it_was_trained_on(second, more, tiny):
     kept = np.setdiff1d(np.arange(NEW), held_out(ids, run.config.held_out))
     assert new["tokens"] == ids.lengths[kept].sum() and new["bytes"] == ids.bytes[kept].sum()
     card = (expert.directory(run.directory) / "README.md").read_text()
-    assert f"| pt: {more} | no data card |" in card.splitlines()
+    assert f"| pt: {more.name} | no data card |" in card.splitlines()
     assert json.loads((run.directory / "registry.json").read_text())["experts"][-1]["data"]
     assert Path(more / "pt.jsonl").exists()
