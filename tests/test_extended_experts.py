@@ -274,6 +274,14 @@ def test_a_version_from_elsewhere_has_the_vocabulary_of_its_weights(grown, xelm,
     assert "hy@v3 is not published" in adopted.err  # it has no pieces for this text
 
 
+def test_a_version_does_not_start_from_pieces_that_its_expert_has_not(grown, xelm):
+    before = hashes(grown.run)
+    refused = xelm("train", grown.run, "en-es", "--again", "--from", "hy@v1")
+    assert refused.code == 2 and refused.err.count("\n") == 1
+    assert "hy@v1 has more pieces than the seed, and en-es@v1 does not have these" in refused.err
+    assert hashes(grown.run) == before
+
+
 def test_an_expert_that_has_more_pieces_than_its_parent_is_not_compressed(grown, xelm):
     before = hashes(grown.run / "experts")
     for how in (("--revert", 0), ("--rank", 2)):

@@ -110,6 +110,18 @@ def test_nothing_changes_in_a_dry_run(xelm, place, corpus):
     assert snapshot(place.directory) == before
 
 
+def test_a_language_of_the_runs_corpus_that_joins_is_not_read_twice(place, tiny):
+    tokenise(place, contents_in(tiny.corpus, ["fr"]), "en-es-fr")
+    facts = {"cluster": "en-es", "languages": ("en", "es", "fr"), "corpora": ("en-es-fr",)}
+    joined = Expert(name="en-es", version=2, parent="en-es@v1", joined=("fr",), **facts)
+    again = Expert(name="en-es", version=3, parent="en-es@v1", **facts)
+    for expert in (joined, again):
+        text = expert_text(place, expert)
+        for part in (text.sources, text.held_out):
+            read = [(source.ids.directory.name, source.ids.language) for source in part]
+            assert read == [("train", "en"), ("train", "es"), ("en-es-fr", "fr")]
+
+
 def test_former_languages_keep_their_share_of_the_rows(place, corpus):
     tokenise(place, contents_in(corpus, ["pt"]), "en-es-v2")
     expert = Expert(

@@ -144,7 +144,8 @@ def _resumed(
 
 
 def _origin(registry: Registry, before: Expert, start: str | None) -> str:
-    """Reference of what a version starts from; UserError for a version without weights."""
+    """Reference of what a version starts from; UserError for a version without weights, or with
+    pieces of its own that `before` does not have."""
     if start is None:
         return before.reference
     if start in (SEED, "parent"):
@@ -153,6 +154,11 @@ def _origin(registry: Registry, before: Expert, start: str | None) -> str:
     if not origin.sha256:
         raise UserError(
             f"{origin.reference} is {origin.status}: there are no weights to start from"
+        )
+    if origin.vocabulary not in (None, before.vocabulary):
+        raise UserError(
+            f"{origin.reference} has more pieces than the seed, and {before.reference} does not "
+            "have these; start from another version, or from the seed"
         )
     return origin.reference
 

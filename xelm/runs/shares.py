@@ -38,9 +38,17 @@ def expert_text(run: Run, expert: Expert, new: Mapping[str, Store] | None = None
     if expert.cluster is not None and not expert.corpora:
         return divided(run, _cluster_shares(run, expert))
     run = as_recorded(run, expert)
-    stores = [(new or {}).get(name) or run.store(name) for name in expert.texts]
+    # Languages that joined the expert of a cluster came with their text, which the corpus may have.
+    apart: set[str] = set()
+    if expert.cluster is not None:
+        apart = set(expert.languages) - set(run.clusters().clusters[expert.cluster])
+    stores = {name: (new or {}).get(name) or run.store(name) for name in expert.texts}
     texts = {
-        tag: [store.languages[tag] for store in stores if tag in store.languages]
+        tag: [
+            store.languages[tag]
+            for name, store in stores.items()
+            if tag in store.languages and (name != "train" or tag not in apart)
+        ]
         for tag in expert.languages
     }
     away = run.config.held_out
