@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.parameter_cache import Overlay, ParameterCache
 
 COUNT, BYTES = 4, 400
 
@@ -78,3 +78,32 @@ def test_what_others_share_is_read_once_and_leaves_when_they_do(loaded):
     other.evict_others()
     assert held.on_device == (1, "new")
     assert value(held[0]) == 0 and loaded == [0, 1, "new", 0]
+
+
+def test_a_model_shares_its_base_and_that_of_its_base(loaded):
+    def load(name, key):
+        loaded.append(name)
+        return {key: np.full(BYTES // 4, 1, np.float32)}
+
+    adapter = Overlay(
+        base_name="base",
+        base=lambda: load("base", "weight"),
+        part=lambda: load("adapter", "factor"),
+    )
+    rows = Overlay(base_name="adapter", base=adapter, part=lambda: load("rows", "new_rows"))
+    held = ParameterCache([rows], names=["rows"], device_bytes=3 * BYTES, host_bytes=0)
+    plain = held.with_experts([adapter], ["adapter"])
+    assert set(held[0]) == {"weight", "factor", "new_rows"} and set(plain[0]) == {
+        "weight",
+        "factor",
+    }
+    assert held[0]["weight"] is plain[0]["weight"] and held[0]["factor"] is plain[0]["factor"]
+    assert loaded == ["base", "adapter", "rows"]
+    plain.evict_others(held)
+    assert set(held.on_device) == {"base", "adapter", "rows"}
+    plain.evict_others()
+    assert set(held.on_device) == {"base", "adapter"}
+    # What is read is never thrown out for its own parts, however little memory there is.
+    small = ParameterCache([rows], names=["rows"], device_bytes=BYTES, host_bytes=0)
+    assert set(small[0]) == {"weight", "factor", "new_rows"} == set(small[0])
+    assert set(small.on_device) == {"base", "adapter", "rows"}

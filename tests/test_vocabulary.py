@@ -29,8 +29,8 @@ from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.vocabularies import InPieces, choose, loader
 from xelm.models import vocabulary_rows
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import bind, for_inference, fresh_parameters, graph
-from xelm.models.vocabulary_rows import in_vocabulary, mean_weights, resized
+from xelm.models.parameters import NEW_ROWS, bind, for_inference, fresh_parameters, graph
+from xelm.models.vocabulary_rows import mean_weights, new_rows, resized
 
 NEW = 60
 KINDS = ("bpe", "unigram", "bytes")
@@ -165,21 +165,26 @@ SHAPES = {
 
 
 def logits(model, parameters, tokens):
-    plain = {name: p for name, p in parameters.items() if name != "known"}
-    plain = jax.tree.map(jnp.asarray, plain)
-    network = bind(graph(model), plain)
-    network.known = parameters.get("known")
+    network = bind(graph(model), jax.tree.map(jnp.asarray, parameters))
     return np.asarray(network(jnp.asarray([tokens]))[0])
+
+
+def read_as(parameters, known, size, expansions):
+    """The parameters of a model for a vocabulary of which it knows so many ids."""
+    return {**parameters, NEW_ROWS: new_rows(parameters["embedding"], known, size, expansions)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_old_model_gives_new_ids_probability_zero_and_reads_them_as_a_mean(shape):
     model = SHAPES[shape]
     old = jax.tree.map(lambda p: np.asarray(9 * p), fresh_parameters(model, 0))
-    wide = in_vocabulary(old, 20, 23, EXPANSIONS)
-    assert wide["embedding"].shape == (23, 8) and wide["known"] == 20
-    np.testing.assert_array_equal(wide["embedding"][:20], old["embedding"])
-    np.testing.assert_allclose(wide["embedding"][20], old["embedding"][3:5].mean(0), rtol=1e-6)
+    wide = read_as(old, 20, 23, EXPANSIONS)
+    assert wide["embedding"] is old["embedding"] and wide[NEW_ROWS].shape == (3, 8)
+    np.testing.assert_allclose(wide[NEW_ROWS][0], old["embedding"][3:5].mean(0), rtol=1e-6)
+    # An id before those that have expansions is in no text.
+    more = new_rows(old["embedding"], 20, 25, EXPANSIONS)
+    np.testing.assert_array_equal(more[2:], wide[NEW_ROWS])
+    np.testing.assert_allclose(more[:2], [old["embedding"].mean(0)] * 2, rtol=1e-5)
     before = logits(model, old, [1, 2, 3])
     after = logits(resized(model, 23), wide, [1, 2, 3])
     np.testing.assert_allclose(after[:, :20], before, rtol=1e-5, atol=1e-6)
@@ -199,9 +204,14 @@ def test_an_old_model_gives_new_ids_probability_zero_and_reads_them_as_a_mean(sh
 def test_a_model_with_more_ids_is_cut_to_those_of_the_others():
     model = resized(SMALL, 23)
     wide = jax.tree.map(lambda p: np.asarray(9 * p), fresh_parameters(model, 1))
-    cut = in_vocabulary(wide, 20, 20, ())
+    cut = read_as(wide, 20, 20, ())
     found = logits(SMALL, cut, [4, 5, 6])
     np.testing.assert_allclose(found, logits(model, wide, [4, 5, 6])[:, :20], rtol=1e-5, atol=1e-6)
+    # In a third vocabulary both of its own ids and of theirs nothing is left but the first 20.
+    other = read_as(wide, 20, 22, [[1, 2], [3]])
+    found = logits(resized(SMALL, 22), other, [4, 5, 6])
+    np.testing.assert_allclose(found[:, :20], logits(SMALL, cut, [4, 5, 6]), rtol=1e-5, atol=1e-6)
+    assert (found[:, 20:] == -np.inf).all()
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +267,7 @@ def by_hand(pools, ids):
     """Log probabilities by each model at each place of a text in further pieces, [2, T, V + N]."""
     start = pools.base.text_format.start_ids
     tokens = [*start, *ids]
-    old = in_vocabulary(
+    old = read_as(
         pools.full[0],
         pools.vocabulary.base_size,
         pools.vocabulary.size,

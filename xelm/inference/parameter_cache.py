@@ -3,9 +3,10 @@ several experts share, their base, lies there once."""
 
 import contextlib
 import copy
+import itertools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,16 @@ class Overlay:
 
     base_name: Hashable
     """Name of the base in the cache, under which other models share it."""
-    base: Callable[[], Any]
-    """Returns the parameters of the base, on the host."""
+    base: "Loader"
+    """How the parameters of the base are loaded."""
     part: Callable[[], Any]
-    """Returns what the model has in place of them or beside them, as `read_part`."""
+    """Returns what the model has in place of them or beside them, on the host, as `read_part`."""
+
+    @property
+    def bases(self) -> list[Hashable]:
+        """Names of the base, of its base, and so on."""
+        more = self.base.bases if isinstance(self.base, Overlay) else []
+        return [self.base_name, *more]
 
 
 Loader = Callable[[], Any] | Overlay
@@ -73,27 +80,29 @@ class ParameterCache(Sequence):
                 del place[name]
 
     def _used(self) -> list[Hashable]:
-        bases = [each.base_name for each in self._loaders if isinstance(each, Overlay)]
-        return [*self._names, *bases]
+        bases = (each.bases for each in self._loaders if isinstance(each, Overlay))
+        return [*self._names, *itertools.chain.from_iterable(bases)]
 
     def __len__(self) -> int:
         return len(self._loaders)
 
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
-        name, loader = self._names[index], self._loaders[index]
+        return self._found(self._names[index], self._loaders[index])
+
+    def _found(self, name: Hashable, loader: Loader) -> Any:
         if not isinstance(loader, Overlay):
             return self._loaded(name, loader)
-        base = self._loaded(loader.base_name, loader.base)
-        part = self._loaded(name, loader.part, beside=loader.base_name)
+        base = self._found(loader.base_name, loader.base)
+        part = self._loaded(name, loader.part, beside=loader.bases)
         if name not in self._whole:
             self._whole[name] = overlaid(base, part)
         return self._whole[name]
 
     def _loaded(
-        self, name: Hashable, load: Callable[[], Any], beside: Hashable | None = None
+        self, name: Hashable, load: Callable[[], Any], beside: Collection[Hashable] = ()
     ) -> Any:
-        """What has this name, on the device. beside: name of what is to stay there in any case."""
+        """What has this name, on the device. beside: names of what is to stay there in any case."""
         if name not in self._device:
             found = self._host.pop(name, None)
             found = load() if found is None else found
@@ -112,10 +121,10 @@ class ParameterCache(Sequence):
         """Names of the models in the host's memory and not on the device."""
         return tuple(self._host)
 
-    def _evict(self, wanted: int, kept: Hashable | None) -> None:
+    def _evict(self, wanted: int, kept: Collection[Hashable]) -> None:
         """Frees so many bytes of the device's budget, but not those of `kept`."""
         while wanted + sum(map(_size, self._device.values())) > self._device_bytes:
-            name = next((name for name in self._device if name != kept), None)
+            name = next((name for name in self._device if name not in kept), None)
             if name is None:
                 return
             evicted = self._device.pop(name)

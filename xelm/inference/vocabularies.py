@@ -18,7 +18,8 @@ from xelm.inference.pool import Pool
 from xelm.inference.route import Router, Walk, normalised, routing_mask
 from xelm.inference.scoring import decide_along
 from xelm.models.config import ModelConfig
-from xelm.models.vocabulary_rows import in_vocabulary, resized
+from xelm.models.parameters import NEW_ROWS
+from xelm.models.vocabulary_rows import new_rows, resized
 
 LEAST_OF_OWNERS = 2 / 3
 """Smallest weight, in a pool for text with further pieces, of the expert with the largest weight
@@ -78,15 +79,29 @@ def loader(
     """A function that returns the parameters of a model with one vocabulary, for a pool with
     another. read: returns the parameters on the host, of a shape. model: the seed's shape."""
     shape = model if own is None else resized(model, own.size)
-    if (own and own.key) == (pool and pool.key):
+    if same(own, pool):
         return partial(read, shape)
 
     def load() -> Any:
-        size = model.vocabulary_size if pool is None else pool.size
-        expansions = () if pool is None else pool.expansions
-        return in_vocabulary(read(shape), model.vocabulary_size, size, expansions)
+        found = read(shape)
+        return {**found, NEW_ROWS: rows_for(pool, model, found["embedding"])}
 
     return load
+
+
+def same(own: Vocabulary | None, pool: Vocabulary | None) -> bool:
+    """Whether a model's vocabulary is that of a pool."""
+    return (own and own.key) == (pool and pool.key)
+
+
+def rows_for(
+    pool: Vocabulary | None, model: ModelConfig, embedding: Float[np.ndarray, "V1 D"]
+) -> Float[np.ndarray, "N D"]:
+    """The `NEW_ROWS` of a model with this embedding for a pool with another vocabulary. model: the
+    seed's shape."""
+    known = model.vocabulary_size
+    size, expansions = (known, ()) if pool is None else (pool.size, pool.expansions)
+    return new_rows(embedding, known, size, expansions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

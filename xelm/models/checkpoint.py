@@ -189,6 +189,12 @@ def read_for_inference(
     return {**read(None), "blocks": tuple(read(layer) for layer in range(config.layer_count))}
 
 
+def read_embedding(directory: str | Path, dtype: str = "float32") -> np.ndarray:
+    """The embedding of a checkpoint on the host [V, D], in `dtype`."""
+    config, kind = _shape_and_family(directory)
+    return Weights(directory, kind, config).for_inference("embedding", None, np.dtype(dtype))
+
+
 def write_checkpoint(
     directory: str | Path,
     config: ModelConfig,

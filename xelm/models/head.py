@@ -56,8 +56,11 @@ class Head:
     """Float [V], or None."""
     cap: float | None = field(default=None, metadata={"static": True})
     """Cap of the logits, as `ModelConfig.logit_cap`."""
-    known: Any = None
-    """Number of the first ids that can come; the scores of the others are -inf. None: all."""
+    known: int | None = field(default=None, metadata={"static": True})
+    """Number of the first ids that can come, at most as many as the matrix has rows; the scores of
+    the others are -inf. None: all."""
+    size: int | None = field(default=None, metadata={"static": True})
+    """Number of ids V, where `known` is given; otherwise that of the rows of the matrix."""
     factors: Any = None
     """Two thin matrices, a [rank, D] and b [V, rank], whose product b @ a is added to the matrix
     without being made; None: there are none."""
@@ -77,8 +80,9 @@ class Head:
             scores = scores + self.bias.astype(jnp.float32)[None]
         if self.cap is not None:
             scores = self.cap * jnp.tanh(scores / self.cap)
-        if self.known is not None:
-            scores = jnp.where(jnp.arange(scores.shape[-1])[None] < self.known, scores, -jnp.inf)
+        if self.known is not None and self.size is not None:
+            missing = ((0, 0), (0, self.size - self.known))
+            scores = jnp.pad(scores[:, : self.known], missing, constant_values=-jnp.inf)
         return scores.reshape(*states.shape[:-1], -1)
 
 

@@ -15,9 +15,10 @@ from xelm.models.config import ModelConfig
 from xelm.models.layers import Linear
 from xelm.models.transformer import Lookup, Transformer, rows_of
 
-KNOWN = "known"
-"""Name, among parameters `for_inference`, of the number of ids that a model knows, where that is
-less than its table has rows; the probability of the others is zero."""
+NEW_ROWS = "new_rows"
+"""Name, among parameters, of embeddings [N, D] by which a model reads the last N ids of a
+vocabulary that it does not know; their probability is zero. Of its own tables, rows beyond the
+first V - N are not used then. With N = 0 a model is cut to a smaller vocabulary."""
 
 EMBEDDING_FACTORS = "embedding_factors"
 """Name, among parameters `for_inference`, of two thin matrices, "b" [V, rank] and "a" [rank, D],
@@ -68,14 +69,14 @@ def inference_graph(
 
 def bind(network: nnx.GraphDef, parameters: Mapping[str, Any]) -> Transformer:
     """The model of a graph with these parameters, in the layout that the graph is for."""
-    known, factors = parameters.get(KNOWN), parameters.get(EMBEDDING_FACTORS)
-    apart = (KNOWN, EMBEDDING_FACTORS)
+    new_rows, factors = parameters.get(NEW_ROWS), parameters.get(EMBEDDING_FACTORS)
+    apart = (NEW_ROWS, EMBEDDING_FACTORS)
     parameters = {name: values for name, values in parameters.items() if name not in apart}
     blocks = parameters["blocks"]
     if isinstance(blocks, tuple):
         parameters = {**parameters, "blocks": dict(enumerate(blocks))}
     model = nnx.merge(network, nnx.State(cast(Any, jax.tree.map(nnx.Param, parameters))))
-    model.known = known
+    model.new_rows = new_rows
     model.embedding_factors = None if factors is None else (factors["a"], factors["b"])
     return model
 

@@ -87,9 +87,10 @@ class Transformer(nnx.Module):
         self.compute_dtype = compute_dtype
         self.lookup: Lookup = rows_of
         self.rematerialise = False
-        self.known: Any = nnx.data(None)
+        self.new_rows: Any = nnx.data(None)
+        """Rows of ids that it does not know, as `parameters.NEW_ROWS`; None: it knows all."""
         self.embedding_factors: Any = nnx.data(None)
-        """Number of ids that it knows, as `parameters.KNOWN`; None: all."""
+        """Product that is added to the embedding, as `parameters.EMBEDDING_FACTORS`, or None."""
         self.stacked = False
         self.origin: Origin | None = None
 
@@ -193,7 +194,9 @@ class Transformer(nnx.Module):
         matrix = (self.embedding if self.head is None else self.head)[...]
         bias = None if self.head_bias is None else self.head_bias[...]
         factors = self.embedding_factors if self.head is None else None
-        return Head(matrix, bias, self.config.logit_cap, self.known, factors)
+        size = self.config.vocabulary_size
+        known = None if self.new_rows is None else size - len(self.new_rows)
+        return Head(matrix, bias, self.config.logit_cap, known, size, factors)
 
     def _forward(
         self, tokens, context, cache=None, measure=lambda h: None, observe=lambda block, h: None
@@ -242,14 +245,25 @@ class Transformer(nnx.Module):
             first, found = last, [*found, some]
         return h, jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
+    def _rows_of(self, tokens):
+        """Rows of the embedding, and of ids that the model does not know."""
+        new, ids = self.new_rows, tokens
+        if new is not None and len(new):
+            known = self.config.vocabulary_size - len(new)
+            ids = jnp.where(tokens < known, tokens, 0)
+        h = self.lookup(self.embedding[...], ids)
+        if self.embedding_factors is not None:
+            a, b = self.embedding_factors
+            h = h + self.lookup(b, ids) @ a
+        if new is None or not len(new):
+            return h
+        others = self.lookup(new, jnp.maximum(tokens - known, 0))
+        return jnp.where((tokens < known)[:, :, None], h, others.astype(h.dtype))
+
     @jax.named_scope("embedding")
     def _embed(self, tokens, positions):
         config = self.config
-        h = self.lookup(self.embedding[...], tokens)
-        if self.embedding_factors is not None:
-            a, b = self.embedding_factors
-            h = h + self.lookup(b, tokens) @ a
-        h = h.astype(self.compute_dtype)
+        h = self._rows_of(tokens).astype(self.compute_dtype)
         if config.embedding_scale != 1.0:
             h = h * jnp.asarray(config.embedding_scale, self.compute_dtype)
         if self.types is not None:

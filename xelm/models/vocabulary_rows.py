@@ -14,7 +14,6 @@ import scipy.sparse.linalg
 from jaxtyping import Float, Int, Integer
 
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import KNOWN
 
 TABLES = ("embedding", "head", "head_bias")
 """Parameters with one row for each id."""
@@ -115,20 +114,21 @@ def with_new_rows(
     return found
 
 
-def in_vocabulary(
-    parameters: Mapping[str, Any], known: int, size: int, expansions: Sequence[Sequence[int]]
-) -> dict[str, Any]:
-    """Parameters of a model for reading text in a vocabulary of `size` ids, of which it knows the
-    first `known`. An id beyond them is read as the mean of its expansion in the model's own table,
-    and its probability is zero.
+def new_rows(
+    embedding: Float[np.ndarray, "V1 D"],
+    known: int,
+    size: int,
+    expansions: Sequence[Sequence[int]],
+) -> Float[np.ndarray, "N D"]:
+    """The `NEW_ROWS` with which a model reads text in a vocabulary of `size` ids, of which it knows
+    the first `known`: each id beyond them as the mean of its expansion in the model's own table, in
+    its dtype.
 
-    expansions: of the last ids of the vocabulary, by ids that the model knows."""
+    expansions: of the last ids of the vocabulary, by ids that the model knows. Ids between these
+    and the known ones, which no text has, get the mean of all rows."""
     first = size - len(expansions)
-    found = {name: table[:known] if name in TABLES else table for name, table in parameters.items()}
-    if known == size:
-        return found
-    extended = with_new_rows(found, first, mean_weights(expansions, first))
-    return extended | {KNOWN: np.int32(known)}
+    whole = with_new_rows({"embedding": embedding[:known]}, first, mean_weights(expansions, first))
+    return whole["embedding"][known:]
 
 
 def resized(model: ModelConfig, size: int) -> ModelConfig:

@@ -15,9 +15,15 @@ from xelm.inference.parameter_cache import Loader, Overlay, ParameterCache
 from xelm.inference.routers import only
 from xelm.inference.routing import Routing
 from xelm.inference.sampling import read_sampling_params
-from xelm.inference.vocabularies import InPieces, loader
-from xelm.models.checkpoint import inference_dtype, read_config, read_for_inference
+from xelm.inference.vocabularies import InPieces, rows_for, same
+from xelm.models.checkpoint import (
+    inference_dtype,
+    read_config,
+    read_embedding,
+    read_for_inference,
+)
 from xelm.models.config import ModelConfig
+from xelm.models.parameters import NEW_ROWS
 from xelm.models.shared import read_part
 from xelm.models.stored import chain, own_weight_files, root
 from xelm.models.vocabulary_rows import resized
@@ -97,16 +103,27 @@ class _Models:
         """Parameters of all models for a vocabulary, in the memory of another cache, if any."""
         loaders, places = [], []
         for path, own in zip(self.paths, self.vocabularies):
-            read = partial(read_for_inference, path, dtype=self.dtype)
-            load = loader(read, self.model, own, vocabulary)
-            same = (own and own.key) == (vocabulary and vocabulary.key)
-            loaders.append(_sharing(path, load, self.dtype) if same else load)
-            name = place_of(path)
-            places.append(name if same else f"{name} in {vocabulary and vocabulary.key}")
+            name, load = place_of(path), _sharing(path, self.dtype)
+            if not same(own, vocabulary):
+                # All but a few rows is shared with the model as it reads its own vocabulary.
+                load = Overlay(base_name=name, base=load, part=self._rows(path, vocabulary))
+                name = f"{name} in {vocabulary and vocabulary.key}"
+            loaders.append(load)
+            places.append(name)
         if cache is None:
             return ParameterCache(loaders, names=places)
         assert isinstance(cache, ParameterCache)
         return cache.with_experts(loaders, places)
+
+    def _rows(self, path: Path, vocabulary: Vocabulary | None) -> Callable[[], Any]:
+        """A function that returns what a model has beside its own parameters in a pool with another
+        vocabulary."""
+
+        def load() -> dict[str, Any]:
+            rows = rows_for(vocabulary, self.model, read_embedding(path, self.dtype))
+            return {NEW_ROWS: rows}
+
+        return load
 
 
 def _in_vocabulary(
@@ -137,13 +154,12 @@ def place_of(path: Path) -> str:
     return f"{os.path.normpath(path.absolute())} {stamps}"
 
 
-def _sharing(path: Path, load: Callable[[], Any], dtype: str) -> Loader:
-    """How a model is loaded that stores a difference: beside the complete checkpoint that it
-    shares arrays with. load: returns the parameters of any other model."""
-    base = root(path)
+def _sharing(path: Path, dtype: str) -> Loader:
+    """How the parameters of a model are loaded: of one that stores a difference, beside the
+    complete checkpoint that it shares arrays with."""
+    base, shape = root(path), read_config(path)
     if base == path:
-        return load
-    shape = read_config(path)
+        return partial(read_for_inference, path, shape, dtype)
     return Overlay(
         base_name=place_of(base),
         base=partial(read_for_inference, base, shape, dtype),
