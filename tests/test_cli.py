@@ -64,6 +64,15 @@ def test_a_fault_of_the_disk_is_one_line_with_its_file(xelm, monkeypatch):
     assert outcome.err == "xelm: /RUN/registry.json: Permission denied\n"
 
 
+def test_a_full_disk_is_said_with_the_run_where_nothing_else_is_known(xelm, monkeypatch):
+    def fail(options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.COMMANDS["train"]._replace(run=fail))
+    outcome = xelm("train", "my/RUN", "--all")
+    assert (outcome.code, outcome.err) == (2, "xelm: my/RUN: No space left on device\n")
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -73,6 +73,7 @@ def test_an_expert_that_is_worse_is_kept_back_with_its_figures_and_published_by_
     (state,) = [e for e in xelm("status", copy.directory, "--json").json() if e["name"] == GROWN]
     assert (state["state"], "is not published" in state["note"]) == ("kept back", True)
     assert verify(run.directory) == []
+    assert xelm("status", copy.directory).out.splitlines()[-1] == f"{GROWN}: {state['note']}"
     # Again: nothing is trained again, and the answer is the same.
     assert grow(xelm, copy).err.splitlines()[-1] == refused.err.splitlines()[-1]
     other = grow(xelm, copy, "--tokens", "64")

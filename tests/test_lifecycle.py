@@ -19,7 +19,7 @@ from experts.registry import FILE_NAME, Registry
 from experts.verify import hash_directory, verify
 from xelm import open_run, tables
 from xelm.inference.routing import Routing
-from xelm.runs.compare import Comparison, Difference
+from xelm.runs.compare import Comparison, Difference, ListedExpert
 from xelm.runs.ensembles import open_ensemble
 
 H = {name: {"model.safetensors": name * 64} for name in "0123456789abcdef"}
@@ -263,6 +263,13 @@ def test_lines_of_many_experts_and_of_long_paths_fit_a_terminal():
         ["SHA-256 of w", "aaaaaaaaaaaa...", "bbbbbbbbbbbb..."],
         ["and 2 details of their text, which --json has"],
     ]
+
+
+def test_tokens_that_nobody_knows_are_not_called_none():
+    known = {"name": "sv", "version": 1, "status": "published", "parent": "seed"}
+    each = ListedExpert(**known, languages=("sv",), tokens=0, bytes=1_600_000, figures={})
+    row = tables.experts([each]).splitlines()[1]
+    assert row.split() == ["sv@v1", "published", "seed", "sv", "-", "1.6", "-", "-", "-"]
 
 
 def test_history_is_printed(xelm, grown, monkeypatch):

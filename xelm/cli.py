@@ -26,8 +26,10 @@ _EXTRAS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0; 2 for a user's mistake; 130 if interrupted; 75
     (EX_TEMPFAIL: try again) if SIGTERM ended a training. A training is saved first."""
+    place = None
     try:
         options = _parsed(sys.argv[1:] if arguments is None else arguments)
+        place = getattr(options, "run", None)
         prepare()
         options.run_command(options)
     except KeyboardInterrupt:
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The program that reads the output has ended, which is no error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        line = _mistake(error)
+        line = _mistake(error, place)
         if line is None:
             raise
         print(f"xelm: {line}", file=sys.stderr)
@@ -87,13 +89,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _mistake(error: Exception) -> str | None:
-    """Describes an error that a user can do something about in one line; None for a bug."""
+def _mistake(error: Exception, place: str | None = None) -> str | None:
+    """Describes an error that a user can do something about in one line; None for a bug. place: the
+    directory that the command works in."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
+        # Errors of writing to an open file do not name it.
+        where = error.filename or place
+        return f"{where}: {error.strerror or error}" if where else str(error.strerror or error)
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         extra, what = _EXTRAS[error.name]
         return f"{what} needs {error.name}; pip install 'xelm[{extra}]'"

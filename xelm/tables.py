@@ -30,6 +30,8 @@ _PAGE = 110
 _VALUE = 28
 """Characters of a value in a comparison: a line has a name of about 40 and two values."""
 _HASH = re.compile(r"[0-9a-f]{64}")
+_EXPLAINED = ("failed", "kept back", "done")
+"""States of trainings whose note `status` shows."""
 _NAMED_EXPERTS = 2
 """Number of experts of an event, of one status, that are named: a round of training has many."""
 _MARKS = {
@@ -219,15 +221,16 @@ def relatives(found: "Sequence[Relatives]", measures: Sequence[str]) -> str:
 
 
 def status(found: "Sequence[Progress]") -> str:
-    """One line a training: how far it is, and below the table why some failed, and of which experts
-    an earlier version is in use again."""
+    """One line a training: how far it is, and below the table why some failed or were kept back and
+    of which experts an earlier version is in use again."""
     titles, widths = ("progress", "tokens", "loss", "tokens/s", "left"), (9, 16, 8, 10, 9)
     lines = [f"{'training':20}{'state':10}" + _cells(titles, widths) + "  checkpoint"]
     for each in found:
         name = each.name if each.version is None else f"{each.name}@v{each.version}"
         cells = [
             f"{each.step / each.steps:.1%}" if each.steps else "-",
-            f"{each.tokens:,}",
+            # What was made elsewhere, or of another version, has no training here.
+            "-" if each.state == "done" and not each.tokens else f"{each.tokens:,}",
             "-" if each.loss is None else f"{each.loss:.3f}",
             "-" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}",
             "-" if each.seconds_left is None else duration(each.seconds_left),
@@ -236,7 +239,7 @@ def status(found: "Sequence[Progress]") -> str:
         if each.checkpoint_step is not None and each.checkpoint_seconds is not None:
             saved = f"step {each.checkpoint_step}, {duration(each.checkpoint_seconds)} ago"
         lines.append(f"{name:19} {each.state:10}{_cells(cells, widths)}  {saved}")
-    said = [each for each in found if each.state in ("failed", "done") and each.note]
+    said = [each for each in found if each.state in _EXPLAINED and each.note]
     return "\n".join([*lines, *(f"{each.name}: {each.note}" for each in said)])
 
 
@@ -309,10 +312,10 @@ def experts(found: "Sequence[ListedExpert]") -> str:
     for each in found:
         bits = [f"{each.figures[name]:.3f}" if each.figures else "-" for name in figures]
         reference, size = f"{each.name}@v{each.version}", f"{each.bytes / 1e6:,.1f}"
+        # An adopted expert was trained elsewhere, on nobody here knows how many.
+        tokens = f"{each.tokens:,}" if each.tokens else "-"
         languages = " ".join(each.languages)
-        rows.append(
-            (reference, each.status, each.parent, languages, f"{each.tokens:,}", size, *bits)
-        )
+        rows.append((reference, each.status, each.parent, languages, tokens, size, *bits))
     note = "expert, parent, seed: bits a byte on held-out text, mean over the expert's languages"
     return f"{_table(rows, right=range(4, 9))}\n{note}"
 
