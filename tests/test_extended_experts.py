@@ -281,6 +281,23 @@ def test_a_version_from_elsewhere_has_the_vocabulary_of_its_weights(grown, xelm,
     assert " is not published: " in adopted.err  # it has no pieces for this text
 
 
+def test_a_child_keeps_its_pieces_when_its_parent_was_removed(grown, xelm, tmp_path):
+    run, corpus = tmp_path / "RUN", write_corpus(tmp_path / "et", ["et"], 40, 5)
+    shutil.copytree(grown.run, run)
+    few = ("--tokens", 256, "--set", "gate.worse=null")
+    for command in (
+        ("grow", run, "--language", "et", "--parent", "hy", "--corpus", corpus, *few),
+        ("remove", run, "hy", "--yes"),
+        ("train", run, "et", "--again", "--from", "seed", *few),
+        ("verify", run),
+    ):
+        found = xelm(*command)
+        assert found.code == 0, found.err
+    first, second = (run / f"experts/et/v{version}" for version in (1, 2))
+    assert not (run / "corpus/hy").exists()
+    assert key_of(first) == key_of(second) != key_of(run / "seed")
+
+
 def test_a_version_does_not_start_from_pieces_that_its_expert_has_not(grown, xelm):
     before = hashes(grown.run)
     refused = xelm("train", grown.run, "en-es", "--again", "--from", "hy@v1")

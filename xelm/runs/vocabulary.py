@@ -159,11 +159,12 @@ def tokenizer_folder(
     name = expert.vocabulary["text"]
     store = (new or {}).get(name)
     folder = store.directory if store else run.directory / "corpus" / name
-    known = [folder / FOLDER, expert.directory(run.directory)]
+    known, registry = [folder / FOLDER, expert.directory(run.directory)], run.registry()
     if expert.parent != SEED:
-        known.append(
-            run.registry().expert(*parse_reference(expert.parent)).directory(run.directory)
-        )
+        known.append(registry.expert(*parse_reference(expert.parent)).directory(run.directory))
+    # The parent may have been removed, with the text that the pieces were learned on.
+    before = [e for e in registry.experts if e.name == expert.name and e.vocabulary]
+    known += [each.directory(run.directory) for each in before]
     found = (each for each in map(root, known) if (each / "tokenizer.json").is_file())
     place = next((each for each in found if key_of(each) != key_of(run.seed)), None)
     if place is None:
