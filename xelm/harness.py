@@ -144,11 +144,10 @@ class Harness(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        contexts = [request.args[0] for request in requests]
+        contexts, in_one = [request.args[0] for request in requests], super().loglikelihood
 
         def answer(numbers: list[int]) -> list[tuple[float, bool]]:
-            some = [requests[number] for number in numbers]
-            return super(Harness, self).loglikelihood(some, disable_tqdm)
+            return in_one([requests[number] for number in numbers], disable_tqdm)
 
         return self._in_vocabularies(contexts, answer)
 
