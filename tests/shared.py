@@ -1,8 +1,12 @@
 """What the tests of whole RUNs share."""
 
 import errno
+import importlib.util
 import json
+import os
 from pathlib import Path
+
+import pytest
 
 LANGUAGES = ("en", "de", "es", "fr")
 NAMES = {"en-es": ("en", "es"), "de-fr": ("de", "fr")}
@@ -11,6 +15,12 @@ NAMES = {"en-es": ("en", "es"), "de-fr": ("de", "fr")}
 SEED = ["--seed", "run/seed"]
 for part in ("experts", "grow"):
     SEED += ["--set", f"{part}.sequence_length=32"]
+
+
+needs_llama_cpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None or "LLAMA_CPP" not in os.environ,
+    reason="needs xllamacpp, and llama.cpp's converter in LLAMA_CPP",
+)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

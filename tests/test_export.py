@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 import transformers
+from shared import needs_llama_cpp
 
 from clustering.errors import UserError
 from experts.grow import grow
@@ -263,10 +263,7 @@ def test_a_reader_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert llama_cpp.read(tmp_path / "a.gguf", questions).continuations == [[1]]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("xllamacpp") is None or "LLAMA_CPP" not in os.environ,
-    reason="needs xllamacpp, and llama.cpp's converter in LLAMA_CPP",
-)
+@needs_llama_cpp
 def test_llama_cpp_itself_reads_a_bpe_expert_as_xelm_does(xelm, tiny, tmp_path):
     outcome = xelm("export", tiny.directory, "de-fr", "--gguf", tmp_path / "a.gguf")
     assert outcome.code == 0, outcome.err

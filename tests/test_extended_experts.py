@@ -3,6 +3,7 @@ with it; the other experts stay as they were."""
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ import torch
 import transformers
 from conftest import write_corpus
 from serving import served
+from shared import needs_llama_cpp
 
 from xelm import load_model, open_run
 from xelm.data.vocabulary import key_of
 from xelm.harness import Harness
 from xelm.inference.vocabularies import choose
 from xelm.models.parameters import NEW_ROWS
+from xelm.runs import export, llama_cpp
 
 pytestmark = pytest.mark.slow
 PIECES = 40
@@ -124,6 +127,46 @@ def test_an_export_is_an_ordinary_checkpoint(grown, xelm, tmp_path):
         theirs = model(torch.tensor([ids])).logits[0].numpy()
     own = load_model(tmp_path / "hy", dtype="float32")
     np.testing.assert_allclose(own(jnp.asarray([ids]))[0], theirs, rtol=1e-3, atol=1e-4)
+
+
+@needs_llama_cpp
+def test_llama_cpp_itself_reads_the_expert_in_its_pieces(grown, xelm, tmp_path):
+    outcome = xelm("export", grown.run, "hy", "--gguf", tmp_path / "a.gguf")
+    assert outcome.code == 0, outcome.err
+    assert re.search("the same ids of [0-9]+ texts and continues 8 prompts", outcome.out)
+
+
+def test_a_gguf_file_is_compared_in_the_pieces_of_the_expert(grown, xelm, tmp_path, monkeypatch):
+    """By what stands for llama.cpp and its converter: a file read in the seed's pieces is none."""
+    run, asked = open_run(grown.run), []
+    vocabulary = run.ensemble("language").further[0].vocabulary
+    monkeypatch.setattr(llama_cpp, "find_converter", lambda given: ("convert",))
+    monkeypatch.setattr(llama_cpp, "check_reader", lambda: None)
+    monkeypatch.setattr(llama_cpp, "convert", lambda *given, **_: given[2].write_text("GGUF"))
+    hy = load_model(run.registry().expert("hy").directory(run.directory), dtype="float32")
+
+    def answers(tokenizer):
+        def read(file, questions):
+            asked.append(questions)
+            continued = []
+            for prompt in questions.prompts:
+                likeliest = int(hy(jnp.asarray([prompt]))[0, -1].argmax())
+                continued.append([likeliest])
+            ids = [tokenizer.begin(text) for text in questions.texts]
+            return llama_cpp.Answers(ids=ids, continuations=continued)
+
+        return read
+
+    monkeypatch.setattr(export, "_NEW_TOKENS", 1)
+    command = ("export", grown.run, "hy", "--gguf")
+    monkeypatch.setattr(llama_cpp, "read", answers(vocabulary.tokenizer))
+    outcome = xelm(*command, tmp_path / "own.gguf")
+    assert outcome.code == 0, outcome.err
+    assert max(id for prompt in asked[0].prompts for id in prompt) >= vocabulary.base_size
+    monkeypatch.setattr(llama_cpp, "read", answers(run.tokenizer()))
+    refused = xelm(*command, tmp_path / "seed.gguf")
+    assert refused.code == 2 and "llama.cpp makes other ids of" in refused.err
+    assert not (tmp_path / "seed.gguf").exists()
 
 
 def test_the_ensemble_reads_each_text_in_the_vocabulary_of_its_expert(grown):

@@ -2,6 +2,7 @@
 in a RUN."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 from hub_models import auto_model
 from safetensors.numpy import load_file
 from serving import served
+from shared import needs_llama_cpp
 from small_training import CONFIG, MODEL, SOURCES, TEXT
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -265,6 +267,14 @@ def test_a_mixture_is_a_model_of_the_run(mixed_run, xelm, tiny):
     assert refused.code == 2 and "different configurations" in refused.err
     again = xelm("mix", directory, "--name", "two")
     assert again.code == 2 and "exists already" in again.err
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+def test_llama_cpp_itself_reads_a_mixture_as_xelm_does(mixed_run, xelm, tmp_path):
+    outcome = xelm("export", mixed_run[0], "mixes/two", "--gguf", tmp_path / "a.gguf")
+    assert outcome.code == 0, outcome.err
+    assert re.search("the same ids of [0-9]+ texts and continues 8 prompts", outcome.out)
 
 
 @pytest.mark.slow
