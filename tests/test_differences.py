@@ -152,6 +152,8 @@ def test_a_compressed_version_is_published_with_its_figures(copy):
     before = run.registry().expert("en-es")
     with pytest.raises(UserError, match=r"the models of this RUN have the layers 0-1; got '1-2'"):
         run.compress("en-es", CompressOptions(revert="1-2"))
+    with pytest.raises(UserError, match=r"with rank 500 no matrix of .*en-es/v1 takes less than n"):
+        run.compress("en-es", CompressOptions(rank=500))
     options = CompressOptions(rank=6)
     after = run.compress("en-es", options)
     assert (after.reference, after.parent, after.replaces) == ("en-es@v2", "seed", 1)

@@ -29,6 +29,10 @@ MISTAKES = [
     ("cluster -k 2 --languages en,eng,de --out new", "more than once: en (as en, eng)"),
     ("cluster -k 2 --method random --languages en --out new", "k must be between 1 and 1"),
     ("cluster -k 2 --out new", "name the languages with --languages, --corpus or --run"),
+    (
+        "generate run abc --model merges/none",
+        "run has no model 'merges/none'; known: seed, dense, de-fr, en-es",
+    ),
     ("cluster -k 2 --method tfidf --run run --corpus corpus --out new", "not both"),
     ("cluster -k 2 --method updates --out new", "the measure updates needs --updates"),
     ("cluster -k 2 --method states+table --out new", "the measure table needs --table"),

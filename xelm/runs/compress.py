@@ -94,4 +94,10 @@ def _difference(own: Path, parent: Path, options: CompressOptions) -> Difference
         raise UserError(f"{own} differs from its parent in nothing that would be left")
     if options.rank is None and options.energy is None:
         return found
-    return compressed(found, own, rank=options.rank, energy=options.energy)
+    smaller = compressed(found, own, rank=options.rank, energy=options.energy)
+    if not smaller.products and options.revert is None:
+        asked = f"rank {options.rank}" if options.energy is None else f"energy {options.energy}"
+        raise UserError(
+            f"with {asked} no matrix of {own} takes less than now; give less, or layers to --revert"
+        )
+    return smaller

@@ -32,6 +32,9 @@ def find_model(run: Run, name: str) -> NamedModel:
         check_models(run, (), {name: general[name]})
         return NamedModel(general[name], None)
     registry = run.registry()
+    if "/" in name:  # as in merges/NAME
+        known = ", ".join([*general, *dict.fromkeys(e.name for e in registry.published())])
+        raise UserError(f"{run.directory} has no model {name!r}; known: {known}")
     if is_reference(name):
         expert = registry.expert(*parse_reference(name))
     else:
