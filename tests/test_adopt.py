@@ -18,6 +18,7 @@ from xelm.inference import routers
 from xelm.inference.routing import Routing
 from xelm.models.adapters import Adapter
 from xelm.models.checkpoint import family_of, load_parameters, read_config
+from xelm.models.foreign import copy_foreign
 from xelm.models.peft import write_adapter
 from xelm.runs.options import AdoptOptions
 
@@ -165,26 +166,30 @@ def test_weights_of_another_dtype_are_rounded_once(copy, tmp_path, capsys):
     assert "dtype: bfloat16; rounded to float32, the RUN's" in capsys.readouterr().err
 
 
-def test_weights_are_rounded_to_the_nearest_value_of_a_narrower_dtype(copy, tmp_path):
+def test_weights_are_rounded_to_the_nearest_value_of_a_narrower_dtype(initialised, tmp_path):
     """To the even one of two as near, which cutting bits off would not do."""
+    directory, _ = initialised
     given = np.float32([1, 1.0078125, 1.00390625, 1.01171875, 1.0087890625, -3, 0, 2])
     wanted = [1, 1.0078125, 1, 1.015625, 1.0078125, -3, 0, 2]
-    run = open_run(copy.directory, settings=["weights_dtype=bfloat16", "gate.worse=null"])
+    run = open_run(directory, settings=["weights_dtype=bfloat16"])
 
     def scaled(tensors):
         return tensors | {SCALE: np.concatenate([given, given])}
 
-    expert = run.adopt(foreign(copy.directory, tmp_path / "given", scaled), ["pt"])
-    assert expert.made["dtype"] == "float32"
-    came = load_file(expert.directory(copy.directory) / "model.safetensors")
-    assert {str(values.dtype) for values in came.values()} == {"bfloat16"}
-    assert came[SCALE].astype(np.float32).tolist() == [*wanted, *wanted]
-
     def huge(tensors):
         return tensors | {SCALE: np.full(16, 3.4e38, np.float32)}
 
+    source = foreign(directory, tmp_path / "given", scaled)
+    found = run.plan_adoption(source, ["pt"])
+    assert found.checks["dtype"] == "float32; rounded to bfloat16, the RUN's"
+    copy_foreign(source, tmp_path / "copy", run.seed, dtype="bfloat16")
+    came = load_file(tmp_path / "copy" / "model.safetensors")
+    assert {str(values.dtype) for values in came.values()} == {"bfloat16"}
+    assert came[SCALE].astype(np.float32).tolist() == [*wanted, *wanted]
+    source = foreign(directory, tmp_path / "huge", huge)
     with pytest.raises(UserError, match=f"{SCALE} has values beyond the range of bfloat16"):
-        run.adopt(foreign(copy.directory, tmp_path / "huge", huge), ["gl"])
+        copy_foreign(source, tmp_path / "other", run.seed, dtype="bfloat16")
+    assert not (tmp_path / "other").exists()
 
 
 def _nan(tensors):

@@ -211,9 +211,16 @@ def test_what_was_made_of_an_expert_is_known_when_that_is_renamed(grown):
         run.rename(names)
     found = {name: made_of(run, run.registry(), name) for name in run.combined()}
     assert found == {"merges/a": ("portuguese@v1", "seed"), "mixes/b": ("pt@v1", "de-fr@v1")}
+    write_json(grown / "mixes/c/recipe.json", {"format": 1, "made_of": ["pt@v1"]})
+    record(grown, "mix", (), {"model": "mixes/c"})  # of the expert that has the name now
+    assert made_of(run, run.registry(), "mixes/c") == ("pt@v1",)
     remains = "\n".join(run.plan_removal("portuguese").remains)
     assert "merges/a: made of it" in remains and "mixes/b" not in remains
     assert "jane/pt: pushed there as commit aaaaaaaaaaaa" in remains
+    assert "train/pt.log" not in run.plan_removal("portuguese").deleted  # the name is another's
+    run.rename({"pt": "en-es"})
+    assert "train/pt.log" in run.plan_removal("portuguese").deleted
+    run.rename({"en-es": "pt"})
     # Languages that they were trained on, which their transfer gap is told by.
     trained = _background(run, run.registry().published(), []).trained
     assert {*trained["merges/a"]} == {"pt", "en", "es"}  # its parent's too

@@ -141,7 +141,6 @@ class GrowOptions:
             "--by": self.by,
             "--clusters": self.clusters,
             "--extend-vocabulary": self.extend_vocabulary,
-            "--initialise": self.initialise,
         }
         for name, given in others.items() if self.into is not None else ():
             if given:

@@ -186,9 +186,12 @@ def _texts(run: Run, registry: Registry, name: str) -> dict[str, list[str] | Non
 
 def _work(run: Run, registry: Registry, name: str) -> list[Path]:
     """Paths, relative to the RUN, of what trainings, checks and reports left of an expert."""
-    training, failure = run.training(name), run.failure(name)
-    paths = [training, failure, training.with_name(f"{name}.log"), run.directory / REMEMBERED]
-    paths += [run.logs(expert.directory(run.directory)) for expert in registry.versions(name)]
+    versions, taken = registry.versions(name), {expert.name for expert in registry.experts}
+    before = {parse_reference(expert.first_reference)[0] for expert in versions}
+    paths = [run.training(name), run.directory / REMEMBERED]
+    for one in sorted({name, *(before - taken)}):  # a log keeps the name that its expert had
+        paths += [run.failure(one), run.training(f"{one}.log")]
+    paths += [run.logs(expert.directory(run.directory)) for expert in versions]
     paths += [run.results / PAGE, run.results / FIGURES]  # xelm report makes them again
     return [path.relative_to(run.directory) for path in paths]
 
