@@ -1,0 +1,200 @@
+"""An ensemble of which two experts have pieces of their own, each other ones: what is read in the
+pieces of one, by it, by the other, and by a model that has neither."""
+
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from xelm.data import tokenizer as loading
+from xelm.data.tokenizer_training import train
+from xelm.data.vocabulary import load_vocabulary
+from xelm.data.vocabulary_training import extend
+from xelm.inference.engine import Engine, GenerationRequest
+from xelm.inference.ensemble import Ensemble
+from xelm.inference.parameter_cache import Overlay, ParameterCache
+from xelm.inference.routers import ByLanguage, Fixed, Posterior, only, uniform
+from xelm.inference.sampling_params import SamplingParams
+from xelm.inference.vocabularies import InPieces, choose, loader, rows_for, same
+from xelm.models.config import ModelConfig
+from xelm.models.parameters import NEW_ROWS, for_inference, fresh_parameters
+from xelm.models.vocabulary_rows import resized
+
+LETTERS = {"en": "abcdefghijkl", "hy": "աբգդեզէըթժիլ", "ta": "அஆஇஈஉஊஎஏஐஒஓஔ"}
+NAMES = ("en", "hy", "ta")
+PIECES = {"hy": 40, "ta": 25}
+SERVING = {"en": 0, "hy": 1, "ta": 2}
+
+
+def texts(language: str, count: int) -> list[str]:
+    draw = random.Random(language)
+    words = ["".join(draw.choices(LETTERS[language], k=draw.randint(2, 5))) for _ in range(40)]
+    return [" ".join(draw.choices(words, k=8)) for _ in range(count)]
+
+
+TEXTS = {name: texts(name, 150) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Three random models, two of which have vocabularies of their own, and their ensembles."""
+    folder = tmp_path_factory.mktemp("several")
+    train({"en": TEXTS["en"]}, 320, folder / "seed", algorithm="bpe")
+    base = loading.load(folder / "seed")
+    size = len(base.hub)
+    own = {"en": None}
+    for name, count in PIECES.items():
+        extend(base, folder / "seed", TEXTS[name], count, size, folder / name)
+        own[name] = load_vocabulary(folder / name, base, size, "tokenizer")
+    model = ModelConfig(
+        vocabulary_size=size,
+        width=8,
+        feedforward_width=12,
+        layer_count=1,
+        head_count=2,
+        key_head_count=2,
+        head_size=4,
+        max_length=64,
+    )
+    full = {}
+    for seed, name in enumerate(NAMES):
+        shape = resized(model, own[name].size) if own[name] else model
+        fresh = fresh_parameters(shape, seed)
+        full[name] = for_inference(jax.tree.map(lambda p: np.asarray(12 * p), fresh))
+    cache = ParameterCache([(lambda n=n: full[n]) for n in NAMES], names=NAMES)
+
+    def parameters(pool):
+        loaders, places = [], []
+        for name in NAMES:
+            load, place = (lambda n=name: full[n]), name
+            if not same(own[name], pool):
+                load = Overlay(
+                    base_name=name,
+                    base=load,
+                    part=lambda n=name: {NEW_ROWS: rows_for(pool, model, full[n]["embedding"])},
+                )
+                place = f"{name} in {pool and pool.key}"
+            loaders.append(load)
+            places.append(place)
+        return cache.with_experts(loaders, places)
+
+    sampling = SamplingParams(max_new_tokens=5, temperature=0.0)
+    common = {"names": NAMES, "context_length": 60, "sampling": sampling}
+
+    def ensemble(router):
+        further = [
+            Ensemble(
+                model=resized(model, own[name].size),
+                parameters=parameters(own[name]),
+                router=InPieces(router=router, vocabulary=own[name], owners=[SERVING[name]]),
+                tokenizer=own[name].tokenizer,
+                vocabulary=own[name],
+                owners=[SERVING[name]],
+                **common,
+            )
+            for name in PIECES
+        ]
+        first = {"model": model, "parameters": parameters(None), "tokenizer": base}
+        return Ensemble(**first, router=router, further=further, **common)
+
+    def alone(name):
+        """One model as whoever loads its checkpoint has it."""
+        shape = resized(model, own[name].size) if own[name] else model
+        tokenizer = own[name].tokenizer if own[name] else base
+        one = {"names": [name], "model": shape, "parameters": [full[name]]}
+        router = Fixed(weights=np.zeros(1))
+        return Ensemble(**{**common, **one}, tokenizer=tokenizer, router=router)
+
+    return SimpleNamespace(ensemble=ensemble, alone=alone, own=own, full=full, model=model)
+
+
+def every(pool, ids, router):
+    """Probabilities of all tokens of the vocabulary after each id but the last, [T, V]."""
+    engine, found = Engine(pool), []
+    text = engine.add(GenerationRequest(ids=ids[:1], sampling=pool.sampling), router)
+    for token in ids[1:]:
+        distribution, _ = engine.next_log_probabilities()
+        found.append(np.exp(np.asarray(distribution[text.row], np.float64)))
+        engine.append(text, token)
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("language", NAMES)
+def test_probabilities_sum_to_one_over_the_vocabulary_that_a_text_is_read_in(made, language):
+    ensemble = made.ensemble(uniform(3))
+    pool = next((p for p in ensemble.further if SERVING[language] in p.owners), ensemble)
+    ids = pool.tokenizer.begin(TEXTS[language][0])[:20]
+    assert (max(ids) >= made.model.vocabulary_size) == (language != "en")
+    routers = [*(only(n, 3, "fixed") for n in range(3)), Fixed(weights=np.log([0.2, 0.5, 0.3]))]
+    parts = [every(pool, ids, router) for router in routers]
+    for found in parts:
+        np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+    mixed = 0.2 * parts[0] + 0.5 * parts[1] + 0.3 * parts[2]
+    np.testing.assert_allclose(parts[3], mixed, rtol=1e-4, atol=1e-9)
+    # A model that lacks the pieces never gives one; the owner is what it is alone, to the last bit.
+    for number, name in enumerate(NAMES):
+        new = parts[number][:, made.model.vocabulary_size :]
+        assert (new.sum() > 0) == (name == language != "en")
+    one = made.alone(language)
+    np.testing.assert_array_equal(parts[SERVING[language]], every(one, ids, one.router))
+
+
+@pytest.mark.slow
+def test_each_text_is_read_and_continued_as_by_the_expert_of_its_language(made):
+    ensemble = made.ensemble(ByLanguage(experts=3, serving=SERVING, otherwise=uniform(3)))
+    some = [TEXTS[name][1][:24] for name in NAMES]
+    scores = ensemble.score(some, list(NAMES))
+    found = ensemble.generate_batch(some, languages=list(NAMES))
+    for number, name in enumerate(NAMES):
+        one = made.alone(name)
+        wanted, text = one.score([some[number]]), one.generate(some[number])
+        assert (scores.nats[number], scores.tokens[number]) == (wanted.nats[0], wanted.tokens[0])
+        assert found[number].ids == text.ids and found[number].text == text.text
+        assert found[number].weights == {other: float(other == name) for other in NAMES}
+    # Of one text in several vocabularies, the fewest tokens are those of its own.
+    counts = [ensemble.score([some[1]], [name]).tokens[0] for name in NAMES]
+    assert counts[1] < min(counts[0], counts[2])
+
+
+@pytest.mark.slow
+def test_prompts_of_several_vocabularies_are_chosen_together_as_one_by_one(made):
+    ensemble = made.ensemble(Posterior(prior=uniform(3).weights))
+    prompts = [ensemble.tokenizer.begin(TEXTS[name][n][:20]) for name in NAMES for n in (2, 3)]
+    called = []
+
+    def call(function):
+        called.append(1)
+        return function()
+
+    together = choose(ensemble, prompts, [None] * 6, call=call)
+    assert called == [1]  # models read them, in one call
+    one_by_one = [choose(ensemble, [prompt], [None])[0] for prompt in prompts]
+    assert all(a is b for a, b in zip(together, one_by_one))
+    # A language that is stated decides, and no model reads.
+    told = replace(ensemble, router=ByLanguage(experts=3, serving=SERVING, otherwise=uniform(3)))
+    chosen = choose(told, prompts, ["en", "en", "hy", "hy", "ta", "ta"], call=call)
+    assert called == [1]
+    assert [pool.owners for pool in chosen] == [(), (), [1], [1], [2], [2]]
+
+
+def test_all_vocabularies_share_the_arrays_of_the_models(made):
+    ensemble = made.ensemble(uniform(3))
+    pools = (ensemble, *ensemble.further)
+    leaves = [leaf for p in pools for n in range(3) for leaf in jax.tree.leaves(p.parameters[n])]
+    total = sum({id(leaf): leaf.nbytes for leaf in leaves}.values())
+    whole = sum(leaf.nbytes for name in NAMES for leaf in jax.tree.leaves(made.full[name]))
+    rows = 4 * made.model.width * 2 * sum(PIECES.values())  # of two models for each vocabulary
+    assert total == whole + rows
+
+
+def test_a_vocabulary_of_models_as_they_are_stored_is_loaded_at_once(made):
+    """As evaluation does, which has one model in memory at a time."""
+    pool = made.own["hy"]
+    load = loader(lambda shape: made.full["ta"], made.model, made.own["ta"], pool)
+    found = load()
+    assert found["embedding"] is made.full["ta"]["embedding"]
+    assert found[NEW_ROWS].shape == (PIECES["hy"], made.model.width)
+    assert loader(lambda shape: shape, made.model, pool, pool)() == resized(made.model, pool.size)
