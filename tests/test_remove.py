@@ -222,9 +222,12 @@ def test_what_was_made_of_an_expert_is_known_when_that_is_renamed(grown):
     assert "train/pt.log" in run.plan_removal("portuguese").deleted
     run.rename({"en-es": "pt"})
     # Languages that they were trained on, which their transfer gap is told by.
+    write_json(grown / "students/d/recipe.json", {"format": 1, "made_of": ["portuguese@v1"]})
+    manifest.record(grown, ["mixes", "students"])
     trained = _background(run, run.registry().published(), []).trained
     assert {*trained["merges/a"]} == {"pt", "en", "es"}  # its parent's too
-    assert {*trained["mixes/b"]} == {"en", "es", "de", "fr"}
+    for name in ("mixes/b", "mixes/c", "students/d"):  # which read the text of dense
+        assert {*trained[name]} == {"en", "es", "de", "fr"}
 
 
 def test_a_language_leaves_the_identifier_and_others_stay_to_the_bit(grown):

@@ -16,6 +16,8 @@ from xelm.models.config import TARGETS
 from xelm.models.parameters import bind, by_path, fresh_parameters, graph
 from xelm.settings import to_json, vary
 from xelm.training.compiled import compile_steps, state_of
+from xelm.training.metrics import best, read_metrics
+from xelm.training.optimizer import optimizer
 from xelm.training.sharding import make_mesh
 from xelm.training.trainable import (
     check_trainable,
@@ -82,6 +84,16 @@ def test_a_model_in_several_stacks_computes_the_same():
     whole = together(trained, fixed.frozen)
     found = bind(graph(DEEP, stacks=3), whole)(tokens)
     np.testing.assert_allclose(found, bind(graph(DEEP), parameters)(tokens), atol=1e-6)
+
+
+@pytest.mark.parametrize("pull", [None, 0.0, 10.0])
+def test_a_pull_takes_the_place_of_weight_decay(parameters, pull):
+    used = optimizer(vary(CONFIG, {"optimizer.pull": pull, "optimizer.weight_decay": 0.5}))
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    updates, _ = used.update(zeros, used.init(parameters), parameters)
+    decay = 0.5 if pull is None else 0.0
+    up = parameters["blocks"]["up"]["weight"]
+    np.testing.assert_allclose(updates["blocks"]["up"]["weight"], -decay * up, rtol=1e-6)
 
 
 def test_a_pull_is_the_minimum_of_two_squares():
@@ -210,7 +222,22 @@ def test_a_pulled_training_is_resumed_to_the_bit(trained, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_loss_of_trained_adapters_is_that_of_the_merged_model(trained, parameters):
+def test_the_loss_of_trained_adapters_is_that_of_the_merged_model(trained, parameters, tmp_path):
+    """With the factor that is published: what was trained is what others read."""
+    held_out = hold_out(SOURCES, HeldOutConfig(share=0.2)).held_out
+    config = vary(LORA, {"lora.alpha": 3.0})
+    result, _ = trained(config, held_out=held_out)
+    own = best(read_metrics(tmp_path / "training" / "held_out.jsonl"))
+    adapter = Adapter(scale=3 / 4, factors=factors_of(result.parameters))
+    start = jax.tree.map(np.asarray, merged(jax.tree.map(jnp.asarray, parameters), adapter))
+    trained(replace(CONFIG, tokens=128), "merged", start=start, held_out=held_out)
+    first, *_ = read_metrics(tmp_path / "merged" / "held_out.jsonl")
+    assert first["step"] == 0 and own["loss"] == pytest.approx(first["loss"], abs=1e-5)
+    assert config.lora.scale == adapter.scale
+
+
+@pytest.mark.slow
+def test_trained_adapters_compute_what_the_merged_model_does(trained, parameters):
     result, _ = trained(LORA)
     parameters = jax.tree.map(jnp.asarray, parameters)
     adapter = Adapter(scale=2.0, factors=factors_of(result.parameters))
