@@ -3,6 +3,7 @@ models of which some have the pieces and some do not."""
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -72,6 +73,21 @@ def extended(tmp_path_factory):
         vocabulary = load_vocabulary(folder / "new", base, first, "tokenizer")
         found[kind] = SimpleNamespace(base=base, folder=folder, vocabulary=vocabulary)
     return found
+
+
+def test_chats_and_ends_are_those_of_the_seed_also_where_they_are_told_it_later(extended, tmp_path):
+    one, seed = extended["bpe"], tmp_path / "seed"
+    shutil.copytree(one.folder / "old", seed)
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    (seed / "chat_template.jinja").write_text(template)
+    (seed / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    base = loading.load(seed)
+    new = load_vocabulary(one.folder / "new", base, one.vocabulary.base_size, "tokenizer").tokenizer
+    messages = [{"role": "user", "content": NEW_TEXT[0]}]
+    ids, mask = new.chat(messages)
+    assert new.decode(ids).strip() == NEW_TEXT[0] and any(mask)
+    assert new.end_ids == base.end_ids == {1, 2}
+    assert (new.start_id, new.prefix_id) == (base.start_id, base.prefix_id)
 
 
 def _byte_level(folder) -> None:

@@ -75,9 +75,13 @@ def load_vocabulary(
     directory: str | Path, base: Tokenizer, base_size: int, start_token: StartToken
 ) -> Vocabulary:
     """The vocabulary of a directory that `vocabulary_training.extend` wrote. base: the seed's
-    tokenizer. base_size: V. start_token: as `RunConfig.start_token`. UserError if its ids are not
-    those of the seed and more."""
+    tokenizer, of which it has the special tokens and the chat template as they are now: these may
+    be put beside a seed later. base_size: V. start_token: as `RunConfig.start_token`. UserError if
+    its ids are not those of the seed and more."""
     extended = tokenizers.load(directory, start_token)
+    extended.hub.chat_template = base.hub.chat_template
+    for name in ("start_id", "prefix_id", "ignored", "end_ids"):
+        setattr(extended, name, getattr(base, name))
     before, after = base.hub.get_vocab(), extended.hub.get_vocab()
     moved = [piece for piece, id in before.items() if after.get(piece) != id]
     if moved or sorted(after.values())[base_size:] != list(range(base_size, len(after))):
