@@ -13,6 +13,7 @@ from xelm.data import tokenizer as loading
 from xelm.data.tokenizer_training import train
 from xelm.data.vocabulary import load_vocabulary
 from xelm.data.vocabulary_training import extend
+from xelm.inference import ensemble as ensembles
 from xelm.inference.engine import Engine, GenerationRequest
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.parameter_cache import Overlay, ParameterCache
@@ -178,6 +179,13 @@ def test_prompts_of_several_vocabularies_are_chosen_together_as_one_by_one(made)
     chosen = choose(told, prompts, ["en", "en", "hy", "hy", "ta", "ta"], call=call)
     assert called == [1]
     assert [pool.owners for pool in chosen] == [(), (), [1], [1], [2], [2]]
+
+
+def test_masks_are_filled_in_the_vocabulary_of_the_expert(made, monkeypatch):
+    ensemble = made.ensemble(ByLanguage(experts=3, serving=SERVING, otherwise=uniform(3)))
+    monkeypatch.setattr(ensembles, "fill", lambda pool, text, count, language: pool.owners)
+    found = [ensemble.fill(TEXTS[name][0], language=name) for name in NAMES]
+    assert found == [(), [1], [2]]
 
 
 def test_all_vocabularies_share_the_arrays_of_the_models(made):

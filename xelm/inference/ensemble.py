@@ -261,7 +261,12 @@ class Ensemble(Pool):
     def fill(self, text: str, *, count: int = 5, language: str | None = None) -> Filling:
         """The `count` most probable tokens at each mask of a text, which is routed by the rest of
         it. For encoders."""
-        return fill(self, text, count, language)
+        pool = self
+        if self.further:
+            tokenizer = self.tokenizer
+            ids = [id for id in tokenizer.encode_with_masks(text) if id != tokenizer.mask_id]
+            (pool,) = choose(self, [[*tokenizer.text_format.start_ids, *ids]], [language])
+        return fill(pool, text, count, language)
 
 
 def _encoded(tokenizer: Tokenizer, prompt: Prompt) -> tuple[list[int], list[bool] | None]:

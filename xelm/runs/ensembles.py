@@ -150,7 +150,8 @@ def place_of(path: Path) -> str:
     with size, time of change and inode of the files that its weights are composed of. Another model
     may come to lie there, as when an expert is removed and its language grown again."""
     files = [folder / name for folder in chain(path) for name in own_weight_files(folder)]
-    stamps = [(found.st_size, found.st_mtime_ns, found.st_ino) for found in map(os.stat, files)]
+    there = [file.stat() if file.is_file() else None for file in files]
+    stamps = [found and (found.st_size, found.st_mtime_ns, found.st_ino) for found in there]
     return f"{os.path.normpath(path.absolute())} {stamps}"
 
 
