@@ -32,6 +32,8 @@ def main() -> None:
     options = parser.parse_args()
     run = open_run(options.run)
     experts = run.registry().published()
+    if len(experts) < 3:
+        raise SystemExit(f"a router without one expert needs two others; got {len(experts)} in all")
     chosen = options.experts or [each.name for each in experts if each.cluster is None]
     features, labels = examples(run, experts)
     points, wanted = held_out(run, experts)

@@ -276,6 +276,8 @@ def _cross_validate(run, mixing, names, tags, documents, scores, sizes) -> None:
             grid += [candidate(short, (first, share)) for share in (0.005, 0.01, 0.02, 0.05)]
     shipped = candidate(novelty.SHORT, novelty.MOST_FALSE)
     unserved = [tag for tag in sorted(set(tags)) if lookup(tag, served) is None]
+    if len(unserved) < 2:
+        raise SystemExit(f"two languages that no expert serves are needed; got {unserved}")
     halves: list[list[int]] = [[], []]
     for number, tag in enumerate(tags):
         halves[(unserved.index(tag) if tag in unserved else number) % 2].append(number)

@@ -104,3 +104,31 @@ def test_cheap_experts_are_compared_over_the_random_seeds_that_have_every_expert
         "",
         "random seeds: 1; experts: a, b",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "row"),
+    [
+        ("unserved RUN TEXT --tokens 200", "| mean of 4 served |"),
+        ("unusual_text RUN TEXT --tokens 200", "| capitals |"),
+        (
+            "routing RUN TEXT --documents 2 --naive 128",
+            "| several languages, one text not served |",
+        ),
+        ("language_check --run RUN --corpus TEXT", "pt             no   "),
+        ("merging RUN --corpus TEXT --documents 1", "| model-stock |"),
+        (
+            "cheap_experts RUN OUT --experts en-es --seeds 2 --arms full,lora-2,frozen-0,svd-2",
+            "random seeds: 2; experts: en-es",
+        ),
+        ("first_batch --documents 1e3", "| 1,000 |"),
+        ("checking --width 64", "| SHA-256 of the file |"),
+    ],
+)
+def test_benchmarks_go_on_to_the_end_of_their_tables(command, row, copy, monkeypatch, capsys):
+    name, *arguments = command.split()
+    places = {"RUN": copy.directory, "TEXT": copy.corpus, "OUT": copy.directory.parent / "out"}
+    monkeypatch.setattr(sys, "argv", [name, *(str(places.get(each, each)) for each in arguments)])
+    importlib.import_module(name).main()
+    assert row in capsys.readouterr().out
