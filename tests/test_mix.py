@@ -349,6 +349,18 @@ def test_other_architectures_are_refused_with_what_does_not_fit(tiny, monkeypatc
         open_run(tiny.directory).plan_mix("a")
 
 
+def test_experts_with_more_pieces_are_refused_with_what_can_be_done(tiny, monkeypatch):
+    read, run = mixing.read_config, open_run(tiny.directory)
+    size = read(run.seed).vocabulary_size
+
+    def extended(directory):
+        return replace(read(directory), vocabulary_size=size + 1200 * ("en-es" in str(directory)))
+
+    monkeypatch.setattr(mixing, "read_config", extended)
+    with pytest.raises(UserError, match=r"en-es@v1 has 1,200 more pieces .*xelm retire .* en-es"):
+        run.plan_mix("a")
+
+
 def test_a_plan_is_of_the_mixture_and_writes_nothing(xelm, tiny):
     arguments = ("mix", tiny.directory, "--name", "a", "--dry-run", "--json")
     (plan,) = xelm(*arguments).json()["trainings"]

@@ -14,8 +14,9 @@ from xelm.inference.scoring import score_documents
 from xelm.models.adapters import Adapter
 from xelm.models.checkpoint import read_for_inference, write_adapted, write_checkpoint
 from xelm.models.difference import compressed, difference, store, write_difference
-from xelm.models.parameters import by_path, shapes
+from xelm.models.parameters import NEW_ROWS, by_path, shapes
 from xelm.models.shared import overlaid, read_part
+from xelm.models.vocabulary_rows import new_rows, resized
 
 WEIGHTS = "model.safetensors"
 ADAPTERS = 3
@@ -114,6 +115,25 @@ def test_token_by_token_the_factors_give_the_logits_of_the_merged_weights(models
         for ids in ([5, 9, 3], [17], [4]):
             decoder.read({row: np.asarray(ids, np.int32)})
         logits.append(np.asarray(decoder.logits[row]))
+    np.testing.assert_allclose(*logits, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["low rank", "adapter 0", "frozen"])
+def test_in_pieces_of_another_expert_the_factors_give_the_logits_of_the_merged_weights(
+    models, name
+):
+    expansions, apart_and_merged = [[3, 4], [5, 6, 7]], both(models, name)
+    known = MODEL.vocabulary_size
+    wider, merged = resized(MODEL, known + 2), apart_and_merged[1]
+    rows = new_rows(np.asarray(merged["embedding"]), known, known + 2, expansions)
+    logits = []
+    for each in apart_and_merged:
+        decoder = Decoder(wider, lambda each=each: {**each, NEW_ROWS: rows})
+        row = decoder.allocate()
+        for ids in ([5, known, 3], [known + 1], [4]):
+            decoder.read({row: np.asarray(ids, np.int32)})
+        logits.append(np.asarray(decoder.logits[row]))
+    assert (logits[0][known:] == -np.inf).all() and np.isfinite(logits[0][:known]).all()
     np.testing.assert_allclose(*logits, atol=2e-5)
 
 

@@ -117,7 +117,14 @@ def shape_of_mixture(run: Run, experts: Sequence[Expert], options: MixOptions) -
     if options.top > count:
         raise UserError(f"top must be at most the {count} experts; got {options.top}")
     for expert in experts:
-        if read_config(expert.directory(run.directory)) != model:
+        found = read_config(expert.directory(run.directory))
+        if (more := found.vocabulary_size - model.vocabulary_size) > 0:
+            raise UserError(
+                f"{expert.reference} has {more:,} more pieces than the seed, and a mixture reads "
+                f"the seed's alone; to mix the other experts, retire it before: xelm retire "
+                f"{run.directory} {expert.name}"
+            )
+        if found != model:
             raise UserError(f"{expert.reference} is of another shape than the seed")
     shape = mixture_shape(model, count, options.top)
     try:
