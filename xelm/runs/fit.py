@@ -56,7 +56,7 @@ def identifier(run: Run, *, keep: bool = True) -> Identifier:
 
     A RUN without its text has that which was fitted before, and learns the languages of later text
     on its own; UserError if it has none."""
-    languages = run.texts(all_languages(run))
+    languages = _languages(run)
 
     def texts(stores: Sequence[TokenizedLanguage], held_out: bool) -> Iterator[str]:
         names = run.tokenizer().hub.convert_ids_to_tokens
@@ -101,7 +101,7 @@ def novelty_of(run: Run, served: Collection[str], *, keep: bool = True) -> Novel
             return None
         load = partial(Novelty.load, identifier=identifier(run))
         return _kept(run, "novelty", load)
-    languages = run.texts(all_languages(run))
+    languages = _languages(run)
     known = [tag for tag in languages if tag in (served or languages)]
     if len(known) < novelty.FEWEST:
         return None
@@ -237,6 +237,11 @@ def _read_learned(path: Path) -> Mapping[str, np.ndarray]:
     if not {"weights", "bias"} <= set(arrays):
         raise UserError(f"{path} is damaged: it has {', '.join(arrays)}")
     return arrays
+
+
+def _languages(run: Run) -> dict[str, list[TokenizedLanguage]]:
+    """Text of every language: that of the RUN's corpus, and what experts were trained on beside."""
+    return run.texts(all_languages(run))
 
 
 def documents_to_fit(
