@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experts.expert import SEED, Expert
+from experts.expert import SEED, Expert, parse_reference
 from experts.places import name_of
 from experts.registry import Registry
 
@@ -30,7 +30,7 @@ def card(
         _introduction(expert),
         table(("", ""), _rows(expert, registry, facts)),
         *(("## Text", _text(expert)) if expert.data else ()),
-        *_use_and_files(_use(expert), expert.sha256, masked=masked),
+        *_use_and_files(_use(expert, registry), expert.sha256, masked=masked),
     )
     return "\n\n".join(sections) + "\n"
 
@@ -86,15 +86,21 @@ base = "BASE"  # the directory of PARENT
 model = PeftModel.from_pretrained({model}.from_pretrained(base), ".")
 tokenizer = AutoTokenizer.from_pretrained(base)
 ```"""
+_USE_CHAIN = """\
+This directory has an adapter of PARENT, which is no complete checkpoint itself: `xelm export
+--adapter` writes one adapter, in the files of PEFT, of the checkpoint that the chain of parents
+begins with, and `xelm export --out` a complete checkpoint."""
 _USE_DIFFERENCE = """\
 This directory has only what differs from PARENT, and other programs cannot load it: `xelm export`
 writes a complete checkpoint."""
 
 
-def _use(expert: Expert) -> str:
+def _use(expert: Expert, registry: Registry) -> str:
     """How an expert is loaded, with {model} for the class of transformers."""
     parent = "the seed" if expert.parent == SEED else f"the expert {expert.parent}"
-    kinds = {"adapter": _USE_ADAPTER, "difference": _USE_DIFFERENCE}
+    based = expert.parent != SEED and registry.expert(*parse_reference(expert.parent)).stored
+    adapter = _USE_CHAIN if based else _USE_ADAPTER
+    kinds = {"adapter": adapter, "difference": _USE_DIFFERENCE}
     return kinds.get(expert.stored or "", _USE).replace("PARENT", parent)
 
 

@@ -49,7 +49,11 @@ def test_a_lora_expert_stores_an_adapter_of_its_parent(run):
     ]
     factors = load_file(directory / "adapter_model.safetensors")
     assert sum(each.size for each in factors.values()) == 2 * 4 * (4 * 32 + 3 * 40)
-    assert "adapter of pt@v1" in (directory / "README.md").read_text()
+    cards = [(e.directory(run.directory) / "README.md").read_text() for e in (first, second)]
+    assert "adapter of pt@v1" in cards[1]
+    # PEFT loads an adapter of a complete checkpoint, and none of an adapter.
+    assert ["PeftModel" in each for each in cards] == [True, False]
+    assert "`xelm export\n--adapter` writes one adapter" in cards[1]
 
 
 def test_what_is_trained_is_what_is_read(run, xelm):
