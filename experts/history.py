@@ -102,3 +102,15 @@ def name_now(events: Sequence[Event], name: str) -> str:
     for event in events[places[-1] :] if places else ():
         name = event.renamed.get(name, name)
     return name
+
+
+def retired_since(events: Sequence[Event], reference: str) -> bool:
+    """Whether an expert was taken out of use after the training of this version began, and was not
+    brought back."""
+    retired = False
+    for event in about(events, parse_reference(reference)[0]):
+        if event.action == "retire":
+            retired = True
+        elif event.action != "push":  # begins, publishes or brings back a version
+            retired = False
+    return retired

@@ -7,6 +7,7 @@ import pytest
 
 from clustering.errors import UserError
 from experts.expert import Expert
+from experts.registry import Registry
 from experts.verify import verify
 from xelm.api import open_run
 from xelm.runs import gate
@@ -122,6 +123,7 @@ def test_the_gate_compares_with_the_parent_and_the_seed(
     config = override(run.config, settings)
     run = replace(run, directory=tmp_path, record={**run.record, "config": to_json(config)})
     (tmp_path / "train").mkdir()
+    Registry(seed_sha256={}).save(tmp_path)
     expert = Expert(name="sv", languages=("sv",), parent=parent, round=1 + (parent != "seed"))
     figures = {"own": {"sv": FIGURES["own"]["sv"] | changes}}
     if fault is None:
@@ -148,6 +150,7 @@ def test_an_expert_that_cannot_be_measured_is_not_published_unless_that_was_chos
     run = open_run(tiny.directory)
     config = override(run.config, settings)
     run = replace(run, directory=tmp_path, record={**run.record, "config": to_json(config)})
+    Registry(seed_sha256={}).save(tmp_path)
     expert = Expert(name="sv", languages=("sv",), parent="de@v1", round=2, made=made)
     found = gate.refusal_of(run, expert, {"own": {}})
     few = "it has so few documents in sv that none is held out, and so nothing says that it is no"

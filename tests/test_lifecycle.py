@@ -14,13 +14,14 @@ from experts.branch import branch
 from experts.expert import Expert
 from experts.grow import grow
 from experts.history import Event, about, name_now
-from experts.lock import update
+from experts.lock import record, update
 from experts.registry import FILE_NAME, Registry
 from experts.verify import hash_directory, verify
 from xelm import open_run, tables
 from xelm.inference.routing import Routing
 from xelm.runs.compare import Comparison, Difference, ListedExpert
 from xelm.runs.ensembles import open_ensemble
+from xelm.runs.gate import refusal_of
 
 H = {name: {"model.safetensors": name * 64} for name in "0123456789abcdef"}
 EVALUATION = {"own": {"pt": {"documents": 8, "expert": 3.0, "parent": 4.0, "seed": 5.0}}}
@@ -53,6 +54,28 @@ def grown(copy):
     saved(run, registry)
     assert verify(run) == []
     return run
+
+
+def test_a_version_does_not_bring_back_an_expert_that_was_retired_meanwhile(grown):
+    run, changes = (
+        open_run(grown),
+        [
+            ("again", lambda r: r.start("pt", parent="pt@v1"), False),
+            ("retire", lambda r: r.retire_expert("pt"), True),
+            ("push", lambda r: r, True),
+            ("restore", lambda r: r.restore("pt"), False),
+            ("retire", lambda r: r.retire_expert("pt"), True),
+        ],
+    )
+    for action, change, retired in changes:
+        registry = update(grown, change, action)
+        if action == "push":
+            record(grown, "push", ["pt@v1"], {"to": "jane/pt"})
+        refusal = refusal_of(run, registry.expert("pt", 2), {"own": EVALUATION["own"]})
+        assert refusal == ("pt was retired after its training began" if retired else None)
+    registry = update(grown, lambda r: r.discard("pt"), "discard")
+    registry = update(grown, lambda r: grow(r, "pt", "en-es"), "grow")  # begun after that
+    assert refusal_of(run, registry.expert("pt", 2), {"own": EVALUATION["own"]}) is None
 
 
 def test_a_change_and_its_event_are_written_together(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import numpy as np
 
 from clustering.errors import UserError
 from experts.expert import SEED, Expert
+from experts.history import retired_since
 from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
 from xelm.data.vocabulary import in_pieces_of
@@ -80,8 +81,11 @@ def check_gate(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> None
 
 
 def refusal_of(run: Run, expert: Expert, figures: Mapping[str, Figures]) -> str | None:
-    """Why the gate refuses an expert: figures in which it is worse than allowed, or that it was
-    trained here and none of its text is held out to measure it; None if it passes."""
+    """Why the gate refuses an expert: figures in which it is worse than allowed, that it was
+    trained here and none of its text is held out to measure it, or that the expert was retired
+    meanwhile; None if it passes."""
+    if retired_since(run.registry().history, expert.reference):
+        return f"{expert.name} was retired after its training began"
     gate = run.config.gate
     measurable = run.config.held_out.share > 0 and expert.made is None
     if measurable and gate.worse is not None and not figures["own"]:
