@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hub_server import serving
 from safetensors.numpy import load, load_file, save_file
-from shared import snapshot
+from shared import full, snapshot
 
 from clustering.files import sha256
 from experts import manifest, package
@@ -99,6 +99,19 @@ def test_an_expert_is_pushed_whole_and_a_second_push_uploads_nothing(xelm, copy,
         "en-es@v1": "published"
     }
     assert verify(run) == []
+
+
+def test_a_push_that_was_not_recorded_is_recorded_by_the_next(xelm, copy, hub, monkeypatch):
+    command = ("push", copy.directory, "en-es", "--to", "jane/western")
+    with monkeypatch.context() as patch:
+        patch.setattr("xelm.runs.push.record", full)
+        assert xelm(*command).code == 2
+    assert [e for e in Registry.load(copy.directory).history if e.action == "push"] == []
+    for _ in range(2):
+        assert "nothing was uploaded" in xelm(*command).out
+        (push,) = [e for e in Registry.load(copy.directory).history if e.action == "push"]
+        there = hub.repo("jane/western").branches["main"]
+        assert push.facts == {"to": "jane/western", "commit": there}
 
 
 @pytest.mark.slow

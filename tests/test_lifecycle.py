@@ -288,6 +288,12 @@ def test_lines_of_many_experts_and_of_long_paths_fit_a_terminal():
     ]
 
 
+def test_a_column_has_room_for_text_in_a_script_that_a_model_does_not_know():
+    for perplexity, shown in {280.24: "280.2", 99_999.9: "99999.9", 2_231_208.6: "2.2e+06"}.items():
+        pair = tables._pair(perplexity, 21.018)
+        assert pair == f"{shown} 21.018" and len(pair) < tables._WIDTH
+
+
 def test_tokens_that_nobody_knows_are_not_called_none():
     known = {"name": "sv", "version": 1, "status": "published", "parent": "seed"}
     each = ListedExpert(**known, languages=("sv",), tokens=0, bytes=1_600_000, figures={})

@@ -113,9 +113,11 @@ def _write(
         message = f"{what}, by xelm {__version__}"
         commit = repository.write(new, gone, message=message, parent=before.sha)
         _check_arrived(repository, files, packed)
+    facts, registry = {"to": str(repository), "commit": commit}, run.registry()
+    # A push that ended before this is recorded by the next one, which finds it all done.
+    if not any(event.action == "push" and facts == event.facts for event in registry.history):
         experts = packed.expert and [packed.expert.reference]
-        published = [expert.reference for expert in run.registry().published()]
-        facts = {"to": str(repository), "commit": commit}
+        published = [expert.reference for expert in registry.published()]
         record(run.directory, "push", experts or published, facts)
     planned = _pushed(repository, files)
     return replace(planned, uploaded=tuple(new), deleted=tuple(gone), commit=commit)
