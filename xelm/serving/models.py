@@ -42,6 +42,8 @@ class ServedModels:
     """Experts that are retired."""
     detector: Detected
     """Detects the language of prompts, which answers and metrics name."""
+    max_characters: int
+    """Length of the longest prompt that is tokenised: the models cannot read longer ones."""
 
     @property
     def parameters(self) -> ParameterCache:
@@ -72,15 +74,6 @@ class ServedModels:
         """Drops parameters in the same memory that only models served earlier use."""
         caches = (pool.parameters for pool in self.pools.values())
         self.parameters.evict_others(*(c for c in caches if isinstance(c, ParameterCache)))
-
-    @property
-    def max_characters(self) -> int:
-        """Length of the longest prompt that is tokenised: the models cannot read longer ones. Twice
-        what the longest tokens give, since some characters become no token."""
-        longest = max(map(len, self.detector.pieces), default=1)
-        for pool in self.ensemble.further:
-            longest = max(longest, *map(len, pool.tokenizer.hub.get_vocab()))
-        return 2 * longest * self.ensemble.longest
 
     def language_of(
         self,
@@ -136,6 +129,9 @@ def open_served_models(
     log_weights = np.where(np.eye(len(names)), 0.0, -np.inf)
     routers = {f"{ENSEMBLE}:{name}": Fixed(weights=one) for name, one in zip(names, log_weights)}
     routers |= {f"{ENSEMBLE}:{name}": pool.router for name, pool in alone.items()}
+    named = pieces(run)
+    tokens = [named, *(pool.tokenizer.hub.get_vocab() for pool in ensemble.further)]
+    longest = max(len(token) for each in tokens for token in each)
     return ServedModels(
         ensemble=ensemble,
         alone=alone,
@@ -143,5 +139,7 @@ def open_served_models(
         versions=versions,
         places=places,
         retired=run.registry().retired(),
-        detector=Detected(experts=1, identifier=identifier(run), pieces=pieces(run), serving={}),
+        detector=Detected(experts=1, identifier=identifier(run), pieces=named, serving={}),
+        # Twice what the longest tokens give, since some characters become no token.
+        max_characters=2 * longest * ensemble.longest,
     )
