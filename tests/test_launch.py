@@ -220,8 +220,19 @@ def test_whoever_is_asked_to_end_ends_its_processes_and_they_save(xelm, long, by
     run, wanted = long
     command = [sys.executable, "-m", "xelm", "train", str(run), "--all", "--jobs", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: all(steps_of(run, name) > 30 for name in NAMES))
-    children = [process_of(run, name) for name in NAMES]
+    children = {}
+
+    def all_are_held():
+        # Whoever began first waits, or it may be done before the other has begun.
+        for name in NAMES:
+            if name not in children and steps_of(run, name) > 30:
+                children[name] = process_of(run, name)
+                os.kill(children[name], signal.SIGSTOP)
+        return len(children) == len(NAMES)
+
+    wait_for(all_are_held)
+    for child in children.values():
+        os.kill(child, signal.SIGCONT)
     if by == signal.SIGINT:  # a terminal's Ctrl-C goes to all of them
         os.killpg(process.pid, by)
     else:
@@ -229,7 +240,7 @@ def test_whoever_is_asked_to_end_ends_its_processes_and_they_save(xelm, long, by
     said = process.communicate(timeout=60)[1]
     assert process.returncode == {signal.SIGTERM: os.EX_TEMPFAIL, signal.SIGINT: 130}[by], said
     assert "stopped by a signal; what was trained is saved" in said.splitlines()[-1]
-    for child in children:
+    for child in children.values():
         assert not Path(f"/proc/{child}").exists()
     assert weights(run) == {}
     assert xelm("train", run, "--all").code == 0

@@ -12,7 +12,7 @@ from xelm.inference.route import Router, routing_mask, states_along
 from xelm.inference.routers import Detected, Fixed
 from xelm.inference.routing import Routing
 from xelm.models.checkpoint import read_config
-from xelm.runs.check import is_mixture
+from xelm.runs.check import check_models, is_mixture
 from xelm.runs.ensembles import open_ensemble, open_model, place_of, published
 from xelm.runs.fit import identifier, pieces
 from xelm.runs.make_router import general_models
@@ -106,8 +106,9 @@ def open_served_models(
     experts = published(run)
     versions = {expert.name: expert.reference for expert in experts}
     mixtures = [name for name in run.combined() if is_mixture(name)]
-    paths = {expert.name: expert.directory(run.directory) for expert in experts}
-    paths |= general_models(run) | run.combined()
+    others = general_models(run) | run.combined()
+    check_models(run, experts, others)
+    paths = {expert.name: expert.directory(run.directory) for expert in experts} | others
     places = {name: place_of(path) for name, path in paths.items()}
     if before is not None and (before.versions, before.places) == (versions, places):
         return before
