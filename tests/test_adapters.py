@@ -127,7 +127,8 @@ def test_a_directory_with_an_adapter_reads_as_the_merged_model(name, tmp_path):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_peft_loads_an_adapter_with_equal_logits(name, tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     base = saved(name, tmp_path / "seed")
     config = read_config(base)
     adapter = random_adapter(config, chosen_targets("all", config))

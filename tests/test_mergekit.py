@@ -1,6 +1,5 @@
 """Merged values against those of mergekit, on a tiny Llama of random weights."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,12 +13,7 @@ from safetensors.numpy import load_file, save_file
 from experts.merge import Source, merge
 from experts.merge_methods import MergeOptions
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("mergekit") is None, reason="mergekit is not installed"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
