@@ -115,6 +115,18 @@ CONFIGS: dict[str, Any] = {
     "qwen3-one-key-head": hub.Qwen3Config(
         **{**_LLAMA, "num_key_value_heads": 1}, tie_word_embeddings=True
     ),
+    "phi3-longrope-partial": hub.Phi3Config(
+        **{**_LLAMA, "hidden_size": 64},
+        original_max_position_embeddings=192,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        rope_parameters={
+            **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+            "short_factor": [1.0, 1.1, 1.2, 1.4, 1.8, 2.5],
+            "long_factor": [1.5, 2.0, 3.0, 5.0, 9.0, 20.0],
+        },
+    ),
+    "phi3-local": hub.Phi3Config(**_LLAMA, sliding_window=9, pad_token_id=0),
     "gemma2": hub.Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma2-uncapped": hub.Gemma2Config(
         **{**_GEMMA, "num_key_value_heads": 4, "vocab_size": 101},
@@ -161,6 +173,7 @@ FAMILIES = (
         "mixtral",
         "qwen2-partly-local-tied",
         "qwen3",
+        "phi3-longrope-partial",
         "gemma2",
         "gemma3",
     ),

@@ -12,6 +12,7 @@ from clustering.errors import UserError
 from xelm.models.checkpoint import load_model, read_config, save_model
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
+SHORT = [1.0, 1.25, 1.5, 2.0, 3.0, 4.5]
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
 logits_of = nnx.jit(lambda model, tokens: model(tokens))
 
@@ -35,6 +36,18 @@ EDITED = {
         {"layer_types": None, "sliding_window": None},
     ],
     "qwen3": [{"rope_parameters": None, "rope_scaling": {**YARN, "type": "yarn"}}],
+    "phi3-longrope-partial": [
+        {
+            "rope_parameters": None,
+            "rope_theta": 300.0,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "longrope", "short_factor": SHORT, "long_factor": [9.0] * 6},
+        },
+        {"rope_parameters": {"rope_type": "yarn", "short_factor": SHORT, "long_factor": SHORT}}
+        | {"partial_rotary_factor": 0.75},
+        {"original_max_position_embeddings": 256},
+        {"max_position_embeddings": 4096, "sliding_window": 9},
+    ],
     "gemma2": [
         {"layer_types": None, "rope_parameters": None, "rope_theta": 50.0},
         {"attn_logit_softcapping": None, "query_pre_attn_scalar": 7},
@@ -87,6 +100,8 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("llama-grouped", {"model_type": None}, "model_type None is not known"),
         ("llama-grouped", {"model_type": ["llama"]}, "is not known"),
         ("llama-grouped", {"quantization_config": "gptq"}, "quantised weights are not supported"),
+        ("phi3-local", {"rope_parameters": {**LINEAR}}, "must be one of .'longrope'., got linear"),
+        ("llama-grouped", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
         ("ministral", {"head_dim": None}, "head_dim must be a number"),
         ("xlm-roberta", {"pad_token_id": None}, "pad_token_id must be a number"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be"),
@@ -133,3 +148,18 @@ def test_settings_by_which_transformers_read_other_files_are_refused(name, value
     (llama / "config.json").write_text(json.dumps(source))
     with pytest.raises(UserError, match=f"{name} is not read"):
         load_model(llama)
+
+
+def test_nothing_longer_than_the_original_length_is_read_by_longrope(tmp_path):
+    """From the next token on transformers rotates all positions by other frequencies."""
+    pair = saved(CONFIGS["phi3-longrope-partial"], tmp_path / "hub")
+    model = load_model(pair.directory)
+    assert model.config.max_length == 192
+    tokens = random_tokens((1, 193))
+    with pytest.raises(UserError, match=r"at most 192 tokens.* longrope .*got 193"):
+        logits_of(model, tokens)
+    with torch.no_grad():
+        whole = pair.reference(torch.tensor(tokens)).logits[0, :192].numpy()
+        part = pair.reference(torch.tensor(tokens[:, :192])).logits[0].numpy()
+    assert np.abs(whole - part).max() > 1e-3
+    np.testing.assert_allclose(logits_of(model, tokens[:, :192])[0], part, atol=1e-4, rtol=1e-4)

@@ -18,13 +18,18 @@ class Rope:
 
     theta: float = 10_000.0
     """Base of the rotary frequencies."""
-    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    partial_rotary_factor: float = 1.0
+    """Share of each head that positions rotate, its first values; the others stay as they are."""
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
     """linear: Chen et al. 2023, arXiv 2306.15595. llama3: Llama 3.1, arXiv 2407.21783, as released.
-    yarn: Peng et al. 2023, arXiv 2309.00071."""
+    yarn: Peng et al. 2023, arXiv 2309.00071. longrope: Ding et al. 2024, arXiv 2402.13753, for
+    sequences up to the original length."""
     factor: float = 1.0
     """Low frequencies are divided by this (all of them, if linear)."""
     original_length: int | None = None
-    """Longest sequence before the scaling, in tokens; read by llama3 and yarn."""
+    """Longest sequence before the scaling, in tokens; read by llama3, yarn and longrope."""
+    short_factors: tuple[float, ...] = ()
+    """Divisor of each frequency in sequences up to the original length; read by longrope."""
     slowest: float = 1.0
     """Frequencies with fewer turns than this over the original length are divided by the whole
     factor: low_freq_factor of llama3, beta_slow of yarn."""
@@ -34,20 +39,29 @@ class Rope:
     truncate: bool = True
     """Whether the dimensions of `slowest` and `fastest` are rounded outwards; read by yarn."""
     amplitude: float = 1.0
-    """Factor of cosines and sines; read by yarn."""
+    """Factor of cosines and sines; read by yarn and longrope."""
 
     def __post_init__(self) -> None:
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(
                 f"theta and factor must be above 0; got {self.theta} and {self.factor}"
             )
-        if self.scaling in ("llama3", "yarn"):
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ValueError(
+                "partial_rotary_factor must be above 0 and at most 1; got "
+                f"{self.partial_rotary_factor}"
+            )
+        if self.scaling in ("llama3", "yarn", "longrope"):
             if self.original_length is None or self.original_length < 1:
                 raise ValueError(f"rope scaling {self.scaling} needs original_length")
-            if self.slowest >= self.fastest:
+            if self.scaling != "longrope" and self.slowest >= self.fastest:
                 raise ValueError(
                     f"slowest must be below fastest; got {self.slowest} and {self.fastest}"
                 )
+
+    def rotated(self, head_size: int) -> int:
+        """Number of values of a head that are rotated."""
+        return int(head_size * self.partial_rotary_factor)
 
 
 TARGETS: Mapping[str, str] = {
@@ -175,8 +189,17 @@ class ModelConfig:
                 "experts_per_token must be between 1 and expert_count, "
                 f"{self.expert_count}, or 0 with 0; got {self.experts_per_token}"
             )
-        if self.positions == "rope" and self.head_size % 2:
-            raise ValueError(f"head_size must be even for rotary positions; got {self.head_size}")
+        for rope in filter(None, (self.rope, self.local_rope) if self.positions == "rope" else ()):
+            rotated = rope.rotated(self.head_size)
+            if rotated % 2 or not rotated:
+                raise ValueError(
+                    f"head_size times the partial_rotary_factor must be even for rotary positions; "
+                    f"got {rotated} of {self.head_size}"
+                )
+            if rope.scaling == "longrope" and len(rope.short_factors) != rotated // 2:
+                raise ValueError(
+                    f"longrope needs {rotated // 2} short factors; got {len(rope.short_factors)}"
+                )
         if self.local_layers and (self.local_window is None or self.local_window < 1):
             raise ValueError(f"local layers need a local_window; got {self.local_window}")
         if any(not 0 <= layer < self.layer_count for layer in self.local_layers):

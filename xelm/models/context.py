@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from clustering.errors import UserError
 from xelm.models.attention import Bias
 from xelm.models.cache import Cache
 from xelm.models.config import ModelConfig
@@ -50,6 +51,11 @@ def of_sequences(
     valid: Bool[Array, "B T"] | None,
 ) -> Context:
     """The context of sequences that are read as a whole; arguments as in `Transformer.hidden`."""
+    if config.rope.scaling == "longrope" and tokens.shape[1] > config.max_length:
+        raise UserError(
+            f"this model is computed for at most {config.max_length} tokens, since beyond them "
+            f"longrope has other frequencies; got {tokens.shape[1]}"
+        )
     mask = jnp.ones((*tokens.shape, tokens.shape[1]), bool)
     if config.causal:
         mask = jnp.tril(mask)

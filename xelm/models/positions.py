@@ -10,11 +10,14 @@ from xelm.models.config import Rope
 
 
 def rope_frequencies(rope: Rope, head_size: int) -> Float[np.ndarray, " H2"]:
-    """Radians by which each pair of a head turns from one position to the next, float32."""
+    """Radians by which each rotated pair of a head turns from one position to the next, float32."""
+    head_size = rope.rotated(head_size)
     exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     frequencies = np.float32(1) / np.float32(rope.theta) ** exponents
     if rope.scaling == "none":
         return frequencies
+    if rope.scaling == "longrope":
+        return frequencies / np.asarray(rope.short_factors, np.float32)
     slow = frequencies / np.float32(rope.factor)
     if rope.scaling == "linear":
         return slow
@@ -53,11 +56,16 @@ def rope_angles(
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
 ) -> Float[Array, "B T N H"]:
-    """Queries or keys, the halves of each head turned by their position's angle (as in Llama)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Queries or keys, the halves of each head turned by their position's angle (as in Llama).
+    With fewer angles than half the head, only its first values are."""
+    rotated = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :rotated].astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    turned = turned.astype(x.dtype)
+    if rotated == x.shape[-1]:
+        return turned
+    return jnp.concatenate([turned, x[..., rotated:]], axis=-1)
 
 
 def alibi_slopes(head_count: int) -> Float[np.ndarray, " N"]:

@@ -17,6 +17,7 @@ from xelm.models.families.gemma import GEMMA2, GEMMA3
 from xelm.models.families.gpt2 import GPT2
 from xelm.models.families.llama import LLAMA, MINISTRAL, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from xelm.models.families.modernbert import MODERNBERT
+from xelm.models.families.phi3 import PHI3
 from xelm.models.families.xglm import XGLM
 
 FAMILIES: Mapping[str, Family] = {
@@ -26,6 +27,7 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "phi3": PHI3,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "xglm": XGLM,

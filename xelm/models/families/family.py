@@ -125,14 +125,18 @@ def activation(name: str, value: str) -> Activation:
     return ACTIVATIONS[want(name, value, list(ACTIVATIONS))]
 
 
-def rope(found: Mapping[str, Any]) -> Rope:
-    """Settings of rotary positions, of all layers or of one kind of them."""
-    kind = want("rope_type", found["rope_type"], ["default", "linear", "llama3", "yarn"])
-    want("partial_rotary_factor", found.get("partial_rotary_factor", 1.0), [1.0])
+def rope(found: Mapping[str, Any], *, partial: bool = False) -> Rope:
+    """Settings of rotary positions, of all layers or of one kind of them. partial: whether
+    transformers' model of this family reads `partial_rotary_factor`."""
+    kinds = ["default", "linear", "llama3", "yarn"]
+    kind = want("rope_type", found["rope_type"], kinds)
     theta = found["rope_theta"]
     if not isinstance(theta, int | float):
         raise UserError(f"rope_theta must be a number; config.json has {theta}")
-    settings: dict[str, Any] = {"theta": float(theta)}
+    share = found.get("partial_rotary_factor", 1.0)
+    if not partial:
+        want("partial_rotary_factor", share, [1.0])
+    settings: dict[str, Any] = {"theta": float(theta), "partial_rotary_factor": share}
     if kind != "default":
         settings |= {"scaling": kind, "factor": float(found["factor"])}
     if kind in ("llama3", "yarn"):
