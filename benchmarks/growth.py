@@ -12,6 +12,7 @@ same command goes on where it was interrupted, and ends with the table of all th
     nearest    an expert from that of the nearest language, as `xelm grow` makes it
     farthest   the same from the expert of the farthest language
     replay     as nearest, and a quarter of the rows replays all other languages in equal parts
+    by-size    the same, the other languages by their numbers of tokens
 
 Each reads the same number of positions, and the weights with the lowest loss on held-out text, of
 five measurements, are its result. Figures are bits a byte on the first tokens of each language of
@@ -47,7 +48,7 @@ from xelm.training.loop import train
 from xelm.training.trainer import TrainingSpec
 
 LANGUAGES = "az,he,pl,sv,hy,eu,kk"
-ARMS = ("lapt", "seed", "nearest", "farthest", "replay")
+ARMS = ("lapt", "seed", "nearest", "farthest", "replay", "by-size")
 REPLAY_SHARE = 0.25
 OLD_TOKENS, NEW_TOKENS = 2_000, 8_000
 """Number of tokens of each old language, and of the new one, that are scored."""
@@ -131,8 +132,8 @@ def job_of(run: Run, trial: Mapping[str, Any]) -> tuple[Job, str]:
         f"grow.random_seed={run.config.grow.random_seed + 100 * trial['random_seed']}",
         "grow.evaluation.patience=null",
         f"grow.evaluation.every={max(1, trial['tokens'] // run.config.grow.tokens_per_step // 5)}",
-        "grow.data.sampling_exponent=0",
-        f"grow.data.replay_share={REPLAY_SHARE if arm == 'replay' else 0}",
+        f"grow.data.sampling_exponent={int(arm == 'by-size')}",
+        f"grow.data.replay_share={REPLAY_SHARE if arm in ('replay', 'by-size') else 0}",
         f"donor_share={0 if alone else run.config.donor_share}",
     ]
     parent = SEED if alone else relative(run, language, -1 if arm == "farthest" else 0)
