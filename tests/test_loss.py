@@ -17,12 +17,17 @@ from xelm.training.loss import cross_entropy
 WIDTH = 12
 
 
-def inputs(positions: int, vocabulary: int, dtype=np.float32, *, bias=False, cap=None):
+def inputs(positions: int, vocabulary: int, dtype=np.float32, *, bias=False, cap=None, scale=1.0):
     draw = np.random.default_rng(0)
     matrix = draw.normal(size=(vocabulary, WIDTH)).astype(np.float32)
     return (
         draw.normal(size=(positions, WIDTH)).astype(dtype),
-        Head(matrix, draw.normal(size=vocabulary).astype(np.float32) if bias else None, cap),
+        Head(
+            matrix,
+            draw.normal(size=vocabulary).astype(np.float32) if bias else None,
+            cap,
+            scale=scale,
+        ),
         draw.integers(0, vocabulary, positions),
         draw.uniform(size=positions).astype(np.float32),
     )
@@ -37,6 +42,7 @@ def reference(hidden, head, targets, weights):
     """In float32, all logits at once."""
     logits = hidden.astype(jnp.float32) @ head.matrix.T
     logits = logits if head.bias is None else logits + head.bias[None]
+    logits = logits * head.scale
     logits = logits if head.cap is None else head.cap * jnp.tanh(logits / head.cap)
     return (optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights).sum()
 
@@ -83,9 +89,12 @@ def test_a_frozen_head_gives_the_same_gradient_by_states_and_needs_none_of_its_o
     assert products and not any(sums in line.partition(" dot(")[0] for line in products)
 
 
-@pytest.mark.parametrize(("bias", "cap"), [(True, None), (False, 2.0), (True, 2.0)])
-def test_a_bias_and_a_cap_of_logits_do_as_in_all_logits(bias, cap):
-    arguments = inputs(100, 97, bias=bias, cap=cap)
+@pytest.mark.parametrize(
+    ("bias", "cap", "scale"),
+    [(True, None, 1.0), (False, 2.0, 1.0), (True, 2.0, 1.0), (False, None, 0.3), (True, 2.0, 0.3)],
+)
+def test_a_bias_a_scale_and_a_cap_of_logits_do_as_in_all_logits(bias, cap, scale):
+    arguments = inputs(100, 97, bias=bias, cap=cap, scale=scale)
     found, gradients = with_gradients(cross_entropy)(*arguments)
     wanted, references = with_gradients(reference)(*arguments)
     np.testing.assert_allclose(found, wanted, rtol=1e-5)

@@ -48,24 +48,27 @@ class Block(nnx.Module):
             )
 
         self.config = config
-        self.attention_norm = Norm(config, layers, dtype)
+        # Of inputs (of sums, where norms come after these), and of results.
+        inputs = config.norm_placement != "result"
+        results = config.norm_placement in ("around", "result")
+        self.attention_norm = Norm(config, layers, dtype) if inputs else None
         self.query = linear(width, heads, ("width", "heads"), config.query_bias)
         self.key = linear(width, keys, ("width", "keys"), config.query_bias)
         self.value = linear(width, keys, ("width", "keys"), config.query_bias)
-        normed = config.head_norm
-        self.query_norm = Norm(config, layers, dtype, of_heads=True) if normed else None
-        self.key_norm = Norm(config, layers, dtype, of_heads=True) if normed else None
+        normed, counts = config.head_norm, (config.head_count, config.key_head_count)
+        self.query_norm = Norm(config, layers, dtype, heads=counts[0]) if normed else None
+        self.key_norm = Norm(config, layers, dtype, heads=counts[1]) if normed else None
         self.output = linear(heads, width, ("heads", "width"), config.output_bias, outer)
-        self.feedforward_norm = Norm(config, layers, dtype)
+        own = inputs and config.parallel != "one norm"
+        self.feedforward_norm = Norm(config, layers, dtype) if own else None
         count = config.expert_count
         self.router = linear(width, count, ("width", "experts"), False) if count else None
         only = None if count else Expert(config, linear, outer)
         self.gate, self.up, self.down = (only.gate, only.up, only.down) if only else (None,) * 3
         for number in range(count):
             setattr(self, f"expert_{number}", Expert(config, linear, outer))
-        around = config.norm_placement == "around"
-        self.attention_result_norm = Norm(config, layers, dtype) if around else None
-        self.feedforward_result_norm = Norm(config, layers, dtype) if around else None
+        self.attention_result_norm = Norm(config, layers, dtype) if results else None
+        self.feedforward_result_norm = Norm(config, layers, dtype) if results else None
 
     def __call__(
         self,
@@ -79,34 +82,39 @@ class Block(nnx.Module):
         """States after layer `number`, which is `local` or global, its cache with the tokens of
         this pass, and what `observe` makes of the layer and the input of its feed-forward."""
         if self.config.norm_placement == "after":
-            attended, cache = self._attention(x, context, local, cache)
-            x = self.attention_norm(x + attended)
+            attended, cache = self._attention(x, context, number, local, cache)
+            x = _normed(x + attended, self.attention_norm)
             found = observe(self, x)
-            return self.feedforward_norm(x + self._feedforward(x)), cache, found
-        h = self.attention_norm(x)
+            return _normed(x + self._feedforward(x), self.feedforward_norm), cache, found
+        h = _normed(x, self.attention_norm)
         if not self.config.first_norm:
             h = jnp.where(number == 0, x, h)
-        attended, cache = self._attention(h, context, local, cache)
-        if self.attention_result_norm is not None:
-            attended = self.attention_result_norm(attended)
-        x = x + attended
-        h = self.feedforward_norm(x)
+        attended, cache = self._attention(h, context, number, local, cache)
+        attended = _normed(attended, self.attention_result_norm)
+        if self.config.parallel == "no":
+            x = x + attended
+            h = _normed(x, self.feedforward_norm)
+        else:
+            h = h if self.feedforward_norm is None else self.feedforward_norm(x)
+            x = x + attended
         found, fed = observe(self, h), self._feedforward(h)
-        if self.feedforward_result_norm is not None:
-            fed = self.feedforward_result_norm(fed)
-        return x + fed, cache, found
+        return x + _normed(fed, self.feedforward_result_norm), cache, found
 
     @jax.named_scope("attention")
-    def _attention(self, h, context, local, cache):
+    def _attention(self, h, context, number, local, cache):
         config, view = self.config, context.view(local)
         batch, length = view.mask.shape[:2]
-        query = self.query(h).reshape(batch, length, config.head_count, config.head_size)
-        key = self.key(h).reshape(batch, length, config.key_head_count, config.head_size)
-        value = self.value(h).reshape(batch, length, config.key_head_count, config.head_size)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = self.query(h), self.key(h), self.value(h)
+        joint = config.head_norm_form == "joint"
+        if joint:
+            query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
+        query = query.reshape(batch, length, config.head_count, config.head_size)
+        key = key.reshape(batch, length, config.key_head_count, config.head_size)
+        value = value.reshape(batch, length, config.key_head_count, config.head_size)
+        if not joint:
+            query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
         if view.rope is not None:
-            query, key = rotate(query, *view.rope), rotate(key, *view.rope)
+            query, key = (self._rotated(x, number, *view.rope) for x in (query, key))
         if cached := cache is not None:
             cache, (key, value) = store(cache, key, value, context.rows, context.positions)
         else:
@@ -123,6 +131,13 @@ class Block(nnx.Module):
             causal=config.causal and not cached,
         )
         return self.output(mixed.reshape(batch * length, -1)), cache
+
+    def _rotated(self, x, number, cos, sin):
+        """Queries or keys of layer `number`, turned by their position's angle."""
+        if nope := self.config.nope_layers:
+            without = (number[None] == jnp.asarray(nope)).any()
+            cos, sin = jnp.where(without, 1, cos), jnp.where(without, 0, sin)
+        return rotate(x, cos, sin, interleaved=self.config.rope.interleaved)
 
     @jax.named_scope("feedforward")
     def _feedforward(self, h):
@@ -165,6 +180,11 @@ class Block(nnx.Module):
         chosen = most_probable(probabilities, self.config.experts_per_token)
         kept = probabilities * chosen
         return probabilities, kept / kept.sum(axis=-1, keepdims=True)
+
+
+def _normed(x: Float[Array, "*B D"], norm: Norm | None) -> Float[Array, "*B D"]:
+    """`x` after a norm, or as it is where there is none."""
+    return x if norm is None else norm(x)
 
 
 def most_probable(probabilities: Float[Array, "*B E"], count: int) -> Float[Array, "*B E"]:

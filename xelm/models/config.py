@@ -40,6 +40,9 @@ class Rope:
     """Whether the dimensions of `slowest` and `fastest` are rounded outwards; read by yarn."""
     amplitude: float = 1.0
     """Factor of cosines and sines; read by yarn and longrope."""
+    interleaved: bool = False
+    """Whether a pair that turns together is two neighbours in a head (GPT-J, Cohere), rather than
+    one value of its first half and one of its second (Llama)."""
 
     def __post_init__(self) -> None:
         if self.theta <= 0 or self.factor <= 0:
@@ -110,9 +113,14 @@ class ModelConfig:
     """Norms multiply by this + scale (1 for Gemma)."""
     norm_epsilon: float = 1e-6
     """Added to the variance inside the norm."""
-    norm_placement: Literal["before", "after", "around"] = "before"
+    norm_placement: Literal["before", "after", "around", "result"] = "before"
     """Where norms stand. before: a sub-layer's input passes one. after: the sum with its result
-    does (BERT). around: its input does and, by another norm, its result before the sum (Gemma)."""
+    does (BERT). around: its input does and, by another norm, its result before the sum (Gemma).
+    result: its result does, and not its input (OLMo 2)."""
+    parallel: Literal["no", "one norm", "two norms"] = "no"
+    """Whether attention and feed-forward both read the input of the layer, and their results are
+    added to it together (GPT-J; Chowdhery et al. 2022, arXiv 2204.02311, section 2). one norm:
+    after the same norm (Cohere). two norms: each after its own (GPT-NeoX)."""
     first_norm: bool = True
     """The first attention has a norm before it (not in ModernBERT, whose embeddings have one)."""
     embedding_norm: bool = False
@@ -137,7 +145,11 @@ class ModelConfig:
     output_bias: bool = False
     """The attention's output projection carries a bias."""
     head_norm: bool = False
-    """Queries and keys pass an RMSNorm over each head, before positions."""
+    """Queries and keys pass a norm before positions."""
+    head_norm_form: Literal["shared", "each", "joint"] = "shared"
+    """What `head_norm` normalises. shared: each head by an RMSNorm with the same scales for all.
+    each: each head by a norm of the kind of `norm` with its own scales, without bias (Cohere).
+    joint: all heads together by one RMSNorm (OLMo 2)."""
     attention_scale: float | None = None
     """Scores are multiplied by this; None is H ** -0.5."""
     attention_cap: float | None = None
@@ -154,6 +166,9 @@ class ModelConfig:
     """Rotary positions of all layers, or of the global ones if `local_rope` is given."""
     local_rope: Rope | None = None
     """Rotary positions of the local layers; None if they are those of all layers."""
+    nope_layers: tuple[int, ...] = ()
+    """Numbers of the layers without rotary positions, from 0 (NoPE: Kazemnejad et al. 2023, arXiv
+    2305.19466)."""
     position_offset: int = 0
     """Added to learned and sinusoidal positions before look-up (2 in fairseq's models)."""
     positions_skip_padding: bool = False
@@ -171,6 +186,8 @@ class ModelConfig:
     """The dense layer of `head_transform` carries a bias."""
     head_bias: bool = False
     """The output head carries a bias."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by this, before the cap (Cohere)."""
     logit_cap: float | None = None
     """Logits s become cap * tanh(s / cap) (Gemma 2)."""
 
@@ -202,9 +219,13 @@ class ModelConfig:
                 )
         if self.local_layers and (self.local_window is None or self.local_window < 1):
             raise ValueError(f"local layers need a local_window; got {self.local_window}")
-        if any(not 0 <= layer < self.layer_count for layer in self.local_layers):
+        for name in ("local_layers", "nope_layers"):
+            numbers = getattr(self, name)
+            if any(not 0 <= layer < self.layer_count for layer in numbers):
+                raise ValueError(f"{name} must be of 0 to {self.layer_count - 1}; got {numbers}")
+        if self.parallel != "no" and self.norm_placement != "before":
             raise ValueError(
-                f"local_layers must be of 0 to {self.layer_count - 1}; got {self.local_layers}"
+                f"norm_placement must be before in parallel layers; got {self.norm_placement}"
             )
 
     @property
@@ -224,12 +245,18 @@ class ModelConfig:
         norm = d * (1 + self.norm_bias)
         attention = d * (heads + 2 * keys) + heads * d
         attention += self.query_bias * (heads + 2 * keys) + self.output_bias * d
-        attention += 2 * self.head_norm * self.head_size
+        attention += (
+            self.head_norm
+            * {
+                "shared": 2 * self.head_size,
+                **dict.fromkeys(("each", "joint"), heads + keys),
+            }[self.head_norm_form]
+        )
         feedforward = d * f * (2 + self.gated)
         feedforward += self.feedforward_bias * (f * (1 + self.gated) + d)
         if self.expert_count:
             feedforward = experts * feedforward + d * self.expert_count
-        norms = 4 if self.norm_placement == "around" else 2
+        norms = 4 if self.norm_placement == "around" else 2 - (self.parallel == "one norm")
         layers = self.layer_count * (attention + feedforward + norms * norm)
         layers -= 0 if self.first_norm else norm
         embedding = (self.vocabulary_size + self.token_types) * d

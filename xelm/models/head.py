@@ -64,6 +64,8 @@ class Head:
     factors: Any = None
     """Two thin matrices, a [rank, D] and b [V, rank], whose product b @ a is added to the matrix
     without being made; None: there are none."""
+    scale: float = field(default=1.0, metadata={"static": True})
+    """Factor of the logits before their cap, as `ModelConfig.logit_scale`."""
 
     @jax.named_scope("head")
     def logits(
@@ -78,6 +80,8 @@ class Head:
             scores = scores + product(flat @ a.T, b, jnp.float32)
         if self.bias is not None:
             scores = scores + self.bias.astype(jnp.float32)[None]
+        if self.scale != 1.0:
+            scores = scores * self.scale
         if self.cap is not None:
             scores = self.cap * jnp.tanh(scores / self.cap)
         if self.known is not None and self.size is not None:

@@ -96,19 +96,30 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm or LayerNorm over the last dimension, computed in float32. of_heads: RMSNorm of every
-    head of queries or keys (Dehghani et al. 2023, arXiv 2302.05442)."""
+    """RMSNorm or LayerNorm over the last dimension, computed in float32. heads: number of heads of
+    the queries or keys that pass it, for a norm of those, in the form `head_norm_form` (Dehghani et
+    al. 2023, arXiv 2302.05442)."""
 
     def __init__(
-        self, config: ModelConfig, layers: int | None, dtype: DTypeLike, *, of_heads: bool = False
+        self,
+        config: ModelConfig,
+        layers: int | None,
+        dtype: DTypeLike,
+        *,
+        heads: int | None = None,
     ):
-        size, axis = (config.head_size, "head") if of_heads else (config.width, "width")
         stack, stacked = _stack(layers)
-        shape, axes = (*stack, size), (*stacked, axis)
+        size = {
+            "shared": (config.head_size,),
+            "each": (heads or 0, config.head_size),
+            "joint": ((heads or 0) * config.head_size,),
+        }[config.head_norm_form]
+        size, axis = ((config.width,), "width") if heads is None else (size, "head")
+        shape, axes = (*stack, *size), (*stacked, *[axis] * len(size))
         self.scale = nnx.Param(jnp.full(shape, 1 - config.norm_offset, dtype), axes=axes)
-        biased = config.norm_bias and not of_heads
+        biased = config.norm_bias and heads is None
         self.bias = nnx.Param(jnp.zeros(shape, dtype), axes=axes) if biased else None
-        self.centred = config.norm == "layer" and not of_heads
+        self.centred = config.norm == "layer" and (heads is None or config.head_norm_form == "each")
         self.offset, self.epsilon = config.norm_offset, config.norm_epsilon
 
     @jax.named_scope("norm")
@@ -117,10 +128,11 @@ class Norm(nnx.Module):
         if self.centred:
             h = h - h.mean(axis=-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=-1, keepdims=True) + self.epsilon)
-        ones = (1,) * (x.ndim - 1)
-        h = h * (self.offset + self.scale[...].astype(jnp.float32)).reshape(*ones, -1)
+        scale = self.scale[...].astype(jnp.float32)
+        ones = (1,) * (x.ndim - scale.ndim)
+        h = h * (self.offset + scale).reshape(*ones, *scale.shape)
         if self.bias is not None:
-            h = h + self.bias[...].astype(jnp.float32).reshape(*ones, -1)
+            h = h + self.bias[...].astype(jnp.float32).reshape(*ones, *scale.shape)
         return h.astype(x.dtype)
 
 

@@ -54,15 +54,27 @@ def rope_angles(
 
 
 def rotate(
-    x: Float[Array, "B T N H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
+    x: Float[Array, "B T N H"],
+    cos: Float[Array, "B T H2"],
+    sin: Float[Array, "B T H2"],
+    *,
+    interleaved: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Queries or keys, the halves of each head turned by their position's angle (as in Llama).
-    With fewer angles than half the head, only its first values are."""
+    With fewer angles than half the head, only its first values are. interleaved: neighbours are
+    turned instead (as in GPT-J)."""
     rotated = 2 * cos.shape[-1]
-    first, second = jnp.split(x[..., :rotated].astype(jnp.float32), 2, axis=-1)
+    h = x[..., :rotated].astype(jnp.float32)
+    if interleaved:
+        first, second = h[..., ::2], h[..., 1::2]
+    else:
+        first, second = jnp.split(h, 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    turned = turned.astype(x.dtype)
+    pairs = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        turned = jnp.stack(pairs, axis=-1).reshape(h.shape).astype(x.dtype)
+    else:
+        turned = jnp.concatenate(pairs, axis=-1).astype(x.dtype)
     if rotated == x.shape[-1]:
         return turned
     return jnp.concatenate([turned, x[..., rotated:]], axis=-1)

@@ -196,7 +196,8 @@ class Transformer(nnx.Module):
         factors = self.embedding_factors if self.head is None else None
         size = self.config.vocabulary_size
         known = None if self.new_rows is None else size - len(self.new_rows)
-        return Head(matrix, bias, self.config.logit_cap, known, size, factors)
+        scale, cap = self.config.logit_scale, self.config.logit_cap
+        return Head(matrix, bias, cap, known, size, factors, scale)
 
     def _forward(
         self, tokens, context, cache=None, measure=lambda h: None, observe=lambda block, h: None

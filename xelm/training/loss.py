@@ -165,6 +165,8 @@ def _loss_of_part(
         if head.cap is not None:
             # The slope of tanh; 0 where there is no token.
             error = error * (1 - jnp.square(jnp.maximum(logits, -head.cap) / head.cap))
+        if head.scale != 1.0:
+            error = error * head.scale
         if frozen_head:
             error = error.astype(part.dtype)
             return None, (loss, error @ head.matrix.astype(part.dtype))

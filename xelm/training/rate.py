@@ -60,6 +60,7 @@ def measured_layer(model: ModelConfig, config: TrainConfig, clock: Callable[[], 
         model,
         layer_count=1,
         local_layers=tuple(layer for layer in model.local_layers if layer == 0),
+        nope_layers=tuple(layer for layer in model.nope_layers if layer == 0),
         vocabulary_size=min(model.vocabulary_size, _MOST_VOCABULARY),
     )
     rows, length = _size(one, config)
