@@ -127,6 +127,32 @@ CONFIGS: dict[str, Any] = {
         },
     ),
     "phi3-local": hub.Phi3Config(**_LLAMA, sliding_window=9, pad_token_id=0),
+    "olmo2": hub.Olmo2Config(**_LLAMA, attention_bias=True, rms_norm_eps=1e-4),
+    "olmo3": hub.Olmo3Config(
+        **{**_LLAMA, "num_hidden_layers": 4},
+        sliding_window=9,
+        rope_parameters={
+            "full_attention": {"rope_type": "yarn", **_ROPE},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+        },
+    ),
+    "smollm3": hub.SmolLM3Config(**_LLAMA, no_rope_layers=[1, 0, 1, 1], pad_token_id=3),
+    "smollm3-local": hub.SmolLM3Config(
+        **{**_LLAMA, "pad_token_id": 3},
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=9,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "cohere": hub.CohereConfig(**_LLAMA, logit_scale=0.3, use_qk_norm=True),
+    "cohere-untied": hub.CohereConfig(
+        **_LLAMA, attention_bias=True, layer_norm_eps=1e-4, tie_word_embeddings=False
+    ),
+    "cohere2": hub.Cohere2Config(
+        **_LLAMA, logit_scale=0.3, sliding_window=9, sliding_window_pattern=2
+    ),
     "gemma2": hub.Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma2-uncapped": hub.Gemma2Config(
         **{**_GEMMA, "num_key_value_heads": 4, "vocab_size": 101},
@@ -174,6 +200,7 @@ FAMILIES = (
         "qwen2-partly-local-tied",
         "qwen3",
         "phi3-longrope-partial",
+        *("olmo2", "olmo3", "smollm3", "cohere", "cohere2"),
         "gemma2",
         "gemma3",
     ),

@@ -12,12 +12,15 @@ from clustering.files import read_object, write_json
 from xelm.models.config import ModelConfig
 from xelm.models.families.bert import BERT, XLM_ROBERTA
 from xelm.models.families.bloom import BLOOM
+from xelm.models.families.cohere import COHERE, COHERE2
 from xelm.models.families.family import Family
 from xelm.models.families.gemma import GEMMA2, GEMMA3
 from xelm.models.families.gpt2 import GPT2
 from xelm.models.families.llama import LLAMA, MINISTRAL, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from xelm.models.families.modernbert import MODERNBERT
+from xelm.models.families.olmo import OLMO2, OLMO3
 from xelm.models.families.phi3 import PHI3
+from xelm.models.families.smollm import SMOLLM3
 from xelm.models.families.xglm import XGLM
 
 FAMILIES: Mapping[str, Family] = {
@@ -28,6 +31,11 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "phi3": PHI3,
+    "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
+    "cohere": COHERE,
+    "cohere2": COHERE2,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "xglm": XGLM,

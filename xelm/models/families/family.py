@@ -125,9 +125,9 @@ def activation(name: str, value: str) -> Activation:
     return ACTIVATIONS[want(name, value, list(ACTIVATIONS))]
 
 
-def rope(found: Mapping[str, Any], *, partial: bool = False) -> Rope:
+def rope(found: Mapping[str, Any], *, partial: bool = False, interleaved: bool = False) -> Rope:
     """Settings of rotary positions, of all layers or of one kind of them. partial: whether
-    transformers' model of this family reads `partial_rotary_factor`."""
+    transformers' model of this family reads `partial_rotary_factor`. interleaved: as in `Rope`."""
     kinds = ["default", "linear", "llama3", "yarn"]
     kind = want("rope_type", found["rope_type"], kinds)
     theta = found["rope_theta"]
@@ -136,7 +136,10 @@ def rope(found: Mapping[str, Any], *, partial: bool = False) -> Rope:
     share = found.get("partial_rotary_factor", 1.0)
     if not partial:
         want("partial_rotary_factor", share, [1.0])
-    settings: dict[str, Any] = {"theta": float(theta), "partial_rotary_factor": share}
+    settings: dict[str, Any] = {
+        **{"theta": float(theta), "partial_rotary_factor": share},
+        "interleaved": interleaved,
+    }
     if kind != "default":
         settings |= {"scaling": kind, "factor": float(found["factor"])}
     if kind in ("llama3", "yarn"):
@@ -164,11 +167,22 @@ def _yarn_amplitude(found: Mapping[str, Any], factor: float) -> float:
     return grown(share) / grown(all_share) if share and all_share else grown(1.0)
 
 
+def all_local(hub: Any) -> dict[str, Any]:
+    """Settings of a model in which all layers see only a window, or none does."""
+    kind = "full_attention" if hub.sliding_window is None else "sliding_attention"
+    return local(hub.sliding_window, [kind] * hub.num_hidden_layers)
+
+
 def local(window: int | None, kinds: Sequence[str]) -> dict[str, Any]:
     """Settings of a model whose layers of kind "sliding_attention" see only a window."""
     for kind in kinds:
         want("layer_types", kind, ["full_attention", "sliding_attention"])
     layers = tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
-    if window is None or not layers:
+    if not layers:
         return {}
+    if window is None:
+        raise UserError(
+            "sliding_window must be a number if layer_types has sliding_attention; config.json has "
+            "None"
+        )
     return {"local_window": window, "local_layers": layers}

@@ -7,6 +7,7 @@ from xelm.models.config import ModelConfig, Rope
 from xelm.models.families.family import (
     Family,
     activation,
+    all_local,
     linear,
     local,
     norm,
@@ -23,8 +24,9 @@ def llama_like(hub: Any, **settings: Any) -> ModelConfig:
         "feedforward_width": hub.intermediate_size,
         "key_head_count": hub.num_key_value_heads,
         "max_length": hub.max_position_embeddings,
-        "norm_epsilon": hub.rms_norm_eps,
     }
+    if "norm_epsilon" not in settings:
+        found["norm_epsilon"] = hub.rms_norm_eps
     if getattr(hub, "head_dim", None):
         found["head_size"] = hub.head_dim
     if "activation" not in settings:
@@ -75,9 +77,8 @@ def _write_rope(rope: Rope) -> dict[str, Any]:
 
 
 def _read_mistral(hub: Any) -> ModelConfig:
-    # All layers or none. With layer_types, transformers makes a Ministral of it.
-    kinds = ["sliding_attention"] * hub.num_hidden_layers
-    return llama_like(hub, **local(hub.sliding_window, kinds))
+    # With layer_types, transformers makes a Ministral of it.
+    return llama_like(hub, **all_local(hub))
 
 
 def _read_mixtral(hub: Any) -> ModelConfig:
@@ -86,8 +87,7 @@ def _read_mixtral(hub: Any) -> ModelConfig:
         "expert_count": hub.num_local_experts,
         "experts_per_token": hub.num_experts_per_tok,
     }
-    kinds = ["sliding_attention"] * hub.num_hidden_layers
-    return llama_like(hub, **local(hub.sliding_window, kinds), **experts)
+    return llama_like(hub, **all_local(hub), **experts)
 
 
 def _write_mixtral(config: ModelConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from xelm.models.config import ModelConfig, Rope
-from xelm.models.families.family import QKV, Family, linear, local, norm, rope, table
+from xelm.models.families.family import QKV, Family, all_local, linear, norm, rope, table
 from xelm.models.families.llama import llama_like
 
 
@@ -17,8 +17,7 @@ def _read(hub: Any) -> ModelConfig:
         length = min(length, hub.original_max_position_embeddings)
     else:
         found = rope(hub.rope_parameters, partial=True)
-    kinds = ["sliding_attention"] * hub.num_hidden_layers
-    return llama_like(hub, max_length=length, rope=found, **local(hub.sliding_window, kinds))
+    return llama_like(hub, max_length=length, rope=found, **all_local(hub))
 
 
 def _longrope(hub: Any) -> Rope:
