@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 VOCABULARY = 97
 INDEX = "model.safetensors.index.json"
 _ROPE = {"rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 16}
-_LLAMA = {
+LLAMA = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -28,7 +28,7 @@ _LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GEMMA = {**_LLAMA, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 20}
+GEMMA = {**LLAMA, "head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 20}
 _GPT2 = {
     "vocab_size": VOCABULARY,
     "n_embd": 36,
@@ -64,59 +64,59 @@ _MODERNBERT = {
 }
 
 CONFIGS: dict[str, Any] = {
-    "llama-grouped": hub.LlamaConfig(**_LLAMA, head_dim=12),
+    "llama-grouped": hub.LlamaConfig(**LLAMA, head_dim=12),
     "llama-one-key-head-tied": hub.LlamaConfig(
-        **{**_LLAMA, "num_key_value_heads": 1, "vocab_size": 101},
+        **{**LLAMA, "num_key_value_heads": 1, "vocab_size": 101},
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     ),
     "llama-all-heads-biased": hub.LlamaConfig(
-        **{**_LLAMA, "num_key_value_heads": 4},
+        **{**LLAMA, "num_key_value_heads": 4},
         attention_bias=True,
         mlp_bias=True,
         rms_norm_eps=1e-5,
     ),
     "llama-linear": hub.LlamaConfig(
-        **_LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+        **LLAMA, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     ),
     "llama3": hub.LlamaConfig(
-        **_LLAMA,
+        **LLAMA,
         head_dim=16,
         rope_parameters={
             **{"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
             **_ROPE,
         },
     ),
-    "mistral-local": hub.MistralConfig(**_LLAMA, sliding_window=9),
-    "mistral-global": hub.MistralConfig(**_LLAMA, sliding_window=None, head_dim=10),
+    "mistral-local": hub.MistralConfig(**LLAMA, sliding_window=9),
+    "mistral-global": hub.MistralConfig(**LLAMA, sliding_window=None, head_dim=10),
     "ministral": hub.MinistralConfig(
-        **_LLAMA,
+        **LLAMA,
         head_dim=12,
         sliding_window=9,
         layer_types=["full_attention", "sliding_attention", "full_attention"],
     ),
-    "mixtral": hub.MixtralConfig(**_LLAMA, num_local_experts=5, num_experts_per_tok=2, head_dim=12),
+    "mixtral": hub.MixtralConfig(**LLAMA, num_local_experts=5, num_experts_per_tok=2, head_dim=12),
     "mixtral-local-one-expert-tied": hub.MixtralConfig(
-        **_LLAMA,
+        **LLAMA,
         num_local_experts=3,
         num_experts_per_tok=1,
         sliding_window=9,
         tie_word_embeddings=True,
     ),
-    "qwen2-yarn": hub.Qwen2Config(**_LLAMA, rope_parameters={"rope_type": "yarn", **_ROPE}),
+    "qwen2-yarn": hub.Qwen2Config(**LLAMA, rope_parameters={"rope_type": "yarn", **_ROPE}),
     "qwen2-partly-local-tied": hub.Qwen2Config(
-        **_LLAMA,
+        **LLAMA,
         use_sliding_window=True,
         sliding_window=7,
         max_window_layers=1,
         tie_word_embeddings=True,
     ),
-    "qwen3": hub.Qwen3Config(**_LLAMA, head_dim=12, attention_bias=True),
+    "qwen3": hub.Qwen3Config(**LLAMA, head_dim=12, attention_bias=True),
     "qwen3-one-key-head": hub.Qwen3Config(
-        **{**_LLAMA, "num_key_value_heads": 1}, tie_word_embeddings=True
+        **{**LLAMA, "num_key_value_heads": 1}, tie_word_embeddings=True
     ),
     "phi3-longrope-partial": hub.Phi3Config(
-        **{**_LLAMA, "hidden_size": 64},
+        **{**LLAMA, "hidden_size": 64},
         original_max_position_embeddings=192,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -126,19 +126,19 @@ CONFIGS: dict[str, Any] = {
             "long_factor": [1.5, 2.0, 3.0, 5.0, 9.0, 20.0],
         },
     ),
-    "phi3-local": hub.Phi3Config(**_LLAMA, sliding_window=9, pad_token_id=0),
-    "olmo2": hub.Olmo2Config(**_LLAMA, attention_bias=True, rms_norm_eps=1e-4),
+    "phi3-local": hub.Phi3Config(**LLAMA, sliding_window=9, pad_token_id=0),
+    "olmo2": hub.Olmo2Config(**LLAMA, attention_bias=True, rms_norm_eps=1e-4),
     "olmo3": hub.Olmo3Config(
-        **{**_LLAMA, "num_hidden_layers": 4},
+        **{**LLAMA, "num_hidden_layers": 4},
         sliding_window=9,
         rope_parameters={
             "full_attention": {"rope_type": "yarn", **_ROPE},
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
         },
     ),
-    "smollm3": hub.SmolLM3Config(**_LLAMA, no_rope_layers=[1, 0, 1, 1], pad_token_id=3),
+    "smollm3": hub.SmolLM3Config(**LLAMA, no_rope_layers=[1, 0, 1, 1], pad_token_id=3),
     "smollm3-local": hub.SmolLM3Config(
-        **{**_LLAMA, "pad_token_id": 3},
+        **{**LLAMA, "pad_token_id": 3},
         no_rope_layer_interval=2,
         use_sliding_window=True,
         sliding_window=9,
@@ -146,23 +146,23 @@ CONFIGS: dict[str, Any] = {
         mlp_bias=True,
         tie_word_embeddings=False,
     ),
-    "cohere": hub.CohereConfig(**_LLAMA, logit_scale=0.3, use_qk_norm=True),
+    "cohere": hub.CohereConfig(**LLAMA, logit_scale=0.3, use_qk_norm=True),
     "cohere-untied": hub.CohereConfig(
-        **_LLAMA, attention_bias=True, layer_norm_eps=1e-4, tie_word_embeddings=False
+        **LLAMA, attention_bias=True, layer_norm_eps=1e-4, tie_word_embeddings=False
     ),
     "cohere2": hub.Cohere2Config(
-        **_LLAMA, logit_scale=0.3, sliding_window=9, sliding_window_pattern=2
+        **LLAMA, logit_scale=0.3, sliding_window=9, sliding_window_pattern=2
     ),
-    "gemma2": hub.Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma2": hub.Gemma2Config(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma2-uncapped": hub.Gemma2Config(
-        **{**_GEMMA, "num_key_value_heads": 4, "vocab_size": 101},
+        **{**GEMMA, "num_key_value_heads": 4, "vocab_size": 101},
         attn_logit_softcapping=None,
         final_logit_softcapping=None,
         attention_bias=True,
     ),
-    "gemma3": hub.Gemma3TextConfig(**_GEMMA, sliding_window_pattern=2),
+    "gemma3": hub.Gemma3TextConfig(**GEMMA, sliding_window_pattern=2),
     "gemma3-stretched": hub.Gemma3TextConfig(
-        **{**_GEMMA, "num_key_value_heads": 1},
+        **{**GEMMA, "num_key_value_heads": 1},
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
         rope_parameters={
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},

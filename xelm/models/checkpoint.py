@@ -23,9 +23,12 @@ from xelm.models.families import (
     auto_config,
     differences,
     family,
+    family_in,
     hub_config,
+    hub_source,
     read_auto_config,
     shape_of,
+    takes_images,
     writable_as,
 )
 from xelm.models.families.family import Family
@@ -104,7 +107,7 @@ def _shape_and_family(directory: str | Path) -> tuple[ModelConfig, Family]:
         )
     try:
         hub = read_auto_config(root(directory))
-        return shape_of(hub), family(hub.model_type)
+        return shape_of(hub), family_in(root(directory), hub)
     except UserError as error:
         raise UserError(f"{directory}/config.json: {error}") from None
 
@@ -115,7 +118,8 @@ def family_of(directory: str | Path) -> Family:
 
 
 def read_hub_config(directory: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint's config.json; that of its base where it has none."""
+    """The contents of a checkpoint's config.json; that of its base where it has none, and that of
+    the text model alone where it reads images too."""
     path = root(directory) / "config.json"
     if not Path(directory).is_dir():
         raise UserError(
@@ -124,7 +128,10 @@ def read_hub_config(directory: str | Path) -> dict[str, Any]:
         )
     if not path.exists():
         raise UserError(f"{directory} is not a model checkpoint: it has no config.json")
-    return read_object(path)
+    try:
+        return hub_source(path.parent)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def inference_dtype(directory: str | Path, dtype: str = "auto") -> str:
@@ -307,16 +314,22 @@ def copy_checkpoint(
     """Copies the files of a checkpoint byte for byte, all of them or none. UserError if its weights
     do not match its config.json; other files of `source` are not copied. save_tokenizer: writes
     tokenizer.json into a folder, for a checkpoint that has none. A directory that stores
-    differences from a base becomes a complete checkpoint (`write_whole`)."""
-    check_checkpoint(source)
+    differences from a base becomes a complete checkpoint (`write_whole`), and a model that reads
+    images too its text model alone, whose tensors keep every bit."""
+    config, kind = _shape_and_family(source)
+    weights = Weights(source, kind, config)
     if (Path(source) / BASE).is_file():
         write_whole(source, directory)
         return
     with all_or_nothing(Path(directory)) as partial:
-        for name in weight_files(source):
-            shutil.copyfile(Path(source) / name, partial / name)
-        # The seed's README states its licence, which the cards of its experts repeat.
-        others = ("config.json", README, *(() if (partial / WEIGHTS).exists() else (INDEX,)))
+        others = [README]  # it states the seed's licence, which the cards of its experts repeat
+        if takes_images(source):
+            write_json(partial / "config.json", read_hub_config(source))
+            weights.copy(partial)
+        else:
+            for name in weight_files(source):
+                shutil.copyfile(Path(source) / name, partial / name)
+            others += ["config.json", *(() if (partial / WEIGHTS).exists() else (INDEX,))]
         for name in others:
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, partial / name)

@@ -1,7 +1,6 @@
 """What a checkpoint differs in from another one, its base: written as a directory that stores no
 more than that (`xelm.models.stored` reads it)."""
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from xelm.models.companions import companions
 from xelm.models.low_rank import truncated, write_low_rank
 from xelm.models.peft import Product
 from xelm.models.stored import open_tensors, root, write_base
-from xelm.models.weights import ROWS_COMPARED
+from xelm.models.weights import ROWS_COMPARED, stored_bytes
 
 _FORMAT = {"format": "pt"}
 LEAST_SAVED = 0.1
@@ -49,7 +48,7 @@ def difference(directory: str | Path, base: str | Path) -> Difference | None:
     own, others = open_tensors(directory, kind), open_tensors(base, kind)
     if own.keys() != others.keys():
         return None
-    sizes = {name: _bytes(value) for name, value in own.items()}
+    sizes = {name: stored_bytes(value) for name, value in own.items()}
     other = [name for name in own if not _same_bits(own[name], others[name])]
     total = sum(sizes.values())
     return Difference(
@@ -136,11 +135,6 @@ def store(whole: Path, base: str | Path, directory: Path, *, extra: Sequence[Pat
 
 def _reader(stored: Any) -> Callable[[], np.ndarray]:
     return lambda: np.ascontiguousarray(stored[:])
-
-
-def _bytes(stored: Any) -> int:
-    width = int(stored.get_dtype().lstrip("BF")) // 8
-    return math.prod(stored.get_shape()) * width
 
 
 def _same_bits(one: Any, other: Any) -> bool:

@@ -17,13 +17,14 @@ from clustering.hub_files import INDEX, LICENCES, split_weights, weight_files, w
 from xelm.models.checkpoint import (
     all_or_nothing,
     check_checkpoint,
+    copy_checkpoint,
     family_of,
     read_config,
     read_hub_config,
 )
 from xelm.models.companions import TOKENIZER_FILES, companions, copy_companions
 from xelm.models.config import ModelConfig
-from xelm.models.families import differences
+from xelm.models.families import differences, takes_images
 from xelm.models.peft import ADAPTER_FILES, CONFIG, FACTORS, read_products
 from xelm.models.stored import write_base
 from xelm.models.weights import NARROW, tensor_without_numbers
@@ -86,10 +87,16 @@ def copy_foreign(
     extra: Sequence[Path] = (),
 ) -> None:
     """Copies a checkpoint into the new folder `directory`, all of it or nothing: its weights byte
-    for byte or, if a dtype is given, each rounded to it once; config.json without references to
-    code; its tokenizer, or that of the checkpoint `like` if it brings none; its terms of use; and
-    the files in `extra`."""
+    for byte or, if a dtype is given, each rounded to it once (of a model that reads images too,
+    those of its text model); config.json without references to code; its tokenizer, or that of the
+    checkpoint `like` if it brings none; its terms of use; and the files in `extra`."""
     source = Path(source)
+    if takes_images(source):
+        with TemporaryDirectory(dir=directory.parent) as folder:
+            text = Path(folder) / "text"
+            copy_checkpoint(source, text, lambda target: None)
+            copy_foreign(text, directory, like, dtype=dtype, extra=extra)
+        return
     config = {key: value for key, value in read_hub_config(source).items() if key != _CODE}
     if dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"}

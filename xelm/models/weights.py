@@ -4,7 +4,7 @@ has one tensor a layer; the family's table says which of our parameters it holds
 import itertools
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,20 @@ class Weights:
         stacked."""
         name, _ = self._homes[path]
         return name if layer is None else name.format(layer)
+
+    def copy(self, directory: Path) -> None:
+        """Writes the tensors as they are stored, by the names in the family's table and bit for
+        bit, beside an existing config.json. Of tied tensors only one is written."""
+        stored = {
+            name: self._stored[name]
+            for name, _, _ in _named(self._rows, self._config)
+            if name in self._stored
+        }
+        _write_files(
+            directory,
+            {name: stored_bytes(tensor) for name, tensor in stored.items()},
+            lambda names: {name: np.ascontiguousarray(stored[name][:]) for name in names},
+        )
 
     def _take(self, path: str, layer: int | None, ranges: Sequence[Range]) -> np.ndarray:
         (_, tensor), name = self._homes[path], self.name_of(path, layer)
@@ -172,13 +186,28 @@ def write_weights(
         name: math.prod(stored_shape(tensor, layers)) * width
         for name, _, tensor in _named(_table_rows(kind, flat), config)
     }
+    _write_files(directory, sizes, lambda names: dict(itertools.islice(tensors, len(names))))
+
+
+def _write_files(
+    directory: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[Sequence[str]], dict[str, np.ndarray]],
+) -> None:
+    """Writes tensors of these sizes in bytes beside an existing config.json. read: returns tensors
+    by name, for one file after the other."""
     files = split_weights(sizes)
     if len(files) > 1:
         write_index(directory, files, sum(sizes.values()))
     for file, names in files.items():
-        save_file(dict(itertools.islice(tensors, len(names))), directory / file, {"format": "pt"})
+        save_file(read(names), directory / file, {"format": "pt"})
         # The library writes for its user alone, whatever the umask says.
         shutil.copymode(directory / "config.json", directory / file)
+
+
+def stored_bytes(tensor: Any) -> int:
+    """Size of a stored tensor, a lazy slice."""
+    return math.prod(tensor.get_shape()) * int(tensor.get_dtype().lstrip("BF")) // 8
 
 
 def _compare(

@@ -18,6 +18,7 @@ from xelm.models.families.gemma import GEMMA2, GEMMA3
 from xelm.models.families.gpt2 import GPT2
 from xelm.models.families.llama import LLAMA, MINISTRAL, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from xelm.models.families.modernbert import MODERNBERT
+from xelm.models.families.multimodal import WITH_IMAGES, beside_images, text_config, text_source
 from xelm.models.families.olmo import OLMO2, OLMO3
 from xelm.models.families.phi3 import PHI3
 from xelm.models.families.smollm import SMOLLM3
@@ -54,15 +55,37 @@ def family(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
+def takes_images(directory: str | Path) -> bool:
+    """Whether a checkpoint directory has a model that reads images too."""
+    return read_object(Path(directory) / "config.json").get("model_type") in WITH_IMAGES
+
+
+def family_in(directory: str | Path, hub: Any) -> Family:
+    """The family of a checkpoint directory with this configuration of transformers."""
+    found = family(hub.model_type)
+    return beside_images(found) if takes_images(directory) else found
+
+
+def hub_source(directory: str | Path) -> dict[str, Any]:
+    """The contents of the config.json of a checkpoint directory; of a model that reads images too,
+    those of its text model."""
+    source = read_object(Path(directory) / "config.json")
+    if source.get("model_type") not in WITH_IMAGES:
+        return source
+    return text_source(source, read_auto_config(directory))
+
+
 def read_auto_config(directory: str | Path) -> Any:
-    """The configuration that transformers' Auto classes make of a checkpoint directory. Its family
-    must be known here. Defaults, nulls, older names and the choice of the family thus have the same
-    meaning as there. Code in the directory is never run."""
+    """The configuration that transformers' Auto classes make of a checkpoint directory; of a model
+    that reads images too, that of its text model. Its family must be known here. Defaults, nulls,
+    older names and the choice of the family thus have the same meaning as there. Code in the
+    directory is never run."""
     from transformers import AutoConfig
 
     directory = Path(directory)
     source = read_object(directory / "config.json")
-    family(source.get("model_type"))
+    if (kind := source.get("model_type")) not in WITH_IMAGES:
+        family(kind)
     for name in ("configuration_files", "transformers_weights"):
         if source.get(name):
             raise UserError(f"{name} is not read; config.json has {source[name]}")
@@ -72,6 +95,8 @@ def read_auto_config(directory: str | Path) -> Any:
         )
     except Exception as error:  # transformers' checks have no common type
         raise UserError(" ".join(str(error.__cause__ or error).split())) from error
+    if found.model_type in WITH_IMAGES:
+        found = text_config(found)
     family(found.model_type)
     return found
 

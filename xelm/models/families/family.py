@@ -53,12 +53,17 @@ class Family:
     """An encoder's checkpoint on the Hub that has its masked-language-model head."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Ends of tensor names in old checkpoints, with the ends that the table has instead."""
+    starts: Mapping[str, str] = field(default_factory=dict)
+    """Starts of tensor names in checkpoints of more than a text model, with those of the table."""
 
     def name(self, stored: str, prefixed: bool) -> str:
         """The table's name of a stored tensor. prefixed: whether stored names have the prefix."""
         for old, new in self.renamed.items():
             if stored.endswith(old):
                 stored = stored.removesuffix(old) + new
+        for old, new in self.starts.items():
+            if stored.startswith(old):
+                return new + stored.removeprefix(old)
         return stored if prefixed or not self.prefix else self.prefix + stored
 
 
