@@ -146,6 +146,12 @@ CONFIGS: dict[str, Any] = {
         mlp_bias=True,
         tie_word_embeddings=False,
     ),
+    "apertus": hub.ApertusConfig(
+        **LLAMA, head_dim=12, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    ),
+    "apertus-biased": hub.ApertusConfig(
+        **{**LLAMA, "num_key_value_heads": None}, attention_bias=True, tie_word_embeddings=True
+    ),
     "cohere": hub.CohereConfig(**LLAMA, logit_scale=0.3, use_qk_norm=True),
     "cohere-untied": hub.CohereConfig(
         **LLAMA, attention_bias=True, layer_norm_eps=1e-4, tie_word_embeddings=False
@@ -200,7 +206,7 @@ FAMILIES = (
         "qwen2-partly-local-tied",
         "qwen3",
         "phi3-longrope-partial",
-        *("olmo2", "olmo3", "smollm3", "cohere", "cohere2"),
+        *("olmo2", "olmo3", "smollm3", "apertus", "cohere", "cohere2"),
         "gemma2",
         "gemma3",
     ),

@@ -60,6 +60,10 @@ EDITED = {
         {"no_rope_layers": [1, 1, 1, 0, 1]},
     ],
     "smollm3-local": [{"layer_types": ["full_attention"] + ["sliding_attention"] * 2}],
+    "apertus": [
+        {"rope_parameters": None, "rope_theta": 300.0},
+        {"mlp_bias": False, "qk_norm": True, "post_norm": False},
+    ],
     "cohere": [
         {"rope_parameters": None, "rope_theta": 300.0, "rope_scaling": LINEAR},
         {"head_dim": 8, "logit_scale": None},
@@ -130,6 +134,7 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("olmo3", {"sliding_window": None}, "sliding_window must be a number"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must have 3 entries"),
         ("smollm3-local", {"use_sliding_window": False}, "use_sliding_window must be True"),
+        ("apertus", {"hidden_act": "silu"}, "hidden_act must be xielu"),
         ("cohere", {"logit_scale": None}, "logit_scale must be a number"),
         ("cohere2", {"hidden_act": "mish"}, "hidden_act must be silu"),
         ("xglm", {"pad_token_id": 5}, "pad_token_id must be None or 0 or 1"),

@@ -14,7 +14,7 @@ from xelm.models.attention import attend
 from xelm.models.cache import LayerCache, store
 from xelm.models.config import ModelConfig
 from xelm.models.context import Context
-from xelm.models.layers import ACTIVATIONS, FEW, Linear, Norm
+from xelm.models.layers import ACTIVATIONS, FEW, XIELU, Linear, Norm
 from xelm.models.positions import rotate
 
 Result = tuple[Float[Array, "M D"], LayerCache | None, Any]
@@ -24,11 +24,15 @@ Result = tuple[Float[Array, "M D"], LayerCache | None, Any]
 class Expert(nnx.Module):
     """One of several feed-forwards of a layer."""
 
-    def __init__(self, config: ModelConfig, linear: Callable[..., Linear], scale: float):
+    def __init__(
+        self, config: ModelConfig, linear: Callable[..., Linear], scale: float, dtype: DTypeLike
+    ):
         width, ffn, bias = config.width, config.feedforward_width, config.feedforward_bias
         self.gate = linear(width, ffn, ("width", "ffn"), bias) if config.gated else None
         self.up = linear(width, ffn, ("width", "ffn"), bias)
         self.down = linear(ffn, width, ("ffn", "width"), bias, scale)
+        xielu = config.activation == "xielu"
+        self.xielu = XIELU(config.layer_count, dtype) if xielu else None
 
 
 class Block(nnx.Module):
@@ -63,10 +67,11 @@ class Block(nnx.Module):
         self.feedforward_norm = Norm(config, layers, dtype) if own else None
         count = config.expert_count
         self.router = linear(width, count, ("width", "experts"), False) if count else None
-        only = None if count else Expert(config, linear, outer)
+        only = None if count else Expert(config, linear, outer, dtype)
         self.gate, self.up, self.down = (only.gate, only.up, only.down) if only else (None,) * 3
+        self.xielu = only.xielu if only else None
         for number in range(count):
-            setattr(self, f"expert_{number}", Expert(config, linear, outer))
+            setattr(self, f"expert_{number}", Expert(config, linear, outer, dtype))
         self.attention_result_norm = Norm(config, layers, dtype) if results else None
         self.feedforward_result_norm = Norm(config, layers, dtype) if results else None
 
@@ -163,7 +168,7 @@ class Block(nnx.Module):
         return functools.reduce(jnp.add, parts)
 
     def _fed(self, layer, h):
-        activate = ACTIVATIONS[self.config.activation]
+        activate = layer.xielu or ACTIVATIONS[self.config.activation]
         if layer.gate is None:
             return layer.down(activate(layer.up(h)))
         # The gate first: the gradient by h is summed in the order of its uses, and another order

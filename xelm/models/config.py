@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-"""Non-linearity of a feed-forward layer; gelu is the exact one, with erf."""
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "xielu"]
+"""Non-linearity of a feed-forward layer; gelu is the exact one, with erf, and xielu has two
+parameters in each layer (Huang and Schlag 2024, arXiv 2411.13010)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,6 +255,7 @@ class ModelConfig:
         )
         feedforward = d * f * (2 + self.gated)
         feedforward += self.feedforward_bias * (f * (1 + self.gated) + d)
+        feedforward += 2 * (self.activation == "xielu")
         if self.expert_count:
             feedforward = experts * feedforward + d * self.expert_count
         norms = 4 if self.norm_placement == "around" else 2 - (self.parallel == "one norm")

@@ -16,7 +16,7 @@ from xelm.models.companions import companions
 from xelm.models.low_rank import truncated, write_low_rank
 from xelm.models.peft import Product
 from xelm.models.stored import open_tensors, root, write_base
-from xelm.models.weights import ROWS_COMPARED, stored_bytes
+from xelm.models.weights import ROWS_COMPARED, stored_bytes, whole_tensor
 
 _FORMAT = {"format": "pt"}
 LEAST_SAVED = 0.1
@@ -134,13 +134,15 @@ def store(whole: Path, base: str | Path, directory: Path, *, extra: Sequence[Pat
 
 
 def _reader(stored: Any) -> Callable[[], np.ndarray]:
-    return lambda: np.ascontiguousarray(stored[:])
+    return lambda: whole_tensor(stored)
 
 
 def _same_bits(one: Any, other: Any) -> bool:
     """Whether two lazy tensors have the same values to the last bit, compared a part at a time."""
     if list(one.get_shape()) != list(other.get_shape()) or one.get_dtype() != other.get_dtype():
         return False
+    if not one.get_shape():
+        return _bits(one[...]) == _bits(other[...])
     rows = one.get_shape()[0]
     parts = (slice(a, min(a + ROWS_COMPARED, rows)) for a in range(0, rows, ROWS_COMPARED))
     return all(_bits(one[part]) == _bits(other[part]) for part in parts)

@@ -12,6 +12,9 @@ from jaxtyping import Array, Float
 
 from xelm.models.config import ModelConfig
 
+XIELU_BETA, XIELU_EPSILON = 0.5, -1e-6
+"""Constants of xIELU as transformers computes it, which stores them beside its parameters."""
+
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -134,6 +137,31 @@ class Norm(nnx.Module):
         if self.bias is not None:
             h = h + self.bias[...].astype(jnp.float32).reshape(*ones, *scale.shape)
         return h.astype(x.dtype)
+
+
+class XIELU(nnx.Module):
+    """The activation xIELU (Huang and Schlag 2024, arXiv 2411.13010, section 4): quadratic above
+    zero and a shifted exponential below, with a factor of each that is trained. What is stored
+    becomes the factor by softplus."""
+
+    def __init__(self, layers: int | None, dtype: DTypeLike):
+        stack, stacked = _stack(layers)
+
+        def parameter(factor):
+            value = jnp.log(jnp.expm1(jnp.full((*stack, 1), factor, jnp.float32)))
+            return nnx.Param(value.astype(dtype), axes=(*stacked, "factor"))
+
+        self.alpha_p, self.alpha_n = parameter(0.8), parameter(0.8 - XIELU_BETA)
+
+    def __call__(self, x: Float[Array, "M F"]) -> Float[Array, "M F"]:
+        h = x.astype(jnp.float32)
+        above, below = (
+            jax.nn.softplus(each[...].astype(jnp.float32))[None]
+            for each in (self.alpha_p, self.alpha_n)
+        )
+        curved = jnp.expm1(jnp.minimum(h, XIELU_EPSILON)) - h
+        found = jnp.where(h > 0, above * h * h, curved * (XIELU_BETA + below)) + XIELU_BETA * h
+        return found.astype(x.dtype)
 
 
 def _stack(layers: int | None) -> tuple[tuple[int, ...], tuple[str, ...]]:

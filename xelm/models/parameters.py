@@ -159,10 +159,12 @@ def fresh_parameters(
 
 
 def matrices(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Whether each parameter is a matrix (stacked over layers or not), and no scale or bias."""
+    """Whether each parameter is a matrix (stacked over layers or not), and no scale, bias or factor
+    of an activation."""
     # Stacked over layers, a norm's scale has two dimensions: tell by the name, not by the rank.
+    others = ("scale", "bias", "alpha_p", "alpha_n")
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.endswith(("scale", "bias")), parameters
+        lambda path, _: not path[-1].key.endswith(others), parameters
     )
 
 

@@ -44,6 +44,7 @@ class Weights:
         self._config = config
         self._layers = _layer_shapes(wanted)
         self._stored = open_tensors(directory, kind)
+        self._constants = _constants(kind, config)
         self._rows = _compare(directory, kind, wanted, config, self._stored)
         self._homes = {path: (name, row) for name, row in self._rows.items() for path in row.paths}
 
@@ -86,10 +87,11 @@ class Weights:
             for name, _, _ in _named(self._rows, self._config)
             if name in self._stored
         }
+        stored |= {name: self._stored[name] for name in self._constants}
         _write_files(
             directory,
             {name: stored_bytes(tensor) for name, tensor in stored.items()},
-            lambda names: {name: np.ascontiguousarray(stored[name][:]) for name in names},
+            lambda names: {name: whole_tensor(stored[name]) for name in names},
         )
 
     def _take(self, path: str, layer: int | None, ranges: Sequence[Range]) -> np.ndarray:
@@ -140,6 +142,8 @@ def stored_tensors(
         parts = [flat[path] if layer is None else flat[path][layer] for path in tensor.paths]
         arrays = [_narrowed(name, on_host(part, dtype), dtype) for part in parts]
         yield name, join(tensor, arrays, config.head_size)
+    for name, value in _constants(kind, config).items():
+        yield name, np.asarray(value, dtype)
 
 
 def on_host(array: Any, dtype: str) -> np.ndarray:
@@ -186,6 +190,7 @@ def write_weights(
         name: math.prod(stored_shape(tensor, layers)) * width
         for name, _, tensor in _named(_table_rows(kind, flat), config)
     }
+    sizes |= dict.fromkeys(_constants(kind, config), width)
     _write_files(directory, sizes, lambda names: dict(itertools.islice(tensors, len(names))))
 
 
@@ -203,6 +208,11 @@ def _write_files(
         save_file(read(names), directory / file, {"format": "pt"})
         # The library writes for its user alone, whatever the umask says.
         shutil.copymode(directory / "config.json", directory / file)
+
+
+def whole_tensor(stored: Any) -> np.ndarray:
+    """The values of a stored tensor, a lazy slice; contiguous."""
+    return np.ascontiguousarray(stored[:]) if stored.get_shape() else stored[...]
 
 
 def stored_bytes(tensor: Any) -> int:
@@ -226,8 +236,9 @@ def _compare(
         heads = (name for name, tensor in kind.tensors.items() if tensor.paths == ("head",))
         embedding = next(name for name, tensor in rows.items() if tensor.paths == ("embedding",))
         copies |= dict.fromkeys(heads, embedding)
-    missing = [name for name in expected if name not in stored]
-    unknown = [name for name in stored if name not in {*expected, *copies}]
+    constants = _constants(kind, config)
+    missing = [name for name in (*expected, *constants) if name not in stored]
+    unknown = [name for name in stored if name not in {*expected, *copies, *constants}]
     faults = [f"missing {name}" for name in missing]
     faults += [f"unknown {n}" for n in unknown if not any(part in n for part in kind.ignored)]
     for name, tensor in expected.items():
@@ -239,13 +250,19 @@ def _compare(
                 faults.append(f"{name} has values of type {values}; wanted {', '.join(DTYPES)}")
     if not faults:
         faults += [
+            f"{name} must be {value} in this family; got {stored[name][...]}"
+            for name, value in constants.items()
+            if stored[name].get_shape() or stored[name][...] != _rounded(value, stored[name])
+        ]
+        faults += [
             f"{name} is not the same as {other}, to which it is tied"
             for name, other in copies.items()
             if name in stored and not _equal(stored[name], stored[other])
         ]
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-        if any(expected[name].paths[0].startswith("transform/") for name in missing):
+        lost = [expected[name].paths[0] for name in missing if name in expected]
+        if any(path.startswith("transform/") for path in lost):
             more += (
                 ". It was saved without the head that predicts masked tokens, needed for training. "
                 f"One that has it: hf download {kind.with_head} --local-dir DIR"
@@ -276,6 +293,20 @@ def _named(
         absent = not config.first_norm and tensor.paths[0].startswith("blocks/attention_norm/")
         for layer in range(1 if absent else 0, config.layer_count):
             yield name.format(layer), layer, tensor
+
+
+def _constants(kind: Family, config: ModelConfig) -> dict[str, float]:
+    """Name and value of each tensor of a single value that is the same in all checkpoints."""
+    return {
+        name.format(layer): value
+        for name, value in kind.constants.items()
+        for layer in range(config.layer_count)
+    }
+
+
+def _rounded(value: float, like: Any) -> Any:
+    """A value in the dtype of a stored tensor, a lazy slice."""
+    return like[...].dtype.type(value)
 
 
 def _equal(one: Any, other: Any) -> bool:

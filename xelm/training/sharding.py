@@ -24,7 +24,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "width": ("fsdp",),
     **dict.fromkeys(("layers", "vocabulary", "head", "positions", "types", "transformed"), ()),
-    **dict.fromkeys(("rank", "experts"), ()),
+    **dict.fromkeys(("rank", "experts", "factor"), ()),
 }
 """Logical axis of a parameter -> mesh axes over which it is split. fsdp splits what tensor leaves
 whole. Tables of embeddings are split by columns, since vocabulary sizes divide by nothing."""

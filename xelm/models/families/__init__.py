@@ -10,6 +10,7 @@ from typing import Any
 from clustering.errors import UserError
 from clustering.files import read_object, write_json
 from xelm.models.config import ModelConfig
+from xelm.models.families.apertus import APERTUS
 from xelm.models.families.bert import BERT, XLM_ROBERTA
 from xelm.models.families.bloom import BLOOM
 from xelm.models.families.cohere import COHERE, COHERE2
@@ -33,6 +34,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": QWEN3,
     "phi3": PHI3,
     "smollm3": SMOLLM3,
+    "apertus": APERTUS,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
     "cohere": COHERE,

@@ -53,6 +53,8 @@ class Family:
     """An encoder's checkpoint on the Hub that has its masked-language-model head."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Ends of tensor names in old checkpoints, with the ends that the table has instead."""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    """Tensors of a single value that is the same in all checkpoints; `{}`: number of the layer."""
     starts: Mapping[str, str] = field(default_factory=dict)
     """Starts of tensor names in checkpoints of more than a text model, with those of the table."""
 
