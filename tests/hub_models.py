@@ -127,6 +127,25 @@ CONFIGS: dict[str, Any] = {
         },
     ),
     "phi3-local": hub.Phi3Config(**LLAMA, sliding_window=9, pad_token_id=0),
+    "ministral3": hub.Ministral3Config(
+        **LLAMA,
+        head_dim=12,
+        rope_parameters={
+            **{"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.5},
+            **_ROPE,
+            "llama_4_scaling_beta": 0.7,
+        },
+    ),
+    "ministral3-local-tied": hub.Ministral3Config(
+        **{**LLAMA, "num_key_value_heads": 1},
+        head_dim=8,
+        sliding_window=9,
+        tie_word_embeddings=True,
+        rope_parameters={
+            **{"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1},
+            "original_max_position_embeddings": 7,
+        },
+    ),
     "olmo2": hub.Olmo2Config(**LLAMA, attention_bias=True, rms_norm_eps=1e-4),
     "olmo3": hub.Olmo3Config(
         **{**LLAMA, "num_hidden_layers": 4},
@@ -206,7 +225,7 @@ FAMILIES = (
         "qwen2-partly-local-tied",
         "qwen3",
         "phi3-longrope-partial",
-        *("olmo2", "olmo3", "smollm3", "apertus", "cohere", "cohere2"),
+        *("ministral3", "olmo2", "olmo3", "smollm3", "apertus", "cohere", "cohere2"),
         "gemma2",
         "gemma3",
     ),

@@ -34,14 +34,14 @@ CONFIGS = {
         eos_token_id=[2, 5],
     ),
     "mistral3": hub.Mistral3Config(
-        text_config={**LLAMA, "model_type": "mistral", "head_dim": 12, "sliding_window": 9},
+        text_config={**LLAMA, "model_type": "ministral3", "head_dim": 12, "sliding_window": 9},
         vision_config=_VISION | {"model_type": "pixtral", "head_dim": 8},
         tie_word_embeddings=False,
     ),
 }
 TEXT = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-    "mistral3": ("mistral", "MistralForCausalLM"),
+    "mistral3": ("ministral3", "Ministral3ForCausalLM"),
 }
 NAMES = ("gemma3", pytest.param("mistral3", marks=pytest.mark.slow))
 TOKENS = random_tokens((1, 40))

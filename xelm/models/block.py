@@ -120,6 +120,7 @@ class Block(nnx.Module):
             query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
         if view.rope is not None:
             query, key = (self._rotated(x, number, *view.rope) for x in (query, key))
+            query = self._grown(query, context.positions)
         if cached := cache is not None:
             cache, (key, value) = store(cache, key, value, context.rows, context.positions)
         else:
@@ -143,6 +144,14 @@ class Block(nnx.Module):
             without = (number[None] == jnp.asarray(nope)).any()
             cos, sin = jnp.where(without, 1, cos), jnp.where(without, 0, sin)
         return rotate(x, cos, sin, interleaved=self.config.rope.interleaved)
+
+    def _grown(self, query, positions):
+        """Queries, larger at later positions (`query_growth`)."""
+        growth, length = self.config.rope.query_growth, self.config.rope.original_length
+        if not growth or length is None:
+            return query
+        factor = 1 + growth * jnp.log1p((positions // length).astype(jnp.float32))
+        return (query * factor[:, :, None, None]).astype(query.dtype)
 
     @jax.named_scope("feedforward")
     def _feedforward(self, h):

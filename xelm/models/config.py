@@ -28,7 +28,8 @@ class Rope:
     factor: float = 1.0
     """Low frequencies are divided by this (all of them, if linear)."""
     original_length: int | None = None
-    """Longest sequence before the scaling, in tokens; read by llama3, yarn and longrope."""
+    """Longest sequence before the scaling, in tokens; read by llama3, yarn, longrope and
+    `query_growth`."""
     short_factors: tuple[float, ...] = ()
     """Divisor of each frequency in sequences up to the original length; read by longrope."""
     slowest: float = 1.0
@@ -41,6 +42,9 @@ class Rope:
     """Whether the dimensions of `slowest` and `fastest` are rounded outwards; read by yarn."""
     amplitude: float = 1.0
     """Factor of cosines and sines; read by yarn and longrope."""
+    query_growth: float = 0.0
+    """Queries at position p are multiplied by 1 + this * log(1 + floor(p / original_length)), so
+    that attention stays sharp in long texts (Llama 4, Ministral 3)."""
     interleaved: bool = False
     """Whether a pair that turns together is two neighbours in a head (GPT-J, Cohere), rather than
     one value of its first half and one of its second (Llama)."""
@@ -62,6 +66,8 @@ class Rope:
                 raise ValueError(
                     f"slowest must be below fastest; got {self.slowest} and {self.fastest}"
                 )
+        if self.query_growth and not self.original_length:
+            raise ValueError("query_growth needs original_length")
 
     def rotated(self, head_size: int) -> int:
         """Number of values of a head that are rotated."""

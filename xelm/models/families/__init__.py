@@ -17,7 +17,7 @@ from xelm.models.families.cohere import COHERE, COHERE2
 from xelm.models.families.family import Family
 from xelm.models.families.gemma import GEMMA2, GEMMA3
 from xelm.models.families.gpt2 import GPT2
-from xelm.models.families.llama import LLAMA, MINISTRAL, MISTRAL, MIXTRAL, QWEN2, QWEN3
+from xelm.models.families.llama import LLAMA, MINISTRAL, MINISTRAL3, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from xelm.models.families.modernbert import MODERNBERT
 from xelm.models.families.multimodal import WITH_IMAGES, beside_images, text_config, text_source
 from xelm.models.families.olmo import OLMO2, OLMO3
@@ -29,6 +29,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "ministral": MINISTRAL,
+    "ministral3": MINISTRAL3,
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,

@@ -35,7 +35,7 @@ def _read(hub: Any, **settings: Any) -> ModelConfig:
     )
 
 
-# Üstün et al. 2024, arXiv 2402.07827; Aryabumi et al. 2024, arXiv 2405.15032 (Aya 23).
+# Aryabumi et al. 2024, arXiv 2405.15032 (Aya 23); Dang et al. 2024, arXiv 2412.04261 (Aya Expanse).
 COHERE = Family(read=_read_cohere, tensors=TENSORS, prefix="model.")
 # Team Cohere 2025, arXiv 2504.00698 (Command R7B).
 COHERE2 = Family(read=_read_cohere2, tensors=TENSORS, prefix="model.")

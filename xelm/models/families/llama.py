@@ -1,5 +1,6 @@
 """Llama and what is built like it: Mistral, Ministral, Qwen 2 and 3."""
 
+from dataclasses import replace
 from typing import Any
 
 from clustering.errors import UserError
@@ -110,6 +111,18 @@ def _read_ministral(hub: Any) -> ModelConfig:
     return llama_like(hub, **local(hub.sliding_window, hub.layer_types))
 
 
+def _read_ministral3(hub: Any) -> ModelConfig:
+    found, growth = hub.rope_parameters, hub.rope_parameters.get("llama_4_scaling_beta")
+    original = found.get("original_max_position_embeddings")
+    if growth is None or original is None:  # transformers ends in a TypeError
+        raise UserError(
+            "llama_4_scaling_beta and original_max_position_embeddings must be numbers for this "
+            f"model; config.json has {growth} and {original}"
+        )
+    grown = replace(rope(found), query_growth=float(growth), original_length=original)
+    return llama_like(hub, rope=grown, **all_local(hub))
+
+
 def _read_qwen2(hub: Any) -> ModelConfig:
     return llama_like(hub, query_bias=True, **local(hub.sliding_window, hub.layer_types))
 
@@ -166,6 +179,8 @@ LLAMA = Family(read=_read_llama, write=_write_llama, **_COMMON)
 MISTRAL = Family(read=_read_mistral, **_COMMON)
 # Mistral AI 2024, "Un Ministral, des Ministraux": Mistral with some layers global.
 MINISTRAL = Family(read=_read_ministral, **_COMMON)
+# Mistral AI 2026, arXiv 2601.08584: queries that grow with their position.
+MINISTRAL3 = Family(read=_read_ministral3, **_COMMON)
 # Qwen Team 2024, arXiv 2407.10671 and 2412.15115.
 QWEN2 = Family(read=_read_qwen2, **_COMMON)
 # Qwen Team 2025, arXiv 2505.09388.
