@@ -241,6 +241,20 @@ def by_speed(names: Sequence[str]) -> list[Any]:
     return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
+RECENT = ("ministral3", "olmo", "smollm3", "apertus", "cohere")
+"""Starts of names that are read once in the fast suite; all else about them is for the slow one."""
+
+
+def once(names: Sequence[str]) -> list[Any]:
+    """Parameters of a test, marked slow where they are `RECENT` and not the first of a family."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow)
+        if name.startswith(RECENT) and name not in FAMILIES
+        else name
+        for name in names
+    ]
+
+
 @dataclass(frozen=True)
 class Pair:
     """A random model of transformers and the directory it was saved to."""

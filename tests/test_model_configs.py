@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hub_models import CONFIGS, auto_model, random_tokens, saved
+from hub_models import CONFIGS, RECENT, auto_model, random_tokens, saved
 
 from clustering.errors import UserError
 from xelm.models.checkpoint import load_model, read_config, save_model
@@ -96,7 +96,12 @@ EDITED = {
 
 
 @pytest.mark.parametrize(
-    ("name", "edit"), [(name, edit) for name, edits in EDITED.items() for edit in edits]
+    ("name", "edit"),
+    [
+        pytest.param(name, edit, marks=[pytest.mark.slow] * name.startswith(RECENT))
+        for name, edits in EDITED.items()
+        for edit in edits
+    ],
 )
 def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, edit, tmp_path):
     pair = saved(CONFIGS[name], tmp_path / "hub")
@@ -122,6 +127,8 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("llama-grouped", {"hidden_size": "32"}, "hidden_size.*expected int, got str"),
         ("llama-grouped", {"num_attention_heads": 3}, "multiple"),
         ("llama-grouped", {"model_type": "t5"}, "'t5' is not known; known: llama, mistral"),
+        ("llama-grouped", {"model_type": "gemma4"}, "'gemma4': its layers .*; take a Gemma 3,"),
+        ("llama-grouped", {"model_type": "qwen3_5_text"}, "gated delta nets .*; take a Qwen 3,"),
         ("llama-grouped", {"model_type": None}, "model_type None is not known"),
         ("llama-grouped", {"model_type": ["llama"]}, "is not known"),
         ("llama-grouped", {"quantization_config": "gptq"}, "quantised weights are not supported"),

@@ -15,6 +15,7 @@ from hub_models import (
     auto_model,
     by_speed,
     gradients_of,
+    once,
     random_tokens,
     saved,
 )
@@ -48,7 +49,7 @@ def as_for_inference(model):
     return bind(inference_graph(model.config), for_inference(parameters_of(model)))
 
 
-@pytest.fixture(params=CONFIGS, scope="module")
+@pytest.fixture(params=once(list(CONFIGS)), scope="module")
 def pair(request, tmp_path_factory):
     return saved(CONFIGS[request.param], tmp_path_factory.mktemp(request.param) / "hub")
 

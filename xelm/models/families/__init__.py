@@ -51,8 +51,28 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+_GEMMA4 = (
+    "its layers are of different shapes (heads of 512 in global layers and of 256 in local ones, "
+    "and layers without keys of their own or with feed-forwards of twice the width), and it has "
+    "inputs for each layer and norms of values, none of which is supported; take a Gemma 3, such "
+    "as google/gemma-3-4b-pt"
+)
+_QWEN35 = (
+    "three of four of its layers are gated delta nets (linear_attention), which are not "
+    "supported; take a Qwen 3, such as Qwen/Qwen3-4B-Base"
+)
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _QWEN35),
+    "qwen3_next": _QWEN35,
+}
+"""What other families lack here, by `model_type`, and what to take instead."""
+
+
 def family(model_type: Any) -> Family:
     """The family with this `model_type`; UserError if it is not known."""
+    if isinstance(model_type, str) and model_type in REFUSED:
+        raise UserError(f"model_type {model_type!r}: {REFUSED[model_type]}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"model_type {model_type!r} is not known; known: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
