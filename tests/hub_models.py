@@ -55,6 +55,7 @@ _BERT = {
     "intermediate_size": 50,
     "max_position_embeddings": 256,
 }
+_NEOX = {**LLAMA, "num_attention_heads": 2, "num_hidden_layers": 2}
 _MODERNBERT = {
     **_BERT,
     "num_hidden_layers": 4,
@@ -241,7 +242,10 @@ def by_speed(names: Sequence[str]) -> list[Any]:
     return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
-RECENT = ("ministral3", "olmo", "smollm3", "apertus", "cohere")
+RECENT = (
+    *("ministral3", "olmo", "smollm3", "apertus", "cohere"),
+    "phi3",
+)
 """Starts of names that are read once in the fast suite; all else about them is for the slow one."""
 
 

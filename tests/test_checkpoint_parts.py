@@ -10,7 +10,15 @@ import jax
 import numpy as np
 import pytest
 import torch
-from hub_models import CONFIGS, FAMILIES, INDEX, assert_equal_trees, random_model, saved
+from hub_models import (
+    CONFIGS,
+    FAMILIES,
+    INDEX,
+    assert_equal_trees,
+    by_speed,
+    random_model,
+    saved,
+)
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
@@ -59,7 +67,7 @@ def test_large_models_are_written_in_files_that_transformers_loads(llama, tmp_pa
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", by_speed(FAMILIES))
 def test_every_shard_holds_its_part_and_is_read_once(name, tmp_path, monkeypatch):
     even = copy.deepcopy(CONFIGS[name])
     even.vocab_size = 96

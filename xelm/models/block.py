@@ -95,7 +95,7 @@ class Block(nnx.Module):
         if not self.config.first_norm:
             h = jnp.where(number == 0, x, h)
         attended, cache = self._attention(h, context, number, local, cache)
-        attended = _normed(attended, self.attention_result_norm)
+        attended = self._scaled(_normed(attended, self.attention_result_norm))
         if self.config.parallel == "no":
             x = x + attended
             h = _normed(x, self.feedforward_norm)
@@ -103,24 +103,31 @@ class Block(nnx.Module):
             h = h if self.feedforward_norm is None else self.feedforward_norm(x)
             x = x + attended
         found, fed = observe(self, h), self._feedforward(h)
-        return x + _normed(fed, self.feedforward_result_norm), cache, found
+        return x + self._scaled(_normed(fed, self.feedforward_result_norm)), cache, found
+
+    def _scaled(self, result):
+        """A result of attention or feed-forward, as it is added to the states."""
+        scale = self.config.residual_scale
+        return result if scale == 1.0 else result * jnp.asarray(scale, result.dtype)
 
     @jax.named_scope("attention")
     def _attention(self, h, context, number, local, cache):
         config, view = self.config, context.view(local)
         batch, length = view.mask.shape[:2]
         query, key, value = self.query(h), self.key(h), self.value(h)
-        joint = config.head_norm_form == "joint"
+        joint, late = config.head_norm_form == "joint", config.head_norm_after_positions
         if joint:
             query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
         query = query.reshape(batch, length, config.head_count, config.head_size)
         key = key.reshape(batch, length, config.key_head_count, config.head_size)
         value = value.reshape(batch, length, config.key_head_count, config.head_size)
-        if not joint:
+        if not joint and not late:
             query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
         if view.rope is not None:
             query, key = (self._rotated(x, number, *view.rope) for x in (query, key))
-            query = self._grown(query, context.positions)
+        if late:
+            query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
+        query = self._grown(query, context.positions)
         if cached := cache is not None:
             cache, (key, value) = store(cache, key, value, context.rows, context.positions)
         else:

@@ -22,9 +22,9 @@ from xelm.models.config import ModelConfig
 from xelm.models.families import (
     auto_config,
     differences,
-    family,
     family_in,
     hub_config,
+    hub_family,
     hub_source,
     read_auto_config,
     shape_of,
@@ -236,7 +236,7 @@ def write_checkpoint(
     hub = auto_config(source)
     if misfits := differences(config, shape_of(hub)):
         raise UserError(f"{like or 'config.json'} is of another shape: {', '.join(misfits[:5])}")
-    kind = family(hub.model_type)
+    kind = hub_family(hub)
     tensors = stored_tensors(kind, config, flat, dtype)
     try:
         if writes:

@@ -128,6 +128,8 @@ class ModelConfig:
     """Whether attention and feed-forward both read the input of the layer, and their results are
     added to it together (GPT-J; Chowdhery et al. 2022, arXiv 2204.02311, section 2). one norm:
     after the same norm (Cohere). two norms: each after its own (GPT-NeoX)."""
+    residual_scale: float = 1.0
+    """Results of attention and feed-forward are multiplied by this before the sum (Granite)."""
     first_norm: bool = True
     """The first attention has a norm before it (not in ModernBERT, whose embeddings have one)."""
     embedding_norm: bool = False
@@ -157,6 +159,8 @@ class ModelConfig:
     """What `head_norm` normalises. shared: each head by an RMSNorm with the same scales for all.
     each: each head by a norm of the kind of `norm` with its own scales, without bias (Cohere).
     joint: all heads together by one RMSNorm (OLMo 2)."""
+    head_norm_after_positions: bool = False
+    """Queries and keys pass `head_norm` after rotary positions (Hunyuan)."""
     attention_scale: float | None = None
     """Scores are multiplied by this; None is H ** -0.5."""
     attention_cap: float | None = None
@@ -230,6 +234,10 @@ class ModelConfig:
             numbers = getattr(self, name)
             if any(not 0 <= layer < self.layer_count for layer in numbers):
                 raise ValueError(f"{name} must be of 0 to {self.layer_count - 1}; got {numbers}")
+        if self.residual_scale != 1.0 and self.norm_placement == "after":
+            raise ValueError("norm_placement after goes with a residual_scale of 1")
+        if self.head_norm_after_positions and self.head_norm_form == "joint":
+            raise ValueError("head_norm_form must be shared or each after positions; got joint")
         if self.parallel != "no" and self.norm_placement != "before":
             raise ValueError(
                 f"norm_placement must be before in parallel layers; got {self.norm_placement}"

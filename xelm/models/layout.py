@@ -34,13 +34,14 @@ def take(
     place = tensor.paths.index(path)
     begin, end = ranges[-1]
     if tensor.by_head:
-        # Whole heads are read, of all parameters, and one parameter's rows picked from them.
-        count, first, last = len(tensor.paths), begin // head_size, -(-end // head_size)
-        outputs = (first * count * head_size, last * count * head_size)
-        found = _oriented(stored, tensor, (*ranges[:-1], outputs))
-        found = found.reshape(*found.shape[:-1], last - first, count, head_size)[..., place, :]
+        # Whole groups are read, of all parameters, and one parameter's rows picked from them.
+        widths = _group_widths([shapes[each][-1] for each in tensor.paths], head_size)
+        own, whole, before = widths[place], sum(widths), sum(widths[:place])
+        first, last = begin // own, -(-end // own)
+        found = _oriented(stored, tensor, (*ranges[:-1], (first * whole, last * whole)))
+        found = found.reshape(*found.shape[:-1], last - first, whole)[..., before : before + own]
         found = found.reshape(*found.shape[:-2], -1)
-        return found[..., begin - first * head_size : end - first * head_size]
+        return found[..., begin - first * own : end - first * own]
     offset = sum(shapes[earlier][-1] for earlier in tensor.paths[:place])
     return _oriented(stored, tensor, (*ranges[:-1], (begin + offset, end + offset)))
 
@@ -48,13 +49,20 @@ def take(
 def join(tensor: Tensor, arrays: Sequence[np.ndarray], head_size: int) -> np.ndarray:
     """The tensor of a checkpoint made of these parameters, contiguous."""
     if tensor.by_head:
-        heads = [a.reshape(*a.shape[:-1], -1, 1, head_size) for a in arrays]
-        joined = np.concatenate(heads, axis=-2)
+        widths = _group_widths([a.shape[-1] for a in arrays], head_size)
+        groups = [a.reshape(*a.shape[:-1], -1, own) for a, own in zip(arrays, widths)]
+        joined = np.concatenate(groups, axis=-1)
         joined = joined.reshape(*arrays[0].shape[:-1], -1)
     else:
         joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
     turned = _is_weight(tensor) and not tensor.inputs_first
     return np.ascontiguousarray(joined.T if turned else joined)
+
+
+def _group_widths(outputs: Sequence[int], head_size: int) -> list[int]:
+    """Number of outputs that each parameter has in the group of one key head."""
+    groups = min(outputs) // head_size
+    return [size // groups for size in outputs]
 
 
 def _oriented(stored: Any, tensor: Tensor, ranges: Sequence[Range]) -> np.ndarray:

@@ -78,6 +78,12 @@ def family(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
+def hub_family(hub: Any) -> Family:
+    """The family of a configuration of transformers."""
+    kind = family(hub.model_type)
+    return kind if kind.variant is None else kind.variant(hub)
+
+
 def takes_images(directory: str | Path) -> bool:
     """Whether a checkpoint directory has a model that reads images too."""
     return read_object(Path(directory) / "config.json").get("model_type") in WITH_IMAGES
@@ -85,7 +91,7 @@ def takes_images(directory: str | Path) -> bool:
 
 def family_in(directory: str | Path, hub: Any) -> Family:
     """The family of a checkpoint directory with this configuration of transformers."""
-    found = family(hub.model_type)
+    found = hub_family(hub)
     return beside_images(found) if takes_images(directory) else found
 
 

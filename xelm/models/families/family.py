@@ -14,6 +14,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
@@ -29,8 +30,8 @@ class Tensor:
     inputs_first: bool = False
     """Whether weights are stored as [inputs, outputs], like ours, and not the other way round."""
     by_head: bool = False
-    """Whether several parameters are stored head by head (query, key and value of the first head,
-    then of the second), and not one after the other."""
+    """Whether queries, keys and values are stored key head by key head (its queries, its key and
+    its value, then those of the second), and not one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,9 @@ class Family:
     """Tensor that some checkpoints have twice -> the one that it must equal; beside a tied head."""
     with_head: str = ""
     """An encoder's checkpoint on the Hub that has its masked-language-model head."""
+    variant: Callable[[Any], "Family"] | None = None
+    """Function of transformers' configuration that returns the family with the tensors of such a
+    checkpoint; None: those of this one, whatever the configuration."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Ends of tensor names in old checkpoints, with the ends that the table has instead."""
     constants: Mapping[str, float] = field(default_factory=dict)
