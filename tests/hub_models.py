@@ -201,6 +201,15 @@ CONFIGS: dict[str, Any] = {
     "bloom-untied": hub.BloomConfig(**{**_BLOOM, "n_head": 4}, tie_word_embeddings=False),
     "gpt2": hub.GPT2Config(**_GPT2),
     "gpt2-untied": hub.GPT2Config(**_GPT2, n_inner=50, tie_word_embeddings=False),
+    "granite": hub.GraniteConfig(
+        **LLAMA,
+        embedding_multiplier=5,
+        attention_multiplier=0.2,
+        residual_multiplier=0.3,
+        logits_scaling=3.0,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
     "bert": hub.BertConfig(**_BERT),
     "xlm-roberta": hub.XLMRobertaConfig(**_BERT, type_vocab_size=1),
     "modernbert": hub.ModernBertConfig(**_MODERNBERT),
@@ -230,6 +239,7 @@ FAMILIES = (
         "gemma2",
         "gemma3",
     ),
+    "granite",
     *("xglm", "bloom", "gpt2", *ENCODERS),
 )
 
@@ -245,6 +255,7 @@ def by_speed(names: Sequence[str]) -> list[Any]:
 RECENT = (
     *("ministral3", "olmo", "smollm3", "apertus", "cohere"),
     "phi3",
+    "granite",
 )
 """Starts of names that are read once in the fast suite; all else about them is for the slow one."""
 

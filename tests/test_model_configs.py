@@ -86,6 +86,10 @@ EDITED = {
     "xglm": [{"scale_embedding": False}, {"activation_function": "relu"}],
     "bloom": [{"hidden_size": None, "n_embed": 36}],
     "gpt2": [{"n_embd": None, "hidden_size": 36}, {"activation_function": "relu"}],
+    "granite": [
+        {"rope_parameters": None, "rope_theta": 300.0, "rope_scaling": None},
+        {"logits_scaling": 8, "embedding_multiplier": 12, "residual_multiplier": 1},
+    ],
     "bert": [{"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}],
     "xlm-roberta": [{"layer_norm_eps": 1e-3}],
     "modernbert": [
@@ -134,6 +138,7 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("llama-grouped", {"quantization_config": "gptq"}, "quantised weights are not supported"),
         ("phi3-local", {"rope_parameters": {**LINEAR}}, "must be one of .'longrope'., got linear"),
         ("llama-grouped", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
+        ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
         ("ministral", {"head_dim": None}, "head_dim must be a number"),
         ("xlm-roberta", {"pad_token_id": None}, "pad_token_id must be a number"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be"),
