@@ -210,6 +210,17 @@ CONFIGS: dict[str, Any] = {
         attention_bias=True,
         mlp_bias=True,
     ),
+    "gpt_neox-partial": hub.GPTNeoXConfig(
+        **_NEOX, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    ),
+    "gpt_neox-sequential-yarn": hub.GPTNeoXConfig(
+        **_NEOX,
+        use_parallel_residual=False,
+        attention_bias=False,
+        hidden_act="gelu_new",
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "yarn", "partial_rotary_factor": 0.75, **_ROPE},
+    ),
     "bert": hub.BertConfig(**_BERT),
     "xlm-roberta": hub.XLMRobertaConfig(**_BERT, type_vocab_size=1),
     "modernbert": hub.ModernBertConfig(**_MODERNBERT),
@@ -240,6 +251,7 @@ FAMILIES = (
         "gemma3",
     ),
     "granite",
+    "gpt_neox-partial",
     *("xglm", "bloom", "gpt2", *ENCODERS),
 )
 
@@ -256,6 +268,7 @@ RECENT = (
     *("ministral3", "olmo", "smollm3", "apertus", "cohere"),
     "phi3",
     "granite",
+    "gpt_neox",
 )
 """Starts of names that are read once in the fast suite; all else about them is for the slow one."""
 
@@ -311,6 +324,8 @@ def gradients_of(model: Any) -> dict[str, np.ndarray]:
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         gradient = found[name] = parameter.grad.numpy()
+        if name == "lm_head.weight":
+            found["embed_out.weight"] = gradient  # GPT-NeoX
         if model.config.model_type == "mixtral" and ".mlp." in name:
             stem = name.replace(".mlp.", ".block_sparse_moe.")
             found[stem] = gradient

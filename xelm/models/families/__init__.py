@@ -17,6 +17,7 @@ from xelm.models.families.cohere import COHERE, COHERE2
 from xelm.models.families.family import Family
 from xelm.models.families.gemma import GEMMA2, GEMMA3
 from xelm.models.families.gpt2 import GPT2
+from xelm.models.families.gpt_neox import GPT_NEOX
 from xelm.models.families.granite import GRANITE
 from xelm.models.families.llama import LLAMA, MINISTRAL, MINISTRAL3, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from xelm.models.families.modernbert import MODERNBERT
@@ -47,6 +48,7 @@ FAMILIES: Mapping[str, Family] = {
     "bloom": BLOOM,
     "gpt2": GPT2,
     "granite": GRANITE,
+    "gpt_neox": GPT_NEOX,
     "bert": BERT,
     "xlm-roberta": XLM_ROBERTA,
     "modernbert": MODERNBERT,
