@@ -56,6 +56,15 @@ _BERT = {
     "max_position_embeddings": 256,
 }
 _NEOX = {**LLAMA, "num_attention_heads": 2, "num_hidden_layers": 2}
+_OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 36,
+    "ffn_dim": 60,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 256,
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
 _MODERNBERT = {
     **_BERT,
     "num_hidden_layers": 4,
@@ -221,6 +230,10 @@ CONFIGS: dict[str, Any] = {
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "yarn", "partial_rotary_factor": 0.75, **_ROPE},
     ),
+    "opt": hub.OPTConfig(**_OPT),
+    "opt-after-unbiased": hub.OPTConfig(
+        **_OPT, do_layer_norm_before=False, enable_bias=False, activation_function="gelu"
+    ),
     "bert": hub.BertConfig(**_BERT),
     "xlm-roberta": hub.XLMRobertaConfig(**_BERT, type_vocab_size=1),
     "modernbert": hub.ModernBertConfig(**_MODERNBERT),
@@ -252,6 +265,7 @@ FAMILIES = (
     ),
     "granite",
     "gpt_neox-partial",
+    "opt",
     *("xglm", "bloom", "gpt2", *ENCODERS),
 )
 
@@ -269,6 +283,7 @@ RECENT = (
     "phi3",
     "granite",
     "gpt_neox",
+    "opt",
 )
 """Starts of names that are read once in the fast suite; all else about them is for the slow one."""
 

@@ -23,6 +23,7 @@ from xelm.models.families.llama import LLAMA, MINISTRAL, MINISTRAL3, MISTRAL, MI
 from xelm.models.families.modernbert import MODERNBERT
 from xelm.models.families.multimodal import WITH_IMAGES, beside_images, text_config, text_source
 from xelm.models.families.olmo import OLMO2, OLMO3
+from xelm.models.families.opt import OPT
 from xelm.models.families.phi3 import PHI3
 from xelm.models.families.smollm import SMOLLM3
 from xelm.models.families.xglm import XGLM
@@ -49,6 +50,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": GPT2,
     "granite": GRANITE,
     "gpt_neox": GPT_NEOX,
+    "opt": OPT,
     "bert": BERT,
     "xlm-roberta": XLM_ROBERTA,
     "modernbert": MODERNBERT,
