@@ -65,6 +65,14 @@ _OPT = {
     "max_position_embeddings": 256,
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
+_FALCON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "ffn_hidden_size": 60,
+    **{"bos_token_id": 1, "eos_token_id": 2},
+}
 _MODERNBERT = {
     **_BERT,
     "num_hidden_layers": 4,
@@ -234,6 +242,18 @@ CONFIGS: dict[str, Any] = {
     "opt-after-unbiased": hub.OPTConfig(
         **_OPT, do_layer_norm_before=False, enable_bias=False, activation_function="gelu"
     ),
+    "falcon": hub.FalconConfig(
+        **_FALCON,
+        new_decoder_architecture=True,
+        num_ln_in_parallel_attn=1,
+        num_kv_heads=2,
+        bias=True,
+    ),
+    "falcon-two-norms": hub.FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=3),
+    "falcon-one-key-head": hub.FalconConfig(**_FALCON, tie_word_embeddings=False),
+    "falcon-sequential": hub.FalconConfig(
+        **_FALCON, multi_query=False, parallel_attn=False, bias=True, activation="relu"
+    ),
     "bert": hub.BertConfig(**_BERT),
     "xlm-roberta": hub.XLMRobertaConfig(**_BERT, type_vocab_size=1),
     "modernbert": hub.ModernBertConfig(**_MODERNBERT),
@@ -266,6 +286,7 @@ FAMILIES = (
     "granite",
     "gpt_neox-partial",
     "opt",
+    "falcon",
     *("xglm", "bloom", "gpt2", *ENCODERS),
 )
 
@@ -284,6 +305,7 @@ RECENT = (
     "granite",
     "gpt_neox",
     "opt",
+    "falcon",
 )
 """Starts of names that are read once in the fast suite; all else about them is for the slow one."""
 

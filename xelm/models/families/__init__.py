@@ -14,6 +14,7 @@ from xelm.models.families.apertus import APERTUS
 from xelm.models.families.bert import BERT, XLM_ROBERTA
 from xelm.models.families.bloom import BLOOM
 from xelm.models.families.cohere import COHERE, COHERE2
+from xelm.models.families.falcon import FALCON
 from xelm.models.families.family import Family
 from xelm.models.families.gemma import GEMMA2, GEMMA3
 from xelm.models.families.gpt2 import GPT2
@@ -51,6 +52,7 @@ FAMILIES: Mapping[str, Family] = {
     "granite": GRANITE,
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
+    "falcon": FALCON,
     "bert": BERT,
     "xlm-roberta": XLM_ROBERTA,
     "modernbert": MODERNBERT,
