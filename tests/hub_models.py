@@ -254,6 +254,10 @@ CONFIGS: dict[str, Any] = {
     "falcon-sequential": hub.FalconConfig(
         **_FALCON, multi_query=False, parallel_attn=False, bias=True, activation="relu"
     ),
+    "stablelm": hub.StableLmConfig(**LLAMA, use_qkv_bias=True),
+    "stablelm-parallel": hub.StableLmConfig(
+        **{**LLAMA, "hidden_size": 64}, use_parallel_residual=True, partial_rotary_factor=0.75
+    ),
     "bert": hub.BertConfig(**_BERT),
     "xlm-roberta": hub.XLMRobertaConfig(**_BERT, type_vocab_size=1),
     "modernbert": hub.ModernBertConfig(**_MODERNBERT),
@@ -287,6 +291,7 @@ FAMILIES = (
     "gpt_neox-partial",
     "opt",
     "falcon",
+    "stablelm",
     *("xglm", "bloom", "gpt2", *ENCODERS),
 )
 
@@ -306,6 +311,7 @@ RECENT = (
     "gpt_neox",
     "opt",
     "falcon",
+    "stablelm",
 )
 """Starts of names that are read once in the fast suite; all else about them is for the slow one."""
 

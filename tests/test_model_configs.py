@@ -102,6 +102,10 @@ EDITED = {
     ],
     "falcon-two-norms": [{"num_ln_in_parallel_attn": None}],
     "falcon-one-key-head": [{"num_kv_heads": 6}, {"num_ln_in_parallel_attn": 1}],
+    "stablelm": [
+        {"rope_parameters": None, "rope_theta": 300.0, "partial_rotary_factor": 0.5},
+        {"rope_parameters": None},
+    ],
     "bert": [{"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}],
     "xlm-roberta": [{"layer_norm_eps": 1e-3}],
     "modernbert": [
@@ -157,6 +161,7 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("falcon-sequential", {"alibi": True}, "alibi must be False"),
         ("falcon", {"parallel_attn": False}, "parallel_attn must be True"),
         ("falcon-one-key-head", {"num_ln_in_parallel_attn": 2}, "num_ln_.* must be None or 1"),
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm must be False"),
         ("ministral", {"head_dim": None}, "head_dim must be a number"),
         ("xlm-roberta", {"pad_token_id": None}, "pad_token_id must be a number"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be"),

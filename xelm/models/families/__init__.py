@@ -27,6 +27,7 @@ from xelm.models.families.olmo import OLMO2, OLMO3
 from xelm.models.families.opt import OPT
 from xelm.models.families.phi3 import PHI3
 from xelm.models.families.smollm import SMOLLM3
+from xelm.models.families.stablelm import STABLELM
 from xelm.models.families.xglm import XGLM
 
 FAMILIES: Mapping[str, Family] = {
@@ -53,6 +54,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_neox": GPT_NEOX,
     "opt": OPT,
     "falcon": FALCON,
+    "stablelm": STABLELM,
     "bert": BERT,
     "xlm-roberta": XLM_ROBERTA,
     "modernbert": MODERNBERT,
