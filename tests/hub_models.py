@@ -258,6 +258,12 @@ CONFIGS: dict[str, Any] = {
     "stablelm-parallel": hub.StableLmConfig(
         **{**LLAMA, "hidden_size": 64}, use_parallel_residual=True, partial_rotary_factor=0.75
     ),
+    "hunyuan": hub.HunYuanDenseV1Config(
+        **LLAMA,
+        head_dim=12,
+        attention_bias=True,
+        rope_parameters={"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 1e4, "factor": 1.0},
+    ),
     "bert": hub.BertConfig(**_BERT),
     "xlm-roberta": hub.XLMRobertaConfig(**_BERT, type_vocab_size=1),
     "modernbert": hub.ModernBertConfig(**_MODERNBERT),
@@ -292,6 +298,7 @@ FAMILIES = (
     "opt",
     "falcon",
     "stablelm",
+    "hunyuan",
     *("xglm", "bloom", "gpt2", *ENCODERS),
 )
 
@@ -312,6 +319,7 @@ RECENT = (
     "opt",
     "falcon",
     "stablelm",
+    "hunyuan",
 )
 """Starts of names that are read once in the fast suite; all else about them is for the slow one."""
 

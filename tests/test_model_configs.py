@@ -106,6 +106,14 @@ EDITED = {
         {"rope_parameters": None, "rope_theta": 300.0, "partial_rotary_factor": 0.5},
         {"rope_parameters": None},
     ],
+    "hunyuan": [
+        {
+            "rope_parameters": None,
+            "rope_theta": 300.0,
+            "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "mscale": 1.0},
+        },
+        {"rope_parameters": None, "use_qk_norm": True},
+    ],
     "bert": [{"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}],
     "xlm-roberta": [{"layer_norm_eps": 1e-3}],
     "modernbert": [
@@ -162,6 +170,8 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("falcon", {"parallel_attn": False}, "parallel_attn must be True"),
         ("falcon-one-key-head", {"num_ln_in_parallel_attn": 2}, "num_ln_.* must be None or 1"),
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm must be False"),
+        ("hunyuan", {"head_dim": None}, "head_dim must be a number"),
+        ("hunyuan", {"rope_parameters": {**LINEAR, "rope_type": "dynamic"}}, "rope_type must be"),
         ("ministral", {"head_dim": None}, "head_dim must be a number"),
         ("xlm-roberta", {"pad_token_id": None}, "pad_token_id must be a number"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention must be"),

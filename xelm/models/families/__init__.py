@@ -20,6 +20,7 @@ from xelm.models.families.gemma import GEMMA2, GEMMA3
 from xelm.models.families.gpt2 import GPT2
 from xelm.models.families.gpt_neox import GPT_NEOX
 from xelm.models.families.granite import GRANITE
+from xelm.models.families.hunyuan import HUNYUAN
 from xelm.models.families.llama import LLAMA, MINISTRAL, MINISTRAL3, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from xelm.models.families.modernbert import MODERNBERT
 from xelm.models.families.multimodal import WITH_IMAGES, beside_images, text_config, text_source
@@ -55,6 +56,7 @@ FAMILIES: Mapping[str, Family] = {
     "opt": OPT,
     "falcon": FALCON,
     "stablelm": STABLELM,
+    "hunyuan_v1_dense": HUNYUAN,
     "bert": BERT,
     "xlm-roberta": XLM_ROBERTA,
     "modernbert": MODERNBERT,
