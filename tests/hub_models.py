@@ -265,6 +265,8 @@ CONFIGS: dict[str, Any] = {
         rope_parameters={"rope_type": "dynamic", "alpha": 50.0, "rope_theta": 1e4, "factor": 1.0},
     ),
     "bert": hub.BertConfig(**_BERT),
+    "roberta": hub.RobertaConfig(**_BERT, layer_norm_eps=1e-5),
+    "camembert": hub.CamembertConfig(**_BERT, type_vocab_size=1),
     "xlm-roberta": hub.XLMRobertaConfig(**_BERT, type_vocab_size=1),
     "modernbert": hub.ModernBertConfig(**_MODERNBERT),
     "modernbert-biased": hub.ModernBertConfig(
@@ -277,7 +279,7 @@ CONFIGS: dict[str, Any] = {
         tie_word_embeddings=False,
     ),
 }
-ENCODERS = ("bert", "xlm-roberta", "modernbert")
+ENCODERS = ("bert", "roberta", "camembert", "xlm-roberta", "modernbert")
 DECODERS = tuple(name for name in CONFIGS if not name.startswith(ENCODERS))
 # One of each family.
 FAMILIES = (
@@ -320,6 +322,7 @@ RECENT = (
     "falcon",
     "stablelm",
     "hunyuan",
+    *("roberta", "camembert"),
 )
 """Starts of names that are read once in the fast suite; all else about them is for the slow one."""
 

@@ -11,7 +11,7 @@ from clustering.errors import UserError
 from clustering.files import read_object, write_json
 from xelm.models.config import ModelConfig
 from xelm.models.families.apertus import APERTUS
-from xelm.models.families.bert import BERT, XLM_ROBERTA
+from xelm.models.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
 from xelm.models.families.bloom import BLOOM
 from xelm.models.families.cohere import COHERE, COHERE2
 from xelm.models.families.falcon import FALCON
@@ -58,6 +58,8 @@ FAMILIES: Mapping[str, Family] = {
     "stablelm": STABLELM,
     "hunyuan_v1_dense": HUNYUAN,
     "bert": BERT,
+    "roberta": ROBERTA,
+    "camembert": CAMEMBERT,
     "xlm-roberta": XLM_ROBERTA,
     "modernbert": MODERNBERT,
 }

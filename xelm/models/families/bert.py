@@ -1,4 +1,4 @@
-"""BERT and XLM-RoBERTa, with their masked-language-model heads."""
+"""BERT, RoBERTa, CamemBERT and XLM-RoBERTa, with their masked-language-model heads."""
 
 from dataclasses import replace
 from typing import Any
@@ -97,3 +97,7 @@ XLM_ROBERTA = Family(
     ignored=_IGNORED,
     copies={"lm_head.decoder.bias": "lm_head.bias"},
 )
+# Liu et al. 2019, arXiv 1907.11692.
+ROBERTA = replace(XLM_ROBERTA, with_head="FacebookAI/roberta-base")
+# Martin et al. 2020, arXiv 1911.03894.
+CAMEMBERT = replace(XLM_ROBERTA, with_head="almanach/camembert-base")
