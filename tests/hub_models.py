@@ -267,6 +267,12 @@ CONFIGS: dict[str, Any] = {
     "bert": hub.BertConfig(**_BERT),
     "roberta": hub.RobertaConfig(**_BERT, layer_norm_eps=1e-5),
     "camembert": hub.CamembertConfig(**_BERT, type_vocab_size=1),
+    "eurobert": hub.EuroBertConfig(
+        **LLAMA, head_dim=12, mlp_bias=True, **{"pad_token_id": 2, "mask_token_id": 3}
+    ),
+    "eurobert-tied": hub.EuroBertConfig(
+        **LLAMA, attention_bias=True, tie_word_embeddings=True, pad_token_id=0, mask_token_id=3
+    ),
     "xlm-roberta": hub.XLMRobertaConfig(**_BERT, type_vocab_size=1),
     "modernbert": hub.ModernBertConfig(**_MODERNBERT),
     "modernbert-biased": hub.ModernBertConfig(
@@ -279,7 +285,7 @@ CONFIGS: dict[str, Any] = {
         tie_word_embeddings=False,
     ),
 }
-ENCODERS = ("bert", "roberta", "camembert", "xlm-roberta", "modernbert")
+ENCODERS = ("bert", "roberta", "camembert", "xlm-roberta", "modernbert", "eurobert")
 DECODERS = tuple(name for name in CONFIGS if not name.startswith(ENCODERS))
 # One of each family.
 FAMILIES = (
@@ -323,6 +329,7 @@ RECENT = (
     "stablelm",
     "hunyuan",
     *("roberta", "camembert"),
+    "eurobert",
 )
 """Starts of names that are read once in the fast suite; all else about them is for the slow one."""
 

@@ -115,6 +115,14 @@ EDITED = {
         {"rope_parameters": None, "use_qk_norm": True},
     ],
     "roberta": [{"layer_norm_eps": 1e-3}],
+    "eurobert": [
+        {
+            "rope_parameters": None,
+            "rope_theta": 300.0,
+            "rope_scaling": None,
+            "auto_map": {"AutoModelForMaskedLM": "modeling_eurobert.EuroBertForMaskedLM"},
+        }
+    ],
     "bert": [{"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}],
     "xlm-roberta": [{"layer_norm_eps": 1e-3}],
     "modernbert": [

@@ -14,6 +14,7 @@ from xelm.models.families.apertus import APERTUS
 from xelm.models.families.bert import BERT, CAMEMBERT, ROBERTA, XLM_ROBERTA
 from xelm.models.families.bloom import BLOOM
 from xelm.models.families.cohere import COHERE, COHERE2
+from xelm.models.families.eurobert import EUROBERT
 from xelm.models.families.falcon import FALCON
 from xelm.models.families.family import Family
 from xelm.models.families.gemma import GEMMA2, GEMMA3
@@ -62,6 +63,7 @@ FAMILIES: Mapping[str, Family] = {
     "camembert": CAMEMBERT,
     "xlm-roberta": XLM_ROBERTA,
     "modernbert": MODERNBERT,
+    "eurobert": EUROBERT,
 }
 
 
