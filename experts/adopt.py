@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clustering.errors import UserError
-from clustering.languages import canonical_all, find
+from clustering.languages import canonical_all
 from experts.expert import SEED, Expert, check_name, parse_reference
 from experts.registry import Registry
 
@@ -37,9 +37,8 @@ def adopt(
     if any(expert.name == name for expert in registry.experts):
         return _next_version(registry, name, tags, origin, corpora, facts)
     for tag in tags:
-        for expert in registry.experts:
-            if find(tag, expert.languages) and expert.status != "retired":
-                raise _served_already(tag, expert, tags)
+        if (holder := registry.holder_of(tag)) is not None:
+            raise _served_already(tag, holder, tags)
     expert = Expert(
         name=name,
         version=registry.next_version(name),

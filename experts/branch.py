@@ -12,7 +12,8 @@ def branch(registry: Registry, clustering: Clustering) -> Registry:
     """The registry with one expert in training for each cluster; the same clusters change nothing.
 
     In clusters of documents, a language is served by the expert whose cluster has most of its
-    documents. UserError if the registry has experts of other clusters."""
+    documents. UserError if the registry has experts of other clusters, and for a language that an
+    expert of no cluster serves already."""
     wanted = _experts(clustering)
     # Of further versions, which languages may have joined, the first is compared.
     firsts: dict[str, Expert] = {}
@@ -21,6 +22,14 @@ def branch(registry: Registry, clustering: Clustering) -> Registry:
             firsts.setdefault(expert.cluster, expert)
     existing = list(firsts.values())
     if not existing:
+        for expert in wanted:
+            for tag in expert.languages:
+                if (holder := registry.holder_of(tag)) is not None:
+                    raise UserError(
+                        f"{tag!r} of the cluster {expert.name} is held by {holder.reference} "
+                        f"({holder.status}) already; cluster the other languages (xelm cluster "
+                        f"--languages), or take it out of use with: xelm retire RUN {holder.name}"
+                    )
         return registry.add(*wanted)
     if {_identity(expert) for expert in existing} != {_identity(expert) for expert in wanted}:
         raise UserError(

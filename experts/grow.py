@@ -60,9 +60,8 @@ def grow(
 
 def refuse_served(registry: Registry, language: str) -> None:
     """Raises UserError for a language that an expert serves, or is trained for."""
-    for expert in registry.experts:
-        if find(language, expert.languages) and expert.status != "retired":
-            raise served_already(language, expert)
+    if (expert := registry.holder_of(language)) is not None:
+        raise served_already(language, expert)
 
 
 def served_already(language: str, expert: Expert) -> UserError:

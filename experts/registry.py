@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
-from clustering.languages import lookup
+from clustering.languages import find, lookup
 from experts.expert import SEED, Expert, check_types, hash_faults, parse_reference, stays_inside
 from experts.history import Event, about, name_now
 
@@ -183,6 +183,12 @@ class Registry:
         serving = [expert for expert in self.published() if tag in expert.languages]
         return max(serving, key=lambda e: e.round)
 
+    def holder_of(self, language: str, besides: str | None = None) -> Expert | None:
+        """The expert that serves exactly this language, or is trained for it; None if there is
+        none. besides: name of an expert that does not count."""
+        held = (e for e in self.experts if e.status != "retired" and e.name != besides)
+        return next((expert for expert in held if find(language, expert.languages)), None)
+
     def retired_for(self, language: str) -> Expert | None:
         """The newest version of a retired expert for a language; None if there is none."""
         experts = [self.last_in_use(name) or self.expert(name) for name in self.retired()]
@@ -262,7 +268,8 @@ class Registry:
         lower one: that may have been rolled back itself. Directly after a rollback it changes
         nothing, so that a command that was interrupted can be run again; to go further back, name
         the version. Nothing is deleted, so the newer version can come back in the same way. A
-        version that is published already changes nothing. UserError if there is no such version."""
+        version that is published already changes nothing. UserError if there is no such version,
+        and for one that would serve a language that another expert holds by now."""
         if version is None:
             present = self.expert(name)
             actions = [event.action for event in about(self.history, name)]
@@ -283,7 +290,23 @@ class Registry:
                 f"{expert.reference} is {expert.status}; "
                 "only a version published before can come back"
             )
+        self._refuse_held(expert)
         return self._retire_published(name)._with(replace(expert, status="published"))
+
+    def _refuse_held(self, expert: Expert) -> None:
+        """Raises UserError for a version that would serve, beside the languages that its expert
+        serves now, one that another expert holds."""
+        now = {tag for e in self.published() if e.name == expert.name for tag in e.languages}
+        for tag in expert.languages:
+            other = None if tag in now else self.holder_of(tag, besides=expert.name)
+            if other is not None:
+                way = "take it out of use first with: xelm retire"
+                if other.status == "training":
+                    way = "give it up first with: xelm discard"
+                raise UserError(
+                    f"{expert.reference} cannot come back: {tag!r} is held by {other.reference} "
+                    f"({other.status}) by now; {way} RUN {other.name}"
+                )
 
     def retire_expert(self, name: str) -> Self:
         """The registry without a published version of an expert, which is then neither served nor a
@@ -303,8 +326,8 @@ class Registry:
         """The registry with a retired expert published again.
 
         version: None takes the one that was in use when the expert was retired. An expert that is
-        published in this version changes nothing. UserError if another version is published, or if
-        there is no such version."""
+        published in this version changes nothing. UserError if another version is published, and as
+        `rollback` raises it."""
         present = self.expert(name)
         if present.removed is not None:
             raise UserError(present.why_unused)

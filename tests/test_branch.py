@@ -56,6 +56,15 @@ def test_branching_again_later_changes_nothing():
     assert branch(later, _clusters(slavic=("ru",))) is later
 
 
+def test_a_cluster_has_no_language_that_an_adopted_expert_serves():
+    adopted = SEED.add(
+        Expert(name="polish", languages=("pl",), status="published", sha256={"x": "a" * 64})
+    )
+    with pytest.raises(UserError, match=r"'pl' of the cluster slavic is held by polish@v1"):
+        branch(adopted, _clusters(romance=("fr", "es"), slavic=("ru", "pl")))
+    assert len(branch(adopted, _clusters(slavic=("ru", "cs"))).experts) == 2
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -4,6 +4,7 @@ import pytest
 
 from clustering.errors import UserError
 from experts.expert import Expert
+from experts.grow import grow
 from experts.lock import record, update
 from experts.registry import Registry
 
@@ -77,6 +78,37 @@ def test_where_no_version_is_in_use_one_has_to_be_named():
     with pytest.raises(UserError, match=r"no version to go back to; it has v1 \(retired\), v2"):
         unused.rollback("a")
     assert unused.rollback("a", 3) == _with_versions(3)
+
+
+def test_an_expert_does_not_come_back_where_another_serves_its_language_by_now():
+    retired = _with_versions(1).publish("b", 1, sha256={"x": "b" * 64}, tokens=1).retire_expert("a")
+    held = "a@v1 cannot come back: 'en' is held by"
+    training = grow(retired, "en", "b", "english")
+    give_up = rf"{held} english@v1 \(training\) by now; give it up first with: xelm discard RUN eng"
+    with pytest.raises(UserError, match=give_up):
+        training.restore("a")
+    grown = training.publish("english", 1, sha256={"x": "e" * 64}, tokens=1)
+    retire = rf"{held} english@v1 \(published\) by now; take it out of use first with: xelm ret"
+    for back in (grown.restore, lambda name: grown.rollback(name, 1)):
+        with pytest.raises(UserError, match=retire):
+            back("a")
+    swapped = grown.retire_expert("english").restore("a")
+    assert swapped.for_language("en").reference == "a@v1"
+    with pytest.raises(UserError, match=r"english@v1 cannot come back: 'en' is held by a@v1"):
+        swapped.restore("english")
+    # Another name changes nothing of that.
+    with pytest.raises(UserError, match="former@v1 cannot come back"):
+        grown.rename({"a": "former"}).restore("former")
+
+
+def test_a_version_with_a_language_that_left_the_expert_does_not_come_back_beside_another():
+    """A language joined with version 2, which was rolled back, and got an expert of its own."""
+    joined = _with_versions(1).start("a", languages=("en", "sv"), joined=("sv",))
+    joined = joined.publish("a", 2, sha256={"x": "2" * 64}, tokens=1)
+    alone = grow(joined.rollback("a"), "sv", "a").publish("sv", 1, sha256={"x": "5" * 64}, tokens=1)
+    with pytest.raises(UserError, match="a@v2 cannot come back: 'sv' is held by sv@v1"):
+        alone.rollback("a", 2)
+    assert alone.retire_expert("sv").rollback("a", 2).for_language("sv").reference == "a@v2"
 
 
 def test_a_rollback_that_is_run_again_goes_no_further(tmp_path):

@@ -13,6 +13,7 @@ from xelm.commands.options import (
     given_fields,
     run_of,
     show,
+    workers_of,
 )
 from xelm.runs.options import AdoptOptions, CompressOptions
 
@@ -47,7 +48,7 @@ def _adopt_options(parser: argparse.ArgumentParser) -> None:
 
 def _adopt(options: argparse.Namespace) -> None:
     run, corpus = run_of(options), corpus_of(options)
-    given = AdoptOptions(**given_fields(options, AdoptOptions), workers=options.workers)
+    given = AdoptOptions(**given_fields(options, AdoptOptions), workers=workers_of(options))
     arguments = (options.checkpoint, options.languages or (), corpus, given)
     if options.dry_run:
         found = run.plan_adoption(*arguments)

@@ -237,10 +237,14 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=_count,
-        default=min(cores(), _MOST_WORKERS),
         metavar="N",
         help="number of processes that tokenise a large corpus (default: one for each core)",
     )
+
+
+def workers_of(options: argparse.Namespace) -> int:
+    """Returns the number of processes that tokenise, by the option of `add_workers`."""
+    return options.workers or min(cores(), _MOST_WORKERS)
 
 
 def _count(text: str) -> int:

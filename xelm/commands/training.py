@@ -21,6 +21,7 @@ from xelm.commands.options import (
     names,
     run_of,
     show,
+    workers_of,
 )
 from xelm.presets import PRESETS
 from xelm.runs.options import INITIALISE, AgainOptions, GrowOptions, InitOptions, LaunchOptions
@@ -106,7 +107,7 @@ def _init(options: argparse.Namespace) -> None:
     from xelm.runs.init import plan_init
     from xelm.settings import override
 
-    given = InitOptions(**given_fields(options, InitOptions), workers=options.workers)
+    given = InitOptions(**given_fields(options, InitOptions), workers=workers_of(options))
     unused = [s for s in options.settings if given.seed and s.startswith(_OF_FRESH_SEEDS)]
     if unused:
         raise UserError(
@@ -224,7 +225,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.again:
         _train_again(options, where)
         return
-    for name in ("start", "corpus", "tokens", "passes"):
+    for name in ("start", "corpus", "tokens", "passes", "workers"):
         if getattr(options, name) is not None:
             raise UserError(f"--{'from' if name == 'start' else name} goes with --again")
     corpus_of(options)  # which refuses the options that go with --corpus
@@ -281,7 +282,9 @@ def _train_again(options: argparse.Namespace, where: LaunchOptions) -> None:
     _add_budget(options, part)
     check_changeable(options.settings, part, begins=True)
     run, corpus = run_of(options), corpus_of(options)
-    given = AgainOptions(start=options.start, workers=options.workers)
+    if corpus is None and options.workers is not None:
+        raise UserError("--workers goes with --corpus: without more text, nothing is tokenised")
+    given = AgainOptions(start=options.start, workers=workers_of(options))
     if options.dry_run:
         expert, plan, texts = run.plan_again(name, corpus, given)
         last = f"{expert.reference} would start from {expert.parent}; nothing was changed"
@@ -352,7 +355,7 @@ def _grow(options: argparse.Namespace) -> None:
     _add_budget(options, "grow")
     check_changeable(options.settings, "grow", begins=True)
     run, corpus = run_of(options), corpus_of(options)
-    given = GrowOptions(**given_fields(options, GrowOptions), workers=options.workers)
+    given = GrowOptions(**given_fields(options, GrowOptions), workers=workers_of(options))
     if options.dry_run:
         found = run.plan_growth(options.languages, corpus, given)
         lines = [f"{each.reference} would start from {each.parent}" for each in found.experts]
