@@ -14,6 +14,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
+from small_vocabularies import TINY
 from tokenizers import models, pre_tokenizers, trainers
 
 from clustering.errors import UserError
@@ -27,9 +28,8 @@ from xelm.inference.route import log_likelihoods_along, states_along
 from xelm.inference.routers import ByLanguage, Fixed, Posterior, Tfidf, uniform
 from xelm.inference.routing import RoutingLimits
 from xelm.inference.sampling_params import SamplingParams
-from xelm.inference.vocabularies import InPieces, choose, loader
+from xelm.inference.vocabularies import InPieces, choose, joined, loader
 from xelm.models import vocabulary_rows
-from xelm.models.config import ModelConfig
 from xelm.models.parameters import NEW_ROWS, bind, for_inference, fresh_parameters, graph
 from xelm.models.vocabulary_rows import mean_weights, new_rows, resized
 
@@ -119,6 +119,39 @@ def test_new_pieces_stand_for_runs_of_old_tokens(extended, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_old_ids_are_segmented_as_their_text(extended, kind):
+    base, vocabulary = extended[kind].base, extended[kind].vocabulary
+    for text in UNSEEN:
+        new = vocabulary.tokenizer.encode([text])[0]
+        found, places = vocabulary.segment(np.asarray(base.encode([text])[0], int))
+        assert found.tolist() == new
+        # Each piece ends with the last of the old ids that it stands for.
+        assert places.tolist() == (np.cumsum(vocabulary.counts(np.asarray(new, int))) - 1).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_and_parts_of_characters_stay_where_old_ids_are_segmented(extended, kind):
+    base, vocabulary = extended[kind].base, extended[kind].vocabulary
+    old, new = base.encode([NEW_TEXT[0]])[0], vocabulary.tokenizer.encode([NEW_TEXT[0]])[0]
+    end = base.end_id
+    found, places = vocabulary.segment(np.asarray([end, *old, end, *old]))
+    assert found.tolist() == [end, *new, end, *new]
+    assert places[[0, len(new), len(new) + 1, -1]].tolist() == [
+        *(0, len(old), len(old) + 1),
+        2 * len(old) + 1,
+    ]
+    # No piece goes from one group to another.
+    first = vocabulary.expand(np.asarray(new[:1]))
+    groups = np.arange(len(first)) > 0
+    apart, _ = vocabulary.segment(first, groups)
+    assert vocabulary.segment(first)[0].tolist() == new[:1] and len(apart) > 1
+    # The text of all but the last byte of a character is none that the tokenizer reads.
+    if kind == "bpe":
+        cut = np.asarray(base.encode(["ա"])[0][:-1])
+        assert vocabulary.segment(cut)[0].tolist() == cut.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_old_ids_stay_and_new_ones_follow(extended, kind):
     base, vocabulary = extended[kind].base, extended[kind].vocabulary
     before, after = base.hub.get_vocab(), vocabulary.tokenizer.hub.get_vocab()
@@ -162,21 +195,11 @@ def test_tokenizers_of_other_kinds_are_refused(model, found):
         kind_of(model)
 
 
-SMALL = ModelConfig(
-    vocabulary_size=20,
-    width=8,
-    feedforward_width=12,
-    layer_count=1,
-    head_count=2,
-    key_head_count=2,
-    head_size=4,
-    max_length=128,
-)
 EXPANSIONS = [[3, 4], [5], [6, 7, 8]]
 SHAPES = {
-    "tied": SMALL,
-    "untied": replace(SMALL, tie_embeddings=False),
-    "capped, with a bias": replace(SMALL, logit_cap=5.0, head_bias=True, tie_embeddings=False),
+    "tied": TINY,
+    "untied": replace(TINY, tie_embeddings=False),
+    "capped, with a bias": replace(TINY, logit_cap=5.0, head_bias=True, tie_embeddings=False),
 }
 
 
@@ -218,15 +241,15 @@ def test_an_old_model_gives_new_ids_probability_zero_and_reads_them_as_a_mean(sh
 
 
 def test_a_model_with_more_ids_is_cut_to_those_of_the_others():
-    model = resized(SMALL, 23)
+    model = resized(TINY, 23)
     wide = jax.tree.map(lambda p: np.asarray(9 * p), fresh_parameters(model, 1))
     cut = read_as(wide, 20, 20, ())
-    found = logits(SMALL, cut, [4, 5, 6])
+    found = logits(TINY, cut, [4, 5, 6])
     np.testing.assert_allclose(found, logits(model, wide, [4, 5, 6])[:, :20], rtol=1e-5, atol=1e-6)
     # In a third vocabulary both of its own ids and of theirs nothing is left but the first 20.
     other = read_as(wide, 20, 22, [[1, 2], [3]])
-    found = logits(resized(SMALL, 22), other, [4, 5, 6])
-    np.testing.assert_allclose(found[:, :20], logits(SMALL, cut, [4, 5, 6]), rtol=1e-5, atol=1e-6)
+    found = logits(resized(TINY, 22), other, [4, 5, 6])
+    np.testing.assert_allclose(found[:, :20], logits(TINY, cut, [4, 5, 6]), rtol=1e-5, atol=1e-6)
     assert (found[:, 20:] == -np.inf).all()
 
 
@@ -236,7 +259,7 @@ def pools(extended):
     one = extended["bpe"]
     base, vocabulary = one.base, one.vocabulary
     size = vocabulary.base_size
-    model = replace(SMALL, vocabulary_size=size)
+    model = replace(TINY, vocabulary_size=size)
     shapes = [model, resized(model, vocabulary.size)]
     full = [
         jax.tree.map(lambda p: np.asarray(12 * p), fresh_parameters(shape, seed))
@@ -260,14 +283,14 @@ def pools(extended):
             owners=[1],
             **common,
         )
-        return Ensemble(
+        first = Ensemble(
             model=model,
             parameters=parameters(None),
             router=router,
             tokenizer=base,
-            further=[further],
             **common,
         )
+        return joined(first, [further])
 
     return SimpleNamespace(
         ensemble=ensemble, full=full, shapes=shapes, vocabulary=vocabulary, base=base

@@ -23,6 +23,8 @@ class Vocabulary:
 
     tokenizer: Tokenizer
     """The extended tokenizer."""
+    base: Tokenizer
+    """The seed's tokenizer."""
     directory: Path
     """Folder with its files."""
     key: str
@@ -65,6 +67,32 @@ class Vocabulary:
         found[new] = flat[firsts[source[new] - self.base_size] + within[new]]
         return found
 
+    def segment(
+        self, ids: Integer[np.ndarray, " T"], groups: Integer[np.ndarray, " T"] | None = None
+    ) -> tuple[Int[np.ndarray, " T1"], Int[np.ndarray, " T1"]]:
+        """The same text as the extended tokenizer segments it, given the seed's ids; and for each
+        id of the result the index of the given id with which its text ends. (That is exact where
+        each piece is a run of the given ids, as by BPE; otherwise it is in proportion.)
+
+        groups: numbers of the ids; neighbours with different ones do not become one piece. Special
+        tokens stay, and so do ids that the seed's tokenizer does not make of their own text, as
+        where a text ends within a character."""
+        ids = np.asarray(ids, np.int64)
+        special = np.isin(ids, [*self.base.special.ids.values()])
+        begins = np.ones(len(ids), bool)
+        begins[1:] = special[1:] | special[:-1]
+        if groups is not None:
+            begins[1:] |= np.asarray(groups)[1:] != np.asarray(groups)[:-1]
+        runs = np.split(np.arange(len(ids)), np.flatnonzero(begins)[1:]) if len(ids) else []
+        texts = ["" if special[run[0]] else self.base.decode(ids[run].tolist()) for run in runs]
+        found, places = [ids[:0]], [ids[:0]]
+        for run, old, new in zip(runs, self.base.encode(texts), self.tokenizer.encode(texts)):
+            pieces = np.asarray(new if old == ids[run].tolist() else ids[run], np.int64)
+            ends = np.cumsum(self.counts(pieces))
+            found.append(pieces)
+            places.append(run[-(-ends * len(run) // ends[-1]) - 1])
+        return np.concatenate(found), np.concatenate(places)
+
 
 def key_of(directory: str | Path) -> str:
     """The key of the vocabulary of a checkpoint."""
@@ -94,6 +122,7 @@ def load_vocabulary(
     expansions = [[token.id for token in backend.model.tokenize(name)] for name in names]
     return Vocabulary(
         tokenizer=extended,
+        base=base,
         directory=Path(directory),
         key=key_of(directory),
         base_size=base_size,

@@ -2,7 +2,7 @@
 scores. Calibration is measured on a sample of the tokens, by whole distributions."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,14 +10,16 @@ import jax
 import numpy as np
 
 from xelm.data.tokenizer import Tokenizer
+from xelm.data.vocabulary import Vocabulary
 from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.reliability import Reliability, chosen
 from xelm.evaluation.results import System
 from xelm.evaluation.summaries import CalibrationSums, Measurement, RouterSums, total_of
 from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.pool import OwnVocabulary
 from xelm.inference.predictions import predict_documents
 from xelm.inference.route import Router, Walk, mixture
-from xelm.inference.scoring import score_documents, targets, unpredicted
+from xelm.inference.scoring import score_documents, score_spelled, targets, unpredicted
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
 
@@ -44,13 +46,17 @@ class MeasurementPlan:
     """Model -> languages that it is scored on."""
     options: EvaluationOptions
     """How documents are read, and which of the weighed experts are kept at each token."""
+    vocabulary: Vocabulary | None = None
+    """Vocabulary of the documents; None: the seed's."""
+    own: Mapping[str, OwnVocabulary] = field(default_factory=dict)
+    """Each model that has another vocabulary -> how it reads in that one, as in `Pool`."""
     mixed: Collection[str] | None = None
     """Languages in which ensembles are measured, and every model is; None: all languages."""
 
     def token_counts(self) -> dict[str, np.ndarray]:
         """Language -> number of predicted tokens of each document."""
         return {
-            tag: np.asarray([len(target) - self._first for target in self._targets(tag)])
+            tag: np.asarray([len(target) - self.first for target in self._targets(tag)])
             for tag in self.documents
         }
 
@@ -58,6 +64,11 @@ class MeasurementPlan:
         """Language -> what is measured of every model and of the ensemble under every routing."""
         scores = self._scores()
         cache = ParameterCache(list(self.models.values()))
+        own = ParameterCache([one.parameters for one in self.own.values()])
+        others = {
+            name: replace(one, parameters=partial(own.__getitem__, number))
+            for number, (name, one) in enumerate(self.own.items())
+        }
         found: dict[str, dict[System, Measurement]] = {}
         with bar(len(self.documents), "routing", "language") as progress:
             for tag in self.documents:
@@ -68,7 +79,8 @@ class MeasurementPlan:
                 }
                 ensembles, log_weights = {}, {}
                 if self.mixed is None or tag in self.mixed:
-                    ensembles, log_weights = self._measure_routings(tag, models, scores)
+                    compared = _Compared(self, others, tag)
+                    ensembles, log_weights = self._measure_routings(tag, models, scores, compared)
                 found[tag] = models | ensembles
                 self._add_calibration(tag, found[tag], log_weights, cache)
                 progress.update(1)
@@ -79,10 +91,12 @@ class MeasurementPlan:
         tag: str,
         models: Mapping[System, Measurement],
         scores: Mapping[str, Mapping[str, Any]],
+        compared: "_Compared",
     ) -> tuple[dict[System, Measurement], dict[System, list[np.ndarray]]]:
-        """The ensemble under every routing, with the log weights of the tokens in the sample."""
-        wanted, first = self._targets(tag), self._first
-        by_model = [scores[name].get(tag) for name in self._weighed]
+        """The ensemble under every routing, with the log weights of the tokens in the sample.
+        compared: what routers compare of models that have other vocabularies."""
+        wanted, first = self._targets(tag), self.first
+        by_model = [scores[name].get(tag) for name in self.weighed]
         sample = self._sample([len(target) - first for target in wanted])
         found: dict[System, Measurement] = {}
         samples: dict[System, list[np.ndarray]] = {}
@@ -91,6 +105,7 @@ class MeasurementPlan:
             if by_language and tag not in self.serving:
                 continue
             system, nats, stats = System("ensemble", routing), [], []
+            may_differ = self.vocabulary is None and len(self.own) > 0
             preferred: list[int] = []
             samples[system] = []
             expert = self._expert_for(tag, models)
@@ -100,19 +115,25 @@ class MeasurementPlan:
                 some = by_model[: router.experts]
                 own = np.stack([unknown if one is None else one[number] for one in some])
                 positions = np.arange(first, len(target))
-                walk = Walk(router, tag if by_language else None, target, positions)
-                log_weights, _, needed = walk.decide(own, self.options.limits)
+                told = tag if by_language else None
+                walk = Walk(router, told, target, positions)
+                log_weights, _, needed = walk.decide(
+                    compared.along(walk, number, own), self.options.limits
+                )
                 nats.append(-mixture(log_weights, own[:, first:]).sum(dtype=np.float64))
                 stats.append(_router_sums(np.exp(log_weights), expert, needed))
-                last = log_weights[-1:] if len(log_weights) else np.zeros((1, 1))
-                preferred.append(int(last.argmax()))
+                if may_differ:
+                    after = np.asarray([len(self.documents[tag][number])])
+                    end = Walk(router, told, target, after)
+                    decision = end.decide(compared.along(end, number, own))
+                    preferred.append(int(decision.log_weights.argmax()))
                 if number < len(sample):
                     samples[system].append(log_weights[: sample[number]])
             found[system] = Measurement(
                 nats=np.asarray(nats),
                 router=total_of(stats),
                 routed=stats,
-                preferred=np.asarray(preferred, int),
+                preferred=np.asarray(preferred, int) if may_differ else None,
             )
         return found, samples
 
@@ -125,7 +146,7 @@ class MeasurementPlan:
     ) -> None:
         """Adds to the measurements of a language how well the tokens of its sample are predicted.
         samples: log weights of the ensemble under each routing."""
-        wanted, first = self._targets(tag), self._first
+        wanted, first = self._targets(tag), self.first
         sizes = self._sample([len(target) - first for target in wanted])
         if not sizes:
             return
@@ -134,7 +155,7 @@ class MeasurementPlan:
         mixtures = np.full((len(samples), sum(sizes), len(names)), -np.inf, np.float32)
         for way, parts in enumerate(samples.values()):
             log_weights = np.concatenate(parts)
-            for column, name in enumerate(self._weighed[: log_weights.shape[1]]):
+            for column, name in enumerate(self.weighed[: log_weights.shape[1]]):
                 if name in names:
                     mixtures[way, :, names.index(name)] = log_weights[:, column]
         predictions = predict_documents(
@@ -144,7 +165,7 @@ class MeasurementPlan:
             [target[first : first + size] for target, size in zip(wanted, sizes)],
             mixtures,
             first=first,
-            **self._reading,
+            **self.reading,
         )
         for number, system in enumerate([*map(System, names), *samples]):
             found[system].calibration = CalibrationSums(
@@ -165,25 +186,25 @@ class MeasurementPlan:
                     continue
                 parameters = jax.device_put(load())
                 documents = [ids for tag in tags for ids in self.documents[tag]]
-                options: dict[str, Any] = {**self._reading, "progress": progress.update}
+                options: dict[str, Any] = {**self.reading, "progress": progress.update}
                 found = iter(score_documents(self.model, parameters, documents, **options))
                 scores[name] = {tag: [next(found) for _ in self.documents[tag]] for tag in tags}
         return scores
 
     @property
-    def _first(self) -> int:
+    def first(self) -> int:
         """Index of the first target of a document that is predicted."""
         return unpredicted(self.model, self.tokenizer.text_format)
 
     @property
-    def _reading(self) -> dict[str, Any]:
+    def reading(self) -> dict[str, Any]:
         """Options of `score_documents`."""
         length, stride = self.options.windows
         form = self.tokenizer.text_format
         return {"text_format": form, "context_length": length, "stride": stride}
 
     @property
-    def _weighed(self) -> list[str]:
+    def weighed(self) -> list[str]:
         """Models in the order in which routers weigh them: the experts, then those behind them."""
         return [*self.experts, *(name for name in self.models if name not in self.experts)]
 
@@ -203,6 +224,37 @@ class MeasurementPlan:
         before = np.cumsum([0, *sizes])
         left = self.options.calibration_tokens - before[:-1]
         return np.minimum(sizes, left)[left > 0].tolist()
+
+
+class _Compared:
+    """What routers compare along the documents of a language: the models' scores, with those in
+    their own vocabularies of the models that have others. These are read when a router first needs
+    them, once with all of each document known and once with none."""
+
+    def __init__(self, plan: MeasurementPlan, own: Mapping[str, OwnVocabulary], tag: str):
+        self._plan, self._own, self._tag = plan, own, tag
+        self._found: dict[bool, dict[str, list[np.ndarray]]] = {}
+
+    def along(self, walk: Walk, number: int, scores: np.ndarray) -> np.ndarray:
+        """The scores [E, T] that a router compares along a document. scores: those in the
+        vocabulary of the documents."""
+        if not self._own or not walk.needs_log_likelihoods:
+            return scores
+        whole = walk.known == len(self._plan.documents[self._tag][number])
+        if whole not in self._found:
+            self._found[whole] = {name: self._read(name, whole) for name in self._own}
+        found = scores.copy()
+        for row, name in enumerate(self._plan.weighed[: len(scores)]):
+            if name in self._own and self._tag in self._plan.languages[name]:
+                one = self._found[whole][name][number]
+                found[row, : len(one)] = one
+        return found
+
+    def _read(self, name: str, whole: bool) -> list[np.ndarray]:
+        """What a model gives to the tokens of each document in its own vocabulary."""
+        plan, documents = self._plan, self._plan.documents[self._tag]
+        texts = [(ids, len(ids) if whole else plan.first, None) for ids in documents]
+        return score_spelled(self._own[name], plan.vocabulary, texts, plan.reading)
 
 
 def in_own_pieces(

@@ -3,7 +3,7 @@ sequences for which it has weight. Sequences are added and removed at any step."
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -16,6 +16,7 @@ from xelm.inference.pool import Pool
 from xelm.inference.route import IMPOSSIBLE, Router, decide, routing_mask
 from xelm.inference.sampling import TokenLikelihood, likeliest, penalised, sample
 from xelm.inference.sampling_params import GREEDY, SamplingParams
+from xelm.inference.spelling import spell
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -34,6 +35,18 @@ class GenerationRequest:
     """Number among the sequences of one request; their random draws differ by it."""
     alternatives: int | None = None
     """Number of likeliest tokens to name with each log probability; None: none are wanted."""
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class SpelledSequence:
+    """A sequence in the own vocabulary of a model, as far as the model has read it."""
+
+    row: int
+    """Row of the model's decoder."""
+    spelled: int = 0
+    """Number of the sequence's ids that are spelled here."""
+    ids: list[int] = field(default_factory=list)
+    """Their spelling, all of which the model has read."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -68,6 +81,8 @@ class RunningSequence:
     """Expert that has read some of it -> the sequence's row there."""
     scored_by: set[int] = field(default_factory=set)
     """Experts whose log-likelihoods cover all that they have read."""
+    spelled: dict[int, SpelledSequence] = field(default_factory=dict)
+    """Expert of another vocabulary -> the sequence as it reads it for the router."""
 
     @property
     def routing(self) -> str:
@@ -85,6 +100,8 @@ class Engine:
         """Those that are running, in the order in which they were added."""
         self._pool = pool
         self._decoders: dict[int, Decoder] = {}
+        self._own_decoders: dict[int, Decoder] = {}
+        """Decoders of the experts that have other vocabularies, for sequences in these."""
         self._order = list(range(len(pool.names)))
         self._rows = self._slots = 0
 
@@ -114,7 +131,10 @@ class Engine:
         self.sequences.remove(sequence)
         for expert, row in sequence.rows.items():
             self._decoders[expert].free(row)
+        for expert, spelled in sequence.spelled.items():
+            self._own_decoders[expert].free(spelled.row)
         sequence.rows.clear()
+        sequence.spelled.clear()
         sequence.scored_by.clear()
         # Empty rows cost as much as others. Rows are given up only when three quarters are empty.
         needed = capacity(max((sequence.row for sequence in self.sequences), default=-1) + 1)
@@ -230,8 +250,49 @@ class Engine:
             if sequence.log_likelihoods is None:
                 sequence.log_likelihoods = np.zeros(sequence.router.experts)
         for expert in self._order:
-            if expert < sequences[0].router.experts:
+            if expert >= sequences[0].router.experts:
+                continue
+            if expert in self._pool.own:
+                self._score_spelled(expert, sequences)
+            else:
                 self._read(expert, sequences)
+
+    def _score_spelled(self, expert: int, sequences: Sequence[RunningSequence]) -> None:
+        """Has an expert read, in its own vocabulary, what it has not read of some sequences, and
+        adds to its log-likelihoods."""
+        own = self._pool.own[expert]
+        if expert not in self._own_decoders:
+            self._own_decoders[expert] = Decoder(own.model, own.parameters, self._pool.dtype)
+        decoder, unread, places = self._own_decoders[expert], {}, {}
+        new = [sequence for sequence in sequences if expert not in sequence.spelled]
+        decoder.reserve(len(new), 0)
+        for sequence in new:
+            sequence.spelled[expert] = SpelledSequence(row=decoder.allocate())
+        for sequence in sequences:
+            spelled, mask = sequence.spelled[expert], np.asarray(sequence.mask, bool)
+            first, known = spelled.spelled, len(sequence.request.ids)
+            ids = np.asarray(sequence.ids[first:], np.int64)
+            more = spell(
+                ids, self._pool.vocabulary, own.vocabulary, max(0, known - first), mask[first:]
+            )
+            unread[spelled], places[sequence] = more.ids.tolist(), more.places
+        scores = _read_spelled(decoder, unread, self._pool.longest)
+        for sequence in sequences:
+            spelled = sequence.spelled[expert]
+            total = np.zeros(len(sequence.ids) - spelled.spelled)
+            np.add.at(total, places[sequence], np.nan_to_num(scores[spelled]))
+            self._add_scores(expert, sequence, total, spelled.spelled)
+            spelled.spelled = len(sequence.ids)
+
+    def _add_scores(
+        self, expert: int, sequence: RunningSequence, scores: Float[np.ndarray, " n"], first: int
+    ) -> None:
+        """Adds to an expert's log-likelihood of a sequence what it gives to ids from `first` on."""
+        scores = np.maximum(scores[np.asarray(sequence.mask[first:], bool)], IMPOSSIBLE)
+        memory, own = sequence.router.memory, sequence.log_likelihoods
+        assert own is not None
+        powers = memory ** np.arange(len(scores) - 1, -1, -1)
+        own[expert] = memory ** len(scores) * own[expert] + scores @ powers
 
     def _read(self, expert: int, sequences: Sequence[RunningSequence]) -> None:
         """Has an expert read what it has not read of some sequences."""
@@ -245,6 +306,8 @@ class Engine:
         for sequence in new:
             sequence.rows[expert] = decoder.allocate()
         scored = [sequence for sequence in sequences if sequence.log_likelihoods is not None]
+        if expert in self._pool.own:
+            scored = []  # its log-likelihoods are those in its own vocabulary
         for sequence in scored:
             if expert not in sequence.scored_by:
                 sequence.scored_by.add(expert)
@@ -254,13 +317,9 @@ class Engine:
         found = decoder.read(unread, scored=bool(scored))
         for sequence in scored:
             first = max(1, lengths[sequence.row])  # the very first token follows nothing
-            counts = np.asarray(sequence.mask[first:], bool)
             scores = found[sequence.rows[expert]]
-            scores = np.maximum(scores[len(scores) - len(counts) :][counts], IMPOSSIBLE)
-            memory, own = sequence.router.memory, sequence.log_likelihoods
-            assert own is not None
-            powers = memory ** np.arange(len(scores) - 1, -1, -1)
-            own[expert] = memory ** len(scores) * own[expert] + scores @ powers
+            scores = scores[len(scores) - (len(sequence.ids) - first) :]
+            self._add_scores(expert, sequence, scores, first)
 
     def _penalties(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """The tokens in each row and their repetition penalties; None where there is no penalty."""
@@ -273,6 +332,34 @@ class Engine:
             ids[sequence.row, : len(sequence.ids)] = sequence.ids
             penalties[sequence.row] = sequence.request.sampling.repetition_penalty
         return ids, penalties
+
+
+def _read_spelled(
+    decoder: Decoder, unread: Mapping[SpelledSequence, Sequence[int]], longest: int
+) -> dict[SpelledSequence, Float[np.ndarray, " _"]]:
+    """Has a decoder read further ids of some spelled sequences; returns the log probability of
+    each. longest: tokens after which reading begins anew, half as many before the next one."""
+    found = {one: [np.zeros(0)] for one in unread}
+    rest = {one: list(ids) for one, ids in unread.items() if ids}
+    while rest:
+        pieces, before = {}, {}
+        for one, ids in rest.items():
+            before[one] = []
+            if decoder.lengths[one.row] >= longest:
+                decoder.lengths[one.row] = 0
+                before[one] = one.ids[-(longest // 2) :]
+            size = longest - int(decoder.lengths[one.row]) - len(before[one])
+            pieces[one] = ids[:size]
+        scores = decoder.read(
+            {one.row: np.asarray([*before[one], *ids], np.int32) for one, ids in pieces.items()},
+            scored=True,
+        )
+        for one, ids in pieces.items():
+            found[one].append(scores[one.row][len(before[one]) :])
+            one.ids += ids
+            rest[one] = rest[one][len(ids) :]
+        rest = {one: ids for one, ids in rest.items() if ids}
+    return {one: np.concatenate(scores) for one, scores in found.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,6 +1,6 @@
 """The models that are run together with the router over them: a plain value, which runs nothing."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,18 @@ from xelm.data.vocabulary import Vocabulary
 from xelm.inference.route import Router
 from xelm.inference.routing import RoutingLimits
 from xelm.models.config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class OwnVocabulary:
+    """A model as it reads text in its own vocabulary, where that is not the one of a pool."""
+
+    model: ModelConfig
+    """Its shape, with all its ids."""
+    parameters: Callable[[], Any]
+    """Returns its parameters, `for_inference`."""
+    vocabulary: Vocabulary | None
+    """None: the seed's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -38,6 +50,9 @@ class Pool:
     """Vocabulary of the text that is read; None: the seed's."""
     owners: Collection[int] = ()
     """Models that have it, where it is not the seed's."""
+    own: Mapping[int, OwnVocabulary] = field(default_factory=dict)
+    """Number of each model that has another vocabulary -> how it reads in that one, for routers
+    that compare the log-likelihoods of models."""
     further: "Sequence[Pool]" = ()
     """Pools of the same models for text in the other vocabularies that some of them have
     (`inference.vocabularies`)."""

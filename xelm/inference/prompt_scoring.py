@@ -17,7 +17,12 @@ from xelm.inference.decoder import PIECES
 from xelm.inference.pool import Pool
 from xelm.inference.route import Router, Walk, routing_mask
 from xelm.inference.sampling import TokenLikelihood, likeliest
-from xelm.inference.scoring import final_states, score_documents, states_and_scores
+from xelm.inference.scoring import (
+    final_states,
+    in_own_vocabularies,
+    score_documents,
+    states_and_scores,
+)
 from xelm.models.parameters import compiled_by_model
 
 
@@ -86,12 +91,15 @@ def score_ends(
                 scores[n][model] = own[: len(ids), -1]
 
     needing = [n for n, walk in enumerate(walks) if walk.needs_log_likelihoods]
-    needed = [[n for n in needing if model < walks[n].router.experts] for model in models]
+    needed = [
+        [n for n in needing if model < walks[n].router.experts and model not in pool.own]
+        for model in models
+    ]
     for model in models:
         read(model, needed[model], scored=True)
     decisions = [
         walk.decide(own[: walk.router.experts], pool.limits, len(models))
-        for walk, own in zip(walks, scores)
+        for walk, own in zip(walks, in_own_vocabularies(pool, walks, prompts, scores, reading))
     ]
     for model in models:
         weighed = [np.isfinite(decision.log_weights[:, model]).any() for decision in decisions]

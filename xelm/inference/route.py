@@ -113,6 +113,11 @@ class Walk:
         self.positions = np.arange(len(ids)) if positions is None else positions
 
     @property
+    def known(self) -> int:
+        """Number of tokens before the first place."""
+        return int(self.positions.min()) if len(self.positions) else 0
+
+    @property
     def needs_log_likelihoods(self) -> bool:
         """Whether all experts have to read the text before its weights are known."""
         return bool(self.router.needs_log_likelihoods(self.states[self.positions]).any())

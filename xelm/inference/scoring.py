@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Integer
 
 from clustering.errors import UserError
 from xelm.data.text_format import TextFormat
-from xelm.inference.pool import Pool
+from xelm.data.vocabulary import Vocabulary
+from xelm.inference.pool import OwnVocabulary, Pool
 from xelm.inference.route import Decision, Walk
+from xelm.inference.spelling import spell
 from xelm.models.config import ModelConfig
 from xelm.models.head import Head, target_log_probabilities
 from xelm.models.parameters import compiled_by_model
@@ -136,13 +138,61 @@ def decide_along(
     router needed them; and the models that it needed. reading: options of `score_documents`."""
     scores = [np.zeros((len(pool.names), len(i) + pool.model.causal)) for i in documents]
     experts = range(pool.router.experts)
-    read = [set(experts) if walk.needs_log_likelihoods else set() for walk in walks]
+    needing = [walk.needs_log_likelihoods for walk in walks]
+    read = [{*experts} - {*pool.own} if needed else set() for needed in needing]
     score_models(pool, documents, scores, read, reading)
+    compared = in_own_vocabularies(pool, walks, documents, scores, reading)
     decisions = [
         walk.decide(found[: len(experts), : len(walk.states) - 1], pool.limits, len(pool.names))
-        for walk, found in zip(walks, scores)
+        for walk, found in zip(walks, compared)
     ]
     return decisions, scores, read
+
+
+def in_own_vocabularies(
+    pool: Pool,
+    walks: Sequence[Walk],
+    documents: Sequence[Integer[np.ndarray, " _"]],
+    scores: Sequence[Float[np.ndarray, "M _"]],
+    reading: Mapping[str, Any],
+) -> list[Float[np.ndarray, "M _"]]:
+    """What a router compares: the scores of each document, with those in their own vocabularies of
+    the models that have others than the pool, for the documents of which the router needs them."""
+    found = list(scores)
+    for model, own in pool.own.items():
+        numbers = [
+            number
+            for number, walk in enumerate(walks)
+            if model < walk.router.experts and walk.needs_log_likelihoods
+        ]
+        some = [(documents[number], walks[number].known, walks[number].mask) for number in numbers]
+        for number, one in zip(numbers, score_spelled(own, pool.vocabulary, some, reading)):
+            if found[number] is scores[number]:
+                found[number] = scores[number].copy()
+            found[number][model, : len(one)] = one
+    return found
+
+
+def score_spelled(
+    own: OwnVocabulary,
+    vocabulary: Vocabulary | None,
+    texts: Sequence[tuple[Integer[np.ndarray, " _"], int, np.ndarray | None]],
+    reading: Mapping[str, Any],
+) -> list[Float[np.ndarray, " _"]]:
+    """Log probability, in nats, that a model gives to the tokens of each text in its own
+    vocabulary. What a piece of several tokens has counts at the last of them.
+
+    vocabulary: that of the texts. texts: ids, number of known ones and mask, as in `spell`.
+    reading: options of `score_documents`."""
+    if not texts:
+        return []
+    spellings = [spell(ids, vocabulary, own.vocabulary, known, mask) for ids, known, mask in texts]
+    ids = [spelling.ids for spelling in spellings]
+    found = score_documents(own.model, own.parameters(), ids, **reading)
+    sums = [np.zeros(len(ids)) for ids, _, _ in texts]
+    for total, spelling, scores in zip(sums, spellings, found):
+        np.add.at(total, spelling.places, scores[: len(spelling.places)])
+    return sums
 
 
 def score_models(

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from xelm.data.vocabulary import Vocabulary
-from xelm.inference.pool import Pool
+from xelm.inference.pool import OwnVocabulary, Pool
 from xelm.inference.route import Router, Walk, normalised, routing_mask
 from xelm.inference.scoring import decide_along
 from xelm.models.config import ModelConfig
@@ -63,6 +63,26 @@ def choose(
         return [pool_of(pool, int(one.log_weights[0].argmax())) for one in decisions]
 
     return call(decided) if any(walk.needs_log_likelihoods for walk in walks) else decided()
+
+
+def joined(pool: P, further: Sequence[P]) -> P:
+    """A pool with further pools of the same models for text in other vocabularies, in each of which
+    models of another vocabulary are compared with the others as they read text in their own."""
+
+    def read_by(home: Pool, model: int) -> OwnVocabulary:
+        parameters = partial(home.parameters.__getitem__, model)
+        return OwnVocabulary(model=home.model, parameters=parameters, vocabulary=home.vocabulary)
+
+    homes: list[Pool] = [
+        next((one for one in further if model in one.owners), pool)
+        for model in range(len(pool.names))
+    ]
+
+    def with_own(one: P) -> P:
+        others = [(model, home) for model, home in enumerate(homes) if home is not one]
+        return replace(one, own={model: read_by(home, model) for model, home in others})
+
+    return replace(with_own(pool), further=[with_own(one) for one in further])
 
 
 def pool_of(pool: P, model: int) -> P:

@@ -15,7 +15,7 @@ from xelm.inference.parameter_cache import Loader, Overlay, ParameterCache
 from xelm.inference.routers import only
 from xelm.inference.routing import Routing
 from xelm.inference.sampling import read_sampling_params
-from xelm.inference.vocabularies import InPieces, rows_for, same
+from xelm.inference.vocabularies import InPieces, joined, rows_for, same
 from xelm.models.checkpoint import (
     inference_dtype,
     read_config,
@@ -85,7 +85,7 @@ def open_ensemble(
         _in_vocabulary(ensemble, models, one, given=routing.name == "fixed")
         for one in vocabularies.values()
     ]
-    return replace(ensemble, further=further)
+    return joined(ensemble, further)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,8 +24,8 @@ from xelm.evaluation.measure import MeasurementPlan, in_own_pieces
 from xelm.evaluation.options import EvaluationOptions
 from xelm.evaluation.results import Results, System
 from xelm.evaluation.summaries import Background, Measurement, summarise
-from xelm.inference.pool import check_windows
-from xelm.inference.vocabularies import InPieces, loader
+from xelm.inference.pool import OwnVocabulary, check_windows
+from xelm.inference.vocabularies import InPieces, loader, same
 from xelm.models.checkpoint import read_config, read_for_inference
 from xelm.models.vocabulary_rows import resized
 from xelm.runs.check import check_models, is_mixture
@@ -120,7 +120,22 @@ def _plan(
         options=options,
         documents=documents,
         languages=languages,
+        own=_in_own_vocabulary(run, checkpoints, None),
     )
+
+
+def _in_own_vocabulary(
+    run: Run, checkpoints: Mapping[str, Path], vocabulary: Vocabulary | None
+) -> dict[str, OwnVocabulary]:
+    """How the models that have another vocabulary than this one read in their own."""
+    found, model = dict[str, OwnVocabulary](), read_config(run.seed)
+    for name, path in checkpoints.items():
+        own = vocabulary_of(run, path)
+        if not same(own, vocabulary):
+            shape = model if own is None else resized(model, own.size)
+            load = partial(read_for_inference, path, shape)
+            found[name] = OwnVocabulary(model=shape, parameters=load, vocabulary=own)
+    return found
 
 
 def _checkpoints(run: Run, experts: Sequence[Expert]) -> dict[str, Path]:
@@ -213,6 +228,8 @@ def _measure_in(
         routers=routers,
         documents=documents,
         languages=languages,
+        vocabulary=vocabulary,
+        own=_in_own_vocabulary(run, checkpoints, vocabulary),
         mixed=mixed,
     )
     in_own_pieces(measured, further.measure(), further.token_counts(), owners, names)
