@@ -1,7 +1,9 @@
 """The model card of an expert: Markdown with the front matter that the Hugging Face Hub reads."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from experts.expert import SEED, Expert, parse_reference
@@ -10,6 +12,8 @@ from experts.registry import Registry
 
 # Keys of the front matter that only the user knows (https://huggingface.co/docs/hub/model-cards).
 FRONT_MATTER_FACTS = ("base_model", "license", "license_name", "license_link")
+_SECTIONS = re.compile("^## (?:Use|Files)$", re.MULTILINE)
+"""Headings of the sections with which a card ends."""
 
 
 def card(
@@ -93,6 +97,99 @@ begins with, and `xelm export --out` a complete checkpoint."""
 _USE_DIFFERENCE = """\
 This directory has only what differs from PARENT, and other programs cannot load it: `xelm export`
 writes a complete checkpoint."""
+
+
+_USE_SHARED_ADAPTER = """\
+This repository has an adapter of the library PEFT. It is for PARENT, which is another checkpoint.
+WHERE
+
+```python
+from peft import PeftModel
+from transformers import {model}, AutoTokenizer
+
+base = BASE
+model = PeftModel.from_pretrained({model}.from_pretrained(**base), "REPOSITORY")
+tokenizer = AutoTokenizer.from_pretrained(**base)
+```"""
+_USE_SHARED_CHAIN = """\
+This repository has an adapter of PARENT, which is an adapter itself. WHERE A RUN that has both
+exports a complete checkpoint: pull them into it (`xelm pull REPOSITORY --into RUN`, the parent
+first), and then `xelm export RUN NAME --out DIR`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """Where a model can be had on the Hugging Face Hub."""
+
+    repository: str
+    """OWNER/REPO."""
+    revision: str | None = None
+    """Commit or branch that has it; None: main."""
+    folder: str | None = None
+    """Folder of the repository; None: its root."""
+
+
+def shared_card(
+    text: str,
+    expert: Expert,
+    registry: Registry,
+    *,
+    repository: str,
+    sha256: Mapping[str, str],
+    parent: Shared | None,
+    masked: bool = False,
+) -> str:
+    """A card as it is pushed with the expert alone: how the files of its repository are loaded, and
+    where the parent of an adapter can be had.
+
+    text: the card. repository: OWNER/REPO to which it is pushed. sha256: of the files there.
+    parent: where that is; None where it is not known."""
+    adapter = expert.stored == "adapter"
+    use = _shared_use(expert, registry, repository, parent) if adapter else _USE
+    files = {name: digest for name, digest in sha256.items() if name != "README.md"}
+    body = "\n\n".join(_use_and_files(use, files, masked=masked))
+    kept = _SECTIONS.split(text)[0].rstrip()
+    if adapter and parent is not None and parent.folder is None:
+        kept = _with_base(kept, parent.repository)
+    return f"{kept}\n\n{body}\n"
+
+
+def _shared_use(expert: Expert, registry: Registry, repository: str, parent: Shared | None) -> str:
+    """How an adapter is loaded from its repository, with {model} for the class of transformers."""
+    seed = expert.parent == SEED
+    name = "the seed" if seed else f"the expert {expert.parent}"
+    base = None if seed else registry.expert(*parse_reference(expert.parent))
+    what = SEED if base is None else base.name
+    chained = base is not None and base.stored == "adapter"
+    given = 'dict(pretrained_model_name_or_path="DIR")  # its directory'
+    if parent is None:
+        pushed = "" if seed else f"`xelm push RUN {what} --to OWNER/REPO` shares it, and "
+        where = (
+            "Where that can be had is not recorded. Ask those who share this repository for it: "
+            f"{pushed}`xelm export RUN {what} --out DIR` writes it into a directory."
+        )
+    else:
+        options = {"pretrained_model_name_or_path": parent.repository}
+        options |= {"revision": parent.revision} if parent.revision else {}
+        options |= {"subfolder": parent.folder} if parent.folder else {}
+        shown = ", ".join(f'{key}="{value}"' for key, value in options.items())
+        given = f"dict({shown})"
+        inside = f", in the folder {parent.folder}" if parent.folder else ""
+        where = f"It is in the repository {parent.repository}{inside}."
+    use = _USE_SHARED_CHAIN if chained else _USE_SHARED_ADAPTER
+    for word, value in (("PARENT", name), ("WHERE", where), ("BASE", given)):
+        use = use.replace(word, value)
+    return use.replace("REPOSITORY", repository).replace("RUN NAME", f"RUN {expert.name}")
+
+
+def _with_base(card: str, repository: str) -> str:
+    """A card whose front matter names the repository of the parent."""
+    head, mark, rest = card.removeprefix("---\n").partition("\n---")
+    if not card.startswith("---\n") or not mark:
+        return card
+    lines = [line for line in head.splitlines() if not line.startswith("base_model")]
+    lines += [f"base_model: {json.dumps(repository)}", "base_model_relation: adapter"]
+    return "\n".join(["---", *lines, "---"]) + rest
 
 
 def _use(expert: Expert, registry: Registry) -> str:

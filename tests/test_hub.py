@@ -16,6 +16,7 @@ from shared import full, snapshot
 
 from clustering.files import sha256
 from experts import manifest, package
+from experts.card import card
 from experts.grow import grow
 from experts.places import registry_to_share, without_folders
 from experts.registry import Registry
@@ -55,6 +56,25 @@ def standing_in():
 def hub():
     with standing_in() as found:
         yield found
+
+
+@pytest.mark.parametrize("offered", [True, False], ids=["with Xet", "without Xet"])
+def test_large_files_are_uploaded_through_xet_and_otherwise_by_http(
+    xelm, copy, hub, monkeypatch, offered
+):
+    """As of a host of one's own, which has the library's older way alone."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    weights = copy.directory / "experts/en-es/v1"
+    # What arrives there in parts, which the stand-in does not put together again.
+    hub.xet = [file.read_bytes() for file in weights.iterdir()] if offered else None
+    pushed = xelm("push", copy.directory, "en-es", "--to", "jane/western")
+    assert pushed.code == 0, pushed.err
+    there = hub.repo("jane/western").head()["model.safetensors"]
+    assert there == (weights / "model.safetensors").read_bytes()
+    assert (hub.requests["xet"] > 0, hub.requests["upload"] > 0) == (offered, not offered)
+    assert ("Xet does not take the files" in pushed.err) != offered
+    assert not huggingface_hub.constants.HF_HUB_DISABLE_XET
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +125,16 @@ def test_a_push_that_was_not_recorded_is_recorded_by_the_next(xelm, copy, hub, m
     command = ("push", copy.directory, "en-es", "--to", "jane/western")
     with monkeypatch.context() as patch:
         patch.setattr("xelm.runs.push.record", full)
-        assert xelm(*command).code == 2
+        refused = xelm(*command)
+    there = hub.repo("jane/western").branches["main"]
+    fails(refused, f"jane/western has the files now, in the commit {there}, and {copy.directory}")
+    assert "has no record of that (No space left on device); push again, which" in refused.err
+    assert "nothing was changed" not in refused.err
     assert [e for e in Registry.load(copy.directory).history if e.action == "push"] == []
     for _ in range(2):
         assert "nothing was uploaded" in xelm(*command).out
         (push,) = [e for e in Registry.load(copy.directory).history if e.action == "push"]
-        there = hub.repo("jane/western").branches["main"]
-        assert push.facts == {"to": "jane/western", "commit": there}
+        assert push.facts == {"to": "jane/western", "commit": there, "kind": "expert"}
 
 
 @pytest.mark.slow
@@ -431,22 +454,29 @@ def test_an_expert_from_the_hub_joins_a_run(xelm, copy, hub, tiny, tmp_path):
     fails(xelm("pull", "jane/all", "--into", run), "jane/all is a whole RUN; pull it with: xelm pu")
 
 
+def with_adapter(run: Path, name: str, parent: str) -> None:
+    """Adds to a RUN an expert that is an adapter of another, or of the seed."""
+    base = run / (parent if parent == "seed" else f"experts/{parent}/v1")
+    folder = run / f"experts/{name}/v1"
+    folder.mkdir(parents=True)
+    factors = np.full((2, 16, 4), 0.01, np.float32), np.full((2, 4, 16), 0.01, np.float32)
+    adapter = Adapter(scale=1.0, factors={"blocks/query": factors})
+    write_adapter(folder, read_config(base), family_of(base), adapter, base=parent)
+    write_base(folder, folder, base)
+    registry = grow(Registry.load(run), name, parent, corpora=())
+    hashes, made = hash_directory(folder), {"tokens": 9, "stored": "adapter"}
+    published = registry.publish(name, 1, sha256=hashes, **made)
+    (folder / "README.md").write_text(card(published.expert(name), published, {}))
+    registry = registry.publish(name, 1, sha256=hash_directory(folder), **made)
+    registry.save(run)
+    manifest.record_expert(run, registry.expert(name))
+
+
 def test_an_adapter_joins_a_run_that_has_its_base_alone(xelm, copy, hub, tiny, tmp_path):
     """The base is found by its weights, since its card is another in each RUN."""
     run, theirs = copy.directory, tmp_path / "theirs"
     shutil.copytree(tiny.directory, theirs)
-    base, folder = theirs / "experts/en-es/v1", theirs / "experts/pt/v1"
-    folder.mkdir(parents=True)
-    factors = np.full((2, 16, 4), 0.01, np.float32), np.full((2, 4, 16), 0.01, np.float32)
-    adapter = Adapter(scale=1.0, factors={"blocks/query": factors})
-    write_adapter(folder, read_config(base), family_of(base), adapter, base="en-es")
-    write_base(folder, folder, base)
-    (folder / "README.md").write_text("card")
-    registry = grow(Registry.load(theirs), "pt", "en-es")
-    hashes = hash_directory(folder)
-    registry = registry.publish("pt", 1, sha256=hashes, tokens=9, stored="adapter")
-    registry.save(theirs)
-    manifest.record_expert(theirs, registry.expert("pt"))
+    with_adapter(theirs, "pt", "en-es")
     pushed = xelm("push", theirs, "pt", "--to", "jane/pt")
     assert pushed.code == 0, pushed.err
     files = dict(hub.repo("jane/pt").head())
@@ -467,6 +497,83 @@ def test_an_adapter_joins_a_run_that_has_its_base_alone(xelm, copy, hub, tiny, t
     assert Registry.load(run).expert("pt").parent == "en-es@v1"
 
 
+def card_of(hub, name: str) -> str:
+    return hub.repo(name).head()["README.md"].decode()
+
+
+def test_the_card_of_an_adapter_says_where_its_parent_can_be_had(xelm, copy, hub, tmp_path):
+    run = copy.directory
+    with_adapter(run, "pt", "en-es")
+    push = ("push", run, "pt", "--to", "jane/pt")
+    assert xelm(*push).code == 0
+    unknown = card_of(hub, "jane/pt")
+    assert (
+        "It is for the expert en-es@v1, which is another checkpoint.\n"
+        "Where that can be had is not recorded. Ask those who share this repository for it: "
+        "`xelm push RUN en-es --to OWNER/REPO` shares it, and `xelm export RUN en-es --out DIR` "
+        "writes it into a directory."
+    ) in unknown
+    assert "base_model" not in unknown
+    # In a whole RUN that was pushed.
+    assert xelm("push", run, "--to", "jane/all").code == 0
+    whole = hub.repo("jane/all").branches["main"]
+    assert xelm(*push).code == 0
+    inside = card_of(hub, "jane/pt")
+    assert "It is in the repository jane/all, in the folder experts/en-es/v1." in inside
+    given = f'revision="{whole}", subfolder="experts/en-es/v1")'
+    assert f'base = dict(pretrained_model_name_or_path="jane/all", {given}' in inside
+    # Alone: the commit that has this version, whatever is pushed there later.
+    assert xelm("push", run, "en-es", "--to", "jane/western").code == 0
+    commit = hub.repo("jane/western").branches["main"]
+    before = dict(hub.requests)
+    assert xelm(*push).code == 0
+    known = card_of(hub, "jane/pt")
+    assert "It is in the repository jane/western.\n" in known
+    assert f'dict(pretrained_model_name_or_path="jane/western", revision="{commit}")' in known
+    assert 'base = "BASE"' not in known and '.from_pretrained(**base), "jane/pt")' in known
+    assert 'base_model: "jane/western"\nbase_model_relation: adapter\n---' in known
+    # Of the adapter, nothing but the card was uploaded; and its hash is that of the card.
+    assert hub.requests["upload"] == before.get("upload")
+    files = hub.repo("jane/pt").head()
+    digest = hashlib.sha256(files["README.md"]).hexdigest()
+    assert json.loads(files["xelm.json"])["files"]["README.md"] == digest
+    assert "nothing was uploaded" in xelm(*push).out
+    # Whoever pulls both, and pushes the adapter on, says the same.
+    other = tmp_path / "other"
+    assert xelm("pull", "jane/all", other).code == 0
+    for name, expert in (("jane/western", "en-es"), ("jane/pt", "pt")):
+        assert xelm("pull", name, "--into", other).out == f"published: {expert}@v1\n"
+
+
+def test_the_card_of_an_adapter_of_the_seed_names_the_seeds_repository(xelm, copy, hub):
+    run = copy.directory
+    with_adapter(run, "pt", "seed")
+    record = json.loads((run / "run.json").read_text())
+    for name, shown in (
+        (None, "`xelm export RUN seed --out DIR` writes it into a directory."),
+        ("meta/base-7", "It is in the repository meta/base-7.\n"),
+    ):
+        (run / "run.json").write_text(json.dumps(record | {"base_model": name}))
+        pushed = xelm("push", run, "pt", "--to", "jane/pt")
+        assert pushed.code == 0, pushed.err
+        found = card_of(hub, "jane/pt")
+        assert "It is for the seed, which is another checkpoint.\n" in found and shown in found
+    assert 'base = dict(pretrained_model_name_or_path="meta/base-7")' in found
+
+
+def test_the_card_of_an_adapter_of_an_adapter_says_what_to_pull_first(xelm, copy, hub):
+    run = copy.directory
+    with_adapter(run, "pt", "en-es")
+    with_adapter(run, "gl", "pt")
+    assert xelm("push", run, "pt", "--to", "jane/pt").code == 0
+    assert xelm("push", run, "gl", "--to", "jane/gl").code == 0
+    found = card_of(hub, "jane/gl")
+    said = "an adapter of the expert pt@v1, which is an adapter itself. It is in the repository "
+    assert f"{said}jane/pt." in found
+    assert "(`xelm pull jane/gl --into RUN`, the parent\nfirst)" in found
+    assert "then `xelm export RUN gl --out DIR`" in found
+
+
 def test_an_expert_that_is_stored_as_differences_is_pushed_whole(xelm, copy, hub):
     run = copy.directory
     folder = run / "experts/pt/v1"
@@ -475,15 +582,22 @@ def test_an_expert_that_is_stored_as_differences_is_pushed_whole(xelm, copy, hub
     changed = {"model.norm.weight": tensors["model.norm.weight"] * np.float32(1.5)}
     save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
     write_base(folder, folder, run / "experts/en-es/v1")
-    (folder / "README.md").write_text("card")
     registry = grow(Registry.load(run), "pt", "en-es")
-    registry = registry.publish("pt", 1, sha256=hash_directory(folder), tokens=9)
+    facts = {"tokens": 9, "stored": "difference"}
+    published = registry.publish("pt", 1, sha256=hash_directory(folder), **facts)
+    (folder / "README.md").write_text(card(published.expert("pt"), published, {}))
+    registry = registry.publish("pt", 1, sha256=hash_directory(folder), **facts)
     registry.save(run)
     manifest.record_expert(run, registry.expert("pt"))
     assert verify(run) == []
     assert xelm("push", run, "pt", "--to", "jane/pt").code == 0
     there = hub.repo("jane/pt").head()
     assert {"config.json", "tokenizer.json", "README.md"} < set(there) and "base.json" not in there
+    # The card is that of a complete checkpoint, with the hashes of its files.
+    page = there["README.md"].decode()
+    assert "other programs cannot load it" not in page and "AutoModelForCausalLM" in page
+    for file in ("model.safetensors", "config.json"):
+        assert f"| `{file}` | `{hashlib.sha256(there[file]).hexdigest()}` |" in page
     pushed = load(there["model.safetensors"])
     assert set(pushed) == set(tensors)
     wanted = tensors | changed

@@ -4,7 +4,7 @@ of a RUN, or the next version of one. Its files are checked and copied; no code 
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def adopt(
     corpus: AnyCorpus | None = None,
     options: AdoptOptions | None = None,
     *,
-    origin: str | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> Expert:
     """Makes an expert of a checkpoint that was trained elsewhere, and publishes it if it passes the
     gate; no other expert changes.
@@ -94,9 +94,10 @@ def adopt(
     languages: those that the expert serves; none for the next version of an expert, which is named
     in `options`. corpus: text in these languages, by which routers find the expert, and of which a
     part is held out to compare it with its parent; None: that of the RUN, as far as it has any.
-    origin: where the record says that the checkpoint is from; None: its directory. UserError names
-    everything that is wrong with the checkpoint, and nothing is changed then. An expert that does
-    not pass the gate stays in training, as in `publish`.
+    origin: where the record says that the checkpoint is from, "from", a repository of the Hub, and
+    "commit", its commit; None: its directory. UserError names everything that is wrong with the
+    checkpoint, and nothing is changed then. An expert that does not pass the gate stays in
+    training, as in `publish`.
     """
     source, options = Path(checkpoint), options or AdoptOptions()
     name = _name(languages, options)
@@ -159,7 +160,7 @@ def _prepared(
     corpus: AnyCorpus | None,
     options: AdoptOptions,
     place: Run,
-    origin: str | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> _Prepared:
     """Everything that is checked before an adoption begins; text is tokenised in `place`."""
     registry, name = run.registry(), _name(languages, options)
@@ -173,7 +174,7 @@ def _prepared(
         checks, dtype = _checked(run, source, like)
     made = {
         "by": "adopt",
-        "from": origin or str(source),
+        **(origin or {"from": str(source)}),
         "sha256": {file: sha256(source / file) for file in files_of(source)},
         "dtype": " ".join(dtypes_of(source)),
     }

@@ -8,6 +8,7 @@ library's: that of HF_TOKEN, or of `hf auth login`.
 import errno
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class Repository:
         ]
         deletes = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in deleted]
         with self._failing("write"):
+            self._upload(adds)
             done = HfApi().create_commit(
                 self.name,
                 [*adds, *deletes],
@@ -124,6 +126,27 @@ class Repository:
                 parent_commit=parent,
             )
         return done.oid
+
+    def _upload(self, adds: list[CommitOperationAdd]) -> None:
+        """Uploads the content of large files, which the next commit refers to: through Xet where
+        `hf_xet` is installed and the host has it, otherwise by HTTP."""
+
+        def upload() -> None:
+            HfApi().preupload_lfs_files(self.name, adds, revision=self.revision, free_memory=False)
+
+        try:
+            upload()
+        except errors.HfHubHTTPError:
+            raise  # an answer of the host
+        except Exception as error:  # hf_xet raises built-in exceptions of several kinds
+            if constants.HF_HUB_DISABLE_XET:
+                raise
+            print(
+                f"Xet does not take the files ({first_line(error)}); they are uploaded by HTTP",
+                file=sys.stderr,
+            )
+            with _without_xet():
+                upload()
 
     def download(self, commit: str, names: Iterable[str], folder: Path) -> None:
         """Downloads files of a commit into a folder, under their paths. What an interrupted
@@ -173,6 +196,17 @@ def require_token() -> None:
             "writing to the Hub needs a token: log in with hf auth login, or set HF_TOKEN (make "
             f"one with the right to write at {constants.ENDPOINT}/settings/tokens)"
         )
+
+
+@contextmanager
+def _without_xet() -> Iterator[None]:
+    """Context in which the library uploads by HTTP, as with HF_HUB_DISABLE_XET."""
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 def _remote(file: RepoFile) -> RemoteFile:

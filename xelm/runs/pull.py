@@ -91,7 +91,7 @@ def pull_into(
     repository = Repository(name=name, revision=revision or MAIN)
     registry = run.registry()
     place = run.directory / f"pulled-{repository.name.replace('/', '--')}"
-    with downloaded(repository, place, "expert") as (folder, _, packed):
+    with downloaded(repository, place, "expert") as (folder, commit, packed):
         expert = packed.expert
         assert expert is not None
         if packed.seed != registry.seed_sha256:
@@ -113,7 +113,8 @@ def pull_into(
             )
         options = AdoptOptions(name=expert.name, parent=parent)
         languages = () if named else expert.languages
-        return adopt(run, folder, languages, corpus, options, origin=str(repository))
+        origin = {"from": str(repository), "commit": commit.sha}
+        return adopt(run, folder, languages, corpus, options, origin=origin)
 
 
 def _with_weights(registry: Registry, weights: Mapping[str, str]) -> Expert | None:

@@ -16,6 +16,7 @@ from clustering.errors import UserError
 from clustering.files import read_object, sha256
 from clustering.hub_files import LICENCES
 from experts import manifest, package
+from experts.card import shared_card
 from experts.expert import SEED, parse_reference
 from experts.lock import record
 from experts.merge import RECORD
@@ -36,6 +37,7 @@ from xelm.runs.options import PushOptions
 from xelm.runs.origin import origin_facts
 from xelm.runs.pull import read_package
 from xelm.runs.run import Run
+from xelm.runs.shared import shared_parent
 from xelm.version import __version__
 
 _WITH_PLACES = ("run.json", "clusters.json", RECORD)
@@ -113,12 +115,21 @@ def _write(
         message = f"{what}, by xelm {__version__}"
         commit = repository.write(new, gone, message=message, parent=before.sha)
         _check_arrived(repository, files, packed)
-    facts, registry = {"to": str(repository), "commit": commit}, run.registry()
+    facts = {"to": str(repository), "commit": commit, "kind": packed.kind}
+    registry = run.registry()
     # A push that ended before this is recorded by the next one, which finds it all done.
     if not any(event.action == "push" and facts == event.facts for event in registry.history):
         experts = packed.expert and [packed.expert.reference]
         published = [expert.reference for expert in registry.published()]
-        record(run.directory, "push", experts or published, facts)
+        try:
+            record(run.directory, "push", experts or published, facts)
+        except (UserError, OSError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            why = why.removesuffix("; nothing was changed")  # true of the RUN alone
+            raise UserError(
+                f"{repository} has the files now, in the commit {commit}, and {run.directory} has "
+                f"no record of that ({why}); push again, which records it"
+            ) from error
     planned = _pushed(repository, files)
     return replace(planned, uploaded=tuple(new), deleted=tuple(gone), commit=commit)
 
@@ -131,15 +142,15 @@ def _pushed(repository: Repository, files: Files) -> Pushed:
 def _files(run: Run, to: str, name: str | None, scratch: Path) -> tuple[Files, Package]:
     """The files of a repository, and what its xelm.json says of them. scratch: an empty folder for
     files that are made now."""
-    return _of_run(run, to) if name is None else _of_expert(run, name, scratch)
+    return _of_run(run, to) if name is None else _of_expert(run, to, name, scratch)
 
 
-def _of_expert(run: Run, name: str, scratch: Path) -> tuple[Files, Package]:
+def _of_expert(run: Run, to: str, name: str, scratch: Path) -> tuple[Files, Package]:
     """The files of an expert's repository: its checkpoint or adapter, and xelm.json."""
     directory, expert = find_model(run, name)
     if expert is None:
         raise UserError(f"experts and whole RUNs are pushed; got {name}, which xelm export copies")
-    hashes, registry = expert.sha256, run.registry()
+    hashes, registry = dict(expert.sha256), run.registry()
     if base_of(directory) is not None and not is_adapter(directory):
         # What differs from another checkpoint is of no use without that.
         write_whole(directory, scratch / "whole")
@@ -150,6 +161,18 @@ def _of_expert(run: Run, name: str, scratch: Path) -> tuple[Files, Package]:
     if expert.parent != SEED:
         parent = registry.expert(*parse_reference(expert.parent)).sha256
     files: dict[str, Path | bytes] = {file: directory / file for file in hashes}
+    if expert.stored is not None:
+        page = shared_card(
+            (directory / README).read_text(encoding="utf-8"),
+            expert,
+            registry,
+            repository=to,
+            sha256=hashes,
+            parent=shared_parent(run, expert),
+            masked=not read_config(run.seed).causal,
+        )
+        files[README] = page.encode()
+        hashes[README] = _sha256(files[README])
     packed = Package(
         kind="expert",
         xelm=__version__,
