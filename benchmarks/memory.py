@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh
 from xelm.data.masking import masked_per_row
 from xelm.models.config import ModelConfig
 from xelm.models.families import model_config
+from xelm.models.target import Target
 from xelm.settings import vary
 from xelm.training.compiled import compile_steps
 from xelm.training.sharding import AXES
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--tpu", metavar="SLICE", help="such as v5e:4x4; needs xelm[tpu]")
     options = parser.parse_args()
-    _prepare_devices()
+    prepare_devices()
     columns = [(count, name) for count in options.devices for name in options.settings]
     heads = [f"{name}, {f'each of {count}' if count > 1 else 'one'}" for count, name in columns]
     print(f"| GB | parameters | {' | '.join(heads)} |")
@@ -104,14 +105,14 @@ def main() -> None:
     for title in options.models:
         model = model_config(CONFIGS[title])
         cells = [
-            _cell(model, _devices(count, options.tpu), SETTINGS[name]) for count, name in columns
+            _cell(model, devices_of(count, options.tpu), SETTINGS[name]) for count, name in columns
         ]
         print(
             f"| {title} | {model.parameter_count / 1e6:,.0f} M | {' | '.join(cells)} |", flush=True
         )
 
 
-def _prepare_devices() -> None:
+def prepare_devices() -> None:
     """Eight devices of a CPU, and no other; and libtpu's settings on machines without a TPU."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
@@ -120,7 +121,8 @@ def _prepare_devices() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
-def _devices(count: int, tpu: str | None) -> list:
+def devices_of(count: int, tpu: str | None) -> list:
+    """The first devices of a slice of TPUs that need not exist, such as "v5e:4x4", or of CPUs."""
     if tpu is None:
         return jax.devices()[:count]
     return topologies.get_topology_desc(platform="tpu", topology_name=tpu).devices[:count]
@@ -144,7 +146,23 @@ def _cell(model: ModelConfig, devices: list, settings: dict) -> str:
 def step_bytes(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> int | None:
     """Bytes that one device holds at most during a training step, by the compiler's account; None
     if that is more than the device has. Nothing is allocated."""
-    functions = compile_steps(model, config, mesh)
+    compiled = compiled_step(model, config, mesh)
+    if compiled is None:
+        return None
+    used = compiled.memory_analysis()
+    if mesh.devices.flat[0].platform == "tpu":
+        return used.peak_memory_in_bytes
+    # On CPUs the peak is of what is given alone.
+    given = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    return given + used.temp_size_in_bytes
+
+
+def compiled_step(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh, target: Target | None = None
+) -> jax.stages.Compiled | None:
+    """A compiled training step, in the form for `target` or that of the mesh; None if it needs more
+    memory than a device has. Nothing is allocated."""
+    functions = compile_steps(model, config, mesh, target)
     length = config.sequence_length
     columns = length + 1 if model.causal else length
     arrays = dict.fromkeys(("tokens", "segments", "positions"), (columns, jnp.int32))
@@ -161,16 +179,11 @@ def step_bytes(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> int | Non
     rates = jax.ShapeDtypeStruct((1,), jnp.float32)
     try:
         with jax.set_mesh(mesh):
-            used = functions.step.lower(functions.state, batch, rates).compile().memory_analysis()
+            return functions.step.lower(functions.state, batch, rates).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None
-    if mesh.devices.flat[0].platform == "tpu":
-        return used.peak_memory_in_bytes
-    # On CPUs the peak is of what is given alone.
-    given = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
-    return given + used.temp_size_in_bytes
 
 
 if __name__ == "__main__":

@@ -81,6 +81,49 @@ def test_results_and_gradients_are_those_of_the_formula(heads, keys, cap, bias, 
     assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["decoder", "encoder"])
+@pytest.mark.parametrize("local", [True, False, None], ids=["local", "global", "all local"])
+def test_blocks_beyond_a_window_are_skipped_where_layers_are_local(causal, local):
+    window = 20
+    place = np.arange(T)
+    near = (np.abs(place[:, None] - place) < window)[None]
+    mask = masks()[causal] & (True if local is False else near)
+    *inputs, cotangent = drawn(4, 2)
+    cotangent = cotangent * mask.any(axis=-1)[:, :, None, None]
+    which = None if local is None else jnp.asarray(local)
+
+    def ours(*inputs):
+        return attend(*inputs, mask, scale=0.4, causal=causal, window=window, local=which)
+
+    found, gradients = both_ways(ours, inputs, cotangent)
+    wanted, others = both_ways(lambda *x: formula(*x, mask, 0.4, None, None), inputs, cotangent)
+    seeing = np.asarray(mask.any(axis=-1))
+    np.testing.assert_allclose(found[seeing], wanted[seeing], atol=2e-6)
+    for one, other in zip(gradients, others):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_a_window_saves_the_operations_of_what_nobody_sees():
+    """Of 8,192 keys, a query of a window of 512 sees at most 512, and of a block of 512 queries at
+    most 1,024 are read."""
+    length = 8192
+    shape = jax.ShapeDtypeStruct((1, length, 1, H), jnp.float32)
+    keys = jax.ShapeDtypeStruct((1, 1, length, H), jnp.float32)
+    seen = jax.ShapeDtypeStruct((1, length, length), bool)
+
+    def operations(window):
+        def both(q, k, v, m):
+            way = jax.vjp(lambda *x: attend(*x, m, scale=1.0, causal=True, window=window), q, k, v)
+            return way[1](way[0])
+
+        return jax.jit(both).lower(shape, keys, keys, seen).cost_analysis()["flops"]
+
+    blocks = length // 512
+    whole = blocks * (blocks + 1) / 2  # squares of 512 keys that a causal layer computes
+    near = 2 * blocks - 1  # those that a window leaves of them
+    assert operations(512) / operations(None) == pytest.approx(near / whole, rel=0.01)
+
+
 def test_half_precision_keeps_sums_exact():
     *inputs, cotangent = drawn(4, 2, jnp.bfloat16)
     exact = [array.astype(jnp.float32) for array in inputs]

@@ -1,6 +1,7 @@
 """The chunked cross-entropy: optax's values and gradients, without optax's memory."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,8 @@ import pytest
 import scipy.special
 
 from xelm.models import head as output_head
-from xelm.models.head import Head, target_log_probabilities
+from xelm.models.head import Head, positions_in_a_chunk, target_log_probabilities
+from xelm.models.target import CPU, GIB, Target
 from xelm.training.loss import cross_entropy
 
 WIDTH = 12
@@ -134,6 +136,52 @@ def test_the_size_of_chunks_does_not_matter(monkeypatch):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), *values[:1], value
         )
+
+
+def test_chunks_of_a_cpu_stay_near_its_caches(monkeypatch):
+    """16 MiB of logits, but at least 64 positions; in no way do they depend on the number."""
+    monkeypatch.undo()  # chunks as they are
+    assert [positions_in_a_chunk(n, 256_008, CPU) for n in (10, 100, 2048)] == [10, 64, 64]
+    assert [positions_in_a_chunk(n, 8192, CPU) for n in (100, 2048)] == [100, 512]
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 32_000, 151_936, 256_008, 1_000_000])
+@pytest.mark.parametrize("gib", [8, 16, 32, 95])
+@pytest.mark.parametrize("positions", [100, 2048, 5000, 16 * 2048])
+def test_chunks_of_an_accelerator_fill_its_matrix_units_within_its_memory(
+    vocabulary, gib, positions
+):
+    size = positions_in_a_chunk(positions, vocabulary, Target("tpu", gib * GIB))
+    assert size == positions or size % 256 == 0
+    assert size <= 2048
+    # At 1,000,000 entries, 256 positions are a gigabyte whatever there is.
+    assert 4 * size * vocabulary <= gib * GIB / 8 or size == min(positions, 256)
+    # The last chunk is not empty by more than one multiple for each chunk.
+    chunks = -(-positions // size)
+    assert chunks * size - positions < 256 * chunks
+
+
+def test_the_chunk_of_a_v5e_for_the_vocabulary_of_xglm():
+    chip = Target("tpu", 16 * GIB)
+    assert positions_in_a_chunk(2048, 256_008, chip) == 2048
+    assert positions_in_a_chunk(2560, 256_008, chip) == 1280  # two, rather than 2,048 and 512
+    assert positions_in_a_chunk(2048, 500_000, chip) == 1024
+    assert positions_in_a_chunk(16 * 2048, 32_000, chip) == 2048
+
+
+def test_the_loss_in_the_chunks_of_an_accelerator_equals_that_of_a_cpu(monkeypatch):
+    hidden, head, targets, weights = inputs(1200, 97, bias=True, cap=2.0)
+    found = []
+    for target in (CPU, Target("tpu", 16 * GIB), Target("tpu", 2**18)):
+        head = replace(head, target=target)
+        with_scores = jax.jit(target_log_probabilities)(hidden, head, targets)
+        loss, (states, own) = with_gradients(cross_entropy)(hidden, head, targets, weights)
+        found.append((loss, states, own.matrix, own.bias, with_scores))
+    sizes = {positions_in_a_chunk(1200, 97, t) for t in (CPU, Target("tpu", 16 * GIB))}
+    assert len(sizes) == 2
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            np.testing.assert_allclose(one, two, rtol=2e-6, atol=2e-6)
 
 
 def test_positions_without_weight_count_nothing():

@@ -38,6 +38,8 @@ def attend(
     cap: float | None = None,
     bias: Bias | None = None,
     causal: bool = False,
+    window: int | None = None,
+    local: Bool[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Weighted means of values, by softmax of scale * query . key, computed in float32.
 
@@ -47,7 +49,9 @@ def attend(
     mask: whether a query attends to a key. A query that attends to none gets a mean of some values
     and gives no gradient; nor does `bias`. cap: a score s becomes cap * tanh(s / cap) (Gemma Team
     2024, arXiv 2408.00118, section 2). causal: whether the mask excludes all later positions, for
-    which no scores are then computed."""
+    which no scores are then computed; nor are there of keys `window` or more places before or after
+    a query, if that is given and the layer is `local` (None: if it is given): the mask excludes
+    them."""
     batch, length, heads, size = query.shape
     groups = heads // key.shape[1]
     query = (query * scale).reshape(batch, length, key.shape[1], groups, size)
@@ -57,21 +61,35 @@ def attend(
         # Absolute positions will do: softmax is the same when all scores of a query shift alike.
         slopes = bias.slopes.reshape(1, key.shape[1], groups, 1, 1)
         shift = slopes * bias.key_positions[:, None, None, None].astype(jnp.float32)
-    mixed: Any = _mixed(_Form(cap, causal), query, key, value, mask, shift)
+    form = _Form(cap, causal, window)
+    mixed: Any = _mixed(form, query, key, value, mask, shift, None if window is None else local)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
 class _Form(NamedTuple):
     cap: float | None
     causal: bool
+    window: int | None = None
 
     def spans(self, length: int, keys: int) -> list[tuple[slice, slice]]:
         """Blocks of queries, each with the keys that it may attend to."""
         block = min(max(_LEAST_BLOCK, -(-length // _BLOCKS)), _LARGEST_BLOCK)
-        ends = range(block, length + block, block)
-        return [
-            (slice(e - block, e), slice(0, min(e, keys) if self.causal else keys)) for e in ends
-        ]
+        found = []
+        for begin in range(0, length, block):
+            first, last = 0, begin + block if self.causal else keys
+            if self.window is not None:
+                # From a multiple of the least block on, which fast kernels want.
+                first = max(0, begin - self.window + 1) // _LEAST_BLOCK * _LEAST_BLOCK
+                last = min(last, begin + block + self.window - 1)
+            found.append((slice(begin, begin + block), slice(first, min(last, keys))))
+        return found
+
+    def by_locality(self, compute: Any, local: Any, *arrays: Any) -> Any:
+        """What `compute` makes of a form and arrays, where the layer may be local or not."""
+        if local is None:
+            return compute(self, *arrays)
+        whole = functools.partial(compute, self._replace(window=None))
+        return jax.lax.cond(local, functools.partial(compute, self), whole, *arrays)
 
     def scores(self, query: Any, key: Any, shift: Any) -> tuple[Any, Any]:
         """Scores before the mask, float32 [B K G T S]; and tanh(s / cap), None without a cap."""
@@ -86,11 +104,19 @@ class _Form(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mixed(form, query, key, value, mask, shift):
-    return _forward(form, query, key, value, mask, shift)[0]
+def _mixed(form, query, key, value, mask, shift, local):
+    return _forward(form, query, key, value, mask, shift, local)[0]
 
 
-def _forward(form, query, key, value, mask, shift):
+def _forward(form, query, key, value, mask, shift, local):
+    mixed, logs = form.by_locality(_blocks, local, query, key, value, mask, shift)
+    # Named outside of the choice between two forms, of which each would keep its own.
+    mixed, logs = checkpoint_name(mixed, KEPT), checkpoint_name(logs, KEPT)
+    return mixed, (query, key, value, mask, shift, local, mixed, logs)
+
+
+def _blocks(form, query, key, value, mask, shift):
+    """Weighted means of values, and the logarithms of the sums by which they are divided."""
     mixed, logs = [], []
     for rows, seen in form.spans(query.shape[3], key.shape[2]):
         near = None if shift is None else shift[..., seen]
@@ -106,14 +132,17 @@ def _forward(form, query, key, value, mask, shift):
         )
         mixed.append((sums / total).astype(value.dtype))
         logs.append(top + jnp.log(total))
-    mixed = checkpoint_name(jnp.concatenate(mixed, axis=3), KEPT)
-    logs = checkpoint_name(jnp.concatenate(logs, axis=3), KEPT)
-    return mixed, (query, key, value, mask, shift, mixed, logs)
+    return jnp.concatenate(mixed, axis=3), jnp.concatenate(logs, axis=3)
 
 
 def _backward(form, kept, cotangent):
-    query, key, value, mask, shift, mixed, logs = kept
-    cotangent = cotangent.astype(value.dtype)
+    query, key, value, mask, shift, local, mixed, logs = kept
+    arrays = query, key, value, mask, shift, mixed, logs, cotangent.astype(value.dtype)
+    return *form.by_locality(_gradients, local, *arrays), None, None, None
+
+
+def _gradients(form, query, key, value, mask, shift, mixed, logs, cotangent):
+    """Gradients by query, key and value."""
     key_gradient: Any = None
     value_gradient: Any = None
     query_gradients = []
@@ -143,14 +172,14 @@ def _backward(form, kept, cotangent):
     key_gradient, value_gradient = jax.lax.optimization_barrier((key_gradient, value_gradient))
     key_gradient = key_gradient.mT.astype(key.dtype)
     value_gradient = value_gradient.mT.astype(value.dtype)
-    return query_gradient, key_gradient, value_gradient, None, None
+    return query_gradient, key_gradient, value_gradient
 
 
 def _added(sums, part, seen, length):
     """Gradients by all keys, with those by some keys added. sums: None at first."""
     if sums is None:
         # On a mesh, padding lies where the part does; zeros would be replicated, and so all sums.
-        return jnp.pad(part, ((0, 0), (0, 0), (0, 0), (0, length - seen.stop)))
+        return jnp.pad(part, ((0, 0), (0, 0), (0, 0), (seen.start, length - seen.stop)))
     return sums.at[..., seen].add(part)
 
 

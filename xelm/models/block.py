@@ -128,6 +128,9 @@ class Block(nnx.Module):
         if late:
             query, key = _normed(query, self.query_norm), _normed(key, self.key_norm)
         query = self._grown(query, context.positions)
+        if context.fused is not None:
+            mixed = context.fused(query, key, value, local)
+            return self.output(mixed.reshape(batch * length, -1)), cache
         if cached := cache is not None:
             cache, (key, value) = store(cache, key, value, context.rows, context.positions)
         else:
@@ -142,6 +145,8 @@ class Block(nnx.Module):
             cap=config.attention_cap,
             bias=context.bias,
             causal=config.causal and not cached,
+            window=config.local_window if config.local_layers and not cached else None,
+            local=None if len(config.local_layers) == config.layer_count else local,
         )
         return self.output(mixed.reshape(batch * length, -1)), cache
 

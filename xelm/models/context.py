@@ -1,5 +1,6 @@
 """What every layer of a forward pass needs besides its input: masks, positions, rows of a cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from xelm.models.attention import Bias
 from xelm.models.cache import Cache
 from xelm.models.config import ModelConfig
 from xelm.models.positions import alibi_slopes, rope_angles
+
+Fused = Callable[[Array, Array, Array, Array], Array]
+"""(query [B, T, N, H], key [B, T, K, H], value [B, T, K, H], whether the layer is local [])
+-> [B, T, N, H]"""
 
 
 class View(NamedTuple):
@@ -35,6 +40,8 @@ class Context:
     """Linear biases of scores (ALiBi); None if the model has none."""
     rows: Int[Array, " B"] | None = None
     """Rows of the cache in which the sequences lie; None if they are all of it, in order."""
+    fused: Fused | None = None
+    """Attention by a kernel of the device; None where the device has none for this."""
 
     def view(self, local: Bool[Array, ""]) -> View:
         """The view of a layer."""

@@ -15,10 +15,21 @@ from jaxtyping import Array, Float, Int
 
 from xelm.models.config import ModelConfig
 from xelm.models.layers import ACTIVATIONS, Linear, Norm
+from xelm.models.target import CPU, Target
 
 LOGITS_IN_A_CHUNK = 2**22
-"""Number of logits computed at once: 2^22 float32 are 16 MiB, which stays near the caches of a CPU
-and is large enough for the matrix units of an accelerator."""
+"""Number of logits that a CPU computes at once: 2^22 float32 are 16 MiB, which stays near its
+caches."""
+_LEAST_ON_CPU = 64
+_TILE = 256
+"""Positions of a chunk on an accelerator are a multiple of this: the side of the largest matrix
+units, those of a TPU v6e; that of others divides it."""
+_LARGEST_CHUNK = 2048
+"""Positions of a chunk on an accelerator, at most. Each chunk reads and writes the gradient of the
+head's matrix, 8 bytes for 6 operations a position, so that from about 400 positions on the products
+take longer than the memory (8 / 6 of a byte an operation, and some 300 operations a byte)."""
+_SHARE_OF_MEMORY = 8
+"""The logits of a chunk, in float32, take at most 1/8 of an accelerator's memory."""
 
 Product = Callable[[Array, Array, DTypeLike | None], Array]
 """(x [M, I], matrix [O, I], dtype) -> x @ matrix.T [M, O], in that dtype"""
@@ -66,6 +77,8 @@ class Head:
     without being made; None: there are none."""
     scale: float = field(default=1.0, metadata={"static": True})
     """Factor of the logits before their cap, as `ModelConfig.logit_scale`."""
+    target: Target = field(default=CPU, metadata={"static": True})
+    """The kind of device that the program is compiled for."""
 
     @jax.named_scope("head")
     def logits(
@@ -102,16 +115,28 @@ def target_log_probabilities(
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
     flat = states.reshape(-1, states.shape[-1])
-    scores = jax.lax.map(chunk, in_chunks(head.matrix.shape[0], flat, targets.reshape(-1)))
+    scores = jax.lax.map(chunk, in_chunks(head, flat, targets.reshape(-1)))
     return scores.reshape(-1)[: flat.shape[0]].reshape(targets.shape)
 
 
-def in_chunks(vocabulary_size: int, *arrays: Array) -> tuple[Array, ...]:
+def in_chunks(head: Head, *arrays: Array) -> tuple[Array, ...]:
     """Each [M, ...] as [chunks, M / chunks, ...], with zeros at the end to fill the last chunk."""
     positions = arrays[0].shape[0]
-    size = min(positions, max(64, LOGITS_IN_A_CHUNK // vocabulary_size))
+    size = positions_in_a_chunk(positions, head.matrix.shape[0], head.target)
     padding = -positions % size
     return tuple(
         jnp.pad(a, [(0, padding)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:])
         for a in arrays
     )
+
+
+def positions_in_a_chunk(positions: int, vocabulary_size: int, target: Target) -> int:
+    """Number of positions, of so many, whose logits are computed at once."""
+    if not target.is_accelerator:
+        return min(positions, max(_LEAST_ON_CPU, LOGITS_IN_A_CHUNK // vocabulary_size))
+    of_a_position = 4 * vocabulary_size
+    most = target.memory_bytes // _SHARE_OF_MEMORY // of_a_position
+    most = max(_TILE, min(most, _LARGEST_CHUNK) // _TILE * _TILE)
+    chunks = -(-positions // most)
+    # Chunks of equal size: positions that only fill the last one take as long as others.
+    return min(positions, -(-positions // chunks // _TILE) * _TILE)

@@ -12,7 +12,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from xelm.models.config import ModelConfig
+from xelm.models.fused_attention import Spread, on_one_device
 from xelm.models.layers import Linear
+from xelm.models.target import CPU, Target, target_of
 from xelm.models.transformer import Lookup, Transformer, rows_of
 
 NEW_ROWS = "new_rows"
@@ -30,22 +32,27 @@ def graph(
     compute_dtype: str = "float32",
     *,
     lookup: Lookup = rows_of,
+    spread: Spread = on_one_device,
     rematerialise: bool = False,
     adapted: Collection[str] = (),
     scale: float = 1.0,
     stacks: int = 1,
+    target: Target = CPU,
 ) -> nnx.GraphDef:
     """The model without parameters; allocates nothing. lookup: looks up rows of tables, maybe
-    spread over devices. rematerialise: the backward pass computes all of a layer but attention
+    spread over devices; spread: does the same for kernels of attention. rematerialise: the
+    backward pass computes all of a layer but attention
     again, to save memory. adapted: paths of the dense layers with an adapter, "blocks/query" and so
     on, whose factors are parameters then (`xelm.models.adapters`), with this scale. stacks:
-    number of stacks of consecutive layers; for several, "blocks" of the parameters is a tuple."""
+    number of stacks of consecutive layers; for several, "blocks" of the parameters is a tuple.
+    target: the kind of device that it is compiled for."""
     model = _abstract(config, compute_dtype)
     _adapt(model, adapted, scale)
     if stacks > 1:
         model.blocks = nnx.List([nnx.clone(model.blocks) for _ in range(stacks)])
         model.stacked = True
-    model.lookup, model.rematerialise = lookup, rematerialise
+    model.lookup, model.spread = lookup, spread
+    model.rematerialise, model.target = rematerialise, target
     return nnx.split(model)[0]
 
 
@@ -55,10 +62,12 @@ def inference_graph(
     *,
     adapted: Collection[str] = (),
     scale: float = 1.0,
+    target: Target = CPU,
 ) -> nnx.GraphDef:
     """The model without parameters, for parameters in the layout of `for_inference`. adapted,
-    scale: as in `graph`."""
+    scale, target: as in `graph`."""
     model = _abstract(config, compute_dtype)
+    model.target = target
     _adapt(model, adapted, scale)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
@@ -92,13 +101,16 @@ def compiled_by_model(
     def decorate(function):
         @functools.lru_cache(maxsize=8)
         def compiled(config, compute_dtype):
-            model = network(config, compute_dtype)
+            network_here = functools.partial(
+                network, config, compute_dtype, target=target_of(jax.devices())
+            )
+            model = network_here()
 
             @functools.wraps(function)
             def bound(parameters, *arguments, **more):
                 adapted = _adapted_layers(parameters)
                 # Compiled once for each structure of the parameters.
-                own = network(config, compute_dtype, adapted=adapted) if adapted else model
+                own = network_here(adapted=adapted) if adapted else model
                 return function(bind(own, parameters), *arguments, **more)
 
             return jax.jit(bound, **options)

@@ -3,7 +3,7 @@ modules of their own, know arrays and nothing of files, experts or training. Dim
 `xelm.models.config`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -18,9 +18,11 @@ from xelm.models.attention import KEPT
 from xelm.models.block import Block
 from xelm.models.cache import Cache
 from xelm.models.config import ModelConfig
+from xelm.models.fused_attention import Spread, fused_attention, on_one_device
 from xelm.models.head import Head, HeadTransform
 from xelm.models.layers import Norm, by_rows_of
 from xelm.models.positions import sinusoidal
+from xelm.models.target import CPU
 
 # What a layer keeps for the backward pass, by `rematerialise`: products of dense layers and results
 # of attention, so that only what is cheap is computed twice; or the latter alone.
@@ -87,6 +89,8 @@ class Transformer(nnx.Module):
         self.compute_dtype = compute_dtype
         self.lookup: Lookup = rows_of
         self.rematerialise = False
+        self.target = CPU
+        self.spread: Spread = on_one_device
         self.new_rows: Any = nnx.data(None)
         """Rows of ids that it does not know, as `parameters.NEW_ROWS`; None: it knows all."""
         self.embedding_factors: Any = nnx.data(None)
@@ -115,7 +119,7 @@ class Transformer(nnx.Module):
         """Final states. Tokens attend to `valid` tokens of their own segment; in decoders, only to
         earlier ones. `positions` count from 0 at the first column unless given (in XLM-R, at the
         first `valid` one)."""
-        context = contexts.of_sequences(self.config, tokens, positions, segments, valid)
+        context = self._context(tokens, positions, segments, valid)
         return self._forward(tokens, context)[0]
 
     def routed(
@@ -123,7 +127,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T E"]]:
         """Final states as `hidden`, and the probabilities that the router of each layer gives to
         its experts; for models with experts."""
-        context = contexts.of_sequences(self.config, tokens, positions, segments, None)
+        context = self._context(tokens, positions, segments, None)
         states, found = self._forward(tokens, context, observe=lambda block, h: block.route(h)[0])
         return states, found.reshape(len(found), *tokens.shape, -1)
 
@@ -137,7 +141,7 @@ class Transformer(nnx.Module):
             h = jnp.where(segments.reshape(-1, 1) > 0, h.astype(jnp.float32), 0)
             return h.sum(axis=0), h.T @ h
 
-        context = contexts.of_sequences(self.config, tokens, positions, segments, None)
+        context = self._context(tokens, positions, segments, None)
         return self._forward(tokens, context, observe=moments)[1]
 
     def means(
@@ -151,7 +155,7 @@ class Transformer(nnx.Module):
             states = h.reshape(*tokens.shape, -1).astype(jnp.float32)
             return jnp.einsum("BTD,BT->BD", states, shares)
 
-        context = contexts.of_sequences(self.config, tokens, None, None, valid)
+        context = self._context(tokens, None, None, valid)
         final, found = self._forward(tokens, context, measure=mean)
         return found.at[-1].set(mean(final))
 
@@ -197,7 +201,16 @@ class Transformer(nnx.Module):
         size = self.config.vocabulary_size
         known = None if self.new_rows is None else size - len(self.new_rows)
         scale, cap = self.config.logit_scale, self.config.logit_cap
-        return Head(matrix, bias, cap, known, size, factors, scale)
+        return Head(matrix, bias, cap, known, size, factors, scale, self.target)
+
+    def _context(self, tokens, positions, segments, valid):
+        """The context of sequences that are read as a whole; arguments as in `hidden`."""
+        context = contexts.of_sequences(self.config, tokens, positions, segments, valid)
+        if valid is not None:
+            return context
+        segments = jnp.zeros(tokens.shape, jnp.int32) if segments is None else segments
+        about = self.config, self.target, self.compute_dtype
+        return replace(context, fused=fused_attention(*about, segments, self.spread))
 
     def _forward(
         self, tokens, context, cache=None, measure=lambda h: None, observe=lambda block, h: None

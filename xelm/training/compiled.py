@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import by_path, shapes
+from xelm.models.target import Target, target_of
 from xelm.training.expert_axis import expert_mesh, stacked_shape
 from xelm.training.master_weights import join_weights
 from xelm.training.sharding import BATCH, parameter_shardings
@@ -61,9 +62,12 @@ class CompiledSteps(NamedTuple):
     """Sharding of the experts' batches, which follow one another along the first dimension."""
 
 
-def compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> CompiledSteps:
+def compile_steps(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh, target: Target | None = None
+) -> CompiledSteps:
     """The compiled functions of a training. Trainings that differ only in budget, learning rates,
-    random seed, checkpoints or logs share them: they compile once in a process."""
+    random seed, checkpoints or logs share them: they compile once in a process. target: the kind of
+    device whose form the step has; None is that of the mesh."""
     same = TrainConfig(
         tokens=1,
         batch_size=config.batch_size,
@@ -73,7 +77,7 @@ def compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> Compil
         mixture=config.mixture,
         runtime=_with_defaults(config.runtime, _LOGISTICS),
     )
-    return _compile_steps(model, same, mesh)
+    return _compile_steps(model, same, mesh, target or target_of(mesh.devices.flat))
 
 
 def _with_defaults(config: Any, names: Sequence[str]) -> Any:
@@ -82,9 +86,11 @@ def _with_defaults(config: Any, names: Sequence[str]) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _compile_steps(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> CompiledSteps:
+def _compile_steps(
+    model: ModelConfig, config: TrainConfig, mesh: Mesh, target: Target
+) -> CompiledSteps:
     experts = mesh.shape["expert"]
-    step = TrainStep(model, config, spread=mesh.size > experts)
+    step = TrainStep(model, config, spread=mesh.size > experts, target=target)
     alone = tuple(state_of(model, config, expert_mesh(mesh, number)) for number in range(experts))
     parts = [expert_mesh(mesh, number) for number in range(experts)]
     whole = tuple(parameter_shardings(model, part) for part in parts)

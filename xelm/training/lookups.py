@@ -1,10 +1,11 @@
-"""Look-ups in arrays that are spread over an expert's part of the mesh."""
+"""Look-ups in arrays that are spread over an expert's part of the mesh, and kernels on them."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from xelm.models.fused_attention import Kernel
 from xelm.training.sharding import BATCH, RULES
 
 
@@ -52,3 +53,23 @@ def states_at(states: Float[Array, "B T D"], places: Int[Array, "B P"]) -> Float
     axes = {*BATCH, "tensor"}
     taken = jax.shard_map(take, in_specs=(rows, rows), out_specs=rows, axis_names=axes)
     return taken(states, places)
+
+
+def on_own_rows(kernel: Kernel) -> Kernel:
+    """A kernel of attention, for arrays that are spread over an expert's part of the mesh: every
+    device computes it for its own rows and, if the heads of keys can be divided so, heads."""
+
+    def spread(query, key, value, segments, local):
+        mesh = jax.sharding.get_abstract_mesh()
+        heads = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
+        rows, headed = PartitionSpec(BATCH), PartitionSpec(BATCH, None, heads)
+        compute = jax.shard_map(
+            kernel,
+            in_specs=(headed, headed, headed, rows, PartitionSpec()),
+            out_specs=headed,
+            axis_names={*BATCH, "tensor"},
+            check_vma=False,
+        )
+        return compute(query, key, value, segments, local)
+
+    return spread

@@ -104,7 +104,7 @@ def _losses_of_part(states, head, targets, first=0, size=None, across=()):
         part, wanted = inputs
         return _softmax(part, wanted, head, entries, size, across)[-1]
 
-    losses = jax.lax.map(chunk, in_chunks(head.matrix.shape[0], states, targets))
+    losses = jax.lax.map(chunk, in_chunks(head, states, targets))
     return losses.reshape(-1)[: states.shape[0]]
 
 
@@ -183,7 +183,7 @@ def _loss_of_part(
 
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
     zero = None if frozen_head else zero
-    chunks = in_chunks(head.matrix.shape[0], states, targets, weights, *(teacher or ()))
+    chunks = in_chunks(head, states, targets, weights, *(teacher or ()))
     head_gradient, (losses, state_gradients) = jax.lax.scan(chunk, zero, chunks)
     state_gradient = state_gradients.reshape(-1, states.shape[1])[: states.shape[0]]
     return losses.sum(), (state_gradient, head_gradient)

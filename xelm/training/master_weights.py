@@ -41,11 +41,13 @@ def join_weights(read: Mapping[str, Any], remainders: Remainders) -> dict[str, A
 
 def _upper_and_remainder(master: Float[Array, "*S"]) -> tuple[Array, Int16[Array, "*S"]]:
     bits = jax.lax.bitcast_convert_type(master, jnp.int32)
-    # Rounded half up, so that the remainder always fits: to even, a tie would leave 2^15.
-    upper = (bits + 0x8000) & ~0xFFFF
-    remainder = bits - upper
+    # The lower bits, with their sign: so the upper ones are rounded half up, and the remainder
+    # always fits; to even, a tie would leave 2^15. Computed from the upper ones, it would take
+    # XLA for TPUs a second pass over all weights and averages.
+    remainder = bits.astype(jnp.int16)
+    upper = bits - remainder.astype(jnp.int32)
     nearest = jax.lax.bitcast_convert_type(upper, jnp.float32)
-    return nearest.astype(jnp.bfloat16), remainder.astype(jnp.int16)
+    return nearest.astype(jnp.bfloat16), remainder
 
 
 def _joined(upper: Array, remainder: Int16[Array, "*S"]) -> Float[Array, "*S"]:

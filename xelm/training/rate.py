@@ -12,6 +12,7 @@ import numpy as np
 
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph, shapes
+from xelm.models.target import target_of
 from xelm.training.flops import of_a_token
 from xelm.training.loss import cross_entropy
 from xelm.training.master_weights import split_weights
@@ -72,7 +73,9 @@ def measured_layer(model: ModelConfig, config: TrainConfig, clock: Callable[[], 
     predicted = length if one.causal else max(1, round(length * config.data.mask_share))
 
     def loss(parameters):
-        shape = graph(one, dtype, rematerialise=config.runtime.rematerialise)
+        shape = graph(
+            one, dtype, rematerialise=config.runtime.rematerialise, target=target_of(jax.devices())
+        )
         network = bind(shape, parameters)
         hidden = network.hidden(tokens, positions, jnp.ones_like(tokens))
         states, head = network.output(hidden[:, :predicted])

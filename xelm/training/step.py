@@ -15,7 +15,8 @@ from xelm.models.adapters import chosen_targets
 from xelm.models.block import most_probable
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import bind, graph
-from xelm.training.lookups import spread_lookup, states_at
+from xelm.models.target import CPU, Target
+from xelm.training.lookups import on_own_rows, spread_lookup, states_at
 from xelm.training.loss import Teacher, cross_entropy, distillation, token_losses
 from xelm.training.master_weights import Remainders, join_weights, split_weights
 from xelm.training.optimizer import clipped, optimizer
@@ -86,6 +87,8 @@ class TrainStep:
     config: TrainConfig
     spread: bool
     """Whether it runs on several devices: those of the mesh that is set."""
+    target: Target = CPU
+    """The kind of device that it is compiled for."""
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
@@ -125,6 +128,7 @@ class TrainStep:
         size = norm(gradients)
         made = accepts(state.guard, loss, size)
 
+        @jax.named_scope("optimizer")
         def move(parameters, remainders, moments):
             masters = join_weights(parameters, remainders)
             scaled = clipped(gradients, size, self.config.optimizer.clip_norm)
@@ -203,10 +207,12 @@ class TrainStep:
             self.model,
             dtype,
             lookup=spread_lookup,
+            spread=on_own_rows,
             rematerialise=self.config.runtime.rematerialise,
             adapted=() if lora.rank is None else chosen_targets(lora.targets, self.model),
             scale=lora.scale,
             stacks=len(stacks(self.config, self.model)),
+            target=self.target,
         )
         network = bind(shape, together(parameters, frozen))
         if self.model.causal:

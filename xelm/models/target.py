@@ -1,0 +1,52 @@
+"""The kind of device that a program is compiled for, as far as its best form depends on it.
+
+A value, made where programs are compiled from the devices that they are for, and passed along to
+the model: the default backend of the process may be another one, as when a program for a TPU is
+compiled on a machine without one."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+
+GIB = 2**30
+_MEMORY = {
+    **{"TPU v4": 32, "TPU v4 lite": 8, "TPU v5": 95, "TPU v5p": 95},
+    **{"TPU v5 lite": 16, "TPU v5e": 16, "TPU v6 lite": 32, "TPU v6e": 32},
+}
+"""Name of a device -> GiB of its memory, by its maker's data sheet."""
+_LEAST_MEMORY = 8
+"""GiB that an accelerator is taken to have if it does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A kind of device that programs are compiled for."""
+
+    platform: str
+    """"cpu", "gpu" or "tpu"."""
+    memory_bytes: int = 0
+    """Memory of one accelerator, rounded down so that equal devices are equal values; 0 for CPUs,
+    whose programs do not depend on it."""
+
+    @property
+    def is_accelerator(self) -> bool:
+        """Whether it computes large matrix products in units of their own."""
+        return self.platform != "cpu"
+
+
+CPU = Target("cpu")
+
+
+def target_of(devices: Iterable[jax.Device]) -> Target:
+    """The kind of these devices, all alike, of which some may belong to other hosts, or to a
+    topology that is only compiled for."""
+    some = list(devices)
+    device = next((d for d in some if d.process_index == jax.process_index()), some[0])
+    if device.platform == "cpu":
+        return CPU
+    if (known := _MEMORY.get(device.device_kind)) is not None:
+        return Target(device.platform, known * GIB)
+    gib = max(_LEAST_MEMORY, (device.memory_stats() or {}).get("bytes_limit", 0) // GIB)
+    # A power of two: on several hosts, all must compile the same program.
+    return Target(device.platform, 2 ** (gib.bit_length() - 1) * GIB)
