@@ -68,6 +68,15 @@ def test_each_chip_attends_for_its_own_rows(step_on, data):
     assert max(of_heads) == model.layer_count * model.head_count * LENGTH * 24
 
 
+def test_each_chip_has_a_kernel_for_its_own_rows_and_heads(step_on):
+    """Of four rows and four heads of 64, over data 2 x fsdp 2 x tensor 2: one row, two heads."""
+    model = replace(MODEL, head_size=64, head_count=4, key_head_count=4, max_length=LENGTH)
+    program = step_on((1, 2, 2, 2), model, LENGTH).as_text()
+    kernels = re.findall(r"%\S*attention_(forward|backward)\S* = \(?f32\[([\d,]+)\]", program)
+    assert {name for name, _ in kernels} == {"forward", "backward"}
+    assert {shape for _, shape in kernels} == {f"1,{LENGTH},128"}
+
+
 def test_less_is_kept_and_needed_in_bfloat16(step_on):
     model = replace(MODEL, width=256, feedforward_width=1024, vocabulary_size=4096, layer_count=4)
     kept, needed = [], []
