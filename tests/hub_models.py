@@ -218,6 +218,28 @@ CONFIGS: dict[str, Any] = {
     "bloom-untied": hub.BloomConfig(**{**_BLOOM, "n_head": 4}, tie_word_embeddings=False),
     "gpt2": hub.GPT2Config(**_GPT2),
     "gpt2-untied": hub.GPT2Config(**_GPT2, n_inner=50, tie_word_embeddings=False),
+    "qwen3_moe": hub.Qwen3MoeConfig(
+        **LLAMA, head_dim=12, moe_intermediate_size=20, num_experts=5, num_experts_per_tok=2
+    ),
+    "qwen3_moe-local-scaled": hub.Qwen3MoeConfig(
+        **LLAMA,
+        head_dim=12,
+        moe_intermediate_size=20,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=9,
+    ),
+    "olmoe": hub.OlmoeConfig(
+        # With few layers, bfloat16 sends no token of the tests to another expert.
+        **{**LLAMA, "num_hidden_layers": 2},
+        num_experts=5,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        rms_norm_eps=1e-4,
+    ),
     "granite": hub.GraniteConfig(
         **LLAMA,
         embedding_multiplier=5,
@@ -303,6 +325,7 @@ FAMILIES = (
     ),
     "granite",
     "gpt_neox-partial",
+    *("qwen3_moe", "olmoe"),
     "opt",
     "falcon",
     "stablelm",
@@ -322,6 +345,7 @@ def by_speed(names: Sequence[str]) -> list[Any]:
 RECENT = (
     *("ministral3", "olmo", "smollm3", "apertus", "cohere"),
     "phi3",
+    *("qwen3_moe", "olmoe"),
     "granite",
     "gpt_neox",
     "opt",
@@ -381,12 +405,18 @@ def random_model(config: Any) -> Any:
 
 def gradients_of(model: Any) -> dict[str, np.ndarray]:
     """Gradients by the names of stored tensors. Ties have two names; transformers joins matrices of
-    Mixtral's experts, which are stored one by one."""
+    a layer's experts, which are stored one by one."""
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         gradient = found[name] = parameter.grad.numpy()
         if name == "lm_head.weight":
             found["embed_out.weight"] = gradient  # GPT-NeoX
+        if model.config.model_type in ("qwen3_moe", "olmoe") and ".mlp.experts." in name:
+            for number, one in enumerate(gradient):
+                expert = f"{name.rpartition('.')[0]}.{number}"
+                parts = np.split(one, 2) if "gate_up" in name else [one]
+                names = ("gate_proj", "up_proj") if "gate_up" in name else ("down_proj",)
+                found |= {f"{expert}.{part}.weight": each for part, each in zip(names, parts)}
         if model.config.model_type == "mixtral" and ".mlp." in name:
             stem = name.replace(".mlp.", ".block_sparse_moe.")
             found[stem] = gradient

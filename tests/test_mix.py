@@ -23,6 +23,7 @@ from clustering.errors import UserError
 from xelm import open_run
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
+from xelm.models.config import Rope
 from xelm.models.mixture import (
     Moments,
     discriminants,
@@ -341,11 +342,30 @@ def test_mistakes_are_one_line(xelm, tiny, arguments, message):
     assert not (tiny.directory / "mixes").exists()
 
 
-def test_other_architectures_are_refused_with_what_does_not_fit(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"query_bias": True}, r"query_bias=True \(wanted False\)"),
+        ({"residual_scale": 0.5}, r"residual_scale=0.5 \(wanted 1.0\)"),
+        ({"parallel": "two norms"}, r"parallel=two norms \(wanted no\)"),
+        ({"head_norm": True, "head_norm_after_positions": True}, r"head_norm=True"),
+        ({"rope": Rope(partial_rotary_factor=0.5)}, r"model.rope=.*factor': 0.5"),
+        ({"causal": False}, r"causal=False \(wanted True\)"),
+    ],
+)
+def test_other_architectures_are_refused_with_what_does_not_fit(
+    tiny, monkeypatch, setting, message
+):
     read = mixing.read_config
-    monkeypatch.setattr(mixing, "read_config", lambda d: replace(read(d), query_bias=True))
-    message = r"Mixtral's cannot express .*query_bias=True \(wanted False\)"
-    with pytest.raises(UserError, match=message):
+    monkeypatch.setattr(mixing, "read_config", lambda d: replace(read(d), **setting))
+    with pytest.raises(UserError, match=rf"Mixtral's cannot express .*{message}"):
+        open_run(tiny.directory).plan_mix("a")
+
+
+def test_experts_of_several_feedforwards_are_not_mixed(tiny, monkeypatch):
+    read, several = mixing.read_config, {"expert_count": 4, "experts_per_token": 2}
+    monkeypatch.setattr(mixing, "read_config", lambda d: replace(read(d), **several))
+    with pytest.raises(UserError, match="are mixtures of feed-forwards already"):
         open_run(tiny.directory).plan_mix("a")
 
 

@@ -200,11 +200,14 @@ class Block(nnx.Module):
     def route(self, h: Float[Array, "M D"]) -> tuple[Float[Array, "M E"], Float[Array, "M E"]]:
         """The router's probabilities of the experts, and the weights with which their results are
         added: the probabilities of the `experts_per_token` most probable, scaled to sum 1 (Jiang et
-        al. 2024, arXiv 2401.04088, section 2.1). float32."""
+        al. 2024, arXiv 2401.04088, section 2.1) unless the configuration says otherwise. float32.
+        """
         assert self.router is not None
         probabilities = jax.nn.softmax(self.router(h).astype(jnp.float32), axis=-1)
         chosen = most_probable(probabilities, self.config.experts_per_token)
         kept = probabilities * chosen
+        if not self.config.expert_weights_sum_to_one:
+            return probabilities, kept
         return probabilities, kept / kept.sum(axis=-1, keepdims=True)
 
 

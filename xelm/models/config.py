@@ -148,6 +148,9 @@ class ModelConfig:
     one, without a router."""
     experts_per_token: int = 0
     """Number of them that a token passes."""
+    expert_weights_sum_to_one: bool = True
+    """The router's probabilities of a token's experts are scaled to sum 1 (norm_topk_prob of the
+    Hub); otherwise the results are added with the probabilities themselves."""
 
     query_bias: bool = False
     """Query, key and value projections carry a bias."""

@@ -114,6 +114,11 @@ def shape_of_mixture(run: Run, experts: Sequence[Expert], options: MixOptions) -
     model, count = read_config(run.seed), len(experts)
     if count < 2:
         raise UserError(f"a mixture is made of two experts or more; {run.directory} has {count}")
+    if model.expert_count:
+        raise UserError(
+            f"the experts of {run.directory} are mixtures of feed-forwards already, as their seed "
+            "is; a mixture is made of models with one in each layer"
+        )
     if options.top > count:
         raise UserError(f"top must be at most the {count} experts; got {options.top}")
     for expert in experts:

@@ -24,6 +24,7 @@ from xelm.models.families.granite import GRANITE
 from xelm.models.families.hunyuan import HUNYUAN
 from xelm.models.families.llama import LLAMA, MINISTRAL, MINISTRAL3, MISTRAL, MIXTRAL, QWEN2, QWEN3
 from xelm.models.families.modernbert import MODERNBERT
+from xelm.models.families.moe import OLMOE, QWEN3_MOE
 from xelm.models.families.multimodal import WITH_IMAGES, beside_images, text_config, text_source
 from xelm.models.families.olmo import OLMO2, OLMO3
 from xelm.models.families.opt import OPT
@@ -40,11 +41,13 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
     "phi3": PHI3,
     "smollm3": SMOLLM3,
     "apertus": APERTUS,
     "olmo2": OLMO2,
     "olmo3": OLMO3,
+    "olmoe": OLMOE,
     "cohere": COHERE,
     "cohere2": COHERE2,
     "gemma2": GEMMA2,
