@@ -17,7 +17,7 @@ from transformers import (
 
 from clustering.errors import UserError
 from xelm.inference.sampling import (
-    _kept,
+    likeliest,
     penalised,
     read_sampling_params,
     sample,
@@ -149,24 +149,86 @@ def test_the_last_that_is_kept_is_kept_however_it_is_rounded(settings, count):
         np.testing.assert_array_equal(drawn(rows, sampling), rows.argmax(axis=1))
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(None, 0.9), (None, 0.3), (40, 1.0), (40, 0.7)])
-def test_what_is_kept_of_a_large_vocabulary_is_what_sorting_keeps(top_k, top_p):
-    """Equal probabilities among them."""
-    draw = np.random.default_rng(1)
-    logits = draw.normal(size=(3, 5000)).astype(np.float32).round(2)
-    scaled = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
-    count = None if top_k is None else np.full(3, top_k, np.int32)
-    share = None if top_p == 1 else np.full(3, top_p, np.float32)
-    found = np.asarray(_kept(scaled, np.exp(scaled), count, share))
-    np.testing.assert_array_equal(found[found > 0], np.exp(scaled)[found > 0])
-    for row, kept in zip(scaled, found > 0):
-        order = np.sort(row)[::-1].astype(np.float64)
-        chances = np.exp(order)
-        if top_k is not None:  # with its equals
-            chances = np.where(order >= order[top_k - 1], chances, 0)
-        chances /= chances.sum()
-        last = order[np.searchsorted(np.cumsum(chances), top_p * (1 - 1e-7))]
-        np.testing.assert_array_equal(kept, row >= last)
+def kept_by_sorting(row, top_k, top_p):
+    """Probabilities of the tokens that are kept, with those equal to the last, by sorting."""
+    order = np.sort(row)[::-1].astype(np.float64)
+    chances = np.exp(order)
+    if top_k is not None:
+        chances = np.where(order >= order[top_k - 1], chances, 0)
+    chances /= chances.sum()
+    last = order[np.searchsorted(np.cumsum(chances), top_p * (1 - 1e-7))]
+    kept = np.where(row >= last, np.exp(row.astype(np.float64)), 0)
+    return kept / kept.sum()
+
+
+def unlikely(found, chances):
+    """Whether draws of tokens disagree with their chances: twenty groups of about equal chance, the
+    likeliest first, and a statistic (chi squared) above 43.8, which has a chance of .001."""
+    order = np.argsort(-chances, kind="stable")
+    group = np.empty(len(chances), int)
+    group[order] = np.minimum((np.cumsum(chances[order]) * 20).astype(int), 19)
+    wanted = np.bincount(group, chances, minlength=20) * len(found)
+    counted = np.bincount(group[found], minlength=20)
+    some = wanted > 0
+    return bool(((counted - wanted)[some] ** 2 / wanted[some]).sum() > 43.8)
+
+
+@pytest.mark.parametrize(
+    ("size", "top_k", "top_p"),
+    [
+        (2000, None, 0.9),
+        (2000, None, 0.3),
+        (20_000, None, 0.005),
+        (20_000, 40, 1.0),
+        (2000, 40, 0.7),
+        (2000, 300, 0.9),
+        (2000, 1999, 0.95),
+    ],
+)
+def test_what_is_drawn_from_a_large_vocabulary_is_what_sorting_keeps(size, top_k, top_p):
+    """Equal probabilities among them; some keep fewer tokens than are sorted, some more."""
+    logits = np.random.default_rng(1).normal(size=size).astype(np.float32).round(2)
+    row = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
+    chances = kept_by_sorting(row, top_k, top_p)
+    sampling = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p)
+    rows = jnp.tile(row, (300, 1))
+    found = np.concatenate([drawn(rows, sampling, step) for step in range(4)])
+    assert chances[found].all()
+    assert not unlikely(found, chances)
+
+
+def test_rows_keep_what_their_own_settings_say():
+    """Beside rows that keep everything, and rows that keep more than are sorted."""
+    logits = np.random.default_rng(3).normal(size=2000).astype(np.float32)
+    row = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
+    pairs = [(None, 1.0), (20, 1.0), (None, 0.5), (700, 0.6), (1, 0.1)]
+    samplings = [SamplingParams(temperature=1.0, top_k=k, top_p=p) for k, p in pairs] * 200
+    rows = jnp.tile(row, (len(samplings), 1))
+    draws = [
+        np.asarray(sample(rows, samplings, [step] * len(samplings), range(len(samplings))))
+        for step in range(4)
+    ]
+    found = np.concatenate(draws).reshape(-1, len(pairs))
+    for column, (top_k, top_p) in enumerate(pairs):
+        chances = kept_by_sorting(row, top_k, top_p)
+        assert chances[found[:, column]].all()
+        assert not unlikely(found[:, column], chances)
+
+
+@pytest.mark.parametrize("size", [5, 256, 257, 1000, 20_000])
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_the_likeliest_are_those_that_sorting_finds_first(size, count):
+    """Of equal ones the first, in whatever blocks they lie."""
+    count = min(size, count)
+    values = np.random.default_rng(0).integers(0, 200, (3, size)).astype(np.float32)
+    values[0, -1], values[1] = 500, 7
+    found = likeliest(jnp.asarray(values), np.zeros(3, int), count)
+    for row, one in zip(values, found):
+        order = np.argsort(-row, kind="stable")[:count]
+        assert one.top == tuple(zip(order.tolist(), row[order].tolist()))
+        assert one.log_probability == row[0]
+    greedy = drawn(jnp.asarray(values), SamplingParams(temperature=0.0))
+    np.testing.assert_array_equal(greedy, values.argmax(axis=1))
 
 
 @pytest.mark.parametrize(

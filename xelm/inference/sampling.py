@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ IRRELEVANT = (
 
 _BLOCK = 256
 """Columns of a block: near the square root of a large vocabulary, so both steps are short."""
+_CANDIDATES = (64, 256, 1024, 4096, 16384)
+"""Numbers of likeliest tokens that are sorted; few, as a program is compiled for each."""
 
 
 class TokenLikelihood(NamedTuple):
@@ -60,7 +62,7 @@ def likeliest(
 @functools.partial(jax.jit, static_argnums=2)
 def _best(log_probabilities, tokens, count):
     own = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=1)[:, 0]
-    return own, *jax.lax.top_k(log_probabilities, count)
+    return own, *_top(log_probabilities, count)
 
 
 def read_sampling_params(directory: str | Path) -> tuple[SamplingParams, list[str]]:
@@ -102,15 +104,17 @@ def sample(
     steps: Sequence[int],
     numbers: Sequence[int],
 ) -> Int[Array, " B"]:
-    """The next token of each row; log probabilities above 0 count as 0. A row's draw depends on
-    nothing but its own random seed, the number of tokens it drew before (`steps`), and its number
-    among the sequences of one request."""
+    """The next token of each row. A row's draw depends on nothing but its own log probabilities and
+    random seed, the number of tokens it drew before (`steps`), and its number among the sequences
+    of one request."""
     drawn = [sampling for sampling in samplings if sampling.temperature > 0]
     if not drawn:
         return _largest(log_probabilities)
     vocabulary = log_probabilities.shape[-1]
     top_k = [min(s.top_k or vocabulary, vocabulary) for s in samplings]
     top_p = [s.top_p for s in samplings]
+    most = max((number for number in top_k if number < vocabulary), default=0)
+    candidates = next((size for size in _CANDIDATES if size > most), vocabulary)
     return _draw(
         log_probabilities,
         # Both halves of a seed of 64 bits.
@@ -120,44 +124,122 @@ def sample(
         np.asarray([s.temperature for s in samplings], np.float32),
         None if all(s.top_k is None for s in drawn) else np.asarray(top_k, np.int32),
         None if all(s.top_p == 1 for s in drawn) else np.asarray(top_p, np.float32),
+        candidates=min(candidates, vocabulary),
     )
 
 
 @jax.jit
 def _largest(values):
-    """argmax over each row, in a third of the time that jnp.argmax takes on CPUs."""
-    columns = jnp.arange(values.shape[1])[None]
-    top = values == values.max(axis=1, keepdims=True)
-    # Rows of nan have some column, too.
-    return jnp.where(top, columns, values.shape[1] - 1).min(axis=1)
+    """The column of the largest value of each row, the first of equals; any for rows with nan."""
+    # jnp.argmax takes ten times as long on CPUs, where a maximum is found many numbers at a time.
+    block = _block_maxima(values).argmax(axis=1)
+    window, columns = _windows(values, block[:, None])
+    first = window[:, 0].argmax(axis=1)
+    return jnp.take_along_axis(columns[:, 0], first[:, None], axis=1)[:, 0]
 
 
-@jax.jit
-def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p):
-    def uniform(seed, step, number):
+def _block_maxima(values):
+    return _in_blocks(values, -jnp.inf).max(axis=2)
+
+
+def _in_blocks(values, filling):
+    """Values [B, V] as [B, blocks, columns], the last block filled up."""
+    columns = min(_BLOCK, values.shape[1])
+    padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % columns)), constant_values=filling)
+    return padded.reshape(len(values), -1, columns)
+
+
+def _windows(values, blocks):
+    """These blocks [B, n] of each row's values, and their columns, both [B, n, columns]."""
+    size = values.shape[1]
+    width = min(_BLOCK, size)
+    # The last block reaches back into the one before: what is not its own is -inf.
+    start = jnp.minimum(blocks * width, size - width)
+
+    def cut(row, first):
+        return jax.lax.dynamic_slice(row, (first,), (width,))
+
+    found = jax.vmap(jax.vmap(cut, (None, 0)))(values, start)
+    columns = start[..., None] + jnp.arange(width)[None, None]
+    return jnp.where(columns >= blocks[..., None] * width, found, -jnp.inf), columns
+
+
+def _top(values, count):
+    """The `count` largest values of each row and their columns, as `jax.lax.top_k`: they lie in as
+    many blocks, those with the largest maxima."""
+    if count * _BLOCK >= values.shape[1]:
+        return jax.lax.top_k(values, count)
+    parts = _in_blocks(values, -jnp.inf)
+    _, blocks = jax.lax.top_k(parts.max(axis=2), count)
+    # In their order, so that of equal values the first are taken.
+    blocks = jnp.sort(blocks, axis=1)
+    found = jnp.take_along_axis(parts, blocks[:, :, None], axis=1)
+    largest, places = jax.lax.top_k(found.reshape(len(values), -1), count)
+    block = jnp.take_along_axis(blocks, places // _BLOCK, axis=1)
+    return largest, block * _BLOCK + places % _BLOCK
+
+
+@functools.partial(jax.jit, static_argnames="candidates")
+def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p, *, candidates):
+    """As `sample`. top_k, top_p: of each row; None where no row has one. candidates: number of
+    likeliest tokens to sort, more than any `top_k`."""
+
+    def key(seed, step, number):
         step_key = jax.random.fold_in(jax.random.wrap_key_data(seed), step)
-        return jax.random.uniform(jax.random.fold_in(step_key, number), (2,))
+        return jax.random.fold_in(step_key, number)
 
+    keys = jax.vmap(key)(seeds, steps, numbers)
     greedy = temperature == 0
-    divisor = jnp.where(greedy, 1.0, temperature)[:, None]
-    # Less the largest before it is divided: a quotient of 1e10 is rounded by hundreds.
-    highest = log_probabilities.max(axis=1, keepdims=True)
-    chances = jax.nn.softmax((log_probabilities - highest) / divisor)
-    if top_k is not None or top_p is not None:
-        chances = _kept(log_probabilities, chances, top_k, top_p)
-    drawn = _drawn(chances, jax.vmap(uniform)(seeds, steps, numbers))
-    return jnp.where(greedy, _largest(log_probabilities), drawn)
+    likeliest = _largest(log_probabilities)
+    highest = jnp.take_along_axis(log_probabilities, likeliest[:, None], axis=1)[:, 0]
+    shares = _Shares(highest, jnp.where(greedy, 1.0, temperature))
+    greedy = greedy | ~jnp.isfinite(highest)
+    if top_k is None and top_p is None:
+        sums = shares.of(_in_blocks(log_probabilities, -jnp.inf)).sum(axis=2)
+        drawn, _ = _drawn(log_probabilities, shares, sums, _uniform(keys, 0))
+    else:
+        drawn = _drawn_of_kept(log_probabilities, shares, keys, greedy, top_k, top_p, candidates)
+    return jnp.where(greedy, likeliest, drawn)
 
 
-def _drawn(chances, uniform):
-    """A column of each row, drawn by its share of the row: first a block of columns, then one of
-    it. Two random numbers a row suffice, where one for each column would take longer than all
-    else; and a column may be as rare as one number can express."""
-    rows, count = chances.shape
-    blocks = jnp.pad(chances, ((0, 0), (0, -count % _BLOCK))).reshape(rows, -1, _BLOCK)
-    block = _first_above(blocks.sum(axis=2), uniform[:, 0])
-    within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _first_above(within, uniform[:, 1])
+def _uniform(keys, attempt):
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, attempt), (2,)))(keys)
+
+
+class _Shares(NamedTuple):
+    """Chances of tokens as parts of that of the likeliest, at a temperature."""
+
+    highest: Any
+    """The largest log probability of each row, [B]."""
+    temperature: Any
+    """[B]"""
+    least: Any = None
+    """Log probability below which a token has no chance, [B]; None: all have one."""
+
+    def of(self, values):
+        """Shares of tokens with these log probabilities, [B, ...]."""
+
+        def spread(numbers):
+            return numbers.reshape(len(numbers), *[1] * (values.ndim - 1))
+
+        # Less the largest before it is divided: a quotient of 1e10 is rounded by hundreds.
+        found = jnp.exp((values - spread(self.highest)) / spread(self.temperature))
+        return found if self.least is None else jnp.where(values >= spread(self.least), found, 0.0)
+
+
+def _drawn(values, shares, sums, uniform):
+    """A column of each row and its value, drawn by its share: first a block of columns, by the sums of shares
+    there, then one of it. Two random numbers a row suffice, where one for each column would take
+    longer than all else; and a column may be as rare as one number can express."""
+    block = _first_above(sums, uniform[:, 0])
+    window, columns = _windows(values, block[:, None])
+    place = _first_above(shares.of(window[:, 0]), uniform[:, 1])
+    here = jnp.arange(window.shape[2])[None] == place[:, None]
+    # As maxima, which are computed once: lookups would be repeated wherever they are used.
+    return (
+        jnp.where(here, columns[:, 0], 0).max(axis=1),
+        jnp.where(here, window[:, 0], -jnp.inf).max(axis=1),
+    )
 
 
 def _first_above(shares, fractions):
@@ -169,36 +251,42 @@ def _first_above(shares, fractions):
     return jnp.minimum(jnp.where(beyond, columns, shares.shape[1]).min(axis=1), last)
 
 
-def _kept(log_probabilities, chances, top_k, top_p):
-    """Chances of the tokens that may be drawn, and 0 for others: the `top_k` likeliest (None: all),
-    and of those the likeliest that have `top_p` (None: all) of their chances, as in transformers.
-    Tokens equal to the last one are kept, too."""
-    # The bits of numbers up to 0, read as integers, rise as the numbers fall: a threshold is found
-    # bit by bit, with a few sums over the vocabulary, and sorting it would take much longer. The
-    # given numbers are compared, not results of them: the compiler may compute these twice and
-    # round them otherwise, so that the last one would fall below the threshold that it sets.
-    ranks = jax.lax.bitcast_convert_type(jnp.abs(jnp.minimum(log_probabilities, 0.0)), jnp.int32)
-
-    def least(enough):
-        """The smallest rank up to which `enough` of each row is kept."""
-
-        def halve(_, bounds):
-            low, high = bounds
-            middle = low + (high - low) // 2
-            found = enough(ranks <= middle[:, None])
-            return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
-
-        low = jnp.zeros(len(ranks), jnp.int32)
-        infinity = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
-        return jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, infinity)))[1]
-
+def _drawn_of_kept(values, shares, keys, ready, top_k, top_p, candidates):
+    """A column of each row drawn from the `top_k` likeliest (None: all), and of those the likeliest
+    that have `top_p` (None: all) of their chances, as in transformers. Tokens equal to the last one
+    are kept, too. ready: rows whose draw is not used."""
+    largest, columns = _top(values, candidates)
     if top_k is not None:
-        most = least(lambda kept: kept.sum(axis=1) >= top_k)[:, None]
-        chances = jnp.where(ranks <= most, chances, 0.0)
+        last = jnp.minimum(top_k, candidates)[:, None] - 1
+        least = jnp.take_along_axis(largest, last, axis=1)[:, 0]
+        shares = shares._replace(least=jnp.where(top_k < values.shape[1], least, -jnp.inf))
+    sums = shares.of(_in_blocks(values, -jnp.inf)).sum(axis=2)
+    wanted = jnp.full(len(values), jnp.inf)
     if top_p is not None:
-        wanted = top_p * chances.sum(axis=1)
-        enough = least(lambda kept: jnp.where(kept, chances, 0.0).sum(axis=1) >= wanted)[:, None]
-        # The likeliest in any case: so small a part of all may be nothing.
-        enough = jnp.maximum(enough, ranks.min(axis=1, keepdims=True))
-        chances = jnp.where(ranks <= enough, chances, 0.0)
-    return chances
+        # The likeliest is kept in any case: so small a part of all may be nothing.
+        wanted = jnp.maximum(top_p * sums.sum(axis=1), jnp.finfo(jnp.float32).tiny)
+
+    # Where all that are kept are among the candidates, one of these is drawn.
+    own = shares.of(largest)
+    before = jnp.cumsum(own, axis=1) - own
+    kept = (own > 0) & (before < wanted[:, None])
+    least = jnp.where(kept, largest, jnp.inf).min(axis=1, keepdims=True)
+    place = _first_above(jnp.where(largest >= least, own, 0.0), _uniform(keys, 0)[:, 0])
+    drawn = jnp.take_along_axis(columns, place[:, None], axis=1)[:, 0]
+    # With a slice of the sorted values XLA would sort everything.
+    complete = largest.min(axis=1) < least[:, 0]
+    if candidates == values.shape[1]:
+        complete = jnp.ones_like(complete)
+
+    # Otherwise tokens are drawn from all until one comes that is kept: those that are likelier have
+    # less than `top_p`. That takes 1 / top_p attempts, where to find the last one that is kept
+    # would take many sums over the vocabulary.
+    def attempt(state):
+        number, drawn, ready = state
+        found, own = _drawn(values, shares, sums, _uniform(keys, number))
+        likelier = jnp.where(values > own[:, None], values, -jnp.inf)
+        before = shares._replace(least=None).of(likelier).sum(axis=1)
+        return number + 1, jnp.where(ready, drawn, found), ready | (before < wanted)
+
+    start = (jnp.int32(0), drawn, ready | complete)
+    return jax.lax.while_loop(lambda state: ~state[2].all(), attempt, start)[1]
