@@ -228,9 +228,9 @@ class _Shares(NamedTuple):
 
 
 def _drawn(values, shares, sums, uniform):
-    """A column of each row and its value, drawn by its share: first a block of columns, by the sums of shares
-    there, then one of it. Two random numbers a row suffice, where one for each column would take
-    longer than all else; and a column may be as rare as one number can express."""
+    """A column of each row and its value, drawn by its share: first a block of columns, by the sums
+    of shares there, then one of it. Two random numbers a row suffice, where one for each column
+    would take longer than all else; and a column may be as rare as one number can express."""
     block = _first_above(sums, uniform[:, 0])
     window, columns = _windows(values, block[:, None])
     place = _first_above(shares.of(window[:, 0]), uniform[:, 1])
