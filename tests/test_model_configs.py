@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from hub_models import CONFIGS, RECENT, auto_model, random_tokens, saved
+from hub_models import CONFIGS, FAMILIES, RECENT, auto_model, random_tokens, saved
 
 from clustering.errors import UserError
 from xelm.models.checkpoint import load_model, read_config, save_model
+from xelm.models.families import hub_config, model_config, writable_as
+from xelm.models.mixture import mixture_shape
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 SHORT = [1.0, 1.25, 1.5, 2.0, 3.0, 4.5]
@@ -257,3 +259,12 @@ def test_nothing_longer_than_the_original_length_is_read_by_longrope(tmp_path):
         part = pair.reference(torch.tensor(tokens[:, :192])).logits[0].numpy()
     assert np.abs(whole - part).max() > 1e-3
     np.testing.assert_allclose(logits_of(model, tokens[:, :192])[0], part, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if n in FAMILIES and n.startswith(RECENT)])
+def test_a_shape_that_mixtral_and_llama_lack_is_not_written_as_one_of_theirs(name):
+    shape = model_config(CONFIGS[name].to_dict())
+    with pytest.raises(UserError, match=r"^model_type mixtral(:| does not go with) [^\n]*$"):
+        hub_config("mixtral", mixture_shape(shape, 2, 1))
+    with pytest.raises(UserError, match="name a checkpoint of the same shape"):
+        writable_as(shape)

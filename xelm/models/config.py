@@ -223,9 +223,9 @@ class ModelConfig:
         for rope in filter(None, (self.rope, self.local_rope) if self.positions == "rope" else ()):
             rotated = rope.rotated(self.head_size)
             if rotated % 2 or not rotated:
+                part = "" if rope.partial_rotary_factor == 1 else " times partial_rotary_factor"
                 raise ValueError(
-                    f"head_size times the partial_rotary_factor must be even for rotary positions; "
-                    f"got {rotated} of {self.head_size}"
+                    f"head_size{part} must be even for rotary positions; got {rotated}"
                 )
             if rope.scaling == "longrope" and len(rope.short_factors) != rotated // 2:
                 raise ValueError(

@@ -198,7 +198,8 @@ def hub_config(model_type: str, config: ModelConfig) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"model_type {model_type}: {error}") from None
     if misfits := differences(config, back):
-        raise UserError(f"model_type {model_type} does not go with {', '.join(misfits)}")
+        more = f" (and {len(misfits) - 3} more)" if len(misfits) > 3 else ""
+        raise UserError(f"model_type {model_type} does not go with {', '.join(misfits[:3])}{more}")
     return written
 
 
