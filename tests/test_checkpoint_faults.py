@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hub_models import CONFIGS, INDEX, assert_equal_trees, change, saved
 from safetensors.numpy import save_file
-from transformers import BertModel
+from transformers import AutoModel
 
 from clustering.errors import UserError
 from xelm.models import weights
@@ -153,11 +153,22 @@ def test_an_index_that_names_files_elsewhere_is_refused(llama, tmp_path):
     assert not (tmp_path / "copy").exists()
 
 
-def test_an_encoder_without_its_head_is_refused_with_one_that_has_it(tmp_path):
-    BertModel(CONFIGS["bert"]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"missing .*cls\.predictions") as caught:
+@pytest.mark.parametrize(
+    ("name", "head", "instead"),
+    [
+        ("bert", r"cls\.predictions", "hf download google-bert/bert-base-multilingual-cased"),
+        ("roberta", r"lm_head\.dense", "hf download FacebookAI/roberta-base"),
+        ("eurobert", r"lm_head\.weight", "hf download EuroBERT/EuroBERT-210m"),
+        ("qwen3", r"lm_head\.weight", "Take the language model that it was made from"),
+    ],
+)
+def test_a_model_without_its_head_is_refused_with_what_to_take_instead(
+    name, head, instead, tmp_path
+):
+    AutoModel.from_config(CONFIGS[name]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"missing .*{head}") as caught:
         check_checkpoint(tmp_path)
-    assert "hf download google-bert/bert-base-multilingual-cased" in str(caught.value)
+    assert instead in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_weights_that_were_not_fetched_are_named(llama):

@@ -309,20 +309,29 @@ def write_whole(source: str | Path, directory: str | Path) -> None:
 
 
 def copy_checkpoint(
-    source: str | Path, directory: str | Path, save_tokenizer: Callable[[Path], object]
+    source: str | Path,
+    directory: str | Path,
+    save_tokenizer: Callable[[Path], object],
+    *,
+    card_in: Path | None = None,
 ) -> None:
     """Copies the files of a checkpoint byte for byte, all of them or none. UserError if its weights
     do not match its config.json; other files of `source` are not copied. save_tokenizer: writes
     tokenizer.json into a folder, for a checkpoint that has none. A directory that stores
     differences from a base becomes a complete checkpoint (`write_whole`), and a model that reads
-    images too its text model alone, whose tensors keep every bit."""
+    images too its text model alone, whose tensors keep every bit. card_in: folder of its README.md,
+    if that does not lie beside its weights."""
     config, kind = _shape_and_family(source)
     weights = Weights(source, kind, config)
     if (Path(source) / BASE).is_file():
         write_whole(source, directory)
         return
     with all_or_nothing(Path(directory)) as partial:
-        others = [README]  # it states the seed's licence, which the cards of its experts repeat
+        # It states the seed's licence, which the cards of its experts repeat.
+        card = next((f for f in (Path(source), card_in) if f and (f / README).is_file()), None)
+        if card is not None:
+            shutil.copyfile(card / README, partial / README)
+        others = []
         if takes_images(source):
             write_json(partial / "config.json", read_hub_config(source))
             weights.copy(partial)

@@ -262,15 +262,25 @@ def _compare(
     if faults:
         more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
         lost = [expected[name].paths[0] for name in missing if name in expected]
-        if any(path.startswith("transform/") for path in lost):
-            more += (
-                ". It was saved without the head that predicts masked tokens, needed for training. "
-                f"One that has it: hf download {kind.with_head} --local-dir DIR"
-            )
+        if any(path in ("head", "head_bias") or path.startswith("transform/") for path in lost):
+            more += f". {_without_head(kind, config)}"
         raise UserError(
             f"{directory} does not match its config.json: {'; '.join(faults[:5])}{more}"
         )
     return rows
+
+
+def _without_head(kind: Family, config: ModelConfig) -> str:
+    """What to take instead of a checkpoint that was saved without its language-model head."""
+    if config.causal:
+        return (
+            "It was saved without its language-model head, needed for training. Take the language "
+            "model that it was made from"
+        )
+    return (
+        "It was saved without the head that predicts masked tokens, needed for training. One that "
+        f"has it: hf download {kind.with_head} --local-dir DIR"
+    )
 
 
 def _table_rows(kind: Family, paths: Mapping[str, Any]) -> dict[str, Tensor]:

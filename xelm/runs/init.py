@@ -28,6 +28,7 @@ from xelm.runs.options import InitOptions
 from xelm.runs.origin import base_model_of
 from xelm.runs.run import Run, create_run, files_of_run
 from xelm.runs.seed import check_seed, fresh_model, length_faults, train_seed, train_tokenizer
+from xelm.runs.sentence_encoder import body_of
 from xelm.runs.shares import all_text, with_passes
 from xelm.runs.text import fit_vectoriser, link_from_sibling, tokenise
 
@@ -46,7 +47,11 @@ def init(
     corpus: a folder, a file, a data set of the Hub, or what `Corpus.of` describes. options: None:
     the defaults. clusters: to branch on at once.
     """
-    options = options or InitOptions()
+    options, folder = options or InitOptions(), None
+    if options.seed is not None:
+        folder = Path(options.seed)
+        base_model = base_model_of(folder, options.base_model)
+        options = replace(options, seed=body_of(folder), base_model=base_model)
     given, seed = _given(corpus, config, options, clusters), options.seed
     files_of_run(directory)
     Path(directory).mkdir(parents=True, exist_ok=True)
@@ -58,7 +63,8 @@ def init(
             train_tokenizer(run, given.contents)
         else:
             if not run.seed.exists():
-                copy_checkpoint(seed, run.seed, given.tokenizer.hub.save_pretrained)
+                save = given.tokenizer.hub.save_pretrained
+                copy_checkpoint(seed, run.seed, save, card_in=folder)
             link_from_sibling(run, Path(seed).parent)
         store = tokenise(run, given.contents, "train", workers=options.workers)
         plans = _plans(run, store, given.model)
@@ -130,7 +136,6 @@ def _given(
         for fault in length_faults({"seed": config.seed, **parts}, model):
             raise UserError(fault)
     else:
-        base_model = base_model_of(seed, base_model)
         model, tokenizer = check_seed(Path(seed), config.start_token, parts)
         config = replace(config, model=None)  # the seed has one
     for name, part in parts.items():

@@ -20,7 +20,7 @@ def _read(hub: Any) -> ModelConfig:
     biased = hub.attention_bias
     return ModelConfig(
         **shape(hub),
-        **BIASED | {"query_bias": biased, "output_bias": biased},
+        **{**BIASED, "query_bias": biased, "output_bias": biased},
         feedforward_width=hub.intermediate_size,
         max_length=hub.max_position_embeddings,
         norm_epsilon=hub.layer_norm_eps,

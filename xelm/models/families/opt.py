@@ -23,7 +23,7 @@ def _read(hub: Any) -> ModelConfig:
     before, biased = hub.do_layer_norm_before, hub.enable_bias
     return ModelConfig(
         **shape(hub),
-        **BIASED | dict.fromkeys(("query_bias", "output_bias", "feedforward_bias"), biased),
+        **{**BIASED, **dict.fromkeys(("query_bias", "output_bias", "feedforward_bias"), biased)},
         feedforward_width=hub.ffn_dim,
         max_length=hub.max_position_embeddings,
         norm_epsilon=1e-5,
