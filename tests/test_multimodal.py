@@ -19,7 +19,7 @@ from xelm.models.checkpoint import (
     save_model,
     stored_dtype,
 )
-from xelm.models.foreign import copy_foreign, faults_of
+from xelm.models.foreign import check_adapter, copy_adapter, copy_foreign, faults_of
 from xelm.models.parameters import parameters_of
 
 _VISION = {
@@ -151,3 +151,47 @@ def test_what_the_text_model_would_lack_is_refused(name, whole, edit, fault, tmp
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=fault):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mistral3"], indirect=True)
+@pytest.mark.slow
+def test_a_head_is_tied_where_nothing_says_so_unless_it_is_stored(name, whole, tmp_path):
+    """As transformers decides. Settings of older checkpoints leave it out."""
+    config = json.loads((whole[0] / "config.json").read_text())
+    for place in (config, config["text_config"]):
+        place.pop("tie_word_embeddings", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path).tie_embeddings
+    (tmp_path / "model.safetensors").write_bytes((whole[0] / "model.safetensors").read_bytes())
+    assert not read_config(tmp_path).tie_embeddings
+    model = hub.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    wanted = logits_of_transformers(model)
+    found = logits_of(load_model(tmp_path), TOKENS)
+    np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma3"], indirect=True)
+@pytest.mark.parametrize("start", ["model.language_model", "language_model.model"])
+def test_an_adapter_of_the_whole_model_fits_the_text_model(name, whole, start, tmp_path):
+    save_model(load_model(whole[0]), tmp_path / "text")
+    draw, module = np.random.default_rng(0), "layers.1.self_attn.o_proj"
+    factors = {"A": draw.normal(size=(2, 48)), "B": draw.normal(size=(32, 2))}
+    (tmp_path / "lora").mkdir()
+    save_file(
+        {
+            f"base_model.model.{start}.{module}.lora_{which}.weight": values.astype(np.float32)
+            for which, values in factors.items()
+        },
+        tmp_path / "lora" / "adapter_model.safetensors",
+    )
+    described = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": True}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(described))
+    assert check_adapter(tmp_path / "lora", tmp_path / "text") == "LoRA of rank 2 on o_proj"
+    copy_adapter(tmp_path / "lora", tmp_path / "own", tmp_path / "text")
+    found, base = (
+        parameters_of(load_model(tmp_path / name))["blocks"]["output"]["weight"]
+        for name in ("own", "text")
+    )
+    change = (factors["B"] @ factors["A"]).T
+    np.testing.assert_allclose(found[1] - base[1], change, atol=1e-4)
+    np.testing.assert_array_equal(found[0], base[0])

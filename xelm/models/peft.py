@@ -22,6 +22,7 @@ from clustering.files import read_object, write_json
 from xelm.models.adapters import Adapter
 from xelm.models.config import ModelConfig
 from xelm.models.families.family import Family, Tensor
+from xelm.models.families.multimodal import beside_images
 from xelm.models.layout import join, take
 from xelm.models.parameters import by_path, shapes
 
@@ -137,6 +138,8 @@ def read_products(directory: str | Path, kind: Family) -> dict[str, Product]:
             raise UserError(f"{directory / FACTORS} has {name}, which is no factor of LoRA")
         module, which = found.groups()
         pairs.setdefault(module.removeprefix(_ROOT), {})[which] = values
+    # The adapter may have been trained on a model that reads images too.
+    kind = beside_images(kind)
     prefixed = any(name.startswith(kind.prefix) for name in pairs)
     products = {}
     for name, pair in pairs.items():

@@ -144,7 +144,7 @@ def read_auto_config(directory: str | Path) -> Any:
     except Exception as error:  # transformers' checks have no common type
         raise UserError(" ".join(str(error.__cause__ or error).split())) from error
     if found.model_type in WITH_IMAGES:
-        found = text_config(found)
+        found = text_config(found, directory, source)
     family(found.model_type)
     return found
 

@@ -2,8 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from clustering.files import read_object
+from clustering.hub_files import INDEX, WEIGHTS
 from xelm.models.families.family import Family, want
 
 WITH_IMAGES = ("gemma3", "mistral3")
@@ -14,16 +19,31 @@ _KEPT = ("dtype", "torch_dtype", "quantization_config", "auto_map")
 """Settings of the whole model that its text model has too."""
 
 
-def text_config(hub: Any) -> Any:
-    """The configuration of the text model of a model that reads images."""
+def text_config(hub: Any, directory: Path, source: Mapping[str, Any]) -> Any:
+    """The configuration of the text model of a model that reads images. source: contents of its
+    config.json. Where these do not say whether embedding and output head are tied, they are unless
+    a head is stored, as transformers decides while loading."""
     text = hub.text_config
     # The whole model has no cap of logits, whatever is said there.
     want("final_logit_softcapping", getattr(text, "final_logit_softcapping", None), [None])
-    text.tie_word_embeddings = hub.tie_word_embeddings
+    tied = source.get("tie_word_embeddings")
+    text.tie_word_embeddings = not _stores_head(directory) if tied is None else tied
     for name in _SPECIAL_IDS:
         if (found := getattr(hub, name, None)) is not None:
             setattr(text, name, found)
     return text
+
+
+def _stores_head(directory: Path) -> bool:
+    """Whether a checkpoint directory has an output head of its own; False without weights."""
+    if (directory / WEIGHTS).is_file():
+        with safe_open(directory / WEIGHTS, framework="np") as file:
+            names = list(file.keys())
+    elif (directory / INDEX).is_file():
+        names = list(read_object(directory / INDEX).get("weight_map") or {})
+    else:
+        return False
+    return any(name.endswith("lm_head.weight") for name in names)
 
 
 def text_source(source: Mapping[str, Any], text: Any) -> dict[str, Any]:
