@@ -1,6 +1,7 @@
 """config.json as other versions and people write it: read as transformers reads it, or refused."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hub_models import CONFIGS, FAMILIES, RECENT, auto_model, random_tokens, sav
 
 from clustering.errors import UserError
 from xelm.models.checkpoint import load_model, read_config, save_model
+from xelm.models.families import FAMILIES as KNOWN
 from xelm.models.families import hub_config, model_config, writable_as
 from xelm.models.mixture import mixture_shape
 
@@ -268,3 +270,10 @@ def test_a_shape_that_mixtral_and_llama_lack_is_not_written_as_one_of_theirs(nam
         hub_config("mixtral", mixture_shape(shape, 2, 1))
     with pytest.raises(UserError, match="name a checkpoint of the same shape"):
         writable_as(shape)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_each_parameter_has_one_row_in_the_table_of_a_family(kind):
+    """A second one, left over from the table that a family began with, is a missing tensor."""
+    rows = Counter(path for tensor in KNOWN[kind].tensors.values() for path in tensor.paths)
+    assert [path for path, count in rows.items() if count > 1] == []

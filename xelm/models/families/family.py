@@ -95,6 +95,12 @@ def table(name: str, path: str) -> dict[str, Tensor]:
     return {name: Tensor(paths=(path,))}
 
 
+def without(tensors: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
+    """The rows of a table whose names have none of these parts: for a family that has other names
+    in their place, since each parameter has one row."""
+    return {name: row for name, row in tensors.items() if not any(part in name for part in parts)}
+
+
 QKV = ("blocks/query", "blocks/key", "blocks/value")
 
 BIASED: Mapping[str, Any] = {"norm": "layer", "gated": False} | dict.fromkeys(

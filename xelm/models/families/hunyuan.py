@@ -4,7 +4,7 @@ from typing import Any
 
 from clustering.errors import UserError
 from xelm.models.config import ModelConfig, Rope
-from xelm.models.families.family import Family, norm, rope
+from xelm.models.families.family import Family, norm, rope, without
 from xelm.models.families.llama import TENSORS, llama_like
 
 
@@ -30,7 +30,7 @@ def _rope(hub: Any) -> Rope:
 
 
 _TENSORS = {
-    **{name: row for name, row in TENSORS.items() if "_norm." not in name},
+    **without(TENSORS, "q_norm", "k_norm"),
     **norm("model.layers.{}.self_attn.query_layernorm", "blocks/query_norm"),
     **norm("model.layers.{}.self_attn.key_layernorm", "blocks/key_norm"),
 }

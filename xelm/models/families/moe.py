@@ -3,7 +3,7 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import Family, all_local, linear, require, want
+from xelm.models.families.family import Family, all_local, linear, require, want, without
 from xelm.models.families.llama import MOST_EXPERTS, TENSORS, llama_like
 
 
@@ -34,7 +34,7 @@ def _read(hub: Any, **settings: Any) -> ModelConfig:
 
 _LAYER = "model.layers.{}.mlp"
 _TENSORS = {
-    **{name: row for name, row in TENSORS.items() if ".mlp." not in name},
+    **without(TENSORS, ".mlp."),
     **linear(f"{_LAYER}.gate", "blocks/router", bias=False),
     **{
         name: tensor
