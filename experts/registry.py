@@ -300,12 +300,17 @@ class Registry:
         for tag in expert.languages:
             other = None if tag in now else self.holder_of(tag, besides=expert.name)
             if other is not None:
-                way = "take it out of use first with: xelm retire"
+                way = f"take it out of use first with: xelm retire RUN {other.name}"
+                older = [e for e in self.versions(other.name) if e.sha256 and e.removed is None]
+                without = next((e for e in older if not find(tag, e.languages)), None)
                 if other.status == "training":
-                    way = "give it up first with: xelm discard"
+                    way = f"give it up first with: xelm discard RUN {other.name}"
+                elif without is not None:
+                    back = f"xelm rollback RUN {other.name} --version {without.version}"
+                    way = f"go back to a version of it without {tag!r} first with: {back}"
                 raise UserError(
                     f"{expert.reference} cannot come back: {tag!r} is held by {other.reference} "
-                    f"({other.status}) by now; {way} RUN {other.name}"
+                    f"({other.status}) by now; {way}"
                 )
 
     def retire_expert(self, name: str) -> Self:

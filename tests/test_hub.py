@@ -8,8 +8,10 @@ from pathlib import Path
 
 import huggingface_hub
 import huggingface_hub.constants
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hub_server import serving
 from safetensors.numpy import load, load_file, save_file
 from shared import full, snapshot
@@ -21,6 +23,7 @@ from experts.grow import grow
 from experts.places import registry_to_share, without_folders
 from experts.registry import Registry
 from experts.verify import hash_directory, verify
+from xelm import load_model
 from xelm.models.adapters import Adapter
 from xelm.models.checkpoint import family_of, read_config
 from xelm.models.peft import write_adapter
@@ -459,7 +462,8 @@ def with_adapter(run: Path, name: str, parent: str) -> None:
     base = run / (parent if parent == "seed" else f"experts/{parent}/v1")
     folder = run / f"experts/{name}/v1"
     folder.mkdir(parents=True)
-    factors = np.full((2, 16, 4), 0.01, np.float32), np.full((2, 4, 16), 0.01, np.float32)
+    draw = np.random.default_rng(0).normal(size=(2, 2, 64)).astype(np.float32)
+    factors = draw[0].reshape(2, 16, 4), draw[1].reshape(2, 4, 16)
     adapter = Adapter(scale=1.0, factors={"blocks/query": factors})
     write_adapter(folder, read_config(base), family_of(base), adapter, base=parent)
     write_base(folder, folder, base)
@@ -543,6 +547,29 @@ def test_the_card_of_an_adapter_says_where_its_parent_can_be_had(xelm, copy, hub
     assert xelm("pull", "jane/all", other).code == 0
     for name, expert in (("jane/western", "en-es"), ("jane/pt", "pt")):
         assert xelm("pull", name, "--into", other).out == f"published: {expert}@v1\n"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_the_code_on_the_card_of_an_adapter_loads_it(xelm, copy, hub, tmp_path, monkeypatch):
+    run = copy.directory
+    with_adapter(run, "pt", "en-es")
+    for name, to in (("en-es", "jane/western"), ("pt", "jane/pt")):
+        assert xelm("push", run, name, "--to", to).code == 0
+        for file, content in hub.repo(to).head().items():
+            (tmp_path / to).mkdir(parents=True, exist_ok=True)
+            (tmp_path / to / file).write_bytes(content)
+    monkeypatch.chdir(tmp_path)  # where folders have the names of the repositories
+    code = card_of(hub, "jane/pt").partition("```python\n")[2].partition("```")[0]
+    found: dict = {}
+    exec(code, found)
+    ids = found["tokenizer"]("abc def", return_tensors="pt").input_ids
+    with torch.no_grad():
+        theirs = found["model"](ids).logits[0].numpy()
+    own = load_model(run / "experts/pt/v1", dtype="float32")(jnp.asarray(ids))[0]
+    np.testing.assert_allclose(own, theirs, rtol=1e-3, atol=1e-4)
+    base = load_model(run / "experts/en-es/v1", dtype="float32")(jnp.asarray(ids))[0]
+    assert np.abs(np.asarray(base) - theirs).max() > 1e-3
 
 
 def test_the_card_of_an_adapter_of_the_seed_names_the_seeds_repository(xelm, copy, hub):

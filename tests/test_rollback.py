@@ -101,6 +101,16 @@ def test_an_expert_does_not_come_back_where_another_serves_its_language_by_now()
         grown.rename({"a": "former"}).restore("former")
 
 
+def test_an_expert_of_a_language_that_joined_another_comes_back_after_that_is_rolled_back():
+    registry = _with_versions(1).publish("b", 1, sha256={"x": "b" * 64}, tokens=1)
+    joined = registry.retire_expert("b").start("a", languages=("en", "fr"), joined=("fr",))
+    joined = joined.publish("a", 2, sha256={"x": "2" * 64}, tokens=1)
+    way = r"'fr' is held by a@v2 \(published\) by now; go back to a version of it without 'fr'"
+    with pytest.raises(UserError, match=way + " first with: xelm rollback RUN a --version 1"):
+        joined.restore("b")
+    assert joined.rollback("a", 1).restore("b").for_language("fr").reference == "b@v1"
+
+
 def test_a_version_with_a_language_that_left_the_expert_does_not_come_back_beside_another():
     """A language joined with version 2, which was rolled back, and got an expert of its own."""
     joined = _with_versions(1).start("a", languages=("en", "sv"), joined=("sv",))
