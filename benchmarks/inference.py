@@ -278,9 +278,9 @@ class _Dealt:
 
 
 def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0) -> dict:
-    from xelm.inference.engine import GenerationRequest
     from xelm.inference.ensemble import Ensemble
     from xelm.inference.generation import generate
+    from xelm.inference.running import GenerationRequest
     from xelm.inference.sampling_params import SamplingParams
 
     ensemble = Ensemble(

@@ -30,11 +30,12 @@ import numpy as np
 
 from clustering.languages import canonical
 from xelm.api import Run, open_run
-from xelm.inference.engine import Engine, GenerationRequest
+from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.route import Walk, mixture, states_along
 from xelm.inference.routers import ByLanguage
 from xelm.inference.routing import Routing
+from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference
@@ -222,7 +223,7 @@ def _batches(run: Run, texts: dict[str, list[str]], rows: int = 8, steps: int = 
 def _engine(ensemble: Ensemble, batch: Sequence[tuple[str | None, str]], steps: int) -> Engine:
     """Texts that are to be continued, greedily, in languages that are given or not."""
     engine = Engine(ensemble)
-    engine.reserve(len(batch), ensemble.model.max_length)
+    engine.reserve(len(batch))
     for number, (language, text) in enumerate(batch):
         ids = ensemble.tokenizer.begin(text)[: ensemble.model.max_length - steps]
         sampling = SamplingParams(max_new_tokens=steps, temperature=0.0)

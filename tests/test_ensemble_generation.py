@@ -23,11 +23,13 @@ from small_ensemble import (
 
 from clustering.errors import UserError
 from xelm import open_run
+from xelm.inference.blocks import LEAST_SLOTS, block_bytes
 from xelm.inference.decoder import PIECES, ROWS, Decoder, _next_of
-from xelm.inference.engine import Engine, GenerationRequest
+from xelm.inference.engine import Engine
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.route import mixture
 from xelm.inference.routing import RoutingLimits
+from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling_params import SamplingParams
 from xelm.models.checkpoint import read_config
 
@@ -79,7 +81,8 @@ def test_experts_that_do_not_all_fit_are_brought_once_a_step(ensemble, experts):
 
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(experts[0]))
     loaders = [functools.partial(load, number) for number in range(EXPERTS)]
-    held = ParameterCache(loaders, device_bytes=(EXPERTS - 1) * size, host_bytes=0)
+    caches = EXPERTS * block_bytes(ensemble.model, 1, LEAST_SLOTS, "float32")
+    held = ParameterCache(loaders, device_bytes=(EXPERTS - 1) * size + caches, host_bytes=0)
     few = replace(ensemble, parameters=held)
     said = few.generate(PROMPT, max_new_tokens=9, temperature=0.0)
     assert said.ids == ensemble.generate(PROMPT, max_new_tokens=9, temperature=0.0).ids
@@ -88,62 +91,57 @@ def test_experts_that_do_not_all_fit_are_brought_once_a_step(ensemble, experts):
 
 def test_texts_read_in_pieces_have_the_scores_of_the_whole(model, experts, documents):
     """Three of unequal length, in pieces of unequal length, one of which enters late in the place
-    of another; more rows and slots are made on the way."""
-    texts = [np.concatenate([[1], ids]) for ids in (documents[4][:27], documents[3], documents[8])]
-    wanted = scored(model, experts[0], [text[1:] for text in texts], length=128)
+    of another; texts move to larger blocks on the way."""
+    texts = [[1, *ids.tolist()] for ids in (documents[4][:27], documents[3], documents[8])]
+    wanted = scored(model, experts[0], [np.asarray(text[1:]) for text in texts], length=128)
     reader = Decoder(model, lambda: experts[0])
-    rows = {0: reader.allocate()}
-    gone = reader.allocate()
-    reader.read({gone: documents[7], rows[0]: texts[0][:1]})
-    reader.free(gone)
-    rows[1] = reader.allocate()
-    assert rows[1] == gone
-    rows[2] = reader.allocate()
+    rows = {0: reader.open(texts[0][:1])}
+    gone = reader.open(documents[7][:1].tolist())
+    reader.read({gone: documents[7].tolist(), rows[0]: texts[0][:1]}, scored=True)
+    reader.close(gone)
+    rows[1], rows[2] = reader.open(texts[1][:1]), reader.open(texts[2][:1])
     cuts = {0: (1, 6, 7, 7, 28), 1: (0, 2, 3, 4, 8), 2: (0, 0, 60, 60, len(texts[2]))}
-    found = {row: [] for row in rows.values()}
     for piece in range(4):
         parts = {
             rows[number]: texts[number][cut[piece] : cut[piece + 1]] for number, cut in cuts.items()
         }
         together = [parts] if piece % 2 else [{row: ids} for row, ids in parts.items()]
         for some in together:
-            for row, scores in reader.read(some, scored=True).items():
-                found[row].append(scores)
-    following = jax.nn.log_softmax(reader.logits)
-    for number, row in rows.items():
-        scores = np.concatenate(found[row])
-        if number:  # the first of the others was read above
-            assert np.isnan(scores[0])
-            scores = scores[1:]
-        np.testing.assert_allclose(scores, wanted[number][:-1], atol=1e-4)
-        assert following[row, 2] == pytest.approx(wanted[number][-1], abs=1e-4)
+            reader.read(some, scored=True)
+    for number, text in rows.items():
+        assert text.ids == texts[number] and np.isnan(text.scores[0])
+        np.testing.assert_allclose(text.scores[1:], wanted[number][:-1], atol=1e-4)
+        assert following(text)[2] == pytest.approx(wanted[number][-1], abs=1e-4)
+
+
+def following(text):
+    """Log probabilities of the id after all that was read of a text."""
+    return jax.nn.log_softmax(text.block.logits[text.index])
 
 
 @pytest.mark.slow
 def test_many_texts_read_together_and_apart_are_what_they_are_alone(model, experts):
     """Twenty that come, grow by pieces of any length in any company, and go."""
     draw = np.random.default_rng(3)
-    texts = [np.append(1, draw.integers(4, 90, draw.integers(5, 60))) for _ in range(20)]
-    wanted = scored(model, experts[0], [text[1:] for text in texts], length=64)
-    reader, rows, found = Decoder(model, lambda: experts[0]), {}, [[] for _ in texts]
+    texts = [[1, *draw.integers(4, 90, draw.integers(5, 60)).tolist()] for _ in range(20)]
+    wanted = scored(model, experts[0], [np.asarray(text[1:]) for text in texts], length=64)
+    reader, rows = Decoder(model, lambda: experts[0]), {}
     waiting = list(range(len(texts)))
     while waiting or rows:
         while waiting and (len(rows) < 3 or draw.random() < 0.6):
-            rows[waiting.pop()] = reader.allocate()
+            number = waiting.pop()
+            rows[number] = reader.open(texts[number])
         part = [number for number in rows if draw.random() < draw.choice([0.1, 0.5, 1.0])]
-        begun = {number: int(reader.lengths[rows[number]]) for number in part}
-        most = draw.choice([1, 1, 8, 40])
-        pieces = {
-            rows[number]: texts[number][begun[number] : begun[number] + draw.integers(0, most + 1)]
-            for number in part
-        }
-        for number, scores in zip(part, reader.read(pieces, scored=True).values()):
-            found[number].append(scores)
-        following = jax.nn.log_softmax(reader.logits)[:, 2]
-        for number in [n for n in rows if reader.lengths[rows[n]] == len(texts[n])]:
-            scores = np.append(np.concatenate(found[number])[1:], following[rows[number]])
+        most, pieces = draw.choice([1, 1, 8, 40]), {}
+        for number in part:
+            begun = len(rows[number].ids)
+            pieces[rows[number]] = texts[number][begun : begun + draw.integers(0, most + 1)]
+        reader.read(pieces, scored=True)
+        for number in [n for n in rows if len(rows[n].ids) == len(texts[n])]:
+            text = rows.pop(number)
+            scores = [*text.scores[1:], following(text)[2]]
             np.testing.assert_allclose(scores, wanted[number], atol=1e-4)
-            reader.free(rows.pop(number))
+            reader.close(text)
 
 
 @pytest.mark.parametrize(
@@ -169,13 +167,14 @@ def test_long_texts_are_read_in_chunks(model, experts, length):
     """Beyond `max_length` too: of a model with rotary positions."""
     draw = np.random.default_rng(0)
     longer = replace(model, max_length=4 * LONGEST)
-    texts = [np.append(1, draw.integers(4, 90, length - 1)), np.array([1, 5, 7])]
+    texts = [[1, *draw.integers(4, 90, length - 1).tolist()], [1, 5, 7]]
     reader = Decoder(longer, lambda: experts[0])
-    rows = [reader.allocate(), reader.allocate()]
-    found = reader.read(dict(zip(rows, texts)), scored=True)
-    wanted = scored(longer, experts[0], [text[1:] for text in texts], length=4 * LONGEST)
+    rows = [reader.open(text) for text in texts]
+    reader.read(dict(zip(rows, texts)), scored=True)
+    ids = [np.asarray(text[1:]) for text in texts]
+    wanted = scored(longer, experts[0], ids, length=4 * LONGEST)
     for row, scores in zip(rows, wanted):
-        np.testing.assert_allclose(found[row][1:], scores[:-1], atol=2e-4)
+        np.testing.assert_allclose(row.scores[1:], scores[:-1], atol=2e-4)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from clustering.errors import UserError
 from xelm import open_run
 from xelm.data import tokenizer as tokenizers
-from xelm.inference.engine import GenerationRequest
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
 from xelm.inference.routers import uniform
+from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.sequence import Detokenizer
 from xelm.models.checkpoint import load_model, read_config

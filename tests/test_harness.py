@@ -165,7 +165,8 @@ def test_a_chat_is_routed_by_what_the_user_says(copy, routing):
 
 def by_steps(ensemble, context, continuation, user_mask=None):
     """One token after the other, from the distributions that generating draws from."""
-    from xelm.inference.engine import Engine, GenerationRequest
+    from xelm.inference.engine import Engine
+    from xelm.inference.running import GenerationRequest
     from xelm.inference.sampling_params import SamplingParams
 
     engine = Engine(ensemble)

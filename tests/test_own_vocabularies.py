@@ -9,10 +9,11 @@ from small_vocabularies import NAMES, SERVING, TEXTS, several
 
 from xelm.data.text_format import TextFormat
 from xelm.inference.decoder import Decoder
-from xelm.inference.engine import Engine, GenerationRequest, SpelledSequence, _read_spelled
+from xelm.inference.engine import Engine
 from xelm.inference.prompt_scoring import score_ends
 from xelm.inference.route import Walk, routing_mask
 from xelm.inference.routers import Posterior, uniform
+from xelm.inference.running import GenerationRequest, SpelledSequence
 from xelm.inference.scoring import in_own_vocabularies, score_documents
 from xelm.inference.spelling import spell
 from xelm.inference.vocabularies import choose
@@ -156,12 +157,20 @@ def test_a_spelling_longer_than_the_model_reads_is_read_in_windows(made, pieces)
     model, parameters, longest = made.model, made.full["en"], 16
     ids = np.random.default_rng(0).integers(4, 300, sum(pieces)).tolist()
     decoder = Decoder(model, lambda: parameters)
-    one, found = SpelledSequence(row=decoder.allocate()), []
+    one, text = SpelledSequence(), None
     for size in pieces:
-        first = len(one.ids)
-        read = _read_spelled(decoder, {one: ids[first : first + size]}, longest)
-        found += read[one].tolist()
-    assert one.ids == ids and decoder.lengths[one.row] <= longest
+        one.add(ids[len(one.ids) :][:size], range(size), size)
+        while len(one.scores) < len(one.ids):
+            if text is not None and len(text.ids) == longest:
+                one.slide(longest)
+                decoder.close(text)
+                text = None
+            text = text or decoder.open(one.window, scored=True)
+            unread = one.window[len(text.ids) : longest]
+            decoder.read({text: unread}, scored=True)
+            one.take_scores(text.scores)
+    assert one.ids == ids and len(text.ids) <= longest
+    found = one.scores
     (wanted,) = score_documents(
         model,
         parameters,

@@ -13,10 +13,10 @@ from clustering.errors import UserError
 from clustering.identify import LONGEST
 from xelm import open_run
 from xelm.data.text_format import TextFormat
-from xelm.inference.engine import GenerationRequest
 from xelm.inference.generation import generate
 from xelm.inference.routers import OrMixture, uniform
 from xelm.inference.routing import Routing
+from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import score_documents
 from xelm.models.checkpoint import read_config, read_for_inference

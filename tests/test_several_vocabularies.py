@@ -9,8 +9,9 @@ import pytest
 from small_vocabularies import NAMES, PIECES, SERVING, TEXTS, several
 
 from xelm.inference import ensemble as ensembles
-from xelm.inference.engine import Engine, GenerationRequest
+from xelm.inference.engine import Engine
 from xelm.inference.routers import ByLanguage, Fixed, Posterior, only, uniform
+from xelm.inference.running import GenerationRequest
 from xelm.inference.vocabularies import choose, loader
 from xelm.models.parameters import NEW_ROWS
 from xelm.models.vocabulary_rows import resized

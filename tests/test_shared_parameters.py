@@ -111,10 +111,10 @@ def test_token_by_token_the_factors_give_the_logits_of_the_merged_weights(models
     logits = []
     for each in both(models, "low rank"):
         decoder = Decoder(MODEL, lambda each=each: each)
-        row = decoder.allocate()
+        text = decoder.open([5, 9, 3, 17, 4])
         for ids in ([5, 9, 3], [17], [4]):
-            decoder.read({row: np.asarray(ids, np.int32)})
-        logits.append(np.asarray(decoder.logits[row]))
+            decoder.read({text: ids})
+        logits.append(np.asarray(text.block.logits[text.index]))
     np.testing.assert_allclose(*logits, atol=2e-5)
 
 
@@ -129,10 +129,10 @@ def test_in_pieces_of_another_expert_the_factors_give_the_logits_of_the_merged_w
     logits = []
     for each in apart_and_merged:
         decoder = Decoder(wider, lambda each=each: {**each, NEW_ROWS: rows})
-        row = decoder.allocate()
+        text = decoder.open([5, known, 3, known + 1, 4])
         for ids in ([5, known, 3], [known + 1], [4]):
-            decoder.read({row: np.asarray(ids, np.int32)})
-        logits.append(np.asarray(decoder.logits[row]))
+            decoder.read({text: ids})
+        logits.append(np.asarray(text.block.logits[text.index]))
     assert (logits[0][known:] == -np.inf).all() and np.isfinite(logits[0][:known]).all()
     np.testing.assert_allclose(*logits, atol=2e-5)
 

@@ -112,7 +112,8 @@ def test_of_an_empty_text_and_of_one_token_the_rest_is_predicted(ours):
 
 @pytest.mark.parametrize("routing", ["posterior", "learned", "detected"])
 def test_scores_are_those_of_generating_token_by_token(bare, tiny, routing):
-    from xelm.inference.engine import Engine, GenerationRequest
+    from xelm.inference.engine import Engine
+    from xelm.inference.running import GenerationRequest
     from xelm.inference.sampling_params import SamplingParams
 
     ensemble = open_run(bare).ensemble(routing)

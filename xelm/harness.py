@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from clustering.errors import UserError
 from xelm.data.special_tokens import RENDERED
-from xelm.inference.decoder import padded
-from xelm.inference.engine import GenerationRequest
+from xelm.inference.blocks import padded
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import generate
 from xelm.inference.routing import DEFAULT, Routing
+from xelm.inference.running import GenerationRequest
 from xelm.inference.vocabularies import choose
 from xelm.runs.ensembles import open_ensemble, open_model
 from xelm.runs.run import open_run

@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float, Int
 
 from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
-from xelm.inference.engine import GenerationRequest
 from xelm.inference.fill import Filling, fill
 from xelm.inference.generation import Generation, Stream, generate
 from xelm.inference.pool import Pool
 from xelm.inference.prompt_scoring import score_ends
 from xelm.inference.route import Walk, mixture, routing_mask
 from xelm.inference.routing import Routing
+from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import check_ids, decide_along, score_models, targets, unpredicted
 from xelm.inference.vocabularies import choose

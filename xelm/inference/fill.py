@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.inference.decoder import padded
+from xelm.inference.blocks import padded
 from xelm.inference.pool import Pool
 from xelm.inference.route import Walk
 from xelm.inference.scoring import check_ids, decide_along

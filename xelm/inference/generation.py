@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from clustering.errors import UserError
-from xelm.inference.decoder import padded
-from xelm.inference.engine import Engine, GenerationRequest, RunningSequence
-from xelm.inference.pool import Pool
+from xelm.inference.blocks import block_bytes, slots_for
+from xelm.inference.engine import Engine
+from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.pool import Pool, parameter_bytes
 from xelm.inference.route import Router
+from xelm.inference.running import GenerationRequest, RunningSequence
 from xelm.inference.sampling import TokenLikelihood
 from xelm.inference.scoring import check_ids
 from xelm.inference.sequence import Detokenizer
@@ -21,7 +23,7 @@ from xelm.inference.sequence import Detokenizer
 Stream = Callable[[int, str], object]
 """Called with the number of a prompt and the next piece of its continuation, which may be empty."""
 MOST_SLOTS = 2**16
-"""Tokens in a cache up to which sequences of any lengths are continued together."""
+"""Number of slots in a cache up to which `generate` continues sequences together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +72,10 @@ class Continuation:
 class Generator:
     """Generates sequences in parallel, step by step; they are added and removed at any time."""
 
-    def __init__(self, pool: Pool):
-        self._pool, self.engine = pool, Engine(pool)
+    def __init__(self, pool: Pool, *, prompt_tokens: int | None = None, keep: int = 0):
+        """prompt_tokens, keep: as in `Engine`."""
+        self._pool = pool
+        self.engine = Engine(pool, prompt_tokens=prompt_tokens, keep=keep)
         self.running: dict[RunningSequence, Continuation] = {}
         """Continuations that have not ended, by their sequences."""
 
@@ -96,10 +100,15 @@ class Generator:
         self.engine.remove(continuation.sequence)
 
     def step(self) -> list[tuple[Continuation, str, Float[np.ndarray, " M"]]]:
-        """Draws a token of every continuation, and removes those that end. Returns each with the
-        text that is final now, which may be empty, and the models' weights for the token."""
+        """Draws a token of every continuation whose prompt is read, and removes those that end.
+        Returns each with the text that is final now, which may be empty, and the models' weights
+        for the token."""
         steps, now = self.engine.step(), time.monotonic()
         return [self._added(sequence, token, own, now) for sequence, token, own in steps]
+
+    def take_failed(self) -> list[tuple[Continuation, str]]:
+        """Gives up the continuations for which there is no memory; returns them with a message."""
+        return [(self.running.pop(one), message) for one, message in self.engine.take_failed()]
 
     def _added(
         self, sequence: RunningSequence, token: int, weights: np.ndarray, now: float
@@ -124,19 +133,22 @@ def generate(
     pool: Pool, requests: Sequence[GenerationRequest], stream: Stream = lambda number, piece: None
 ) -> list[Generation]:
     """Continues each prompt until an end token, a stop string or `max_new_tokens`; each `number` is
-    its place among the requests. UserError for a prompt that leaves no space for so many tokens."""
+    its place among the requests. UserError for a prompt that leaves no space for so many tokens, or
+    whose cache does not fit into the memory."""
     for request in requests:
         check_prompt(pool, request.ids, request.sampling.max_new_tokens)
-    lengths = [len(request.ids) + request.sampling.max_new_tokens for request in requests]
-    found: dict[int, Continuation] = {}
-    for numbers in _grouped(lengths):
-        generator = Generator(pool)
-        generator.engine.reserve(len(numbers), max(lengths[number] for number in numbers))
-        for number in numbers:
-            found[number] = generator.add(replace(requests[number], number=number))
-        while generator.running:
-            for continuation, piece, _ in generator.step():
-                stream(continuation.sequence.request.number, piece)
+    slots = [slots_for(len(r.ids) + r.sampling.max_new_tokens) for r in requests]
+    generator, found = Generator(pool), list[Continuation]()
+    while len(found) < len(requests) or generator.running:
+        used = sum(slots[one.request.number] for one in generator.running)
+        # All together or, where that would take much memory, in order as memory becomes free.
+        while len(found) < len(requests) and (not used or used + slots[len(found)] <= MOST_SLOTS):
+            used += slots[len(found)]
+            found.append(generator.add(replace(requests[len(found)], number=len(found))))
+        for continuation, piece, _ in generator.step():
+            stream(continuation.sequence.request.number, piece)
+        for continuation, message in generator.take_failed():
+            raise UserError(f"prompt {continuation.sequence.request.number + 1}: {message}")
     return [
         Generation(
             text=one.detokenizer.text,
@@ -144,20 +156,8 @@ def generate(
             weights=dict(zip(pool.names, one.mean_weights.tolist())),
             routing=one.sequence.routing,
         )
-        for _, one in sorted(found.items())
+        for one in found
     ]
-
-
-def _grouped(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of the sequences that are continued together: all of them or, where that would take
-    much memory, those of about one length (every row of a cache has as many slots)."""
-    slots = [padded(length) for length in lengths]
-    if len(slots) * max(slots, default=0) <= MOST_SLOTS:
-        return [list(range(len(slots)))] if slots else []
-    groups: dict[int, list[int]] = {}
-    for number, size in enumerate(slots):
-        groups.setdefault(size, []).append(number)
-    return list(groups.values())
 
 
 def check_prompt(pool: Pool, ids: Sequence[int], new: int) -> None:
@@ -172,4 +172,18 @@ def check_prompt(pool: Pool, ids: Sequence[int], new: int) -> None:
         raise UserError(
             f"the prompt has {given} tokens, which leaves this model of {limit} space for "
             f"{max(0, limit - len(ids))} new ones; got max_new_tokens={new}"
+        )
+    _check_memory(pool, len(ids) + new)
+
+
+def _check_memory(pool: Pool, tokens: int) -> None:
+    """Raises UserError for a text of so many tokens whose cache can never be in memory."""
+    if not isinstance(pool.parameters, ParameterCache):
+        return
+    needed = block_bytes(pool.model, 1, slots_for(tokens), pool.dtype)
+    free = max(0.0, pool.parameters.device_bytes - parameter_bytes(pool))
+    if needed > free:
+        raise UserError(
+            f"the keys and values of {tokens} tokens take {needed / 1e9:.2f} GB of memory; beside "
+            f"the parameters of one model there are {free / 1e9:.2f} GB"
         )

@@ -1,5 +1,6 @@
 """Cache of experts' parameters: those used last lie on the device, within a memory budget. What
-several experts share, their base, lies there once."""
+several experts share, their base, lies there once. The caches of keys and values of texts are in
+the same account."""
 
 import contextlib
 import copy
@@ -10,6 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
 
@@ -59,7 +61,10 @@ class ParameterCache(Sequence):
         self._loaders = list(loaders)
         self._device: OrderedDict[Hashable, Any] = OrderedDict()
         self._host: OrderedDict[Hashable, Any] = OrderedDict()
+        self._sizes: dict[Hashable, int] = {}  # bytes of what was loaded
         self._whole: dict[Hashable, Any] = {}  # overlays; they hold no arrays of their own
+        self._in_use: list[Hashable] = []  # the model that was indexed last, and its bases
+        self._reserved: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._device_bytes = device_budget if device_bytes is None else device_bytes
         self._host_bytes = host_budget if host_bytes is None else host_bytes
 
@@ -70,6 +75,31 @@ class ParameterCache(Sequence):
         other = copy.copy(self)
         other._names, other._loaders = list(names), list(loaders)
         return other
+
+    def reserve(self, owner: Any, more: int, beside: int) -> bool:
+        """Whether an owner of other arrays on the device may allocate so many further bytes, or has
+        freed them where `more` is negative. Parameters are evicted to make space, and closed texts
+        of all owners dropped (`drop_kept`), but not `beside`, bytes of the model in use. What an
+        owner has reserved is free again when it is gone."""
+        if more > 0 and self.reserved + more + beside > self._device_bytes:
+            for other in list(self._reserved):
+                other.drop_kept()
+            if self.reserved + more + beside > self._device_bytes:
+                return False
+        self._reserved[owner] = self._reserved.get(owner, 0) + more
+        if more > 0:
+            self._evict(0, self._in_use)
+        return True
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of the device's budget that are not for parameters."""
+        return sum(self._reserved.values())
+
+    @property
+    def device_bytes(self) -> float:
+        """Bytes of the device's budget."""
+        return self._device_bytes
 
     def evict_others(self, *kept: "ParameterCache") -> None:
         """Drops what neither this cache nor those `kept`, of the same memory (`with_experts`),
@@ -88,7 +118,9 @@ class ParameterCache(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
-        return self._found(self._names[index], self._loaders[index])
+        name, loader = self._names[index], self._loaders[index]
+        self._in_use[:] = [name, *(loader.bases if isinstance(loader, Overlay) else [])]
+        return self._found(name, loader)
 
     def _found(self, name: Hashable, loader: Loader) -> Any:
         if not isinstance(loader, Overlay):
@@ -106,7 +138,8 @@ class ParameterCache(Sequence):
         if name not in self._device:
             found = self._host.pop(name, None)
             found = load() if found is None else found
-            self._evict(_size(found), beside)
+            self._sizes[name] = _size(found)
+            self._evict(self._sizes[name], beside)
             self._device[name] = jax.device_put(found)
         self._device.move_to_end(name)
         return self._device[name]
@@ -123,7 +156,8 @@ class ParameterCache(Sequence):
 
     def _evict(self, wanted: int, kept: Collection[Hashable]) -> None:
         """Frees so many bytes of the device's budget, but not those of `kept`."""
-        while wanted + sum(map(_size, self._device.values())) > self._device_bytes:
+        budget = self._device_bytes - self.reserved
+        while wanted + sum(map(self._sizes.__getitem__, self._device)) > budget:
             name = next((name for name in self._device if name not in kept), None)
             if name is None:
                 return

@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
+
 from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
 from xelm.data.vocabulary import Vocabulary
@@ -100,3 +102,8 @@ def check_windows(model: ModelConfig, context_length: int, stride: int | None) -
         raise UserError(
             f"stride must be between 1 and context_length, {context_length}; got {stride}"
         )
+
+
+def parameter_bytes(pool: Pool) -> int:
+    """Size of the parameters of one model of a pool."""
+    return pool.model.parameter_count * jnp.dtype(pool.dtype).itemsize

@@ -21,6 +21,10 @@ IMPOSSIBLE = -1e4
 one that forgets can forget it."""
 
 
+CONTEXT = 16
+"""Number of ids before a token that its term may depend on."""
+
+
 class Router(Protocol):
     """Weighs E experts by states of Z numbers."""
 
@@ -41,7 +45,8 @@ class Router(Protocol):
     def terms(
         self, before: Int[np.ndarray, " _"], ids: Int[np.ndarray, " T"]
     ) -> Float[np.ndarray, "T Z"]:
-        """What each of these ids adds to the state, after those of the same text `before`."""
+        """What each of these ids adds to the state, after those of the same text `before`, of which
+        the last `CONTEXT` are enough."""
         ...
 
     def needs_log_likelihoods(self, states: Float[np.ndarray, "T Z"]) -> Bool[np.ndarray, " T"]:

@@ -17,6 +17,9 @@ _BLOCKS = 8
 _LEAST_BLOCK, _LARGEST_BLOCK = 64, 512
 """Queries in a block; smaller products miss the fast kernels, larger ones need much memory."""
 
+_FEW_QUERIES = 16
+"""Queries of a key head up to which products read the keys row by row."""
+
 KEPT = "attended"
 """Name of the results that a policy of `jax.checkpoint` can keep for the backward pass."""
 
@@ -93,7 +96,13 @@ class _Form(NamedTuple):
 
     def scores(self, query: Any, key: Any, shift: Any) -> tuple[Any, Any]:
         """Scores before the mask, float32 [B K G T S]; and tanh(s / cap), None without a cap."""
-        scores = jnp.einsum("BKGTH,BKSH->BKGTS", query, key, preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if not self.causal and query.shape[2] * query.shape[3] <= _FEW_QUERIES:
+            # As the second factor XLA would transpose the keys, which on CPUs takes far longer than
+            # the product: 40 ms and 2 ms for 8,192 keys of 256 numbers.
+            scores = jnp.moveaxis(product("BKSH,BKGTH->BKSGT", key, query), 2, 4)
+        else:
+            scores = product("BKGTH,BKSH->BKGTS", query, key)
         bent = None
         if self.cap is not None:
             bent = jnp.tanh(scores / self.cap)

@@ -132,7 +132,7 @@ class Block(nnx.Module):
             mixed = context.fused(query, key, value, local)
             return self.output(mixed.reshape(batch * length, -1)), cache
         if cached := cache is not None:
-            cache, (key, value) = store(cache, key, value, context.rows, context.positions)
+            cache = key, value = store(cache, key, value, context.positions)
         else:
             key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         scale = config.attention_scale

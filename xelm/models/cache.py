@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int
 
 from xelm.models.config import ModelConfig
 
-LayerCache = tuple[Float[Array, "_ K S H"], Float[Array, "_ K S H"]]
-"""Keys and values of one layer, of all rows of a cache or some."""
+LayerCache = tuple[Float[Array, "R K S H"], Float[Array, "R K S H"]]
+"""Keys and values of one layer."""
 
 
 class Cache(NamedTuple):
@@ -35,16 +35,16 @@ def store(
     cache: LayerCache,
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    rows: Int[Array, " B"] | None,
     slots: Int[Array, "B T"],
-) -> tuple[LayerCache, LayerCache]:
-    """The cache of one layer with these keys and values at `slots` of `rows`, and those rows of it.
-
-    rows: None if the sequences are all rows of the cache, in order. A row or slot beyond the last
-    is dropped, and a row beyond the last is read as some other row."""
-    places = (jnp.arange(len(key)) if rows is None else rows)[:, None]
-    keys = cache[0].at[places, :, slots].set(key.astype(cache[0].dtype), mode="drop")
-    values = cache[1].at[places, :, slots].set(value.astype(cache[1].dtype), mode="drop")
-    if rows is None:
-        return (keys, values), (keys, values)
-    return (keys, values), (keys.at[rows].get(mode="clip"), values.at[rows].get(mode="clip"))
+) -> LayerCache:
+    """The cache of one layer with these keys and values of its rows, in order, at `slots`. What has
+    a slot beyond the last is dropped."""
+    rows = jnp.arange(len(key))[:, None]
+    if key.shape[:2] == (1, 1):
+        # One more token, which is dropped: XLA makes a slice of a single update, writes that once
+        # for attention and once for the cache, and copies the cache for it.
+        rows, slots = jnp.asarray([[0], [1]]), jnp.concatenate([slots, slots])
+        key, value = jnp.concatenate([key, key]), jnp.concatenate([value, value])
+    keys = cache[0].at[rows, :, slots].set(key.astype(cache[0].dtype), mode="drop")
+    values = cache[1].at[rows, :, slots].set(value.astype(cache[1].dtype), mode="drop")
+    return keys, values

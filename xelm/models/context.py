@@ -38,8 +38,6 @@ class Context:
     """None if no layer is local."""
     bias: Bias | None
     """Linear biases of scores (ALiBi); None if the model has none."""
-    rows: Int[Array, " B"] | None = None
-    """Rows of the cache in which the sequences lie; None if they are all of it, in order."""
     fused: Fused | None = None
     """Attention by a kernel of the device; None where the device has none for this."""
 
@@ -77,19 +75,16 @@ def of_sequences(
     return _context(config, mask, positions, positions)
 
 
-def of_cached(
-    config: ModelConfig, tokens: Int[Array, "B T"], cache: Cache, rows: Int[Array, " B"] | None
-) -> Context:
-    """The context of tokens that follow those in `rows` of a cache; None: in all of it."""
-    lengths = cache.length if rows is None else cache.length.at[rows].get(mode="clip")
-    positions = lengths[:, None] + jnp.arange(tokens.shape[1])[None]
+def of_cached(config: ModelConfig, tokens: Int[Array, "B T"], cache: Cache) -> Context:
+    """The context of tokens that follow those in the rows of a cache, in order."""
+    positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
     slots = jnp.arange(cache.keys[0].shape[2])
     mask = slots[None, None] <= positions[..., None]
     every_slot = jnp.broadcast_to(slots[None], mask[:, 0].shape)
-    return _context(config, mask, positions, every_slot, rows)
+    return _context(config, mask, positions, every_slot)
 
 
-def _context(config, mask, positions, key_positions, rows=None):
+def _context(config, mask, positions, key_positions):
     rope, bias, local = None, None, None
     if config.positions == "rope":
         rope = rope_angles(positions, config.rope, config.head_size)
@@ -101,4 +96,4 @@ def _context(config, mask, positions, key_positions, rows=None):
             local_rope = rope_angles(positions, config.local_rope, config.head_size)
         distance = jnp.abs(positions[:, :, None] - key_positions[:, None, :])
         local = View(mask & (distance < config.local_window), local_rope)
-    return Context(positions, View(mask, rope), local, bias, rows)
+    return Context(positions, View(mask, rope), local, bias)

@@ -164,21 +164,17 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B T"],
         counts: Int[Array, " B"],
         cache: Cache,
-        rows: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """Final states of new tokens after those in the cache, and the longer cache; for models in
         the layout of inference, whose layers are not stacked (a copy would be made of each layer's
         parameters for every token).
 
-        counts: number of tokens of each row of `tokens` that belong to its sequence, from the left;
-        states of the others mean nothing. rows: where each sequence lies in the cache, no two in
-        one row; for a row beyond the last nothing is kept. None: they are all of it, in order."""
-        context = contexts.of_cached(self.config, tokens, cache, rows)
+        tokens: those of each row of the cache, in order. counts: number of tokens of each row of
+        `tokens` that belong to its sequence, from the left; states of the others mean nothing."""
+        context = contexts.of_cached(self.config, tokens, cache)
         states, layers = self._forward(tokens, context, cache)
-        had = cache.length
-        length = had + counts if rows is None else had.at[rows].add(counts, mode="drop")
         keys, values = zip(*layers)
-        return states, Cache(keys, values, length)
+        return states, Cache(keys, values, cache.length + counts)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Scores over the vocabulary for final states, float32."""

@@ -9,17 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import numpy as np
 
 from clustering.errors import UserError
-from xelm.inference.engine import GenerationRequest
 from xelm.inference.generation import Continuation, Generator
 from xelm.inference.prompt_scoring import score_prompts
+from xelm.inference.reading import out_of_memory, prompt_tokens_per_step
+from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling import TokenLikelihood
+from xelm.serving.limits import Limits
 from xelm.serving.models import ServedModels
 
 LATE = "the time limit passed while the request waited"
 """Message of a request that failed before anything of it was generated."""
+KEPT_TEXTS = 8
+"""Number of sequences of each expert that stay in memory when they have ended, for prompts that
+begin as they do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +106,17 @@ def still_waiting(request: Request, emit: Callable[[Request, Event], None]) -> b
 class Batch:
     """Requests that one set of models answers together; they join and leave at any token."""
 
-    def __init__(self, models: ServedModels, emit: Callable[[Request, Event], None]):
+    def __init__(
+        self, models: ServedModels, limits: Limits, emit: Callable[[Request, Event], None]
+    ):
         """emit: called with each event and its request."""
         self.models, self._emit = models, emit
         self._pools = models.pools
-        self._generators = {key: Generator(pool) for key, pool in self._pools.items()}
+        budget = limits.prompt_tokens_per_step or prompt_tokens_per_step()
+        self._generators = {
+            key: Generator(pool, prompt_tokens=budget, keep=KEPT_TEXTS)
+            for key, pool in self._pools.items()
+        }
         self._generating: dict[Continuation, Request] = {}
         self._to_score: deque[Request] = deque()
         """Requests whose prompts are scored before they are continued."""
@@ -122,6 +134,11 @@ class Batch:
         """Whether any sequence is being generated."""
         return bool(self._generating)
 
+    def close(self) -> None:
+        """Frees the memory of all sequences."""
+        for generator in self._generators.values():
+            generator.engine.close()
+
     def add(self, request: Request) -> None:
         """Adds a request to the batch."""
         if request.scores_prompt and self.models.router(request.model, request.pool):
@@ -138,7 +155,8 @@ class Batch:
         self._to_score = deque(r for r in self._to_score if still_waiting(r, self._emit))
 
     def score_some(self, most: int) -> None:
-        """Scores prompts of at most so many tokens, or one prompt, and begins to continue them."""
+        """Scores prompts of at most so many tokens, or one prompt, and begins to continue them.
+        Where there is no memory for that, these requests fail."""
         part, tokens = [], 0
         for request in self._to_score:
             tokens += len(request.ids)
@@ -148,13 +166,21 @@ class Batch:
         if not part:
             return
         routers = (self.models.router(request.model, request.pool) for request in part)
-        scores = score_prompts(
-            self._pools[part[0].pool],
-            [request.ids for request in part],
-            [router for router in routers if router is not None],
-            [request.language for request in part],
-            max(request.alternatives or 0 for request in part),
-        )
+        try:
+            scores = score_prompts(
+                self._pools[part[0].pool],
+                [request.ids for request in part],
+                [router for router in routers if router is not None],
+                [request.language for request in part],
+                max(request.alternatives or 0 for request in part),
+            )
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            for request in part:
+                self._emit(request, Failed(503, "the device is out of memory; try again"))
+                self._to_score.popleft()
+            return
         for request, score in zip(part, scores):
             count = request.alternatives or 0
             tops = [token._replace(top=token.top[:count]) for token in score.tokens]
@@ -181,7 +207,8 @@ class Batch:
         self._generating[continuation] = request
 
     def step(self) -> int:
-        """Generates a token of every sequence; returns how many these are."""
+        """Generates a token of every sequence whose prompt is read, and reads more of the others;
+        returns the number of tokens. A sequence for which there is no memory fails."""
         running = [each for each in self._generators.values() if each.running]
         deltas = [delta for generator in running for delta in generator.step()]
         for one, text, weights in deltas:
@@ -195,6 +222,9 @@ class Batch:
                 rest = one.take_likelihoods()
                 self._emit(request, Finished(one.finish_reason, tokens, mean, router, rest))
                 del self._generating[one]
+        for generator in running:
+            for one, message in generator.take_failed():
+                self._emit(self._generating.pop(one), Failed(503, message))
         return len(deltas)
 
 

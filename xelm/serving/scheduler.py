@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+from xelm.inference.reading import out_of_memory
 from xelm.serving.batch import Batch, Event, Failed, Request, still_waiting
 from xelm.serving.limits import Limits
 from xelm.serving.models import ServedModels
@@ -46,9 +47,10 @@ class Scheduler:
         self._changed = threading.Condition()
         self._queue: deque[Request] = deque()
         self._calls: deque[Callable[[], None]] = deque()
-        self._batches = [Batch(models, self._emit)]
+        self._batches = [self._batch(models)]
         """Last the batch that new requests join; before it those of models that were replaced."""
         self._events: list[tuple[Request, Event]] = []
+        self._adding: Request | None = None
         self._closing = False
         self.preparing = False
         """Whether other models are being prepared: files are checked, routers fitted."""
@@ -130,14 +132,14 @@ class Scheduler:
     def replace_models(self, models: ServedModels) -> None:
         """Has new requests answered by other models, and those in progress by theirs."""
         with self._changed:
-            self._batches.append(Batch(models, self._emit))
+            self._batches.append(self._batch(models))
             self._changed.notify()
 
     def close(self) -> None:
         """Cancels all requests and ends the thread. To finish them first, wait for the clients."""
         with self._changed:
             self._closing = True
-            for request in self._unfinished():
+            for request in [*self._running(), *self._queue]:
                 request.cancelled = True
             self._changed.notify()
         self._thread.join()
@@ -156,7 +158,7 @@ class Scheduler:
                     if batch.generating:
                         self.count("completion", batch.step())
             except Exception as error:
-                self._fail_all(error)
+                self._fail_running(error)
             self._deliver()
 
     def _schedule(self) -> bool:
@@ -173,35 +175,44 @@ class Scheduler:
             self._retire()
             self._queue = deque(r for r in self._queue if still_waiting(r, self._emit))
             while self._queue and self.running < self._limits.max_sequences:
-                request = self._queue[0]  # stays there until it is added, or an error loses it
+                request = self._adding = self._queue.popleft()
                 self.count("prompt", len(request.ids))
                 self._batches[-1].add(request)
-                self._queue.popleft()
+                self._adding = None
         return True
+
+    def _batch(self, models: ServedModels) -> Batch:
+        return Batch(models, self._limits, self._emit)
 
     def _retire(self) -> None:
         """Drops the batches of replaced models that are empty, and what only they loaded."""
         batches = [batch for batch in self._batches[:-1] if len(batch)] + self._batches[-1:]
+        for batch in self._batches:
+            if batch not in batches:
+                batch.close()
         if len(batches) == 1 < len(self._batches):
             self.models.evict_others()
         self._batches = batches
 
-    def _fail_all(self, error: Exception) -> None:
-        """Fails all requests: nothing that an error left behind can be relied on."""
+    def _fail_running(self, error: Exception) -> None:
+        """Fails the requests that are being answered: nothing that an error left behind can be
+        relied on. Those that wait are answered afterwards."""
         traceback.print_exc(file=sys.stderr)
-        out_of_memory = "RESOURCE_EXHAUSTED" in str(error)
-        why = "the device is out of memory" if out_of_memory else "generation failed"
+        memory = out_of_memory(error)
+        why = "the device is out of memory" if memory else "generation failed"
         with self._changed:
-            for request in self._unfinished():
-                self._emit(request, Failed(503 if out_of_memory else 500, f"{why}; try again"))
-            self._queue.clear()
-            self._batches = [Batch(self.models, self._emit)]
+            for request in self._running():
+                self._emit(request, Failed(503 if memory else 500, f"{why}; try again"))
+            self._adding = None
+            for batch in self._batches:
+                batch.close()
+            self._batches = [self._batch(self.models)]
             self.models.evict_others()
 
-    def _unfinished(self) -> list[Request]:
-        """All requests in a batch or in the queue, each once."""
+    def _running(self) -> list[Request]:
+        """The requests in a batch, and the one that is being added to one, each once."""
         running = [request for batch in self._batches for request in batch.requests]
-        return list(dict.fromkeys([*running, *self._queue]))
+        return list(dict.fromkeys(running + ([self._adding] if self._adding else [])))
 
     def _emit(self, request: Request, event: Event) -> None:
         """Keeps an event until `_deliver` passes it on."""

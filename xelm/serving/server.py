@@ -15,8 +15,9 @@ from starlette.applications import Starlette
 
 from clustering.errors import UserError
 from experts.registry import FILE_NAME
-from xelm.inference.engine import Engine, GenerationRequest
+from xelm.inference.engine import Engine
 from xelm.inference.routing import Routing
+from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling_params import GREEDY
 from xelm.process import open_files
 from xelm.runs.ensembles import check_top_m, published
