@@ -6,6 +6,7 @@ from hub_models import CONFIGS, change, saved
 from safetensors.numpy import load_file
 
 from clustering.errors import UserError
+from experts.merge import Source, merge
 from xelm.models.checkpoint import load_model, read_config, save_model
 from xelm.models.difference import difference, store
 from xelm.models.parameters import matrices, shapes
@@ -58,3 +59,15 @@ def test_constants_are_no_difference(directory, tmp_path):
 def test_weight_decay_and_low_precision_are_for_matrices_and_not_for_the_activation(directory):
     found = matrices(shapes(read_config(directory)))["blocks"]
     assert found["up"]["weight"] and not any(found["xielu"].values())
+
+
+def test_a_merge_averages_the_activation_and_keeps_the_constants(directory, tmp_path):
+    save_model(load_model(directory), tmp_path / "other")
+    name = "model.layers.1.mlp.act_fn"
+    change(tmp_path / "other", lambda tensors: tensors[f"{name}.alpha_n"].__iadd__(1))
+    sources = [Source("one", directory), Source("other", tmp_path / "other")]
+    merge(sources, tmp_path / "merged", weights=[1, 3])
+    before, after = (load_file(d / "model.safetensors") for d in (directory, tmp_path / "merged"))
+    np.testing.assert_allclose(after[f"{name}.alpha_n"], before[f"{name}.alpha_n"] + 0.75)
+    assert after[f"{name}.beta"] == np.float32(0.5) and after[f"{name}.beta"].shape == ()
+    assert load_model(tmp_path / "merged").config == read_config(directory)
