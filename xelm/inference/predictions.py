@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from xelm.inference.largest import largest_columns
+from xelm.inference.largest import top as likeliest_columns
 from xelm.inference.scoring import final_states, score_documents
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import compiled_by_model
 
 TOKENS_AT_ONCE, VALUES_AT_ONCE = 512, 2**27
 """Largest numbers of tokens and of probabilities (512 MiB) in memory at once."""
+LEAST_TOKENS = 16
+"""Smallest number of tokens that are predicted at once."""
 
 
 class Predictions(NamedTuple):
@@ -46,9 +50,9 @@ def predict_documents(
     document some of its `scoring.targets`, from number `first` on. mixtures: log weights of the
     models at each token. options: those of `score_documents`."""
     ways, size = len(mixtures), len(models)
-    step = max(1, min(TOKENS_AT_ONCE, VALUES_AT_ONCE // model.vocabulary_size // (ways + 2)))
     probabilities = _probabilities(model, options.get("dtype", "float32"))
-    wanted = np.concatenate([np.zeros(0, np.int64), *targets])
+    wanted = np.concatenate([np.zeros(0, np.int64), *targets]).astype(np.int32)
+    step = _step(len(wanted), model.vocabulary_size * size)
     states = np.zeros((size, len(wanted), model.width), np.float32)
     for index, parameters in enumerate(models):
         found = score_documents(model, parameters(), documents, measure=final_states, **options)
@@ -57,20 +61,14 @@ def predict_documents(
     found = np.zeros((3, size + ways, len(wanted)), np.float32)
     for begin in range(0, len(wanted), step):
         part = slice(begin, min(begin + step, len(wanted)))
-        real = part.stop - begin
-        padding = [(0, step - real)]
-        came = np.pad(wanted[part], padding)
-        mixed = jnp.zeros((ways, step, model.vocabulary_size))
-        for index, parameters in enumerate(models):
-            padded = np.pad(states[index, part], [*padding, (0, 0)])
-            own = probabilities(parameters(), padded)
-            found[:, index, part] = np.asarray(_statistics(own, came))[:, :real]
-            weights = np.pad(
-                mixtures[:, part, index], [(0, 0), *padding], constant_values=-np.inf
-            ).astype(np.float32)
-            mixed = _added(mixed, own, weights)
-        for way in range(ways):
-            found[:, size + way, part] = np.asarray(_statistics(mixed[way], came))[:, :real]
+        padding = (0, step - (part.stop - begin))
+        own = [
+            probabilities(parameters(), np.pad(states[index, part], [padding, (0, 0)]))
+            for index, parameters in enumerate(models)
+        ]
+        weights = np.pad(np.exp(mixtures[:, part]), [(0, 0), padding, (0, 0)])
+        figures = _statistics(own, weights.astype(np.float32), np.pad(wanted[part], padding))
+        found[:, :, part] = np.asarray(figures)[:, :, : part.stop - begin]
     return Predictions(*found)
 
 
@@ -108,7 +106,7 @@ def likeliest_of_mixture(
             first = len(documents[number]) + model.causal - len(log_weights[number])
             known = own[first:]
             states[index][ends[number] : ends[number] + len(known)] = known
-    step = max(1, min(TOKENS_AT_ONCE, VALUES_AT_ONCE // model.vocabulary_size // 3))
+    step = _step(len(weights), 3 * model.vocabulary_size)
     probabilities = _probabilities(model, options.get("dtype", "float32"))
     parts = [Likeliest(np.zeros((0, top), np.int32), np.zeros((0, top), np.float32))]
     for begin in range(0, len(weights), step):
@@ -143,6 +141,13 @@ def read_upto(
     return found
 
 
+def _step(tokens: int, values: int) -> int:
+    """Number of tokens to predict at once, of so many with so many probabilities each: a power of
+    two if there are few, as a program is compiled for each number."""
+    most = max(1, min(TOKENS_AT_ONCE, VALUES_AT_ONCE // values))
+    return min(most, max(LEAST_TOKENS, 1 << max(0, tokens - 1).bit_length()))
+
+
 @compiled_by_model()
 def _probabilities(network, states):
     logits = network.output_head().logits(states.astype(network.compute_dtype))
@@ -156,13 +161,24 @@ def _added(mixed, probabilities, log_weights):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _likeliest(probabilities, top):
-    values, ids = jax.lax.top_k(probabilities, top)
+    values, ids = likeliest_columns(probabilities, top)
     return ids, jnp.log(values)
 
 
 @jax.jit
-def _statistics(probabilities, wanted):
-    came = jnp.take_along_axis(probabilities, wanted[:, None], axis=-1)[:, 0]
-    brier = jnp.square(probabilities).sum(axis=-1) - 2 * came + 1
-    correct = (probabilities.argmax(axis=-1) == wanted).astype(jnp.float32)
-    return jnp.stack([probabilities.max(axis=-1), correct, brier])
+def _statistics(probabilities, weights, wanted):
+    """As `Predictions`, of each of M models, [N, V], and of their mixtures by weights [R, N, M]."""
+
+    def at(inputs):
+        # Token by token: the probabilities of all systems stay in the caches of a processor.
+        own, weights, wanted = inputs
+        own = jnp.stack(own)
+        mixed = jnp.einsum("RM,MV->RV", weights, own, precision="highest")
+        every = jnp.concatenate([own, mixed])
+        came = jnp.take(every, wanted, axis=1)
+        brier = jnp.square(every).sum(axis=1) - 2 * came + 1
+        correct = (largest_columns(every) == wanted).astype(jnp.float32)
+        return jnp.stack([every.max(axis=1), correct, brier])
+
+    found = jax.lax.map(at, (probabilities, weights.transpose(1, 0, 2), wanted))
+    return found.transpose(1, 2, 0)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustering.errors import UserError
 from clustering.files import read_object
+from xelm.inference.largest import in_blocks, largest_columns, top, windows
 from xelm.inference.sampling_params import SamplingParams
 
 # Settings of generation_config.json that are honoured, and those that do not concern the text.
@@ -24,8 +25,6 @@ IRRELEVANT = (
 )
 
 
-_BLOCK = 256
-"""Columns of a block: near the square root of a large vocabulary, so both steps are short."""
 _CANDIDATES = (64, 256, 1024, 4096, 16384)
 """Numbers of likeliest tokens that are sorted; few, as a program is compiled for each."""
 
@@ -62,7 +61,7 @@ def likeliest(
 @functools.partial(jax.jit, static_argnums=2)
 def _best(log_probabilities, tokens, count):
     own = jnp.take_along_axis(log_probabilities, tokens[:, None], axis=1)[:, 0]
-    return own, *_top(log_probabilities, count)
+    return own, *top(log_probabilities, count)
 
 
 def read_sampling_params(directory: str | Path) -> tuple[SamplingParams, list[str]]:
@@ -109,7 +108,7 @@ def sample(
     of one request."""
     drawn = [sampling for sampling in samplings if sampling.temperature > 0]
     if not drawn:
-        return _largest(log_probabilities)
+        return largest_columns(log_probabilities)
     vocabulary = log_probabilities.shape[-1]
     top_k = [min(s.top_k or vocabulary, vocabulary) for s in samplings]
     top_p = [s.top_p for s in samplings]
@@ -128,57 +127,6 @@ def sample(
     )
 
 
-@jax.jit
-def _largest(values):
-    """The column of the largest value of each row, the first of equals; any for rows with nan."""
-    # jnp.argmax takes ten times as long on CPUs, where a maximum is found many numbers at a time.
-    block = _block_maxima(values).argmax(axis=1)
-    window, columns = _windows(values, block[:, None])
-    first = window[:, 0].argmax(axis=1)
-    return jnp.take_along_axis(columns[:, 0], first[:, None], axis=1)[:, 0]
-
-
-def _block_maxima(values):
-    return _in_blocks(values, -jnp.inf).max(axis=2)
-
-
-def _in_blocks(values, filling):
-    """Values [B, V] as [B, blocks, columns], the last block filled up."""
-    columns = min(_BLOCK, values.shape[1])
-    padded = jnp.pad(values, ((0, 0), (0, -values.shape[1] % columns)), constant_values=filling)
-    return padded.reshape(len(values), -1, columns)
-
-
-def _windows(values, blocks):
-    """These blocks [B, n] of each row's values, and their columns, both [B, n, columns]."""
-    size = values.shape[1]
-    width = min(_BLOCK, size)
-    # The last block reaches back into the one before: what is not its own is -inf.
-    start = jnp.minimum(blocks * width, size - width)
-
-    def cut(row, first):
-        return jax.lax.dynamic_slice(row, (first,), (width,))
-
-    found = jax.vmap(jax.vmap(cut, (None, 0)))(values, start)
-    columns = start[..., None] + jnp.arange(width)[None, None]
-    return jnp.where(columns >= blocks[..., None] * width, found, -jnp.inf), columns
-
-
-def _top(values, count):
-    """The `count` largest values of each row and their columns, as `jax.lax.top_k`: they lie in as
-    many blocks, those with the largest maxima."""
-    if count * _BLOCK >= values.shape[1]:
-        return jax.lax.top_k(values, count)
-    parts = _in_blocks(values, -jnp.inf)
-    _, blocks = jax.lax.top_k(parts.max(axis=2), count)
-    # In their order, so that of equal values the first are taken.
-    blocks = jnp.sort(blocks, axis=1)
-    found = jnp.take_along_axis(parts, blocks[:, :, None], axis=1)
-    largest, places = jax.lax.top_k(found.reshape(len(values), -1), count)
-    block = jnp.take_along_axis(blocks, places // _BLOCK, axis=1)
-    return largest, block * _BLOCK + places % _BLOCK
-
-
 @functools.partial(jax.jit, static_argnames="candidates")
 def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p, *, candidates):
     """As `sample`. top_k, top_p: of each row; None where no row has one. candidates: number of
@@ -190,12 +138,12 @@ def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p, *
 
     keys = jax.vmap(key)(seeds, steps, numbers)
     greedy = temperature == 0
-    likeliest = _largest(log_probabilities)
+    likeliest = largest_columns(log_probabilities)
     highest = jnp.take_along_axis(log_probabilities, likeliest[:, None], axis=1)[:, 0]
     shares = _Shares(highest, jnp.where(greedy, 1.0, temperature))
     greedy = greedy | ~jnp.isfinite(highest)
     if top_k is None and top_p is None:
-        sums = shares.of(_in_blocks(log_probabilities, -jnp.inf)).sum(axis=2)
+        sums = shares.of(in_blocks(log_probabilities, -jnp.inf)).sum(axis=2)
         drawn, _ = _drawn(log_probabilities, shares, sums, _uniform(keys, 0))
     else:
         drawn = _drawn_of_kept(log_probabilities, shares, keys, greedy, top_k, top_p, candidates)
@@ -232,7 +180,7 @@ def _drawn(values, shares, sums, uniform):
     of shares there, then one of it. Two random numbers a row suffice, where one for each column
     would take longer than all else; and a column may be as rare as one number can express."""
     block = _first_above(sums, uniform[:, 0])
-    window, columns = _windows(values, block[:, None])
+    window, columns = windows(values, block[:, None])
     place = _first_above(shares.of(window[:, 0]), uniform[:, 1])
     here = jnp.arange(window.shape[2])[None] == place[:, None]
     # As maxima, which are computed once: lookups would be repeated wherever they are used.
@@ -255,12 +203,12 @@ def _drawn_of_kept(values, shares, keys, ready, top_k, top_p, candidates):
     """A column of each row drawn from the `top_k` likeliest (None: all), and of those the likeliest
     that have `top_p` (None: all) of their chances, as in transformers. Tokens equal to the last one
     are kept, too. ready: rows whose draw is not used."""
-    largest, columns = _top(values, candidates)
+    largest, columns = top(values, candidates)
     if top_k is not None:
         last = jnp.minimum(top_k, candidates)[:, None] - 1
         least = jnp.take_along_axis(largest, last, axis=1)[:, 0]
         shares = shares._replace(least=jnp.where(top_k < values.shape[1], least, -jnp.inf))
-    sums = shares.of(_in_blocks(values, -jnp.inf)).sum(axis=2)
+    sums = shares.of(in_blocks(values, -jnp.inf)).sum(axis=2)
     wanted = jnp.full(len(values), jnp.inf)
     if top_p is not None:
         # The likeliest is kept in any case: so small a part of all may be nothing.
