@@ -23,8 +23,10 @@ LANES = 128
 """Values in a row of a TPU's registers: lengths and widths of blocks are multiples of it."""
 _BLOCK = 512
 """Positions of a block, at most."""
-_MOST_GRADIENTS = 2**20
-"""Values of a query gradient that is summed in fast memory, in 4 bytes each."""
+_MOST_GRADIENTS = 2**19
+"""Values of each of three gradients, of a row of tokens, that are summed in fast memory."""
+_MEMORY = 2**25
+"""Bytes of fast memory that the backward pass may take: 18 for each of these values, and blocks."""
 _LEAST = -1e30
 """A finite stand-in for minus infinity."""
 
@@ -93,14 +95,14 @@ def _forward(kernel, query, key, value, segments, window):
     rows, length, columns = query.shape
     blocks = _Blocks.of(kernel, length)
     heads, groups = kernel.heads(), columns // key.shape[2]
-    own, seen = blocks.specs(groups, outer_is_query=True)
+    queries, keys = blocks.specs(groups, queries_outside=True)
     mixed, logs = pl.pallas_call(
         functools.partial(_forward_block, kernel, blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(rows, columns // kernel.width, blocks.count, blocks.count),
-            in_specs=[own.columns, seen.columns, seen.columns, own.across, seen.down],
-            out_specs=[own.columns, own.heads],
+            grid=(rows, key.shape[2] // kernel.width, groups, blocks.count, blocks.count),
+            in_specs=[queries.columns, keys.columns, keys.columns, queries.across, keys.down],
+            out_specs=[queries.columns, queries.heads],
             scratch_shapes=[
                 pltpu.VMEM((len(heads), 1, blocks.size), jnp.float32),
                 pltpu.VMEM((len(heads), 1, blocks.size), jnp.float32),
@@ -112,7 +114,7 @@ def _forward(kernel, query, key, value, segments, window):
             jax.ShapeDtypeStruct((rows, columns // kernel.head_size, 1, length), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "parallel", "parallel", "arbitrary")
         ),
         name="attention_forward",
         interpret=kernel.interpret,
@@ -126,7 +128,7 @@ def _forward_block(
 ):
     """One block of queries and keys. Of each query, `top` is the largest score so far, `total` the
     sum of exponentials and `sums` that of values by these; the last block divides them."""
-    place, other = pl.program_id(2), pl.program_id(3)
+    place, other = pl.program_id(3), pl.program_id(4)
     first, last = blocks.seen(window, place)
 
     @pl.when(other == 0)
@@ -172,64 +174,52 @@ def _backward(kernel, kept, cotangent):
     of_head = jnp.repeat(jnp.eye(heads, dtype=jnp.float32), kernel.head_size, axis=1)
     exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
     common = jnp.einsum("NC,BTC->BNT", of_head, common, **exact)[:, :, None]
-    own, seen = blocks.specs(groups, outer_is_query=False)
-    part = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    queries, keys = blocks.specs(groups, queries_outside=False)
+    whole = (None, length, kernel.width)
+    by_keys = pl.BlockSpec(whole, lambda row, column, *_: (row, 0, column))
+    by_query = pl.BlockSpec(whole, lambda row, column, group, *_: (row, 0, column * groups + group))
     found = pl.pallas_call(
         functools.partial(_backward_block, kernel, blocks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(rows, columns // kernel.width, blocks.count, blocks.count),
+            grid=(rows, key.shape[2] // kernel.width, groups, blocks.count, blocks.count),
             in_specs=[
-                *(seen.columns, own.columns, own.columns, seen.columns),
-                *(seen.heads, seen.heads, own.down, seen.across),
+                *(queries.columns, keys.columns, keys.columns, queries.columns),
+                *(queries.heads, queries.heads, keys.down, queries.across),
             ],
-            out_specs=[
-                pl.BlockSpec(
-                    (None, length, kernel.width), lambda row, column, *_: (row, 0, column)
-                ),
-                *[own.each_query] * 2,
-            ],
-            scratch_shapes=[
-                pltpu.VMEM((length, kernel.width), jnp.float32),
-                pltpu.VMEM((blocks.size, kernel.width), jnp.float32),
-                pltpu.VMEM((blocks.size, kernel.width), jnp.float32),
-            ],
+            out_specs=[by_query, by_keys, by_keys],
+            scratch_shapes=[pltpu.VMEM(whole[1:], jnp.float32)] * 3,
         ),
-        out_shape=[part, part, part],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")
+            dimension_semantics=("parallel", "parallel", *["arbitrary"] * 3),
+            vmem_limit_bytes=_MEMORY,
         ),
         name="attention_backward",
         interpret=kernel.interpret,
     )(window, query, key, value, cotangent, logs, common, *_both_ways(segments))
-    by_query, *by_keys = found
-    if groups > 1:
-        by_keys = [
-            x.reshape(rows, length, -1, groups, kernel.head_size).sum(axis=3).reshape(key.shape)
-            for x in by_keys
-        ]
-    return by_query, *by_keys, None, None
+    return *found, None, None
 
 
 def _backward_block(
     kernel, blocks, window, query, key, value, given, logs, common, down, across, *results
 ):
-    """One block of keys and queries. The gradient by queries is
-    summed for a whole row, those by keys and values for the block."""
+    """One block of keys and queries. All three gradients are summed for a whole row: that by
+    queries over blocks of keys, and those by keys and values over the heads that share them."""
     *found, query_sums, key_sums, value_sums = results
     by_query, by_key, by_value = found
-    place, other = pl.program_id(2), pl.program_id(3)
+    group, place, other = (pl.program_id(axis) for axis in (2, 3, 4))
     first, last = blocks.seen(window, place, by_keys=True)
-    at = pl.ds(other * blocks.size, blocks.size)
+    own, at = (pl.ds(number * blocks.size, blocks.size) for number in (place, other))
 
     @pl.when((place == 0) & (other == 0))
-    def begin_row():
+    def begin():
         query_sums[...] = jnp.zeros_like(query_sums)
 
-    @pl.when(other == 0)
-    def begin():
-        key_sums[...] = jnp.zeros_like(key_sums)
-        value_sums[...] = jnp.zeros_like(value_sums)
+    @pl.when((group == 0) & (other == 0))
+    def begin_keys():
+        key_sums[own] = jnp.zeros((blocks.size, kernel.width), jnp.float32)
+        value_sums[own] = jnp.zeros((blocks.size, kernel.width), jnp.float32)
 
     @pl.when((other >= first) & (other <= last))
     def add():
@@ -241,20 +231,22 @@ def _backward_block(
                 bent = jnp.tanh(scores / kernel.cap)
                 scores, slope = kernel.cap * bent, 1 - bent * bent
             weights = jnp.where(mask, jnp.exp(scores - logs[number]), 0.0)
-            value_sums[...] += _product(weights.astype(v.dtype), cotangent, (1, 0))
+            value_sums[own] += _product(weights.astype(v.dtype), cotangent, (1, 0))
             error = weights * (_product(v, given[...], (1, 1)) - common[number])
             error = error if slope is None else error * slope
             error = error.astype(k.dtype)
-            key_sums[...] += _product(error, q, (1, 0))
+            key_sums[own] += _product(error, q, (1, 0))
             query_sums[at] += _product(error, k, (0, 0))
 
-    @pl.when(other == blocks.count - 1)
-    def end():
-        by_key[...] = key_sums[...].astype(by_key.dtype)
-        by_value[...] = value_sums[...].astype(by_value.dtype)
+    ends = other == blocks.count - 1
 
-    @pl.when((place == blocks.count - 1) & (other == blocks.count - 1))
-    def end_row():
+    @pl.when(ends & (group == pl.num_programs(2) - 1))
+    def end_keys():
+        by_key[own] = key_sums[own].astype(by_key.dtype)
+        by_value[own] = value_sums[own].astype(by_value.dtype)
+
+    @pl.when(ends & (place == blocks.count - 1))
+    def end():
         by_query[...] = query_sums[...].astype(by_query.dtype)
 
 
@@ -266,8 +258,6 @@ class _Specs(NamedTuple):
 
     columns: Any
     """[B, T, columns]"""
-    each_query: Any
-    """The same, of an array that has the columns of queries."""
     heads: Any
     """[B, N, 1, T]"""
     down: Any
@@ -316,35 +306,29 @@ class _Blocks(NamedTuple):
             mask = mask & (distance < window[0])
         return mask
 
-    def specs(self, groups, *, outer_is_query):
-        """Those of the side that the outer loop runs over, and of the other."""
+    def specs(self, groups, *, queries_outside):
+        """Specifications of blocks of queries and of keys, for a grid of rows, columns of keys,
+        heads of queries that share them, and blocks of which one kind runs in the outer loop."""
         heads, size, width = len(self.kernel.heads()), self.size, self.kernel.width
 
-        def side(is_outer):
-            of_keys = is_outer != outer_is_query
+        def side(of_queries):
+            def index(order):
+                def indices(row, column, group, place, other, window):
+                    if of_queries:
+                        column = column * groups + group
+                    if of_queries == queries_outside:
+                        return order(row, column, place)
+                    # What is not computed is not read: the block that is there is named again.
+                    first, last = self.seen(window, place, by_keys=of_queries)
+                    return order(row, column, jnp.clip(other, first, last))
 
-            def at(place, other, window):
-                if is_outer:
-                    return place
-                # What is not computed is not read: the block that is there already is named again.
-                first, last = self.seen(window, place, by_keys=not outer_is_query)
-                return jnp.clip(other, first, last)
+                return indices
 
-            def place_of(order):
-                def index(row, column, place, other, window):
-                    return order(row, column, at(place, other, window))
-
-                return index
-
-            shared = groups if of_keys else 1
             return _Specs(
-                pl.BlockSpec(
-                    (None, size, width), place_of(lambda b, c, t: (b, t, jax.lax.div(c, shared)))
-                ),
-                pl.BlockSpec((None, size, width), place_of(lambda b, c, t: (b, t, c))),
-                pl.BlockSpec((None, heads, 1, size), place_of(lambda b, c, t: (b, c, 0, t))),
-                pl.BlockSpec((None, size, LANES), place_of(lambda b, c, t: (b, t, 0))),
-                pl.BlockSpec((None, 1, size), place_of(lambda b, c, t: (b, 0, t))),
+                pl.BlockSpec((None, size, width), index(lambda b, c, t: (b, t, c))),
+                pl.BlockSpec((None, heads, 1, size), index(lambda b, c, t: (b, c, 0, t))),
+                pl.BlockSpec((None, size, LANES), index(lambda b, c, t: (b, t, 0))),
+                pl.BlockSpec((None, 1, size), index(lambda b, c, t: (b, 0, t))),
             )
 
         return side(True), side(False)
