@@ -1,6 +1,7 @@
 """Fused kernels of devices give the attention of the reference, for what they are chosen for."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from xelm.models.attention import attend
 from xelm.models.fused_attention import Form, fused_attention, on_gpu, on_one_device, on_tpu
 from xelm.models.target import CPU, GIB, Target
 from xelm.models.tpu_attention import Kernel
+from xelm.training.lookups import on_own_rows
+from xelm.training.sharding import mesh_of_devices
 
 B, T, N, H = 2, 384, 4, 64  # three blocks of 128, and two heads in 128 columns
 TPU, GPU = Target("tpu", 16 * GIB), Target("gpu", 16 * GIB)
@@ -148,3 +151,19 @@ def chosen(target, model, dtype=jnp.bfloat16, length=T):
 )
 def test_kernels_are_chosen_by_device_and_by_what_layers_need(target, model, dtype, length, wanted):
     assert chosen(target, model, dtype, length) is wanted
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["heads apart", "heads together"])
+def test_kernels_on_a_mesh_give_what_one_device_gives(heads):
+    """Over data 2 x fsdp 2 x tensor 2; two heads of 64 are one column, which is not divided."""
+    form = Form(0.1, None, True, None)
+    *inputs, cotangent = (jnp.concatenate([x, x[::-1]])[:, :, :heads] for x in drawn(4))
+    rows = jnp.concatenate([segments(), segments()[::-1]])
+    kernel = partial(on_tpu, Kernel(H, None, True, False, interpret=True), form)
+    local = jnp.asarray(False)
+    alone = both_ways(lambda *x: kernel(*x, rows, local), inputs, cotangent)
+    with jax.set_mesh(mesh_of_devices(np.asarray(jax.devices()).reshape(1, 2, 2, 2))):
+        spread = on_own_rows(kernel)
+        found = both_ways(lambda *x: spread(*x, rows, local), inputs, cotangent)
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)

@@ -11,7 +11,7 @@ import pytest
 
 from xelm.presets import tiny
 from xelm.settings import vary
-from xelm.training.optimizer import _share_kept, clipped, optimizer, schedule
+from xelm.training.optimizer import _share_kept, clipped, decaying, optimizer, schedule
 from xelm.training_config import TrainConfig
 
 
@@ -121,6 +121,25 @@ def test_the_averages_have_the_configured_lengths():
     state = transformation.update(gradients, transformation.init(parameters), parameters)[1]
     np.testing.assert_allclose(optax.tree.get(state, "mu")["embedding"], 0.2 * 1e-2, rtol=1e-5)
     np.testing.assert_allclose(optax.tree.get(state, "nu")["embedding"], 0.3 * 1e-4, rtol=1e-5)
+
+
+def test_rows_of_tokens_that_did_not_occur_do_not_decay():
+    """Of embeddings that are not the head too: there, every row has a gradient."""
+    tables = {
+        "embedding": jnp.ones((3, 2)),
+        "head": jnp.ones((3, 2)),
+        "norm": {"scale": jnp.ones(2)},
+    }
+    gradients = jax.tree.map(jnp.zeros_like, tables)
+    gradients["embedding"] = gradients["embedding"].at[1, 0].set(0.5)
+    moving = optimizer(config(weight_decay=0.25))
+    found, _ = moving.update(
+        jax.tree.map(jnp.zeros_like, tables), moving.init(tables), decaying(tables, gradients)
+    )
+    np.testing.assert_array_equal(found["embedding"], [[0, 0], [-0.25, -0.25], [0, 0]])
+    np.testing.assert_array_equal(found["head"], -0.25 * tables["head"])
+    tied = {"embedding": tables["embedding"]}
+    np.testing.assert_array_equal(decaying(tied, gradients)["embedding"], tied["embedding"])
 
 
 def adafactor(gradients, parameters, steps: int, beta1: float, decay: float):

@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
 
     def fits(self, length: int, heads: int) -> bool:
         """Whether there is a kernel for rows of so many tokens, with so many heads of queries."""
-        divides = LANES % self.head_size == 0 or self.head_size % LANES == 0
+        divides = self.head_size == LANES // 2 or self.head_size % LANES == 0
         whole = heads * self.head_size % self.width == 0
         return divides and whole and length % LANES == 0 and length * self.width <= _MOST_GRADIENTS
 

@@ -6,6 +6,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from xelm.models.fused_attention import Kernel
+from xelm.models.tpu_attention import LANES
 from xelm.training.sharding import BATCH, RULES
 
 
@@ -57,11 +58,13 @@ def states_at(states: Float[Array, "B T D"], places: Int[Array, "B P"]) -> Float
 
 def on_own_rows(kernel: Kernel) -> Kernel:
     """A kernel of attention, for arrays that are spread over an expert's part of the mesh: every
-    device computes it for its own rows and, if the heads of keys can be divided so, heads."""
+    device computes it for its own rows and, if these are whole columns of the kernel, heads."""
 
     def spread(query, key, value, segments, local):
         mesh = jax.sharding.get_abstract_mesh()
-        heads = "tensor" if key.shape[2] % mesh.shape["tensor"] == 0 else None
+        ways = mesh.shape["tensor"]
+        whole = query.shape[2] * query.shape[3] % (LANES * ways) == 0
+        heads = "tensor" if whole and key.shape[2] % ways == 0 else None
         rows, headed = PartitionSpec(BATCH), PartitionSpec(BATCH, None, heads)
         compute = jax.shard_map(
             kernel,

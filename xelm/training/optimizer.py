@@ -1,5 +1,6 @@
 """Optimisers and schedules of their rates, from optax."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,9 @@ from jaxtyping import Array, Float
 
 from xelm.models.parameters import matrices
 from xelm.training_config import TrainConfig
+
+_TABLES = {"embedding", "positions", "types"}
+"""Parameters of which a step may read a few rows."""
 
 
 def schedule(config: TrainConfig) -> Float[np.ndarray, " steps"]:
@@ -46,9 +50,23 @@ def clipped(gradients: Any, norm: Float[Array, ""], clip_norm: float) -> Any:
     return jax.tree.map(lambda gradient: gradient * factor, gradients)
 
 
+def decaying(parameters: Mapping[str, Any], gradients: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as the weight decay sees them: rows of tables of embeddings that got no gradient
+    at a step, since their token did not occur, are zeros there. Otherwise the tokens of languages
+    that an expert does not read would shrink at every step."""
+    found = dict(parameters)
+    for name in _TABLES & parameters.keys():
+        # All rows of a table that is also the output head get a gradient.
+        if name != "embedding" or "head" in parameters:
+            met = (gradients[name] != 0).any(axis=-1, keepdims=True)
+            found[name] = jnp.where(met, parameters[name], 0)
+    return found
+
+
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW or Adafactor, with decay on matrices alone, for a learning rate of 1: the step
-    multiplies by the scheduled rate, so that trainings of any length share one program.
+    multiplies by the scheduled rate, so that trainings of any length share one program. Updates are
+    of the parameters that `decaying` returns.
 
     Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) for the rates of Adam, as in Zhai et al. 2022
     (arXiv 2106.04560, section 3.4): nothing scales with the parameters, and squares, kept by row

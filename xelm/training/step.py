@@ -19,7 +19,7 @@ from xelm.models.target import CPU, Target
 from xelm.training.lookups import on_own_rows, spread_lookup, states_at
 from xelm.training.loss import Teacher, cross_entropy, distillation, token_losses
 from xelm.training.master_weights import Remainders, join_weights, split_weights
-from xelm.training.optimizer import clipped, optimizer
+from xelm.training.optimizer import clipped, decaying, optimizer
 from xelm.training.sharding import BATCH
 from xelm.training.spike_guard import accepts, new_guard, updated
 from xelm.training.trainable import (
@@ -132,7 +132,8 @@ class TrainStep:
         def move(parameters, remainders, moments):
             masters = join_weights(parameters, remainders)
             scaled = clipped(gradients, size, self.config.optimizer.clip_norm)
-            updates, moments = self.optimizer.update(scaled, moments, masters)
+            decayed = decaying(masters, gradients)
+            updates, moments = self.optimizer.update(scaled, moments, decayed)
             updates = jax.tree.map(lambda u: u * rate, updates)
             masters = jax.tree.map(jnp.add, masters, updates)
             masters = pulled(masters, state.fixed.start, self.config, rate)
