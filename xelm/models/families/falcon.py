@@ -1,4 +1,4 @@
-"""Falcon, Falcon 2 and RefinedWeb models, with rotary positions."""
+"""Falcon and Falcon 2, with rotary positions."""
 
 from dataclasses import replace
 from typing import Any
