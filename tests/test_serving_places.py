@@ -142,6 +142,32 @@ def test_what_fails_fails_what_is_under_way_and_nothing_later(
     assert "a step failed" in capfd.readouterr().err
 
 
+def test_what_fails_does_not_fail_what_waits(chatty, monkeypatch, capfd):
+    right, failing = Engine.step, [True]
+    with served(chatty, limits=Limits(max_sequences=1)) as found:
+
+        def step(self):
+            if failing:
+                until(lambda: found.scheduler.waiting == 1)
+                failing.clear()
+                raise RuntimeError("a step failed")
+            return right(self)
+
+        monkeypatch.setattr(Engine, "step", step)
+        body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 3}
+        statuses: list[int] = []
+        posts = [
+            threading.Thread(target=lambda: statuses.append(found.post(body).status_code))
+            for _ in range(2)
+        ]
+        for post in posts:
+            post.start()
+        for post in posts:
+            post.join()
+    assert sorted(statuses) == [200, 500]
+    assert "a step failed" in capfd.readouterr().err
+
+
 def test_only_weights_that_round_to_zero_are_left_out_of_an_answer():
     found = batch_module._weights_by_name(["a", "b", "c"], np.array([0.99966, 0.0003, 0.00004]))
     assert found == {"a": 0.9997, "b": 0.0003}
