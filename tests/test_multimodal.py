@@ -153,6 +153,17 @@ def test_what_the_text_model_would_lack_is_refused(name, whole, edit, fault, tmp
         read_config(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["gemma3"], indirect=True)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_setting_of_the_whole_model_decides_whether_the_head_is_tied(
+    name, whole, tied, tmp_path
+):
+    config = json.loads((whole[0] / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = not tied
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    assert read_config(tmp_path).tie_embeddings == tied
+
+
 @pytest.mark.parametrize("name", ["mistral3"], indirect=True)
 @pytest.mark.slow
 def test_a_head_is_tied_where_nothing_says_so_unless_it_is_stored(name, whole, tmp_path):
