@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from xelm.models import tpu_attention
@@ -47,7 +48,7 @@ class Form(NamedTuple):
 def fused_attention(
     config: ModelConfig,
     target: Target,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     segments: Int[Array, "B T"],
     spread: Spread,
 ) -> Fused | None:
@@ -96,7 +97,7 @@ def _fits_gpu(form, config, dtype, length):
     with a mask no odd lengths, computes such layers."""
     sized = config.head_size % 8 == 0 and config.head_size <= _LARGEST_HEAD and length % 2 == 0
     known = form.cap is None and (form.causal or form.window is None)
-    return sized and known and dtype in (jnp.bfloat16, jnp.float16)
+    return sized and known and jnp.dtype(dtype).name in ("bfloat16", "float16")
 
 
 def on_gpu(
@@ -122,6 +123,6 @@ def on_gpu(
             implementation="cudnn",
         )
 
-    if form.window is None:
+    if (window := form.window) is None:
         return attend(None)
-    return jax.lax.cond(local, lambda: attend((form.window - 1, 0)), lambda: attend(None))
+    return jax.lax.cond(local, lambda: attend((window - 1, 0)), lambda: attend(None))

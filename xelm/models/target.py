@@ -6,6 +6,7 @@ compiled on a machine without one."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -38,7 +39,7 @@ class Target:
 CPU = Target("cpu")
 
 
-def target_of(devices: Iterable[jax.Device]) -> Target:
+def target_of(devices: Iterable[Any]) -> Target:
     """The kind of these devices, all alike, of which some may belong to other hosts, or to a
     topology that is only compiled for."""
     some = list(devices)

@@ -83,7 +83,8 @@ def tpu_attention(
         # Heads of queries that share columns need not share a head of keys.
         key, value = (jnp.repeat(x, heads // keys, axis=2) for x in (key, value))
     columns = (x.reshape(*x.shape[:2], -1) for x in (query, key, value))
-    return _mixed(kernel, *columns, segments, window.reshape(1)).reshape(query.shape)
+    mixed: Any = _mixed(kernel, *columns, segments, window.reshape(1))
+    return mixed.reshape(query.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
