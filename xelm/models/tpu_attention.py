@@ -193,7 +193,7 @@ def _backward(kernel, kept, cotangent):
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", *["arbitrary"] * 3),
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_MEMORY,
         ),
         name="attention_backward",
