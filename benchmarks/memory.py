@@ -13,6 +13,7 @@ elsewhere, since CPUs compute them in float32.
 
 import argparse
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ def step_bytes(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> int | Non
     compiled = compiled_step(model, config, mesh)
     if compiled is None:
         return None
-    used = compiled.memory_analysis()
+    used: Any = compiled.memory_analysis()
     if mesh.devices.flat[0].platform == "tpu":
         return used.peak_memory_in_bytes
     # On CPUs the peak is of what is given alone.

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def _line(name: str, form: str, rows: int | None, file: str | None) -> str:
     compiled = memory.compiled_step(model, config, mesh, target)
     if compiled is None:
         return f"| {name} | {form} | {rows} |" + " - |" * (len(PARTS) + 3)
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     if file is not None:
         with open(file, "w", encoding="utf-8") as out:
             out.write(text)
@@ -119,11 +120,11 @@ def _line(name: str, form: str, rows: int | None, file: str | None) -> str:
     total = sum(found.values())
     operations = of_a_token(model, LENGTH) * LENGTH * rows
     share = operations / (total * OPERATIONS_A_CYCLE)
-    used = compiled.memory_analysis().peak_memory_in_bytes
+    used: Any = compiled.memory_analysis()
     cells = [f"{found[part] / 1e6:.1f}" for part in PARTS]
     return (
         f"| {name} | {form} | {rows} | {' | '.join(cells)} | {total / 1e6:.1f} | "
-        f"{used / 1e9:.1f} | {share:.0%} |"
+        f"{used.peak_memory_in_bytes / 1e9:.1f} | {share:.0%} |"
     )
 
 
