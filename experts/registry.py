@@ -6,7 +6,7 @@ touch the disk. Checkpoints are not read here (`verify` reads them), and the RUN
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +14,7 @@ from typing import Any, Self
 from clustering.errors import UserError
 from clustering.files import read_json, write_json
 from clustering.languages import find, lookup
+from experts.consistency import contradictions, round_of
 from experts.expert import SEED, Expert, check_types, hash_faults, parse_reference, stays_inside
 from experts.history import Event, about, name_now
 
@@ -41,7 +42,9 @@ class Registry:
     """Further keys of registry.json, kept as they are."""
 
     def __post_init__(self):
-        faults = list(self._faults())
+        faults = [*hash_faults(self.seed_sha256), *contradictions(self.experts)]
+        if not stays_inside(self.seed_path):
+            faults.insert(0, f"the seed must lie inside the RUN; got {self.seed_path!r}")
         if faults:
             raise UserError(f"registry: {'; '.join(faults[:5])}")
 
@@ -49,33 +52,6 @@ class Registry:
         statuses = Counter(expert.status for expert in self.experts)
         counts = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
         return f"<Registry of {len(self.experts)} expert versions{': ' if counts else ''}{counts}>"
-
-    def _faults(self) -> Iterator[str]:
-        if not stays_inside(self.seed_path):
-            yield f"the seed must lie inside the RUN; got {self.seed_path!r}"
-        yield from hash_faults(self.seed_sha256)
-        for reference, count in _repeated(expert.reference for expert in self.experts):
-            yield f"{reference} is listed {count} times"
-        for path, count in _repeated(expert.path for expert in self.experts):
-            yield f"{count} versions share the path {path!r}"
-        # Such names would share a folder on a file system that ignores case.
-        names = {expert.name for expert in self.experts}
-        for name, count in _repeated(name.lower() for name in names):
-            yield f"{count} names differ from {name!r} only in case"
-        known = {expert.reference: expert for expert in self.experts}
-        for expert in self.experts:
-            parent = known.get(expert.parent)
-            if parent is None and expert.parent != SEED:
-                yield f"{expert.reference} has the unknown parent {expert.parent}"
-                continue
-            if parent and parent.name == expert.name and parent.version >= expert.version:
-                yield f"{expert.reference} cannot descend from {parent.reference}"
-            if parent and not parent.sha256:
-                yield f"{expert.reference} descends from {parent.reference}, which has no weights"
-            expected = _round_after(parent, expert.name)
-            if expert.round != expected:
-                came = f"{expected}; got {expert.round}"
-                yield f"{expert.reference} from {expert.parent} is of round {came}"
 
     @classmethod
     def load(cls, run: Path | str) -> Self:
@@ -197,7 +173,7 @@ class Registry:
 
     def round_after(self, parent: str, name: str) -> int:
         """The round of an expert `name` that starts from `parent`, which is 'seed' or 'NAME@vN'."""
-        return _round_after(None if parent == SEED else self.expert(*parse_reference(parent)), name)
+        return round_of(None if parent == SEED else self.expert(*parse_reference(parent)), name)
 
     def add(self, *experts: Expert) -> Self:
         """The registry with these records after the others."""
@@ -453,21 +429,9 @@ class Registry:
         return replace(self, experts=tuple(experts))
 
 
-def _repeated(values: Iterable[str]) -> list[tuple[str, int]]:
-    """The values that occur more than once, and how often."""
-    return [(value, count) for value, count in Counter(values).items() if count > 1]
-
-
 def _listed(versions: Iterable[Expert]) -> str:
     return ", ".join(f"v{expert.version} ({expert.status})" for expert in versions)
 
 
 def _in_order(experts: Iterable[Expert]) -> tuple[Expert, ...]:
     return tuple(sorted(experts, key=lambda e: (e.round, e.name)))
-
-
-def _round_after(parent: Expert | None, name: str) -> int:
-    """Round of `name` after `parent`, None being the seed; a new version stays in its round."""
-    if parent is None:
-        return 1
-    return parent.round + (parent.name != name)
