@@ -97,7 +97,7 @@ def tokens_read(engine):
     return sum(each.tokens_read for each in engine.decoders.values())
 
 
-@pytest.mark.parametrize("routing", ["uniform", "posterior"])
+@pytest.mark.parametrize("routing", ["uniform", pytest.param("posterior", marks=pytest.mark.slow)])
 def test_a_long_prompt_is_read_in_pieces_while_others_draw_a_token_each_step(pool, routing):
     if routing == "posterior":
         pool = replace(pool, router=Posterior(prior=np.log([0.4, 0.6])))

@@ -505,6 +505,7 @@ def card_of(hub, name: str) -> str:
     return hub.repo(name).head()["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_the_card_of_an_adapter_says_where_its_parent_can_be_had(xelm, copy, hub, tmp_path):
     run = copy.directory
     with_adapter(run, "pt", "en-es")

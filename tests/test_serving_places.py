@@ -60,7 +60,9 @@ def test_a_full_queue_refuses_and_what_was_taken_is_done(chatty, slow):
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_client_that_disconnects_frees_its_place(chatty, slow, stream):
-    slow["seconds"] = 0.3  # all steps would take longer than a busy machine keeps the client waiting
+    slow["seconds"] = (
+        0.3  # all steps would take longer than a busy machine keeps the client waiting
+    )
     with served(chatty, limits=Limits(max_sequences=1, max_waiting=4)) as found:
         body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 50, "stream": stream}
         body |= {"temperature": 0}  # drawn tokens may end the text at once

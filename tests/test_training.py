@@ -25,9 +25,10 @@ def test_the_losses_are_those_recorded(trained):
     np.testing.assert_allclose(losses(metrics), GOLDEN, atol=1e-4)
 
 
-def test_training_changes_what_it_returns_and_not_what_it_was_given(trained, parameters):
+def test_training_changes_what_it_returns_and_not_what_it_was_given(trained, parameters, capsys):
     before = jax.tree.map(np.copy, parameters)
     result, _ = trained(replace(CONFIG, tokens=128))
+    assert "on a CPU" not in capsys.readouterr().err  # float32 is the right dtype there
     jax.tree.map(np.testing.assert_array_equal, parameters, before)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), result.parameters, before)
     assert all(jax.tree.leaves(changed))

@@ -2,6 +2,7 @@
 share one program; nothing here knows of clusters or registries."""
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from xelm.data.text_format import TextFormat
 from xelm.models.config import ModelConfig
 from xelm.training.compiled import CompiledSteps, compile_steps
 from xelm.training.expert_axis import stack, unstack
-from xelm.training.hosts import placed
+from xelm.training.hosts import is_first, placed
 from xelm.training.preemption import preemption
 from xelm.training.sharding import make_mesh
 from xelm.training.step import StepMetrics, TrainState
@@ -58,6 +59,14 @@ def train_together(
     if any(replace(spec.config, tokens=config.tokens) != config for spec in specs):
         raise ValueError("trainings of one program have the same settings but for tokens")
     mesh = make_mesh(config, len(specs))
+    labels = ", ".join(spec.label for spec in specs)
+    if config.runtime.dtype != "float32" and mesh.devices.flat[0].platform == "cpu" and is_first():
+        # benchmarks/memory.py: 1.3 times the memory. CPUs convert to float32 before each product.
+        print(
+            f"{labels}: on a CPU, training in {config.runtime.dtype} takes more memory than in "
+            "float32; set runtime.dtype=float32",
+            file=sys.stderr,
+        )
     compiled = compile_steps(model, config, mesh)
     with ExitStack() as opened:
         trainers, states = [], []
@@ -67,7 +76,7 @@ def train_together(
             states.append(state)
         opened.enter_context(jax.set_mesh(mesh))
         state, states = stack(states, compiled.state), []
-        ending = opened.enter_context(preemption(", ".join(spec.label for spec in specs)))
+        ending = opened.enter_context(preemption(labels))
         _measure(trainers, compiled, state)
         while active := {n: trainer for n, trainer in enumerate(trainers) if trainer.active}:
             batch, rates = _next_batch(trainers)
