@@ -25,7 +25,8 @@ class Target:
     """A kind of device that programs are compiled for."""
 
     platform: str
-    """"cpu", "gpu" or "tpu"."""
+    """"cpu", "tpu", "gpu" (of NVIDIA, with bfloat16 and cuDNN's attention: Ampere and later), or
+    "older gpu" (any other)."""
     memory_bytes: int = 0
     """Memory of one accelerator, rounded down so that equal devices are equal values; 0 for CPUs,
     whose programs do not depend on it."""
@@ -46,8 +47,20 @@ def target_of(devices: Iterable[Any]) -> Target:
     device = next((d for d in some if d.process_index == jax.process_index()), some[0])
     if device.platform == "cpu":
         return CPU
+    platform = device.platform
+    if platform == "gpu" and not _is_recent(getattr(device, "compute_capability", None)):
+        platform = "older gpu"
     if (known := _MEMORY.get(device.device_kind)) is not None:
-        return Target(device.platform, known * GIB)
+        return Target(platform, known * GIB)
     gib = max(_LEAST_MEMORY, (device.memory_stats() or {}).get("bytes_limit", 0) // GIB)
     # A power of two: on several hosts, all must compile the same program.
-    return Target(device.platform, 2 ** (gib.bit_length() - 1) * GIB)
+    return Target(platform, 2 ** (gib.bit_length() - 1) * GIB)
+
+
+def _is_recent(capability: object) -> bool:
+    """Whether a GPU's compute capability, such as "8.0", is that of NVIDIA's Ampere or later; GPUs
+    of others have names of architectures, or none."""
+    try:
+        return float(str(capability)) >= 8
+    except ValueError:
+        return False
