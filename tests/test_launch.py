@@ -259,7 +259,7 @@ def test_a_dense_baseline_apart_is_saved_before_its_command_ends(xelm, long):
     assert process.returncode == 130, said
     assert not Path(f"/proc/{child}").exists()
     found = {each.name: each for each in progress(open_run(run))}["dense"]
-    assert found.state == "stopped" and found.checkpoint_step == found.step > 0
+    assert found.state == "stopped" and found.checkpoint_step == found.step > 0, said
 
 
 @pytest.mark.slow

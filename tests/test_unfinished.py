@@ -342,6 +342,25 @@ def test_two_requests_to_end_at_one_moment_are_one(trained, tmp_path):
     assert max(int(path.name) for path in (tmp_path / "ended/checkpoints").iterdir()) == 9
 
 
+def test_the_signal_of_a_parent_some_time_after_that_of_the_group_ends_nothing(monkeypatch):
+    """Ctrl-C reaches a group of processes, and a parent that is kept waiting terminates the others
+    when it learns of it: they are saving then."""
+    monkeypatch.setattr(preemption, "_SAME_SECONDS", -1.0)
+    ended = []
+    before = {
+        n: signal.signal(n, lambda *_: ended.append(True)) for n in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        with pytest.raises(Preempted) as stop, preemption.preemption("test") as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked() and not ended
+        assert stop.value.by == signal.SIGINT
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_second_request_some_time_later_ends_at_once(monkeypatch):
     ended = []
     with monkeypatch.context() as patch:

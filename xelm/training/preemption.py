@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _SAME_SECONDS = 5.0
-"""Seconds after a first request during which further ones count as the same."""
+"""Seconds after a signal during which the same one again counts as one request."""
 _STEPS = itertools.count()
 """Numbers of the steps of all trainings in this process: hosts agree on one still to come."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -29,9 +29,9 @@ class Preempted(Exception):
 @contextmanager
 def preemption(label: str) -> Iterator[Callable[[], bool]]:
     """Yields a function that returns, once a step, whether this process was requested to end. If it
-    was, leaving this context without an error raises `Preempted`. A second request, some seconds
-    after the first, ends the process as without this. Several hosts that take their steps together
-    all learn of a SIGTERM at the same step; Ctrl-C is not shared.
+    was, leaving this context without an error raises `Preempted`. The same signal again, some
+    seconds after the first, ends the process as without this. Several hosts that take their steps
+    together all learn of a SIGTERM at the same step; Ctrl-C is not shared.
 
     Python handles signals in its main thread only; in other threads the answer is always no.
     """
@@ -39,24 +39,29 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
     import jax
     from jax.experimental import multihost_utils
 
-    requested = 0.0  # when, by a clock; 0 is never
+    requested = False
     by = signal.SIGTERM
+    received: dict[int, float] = {}  # signal -> when, by a clock
     before: dict[int, Any] = {}
 
     def agreed() -> bool:
         nonlocal requested
         if multihost_utils.reached_preemption_sync_point(next(_STEPS)):
-            requested = time.monotonic()
-        return requested > 0
+            requested = True
+        return requested
 
     def handle(number: int, frame: object) -> None:
         nonlocal requested, by
-        # What ends a group of processes may send two signals: its own, and one by their parent.
-        if requested and time.monotonic() > requested + _SAME_SECONDS:
+        # What ends a group of processes may send two signals: its own, and one by their parent,
+        # which on a busy machine comes long after it.
+        now = time.monotonic()
+        if number in received and now > received[number] + _SAME_SECONDS:
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
-        elif not requested:
-            requested, by = time.monotonic(), signal.Signals(number)
+            return
+        received.setdefault(number, now)
+        if not requested:
+            requested, by = True, signal.Signals(number)
             if number == signal.SIGINT:
                 print(
                     f"\n{label}: saving after this step; Ctrl-C again, {_SAME_SECONDS:g} seconds "
@@ -70,7 +75,7 @@ def preemption(label: str) -> Iterator[Callable[[], bool]]:
             # None stands for a handler that was not made in Python.
             before[number] = signal.signal(number, handle) or signal.SIG_DFL
     try:
-        yield agreed if several else lambda: requested > 0
+        yield agreed if several else lambda: requested
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
