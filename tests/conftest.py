@@ -88,6 +88,23 @@ for part, tokens in {"seed": 2048, "experts": 4096, "grow": 1024}.items():
     }
 
 
+# Of 65,530 (Linux's usual vm.max_map_count), beyond which LLVM's next program ends the process.
+MAPS_TO_KEEP = 16_384
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """After each file, forgets compiled programs once they hold many of a process's memory maps.
+
+    Each takes about three, for as long as JAX keeps it: the slow tests of one worker alone would
+    come to more than the system allows.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPS_TO_KEEP:
+        jax.clear_caches()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command left on the terminal."""
