@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+
 LARGE = (".safetensors", ".npz", ".model", ".bin")
 """Endings of files that are large here, as .gitattributes of the Hub has it."""
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
@@ -322,3 +326,31 @@ def serving():
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def standing_in():
+    """Context with the stand-in, and the library set to it; a token that may write is set."""
+    with serving() as found, pytest.MonkeyPatch.context() as patch:
+        address = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
+        given = {
+            "ENDPOINT": found.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": address.replace(
+                "https://huggingface.co", found.endpoint
+            ),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,  # the stand-in has the other way to upload large files
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        }
+        for name, value in given.items():
+            patch.setattr(huggingface_hub.constants, name, value)
+        patch.setenv("HF_TOKEN", "hf_writer")
+        huggingface_hub.close_session()
+        yield found
+        huggingface_hub.close_session()
+
+
+def fails(outcome, message):
+    """Asserts that a command was refused in one line that has this message."""
+    assert outcome.code == 2 and message in outcome.err, outcome
+    assert outcome.err.splitlines()[-1].startswith("xelm: ") and "Traceback" not in outcome.err
