@@ -14,7 +14,7 @@ from xelm.models.families import model_config
 from xelm.training.flops import PEAKS, of_a_token
 
 NAMES = ("XGLM 564M", "Qwen 3 0.6B", "XGLM 1.7B", "Mistral 7B", "XGLM 7.5B")
-MACHINES = {"L4": (PEAKS["L4"], 1), "v5e-16": (PEAKS["TPU v5e"], 16)}
+MACHINES = {"L4": (PEAKS["L4"].flops, 1), "v5e-16": (PEAKS["TPU v5e"].flops, 16)}
 
 
 def main() -> None:

@@ -128,7 +128,7 @@ def _compare(
     for number in range(1, max(counts) if options.rank else 0):
         parts.append(jax.device_put(read_part(folder / str(number), config, dtype)))
         beside.append(overlaid(experts[0], parts[-1]))
-    limit = _bandwidth()
+    limit = read_bandwidth()
     print(
         f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores; decoder "
         f"{options.shape}, {config.parameter_count / 1e6:.0f} M parameters, {dtype}; prompts of "
@@ -239,7 +239,7 @@ def _print(options, name, batch, count, runs, dense, read) -> None:
     )
 
 
-class _Ids:
+class Ids:
     """In the place of a tokenizer: nothing ends a text."""
 
     end_ids = frozenset()
@@ -251,7 +251,7 @@ class _Ids:
         return "".join(chr(0x100 + int(number)) for number in ids)
 
 
-class _Dealt:
+class Dealt:
     """A router that gives requests to experts in turn: the n-th to `each` from the n-th on."""
 
     memory = 1.0
@@ -278,6 +278,15 @@ class _Dealt:
 
 
 def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0) -> dict:
+    return run_ours(_shape(options), options.dtype, options.new, experts, each, prompts, first)
+
+
+def run_ours(
+    model: Any, dtype: str, new: int, experts: list, each: int, prompts: list, first: int = 0
+) -> dict:
+    """Continues prompts greedily by `new` tokens, each by `each` of the experts in turn, from the
+    one of number `first` on; returns the seconds until the first token, those of all, and the
+    tokens."""
     from xelm.inference.ensemble import Ensemble
     from xelm.inference.generation import generate
     from xelm.inference.running import GenerationRequest
@@ -285,13 +294,13 @@ def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0)
 
     ensemble = Ensemble(
         names=[str(n) for n in range(len(experts))],
-        model=_shape(options),
+        model=model,
         parameters=experts,
-        router=_Dealt(len(experts), each),
-        tokenizer=_Ids(),  # pyright: ignore[reportArgumentType]
-        dtype=options.dtype,
+        router=Dealt(len(experts), each),
+        tokenizer=Ids(),  # pyright: ignore[reportArgumentType]
+        dtype=dtype,
     )
-    sampling = SamplingParams(max_new_tokens=options.new, temperature=0.0)
+    sampling = SamplingParams(max_new_tokens=new, temperature=0.0)
     emitted: list[float] = []
     begun = time.perf_counter()
     found = generate(
@@ -316,7 +325,8 @@ def _one_by_one(options: Any, experts: list, prompts: list) -> dict:
     }
 
 
-def _bandwidth() -> float:
+def read_bandwidth() -> float:
+    """Bytes a second at which a large matrix is read for its product with a vector."""
     import jax
     import jax.numpy as jnp
 

@@ -17,6 +17,7 @@ that of one large product of matrices, measured here.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -152,7 +153,7 @@ def _serve(options: argparse.Namespace) -> None:
     prepare()  # of which torch gains as well, by memory that is kept
     layers, width, length = map(int, options.shapes.split("x"))
     model = _model(layers, width, length, options.vocabulary)
-    batch = _batch(options.tokens // length, length, options.vocabulary)
+    batch = random_batch(options.tokens // length, length, options.vocabulary)
     with open(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what libraries print is no answer
         make = _ours if options.one == OURS else _torch
@@ -171,7 +172,8 @@ def _serve(options: argparse.Namespace) -> None:
             print(json.dumps(found), file=answers, flush=True)
 
 
-def _batch(rows: int, length: int, vocabulary: int) -> Any:
+def random_batch(rows: int, length: int, vocabulary: int) -> Any:
+    """Random tokens, one more in each row than are read."""
     import numpy as np
 
     return np.random.default_rng(0).integers(4, vocabulary, (rows, length + 1), np.int32)
@@ -199,21 +201,33 @@ def _write_seed(options: argparse.Namespace) -> None:
 
 def _ours(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callable, Callable]:
     import jax
-    import numpy as np
 
     from xelm.models.checkpoint import load_parameters
+
+    if options.dtype == "float32":  # and no TensorFloat-32, as with torch
+        jax.config.update("jax_default_matmul_precision", "highest")
+    config = _config(options, batch.shape[1] - 1)
+    return our_step(model, config, batch, functools.partial(load_parameters, options.seed, model))
+
+
+def our_step(
+    model: Any, config: Any, batch: Any, parameters: Callable, target: Any = None
+) -> tuple[Callable, Callable]:
+    """A training step on a batch [rows, tokens + 1], as `xelm train` runs it, which returns the
+    loss before the device has it; and the bytes of memory that were in use at most. parameters:
+    (shardings) -> those to begin with. target: as in `compile_steps`."""
+    import jax
+    import numpy as np
+
     from xelm.training.compiled import compile_steps
     from xelm.training.expert_axis import stack
     from xelm.training.sharding import make_mesh
 
-    config = _config(options, batch.shape[1] - 1)
-    if options.dtype == "float32":  # and no TensorFloat-32, as with torch
-        jax.config.update("jax_default_matmul_precision", "highest")
     mesh = make_mesh(config)
     jax.set_mesh(mesh)
-    functions = compile_steps(model, config, mesh)
+    functions = compile_steps(model, config, mesh, target)
     placed = jax.tree.map(lambda array: array.sharding, functions.alone[0].parameters)
-    state = functions.create[0](load_parameters(options.seed, model, placed))
+    state = functions.create[0](parameters(placed))
     state = stack([state], functions.state)
     arrays = {
         "tokens": batch,
@@ -239,13 +253,22 @@ def _torch(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callabl
     import torch
     import transformers
 
-    config = _config(options, batch.shape[1] - 1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
     network: Any = transformers.AutoModelForCausalLM.from_pretrained(
         options.seed, attn_implementation="sdpa", dtype=torch.float32
     )
+    config = _config(options, batch.shape[1] - 1)
+    return torch_step(network, config, batch, compiled=options.one == COMPILED)
+
+
+def torch_step(
+    network: Any, config: Any, batch: Any, *, compiled: bool
+) -> tuple[Callable, Callable]:
+    """The same step and memory by PyTorch, for a decoder of transformers in float32."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     network.to(device)
     matrices = [p for p in network.parameters() if p.ndim > 1]
     vectors = [p for p in network.parameters() if p.ndim == 1]
@@ -264,12 +287,13 @@ def _torch(model: Any, batch: Any, options: argparse.Namespace) -> tuple[Callabl
     network.train()
 
     def loss_of(tokens: Any, targets: Any) -> Any:
-        with torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        half = config.runtime.dtype == "bfloat16"
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             logits = network(input_ids=tokens, use_cache=False).logits
         flat = logits.float().reshape(-1, logits.shape[-1])
         return torch.nn.functional.cross_entropy(flat, targets.reshape(-1))
 
-    if options.one == COMPILED:
+    if compiled:
         loss_of = torch.compile(loss_of)
 
     def step() -> Any:
@@ -299,16 +323,17 @@ def _limits(model: Any, options: argparse.Namespace, length: int) -> dict[str, f
 
     return {
         "flops": of_a_token(model, length),
-        "peak": peak(options.dtype, 1) or _measured_peak(options.dtype),
+        "peak": peak(options.dtype, 1) or measured_peak(options.dtype),
     }
 
 
-def _measured_peak(dtype: str) -> float:
+def measured_peak(dtype: str) -> float:
     """FLOP/s of one large product of matrices, the best of ten."""
     import jax
     import jax.numpy as jnp
 
-    a = jnp.ones((4096, 4096), dtype)
+    # Of random numbers: GPUs multiply ones at less power, and so faster.
+    a = jax.random.normal(jax.random.key(0), (4096, 4096), dtype)
     product = jax.jit(jnp.matmul)
     product(a, a).block_until_ready()
     best = float("inf")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from xelm.models.config import ModelConfig
-from xelm.training.flops import of_a_token, peak
+from xelm.training.flops import of_a_token, peak, peak_of
 
 MODEL = ModelConfig(
     vocabulary_size=100,
@@ -60,3 +60,19 @@ def test_peaks_are_of_whole_names(monkeypatch, name, wanted):
     monkeypatch.setattr(jax, "devices", lambda: [Device()])
     assert peak("bfloat16", 4) == (None if wanted is None else 4 * wanted)
     assert peak("float32", 4) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 1555e9),
+        ("NVIDIA A100-SXM4-80GB", 2039e9),
+        ("NVIDIA A100 80GB PCIe", 1935e9),
+        ("NVIDIA H200", 4800e9),
+        ("NVIDIA H100 80GB HBM3", 3350e9),
+        ("NVIDIA GeForce RTX 4090", 1008e9),
+    ],
+)
+def test_bandwidths_of_memory_are_of_whole_names(name, wanted):
+    known = peak_of(name)
+    assert known is not None and known.bandwidth == wanted
