@@ -1,5 +1,7 @@
 """Steps that would do harm are left out, and trainings that are no use are given up."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from small_training import (
 from clustering.errors import UserError
 from xelm.data.rows import ORIGIN, batches
 from xelm.data.text_format import TextFormat
+from xelm.models.target import CPU, GIB, Target
 from xelm.settings import vary
 from xelm.training import loop, spike_guard
 from xelm.training.compiled import compile_steps
@@ -41,9 +44,13 @@ def batches_of(config):
     return list(batches(SOURCES, config, TextFormat(start_id=1, end_id=2)))
 
 
-def test_a_step_without_a_number_changes_nothing_but_what_is_counted(parameters):
+GPU = Target("gpu", 16 * GIB)
+
+
+@pytest.mark.parametrize("target", [CPU, GPU], ids=["CPU", "GPU"])
+def test_a_step_without_a_number_changes_nothing_but_what_is_counted(parameters, target):
     mesh = make_mesh(CONFIG)
-    functions = compile_steps(MODEL, CONFIG, mesh)
+    functions = compile_steps(MODEL, CONFIG, mesh, target)
     batch = {name: array for name, array in batches_of(CONFIG)[0].items() if name not in ORIGIN}
     spoilt = jax.tree.map(np.copy, parameters)
     spoilt["norm"]["scale"][3] = np.nan
@@ -56,6 +63,21 @@ def test_a_step_without_a_number_changes_nothing_but_what_is_counted(parameters)
     assert np.isnan(metrics.loss) and (metrics.skipped, metrics.most_in_a_row) == (1, 1)
     assert (state.step, state.guard.known) == (1, 0) and not state.guard.losses.any()
     assert not functions.finite(state.parameters) and functions.finite(parameters)
+
+
+def test_a_step_for_gpus_has_no_conditional_whose_results_would_be_copied(parameters):
+    mesh = make_mesh(CONFIG)
+    batch = {name: array for name, array in batches_of(CONFIG)[0].items() if name not in ORIGIN}
+    conditionals, states = [], []
+    for target in (CPU, GPU):
+        functions = compile_steps(MODEL, CONFIG, mesh, target)
+        with jax.set_mesh(mesh):
+            state = stack([functions.create[0](parameters)], functions.state)
+            step = functions.step.lower(state, batch, np.array([1e-3]))
+            states.append(jax.tree.map(np.array, step.compile()(state, batch, np.array([1e-3]))))
+        conditionals.append("stablehlo.case" in step.as_text())
+    assert conditionals == [True, False]
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), *states)
 
 
 def skip(monkeypatch, steps):

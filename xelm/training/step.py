@@ -1,5 +1,6 @@
 """The state of a training, and what one step makes of it."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,14 +140,20 @@ class TrainStep:
             masters = pulled(masters, state.fixed.start, self.config, rate)
             return *split_weights(masters, self.config.runtime.dtype), moments
 
-        # A choice between whole states, element by element, would hold both.
-        parameters, remainders, moments = jax.lax.cond(
-            made, move, lambda *old: old, state.parameters, state.remainders, state.optimizer
-        )
+        old = state.parameters, state.remainders, state.optimizer
+        parameters, remainders, moments = self._moved_if(made, move, old)
         guard = updated(state.guard, loss, made)
         metrics = StepMetrics(loss, size, guard.skipped, guard.most_in_a_row)
         step = state.step + 1
         return TrainState(parameters, remainders, moments, step, guard, state.fixed), metrics
+
+    def _moved_if(self, made: Any, move: Any, old: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `move` makes of the old state if the step is made, otherwise the old state."""
+        if self.target.platform.endswith("gpu"):
+            # XLA copies all that a conditional returns there, and the host waits for the condition.
+            return jax.tree.map(functools.partial(jnp.where, made), move(*old), old)
+        # Elsewhere a choice element by element would hold a second copy of the largest parameter.
+        return jax.lax.cond(made, move, lambda *old: old, *old)
 
     def _gradients(self, parameters, frozen, batch):
         """Loss and gradients, computed in as many parts as configured, and summed in float32."""
