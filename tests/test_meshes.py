@@ -291,13 +291,15 @@ def groups_of(line: str) -> list[list[int]]:
     return devices.reshape(shape).tolist()
 
 
+COLLECTIVE = re.compile(
+    r"= .* (?:ragged-)?(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|"
+    r"collective-broadcast)(?:-start)?\("
+)
+
+
 def collectives(compiled) -> list[list[list[int]]]:
     """Groups of devices of every collective of a compiled function."""
-    names = (
-        "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
-    )
-    call = re.compile(rf"= .* (?:ragged-)?(?:{names})(?:-start)?\(")
-    return [groups_of(line) for line in compiled.as_text().splitlines() if call.search(line)]
+    return [groups_of(line) for line in compiled.as_text().splitlines() if COLLECTIVE.search(line)]
 
 
 def crossing(compiled, experts: int) -> list[list[int]]:
@@ -308,7 +310,11 @@ def crossing(compiled, experts: int) -> list[list[int]]:
 
 
 def compiled_step(mesh, model, length=CONFIG.sequence_length):
-    config = configured(mesh)
+    return lowered_step(mesh, model, length=length).compile()
+
+
+def lowered_step(mesh, model, config=CONFIG, length=CONFIG.sequence_length):
+    config = configured(mesh, config)
     devices = make_mesh(config, mesh[0])
     functions = compile_steps(model, config, devices)
     batch = {
@@ -319,7 +325,7 @@ def compiled_step(mesh, model, length=CONFIG.sequence_length):
     }
     rates = jax.ShapeDtypeStruct((mesh[0],), jnp.float32)
     with jax.set_mesh(devices):
-        return functions.step.lower(functions.state, batch, rates).compile()
+        return functions.step.lower(functions.state, batch, rates)
 
 
 @pytest.mark.parametrize(
@@ -340,6 +346,34 @@ def test_each_device_attends_for_its_own_rows():
     of_heads = [np.prod(shape) for shape in shapes if shape[-1] == 12]
     # What is kept of a row by both layers.
     assert max(of_heads) == model.layer_count * model.head_count * 192 * 12
+
+
+def collectives_in(compiled, scope: str) -> list[str]:
+    """Kinds of the collectives of a compiled function whose operation is in this scope."""
+    lines = [line for line in compiled.as_text().splitlines() if scope in line]
+    return [found[1] for line in lines if (found := COLLECTIVE.search(line))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_pass_between_devices_once(dtype):
+    """They leave the backward pass spread as parameters and averages are, so that the optimiser
+    works on what each device has; and each device sums the rows of the embedding that its own
+    tokens looked up, for its own columns."""
+    wide = replace(MODEL, width=32, feedforward_width=64)
+    config = vary(CONFIG, {"runtime.dtype": dtype})
+    compiled = lowered_step((1, 2, 4, 1), wide, config).compile()
+    assert collectives_in(compiled, "/optimizer/") == []
+    backward = collectives_in(compiled, "transpose(jvp(embedding))")
+    assert "all-gather" not in backward and "all-to-all" in backward  # rows for columns
+
+
+def test_matrices_pass_between_devices_in_the_dtype_of_products():
+    """Of what is summed over devices by hand, only vectors and the loss are float32."""
+    config = vary(CONFIG, {"runtime.dtype": "bfloat16"})
+    text = lowered_step((1, 2, 2, 2), MODEL, config).as_text()
+    types = re.findall(r"stablehlo\.all_reduce.*?\) : \((tensor<.*?>)\) ->", text, re.DOTALL)
+    found = {each for each in types if "48x" in each or "24x" in each or "12x" in each}
+    assert found == {"tensor<12x16xbf16>", "tensor<48x4xbf16>"}  # of the head and the embedding
 
 
 def test_eight_experts_on_eight_devices_pass_nothing_at_all():

@@ -34,10 +34,25 @@ def _rows_forward(table, tokens):
 
 
 def _rows_backward(found, gradient):
-    # Summed in float32: a token met a thousand times would lose most of its gradient in bfloat16.
     table, tokens = found
-    sums = jnp.zeros_like(table, jnp.float32).at[tokens].add(gradient.astype(jnp.float32))
-    return sums.astype(table.dtype), None
+
+    # By hand: XLA would bring the gradients of all tokens to every device, in float32.
+    def own_tokens(tokens, gradient):
+        # Summed in float32: a token met a thousand times would lose most of its gradient in
+        # bfloat16. There are few devices, so that what passes between them may be rounded.
+        sums = jnp.zeros((len(table), gradient.shape[-1]), jnp.float32)
+        sums = sums.at[tokens].add(gradient.astype(jnp.float32)).astype(table.dtype)
+        return sums if ways == 1 else jax.lax.psum(sums, "data")
+
+    ways, columns = jax.sharding.get_abstract_mesh().shape["data"], RULES["columns"]
+    summed = jax.shard_map(
+        own_tokens,
+        in_specs=(PartitionSpec("data"), PartitionSpec("data", None, columns)),
+        out_specs=PartitionSpec(None, columns),
+        axis_names={*BATCH, "tensor"},
+        check_vma=False,
+    )
+    return summed(tokens, gradient), None
 
 
 _rows.defvjp(_rows_forward, _rows_backward)

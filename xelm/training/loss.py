@@ -236,6 +236,7 @@ def _taught(teacher, losses, hot, likely, first, size, across):
 
 def _loss_over_mesh(states, head, targets, weights, teacher, *, frozen_head):
     size, padded = head.matrix.shape[0], _padded(head, states.dtype)
+    dtypes = jax.tree.map(lambda x: x.dtype, head)
 
     def part(states, head, *others):
         # The vocabulary is split over `fsdp`, so each device needs the positions of all of these.
@@ -249,6 +250,9 @@ def _loss_over_mesh(states, head, targets, weights, teacher, *, frozen_head):
         )
         state_gradient = jax.lax.psum(state_gradient, "tensor")
         state_gradient = jax.lax.psum_scatter(state_gradient, "fsdp", tiled=True)
+        if not frozen_head:
+            # It is summed in float32 on each device, and need not pass between them so.
+            head_gradient = jax.tree.map(lambda x, t: x.astype(t), head_gradient, dtypes)
         loss, head_gradient = jax.lax.psum((loss, head_gradient), _POSITIONS)
         return loss, (state_gradient, head_gradient)
 

@@ -92,18 +92,36 @@ def parameter_shardings(
 
     def place(path, shape):
         axes = axes_of(path, known)
-        names = [RULES[axis] for axis in axes]
-        used = [name for some in names for name in some]
-        if len(used) != len(set(used)):
-            raise ValueError(f"two dimensions of {axes} fall on one mesh axis")
-        for size, axis, some in zip(shape.shape, axes, names):
+        for size, axis in zip(shape.shape, axes):
+            some = RULES[axis]
             ways = math.prod(mesh.shape[name] for name in some)
             if size % ways:
                 raise UserError(
                     f"{axis} must be a multiple of mesh axis {' x '.join(some)} = {ways}; "
                     f"got {size}"
                 )
-        return NamedSharding(mesh, PartitionSpec(*(some or None for some in names)))
+        return NamedSharding(mesh, _spec(axes))
 
     tree = by_path(shapes(config) if like is None else like)
     return unflatten_dict({path: place(path, leaf) for path, leaf in tree.items()}, sep="/")
+
+
+def spread_as_parameters(tree: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Gradients, say, in a tree of `trainable.divide`, spread over the mesh that is set as the
+    parameters are. Left to itself, XLA may keep them otherwise, and exchange parameters and
+    averages instead, in float32."""
+    known = by_path(logical_axes(config))
+    flat = {
+        path: jax.lax.with_sharding_constraint(leaf, _spec(axes_of(path, known)))
+        for path, leaf in by_path(tree).items()
+    }
+    return unflatten_dict(flat, sep="/")
+
+
+def _spec(axes: tuple[str, ...]) -> PartitionSpec:
+    """How a parameter with dimensions of these names is split."""
+    names = [RULES[axis] for axis in axes]
+    used = [name for some in names for name in some]
+    if len(used) != len(set(used)):
+        raise ValueError(f"two dimensions of {axes} fall on one mesh axis")
+    return PartitionSpec(*(some or None for some in names))

@@ -21,7 +21,7 @@ from xelm.training.lookups import on_own_rows, spread_lookup, states_at
 from xelm.training.loss import Teacher, cross_entropy, distillation, token_losses
 from xelm.training.master_weights import Remainders, join_weights, split_weights
 from xelm.training.optimizer import clipped, decaying, optimizer
-from xelm.training.sharding import BATCH
+from xelm.training.sharding import BATCH, spread_as_parameters
 from xelm.training.spike_guard import accepts, new_guard, updated
 from xelm.training.trainable import (
     NOTHING_FIXED,
@@ -163,7 +163,8 @@ class TrainStep:
         total = jnp.maximum(self._weights(batch).sum(), 1).astype(jnp.float32)
 
         def of(part):
-            return jax.value_and_grad(self._loss)(parameters, frozen, part, total)
+            loss, gradients = jax.value_and_grad(self._loss)(parameters, frozen, part, total)
+            return loss, spread_as_parameters(gradients, self.model)
 
         parts = jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
         parts = jax.lax.with_sharding_constraint(parts, PartitionSpec(None, BATCH))
