@@ -373,9 +373,9 @@ def slow(monkeypatch):
 
     step, pace = Engine.step, {"seconds": 0.05}
 
-    def slowed(self):
+    def slowed(self, *given):
         time.sleep(pace["seconds"])
-        return step(self)
+        return step(self, *given)
 
     monkeypatch.setattr(Engine, "step", slowed)
     return pace

@@ -17,6 +17,7 @@ from xelm.inference.running import GenerationRequest, SpelledSequence
 from xelm.inference.scoring import in_own_vocabularies, score_documents
 from xelm.inference.spelling import spell
 from xelm.inference.vocabularies import choose
+from xelm.inference.work import finish
 
 PRIOR = np.log([0.5, 0.2, 0.3])
 # Models of random parameters differ by hundreds of nats; these weights still tell them apart.
@@ -89,7 +90,9 @@ def test_each_further_token_is_spelled_by_itself_in_scoring_as_in_generation(mad
         if token is not None:
             engine.append(running, token)
     walk = Walk(router, None, ids, np.arange(len(known), len(ids) + 1), ids != ids[0])
-    (scores,) = in_own_vocabularies(pool, [walk], [ids], [_own_scores(pool, ids)], _reading(pool))
+    (scores,) = finish(
+        in_own_vocabularies(pool, [walk], [ids], [_own_scores(pool, ids)], _reading(pool))
+    )
     along = walk.decide(scores[:, : len(ids)], pool.limits).log_weights
     np.testing.assert_allclose(found, np.exp(along), rtol=1e-3, atol=1e-6)
     if router.memory == 1:
@@ -104,7 +107,7 @@ def test_each_further_token_is_spelled_by_itself_in_scoring_as_in_generation(mad
             assert max(prompt) >= made.model.vocabulary_size or name != "hy"
         np.testing.assert_allclose(found[-1], posterior(np.asarray(last)), rtol=1e-3)
     # What a server tells of a prompt's tokens is by the same weights.
-    (one,) = score_ends(pool, [ids], [replace_positions(walk, len(ids))], 1)
+    (one,) = finish(score_ends(pool, [ids], [replace_positions(walk, len(ids))], 1))
     mean = np.exp(along[:-1]).mean(axis=0)
     np.testing.assert_allclose([one.weights[name] for name in NAMES], mean, rtol=1e-3, atol=1e-6)
 
@@ -133,12 +136,12 @@ def test_an_expert_without_pieces_of_its_own_is_compared_as_before_to_the_last_b
     ids = np.asarray(ensemble.tokenizer.begin(TEXTS["en"][8]))
     scores = _own_scores(ensemble, ids)
     walk = Walk(BAYES, None, ids, np.asarray([len(ids)]), routing_mask(ensemble.tokenizer, ids))
-    (found,) = in_own_vocabularies(ensemble, [walk], [ids], [scores], _reading(ensemble))
+    (found,) = finish(in_own_vocabularies(ensemble, [walk], [ids], [scores], _reading(ensemble)))
     np.testing.assert_array_equal(found[0], scores[0])
     assert (found[1:] != scores[1:]).any(axis=1).all()
     # Where nobody has other pieces, nothing is read a second time.
     alone = replace(ensemble, own={}, further=())
-    assert in_own_vocabularies(alone, [walk], [ids], [scores], {})[0] is scores
+    assert finish(in_own_vocabularies(alone, [walk], [ids], [scores], {}))[0] is scores
 
 
 def test_a_chats_mask_divides_the_pieces(made):

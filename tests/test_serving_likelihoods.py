@@ -17,6 +17,7 @@ from xelm import open_run
 from xelm.data.tokenizer import Tokenizer
 from xelm.harness import Harness
 from xelm.inference import generation, prompt_scoring
+from xelm.inference.work import finish
 from xelm.serving import openai_prompts, openai_responses
 from xelm.serving.models import ServedModels
 from xelm.serving.openai_requests import ChatRequest, CompletionRequest
@@ -89,8 +90,10 @@ def test_every_router_weighs_a_prompt_as_the_ensemble_does(chatty, tiny, routing
             np.testing.assert_allclose(nats, wanted.nats, rtol=1e-5)
             # "language", or for some texts "mixture", which the ensemble decides, too.
             begun = [[start, *ids] for ids in prompts]
-            scored = prompt_scoring.score_prompts(
-                ensemble, begun, [ensemble.router] * 4, [language] * 4, 0
+            scored = finish(
+                prompt_scoring.score_prompts(
+                    ensemble, begun, [ensemble.router] * 4, [language] * 4, 0
+                )
             )
             deciding = [one.router for one in scored]
             assert [choice["xelm"]["router"] for choice in choices] == deciding
@@ -388,7 +391,7 @@ def test_a_long_prompt_is_scored_in_pieces_with_equal_values(
 
     def scored():
         given = [ids], [ensemble.router], [None], alternatives
-        return prompt_scoring.score_prompts(ensemble, *given)[0].tokens[1:]
+        return finish(prompt_scoring.score_prompts(ensemble, *given))[0].tokens[1:]
 
     whole = scored()
     assert sizes == [(64, ensemble.model.vocabulary_size)]

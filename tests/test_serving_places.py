@@ -19,7 +19,6 @@ from xelm.inference.routing import Routing
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.sequence import Detokenizer
 from xelm.serving import batch as batch_module
-from xelm.serving import scheduler as scheduler_module
 from xelm.serving.batch import Failed, Finished, PromptScored, Request, TextDelta
 from xelm.serving.limits import Limits
 from xelm.serving.models import open_served_models
@@ -149,12 +148,12 @@ def test_what_fails_does_not_fail_what_waits(chatty, monkeypatch, capfd):
     right, failing = Engine.step, [True]
     with served(chatty, limits=Limits(max_sequences=1)) as found:
 
-        def step(self):
+        def step(self, *given):
             if failing:
                 until(lambda: found.scheduler.waiting == 1)
                 failing.clear()
                 raise RuntimeError("a step failed")
-            return right(self)
+            return right(self, *given)
 
         monkeypatch.setattr(Engine, "step", step)
         body = {"model": "xelm:seed", "prompt": PROMPT, "max_tokens": 3}
@@ -254,7 +253,7 @@ def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
     def held(*given):
         begun.set()
         assert go_on.wait(60)
-        return score(*given)
+        return (yield from score(*given))
 
     monkeypatch.setattr(batch_module, "score_prompts", held)
     scored = {"alternatives": 1, "scores_prompt": True, "generates": False}
@@ -266,27 +265,40 @@ def test_prompts_that_are_being_scored_count_as_running(chatty, monkeypatch):
     with pytest.raises(QueueFull):
         scheduler.submit([request_for(scheduler, [])])
     with pytest.raises(QueueFull):
-        scheduler.call(lambda: 1)
+        scheduler.call(naming)
     go_on.set()
     until(lambda: len(events) == 4 and scheduler.running == 0)
     assert [type(event) for event in events] == [PromptScored, Finished] * 2
     scheduler.close()
 
 
+def naming(_):
+    """A computation that pauses once, and says in which thread it goes on."""
+    yield
+    return threading.current_thread().name
+
+
+def failing(_):
+    yield
+    return 1 // 0
+
+
 def test_prompts_are_scored_in_smaller_parts_while_others_are_continued(chatty, monkeypatch):
     opener = partial(open_served_models, open_run(chatty), Routing(name="detected"))
-    scheduler = Scheduler(opener(), Limits(max_sequences=9, max_waiting=0), lambda call: call())
-    score, parts, now = batch_module.score_prompts, [], time.monotonic()
-    ids = scheduler.models.ensemble.tokenizer.begin(PROMPT)
+    models, score, parts, now = opener(), batch_module.score_prompts, [], time.monotonic()
+    ids = models.ensemble.tokenizer.begin(PROMPT)
+    limits = Limits(max_sequences=9, max_waiting=0, prompt_tokens_per_step=2 * len(ids))
+    scheduler = Scheduler(models, limits, lambda call: call())
 
-    def noted(ensemble, limits, texts, *given):
-        parts.append(len(texts))
-        if len(parts) == 1:  # between two parts whoever has left or is late is looked at
-            left.cancelled, late.deadline = True, now - 1
-        return score(ensemble, limits, texts, *given)
+    def noted(pool, prompts, *given):
+        # Nothing is read yet. Before a step whoever has left or is late is looked at.
+        parts.append(len(prompts))
+        left.cancelled, late.deadline = True, now - 1
+        yield
+        return (yield from score(pool, prompts, *given))
 
     monkeypatch.setattr(batch_module, "score_prompts", noted)
-    monkeypatch.setattr(scheduler_module, "TOKENS_SCORED_BETWEEN_STEPS", 2 * len(ids))
+    drawing = threading.Event()
     scored = {"alternatives": 1, "scores_prompt": True, "generates": False}
     one, two, left, late, last = (request_for(scheduler, [], **scored) for _ in range(5))
     gone = []
@@ -294,18 +306,21 @@ def test_prompts_are_scored_in_smaller_parts_while_others_are_continued(chatty, 
     last.on_event = (ends := []).append
     scheduler.submit(
         [
-            request_for(scheduler, [], sampling=SamplingParams(max_new_tokens=50)),
-            one,
-            two,
-            left,
-            late,
+            request_for(
+                scheduler,
+                [],
+                sampling=SamplingParams(max_new_tokens=50),
+                on_event=lambda event: drawing.set(),
+            ),
         ]
     )
-    scheduler.submit([last])
     scheduler.start()
+    assert drawing.wait(60)
+    with scheduler._changed:  # all of them come between two steps
+        scheduler._queue += [one, two, left, late, last]
     until(lambda: any(isinstance(event, Finished) for event in ends), seconds=30)
     scheduler.close()
-    assert parts == [2, 1] and gone == [Failed(503, batch_module.LATE)]
+    assert parts == [2, 2, 1] and gone == [Failed(503, batch_module.LATE)]
 
 
 def test_the_scheduler_delivers_all_events_in_order(chatty):
@@ -334,12 +349,12 @@ def test_the_scheduler_delivers_all_events_in_order(chatty):
     until(lambda: unscored)
     assert unscored == lost
     # What has models read is called in its thread, where they belong, and raises here.
-    assert scheduler.call(lambda: threading.current_thread().name) == "scheduler"
+    assert scheduler.call(naming).result(60) == "scheduler"
     with pytest.raises(ZeroDivisionError):
-        scheduler.call(lambda: 1 // 0)
+        scheduler.call(failing).result(60)
     scheduler.close()
     assert not scheduler.alive
     with pytest.raises(ShuttingDown):
         scheduler.submit([request_for(scheduler, events)])
     with pytest.raises(ShuttingDown):
-        scheduler.call(lambda: 1)
+        scheduler.call(naming)

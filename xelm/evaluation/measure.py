@@ -20,6 +20,7 @@ from xelm.inference.pool import OwnVocabulary
 from xelm.inference.predictions import predict_documents
 from xelm.inference.route import Router, Walk, mixture
 from xelm.inference.scoring import score_documents, score_spelled, targets, unpredicted
+from xelm.inference.work import finish
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
 
@@ -254,7 +255,7 @@ class _Compared:
         """What a model gives to the tokens of each document in its own vocabulary."""
         plan, documents = self._plan, self._plan.documents[self._tag]
         texts = [(ids, len(ids) if whole else plan.first, None) for ids in documents]
-        return score_spelled(self._own[name], plan.vocabulary, texts, plan.reading)
+        return finish(score_spelled(self._own[name], plan.vocabulary, texts, plan.reading))
 
 
 def in_own_pieces(

@@ -9,7 +9,7 @@ as long to gather them as for attention itself (docs/architecture.md)."""
 import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +175,14 @@ def step_bytes(
 ) -> float:
     """Bytes that a step reads for blocks with these numbers of rows and slots."""
     return sum(parameter_bytes + rows * slots * bytes_per_slot for rows, slots in shapes)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def padded_slots(arrays: Any, slots: int) -> Any:
+    """Keys or values, or trees of them, [R, K, S, H] each, with so many slots, of which the further
+    ones are empty."""
+    more = [(0, 0)] * 2
+    return jax.tree.map(lambda a: jnp.pad(a, [*more, (0, slots - a.shape[2]), (0, 0)]), arrays)
 
 
 # One row at a time, by slices: a program for each pair of shapes would be too many, and gathering

@@ -188,18 +188,12 @@ class Decoder:
             rest = {text: ids for text, ids in rest.items() if ids}
 
     def piece(self, text: Text, unread: int) -> int:
-        """Number of columns of the call that reads the next of so many ids of a text."""
-        slots = slots_for(len(text.ids) + min(unread, PIECES[-1]))
-        sizes = PIECES if PIECES[-1] * slots <= SCORES_A_PIECE else PIECES[:-1]
-        return _next_of(unread, sizes)
+        """`piece_size` of the next ids of a text."""
+        return piece_size(len(text.ids), unread)
 
     def cost(self, text: Text) -> float:
-        """How many times as long as the first token of a text its next one takes to be read, by the
-        operations of attention beside those of all else."""
-        slots = slots_for(len(text.ids) + 1)
-        width = self._model.head_count * self._model.head_size
-        attention = 2 * self._model.layer_count * width * slots
-        return 1 + attention / self._model.active_parameter_count
+        """`reading_cost` of the next token of a text."""
+        return reading_cost(self._model, len(text.ids))
 
     def _room(self, text: Text, more: int) -> int:
         """Moves a text to a block of its own, if it has none with slots for so many more ids;
@@ -339,6 +333,31 @@ class Decoder:
         if self._memory and not self._memory.reserve(self, more, self._parameter_bytes):
             raise NoMemory(more)
         self.bytes += more
+
+
+def piece_size(read: int, unread: int) -> int:
+    """Number of columns of the call that reads the next of so many ids of a text, of which so many
+    were read."""
+    slots = slots_for(read + min(unread, PIECES[-1]))
+    sizes = PIECES if PIECES[-1] * slots <= SCORES_A_PIECE else PIECES[:-1]
+    return _next_of(unread, sizes)
+
+
+def reading_cost(model: ModelConfig, read: int) -> float:
+    """How many times as long as the first token of a text the next one takes to be read after so
+    many, by the operations of attention beside those of all else."""
+    slots = slots_for(read + 1)
+    attention = 2 * model.layer_count * model.head_count * model.head_size * slots
+    return 1 + attention / model.active_parameter_count
+
+
+def tokens_within(most: float, unread: int) -> int:
+    """How many of the unread ids of a text are read where `most` may be: at least the smallest
+    piece."""
+    if most >= unread:
+        return unread
+    # Whole pieces: others would take as long as these.
+    return min(unread, max(size for size in PIECES if size <= max(most, PIECES[0])))
 
 
 def _calls(texts: list[Text], size: int) -> list[list[Text]]:

@@ -84,10 +84,13 @@ class Engine:
         """Frees all memory; no sequence can be continued any more."""
         self._reader.close()
 
-    def step(self) -> list[tuple[RunningSequence, int, Float[np.ndarray, " M"]]]:
+    def step(
+        self, tokens_read: float = 0
+    ) -> list[tuple[RunningSequence, int, Float[np.ndarray, " M"]]]:
         """Draws the next token of every sequence that is read completely; returns it with the
-        models' weights for it."""
-        distribution, weights = self.next_log_probabilities()
+        models' weights for it. tokens_read: tokens of prompts that were read elsewhere since the
+        last step, within the same budget."""
+        distribution, weights = self.next_log_probabilities(tokens_read)
         if not self.drawing:
             return []
         by_row = {sequence.row: sequence for sequence in self.drawing}
@@ -134,15 +137,17 @@ class Engine:
             sequence.log_weights = None
 
     def next_log_probabilities(
-        self,
+        self, tokens_read: float = 0
     ) -> tuple[Float[Array, "B V"], Float[np.ndarray, "drawing M"]]:
         """Log probabilities of the next token, by the `row` of each sequence that is `drawing`
-        (other rows mean nothing), and the weights of the models for each of these."""
+        (other rows mean nothing), and the weights of the models for each of these. tokens_read: as
+        in `step`."""
         # In alternating order: the expert that was run last, which is on the device, is run first.
         self._order.reverse()
         failed = [sequence for sequence, _ in self._reader.failed]
         sequences = [sequence for sequence in self.sequences if sequence not in failed]
         self._weigh(sequences)
+        self._reader.begin_step(sequences, tokens_read)
         self._reader.read(sequences, self._order)
         decided = self._weigh_by_likelihood(sequences)
         # Experts with vocabularies of their own have read for the router in these alone.

@@ -19,6 +19,7 @@ from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling_params import SamplingParams
 from xelm.inference.scoring import check_ids, decide_along, score_models, targets, unpredicted
 from xelm.inference.vocabularies import choose
+from xelm.inference.work import finish
 
 Prompt = str | Sequence[Mapping[str, str]]
 """A text, or the messages of a chat: {"role": "user", "content": "Habari?"}."""
@@ -128,10 +129,10 @@ class Ensemble(Pool):
         reading = self.reading
         if contexts is not None:
             reading["stride"] = self.overlapping_stride
-        decisions, scores, read = decide_along(self, walks, ids, reading)
+        decisions, scores, read = finish(decide_along(self, walks, ids, reading))
         weighed = [np.flatnonzero(np.isfinite(d.log_weights).any(axis=0)) for d in decisions]
         missing = [set(some.tolist()) - known for some, known in zip(weighed, read)]
-        score_models(self, ids, scores, missing, reading)
+        finish(score_models(self, ids, scores, missing, reading))
         weights = [np.exp(d.log_weights).sum(axis=0) / max(1, len(d.routers)) for d in decisions]
         nats = [
             -mixture(decision.log_weights, found[:, context:]).sum()
@@ -167,7 +168,7 @@ class Ensemble(Pool):
             mask[: len(context)] = routing_mask(self.tokenizer, context, user)
             at = self._positions(len(context), len(document), len(document))
             walks.append(Walk(self.router, language, document, at, mask))
-        found = score_ends(self, ids, walks, alternatives=1)
+        found = finish(score_ends(self, ids, walks, alternatives=1))
         return Likelihoods(
             nats=np.asarray([-sum(t.log_probability for t in one.tokens) for one in found], float),
             greedy=np.asarray([all(t.top[0][0] == t.token for t in one.tokens) for one in found]),

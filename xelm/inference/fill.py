@@ -12,6 +12,7 @@ from xelm.inference.blocks import padded
 from xelm.inference.pool import Pool
 from xelm.inference.route import Walk
 from xelm.inference.scoring import check_ids, decide_along
+from xelm.inference.work import finish
 from xelm.models.parameters import compiled_by_model
 
 
@@ -58,7 +59,7 @@ def fill(pool: Pool, text: str, count: int, language: str | None) -> Filling:
         )
     given = ids[ids != tokenizer.mask_id]
     walk = Walk(pool.router, language, given, np.asarray([len(given)]))
-    (found,), *_ = decide_along(pool, [walk], [given], pool.reading)
+    (found,), *_ = finish(decide_along(pool, [walk], [given], pool.reading))
     (log_weights,) = found.log_weights
     size = min(padded(len(framed)), pool.window)  # few compiled shapes
     tokens = np.zeros((1, size), np.int32)

@@ -99,11 +99,13 @@ class Generator:
         del self.running[continuation.sequence]
         self.engine.remove(continuation.sequence)
 
-    def step(self) -> list[tuple[Continuation, str, Float[np.ndarray, " M"]]]:
+    def step(
+        self, tokens_read: float = 0
+    ) -> list[tuple[Continuation, str, Float[np.ndarray, " M"]]]:
         """Draws a token of every continuation whose prompt is read, and removes those that end.
         Returns each with the text that is final now, which may be empty, and the models' weights
-        for the token."""
-        steps, now = self.engine.step(), time.monotonic()
+        for the token. tokens_read: as in `Engine.step`."""
+        steps, now = self.engine.step(tokens_read), time.monotonic()
         return [self._added(sequence, token, own, now) for sequence, token, own in steps]
 
     def take_failed(self) -> list[tuple[Continuation, str]]:

@@ -6,6 +6,7 @@ scored there are the states before the output head, D numbers a token and model.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,15 +15,18 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from xelm.inference.decoder import PIECES
+from xelm.inference.piecewise import PiecewiseScorer
 from xelm.inference.pool import Pool
 from xelm.inference.route import Router, Walk, routing_mask
 from xelm.inference.sampling import TokenLikelihood, likeliest
 from xelm.inference.scoring import (
+    Scorer,
+    at_once,
     final_states,
     in_own_vocabularies,
-    score_documents,
     states_and_scores,
 )
+from xelm.inference.work import Allowance, Work
 from xelm.models.parameters import compiled_by_model
 
 
@@ -43,18 +47,20 @@ def score_prompts(
     routers: Sequence[Router],
     languages: Sequence[str | None],
     alternatives: int,
-) -> list[PromptScores]:
+    scorer: PiecewiseScorer | None = None,
+) -> Work[list[PromptScores]]:
     """Scores all tokens of prompts, which are ids and read as they are; the first id follows
     nothing, and its log probability is nan.
 
     routers, languages: one for each prompt, which is routed token by token. alternatives: number of
-    likeliest tokens that are named at each place."""
+    likeliest tokens that are named at each place. scorer: reads the prompts in pieces; None: each
+    model reads them at once."""
     ids = [np.asarray(prompt, np.int64) for prompt in prompts]
     walks = [
         Walk(router, language, own, np.arange(1, len(own)), routing_mask(pool.tokenizer, own))
         for own, router, language in zip(ids, routers, languages)
     ]
-    found = score_ends(pool, ids, walks, alternatives)
+    found = yield from score_ends(pool, ids, walks, alternatives, scorer)
     return [
         one._replace(tokens=[TokenLikelihood(int(prompt[0]), float("nan"), ()), *one.tokens])
         for prompt, one in zip(prompts, found)
@@ -62,8 +68,12 @@ def score_prompts(
 
 
 def score_ends(
-    pool: Pool, prompts: Sequence[Int[np.ndarray, " _"]], walks: Sequence[Walk], alternatives: int
-) -> list[PromptScores]:
+    pool: Pool,
+    prompts: Sequence[Int[np.ndarray, " _"]],
+    walks: Sequence[Walk],
+    alternatives: int,
+    scorer: PiecewiseScorer | None = None,
+) -> Work[list[PromptScores]]:
     """Scores the last tokens of prompts, one for each position of its walk; as `score_prompts`."""
     if not prompts:
         return []
@@ -77,12 +87,17 @@ def score_ends(
     states: dict[int, Float[np.ndarray, "N D"]] = {}
     scores = [np.zeros((len(models), len(ids))) for ids in prompts]
 
-    def read(model: int, numbers: Sequence[int], *, scored: bool) -> None:
+    score: Scorer = at_once if scorer is None else scorer
+
+    def read(model: int, numbers: Sequence[int], *, scored: bool) -> Work[None]:
         if not numbers:
             return
         measure = states_and_scores if scored else final_states
-        some, parameters = [prompts[n] for n in numbers], pool.parameters[model]
-        found = score_documents(pool.model, parameters, some, measure=measure, **reading)
+        some, parameters = (
+            [prompts[n] for n in numbers],
+            partial(pool.parameters.__getitem__, model),
+        )
+        found = yield from score(pool.model, parameters, some, measure=measure, **reading)
         kept = states.setdefault(model, np.zeros((ends[-1], width), np.float32))
         for n, ids, own in zip(numbers, some, found):
             # Without the end of the document, which is not scored.
@@ -96,17 +111,21 @@ def score_ends(
         for model in models
     ]
     for model in models:
-        read(model, needed[model], scored=True)
+        yield from read(model, needed[model], scored=True)
+    compared = yield from in_own_vocabularies(pool, walks, prompts, scores, reading, score)
     decisions = [
         walk.decide(own[: walk.router.experts], pool.limits, len(models))
-        for walk, own in zip(walks, in_own_vocabularies(pool, walks, prompts, scores, reading))
+        for walk, own in zip(walks, compared)
     ]
     for model in models:
         weighed = [np.isfinite(decision.log_weights[:, model]).any() for decision in decisions]
-        read(model, sorted({*np.flatnonzero(weighed).tolist()} - {*needed[model]}), scored=False)
+        others = sorted({*np.flatnonzero(weighed).tolist()} - {*needed[model]})
+        yield from read(model, others, scored=False)
     weights = [np.exp(decision.log_weights).sum(axis=0) for decision in decisions]
     log_weights = np.concatenate([decision.log_weights for decision in decisions])
-    found = _mixed(pool, states, np.concatenate(wanted), log_weights, alternatives)
+    allowance = Allowance() if scorer is None else scorer.allowance
+    tokens = np.concatenate(wanted)
+    found = yield from _mixed(pool, states, tokens, log_weights, alternatives, allowance)
     return [
         PromptScores(
             found[first:last],
@@ -123,12 +142,18 @@ def _mixed(
     wanted: Int[np.ndarray, " N"],
     log_weights: Float[np.ndarray, "N M"],
     alternatives: int,
-) -> list[TokenLikelihood]:
-    """How probable each wanted token is by the mixture of models with these states."""
-    size = next((size for size in PIECES if size >= len(wanted)), PIECES[-1])
+    allowance: Allowance,
+) -> Work[list[TokenLikelihood]]:
+    """How probable each wanted token is by the mixture of models with these states. A token whose
+    scores over the vocabulary are computed counts as one that is read."""
+    largest = next((size for size in PIECES if size >= len(wanted)), PIECES[-1])
     add = _adder(pool.model, pool.dtype)
     found: list[TokenLikelihood] = []
-    for first in range(0, len(wanted), size):
+    while (first := len(found)) < len(wanted):
+        yield from allowance.wait()
+        most = max(PIECES[0], allowance.left / len(states))
+        size = max(size for size in PIECES if size <= min(most, largest))
+        allowance.left -= size * len(states)
         part = slice(first, first + size)
         rest = size - len(wanted[part])
         mixture = jnp.full((size, pool.model.vocabulary_size), -jnp.inf)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from xelm.inference.blocks import Text
-from xelm.inference.decoder import PIECES, TOKENS_A_CALL, Decoder, NoMemory
+from xelm.inference.decoder import TOKENS_A_CALL, Decoder, NoMemory, tokens_within
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.pool import Pool, parameter_bytes
 from xelm.inference.route import IMPOSSIBLE
@@ -56,7 +56,6 @@ class Reader:
         if some is None:
             some = sequences
             self._spell(some)
-            self._left = self._budget_of_step(sequences)
         while pieces := self._pieces(sequences, order, some):
             for reading in sorted(pieces, key=order.__getitem__):
                 self._read_by(reading, pieces[reading], sequences)
@@ -112,13 +111,15 @@ class Reader:
         for reading in list(sequence.texts if readings is None else readings):
             self.decoders[reading].close(sequence.texts.pop(reading))
 
-    def _budget_of_step(self, sequences: Sequence[RunningSequence]) -> float:
-        """Number of tokens of prompts that are read in this step: no limit if there is none, and
-        many where no sequence waits for its next token."""
-        if self._budget is None:
-            return math.inf
-        growing = any(all(s.unread(e) <= 1 for e in s.required) for s in sequences)
-        return self._budget if growing else max(self._budget, TOKENS_A_CALL)
+    def begin_step(self, sequences: Sequence[RunningSequence], tokens_read: float = 0) -> None:
+        """Sets the number of tokens of prompts that are read in a step: no limit if there is none,
+        and many where no sequence waits for its next token. tokens_read: how many of them were read
+        elsewhere; however many that are, the smallest piece is read here."""
+        self._left = math.inf
+        if self._budget is not None:
+            growing = any(all(s.unread(e) <= 1 for e in s.required) for s in sequences)
+            budget = self._budget if growing else max(self._budget, TOKENS_A_CALL)
+            self._left = max(1, budget - tokens_read)
 
     def _spent(self, decoder: Decoder, text: Text, unread: int) -> int:
         """How many of the unread ids of a text are read with what is left of the budget: at least
@@ -126,11 +127,7 @@ class Reader:
         if unread == 1 or self._budget is None:
             return unread
         cost = decoder.cost(text)
-        count = min(unread, int(self._left / cost))
-        if count < unread:
-            # Whole pieces: others would take as long as these.
-            count = max(size for size in PIECES if size <= max(count, PIECES[0]))
-            count = min(unread, count)
+        count = tokens_within(self._left / cost, unread)
         self._left -= count * cost
         return count
 

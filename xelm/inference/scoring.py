@@ -17,6 +17,7 @@ from xelm.data.vocabulary import Vocabulary
 from xelm.inference.pool import OwnVocabulary, Pool
 from xelm.inference.route import Decision, Walk
 from xelm.inference.spelling import spell
+from xelm.inference.work import Work
 from xelm.models.config import ModelConfig
 from xelm.models.head import Head, target_log_probabilities
 from xelm.models.parameters import compiled_by_model
@@ -32,6 +33,9 @@ APART = 8
 
 Measure = Callable[[Array, Head, Array], Array]
 """(states [*B, D], head, targets [*B]) -> what is measured at each target"""
+Scorer = Callable[..., Work[list[Float[np.ndarray, "_ ..."]]]]
+"""How documents are scored, `at_once` or by a `PiecewiseScorer`: a function with the arguments of
+`score_documents`, but for the parameters, in whose place is a function that returns them."""
 
 
 def targets(
@@ -117,6 +121,17 @@ def score_documents(
     return scores
 
 
+def at_once(
+    model: ModelConfig,
+    parameters: Callable[[], Any],
+    documents: Sequence[Integer[np.ndarray, " _"]],
+    **options: Any,
+) -> Work[list[Float[np.ndarray, "_ ..."]]]:
+    """`score_documents` as a `Scorer`, which never pauses."""
+    yield from ()
+    return score_documents(model, parameters(), documents, **options)
+
+
 def final_states(states, head, targets):
     """What `score_documents` can measure: the states from which targets are predicted, float32."""
     return states.astype(jnp.float32)
@@ -133,15 +148,16 @@ def decide_along(
     walks: Sequence[Walk],
     documents: Sequence[Integer[np.ndarray, " _"]],
     reading: Mapping[str, Any],
-) -> tuple[list[Decision], list[Float[np.ndarray, "M _"]], list[set[int]]]:
+    score: Scorer = at_once,
+) -> Work[tuple[list[Decision], list[Float[np.ndarray, "M _"]], list[set[int]]]]:
     """Weights of the models along each document; the models' scores of its `targets`, as far as the
     router needed them; and the models that it needed. reading: options of `score_documents`."""
     scores = [np.zeros((len(pool.names), len(i) + pool.model.causal)) for i in documents]
     experts = range(pool.router.experts)
     needing = [walk.needs_log_likelihoods for walk in walks]
     read = [{*experts} - {*pool.own} if needed else set() for needed in needing]
-    score_models(pool, documents, scores, read, reading)
-    compared = in_own_vocabularies(pool, walks, documents, scores, reading)
+    yield from score_models(pool, documents, scores, read, reading, score)
+    compared = yield from in_own_vocabularies(pool, walks, documents, scores, reading, score)
     decisions = [
         walk.decide(found[: len(experts), : len(walk.states) - 1], pool.limits, len(pool.names))
         for walk, found in zip(walks, compared)
@@ -155,7 +171,8 @@ def in_own_vocabularies(
     documents: Sequence[Integer[np.ndarray, " _"]],
     scores: Sequence[Float[np.ndarray, "M _"]],
     reading: Mapping[str, Any],
-) -> list[Float[np.ndarray, "M _"]]:
+    score: Scorer = at_once,
+) -> Work[list[Float[np.ndarray, "M _"]]]:
     """What a router compares: the scores of each document, with those in their own vocabularies of
     the models that have others than the pool, for the documents of which the router needs them."""
     found = list(scores)
@@ -166,7 +183,8 @@ def in_own_vocabularies(
             if model < walk.router.experts and walk.needs_log_likelihoods
         ]
         some = [(documents[number], walks[number].known, walks[number].mask) for number in numbers]
-        for number, one in zip(numbers, score_spelled(own, pool.vocabulary, some, reading)):
+        scored = yield from score_spelled(own, pool.vocabulary, some, reading, score)
+        for number, one in zip(numbers, scored):
             if found[number] is scores[number]:
                 found[number] = scores[number].copy()
             found[number][model, : len(one)] = one
@@ -178,7 +196,8 @@ def score_spelled(
     vocabulary: Vocabulary | None,
     texts: Sequence[tuple[Integer[np.ndarray, " _"], int, np.ndarray | None]],
     reading: Mapping[str, Any],
-) -> list[Float[np.ndarray, " _"]]:
+    score: Scorer = at_once,
+) -> Work[list[Float[np.ndarray, " _"]]]:
     """Log probability, in nats, that a model gives to the tokens of each text in its own
     vocabulary. What a piece of several tokens has counts at the last of them.
 
@@ -188,7 +207,7 @@ def score_spelled(
         return []
     spellings = [spell(ids, vocabulary, own.vocabulary, known, mask) for ids, known, mask in texts]
     ids = [spelling.ids for spelling in spellings]
-    found = score_documents(own.model, own.parameters(), ids, **reading)
+    found = yield from score(own.model, own.parameters, ids, **reading)
     sums = [np.zeros(len(ids)) for ids, _, _ in texts]
     for total, spelling, scores in zip(sums, spellings, found):
         np.add.at(total, spelling.places, scores[: len(spelling.places)])
@@ -201,13 +220,15 @@ def score_models(
     scores: Sequence[Float[np.ndarray, "M _"]],
     models: Sequence[set[int]],
     reading: Mapping[str, Any],
-) -> None:
+    score: Scorer = at_once,
+) -> Work[None]:
     """Fills the rows of each document's `scores` for these models of it."""
     for model in range(len(pool.names)):
         chosen = [number for number, some in enumerate(models) if model in some]
         if chosen:
             some = [documents[number] for number in chosen]
-            found = score_documents(pool.model, pool.parameters[model], some, **reading)
+            parameters = partial(pool.parameters.__getitem__, model)
+            found = yield from score(pool.model, parameters, some, **reading)
             for number, row in zip(chosen, found):
                 scores[number][model] = row
 

@@ -11,6 +11,7 @@ from xelm.inference.pool import Pool
 from xelm.inference.predictions import Likeliest, likeliest_of_mixture, read_upto
 from xelm.inference.route import Walk
 from xelm.inference.scoring import decide_along, targets, unpredicted
+from xelm.inference.work import finish
 
 _STATE_VALUES = 2**26
 """Values of hidden states of all models in memory at once: 256 MiB."""
@@ -48,7 +49,7 @@ def teach(
     first = unpredicted(pool.model, form)
     wanted = [targets(pool.model, np.asarray(ids, np.int64), form) for ids in documents]
     walks = [Walk(pool.router, language, ids, np.arange(first, len(ids))) for ids in wanted]
-    decisions, _, read = decide_along(pool, walks, documents, pool.reading)
+    decisions, _, read = finish(decide_along(pool, walks, documents, pool.reading))
     log_weights = [decision.log_weights for decision in decisions]
     models = [partial(pool.parameters.__getitem__, index) for index in range(len(pool.names))]
     found = likeliest_of_mixture(pool.model, models, documents, log_weights, top, **pool.reading)

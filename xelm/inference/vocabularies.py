@@ -8,7 +8,7 @@ that has ids which a pool lacks gives those of the pool all its probability."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from xelm.data.vocabulary import Vocabulary
 from xelm.inference.pool import OwnVocabulary, Pool
 from xelm.inference.route import Router, Walk, normalised, routing_mask
-from xelm.inference.scoring import decide_along
+from xelm.inference.scoring import Scorer, at_once, decide_along
+from xelm.inference.work import Work, finish
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import NEW_ROWS
 from xelm.models.vocabulary_rows import new_rows, resized
@@ -37,32 +38,58 @@ def choose(
     languages: Sequence[str | None],
     user_masks: Sequence[Sequence[bool] | None] | None = None,
     router: Router | None = None,
-    *,
-    call: Callable[[Callable[[], list[P]]], list[P]] = lambda function: function(),
 ) -> list[P]:
-    """The pool in whose vocabulary each prompt is to be read: that of the expert with the largest
-    weight after the prompt. So a language that is stated, and serves an expert, decides alone.
+    """The pool in whose vocabulary each prompt is to be read; arguments as of `Choice`."""
+    return finish(Choice(pool, prompts, languages, user_masks, router).decide())
 
-    prompts: in the seed's ids, with the token that starts texts. user_masks: as in
-    `GenerationRequest`. router: None: the pool's. call: returns what a function returns in which
-    models read prompts, as the router may ask for; for models that belong to another thread."""
-    if not pool.further:
-        return [pool] * len(prompts)
-    router = router or pool.router
-    documents = [np.asarray(prompt, np.int64) for prompt in prompts]
-    masks = [None] * len(prompts) if user_masks is None else user_masks
-    walks = [
-        Walk(router, language, ids, np.asarray([len(ids)]), routing_mask(pool.tokenizer, ids, mask))
-        for ids, language, mask in zip(documents, languages, masks)
-    ]
-    form = replace(pool.tokenizer.text_format, start_id=None)
 
-    def decided() -> list[P]:
-        routed, reading = replace(pool, router=router), pool.reading | {"text_format": form}
-        decisions, *_ = decide_along(routed, walks, documents, reading)
+class Choice(Generic[P]):
+    """Decides in which vocabulary each of some prompts is to be read: in that of the expert with
+    the largest weight after the prompt. So a language that is stated, and serves an expert, decides
+    alone."""
+
+    def __init__(
+        self,
+        pool: P,
+        prompts: Sequence[Sequence[int] | Int[np.ndarray, " _"]],
+        languages: Sequence[str | None],
+        user_masks: Sequence[Sequence[bool] | None] | None = None,
+        router: Router | None = None,
+    ):
+        """prompts: in the seed's ids, with the token that starts texts. user_masks: as in
+        `GenerationRequest`. router: None: the pool's."""
+        router = router or pool.router
+        self._pool, self._routed = pool, replace(pool, router=router)
+        self._documents = [np.asarray(prompt, np.int64) for prompt in prompts]
+        masks = [None] * len(prompts) if user_masks is None else user_masks
+        self._walks = [
+            Walk(
+                router,
+                language,
+                ids,
+                np.asarray([len(ids)]),
+                routing_mask(pool.tokenizer, ids, mask),
+            )
+            for ids, language, mask in zip(self._documents, languages, masks)
+            if pool.further
+        ]
+
+    @property
+    def reads(self) -> bool:
+        """Whether models have to read the prompts before it is decided."""
+        return any(walk.needs_log_likelihoods for walk in self._walks)
+
+    def decide(self, score: Scorer = at_once) -> Work[list[P]]:
+        """The pool in whose vocabulary each prompt is to be read. score: how models read."""
+        pool = self._pool
+        if not pool.further:
+            return [pool] * len(self._documents)
+        form = replace(pool.tokenizer.text_format, start_id=None)
+        reading = pool.reading | {"text_format": form}
+        decisions, *_ = yield from decide_along(
+            self._routed, self._walks, self._documents, reading, score
+        )
         return [pool_of(pool, int(one.log_weights[0].argmax())) for one in decisions]
-
-    return call(decided) if any(walk.needs_log_likelihoods for walk in walks) else decided()
 
 
 def joined(pool: P, further: Sequence[P]) -> P:

@@ -4,22 +4,24 @@ A batch knows no threads and no queue: those are the scheduler's.
 """
 
 import time
-from collections import deque
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-import jax
 import numpy as np
 
 from clustering.errors import UserError
 from xelm.inference.generation import Continuation, Generator
-from xelm.inference.prompt_scoring import score_prompts
+from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.prompt_scoring import PromptScores, score_prompts
 from xelm.inference.reading import out_of_memory, prompt_tokens_per_step
 from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling import TokenLikelihood
 from xelm.serving.limits import Limits
 from xelm.serving.models import ServedModels
+from xelm.serving.scoring_queue import NoMemory, ScoringJob, ScoringQueue
 
 LATE = "the time limit passed while the request waited"
 """Message of a request that failed before anything of it was generated."""
@@ -107,10 +109,14 @@ class Batch:
     """Requests that one set of models answers together; they join and leave at any token."""
 
     def __init__(
-        self, models: ServedModels, limits: Limits, emit: Callable[[Request, Event], None]
+        self,
+        models: ServedModels,
+        limits: Limits,
+        scoring: ScoringQueue,
+        emit: Callable[[Request, Event], None],
     ):
-        """emit: called with each event and its request."""
-        self.models, self._emit = models, emit
+        """scoring: in which prompts are scored. emit: called with each event and its request."""
+        self.models, self._scoring, self._emit = models, scoring, emit
         self._pools = models.pools
         budget = limits.prompt_tokens_per_step or prompt_tokens_per_step()
         self._generators = {
@@ -118,24 +124,39 @@ class Batch:
             for key, pool in self._pools.items()
         }
         self._generating: dict[Continuation, Request] = {}
-        self._to_score: deque[Request] = deque()
-        """Requests whose prompts are scored before they are continued."""
+        self._to_score: list[Request] = []
+        """Requests whose prompts are to be scored before they are continued."""
+        self._jobs: dict[ScoringJob, list[Request]] = {}
+        """Requests whose prompts are being scored together."""
 
     def __len__(self) -> int:
-        return len(self._generating) + len(self._to_score)
+        return len(self.requests)
 
     @property
     def requests(self) -> list[Request]:
         """All requests of the batch."""
-        return [*self._generating.values(), *self._to_score]
+        scored = [request for some in self._jobs.values() for request in some]
+        return [*self._generating.values(), *scored, *self._to_score]
 
     @property
     def generating(self) -> bool:
         """Whether any sequence is being generated."""
         return bool(self._generating)
 
+    @property
+    def growing(self) -> bool:
+        """Whether any sequence waits for its next token after the first."""
+        return any(one.sequence.new_tokens for one in self._generating)
+
+    @property
+    def reading(self) -> bool:
+        """Whether any prompt is being read to be continued."""
+        return any(not one.sequence.new_tokens for one in self._generating)
+
     def close(self) -> None:
         """Frees the memory of all sequences."""
+        for job in self._jobs:
+            self._scoring.remove(job)
         for generator in self._generators.values():
             generator.engine.close()
 
@@ -152,42 +173,76 @@ class Batch:
             if request.cancelled:
                 del self._generating[continuation]
                 self._generators[request.pool].remove(continuation)
-        self._to_score = deque(r for r in self._to_score if still_waiting(r, self._emit))
+        self._to_score = [r for r in self._to_score if still_waiting(r, self._emit)]
+        for job, some in list(self._jobs.items()):
+            self._jobs[job] = [request for request in some if still_waiting(request, self._emit)]
+            if not self._jobs[job]:
+                del self._jobs[job]
+                self._scoring.remove(job)
 
-    def score_some(self, most: int) -> None:
-        """Scores prompts of at most so many tokens, or one prompt, and begins to continue them.
-        Where there is no memory for that, these requests fail."""
-        part, tokens = [], 0
+    def score(self, most: float) -> None:
+        """Begins to score the prompts that wait for it, those together that have at most so many
+        tokens and follow each other."""
+        parts: list[list[Request]] = []
+        tokens = 0
         for request in self._to_score:
             tokens += len(request.ids)
-            if part and (tokens > most or request.pool != part[0].pool):
-                break
-            part.append(request)
-        if not part:
-            return
-        routers = (self.models.router(request.model, request.pool) for request in part)
-        try:
-            scores = score_prompts(
-                self._pools[part[0].pool],
-                [request.ids for request in part],
-                [router for router in routers if router is not None],
-                [request.language for request in part],
-                max(request.alternatives or 0 for request in part),
-            )
-        except jax.errors.JaxRuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            for request in part:
-                self._emit(request, Failed(503, "the device is out of memory; try again"))
-                self._to_score.popleft()
-            return
-        for request, score in zip(part, scores):
+            if not parts or tokens > most or request.pool != parts[-1][0].pool:
+                parts.append([])
+                tokens = len(request.ids)
+            parts[-1].append(request)
+        self._to_score = []
+        for part in parts:
+            self._begin_scoring(part)
+
+    def _begin_scoring(self, requests: Sequence[Request]) -> None:
+        routers = (self.models.router(request.model, request.pool) for request in requests)
+        pool, account = self._pools[requests[0].pool], self._pools[requests[0].pool].parameters
+        begin = partial(
+            score_prompts,
+            pool,
+            [request.ids for request in requests],
+            [router for router in routers if router is not None],
+            [request.language for request in requests],
+            max(request.alternatives or 0 for request in requests),
+        )
+        job = ScoringJob(
+            begin=begin,
+            tokens=sum(len(request.ids) for request in requests),
+            done=lambda scores: self._scored(job, requests, scores),
+            failed=lambda error: self._not_scored(job, error),
+            memory=account if isinstance(account, ParameterCache) else None,
+        )
+        self._jobs[job] = list(requests)
+        self._scoring.add(job)
+
+    def _scored(
+        self, job: ScoringJob, requests: Sequence[Request], scores: Sequence[PromptScores]
+    ) -> None:
+        """Begins to continue prompts that were scored, as far as their requests have not left."""
+        left = self._jobs[job]
+        for request, score in zip(requests, scores):
+            if request not in left:
+                continue
             count = request.alternatives or 0
             tops = [token._replace(top=token.top[:count]) for token in score.tokens]
             self._emit(request, PromptScored(tops))
             weights = _weights_by_name(list(score.weights), np.array([*score.weights.values()]))
             self._generate(request, Finished("length", 0, weights, score.router))
-            self._to_score.popleft()
+            left.remove(request)
+        del self._jobs[job]
+
+    def _not_scored(self, job: ScoringJob, error: Exception) -> None:
+        """Fails requests whose prompts could not be scored; no others depend on what was read."""
+        failed = Failed(500, "scoring failed; try again")
+        if isinstance(error, NoMemory):
+            failed = Failed(503, str(error))
+        elif out_of_memory(error):
+            failed = Failed(503, "the device is out of memory; try again")
+        else:
+            traceback.print_exception(error)
+        for request in self._jobs.pop(job):
+            self._emit(request, failed)
 
     def _generate(self, request: Request, unless: Finished | None = None) -> None:
         """Begins to continue a prompt. unless: the event where no token is to be generated."""
@@ -206,11 +261,12 @@ class Batch:
             return
         self._generating[continuation] = request
 
-    def step(self) -> int:
+    def step(self, tokens_read: float = 0) -> int:
         """Generates a token of every sequence whose prompt is read, and reads more of the others;
-        returns the number of tokens. A sequence for which there is no memory fails."""
+        returns the number of tokens. A sequence for which there is no memory fails. tokens_read: as
+        in `Engine.step`."""
         running = [each for each in self._generators.values() if each.running]
-        deltas = [delta for generator in running for delta in generator.step()]
+        deltas = [delta for generator in running for delta in generator.step(tokens_read)]
         for one, text, weights in deltas:
             request, router = self._generating[one], one.sequence.routing
             names = self._pools[request.pool].names

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from dataclasses import dataclass, field
 from email.message import Message
 from functools import partial
@@ -14,16 +14,19 @@ from starlette.responses import Response, StreamingResponse
 
 from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
+from xelm.inference.ensemble import Ensemble
+from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.sampling_params import SamplingParams
-from xelm.serving.batch import Event, Failed, Finished, Request, TextDelta
+from xelm.serving.batch import LATE, Event, Failed, Finished, Request, TextDelta
 from xelm.serving.errors import Refused, error_body
 from xelm.serving.limits import BODY_SECONDS, MOST_BYTES, Limits
 from xelm.serving.metrics import Metrics
 from xelm.serving.models import ENSEMBLE, ServedModels
-from xelm.serving.openai_prompts import parse, prepare
+from xelm.serving.openai_prompts import Prepared, Reading, parse, prepare
 from xelm.serving.openai_requests import Body
 from xelm.serving.openai_responses import Choice, Progress, ResponseBodies, TokenNames, server_sent
 from xelm.serving.scheduler import QueueFull, Scheduler, ShuttingDown
+from xelm.serving.scoring_queue import NoMemory
 
 DISCONNECTED = 499
 """Status of a request whose client has disconnected, as in nginx; only metrics show it."""
@@ -85,8 +88,13 @@ class Completions:
             body = await run_in_threadpool(parse, kind, await _read_body(http_request))
             check_model(body.model, self.scheduler.models)
             model = body.model
-            in_flight = await self._submit(body, started)
-            response = await self._respond(http_request, in_flight)
+            disconnected = asyncio.create_task(_disconnected(http_request))
+            try:
+                in_flight = await self._submit(body, started, disconnected)
+                response = await self._respond(in_flight, disconnected)
+            except BaseException:
+                disconnected.cancel()
+                raise
         except ClientDisconnect:
             self.metrics.request(model, DISCONNECTED)
             return Response(status_code=DISCONNECTED)
@@ -97,12 +105,20 @@ class Completions:
             self.metrics.request(model, response.status_code)
         return response
 
-    async def _submit(self, body: Body, started: float) -> _InFlight:
+    async def _submit(
+        self, body: Body, started: float, disconnected: "asyncio.Task[None]"
+    ) -> _InFlight:
         models = self.scheduler.models
         try:
-            async with self.tokenizing:
-                given = body, models, self.limits, self.scheduler.call
-                prompts, sampling = await run_in_threadpool(prepare, *given)
+            preparing, pools = prepare(body, models, self.limits), None
+            while True:
+                async with self.tokenizing:
+                    step = await run_in_threadpool(_advance, preparing, pools)
+                if not isinstance(step, Reading):
+                    break
+                # Other requests are tokenised meanwhile.
+                pools = await self._read(step, models, started, disconnected)
+            prompts, sampling = step
             tokens = sum(len(prompt.ids) for prompt in prompts)
             sequences = enumerate(prompt for prompt in prompts for _ in range(body.n or 1))
             in_flight = _InFlight(
@@ -125,6 +141,31 @@ class Completions:
         except QueueFull:
             raise Refused(429, "too many requests are waiting; try again later") from None
         return in_flight
+
+    async def _read(
+        self,
+        reading: Reading,
+        models: ServedModels,
+        started: float,
+        disconnected: "asyncio.Task[None]",
+    ) -> list[Ensemble]:
+        """Has models read the prompts of a request. Raises ClientDisconnect if its client
+        disconnects, and Refused when its time is up."""
+        memory = models.ensemble.parameters
+        assert isinstance(memory, ParameterCache)
+        call = asyncio.wrap_future(self.scheduler.call(reading.begin, reading.tokens, memory))
+        left = started + self.limits.max_seconds - time.monotonic()
+        awaited = {call, disconnected}
+        await asyncio.wait(awaited, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if call.done():
+            try:
+                return call.result()
+            except NoMemory as error:
+                raise Refused(503, str(error)) from None
+        call.cancel()
+        if disconnected.done():
+            raise ClientDisconnect
+        raise Refused(503, LATE)
 
     def _request(
         self, in_flight: _InFlight, choice: Choice, sampling: SamplingParams, pool: str | None
@@ -152,28 +193,22 @@ class Completions:
             self.names[tokenizer] = TokenNames(tokenizer)
         return self.names[tokenizer]
 
-    async def _respond(self, http_request: HTTPRequest, in_flight: _InFlight) -> Response:
-        disconnected = asyncio.create_task(_disconnected(http_request))
-
+    async def _respond(self, in_flight: _InFlight, disconnected: "asyncio.Task[None]") -> Response:
         def cancel(_: object) -> None:
             pairs = zip(in_flight.choices, in_flight.requests)
             self.scheduler.cancel([request for choice, request in pairs if not choice.end])
             in_flight.events.put_nowait(None)
 
         disconnected.add_done_callback(cancel)
-        try:
-            # The first event is awaited here, so that an early failure has its HTTP status.
-            first = await in_flight.next()
-            if first is None:
-                return Response(status_code=DISCONNECTED)
-            self.metrics.first_event.observe(time.monotonic() - in_flight.started)
-            if not in_flight.body.stream:
-                response = await self._collect(in_flight, first)
-                disconnected.cancel()
-                return response
-        except BaseException:
+        # The first event is awaited here, so that an early failure has its HTTP status.
+        first = await in_flight.next()
+        if first is None:
+            return Response(status_code=DISCONNECTED)
+        self.metrics.first_event.observe(time.monotonic() - in_flight.started)
+        if not in_flight.body.stream:
+            response = await self._collect(in_flight, first)
             disconnected.cancel()
-            raise
+            return response
         return StreamingResponse(
             self._stream(in_flight, first, disconnected),
             media_type="text/event-stream",
@@ -223,6 +258,17 @@ class Completions:
         finally:
             self.metrics.request(in_flight.body.model, status)
             disconnected.cancel()
+
+
+def _advance(
+    preparing: Generator[Reading, list[Ensemble], Prepared], pools: list[Ensemble] | None
+) -> Reading | Prepared:
+    """The next thing that models have to read for a request, or its prompts. pools: what was read;
+    None at the beginning."""
+    try:
+        return next(preparing) if pools is None else preparing.send(pools)
+    except StopIteration as end:
+        return end.value
 
 
 async def _disconnected(http_request: HTTPRequest) -> None:

@@ -4,7 +4,7 @@ All of this takes time that grows with the request, so the server calls it in a 
 never in its event loop, where health checks and other streams would wait for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,27 @@ from xelm.data.chat_template import template_options
 from xelm.data.tokenizer import Tokenizer
 from xelm.inference.ensemble import Ensemble
 from xelm.inference.generation import check_prompt
+from xelm.inference.piecewise import PiecewiseScorer
 from xelm.inference.sampling_params import SamplingParams
-from xelm.inference.vocabularies import choose
+from xelm.inference.vocabularies import Choice
+from xelm.inference.work import Work, finish
 from xelm.serving.errors import Refused
 from xelm.serving.limits import MOST_LOG_PROBABILITIES, Limits
 from xelm.serving.models import ENSEMBLE, ServedModels
 from xelm.serving.openai_requests import Body, ChatRequest, CompletionRequest, fault
 
-Call = Callable[[Callable[[], list[Ensemble]]], list[Ensemble]]
-"""Returns what a function returns in which models read prompts."""
+Read = Callable[[PiecewiseScorer], Work[list[Ensemble]]]
+"""A computation in which models read prompts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """Prompts that models have to read before it is known in which vocabulary each is read."""
+
+    begin: Read
+    """Begins to read them; returns the pool of each prompt."""
+    tokens: int
+    """Number of their tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +57,10 @@ class TokenizedPrompt:
     """Number of tokens before those of `echo`: the one that starts every text, where it does."""
 
 
+Prepared = tuple[list[TokenizedPrompt], SamplingParams]
+"""The prompts of a request, and how they are continued."""
+
+
 def parse(kind: type[Body], body: bytes) -> Body:
     """Parses the JSON body of a request. Raises Refused for the first field that is wrong."""
     try:
@@ -54,17 +70,18 @@ def parse(kind: type[Body], body: bytes) -> Body:
 
 
 def prepare(
-    request: Body, models: ServedModels, limits: Limits, call: Call
-) -> tuple[list[TokenizedPrompt], SamplingParams]:
-    """Tokenises the prompts of a request, each of which is continued `n` times. Raises UserError or
-    Refused where these models cannot answer it, or where it exceeds the limits. call: has models
-    read prompts, where the vocabulary of a text depends on that (`vocabularies.choose`)."""
+    request: Body, models: ServedModels, limits: Limits
+) -> Generator[Reading, list[Ensemble], Prepared]:
+    """Tokenises the prompts of a request, each of which is continued `n` times. Yields what models
+    have to read first, where the vocabulary of a text depends on that, and is sent the result.
+    Raises UserError or Refused where these models cannot answer it, or where it exceeds the
+    limits."""
     ensemble, most = models.ensemble, limits.max_sequences + limits.max_waiting
     given = len(request.prompts) if isinstance(request, CompletionRequest) else 1
     if (count := given * (request.n or 1)) > most:
         message = f"a request may have {most} sequences, prompts times n; got {count}"
         raise Refused(400, message)
-    prompts, masks, pools = _tokenize(request, models, call)
+    prompts, masks, pools = yield from _tokenize(request, models)
     for ids, pool in zip(prompts, pools):
         check_prompt(pool, ids, 1 if request.most_tokens is None else request.most_tokens)
     space = min(pool.longest - len(ids) for ids, pool in zip(prompts, pools))
@@ -91,8 +108,10 @@ def prepare(
 
 
 def _tokenize(
-    request: Body, models: ServedModels, call: Call
-) -> tuple[list[list[int]], list[list[bool] | None], list[Ensemble]]:
+    request: Body, models: ServedModels
+) -> Generator[
+    Reading, list[Ensemble], tuple[list[list[int]], list[list[bool] | None], list[Ensemble]]
+]:
     """Token ids of each prompt, for a chat the mask of the user's text, and the pool that reads
     them. Text follows the token that starts texts; ids are taken as they are, those for the
     ensemble as the seed's."""
@@ -109,7 +128,7 @@ def _tokenize(
         messages = [{"role": m.role, "content": m.text} for m in request.messages]
         options = _template_options(request, tokenizer)
         ids, mask = tokenizer.chat(messages, options)
-        (pool,) = _pools(request, models, [ids], [mask], call)
+        (pool,) = yield from _pools(request, models, [ids], [mask])
         if pool is not models.ensemble:
             ids, mask = pool.tokenizer.chat(messages, options)
         return [ids], [mask], [pool]
@@ -119,7 +138,8 @@ def _tokenize(
     if request.model != ENSEMBLE:
         routed = list(range(len(prompts)))
     some = [prompts[number] for number in routed]
-    for number, pool in zip(routed, _pools(request, models, some, [None] * len(some), call)):
+    found = yield from _pools(request, models, some, [None] * len(some))
+    for number, pool in zip(routed, found):
         pools[number], given = pool, request.prompts[number]
         if isinstance(given, str) and pool is not models.ensemble:
             prompts[number] = pool.tokenizer.begin(given)
@@ -131,8 +151,7 @@ def _pools(
     models: ServedModels,
     prompts: Sequence[Sequence[int]],
     masks: Sequence[Sequence[bool] | None],
-    call: Call,
-) -> list[Ensemble]:
+) -> Generator[Reading, list[Ensemble], list[Ensemble]]:
     """The pool that reads each prompt: of a model of another shape its own, otherwise that of a
     vocabulary."""
     name, language = request.model.removeprefix(f"{ENSEMBLE}:"), None
@@ -141,7 +160,10 @@ def _pools(
     if request.model == ENSEMBLE:
         language = request.language
     router, languages = models.routers[request.model], [language] * len(prompts)
-    return choose(models.ensemble, prompts, languages, masks, router, call=call)
+    choice = Choice(models.ensemble, prompts, languages, masks, router)
+    if not choice.reads:
+        return finish(choice.decide())
+    return (yield Reading(begin=choice.decide, tokens=sum(map(len, prompts))))
 
 
 def _template_options(request: ChatRequest, tokenizer: Tokenizer) -> dict[str, Any]:

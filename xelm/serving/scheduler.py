@@ -11,16 +11,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from xelm.inference.reading import out_of_memory
+from xelm.inference.decoder import TOKENS_A_CALL
+from xelm.inference.parameter_cache import ParameterCache
+from xelm.inference.piecewise import PiecewiseScorer
+from xelm.inference.reading import out_of_memory, prompt_tokens_per_step
+from xelm.inference.work import Work
 from xelm.serving.batch import Batch, Event, Failed, Request, still_waiting
 from xelm.serving.limits import Limits
 from xelm.serving.models import ServedModels
-
-TOKENS_SCORED = 4096
-"""Largest number of prompt tokens that are scored at a time, unless one prompt has more."""
-TOKENS_SCORED_BETWEEN_STEPS = 512
-"""The same while sequences are being generated, which wait meanwhile."""
-
+from xelm.serving.scoring_queue import ScoringJob, ScoringQueue
 
 T = TypeVar("T")
 
@@ -38,20 +37,27 @@ class Scheduler:
 
     def __init__(
         self,
-        models: ServedModels,
+        models: ServedModels | None,
         limits: Limits,
         call_soon: Callable[[Callable[[], None]], object],
     ):
-        """call_soon: runs a function in the thread that receives events."""
+        """models: None: those of `replace_models`, before which nothing can be submitted.
+        call_soon: runs a function in the thread that receives events."""
         self._limits, self._call_soon = limits, call_soon
         self._changed = threading.Condition()
         self._queue: deque[Request] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
-        self._batches = [self._batch(models)]
+        self._new_calls: deque[tuple[Future, ScoringJob]] = deque()
+        self._calls: dict[Future, ScoringJob] = {}
+        """Calls in progress."""
+        self._scoring = ScoringQueue()
+        self._prompt_tokens = limits.prompt_tokens_per_step or prompt_tokens_per_step()
+        self._batches = [] if models is None else [self._batch(models)]
         """Last the batch that new requests join; before it those of models that were replaced."""
         self._events: list[tuple[Request, Event]] = []
         self._adding: Request | None = None
         self._closing = False
+        self.stage = "loading"
+        """What is being done before the first models answer requests."""
         self.preparing = False
         """Whether other models are being prepared: files are checked, routers fitted."""
         self.count: Callable[[str, int], object] = lambda kind, tokens: None
@@ -66,6 +72,11 @@ class Scheduler:
     def models(self) -> ServedModels:
         """The models that answer new requests."""
         return self._batches[-1].models
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are models to answer requests."""
+        return bool(self._batches)
 
     @property
     def alive(self) -> bool:
@@ -95,23 +106,41 @@ class Scheduler:
             self._queue += requests
             self._changed.notify()
 
-    def call(self, function: Callable[[], T]) -> T:
-        """What a function returns in which models read, which belong to the scheduler's thread: it
-        is called there between two steps, and this waits for it. Raises what the function raises,
-        and QueueFull or ShuttingDown where a request would not be queued."""
+    def call(
+        self,
+        begin: Callable[[PiecewiseScorer], Work[T]],
+        tokens: int = 0,
+        memory: ParameterCache | None = None,
+    ) -> Future[T]:
+        """Has models read prompts, in the scheduler's thread, to which they belong, in pieces
+        between its steps; returns the result to come, which is given up when that is cancelled.
+        Raises QueueFull or ShuttingDown where a request would not be queued.
+
+        begin, tokens, memory: as in `ScoringJob`."""
         future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
+        job = ScoringJob(
+            begin=begin,
+            tokens=tokens,
+            done=lambda result: self._end_call(future, result=result),
+            failed=lambda error: self._end_call(future, error=error),
+            memory=memory,
+        )
         with self._changed:
             self._check_space(1)
-            self._calls.append(run)
+            self._new_calls.append((future, job))
             self._changed.notify()
-        return future.result()
+        return future
+
+    def _end_call(
+        self, future: Future, *, result: object = None, error: Exception | None = None
+    ) -> None:
+        del self._calls[future]
+        if not future.set_running_or_notify_cancel():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
 
     def _check_space(self, count: int) -> None:
         """Raises QueueFull or ShuttingDown where so many more requests are not queued."""
@@ -130,7 +159,8 @@ class Scheduler:
             self._changed.notify()
 
     def replace_models(self, models: ServedModels) -> None:
-        """Has new requests answered by other models, and those in progress by theirs."""
+        """Has new requests answered by other models, and those in progress by theirs; or has the
+        first models answer requests."""
         with self._changed:
             self._batches.append(self._batch(models))
             self._changed.notify()
@@ -149,27 +179,35 @@ class Scheduler:
             try:
                 if not self._schedule():
                     return
-                if self._calls:
-                    self._calls.popleft()()
+                tokens_read = self._score()
                 for batch in list(self._batches):
-                    # Not all prompts at once: running sequences wait for their next token.
-                    generating = any(other.generating for other in self._batches)
-                    batch.score_some(TOKENS_SCORED_BETWEEN_STEPS if generating else TOKENS_SCORED)
                     if batch.generating:
-                        self.count("completion", batch.step())
+                        self.count("completion", batch.step(tokens_read))
             except Exception as error:
                 self._fail_running(error)
             self._deliver()
+
+    def _score(self) -> float:
+        """Goes on with prompts that are read before anything is generated; returns the number of
+        tokens that were read. They share the budget of a step with prompts that are read to be
+        continued, each half of it where there are both."""
+        growing = any(batch.growing for batch in self._batches)
+        budget = self._prompt_tokens if growing else max(self._prompt_tokens, TOKENS_A_CALL)
+        for batch in self._batches:
+            batch.score(budget)
+        reading = any(batch.reading for batch in self._batches)
+        return self._scoring.advance(budget / 2 if reading else budget)
 
     def _schedule(self) -> bool:
         """Waits until there is work, removes requests that are over, and moves others from the
         queue into the batch. False when all is done."""
         with self._changed:
-            while not self._queue and not self.running and not self._calls:
+            while not (self._queue or self.running or self._calls or self._new_calls):
                 self._retire()
                 if self._closing:
                     return False
                 self._changed.wait()
+            self._schedule_calls()
             for batch in self._batches:
                 batch.remove_abandoned()
             self._retire()
@@ -181,8 +219,19 @@ class Scheduler:
                 self._adding = None
         return True
 
+    def _schedule_calls(self) -> None:
+        """Begins new calls, and gives up those that are cancelled; at the end all of them."""
+        while self._new_calls:
+            future, job = self._new_calls.popleft()
+            self._calls[future] = job
+            self._scoring.add(job)
+        for future, job in list(self._calls.items()):
+            if future.cancelled() or self._closing:
+                self._scoring.remove(job)
+                self._end_call(future, error=ShuttingDown())
+
     def _batch(self, models: ServedModels) -> Batch:
-        return Batch(models, self._limits, self._emit)
+        return Batch(models, self._limits, self._scoring, self._emit)
 
     def _retire(self) -> None:
         """Drops the batches of replaced models that are empty, and what only they loaded."""
