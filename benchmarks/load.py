@@ -187,9 +187,10 @@ def served(run: Path, log: Path, *options: str) -> tuple[subprocess.Popen[bytes]
     with log.open("w") as file:
         process = subprocess.Popen(command, stderr=file)
     while process.poll() is None:
-        for line in log.read_text().splitlines():
-            if line.startswith("listening on "):
-                return process, line.split()[-1]
+        lines = log.read_text().splitlines()
+        urls = [line.split()[-1] for line in lines if line.startswith("listening on ")]
+        if urls and any(line.startswith("serving ") for line in lines):  # it is ready
+            return process, urls[0]
         time.sleep(0.1)
     raise SystemExit(f"the server ended with {process.returncode}: {log.read_text()}")
 
@@ -235,8 +236,8 @@ def main() -> int:
             process.kill()
             process.wait()
     logged = log.read_text()
-    # Earlier lines are about what was prepared and fitted.
-    if process.returncode or logged.partition("listening on ")[2].splitlines()[1:] != ["stopped"]:
+    # Earlier lines are about what was loaded and fitted.
+    if process.returncode or logged.partition("serving ")[2].splitlines()[1:] != ["stopped"]:
         seen.faults.append(f"the server ended with {process.returncode}: {logged[-500:]}")
     print(f"{options.clients} clients for {took:.0f} s, routing {options.routing}: ", end="")
     report(seen, sizes, took, options.seconds)

@@ -42,12 +42,20 @@ class Served:
 
 @contextlib.contextmanager
 def served(
-    directory: Path, routing: str = "detected", *, limits: Limits | None = None, **options
+    directory: Path,
+    routing: str = "detected",
+    *,
+    limits: Limits | None = None,
+    loaded: bool = True,
+    **options,
 ) -> Iterator[Served]:
+    """loaded: whether the server has models from the start."""
     run = open_run(directory)
     opener = partial(open_served_models, run, Routing(name=routing))
     limits = limits or Limits()
     app, scheduler, watcher = assemble(opener, directory / "registry.json", limits, **options)
+    if loaded:
+        scheduler.replace_models(opener())
     scheduler.start()
     listening = socket.create_server(("127.0.0.1", 0))
     server = http_server(app, limits)

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import platform
 import sys
+import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,7 +35,9 @@ def prepare() -> None:
     absl.logging.set_verbosity(absl.logging.FATAL)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "xelm" / "compiled"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    # All of them: a server has dozens that each take less than a second.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    drop_damaged_programs(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
     overlap_communication()
     keep_freed_memory()
     open_files()  # a corpus of two hundred languages is some thousand files
@@ -49,6 +53,33 @@ def overlap_communication() -> None:
     given = os.environ.get("XLA_FLAGS", "")
     if _LATENCY_HIDING not in given:
         os.environ["XLA_FLAGS"] = f"{given} --{_LATENCY_HIDING}=true".strip()
+
+
+def drop_damaged_programs(cache: Path) -> None:
+    """Deletes compiled programs of which a process that was killed has written only a part: JAX
+    would warn of each one at every start and compile it again, and would never replace it. Only
+    those are read that were written since the last call."""
+    marker, now = cache / ".checked", time.time_ns()
+    with contextlib.suppress(OSError):
+        since = marker.stat().st_mtime_ns if marker.exists() else 0
+        for file in cache.glob("*-cache"):
+            if file.stat().st_mtime_ns >= since and not _is_whole(file.read_bytes()):
+                file.unlink(missing_ok=True)
+        if cache.is_dir():
+            marker.touch()
+            os.utime(marker, ns=(now, now))
+
+
+def _is_whole(program: bytes) -> bool:
+    """Whether a compressed program is complete, as far as the standard library can read it: JAX
+    compresses by zlib, or by Zstandard where that is installed."""
+    if program[:1] != b"\x78":
+        return bool(program)
+    try:
+        zlib.decompress(program)
+    except zlib.error:
+        return False
+    return True
 
 
 def cores() -> int:

@@ -5,7 +5,7 @@ A file is read once for this and remembered by size and time of change in RUN/.l
 so that later commands do not read it again; `xelm verify` reads all files and remembers nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -29,17 +29,29 @@ _QUIET_BYTES = 10**9
 
 
 def check_models(
-    run: Run, experts: Iterable[Expert], others: Mapping[str, Path] | None = None
+    run: Run,
+    experts: Iterable[Expert],
+    others: Mapping[str, Path] | None = None,
+    *,
+    report: Callable[[str], object] = lambda model: None,
 ) -> None:
     """Raises UserError, which names the model and its file or tensor, unless all of these have
     finite weights and the files whose hashes are in the registry. others: the seed, the dense
-    baseline or merged models, by name."""
+    baseline or merged models, by name. report: called with which model is being read, such as
+    "expert 3 of 8" or "seed"."""
     memory, others = _Memory(run.directory), dict(others or {})
     experts, based = _with_bases(run, experts)
     if based:
         others.setdefault(SEED, run.seed)
     folders = {expert.reference: expert.directory(run.directory) for expert in experts} | others
-    memory.read(file for folder in folders.values() for file in sorted(folder.rglob("*")))
+    count = len(folders) - len(others)
+    labels = [f"expert {number + 1} of {count}" for number in range(count)] + list(others)
+    files = {
+        file: label
+        for label, folder in zip(labels, folders.values())
+        for file in sorted(folder.rglob("*"))
+    }
+    memory.read(files, lambda file: report(files[file]))
     by_reference = {expert.reference: expert for expert in experts}
     shape = read_config(run.seed)
 
@@ -102,15 +114,19 @@ class _Memory:
             self._files = dict(read_json(self._path)["files"]) if self._path.exists() else {}
         self._before = dict(self._files)
 
-    def read(self, files: Iterable[Path]) -> None:
-        """Reads the files that are not in the cache, several at a time."""
+    def read(self, files: Iterable[Path], report: Callable[[Path], object]) -> None:
+        """Reads the files that are not in the cache, several at a time. report: called with the
+        first file that is not read yet."""
         new = [file for file in files if file.is_file() and not self._known(file)]
         size = sum(file.stat().st_size for file in new)
         with (
             bar(size, "check", "B", shown=size > _QUIET_BYTES) as progress,
             ThreadPoolExecutor() as pool,
         ):
-            for file, entry in zip(new, pool.map(_looked_at, new)):
+            entries = pool.map(_looked_at, new)
+            for file in new:
+                report(file)
+                entry = next(entries)
                 self._files[self.name_of(file)] = entry
                 progress.update(entry["size"])
 

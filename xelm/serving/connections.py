@@ -22,9 +22,9 @@ from xelm.serving.limits import BODY_SECONDS, HEAD_SECONDS, MOST_HEAD_BYTES, WRI
 
 REFUSAL = "refusal"
 """Key of the ASGI state: status and message with which all requests of a connection except those of
-`HEALTH` are refused."""
-HEALTH = "/healthz"
-"""The path that is answered however many connections there are."""
+`HEALTH` and `READY` are refused."""
+HEALTH, READY = "/healthz", "/readyz"
+"""The paths that are answered however many connections there are."""
 _GRACE = 5.0
 """Seconds beyond the limit of a body within which the application answers 408."""
 _HEALTH_CHECKS = 64
@@ -188,7 +188,7 @@ class Connection(H11Protocol):
 def check_connection(scope: Scope) -> None:
     """Raises Refused for a request of a connection beyond the limits, unless it checks health."""
     refusal = scope.get("state", {}).get(REFUSAL)
-    if refusal is not None and scope["path"] != HEALTH:
+    if refusal is not None and scope["path"] not in (HEALTH, READY):
         raise Refused(*refusal, code="too_many_connections")
 
 

@@ -19,18 +19,29 @@ _CODES = {401: "invalid_api_key", 429: "queue_full"}
 
 class Refused(Exception):
     """Raised for a request that is answered by an error. param: the field of the request that is at
-    fault. code: name of the error for programs; None: the usual one of the status."""
+    fault. code: name of the error for programs; None: the usual one of the status. retry_seconds:
+    after how many seconds the client should try again; None: 1 for 429, otherwise it is not
+    said."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_seconds: int | None = None,
     ):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
+        self.retry_seconds = 1 if retry_seconds is None and status == 429 else retry_seconds
 
     def response(self) -> Response:
         """The response to the request."""
-        # After 408 the rest of the request is not read.
-        headers = {429: {"Retry-After": "1"}, 408: {"Connection": "close"}}.get(self.status)
+        headers = {}
+        if self.status == 408:  # the rest of the request is not read
+            headers["Connection"] = "close"
+        if self.retry_seconds is not None:
+            headers["Retry-After"] = str(self.retry_seconds)
         body = error_body(str(self), self.status, self.param, self.code)
         return JSONResponse(body, self.status, headers=headers)
 

@@ -19,7 +19,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from xelm.serving import metrics as prometheus
-from xelm.serving.connections import HEALTH, check_connection, check_head
+from xelm.serving.connections import HEALTH, READY, check_connection, check_head
 from xelm.serving.errors import Checks, Refused, routing_error, server_error
 from xelm.serving.limits import Limits
 from xelm.serving.metrics import Metrics
@@ -28,6 +28,9 @@ from xelm.serving.openai_completions import Completions, check_model
 from xelm.serving.openai_requests import ChatRequest, CompletionRequest
 from xelm.serving.origins import CrossOrigin, check_host
 from xelm.serving.scheduler import Scheduler
+
+RETRY_SECONDS = 2
+"""Seconds after which a client should try again that a server refused before it was ready."""
 
 
 def make_app(
@@ -63,6 +66,7 @@ def make_app(
         routes=[
             Route("/", endpoints.page),
             Route(HEALTH, endpoints.health),
+            Route(READY, endpoints.ready),
             Route("/metrics", guarded(endpoints.prometheus)),
             Route("/v1/models", guarded(endpoints.models)),
             Route("/v1/models/{name:path}", guarded(endpoints.model)),
@@ -98,6 +102,7 @@ class _Endpoints:
                 self.metrics.request("unknown", refused.status)
                 return refused.response()
             try:
+                self._check_ready()
                 return await endpoint(request)
             except Refused as refused:
                 return refused.response()
@@ -107,6 +112,11 @@ class _Endpoints:
                 return server_error(request, error)
 
         return respond
+
+    def _check_ready(self) -> None:
+        if not self.scheduler.ready:
+            message = f"the server is not ready yet ({self.scheduler.stage}); try again later"
+            raise Refused(503, message, code="not_ready", retry_seconds=RETRY_SECONDS)
 
     def _check_key(self, request: HTTPRequest) -> None:
         if self.key is None:
@@ -124,8 +134,17 @@ class _Endpoints:
 
     async def health(self, request: HTTPRequest) -> Response:
         alive = self.scheduler.alive
-        body = {"status": "ok" if alive else "failed", "preparing": self.scheduler.preparing}
+        preparing = self.scheduler.preparing or not self.scheduler.ready
+        body = {"status": "ok" if alive else "failed", "preparing": preparing}
         return JSONResponse(body, 200 if alive else 503)
+
+    async def ready(self, request: HTTPRequest) -> Response:
+        if not self.scheduler.alive:
+            return JSONResponse({"status": "failed"}, 503)
+        if self.scheduler.ready:
+            return JSONResponse({"status": "ready"})
+        retry = {"Retry-After": str(RETRY_SECONDS)}
+        return JSONResponse({"status": self.scheduler.stage}, 503, headers=retry)
 
     async def prometheus(self, request: HTTPRequest) -> Response:
         return Response(self.metrics.text(), media_type=prometheus.CONTENT_TYPE)

@@ -1,6 +1,6 @@
 """The models that a server has at a time: those of a RUN alone, and its experts together."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,17 +97,25 @@ class ServedModels:
 
 
 def open_served_models(
-    run: Run, routing: Routing, *, dtype: str = "auto", before: ServedModels | None = None
+    run: Run,
+    routing: Routing,
+    *,
+    dtype: str = "auto",
+    before: ServedModels | None = None,
+    report: Callable[[str], object] = lambda stage: None,
 ) -> ServedModels:
-    """The models that a RUN has now. before: the models served until now, with which parameters
-    that stay are shared, and which are returned if the RUN has the same ones, with the same files.
-    UserError for encoders, and if the files of a model are not those that were published or contain
-    NaN or infinity."""
+    """The models that a RUN has now. UserError for encoders, and if the files of a model are not
+    those that were published or contain NaN or infinity.
+
+    before: the models served until now, with which parameters that stay are shared, and which are
+    returned if the RUN has the same ones, with the same files. report: called with what is being
+    done, such as "expert 3 of 8"."""
     experts = published(run)
     versions = {expert.name: expert.reference for expert in experts}
     mixtures = [name for name in run.combined() if is_mixture(name)]
     others = general_models(run) | run.combined()
-    check_models(run, experts, others)
+    check_models(run, experts, others, report=report)
+    report("routers")
     paths = {expert.name: expert.directory(run.directory) for expert in experts} | others
     places = {name: place_of(path) for name, path in paths.items()}
     if before is not None and (before.versions, before.places) == (versions, places):

@@ -17,7 +17,8 @@ INTERVAL_SECONDS, LONGEST_RETRY_SECONDS = 2.0, 60.0
 """Time between two checks of the registry; longest time until a refused one is tried again."""
 
 Opener = Callable[..., ServedModels]
-"""Opens the models that the registry lists, with the option `before` of `open_served_models`."""
+"""Opens the models that the registry lists, with the options `before` and `report` of
+`open_served_models`."""
 
 FileState = tuple[int, int, int] | None
 
@@ -88,6 +89,7 @@ class RegistryWatcher(threading.Thread):
         print(f"now serving {versions}; prepared in {seconds:.1f} s", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, if it was started."""
         self._stopped.set()
-        self.join()
+        if self.ident is not None:
+            self.join()

@@ -15,18 +15,16 @@ from starlette.applications import Starlette
 
 from clustering.errors import UserError
 from experts.registry import FILE_NAME
-from xelm.inference.engine import Engine
 from xelm.inference.routing import Routing
-from xelm.inference.running import GenerationRequest
-from xelm.inference.sampling_params import GREEDY
 from xelm.process import open_files
 from xelm.runs.ensembles import check_top_m, published
 from xelm.runs.run import Run
 from xelm.serving.connections import limited_protocol
 from xelm.serving.http import make_app
 from xelm.serving.limits import IDLE_SECONDS, MOST_HEAD_BYTES, Access, Limits
+from xelm.serving.loading import Loading
 from xelm.serving.metrics import Metrics
-from xelm.serving.models import ServedModels, open_served_models
+from xelm.serving.models import open_served_models
 from xelm.serving.origins import LOOPBACK, check_origins
 from xelm.serving.reload import Opener, RegistryWatcher, file_state
 from xelm.serving.scheduler import Scheduler
@@ -40,15 +38,17 @@ FILES = 512
 def serve(
     run: Run, routing: Routing, access: Access, limits: Limits, *, dtype: str = "auto"
 ) -> None:
-    """Serves a RUN until SIGTERM or SIGINT, and then until all requests are answered."""
+    """Serves a RUN until SIGTERM or SIGINT, and then until all requests are answered.
+
+    It listens at once, and loads the models meanwhile; an error of loading is raised."""
     key, host = read_key(access.api_key_file), access.host
     check_origins(access.cors_origins, key=key is not None)
     check_top_m(routing.top_m, len(published(run)))
     with _listen(access) as listening:
         local = host in ("localhost", "::1") or host.startswith("127.")
-        print(f"preparing {run.directory}", file=sys.stderr, flush=True)
+        opener = partial(open_served_models, run, routing, dtype=dtype)
         app, scheduler, watcher = assemble(
-            partial(open_served_models, run, routing, dtype=dtype),
+            opener,
             run.directory / FILE_NAME,
             limits,
             key=key,
@@ -57,24 +57,39 @@ def serve(
             hosts=(*LOOPBACK, host) if local and key is None else None,
             origins=access.cors_origins,
         )
-        _compile(scheduler.models)
         scheduler.start()
-        watcher.start()
         _log_to_stderr()
         server = http_server(app, limits)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        print(f"serving {', '.join(scheduler.models.routers)}", file=sys.stderr)
+        errors: list[Exception] = []
+
+        def loaded(error: Exception | None) -> None:
+            if error is None:
+                watcher.start()
+            else:
+                errors.append(error)
+                server.should_exit = True
+
+        loading = Loading(opener, scheduler, loaded)
         if not local and key is None:
             warning = f"everyone who can reach {address} can use it; set {KEY} or --api-key-file"
             print(f"WARNING: {warning}", file=sys.stderr)
         try:
             with _stopped_by_signals(server):
                 print(f"listening on {address}", file=sys.stderr, flush=True)
+                print(f"loading {run.directory}", file=sys.stderr, flush=True)
+                loading.start()
                 server.run(sockets=[listening])
         finally:
             watcher.stop()
             scheduler.close()
-    print("stopped", file=sys.stderr)
+    if errors:
+        raise errors[0]
+    print("stopped", file=sys.stderr, flush=True)
+    if loading.is_alive():
+        # What it compiles cannot be interrupted, and may take minutes. Its files are written under
+        # other names first, so nothing is left unfinished.
+        os._exit(0)
 
 
 @contextlib.contextmanager
@@ -134,15 +149,17 @@ def assemble(
     hosts: Sequence[str] | None = None,
     origins: Sequence[str] = (),
 ) -> tuple[Starlette, Scheduler, RegistryWatcher]:
-    """The parts of a server, none of which runs yet. registry: the file that `opener` reads. key,
-    hosts, origins: as in `make_app`."""
-    seen = file_state(registry)  # before it is read
+    """The parts of a server, none of which runs yet, and without models: until the scheduler has
+    some (`Scheduler.replace_models`), requests are refused. opener: opens those that the registry
+    lists when that changes. registry: the file that it reads. key, hosts, origins: as in
+    `make_app`."""
+    seen = file_state(registry)  # before `opener` reads it
 
     def call_soon(function: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody waits
             app.state.loop.call_soon_threadsafe(function)
 
-    scheduler = Scheduler(opener(), limits, call_soon)
+    scheduler = Scheduler(None, limits, call_soon)
     metrics = Metrics(scheduler)
     app = make_app(scheduler, metrics, limits, key=key, hosts=hosts, origins=origins)
     return app, scheduler, RegistryWatcher(registry, seen, opener, scheduler, metrics)
@@ -171,13 +188,3 @@ def _listen(access: Access) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
-
-
-def _compile(models: ServedModels) -> None:
-    """Compiles the programs that the first request needs."""
-    router = list(models.routers.values())[1]
-    engine = Engine(models.ensemble)
-    ids = [models.ensemble.tokenizer.prefix_id] * 2
-    engine.add(GenerationRequest(ids=ids, sampling=GREEDY), router)
-    for _ in range(2):
-        engine.step()
