@@ -69,6 +69,7 @@ class Run(Lifecycle):
         trained yet. dense: train the dense baseline first, at the experts' total tokens. UserError
         names every training that failed.
         """
+        from xelm.runs.fitted import fit_published
         from xelm.runs.launch import launch
 
         if not names and not dense:
@@ -76,6 +77,7 @@ class Run(Lifecycle):
         failures = launch(self, names, options, dense=dense)
         if failures:
             raise UserError("; ".join(dict.fromkeys(failures.values())))
+        fit_published(self)
 
     def plan_training(self, *names: str, dense: bool = False) -> "list[Plan]":
         """What `train` would cost with these arguments; nothing is trained."""
@@ -91,8 +93,11 @@ class Run(Lifecycle):
         """Trains and publishes the next version of an expert, on more text; no other expert
         changes. Arguments as in `xelm.runs.again.train_again`."""
         from xelm.runs.again import train_again
+        from xelm.runs.fitted import fit_published
 
-        return train_again(self, name, corpus, options)
+        expert = train_again(self, name, corpus, options)
+        fit_published(self)
+        return expert
 
     def plan_again(
         self, name: str, corpus: "AnyCorpus | None" = None, options: AgainOptions | None = None
@@ -109,11 +114,13 @@ class Run(Lifecycle):
         """Trains all experts in rounds, or goes on with that: those of few clusters first, from
         which those of the next round start. counts: number of clusters of each round, such as
         (1, 4, 8). UserError names every training that failed."""
+        from xelm.runs.fitted import fit_published
         from xelm.runs.rounds import train_rounds
 
         failures = train_rounds(self, counts, options, dense=dense)
         if failures:
             raise UserError("; ".join(dict.fromkeys(failures.values())))
+        fit_published(self)
 
     def plan_rounds(self, counts: Sequence[int], *, dense: bool = False) -> "list[Plan]":
         """What `train_in_rounds` would cost with these arguments; nothing is trained."""
@@ -129,9 +136,12 @@ class Run(Lifecycle):
     ) -> "list[Expert]":
         """Trains and publishes experts for new languages; no other expert changes. Arguments as in
         `xelm.runs.grow.grow`."""
+        from xelm.runs.fitted import fit_published
         from xelm.runs.grow import grow
 
-        return grow(self, languages, corpus, options)
+        experts = grow(self, languages, corpus, options)
+        fit_published(self)
+        return experts
 
     def plan_growth(
         self,
@@ -155,8 +165,11 @@ class Run(Lifecycle):
         """Makes an expert, or the next version of one, of a checkpoint that was trained elsewhere;
         no other expert changes. Arguments as in `xelm.runs.adopt.adopt`."""
         from xelm.runs.adopt import adopt
+        from xelm.runs.fitted import fit_published
 
-        return adopt(self, checkpoint, languages, corpus, options)
+        expert = adopt(self, checkpoint, languages, corpus, options)
+        fit_published(self)
+        return expert
 
     def plan_adoption(
         self,
@@ -374,9 +387,12 @@ class Run(Lifecycle):
         """Makes an expert of the RUN from the repository `name`, OWNER/REPO, of the Hugging Face
         Hub; no other expert changes. Arguments as in `xelm.runs.pull.pull_into`. (`xelm.pull`
         downloads a whole RUN.)"""
+        from xelm.runs.fitted import fit_published
         from xelm.runs.pull import pull_into
 
-        return pull_into(self, name, corpus, revision)
+        expert = pull_into(self, name, corpus, revision)
+        fit_published(self)
+        return expert
 
 
 def open_run(directory: str | Path, *, settings: Sequence[str] = ()) -> Run:

@@ -25,9 +25,12 @@ class Lifecycle(runs.Run):
 
     def publish(self, name: str) -> "Expert":
         """Publishes a trained expert although it is worse than the gate allows."""
+        from xelm.runs.fitted import fit_published
         from xelm.runs.publish import publish_anyway
 
-        return publish_anyway(self, name)
+        expert = publish_anyway(self, name)
+        fit_published(self)
+        return expert
 
     def retire(self, name: str) -> "Expert":
         """Takes an expert out of use: it is neither served nor a parent of new experts. Its files
@@ -40,8 +43,10 @@ class Lifecycle(runs.Run):
     def restore(self, name: str, version: int | None = None) -> "Expert":
         """Publishes a retired expert again; None takes the version that was in use."""
         from experts.lock import update
+        from xelm.runs.fitted import fit_published
 
         change = update(self.directory, lambda r: r.restore(name, version), "restore")
+        fit_published(self)
         return change.expert(name)
 
     def experts(self) -> "list[ListedExpert]":
@@ -79,8 +84,11 @@ class Lifecycle(runs.Run):
     def rollback(self, name: str, version: int | None = None) -> "Expert":
         """Publishes an earlier version of an expert again; None takes the one in use before."""
         from experts.lock import update
+        from xelm.runs.fitted import fit_published
 
-        return update(self.directory, lambda r: r.rollback(name, version), "rollback").expert(name)
+        change = update(self.directory, lambda r: r.rollback(name, version), "rollback")
+        fit_published(self)
+        return change.expert(name)
 
     def discard(self, name: str) -> "Expert | Path | None":
         """Gives up an unfinished training, of an expert or of "dense", and deletes its checkpoints.

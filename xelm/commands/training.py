@@ -217,6 +217,7 @@ def _train(options: argparse.Namespace) -> None:
     from xelm import tables
     from xelm.config import check_changeable
     from xelm.runs.budget import check_disk
+    from xelm.runs.fitted import fit_published
     from xelm.runs.launch import launch
     from xelm.runs.rounds import train_rounds
     from xelm.training.hosts import ending_alone, is_first, join
@@ -259,6 +260,7 @@ def _train(options: argparse.Namespace) -> None:
         show(options, [dataclasses.asdict(each) for each in found], tables.status(found))
     if failures:
         raise UserError("; ".join(dict.fromkeys(failures.values())))
+    fit_published(run)
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -26,12 +26,11 @@ from experts.registry import FILE_NAME as REGISTRY
 from experts.registry import Registry
 from experts.run_card import run_card
 from experts.verify import hash_directory, verify
-from xelm.inference.routing import Routing
 from xelm.models.checkpoint import README, read_config, write_whole
 from xelm.models.foreign import is_adapter
 from xelm.models.stored import base_of, chain
+from xelm.runs.fitted import fit_routers
 from xelm.runs.hub import Commit, Repository, require_token
-from xelm.runs.make_router import OR_MIXTURE, make_router
 from xelm.runs.named import find_model
 from xelm.runs.options import PushOptions
 from xelm.runs.origin import origin_facts
@@ -76,7 +75,7 @@ def push(run: Run, to: str, name: str | None = None, options: PushOptions | None
     repository = Repository(name=to, revision=options.revision)
     require_token()
     if name is None:
-        _fit_routers(run)
+        fit_routers(run)
     with TemporaryDirectory() as scratch:
         files, packed = _files(run, to, name, Path(scratch))
         return _write(run, repository, options, files, packed)
@@ -223,16 +222,6 @@ def _of_run(run: Run, to: str) -> tuple[Files, Package]:
         hashes[file] = _sha256(files[file])
     packed = Package(kind="run", xelm=__version__, files=hashes, seed=registry.seed_sha256)
     return files | {package.FILE_NAME: _bytes(packed.to_json())}, packed
-
-
-def _fit_routers(run: Run) -> None:
-    """Fits the routers that are fitted on the text of the RUN, which is not where it is pulled."""
-    experts = run.registry().published()
-    if not experts or not run.has_text:
-        return
-    for name in OR_MIXTURE:
-        if name != "detected" or any(expert.languages for expert in experts):
-            make_router(run, experts, Routing(name=name))
 
 
 def _card(run: Run, registry: Registry, to: str) -> str:
