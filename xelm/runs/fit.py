@@ -4,6 +4,7 @@ The name of each file has a hash of what it was made from. When an expert is add
 depends on the experts is fitted again.
 """
 
+import functools
 import hashlib
 import json
 import sys
@@ -27,6 +28,7 @@ from experts.expert import Expert
 from xelm.data.held_out import divide
 from xelm.data.rows import LanguageShare
 from xelm.data.store import TokenizedLanguage
+from xelm.data.tokenizer import Tokenizer
 from xelm.inference.routers import Learned
 from xelm.models.checkpoint import read_config
 from xelm.runs.columns import PENALTY, added_columns
@@ -45,9 +47,13 @@ T = TypeVar("T")
 
 def pieces(run: Run) -> list[str]:
     """The characters of each id, on which the `identifier` is fitted."""
+    return _pieces(run.tokenizer(), read_config(run.seed).vocabulary_size)
+
+
+@functools.lru_cache(maxsize=2)  # a second for a quarter of a million ids, and each router has them
+def _pieces(tokenizer: Tokenizer, size: int) -> list[str]:
     # A model may have rows of its embedding, and so give ids, that no text becomes.
-    ids = list(range(read_config(run.seed).vocabulary_size))
-    return [piece or "" for piece in run.tokenizer().hub.convert_ids_to_tokens(ids)]
+    return [piece or "" for piece in tokenizer.hub.convert_ids_to_tokens(list(range(size)))]
 
 
 def identifier(run: Run, *, keep: bool = True) -> Identifier:
