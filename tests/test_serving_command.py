@@ -31,10 +31,10 @@ def test_the_command_serves_and_stops_in_peace(chatty, tmp_path):
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if line.startswith("listening on "):
+            if line.startswith("serving xelm, xelm:"):  # it is ready
                 break
-        url = lines[-1].split()[-1]
-        assert lines[-2].startswith("serving xelm, xelm:")
+        assert lines[0].startswith("listening on ")
+        url = lines[0].split()[-1]
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0)
         stream = client.completions.create(
             model="xelm", prompt=PROMPT, max_tokens=40, stream=True, temperature=0
