@@ -32,6 +32,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
+def without_routers(files: dict[str, bytes]) -> dict[str, bytes]:
+    """A snapshot without what is fitted again whenever experts are published."""
+    return {name: content for name, content in files.items() if not name.startswith("routers/")}
+
+
 def documents_of(corpus: Path, language: str) -> list[str]:
     lines = (corpus / f"{language}.jsonl").read_text().splitlines()
     return [json.loads(line)["text"] for line in lines]

@@ -33,7 +33,7 @@ from xelm.inference.work import finish
 from xelm.serving.batch import Failed, Finished, PromptScored, Request
 from xelm.serving.limits import Limits
 from xelm.serving.models import open_served_models
-from xelm.serving.scheduler import Scheduler
+from xelm.serving.scheduler import Scheduler, ShuttingDown
 from xelm.serving.scoring_queue import NoMemory, ScoringJob, ScoringQueue
 
 
@@ -241,6 +241,35 @@ def test_a_server_reads_no_more_of_a_scored_prompt_between_two_steps_than_its_bu
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def test_a_call_that_is_given_up_reads_no_further(chatty):
+    opener = partial(open_served_models, open_run(chatty), Routing(name="uniform"))
+    scheduler = Scheduler(opener(), Limits(), lambda call: call())
+    closed, begun = threading.Event(), threading.Event()
+
+    def endless(scorer):
+        try:
+            while True:
+                begun.set()
+                scorer.allowance.left -= 1
+                yield
+        finally:
+            closed.set()
+
+    scheduler.start()
+    future = scheduler.call(endless, tokens=9)
+    assert begun.wait(60)
+    assert future.cancel()
+    assert closed.wait(60)
+    until(lambda: not len(scheduler._scoring))
+    # At the end, whoever still waits is told so.
+    begun.clear()
+    left = scheduler.call(endless, tokens=9)
+    assert begun.wait(60)
+    scheduler.close()
+    with pytest.raises(ShuttingDown):
+        left.result(60)
 
 
 def test_a_client_that_leaves_while_its_prompt_is_scored_stops_nobody(chatty, monkeypatch):

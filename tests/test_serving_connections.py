@@ -259,7 +259,10 @@ def test_the_table_of_limits_is_that_of_the_code():
         ("client that does not read its response", limits.WRITE_SECONDS),
         ("connections of one client address", usual.connections_per_client),
         ("connections of all clients", usual.connections),
-        ("further connections, answered at `/healthz` alone", connections._HEALTH_CHECKS),
+        (
+            "further connections, answered at `/healthz` and `/readyz` alone",
+            connections._HEALTH_CHECKS,
+        ),
         ("sequences generated at once", usual.max_sequences),
         ("sequences that wait", usual.max_waiting),
         ("sequences of a request: prompts times `n`", usual.max_sequences + usual.max_waiting),
