@@ -190,7 +190,7 @@ def decode(sizes: Sizes, name: str, experts: int = 1) -> Rows:
         for count in sorted({1, experts}):
             used = min(count, requests)
             rows = used * blocks.capacity(-(-requests // used))
-            read = used * size + rows * slots * blocks.slot_bytes(model, "bfloat16")
+            read = used * size + rows * blocks.row_bytes(model, slots, "bfloat16")
             row = _decode_row(model, sizes, parameters[:count], requests)
             seconds[count] = row["seconds"]
             yield {**row, **_reading(read, row["seconds"])}

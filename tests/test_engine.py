@@ -171,7 +171,10 @@ def test_texts_share_a_block_where_its_empty_slots_are_fewer_bytes_than_paramete
     parameters, wanted
 ):
     needed = {"a": 64, "b": 64, "c": 128, "d": 1024}
-    found = [(slots, "".join(texts)) for slots, texts in grouped(needed, 2.0, 2.0 * parameters)]
+    found = [
+        (slots, "".join(texts))
+        for slots, texts in grouped(needed, lambda count: 2.0 * count, 2.0 * parameters)
+    ]
     assert found == wanted
 
 

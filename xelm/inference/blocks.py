@@ -7,16 +7,16 @@ that empty slots are. Pages of a fixed size waste fewer slots, but on CPUs XLA t
 as long to gather them as for attention itself (docs/architecture.md)."""
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from xelm.models.cache import Cache, empty_cache
+from xelm.models.cache import Cache, empty_cache, slots_by_layer
 from xelm.models.config import ModelConfig
 
 LEAST_SLOTS = 64
@@ -40,6 +40,9 @@ class Text:
     """Row of the block."""
     ids: list[int] = field(default_factory=list)
     """Ids that were read."""
+    stored: int = 0
+    """Number of slots that were written, if the cache is no ring: those of ids, and
+    those of what fills up the calls that read them."""
     scores: list[float] | None = field(default_factory=list)
     """Log probability of each id that was read (nan for the first); None if they are not known."""
     reserved: int = 0
@@ -62,11 +65,11 @@ class Block:
     logits: Float[Array, "R V"]
     texts: list[Text | None]
     """The text in each row."""
-
-    @property
-    def slots(self) -> int:
-        """Number of slots of each row."""
-        return self.cache.keys[0].shape[2]
+    model: ModelConfig
+    """Shape of the model that reads them."""
+    slots: int
+    """Number of slots of each row, and so of tokens that it may have; local layers have fewer where
+    their caches are rings (`ring_slots`)."""
 
     @property
     def bytes(self) -> int:
@@ -97,29 +100,31 @@ class Block:
 def empty_block(model: ModelConfig, rows: int, slots: int, dtype: str) -> Block:
     """A block without texts."""
     logits = jnp.zeros((rows, model.vocabulary_size))
-    return Block(empty_cache(model, rows, slots, dtype), logits, [None] * rows)
+    return Block(empty_cache(model, rows, slots, dtype), logits, [None] * rows, model, slots)
 
 
-def block_of(arrays: Arrays) -> Block:
-    """A block of one row with these contents, for a text."""
-    keys, values, logits = arrays
-    return Block(Cache(keys, values, jnp.zeros(1, jnp.int32)), logits, [None])
+def copied(text: Text, slots: int) -> Block:
+    """A block of one row with so many slots and what is kept of a text."""
+    keys, values, logits = row_of(text, slots)
+    cache = Cache(keys, values, jnp.zeros(1, jnp.int32))
+    return Block(cache, logits, [None], text.block.model, slots)
 
 
 def block_bytes(model: ModelConfig, rows: int, slots: int, dtype: str) -> int:
     """Size of the arrays of a block."""
-    return rows * (slots * slot_bytes(model, dtype) + 4 * model.vocabulary_size)
+    return rows * (row_bytes(model, slots, dtype) + 4 * model.vocabulary_size)
 
 
-def slot_bytes(model: ModelConfig, dtype: str) -> int:
-    """Size of the keys and values of one token."""
+def row_bytes(model: ModelConfig, slots: int, dtype: str) -> int:
+    """Size of the keys and values of a row with so many slots."""
     size = model.key_head_count * model.head_size * jnp.dtype(dtype).itemsize
-    return 2 * model.layer_count * size
+    return 2 * size * sum(slots_by_layer(model, slots))
 
 
 def row_of(text: Text, slots: int) -> Arrays:
     """A copy of what is kept of one text, as of a block of one row with so many slots."""
-    return _taken(text.block.arrays, np.int32(text.index), slots)
+    by_layer = slots_by_layer(text.block.model, slots)
+    return _taken(text.block.arrays, np.int32(text.index), by_layer)
 
 
 def move(text: Text, block: Block, index: int) -> None:
@@ -151,19 +156,19 @@ def slots_for(tokens: int) -> int:
 
 
 def grouped(
-    slots: Mapping[Key, int], bytes_per_slot: float, parameter_bytes: float
+    slots: Mapping[Key, int], row_bytes: Callable[[int], float], parameter_bytes: float
 ) -> list[tuple[int, list[Key]]]:
     """Which texts share a block, and its slots, for texts that need these numbers of slots.
 
     From the smallest on, texts join those with the next larger number where the slots that this
     leaves empty have fewer bytes than the parameters, which a block of their own would have the
-    step read once more."""
+    step read once more. row_bytes: number of slots -> bytes of a row."""
     groups: list[tuple[int, list[Key]]] = []
     for size in sorted(set(slots.values())):
         own = [key for key, needed in slots.items() if needed == size]
         if groups:
             smaller, texts = groups[-1]
-            if len(texts) * (size - smaller) * bytes_per_slot <= parameter_bytes:
+            if len(texts) * (row_bytes(size) - row_bytes(smaller)) <= parameter_bytes:
                 groups.pop()
                 own = texts + own
         groups.append((size, own))
@@ -171,32 +176,25 @@ def grouped(
 
 
 def step_bytes(
-    shapes: Sequence[tuple[int, int]], bytes_per_slot: float, parameter_bytes: float
+    shapes: Sequence[tuple[int, int]], row_bytes: Callable[[int], float], parameter_bytes: float
 ) -> float:
-    """Bytes that a step reads for blocks with these numbers of rows and slots."""
-    return sum(parameter_bytes + rows * slots * bytes_per_slot for rows, slots in shapes)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def padded_slots(arrays: Any, slots: int) -> Any:
-    """Keys or values, or trees of them, [R, K, S, H] each, with so many slots, of which the further
-    ones are empty."""
-    more = [(0, 0)] * 2
-    return jax.tree.map(lambda a: jnp.pad(a, [*more, (0, slots - a.shape[2]), (0, 0)]), arrays)
+    """Bytes that a step reads for blocks with these numbers of rows and slots. row_bytes: number of
+    slots -> bytes of a row."""
+    return sum(parameter_bytes + rows * row_bytes(slots) for rows, slots in shapes)
 
 
 # One row at a time, by slices: a program for each pair of shapes would be too many, and gathering
 # rows by index takes several times as long on CPUs.
 @functools.partial(jax.jit, static_argnums=2)
-def _taken(arrays, index, slots):
-    def one(array):
+def _taken(arrays, index, slots_by_layer):
+    def one(array, slots):
         row = jax.lax.dynamic_slice_in_dim(array, index, 1)
-        if row.ndim == 2:
-            return row
         more = slots - row.shape[2]
         return row[:, :, :slots] if more < 0 else jnp.pad(row, [(0, 0)] * 2 + [(0, more), (0, 0)])
 
-    return jax.tree.map(one, arrays)
+    keys, values, logits = arrays
+    moved = (tuple(map(one, each, slots_by_layer)) for each in (keys, values))
+    return *moved, jax.lax.dynamic_slice_in_dim(logits, index, 1)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

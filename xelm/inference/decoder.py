@@ -11,11 +11,12 @@ import numpy as np
 from xelm.inference import blocks
 from xelm.inference.blocks import Block, Text, capacity, slots_for
 from xelm.inference.parameter_cache import ParameterCache
+from xelm.models.cache import LONGEST_PIECE, ring_slots
 from xelm.models.config import ModelConfig
 from xelm.models.head import target_log_probabilities
 from xelm.models.parameters import compiled_by_model
 
-PIECES = (16, 64, 256)
+PIECES = (16, 64, LONGEST_PIECE)
 """Numbers of tokens of a text that are read in one call, beside one. Fewer than the first take as
 long, and the last fills the matrix units."""
 ROWS = (1, 4, 16, 64)
@@ -56,7 +57,6 @@ class Decoder:
         self._memory, self._keep = memory, keep
         itemsize = jnp.dtype(compute_dtype).itemsize
         self._parameter_bytes = model.parameter_count * itemsize
-        self._slot_bytes = blocks.slot_bytes(model, compute_dtype)
         self._texts: dict[Text, None] = {}
         self._shared: list[Block] = []
         """Blocks of the texts that grow token by token."""
@@ -83,7 +83,7 @@ class Decoder:
         block = self._allocated(1, slots) if source is None else self._copied(source, slots)
         text = block.texts[0] = Text(target, block, reserved=reserved)
         if source is not None:
-            text.ids = source.ids[:common]
+            text.ids, text.stored = source.ids[:common], source.stored
             text.scores = None if source.scores is None else source.scores[: common + 1]
             if not source.open:
                 self._kept.remove(source)
@@ -109,9 +109,18 @@ class Decoder:
         for text in itertools.chain(self._kept, self._texts):
             if len(text.ids) > most and not (scored and text.scores is None):
                 common = _common(target, text.ids) - 1
-                if common > most:
+                if common > most and self._has_kept(text, common):
                     best, most = text, common
         return best, most if best else 0
+
+    def _has_kept(self, text: Text, count: int) -> bool:
+        """Whether the caches have what a token after the first so many of a text sees; those of
+        local layers lose what lies further back than their window."""
+        ring, window = ring_slots(self._model), self._model.local_window
+        stored = max(text.stored, len(text.ids) + 1)
+        if ring is None or window is None or text.block.slots < ring or stored <= ring:
+            return True
+        return stored - ring <= count - window
 
     def close(self, text: Text) -> None:
         """Frees the row of a text. Its contents may stay for texts that begin as it does."""
@@ -272,6 +281,7 @@ class Decoder:
                     own[0] = float("nan")  # follows nothing
                 # What was taken over from another text is known already.
                 text.scores += own[len(text.scores) - len(text.ids) :]
+            text.stored = max(text.stored, len(text.ids) + size)
             text.ids += ids
 
     def _arrange(self, growing: Iterable[Text]) -> None:
@@ -283,7 +293,7 @@ class Decoder:
         if not (joining or full or self._changed):
             return
         texts = [t for block in self._shared for t in block.texts if t is not None] + joining
-        sizes = self._slot_bytes, self._parameter_bytes
+        sizes = self._row_bytes, self._parameter_bytes
         plan = blocks.grouped({text: text.slots_needed for text in texts}, *sizes)
         self._changed = False
         if not (joining or full):
@@ -326,7 +336,10 @@ class Decoder:
     def _copied(self, text: Text, slots: int) -> Block:
         """A block of one row with what is kept of a text. Raises NoMemory."""
         self._reserve(blocks.block_bytes(self._model, 1, slots, self._dtype))
-        return blocks.block_of(blocks.row_of(text, slots))
+        return blocks.copied(text, slots)
+
+    def _row_bytes(self, slots: int) -> int:
+        return blocks.row_bytes(self._model, slots, self._dtype)
 
     def _reserve(self, more: int) -> None:
         """Accounts for so many further bytes, or so many less. Raises NoMemory."""

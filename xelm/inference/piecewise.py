@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from xelm.data.text_format import TextFormat
-from xelm.inference.blocks import padded_slots, slot_bytes, slots_for
+from xelm.inference.blocks import row_bytes, slots_for
 from xelm.inference.decoder import GROWTH, PIECES, piece_size, reading_cost, tokens_within
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.scoring import Measure, score_documents, target_log_probabilities, windows
 from xelm.inference.work import Allowance, Work
-from xelm.models.cache import Cache, empty_cache
+from xelm.models.cache import Cache, empty_cache, longer_cache
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import compiled_by_model
 
@@ -110,13 +110,13 @@ class PiecewiseScorer:
                 if slots < needed:
                     more = max(needed, min(slots_for(last), GROWTH * slots))
                     yield from self._reserve(
-                        model, (more - slots) * slot_bytes(model, dtype), dtype
+                        model, row_bytes(model, more, dtype) - row_bytes(model, slots, dtype), dtype
                     )
-                    if slots:
-                        longer = padded_slots((cache.keys, cache.values), more)
-                        cache = Cache(*longer, cache.length)
-                    else:
-                        cache = empty_cache(model, 1, more, dtype)
+                    cache = (
+                        longer_cache(model, cache, more)
+                        if slots
+                        else empty_cache(model, 1, more, dtype)
+                    )
                     slots = more
                 tokens, targets = (np.zeros((1, size), np.int32) for _ in range(2))
                 tokens[0, :count] = ids[read : read + count]

@@ -80,7 +80,7 @@ class Block(nnx.Module):
         x: Float[Array, "M D"],
         context: Context,
         number: Int[Array, ""],
-        local: Bool[Array, ""],
+        local: Bool[Array, ""] | bool,
         cache: LayerCache | None = None,
         observe: Callable[["Block", Float[Array, "M D"]], Any] = lambda block, h: None,
     ) -> Result:
@@ -132,7 +132,9 @@ class Block(nnx.Module):
             mixed = context.fused(query, key, value, local)
             return self.output(mixed.reshape(batch * length, -1)), cache
         if cached := cache is not None:
-            cache = key, value = store(cache, key, value, context.positions)
+            ring = context.ring if local is True else None
+            slots = context.positions if ring is None else context.positions % ring
+            cache = key, value = store(cache, key, value, slots)
         else:
             key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         scale = config.attention_scale
@@ -146,7 +148,7 @@ class Block(nnx.Module):
             bias=context.bias,
             causal=config.causal and not cached,
             window=config.local_window if config.local_layers and not cached else None,
-            local=None if len(config.local_layers) == config.layer_count else local,
+            local=None if cached or len(config.local_layers) == config.layer_count else local,
         )
         return self.output(mixed.reshape(batch * length, -1)), cache
 

@@ -1,7 +1,9 @@
 """The cache of keys and values: what a decoder has computed of the sequences that it continues."""
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -12,9 +14,16 @@ LayerCache = tuple[Float[Array, "R K S H"], Float[Array, "R K S H"]]
 """Keys and values of one layer."""
 
 
+LONGEST_PIECE = 256
+"""Largest number of tokens that are added to a cache in one call."""
+_LEAST_RING = 64
+"""Smallest number of slots of a ring."""
+
+
 class Cache(NamedTuple):
-    """Keys and values of the tokens of R sequences, by layer; a token's slot is its position. Each
-    layer has its arrays, heads before positions, so that attention reads them without a copy."""
+    """Keys and values of the tokens of R sequences, by layer; a token's slot is its position or, in
+    a ring (`ring_slots`), what is left of it divided by the number of slots. Each layer has its
+    arrays, heads before positions, so that attention reads them without a copy."""
 
     keys: tuple[Float[Array, "R K S H"], ...]
     values: tuple[Float[Array, "R K S H"], ...]
@@ -22,13 +31,51 @@ class Cache(NamedTuple):
     """Number of tokens of each sequence; the slots from there on are not in use."""
 
 
+def ring_slots(config: ModelConfig) -> int | None:
+    """Number of slots of the local layers' caches, which are rings where a cache has more slots:
+    no token sees further back than the window, so later tokens take the slots of those that nobody
+    sees any more. None: the model has no such layers.
+
+    There are slots for the window and the longest piece, whose tokens are all stored before the
+    first of them looks back. A power of two, as of other caches, leaves some more: as many tokens
+    may be given up at the end of a text that another one continues differently."""
+    if not config.local_layers or config.local_window is None or config.positions == "alibi":
+        return None
+    needed = config.local_window + LONGEST_PIECE
+    return max(_LEAST_RING, 1 << (needed - 1).bit_length())
+
+
+def slots_by_layer(config: ModelConfig, slots: int) -> tuple[int, ...]:
+    """Number of slots of each layer in a cache for so many tokens."""
+    ring = ring_slots(config)
+    if ring is None:
+        return (slots,) * config.layer_count
+    local = min(slots, ring)
+    return tuple(local if n in config.local_layers else slots for n in range(config.layer_count))
+
+
 def empty_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike) -> Cache:
     """A cache for `rows` sequences of up to `slots` tokens each."""
-    shape = (rows, config.key_head_count, slots, config.head_size)
-    keys, values = (
-        tuple(jnp.zeros(shape, dtype) for _ in range(config.layer_count)) for _ in range(2)
-    )
+    shapes = [
+        (rows, config.key_head_count, own, config.head_size)
+        for own in slots_by_layer(config, slots)
+    ]
+    keys, values = (tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2))
     return Cache(keys, values, jnp.zeros(rows, jnp.int32))
+
+
+def longer_cache(config: ModelConfig, cache: Cache, slots: int) -> Cache:
+    """The same cache with further slots."""
+    keys, values = _padded((cache.keys, cache.values), slots_by_layer(config, slots))
+    return Cache(keys, values, cache.length)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _padded(arrays, slots):
+    def one(array, own):
+        return jnp.pad(array, [(0, 0), (0, 0), (0, own - array.shape[2]), (0, 0)])
+
+    return tuple(tuple(map(one, each, slots)) for each in arrays)
 
 
 def store(

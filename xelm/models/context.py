@@ -1,7 +1,7 @@
 """What every layer of a forward pass needs besides its input: masks, positions, rows of a cache."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clustering.errors import UserError
 from xelm.models.attention import Bias
-from xelm.models.cache import Cache
+from xelm.models.cache import Cache, ring_slots
 from xelm.models.config import ModelConfig
 from xelm.models.positions import alibi_slopes, rope_angles
 
@@ -41,10 +41,16 @@ class Context:
     fused: Fused | None = None
     """Attention by a kernel of the device; None where the device has none for this."""
 
-    def view(self, local: Bool[Array, ""]) -> View:
-        """The view of a layer."""
-        if self.local_view is None:
+    ring: int | None = None
+    """Number of slots of local layers, where their caches are rings."""
+
+    def view(self, local: Bool[Array, ""] | bool) -> View:
+        """The view of a layer; whether it is local is known while the program is made if it has a
+        cache."""
+        if self.local_view is None or local is False:
             return self.global_view
+        if local is True:
+            return self.local_view
         return jax.tree.map(partial(jnp.where, local), self.local_view, self.global_view)
 
 
@@ -78,10 +84,27 @@ def of_sequences(
 def of_cached(config: ModelConfig, tokens: Int[Array, "B T"], cache: Cache) -> Context:
     """The context of tokens that follow those in the rows of a cache, in order."""
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
-    slots = jnp.arange(cache.keys[0].shape[2])
+    count = max(keys.shape[2] for keys in cache.keys)
+    slots = jnp.arange(count)
     mask = slots[None, None] <= positions[..., None]
     every_slot = jnp.broadcast_to(slots[None], mask[:, 0].shape)
-    return _context(config, mask, positions, every_slot)
+    context = _context(config, mask, positions, every_slot)
+    ring = ring_slots(config)
+    stores = {cache.keys[number].shape[2] for number in config.local_layers}
+    if ring is None or stores != {ring} or context.local_view is None:
+        return context
+    assert config.local_window is not None
+    if tokens.shape[1] > ring - config.local_window + 1:
+        raise ValueError(
+            f"at most {ring - config.local_window + 1} tokens can be added to rings of {ring} "
+            f"slots at once; got {tokens.shape[1]}"
+        )
+    # What lies in each slot once all new tokens are stored; before the first tokens, nothing does.
+    last = positions[:, -1:]
+    stored = last - (last - jnp.arange(ring)[None]) % ring
+    distance = positions[:, :, None] - stored[:, None, :]
+    seen = (stored[:, None, :] >= 0) & (distance >= 0) & (distance < config.local_window)
+    return replace(context, local_view=context.local_view._replace(mask=seen), ring=ring)
 
 
 def _context(config, mask, positions, key_positions):

@@ -226,6 +226,8 @@ class Transformer(nnx.Module):
             caches = [None] * len(numbers) if cache is None else zip(cache.keys, cache.values)
             for place, inputs in enumerate(zip(self.blocks, numbers, local, caches)):
                 block, number, is_local, past = inputs
+                if cache is not None:  # whose shape depends on it
+                    is_local = place in self.config.local_layers
                 with jax.named_scope(f"layer_{place}"):
                     h, longer, _ = block(h, context, number, is_local, past)
                 found.append(longer)
