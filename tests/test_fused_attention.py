@@ -18,6 +18,7 @@ from xelm.training.sharding import mesh_of_devices
 
 B, T, N, H = 2, 384, 4, 64  # three blocks of 128, and two heads in 128 columns
 TPU, GPU = Target("tpu", 16 * GIB), Target("gpu", 16 * GIB)
+V4 = Target("tpu", 32 * GIB, 2**24)
 DECODER = replace(MODEL, head_size=H)
 LOCAL = {"local_window": 100, "local_layers": (0,)}
 
@@ -136,6 +137,11 @@ def chosen(target, model, dtype=jnp.bfloat16, length=T):
         (TPU, DECODER, jnp.bfloat16, T, True),
         (TPU, DECODER, jnp.float32, T, True),
         (TPU, DECODER, jnp.bfloat16, 200, False),
+        (TPU, DECODER, jnp.float16, T, False),  # the kernel's compiler cannot load it
+        (TPU, DECODER, jnp.bfloat16, 4096, True),
+        (TPU, DECODER, jnp.bfloat16, 8192, False),
+        (V4, DECODER, jnp.bfloat16, 2048, True),
+        (V4, DECODER, jnp.bfloat16, 4096, False),
         (TPU, replace(DECODER, attention_cap=2.0, **LOCAL), jnp.bfloat16, T, True),
         (TPU, replace(DECODER, positions="alibi"), jnp.bfloat16, T, False),
         (GPU, DECODER, jnp.bfloat16, T, True),

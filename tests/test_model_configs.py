@@ -18,6 +18,10 @@ from xelm.models.mixture import mixture_shape
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 SHORT = [1.0, 1.25, 1.5, 2.0, 3.0, 4.5]
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16}
+UNROUNDED = {
+    kind: {"rope_theta": 300.0, **YARN, "truncate": False}
+    for kind in ("full_attention", "sliding_attention")
+}
 logits_of = nnx.jit(lambda model, tokens: model(tokens))
 
 
@@ -182,6 +186,8 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("olmoe", {"clip_qkv": 3.0}, "clip_qkv must be None"),
         ("granite", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0"),
         ("gpt_neox-partial", {"hidden_act": "mish"}, "hidden_act must be silu or .*; .* has mish"),
+        ("gpt_neox-partial", {"head_dim": 8}, "head_dim must be None or 16 for this model"),
+        ("qwen2-yarn", {"rope_parameters": {**YARN, "factor": None}}, ": factor must be a number"),
         ("opt", {"word_embed_proj_dim": 18}, "word_embed_proj_dim must be 36 .* has 18"),
         ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine must be"),
         ("falcon-sequential", {"alibi": True}, "alibi must be False"),
@@ -198,6 +204,7 @@ def test_other_ways_to_write_a_config_mean_what_they_mean_to_transformers(name, 
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"] * 2}, "layer_types"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "sliding_window must be a number"),
         ("ministral3", {"rope_parameters": YARN}, "llama_4_scaling_beta and .* must be numbers"),
+        ("olmo3", {"rope_parameters": UNROUNDED}, "truncate must be True .* has False"),
         ("olmo3", {"sliding_window": None}, "sliding_window must be a number"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must have 3 entries"),
         ("smollm3-local", {"use_sliding_window": False}, "use_sliding_window must be True"),

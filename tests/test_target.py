@@ -24,6 +24,8 @@ def device(platform, kind, memory=None, **more):
     [
         (device("cpu", "cpu"), CPU),
         (device("tpu", "TPU v5 lite"), Target("tpu", 16 * GIB)),
+        (device("tpu", "TPU v4"), Target("tpu", 32 * GIB, 2**24)),
+        (device("tpu", "TPU v3", 15.5), Target("tpu", 8 * GIB, 2**24)),
         # Three quarters of 141 GB, as JAX takes by default, rounded down to a power of two.
         (device("gpu", "NVIDIA H200", 105.7, compute_capability="9.0"), Target("gpu", 64 * GIB)),
         (device("gpu", "NVIDIA A100", 30, compute_capability="8.0"), Target("gpu", 16 * GIB)),

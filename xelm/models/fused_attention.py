@@ -60,8 +60,9 @@ def fused_attention(
     scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
     window = config.local_window if config.local_layers else None
     form, length = Form(scale, config.attention_cap, config.causal, window), segments.shape[1]
-    if target.platform == "tpu" and tpu_kernel(config).fits(length, config.head_count):
-        kernel = functools.partial(on_tpu, tpu_kernel(config), form)
+    own, rows = tpu_kernel(config), (length, config.head_count, dtype, target.fast_memory_bytes)
+    if target.platform == "tpu" and own.fits(*rows):
+        kernel = functools.partial(on_tpu, own, form)
     elif target.platform == "gpu" and _fits_gpu(form, config, dtype, length):
         kernel = functools.partial(on_gpu, form)
     else:

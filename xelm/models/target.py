@@ -16,6 +16,8 @@ _MEMORY = {
     **{"TPU v5 lite": 16, "TPU v5e": 16, "TPU v6 lite": 32, "TPU v6e": 32},
 }
 """Name of a device -> GiB of its memory, by its maker's data sheet."""
+_SMALL = ("TPU v2", "TPU v3", "TPU v4", "TPU v4 lite")
+"""Names of TPUs with 16 MB of fast memory; later ones have at least four times as much."""
 _LEAST_MEMORY = 8
 """GiB that an accelerator is taken to have if it does not say."""
 
@@ -30,6 +32,8 @@ class Target:
     memory_bytes: int = 0
     """Memory of one accelerator, rounded down so that equal devices are equal values; 0 for CPUs,
     whose programs do not depend on it."""
+    fast_memory_bytes: int = 2**26
+    """Memory beside the matrix units of a TPU, at least."""
 
     @property
     def is_accelerator(self) -> bool:
@@ -50,11 +54,12 @@ def target_of(devices: Iterable[Any]) -> Target:
     platform = device.platform
     if platform == "gpu" and not _is_recent(getattr(device, "compute_capability", None)):
         platform = "older gpu"
+    fast = 2**24 if device.device_kind in _SMALL else 2**26
     if (known := _MEMORY.get(device.device_kind)) is not None:
-        return Target(platform, known * GIB)
+        return Target(platform, known * GIB, fast)
     gib = max(_LEAST_MEMORY, (device.memory_stats() or {}).get("bytes_limit", 0) // GIB)
     # A power of two: on several hosts, all must compile the same program.
-    return Target(platform, 2 ** (gib.bit_length() - 1) * GIB)
+    return Target(platform, 2 ** (gib.bit_length() - 1) * GIB, fast)
 
 
 def _is_recent(capability: object) -> bool:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from xelm.models.attention import KEPT
@@ -23,11 +24,14 @@ LANES = 128
 """Values in a row of a TPU's registers: lengths and widths of blocks are multiples of it."""
 _BLOCK = 512
 """Positions of a block, at most."""
+_DTYPES = ("bfloat16", "float32")
+"""Dtypes that the kernel's compiler loads."""
 _MOST_GRADIENTS = 2**19
 """Values of each of three gradients, of a row of tokens, that are summed in fast memory."""
 _MEMORY = 2**25
-"""Bytes of fast memory that the backward pass may take for the longest rows: 18 for each of these
-values, and blocks. For half as many, the usual 16 MB are enough."""
+"""Bytes of fast memory that the backward pass may take for the longest rows: in bfloat16 18 for
+each of these values, in float32 24, and blocks. For half as many, the usual 16 MB are enough, which
+are all that a TPU v4 has."""
 _LEAST = -1e30
 """A finite stand-in for minus infinity."""
 
@@ -62,11 +66,14 @@ class Kernel(NamedTuple):
         place = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
         return jnp.where((place >= head.start) & (place < head.stop), columns, 0)
 
-    def fits(self, length: int, heads: int) -> bool:
-        """Whether there is a kernel for rows of so many tokens, with so many heads of queries."""
+    def fits(self, length: int, heads: int, dtype: DTypeLike, fast_memory: int) -> bool:
+        """Whether there is a kernel for rows of so many tokens, with so many heads of queries, of
+        values of a dtype, on a TPU with so many bytes of fast memory."""
         divides = self.head_size == LANES // 2 or self.head_size % LANES == 0
-        whole = heads * self.head_size % self.width == 0
-        return divides and whole and length % LANES == 0 and length * self.width <= _MOST_GRADIENTS
+        whole = heads * self.head_size % self.width == 0 and length % LANES == 0
+        most = _MOST_GRADIENTS if fast_memory >= _MEMORY else _MOST_GRADIENTS // 2
+        known = jnp.dtype(dtype).name in _DTYPES and length * self.width <= most
+        return divides and whole and known
 
 
 def tpu_attention(

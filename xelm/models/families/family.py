@@ -137,6 +137,13 @@ def require(hub: Any, **settings: Any) -> None:
         want(name, getattr(hub, name), [value])
 
 
+def number(name: str, value: Any) -> float:
+    """Returns `value` as a float; UserError unless it is a number."""
+    if not isinstance(value, int | float):
+        raise UserError(f"{name} must be a number; config.json has {value}")
+    return float(value)
+
+
 def activation(name: str, value: str) -> Activation:
     """Our name of an activation; UserError if it is not known."""
     return ACTIVATIONS[want(name, value, list(ACTIVATIONS))]
@@ -147,18 +154,16 @@ def rope(found: Mapping[str, Any], *, partial: bool = False, interleaved: bool =
     transformers' model of this family reads `partial_rotary_factor`. interleaved: as in `Rope`."""
     kinds = ["default", "linear", "llama3", "yarn"]
     kind = want("rope_type", found["rope_type"], kinds)
-    theta = found["rope_theta"]
-    if not isinstance(theta, int | float):
-        raise UserError(f"rope_theta must be a number; config.json has {theta}")
+    theta = number("rope_theta", found["rope_theta"])
     share = found.get("partial_rotary_factor", 1.0)
     if not partial:
         want("partial_rotary_factor", share, [1.0])
     settings: dict[str, Any] = {
-        **{"theta": float(theta), "partial_rotary_factor": share},
+        **{"theta": theta, "partial_rotary_factor": share},
         "interleaved": interleaved,
     }
     if kind != "default":
-        settings |= {"scaling": kind, "factor": float(found["factor"])}
+        settings |= {"scaling": kind, "factor": number("factor", found["factor"])}
     if kind in ("llama3", "yarn"):
         settings["original_length"] = found["original_max_position_embeddings"]
     if kind == "llama3":
@@ -170,6 +175,14 @@ def rope(found: Mapping[str, Any], *, partial: bool = False, interleaved: bool =
         settings["truncate"] = found.get("truncate", True)
         settings["amplitude"] = _yarn_amplitude(found, settings["factor"])
     return Rope(**settings)
+
+
+def rope_of(hub: Any, kind: str) -> Rope:
+    """Settings of rotary positions of one kind of layers, a value of `layer_types`."""
+    found = hub.rope_parameters[kind]
+    # transformers looks for it beside the kinds of layers, and rounds whatever is said here.
+    want("truncate", found.get("truncate", True), [True])
+    return rope(found)
 
 
 def _yarn_amplitude(found: Mapping[str, Any], factor: float) -> float:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import Family, activation, local, norm, rope, want
+from xelm.models.families.family import Family, activation, local, norm, rope, rope_of, want
 from xelm.models.families.llama import TENSORS, llama_like
 
 
@@ -15,8 +15,8 @@ def _read_gemma3(hub: Any) -> ModelConfig:
     return _read(
         hub,
         head_norm=True,
-        rope=rope(hub.rope_parameters["full_attention"]),
-        local_rope=rope(hub.rope_parameters["sliding_attention"]),
+        rope=rope_of(hub, "full_attention"),
+        local_rope=rope_of(hub, "sliding_attention"),
     )
 
 

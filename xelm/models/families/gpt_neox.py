@@ -13,11 +13,14 @@ from xelm.models.families.family import (
     rope,
     shape,
     table,
+    want,
 )
 
 
 def _read(hub: Any) -> ModelConfig:
-    biased = hub.attention_bias
+    biased, size = hub.attention_bias, hub.hidden_size // hub.num_attention_heads
+    # Of transformers' model, rotary positions alone heed it.
+    want("head_dim", getattr(hub, "head_dim", None), [None, size])
     return ModelConfig(
         **shape(hub),
         **{**BIASED, "query_bias": biased, "output_bias": biased},

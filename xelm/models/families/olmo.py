@@ -3,7 +3,7 @@
 from typing import Any
 
 from xelm.models.config import ModelConfig
-from xelm.models.families.family import Family, local, norm, rope
+from xelm.models.families.family import Family, local, norm, rope_of
 from xelm.models.families.llama import TENSORS, llama_like
 
 
@@ -23,8 +23,8 @@ def _read_olmo3(hub: Any) -> ModelConfig:
     return _read_olmo2(
         hub,
         # Only global layers are stretched.
-        rope=rope(hub.rope_parameters["full_attention"]),
-        local_rope=rope(hub.rope_parameters["sliding_attention"]),
+        rope=rope_of(hub, "full_attention"),
+        local_rope=rope_of(hub, "sliding_attention"),
         **local(hub.sliding_window, hub.layer_types),
     )
 
