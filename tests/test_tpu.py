@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 from small_training import CONFIG, MODEL
 from test_meshes import AXES, ENCODER, batch_of, collectives, crossing
 
+from xelm.models.cache import empty_cache
+from xelm.models.parameters import bind, for_inference, inference_graph, shapes
+from xelm.models.target import target_of
 from xelm.settings import vary
 from xelm.training.compiled import compile_steps
 
@@ -24,15 +27,21 @@ SMALL = {"runtime.dtype": "bfloat16", "runtime.moments_dtype": "bfloat16"}
 
 
 @pytest.fixture
-def step_on(monkeypatch):
-    """A function that compiles a step for a mesh of chips of a v5e slice."""
+def chips(monkeypatch):
+    """The chips of a v5e slice, none of which exists."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no machine of Google to ask
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+
+
+@pytest.fixture
+def step_on(chips):
+    """A function that compiles a step for a mesh of chips of a v5e slice."""
+    all_chips = chips
 
     def compiled(mesh, model, length=CONFIG.sequence_length, **changes):
-        chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-        chips = np.asarray(chips[: np.prod(mesh)]).reshape(mesh)
+        chips = np.asarray(all_chips[: np.prod(mesh)]).reshape(mesh)
         devices = Mesh(chips, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         rows = mesh[1] * mesh[2]
         config = vary(CONFIG, {"batch_size": rows, "sequence_length": length, **changes})
@@ -92,3 +101,31 @@ def test_less_is_kept_and_needed_in_bfloat16(step_on):
     assert kept == pytest.approx([12, 12, 8, 6], rel=0.05)
     # And gradients, of which two bytes are spared.
     assert needed[1] < needed[0] - 1 and needed[2] < needed[1] - 3 and needed[3] < needed[2] - 1
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_a_decoding_step_copies_no_cache(chips, head_size):
+    """Written by a scatter, keys and values were each brought into another layout and back."""
+    model = replace(MODEL, head_size=head_size, head_count=4, key_head_count=4, max_length=LENGTH)
+    place, rows = SingleDeviceSharding(chips[0]), 32
+    network = inference_graph(model, "bfloat16", target=target_of(chips[:1]))
+
+    def step(parameters, tokens, counts, cache):
+        states, longer = bind(network, parameters).extend(tokens, counts, cache)
+        return states, longer
+
+    arguments = (
+        jax.eval_shape(for_inference, shapes(model)),
+        jnp.zeros((rows, 1), jnp.int32),
+        jnp.zeros(rows, jnp.int32),
+        jax.eval_shape(lambda: empty_cache(model, rows, LENGTH, "bfloat16")),
+    )
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arguments
+    )
+    program = jax.jit(step, donate_argnums=3).lower(*arguments).compile().as_text()
+    size = rows * 4 * LENGTH * head_size
+    # Asynchronous copies between two kinds of memory have other names.
+    found = re.findall(r"= (?:bf16|f32)\[([\d,]+)\]\S* (copy|transpose)\(", program)
+    whole = [each for each, _ in found if np.prod([*map(int, each.split(","))]) >= size]
+    assert whole == []

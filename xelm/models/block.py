@@ -134,7 +134,7 @@ class Block(nnx.Module):
         if cached := cache is not None:
             ring = context.ring if local is True else None
             slots = context.positions if ring is None else context.positions % ring
-            cache = key, value = store(cache, key, value, slots)
+            cache = key, value = store(cache, key, value, slots, context.target)
         else:
             key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         scale = config.attention_scale

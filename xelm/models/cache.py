@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from xelm.models.config import ModelConfig
+from xelm.models.target import CPU, Target
 
 LayerCache = tuple[Float[Array, "R K S H"], Float[Array, "R K S H"]]
 """Keys and values of one layer."""
@@ -16,6 +17,8 @@ LayerCache = tuple[Float[Array, "R K S H"], Float[Array, "R K S H"]]
 
 LONGEST_PIECE = 256
 """Largest number of tokens that are added to a cache in one call."""
+_TPU_LANES = 128
+"""Numbers beside each other in a TPU's registers."""
 _LEAST_RING = 64
 """Smallest number of slots of a ring."""
 
@@ -83,9 +86,17 @@ def store(
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     slots: Int[Array, "B T"],
+    target: Target = CPU,
 ) -> LayerCache:
     """The cache of one layer with these keys and values of its rows, in order, at `slots`. What has
-    a slot beyond the last is dropped."""
+    a slot beyond the last is dropped.
+
+    target: the kind of device that the program is compiled for. The same values are written in the
+    form that its compiler needs no copy of the cache for."""
+    if target.platform == "tpu" and key.shape[1] == 1 and key.shape[3] % _TPU_LANES:
+        return _compared(cache[0], key, slots), _compared(cache[1], value, slots)
+    if target.platform in ("gpu", "older gpu"):
+        return _scattered_by_head(cache[0], key, slots), _scattered_by_head(cache[1], value, slots)
     rows = jnp.arange(len(key))[:, None]
     if key.shape[:2] == (1, 1):
         # One more token, which is dropped: XLA makes a slice of a single update, writes that once
@@ -95,3 +106,24 @@ def store(
     keys = cache[0].at[rows, :, slots].set(key.astype(cache[0].dtype), mode="drop")
     values = cache[1].at[rows, :, slots].set(value.astype(cache[1].dtype), mode="drop")
     return keys, values
+
+
+def _compared(
+    kept: Float[Array, "R K S H"], new: Float[Array, "B 1 K H"], slots: Int[Array, "B 1"]
+) -> Float[Array, "R K S H"]:
+    """One token of each row, written by comparing each slot with it, which is fused with the
+    reading of attention. In heads that do not fill the lanes of a TPU, tokens lie side by side, and
+    for a scatter libtpu brings the whole cache into another layout and back. In others a scatter
+    takes no copy, and half the cycles of this."""
+    here = jnp.arange(kept.shape[2])[None] == slots
+    return jnp.where(here[:, None, :, None], new.transpose(0, 2, 1, 3).astype(kept.dtype), kept)
+
+
+def _scattered_by_head(
+    kept: Float[Array, "R K S H"], new: Float[Array, "B T K H"], slots: Int[Array, "B T"]
+) -> Float[Array, "R K S H"]:
+    """Tokens of each row, written head by head: the written dimensions come first. Where they have
+    others between them, XLA for GPUs transposes the operand of a scatter."""
+    rows = jnp.arange(len(new))[:, None, None]
+    heads = jnp.arange(new.shape[2])[None, None]
+    return kept.at[rows, heads, slots[:, :, None]].set(new.astype(kept.dtype), mode="drop")

@@ -14,6 +14,7 @@ from xelm.models.attention import Bias
 from xelm.models.cache import Cache, ring_slots
 from xelm.models.config import ModelConfig
 from xelm.models.positions import alibi_slopes, rope_angles
+from xelm.models.target import CPU, Target
 
 Fused = Callable[[Array, Array, Array, Array], Array]
 """(query [B, T, N, H], key [B, T, K, H], value [B, T, K, H], whether the layer is local [])
@@ -40,7 +41,8 @@ class Context:
     """Linear biases of scores (ALiBi); None if the model has none."""
     fused: Fused | None = None
     """Attention by a kernel of the device; None where the device has none for this."""
-
+    target: Target = CPU
+    """The kind of device that the program is compiled for."""
     ring: int | None = None
     """Number of slots of local layers, where their caches are rings."""
 
@@ -81,14 +83,16 @@ def of_sequences(
     return _context(config, mask, positions, positions)
 
 
-def of_cached(config: ModelConfig, tokens: Int[Array, "B T"], cache: Cache) -> Context:
+def of_cached(
+    config: ModelConfig, tokens: Int[Array, "B T"], cache: Cache, target: Target = CPU
+) -> Context:
     """The context of tokens that follow those in the rows of a cache, in order."""
     positions = cache.length[:, None] + jnp.arange(tokens.shape[1])[None]
     count = max(keys.shape[2] for keys in cache.keys)
     slots = jnp.arange(count)
     mask = slots[None, None] <= positions[..., None]
     every_slot = jnp.broadcast_to(slots[None], mask[:, 0].shape)
-    context = _context(config, mask, positions, every_slot)
+    context = replace(_context(config, mask, positions, every_slot), target=target)
     ring = ring_slots(config)
     stores = {cache.keys[number].shape[2] for number in config.local_layers}
     if ring is None or stores != {ring} or context.local_view is None:

@@ -171,7 +171,7 @@ class Transformer(nnx.Module):
 
         tokens: those of each row of the cache, in order. counts: number of tokens of each row of
         `tokens` that belong to its sequence, from the left; states of the others mean nothing."""
-        context = contexts.of_cached(self.config, tokens, cache)
+        context = contexts.of_cached(self.config, tokens, cache, self.target)
         states, layers = self._forward(tokens, context, cache)
         keys, values = zip(*layers)
         return states, Cache(keys, values, cache.length + counts)
