@@ -148,7 +148,10 @@ class Block(nnx.Module):
             bias=context.bias,
             causal=config.causal and not cached,
             window=config.local_window if config.local_layers and not cached else None,
-            local=None if cached or len(config.local_layers) == config.layer_count else local,
+            # Of a layer with a cache it is in the mask.
+            local=None
+            if isinstance(local, bool) or len(config.local_layers) == config.layer_count
+            else local,
         )
         return self.output(mixed.reshape(batch * length, -1)), cache
 
