@@ -267,9 +267,9 @@ def test_rolling_back_publishes_the_earlier_version_and_touches_no_weights(xelm,
     outcome = xelm("rollback", copy.directory, "de-fr")
     assert (outcome.code, outcome.out) == (0, "published: de-fr@v1\n")
     after = without_routers(snapshot(copy.directory))
-    # hashes.json has those of routers, which are fitted again.
+    # hashes.json may have those of routers, which are fitted again.
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == {"registry.json", "hashes.json"}
+    assert changed - {"hashes.json"} == {"registry.json"}
     assert xelm("rollback", copy.directory, "de-fr", "--version", 2).out == "published: de-fr@v2\n"
     again = without_routers(snapshot(copy.directory))
     changed = {name for name in again if again[name] != before[name]}
