@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import importlib.util
+import math
 import os
 import platform
 import sys
@@ -87,6 +88,17 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_bytes() -> float:
+    """Bytes of the host's memory, or of the container's; infinity on systems that do not say."""
+    found = [math.inf]
+    if hasattr(os, "sysconf"):
+        found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            found.append(float(Path(limit).read_text()))
+    return min(found)
 
 
 def open_files() -> int:

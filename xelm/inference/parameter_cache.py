@@ -2,20 +2,18 @@
 several experts share, their base, lies there once. The caches of keys and values of texts are in
 the same account."""
 
-import contextlib
 import copy
 import itertools
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
 
 from xelm.models.shared import overlaid
+from xelm.process import memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,21 +171,12 @@ class ParameterCache(Sequence):
 def memory_budget() -> tuple[float, float]:
     """Bytes of parameters that may lie on the device and on the host: four fifths of the memory of
     an accelerator, the rest being for computing, and half of the host's (a CPU's own memory)."""
-    host = _memory() / 2
+    host = memory_bytes() / 2
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return host, 0.0
     statistics = device.memory_stats() or {}
     return 0.8 * statistics.get("bytes_limit", float("inf")), host
-
-
-def _memory() -> float:
-    """Bytes of the host's memory, or of the container's."""
-    found = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            found.append(float(Path(limit).read_text()))
-    return min(found)
 
 
 def _size(parameters: Any) -> int:

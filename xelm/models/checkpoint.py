@@ -231,8 +231,7 @@ def write_checkpoint(
         source = {**hub_config(model_type or writable_as(config), config), **(special_ids or {})}
     flat = by_path(parameters)
     dtype = dtype or str(flat["embedding"].dtype)
-    source = {name: value for name, value in source.items() if name != "torch_dtype"}  # older name
-    source["dtype"] = dtype
+    source = _in_dtype(source, dtype)
     hub = auto_config(source)
     if misfits := differences(config, shape_of(hub)):
         raise UserError(f"{like or 'config.json'} is of another shape: {', '.join(misfits[:5])}")
@@ -302,10 +301,20 @@ def check_checkpoint(directory: str | Path) -> ModelConfig:
 
 def write_whole(source: str | Path, directory: str | Path) -> None:
     """Writes what a checkpoint directory stands for as a complete checkpoint, with the tokenizer
-    and in the dtype of the checkpoint at the end of its chain of bases."""
-    config = read_config(source)
-    parameters = load_parameters(source, config)
-    write_checkpoint(directory, config, parameters, like=root(source), dtype=stored_dtype(source))
+    and in the dtype of the checkpoint at the end of its chain of bases. The host holds one tensor
+    at once."""
+    config, kind = _shape_and_family(source)
+    weights = Weights(source, kind, config)
+    with all_or_nothing(Path(directory)) as partial:
+        write_json(partial / "config.json", _in_dtype(read_hub_config(source), weights.dtype))
+        copy_companions(root(source), partial)
+        weights.copy(partial, weights.dtype)
+
+
+def _in_dtype(source: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The contents of config.json for weights in a dtype."""
+    # Its older name is left out.
+    return {k: v for k, v in source.items() if k != "torch_dtype"} | {"dtype": dtype}
 
 
 def copy_checkpoint(

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from clustering.hub_files import LICENCES, split_weights, write_index
+from clustering.hub_files import LICENCES
 from xelm.models.checkpoint import all_or_nothing, family_of, read_config
 from xelm.models.companions import companions
 from xelm.models.low_rank import truncated, write_low_rank
 from xelm.models.peft import Product
 from xelm.models.stored import open_tensors, root, write_base
-from xelm.models.weights import ROWS_COMPARED, stored_bytes, whole_tensor
+from xelm.models.tensor_file import TensorKind, write_tensors
+from xelm.models.weights import ROWS_COMPARED, whole_tensor
 
-_FORMAT = {"format": "pt"}
 LEAST_SAVED = 0.1
 """Share of a checkpoint's bytes from which on it is stored as a difference. A complete checkpoint
 is loaded by other programs, which is worth more than a few equal vectors."""
@@ -33,8 +32,8 @@ class Difference:
     """Name in the family's table -> function that reads a tensor that replaces the base's."""
     products: Mapping[str, Product] = field(default_factory=dict)
     """Name -> product that is added to the base's tensor, oriented as that is."""
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    """Name -> bytes of each tensor in `tensors`."""
+    kinds: Mapping[str, TensorKind] = field(default_factory=dict)
+    """Name -> dtype and shape of each tensor in `tensors`."""
     saved: float = 0.0
     """Share of the bytes of a complete checkpoint that is not stored."""
 
@@ -48,14 +47,14 @@ def difference(directory: str | Path, base: str | Path) -> Difference | None:
     own, others = open_tensors(directory, kind), open_tensors(base, kind)
     if own.keys() != others.keys():
         return None
-    sizes = {name: stored_bytes(value) for name, value in own.items()}
+    kinds = {name: TensorKind.stored(value) for name, value in own.items()}
     other = [name for name in own if not _same_bits(own[name], others[name])]
-    total = sum(sizes.values())
+    total = sum(kind.size for kind in kinds.values())
     return Difference(
         base=Path(base),
         tensors={name: _reader(own[name]) for name in other},
-        sizes={name: sizes[name] for name in other},
-        saved=1 - sum(sizes[name] for name in other) / total,
+        kinds={name: kinds[name] for name in other},
+        saved=1 - sum(kinds[name].size for name in other) / total,
     )
 
 
@@ -67,7 +66,7 @@ def reverted(directory: str | Path, base: str | Path, layers: Sequence[int]) -> 
     rows = [name for name in family_of(directory).tensors if "{}" in name]
     names = {name.format(layer) for name in rows for layer in layers}
     kept = {name: read for name, read in found.tensors.items() if name not in names}
-    return Difference(base=found.base, tensors=kept, sizes={n: found.sizes[n] for n in kept})
+    return Difference(base=found.base, tensors=kept, kinds={n: found.kinds[n] for n in kept})
 
 
 def compressed(
@@ -90,7 +89,7 @@ def compressed(
         base=found.base,
         tensors=tensors,
         products=products,
-        sizes={name: found.sizes[name] for name in tensors},
+        kinds={name: found.kinds[name] for name in tensors},
     )
 
 
@@ -102,16 +101,11 @@ def write_difference(
     `extra`."""
     with all_or_nothing(directory) as partial:
         write_base(partial, directory, found.base)
-        files = split_weights(found.sizes) if found.tensors else {}
-        if len(files) > 1:
-            write_index(partial, files, sum(found.sizes.values()))
-        like = partial / "base.json"
-        for file, names in files.items():
-            save_file({name: found.tensors[name]() for name in names}, partial / file, _FORMAT)
-            # The library writes for its user alone, whatever the umask says.
-            shutil.copymode(like, partial / file)
+        if found.tensors:
+            kinds = {name: found.kinds[name] for name in found.tensors}
+            write_tensors(partial, kinds, (read() for read in found.tensors.values()))
         if found.products:
-            write_low_rank(partial, found.products, dtype, like)
+            write_low_rank(partial, found.products, dtype, partial / "base.json")
         whole = root(found.base)
         for name in companions(whole):
             if name.lower().startswith(LICENCES):

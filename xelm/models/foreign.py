@@ -9,11 +9,10 @@ from tempfile import TemporaryDirectory
 import ml_dtypes  # noqa: F401 - registers bfloat16 with NumPy, where safetensors looks it up
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from clustering.errors import UserError
 from clustering.files import read_object, write_json
-from clustering.hub_files import INDEX, LICENCES, split_weights, weight_files, write_index
+from clustering.hub_files import INDEX, LICENCES, weight_files
 from xelm.models.checkpoint import (
     all_or_nothing,
     check_checkpoint,
@@ -27,6 +26,7 @@ from xelm.models.config import ModelConfig
 from xelm.models.families import differences, takes_images
 from xelm.models.peft import ADAPTER_FILES, CONFIG, FACTORS, read_products
 from xelm.models.stored import write_base
+from xelm.models.tensor_file import TensorKind, write_tensors
 from xelm.models.weights import NARROW, tensor_without_numbers
 
 _NAMES = NARROW | {"F32": "float32", "F64": "float64"}
@@ -172,23 +172,16 @@ def _copy_adapter(source: Path, partial: Path, place: Path, base: str | Path) ->
 
 
 def _write_rounded(source: Path, partial: Path, dtype: str) -> None:
-    """Writes the tensors of a checkpoint in a dtype, one file of them in memory at a time."""
+    """Writes the tensors of a checkpoint in a dtype, one after the other."""
     homes = {}
     for name in weight_files(source):
         file = safe_open(source / name, framework="np")
         homes |= dict.fromkeys(file.keys(), file)
-    width = np.dtype(dtype).itemsize
-    sizes = {
-        name: width * int(np.prod(file.get_slice(name).get_shape())) for name, file in homes.items()
+    kinds = {
+        name: TensorKind.of(dtype, file.get_slice(name).get_shape()) for name, file in homes.items()
     }
-    files = split_weights(sizes)
-    if len(files) > 1:
-        write_index(partial, files, sum(sizes.values()))
-    for target, names in files.items():
-        tensors = {name: _rounded(name, homes[name].get_tensor(name), dtype) for name in names}
-        save_file(tensors, partial / target, {"format": "pt"})
-        # The library makes files that only their owner can read, whatever the umask.
-        shutil.copymode(partial / "config.json", partial / target)
+    tensors = (_rounded(name, file.get_tensor(name), dtype) for name, file in homes.items())
+    write_tensors(partial, kinds, tensors)
 
 
 def _rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,10 +1,9 @@
 """The weights of a checkpoint: tensors in safetensors, one file or several, never a pickle. The Hub
 has one tensor a layer; the family's table says which of our parameters it holds."""
 
-import itertools
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from clustering.errors import UserError
-from clustering.hub_files import split_weights, write_index
 from xelm.models.config import ModelConfig
 from xelm.models.families.family import Family, Tensor
 from xelm.models.layout import Range, join, stored_shape, take
 from xelm.models.parameters import by_path, is_weight, shapes, stacked
 from xelm.models.stored import open_tensors
+from xelm.models.tensor_file import TensorKind, write_tensors
 
 ROWS_COMPARED = 4096
 """Rows of two large tables that are compared at once."""
@@ -79,20 +77,25 @@ class Weights:
         name, _ = self._homes[path]
         return name if layer is None else name.format(layer)
 
-    def copy(self, directory: Path) -> None:
-        """Writes the tensors as they are stored, by the names in the family's table and bit for
-        bit, beside an existing config.json. Of tied tensors only one is written."""
+    def copy(self, directory: Path, dtype: str | None = None) -> None:
+        """Writes the tensors by the names in the family's table beside an existing config.json, one
+        after the other: bit for bit as they are stored, or in `dtype`. Of tied tensors only one is
+        written."""
         stored = {
             name: self._stored[name]
             for name, _, _ in _named(self._rows, self._config)
             if name in self._stored
         }
         stored |= {name: self._stored[name] for name in self._constants}
-        _write_files(
-            directory,
-            {name: stored_bytes(tensor) for name, tensor in stored.items()},
-            lambda names: {name: whole_tensor(stored[name]) for name in names},
-        )
+        kinds = {name: TensorKind.stored(tensor) for name, tensor in stored.items()}
+        if dtype is not None:
+            kinds = {name: TensorKind.of(dtype, kind.shape) for name, kind in kinds.items()}
+
+        def values(name: str) -> np.ndarray:
+            found = whole_tensor(stored[name])
+            return found if dtype is None else _narrowed(name, found, dtype)
+
+        write_tensors(directory, kinds, map(values, stored))
 
     def _take(self, path: str, layer: int | None, ranges: Sequence[Range]) -> np.ndarray:
         (_, tensor), name = self._homes[path], self.name_of(path, layer)
@@ -142,6 +145,7 @@ def stored_tensors(
         parts = [flat[path] if layer is None else flat[path][layer] for path in tensor.paths]
         arrays = [_narrowed(name, on_host(part, dtype), dtype) for part in parts]
         yield name, join(tensor, arrays, config.head_size)
+        del parts, arrays  # before the next ones are made
     for name, value in _constants(kind, config).items():
         yield name, np.asarray(value, dtype)
 
@@ -184,40 +188,20 @@ def write_weights(
     tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
     """Writes `stored_tensors` of these parameters beside an existing config.json: into one file, or
-    several with an index (`split_weights`). The host holds the tensors of one file at once."""
-    layers, width = _layer_shapes({p: v.shape for p, v in flat.items()}), np.dtype(dtype).itemsize
-    sizes = {
-        name: math.prod(stored_shape(tensor, layers)) * width
+    several with an index (`split_weights`). The host holds one tensor at once."""
+    layers = _layer_shapes({p: v.shape for p, v in flat.items()})
+    kinds = {
+        name: TensorKind.of(dtype, stored_shape(tensor, layers))
         for name, _, tensor in _named(_table_rows(kind, flat), config)
     }
-    sizes |= dict.fromkeys(_constants(kind, config), width)
-    _write_files(directory, sizes, lambda names: dict(itertools.islice(tensors, len(names))))
-
-
-def _write_files(
-    directory: Path,
-    sizes: Mapping[str, int],
-    read: Callable[[Sequence[str]], dict[str, np.ndarray]],
-) -> None:
-    """Writes tensors of these sizes in bytes beside an existing config.json. read: returns tensors
-    by name, for one file after the other."""
-    files = split_weights(sizes)
-    if len(files) > 1:
-        write_index(directory, files, sum(sizes.values()))
-    for file, names in files.items():
-        save_file(read(names), directory / file, {"format": "pt"})
-        # The library writes for its user alone, whatever the umask says.
-        shutil.copymode(directory / "config.json", directory / file)
+    kinds |= dict.fromkeys(_constants(kind, config), TensorKind.of(dtype, ()))
+    # Not a generator, which would hold a tensor while the next is made.
+    write_tensors(directory, kinds, map(operator.itemgetter(1), tensors))
 
 
 def whole_tensor(stored: Any) -> np.ndarray:
     """The values of a stored tensor, a lazy slice; contiguous."""
     return np.ascontiguousarray(stored[:]) if stored.get_shape() else stored[...]
-
-
-def stored_bytes(tensor: Any) -> int:
-    """Size of a stored tensor, a lazy slice."""
-    return math.prod(tensor.get_shape()) * int(tensor.get_dtype().lstrip("BF")) // 8
 
 
 def _compare(

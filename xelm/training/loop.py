@@ -17,6 +17,7 @@ from xelm.models.config import ModelConfig
 from xelm.training.compiled import CompiledSteps, compile_steps
 from xelm.training.expert_axis import stack, unstack
 from xelm.training.hosts import is_first, placed
+from xelm.training.memory import check_memory
 from xelm.training.preemption import preemption
 from xelm.training.sharding import make_mesh
 from xelm.training.step import StepMetrics, TrainState
@@ -67,6 +68,7 @@ def train_together(
             "float32; set runtime.dtype=float32",
             file=sys.stderr,
         )
+    check_memory(model, config, mesh)
     compiled = compile_steps(model, config, mesh)
     with ExitStack() as opened:
         trainers, states = [], []

@@ -77,6 +77,12 @@ def make_mesh(config: TrainConfig, experts: int = 1) -> Mesh:
     return mesh_of_devices(devices)
 
 
+def rows_on_a_device(config: TrainConfig, mesh: Mesh) -> int:
+    """Number of rows of an expert that each device of a mesh computes at once."""
+    rows = config.batch_size // config.runtime.accumulation_steps
+    return rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+
+
 def mesh_of_devices(devices: np.ndarray) -> Mesh:
     """The mesh of devices [expert, data, fsdp, tensor]."""
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
