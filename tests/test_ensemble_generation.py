@@ -303,7 +303,7 @@ def test_a_prompt_without_room_for_an_answer_is_a_users_mistake(ensemble, model)
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
-        ({"temperature": -0.1}, "temperature must be at least 0; got -0.1"),
+        ({"temperature": -0.1}, "temperature must be at least 0 and at most 1000; got -0.1"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1; got 0.0"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1; got 1.1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),

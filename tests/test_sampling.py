@@ -82,10 +82,13 @@ def test_a_large_vocabulary_is_drawn_from_as_it_is_distributed():
     assert ((counted - wanted) ** 2 / wanted).sum() < 43.8
 
 
-def test_what_is_no_number_is_drawn_from_the_vocabulary():
-    rows = jnp.full((2, 300), jnp.nan)
-    for temperature in (0.0, 1.0):
-        assert (drawn(rows, SamplingParams(temperature=temperature)) < 300).all()
+def test_no_token_is_drawn_where_there_are_no_probabilities():
+    rows = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (5, 300)))
+    rows = rows.at[0].set(jnp.nan).at[2].set(-jnp.inf)
+    for settings in ({"temperature": 0.0}, {"top_p": 1.0}, {"top_p": 0.5}, {"top_k": 7}):
+        found = drawn(rows, SamplingParams(**settings))
+        np.testing.assert_array_equal(found == -1, [True, False, True, False, False])
+        assert (found < 300).all()
 
 
 def test_temperature_is_a_power():
@@ -127,7 +130,39 @@ def test_every_row_is_drawn_by_its_own_settings():
         assert together[row] == single
 
 
-@pytest.mark.parametrize("temperature", [1e-4, 1e-10, 1e-30, 2e-38])
+@pytest.mark.parametrize("size", [50, 1000])
+def test_what_a_row_draws_does_not_depend_on_the_settings_of_others(size):
+    """Cold rows, most of whose tokens have no chance at all, and others which look for what they
+    keep among few or many tokens."""
+    pairs = [(None, 1.0), (None, 0.9), (None, 0.3), (5, 1.0), (100, 1.0), (30, 0.9), (300, 0.95)]
+    settings = [
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+        for top_k, top_p in pairs
+        for temperature in (1.0, 0.1)
+    ]
+    settings.append(SamplingParams(temperature=0.0, top_k=700))
+    count = len(settings)
+    for step in range(12):
+        rows = jax.random.normal(jax.random.key(step), (count, size))
+        rows = jax.nn.log_softmax(rows * (1 + step % 3))
+        together = sample(rows, settings, [step] * count, range(count))
+        for number in range(step % 4, count, 4):
+            own = slice(number, number + 1)
+            (alone,) = sample(rows[own], settings[own], [step], [number])
+            assert together[number] == alone, settings[number]
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_the_hottest_draw_takes_all_alike(top_p):
+    chances = np.full(1000, 1 / 1000)
+    rows = jnp.log(jnp.asarray(np.arange(1, 1001) / 500500, jnp.float32))
+    sampling = SamplingParams(temperature=1000.0, top_p=top_p)
+    found = drawn(jnp.tile(rows, (2000, 1)), sampling)
+    kept = np.where(np.arange(1000) >= 1000 * (1 - top_p), chances, 0) / top_p
+    assert not unlikely(found, kept)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-10, 1e-30, 2e-38, 1e-42])
 def test_the_coldest_draw_is_the_largest(temperature):
     rows = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (4, 500)))
     rows = rows.at[:, :3].set(-jnp.inf)
@@ -300,10 +335,12 @@ def test_wishes_that_are_not_honoured_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "fault"),
     [
-        ({"temperature": float("nan")}, "temperature must be at least 0; got nan"),
+        ({"temperature": float("nan")}, "temperature must be at least 0 and at most 1000; got nan"),
+        ({"temperature": 1e39}, "temperature must be at least 0 and at most 1000; got 1e"),
+        ({"repetition_penalty": 1e39}, "penalty must be at least 0.001 and at most 1000; got 1e"),
         ({"top_k": 0}, "top_k must be at least 1; got 0"),
         ({"top_p": 0.0, "max_new_tokens": -1}, "max_new_tokens .* got -1; top_p must be above 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0; got 0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be at least 0.001 and .* got 0.0"),
         ({"stop": ("",)}, "stop must be strings that are not empty"),
     ],
 )

@@ -171,7 +171,7 @@ def test_stops_end_the_text(client, ensemble, tiny):
         (
             {"model": "xelm", "prompt": "a", "temperature": -1},
             400,
-            "temperature must be at least 0; got -1",
+            "temperature must be at least 0 and at most 1000; got -1",
         ),
         (b'{"model": "xelm", "prompt": "a", "temperature": NaN}', 400, "finite number; got nan"),
         (

@@ -103,17 +103,15 @@ def sample(
     steps: Sequence[int],
     numbers: Sequence[int],
 ) -> Int[Array, " B"]:
-    """The next token of each row. A row's draw depends on nothing but its own log probabilities and
-    random seed, the number of tokens it drew before (`steps`), and its number among the sequences
-    of one request."""
-    drawn = [sampling for sampling in samplings if sampling.temperature > 0]
-    if not drawn:
-        return largest_columns(log_probabilities)
+    """The next token of each row; -1 where the largest log probability is not finite. A row's draw
+    depends on nothing but its own log probabilities and random seed, the number of tokens it drew
+    before (`steps`), and its number among the sequences of one request."""
+    if all(sampling.temperature == 0 for sampling in samplings):
+        return _largest(log_probabilities)[0]
     vocabulary = log_probabilities.shape[-1]
-    top_k = [min(s.top_k or vocabulary, vocabulary) for s in samplings]
-    top_p = [s.top_p for s in samplings]
-    most = max((number for number in top_k if number < vocabulary), default=0)
-    candidates = next((size for size in _CANDIDATES if size > most), vocabulary)
+    top_k = [min((s.temperature and s.top_k) or vocabulary, vocabulary) for s in samplings]
+    top_p = [s.top_p if s.temperature else 1.0 for s in samplings]
+    sizes = [_candidates(k, p, vocabulary) for k, p in zip(top_k, top_p)]
     return _draw(
         log_probabilities,
         # Both halves of a seed of 64 bits.
@@ -121,16 +119,27 @@ def sample(
         np.asarray(steps, np.int32),
         np.asarray(numbers, np.int32),
         np.asarray([s.temperature for s in samplings], np.float32),
-        None if all(s.top_k is None for s in drawn) else np.asarray(top_k, np.int32),
-        None if all(s.top_p == 1 for s in drawn) else np.asarray(top_p, np.float32),
-        candidates=min(candidates, vocabulary),
+        None if min(top_k) == vocabulary else np.asarray(top_k, np.int32),
+        None if min(top_p) == 1 else np.asarray(top_p, np.float32),
+        np.asarray(sizes, np.int32),
+        candidates=max(sizes),
     )
 
 
+def _candidates(top_k: int, top_p: float, vocabulary: int) -> int:
+    """Number of likeliest tokens among which those that are kept are looked for: more than `top_k`;
+    0 where all are kept. It follows from a row's own parameters, since a token that is drawn from
+    them is another one than would be drawn from all."""
+    if top_k == vocabulary and top_p == 1:
+        return 0
+    most = top_k if top_k < vocabulary else 0
+    return min(next((size for size in _CANDIDATES if size > most), vocabulary), vocabulary)
+
+
 @functools.partial(jax.jit, static_argnames="candidates")
-def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p, *, candidates):
-    """As `sample`. top_k, top_p: of each row; None where no row has one. candidates: number of
-    likeliest tokens to sort, more than any `top_k`."""
+def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p, own, *, candidates):
+    """As `sample`. top_k, top_p: of each row; None where no row has one. own: `_candidates` of each
+    row. candidates: the largest of these."""
 
     def key(seed, step, number):
         step_key = jax.random.fold_in(jax.random.wrap_key_data(seed), step)
@@ -138,16 +147,24 @@ def _draw(log_probabilities, seeds, steps, numbers, temperature, top_k, top_p, *
 
     keys = jax.vmap(key)(seeds, steps, numbers)
     greedy = temperature == 0
-    likeliest = largest_columns(log_probabilities)
-    highest = jnp.take_along_axis(log_probabilities, likeliest[:, None], axis=1)[:, 0]
+    likeliest, highest = _largest(log_probabilities)
     shares = _Shares(highest, jnp.where(greedy, 1.0, temperature))
-    greedy = greedy | ~jnp.isfinite(highest)
+    greedy = greedy | (likeliest < 0)
     if top_k is None and top_p is None:
         sums = shares.of(in_blocks(log_probabilities, -jnp.inf)).sum(axis=2)
         drawn, _ = _drawn(log_probabilities, shares, sums, _uniform(keys, 0))
     else:
-        drawn = _drawn_of_kept(log_probabilities, shares, keys, greedy, top_k, top_p, candidates)
+        sizes = own, candidates
+        drawn = _drawn_of_kept(log_probabilities, shares, keys, greedy, top_k, top_p, sizes)
     return jnp.where(greedy, likeliest, drawn)
+
+
+@jax.jit
+def _largest(log_probabilities):
+    """The column of the largest value of each row, -1 where that is not finite, and the value."""
+    columns = largest_columns(log_probabilities)
+    highest = jnp.take_along_axis(log_probabilities, columns[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.isfinite(highest), columns, -1), highest
 
 
 def _uniform(keys, attempt):
@@ -199,10 +216,12 @@ def _first_above(shares, fractions):
     return jnp.minimum(jnp.where(beyond, columns, shares.shape[1]).min(axis=1), last)
 
 
-def _drawn_of_kept(values, shares, keys, ready, top_k, top_p, candidates):
+def _drawn_of_kept(values, shares, keys, ready, top_k, top_p, sizes):
     """A column of each row drawn from the `top_k` likeliest (None: all), and of those the likeliest
     that have `top_p` (None: all) of their chances, as in transformers. Tokens equal to the last one
-    are kept, too. ready: rows whose draw is not used."""
+    are kept, too. ready: rows whose draw is not used. sizes: `_candidates` of each row, and the
+    largest of these."""
+    own, candidates = sizes
     largest, columns = top(values, candidates)
     if top_k is not None:
         last = jnp.minimum(top_k, candidates)[:, None] - 1
@@ -212,27 +231,28 @@ def _drawn_of_kept(values, shares, keys, ready, top_k, top_p, candidates):
     wanted = jnp.full(len(values), jnp.inf)
     if top_p is not None:
         # The likeliest is kept in any case: so small a part of all may be nothing.
-        wanted = jnp.maximum(top_p * sums.sum(axis=1), jnp.finfo(jnp.float32).tiny)
+        part = jnp.maximum(top_p * sums.sum(axis=1), jnp.finfo(jnp.float32).tiny)
+        wanted = jnp.where(top_p < 1, part, wanted)
 
-    # Where all that are kept are among the candidates, one of these is drawn.
-    own = shares.of(largest)
-    before = jnp.cumsum(own, axis=1) - own
-    kept = (own > 0) & (before < wanted[:, None])
+    # Where all that are kept are among a row's candidates, one of these is drawn.
+    chances = shares.of(largest)
+    before = jnp.cumsum(chances, axis=1) - chances
+    kept = (chances > 0) & (before < wanted[:, None])
+    kept &= jnp.arange(candidates)[None] < own[:, None]
     least = jnp.where(kept, largest, jnp.inf).min(axis=1, keepdims=True)
-    place = _first_above(jnp.where(largest >= least, own, 0.0), _uniform(keys, 0)[:, 0])
+    place = _first_above(jnp.where(largest >= least, chances, 0.0), _uniform(keys, 0)[:, 0])
     drawn = jnp.take_along_axis(columns, place[:, None], axis=1)[:, 0]
     # With a slice of the sorted values XLA would sort everything.
-    complete = largest.min(axis=1) < least[:, 0]
-    if candidates == values.shape[1]:
-        complete = jnp.ones_like(complete)
+    smallest = jnp.take_along_axis(largest, jnp.maximum(own, 1)[:, None] - 1, axis=1)
+    complete = (own > 0) & ((smallest < least)[:, 0] | (own == values.shape[1]))
 
     # Otherwise tokens are drawn from all until one comes that is kept: those that are likelier have
     # less than `top_p`. That takes 1 / top_p attempts, where to find the last one that is kept
     # would take many sums over the vocabulary.
     def attempt(state):
         number, drawn, ready = state
-        found, own = _drawn(values, shares, sums, _uniform(keys, number))
-        likelier = jnp.where(values > own[:, None], values, -jnp.inf)
+        found, value = _drawn(values, shares, sums, _uniform(keys, number))
+        likelier = jnp.where(values > value[:, None], values, -jnp.inf)
         before = shares._replace(least=None).of(likelier).sum(axis=1)
         return number + 1, jnp.where(ready, drawn, found), ready | (before < wanted)
 

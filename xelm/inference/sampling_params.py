@@ -1,6 +1,5 @@
 """Sampling parameters as plain values. Imports nothing heavy, so that flags can be made of them."""
 
-import math
 from dataclasses import dataclass
 
 from clustering.errors import UserError
@@ -30,10 +29,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
+            # Beyond these, numbers of 32 bits become infinite.
+            "temperature": (0 <= self.temperature <= 1000, "at least 0 and at most 1000"),
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "repetition_penalty": (
+                0.001 <= self.repetition_penalty <= 1000,
+                "at least 0.001 and at most 1000",
+            ),
             "stop": ("" not in self.stop, "strings that are not empty"),
         }
         faults = [
