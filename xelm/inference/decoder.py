@@ -1,5 +1,6 @@
 """One model that reads growing texts, with a cache of keys and values."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,11 @@ no longer."""
 
 class NoMemory(Exception):
     """Raised where the cache of a text does not fit into the memory."""
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device is out of memory."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 class Decoder:
@@ -85,7 +91,7 @@ class Decoder:
         if source is not None:
             text.ids, text.stored = source.ids[:common], source.stored
             text.scores = None if source.scores is None else source.scores[: common + 1]
-            if not source.open:
+            if source in self._kept:  # its own memory may have been needed for the copy
                 self._kept.remove(source)
                 self._kept.append(source)
         self._texts[text] = None
@@ -330,16 +336,32 @@ class Decoder:
 
     def _allocated(self, rows: int, slots: int) -> Block:
         """A block without texts. Raises NoMemory."""
-        self._reserve(blocks.block_bytes(self._model, rows, slots, self._dtype))
-        return blocks.empty_block(self._model, rows, slots, self._dtype)
+        make = functools.partial(blocks.empty_block, self._model, rows, slots, self._dtype)
+        return self._made(make, blocks.block_bytes(self._model, rows, slots, self._dtype))
 
     def _copied(self, text: Text, slots: int) -> Block:
         """A block of one row with what is kept of a text. Raises NoMemory."""
-        self._reserve(blocks.block_bytes(self._model, 1, slots, self._dtype))
-        return blocks.copied(text, slots)
+
+        def make() -> Block:
+            return blocks.copied(text, slots)
+
+        return self._made(make, blocks.block_bytes(self._model, 1, slots, self._dtype))
 
     def _row_bytes(self, slots: int) -> int:
         return blocks.row_bytes(self._model, slots, self._dtype)
+
+    def _made(self, make: Callable[[], Block], size: int) -> Block:
+        """A new block of so many bytes. Raises NoMemory, also where the device has less memory than
+        the account says."""
+        self._reserve(size)
+        try:
+            return make()
+        except jax.errors.JaxRuntimeError as error:
+            self._reserve(-size)
+            if not out_of_memory(error):
+                raise
+            self.drop_kept()
+            raise NoMemory(size) from error
 
     def _reserve(self, more: int) -> None:
         """Accounts for so many further bytes, or so many less. Raises NoMemory."""

@@ -106,12 +106,28 @@ class Engine:
         self._set_likelihoods(distribution, tokens)
         steps = []
         for sequence, own in zip(self.drawing, weights):
-            self.append(sequence, int(tokens[sequence.row]))
-            steps.append((sequence, sequence.ids[-1], own))
+            if (token := int(tokens[sequence.row])) < 0:
+                self._fail(sequence, self._without_numbers(sequence))
+                continue
+            self.append(sequence, token)
+            steps.append((sequence, token, own))
         return steps
 
-    def take_failed(self) -> list[tuple[RunningSequence, str]]:
-        """Removes the sequences for which there is no memory; returns them with a message."""
+    def _without_numbers(self, sequence: RunningSequence) -> list[int]:
+        """The experts of which the logits after a sequence are not all numbers."""
+        texts = {expert: sequence.texts[expert] for expert in sequence.required}
+        last = {expert: np.asarray(text.block.logits[text.index]) for expert, text in texts.items()}
+        return [e for e, logits in last.items() if not np.isfinite(logits.max())]
+
+    def _fail(self, sequence: RunningSequence, experts: Sequence[int]) -> None:
+        """Gives up a sequence for which experts compute no probabilities."""
+        names = ", ".join(self._pool.names[expert] for expert in experts) or "the mixture"
+        message = f"{names}: no probabilities (NaN or infinity) after {len(sequence.ids)} tokens"
+        self._reader.fail(sequence, FloatingPointError(message))
+
+    def take_failed(self) -> list[tuple[RunningSequence, Exception]]:
+        """Removes the sequences that cannot be continued; returns them with a MemoryError where
+        there is no memory, and a FloatingPointError where an expert computes no probabilities."""
         failed, self._reader.failed = self._reader.failed, []
         for sequence, _ in failed:
             self.remove(sequence)
@@ -202,7 +218,13 @@ class Engine:
     def _weigh_by_likelihood(self, sequences: Sequence[RunningSequence]) -> list[RunningSequence]:
         """Decides the weights of sequences for which that needs log-likelihoods, where these are
         complete; returns these sequences."""
-        found = [one for one in sequences if one.scoring and one.ready]
+        found = []
+        for one in (one for one in sequences if one.scoring and one.ready):
+            assert one.log_likelihoods is not None
+            if lacking := np.flatnonzero(np.isnan(one.log_likelihoods)).tolist():
+                self._fail(one, lacking)
+            else:
+                found.append(one)
         for some in _by_router(found):
             self._decide(some)
         return found

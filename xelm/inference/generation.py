@@ -108,9 +108,9 @@ class Generator:
         steps, now = self.engine.step(tokens_read), time.monotonic()
         return [self._added(sequence, token, own, now) for sequence, token, own in steps]
 
-    def take_failed(self) -> list[tuple[Continuation, str]]:
-        """Gives up the continuations for which there is no memory; returns them with a message."""
-        return [(self.running.pop(one), message) for one, message in self.engine.take_failed()]
+    def take_failed(self) -> list[tuple[Continuation, Exception]]:
+        """Gives up the continuations that fail; returns them with errors as in `Engine`."""
+        return [(self.running.pop(one), error) for one, error in self.engine.take_failed()]
 
     def _added(
         self, sequence: RunningSequence, token: int, weights: np.ndarray, now: float
@@ -135,8 +135,8 @@ def generate(
     pool: Pool, requests: Sequence[GenerationRequest], stream: Stream = lambda number, piece: None
 ) -> list[Generation]:
     """Continues each prompt until an end token, a stop string or `max_new_tokens`; each `number` is
-    its place among the requests. UserError for a prompt that leaves no space for so many tokens, or
-    whose cache does not fit into the memory."""
+    its place among the requests. UserError for a prompt that leaves no space for so many tokens,
+    whose cache does not fit into the memory, or for which an expert computes no probabilities."""
     for request in requests:
         check_prompt(pool, request.ids, request.sampling.max_new_tokens)
     slots = [slots_for(len(r.ids) + r.sampling.max_new_tokens) for r in requests]
@@ -149,8 +149,8 @@ def generate(
             found.append(generator.add(replace(requests[len(found)], number=len(found))))
         for continuation, piece, _ in generator.step():
             stream(continuation.sequence.request.number, piece)
-        for continuation, message in generator.take_failed():
-            raise UserError(f"prompt {continuation.sequence.request.number + 1}: {message}")
+        for continuation, error in generator.take_failed():
+            raise UserError(f"prompt {continuation.sequence.request.number + 1}: {error}")
     return [
         Generation(
             text=one.detokenizer.text,
@@ -166,6 +166,8 @@ def check_prompt(pool: Pool, ids: Sequence[int], new: int) -> None:
     """Raises UserError for a prompt that cannot be continued by `new` tokens."""
     if not pool.model.causal:
         raise UserError("these experts are encoders, which continue no text; use fill")
+    if not len(ids):
+        raise UserError("the prompt has no tokens, and nothing can follow it")
     check_ids(np.asarray(ids), pool.model)
     limit = pool.longest
     if len(ids) + new > limit:

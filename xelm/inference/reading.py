@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from xelm.inference.blocks import Text
-from xelm.inference.decoder import TOKENS_A_CALL, Decoder, NoMemory, tokens_within
+from xelm.inference.decoder import TOKENS_A_CALL, Decoder, NoMemory, out_of_memory, tokens_within
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.pool import Pool, parameter_bytes
 from xelm.inference.route import IMPOSSIBLE
@@ -38,8 +38,9 @@ class Reader:
         self._pool, self._budget, self._keep = pool, prompt_tokens, keep
         self.decoders: dict[int, Decoder] = {}
         """By reading, of those in which anything was read."""
-        self.failed: list[tuple[RunningSequence, str]] = []
-        """Sequences for which there is no memory, with a message; their texts are closed."""
+        self.failed: list[tuple[RunningSequence, Exception]] = []
+        """Sequences that cannot be continued, with a MemoryError where there is no memory for them;
+        their texts are closed."""
         self._shortest_first, self._left = False, math.inf
 
     def read(
@@ -162,7 +163,11 @@ class Reader:
             if scored and text.scores is None:
                 decoder.rewind(text)  # read again: its scores were not kept
             return text
-        if decoder.source_to_come(sequence.target(reading)) is not None:
+        source = decoder.source_to_come(sequence.target(reading))
+        # An expert that has lost its weight in the other text reads no more of that.
+        if source and any(
+            one.texts.get(reading) is source and reading in one.required for one in sequences
+        ):
             return None
         expected = len(sequence.request.ids) + sequence.request.sampling.max_new_tokens
         while True:
@@ -213,8 +218,7 @@ class Reader:
                 if not out_of_memory(error):
                     raise
                 self._lost(reading, sequences)
-                longest = max(pieces.values(), key=lambda piece: piece[1])[0]
-                self._fail(longest, f"the device is out of memory ({len(longest.ids)} tokens)")
+                self._fail_for_memory(max(pieces.values(), key=lambda piece: piece[1])[0])
                 return
             else:
                 break
@@ -245,13 +249,15 @@ class Reader:
             self.release(asking, idle)
             return asking
         account = self._account
-        assert account is not None
+        if account is None:
+            self._fail_for_memory(asking)
+            return None
         free = max(0.0, account.device_bytes - parameter_bytes(self._pool)) / 1e9
-        self._fail(
-            asking,
+        message = (
             f"the keys and values of {len(asking.ids)} tokens, by each expert that reads them, "
-            f"take more than the {free:.2f} GB of memory beside the parameters of one model",
+            f"take more than the {free:.2f} GB of memory beside the parameters of one model"
         )
+        self.fail(asking, MemoryError(message))
         return None
 
     @property
@@ -265,9 +271,14 @@ class Reader:
         own = sum(decoder.bytes for decoder in self.decoders.values())
         return self._account is not None and self._account.reserved > own
 
-    def _fail(self, sequence: RunningSequence, message: str) -> None:
+    def fail(self, sequence: RunningSequence, error: Exception) -> None:
+        """Gives up a sequence, and its memory."""
         self.release(sequence)
-        self.failed.append((sequence, message))
+        self.failed.append((sequence, error))
+
+    def _fail_for_memory(self, sequence: RunningSequence) -> None:
+        message = f"the device is out of memory ({len(sequence.ids)} tokens)"
+        self.fail(sequence, MemoryError(message))
 
     def _lost(self, reading: int, sequences: Sequence[RunningSequence]) -> None:
         """Forgets all that was read in a reading: a call that ran out of memory leaves nothing
@@ -302,7 +313,9 @@ def _count_spelled(sequence: RunningSequence, reading: int, text: Text) -> None:
     new = bisect.bisect_left(spelled.places, first)
     total = np.zeros(spelled.covered - first)
     places = np.asarray(spelled.places[new:], np.int64) - first
-    np.add.at(total, places, np.nan_to_num(np.asarray(spelled.scores[new:])))
+    scores = np.asarray(spelled.scores[new:])
+    scores[: new == 0] = 0.0  # the very first follows nothing
+    np.add.at(total, places, scores)
     mask = np.asarray(sequence.mask[first : spelled.covered], bool)
     sequence.count(expert, np.maximum(total[mask], IMPOSSIBLE))
     sequence.counted[expert] = spelled.covered
@@ -311,8 +324,3 @@ def _count_spelled(sequence: RunningSequence, reading: int, text: Text) -> None:
 def prompt_tokens_per_step() -> int:
     """Number of tokens of prompts that are read in a step beside others, where none is given."""
     return PROMPT_TOKENS.get(jax.default_backend(), PROMPT_TOKENS_ELSEWHERE)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the device is out of memory."""
-    return "RESOURCE_EXHAUSTED" in str(error)

@@ -13,10 +13,11 @@ from typing import Literal
 import numpy as np
 
 from clustering.errors import UserError
+from xelm.inference.decoder import out_of_memory
 from xelm.inference.generation import Continuation, Generator
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.prompt_scoring import PromptScores, score_prompts
-from xelm.inference.reading import out_of_memory, prompt_tokens_per_step
+from xelm.inference.reading import prompt_tokens_per_step
 from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling import TokenLikelihood
 from xelm.serving.limits import Limits
@@ -168,9 +169,11 @@ class Batch:
             self._generate(request)
 
     def remove_abandoned(self) -> None:
-        """Removes requests that were cancelled, and those whose time passed before generation."""
+        """Removes requests that were cancelled, and those whose time passed before anything was
+        generated, which fail."""
         for continuation, request in list(self._generating.items()):
-            if request.cancelled:
+            waits = not continuation.sequence.new_tokens  # its prompt is not read completely
+            if request.cancelled or (waits and not still_waiting(request, self._emit)):
                 del self._generating[continuation]
                 self._generators[request.pool].remove(continuation)
         self._to_score = [r for r in self._to_score if still_waiting(r, self._emit)]
@@ -263,8 +266,8 @@ class Batch:
 
     def step(self, tokens_read: float = 0) -> int:
         """Generates a token of every sequence whose prompt is read, and reads more of the others;
-        returns the number of tokens. A sequence for which there is no memory fails. tokens_read: as
-        in `Engine.step`."""
+        returns the number of tokens. A sequence for which there is no memory fails, and one for
+        which an expert computes no probabilities. tokens_read: as in `Engine.step`."""
         running = [each for each in self._generators.values() if each.running]
         deltas = [delta for generator in running for delta in generator.step(tokens_read)]
         for one, text, weights in deltas:
@@ -279,8 +282,9 @@ class Batch:
                 self._emit(request, Finished(one.finish_reason, tokens, mean, router, rest))
                 del self._generating[one]
         for generator in running:
-            for one, message in generator.take_failed():
-                self._emit(self._generating.pop(one), Failed(503, message))
+            for one, error in generator.take_failed():
+                status = 503 if isinstance(error, MemoryError) else 500
+                self._emit(self._generating.pop(one), Failed(status, str(error)))
         return len(deltas)
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from xelm.inference.decoder import TOKENS_A_CALL
+from xelm.inference.decoder import TOKENS_A_CALL, out_of_memory
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.piecewise import PiecewiseScorer
-from xelm.inference.reading import out_of_memory, prompt_tokens_per_step
+from xelm.inference.reading import prompt_tokens_per_step
 from xelm.inference.work import Work
 from xelm.serving.batch import Batch, Event, Failed, Request, still_waiting
 from xelm.serving.limits import Limits
