@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import jax
 import numpy as np
 import pytest
-from test_engine import BUDGET, GREEDY, account, one, pool, prompt, request, texts_of
+from test_engine import BUDGET, GREEDY, Letters, account, one, pool, prompt, request, texts_of
 
 from clustering.errors import UserError
+from xelm.data.text_format import TextFormat
 from xelm.inference import blocks, decoder
 from xelm.inference.engine import Engine
 from xelm.inference.generation import Generator, generate
@@ -131,6 +132,18 @@ def test_an_expert_without_probabilities_is_an_error_of_its_texts_alone(
     assert [list(good.detokenizer.ids)] == texts_of(alone, [prompt(9)], sampling)
     with pytest.raises(UserError, match=r"prompt 1: b: no probabilities \(NaN or infinity\)"):
         generate(given, [request(prompt(12, 1), 0, sampling)])
+
+
+class Framing(Letters):
+    text_format = TextFormat(start_id=1, end_id=2)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "posterior"])
+def test_texts_are_not_scored_by_an_expert_without_probabilities(broken, routing):
+    router = uniform(2) if routing == "uniform" else Posterior(prior=np.log([0.5, 0.5]))
+    given = replace(broken, router=router, tokenizer=Framing())
+    with pytest.raises(UserError, match=r"b: no probabilities \(NaN or infinity\) in document 1"):
+        given.likelihoods([prompt(9)], [[7, 8]])
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("routing", "shape", "blocks", "count"),
     [
-        ("uniform", {}, 40, 60),
+        ("uniform", {}, 40, 32),
+        pytest.param("uniform", {}, 40, 400, marks=slow),
         pytest.param("posterior", {}, 40, 400, marks=slow),
         pytest.param("posterior", {}, 1000, 400, marks=slow),
         pytest.param("hesitant", {}, 40, 400, marks=slow),
@@ -119,7 +120,7 @@ def test_whoever_comes_and_leaves_every_text_is_what_it_is_alone(routing, shape,
             if continuation.finish_reason:
                 done += 1
                 assert list(continuation.detokenizer.ids) == wanted[numbers[continuation]]
-    assert done + given_up == count and given_up > count // 30
+    assert done + given_up == count and given_up
     for kept in generator.engine.decoders.values():
         assert not kept.texts
         kept.drop_kept()

@@ -19,7 +19,7 @@ from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.pool import OwnVocabulary
 from xelm.inference.predictions import predict_documents
 from xelm.inference.route import Router, Walk, mixture
-from xelm.inference.scoring import score_documents, score_spelled, targets, unpredicted
+from xelm.inference.scoring import checked, score_documents, score_spelled, targets, unpredicted
 from xelm.inference.work import finish
 from xelm.models.config import ModelConfig
 from xelm.progress import bar
@@ -188,7 +188,8 @@ class MeasurementPlan:
                 parameters = jax.device_put(load())
                 documents = [ids for tag in tags for ids in self.documents[tag]]
                 options: dict[str, Any] = {**self.reading, "progress": progress.update}
-                found = iter(score_documents(self.model, parameters, documents, **options))
+                found = score_documents(self.model, parameters, documents, **options)
+                found = iter(checked(name, found))
                 scores[name] = {tag: [next(found) for _ in self.documents[tag]] for tag in tags}
         return scores
 

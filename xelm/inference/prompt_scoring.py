@@ -22,6 +22,7 @@ from xelm.inference.sampling import TokenLikelihood, likeliest
 from xelm.inference.scoring import (
     Scorer,
     at_once,
+    checked,
     final_states,
     in_own_vocabularies,
     states_and_scores,
@@ -99,7 +100,7 @@ def score_ends(
         )
         found = yield from score(pool.model, parameters, some, measure=measure, **reading)
         kept = states.setdefault(model, np.zeros((ends[-1], width), np.float32))
-        for n, ids, own in zip(numbers, some, found):
+        for n, ids, own in zip(numbers, some, checked(pool.names[model], found)):
             # Without the end of the document, which is not scored.
             kept[ends[n] : ends[n + 1]] = own[len(ids) - len(wanted[n]) : len(ids), :width]
             if scored:

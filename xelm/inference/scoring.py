@@ -143,6 +143,17 @@ def states_and_scores(states, head, targets):
     return jnp.concatenate([states.astype(jnp.float32), scores], axis=-1)
 
 
+def checked(
+    name: str, found: Sequence[Float[np.ndarray, "_ ..."]]
+) -> Sequence[Float[np.ndarray, "_ ..."]]:
+    """What was found of documents by the model with this name. UserError if some are no numbers,
+    which a mixture would pass on, and which no file could hold."""
+    for number, own in enumerate(found, 1):
+        if np.isnan(own).any():
+            raise UserError(f"{name}: no probabilities (NaN or infinity) in document {number}")
+    return found
+
+
 def decide_along(
     pool: Pool,
     walks: Sequence[Walk],
@@ -184,7 +195,7 @@ def in_own_vocabularies(
         ]
         some = [(documents[number], walks[number].known, walks[number].mask) for number in numbers]
         scored = yield from score_spelled(own, pool.vocabulary, some, reading, score)
-        for number, one in zip(numbers, scored):
+        for number, one in zip(numbers, checked(pool.names[model], scored)):
             if found[number] is scores[number]:
                 found[number] = scores[number].copy()
             found[number][model, : len(one)] = one
@@ -229,7 +240,7 @@ def score_models(
             some = [documents[number] for number in chosen]
             parameters = partial(pool.parameters.__getitem__, model)
             found = yield from score(pool.model, parameters, some, **reading)
-            for number, row in zip(chosen, found):
+            for number, row in zip(chosen, checked(pool.names[model], found)):
                 scores[number][model] = row
 
 
