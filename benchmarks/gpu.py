@@ -5,8 +5,8 @@
 The parts, most important first: attention by the kernels of the device beside the reference; the
 training step of XGLM 1.7B and of Qwen 3 0.6B (random weights, bfloat16, rows of 2,048 tokens) with
 the share of the peak that the model's operations make (MFU), beside PyTorch with fused attention,
-compiled, if it finds CUDA; decoding with the share of the memory's bandwidth; requests over eight
-experts.
+compiled, if it finds CUDA; decoding with the share of the memory's bandwidth, and with weights in
+int8; requests over eight experts.
 
 Each part runs in a process of its own and is stopped at its time limit, so that a compilation that
 hangs costs the others little. The file is written anew after each row, so that a run that is
@@ -42,6 +42,7 @@ LIMITS = {
     "train Qwen 3 0.6B": 100,
     "torch Qwen 3 0.6B": 100,
     "8 experts of Qwen 3 0.6B": 100,
+    "int8 XGLM 1.7B": 100,
     "limits": 40,
     "train XGLM 1.7B without the kernel": 120,
 }

@@ -23,6 +23,7 @@ RUN: Mapping[str, Callable[[Sizes], Rows]] = {
     "train Qwen 3 0.6B": partial(gpu_speed.train, name=SMALL),
     "torch Qwen 3 0.6B": partial(gpu_speed.train_torch, name=SMALL),
     "8 experts of Qwen 3 0.6B": partial(gpu_speed.decode, name=SMALL, experts=8),
+    "int8 XGLM 1.7B": partial(gpu_speed.decode_int8, name=BIG),
     "limits": gpu_speed.measured_limits,
     "train XGLM 1.7B without the kernel": partial(gpu_speed.train, name=BIG, kernel=False),
 }

@@ -4,6 +4,8 @@ There is no share where the data sheet is not known (`xelm.training.flops.PEAKS`
 
 import functools
 import gc
+import importlib
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -11,15 +13,15 @@ from typing import Any
 
 import inference
 import jax
-import jax.numpy as jnp
 import numpy as np
 import train_step
+from flax.traverse_util import unflatten_dict
 from gpu_sizes import FULL, Row, Rows, Sizes
 
 from xelm.inference import blocks
 from xelm.inference.decoder import Decoder
 from xelm.models.config import ModelConfig
-from xelm.models.parameters import for_inference, fresh_parameters
+from xelm.models.parameters import by_path, for_inference, fresh_parameters
 from xelm.models.target import Target, target_of
 from xelm.training.flops import of_a_token, peak_of
 from xelm.training_config import RuntimeConfig, TrainConfig
@@ -176,11 +178,19 @@ def _torch_config(model: ModelConfig) -> Any:
     )
 
 
-def decode(sizes: Sizes, name: str, experts: int = 1) -> Rows:
+def decode_int8(sizes: Sizes, name: str) -> Rows:
+    """The same as `decode` with weights in int8, where this version has them."""
+    if importlib.util.find_spec("xelm.models.narrow") is None:
+        yield {"skipped": "this version has no weights in int8"}
+        return
+    yield from decode(sizes, name, dtype="int8")
+
+
+def decode(sizes: Sizes, name: str, experts: int = 1, dtype: str = "bfloat16") -> Rows:
     """Time of a decoding step of the engine, greedily, for one request and for 32; with several
     experts, of which each request has one, also over that of a single one."""
     model = sizes.model(name)
-    parameters = [_for_inference(model, number) for number in range(experts)]
+    parameters = [_for_inference(model, number, dtype) for number in range(experts)]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters[0]))
     if not model.tie_embeddings:  # of which a token reads one row
         size -= parameters[0]["embedding"].nbytes
@@ -191,14 +201,14 @@ def decode(sizes: Sizes, name: str, experts: int = 1) -> Rows:
             used = min(count, requests)
             rows = used * blocks.capacity(-(-requests // used))
             read = used * size + rows * blocks.row_bytes(model, slots, "bfloat16")
-            row = _decode_row(model, sizes, parameters[:count], requests)
+            row = _decode_row(model, sizes, parameters[:count], requests, dtype)
             seconds[count] = row["seconds"]
             yield {**row, **_reading(read, row["seconds"])}
             if count > 1:
                 more = row["seconds"] / seconds[1]
                 yield {"case": "time over that of one expert", "requests": requests, "ratio": more}
             elif experts == 1:
-                alone = _program_seconds(model, parameters[0], sizes, requests)
+                alone = _program_seconds(model, parameters[0], sizes, requests, dtype)
                 case = {"case": "programs alone", "requests": requests, "seconds": alone}
                 yield {**case, **_reading(read, alone)}
 
@@ -214,9 +224,11 @@ def _reading(read: int, seconds: float) -> Row:
     }
 
 
-def _program_seconds(model: ModelConfig, parameters: Any, sizes: Sizes, requests: int) -> float:
+def _program_seconds(
+    model: ModelConfig, parameters: Any, sizes: Sizes, requests: int, dtype: str
+) -> float:
     """Seconds of a decoding step of the model alone, where no token is drawn or waited for."""
-    decoder = Decoder(model, lambda: parameters, "bfloat16")
+    decoder = Decoder(model, lambda: parameters, "bfloat16" if dtype == "int8" else dtype)
     length = sizes.prompt + sizes.new
     prompt = list(range(4, 4 + sizes.prompt))
     texts = [decoder.open([4 + n, *prompt], reserved=length) for n in range(requests)]
@@ -233,16 +245,28 @@ def _program_seconds(model: ModelConfig, parameters: Any, sizes: Sizes, requests
     return steps(sizes.new - 3)
 
 
-def _for_inference(model: ModelConfig, number: int) -> Any:
-    """Random parameters in bfloat16."""
+def _for_inference(model: ModelConfig, number: int, dtype: str) -> Any:
+    """Random parameters in a dtype."""
     parameters = for_inference(fresh_parameters(model, number))
-    return jax.tree.map(lambda array: array.astype(jnp.bfloat16), parameters)
+    if dtype != "int8":
+        return jax.tree.map(lambda array: array.astype(dtype), parameters)
+    narrow = importlib.import_module("xelm.models.narrow")
+
+    def narrowed(part: Any) -> Any:
+        arrays = {path: np.asarray(array) for path, array in by_path(part).items()}
+        found = {path: narrow.narrowed(path, array, dtype) for path, array in arrays.items()}
+        return jax.device_put(unflatten_dict(found, sep="/"))
+
+    layers = parameters.pop("blocks")
+    return {**narrowed(parameters), "blocks": tuple(map(narrowed, layers))}
 
 
-def _decode_row(model: ModelConfig, sizes: Sizes, experts: list[Any], requests: int) -> Row:
+def _decode_row(
+    model: ModelConfig, sizes: Sizes, experts: list[Any], requests: int, dtype: str
+) -> Row:
     draw = np.random.default_rng(0)
     prompts = draw.integers(4, model.vocabulary_size, (requests, sizes.prompt)).tolist()
-    run = functools.partial(inference.run_ours, model, "bfloat16", sizes.new, experts, 1, prompts)
+    run = functools.partial(inference.run_ours, model, dtype, sizes.new, experts, 1, prompts)
     run()  # compiles
     runs = [run() for _ in range(3)]
     seconds = statistics.median((r["total"] - r["first"]) / (sizes.new - 1) for r in runs)

@@ -184,13 +184,13 @@ def cycles(program: str, kernels: Mapping[str, int]) -> Counter[str]:
     """Estimated cycles of the operations in the text of a compiled program, by their names: the
     scopes and the operation, as in "jit(step)/layer/attention/dot_general". kernels: cycles of a
     call of each custom kernel, by a part of its name. Raises ValueError for others."""
-    computations, entry = _computations(program)
+    computations, entry = parsed(program)
 
     def of(name: str) -> Counter[str]:
         found: Counter[str] = Counter()
         for line in computations[name]:
             if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
-                trips = _trips(line, computations[loop[1]])
+                trips = trip_count(line, computations[loop[1]])
                 found.update({o: n * trips for o, n in of(loop[2]).items()})
             elif ways := re.search(r"branch_computations=\{([^}]*)\}", line):
                 branches = [of(way.strip(" %")) for way in ways[1].split(",")]
@@ -215,7 +215,7 @@ def _name(line: str) -> str:
     return found[1] if found else ""
 
 
-def _computations(program: str) -> tuple[dict[str, list[str]], str]:
+def parsed(program: str) -> tuple[dict[str, list[str]], str]:
     """Lines of each computation by its name, and the name of the first that runs."""
     found: dict[str, list[str]] = {}
     name, entry = "", ""
@@ -229,7 +229,7 @@ def _computations(program: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _trips(loop: str, condition: list[str]) -> int:
+def trip_count(loop: str, condition: list[str]) -> int:
     """How often a loop runs: what the compiler knows of it, or the number that it counts to."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop):
         return int(known[1])

@@ -26,7 +26,15 @@ from xelm.models.target import CPU
 
 # What a layer keeps for the backward pass, by `rematerialise`: products of dense layers and results
 # of attention, so that only what is cheap is computed twice; or the latter alone.
-_ATTENDED = jax.checkpoint_policies.save_only_these_names(KEPT)
+_NAMED = jax.checkpoint_policies.save_only_these_names(KEPT)
+
+
+def _of_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether this is cuDNN's attention, which gives its results no name."""
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+_ATTENDED = jax.checkpoint_policies.save_from_both_policies(_NAMED, _of_cudnn)
 _PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 _POLICIES = {
     False: jax.checkpoint_policies.save_from_both_policies(_PRODUCTS, _ATTENDED),
