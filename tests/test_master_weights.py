@@ -113,7 +113,7 @@ def test_moments_in_bfloat16_stay_close(trained):
 def test_gradients_of_a_table_are_summed_in_float32():
     """Ones, of a token that is met four thousand times: bfloat16 counts to 256."""
     with jax.set_mesh(make_mesh(CONFIG)):
-        gradient = jax.grad(lambda t: spread_lookup(t, jnp.full((8, 512), 3)).sum())(
+        gradient = jax.jit(jax.grad(lambda t: spread_lookup(t, jnp.full((8, 512), 3)).sum()))(
             jnp.ones((5, 4), jnp.bfloat16)
         )
     assert gradient.dtype == jnp.bfloat16

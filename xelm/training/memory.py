@@ -1,5 +1,5 @@
 """The memory that a training step takes at least, by arithmetic, so that a row that is too long for
-the devices is refused before anything is compiled.
+the devices is refused before the step is compiled.
 
 Only what certainly lies on a device at the end of the backward pass is counted: the state, the
 gradients, and what every layer keeps for that pass. What a layer or the loss needs for a while is
