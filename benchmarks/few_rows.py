@@ -4,7 +4,7 @@
 
 Each of 24 matrices of 1024 x 4096 is multiplied with the same rows, as in decoding: reading them
 takes the time. Ways: x @ W with W as [inputs, outputs], as training has it; x @ W.T with W as
-[outputs, inputs]; the same as `xelm.models.layers` has it. Medians of GB/s, in turns.
+[outputs, inputs]; the same as `xelm.models.products` has it. Medians of GB/s, in turns.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xelm.models.layers import by_rows_of
+from xelm.models.products import by_rows_of
 
 INPUTS, OUTPUTS, COUNT, ROUNDS = 1024, 4096, 24, 7
 

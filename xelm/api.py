@@ -210,8 +210,9 @@ class Run(Lifecycle):
         """The published experts with a router, which score, continue and fill text.
 
         routing: name of a router, or a `Routing` with its options. top_m: largest number of experts
-        that are run at each token; None: as `routing` says. dtype: of parameters and products;
-        "auto" is that of the experts' weights on accelerators, float32 on CPUs.
+        that are run at each token; None: as `routing` says. dtype: of the weights in memory,
+        float32, bfloat16 or int8; "auto" is that of the experts' weights on accelerators, and
+        float32 on CPUs.
         """
         from xelm.runs.ensembles import open_ensemble
 

@@ -5,6 +5,7 @@ import argparse
 from clustering.errors import UserError
 from xelm.commands.options import add_fields, given_fields
 from xelm.inference.routing import ROUTINGS, Routing
+from xelm.models.config import WEIGHTS_DTYPES
 
 FLAGS = {"name": "--routing", "temperature": "--router-temperature"}
 FIELDS = (
@@ -20,10 +21,10 @@ def add_routing(parser: argparse.ArgumentParser, *more: str) -> None:
     add_fields(parser, Routing, *FIELDS, *more, title="routing", flags=FLAGS, choices=choices)
     parser.add_argument(
         "--dtype",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", *WEIGHTS_DTYPES),
         default="auto",
-        help="data type of parameters and matrix products (default: auto, that of the experts' "
-        "weights; float32 on CPUs)",
+        help="data type of the weights in memory: float32, or bfloat16 with half and int8 with a "
+        "quarter of its bytes (default: auto, that of the experts' weights; float32 on CPUs)",
     )
 
 

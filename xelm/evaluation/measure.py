@@ -22,6 +22,7 @@ from xelm.inference.route import Router, Walk, mixture
 from xelm.inference.scoring import checked, score_documents, score_spelled, targets, unpredicted
 from xelm.inference.work import finish
 from xelm.models.config import ModelConfig
+from xelm.models.narrow import compute_dtype
 from xelm.progress import bar
 
 
@@ -203,7 +204,8 @@ class MeasurementPlan:
         """Options of `score_documents`."""
         length, stride = self.options.windows
         form = self.tokenizer.text_format
-        return {"text_format": form, "context_length": length, "stride": stride}
+        dtype = compute_dtype(self.options.dtype)
+        return {"text_format": form, "context_length": length, "stride": stride, "dtype": dtype}
 
     @property
     def weighed(self) -> list[str]:

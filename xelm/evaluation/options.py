@@ -7,6 +7,7 @@ from typing import Any
 
 from clustering.errors import UserError
 from xelm.inference.routing import ROUTINGS, Routing, RoutingLimits
+from xelm.models.config import WEIGHTS_DTYPES, WeightsDtype
 
 EVALUATED: Sequence[str] = ("language", "detected", "tfidf", "learned", "posterior")
 """Routings that are evaluated unless others are given."""
@@ -35,11 +36,16 @@ class EvaluationOptions:
     """Weight below which an expert is left out of the mixture; 0 keeps all that have any weight."""
     temperature: float | None = None
     """Temperature of TF-IDF routing; a low one trusts the nearest expert alone. None: 0.1."""
+    dtype: WeightsDtype = "float32"
+    """Data type of the weights in memory."""
 
     def __post_init__(self) -> None:
         if "fixed" in self.routings:
             raise UserError(f"evaluate knows the routings {', '.join(ROUTINGS[:-1])}; got fixed")
         _ = self.routing  # made to be checked
+        if self.dtype not in WEIGHTS_DTYPES:
+            known = ", ".join(WEIGHTS_DTYPES)
+            raise UserError(f"dtype must be one of {known}; got {self.dtype}")
         if self.max_documents is not None and self.max_documents < 1:
             raise UserError(f"max_documents must be at least 1; got {self.max_documents}")
         if self.calibration_tokens < 0:

@@ -15,7 +15,8 @@ from xelm.inference.parameter_cache import ParameterCache
 from xelm.models.cache import LONGEST_PIECE, ring_slots
 from xelm.models.config import ModelConfig
 from xelm.models.head import target_log_probabilities
-from xelm.models.parameters import compiled_by_model
+from xelm.models.narrow import compute_dtype
+from xelm.models.parameters import compiled_by_model, inference_bytes
 
 PIECES = (16, 64, LONGEST_PIECE)
 """Numbers of tokens of a text that are read in one call, beside one. Fewer than the first take as
@@ -51,18 +52,17 @@ class Decoder:
         self,
         model: ModelConfig,
         parameters: Callable[[], Any],
-        compute_dtype: str = "float32",
+        dtype: str = "float32",
         *,
         memory: ParameterCache | None = None,
         keep: int = 0,
     ):
-        """parameters: called at each reading; returns parameters `for_inference`. memory: in whose
-        account the cache is; None: it is not limited. keep: number of closed texts that stay, for
-        texts that begin as they do."""
-        self._model, self._parameters, self._dtype = model, parameters, compute_dtype
+        """parameters: called at each reading; returns parameters `for_inference`. dtype: of their
+        weights. memory: in whose account the cache is; None: it is not limited. keep: number of
+        closed texts that stay, for texts that begin as they do."""
+        self._model, self._parameters, self._dtype = model, parameters, compute_dtype(dtype)
         self._memory, self._keep = memory, keep
-        itemsize = jnp.dtype(compute_dtype).itemsize
-        self._parameter_bytes = model.parameter_count * itemsize
+        self._parameter_bytes = inference_bytes(model, dtype)
         self._texts: dict[Text, None] = {}
         self._shared: list[Block] = []
         """Blocks of the texts that grow token by token."""

@@ -67,7 +67,7 @@ def fill(pool: Pool, text: str, count: int, language: str | None) -> Filling:
     valid = np.arange(size)[None] < len(framed)
     places = np.resize(masks, size)  # repeated, for the same reason
     mixed = np.full((len(masks), model.vocabulary_size), -np.inf)
-    read = _reader(model, pool.dtype)
+    read = _reader(model, pool.compute_dtype)
     for expert in np.flatnonzero(np.isfinite(log_weights)).tolist():
         own = np.asarray(read(pool.parameters[expert], tokens, valid, places))[: len(masks)]
         mixed = np.logaddexp(mixed, log_weights[expert] + own)

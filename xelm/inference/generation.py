@@ -184,7 +184,7 @@ def _check_memory(pool: Pool, tokens: int) -> None:
     """Raises UserError for a text of so many tokens whose cache can never be in memory."""
     if not isinstance(pool.parameters, ParameterCache):
         return
-    needed = block_bytes(pool.model, 1, slots_for(tokens), pool.dtype)
+    needed = block_bytes(pool.model, 1, slots_for(tokens), pool.compute_dtype)
     free = max(0.0, pool.parameters.device_bytes - parameter_bytes(pool))
     if needed > free:
         raise UserError(

@@ -4,14 +4,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax.numpy as jnp
-
 from clustering.errors import UserError
 from xelm.data.tokenizer import Tokenizer
 from xelm.data.vocabulary import Vocabulary
 from xelm.inference.route import Router
 from xelm.inference.routing import RoutingLimits
 from xelm.models.config import ModelConfig
+from xelm.models.narrow import compute_dtype
+from xelm.models.parameters import inference_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
@@ -43,7 +43,7 @@ class Pool:
     tokenizer: Tokenizer
     """Tokenizer of the seed, or of `vocabulary`."""
     dtype: str = "float32"
-    """Dtype of parameters and of matrix products."""
+    """Dtype of the weights in memory, as in `xelm.models.narrow`."""
     context_length: int | None = None
     """Tokens that are read at once where a text is scored; None is the model's own length."""
     stride: int | None = None
@@ -61,6 +61,11 @@ class Pool:
 
     def __post_init__(self) -> None:
         check_windows(self.model, self.window, self.stride)
+
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype of matrix products, and of the caches of keys and values."""
+        return compute_dtype(self.dtype)
 
     @property
     def window(self) -> int:
@@ -81,7 +86,7 @@ class Pool:
             "text_format": self.tokenizer.text_format,
             "context_length": self.window,
             "stride": self.stride,
-            "dtype": self.dtype,
+            "dtype": self.compute_dtype,
         }
 
     @property
@@ -106,4 +111,4 @@ def check_windows(model: ModelConfig, context_length: int, stride: int | None) -
 
 def parameter_bytes(pool: Pool) -> int:
     """Size of the parameters of one model of a pool."""
-    return pool.model.parameter_count * jnp.dtype(pool.dtype).itemsize
+    return inference_bytes(pool.model, pool.dtype)

@@ -16,6 +16,7 @@ from xelm.inference.largest import top as likeliest_columns
 from xelm.inference.scoring import final_states, score_documents
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import compiled_by_model
+from xelm.models.products import by_rows_of
 
 TOKENS_AT_ONCE, VALUES_AT_ONCE = 512, 2**27
 """Largest numbers of tokens and of probabilities (512 MiB) in memory at once."""
@@ -150,7 +151,8 @@ def _step(tokens: int, values: int) -> int:
 
 @compiled_by_model()
 def _probabilities(network, states):
-    logits = network.output_head().logits(states.astype(network.compute_dtype))
+    states = states.astype(network.compute_dtype)
+    logits = network.output_head().logits(states, by_rows_of)
     return jnp.exp(jax.nn.log_softmax(logits, axis=-1))
 
 

@@ -29,6 +29,7 @@ from xelm.inference.scoring import (
 )
 from xelm.inference.work import Allowance, Work
 from xelm.models.parameters import compiled_by_model
+from xelm.models.products import by_rows_of
 
 
 class PromptScores(NamedTuple):
@@ -148,7 +149,7 @@ def _mixed(
     """How probable each wanted token is by the mixture of models with these states. A token whose
     scores over the vocabulary are computed counts as one that is read."""
     largest = next((size for size in PIECES if size >= len(wanted)), PIECES[-1])
-    add = _adder(pool.model, pool.dtype)
+    add = _adder(pool.model, pool.compute_dtype)
     found: list[TokenLikelihood] = []
     while (first := len(found)) < len(wanted):
         yield from allowance.wait()
@@ -172,5 +173,6 @@ def _mixed(
 @compiled_by_model(donate_argnums=3)
 def _adder(network, states, log_weights, mixture):
     """A mixture of log probabilities [N, V] with one more model in it."""
-    logits = network.output_head().logits(states.astype(network.compute_dtype))
+    states = states.astype(network.compute_dtype)
+    logits = network.output_head().logits(states, by_rows_of)
     return jnp.logaddexp(mixture, log_weights[:, None] + jax.nn.log_softmax(logits))

@@ -19,6 +19,7 @@ from xelm.inference.route import Router, Walk, normalised, routing_mask
 from xelm.inference.scoring import Scorer, at_once, decide_along
 from xelm.inference.work import Work, finish
 from xelm.models.config import ModelConfig
+from xelm.models.narrow import whole
 from xelm.models.parameters import NEW_ROWS
 from xelm.models.vocabulary_rows import new_rows, resized
 
@@ -131,7 +132,7 @@ def loader(
 
     def load() -> Any:
         found = read(shape)
-        return {**found, NEW_ROWS: rows_for(pool, model, found["embedding"])}
+        return {**found, NEW_ROWS: rows_for(pool, model, whole(found["embedding"]))}
 
     return load
 

@@ -14,8 +14,9 @@ from xelm.models.attention import attend
 from xelm.models.cache import LayerCache, store
 from xelm.models.config import ModelConfig
 from xelm.models.context import Context
-from xelm.models.layers import ACTIVATIONS, FEW, XIELU, Linear, Norm
+from xelm.models.layers import ACTIVATIONS, XIELU, Linear, Norm
 from xelm.models.positions import rotate
+from xelm.models.products import FEW
 
 Result = tuple[Float[Array, "M D"], LayerCache | None, Any]
 """States; the cache of the layer, None if there is none; and what was observed."""

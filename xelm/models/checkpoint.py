@@ -18,7 +18,7 @@ from clustering.files import flush, read_object, write_json
 from clustering.hub_files import INDEX, LICENCES, WEIGHTS, weight_files
 from xelm.models.adapters import Adapter
 from xelm.models.companions import companions, copy_companions
-from xelm.models.config import ModelConfig
+from xelm.models.config import WEIGHTS_DTYPES, ModelConfig
 from xelm.models.families import (
     auto_config,
     differences,
@@ -33,6 +33,7 @@ from xelm.models.families import (
 )
 from xelm.models.families.family import Family
 from xelm.models.layout import Range
+from xelm.models.narrow import whole
 from xelm.models.parameters import bind, by_path, graph, parameters_of, shapes, stacked
 from xelm.models.peft import ADAPTER_FILES, Product, chained, read_products, write_adapter
 from xelm.models.stored import BASE, chain, own_weight_files, root, write_base
@@ -135,9 +136,14 @@ def read_hub_config(directory: str | Path) -> dict[str, Any]:
 
 
 def inference_dtype(directory: str | Path, dtype: str = "auto") -> str:
-    """The dtype in which a checkpoint is run. "auto" is the dtype of its stored weights; on CPUs,
-    which compute in few other dtypes fast, it is float32."""
+    """The dtype in which the weights of a checkpoint lie in memory for inference. "auto" is the
+    dtype of its stored weights; on CPUs, which compute in few other dtypes fast, it is float32.
+    UserError for one that is not known."""
     if dtype != "auto":
+        if dtype not in WEIGHTS_DTYPES:
+            raise UserError(
+                f"dtype must be auto or one of {', '.join(WEIGHTS_DTYPES)}; got {dtype}"
+            )
         return dtype
     return "float32" if jax.default_backend() == "cpu" else stored_dtype(directory)
 
@@ -181,13 +187,14 @@ def load_parameters(
 def read_for_inference(
     directory: str | Path, config: ModelConfig, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """The weights of a checkpoint on the host, in `dtype` and the layout `for_inference`."""
+    """The weights of a checkpoint on the host, in the layout `for_inference`, as they are stored
+    where weights have this dtype (`narrowed`)."""
     weights = Weights(directory, _shape_and_family(directory)[1], config)
     paths = by_path(shapes(config))
 
     def read(layer: int | None) -> dict[str, Any]:
         found = {
-            path.removeprefix("blocks/"): weights.for_inference(path, layer, np.dtype(dtype))
+            path.removeprefix("blocks/"): weights.for_inference(path, layer, dtype)
             for path in paths
             if stacked(path) == (layer is not None)
         }
@@ -197,9 +204,10 @@ def read_for_inference(
 
 
 def read_embedding(directory: str | Path, dtype: str = "float32") -> np.ndarray:
-    """The embedding of a checkpoint on the host [V, D], in `dtype`."""
+    """The embedding of a checkpoint on the host [V, D], as a model whose weights have this dtype
+    reads it."""
     config, kind = _shape_and_family(directory)
-    return Weights(directory, kind, config).for_inference("embedding", None, np.dtype(dtype))
+    return whole(Weights(directory, kind, config).for_inference("embedding", None, dtype))
 
 
 def write_checkpoint(

@@ -6,11 +6,15 @@ V vocabulary, L layers, E experts, C clusters."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "xielu"]
 """Non-linearity of a feed-forward layer; gelu is the exact one, with erf, and xielu has two
 parameters in each layer (Huang and Schlag 2024, arXiv 2411.13010)."""
+
+WeightsDtype = Literal["float32", "bfloat16", "int8"]
+WEIGHTS_DTYPES = get_args(WeightsDtype)
+"""Dtypes in which weights may lie in memory for inference (`xelm.models.narrow`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

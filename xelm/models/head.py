@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from xelm.models.config import ModelConfig
 from xelm.models.layers import ACTIVATIONS, Linear, Norm
+from xelm.models.products import by_rows_of
 from xelm.models.target import CPU, Target
 
 LOGITS_IN_A_CHUNK = 2**22
@@ -31,13 +32,13 @@ take longer than the memory (8 / 6 of a byte an operation, and some 300 operatio
 _SHARE_OF_MEMORY = 8
 """The logits of a chunk, in float32, take at most 1/8 of an accelerator's memory."""
 
-Product = Callable[[Array, Array, DTypeLike | None], Array]
+Product = Callable[[Array, Any, DTypeLike | None], Array]
 """(x [M, I], matrix [O, I], dtype) -> x @ matrix.T [M, O], in that dtype"""
 
 
 def plain_product(x: Float[Array, "M I"], matrix: Float[Array, "O I"], dtype=None) -> Array:
     """The product x @ matrix.T [M, O], as XLA computes it."""
-    return jnp.einsum("MI,OI->MO", x, matrix, preferred_element_type=dtype)
+    return jnp.einsum("MI,OI->MO", x, matrix.astype(x.dtype), preferred_element_type=dtype)
 
 
 class HeadTransform(nnx.Module):
@@ -62,7 +63,7 @@ class Head:
     """The output head, a tree of arrays: gradients by it have the same shape."""
 
     matrix: Any
-    """Float [V, D]."""
+    """Float [V, D]; for inference it may be an `Int8Matrix`."""
     bias: Any = None
     """Float [V], or None."""
     cap: float | None = field(default=None, metadata={"static": True})
@@ -85,9 +86,8 @@ class Head:
         self, states: Float[Array, "*B D"], product: Product = plain_product
     ) -> Float[Array, "*B V"]:
         """Scores over the vocabulary, float32."""
-        matrix = self.matrix.astype(states.dtype)
         flat = states.reshape(-1, states.shape[-1])
-        scores = product(flat, matrix, jnp.float32)
+        scores = product(flat, self.matrix, jnp.float32)
         if self.factors is not None:
             a, b = (factor.astype(states.dtype) for factor in self.factors)
             scores = scores + product(flat @ a.T, b, jnp.float32)
@@ -106,11 +106,11 @@ class Head:
 def target_log_probabilities(
     states: Float[Array, "*B D"], head: Head, targets: Int[Array, "*B"]
 ) -> Float[Array, "*B"]:
-    """Log-probability of each target given the state at its position, in nats."""
+    """Log-probability of each target given the state at its position, in nats; for inference."""
 
     def chunk(inputs):
         part, wanted = inputs
-        logits = head.logits(part)
+        logits = head.logits(part, by_rows_of)
         chosen = jnp.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 

@@ -1,7 +1,6 @@
 """Dense layers and norms of the transformer. Their parameters are stacked over its layers on a
 leading axis, except where a layer count of None says that there is a single one."""
 
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -11,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from xelm.models.config import ModelConfig
+from xelm.models.products import by_rows_of
 
 XIELU_BETA, XIELU_EPSILON = 0.5, -1e-6
 """Constants of xIELU as transformers computes it, which stores them beside its parameters."""
@@ -23,30 +23,6 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 
 
-FEW = 64
-"""Number of rows up to which the matrix stands on the left."""
-
-
-def by_rows_of(
-    x: Float[Array, "M I"], matrix: Float[Array, "O I"], dtype: DTypeLike | None = None
-) -> Float[Array, "M O"]:
-    """The product x @ matrix.T, in `dtype`.
-
-    XLA's product for CPUs packs its right operand and reads the left one in place. For 2 to 64 rows
-    the matrix therefore stands on the left, where it is read up to twice as fast
-    (benchmarks/few_rows.py); the barriers keep XLA from exchanging the two."""
-    plain = functools.partial(jnp.einsum, "MI,OI->MO", preferred_element_type=dtype)
-    if not 1 < len(x) <= FEW:
-        return plain(x, matrix)
-
-    def matrix_first(x, matrix):
-        columns = jax.lax.optimization_barrier(x.T)
-        found = jnp.einsum("OI,IM->OM", matrix, columns, preferred_element_type=dtype)
-        return jax.lax.optimization_barrier(found).T
-
-    return jax.lax.platform_dependent(x, matrix, cpu=matrix_first, default=plain)
-
-
 class Linear(nnx.Module):
     """Dense layer: x @ weight + bias, and where it has an adapter, x @ (weight + scale * A @ B)
     + bias, without that matrix being made. `axes` name the weight's dimensions for sharding. It
@@ -55,7 +31,7 @@ class Linear(nnx.Module):
 
     outputs_first: bool = False
     """Whether the weight is [outputs, inputs], and the adapter's factors [rank, inputs] and
-    [outputs, rank], as in the layout of inference."""
+    [outputs, rank], as in the layout of inference; the weight may be narrow then."""
     lora_scale: float = 1.0
     """Factor of the adapter's product."""
 
@@ -89,8 +65,8 @@ class Linear(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "M I"]) -> Float[Array, "M O"]:
-        weight = self.weight[...].astype(x.dtype)
-        y = by_rows_of(x, weight) if self.outputs_first else x @ weight
+        weight = self.weight[...]
+        y = by_rows_of(x, weight) if self.outputs_first else x @ weight.astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
             few = x @ (a.T if self.outputs_first else a) * self.lora_scale

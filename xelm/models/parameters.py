@@ -14,6 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from xelm.models.config import ModelConfig
 from xelm.models.fused_attention import Spread, on_one_device
 from xelm.models.layers import Linear
+from xelm.models.narrow import Int8Matrix, is_matrix, stored_bytes
+from xelm.models.products import compiler_options
 from xelm.models.target import CPU, Target, target_of
 from xelm.models.transformer import Lookup, Transformer, rows_of
 
@@ -84,7 +86,8 @@ def bind(network: nnx.GraphDef, parameters: Mapping[str, Any]) -> Transformer:
     blocks = parameters["blocks"]
     if isinstance(blocks, tuple):
         parameters = {**parameters, "blocks": dict(enumerate(blocks))}
-    model = nnx.merge(network, nnx.State(cast(Any, jax.tree.map(nnx.Param, parameters))))
+    state = jax.tree.map(nnx.Param, parameters, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix))
+    model = nnx.merge(network, nnx.State(cast(Any, state)))
     model.new_rows = new_rows
     model.embedding_factors = None if factors is None else (factors["a"], factors["b"])
     return model
@@ -113,7 +116,18 @@ def compiled_by_model(
                 own = network_here(adapted=adapted) if adapted else model
                 return function(bind(own, parameters), *arguments, **more)
 
-            return jax.jit(bound, **options)
+            plain = jax.jit(bound, **options)
+            more = dict(compiler_options())
+            if not more:
+                return plain
+            narrow = jax.jit(bound, compiler_options=more, **options)
+
+            @functools.wraps(function)
+            def run(parameters, *arguments, **named):
+                program = narrow if _are_narrow(parameters) else plain
+                return program(parameters, *arguments, **named)
+
+            return run
 
         return compiled
 
@@ -173,16 +187,24 @@ def fresh_parameters(
 def matrices(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Whether each parameter is a matrix (stacked over layers or not), and no scale, bias or factor
     of an activation."""
-    # Stacked over layers, a norm's scale has two dimensions: tell by the name, not by the rank.
-    others = ("scale", "bias", "alpha_p", "alpha_n")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path[-1].key.endswith(others), parameters
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path[-1].key), parameters)
 
 
 def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Leaves of a tree of parameters by their path, with slashes."""
     return cast(dict[str, Any], flatten_dict(tree, sep="/"))
+
+
+@functools.lru_cache(maxsize=64)
+def inference_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of a model's parameters where they are stored in this dtype for inference."""
+    return stored_bytes({path: leaf.shape for path, leaf in by_path(shapes(config)).items()}, dtype)
+
+
+def _are_narrow(parameters: Mapping[str, Any]) -> bool:
+    """Whether parameters have weights in fewer bits than float32: the embedding, then."""
+    embedding = parameters["embedding"]
+    return isinstance(embedding, Int8Matrix) or embedding.dtype != jnp.float32
 
 
 def _adapted_layers(parameters: Mapping[str, Any]) -> list[str]:

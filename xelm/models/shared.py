@@ -15,6 +15,7 @@ from xelm.models.checkpoint import family_of
 from xelm.models.config import ModelConfig
 from xelm.models.families.family import Family
 from xelm.models.low_rank import read_low_rank
+from xelm.models.narrow import narrowed
 from xelm.models.parameters import EMBEDDING_FACTORS, by_path, shapes, stacked
 from xelm.models.peft import CONFIG, Product, adapter_of, chained, read_products
 from xelm.models.stored import LOW_RANK, chain, replaced_by
@@ -25,8 +26,9 @@ _EMBEDDING = "embedding"
 
 def read_part(directory: str | Path, config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """What a directory's model has in place of the arrays of the complete checkpoint at the end of
-    its chain of bases, or beside them, on the host, in `dtype` and the layout `for_inference`; all
-    others are missing. Factors have their scale in the second one."""
+    its chain of bases, or beside them, on the host, in the layout `for_inference` and as they are
+    stored where weights have this dtype (`narrowed`); all others are missing. Factors have their
+    scale in the second one."""
     kind = family_of(directory)
     weights = Weights(directory, kind, config)
     replaced, products = _changes(directory, kind)
@@ -42,22 +44,23 @@ def read_part(directory: str | Path, config: ModelConfig, dtype: str = "float32"
         layers = range(config.layer_count) if stacked(path) else (None,)
         for layer in layers:
             if weights.name_of(path, layer) in replaced:
-                values = weights.for_inference(path, layer, np.dtype(dtype))
+                values = weights.for_inference(path, layer, dtype)
                 target = found if layer is None else blocks[layer]
                 target[path.removeprefix("blocks/")] = values
     embedding = next((m for m, path in tables.items() if path == _EMBEDDING), None)
     if embedding is not None:
         a, b, scale = products.pop(embedding)
-        found[f"{EMBEDDING_FACTORS}/a"] = a.astype(dtype)
-        found[f"{EMBEDDING_FACTORS}/b"] = (b * np.float32(scale)).astype(dtype)
+        for name, factor in (("a", a), ("b", b * np.float32(scale))):
+            path = f"{EMBEDDING_FACTORS}/{name}"
+            found[path] = narrowed(path, factor, dtype)
     if products:
         adapter = adapter_of(products, config, kind)
         for path, (first, second) in adapter.factors.items():
             name = path.removeprefix("blocks/")
             for layer, block in enumerate(blocks):
                 scaled = second[layer] * np.float32(adapter.scale)
-                block[f"{name}/lora_a"] = np.ascontiguousarray(first[layer].T, dtype)
-                block[f"{name}/lora_b"] = np.ascontiguousarray(scaled.T, dtype)
+                for part, factor in (("lora_a", first[layer]), ("lora_b", scaled)):
+                    block[f"{name}/{part}"] = narrowed(f"{path}/{part}", factor.T, dtype)
     parts = tuple(unflatten_dict(block, sep="/") for block in blocks)
     return {**unflatten_dict(found, sep="/"), "blocks": parts}
 

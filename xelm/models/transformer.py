@@ -20,8 +20,9 @@ from xelm.models.cache import Cache
 from xelm.models.config import ModelConfig
 from xelm.models.fused_attention import Spread, fused_attention, on_one_device
 from xelm.models.head import Head, HeadTransform
-from xelm.models.layers import Norm, by_rows_of
+from xelm.models.layers import Norm
 from xelm.models.positions import sinusoidal
+from xelm.models.products import by_rows_of
 from xelm.models.target import CPU
 
 # What a layer keeps for the backward pass, by `rematerialise`: products of dense layers and results
@@ -41,12 +42,12 @@ _POLICIES = {
     True: _ATTENDED,
 }
 
-Lookup = Callable[[Array, Array], Array]
+Lookup = Callable[[Any, Array], Array]
 """(table [V, D], tokens [B, T]) -> [B, T, D]"""
 
 
-def rows_of(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of a table that lies on one device."""
+def rows_of(table: Any, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of a table [V, D] that lies on one device; of an `Int8Matrix`, dequantised."""
     return table[tokens]
 
 

@@ -16,6 +16,7 @@ from clustering.errors import UserError
 from xelm.models.config import ModelConfig
 from xelm.models.families.family import Family, Tensor
 from xelm.models.layout import Range, join, stored_shape, take
+from xelm.models.narrow import narrowed
 from xelm.models.parameters import by_path, is_weight, shapes, stacked
 from xelm.models.stored import open_tensors
 from xelm.models.tensor_file import TensorKind, write_tensors
@@ -66,10 +67,11 @@ class Weights:
             target[layer - first] = self._take(path, layer, rest)
         return target
 
-    def for_inference(self, path: str, layer: int | None, dtype: np.dtype) -> np.ndarray:
-        """A parameter in the layout of inference; of one layer if it is stacked."""
+    def for_inference(self, path: str, layer: int | None, dtype: str) -> Any:
+        """A parameter in the layout of inference, as it is stored where weights have this dtype
+        (`narrowed`); of one layer if it is stacked."""
         found = self._take(path, layer, [(0, size) for size in self._layers[path]])
-        return np.ascontiguousarray(found.T if is_weight(path) else found, dtype)
+        return narrowed(path, found.T if is_weight(path) else found, dtype)
 
     def name_of(self, path: str, layer: int | None) -> str:
         """Name in the family's table of the tensor that has a parameter, of one layer if it is

@@ -47,7 +47,7 @@ def open_ensemble(
     loaded when it is first read.
 
     experts: None: those that are published now. every_model: whether the seed, the dense baseline
-    and merged models are among the models in any case. dtype: of parameters and products; see
+    and merged models are among the models in any case. dtype: of the weights in memory; see
     `common_dtype`. before: an ensemble of the same RUN, whose dtype and loaded parameters are used
     again. UserError if the files of a model are not those that were published.
     """

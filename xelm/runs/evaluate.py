@@ -113,19 +113,19 @@ def _plan(
     return MeasurementPlan(
         model=read_config(run.seed),
         tokenizer=run.tokenizer(),
-        models=_loaders(run, checkpoints, None),
+        models=_loaders(run, checkpoints, None, options.dtype),
         experts=[expert.name for expert in experts],
         serving=served,
         routers={r.name: make_router(run, experts, r) for r in routings} if experts else {},
         options=options,
         documents=documents,
         languages=languages,
-        own=_in_own_vocabulary(run, checkpoints, None),
+        own=_in_own_vocabulary(run, checkpoints, None, options.dtype),
     )
 
 
 def _in_own_vocabulary(
-    run: Run, checkpoints: Mapping[str, Path], vocabulary: Vocabulary | None
+    run: Run, checkpoints: Mapping[str, Path], vocabulary: Vocabulary | None, dtype: str
 ) -> dict[str, OwnVocabulary]:
     """How the models that have another vocabulary than this one read in their own."""
     found, model = dict[str, OwnVocabulary](), read_config(run.seed)
@@ -133,7 +133,7 @@ def _in_own_vocabulary(
         own = vocabulary_of(run, path)
         if not same(own, vocabulary):
             shape = model if own is None else resized(model, own.size)
-            load = partial(read_for_inference, path, shape)
+            load = partial(read_for_inference, path, shape, dtype)
             found[name] = OwnVocabulary(model=shape, parameters=load, vocabulary=own)
     return found
 
@@ -154,7 +154,7 @@ def _measure_alone(
     alone = replace(
         plan,
         model=shape,
-        models={name: partial(read_for_inference, path, shape)},
+        models={name: partial(read_for_inference, path, shape, plan.options.dtype)},
         experts=(),
         routers={},
         languages={name: list(plan.documents)},
@@ -164,12 +164,17 @@ def _measure_alone(
 
 
 def _loaders(
-    run: Run, checkpoints: Mapping[str, Path], vocabulary: Vocabulary | None
+    run: Run, checkpoints: Mapping[str, Path], vocabulary: Vocabulary | None, dtype: str
 ) -> dict[str, Callable[[], Any]]:
     """Functions that return the parameters of models for text in a vocabulary."""
     model = read_config(run.seed)
     return {
-        name: loader(partial(read_for_inference, path), model, vocabulary_of(run, path), vocabulary)
+        name: loader(
+            partial(read_for_inference, path, dtype=dtype),
+            model,
+            vocabulary_of(run, path),
+            vocabulary,
+        )
         for name, path in checkpoints.items()
     }
 
@@ -224,12 +229,12 @@ def _measure_in(
         plan,
         model=resized(plan.model, vocabulary.size),
         tokenizer=vocabulary.tokenizer,
-        models=_loaders(run, checkpoints, vocabulary),
+        models=_loaders(run, checkpoints, vocabulary, plan.options.dtype),
         routers=routers,
         documents=documents,
         languages=languages,
         vocabulary=vocabulary,
-        own=_in_own_vocabulary(run, checkpoints, vocabulary),
+        own=_in_own_vocabulary(run, checkpoints, vocabulary, plan.options.dtype),
         mixed=mixed,
     )
     in_own_pieces(measured, further.measure(), further.token_counts(), owners, names)
