@@ -13,7 +13,15 @@ from xelm.inference.parameter_cache import Overlay, ParameterCache
 from xelm.models import products
 from xelm.models.checkpoint import inference_dtype
 from xelm.models.config import ModelConfig
-from xelm.models.narrow import Int8Matrix, compute_dtype, is_matrix, narrowed, quantised, whole
+from xelm.models.narrow import (
+    Int8Matrix,
+    compute_dtype,
+    is_matrix,
+    narrowed,
+    quantised,
+    stored_as,
+    whole,
+)
 from xelm.models.parameters import (
     bind,
     by_path,
@@ -62,19 +70,6 @@ def wide(model, seed=0):
     return jax.tree.map(np.asarray, for_inference(jax.tree.map(lambda p: 3 * p, fresh)))
 
 
-def stored(parameters, dtype):
-    """All parameters, in the layout of inference, as they are stored in a dtype."""
-
-    def convert(tree, prefix=""):
-        if isinstance(tree, tuple):
-            return tuple(convert(each) for each in tree)
-        if isinstance(tree, dict):
-            return {name: convert(value, f"{prefix}{name}/") for name, value in tree.items()}
-        return narrowed(prefix[:-1], tree, dtype)
-
-    return convert(parameters)
-
-
 def ordinary(tree):
     """The same parameters with ordinary numbers in the place of narrow ones."""
 
@@ -103,11 +98,11 @@ def test_quantised_weights_are_within_half_a_step_of_the_originals(shape):
 
 
 def test_norms_biases_and_routers_stay_in_float32():
-    found = by_path(stored(wide(shape_of("encoder")), "int8")["blocks"][0])
+    found = by_path(stored_as(wide(shape_of("encoder")), "int8")["blocks"][0])
     kept = [path for path, leaf in found.items() if not isinstance(leaf, Int8Matrix)]
     assert kept and not any(is_matrix(path) for path in kept)
     assert all(found[path].dtype == np.float32 for path in kept)
-    mixture = stored(wide(shape_of("experts")), "int8")
+    mixture = stored_as(wide(shape_of("experts")), "int8")
     assert mixture["blocks"][0]["router"]["weight"].dtype == np.float32
     assert isinstance(mixture["blocks"][0]["expert_2"]["down"]["weight"], Int8Matrix)
     assert isinstance(mixture["embedding"], Int8Matrix)
@@ -146,7 +141,7 @@ def test_library_computes_the_products_of_few_rows():
 def test_bfloat16_weights_give_the_logits_of_the_rounded_weights(name):
     model = shape_of(name)
     tokens = np.random.default_rng(0).integers(4, 96, (2, 20))
-    narrow = stored(wide(model), "bfloat16")
+    narrow = stored_as(wide(model), "bfloat16")
     assert narrow["embedding"].dtype == jnp.bfloat16
     found = np.asarray(logits(model, narrow, tokens))
     wanted = np.asarray(logits(model, ordinary(narrow), tokens))
@@ -158,7 +153,7 @@ def test_int8_weights_give_the_logits_of_the_dequantised_weights(name):
     model = shape_of(name)
     tokens = np.random.default_rng(0).integers(4, 96, (1, 20))
     exact = wide(model)
-    narrow = stored(exact, "int8")
+    narrow = stored_as(exact, "int8")
     found = np.asarray(logits(model, narrow, tokens))
     wanted = np.asarray(logits(model, ordinary(narrow), tokens))
     spread = wanted.std()
@@ -170,7 +165,7 @@ def test_int8_weights_give_the_logits_of_the_dequantised_weights(name):
 
 def test_few_tokens_and_many_are_read_alike_in_int8():
     model = shape_of("tied")
-    parameters = jax.device_put(stored(wide(model), "int8"))
+    parameters = jax.device_put(stored_as(wide(model), "int8"))
     ids = np.random.default_rng(1).integers(4, 96, 50).tolist()
     decoder = Decoder(model, lambda: parameters, "int8")
     once, by_token = decoder.open(ids, scored=True), decoder.open(ids, scored=True)
@@ -195,12 +190,12 @@ def test_parameters_take_a_quarter_of_the_bytes_and_four_times_the_experts_fit()
     exact = wide(model)
     size = {d: inference_bytes(model, d) for d in ("float32", "bfloat16", "int8")}
     for dtype, wanted in size.items():
-        found = sum(leaf.nbytes for leaf in jax.tree.leaves(stored(exact, dtype)))
+        found = sum(leaf.nbytes for leaf in jax.tree.leaves(stored_as(exact, dtype)))
         assert found == wanted, dtype
     assert size["float32"] / size["bfloat16"] > 1.99 and size["float32"] / size["int8"] > 3.9
     budget = 2.1 * size["float32"]
     for dtype, count in (("float32", 2), ("bfloat16", 4), ("int8", 8)):
-        loaders = [lambda dtype=dtype: stored(exact, dtype)] * 10
+        loaders = [lambda dtype=dtype: stored_as(exact, dtype)] * 10
         cache = ParameterCache(loaders, device_bytes=budget, host_bytes=0)
         for number in range(10):
             cache[number]
@@ -215,7 +210,7 @@ def test_adapters_stand_beside_a_base_in_int8():
         "lora_b": draw.standard_normal((64, 4)).astype(np.float32),
     }
     part = {"blocks": tuple({"query": factors} for _ in range(2))}
-    base = stored(exact, "int8")
+    base = stored_as(exact, "int8")
     cache = ParameterCache([Overlay(base_name="base", base=lambda: base, part=lambda: part)])
     merged = ordinary(base)
     for block in merged["blocks"]:

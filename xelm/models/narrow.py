@@ -72,6 +72,20 @@ def narrowed(path: str, array: np.ndarray, dtype: str) -> Any:
     return np.ascontiguousarray(array, dtype if is_matrix(path) else np.float32)
 
 
+def stored_as(parameters: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Parameters on the host, in float32 and the layout of inference, as they are stored where
+    weights have this dtype."""
+
+    def converted(tree: Any, path: str) -> Any:
+        if isinstance(tree, tuple):  # of layers
+            return tuple(converted(each, path) for each in tree)
+        if isinstance(tree, Mapping):
+            return {name: converted(each, f"{path}/{name}") for name, each in tree.items()}
+        return narrowed(path.removeprefix("/"), tree, dtype)
+
+    return converted(parameters, "")
+
+
 def whole(table: Any) -> np.ndarray:
     """A table on the host with ordinary numbers: of one in int8, what its rows stand for."""
     return np.asarray(table[:] if isinstance(table, Int8Matrix) else table)
