@@ -110,7 +110,7 @@ def _int8_product(x: Array, matrix: Int8Matrix) -> Array:
     found = jnp.einsum("OI,MI->OM", matrix.values, both, preferred_element_type=jnp.int32)
     # Of several rows, the sum after the transposition is the faster one.
     columns = found.astype(x.dtype) if len(x) == 1 else found.T.astype(x.dtype)
-    first, second = jnp.split(columns, 2, axis=len(x) == 1)
+    first, second = jnp.split(columns, 2, axis=int(len(x) == 1))
     both = first + second / _FINER
     return (both.T if len(x) == 1 else both) * scale
 
@@ -128,7 +128,8 @@ def _bfloat16_product(x: Array, matrix: Array) -> Array:
     first = jax.lax.reduce_precision(x, 8, 7)
     both = jnp.concatenate([first, x - first]).astype(jnp.bfloat16)
     found = jnp.einsum("MI,OI->MO", both, matrix, preferred_element_type=x.dtype)
-    return sum(jnp.split(found, 2))
+    of_first, of_rest = jnp.split(found, 2)
+    return of_first + of_rest
 
 
 def _in_parts(x: Array, matrix: Any) -> Array:
