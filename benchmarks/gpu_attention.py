@@ -108,7 +108,8 @@ def _chosen(model: ModelConfig, segments: Any) -> tuple[str, Callable[..., Any]]
     if fused is None:
         return "blocks of queries", _reference(model, segments)
     way = {"gpu": "cuDNN", "tpu": "Pallas"}[target.platform]
-    return way, lambda *x: fused(*x, jnp.asarray(bool(model.local_layers)))
+    local = jnp.asarray(bool(model.local_layers))
+    return way, lambda query, key, value: fused(query, key, value, local)
 
 
 def _reference(model: ModelConfig, segments: Any) -> Callable[..., Any]:
