@@ -290,12 +290,15 @@ def test_prompts_are_scored_in_smaller_parts_while_others_are_continued(chatty, 
     limits = Limits(max_sequences=9, max_waiting=0, prompt_tokens_per_step=2 * len(ids))
     scheduler = Scheduler(models, limits, lambda call: call())
 
-    def noted(pool, prompts, *given):
-        # Nothing is read yet. Before a step whoever has left or is late is looked at.
-        parts.append(len(prompts))
+    def noted(*given):
+        parts.append(len(given[1]))
+        return later(*given)
+
+    def later(*given):
+        # Nothing is read yet. Before the next step whoever has left or is late is looked at.
         left.cancelled, late.deadline = True, now - 1
         yield
-        return (yield from score(pool, prompts, *given))
+        return (yield from score(*given))
 
     monkeypatch.setattr(batch_module, "score_prompts", noted)
     drawing = threading.Event()
