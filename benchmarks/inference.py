@@ -1,27 +1,37 @@
-"""Ensemble inference: experts run together, against one dense model, one by one, and transformers.
+"""Ensemble inference: experts run together, against one dense model, one by one, transformers and
+llama.cpp.
 
     python benchmarks/inference.py [--shape 8x512] [--experts 1,4,8,16] [--batches 1,32] [--rank R]
+        [--llama-cpp float32,float16,int8] [--one-core]
 
 Requests ask for as many new tokens each, greedily, after prompts of one length, and are dealt out
 to the experts in turn, as in traffic of mixed languages. Systems: one dense model in our engine;
 the ensemble with one, two and all experts for each request; the requests of the first one after the
-other, each by its expert; and transformers, which has each expert continue its
-requests in one batch (LlamaForCausalLM, the same checkpoints). Where all take the same expert or
-the largest token of the same one, the tokens are compared, and must be the same for nine requests
-in ten (products of another shape round otherwise, and random models have many equals).
+other, each by its expert; transformers, which has each expert continue its requests in one batch
+(LlamaForCausalLM, the same checkpoints); and llama.cpp, with a context for each expert, which
+continues the requests of one expert after those of another, at once or ("one slot") one by one.
+Where all take the same expert or the largest token of the same one, the tokens are compared, and
+must be the same for nine requests in ten (products of another shape round otherwise, and random
+models have many equals); those of llama.cpp's 16 and 8 bits are not compared.
+
+llama.cpp needs `pip install 'xelm[gguf]' gguf`, and is left out where that is not installed.
 
 With `--rank`, the experts are LoRA adapters of that rank, of all dense layers of one model: the
 systems "merged" have a full copy of the weights for each, and "beside the base" share those of the
 base, whose products with the factors are added; their time is over that of the merged ones.
-transformers is left out then.
+transformers and llama.cpp are left out then.
 
-Ours run in one process and transformers in another, which take turns in every round. The time of a
-system over the dense model's is of the same round: median (smallest to largest). A step of decoding
-reads the parameters of every expert that runs once: their bytes by the time of a step are a
-bandwidth, beside that of a product of a matrix of half a gigabyte with a vector.
+Ours run in one process and each other library in another, which take turns in every round. The time
+of a system over the dense model's is of the same round: median (smallest to largest). A step of
+decoding reads the parameters of every expert that runs once: their bytes by the time of a step are
+a bandwidth, beside that of a product of a matrix of half a gigabyte with a vector.
+
+With `--one-core`, all run on one core, and times are those of the processor: other programs on the
+machine change them little, since waiting does not count.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import resource
@@ -30,13 +40,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import llama_cpp_peer
 import numpy as np
+import transformers_peer
 
-DENSE, ONE_BY_ONE, PEER = "dense", "top-1, one by one", "transformers, top-1"
-BESIDE = "beside the base"
+DENSE, ONE_BY_ONE, BESIDE = "dense", "top-1, one by one", "beside the base"
+TRANSFORMERS, LLAMA_CPP = "transformers, top-1", "llama.cpp"
 
 
 def main() -> None:
@@ -50,20 +65,53 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rank", type=int, help="experts are adapters of this rank")
-    parser.add_argument("--seeds", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--llama-cpp",
+        default=_installed(),
+        metavar="PRECISIONS",
+        help=f"of {', '.join(llama_cpp_peer.WEIGHTS)}; empty: without it (default: %(default)s)",
+    )
+    parser.add_argument("--one-core", action="store_true", help="count its processor time")
+    parser.add_argument("--peer", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.seeds:
-        return _peer(options)
+    options.precisions = [name for name in options.llama_cpp.split(",") if name]
+    options.clock = time.process_time if options.one_core else time.perf_counter
+    if options.one_core:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    if options.peer:
+        name, folder = options.peer
+        peer = {TRANSFORMERS: transformers_peer, LLAMA_CPP: llama_cpp_peer}[name]
+        prompts = partial(_prompts, options)
+        return _answer(peer.answerer(options, Path(folder), prompts), peer.memory)
     counts = [int(n) for n in options.experts.split(",")]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         _write(options, Path(folder), max(counts))
-        command = [sys.executable, __file__, *sys.argv[1:], "--seeds", folder]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as peer:
-            _compare(options, Path(folder), counts, peer)
+        names = [] if options.rank else [TRANSFORMERS, *[LLAMA_CPP] * bool(options.precisions)]
+        peers = {}
+        for name in names:
+            command = [sys.executable, __file__, *sys.argv[1:], "--peer", name, folder]
+            peers[name] = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
+        _compare(options, Path(folder), counts, peers)
+        for peer in peers.values():
             assert peer.stdin is not None
             peer.stdin.close()
+
+
+def _installed() -> str:
+    """The precisions in which llama.cpp is measured if nothing else is said."""
+    packages = all(importlib.util.find_spec(name) for name in ("xllamacpp", "gguf"))
+    return "float32,float16,int8" if packages else ""
+
+
+def _answer(answer: Callable[..., dict], memory: Callable[[], int]) -> None:
+    """Answers questions on stdin, a line of JSON each; an empty one is for the memory at most."""
+    for line in sys.stdin:
+        question = json.loads(line)
+        found = answer(**question) if question else {"memory": memory()}
+        # Libraries may print before the answer.
+        print("\n" + json.dumps(found), flush=True)
 
 
 def _write(options: argparse.Namespace, folder: Path, count: int) -> None:
@@ -111,7 +159,7 @@ def _prompts(options: argparse.Namespace, batch: int) -> list[list[int]]:
 
 
 def _compare(
-    options: argparse.Namespace, folder: Path, counts: list[int], peer: subprocess.Popen
+    options: argparse.Namespace, folder: Path, counts: list[int], peers: dict[str, Any]
 ) -> None:
     import jax
 
@@ -128,7 +176,7 @@ def _compare(
     for number in range(1, max(counts) if options.rank else 0):
         parts.append(jax.device_put(read_part(folder / str(number), config, dtype)))
         beside.append(overlaid(experts[0], parts[-1]))
-    limit = read_bandwidth()
+    limit = read_bandwidth(options.clock)
     print(
         f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores; decoder "
         f"{options.shape}, {config.parameter_count / 1e6:.0f} M parameters, {dtype}; prompts of "
@@ -140,15 +188,17 @@ def _compare(
     for batch in map(int, options.batches.split(",")):
         prompts = _prompts(options, batch)
         for count in counts:
-            systems = _systems(options, experts[:count], prompts, peer)
+            systems = _systems(options, experts[:count], prompts, peers)
             if beside and count > 1:
                 systems = _of_adapters(options, experts[:count], beside[: count - 1], prompts)
             found = _rounds(systems, options.rounds)
             _check(found)
             for name, runs in found.items():
                 read = size * min(batch * _experts_run(name, count), count if name != DENSE else 1)
-                if name == ONE_BY_ONE:
+                if name == ONE_BY_ONE or "one slot" in name:
                     read = size * batch
+                if name.startswith(LLAMA_CPP):
+                    read *= llama_cpp_peer.bytes_of_a_weight(name) / np.dtype(dtype).itemsize
                 # Of adapters, the price of the products: over the same experts, merged.
                 other = found.get(name.replace(BESIDE, "merged") if BESIDE in name else DENSE)
                 _print(options, name, batch, count, runs, other, read)
@@ -162,12 +212,14 @@ def _compare(
     held = peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"\nmemory at most, of ours: {held / 1e9:.2f} GB, of which experts "
-        f"{size * len(experts) / 1e9:.2f}; of transformers: {_ask(peer, {})['memory'] / 1e9:.2f} GB"
+        f"{size * len(experts) / 1e9:.2f}"
     )
+    for name, peer in peers.items():
+        print(f"of {name.partition(',')[0]}: {_ask(peer, {})['memory'] / 1e9:.2f} GB")
 
 
 def _systems(
-    options: argparse.Namespace, experts: list, prompts: list, peer: subprocess.Popen
+    options: argparse.Namespace, experts: list, prompts: list, peers: dict[str, Any]
 ) -> dict[str, Any]:
     """What is timed, by name."""
     count = len(experts)
@@ -179,7 +231,18 @@ def _systems(
         found["all"] = lambda: _ours(options, experts, count, prompts)
     if count > 1 and len(prompts) > 1:
         found[ONE_BY_ONE] = lambda: _one_by_one(options, experts, prompts)
-    found[PEER] = lambda: _ask(peer, {"batch": len(prompts), "experts": count})
+    question = {"batch": len(prompts), "experts": count}
+    for name, peer in peers.items():
+        if name == TRANSFORMERS:
+            found[name] = partial(_ask, peer, question)
+            continue
+        for precision in options.precisions:
+            own = {**question, "precision": precision}
+            found[f"{name} {precision}, top-1"] = partial(_ask, peer, {**own, "slots": "all"})
+            if len(prompts) > count:
+                found[f"{name} {precision}, one slot"] = partial(
+                    _ask, peer, {**own, "slots": "one"}
+                )
     return found
 
 
@@ -221,8 +284,9 @@ def _check(found: dict[str, list[dict]]) -> None:
     if "top-1" not in found:
         found = {"top-1": found[DENSE], **found}
     wanted = found["top-1"][0]["tokens"]
-    for name in (ONE_BY_ONE, PEER):
-        if name in found:
+    for name in found:
+        other = name.startswith(LLAMA_CPP) and f"{LLAMA_CPP} float32" not in name
+        if name not in (DENSE, "top-1", "top-2", "all") and not other:
             same = np.mean([a == b for a, b in zip(wanted, found[name][0]["tokens"])])
             if same < 0.9:
                 sys.exit(f"{name} and ours agree on {same:.0%} of the requests")
@@ -278,11 +342,19 @@ class Dealt:
 
 
 def _ours(options: Any, experts: list, each: int, prompts: list, first: int = 0) -> dict:
-    return run_ours(_shape(options), options.dtype, options.new, experts, each, prompts, first)
+    about = _shape(options), options.dtype, options.new
+    return run_ours(*about, experts, each, prompts, first, options.clock)
 
 
 def run_ours(
-    model: Any, dtype: str, new: int, experts: list, each: int, prompts: list, first: int = 0
+    model: Any,
+    dtype: str,
+    new: int,
+    experts: list,
+    each: int,
+    prompts: list,
+    first: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict:
     """Continues prompts greedily by `new` tokens, each by `each` of the experts in turn, from the
     one of number `first` on; returns the seconds until the first token, those of all, and the
@@ -302,16 +374,16 @@ def run_ours(
     )
     sampling = SamplingParams(max_new_tokens=new, temperature=0.0)
     emitted: list[float] = []
-    begun = time.perf_counter()
+    begun = clock()
     found = generate(
         ensemble,
         [
             GenerationRequest(ids=prompt, sampling=sampling, language=str(first + n))
             for n, prompt in enumerate(prompts)
         ],
-        lambda number, piece: emitted.append(time.perf_counter()) if not emitted else None,
+        lambda number, piece: emitted.append(clock()) if not emitted else None,
     )
-    total = time.perf_counter() - begun
+    total = clock() - begun
     tokens = [list(generation.ids) for generation in found]
     return {"first": emitted[0] - begun, "total": total, "tokens": tokens}
 
@@ -325,7 +397,7 @@ def _one_by_one(options: Any, experts: list, prompts: list) -> dict:
     }
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
     """Bytes a second at which a large matrix is read for its product with a vector."""
     import jax
     import jax.numpy as jnp
@@ -335,86 +407,19 @@ def read_bandwidth() -> float:
     read(array, vector).block_until_ready()
     best = float("inf")
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = clock()
         read(array, vector).block_until_ready()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, clock() - begun)
     return array.nbytes / best
 
 
 def _ask(peer: subprocess.Popen, question: dict) -> dict:
     assert peer.stdin is not None and peer.stdout is not None
     print(json.dumps(question), file=peer.stdin, flush=True)
-    answer = peer.stdout.readline()
-    return json.loads(answer) if answer else sys.exit("transformers ended early")
-
-
-def _peer(options: argparse.Namespace) -> None:
-    """Answers questions, a line each: seconds and tokens of a batch, or memory at most."""
-    import torch
-    import transformers
-    from transformers.generation.streamers import BaseStreamer
-
-    class Clock(BaseStreamer):
-        """When the first token came: the first call is of the prompts."""
-
-        def __init__(self):
-            self.times = []
-
-        def put(self, value):
-            self.times.append(time.perf_counter())
-
-        def end(self):
-            pass
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    transformers.logging.set_verbosity_error()
-    loaded: dict[int, Any] = {}
-
-    def model(number: int) -> Any:
-        if number not in loaded:
-            network: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                f"{options.seeds}/{number}", dtype=getattr(torch, options.dtype)
-            )
-            loaded[number] = network.to(device).eval()
-        return loaded[number]
-
-    def answer(batch: int, experts: int) -> dict:
-        prompts = torch.tensor(_prompts(options, batch), device=device)
-        tokens: list[list[int]] = [[]] * batch
-        begun, first = time.perf_counter(), 0.0
-        for number in range(min(experts, batch)):
-            clock, own = Clock(), range(number, batch, experts)
-            started = time.perf_counter()
-            with torch.no_grad():
-                found = model(number).generate(
-                    prompts[list(own)],
-                    attention_mask=torch.ones_like(prompts[list(own)]),
-                    do_sample=False,
-                    max_new_tokens=options.new,
-                    min_new_tokens=options.new,
-                    pad_token_id=0,
-                    eos_token_id=None,
-                    streamer=clock if len(own) == 1 else None,
-                )
-            if len(own) == 1:
-                first += clock.times[1] - started
-            for row, request in zip(found[:, options.prompt :].tolist(), own):
-                tokens[request] = row
-        total = time.perf_counter() - begun
-        # A streamer takes one request at a time.
-        return {"first": first or float("nan"), "total": total, "tokens": tokens}
-
-    for line in sys.stdin:
-        question = json.loads(line)
-        if question:
-            print(json.dumps(answer(**question)), flush=True)
-            continue
-        held = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if device == "cuda":
-            held = torch.cuda.max_memory_allocated()
-        print(json.dumps({"memory": held}), flush=True)
+    while line := peer.stdout.readline():
+        if line.startswith("{"):
+            return json.loads(line)
+    sys.exit("another library's process ended early")
 
 
 if __name__ == "__main__":
