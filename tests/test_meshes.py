@@ -167,6 +167,27 @@ def test_any_vocabulary_is_spread(changes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            **{"activation": "xielu", "gated": False, "norm": "layer", "parallel": "one norm"},
+            **{"head_norm": True, "head_norm_form": "each", "nope_layers": (0,)},
+            **{"logit_scale": 0.3, "residual_scale": 0.5},
+        },
+        {
+            **{"norm_placement": "result", "head_norm": True, "head_norm_form": "joint"},
+            **{"expert_count": 3, "experts_per_token": 2, "expert_weights_sum_to_one": False},
+            **{"tie_embeddings": False, "query_bias": True},
+        },
+    ],
+    ids=["as Apertus and Cohere", "as OLMo and OLMoE"],
+)
+def test_layers_of_recent_families_are_spread(changes):
+    assert_as_alone((1, 2, 2, 2), replace(MODEL, **changes))
+
+
+@pytest.mark.slow
 def test_parts_of_a_batch_are_accumulated_on_a_mesh():
     mesh = (1, 2, 2, 2)
     assert_as_alone(mesh, MODEL, vary(CONFIG, {"runtime.accumulation_steps": 2}))

@@ -42,6 +42,8 @@ means_of = nnx.jit(lambda model, tokens, valid: model.means(tokens, valid=valid)
 extended = nnx.jit(lambda model, *inputs: model.extend(*inputs))
 # Longer than every local window and than the lengths that rotary positions are stretched from.
 LENGTH = 40
+# Long enough for causal attention to go block by block, and no whole number of blocks.
+IN_BLOCKS = 150
 
 
 def as_for_inference(model):
@@ -64,10 +66,10 @@ def decoder_pair(request, tmp_path_factory):
     return saved(CONFIGS[request.param], tmp_path_factory.mktemp(request.param) / "hub")
 
 
-def padded_tokens(config):
+def padded_tokens(config, length=LENGTH):
     """Ids [3, T] with their mask: whole, padded on the left, padded on the right."""
-    tokens, mask = random_tokens((3, LENGTH)), np.ones((3, LENGTH), int)
-    mask[1, :13], mask[2, 29:] = 0, 0
+    tokens, mask = random_tokens((3, length)), np.ones((3, length), int)
+    mask[1, :13], mask[2, -11:] = 0, 0
     # XLM-R counts positions by the padding's id, wherever the mask is.
     tokens[mask == 0] = config.pad_token_id or 0
     return tokens, mask
@@ -80,19 +82,11 @@ def reference_logits(reference, tokens, mask=None):
 
 
 def test_logits_equal_transformers(pair):
-    tokens, mask = padded_tokens(pair.reference.config)
+    tokens, mask = padded_tokens(pair.reference.config, IN_BLOCKS)
     wanted = reference_logits(pair.reference, tokens, mask)
     logits = np.asarray(logits_of(load_model(pair.directory), tokens, mask))
     seen = mask.astype(bool)
     np.testing.assert_allclose(logits[seen], wanted[seen], atol=1e-4, rtol=1e-4)
-
-
-def test_logits_in_blocks_equal_transformers(family_pair):
-    """Long enough for causal attention to go block by block, and no whole number of blocks."""
-    tokens = random_tokens((1, 150))
-    wanted = reference_logits(family_pair.reference, tokens)
-    logits = logits_of(load_model(family_pair.directory), tokens)
-    np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_means_of_states_equal_transformers(family_pair):
@@ -144,11 +138,11 @@ def test_loss_and_gradients_equal_transformers(family_pair):
 
 def test_bfloat16_products_stay_near_float32(family_pair):
     """bf16 keeps eight bits: an error of a few hundredths of the logits' spread."""
-    tokens = jnp.asarray(random_tokens((2, LENGTH)))
-    exact = logits_of(load_model(family_pair.directory), tokens)
+    tokens = random_tokens((2, LENGTH))
+    exact = reference_logits(family_pair.reference, tokens)
     rough = logits_of(load_model(family_pair.directory, dtype="bfloat16"), tokens)
     assert rough.dtype == jnp.float32
-    error = np.abs(np.asarray(rough - exact))
+    error = np.abs(np.asarray(rough) - exact)
     assert error.mean() < 0.02 * np.std(exact)
     assert error.max() < 0.15 * np.std(exact)
 
@@ -173,19 +167,27 @@ def test_cached_states_equal_uncached(decoder_pair):
     assert begun.tolist() == [20, 20] and cache.length.tolist() == [20, 20]
 
 
-# More and fewer rows than products turn for, and one.
-@pytest.mark.parametrize(
-    "shape", [(2, 9), *(pytest.param(each, marks=pytest.mark.slow) for each in [(5, 20), (1, 1)])]
-)
-def test_the_layout_of_inference_changes_nothing(family_pair, shape):
-    stacked = load_parameters(family_pair.directory, read_config(family_pair.directory))
-    apart = read_for_inference(family_pair.directory, read_config(family_pair.directory))
-    jax.tree.map(np.testing.assert_array_equal, for_inference(stacked), apart)
-    model = load_model(family_pair.directory)
+def assert_the_same_for_inference(pair, shape):
+    model = load_model(pair.directory)
     network = as_for_inference(model)
     tokens = jnp.asarray(random_tokens(shape))
     found = logits_of(network, tokens)
     np.testing.assert_allclose(found, logits_of(model, tokens), atol=1e-4)
+
+
+def test_the_layout_of_inference_changes_nothing(family_pair):
+    stacked = load_parameters(family_pair.directory, read_config(family_pair.directory))
+    apart = read_for_inference(family_pair.directory, read_config(family_pair.directory))
+    jax.tree.map(np.testing.assert_array_equal, for_inference(stacked), apart)
+    assert_the_same_for_inference(family_pair, (2, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(5, 20), (1, 1)])
+@pytest.mark.parametrize("name", ["llama3", "mixtral", "qwen3_moe", "gpt2", "modernbert"])
+def test_more_and_fewer_rows_than_products_turn_for_give_the_same(name, shape, tmp_path):
+    """Of layers with a gate, with a router, without, and of an encoder."""
+    assert_the_same_for_inference(saved(CONFIGS[name], tmp_path / "hub"), shape)
 
 
 def test_the_order_within_a_feed_forward_is_that_of_recorded_trainings(parameters, monkeypatch):
@@ -204,13 +206,18 @@ def test_the_order_within_a_feed_forward_is_that_of_recorded_trainings(parameter
 
 
 def test_segments_do_not_see_each_other(family_pair):
-    model = load_model(family_pair.directory)
-    tokens = jnp.asarray(random_tokens((1, 90)))
-    segments = jnp.repeat(jnp.asarray([[1, 2]]), 45, axis=1)
-    positions = jnp.tile(jnp.arange(45), 2)[None]
-    packed = hidden_of(model, tokens, positions=positions, segments=segments)
-    apart = hidden_of(model, tokens.reshape(2, 45))
-    np.testing.assert_allclose(packed.reshape(apart.shape), apart, atol=2e-5)
+    """A text has the same states before another one and after a third."""
+    text, before, after = np.split(random_tokens((1, 135)), 3, axis=1)
+    rows = [np.concatenate(row, axis=1) for row in ((text, after), (before, text))]
+    segments = np.repeat([[1, 2]], 45, axis=1).repeat(2, axis=0)
+    positions = np.tile(np.arange(45), 2)[None].repeat(2, axis=0)
+    packed = hidden_of(
+        load_model(family_pair.directory),
+        jnp.asarray(np.concatenate(rows)),
+        positions=jnp.asarray(positions),
+        segments=jnp.asarray(segments),
+    )
+    np.testing.assert_allclose(packed[0, :45], packed[1, 45:], atol=2e-5)
 
 
 def test_round_trip_keeps_every_bit_and_the_config(pair, tmp_path):
