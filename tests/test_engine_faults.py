@@ -15,6 +15,7 @@ from xelm.inference.engine import Engine
 from xelm.inference.generation import Generator, generate
 from xelm.inference.parameter_cache import ParameterCache
 from xelm.inference.routers import Fixed, Posterior, uniform
+from xelm.inference.teaching import teach
 
 __all__ = ["one", "pool"]  # fixtures
 
@@ -144,6 +145,12 @@ def test_texts_are_not_scored_by_an_expert_without_probabilities(broken, routing
     given = replace(broken, router=router, tokenizer=Framing())
     with pytest.raises(UserError, match=r"b: no probabilities \(NaN or infinity\) in document 1"):
         given.likelihoods([prompt(9)], [[7, 8]])
+
+
+def test_nothing_is_taught_by_an_expert_without_probabilities(broken):
+    given = replace(broken, tokenizer=Framing())
+    with pytest.raises(UserError, match=r"the mixture: no probabilities .* in document 1"):
+        teach(given, [np.asarray(prompt(9))], 3)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from xelm.inference.largest import largest_columns
 from xelm.inference.largest import top as likeliest_columns
-from xelm.inference.scoring import final_states, score_documents
+from xelm.inference.scoring import checked, final_states, score_documents
 from xelm.models.config import ModelConfig
 from xelm.models.parameters import compiled_by_model
 from xelm.models.products import by_rows_of
@@ -91,8 +91,8 @@ def likeliest_of_mixture(
 ) -> list[Likeliest]:
     """The `top` most probable tokens under a mixture of M models at the last `scoring.targets` of
     each document: at as many as there are log weights. A model reads a document up to the last
-    place where it has weight (a decoder; an encoder all of it). models, options: as in
-    `predict_documents`."""
+    place where it has weight (a decoder; an encoder all of it). UserError where a model gives no
+    probabilities. models, options: as in `predict_documents`."""
     ends = np.cumsum([0, *map(len, log_weights)])
     weights = np.concatenate([np.zeros((0, len(models))), *log_weights]).astype(np.float32)
     states: dict[int, np.ndarray] = {}
@@ -122,7 +122,9 @@ def likeliest_of_mixture(
         found = _likeliest(mixed[0], top)
         parts.append(Likeliest(*(np.asarray(each)[: part.stop - begin] for each in found)))
     joined = [np.concatenate(each) for each in zip(*parts)]
-    return [Likeliest(*(each[a:b] for each in joined)) for a, b in itertools.pairwise(ends)]
+    found = [Likeliest(*(each[a:b] for each in joined)) for a, b in itertools.pairwise(ends)]
+    checked("the mixture", [one.log_probabilities for one in found])
+    return found
 
 
 def read_upto(
