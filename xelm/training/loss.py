@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from xelm.models.head import Head, in_chunks
+from xelm.training.sharding import RULES
 
 _POSITIONS, _VOCABULARY = ("data",), ("fsdp", "tensor")
 """Mesh axes over which positions and the vocabulary are spread."""
 _ROWS, _ENTRIES = PartitionSpec((*_POSITIONS, "fsdp")), PartitionSpec(_VOCABULARY)
+_COLUMNS = PartitionSpec(None, RULES["columns"])
 
 
 @jax.named_scope("loss")
@@ -263,7 +265,12 @@ def _loss_over_mesh(states, head, targets, weights, teacher, *, frozen_head):
         axis_names={*_POSITIONS, *_VOCABULARY},
         check_vma=False,
     )(states, padded, targets, weights, *(teacher or ()))
-    return loss, (state_gradient, jax.tree.map(lambda x: x[:size], head_gradient))
+    head_gradient = jax.tree.map(lambda x: x[:size], head_gradient)
+    if not frozen_head:
+        # Spread as the table is, and as the gradient of its look-ups, which is added to it.
+        columns = jax.lax.with_sharding_constraint(head_gradient.matrix, _COLUMNS)
+        head_gradient = replace(head_gradient, matrix=columns)
+    return loss, (state_gradient, head_gradient)
 
 
 def _padded(head, dtype):
