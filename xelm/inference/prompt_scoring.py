@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from xelm.inference.decoder import PIECES
 from xelm.inference.piecewise import PiecewiseScorer
 from xelm.inference.pool import Pool
-from xelm.inference.route import Router, Walk, routing_mask
+from xelm.inference.route import Decision, Router, Walk, routing_mask
 from xelm.inference.sampling import TokenLikelihood, likeliest
 from xelm.inference.scoring import (
     Scorer,
@@ -123,19 +123,20 @@ def score_ends(
         weighed = [np.isfinite(decision.log_weights[:, model]).any() for decision in decisions]
         others = sorted({*np.flatnonzero(weighed).tolist()} - {*needed[model]})
         yield from read(model, others, scored=False)
-    weights = [np.exp(decision.log_weights).sum(axis=0) for decision in decisions]
     log_weights = np.concatenate([decision.log_weights for decision in decisions])
     allowance = Allowance() if scorer is None else scorer.allowance
     tokens = np.concatenate(wanted)
     found = yield from _mixed(pool, states, tokens, log_weights, alternatives, allowance)
     return [
-        PromptScores(
-            found[first:last],
-            dict(zip(pool.names, (sums / max(1, last - first)).tolist())),
-            decision.router,
-        )
-        for first, last, sums, decision in zip(ends, ends[1:], weights, decisions)
+        PromptScores(found[first:last], _mean_weights(pool, decision), decision.router)
+        for first, last, decision in zip(ends, ends[1:], decisions)
     ]
+
+
+def _mean_weights(pool: Pool, decision: Decision) -> dict[str, float]:
+    """Mean weight of each model over the positions of a prompt."""
+    sums = np.exp(decision.log_weights).sum(axis=0)
+    return dict(zip(pool.names, (sums / max(1, len(decision.log_weights))).tolist()))
 
 
 def _mixed(
