@@ -109,8 +109,10 @@ def sample(
     if all(sampling.temperature == 0 for sampling in samplings):
         return _largest(log_probabilities)[0]
     vocabulary = log_probabilities.shape[-1]
-    top_k = [min((s.temperature and s.top_k) or vocabulary, vocabulary) for s in samplings]
-    top_p = [s.top_p if s.temperature else 1.0 for s in samplings]
+    greedy = SamplingParams(temperature=0.0, top_p=1.0)
+    kept = [sampling if sampling.temperature else greedy for sampling in samplings]
+    top_k = [min(s.top_k or vocabulary, vocabulary) for s in kept]
+    top_p = [s.top_p for s in kept]
     sizes = [_candidates(k, p, vocabulary) for k, p in zip(top_k, top_p)]
     return _draw(
         log_probabilities,
