@@ -117,7 +117,7 @@ def test_products_are_those_of_the_dequantised_weights(dtype, rows, monkeypatch)
     x = draw.standard_normal((rows, 48)).astype(np.float32) * np.logspace(-3, 3, rows)[:, None]
     x = np.concatenate([x[:-1], np.zeros_like(x[-1:])]) if rows > 2 else x
     narrow = narrowed("head", matrix, dtype)
-    compiled = jax.jit(products.by_rows_of, compiler_options=dict(products.compiler_options()))
+    compiled = jax.jit(products.by_rows_of)
     found = compiled(jnp.asarray(x, jnp.float32), jax.device_put(narrow))
     weights = np.asarray(whole(narrow), np.float64)
     wanted = x @ weights.T
@@ -129,12 +129,21 @@ def test_products_are_those_of_the_dequantised_weights(dtype, rows, monkeypatch)
     assert (np.abs(found - wanted) <= (steps + rounding) @ np.abs(weights).T).all()
 
 
-def test_library_computes_the_products_of_few_rows():
+def test_the_library_computes_the_products_of_few_rows():
+    assert products.has_library()
     narrow = jax.device_put(quantised(np.ones((128, 64), np.float32)))
-    options = dict(products.compiler_options())
-    assert options
-    compiled = jax.jit(products.by_rows_of, compiler_options=options)
-    assert "ynn_fusion" in compiled.lower(jnp.ones((1, 64)), narrow).compile().as_text()
+    compiled = jax.jit(products.by_rows_of).lower(jnp.ones((1, 64)), narrow).compile()
+    assert "ynn_fusion" in compiled.as_text()
+
+
+def test_products_are_the_same_without_the_library(monkeypatch):
+    draw = np.random.default_rng(0)
+    narrow = jax.device_put(quantised(draw.standard_normal((70, 48)).astype(np.float32)))
+    x = jnp.asarray(draw.standard_normal((1, 48)), jnp.float32)
+    wanted = products.by_rows_of(x, narrow)
+    monkeypatch.setattr(products, "has_library", lambda: False)
+    found = jax.jit(lambda x, matrix: products.by_rows_of(x, matrix))(x, narrow)
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", SHAPES)

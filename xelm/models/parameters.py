@@ -15,7 +15,6 @@ from xelm.models.config import ModelConfig
 from xelm.models.fused_attention import Spread, on_one_device
 from xelm.models.layers import Linear
 from xelm.models.narrow import Int8Matrix, is_matrix, stored_bytes
-from xelm.models.products import compiler_options
 from xelm.models.target import CPU, Target, target_of
 from xelm.models.transformer import Lookup, Transformer, rows_of
 
@@ -116,18 +115,7 @@ def compiled_by_model(
                 own = network_here(adapted=adapted) if adapted else model
                 return function(bind(own, parameters), *arguments, **more)
 
-            plain = jax.jit(bound, **options)
-            more = dict(compiler_options())
-            if not more:
-                return plain
-            narrow = jax.jit(bound, compiler_options=more, **options)
-
-            @functools.wraps(function)
-            def run(parameters, *arguments, **named):
-                program = narrow if _are_narrow(parameters) else plain
-                return program(parameters, *arguments, **named)
-
-            return run
+            return jax.jit(bound, **options)
 
         return compiled
 
@@ -199,12 +187,6 @@ def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
 def inference_bytes(config: ModelConfig, dtype: str) -> int:
     """Bytes of a model's parameters where they are stored in this dtype for inference."""
     return stored_bytes({path: leaf.shape for path, leaf in by_path(shapes(config)).items()}, dtype)
-
-
-def _are_narrow(parameters: Mapping[str, Any]) -> bool:
-    """Whether parameters have weights in fewer bits than float32: the embedding, then."""
-    embedding = parameters["embedding"]
-    return isinstance(embedding, Int8Matrix) or embedding.dtype != jnp.float32
 
 
 def _adapted_layers(parameters: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,6 @@ states, a row of states becomes two rows of the narrow type whose sum it is; the
 once for both (benchmarks/narrow_weights.py)."""
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,15 +19,14 @@ from xelm.models.narrow import LARGEST, Int8Matrix
 
 FEW = 64
 """Number of rows up to which the matrix stands on the left."""
-FEW_NARROW = 32
-"""Number of rows up to which narrow weights are multiplied as they are. With more, a part at a time
-becomes float32."""
+FEW_INT8 = 32
+"""Number of rows up to which weights in int8 are multiplied as they are. With more, a part at a
+time becomes float32."""
 _PART = 2**19
 """Weights in such a part: 2 MiB in float32, which stay in a CPU's caches."""
 _FINER = 2 * LARGEST
 """A step of the first int8 of a state, in steps of the second: the first is off by half a step at
 most."""
-_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 def by_rows_of(x: Float[Array, "M I"], matrix: Any, dtype: DTypeLike | None = None) -> Array:
@@ -63,21 +61,16 @@ def is_narrow(matrix: Any, dtype: DTypeLike) -> bool:
 
 
 @functools.cache
-def compiler_options() -> Mapping[str, str]:
-    """Options of `jax.jit` for programs with narrow weights, which have YNNPACK compute their
-    products; none where this jaxlib has it not, or on accelerators."""
+def has_library() -> bool:
+    """Whether XLA has YNNPACK multiply int8, in this version and on this CPU."""
     if jax.default_backend() != "cpu":
-        return {}
+        return False
 
     def product(x, matrix):
         return jnp.einsum("OI,MI->OM", matrix, x, preferred_element_type=jnp.int32)
 
-    x, matrix = (jax.ShapeDtypeStruct((rows, 64), jnp.int8) for rows in (2, 64))
-    try:
-        compiled = jax.jit(product, compiler_options=_YNNPACK).lower(x, matrix).compile()
-    except jax.errors.JaxRuntimeError:  # the name of an experimental option
-        return {}
-    return _YNNPACK if "ynn_fusion" in (compiled.as_text() or "") else {}
+    operands = (jax.ShapeDtypeStruct((rows, 64), jnp.int8) for rows in (2, 64))
+    return "ynn_fusion" in (jax.jit(product).lower(*operands).compile().as_text() or "")
 
 
 def _converted(x: Array, matrix: Any, dtype: Any) -> Array:
@@ -88,12 +81,11 @@ def _converted(x: Array, matrix: Any, dtype: Any) -> Array:
 
 
 def _narrow_on_cpu(x: Array, matrix: Any, dtype: Any) -> Array:
-    if len(x) > FEW_NARROW or not compiler_options():
+    is_int8 = isinstance(matrix, Int8Matrix)
+    if not has_library() or (is_int8 and len(x) > FEW_INT8):
         found = _in_parts(x, matrix)
-    elif isinstance(matrix, Int8Matrix):
-        found = _int8_product(x, matrix)
     else:
-        found = _bfloat16_product(x, matrix)
+        found = _int8_product(x, matrix) if is_int8 else _bfloat16_product(x, matrix)
     return _scaled(found, matrix).astype(dtype)
 
 
@@ -136,7 +128,8 @@ def _in_parts(x: Array, matrix: Any) -> Array:
     """The product by unscaled weights, some rows of which become floats at a time."""
     values = matrix.values if isinstance(matrix, Int8Matrix) else matrix
     count, inputs = values.shape
-    size = min(count, max(64, _PART // inputs))
+    parts = -(-count // max(64, _PART // inputs))
+    size = -(-count // parts)  # of about one size: the last one repeats as few rows as can be
     equation = "OI,MI->OM" if len(x) <= FEW else "MI,OI->MO"
 
     def product(number, found):
@@ -149,9 +142,8 @@ def _in_parts(x: Array, matrix: Any) -> Array:
         own = own.T if len(x) <= FEW else own
         return jax.lax.dynamic_update_slice_in_dim(found, own, first, axis=1)
 
-    if size == count:
-        return product(0, jnp.zeros((len(x), count), x.dtype))
-    return jax.lax.fori_loop(0, -(-count // size), product, jnp.zeros((len(x), count), x.dtype))
+    found = jnp.zeros((len(x), count), x.dtype)
+    return product(0, found) if parts == 1 else jax.lax.fori_loop(0, parts, product, found)
 
 
 def _scaled(found: Array, matrix: Any) -> Array:
