@@ -14,7 +14,7 @@ from xelm.models import checkpoint, weights
 from xelm.training.metrics import MetricsLog
 
 
-@pytest.mark.parametrize(("module", "fails"), [(weights, "save_file"), (checkpoint, "flush")])
+@pytest.mark.parametrize(("module", "fails"), [(weights, "write_tensors"), (checkpoint, "flush")])
 def test_a_full_disk_leaves_no_half_expert(xelm, initialised, tiny, tmp_path, module, fails):
     shutil.copytree(initialised[0], tmp_path / "RUN")
     xelm("branch", tmp_path / "RUN", "--clusters", tiny.clusters)

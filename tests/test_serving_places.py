@@ -68,7 +68,8 @@ def test_a_client_that_disconnects_frees_its_place(chatty, slow, stream):
         with pytest.raises(httpx.ReadTimeout):
             if stream:
                 with httpx.stream("POST", f"{found.url}/v1/completions", json=body) as answer:
-                    next(answer.iter_lines())
+                    lines = answer.iter_lines()  # held: to let go of it closes the connection
+                    next(lines)
                     until(lambda: found.scheduler.running == 1)
                     raise httpx.ReadTimeout("enough")
             httpx.post(f"{found.url}/v1/completions", json=body, timeout=0.5)

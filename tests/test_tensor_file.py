@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from small_training import MODEL
 
 from clustering import hub_files
@@ -42,6 +42,16 @@ def test_files_are_read_by_the_library_as_they_were_written(tmp_path):
         assert file.metadata() == {"format": "pt"}
         assert TensorKind.stored(file.get_slice("odd")) == KINDS["odd"]
         assert TensorKind.stored(file.get_slice("a")) == KINDS["a"]
+
+
+def test_the_file_is_the_librarys_bit_for_bit(tmp_path):
+    """So that experts published before and now have the same hashes for the same weights."""
+    tensors = TENSORS | {"é": np.ones(2, np.float32), "blocks.1": np.zeros((2, 2), np.float32)}
+    kinds = {name: TensorKind.of(str(a.dtype), a.shape) for name, a in tensors.items()}
+    write_tensors(tmp_path, kinds, tensors.values())
+    contiguous = {name: np.ascontiguousarray(a).reshape(a.shape) for name, a in tensors.items()}
+    save_file(contiguous, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_weights_beyond_the_size_of_a_file_go_into_several(tmp_path, monkeypatch):

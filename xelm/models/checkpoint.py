@@ -41,12 +41,18 @@ from xelm.models.transformer import Origin, Transformer
 from xelm.models.weights import Weights, stored_tensors, write_weights
 
 README = "README.md"
+MODEL_DTYPES = ("float32", "bfloat16", "float16")
+"""Dtypes that `load_model` takes."""
 
 
 def load_model(directory: str | Path, dtype: str = "auto") -> Transformer:
-    """The model of a checkpoint directory, with parameters and products in `dtype` ("auto": see
-    `inference_dtype`). It remembers the checkpoint for `save_model`."""
-    config, dtype = read_config(directory), inference_dtype(directory, dtype)
+    """The model of a checkpoint directory, with parameters and products in `dtype`: float32,
+    bfloat16, float16 or "auto" (see `inference_dtype`). It remembers the checkpoint for
+    `save_model`."""
+    if dtype not in ("auto", *MODEL_DTYPES):
+        raise UserError(f"dtype must be auto or one of {', '.join(MODEL_DTYPES)}; got {dtype}")
+    config = read_config(directory)
+    dtype = inference_dtype(directory) if dtype == "auto" else dtype
     model = bind(graph(config, dtype), load_parameters(directory, config, dtype=dtype))
     directory = root(directory)
     model.origin = Origin(

@@ -11,6 +11,7 @@ import numpy as np
 
 from clustering.hub_files import split_weights, write_index
 
+# In the order in which the library writes them.
 _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -61,19 +62,22 @@ def write_tensors(
 
 
 def _write_file(path: Path, kinds: Mapping[str, TensorKind], tensors: Iterator[np.ndarray]) -> None:
-    # Wide values first, so that all lie at multiples of their width.
+    # As the library orders them, so that the same tensors are the same file: wide values first, so
+    # that all lie at multiples of their width, then by name.
+    order = [*_DTYPES.values()]
     begins, end = {}, 0
-    for name in sorted(kinds, key=lambda name: -kinds[name].width):
+    for name in sorted(kinds, key=lambda name: (order.index(kinds[name].dtype), name)):
         begins[name], end = end, end + kinds[name].size
     entries = {
         name: {
-            "dtype": kind.dtype,
-            "shape": list(kind.shape),
-            "data_offsets": [begins[name], begins[name] + kind.size],
+            "dtype": kinds[name].dtype,
+            "shape": list(kinds[name].shape),
+            "data_offsets": [begin, begin + kinds[name].size],
         }
-        for name, kind in kinds.items()
+        for name, begin in begins.items()
     }
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    stated = {"__metadata__": {"format": "pt"}, **entries}
+    header = json.dumps(stated, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
