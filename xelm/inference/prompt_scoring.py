@@ -88,17 +88,14 @@ def score_ends(
     ends = np.cumsum([0, *map(len, wanted)])
     states: dict[int, Float[np.ndarray, "N D"]] = {}
     scores = [np.zeros((len(models), len(ids))) for ids in prompts]
-
     score: Scorer = at_once if scorer is None else scorer
 
     def read(model: int, numbers: Sequence[int], *, scored: bool) -> Work[None]:
         if not numbers:
             return
         measure = states_and_scores if scored else final_states
-        some, parameters = (
-            [prompts[n] for n in numbers],
-            partial(pool.parameters.__getitem__, model),
-        )
+        some = [prompts[n] for n in numbers]
+        parameters = partial(pool.parameters.__getitem__, model)
         found = yield from score(pool.model, parameters, some, measure=measure, **reading)
         kept = states.setdefault(model, np.zeros((ends[-1], width), np.float32))
         for n, ids, own in zip(numbers, some, checked(pool.names[model], found)):
