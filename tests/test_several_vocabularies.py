@@ -12,7 +12,8 @@ from xelm.inference import ensemble as ensembles
 from xelm.inference.engine import Engine
 from xelm.inference.routers import ByLanguage, Fixed, Posterior, only, uniform
 from xelm.inference.running import GenerationRequest
-from xelm.inference.vocabularies import choose, loader
+from xelm.inference.vocabularies import Choice, choose, loader
+from xelm.inference.work import finish
 from xelm.models.parameters import NEW_ROWS
 from xelm.models.vocabulary_rows import resized
 
@@ -74,20 +75,16 @@ def test_each_text_is_read_and_continued_as_by_the_expert_of_its_language(made):
 def test_prompts_of_several_vocabularies_are_chosen_together_as_one_by_one(made):
     ensemble = made.ensemble(Posterior(prior=uniform(3).weights))
     prompts = [ensemble.tokenizer.begin(TEXTS[name][n][:20]) for name in NAMES for n in (2, 3)]
-    called = []
-
-    def call(function):
-        called.append(1)
-        return function()
-
-    together = choose(ensemble, prompts, [None] * 6, call=call)
-    assert called == [1]  # models read them, in one call
+    choice = Choice(ensemble, prompts, [None] * 6)
+    assert choice.reads
+    together = finish(choice.decide())
     one_by_one = [choose(ensemble, [prompt], [None])[0] for prompt in prompts]
     assert all(a is b for a, b in zip(together, one_by_one))
     # A language that is stated decides, and no model reads.
     told = replace(ensemble, router=ByLanguage(experts=3, serving=SERVING, otherwise=uniform(3)))
-    chosen = choose(told, prompts, ["en", "en", "hy", "hy", "ta", "ta"], call=call)
-    assert called == [1]
+    choice = Choice(told, prompts, ["en", "en", "hy", "hy", "ta", "ta"])
+    assert not choice.reads
+    chosen = finish(choice.decide())
     assert [pool.owners for pool in chosen] == [(), (), [1], [1], [2], [2]]
 
 

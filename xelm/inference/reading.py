@@ -56,7 +56,6 @@ class Reader:
         order = {reading: place for place, reading in enumerate(readings)}
         if some is None:
             some = sequences
-            self._spell(some)
         while pieces := self._pieces(sequences, order, some):
             for reading in sorted(pieces, key=order.__getitem__):
                 self._read_by(reading, pieces[reading], sequences)
@@ -113,9 +112,11 @@ class Reader:
             self.decoders[reading].close(sequence.texts.pop(reading))
 
     def begin_step(self, sequences: Sequence[RunningSequence], tokens_read: float = 0) -> None:
-        """Sets the number of tokens of prompts that are read in a step: no limit if there is none,
-        and many where no sequence waits for its next token. tokens_read: how many of them were read
-        elsewhere; however many that are, the smallest piece is read here."""
+        """Spells what is new of sequences, and sets the number of tokens of prompts that are read
+        in a step: no limit if there is none, and many where no sequence waits for its next token.
+        tokens_read: how many of them were read elsewhere; however many that are, the smallest piece
+        is read here."""
+        self._spell(sequences)
         self._left = math.inf
         if self._budget is not None:
             growing = any(all(s.unread(e) <= 1 for e in s.required) for s in sequences)
