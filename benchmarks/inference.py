@@ -49,6 +49,7 @@ from typing import Any
 import llama_cpp_peer
 import numpy as np
 import transformers_peer
+from decoders import decoder
 
 DENSE, ONE_BY_ONE, BESIDE = "dense", "top-1, one by one", "beside the base"
 TRANSFORMERS, LLAMA_CPP = "transformers, top-1", "llama.cpp"
@@ -138,19 +139,7 @@ def _adapter(options: argparse.Namespace, number: int) -> Any:
 
 
 def _shape(options: argparse.Namespace) -> Any:
-    from xelm.models.config import ModelConfig
-
-    layers, width = map(int, options.shape.split("x"))
-    return ModelConfig(
-        vocabulary_size=options.vocabulary,
-        width=width,
-        feedforward_width=int(8 * width / 3 / 64) * 64,
-        layer_count=layers,
-        head_count=width // 64,
-        key_head_count=width // 64,
-        head_size=64,
-        max_length=2048,
-    )
+    return decoder(options.shape, options.vocabulary)
 
 
 def _prompts(options: argparse.Namespace, batch: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decoders import decoder
 
 from xelm.inference.engine import Engine
 from xelm.inference.ensemble import Ensemble
@@ -23,7 +24,6 @@ from xelm.inference.reading import prompt_tokens_per_step
 from xelm.inference.routers import uniform
 from xelm.inference.running import GenerationRequest
 from xelm.inference.sampling_params import SamplingParams
-from xelm.models.config import ModelConfig
 from xelm.models.parameters import for_inference, fresh_parameters
 
 
@@ -60,17 +60,7 @@ def main() -> None:
 
 
 def _pool(options: argparse.Namespace) -> Ensemble:
-    layers, width = map(int, options.shape.split("x"))
-    model = ModelConfig(
-        vocabulary_size=options.vocabulary,
-        width=width,
-        feedforward_width=int(8 * width / 3 / 64) * 64,
-        layer_count=layers,
-        head_count=width // 64,
-        key_head_count=width // 64,
-        head_size=64,
-        max_length=2 * options.prompt,
-    )
+    model = decoder(options.shape, options.vocabulary, 2 * options.prompt)
     experts = [
         jax.device_put(for_inference(fresh_parameters(model, seed)))
         for seed in range(options.experts)

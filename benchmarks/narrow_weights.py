@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from decoders import decoder
 
 from xelm.models.config import WEIGHTS_DTYPES
 
@@ -38,23 +39,12 @@ def main() -> None:
 
 
 def _speeds(options: argparse.Namespace) -> None:
-    from xelm.models.config import ModelConfig
     from xelm.models.narrow import stored_as
     from xelm.models.parameters import for_inference, fresh_parameters
     from xelm.process import keep_freed_memory
 
     keep_freed_memory()
-    layers, width = map(int, options.shape.split("x"))
-    model = ModelConfig(
-        vocabulary_size=options.vocabulary,
-        width=width,
-        feedforward_width=int(8 * width / 3 / 64) * 64,
-        layer_count=layers,
-        head_count=width // 64,
-        key_head_count=width // 64,
-        head_size=64,
-        max_length=2048,
-    )
+    model = decoder(options.shape, options.vocabulary)
     exact = jax.tree.map(np.asarray, for_inference(fresh_parameters(model, 0)))
     weights = {dtype: jax.device_put(stored_as(exact, dtype)) for dtype in WEIGHTS_DTYPES}
     size = {dtype: sum(a.nbytes for a in jax.tree.leaves(weights[dtype])) for dtype in weights}
